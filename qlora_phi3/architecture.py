@@ -1,0 +1,118 @@
+"""The shapes of a phi3 model, read from its config.json; no weights, no torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_phi3.errors import ModelError
+
+SUPPORTED = "Supported is every model_type 'phi3': Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4, Phi-4-mini and their reasoning variants."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """What the rest of the program needs to know of a phi3 `config.json`."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    max_position_embeddings: int
+    #: Rows longer than this use longrope's long factors; None where one set of factors serves all lengths.
+    longrope_boundary: int | None
+    #: Tokens a position can look back; None where attention is full.
+    sliding_window: int | None
+    tie_word_embeddings: bool
+
+
+def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
+    """The config.json of a local folder or of a model on the hub.
+
+    Raises:
+        ModelError: there is none, it cannot be fetched, or it is not JSON.
+    """
+    path = Path(name) / "config.json" if Path(name).is_dir() else _fetch_config(name, revision)
+    if not path.is_file():
+        raise ModelError(f"The model folder {name} has no config.json.", "Point [model] name at a whole checkpoint.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}.", "Download the checkpoint again.") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds no JSON object.", "Download the checkpoint again.")
+    return config
+
+
+def _fetch_config(name: str, revision: str | None) -> Path:
+    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"There is no model folder {name}.",
+            "Give a folder that exists, or a hub id such as microsoft/Phi-3-mini-4k-instruct.",
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+    except HFValidationError as error:
+        raise ModelError(f"'{name}' is neither a folder nor a hub id.", "Hub ids look like owner/name.") from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"There is no folder {name}, and the hub could not be reached for the model {name}.",
+            "Check the connection, or download the model and give its folder.",
+        ) from error
+    except (EntryNotFoundError, HfHubHTTPError) as error:
+        raise ModelError(
+            f"There is no folder {name}, and the hub has no such model or needs a login: {str(error).splitlines()[0]}",
+            "Check the name; for gated models run: hf auth login",
+        ) from error
+    except OSError as error:
+        raise ModelError(
+            f"There is no folder {name}, and the hub could not be reached: {error}.",
+            "Check the connection, or give a local folder.",
+        ) from error
+
+
+def read_architecture(name: str, revision: str | None = None) -> Architecture:
+    """Read and check the architecture of a folder or hub id.
+
+    Raises:
+        ModelError: not a phi3 model (named, with what is supported), or the config is incomplete.
+    """
+    return parse_architecture(read_config(name, revision), name)
+
+
+def parse_architecture(config: dict[str, Any], name: str) -> Architecture:
+    """Check a config.json's contents and take the shapes from it; `name` is for the messages."""
+    model_type = config.get("model_type")
+    if model_type != "phi3":
+        raise ModelError(f"{name} is a model of type '{model_type}', not phi3.", SUPPORTED)
+    try:
+        heads = int(config["num_attention_heads"])
+        positions = int(config["max_position_embeddings"])
+        original = config.get("original_max_position_embeddings")
+        return Architecture(
+            hidden_size=int(config["hidden_size"]),
+            intermediate_size=int(config["intermediate_size"]),
+            num_hidden_layers=int(config["num_hidden_layers"]),
+            num_attention_heads=heads,
+            num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+            vocab_size=int(config["vocab_size"]),
+            max_position_embeddings=positions,
+            longrope_boundary=int(original) if _uses_longrope(config) and original else None,
+            sliding_window=config.get("sliding_window"),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"The config.json of {name} lacks a usable value: {error}.", "Download the checkpoint again."
+        ) from error
+
+
+def _uses_longrope(config: dict[str, Any]) -> bool:
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # Phi-3's first configs call it "su"; both are longrope to transformers.
+    return (scaling.get("rope_type") or scaling.get("type")) in ("longrope", "su")

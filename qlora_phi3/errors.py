@@ -1,0 +1,45 @@
+"""What a person can cause: one line that says what is wrong, where, and what to do, with its exit code.
+
+Everything the command line reports without a traceback is a `UserError`; anything else is a fault of ours and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """A problem the person at the keyboard can mend.
+
+    Args:
+        message: what is wrong and where, with the offending value.
+        cure: what to do or type next; one sentence.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, cure: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.cure = cure
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.cure}".strip()
+
+
+class RecipeError(UserError):
+    """The recipe file cannot be used; its message lists every problem found, one a line."""
+
+
+class DataError(UserError):
+    """The training or evaluation data cannot be used."""
+
+
+class ModelError(UserError):
+    """The base model cannot be used."""
+
+
+class RunError(UserError):
+    """The run folder cannot be written, read, or resumed."""
+
+
+class Interrupted(UserError):
+    """Ctrl-C; what was done is saved and the message says how to go on."""
+
+    exit_code = 130

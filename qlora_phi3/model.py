@@ -1,0 +1,290 @@
+"""The 4-bit base, its adapter, and what must hold for both: precision, coverage, no cache, no repacking."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BitsAndBytesConfig, Phi3ForCausalLM, PreTrainedTokenizerBase
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging as transformers_logging
+
+from qlora_phi3.architecture import Architecture
+from qlora_phi3.errors import ModelError
+from qlora_phi3.loss import chunked_cross_entropy, select_supervised
+from qlora_phi3.recipe.tables import Lora, Model, Quantization
+
+
+@dataclass
+class Phi3Output(CausalLMOutputWithPast):
+    """A forward's output; with labels, `loss` and `num_correct` are set and `logits` is not."""
+
+    num_correct: Tensor | None = None
+
+
+class Phi3ForChunkedLoss(Phi3ForCausalLM):  # type: ignore[misc]
+    """Phi-3 whose forward, given labels, returns the chunked loss and never the logits."""
+
+    def forward(
+        self, *args: Any, labels: Tensor | None = None, num_items_in_batch: int | None = None, **kwargs: Any
+    ) -> CausalLMOutputWithPast:
+        """As `Phi3ForCausalLM.forward`; `labels` are unshifted, and the summed loss is divided by `num_items_in_batch`.
+
+        Without `num_items_in_batch` the loss is the mean over the supervised positions.
+        """
+        if labels is None:
+            return super().forward(*args, **kwargs)
+        hidden = self.model(*args, use_cache=False, **kwargs).last_hidden_state
+        hidden, targets = select_supervised(hidden, labels)
+        loss, num_correct = chunked_cross_entropy(
+            hidden, _trained_weight(self.lm_head), targets, normaliser=num_items_in_batch or max(1, len(targets))
+        )
+        return Phi3Output(loss=loss, num_correct=num_correct)
+
+
+def _trained_weight(head: nn.Module) -> Tensor:
+    """The output head's weight; PEFT's trained copy where `modules_to_save` names the head."""
+    copies = getattr(head, "modules_to_save", None)
+    chosen = head if copies is None else copies[head.active_adapters[0]]
+    weight = chosen.weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"the output head's weight is a {type(weight)}")
+    return weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """In which dtype the matmuls run, and the one line that says why."""
+
+    compute_dtype: torch.dtype
+    reason: str
+
+
+def choose_precision(wanted: str, device: torch.device) -> Precision:
+    """The compute dtype for a device: what the recipe asks for, or for "auto" bf16 where it is native.
+
+    `torch.cuda.is_bf16_supported()` is True under emulation, so the compute capability is asked for. On CPU bf16 is native
+    with AVX512-BF16 or AMX.
+    """
+    if wanted != "auto":
+        return Precision(compute_dtype=getattr(torch, wanted), reason="the recipe asks for it")
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major >= 8:
+            return Precision(compute_dtype=torch.bfloat16, reason=f"compute capability {major}.{minor} has bf16")
+        return Precision(compute_dtype=torch.float16, reason=f"compute capability {major}.{minor} has no bf16")
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return Precision(compute_dtype=torch.bfloat16, reason="this processor computes bf16 natively")
+    return Precision(compute_dtype=torch.float32, reason="this processor has no native bf16")
+
+
+def load_tokenizer(table: Model) -> PreTrainedTokenizerBase:
+    """The base's own fast tokenizer.
+
+    Raises:
+        ModelError: there is none, or its files cannot be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(table.name, revision=table.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"The tokenizer of {table.name} cannot be read: {str(error).splitlines()[0]}",
+            "Point [model] name at a whole checkpoint, its tokenizer files among it.",
+        ) from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"{table.name} has no fast tokenizer (tokenizer.json).", "Use a checkpoint that has one.")
+    return tokenizer
+
+
+def load_base(
+    table: Model,
+    quantization: Quantization,
+    architecture: Architecture,
+    *,
+    precision: Precision,
+    device: torch.device,
+    longest_row: int,
+) -> Phi3ForChunkedLoss:
+    """Load the frozen base, in 4-bit where the recipe says so.
+
+    Args:
+        longest_row: tokens of the longest row the model will see; the sliding window is dropped where no row reaches it,
+            which is the same model without an explicit attention mask.
+
+    Raises:
+        ModelError: weights missing, cut short, of the wrong shape, or given only as a pickle.
+    """
+    with _only_errors():
+        try:
+            model, info = Phi3ForChunkedLoss.from_pretrained(
+                table.name,
+                revision=table.revision,
+                dtype=precision.compute_dtype,
+                quantization_config=quantization_config(quantization, precision),
+                attn_implementation=table.attn_implementation,
+                device_map={"": device},
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (OSError, SafetensorError, EOFError, RuntimeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ModelError(
+                _why_not_loaded(table.name, error), "Download the checkpoint again, whole, as safetensors."
+            ) from error
+    absent = sorted(set(info["missing_keys"])) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        raise ModelError(
+            f"The weights of {table.name} are incomplete: {len(absent)} tensors are missing or of another shape, first {absent[0]}.",
+            "Download the checkpoint again.",
+        )
+    model.config.use_cache = False
+    if architecture.sliding_window is not None and longest_row <= architecture.sliding_window:
+        model.config.sliding_window = None
+        for module in model.modules():
+            if getattr(module, "sliding_window", None) is not None:
+                module.sliding_window = None
+    _keep_packing(model)
+    model.requires_grad_(False)
+    return model
+
+
+def quantization_config(table: Quantization, precision: Precision) -> BitsAndBytesConfig | None:
+    """The recipe's [quantization] as transformers reads it; None where the base stays in 16 or 32 bit."""
+    if not table.load_in_4bit:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=table.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=table.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=precision.compute_dtype,
+    )
+
+
+def _why_not_loaded(name: str, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    pickles = sorted(Path(name).glob("*.bin")) if Path(name).is_dir() else []
+    if pickles and not list(Path(name).glob("*.safetensors")):
+        return f"{name} holds its weights only as a pickle ({pickles[0].name}), which can run code when it is read."
+    return f"The weights of {name} cannot be read: {first_line}"
+
+
+def _keep_packing(model: nn.Module) -> None:
+    """Stop bitsandbytes 0.50 from repacking 4-bit weights in place at the first evaluation on CPUs with AVX512-BF16.
+
+    It never undoes that, and training afterwards is silently wrong: the first layer's gradient norm fell to 15 %. To be
+    removed when bitsandbytes restores the weights in `train()`.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Silence transformers' warnings and bars while its loading report is read from the return value instead."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """How much of the base the adapter reaches."""
+
+    covered_parameters: int
+    linear_parameters: int
+    trainable_parameters: int
+    targets: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """Covered share of the weights of the decoder's linear layers, 0 to 1."""
+        return self.covered_parameters / self.linear_parameters
+
+
+def attach_adapter(model: Phi3ForChunkedLoss, table: Lora) -> PeftModel:
+    """Put a fresh LoRA adapter, kept in fp32, on the base.
+
+    Raises:
+        ModelError: a target matches no linear layer of the model, or the output head is a target.
+    """
+    check_targets(model, table)
+    settings = table.model_dump(exclude_none=True)
+    try:
+        adapted = get_peft_model(model, LoraConfig(**settings), autocast_adapter_dtype=True)
+    except ValueError as error:
+        raise ModelError(f"PEFT refuses the [lora] table: {str(error).splitlines()[0]}", "Change [lora].") from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def linear_layers(model: nn.Module) -> dict[str, int]:
+    """Name of every linear layer of the decoder (not the output head) -> its number of weights."""
+    return {
+        name: layer.in_features * layer.out_features
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] != "lm_head"
+    }
+
+
+def check_targets(model: nn.Module, table: Lora) -> None:
+    """Refuse a name of `target_modules` that matches nothing: PEFT passes over it without a word."""
+    if isinstance(table.target_modules, str):
+        return  # "all-linear", or a pattern: PEFT itself refuses a pattern without a match
+    names = linear_layers(model)
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    for target in table.target_modules:
+        if target.rpartition(".")[2] == "lm_head":
+            raise ModelError(
+                "[lora] target_modules names lm_head; the loss reads the head's weight directly, so that adapter would never be trained.",
+                'Use modules_to_save = ["lm_head"] to train the head itself.',
+            )
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ModelError(
+                f"[lora] target_modules: '{target}' matches no layer of this model, whose linear layers are {', '.join(leaves)}.",
+                'Write target_modules = "all-linear".',
+            )
+
+
+def measure_coverage(model: PeftModel) -> Coverage:
+    """Count what the attached adapter covers; the weights of a layer count whole where it carries a LoRA."""
+    covered = total = 0
+    targets = set()
+    for name, module in model.base_model.model.named_modules():
+        if not hasattr(module, "base_layer") or not isinstance(module.base_layer, nn.Linear):
+            continue
+        covered += module.in_features * module.out_features
+        targets.add(name.rpartition(".")[2])
+    total = sum(
+        layer.in_features * layer.out_features
+        for name, layer in model.base_model.model.named_modules()
+        if isinstance(layer, nn.Linear) and "lora_" not in name and "lm_head" not in name
+    )
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Coverage(
+        covered_parameters=covered,
+        linear_parameters=total,
+        trainable_parameters=trainable,
+        targets=tuple(sorted(targets)),
+    )
+
+
+def enable_checkpointing(model: PeftModel) -> None:
+    """Recompute each decoder layer in the backward pass; non-reentrant, so frozen inputs need no gradient of their own."""
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})

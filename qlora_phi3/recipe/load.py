@@ -1,0 +1,173 @@
+"""A TOML file, and what `--set` adds to it, read into one frozen Recipe; every problem of it is told at once.
+
+The tables and their keys are in `tables.py`, the names that are refused in `names.py`, the wording of
+errors in `problems.py`. Nothing here reads the environment, a model or data.
+"""
+
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qlora_phi3.errors import RecipeError
+from qlora_phi3.recipe.problems import Problem, find_problems, format_toml
+from qlora_phi3.recipe.names import find_nearest
+from qlora_phi3.recipe.tables import ComputeDtype, Data, Lora, Model, Quantization, Table, Training
+
+#: Python's way of writing where TOML's is wanted: True, None, "key": value, or a comma at the end of the line.
+PYTHON_IN_TOML = re.compile(r"\b(True|False|None)\b|^\s*[\"']\w+[\"']\s*:|,\s*$")
+
+
+class Recipe(Table):
+    """What a run does, wholly: the same recipe on the same data gives the same adapter."""
+
+    model: Model
+    quantization: Quantization = Quantization()
+    lora: Lora = Lora()
+    data: Data
+    training: Training = Training()
+
+    @property
+    def compute_dtype(self) -> ComputeDtype:
+        """The type of the arithmetic, from `bnb_4bit_compute_dtype` or a pasted `bf16` or `fp16`."""
+        return self._pasted_dtype() or self.quantization.bnb_4bit_compute_dtype
+
+    def contradictions(self) -> Iterator[str]:
+        """A pasted bf16 or fp16 against the compute type."""
+        pasted, named = self._pasted_dtype(), self.quantization.bnb_4bit_compute_dtype
+        if pasted and named not in ("auto", pasted):
+            switch = "bf16" if self.training.bf16 else "fp16"
+            yield f'[training] {switch} = true and [quantization] bnb_4bit_compute_dtype = "{named}" differ: keep one.'
+
+    def _pasted_dtype(self) -> ComputeDtype | None:
+        return "bfloat16" if self.training.bf16 else "float16" if self.training.fp16 else None
+
+
+TABLES: dict[str, type[Table]] = {
+    "model": Model,
+    "quantization": Quantization,
+    "lora": Lora,
+    "data": Data,
+    "training": Training,
+}
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: the TOML file, in UTF-8.
+        overrides: `table.key=value` each; the value is TOML, and a bare word is a string.
+
+    Raises:
+        RecipeError: with every problem there is, one a line, each with the file (or the override) and the table.
+    """
+    raw = _read_toml(path)
+    sources = {}
+    for override in overrides:
+        sources[_apply_override(raw, override)] = f"--set {override}"
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems = list(find_problems(error, raw, TABLES))
+    raise RecipeError(_as_lines(problems, path, sources))
+
+
+def recipe_as_toml(recipe: Recipe) -> str:
+    """The recipe with every default written out; `load_recipe` of it gives an equal Recipe."""
+    tables = recipe.model_dump(exclude_none=True)
+    return "\n".join(
+        f"[{table}]\n" + "".join(f"{key} = {format_toml(value)}\n" for key, value in keys.items())
+        for table, keys in tables.items()
+    )
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe file, for editors that complete and check TOML."""
+    schema = Recipe.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **_without_null(schema),
+        "title": "qlora-phi3 recipe",
+    }
+
+
+def _without_null(schema: Any) -> Any:
+    """The same schema for TOML, which has no null, and without the titles pydantic makes up."""
+    if isinstance(schema, list):
+        return [_without_null(part) for part in schema if part != {"type": "null"}]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: _without_null(part) for key, part in schema.items() if not _is_noise(key, part)}
+    choices = kept.get("anyOf", ())
+    return {**choices[0], **{k: v for k, v in kept.items() if k != "anyOf"}} if len(choices) == 1 else kept
+
+
+def _is_noise(key: str, part: object) -> bool:
+    made_up = key == "title" and isinstance(part, str)
+    return made_up or (key == "default" and (part is None or (isinstance(part, dict) and bool(part))))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: there is no such recipe.", _neighbour(path)) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}).", "Save it as UTF-8.") from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}.", "Give the path of a .toml file.") from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is not TOML: {error}.", _toml_cure(text, str(error))) from None
+
+
+def _neighbour(path: Path) -> str:
+    """The recipe beside it whose name is most like the one asked for."""
+    nearest = find_nearest(path.name, [other.name for other in path.parent.glob("*.toml")])
+    return f"Did you mean {path.with_name(nearest)}?" if nearest else "Give the path of a .toml file."
+
+
+def _toml_cure(text: str, message: str) -> str:
+    """Show the line, and how TOML writes what looks like Python in it."""
+    place = re.search(r"line (\d+)", message)
+    line = text.split("\n")[int(place[1]) - 1].strip() if place else ""
+    shown = f"The line is: {line}" if line else "Mend it there."
+    if PYTHON_IN_TOML.search(line):
+        shown += " (TOML writes key = true, without a comma at the end; for None delete the line.)"
+    elif "\\" in line:
+        shown += " (Write folders with /, or the text in 'single quotes'.)"
+    return shown
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> tuple[str, str]:
+    """Put one `table.key=value` into `raw`; returns the table and the key."""
+    name, equals, text = override.partition("=")
+    table, *keys = name.strip().split(".")
+    if not equals or not keys or not all((table, *keys)):
+        raise RecipeError(f"--set {override} is not table.key=value.", "Write it like: --set lora.r=32")
+    place = raw
+    for part in (table, *keys[:-1]):
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise RecipeError(
+                f"--set {override} goes below {part}, which is no table.", "Write it like: --set lora.r=32"
+            )
+    place[keys[-1]] = _toml_value(text.strip())
+    return table, keys[0]
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _as_lines(problems: Sequence[Problem], path: Path, sources: dict[tuple[str, str], str]) -> str:
+    lines = [f"{sources.get((problem.table, problem.key), path)}: {problem.sentence}" for problem in problems]
+    return lines[0] if len(lines) == 1 else "\n".join((f"{path} has {len(lines)} problems:", *lines))

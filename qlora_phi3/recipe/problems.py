@@ -1,0 +1,179 @@
+"""What pydantic found wrong with a recipe, told in the words of the file: table, key, value, what is expected."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from qlora_phi3.recipe.names import REPLACED, find_nearest, suggest_key
+
+#: Why the only values of a key are the only ones.
+REASONS = {
+    (
+        "training",
+        "gradient_checkpointing_kwargs",
+    ): "The reentrant kind needs inputs with a gradient; 4-bit ones have none.",
+    ("training", "remove_unused_columns"): "Only token ids ever reach the model.",
+    ("lora", "task_type"): "The Phi-3 family generates text.",
+    ("lora", "init_lora_weights"): "The other starts change the base, and their adapter fits that base alone.",
+    ("model", "attn_implementation"): "sdpa does flash-attn's work without a build step.",
+}
+BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong; `table` and `key` are empty where it concerns the whole."""
+
+    table: str
+    key: str
+    sentence: str
+
+
+def format_toml(value: object) -> str:
+    """A value as TOML writes it on one line: strings, numbers, booleans, lists and inline tables."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):  # JSON's escapes are TOML's, but for the one control character JSON leaves alone
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return f"[{', '.join(map(format_toml, value))}]"
+    if isinstance(value, dict):
+        pairs = (f"{k if BARE_KEY.fullmatch(k) else format_toml(k)} = {format_toml(v)}" for k, v in value.items())
+        return f"{{ {', '.join(pairs)} }}" if value else "{}"
+    return str(value)
+
+
+def find_problems(
+    error: ValidationError, raw: Mapping[str, Any], tables: Mapping[str, type[BaseModel]]
+) -> Iterator[Problem]:
+    """Yield each problem once, in the order of the tables, one sentence each.
+
+    Args:
+        error: of validating `raw` as a recipe.
+        raw: the tables as they were read.
+        tables: name to model of every table there is.
+    """
+    told = set()
+    for detail in error.errors(include_url=False):
+        table, key = (*map(str, detail["loc"][:2]), "", "")[:2]
+        if detail["type"] == "default_factory_not_called" or (key and (table, key) in told):
+            continue
+        told.add((table, key))
+        if detail["type"] == "value_error" and not key:
+            where = f"[{table}] " if table else ""
+            yield from (Problem(table, "", where + line) for line in str(detail["ctx"]["error"]).splitlines())
+        else:
+            yield Problem(table, key, _sentence(detail, table, key, raw, tables))
+
+
+def _is_key(tables: Mapping[str, type[BaseModel]], table: str, key: str) -> bool:
+    return table in tables and key in tables[table].model_fields
+
+
+def _sentence(detail: Any, table: str, key: str, raw: Mapping[str, Any], tables: Mapping[str, type[BaseModel]]) -> str:
+    if not key:
+        return _table_sentence(table, raw, tables)
+    if detail["type"] == "missing" and len(detail["loc"]) == 2:
+        return f"[{table}] needs {key}: {tables[table].model_fields[key].description}"
+    value = format_toml(raw[table][key])
+    if not _is_key(tables, table, key):
+        return f"[{table}] {_unknown_key(table, key, value, tables)}"
+    shown = value if len(value) <= 60 else f"{value[:57]}..."
+    return f"[{table}] {key} = {shown} {_expectation(detail, table, key, raw[table][key], tables)}"
+
+
+def _table_sentence(table: str, raw: Mapping[str, Any], tables: Mapping[str, type[BaseModel]]) -> str:
+    """A table that is missing, misspelt, no table, or a key that stands outside of every table."""
+    if table in tables and table in raw:
+        return f"{table} = {format_toml(raw[table])} must be a table: write [{table}] and its keys below it."
+    if table in tables:
+        return f"There is no table [{table}], and a recipe needs it, with {_required_keys(tables[table])} at least."
+    if not isinstance(raw[table], dict):
+        return f"{table} stands outside of every table. {_meant('', table, format_toml(raw[table]), tables)}"
+    nearest = find_nearest(table, list(tables))
+    hint = f"Did you mean [{nearest}]?" if nearest else f"There are {', '.join(f'[{name}]' for name in tables)}."
+    return f"A recipe has no table [{table}]. {hint}"
+
+
+def _required_keys(table: type[BaseModel]) -> str:
+    return ", ".join(name for name, field in table.model_fields.items() if field.is_required())
+
+
+def _unknown_key(table: str, key: str, value: str, tables: Mapping[str, type[BaseModel]]) -> str:
+    if key in REPLACED:
+        return f"{key} {REPLACED[key].replace('{value}', value)}"
+    return f"has no key '{key}'. {_meant(table, key, value, tables)}"
+
+
+def _meant(table: str, key: str, value: str, tables: Mapping[str, type[BaseModel]]) -> str:
+    if key in REPLACED:
+        return f"It {REPLACED[key].replace('{value}', value)}"
+    return suggest_key(table, key, {name: list(model.model_fields) for name, model in tables.items()})
+
+
+def _expectation(detail: Any, table: str, key: str, value: object, tables: Mapping[str, type[BaseModel]]) -> str:
+    if detail["type"] == "value_error":
+        told = f"{detail['ctx']['error']}."
+    else:
+        schema = tables[table].model_json_schema()
+        expected = schema["properties"][key]
+        told = f"must be {_in_words(expected, schema.get('$defs', {}))}."
+        nearest = find_nearest(value, list(_words(expected))) if isinstance(value, str) else None
+        told += f" Did you mean {format_toml(nearest)}?" if nearest else ""
+        told += " It is empty." if value in ("", []) else ""
+    return " ".join(filter(None, (told, REASONS.get((table, key)))))
+
+
+def _words(schema: Mapping[str, Any]) -> Iterator[str]:
+    """The words a key may hold, wherever in its schema they stand."""
+    yield from (word for word in (*schema.get("enum", ()), schema.get("const")) if isinstance(word, str))
+    for part in schema.get("anyOf", ()):
+        yield from _words(part)
+
+
+def _in_words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    """A JSON schema as the end of the sentence "… must be"."""
+    if "$ref" in schema:
+        return _in_words(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    if "anyOf" in schema:
+        parts = [part for part in schema["anyOf"] if part.get("type") != "null"]
+        if any(part.get("type") == "number" for part in parts):  # which takes whole numbers as well
+            parts = [part for part in parts if part.get("type") != "integer"]
+        return " or ".join(
+            "a list of such" if part.get("items") in parts else _in_words(part, definitions) for part in parts
+        )
+    if "const" in schema:
+        return format_toml(schema["const"])
+    if "enum" in schema:
+        return "one of " + ", ".join(map(format_toml, schema["enum"]))
+    return _type_in_words(schema, definitions) + _bounds_in_words(schema)
+
+
+def _type_in_words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    match schema.get("type"):
+        case "integer":
+            return "a whole number"
+        case "number":
+            return "a number"
+        case "boolean":
+            return "true or false"
+        case "array":
+            return f"a list, each {_in_words(schema['items'], definitions)}"
+        case "object" if "properties" in schema:
+            pairs = (f"{name} = {_in_words(part, definitions)}" for name, part in schema["properties"].items())
+            return f"{{ {', '.join(pairs)} }}"
+        case "object":
+            inner = schema.get("additionalProperties")
+            return "a table" + (f", each {_in_words(inner, definitions)}" if isinstance(inner, dict) else "")
+        case _:
+            return "text in quotes"
+
+
+def _bounds_in_words(schema: Mapping[str, Any]) -> str:
+    words = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    told = [f"{word} {schema[name]}" for name, word in words.items() if name in schema]
+    return f" {' and '.join(told)}" if told else ""

@@ -1,0 +1,145 @@
+"""A run's folder on disk: where things lie, and how they are written so that a kill leaves nothing half."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_phi3.errors import RunError
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """`runs/<recipe>/<time>/` and the names in it."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as resolved; `qlora-phi3 run` on it repeats the run."""
+        return self.path / "recipe.toml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: an optimizer step or an evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """Status, versions, hashes, result."""
+        return self.path / "report.json"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, as `PeftModel.from_pretrained` loads it."""
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where `--resume` goes on from."""
+        return self.path / "checkpoints"
+
+    def read_report(self) -> dict[str, Any]:
+        """The report of a run; RunError where there is none."""
+        try:
+            report: dict[str, Any] = json.loads(self.report.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{self.report} cannot be read: {error}.", "Give the folder of a run: runs/<recipe>/<time>."
+            ) from error
+        return report
+
+
+def create_run_folder(root: Path, recipe_name: str) -> RunFolder:
+    """Make `root/recipe_name/<time>`, never one that exists.
+
+    Raises:
+        RunError: the folder cannot be made or written.
+    """
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    for attempt in range(1, 100):
+        path = root / recipe_name / (stamp if attempt == 1 else f"{stamp}-{attempt}")
+        try:
+            path.mkdir(parents=True)
+            (path / "checkpoints").mkdir()
+        except FileExistsError:
+            if not path.is_dir():
+                raise RunError(f"{path.parent} is not a folder.", "Choose another [training] output_dir.") from None
+            continue
+        except OSError as error:
+            raise RunError(
+                f"The run folder {path} cannot be made: {error.strerror}.",
+                "Choose another [training] output_dir, or free the disk.",
+            ) from error
+        return RunFolder(path)
+    raise RunError(f"{root / recipe_name} has 99 runs of this very second.", "Try again.")
+
+
+def newest_run(root: Path, recipe_name: str) -> RunFolder:
+    """The latest run of a recipe that has a report.
+
+    Raises:
+        RunError: there is none.
+    """
+    runs = sorted((root / recipe_name).glob("*/report.json"))
+    if not runs:
+        raise RunError(f"There is no run of {recipe_name} under {root} to resume.", "Leave --resume out to start one.")
+    return RunFolder(runs[-1].parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a temporary neighbour, flushed to the disk, then renamed.
+
+    Raises:
+        RunError: the disk is full or not writable; what stood at `path` still stands.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"{path} cannot be written: {error.strerror}.", "Free the disk, then go on with --resume."
+        ) from error
+
+
+def write_report(folder: RunFolder, report: Mapping[str, Any]) -> None:
+    """Replace report.json."""
+    write_atomically(folder.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+
+
+def append_metrics(folder: RunFolder, record: Mapping[str, Any]) -> None:
+    """Add one line to metrics.jsonl."""
+    try:
+        with folder.metrics.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise RunError(
+            f"{folder.metrics} cannot be written: {error.strerror}.", "Free the disk, then go on with --resume."
+        ) from error
+
+
+def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
+    """Every whole line of metrics.jsonl; a last line cut short by a kill is left out."""
+    if not folder.metrics.is_file():
+        return []
+    records = []
+    for line in folder.metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def cut_metrics(folder: RunFolder, step: int) -> None:
+    """Forget what was measured after a step: a resumed run measures it again."""
+    kept = [record for record in read_metrics(folder) if record["step"] <= step]
+    write_atomically(folder.metrics, "".join(json.dumps(record) + "\n" for record in kept))

@@ -1,0 +1,79 @@
+"""The folder people take away: adapter, and a tokenizer that gives the very ids that were trained on."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qlora_phi3.errors import RunError
+from qlora_phi3.recipe.load import Recipe
+from qlora_phi3.training.checkpoint import whole_or_gone
+
+#: Copied byte for byte from the base. config.json is among them: without it beside them, transformers 5 reads the same
+#: tokenizer files as another class and gives other ids.
+TOKENIZER_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+#: Rows whose ids are made again with the copied tokenizer.
+CHECKED_ROWS = 20
+
+
+def save_adapter(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    target: Path,
+    *,
+    sample: Sequence[dict[str, Any]],
+) -> None:
+    """Write adapter and tokenizer whole: into a neighbour first, checked, then renamed.
+
+    Args:
+        sample: trained rows; their text must give the same ids through the copied tokenizer.
+
+    Raises:
+        RunError: the disk is full, or the copied tokenizer gives other ids.
+    """
+    draft = target.with_name(f".{target.name}.partial")
+    with whole_or_gone(draft):
+        shutil.rmtree(draft, ignore_errors=True)
+        model.save_pretrained(draft)
+        for path in _tokenizer_files(recipe):
+            shutil.copyfile(path, draft / path.name)
+    _check_ids(tokenizer, draft, sample)
+    with whole_or_gone(draft):
+        shutil.rmtree(target, ignore_errors=True)
+        draft.replace(target)
+
+
+def _tokenizer_files(recipe: Recipe) -> list[Path]:
+    folder = Path(recipe.model.name)
+    if not folder.is_dir():
+        folder = Path(
+            snapshot_download(recipe.model.name, revision=recipe.model.revision, allow_patterns=list(TOKENIZER_FILES))
+        )
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase, folder: Path, sample: Sequence[dict[str, Any]]) -> None:
+    copied = AutoTokenizer.from_pretrained(folder)
+    for index in range(min(CHECKED_ROWS, len(sample))):
+        text = tokenizer.decode(sample[index]["input_ids"])
+        if copied(text).input_ids != tokenizer(text).input_ids:
+            raise RunError(
+                f"The tokenizer copied to {folder} gives other ids than the one that was trained with.",
+                "Keep the base's own tokenizer files with the adapter.",
+            )

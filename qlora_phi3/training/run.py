@@ -1,0 +1,344 @@
+"""A whole run: recipe -> data -> model -> training -> run folder."""
+
+import hashlib
+import platform
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import set_seed
+
+from qlora_phi3.architecture import Architecture, read_architecture
+from qlora_phi3.dataset.prepare import PreparedData, prepare_datasets
+from qlora_phi3.dataset.render import choose_template
+from qlora_phi3.errors import Interrupted, RunError, UserError
+from qlora_phi3.model import (
+    Precision,
+    attach_adapter,
+    choose_precision,
+    enable_checkpointing,
+    load_base,
+    load_tokenizer,
+    measure_coverage,
+)
+from qlora_phi3.recipe.load import Recipe, recipe_as_toml
+from qlora_phi3.runfolder import RunFolder, create_run_folder, cut_metrics, write_atomically, write_report
+from qlora_phi3.step import MicroBatchPlan
+from qlora_phi3.training.adapter import save_adapter
+from qlora_phi3.training.arguments import build_arguments, choose_optimizer
+from qlora_phi3.training.checkpoint import find_checkpoint, step_of
+from qlora_phi3.training.interrupt import StopOnInterrupt
+from qlora_phi3.training.listener import EvalRecord, Listener, Recorder
+from qlora_phi3.training.trainer import Phi3Trainer
+
+#: Tokens of a micro-batch where neither the recipe nor a longer row asks for more: enough to keep the matmuls busy
+#: beside the dequantization, which costs the same whatever the micro-batch holds.
+USUAL_MICRO_BATCH_TOKENS = 1024
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "qlora-phi3")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """How a finished run ended."""
+
+    folder: RunFolder
+    steps: int
+    loss_before: float | None
+    loss_after: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ready:
+    """Everything that stands before the first step."""
+
+    architecture: Architecture
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    device: torch.device
+    precision: Precision
+
+
+def run(
+    recipe: Recipe, name: str, base_folder: Path, *, listener: Listener, resume: RunFolder | None = None
+) -> RunResult:
+    """Train what the recipe says.
+
+    Args:
+        name: of the recipe; its runs lie under `<output_dir>/<name>/`.
+        base_folder: where relative paths of the recipe are looked for when the working folder has no such file.
+        resume: the folder of an unfinished run of the same recipe and data to go on with.
+
+    Raises:
+        UserError: anything a person can mend; the run folder's report says the same.
+    """
+    started = time.perf_counter()
+    recipe = _with_found_paths(recipe, base_folder)
+    if resume is not None:
+        check_resumable(resume, recipe)
+    ready = _prepare(recipe, base_folder, listener)
+    folder = resume or create_run_folder(Path(recipe.training.output_dir), name)
+    report = _first_report(recipe, ready, resume)
+    write_atomically(folder.recipe, recipe_as_toml(recipe))
+    write_report(folder, report)
+    listener.say(f"Run folder: {folder.path}")
+    try:
+        result = _train(recipe, ready, folder, listener, report, started, resuming=resume is not None)
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+        write_report(
+            folder, {**report, "status": status, "error": str(error), "seconds": time.perf_counter() - started}
+        )
+        raise
+    return result
+
+
+def _with_found_paths(recipe: Recipe, base_folder: Path) -> Recipe:
+    """The recipe with local files and folders as absolute paths, so that the run folder's copy repeats the run."""
+
+    def find(place: str) -> str:
+        for candidate in (Path(place).expanduser(), base_folder / place):
+            if candidate.exists():
+                return str(candidate.resolve())
+        return place
+
+    def find_all(places: Any) -> Any:
+        return [find(place) for place in places] if isinstance(places, list) else places and find(places)
+
+    data = recipe.data.model_copy(update={"train": find_all(recipe.data.train), "eval": find_all(recipe.data.eval)})
+    model = recipe.model.model_copy(update={"name": find(recipe.model.name)})
+    return recipe.model_copy(update={"data": data, "model": model})
+
+
+def _prepare(recipe: Recipe, base_folder: Path, listener: Listener) -> _Ready:
+    """Everything that can fail cheaply, before any weight is read."""
+    architecture = read_architecture(recipe.model.name, recipe.model.revision)
+    if recipe.training.max_length > architecture.max_position_embeddings:
+        raise UserError(
+            f"[training] max_length = {recipe.training.max_length}, and {recipe.model.name} has "
+            f"{architecture.max_position_embeddings} positions.",
+            f"Write max_length = {architecture.max_position_embeddings} or less.",
+        )
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    precision = choose_precision(recipe.compute_dtype, device)
+    tokenizer = load_tokenizer(recipe.model)
+    table = recipe.data
+    data = prepare_datasets(
+        train=_listed(table.train),
+        evaluation=_listed(table.eval),
+        eval_size=table.eval_size if recipe.training.do_eval else 0,
+        split_seed=table.split_seed,
+        split=table.split,
+        eval_split=table.eval_split,
+        subset=table.subset,
+        revision=table.revision,
+        format=table.format,
+        fields=table.fields,
+        loss_on=table.loss_on,
+        max_length=recipe.training.max_length,
+        max_rows=table.max_rows,
+        max_eval_rows=table.max_eval_rows,
+        tokenizer=tokenizer,
+        template=choose_template(tokenizer, table.chat_template),
+        base_folder=base_folder,
+        progress=listener.progress,
+    )
+    for line in data.report.summary_lines():
+        listener.say(line)
+    for line in data.report.warning_lines():
+        listener.warn(line)
+    return _Ready(architecture=architecture, tokenizer=tokenizer, data=data, device=device, precision=precision)
+
+
+def _listed(places: str | list[str] | None) -> Sequence[str]:
+    return [places] if isinstance(places, str) else places or []
+
+
+def _load(recipe: Recipe, ready: _Ready, listener: Listener) -> PeftModel:
+    listener.progress("Loading the base model", 0, None)
+    base = load_base(
+        recipe.model,
+        recipe.quantization,
+        ready.architecture,
+        precision=ready.precision,
+        device=ready.device,
+        longest_row=ready.data.report.longest_row,
+    )
+    set_seed(recipe.training.seed)
+    model = attach_adapter(base, recipe.lora)
+    if recipe.training.gradient_checkpointing:
+        enable_checkpointing(model)
+    coverage = measure_coverage(model)
+    listener.progress("Loading the base model", 1, 1)
+    kind = recipe.quantization.bnb_4bit_quant_type.upper() if recipe.quantization.load_in_4bit else "unquantized"
+    dtype = str(ready.precision.compute_dtype).removeprefix("torch.")
+    listener.say(
+        f"Model: {recipe.model.name}, {kind}, computing in {dtype} on {describe_device(ready.device)} ({ready.precision.reason})"
+    )
+    listener.say(
+        f"Adapter: {coverage.trainable_parameters:,} parameters in fp32 on {', '.join(coverage.targets)}; "
+        f"covers {coverage.share:.0%} of the linear weights"
+    )
+    return model
+
+
+def plan_micro_batches_of(recipe: Recipe, architecture: Architecture, *, rows: int | None) -> MicroBatchPlan:
+    """The layout of a batch: `rows` a micro-batch where the recipe fixes them, else as many as fit the usual tokens."""
+    training = recipe.training
+    return MicroBatchPlan(
+        max_tokens=max(USUAL_MICRO_BATCH_TOKENS, training.max_length) if rows is None else rows * training.max_length,
+        max_rows=rows or training.batch_size,
+        packing=training.packing,
+        longrope_boundary=architecture.longrope_boundary,
+    )
+
+
+def build_trainer(
+    recipe: Recipe, ready: _Ready, model: PeftModel, folder: RunFolder, listener: Listener
+) -> Phi3Trainer:
+    """The Trainer of a recipe, ready to train."""
+    training = recipe.training
+    evaluation = ready.data.evaluation
+    eval_rows = training.per_device_eval_batch_size
+    arguments = build_arguments(
+        training,
+        folder.checkpoints,
+        device=ready.device,
+        compute_dtype=ready.precision.compute_dtype,
+        evaluates=evaluation is not None,
+    )
+    listener.say(f"Optimizer: {choose_optimizer(training, ready.device)}, {training.batch_size} rows a step")
+    return Phi3Trainer(
+        model,
+        arguments,
+        train_dataset=ready.data.train,
+        eval_dataset=evaluation,
+        tokenizer=ready.tokenizer,
+        plan=plan_micro_batches_of(recipe, ready.architecture, rows=training.micro_batch_size),
+        eval_plan=plan_micro_batches_of(
+            recipe, ready.architecture, rows=eval_rows if isinstance(eval_rows, int) else training.micro_batch_size
+        ),
+        compute_dtype=ready.precision.compute_dtype,
+        listener=listener,
+    )
+
+
+def _train(
+    recipe: Recipe,
+    ready: _Ready,
+    folder: RunFolder,
+    listener: Listener,
+    report: dict[str, Any],
+    started: float,
+    *,
+    resuming: bool,
+) -> RunResult:
+    checkpoint = _find_and_tell(folder, listener) if resuming else None
+    cut_metrics(folder, step_of(checkpoint) if checkpoint else -1)
+    model = _load(recipe, ready, listener)
+    recorder = Recorder(listener, folder)
+    trainer = build_trainer(recipe, ready, model, folder, recorder)
+    if ready.data.evaluation is not None and checkpoint is None:
+        trainer.evaluate()
+    with StopOnInterrupt(listener) as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.asked:
+        raise Interrupted(
+            f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; everything is saved.",
+            f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}",
+        )
+    _measure_the_end(trainer, recorder, best=recipe.training.load_best_model_at_end)
+    save_adapter(model, ready.tokenizer, recipe, folder.adapter, sample=ready.data.train)
+    seconds = time.perf_counter() - started
+    losses = [record.eval_loss for record in recorder.evaluations()]
+    before, after = (losses[0], losses[-1]) if len(losses) > 1 else (None, losses[-1] if losses else None)
+    write_report(
+        folder,
+        {
+            **report,
+            "status": "done",
+            "steps": trainer.state.global_step,
+            "eval_loss_before": before,
+            "eval_loss_after": after,
+            "seconds": seconds,
+            "peak_memory_bytes": recorder.peak_memory_bytes,
+        },
+    )
+    return RunResult(
+        folder=folder, steps=trainer.state.global_step, loss_before=before, loss_after=after, seconds=seconds
+    )
+
+
+def _measure_the_end(trainer: Phi3Trainer, recorder: Recorder, *, best: bool) -> None:
+    """Score the adapter that is handed out, unless the last evaluation did."""
+    last: EvalRecord | None = next(reversed(recorder.evaluations()), None)
+    if trainer.eval_dataset is not None and (best or last is None or last.step != trainer.state.global_step):
+        trainer.evaluate()
+
+
+def check_resumable(folder: RunFolder, recipe: Recipe) -> None:
+    """Refuse to go on with a run that is done, or with another recipe than it began with.
+
+    Raises:
+        RunError: with the tables that differ.
+    """
+    report = folder.read_report()
+    if report.get("status") == "done":
+        raise RunError(f"{folder.path} is done; there is nothing to resume.", "Leave --resume out to start a new run.")
+    was, now = report.get("recipe", {}), recipe.model_dump(mode="json")
+    differing = [
+        f"[{table}] {key}" for table in now for key in now[table] if now[table][key] != was.get(table, {}).get(key)
+    ]
+    if differing:
+        raise RunError(
+            f"The recipe differs from the one {folder.path} began with in {', '.join(differing)}.",
+            f"Go on with its own: qlora-phi3 run {folder.recipe} --resume {folder.path}",
+        )
+
+
+def _find_and_tell(folder: RunFolder, listener: Listener) -> Path | None:
+    checkpoint, broken = find_checkpoint(folder.checkpoints)
+    for path in broken:
+        listener.warn(f"{path} is not whole and is passed over.")
+    listener.say(
+        f"Going on from {checkpoint}" if checkpoint else "No whole checkpoint yet: starting from the first step."
+    )
+    return checkpoint
+
+
+def _first_report(recipe: Recipe, ready: _Ready, resume: RunFolder | None) -> dict[str, Any]:
+    """What is known of a run before its first step."""
+    data = asdict(ready.data.report)
+    if resume is not None and (was := resume.read_report().get("data", {}).get("sha256")) != data["sha256"]:
+        raise RunError(
+            f"The data changed since {resume.path} began (sha256 {str(was)[:12]} -> {data['sha256'][:12]}).",
+            "Start a new run.",
+        )
+    text = recipe_as_toml(recipe)
+    return {
+        "status": "running",
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "data": data,
+        "seed": recipe.training.seed,
+        "device": describe_device(ready.device),
+        "compute_dtype": str(ready.precision.compute_dtype).removeprefix("torch."),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+    }
+
+
+def describe_device(device: torch.device) -> str:
+    """The card's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,175 @@
+"""TRL's SFTTrainer, given whole optimizer batches: `step.py` splits them, and the loss is our own."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import rotate_checkpoints
+from trl import SFTConfig, SFTTrainer
+
+from qlora_phi3.step import Batch, MicroBatchPlan, collate, evaluate, forward_backward
+from qlora_phi3.training.checkpoint import seal, whole_or_gone
+from qlora_phi3.training.divergence import GradientGuard, check_loss
+from qlora_phi3.training.listener import EvalRecord, Listener, StepRecord
+from qlora_phi3.training.memory import peak_memory_bytes
+
+
+class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
+    """Trains on `Batch`es: one training step of the Trainer is one optimizer step, whatever the micro-batches.
+
+    Args:
+        args: with the rows of an optimizer step as per_device_train_batch_size and no accumulation.
+        plan: how a batch is laid out in tensors; `eval_plan` the same for the held-out rows.
+        compute_dtype: of the matmuls; the adapter stays in fp32.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: SFTConfig,
+        *,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None,
+        tokenizer: PreTrainedTokenizerBase,
+        plan: MicroBatchPlan,
+        eval_plan: MicroBatchPlan,
+        compute_dtype: torch.dtype,
+        listener: Listener,
+    ) -> None:
+        self.compute_dtype = compute_dtype
+        self.listener = listener
+        self.eval_plan = eval_plan
+        self._last: tuple[Batch, float, float] | None = None  # batch, its loss, its token accuracy
+        self._step_started = time.perf_counter()
+        base = model.get_base_model()
+        with _untouched(model, base):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=partial(collate, plan=plan),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                callbacks=[GradientGuard(scaled=args.fp16)],
+            )
+        # A tokenizer re-saved beside an adapter gives other ids (FACTS of transformers 5); the run copies the base's files.
+        self.processing_class = None
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], None]:
+        """The next optimizer batch, which counts its own supervised tokens."""
+        return list(islice(epoch_iterator, num_batches)), None
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of all micro-batches; returns the loss of the batch."""
+        self._step_started = time.perf_counter()
+        model.train()
+        result = forward_backward(model, inputs, compute_dtype=self.compute_dtype, backward=self.accelerator.backward)
+        loss = float(result.loss)
+        check_loss(loss, self.state.global_step + 1)
+        self._last = inputs, loss, float(result.num_correct) / max(1, inputs.num_supervised)
+        return result.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Pass an optimizer step on to the listener, with what only the Trainer knows of it."""
+        if self._last is not None and "grad_norm" in logs:
+            batch, loss, accuracy = self._last
+            self._last = None
+            seconds = time.perf_counter() - self._step_started
+            logs["loss"] = loss
+            record = StepRecord(
+                step=self.state.global_step,
+                epoch=round(self.state.epoch or 0.0, 4),
+                loss=loss,
+                token_accuracy=accuracy,
+                learning_rate=logs["learning_rate"],
+                grad_norm=logs["grad_norm"],
+                rows=batch.num_rows,
+                tokens=batch.num_tokens,
+                supervised_tokens=batch.num_supervised,
+                step_seconds=seconds,
+                tokens_per_second=batch.num_tokens / seconds,
+                peak_memory_bytes=peak_memory_bytes(self.args.device),
+            )
+            self.listener.step(record)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: Sequence[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean loss over the supervised tokens of all held-out rows, each token counting the same."""
+        started = time.perf_counter()
+        rows = self.get_eval_dataloader(eval_dataset)
+        total_loss = correct = tokens = 0.0
+        for done, (batch, result) in enumerate(evaluate(self.model, rows, compute_dtype=self.compute_dtype), start=1):
+            total_loss += float(result.loss) * batch.num_supervised
+            correct += float(result.num_correct)
+            tokens += batch.num_supervised
+            self.listener.progress("Measuring on held-out rows", done, len(rows))
+        metrics = {"eval_loss": total_loss / max(1.0, tokens), "eval_token_accuracy": correct / max(1.0, tokens)}
+        seconds = time.perf_counter() - started
+        self.log(metrics)
+        self.listener.evaluated(
+            EvalRecord(step=self.state.global_step, supervised_tokens=int(tokens), seconds=seconds, **metrics)
+        )
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader[Batch]:
+        """The held-out rows in their own order, as many at a time as an optimizer step takes."""
+        rows: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
+        return DataLoader(
+            rows,
+            batch_size=self.args.per_device_eval_batch_size,
+            sampler=SequentialSampler(rows),
+            collate_fn=partial(collate, plan=self.eval_plan),
+        )
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Not counted: the Trainer would look for tensors in the batch."""
+        return 0
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint, seal it, and only then let older ones go."""
+        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with whole_or_gone(target):
+                super()._save_checkpoint(model, trial)
+                seal(target)
+        finally:
+            self.args.save_total_limit = limit
+        rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
+        self.listener.saved(target)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Left to the export: a checkpoint is no model to publish."""
+
+
+@contextmanager
+def _untouched(model: PeftModel, base: nn.Module) -> Iterator[None]:
+    """Undo what TRL 1.16's constructor does to a 4-bit model.
+
+    It casts every trainable tensor to bf16, whose step is coarser than most updates, and replaces the forward by its own
+    fused head. To be removed when TRL has options for both.
+    """
+    tensors = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    base.__dict__.pop("forward", None)
+    for name, parameter in model.named_parameters():
+        if name in tensors:
+            parameter.data = tensors[name]

@@ -1,0 +1,121 @@
+"""What every contender of bench_train.py shares: its arguments, the clock of its steps, and the file it leaves.
+
+Imported by scripts that run in different virtual environments, so nothing here imports more than it must.
+Sizes are bytes, durations seconds.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+#: The libraries whose versions decide a figure.
+LIBRARIES = (
+    "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "unsloth", "unsloth_zoo",
+    "qlora-phi3",
+)  # fmt: skip
+
+
+def read_arguments() -> argparse.Namespace:
+    """Parse what bench_train.py passes to a contender, pin the process to one core and torch to one thread."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--base", type=Path, required=True, help="model folder")
+    parser.add_argument("--rows", type=Path, required=True, help="JSON lines of input_ids and labels, in order")
+    parser.add_argument("--adapter", type=Path, help="initial LoRA adapter, loaded before the first step")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--work", type=Path, required=True, help="empty folder for whatever the tool writes")
+    parser.add_argument("--quantization", choices=("nf4", "none"), required=True)
+    parser.add_argument("--compute", choices=("float32", "bfloat16"), required=True)
+    parser.add_argument("--checkpointing", choices=("on", "off"), required=True)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--core", type=int)
+    arguments = parser.parse_args()
+    if arguments.core is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {arguments.core})
+    return arguments
+
+
+def read_rows(path: Path) -> list[dict[str, list[int]]]:
+    """Read the rows all contenders train on: `input_ids` and `labels` (-100 where unsupervised)."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def peak_memory_bytes() -> int:
+    """The process's high-water mark of resident memory since it started, imports and loading included."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def step_clock() -> Any:
+    """A TrainerCallback whose `steps` holds, per optimizer step, wall seconds, processor seconds, loss and grad norm."""
+    from transformers import TrainerCallback
+
+    class StepClock(TrainerCallback):
+        def __init__(self) -> None:
+            self.steps: list[dict[str, float]] = []
+            self.peak_before_training_bytes = 0
+
+        def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
+            self.peak_before_training_bytes = peak_memory_bytes()
+
+        def on_step_begin(self, *_args: Any, **_kwargs: Any) -> None:
+            self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+        def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
+            self.steps.append(
+                {"step_seconds": time.perf_counter() - self._wall, "cpu_seconds": time.process_time() - self._cpu}
+            )
+
+        def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, Any], **_kwargs: Any) -> None:
+            if "loss" in logs and self.steps:
+                self.steps[state.global_step - 1] |= {"loss": logs["loss"], "grad_norm": float(logs["grad_norm"])}
+
+    return StepClock()
+
+
+def load_initial_adapter(model: Any, folder: Path | None) -> None:
+    """Copy a saved adapter's weights into a PEFT model in place, and say how many tensors found their place."""
+    if folder is None:
+        return
+    import torch
+    from safetensors.torch import load_file
+
+    saved = load_file(str(folder / "adapter_model.safetensors"))
+    own = {name.replace(".default.", "."): parameter for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            own[name].copy_(tensor)
+    print(f"initial adapter: {len(saved)} tensors copied")
+
+
+def write_result(arguments: argparse.Namespace, contender: str, clock_steps: list[dict[str, float]], **more: Any) -> None:
+    """Write the contender's JSON: settings, versions, steps and the peak of the whole process."""
+    versions = {}
+    for library in LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    result = {
+        "contender": contender,
+        "quantization": arguments.quantization,
+        "compute": arguments.compute,
+        "checkpointing": arguments.checkpointing,
+        "steps": clock_steps,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "versions": versions,
+        **more,
+    }
+    arguments.out.write_text(json.dumps(result, indent=1), encoding="utf-8")

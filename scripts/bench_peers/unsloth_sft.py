@@ -1,0 +1,65 @@
+"""Unsloth's own path on a CPU: FastLanguageModel and SFTTrainer, on rows tokenised beforehand. One contender of bench_train.py."""
+
+from common import load_initial_adapter, read_arguments, read_rows, step_clock, write_result
+
+arguments = read_arguments()
+
+import unsloth  # noqa: E402, F401, I001  (Unsloth wants to be imported before the libraries it patches)
+import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from trl import SFTConfig, SFTTrainer  # noqa: E402
+from unsloth import FastLanguageModel  # noqa: E402
+
+torch.set_num_threads(1)
+model, tokenizer = FastLanguageModel.from_pretrained(
+    str(arguments.base),
+    dtype=getattr(torch, arguments.compute),
+    load_in_4bit=arguments.quantization == "nf4",
+    max_seq_length=arguments.max_length,
+)
+model = FastLanguageModel.get_peft_model(
+    model,
+    r=16,
+    lora_alpha=16,
+    lora_dropout=0.0,
+    target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    use_gradient_checkpointing="unsloth" if arguments.checkpointing == "on" else False,
+    random_state=42,
+)
+load_initial_adapter(model, arguments.adapter)
+clock = step_clock()
+trainer = SFTTrainer(
+    model=model,
+    processing_class=tokenizer,
+    args=SFTConfig(
+        output_dir=str(arguments.work),
+        use_cpu=True,
+        bf16=arguments.compute == "bfloat16",
+        fp16=False,
+        per_device_train_batch_size=arguments.batch_size,
+        num_train_epochs=1,
+        max_length=arguments.max_length,
+        learning_rate=2e-4,
+        lr_scheduler_type="constant",
+        optim="adamw_torch",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        gradient_checkpointing=arguments.checkpointing == "on",
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        seed=42,
+    ),
+    train_dataset=Dataset.from_list(read_rows(arguments.rows)),
+    callbacks=[clock],
+)
+trainer.train()
+trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+write_result(
+    arguments,
+    "unsloth",
+    clock.steps,
+    peak_before_training_bytes=clock.peak_before_training_bytes,
+    trainable_parameters=trainable,
+)

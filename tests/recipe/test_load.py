@@ -1,0 +1,440 @@
+"""Recipes: what is read, what is refused, and in which words."""
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from qlora_phi3.errors import RecipeError
+from qlora_phi3.recipe.load import TABLES, Recipe, load_recipe, recipe_as_toml, recipe_schema
+from qlora_phi3.recipe.problems import format_toml
+from qlora_phi3.recipe.names import ALIASES, REPLACED
+
+SHORTEST = '[model]\nname = "base"\n[data]\ntrain = "chats.jsonl"\n'
+
+SAMPLE_FINETUNE = {  # training_config and peft_config of Microsoft's sample_finetune.py, as they stand there
+    "training": {
+        "bf16": True, "do_eval": False, "learning_rate": 5.0e-06, "log_level": "info", "logging_steps": 20,
+        "logging_strategy": "steps", "lr_scheduler_type": "cosine", "num_train_epochs": 1, "max_steps": -1,
+        "output_dir": "./checkpoint_dir", "overwrite_output_dir": True, "per_device_eval_batch_size": 4,
+        "per_device_train_batch_size": 4, "remove_unused_columns": True, "save_steps": 100, "save_total_limit": 1,
+        "seed": 0, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "gradient_accumulation_steps": 1, "warmup_ratio": 0.2,
+    },
+    "lora": {
+        "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none", "task_type": "CAUSAL_LM",
+        "target_modules": "all-linear", "modules_to_save": None,
+    },
+}  # fmt: skip
+LORA_NOTEBOOK = {  # TrainingArguments and LoraConfig of the two CookBook notebooks, on a card with bfloat16
+    "training": {
+        "output_dir": "./phi-3-mini-LoRA", "evaluation_strategy": "steps", "do_eval": True, "optim": "adamw_torch",
+        "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 8,
+        "log_level": "debug", "save_strategy": "epoch", "logging_steps": 100, "learning_rate": 1e-4, "fp16": False,
+        "bf16": True, "eval_steps": 100, "num_train_epochs": 3, "warmup_ratio": 0.1, "lr_scheduler_type": "linear",
+        "report_to": "wandb", "seed": 42,
+    },
+    "lora": {
+        "r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "task_type": "CAUSAL_LM",
+        "target_modules": ["k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"],
+    },
+}  # fmt: skip
+INFERENCE_NOTEBOOK = {
+    "training": {
+        "evaluation_strategy": "steps", "per_device_train_batch_size": 7, "gradient_accumulation_steps": 4,
+        "gradient_checkpointing": True, "learning_rate": 1e-4, "fp16": False, "bf16": True, "max_steps": -1,
+        "num_train_epochs": 3, "save_strategy": "epoch", "logging_steps": 10, "output_dir": "new-model",
+        "optim": "paged_adamw_32bit", "lr_scheduler_type": "linear", "max_seq_length": 128,
+    },
+}  # fmt: skip
+
+
+def read(folder: Path, text: str, *overrides: str) -> Recipe:
+    path = folder / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return load_recipe(path, overrides)
+
+
+def refusal(folder: Path, text: str, *overrides: str) -> str:
+    """What the person is told, without the folder."""
+    with pytest.raises(RecipeError) as caught:
+        read(folder, text, *overrides)
+    return str(caught.value).replace(f"{folder / 'mine.toml'}", "mine.toml")
+
+
+def as_toml(tables: dict[str, dict[str, object]]) -> str:
+    """Tables in TOML, which has no None."""
+    lines = []
+    for table, keys in tables.items():
+        lines += [f"[{table}]", *(f"{key} = {format_toml(value)}" for key, value in keys.items() if value is not None)]
+    return "\n".join(lines)
+
+
+# What is read
+
+
+def test_the_shortest_recipe_has_a_sound_default_for_everything_else(tmp_path: Path):
+    recipe = read(tmp_path, SHORTEST)
+    assert (recipe.training.batch_size, recipe.training.micro_batch_size, recipe.training.max_length) == (
+        16,
+        None,
+        2048,
+    )
+    assert (recipe.quantization.load_in_4bit, recipe.compute_dtype, recipe.lora.target_modules) == (
+        *(True, "auto"),
+        "all-linear",
+    )
+
+
+def test_a_recipe_cannot_be_changed(tmp_path: Path):
+    recipe = read(tmp_path, SHORTEST)
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.lora.r = 3  # type: ignore[misc]
+
+
+def test_a_whole_number_may_stand_for_a_float(tmp_path: Path):
+    rate = read(tmp_path, SHORTEST + "[training]\nlearning_rate = 1").training.learning_rate
+    assert (rate, type(rate)) == (1.0, float)
+
+
+def test_a_file_with_the_mark_windows_editors_write_is_read(tmp_path: Path):
+    assert read(tmp_path, "\ufeff" + SHORTEST).model.name == "base"
+
+
+def test_set_changes_a_key_and_takes_a_bare_word_as_a_string(tmp_path: Path):
+    recipe = read(
+        tmp_path,
+        SHORTEST + "[lora]\nr = 8",
+        *("lora.r=32", "training.optim=adamw_torch", "data.train=['a.csv', 'b.csv']", "lora.rank_pattern.o_proj=4"),
+    )
+    assert (recipe.lora.r, recipe.training.optim, recipe.data.train) == (32, "adamw_torch", ["a.csv", "b.csv"])
+    assert recipe.lora.rank_pattern == {"o_proj": 4}
+
+
+def test_a_constant_schedule_has_no_warm_up_of_its_own(tmp_path: Path):
+    assert read(tmp_path, SHORTEST, "training.lr_scheduler_type=constant").training.warmup_steps == 0
+    assert read(tmp_path, SHORTEST).training.warmup_steps == 0.03
+
+
+def test_without_evaluation_none_is_planned(tmp_path: Path):
+    assert read(tmp_path, SHORTEST, "training.do_eval=false").training.eval_strategy == "no"
+
+
+def test_batch_size_is_the_product_of_a_pasted_pair(tmp_path: Path):
+    run = read(
+        tmp_path, SHORTEST, "training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=4"
+    ).training
+    assert (run.batch_size, run.micro_batch_size) == (32, 8)
+
+
+@pytest.mark.parametrize(("key", "micro"), [("per_device_train_batch_size=4", 4), ("gradient_accumulation_steps=2", 6)])
+def test_one_of_the_pair_divides_the_batch(tmp_path: Path, key: str, micro: int):
+    run = read(tmp_path, SHORTEST, "training.batch_size=12", f"training.{key}").training
+    assert (run.batch_size, run.micro_batch_size) == (12, micro)
+
+
+def test_a_pasted_bf16_is_the_compute_type(tmp_path: Path):
+    assert read(tmp_path, SHORTEST, "training.bf16=true").compute_dtype == "bfloat16"
+    assert read(tmp_path, SHORTEST, "training.fp16=true", "training.bf16=false").compute_dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=3", "training.bf16=true"),
+        ("training.lr_scheduler_type=constant", "training.do_eval=false", "training.adam_epsilon=1e-12"),
+        ("data.train='C:\\Users\\me\\a \"b\" é\t.jsonl'", "lora.rank_pattern={'layers.0.o_proj' = 4}"),
+        ("lora.layers_to_transform=[0, 2]", "lora.init_lora_weights=gaussian", "lora.lora_alpha=2.5"),
+    ],
+)
+def test_a_recipe_written_out_reads_back_equal(tmp_path: Path, overrides: tuple[str, ...]):
+    recipe = read(tmp_path, SHORTEST, *overrides)
+    text = recipe_as_toml(recipe)
+    assert read(tmp_path, text) == recipe
+    assert recipe_as_toml(read(tmp_path, text)) == text
+
+
+def test_every_character_survives_being_written_as_toml(tmp_path: Path):
+    name = "".join(map(chr, range(1, 256)))
+    recipe = Recipe.model_validate({"model": {"name": name}, "data": {"train": "x"}})
+    assert read(tmp_path, recipe_as_toml(recipe)).model.name == name
+
+
+# Names of the ecosystem
+
+
+def test_every_key_is_one_of_the_library_it_is_named_after():
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+    from trl import SFTConfig
+
+    names = {key: set(TABLES[key].model_fields) for key in TABLES}
+    assert names["lora"] <= {field.name for field in dataclasses.fields(LoraConfig)}
+    assert names["training"] - {"batch_size"} <= {field.name for field in dataclasses.fields(SFTConfig)}
+    assert names["quantization"] <= set(inspect.signature(BitsAndBytesConfig).parameters)
+
+
+def test_choices_are_those_of_the_libraries_and_removed_names_are_gone_from_them():
+    from transformers import SchedulerType
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.training_args import OptimizerNames
+    from trl import SFTConfig
+
+    keys = recipe_schema()["$defs"]["Training"]["properties"]
+    assert set(keys["lr_scheduler_type"]["enum"]) == {kind.value for kind in SchedulerType}
+    assert set(keys["optim"]["enum"]) - {"auto"} <= {kind.value for kind in OptimizerNames}
+    assert set(keys["report_to"]["anyOf"][0]["enum"]) == {*INTEGRATION_TO_CALLBACK, "all", "none"}
+    accepted = {field.name for field in dataclasses.fields(SFTConfig)}
+    assert not accepted & {name for name, told in REPLACED.items() if told.startswith(("was removed", "was renamed"))}
+
+
+def test_no_name_is_both_a_key_and_refused():
+    keys = {key for table in TABLES.values() for key in table.model_fields}
+    assert not keys & REPLACED.keys()
+    assert set(ALIASES.values()) <= keys
+    told_to_write = {key for told in REPLACED.values() for key in re.findall(r"write \[\w+\] (\w+) =", told)}
+    assert told_to_write <= keys
+
+
+def follow(messages: str, tables: dict[str, dict[str, object]]) -> None:
+    """Do to `tables` what each line asks for: delete the key, or write another in its place."""
+    for table, key, told in re.findall(r"\[(\w+)\] (\w+) (was .*)", messages):
+        value = tables[table].pop(key)
+        if replacement := re.search(r"write \[(\w+)\] (\w+) =", told):
+            tables.setdefault(replacement[1], {})[replacement[2]] = value
+
+
+@pytest.mark.parametrize("pasted", [SAMPLE_FINETUNE, LORA_NOTEBOOK, INFERENCE_NOTEBOOK])
+def test_microsofts_dictionaries_load_after_the_renames_our_messages_ask_for(
+    tmp_path: Path, pasted: dict[str, dict[str, object]]
+):
+    tables = {"model": {"name": "base"}, "data": {"train": "x"}, **{name: dict(keys) for name, keys in pasted.items()}}
+    follow(refusal(tmp_path, as_toml(tables)), tables)
+    recipe = read(tmp_path, as_toml(tables))
+    for table, keys in tables.items():
+        for key, value in keys.items():
+            if value is not None and key != "gradient_checkpointing_kwargs":
+                assert getattr(getattr(recipe, table), key) == value
+    assert recipe.compute_dtype == "bfloat16"
+
+
+# What is refused
+
+
+def test_an_unknown_key_is_answered_with_the_nearest_one(tmp_path: Path):
+    told = refusal(tmp_path, SHORTEST + "[lora]\nrnk = 8")
+    assert told == "mine.toml: [lora] has no key 'rnk'. Did you mean 'r'?"
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("[training]\nr = 8", "[training] has no key 'r'. It belongs to [lora]."),
+        (
+            "[training]\nlora_alhpa = 8",
+            "[training] has no key 'lora_alhpa'. Did you mean 'lora_alpha'? It belongs to [lora].",
+        ),
+        ("[training]\nlr = 1e-4", "[training] has no key 'lr'. Did you mean 'learning_rate'?"),
+        ("[training]\nxyz = 8", "[training] has no key 'xyz'. `qlora-phi3 recipe schema` lists every key."),
+        ("[trainig]\nseed = 8", "A recipe has no table [trainig]. Did you mean [training]?"),
+        (
+            "[wandb]\nseed = 8",
+            "A recipe has no table [wandb]. There are [model], [quantization], [lora], [data], [training].",
+        ),
+    ],
+)
+def test_a_misplaced_or_misspelt_name_is_led_home(tmp_path: Path, line: str, told: str):
+    assert refusal(tmp_path, SHORTEST + line) == f"mine.toml: {told}"
+
+
+def test_a_key_outside_of_every_table_and_a_table_that_is_none_are_told(tmp_path: Path):
+    told = refusal(tmp_path, "learning_rate = 1e-4\nlora = 16\n" + SHORTEST)
+    assert "mine.toml: learning_rate stands outside of every table. It belongs to [training]." in told
+    assert "mine.toml: lora = 16 must be a table: write [lora] and its keys below it." in told
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (
+            "warmup_ratio = 0.2",
+            "was removed: write [training] warmup_steps = 0.2 (below 1 it is a share of all steps).",
+        ),
+        ("group_by_length = true", "was removed: write [training] packing = true, which leaves no padding to save."),
+        ('evaluation_strategy = "epoch"', 'was renamed: write [training] eval_strategy = "epoch".'),
+        ("max_seq_length = 512", "was renamed: write [training] max_length = 512."),
+        ('torch_dtype = "float16"', 'was replaced: write [quantization] bnb_4bit_compute_dtype = "float16".'),
+        ("overwrite_output_dir = true", "was removed: delete it; every run gets a folder of its own under output_dir."),
+    ],
+)
+def test_a_removed_name_is_refused_with_the_one_that_replaced_it(tmp_path: Path, line: str, told: str):
+    name = line.partition(" ")[0]
+    assert refusal(tmp_path, f"{SHORTEST}[training]\n{line}") == f"mine.toml: [training] {name} {told}"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("lora.r='16'", '[lora] r = "16" must be a whole number of at least 1.'),
+        ("lora.r=true", "[lora] r = true must be a whole number of at least 1."),
+        ("lora.r=0", "[lora] r = 0 must be a whole number of at least 1."),
+        ("lora.lora_alpha=true", "[lora] lora_alpha = true must be a number above 0."),
+        ("lora.lora_dropout=1", "[lora] lora_dropout = 1 must be a number of at least 0 and below 1."),
+        ("lora.use_dora=1", "[lora] use_dora = 1 must be true or false."),
+        ("lora.target_modules=[]", "[lora] target_modules = [] must be text in quotes or a list of such. It is empty."),
+        (
+            "lora.rank_pattern={x = 'y'}",
+            'rank_pattern = { x = "y" } must be a table, each a whole number of at least 1.',
+        ),
+        ("lora.init_lora_weights=pissa", "their adapter fits that base alone."),
+        ("model.name=", '[model] name = "" must be text in quotes. It is empty.'),
+        ("model.attn_implementation=flash_attention_2", "sdpa does flash-attn's work without a build step."),
+        ("data.eval_size=0", "to train on every row write [training] do_eval = false."),
+        ("data.eval_size=1.5", "[data] eval_size = 1.5 must be a share below 1 or a whole number."),
+        ("training.optim=paged_adamw", 'Did you mean "paged_adamw_8bit"?'),
+        ("training.max_steps=0", "[training] max_steps = 0 must be -1 or a whole number of at least 1."),
+        ("training.max_length=7", "[training] max_length = 7 must be a whole number of at least 8."),
+        ("training.learning_rate=0", "[training] learning_rate = 0 must be a number above 0."),
+        ("training.learning_rate=inf", "[training] learning_rate = inf must be a number above 0."),
+        ("training.warmup_steps=-1", "[training] warmup_steps = -1 must be a share below 1 or a whole number."),
+        (
+            "training.gradient_checkpointing_kwargs.use_reentrant=true",
+            "must be { use_reentrant = false }. The reentrant",
+        ),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_is_expected(tmp_path: Path, override: str, told: str):
+    message = refusal(tmp_path, SHORTEST, override)
+    assert told in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ("batch_size = 16\nper_device_train_batch_size = 4\ngradient_accumulation_steps = 2", "4 x 2 = 8: delete one"),
+        ("batch_size = 16\nper_device_train_batch_size = 3", "3 does not divide batch_size = 16."),
+        ("per_device_train_batch_size = 3", "alone leaves the optimizer's batch open: add batch_size, for example 15."),
+        (
+            "gradient_accumulation_steps = 32",
+            "alone leaves the optimizer's batch open: add batch_size, for example 32.",
+        ),
+        (
+            'lr_scheduler_type = "constant"\nwarmup_steps = 10',
+            '"constant" ignores warmup_steps = 10: write warmup_steps = 0',
+        ),
+        ('lr_scheduler_type = "cosine_with_min_lr"', "needs lr_scheduler_kwargs with min_lr or min_lr_rate."),
+        ('lr_scheduler_type = "greedy"\neval_strategy = "no"', "follows the held-out loss"),
+        ('do_eval = false\neval_strategy = "steps"', "contradict each other"),
+        ("save_steps = 0", 'save_steps = 0 is no interval: write at least 1, or save_strategy = "no".'),
+        ('load_best_model_at_end = true\nsave_strategy = "epoch"', "needs a measured loss at every checkpoint"),
+        ("load_best_model_at_end = true\nsave_steps = 0.3", "needs a measured loss at every checkpoint"),
+        ("bf16 = true\nfp16 = true", "bf16 and fp16 cannot both be true: keep one."),
+        ("bf16 = false", "bf16 = false names no type: delete it, or set [quantization]"),
+        (
+            'bf16 = true\n[quantization]\nbnb_4bit_compute_dtype = "float32"',
+            'compute_dtype = "float32" differ: keep one.',
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(tmp_path: Path, lines: str, told: str):
+    assert told in refusal(tmp_path, f"{SHORTEST}[training]\n{lines}")
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_best_checkpoint_can_be_kept_where_every_checkpoint_is_measured(tmp_path: Path, strategy: str):
+    lines = (
+        f'load_best_model_at_end = true\nsave_strategy = "{strategy}"\neval_strategy = "{strategy}"\nsave_steps = 0.6'
+    )
+    assert read(tmp_path, f"{SHORTEST}[training]\n{lines}").training.load_best_model_at_end
+
+
+def test_every_problem_is_told_at_once_and_where_it_comes_from(tmp_path: Path):
+    told = refusal(tmp_path, "[lora]\nrnk = 8\nr = 0\n[training]\nsave_steps = 0", "training.seed=-1", "data.trian=x")
+    assert told.splitlines() == [
+        "mine.toml has 6 problems:",
+        "mine.toml: There is no table [model], and a recipe needs it, with name at least.",
+        "mine.toml: [lora] r = 0 must be a whole number of at least 1.",
+        "mine.toml: [lora] has no key 'rnk'. Did you mean 'r'?",
+        f"mine.toml: [data] needs train: {TABLES['data'].model_fields['train'].description}",
+        "--set data.trian=x: [data] has no key 'trian'. Did you mean 'train'?",
+        f"--set training.seed=-1: [training] seed = -1 must be a whole number of at least 0 and at most {2**32 - 1}.",
+    ]
+
+
+@pytest.mark.parametrize("override", ["lora.r", "r=3", "lora=3", ".r=3", "lora.=3"])
+def test_an_override_that_is_none_is_refused(tmp_path: Path, override: str):
+    told = refusal(tmp_path, SHORTEST, override)
+    assert told == f"--set {override} is not table.key=value. Write it like: --set lora.r=32"
+
+
+def test_an_override_below_a_value_is_refused(tmp_path: Path):
+    assert "goes below r, which is no table." in refusal(tmp_path, SHORTEST + "[lora]\nr = 3", "lora.r.x=3")
+
+
+@pytest.mark.parametrize(
+    ("line", "cure"),
+    [
+        ("bf16 = True,", "TOML writes key = true, without a comma at the end; for None delete the line."),
+        ('"r": 16,', "TOML writes key = true, without a comma at the end; for None delete the line."),
+        ('train = "C:\\Users\\me\\chats.jsonl"', "Write folders with /, or the text in 'single quotes'."),
+        ("r = = 3", "The line is: r = = 3"),
+    ],
+)
+def test_what_is_not_toml_is_told_with_its_line_and_the_usual_cure(tmp_path: Path, line: str, cure: str):
+    told = refusal(tmp_path, f"[lora]\n{line}\n")
+    assert told.startswith("mine.toml is not TOML: ")
+    assert "at line 2, column" in told
+    assert cure in told
+
+
+def test_a_file_that_is_missing_is_answered_with_its_neighbour(tmp_path: Path):
+    (tmp_path / "chat.toml").touch()
+    with pytest.raises(RecipeError, match=r"chta\.toml: there is no such recipe\. Did you mean .*chat\.toml\?"):
+        load_recipe(tmp_path / "chta.toml")
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path):
+    with pytest.raises(RecipeError, match=r"cannot be read: .* Give the path of a \.toml file\."):
+        load_recipe(tmp_path)
+
+
+def test_text_in_another_encoding_is_refused(tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    path.write_text(SHORTEST, encoding="utf-16")
+    with pytest.raises(RecipeError, match=r"is not UTF-8 text \(byte 0\)\. Save it as UTF-8\."):
+        load_recipe(path)
+
+
+# The schema and the start
+
+
+def test_the_schema_describes_every_key_and_knows_no_null():
+    schema = recipe_schema()
+    assert list(schema["properties"]) == list(TABLES)
+    for table in TABLES.values():
+        definition = schema["$defs"][table.__name__]
+        assert definition["additionalProperties"] is False
+        for key, part in definition["properties"].items():
+            assert len(part["description"]) > 10, key
+            assert {"$ref", "anyOf", "const", "enum", "type"} & part.keys(), key
+    assert "null" not in str(schema)
+    assert "None" not in str(schema)
+
+
+def test_a_bad_recipe_is_reported_before_torch_is_imported(tmp_path: Path):
+    (tmp_path / "bad.toml").write_text("[lora]\nrnk = 8\n", encoding="utf-8")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from qlora_phi3.errors import RecipeError; from qlora_phi3.recipe.load import load_recipe\n"
+        "try: load_recipe(Path('bad.toml'))\n"
+        "except RecipeError: print({'torch', 'transformers', 'numpy', 'rich'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Elements of one tile of logits: 64 MiB in fp32, 512 positions of Phi-3's 32,064 tokens.
-TILE_ELEMENTS = 2**24
+#: Elements of one tile of logits: 32 MiB in fp32, 261 positions of Phi-3's 32,064 tokens. On CPU (Zen 5, 49,152 tokens) 2**22 and
+#: 2**23 were 15 % faster than 2**24, whose buffers come fresh from the system each time, and 2.6 x as fast as 2**19.
+TILE_ELEMENTS = 2**23
 IGNORED = -100
 
 

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from qlora_phi3.architecture import Architecture
+from qlora_phi3.attention import BY_DOCUMENT, register_attention, without_mask
 from qlora_phi3.errors import ModelError
 from qlora_phi3.loss import chunked_cross_entropy, select_supervised
 from qlora_phi3.recipe.tables import Lora, Model, Quantization
@@ -32,15 +33,24 @@ class Phi3ForChunkedLoss(Phi3ForCausalLM):  # type: ignore[misc]
     """Phi-3 whose forward, given labels, returns the chunked loss and never the logits."""
 
     def forward(
-        self, *args: Any, labels: Tensor | None = None, num_items_in_batch: int | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        num_items_in_batch: int | None = None,
+        document_lengths: tuple[int, ...] | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As `Phi3ForCausalLM.forward`; `labels` are unshifted, and the summed loss is divided by `num_items_in_batch`.
 
-        Without `num_items_in_batch` the loss is the mean over the supervised positions.
+        Without `num_items_in_batch` the loss is the mean over the supervised positions. `document_lengths` says where the
+        documents of a packed sequence end.
         """
         if labels is None:
-            return super().forward(*args, **kwargs)
-        hidden = self.model(*args, use_cache=False, **kwargs).last_hidden_state
+            return super().forward(input_ids, **kwargs)
+        if document_lengths is not None and self.config._attn_implementation == BY_DOCUMENT:
+            kwargs |= {"document_lengths": document_lengths, "attention_mask": without_mask(self.device)}
+        hidden = self.model(input_ids, **{**kwargs, "use_cache": False}).last_hidden_state
         hidden, targets = select_supervised(hidden, labels)
         loss, num_correct = chunked_cross_entropy(
             hidden, _trained_weight(self.lm_head), targets, normaliser=num_items_in_batch or max(1, len(targets))
@@ -120,6 +130,7 @@ def load_base(
     Raises:
         ModelError: weights missing, cut short, of the wrong shape, or given only as a pickle.
     """
+    register_attention()
     with _only_errors():
         try:
             model, info = Phi3ForChunkedLoss.from_pretrained(
@@ -127,7 +138,7 @@ def load_base(
                 revision=table.revision,
                 dtype=precision.compute_dtype,
                 quantization_config=quantization_config(quantization, precision),
-                attn_implementation=table.attn_implementation,
+                attn_implementation=BY_DOCUMENT if table.attn_implementation == "sdpa" else table.attn_implementation,
                 device_map={"": device},
                 use_safetensors=True,
                 output_loading_info=True,

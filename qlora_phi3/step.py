@@ -34,8 +34,9 @@ class MicroBatchPlan:
 class Batch:
     """The rows of one optimizer step (or of one slice of the evaluation), as the model takes them."""
 
-    #: Keyword arguments of the model: input_ids, position_ids, labels, and attention_mask where rows are padded; int64.
-    micro_batches: tuple[dict[str, Tensor], ...]
+    #: Keyword arguments of the model: input_ids, position_ids, labels (int64), and attention_mask where rows are padded or
+    #: document_lengths where they are packed.
+    micro_batches: tuple[dict[str, Any], ...]
     num_rows: int
     #: Tokens without padding.
     num_tokens: int
@@ -77,17 +78,18 @@ def _row_tensors(row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return torch.as_tensor(row["input_ids"], dtype=torch.int64), labels
 
 
-def _lay_end_to_end(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """One sequence; the reset position_ids tell transformers where a document ends, as long as no cache is used."""
+def _lay_end_to_end(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One sequence; document_lengths, and for transformers' own attention the reset position_ids, tell where a document ends."""
     pairs = [_row_tensors(row) for row in rows]
     return {
         "input_ids": torch.cat([ids for ids, _ in pairs])[None],
         "labels": torch.cat([labels for _, labels in pairs])[None],
         "position_ids": torch.cat([torch.arange(len(ids)) for ids, _ in pairs])[None],
+        "document_lengths": tuple(len(ids) for ids, _ in pairs),
     }
 
 
-def _pad(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+def _pad(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     pairs = [_row_tensors(row) for row in rows]
     pad = torch.nn.utils.rnn.pad_sequence
     ids = pad([ids for ids, _ in pairs], batch_first=True, padding_value=0)
@@ -140,9 +142,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _forward(model: nn.Module, micro: dict[str, Tensor], normaliser: int, compute_dtype: torch.dtype) -> StepResult:
+def _forward(model: nn.Module, micro: dict[str, Any], normaliser: int, compute_dtype: torch.dtype) -> StepResult:
     device = next(model.parameters()).device
-    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in micro.items()}
+    inputs = {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in micro.items()
+    }
     with torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
         output = model(**inputs, num_items_in_batch=max(1, normaliser))
     return StepResult(loss=output.loss, num_correct=output.num_correct)

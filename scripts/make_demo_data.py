@@ -1,8 +1,8 @@
 """Make the demo's data: questions and answers about the Python standard library, from its own docstrings.
 
 The modules' sources are read with `ast` and never imported. One object (module, class, function, method) becomes one
-conversation, and whole modules are held out, so no docstring of the held-out part, nor its neighbour's, is trained on. The
-same Python gives the same files. Standard library only.
+conversation, and whole modules are held out, so that neither a docstring of the held-out part nor its neighbour's is
+trained on. The same Python gives the same files. Standard library only.
 """
 
 import argparse
@@ -35,8 +35,9 @@ README = """# Questions and answers about the Python standard library
 
 Made by `scripts/make_demo_data.py` for the demo of qlora-phi3 from Python {version}.
 
-- Text: the first paragraphs of the docstrings in Python's standard library, (c) Python Software Foundation and the authors
-  of the modules, under the PSF licence agreement (https://docs.python.org/3/license.html). The questions are this script's.
+- Text: the first paragraphs of the docstrings in Python's standard library, (c) Python Software Foundation and the
+  authors of the modules, under the PSF licence agreement (https://docs.python.org/3/license.html). The questions are
+  this script's.
 - `chats.jsonl`: {num_training} conversations to train on, in `messages` format, shuffled.
 - `chats-heldout.jsonl`: {num_held_out} conversations about other modules.
 """
@@ -60,7 +61,7 @@ class Documented:
         return self.name.partition(".")[0]
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def find_sources(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -77,7 +78,7 @@ def find_sources(folder: Path) -> Iterator[tuple[str, Path]]:
 def clean_paragraph(docstring: str) -> str:
     """Return a docstring's first paragraph as one line, or nothing when it is no sentence to answer with.
 
-    Left out: what is too short or too long, a bare signature, an interactive session, and a line that introduces a list.
+    Left out: what is too short or too long, a bare signature, an interactive session, a line that introduces a list.
     """
     paragraph = " ".join(re.split(r"\n\s*\n", inspect.cleandoc(docstring), maxsplit=1)[0].split())
     is_sentence = len(paragraph) in ANSWER_LENGTHS and " " in paragraph and not paragraph.endswith(":")
@@ -130,8 +131,9 @@ def describe(node: ast.Module | ast.ClassDef | Function, name: str, kind: str) -
     """Yield the object, if its docstring gives an answer."""
     text = clean_paragraph(ast.get_docstring(node, clean=False) or "")
     if text:
-        is_called = isinstance(node, Function) and kind != "property"
-        signature = read_signature(node, name, is_method=kind == "method") if is_called else ""
+        signature = ""
+        if isinstance(node, Function) and kind != "property":
+            signature = read_signature(node, name, is_method=kind == "method")
         yield Documented(name=name, kind=kind, text=text, signature=signature)
 
 
@@ -144,7 +146,7 @@ def read_standard_library(folder: Path) -> list[Documented]:
     return list(found.values())
 
 
-# --- writing -----------------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 QUESTIONS = {
     "module": ("What is the Python module `{}` for?", "What does Python's `{}` module offer?"),

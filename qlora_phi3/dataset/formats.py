@@ -2,14 +2,14 @@
 
 | format | columns | becomes |
 |---|---|---|
-| `messages` | `messages` (OpenAI: role, content), `system`, `tools` | the turns; a message with `weight` 0 is not learned |
+| `messages` | `messages` (OpenAI: role, content), `system`, `tools` | the turns; one of `weight` 0 is not learned |
 | `sharegpt` | `conversations` (from/value or role/content), `system`, `tools` | the turns |
 | `alpaca` | `instruction`, `output`, `input`, `system`, `history` | history, then one question and one answer |
 | `prompt_completion` | `prompt`, `completion` (strings or message lists) | as turns; only the completion is learned |
 | `text` | `text` | raw text without a template; every token is learned |
 
-Every role is mapped and none is dropped: an unknown one is an error. A row that cannot be used raises `UnusableRow`, which the
-caller counts with its reason. Templates and tokens are left to `render.py`.
+Every role is mapped and none is dropped: an unknown one is an error. A row that cannot be used raises `UnusableRow`,
+which the caller counts with its reason. Templates and tokens are left to `render.py`.
 """
 
 import json

@@ -1,13 +1,14 @@
 """Where rows come from: local .json, .jsonl, .csv and .parquet files, or a data set on the hub.
 
-A `Source` knows its name, a digest of its content, and how to walk its rows, each with its number: the line in a text file
-(1 is the first; of an object over several lines, the line it starts on), the row in a .parquet file or on the hub. What the
-columns mean is left to `formats.py`.
+A `Source` knows its name, a digest of its content, and how to walk its rows, each with its number: the line in a text
+file (1 is the first; of an object over several lines, the line it starts on), the row in a .parquet file or on the
+hub. What the columns mean is left to `formats.py`.
 """
 
 import csv
 import hashlib
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ Rows = Iterator[tuple[int, Any]]
 
 #: Endings that say "a file" even where there is none, so that a typo is never looked up on the hub.
 FILE_SUFFIXES = frozenset(
-    ".json .jsonl .csv .parquet .txt .tsv .md .xml .yaml .yml .toml .arrow .xlsx .gz .zip .zst .bz2 .xz".split()
+    [".json", ".jsonl", ".csv", ".parquet", ".txt", ".tsv", ".md", ".xml", ".arrow", ".xlsx", ".gz", ".zip", ".zst"]
 )
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -111,7 +112,7 @@ def _quiet() -> Iterator[None]:
     )
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
+    hub_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
@@ -183,14 +184,17 @@ def _walk_json(name: str, text: str) -> Rows:
         spot = _skip(text, spot)
         if in_array and text.startswith(",", spot):
             spot = _skip(text, spot + 1)
-        elif in_array and not text.startswith("]", spot):
-            raise DataError(
-                f"{name}:{text.count(chr(10), 0, spot) + 1}: not valid JSON (no ',' or ']' after an object)."
-            )
-    if in_array and _skip(text, spot + 1) < len(text):
-        raise DataError(f"{name}:{text.count(chr(10), 0, spot) + 1}: not valid JSON (text after the array's end).")
-    if in_array and spot >= len(text):
-        raise DataError(f"{name}: not valid JSON (the array is cut short).", "Copy the file again.")
+        elif in_array and spot < len(text) and text[spot] != "]":
+            raise _bad_array(name, text, spot, "no ',' or ']' after an object")
+    if in_array and spot == len(text):
+        raise _bad_array(name, text, spot, "the array is cut short")
+    if in_array and (after := _skip(text, spot + 1)) < len(text):
+        raise _bad_array(name, text, after, "text after the array's end")
+
+
+def _bad_array(name: str, text: str, spot: int, reason: str) -> DataError:
+    line = text.count("\n", 0, spot) + 1
+    return DataError(f"{name}:{line}: not valid JSON ({reason}).", "Mend the file, or copy it again.")
 
 
 def _skip(text: str, spot: int) -> int:
@@ -224,7 +228,7 @@ def _read_csv_file(name: str, path: Path) -> Rows:
 
 
 def _read_parquet_file(name: str, path: Path) -> Rows:
-    import pyarrow
+    import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
     number = 0

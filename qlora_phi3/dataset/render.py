@@ -1,11 +1,12 @@
 """Conversations into token ids and labels.
 
-Supervised is what the model has to write itself: the assistant's words and its end token; neither the line break after it nor the
-closing `<|endoftext|>`. Label -100 elsewhere, and always at position 0, which nothing predicts. Labels are not shifted.
+Supervised is what the model has to write itself: the assistant's words and its end token; neither the line break
+after it nor the closing `<|endoftext|>`. Label -100 elsewhere, and always at position 0, which nothing predicts.
+Labels are not shifted.
 
 What a model's template has no turn for is never dropped; each case is noted, and counted in the report:
-- a system turn, where there is none (Phi-3-medium, the first Phi-3-mini, Phi-4-reasoning), is put ahead of the next user
-  turn's text with a blank line between; where no user turn follows at once, it becomes a user turn;
+- a system turn, where there is none (Phi-3-medium, the first Phi-3-mini, Phi-4-reasoning), is put ahead of the next
+  user turn's text with a blank line between; where no user turn follows at once, it becomes a user turn;
 - a tool's result becomes a user turn (Phi-4-mini has a turn for it), a function call is the assistant's;
 - tool definitions stand in the system turn: in Phi-4-mini's own place for them, else as text after a blank line.
 """
@@ -71,8 +72,8 @@ def render_chat(chat: Chat, template: ChatTemplate, tokenizer: Any) -> tuple[str
     learned = [turn.learned for turn in chat.turns if turn.role == "assistant"]
     if not all(learned) and len(spans) != len(learned):
         raise DataError(
-            f"The template {template.name!r} marks {len(spans)} spans in a conversation of {len(learned)} assistant turns, "
-            "so that the turns not to be learned cannot be told apart.",
+            f"The chat template {template.name!r} marks {len(spans)} spans in a conversation of {len(learned)} "
+            "assistant turns, so that the turns not to be learned cannot be told apart.",
             "Mark each assistant turn once in the template of [data] chat_template.",
         )
     return text, spans if all(learned) else [span for span, is_on in zip(spans, learned, strict=True) if is_on], notes
@@ -124,8 +125,9 @@ def special_token_pattern(tokenizer: Any) -> re.Pattern[str]:
 def _find_tokens(batch: Any, index: int, span: Span) -> tuple[int, int]:
     """The tokens [first, last) that lie in a span of characters.
 
-    A special token with `rstrip` covers the white space after it, so the token at the first character may be the header
-    before the span: a token counts only when it starts inside. A character of several byte tokens belongs to all of them.
+    A special token with `rstrip` covers the white space after it, so the token at the first character may be the
+    header before the span: a token counts only when it starts inside. A character of several byte tokens belongs to
+    all of them.
     """
     start, end = span
     inside = (batch.char_to_token(index, spot) for spot in range(start, end))

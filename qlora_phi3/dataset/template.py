@@ -1,9 +1,9 @@
 """Which chat template a model is trained with: the family's own, with the assistant's words marked.
 
-The templates in `qlora_phi3/templates/` are the models' own with `{% generation %}` marks around the assistant's words and its
-end token. They render to the very same text, which `choose_template` checks against the tokenizer's own template before it
-takes one. Marks, because the difference of two rendered prefixes leaks the next turn's header into the loss. What is done with
-the marks, and with turns a template does not have, is left to `render.py`.
+The templates in `qlora_phi3/templates/` are the models' own with `{% generation %}` marks around the assistant's
+words and its end token. They render to the very same text, which `choose_template` checks against the tokenizer's own
+template before it takes one. Marks, because the difference of two rendered prefixes leaks the next turn's header into
+the loss. What is done with the marks, and with turns a template does not have, is left to `render.py`.
 """
 
 import re
@@ -25,6 +25,9 @@ FAMILY = (
     "phi4-first",
     "phi4-reasoning",
     "phi4-mini-reasoning",
+)
+HOW_TO_SET = (
+    f"Set [data] chat_template to one of {', '.join(FAMILY)}, or to a .jinja file with {{% generation %}} marks."
 )
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -58,26 +61,28 @@ def choose_template(tokenizer: Any, name: str = "auto") -> ChatTemplate:
 
     Args:
         tokenizer: a fast tokenizer of transformers; read, not changed.
-        name: `auto` for the one that renders as the tokenizer's own does; a name of `FAMILY`; or the path of a .jinja file.
+        name: `auto` for the one that renders as the tokenizer's own does; a name of `FAMILY`; or the path of a .jinja
+            file.
 
     Raises:
         DataError: none renders alike; no such name or file; no marks in it; its special tokens are not the tokenizer's.
     """
-    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-    if name == "auto":
-        own = tokenizer.get_chat_template() if tokenizer.chat_template else None
-        if own is None:
-            return _finish(_guess_by_tokens(tokenizer), tokenizer, bos, eos)
-        if MARK.search(own):
-            return _finish("the model's own", tokenizer, bos, eos, own)
-        return _match_own(own, tokenizer, bos, eos)
     if name in FAMILY:
-        return _finish(name, tokenizer, bos, eos)
+        return _inspect(name, _family_source(name), tokenizer)
+    if name != "auto":
+        return _inspect(name, _read_template(name), tokenizer)
+    if not tokenizer.chat_template:
+        guess = _guess_by_tokens(tokenizer)
+        return _inspect(guess, _family_source(guess), tokenizer)
+    own = tokenizer.get_chat_template()
+    return _inspect("the model's own", own, tokenizer) if MARK.search(own) else _match_own(own, tokenizer)
+
+
+def _read_template(name: str) -> str:
     path = Path(name).expanduser()
     if path.suffix != ".jinja" or not path.is_file():
         raise DataError(
-            f"[data] chat_template = {name!r} is neither a name nor a .jinja file.",
-            f"The names are {', '.join(FAMILY)}.",
+            f"[data] chat_template = {name!r} is neither a name nor a .jinja file.", f"The names: {', '.join(FAMILY)}."
         )
     source = path.read_text(encoding="utf-8")
     if not MARK.search(source):
@@ -85,10 +90,10 @@ def choose_template(tokenizer: Any, name: str = "auto") -> ChatTemplate:
             f"[data] chat_template = {name!r} has no {{% generation %}} marks, so that nobody knows what to learn.",
             "Put {% generation %} and {% endgeneration %} around the assistant's words and its end token.",
         )
-    return _finish(name, tokenizer, bos, eos, source)
+    return source
 
 
-def templatetemplate_variables(tokenizer: Any, bos_token: str, eos_token: str) -> dict[str, Any]:
+def template_variables(tokenizer: Any, bos_token: str, eos_token: str) -> dict[str, Any]:
     """What `apply_chat_template` hands to a template, with the two tokens that a template may write itself."""
     return {**tokenizer.special_tokens_map, "bos_token": bos_token, "eos_token": eos_token}
 
@@ -129,26 +134,27 @@ def _family_source(name: str) -> str:
     return (TEMPLATE_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def _match_own(own: str, tokenizer: Any, bos: str, eos: str) -> ChatTemplate:
+def _match_own(own: str, tokenizer: Any) -> ChatTemplate:
     """The family's template that renders as the tokenizer's own does, be it with or without its bos and eos tokens."""
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     variables = template_variables(tokenizer, bos, eos)
-    wanted = [_try_render(own, probe, variables) for probe in PROBES]
-    wanted_system = [_try_render(own, probe, variables) for probe in SYSTEM_PROBES]
-    alike: list[tuple[int, str, str, str]] = []
+    theirs = [_try_render(own, probe, variables) for probe in (*PROBES, *SYSTEM_PROBES)]
+    best, most = None, 0
     for name in FAMILY:
-        for some_bos, some_eos in dict.fromkeys((b, e) for b in (bos, "") for e in (eos, "")):
-            tried = template_variables(tokenizer, some_bos, some_eos)
-            if [_try_render(_family_source(name), probe, tried) for probe in PROBES] == wanted:
-                system = [_try_render(_family_source(name), probe, tried) for probe in SYSTEM_PROBES]
-                agreed = sum(a == b for a, b in zip(system, wanted_system, strict=True))
-                alike.append((agreed, name, some_bos, some_eos))
-    if not alike:
+        for tokens in dict.fromkeys((b, e) for b in (bos, "") for e in (eos, "")):
+            variables = template_variables(tokenizer, *tokens)
+            ours = [_try_render(_family_source(name), probe, variables) for probe in (*PROBES, *SYSTEM_PROBES)]
+            agreed = sum(a == b for a, b in zip(ours, theirs, strict=True))
+            if ours[: len(PROBES)] == theirs[: len(PROBES)] and agreed > most:
+                best, most = (name, *tokens), agreed
+    if best is None:
         raise DataError(
-            "The tokenizer's chat template renders like none of the Phi-3 family, so that nobody knows which words are the assistant's.",
-            f"Set [data] chat_template to one of {', '.join(FAMILY)}, or to a .jinja file with {{% generation %}} marks.",
+            "The tokenizer's chat template renders like none of the Phi-3 family, so that the assistant's words in it "
+            "are not known.",
+            HOW_TO_SET,
         )
-    _, name, some_bos, some_eos = max(alike, key=lambda candidate: candidate[0])
-    return _finish(name, tokenizer, some_bos, some_eos, own=own)
+    name, bos, eos = best
+    return _inspect(name, _family_source(name), tokenizer, bos=bos, eos=eos, own=own)
 
 
 def _guess_by_tokens(tokenizer: Any) -> str:
@@ -160,50 +166,60 @@ def _guess_by_tokens(tokenizer: Any) -> str:
         return "phi4-mini" if "<|tool_call|>" in vocabulary else "phi3"
     raise DataError(
         "The tokenizer has neither a chat template nor the special tokens of the Phi-3 family.",
-        f"Set [data] chat_template to one of {', '.join(FAMILY)}, or to a .jinja file with {{% generation %}} marks.",
+        HOW_TO_SET,
     )
 
 
-def _finish(
-    name: str, tokenizer: Any, bos: str, eos: str, source: str | None = None, *, own: str | None = None
+def _inspect(
+    name: str, source: str, tokenizer: Any, *, bos: str | None = None, eos: str | None = None, own: str | None = None
 ) -> ChatTemplate:
-    """Learn what a template can say, by rendering; where the model's own is known, a turn counts only if that has it too."""
-    source = source if source is not None else _family_source(name)
-    variables = template_variables(tokenizer, bos, eos)
-    text, spans = render_template(source, PROBES[0], variables)
-    answer = PROBES[0][1]["content"]
-    if len(spans) != 1 or answer not in (span := text[slice(*spans[0])]):
-        raise DataError(
-            f"The chat template {name!r} does not mark the assistant's words.",
-            "Put {% generation %} around the words and their end token, once a turn.",
-        )
-    vocabulary = tokenizer.get_vocab()
-    unknown = [token for token in re.findall(r"<\|[^|>]+\|>", text) if token not in vocabulary]
-    if unknown:
-        raise DataError(
-            f"The chat template {name!r} writes {unknown[0]}, which is no token of this model.",
-            "Set [data] chat_template to the model's own; 'auto' finds it.",
-        )
+    """Learn by rendering what a template can say; beside the model's own, a turn counts only where both agree."""
+    all_bos, all_eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    bos, eos = all_bos if bos is None else bos, all_eos if eos is None else eos
 
     def says(probe: list[Message], words: str) -> bool:
-        ours = _try_render(source, probe, variables)
-        alike = own is None or ours == _try_render(own, probe, template_variables(tokenizer, *_own_tokens(tokenizer)))
-        return alike and words in (ours or "")
+        text = _try_render(source, probe, template_variables(tokenizer, bos, eos)) or ""
+        alike = own is None or text == _try_render(own, probe, template_variables(tokenizer, all_bos, all_eos))
+        return alike and words in text
 
-    extra = {role for role, probe in (("system", SYSTEM_PROBES[0]), ("tool", TOOL_PROBE)) if says(probe, f"{role} one")}
     return ChatTemplate(
         name=name,
         source=source,
         bos_token=bos,
         eos_token=eos,
-        roles=frozenset({"user", "assistant"} | extra),
+        roles=frozenset(
+            {"user", "assistant"}
+            | ({"system"} if says(SYSTEM_PROBES[0], "system one") else set())
+            | ({"tool"} if says(TOOL_PROBE, "tool one") else set())
+        ),
         has_tools=says(TOOLS_PROBE, "tools one"),
-        end_of_turn=span.split(answer, 1)[1].strip(),
+        end_of_turn=_check_marks(name, source, tokenizer, template_variables(tokenizer, bos, eos)),
     )
 
 
-def _own_tokens(tokenizer: Any) -> tuple[str, str]:
-    return tokenizer.bos_token or "", tokenizer.eos_token or ""
+def _check_marks(name: str, source: str, tokenizer: Any, variables: dict[str, Any]) -> str:
+    """The end of turn after the marked words. Raises DataError where the marks or the tokens are not in order."""
+    from jinja2 import TemplateError
+
+    try:
+        text, spans = render_template(source, PROBES[0], variables)
+    except TemplateError as error:
+        raise DataError(f"The chat template {name!r} cannot be rendered: {error}.", HOW_TO_SET) from error
+    answer = PROBES[0][1]["content"]
+    marked = text[slice(*spans[0])] if len(spans) == 1 else ""
+    if answer not in marked:
+        raise DataError(
+            f"The chat template {name!r} does not mark the assistant's words, once a turn.",
+            "Put {% generation %} and {% endgeneration %} around the words and their end token.",
+        )
+    vocabulary = tokenizer.get_vocab()
+    for token in re.findall(r"<\|[^|>]+\|>", text):
+        if token not in vocabulary:
+            raise DataError(
+                f"The chat template {name!r} writes {token}, which is no token of this model.",
+                "Write chat_template = 'auto' in [data] for the model's own.",
+            )
+    return marked.split(answer, 1)[1].strip()
 
 
 def _try_render(source: str, messages: list[Message], variables: dict[str, Any]) -> str | None:

@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from qlora_phi3.errors import RecipeError
-from qlora_phi3.recipe.problems import Problem, find_problems, format_toml
 from qlora_phi3.recipe.names import find_nearest
+from qlora_phi3.recipe.problems import Problem, find_problems, format_toml
 from qlora_phi3.recipe.tables import ComputeDtype, Data, Lora, Model, Quantization, Table, Training
 
 #: Python's way of writing where TOML's is wanted: True, None, "key": value, or a comma at the end of the line.

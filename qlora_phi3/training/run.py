@@ -2,7 +2,6 @@
 
 import hashlib
 import platform
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +16,7 @@ from transformers.trainer_utils import set_seed
 
 from qlora_phi3.architecture import Architecture, read_architecture
 from qlora_phi3.dataset.prepare import PreparedData, prepare_datasets
-from qlora_phi3.dataset.render import choose_template
+from qlora_phi3.dataset.template import choose_template
 from qlora_phi3.errors import Interrupted, RunError, UserError
 from qlora_phi3.model import (
     Precision,
@@ -130,14 +128,14 @@ def _prepare(recipe: Recipe, base_folder: Path, listener: Listener) -> _Ready:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     precision = choose_precision(recipe.compute_dtype, device)
     tokenizer = load_tokenizer(recipe.model)
-    table = recipe.data
+    table, measures = recipe.data, recipe.training.do_eval
     data = prepare_datasets(
         train=_listed(table.train),
-        evaluation=_listed(table.eval),
-        eval_size=table.eval_size if recipe.training.do_eval else 0,
+        evaluation=_listed(table.eval) if measures else (),
+        eval_size=table.eval_size if measures else 0,
         split_seed=table.split_seed,
         split=table.split,
-        eval_split=table.eval_split,
+        eval_split=table.eval_split if measures else None,
         subset=table.subset,
         revision=table.revision,
         format=table.format,

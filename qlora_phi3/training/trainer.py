@@ -13,7 +13,8 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
@@ -60,10 +61,11 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=tokenizer,
-                callbacks=[GradientGuard(scaled=args.fp16)],
+                callbacks=[_Announce(listener), GradientGuard(scaled=args.fp16)],
             )
         # A tokenizer re-saved beside an adapter gives other ids (FACTS of transformers 5); the run copies the base's files.
         self.processing_class = None
+        self.remove_callback(PrinterCallback)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -122,7 +124,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             self.listener.progress("Measuring on held-out rows", done, len(rows))
         metrics = {"eval_loss": total_loss / max(1.0, tokens), "eval_token_accuracy": correct / max(1.0, tokens)}
         seconds = time.perf_counter() - started
-        self.log(metrics)
+        self.log(dict(metrics))
         self.listener.evaluated(
             EvalRecord(step=self.state.global_step, supervised_tokens=int(tokens), seconds=seconds, **metrics)
         )
@@ -158,6 +160,18 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Left to the export: a checkpoint is no model to publish."""
+
+
+class _Announce(TrainerCallback):  # type: ignore[misc]
+    """Tells the listener where training begins and ends, which the Trainer knows first."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.listener.begin(state.global_step, state.max_steps)
 
 
 @contextmanager

@@ -20,8 +20,8 @@ LIBRARIES = (
 )  # fmt: skip
 
 
-def read_arguments() -> argparse.Namespace:
-    """Parse what bench_train.py passes to a contender, pin the process to one core and torch to one thread."""
+def argument_parser() -> argparse.ArgumentParser:
+    """What bench_train.py passes to every contender."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--base", type=Path, required=True, help="model folder")
     parser.add_argument("--rows", type=Path, required=True, help="JSON lines of input_ids and labels, in order")
@@ -33,10 +33,20 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpointing", choices=("on", "off"), required=True)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--core", type=int)
-    arguments = parser.parse_args()
+    parser.add_argument("--core", type=int, help="run on this core only, where the system can")
+    return parser
+
+
+def pin(arguments: argparse.Namespace) -> None:
+    """Bind the process to its core."""
     if arguments.core is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {arguments.core})
+
+
+def read_arguments() -> argparse.Namespace:
+    """A contender's arguments; the process is pinned to its core."""
+    arguments = argument_parser().parse_args()
+    pin(arguments)
     return arguments
 
 
@@ -59,7 +69,7 @@ def peak_memory_bytes() -> int:
 
 
 def step_clock() -> Any:
-    """A TrainerCallback whose `steps` holds, per optimizer step, wall seconds, processor seconds, loss and grad norm."""
+    """A TrainerCallback whose `steps` holds wall seconds, processor seconds, loss and gradient norm of every step."""
     from transformers import TrainerCallback
 
     class StepClock(TrainerCallback):
@@ -100,22 +110,24 @@ def load_initial_adapter(model: Any, folder: Path | None) -> None:
     print(f"initial adapter: {len(saved)} tensors copied")
 
 
-def write_result(arguments: argparse.Namespace, contender: str, clock_steps: list[dict[str, float]], **more: Any) -> None:
+def write_result(arguments: argparse.Namespace, contender: str, clock: Any) -> None:
     """Write the contender's JSON: settings, versions, steps and the peak of the whole process."""
-    versions = {}
-    for library in LIBRARIES:
-        try:
-            versions[library] = version(library)
-        except PackageNotFoundError:
-            continue
     result = {
         "contender": contender,
         "quantization": arguments.quantization,
         "compute": arguments.compute,
         "checkpointing": arguments.checkpointing,
-        "steps": clock_steps,
+        "steps": clock.steps,
         "peak_memory_bytes": peak_memory_bytes(),
-        "versions": versions,
-        **more,
+        "peak_before_training_bytes": clock.peak_before_training_bytes,
+        "versions": {name: found for name in LIBRARIES if (found := version_of(name))},
     }
     arguments.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def version_of(library: str) -> str | None:
+    """An installed library's version, or None."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None

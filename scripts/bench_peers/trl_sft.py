@@ -46,4 +46,4 @@ trainer = SFTTrainer(
 )
 load_initial_adapter(trainer.model, arguments.adapter)
 trainer.train()
-write_result(arguments, "trl", clock.steps, peak_before_training_bytes=clock.peak_before_training_bytes)
+write_result(arguments, "trl", clock)

@@ -1,4 +1,4 @@
-"""Unsloth's own path on a CPU: FastLanguageModel and SFTTrainer, on rows tokenised beforehand. One contender of bench_train.py."""
+"""Unsloth on a CPU, by its own path, on rows tokenised beforehand. One contender of bench_train.py."""
 
 from common import load_initial_adapter, read_arguments, read_rows, step_clock, write_result
 
@@ -55,11 +55,4 @@ trainer = SFTTrainer(
     callbacks=[clock],
 )
 trainer.train()
-trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-write_result(
-    arguments,
-    "unsloth",
-    clock.steps,
-    peak_before_training_bytes=clock.peak_before_training_bytes,
-    trainable_parameters=trainable,
-)
+write_result(arguments, "unsloth", clock)

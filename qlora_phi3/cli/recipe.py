@@ -1,0 +1,40 @@
+"""`qlora-phi3 recipe`: look at recipes without running them."""
+
+from pathlib import Path
+
+import click
+
+from qlora_phi3.cli.options import debug_option, set_option
+
+
+@click.group()
+def recipe() -> None:
+    """Check a recipe, or write the schema that lets an editor complete it."""
+
+
+@recipe.command()
+@debug_option
+def schema() -> None:
+    """Print the JSON schema of a recipe.
+
+    \b
+    Save it beside your recipe, and name it in the first line of the recipe:
+      qlora-phi3 recipe schema > recipe.schema.json
+      #:schema ./recipe.schema.json
+    """
+    import json
+
+    from qlora_phi3.recipe.load import recipe_schema
+
+    click.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@recipe.command()
+@click.argument("path", metavar="RECIPE", type=click.Path(path_type=Path))
+@set_option
+@debug_option
+def check(path: Path, overrides: tuple[str, ...]) -> None:
+    """Check RECIPE and print it with every default written out."""
+    from qlora_phi3.recipe.load import load_recipe, recipe_as_toml
+
+    click.echo(recipe_as_toml(load_recipe(path, overrides)), nl=False)

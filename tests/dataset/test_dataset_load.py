@@ -1,0 +1,138 @@
+"""Files of every kind, whole and broken."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from qlora_phi3.dataset.load import is_local, open_file
+from qlora_phi3.errors import DataError
+
+
+def rows_of(path: Path) -> list[tuple[int, object]]:
+    return list(open_file(str(path), path.parent).rows())
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8", newline="")
+    return path
+
+
+def test_json_lines_are_numbered_by_line_and_blank_lines_are_passed_over(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "one"}\n\n{"text": "two"}\r\n')
+    assert rows_of(path) == [(1, {"text": "one"}), (3, {"text": "two"})]
+
+
+def test_a_json_array_is_numbered_by_the_line_each_object_starts_on(tmp_path):
+    path = write(tmp_path / "a.json", '[\n  {\n    "text": "one"\n  },\n  {"text": "two"}, {"text": "three"}\n]\n')
+    assert rows_of(path) == [(2, {"text": "one"}), (5, {"text": "two"}), (5, {"text": "three"})]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_arrays_and_json_lines_are_read_under_either_name(tmp_path, name):
+    assert rows_of(write(tmp_path / name, '{"a": 1}\n{"a": 2}\n')) == [(1, {"a": 1}), (2, {"a": 2})]
+    assert rows_of(write(tmp_path / name, '[{"a": 1},\n{"a": 2}]')) == [(1, {"a": 1}), (2, {"a": 2})]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.jsonl", '{"a": "é"}\n'), ("a.json", '[{"a": "é"}]'), ("a.csv", "a\né\n")]
+)
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8-sig")
+    assert [row for _, row in rows_of(path)] == [{"a": "é"}]
+
+
+def test_csv_records_over_several_lines_keep_their_line_and_long_cells_are_read(tmp_path):
+    long = "x" * 200_000
+    path = write(tmp_path / "a.csv", f'instruction,output\n"one\ntwo",{long}\nthree,four\n')
+    assert rows_of(path) == [
+        (2, {"instruction": "one\ntwo", "output": long}),
+        (4, {"instruction": "three", "output": "four"}),
+    ]
+
+
+def test_csv_records_with_missing_or_surplus_cells_are_no_rows(tmp_path):
+    assert rows_of(write(tmp_path / "a.csv", "a,b\n1\n1,2,3\n1,2\n")) == [
+        (2, None),
+        (3, None),
+        (4, {"a": "1", "b": "2"}),
+    ]
+
+
+def test_parquet_rows_are_numbered_from_one(tmp_path):
+    messages = [[{"role": "user", "content": "hi"}], [{"role": "user", "content": "ho"}]]
+    parquet.write_table(pa.table({"messages": messages}), tmp_path / "a.parquet")
+    assert rows_of(tmp_path / "a.parquet") == [(1, {"messages": messages[0]}), (2, {"messages": messages[1]})]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "where"),
+    [
+        ("a.jsonl", '{"a": 1}\n{"a": }\n', r"a\.jsonl:2: not valid JSON \(Expecting value at column 7\)"),
+        ("a.json", '[{"a": 1},\n{"a": }]', r"a\.json:2: not valid JSON"),
+        ("a.json", '[{"a": 1}\n{"a": 2}]', r"a\.json:2: not valid JSON \(no ',' or '\]'"),
+        ("a.json", '[{"a": 1},\n', r"a\.json:2: not valid JSON \(the array is cut short\)"),
+        ("a.json", '[{"a": 1}]\n]', r"a\.json:2: not valid JSON \(text after"),
+        ("a.json", '{"a": 1}\n{"a"', r"a\.json:2: not valid JSON"),
+        ("a.jsonl", "[" * 100_000 + "\n", r"a\.jsonl:1: not valid JSON"),
+        ("a.csv", 'a,b\n"1,2\n', r"a\.csv:2: not valid CSV"),
+        ("a.parquet", "no parquet at all", r"a\.parquet is not a readable \.parquet file"),
+    ],
+)
+def test_content_that_does_not_parse_is_named_by_line(tmp_path, name, text, where):
+    with pytest.raises(DataError, match=where):
+        rows_of(write(tmp_path / name, text))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_text_that_is_not_utf_8_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b'{"a": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=r"not UTF-8 text.*Save the file as UTF-8"):
+        rows_of(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "\ufeff\n"])
+def test_an_empty_file_is_refused(tmp_path, text):
+    with pytest.raises(DataError, match=r"a\.jsonl is empty"):
+        open_file(str(write(tmp_path / "a.jsonl", text)), tmp_path)
+
+
+def test_a_missing_file_an_unknown_ending_and_a_folder_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"There is no data file 'gone\.jsonl' in .*Check the path"):
+        open_file("gone.jsonl", tmp_path)
+    with pytest.raises(DataError, match=r"ends in '\.txt', which is not read here\. Use one of \.json, \.jsonl"):
+        open_file(str(write(tmp_path / "a.txt", "hello")), tmp_path)
+    with pytest.raises(DataError, match="is a folder"):
+        open_file(str(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "./gone", "data/sub/gone", "~/gone", "C:\\gone", "gone.txt", "/gone"])
+def test_a_name_that_looks_like_a_file_never_goes_to_the_hub(tmp_path, name):
+    assert is_local(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["HuggingFaceH4/ultrachat_200k", "teknium/OpenHermes-2.5", "imdb"])
+def test_an_id_of_the_hub_is_no_file_unless_it_exists(tmp_path, name):
+    assert not is_local(name, tmp_path)
+    (tmp_path / name).mkdir(parents=True)
+    assert is_local(name, tmp_path)
+
+
+def test_a_relative_path_is_found_here_first_then_beside_the_recipe(tmp_path, monkeypatch):
+    here, recipes = tmp_path / "here", tmp_path / "recipes"
+    for folder in (here, recipes):
+        folder.mkdir()
+        write(folder / "both.jsonl", json.dumps({"text": folder.name}))
+    write(recipes / "one.jsonl", json.dumps({"text": "recipes"}))
+    monkeypatch.chdir(here)
+    assert list(open_file("both.jsonl", recipes).rows()) == [(1, {"text": "here"})]
+    assert list(open_file("one.jsonl", recipes).rows()) == [(1, {"text": "recipes"})]
+
+
+def test_the_digest_follows_the_content(tmp_path):
+    first = open_file(str(write(tmp_path / "a.jsonl", '{"a": 1}')), tmp_path).digest
+    assert first == open_file(str(write(tmp_path / "b.jsonl", '{"a": 1}')), tmp_path).digest
+    assert first != open_file(str(write(tmp_path / "b.jsonl", '{"a": 2}')), tmp_path).digest

@@ -1,0 +1,118 @@
+"""Which template is chosen, for each model's own as it stands on the hub."""
+
+import pytest
+from tiny import build_tokenizer, hub_template
+
+from qlora_phi3.dataset.template import FAMILY, choose_template
+from qlora_phi3.errors import DataError
+
+CHOSEN = {
+    "Phi-3-mini-4k-instruct": ("phi3", {"system"}),
+    "Phi-3-mini-4k-instruct.april-2024": ("phi3-medium", set()),
+    "Phi-3-medium-4k-instruct": ("phi3-medium", set()),
+    "Phi-3.5-mini-instruct": ("phi35", {"system"}),
+    "phi-4": ("phi4", {"system"}),
+    "phi-4.december-2024": ("phi4-first", {"system"}),
+    "Phi-4-reasoning": ("phi4-reasoning", set()),
+    "Phi-4-mini-instruct": ("phi4-mini", {"system", "tool"}),
+    "Phi-4-mini-instruct.without-eos": ("phi4-mini", {"system", "tool"}),
+    "Phi-4-mini-reasoning": ("phi4-mini-reasoning", {"system", "tool"}),
+}
+MARKED = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}{% generation %}{{ message['content'] }}<|end|>"
+    "{% endgeneration %}{% endfor %}"
+)
+
+
+def test_the_table_of_templates_is_complete():
+    assert {name for name, _ in CHOSEN.values()} == set(FAMILY)
+
+
+@pytest.mark.parametrize("model", CHOSEN)
+def test_each_models_own_template_finds_its_marked_twin(model):
+    template = choose_template(build_tokenizer(hub_template(model)))
+    name, roles = CHOSEN[model]
+    assert template.name == name
+    assert template.roles == {"user", "assistant"} | roles
+    assert template.has_tools == ("mini" in model and "Phi-4" in model)
+    assert template.end_of_turn == ("<|im_end|>" if "phi4" in name and "mini" not in name else "<|end|>")
+
+
+@pytest.mark.parametrize("model", CHOSEN)
+@pytest.mark.parametrize("asks", [False, True])
+def test_the_marked_twin_renders_what_the_models_own_renders(model, asks):
+    tokenizer = build_tokenizer(hub_template(model))
+    template = choose_template(tokenizer)
+    messages = [
+        {"role": "user", "content": "one\n"},
+        {"role": "assistant", "content": " two {{ 3 }} <&>"},
+        {"role": "user", "content": ""},
+    ]
+    if "system" in template.roles:
+        messages.insert(0, {"role": "system", "content": "zero"})
+    twin = tokenizer.apply_chat_template(
+        messages,
+        chat_template=template.source,
+        tokenize=False,
+        add_generation_prompt=asks,
+        bos_token=template.bos_token,
+        eos_token=template.eos_token,
+    )
+    assert twin == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+
+
+def test_a_template_of_its_own_with_marks_is_used_as_it_is():
+    template = choose_template(
+        build_tokenizer(
+            MARKED.replace("{% generation", "{%- if message['role'] == 'assistant' %}{% generation").replace(
+                "endgeneration %}", "endgeneration %}{% else %}{{ message['content'] }}{% endif %}"
+            )
+        )
+    )
+    assert (template.name, template.end_of_turn) == ("the model's own", "<|end|>")
+
+
+def test_an_unknown_template_is_refused_with_the_key_and_the_names():
+    chatml = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    with pytest.raises(
+        DataError, match=r"none of the Phi-3 family.*\[data\] chat_template to one of phi3, phi35, phi3-"
+    ):
+        choose_template(build_tokenizer(chatml))
+
+
+def test_a_template_that_renders_alike_only_at_times_is_refused():
+    own = hub_template("Phi-3-mini-4k-instruct") + "{% if messages | length > 4 %}!{% endif %}"
+    with pytest.raises(DataError, match="none of the Phi-3 family"):
+        choose_template(build_tokenizer(own))
+
+
+def test_a_turn_that_the_models_own_template_renders_otherwise_does_not_count_as_one_it_has():
+    own = hub_template("Phi-3-mini-4k-instruct").replace("<|system|>", "<|system|> System:")
+    template = choose_template(build_tokenizer(own))
+    assert (template.name, template.roles) == ("phi3", {"user", "assistant"})
+
+
+def test_a_tokenizer_without_a_template_is_told_by_its_special_tokens():
+    assert choose_template(build_tokenizer(None)).name == "phi3"
+
+
+def test_a_name_or_a_marked_file_can_be_asked_for(tmp_path):
+    tokenizer = build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))
+    assert choose_template(tokenizer, "phi35").name == "phi35"
+    path = tmp_path / "mine.jinja"
+    path.write_text((hub_template("Phi-3-mini-4k-instruct")), encoding="utf-8")
+    with pytest.raises(DataError, match=r"has no \{% generation %\} marks"):
+        choose_template(tokenizer, str(path))
+    path.write_text("{% for m in messages %}{% generation %}", encoding="utf-8")
+    with pytest.raises(DataError, match="cannot be rendered"):
+        choose_template(tokenizer, str(path))
+    path.write_text(MARKED, encoding="utf-8")  # the user's words too
+    with pytest.raises(DataError, match="does not mark the assistant's words"):
+        choose_template(tokenizer, str(path))
+    with pytest.raises(DataError, match=r"'llama' is neither a name nor a \.jinja file\. The names: phi3, "):
+        choose_template(tokenizer, "llama")
+
+
+def test_a_template_whose_tokens_the_model_does_not_have_is_refused():
+    with pytest.raises(DataError, match=r"'phi4' writes <\|im_start\|>, which is no token of this model"):
+        choose_template(build_tokenizer(hub_template("Phi-3-mini-4k-instruct")), "phi4")

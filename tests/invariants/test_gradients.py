@@ -1,0 +1,122 @@
+"""Set-ups that must train the same, compared on loss and gradient (fp32, CPU, rows of unequal length)."""
+
+import pytest
+import torch
+from tiny_model import gradients, load_tiny, random_rows, relative_difference, save_tiny_model
+
+from qlora_phi3.model import enable_checkpointing
+from qlora_phi3.step import MicroBatchPlan, collate, evaluate, forward_backward
+
+LENGTHS = [7, 61, 23, 40, 12, 90, 33, 18]
+ALL_AT_ONCE = MicroBatchPlan(max_tokens=10_000, max_rows=8, packing=False, longrope_boundary=None)
+ONE_BY_ONE = MicroBatchPlan(max_tokens=1, max_rows=1, packing=False, longrope_boundary=None)
+PACKED = MicroBatchPlan(max_tokens=10_000, max_rows=8, packing=True, longrope_boundary=None)
+PACKED_IN_TWO = MicroBatchPlan(max_tokens=150, max_rows=8, packing=True, longrope_boundary=None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def run_step(model, plan, rows=None):
+    model.zero_grad()
+    model.train()
+    batch = collate(rows or random_rows(LENGTHS), plan)
+    result = forward_backward(model, batch, compute_dtype=torch.float32, backward=torch.Tensor.backward)
+    return float(result.loss), int(result.num_correct), gradients(model), batch
+
+
+@pytest.mark.parametrize("four_bit", [True, False])
+@pytest.mark.parametrize("plan", [ONE_BY_ONE, PACKED, PACKED_IN_TWO])
+def test_accumulation_and_packing_change_neither_loss_nor_gradient(folder, plan, four_bit):
+    model = load_tiny(folder, four_bit=four_bit)
+    loss, correct, expected, whole = run_step(model, ALL_AT_ONCE)
+    other_loss, other_correct, other, split = run_step(model, plan)
+    assert len(whole.micro_batches) == 1
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    assert other_correct == correct
+    assert relative_difference(expected, other) < 1e-5
+    assert (split.num_tokens, split.num_supervised) == (whole.num_tokens, whole.num_supervised)
+
+
+def test_eight_micro_batches_of_one_row_are_really_eight():
+    assert len(collate(random_rows(LENGTHS), ONE_BY_ONE).micro_batches) == 8
+
+
+def test_checkpointing_changes_neither_loss_nor_gradient(folder):
+    model = load_tiny(folder)
+    loss, _, expected, _ = run_step(model, PACKED)
+    enable_checkpointing(model)
+    other_loss, _, other, _ = run_step(model, PACKED)
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    assert relative_difference(expected, other) < 1e-6
+
+
+def test_checkpointing_is_really_on(folder):
+    model = load_tiny(folder)
+    enable_checkpointing(model)
+    model.train()
+    calls = []
+    model.base_model.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    run_step(model, PACKED)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("window", [16, 64])
+def test_packing_keeps_documents_apart_under_a_sliding_window(tmp_path, window):
+    model = load_tiny(save_tiny_model(tmp_path, sliding_window=window))
+    loss, _, expected, _ = run_step(model, ONE_BY_ONE)
+    other_loss, _, other, _ = run_step(model, PACKED)
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    assert relative_difference(expected, other) < 1e-5
+
+
+def test_a_sliding_window_no_row_reaches_is_dropped_without_changing_the_loss(tmp_path):
+    folder = save_tiny_model(tmp_path, sliding_window=100)
+    dropped = load_tiny(folder, longest_row=100)
+    kept = load_tiny(folder, longest_row=101)
+    assert dropped.config.sliding_window is None
+    assert kept.config.sliding_window == 100
+    assert run_step(dropped, PACKED)[0] == pytest.approx(run_step(kept, PACKED)[0], rel=1e-6)
+
+
+def test_longrope_rows_keep_their_factors_whatever_they_share_a_batch_with(tmp_path):
+    size = 128 // 4 // 2
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * size,
+        "long_factor": [4.0] * size,
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 50,
+    }
+    folder = save_tiny_model(
+        tmp_path, rope_parameters=rope, original_max_position_embeddings=50, max_position_embeddings=400
+    )
+    model = load_tiny(folder)
+    bounded = {"packing": True, "max_tokens": 10_000, "max_rows": 8}
+    loss, _, expected, _ = run_step(model, ONE_BY_ONE)
+    other_loss, _, other, _ = run_step(model, MicroBatchPlan(**bounded, longrope_boundary=50))
+    leaking, _, _, _ = run_step(model, MicroBatchPlan(**bounded, longrope_boundary=None))
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    assert relative_difference(expected, other) < 1e-5
+    assert abs(leaking - loss) > 1e-4 * loss  # the trap is real: without the boundary the short rows change
+
+
+@pytest.mark.parametrize("four_bit", [True, False])
+def test_an_evaluation_leaves_training_as_it_was(folder, four_bit):
+    model = load_tiny(folder, four_bit=four_bit)
+    loss, _, expected, batch = run_step(model, PACKED)
+    assert len(list(evaluate(model, [batch], compute_dtype=torch.float32))) == 1
+    assert model.training
+    again, _, other, _ = run_step(model, PACKED)
+    assert again == loss
+    assert relative_difference(expected, other) == 0.0
+
+
+def test_the_evaluated_loss_is_the_training_loss_of_the_same_rows(folder):
+    model = load_tiny(folder)
+    loss, correct, _, batch = run_step(model, PACKED)
+    ((_, result),) = evaluate(model, [batch], compute_dtype=torch.float32)
+    assert float(result.loss) == pytest.approx(loss, rel=1e-6)
+    assert int(result.num_correct) == correct

@@ -50,7 +50,9 @@ def attend_by_document(
     lengths = list(document_lengths)
     outputs = [
         sdpa_attention_forward(module, *document, _window_mask(document[0], sliding_window), **kwargs)[0]
-        for document in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+        for document in zip(
+            torch.split(query, lengths, 2), torch.split(key, lengths, 2), torch.split(value, lengths, 2), strict=True
+        )
     ]
     return torch.cat(outputs, dim=1), None
 

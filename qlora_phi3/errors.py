@@ -1,6 +1,7 @@
 """What a person can cause: one line that says what is wrong, where, and what to do, with its exit code.
 
-Everything the command line reports without a traceback is a `UserError`; anything else is a fault of ours and keeps its traceback.
+Everything the command line reports without a traceback is a `UserError`; anything else is a fault of ours and keeps
+its traceback.
 """
 
 
@@ -39,7 +40,7 @@ class RunError(UserError):
     """The run folder cannot be written, read, or resumed."""
 
 
-class Interrupted(UserError):
+class Interrupted(UserError):  # noqa: N818 - no error: the person asked for it
     """Ctrl-C; what was done is saved and the message says how to go on."""
 
     exit_code = 130

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, Phi3ForCausalLM, PreTrainedTokenizerBase
@@ -23,7 +24,7 @@ from qlora_phi3.recipe.tables import Lora, Model, Quantization
 
 
 @dataclass
-class Phi3Output(CausalLMOutputWithPast):
+class Phi3Output(CausalLMOutputWithPast):  # type: ignore[misc]
     """A forward's output; with labels, `loss` and `num_correct` are set and `logits` is not."""
 
     num_correct: Tensor | None = None
@@ -60,12 +61,8 @@ class Phi3ForChunkedLoss(Phi3ForCausalLM):  # type: ignore[misc]
 
 def _trained_weight(head: nn.Module) -> Tensor:
     """The output head's weight; PEFT's trained copy where `modules_to_save` names the head."""
-    copies = getattr(head, "modules_to_save", None)
-    chosen = head if copies is None else copies[head.active_adapters[0]]
-    weight = chosen.weight
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"the output head's weight is a {type(weight)}")
-    return weight
+    chosen = head.modules_to_save[head.active_adapters[0]] if isinstance(head, ModulesToSaveWrapper) else head
+    return cast(Tensor, chosen.weight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +149,8 @@ def load_base(
     absent = sorted(set(info["missing_keys"])) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
         raise ModelError(
-            f"The weights of {table.name} are incomplete: {len(absent)} tensors are missing or of another shape, first {absent[0]}.",
+            f"The weights of {table.name} are incomplete: {len(absent)} tensors are missing or of another shape, "
+            f"first {absent[0]}.",
             "Download the checkpoint again.",
         )
     model.config.use_cache = False
@@ -163,7 +161,7 @@ def load_base(
                 module.sliding_window = None
     _keep_packing(model)
     model.requires_grad_(False)
-    return model
+    return cast(Phi3ForChunkedLoss, model)
 
 
 def quantization_config(table: Quantization, precision: Precision) -> BitsAndBytesConfig | None:
@@ -263,7 +261,7 @@ def check_targets(model: nn.Module, table: Lora) -> None:
     for target in table.target_modules:
         if target.rpartition(".")[2] == "lm_head":
             raise ModelError(
-                "[lora] target_modules names lm_head; the loss reads the head's weight directly, so that adapter would never be trained.",
+                "[lora] target_modules names lm_head, whose weight the loss reads directly: that adapter would never be trained.",
                 'Use modules_to_save = ["lm_head"] to train the head itself.',
             )
         if not any(name == target or name.endswith(f".{target}") for name in names):
@@ -297,5 +295,11 @@ def measure_coverage(model: PeftModel) -> Coverage:
 
 
 def enable_checkpointing(model: PeftModel) -> None:
-    """Recompute each decoder layer in the backward pass; non-reentrant, so frozen inputs need no gradient of their own."""
-    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    """Recompute each decoder layer in the backward pass.
+
+    transformers makes the embedding's output need a gradient, for the reentrant kind; the non-reentrant one does without,
+    and saves the backward pass through the first layer's own input.
+    """
+    base = model.get_base_model()
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.disable_input_require_grads()

@@ -12,34 +12,31 @@ from qlora_phi3.errors import Interrupted, UserError
 FULL_OR_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-class OneLine(click.ClickException):
-    """A UserError as click shows it: its line on stderr, its exit code, no traceback."""
-
-    def __init__(self, error: UserError) -> None:
-        super().__init__(str(error))
-        self.exit_code = error.exit_code
-
-
 class Commands(click.Group):
-    """A group that turns what a person caused into one line; `--debug` shows the traceback instead."""
+    """A group that turns what a person caused into one line and its exit code; `--debug` shows the traceback instead."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise OneLine(
-                Interrupted("Stopped.", "Nothing was being trained yet, or the last checkpoint stands.")
-            ) from None
-        except UserError as error:
-            if ctx.meta.get("debug"):
+        except (UserError, KeyboardInterrupt, OSError) as error:
+            told = _as_user_error(error)
+            if told is None or ctx.meta.get("debug"):
                 raise
-            raise OneLine(error) from error
-        except OSError as error:
-            if ctx.meta.get("debug") or error.errno not in FULL_OR_REFUSED:
-                raise
-            where = f" ({error.filename})" if error.filename else ""
-            raise OneLine(UserError(f"{error.strerror}{where}.", "Free the disk or choose another folder.")) from error
+            click.echo(f"Error: {told}", err=True)
+            ctx.exit(told.exit_code)
+
+
+def _as_user_error(error: BaseException) -> UserError | None:
+    """What to tell of an error; None where it is a fault of the program."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("Stopped.", "Nothing was being trained yet, or the last checkpoint stands.")
+    if isinstance(error, OSError) and error.errno in FULL_OR_REFUSED:
+        where = f" ({error.filename})" if error.filename else ""
+        return UserError(f"{error.strerror}{where}.", "Free the disk or choose another folder.")
+    return None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -148,7 +148,7 @@ def _read_sharegpt(row: Mapping[str, Any], where: str) -> Chat:
     return _with_system_and_tools(_read_turns(row["conversations"], "conversations", where), row)
 
 
-def _read_alpaca(row: Mapping[str, Any], where: str) -> Chat:  # noqa: ARG001 - one signature for all readers
+def _read_alpaca(row: Mapping[str, Any], where: str) -> Chat:
     question, extra = _text(row["instruction"], "instruction"), _text(row.get("input"), "input")
     if extra.strip():  # the wording of Microsoft's Phi-3 samples
         question = f"{question}\n Input: {extra}"
@@ -172,7 +172,7 @@ def _read_prompt_completion(row: Mapping[str, Any], where: str) -> Chat:
     return Chat((*(Turn(turn.role, turn.text, learned=False) for turn in asked), *answered))
 
 
-def _read_text(row: Mapping[str, Any], where: str) -> Document:  # noqa: ARG001 - one signature for all readers
+def _read_text(row: Mapping[str, Any], where: str) -> Document:
     return Document(_text(row["text"], "text"))
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -159,7 +160,7 @@ def draw_curve(losses: list[float]) -> str:
     if not width:
         return ""
     edges = [round(index * len(finite) / width) for index in range(width + 1)]
-    means = [sum(finite[start:end]) / (end - start) for start, end in zip(edges, edges[1:], strict=False)]
+    means = [sum(finite[start:end]) / (end - start) for start, end in pairwise(edges)]
     low, high = min(means), max(means)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((mean - low) * scale)] for mean in means)

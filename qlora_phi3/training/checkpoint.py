@@ -43,7 +43,7 @@ def is_whole(checkpoint: Path) -> bool:
 def find_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
     """The newest whole checkpoint, and the newer ones that were passed over because they are not."""
     numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    broken = []
+    broken: list[Path] = []
     for path in sorted(numbered, key=step_of, reverse=True):
         if is_whole(path):
             return path, broken

@@ -47,6 +47,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         compute_dtype: torch.dtype,
         listener: Listener,
     ) -> None:
+        self.control: TrainerControl
         self.compute_dtype = compute_dtype
         self.listener = listener
         self.eval_plan = eval_plan

@@ -1,0 +1,65 @@
+"""What only a card can show. Skipped, visibly, where there is none."""
+
+import pytest
+import torch
+from tiny_model import gradients, random_rows, relative_difference, save_tiny_model
+
+from qlora_phi3.architecture import read_architecture
+from qlora_phi3.model import attach_adapter, choose_precision, enable_checkpointing, load_base
+from qlora_phi3.recipe.tables import Lora, Model, Quantization
+from qlora_phi3.step import MicroBatchPlan, collate, forward_backward
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+LENGTHS = [7, 61, 23, 40, 12, 90, 33, 18]
+
+
+def load(folder, dtype):
+    device = torch.device("cuda", 0)
+    base = load_base(
+        Model(name=str(folder)),
+        Quantization(),
+        read_architecture(str(folder)),
+        precision=choose_precision(dtype, device),
+        device=device,
+        longest_row=100,
+    )
+    torch.manual_seed(0)
+    model = attach_adapter(base, Lora(r=8))
+    enable_checkpointing(model)
+    return model
+
+
+def run_step(model, dtype, *, packing):
+    model.zero_grad()
+    model.train()
+    plan = MicroBatchPlan(max_tokens=1024 if packing else 1, max_rows=8, packing=packing, longrope_boundary=None)
+    result = forward_backward(
+        model, collate(random_rows(LENGTHS), plan), compute_dtype=dtype, backward=torch.Tensor.backward
+    )
+    return float(result.loss), gradients(model)
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("float32", 1e-4), ("bfloat16", 5e-2)])
+def test_packing_changes_no_gradient_on_the_card(tmp_path, name, tolerance):
+    model = load(save_tiny_model(tmp_path), name)
+    dtype = getattr(torch, name)
+    loss, expected = run_step(model, dtype, packing=False)
+    packed_loss, packed = run_step(model, dtype, packing=True)
+    assert packed_loss == pytest.approx(loss, rel=tolerance)
+    moving = {key: value for key, value in expected.items() if float(value.norm()) > 0}
+    assert relative_difference(moving, {key: packed[key] for key in moving}) < tolerance
+
+
+def test_the_adapter_on_the_card_is_fp32(tmp_path):
+    model = load(save_tiny_model(tmp_path), "auto")
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_the_peak_of_a_packed_step_has_no_square_mask_and_no_full_logits(tmp_path):
+    model = load(save_tiny_model(tmp_path, max_position_embeddings=8192, original_max_position_embeddings=8192), "auto")
+    rows = random_rows([512] * 16)
+    plan = MicroBatchPlan(max_tokens=8192, max_rows=16, packing=True, longrope_boundary=None)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    forward_backward(model, collate(rows, plan), compute_dtype=torch.bfloat16, backward=torch.Tensor.backward)
+    assert torch.cuda.max_memory_allocated() - before < 8192 * 8192

@@ -7,7 +7,9 @@ from typing import Any
 
 from qlora_phi3.errors import ModelError
 
-SUPPORTED = "Supported is every model_type 'phi3': Phi-3-mini and -medium, Phi-3.5-mini, Phi-4, Phi-4-mini, and their variants."
+SUPPORTED = (
+    "Supported is every model_type 'phi3': Phi-3-mini and -medium, Phi-3.5-mini, Phi-4, Phi-4-mini, and their variants."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

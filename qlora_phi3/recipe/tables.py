@@ -197,7 +197,7 @@ class Training(Table):
     """The run; names of TrainingArguments and SFTConfig, and `batch_size`."""
 
     per_device_train_batch_size: Count | Literal["auto"] = "auto"
-    """Rows in one forward pass; auto: what fits the card. Changes memory and speed, not the result."""
+    """Rows in one forward pass; auto: as many as max_length tokens (at least 1,024) hold. Not what is learned."""
     gradient_accumulation_steps: Count | None = None
     """Forward passes in one optimizer step; follows from batch_size when unset."""
     batch_size: Count = Field(default_factory=_rows_of_a_step)

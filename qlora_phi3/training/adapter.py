@@ -1,5 +1,6 @@
 """The folder people take away: adapter, and a tokenizer that gives the very ids that were trained on."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,12 +52,22 @@ def save_adapter(
     with whole_or_gone(draft):
         shutil.rmtree(draft, ignore_errors=True)
         model.save_pretrained(draft)
+        _sort_names(draft / "adapter_config.json")
         for path in _tokenizer_files(recipe):
             shutil.copyfile(path, draft / path.name)
     _check_ids(tokenizer, draft, sample)
     with whole_or_gone(draft):
         shutil.rmtree(target, ignore_errors=True)
         draft.replace(target)
+
+
+def _sort_names(path: Path) -> None:
+    """Order the names in adapter_config.json: PEFT 0.21 writes sets, whose order is another in every process."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _tokenizer_files(recipe: Recipe) -> list[Path]:

@@ -140,6 +140,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             batch_size=self.args.per_device_eval_batch_size,
             sampler=SequentialSampler(rows),
             collate_fn=partial(collate, plan=self.eval_plan),
+            generator=torch.Generator(),  # else it draws from the generator that dropout draws from
         )
 
     def floating_point_ops(self, inputs: Batch) -> int:

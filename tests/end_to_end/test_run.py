@@ -1,8 +1,11 @@
 """`qlora-phi3 run` from a recipe to an adapter, by the real command line, on a tiny model."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,8 +158,8 @@ def test_a_true_process_does_the_same_and_prints_plain_lines(done):
     assert ended.stderr == ""
     assert "\x1b" not in ended.stdout
     (again,) = (shop.path / "elsewhere" / "mine").iterdir()
-    adapter = "adapter/adapter_model.safetensors"
-    assert (again / adapter).read_bytes() == (folder / adapter).read_bytes()
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_the_shortest_recipe_trains_in_16_row_steps_with_5_percent_held_out(shop, base):

@@ -92,26 +92,28 @@ def parse_architecture(config: dict[str, Any], name: str) -> Architecture:
     model_type = config.get("model_type")
     if model_type != "phi3":
         raise ModelError(f"{name} is a model of type '{model_type}', not phi3.", SUPPORTED)
-    try:
-        heads = int(config["num_attention_heads"])
-        positions = int(config["max_position_embeddings"])
-        original = config.get("original_max_position_embeddings")
-        return Architecture(
-            hidden_size=int(config["hidden_size"]),
-            intermediate_size=int(config["intermediate_size"]),
-            num_hidden_layers=int(config["num_hidden_layers"]),
-            num_attention_heads=heads,
-            num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-            vocab_size=int(config["vocab_size"]),
-            max_position_embeddings=positions,
-            longrope_boundary=int(original) if _uses_longrope(config) and original else None,
-            sliding_window=config.get("sliding_window"),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"The config.json of {name} lacks a usable value: {error}.", "Download the checkpoint again."
-        ) from error
+
+    def size(key: str, usual: Any = None) -> int:
+        value = config.get(key) or usual
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(
+                f"The config.json of {name} has {key} = {value!r}, which is no size.", "Download the checkpoint again."
+            )
+        return value
+
+    heads, original = size("num_attention_heads"), "original_max_position_embeddings"
+    return Architecture(
+        hidden_size=size("hidden_size"),
+        intermediate_size=size("intermediate_size"),
+        num_hidden_layers=size("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=size("num_key_value_heads", heads),
+        vocab_size=size("vocab_size"),
+        max_position_embeddings=size("max_position_embeddings"),
+        longrope_boundary=size(original) if _uses_longrope(config) and config.get(original) else None,
+        sliding_window=config.get("sliding_window"),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+    )
 
 
 def _uses_longrope(config: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -17,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 #: PyTorch 2.13's CPU flash kernel takes 5.7 ms forward and backward for 190 tokens (9 heads of 64, bf16, one Zen 5 core),
 #: its math path 4.4, plain matmuls 1.5; at 800 tokens 34, 83 and 18.
 CPU_SCORES_BYTES = 32 * 2**20
+CPU_LENGTH_MULTIPLE = 32
 #: The name under which transformers finds `attend_by_document`.
 BY_DOCUMENT = "sdpa_by_document"
 
@@ -69,13 +71,16 @@ def _suits_matmul(query: Tensor) -> bool:
 
 def _attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:
     """Causal attention of one document as two batched matmuls; the queries that share a key head are stacked under it."""
+    real_length = query.shape[2]
+    # oneDNN keeps a compiled kernel for every shape it meets; causality hides the padding from the real queries.
+    query, key, value = (pad(tensor, (0, 0, 0, -real_length % CPU_LENGTH_MULTIPLE)) for tensor in (query, key, value))
     heads, length, size = query.shape[1:]
     groups = heads // key.shape[1]
     future = torch.full((length, length), float("-inf"), dtype=query.dtype).triu(1).repeat(groups, 1)
     stacked = query[0].reshape(-1, groups * length, size)
     scores = torch.baddbmm(future.expand(len(stacked), -1, -1), stacked, key[0].transpose(1, 2), alpha=scaling)
     output = torch.softmax(scores, dim=-1, dtype=query.dtype) @ value[0]
-    return output.reshape(1, heads, length, size).transpose(1, 2)
+    return output.reshape(1, heads, length, size)[:, :, :real_length].transpose(1, 2)
 
 
 def _window_mask(query: Tensor, window: int | None) -> Tensor | None:

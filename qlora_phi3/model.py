@@ -1,6 +1,7 @@
 """The 4-bit base, its adapter, and what must hold for both: precision, coverage, no cache, no repacking."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +101,9 @@ def load_tokenizer(table: Model) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(table.name, revision=table.revision)
     except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(" :.")
         raise ModelError(
-            f"The tokenizer of {table.name} cannot be read: {str(error).splitlines()[0]}",
+            f"The tokenizer of {table.name} cannot be read: {reason}.",
             "Point [model] name at a whole checkpoint, its tokenizer files among it.",
         ) from error
     if not tokenizer.is_fast:
@@ -146,7 +148,7 @@ def load_base(
             raise ModelError(
                 _why_not_loaded(table.name, error), "Download the checkpoint again, whole, as safetensors."
             ) from error
-    absent = sorted(set(info["missing_keys"])) + sorted(str(key) for key in info["mismatched_keys"])
+    absent = [*sorted(info["missing_keys"]), *sorted(map(str, info["mismatched_keys"]))] or _of_another_shape(model)
     if absent:
         raise ModelError(
             f"The weights of {table.name} are incomplete: {len(absent)} tensors are missing or of another shape, "
@@ -181,7 +183,17 @@ def _why_not_loaded(name: str, error: Exception) -> str:
     pickles = sorted(Path(name).glob("*.bin")) if Path(name).is_dir() else []
     if pickles and not list(Path(name).glob("*.safetensors")):
         return f"{name} holds its weights only as a pickle ({pickles[0].name}), which can run code when it is read."
-    return f"The weights of {name} cannot be read: {first_line}"
+    return f"The weights of {name} cannot be read: {first_line.rstrip('.')}."
+
+
+def _of_another_shape(model: nn.Module) -> list[str]:
+    """The 4-bit layers whose weights have not the shape of the config; transformers 5.23 compares only unquantized ones."""
+    return [
+        f"{name}.weight"
+        for name, layer in model.named_modules()
+        if isinstance(layer, bnb.nn.Linear4bit)
+        and tuple(layer.weight.quant_state.shape) != (layer.out_features, layer.in_features)
+    ]
 
 
 def _keep_packing(model: nn.Module) -> None:
@@ -229,14 +241,17 @@ def attach_adapter(model: Phi3ForChunkedLoss, table: Lora) -> PeftModel:
     """Put a fresh LoRA adapter, kept in fp32, on the base.
 
     Raises:
-        ModelError: a target matches no linear layer of the model, or the output head is a target.
+        ModelError: a name in the table matches nothing in the model, or the output head is a target.
     """
     check_targets(model, table)
     settings = table.model_dump(exclude_none=True)
+    if table.layers_to_transform is not None and table.target_modules == "all-linear":
+        settings["target_modules"] = _leaves(linear_layers(model))  # PEFT 0.21 takes the word for all layers only
     try:
         adapted = get_peft_model(model, LoraConfig(**settings), autocast_adapter_dtype=True)
     except ValueError as error:
-        raise ModelError(f"PEFT refuses the [lora] table: {str(error).splitlines()[0]}", "Change [lora].") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ModelError(f"PEFT refuses the [lora] table: {reason}.", "Change [lora].") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -252,23 +267,50 @@ def linear_layers(model: nn.Module) -> dict[str, int]:
     }
 
 
-def check_targets(model: nn.Module, table: Lora) -> None:
-    """Refuse a name of `target_modules` that matches nothing: PEFT passes over it without a word."""
+def _leaves(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def check_targets(model: Phi3ForChunkedLoss, table: Lora) -> None:
+    """Refuse a name in [lora] that matches nothing: PEFT passes over it without a word."""
+    layers, modules = linear_layers(model), [name for name, _ in model.named_modules()]
+    targets = [table.target_modules] if isinstance(table.target_modules, str) else table.target_modules
+    if any(target.rpartition(".")[2] == "lm_head" for target in targets):
+        raise ModelError(
+            "[lora] target_modules names lm_head, whose weight the loss reads directly: that adapter would never be trained.",
+            'Use modules_to_save = ["lm_head"] to train the head itself.',
+        )
     if isinstance(table.target_modules, str):
-        return  # "all-linear", or a pattern: PEFT itself refuses a pattern without a match
-    names = linear_layers(model)
-    leaves = sorted({name.rpartition(".")[2] for name in names})
-    for target in table.target_modules:
-        if target.rpartition(".")[2] == "lm_head":
+        pattern, cure = table.target_modules, f'For a name, not a pattern, write target_modules = ["{targets[0]}"].'
+        if pattern != "all-linear" and not any(re.fullmatch(pattern, name) for name in layers):
+            raise _matches_nothing("target_modules", pattern, layers, cure)
+    else:
+        _check_names("target_modules", targets, layers, layers, 'Write target_modules = "all-linear".')
+    _check_names(
+        "modules_to_save", table.modules_to_save or (), modules, layers, "lm_head and embed_tokens are others."
+    )
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(table, key):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in layers):
+                raise _matches_nothing(key, pattern, layers, f"Mend {key}.")
+    chosen = table.layers_to_transform
+    for number in [chosen] if isinstance(chosen, int) else chosen or ():
+        if number >= (count := model.config.num_hidden_layers):
             raise ModelError(
-                "[lora] target_modules names lm_head, whose weight the loss reads directly: that adapter would never be trained.",
-                'Use modules_to_save = ["lm_head"] to train the head itself.',
+                f"[lora] layers_to_transform = {number}, and the model has {count} layers.",
+                f"They are 0 to {count - 1}.",
             )
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise ModelError(
-                f"[lora] target_modules: '{target}' matches no layer of this model, whose linear layers are {', '.join(leaves)}.",
-                'Write target_modules = "all-linear".',
-            )
+
+
+def _check_names(key: str, names: Iterable[str], choices: Iterable[str], layers: Iterable[str], cure: str) -> None:
+    for name in names:
+        if not any(choice == name or choice.endswith(f".{name}") for choice in choices):
+            raise _matches_nothing(key, name, layers, cure)
+
+
+def _matches_nothing(key: str, name: str, layers: Iterable[str], cure: str) -> ModelError:
+    listed = ", ".join(_leaves(layers))
+    return ModelError(f"[lora] {key}: '{name}' matches no layer of this model, whose linear layers are {listed}.", cure)
 
 
 def measure_coverage(model: PeftModel) -> Coverage:

@@ -3,7 +3,8 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ class RunFolder:
             raise RunError(
                 f"{self.report} cannot be read: {error}.", "Give the folder of a run: runs/<recipe>/<time>."
             ) from error
+        if not isinstance(report, dict):
+            raise RunError(f"{self.report} is no report.", "Give the folder of a run: runs/<recipe>/<time>.")
         return report
 
 
@@ -76,6 +79,19 @@ def create_run_folder(root: Path, recipe_name: str) -> RunFolder:
             ) from error
         return RunFolder(path)
     raise RunError(f"{root / recipe_name} has 99 runs of this very second.", "Try again.")
+
+
+@contextmanager
+def kept_if_loaded(folder: RunFolder, *, is_new: bool) -> Iterator[None]:
+    """Take a new folder away again when the model for it cannot be loaded."""
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # the recipe's folder may hold other runs
+                for path in (folder.checkpoints, folder.path, folder.path.parent):
+                    path.rmdir()
+        raise
 
 
 def newest_run(root: Path, recipe_name: str) -> RunFolder:

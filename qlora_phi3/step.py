@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from qlora_phi3.dataset.pack import plan_micro_batches
 from qlora_phi3.loss import IGNORED
 
+#: Packed sequences are as long as a multiple of this. oneDNN keeps a compiled kernel for every shape it meets: over 20 steps of
+#: 4 rows, SmolLM2-135M in bf16 on CPU peaked at 1,413 MiB without, 1,121 with 64, 1,075 with 128, at equal speed. On CUDA
+#: fewer sizes leave the allocator's cache in fewer pieces.
+PACKED_MULTIPLE = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatchPlan:
@@ -79,13 +84,18 @@ def _row_tensors(row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _lay_end_to_end(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One sequence; document_lengths, and for transformers' own attention the reset position_ids, tell where a document ends."""
+    """One sequence; document_lengths, and for transformers' own attention the reset position_ids, tell where a document ends.
+
+    A last document of nothing to learn, at position 0 throughout, fills it up to a multiple of `PACKED_MULTIPLE`.
+    """
     pairs = [_row_tensors(row) for row in rows]
+    lengths = [len(ids) for ids, _ in pairs]
+    filling = torch.zeros(-sum(lengths) % PACKED_MULTIPLE, dtype=torch.int64)
     return {
-        "input_ids": torch.cat([ids for ids, _ in pairs])[None],
-        "labels": torch.cat([labels for _, labels in pairs])[None],
-        "position_ids": torch.cat([torch.arange(len(ids)) for ids, _ in pairs])[None],
-        "document_lengths": tuple(len(ids) for ids, _ in pairs),
+        "input_ids": torch.cat([*(ids for ids, _ in pairs), filling])[None],
+        "labels": torch.cat([*(labels for _, labels in pairs), torch.full_like(filling, IGNORED)])[None],
+        "position_ids": torch.cat([*(torch.arange(length) for length in lengths), filling])[None],
+        "document_lengths": (*lengths, len(filling)) if len(filling) else tuple(lengths),
     }
 
 

@@ -3,9 +3,50 @@
 from pathlib import Path
 
 import torch
+from transformers import get_scheduler
+from transformers.integrations import get_available_reporting_integrations, is_flytekit_available
 from trl import SFTConfig
 
+from qlora_phi3.errors import RecipeError
 from qlora_phi3.recipe.tables import Training
+
+
+def check_trackers(training: Training) -> None:
+    """Refuse a tracker whose library is not installed, before a model is loaded for it.
+
+    Raises:
+        RecipeError: with its name.
+    """
+    asked = [training.report_to] if isinstance(training.report_to, str) else training.report_to
+    installed = {*get_available_reporting_integrations(), *(["flyte"] if is_flytekit_available() else [])}
+    for name in asked:
+        if name not in ("all", "none") and name not in installed:
+            raise RecipeError(
+                f"[training] report_to names {name}, which is not installed.",
+                "Install it beside qlora-phi3, or delete it: metrics.jsonl holds every figure.",
+            )
+
+
+def check_schedule(training: Training) -> None:
+    """Refuse settings the learning rate's schedule does not know, by making one for an optimizer of nothing.
+
+    Raises:
+        RecipeError: with what transformers says of them.
+    """
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate)
+    try:
+        get_scheduler(
+            training.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=0,
+            num_training_steps=10**6,
+            scheduler_specific_kwargs=dict(training.lr_scheduler_kwargs),
+        )
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f'[training] lr_scheduler_kwargs does not fit lr_scheduler_type = "{training.lr_scheduler_type}": {error}.',
+            "Mend or delete it.",
+        ) from error
 
 
 def choose_optimizer(training: Training, device: torch.device) -> str:

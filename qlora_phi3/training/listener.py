@@ -78,23 +78,15 @@ class Recorder:
     def __init__(self, listener: Listener, folder: RunFolder) -> None:
         self._listener = listener
         self._folder = folder
-        self._evaluations: list[EvalRecord] = []
-        self.peak_memory_bytes = 0
         self.say, self.warn, self.progress = listener.say, listener.warn, listener.progress
         self.begin, self.saved = listener.begin, listener.saved
 
     def step(self, record: StepRecord) -> None:
         """Write the step down, then show it."""
         append_metrics(self._folder, record.as_dict())
-        self.peak_memory_bytes = max(self.peak_memory_bytes, record.peak_memory_bytes)
         self._listener.step(record)
 
     def evaluated(self, record: EvalRecord) -> None:
         """Write the evaluation down, then show it."""
         append_metrics(self._folder, record.as_dict())
-        self._evaluations.append(record)
         self._listener.evaluated(record)
-
-    def evaluations(self) -> list[EvalRecord]:
-        """The evaluations of this session of the run."""
-        return list(self._evaluations)

@@ -1,11 +1,8 @@
 """A whole run: recipe -> data -> model -> training -> run folder."""
 
-import hashlib
-import platform
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +25,27 @@ from qlora_phi3.model import (
     measure_coverage,
 )
 from qlora_phi3.recipe.load import Recipe, recipe_as_toml
-from qlora_phi3.runfolder import RunFolder, create_run_folder, cut_metrics, write_atomically, write_report
+from qlora_phi3.runfolder import (
+    RunFolder,
+    create_run_folder,
+    cut_metrics,
+    kept_if_loaded,
+    read_metrics,
+    write_atomically,
+    write_report,
+)
 from qlora_phi3.step import MicroBatchPlan
 from qlora_phi3.training.adapter import save_adapter
-from qlora_phi3.training.arguments import build_arguments, choose_optimizer
+from qlora_phi3.training.arguments import build_arguments, check_schedule, check_trackers, choose_optimizer
 from qlora_phi3.training.checkpoint import find_checkpoint, step_of
 from qlora_phi3.training.interrupt import StopOnInterrupt
-from qlora_phi3.training.listener import EvalRecord, Listener, Recorder
+from qlora_phi3.training.listener import Listener, Recorder
+from qlora_phi3.training.report import describe_device, failure_reported, first_report, last_report
 from qlora_phi3.training.trainer import Phi3Trainer
 
 #: Tokens of a micro-batch where neither the recipe nor a longer row asks for more: enough to keep the matmuls busy
 #: beside the dequantization, which costs the same whatever the micro-batch holds.
 USUAL_MICRO_BATCH_TOKENS = 1024
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "qlora-phi3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,20 +88,30 @@ def run(
     if resume is not None:
         check_resumable(resume, recipe)
     ready = _prepare(recipe, base_folder, listener)
+    report = first_report(
+        recipe,
+        ready.data.report,
+        device=ready.device,
+        compute_dtype=ready.precision.compute_dtype,
+        resume=resume,
+    )
     folder = resume or create_run_folder(Path(recipe.training.output_dir), name)
-    report = _first_report(recipe, ready, resume)
-    write_atomically(folder.recipe, recipe_as_toml(recipe))
-    write_report(folder, report)
-    listener.say(f"Run folder: {folder.path}")
-    try:
-        result = _train(recipe, ready, folder, listener, report, started, resuming=resume is not None)
-    except BaseException as error:
-        status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
-        write_report(
-            folder, {**report, "status": status, "error": str(error), "seconds": time.perf_counter() - started}
-        )
-        raise
-    return result
+    with kept_if_loaded(folder, is_new=resume is None):
+        model = _load(recipe, ready, listener)
+    with failure_reported(folder, report, started):
+        write_atomically(folder.recipe, recipe_as_toml(recipe))
+        write_report(folder, report)
+        listener.say(f"Run folder: {folder.path}")
+        steps = _train(recipe, ready, model, folder, listener, resuming=resume is not None)
+        report = last_report(folder, report, steps=steps, started=started)
+        write_report(folder, report)
+    return RunResult(
+        folder=folder,
+        steps=steps,
+        loss_before=report["eval_loss_before"],
+        loss_after=report["eval_loss_after"],
+        seconds=report["seconds"],
+    )
 
 
 def _with_found_paths(recipe: Recipe, base_folder: Path) -> Recipe:
@@ -118,6 +133,8 @@ def _with_found_paths(recipe: Recipe, base_folder: Path) -> Recipe:
 
 def _prepare(recipe: Recipe, base_folder: Path, listener: Listener) -> _Ready:
     """Everything that can fail cheaply, before any weight is read."""
+    check_trackers(recipe.training)
+    check_schedule(recipe.training)
     architecture = read_architecture(recipe.model.name, recipe.model.revision)
     if recipe.training.max_length > architecture.max_position_embeddings:
         raise UserError(
@@ -230,20 +247,12 @@ def build_trainer(
 
 
 def _train(
-    recipe: Recipe,
-    ready: _Ready,
-    folder: RunFolder,
-    listener: Listener,
-    report: dict[str, Any],
-    started: float,
-    *,
-    resuming: bool,
-) -> RunResult:
+    recipe: Recipe, ready: _Ready, model: PeftModel, folder: RunFolder, listener: Listener, *, resuming: bool
+) -> int:
+    """Train to the end and write the adapter; returns the number of steps."""
     checkpoint = _find_and_tell(folder, listener) if resuming else None
     cut_metrics(folder, step_of(checkpoint) if checkpoint else -1)
-    model = _load(recipe, ready, listener)
-    recorder = Recorder(listener, folder)
-    trainer = build_trainer(recipe, ready, model, folder, recorder)
+    trainer = build_trainer(recipe, ready, model, folder, Recorder(listener, folder))
     if ready.data.evaluation is not None and checkpoint is None:
         trainer.evaluate()
     with StopOnInterrupt(listener) as stop:
@@ -254,32 +263,15 @@ def _train(
             f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; everything is saved.",
             f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}",
         )
-    _measure_the_end(trainer, recorder, best=recipe.training.load_best_model_at_end)
+    _measure_the_end(trainer, folder, best=recipe.training.load_best_model_at_end)
     save_adapter(model, ready.tokenizer, recipe, folder.adapter, sample=ready.data.train)
-    seconds = time.perf_counter() - started
-    losses = [record.eval_loss for record in recorder.evaluations()]
-    before, after = (losses[0], losses[-1]) if len(losses) > 1 else (None, losses[-1] if losses else None)
-    write_report(
-        folder,
-        {
-            **report,
-            "status": "done",
-            "steps": trainer.state.global_step,
-            "eval_loss_before": before,
-            "eval_loss_after": after,
-            "seconds": seconds,
-            "peak_memory_bytes": recorder.peak_memory_bytes,
-        },
-    )
-    return RunResult(
-        folder=folder, steps=trainer.state.global_step, loss_before=before, loss_after=after, seconds=seconds
-    )
+    return int(trainer.state.global_step)
 
 
-def _measure_the_end(trainer: Phi3Trainer, recorder: Recorder, *, best: bool) -> None:
+def _measure_the_end(trainer: Phi3Trainer, folder: RunFolder, *, best: bool) -> None:
     """Score the adapter that is handed out, unless the last evaluation did."""
-    last: EvalRecord | None = next(reversed(recorder.evaluations()), None)
-    if trainer.eval_dataset is not None and (best or last is None or last.step != trainer.state.global_step):
+    measured = [record["step"] for record in read_metrics(folder) if record["kind"] == "eval"]
+    if trainer.eval_dataset is not None and (best or measured[-1:] != [trainer.state.global_step]):
         trainer.evaluate()
 
 
@@ -292,7 +284,8 @@ def check_resumable(folder: RunFolder, recipe: Recipe) -> None:
     report = folder.read_report()
     if report.get("status") == "done":
         raise RunError(f"{folder.path} is done; there is nothing to resume.", "Leave --resume out to start a new run.")
-    was, now = report.get("recipe", {}), recipe.model_dump(mode="json")
+    was: Mapping[str, Any] = report.get("recipe", {})
+    now = recipe.model_dump(mode="json")
     differing = [
         f"[{table}] {key}" for table in now for key in now[table] if now[table][key] != was.get(table, {}).get(key)
     ]
@@ -311,32 +304,3 @@ def _find_and_tell(folder: RunFolder, listener: Listener) -> Path | None:
         f"Going on from {checkpoint}" if checkpoint else "No whole checkpoint yet: starting from the first step."
     )
     return checkpoint
-
-
-def _first_report(recipe: Recipe, ready: _Ready, resume: RunFolder | None) -> dict[str, Any]:
-    """What is known of a run before its first step."""
-    data = asdict(ready.data.report)
-    if resume is not None and (was := resume.read_report().get("data", {}).get("sha256")) != data["sha256"]:
-        raise RunError(
-            f"The data changed since {resume.path} began (sha256 {str(was)[:12]} -> {data['sha256'][:12]}).",
-            "Start a new run.",
-        )
-    text = recipe_as_toml(recipe)
-    return {
-        "status": "running",
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "recipe": recipe.model_dump(mode="json"),
-        "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "data": data,
-        "seed": recipe.training.seed,
-        "device": describe_device(ready.device),
-        "compute_dtype": str(ready.precision.compute_dtype).removeprefix("torch."),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-    }
-
-
-def describe_device(device: torch.device) -> str:
-    """The card's name, or the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -81,7 +81,7 @@ def test_metrics_hold_every_step_and_every_evaluation(done):
 
 
 def test_the_report_says_how_it_ended_and_on_what(done):
-    shop, _, folder = done
+    _, _, folder = done
     report = read_json(folder / "report.json")
     evaluations = [r["eval_loss"] for r in read_lines(folder / "metrics.jsonl") if r["kind"] == "eval"]
     assert report["status"] == "done"
@@ -144,16 +144,10 @@ def test_the_tokenizer_beside_the_adapter_gives_the_ids_of_the_base(done, base):
 
 def test_a_true_process_does_the_same_and_prints_plain_lines(done):
     shop, _, folder = done
-    command = [
-        sys.executable,
-        "-m",
-        "qlora_phi3.cli.main",
-        "run",
-        "mine.toml",
-        "--set",
-        "training.output_dir=elsewhere",
-    ]
-    ended = subprocess.run(command, cwd=shop.path, capture_output=True, text=True, timeout=120)
+    program = shutil.which("qlora-phi3", path=Path(sys.executable).parent)
+    command = [program, "run", "mine.toml", "--set", "training.output_dir=elsewhere"]
+    surroundings = {**os.environ, "PYTHONHASHSEED": "12"}  # sets are ordered by it
+    ended = subprocess.run(command, cwd=shop.path, env=surroundings, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""
     assert "\x1b" not in ended.stdout

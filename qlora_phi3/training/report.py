@@ -1,0 +1,85 @@
+"""report.json: what is known of a run before its first step, and what is added when it ends."""
+
+import contextlib
+import hashlib
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from qlora_phi3.dataset.prepare import DataReport
+from qlora_phi3.errors import Interrupted, RunError
+from qlora_phi3.recipe.load import Recipe, recipe_as_toml
+from qlora_phi3.runfolder import RunFolder, read_metrics, write_report
+
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "qlora-phi3")
+
+
+def first_report(
+    recipe: Recipe, data: DataReport, *, device: torch.device, compute_dtype: torch.dtype, resume: RunFolder | None
+) -> dict[str, Any]:
+    """The report of a run that is about to start, or to go on: then its start and its seconds so far are kept.
+
+    Raises:
+        RunError: the data are not those the resumed run began with.
+    """
+    was = resume.read_report() if resume is not None else {}
+    if resume is not None and (before := was.get("data", {}).get("sha256")) != data.sha256:
+        raise RunError(
+            f"The data changed since {resume.path} began (sha256 {str(before)[:12]} -> {data.sha256[:12]}).",
+            "Start a new run.",
+        )
+    return {
+        "status": "running",
+        "started": was.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
+        "seconds": was.get("seconds", 0.0),
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_sha256": hashlib.sha256(recipe_as_toml(recipe).encode()).hexdigest(),
+        "data": asdict(data),
+        "seed": recipe.training.seed,
+        "device": describe_device(device),
+        "compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+    }
+
+
+def describe_device(device: torch.device) -> str:
+    """The card's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+@contextmanager
+def failure_reported(folder: RunFolder, report: Mapping[str, Any], started: float) -> Iterator[None]:
+    """Write down how a run ended that does not reach its end; `started` is its time.perf_counter()."""
+    try:
+        yield
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+        reason = str(error) or type(error).__name__
+        seconds = report["seconds"] + time.perf_counter() - started
+        with contextlib.suppress(RunError):  # the disk may still be full; the error itself is what to tell
+            write_report(folder, {**report, "status": status, "error": reason, "seconds": seconds})
+        raise
+
+
+def last_report(folder: RunFolder, report: Mapping[str, Any], *, steps: int, started: float) -> dict[str, Any]:
+    """The report of a finished run; what was measured is taken from metrics.jsonl, which earlier sessions wrote too."""
+    records = read_metrics(folder)
+    losses = [(record["step"], record["eval_loss"]) for record in records if record["kind"] == "eval"]
+    peaks = [record["peak_memory_bytes"] for record in records if record["kind"] == "train"]
+    return {
+        **report,
+        "status": "done",
+        "steps": steps,
+        "eval_loss_before": losses[0][1] if losses and losses[0][0] == 0 else None,
+        "eval_loss_after": losses[-1][1] if losses else None,
+        "seconds": report["seconds"] + time.perf_counter() - started,
+        "peak_memory_bytes": max(peaks, default=0),
+    }

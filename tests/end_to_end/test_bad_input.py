@@ -1,0 +1,303 @@
+"""What a person can get wrong: one clear line, exit code 2, no traceback, nothing written."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_model import save_tiny_model
+from workshop import call, read_json, read_lines, write_chats
+
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+ALPACA = {"instruction": "a", "output": "b"}
+
+
+def write_rows(shop, *rows):
+    text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    (shop.path / "rows.jsonl").write_text(text + "\n", encoding="utf-8")
+    return {"data": {"train": "rows.jsonl"}}
+
+
+def spoil_config(shop, **changes):
+    folder = shop.copy_base()
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
+    return {"model": {"name": "copy"}}
+
+
+def without(shop, name):
+    (shop.copy_base() / name).unlink()
+    return {"model": {"name": "copy"}}
+
+
+def config_that_is_no_json(shop):
+    (shop.copy_base() / "config.json").write_text("{'model_type': 'phi3'}", encoding="utf-8")
+    return {"model": {"name": "copy"}}
+
+
+def weights_cut_short(shop):
+    path = shop.copy_base() / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return {"model": {"name": "copy"}}
+
+
+def weights_missing_a_tensor(shop):
+    path = shop.copy_base() / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    return {"model": {"name": "copy"}}
+
+
+def only_a_pickle(shop):
+    folder = shop.copy_base()
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return {"model": {"name": "copy"}}
+
+
+def one_shard_missing(shop):
+    folder = shop.copy_base()
+    (folder / "model.safetensors").unlink()
+    save_tiny_model(shop.path / "sharded", vocab_size=832)
+    from transformers import Phi3ForCausalLM
+
+    Phi3ForCausalLM.from_pretrained(shop.path / "sharded").save_pretrained(folder, max_shard_size="600KB")
+    shutil.rmtree(shop.path / "sharded")
+    sorted(folder.glob("model-*.safetensors"))[-1].unlink()
+    return {"model": {"name": "copy"}}
+
+
+def a_folder_in_the_way(shop):
+    (shop.path / "taken").write_text("mine", encoding="utf-8")
+    return {"training": {"output_dir": "taken"}}
+
+
+def a_file_for_the_recipe_name(shop):
+    (shop.path / "runs").mkdir()
+    (shop.path / "runs" / "mine").write_text("mine", encoding="utf-8")
+    return {}
+
+
+#: What is wrong -> (how it is made, as tables of the recipe; what the line must say).
+CASES = {
+    "unknown key": (lambda shop: {"lora": {"rnk": 4}}, ["mine.toml", "[lora] has no key 'rnk'", "Did you mean 'r'?"]),
+    "wrong type": (lambda shop: {"training": {"learning_rate": "2e-4"}}, ["mine.toml", "[training] learning_rate", "must be"]),
+    "missing data file": (lambda shop: {"data": {"train": "nowhere.jsonl"}}, ["nowhere.jsonl", "[data]"]),
+    "missing evaluation file": (lambda shop: {"data": {"eval": "nowhere.jsonl"}}, ["nowhere.jsonl", "[data]"]),
+    "empty data file": (lambda shop: write_rows(shop, ""), ["rows.jsonl", "is empty"]),
+    "bad JSON line": (lambda shop: write_rows(shop, CHAT, CHAT, '{"messages": [}'), ["rows.jsonl:3", "not valid JSON"]),
+    "rows of mixed shape": (lambda shop: write_rows(shop, CHAT, ALPACA), ["rows.jsonl:2", "alpaca", "rows.jsonl:1", "messages"]),
+    "unknown role": (
+        lambda shop: write_rows(shop, CHAT, {"messages": [{"role": "wizard", "content": "a"}, *CHAT["messages"]]}),
+        ["rows.jsonl:2", "wizard"],
+    ),
+    "no supervised token": (
+        lambda shop: write_rows(shop, {"messages": CHAT["messages"][:1]}, {"messages": CHAT["messages"][:1]}),
+        ["None of the 2 rows", "no assistant turn"],
+    ),
+    "everything cut off": (
+        lambda shop: write_rows(shop, {"instruction": "word " * 300, "output": "b"}), ["Raise [training] max_length, now 128"],
+    ),
+    "nothing left to train on": (lambda shop: {"data": {"eval_size": 48}}, ["eval_size", "48 of 48", "none is left"]),
+    "no such template": (lambda shop: {"data": {"chat_template": "chatml"}}, ["chat_template", "chatml", "phi3"]),
+    "no such model folder": (lambda shop: {"model": {"name": "./nowhere"}}, ["There is no model folder ./nowhere"]),
+    "hub out of reach": (lambda shop: {"model": {"name": "owner/nowhere"}}, ["owner/nowhere", "hub"]),
+    "no config": (lambda shop: without(shop, "config.json"), ["copy has no config.json"]),
+    "config that is no JSON": (config_that_is_no_json, ["config.json is not JSON", "line 1"]),
+    "config without a value": (lambda shop: spoil_config(shop, hidden_size=None), ["config.json", "copy", "hidden_size"]),
+    "not phi3": (lambda shop: spoil_config(shop, model_type="llama"), ["'llama', not phi3", "Phi-3-mini"]),
+    "no tokenizer": (lambda shop: without(shop, "tokenizer.json"), ["tokenizer", "copy"]),
+    "weights cut short": (weights_cut_short, ["weights of", "copy", "Download the checkpoint again"]),
+    "weights missing a tensor": (weights_missing_a_tensor, ["incomplete", "model.layers.1.mlp.down_proj.weight"]),
+    "a shard missing": (one_shard_missing, ["copy", "model-0000"]),
+    "only a pickle": (only_a_pickle, ["only as a pickle (pytorch_model.bin)"]),
+    "no weights": (lambda shop: without(shop, "model.safetensors"), ["weights of", "copy"]),
+    "weights of another shape": (lambda shop: spoil_config(shop, intermediate_size=512), ["copy", "of another shape"]),
+    "Llama's layer names": (
+        lambda shop: {"lora": {"target_modules": ["q_proj", "o_proj"]}},
+        ["'q_proj' matches no layer", "down_proj, gate_up_proj, o_proj, qkv_proj", "all-linear"],
+    ),
+    "a pattern that matches nothing": (lambda shop: {"lora": {"target_modules": ".*q_proj"}}, ["target_modules", "q_proj"]),
+    "the output head as a target": (lambda shop: {"lora": {"target_modules": ["lm_head"]}}, ["lm_head", "modules_to_save"]),
+    "everything excluded": (lambda shop: {"lora": {"exclude_modules": ".*"}}, ["exclude_modules"]),
+    "a module to save that is not there": (lambda shop: {"lora": {"modules_to_save": ["nose"]}}, ["modules_to_save", "nose"]),
+    "a layer that is not there": (lambda shop: {"lora": {"layers_to_transform": [7]}}, ["layers_to_transform", "7"]),
+    "a rank pattern that matches nothing": (lambda shop: {"lora": {"rank_pattern": {"nose": 4}}}, ["rank_pattern", "nose"]),
+    "longer rows than positions": (lambda shop: {"training": {"max_length": 513}}, ["max_length = 513", "512 positions"]),
+    "a tracker that is not installed": (lambda shop: {"training": {"report_to": "neptune"}}, ["neptune", "not installed"]),
+    "a scheduler's unknown setting": (
+        lambda shop: {"training": {"lr_scheduler_kwargs": {"nose": 1}}}, ["lr_scheduler_kwargs", "nose"],
+    ),
+    "output folder is a file": (a_folder_in_the_way, ["taken"]),
+    "the recipe's folder is a file": (a_file_for_the_recipe_name, ["runs/mine"]),
+}  # fmt: skip
+
+
+def snapshot(folder):
+    """Every file with its content, so that nothing new and nothing overwritten goes unseen."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def told(result, *words):
+    """The one line on stderr, which says all of these; exit code 2."""
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    for word in words:
+        assert word in line
+    return line
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_told_in_one_line_and_nothing_is_written(shop, case):
+    make, words = CASES[case]
+    shop.default_tables()
+    shop.write(**make(shop))
+    before = snapshot(shop.path)
+    assert told(shop.run(), *words)
+    assert snapshot(shop.path) == before
+    assert shop.runs() == [] or case == "the recipe's folder is a file"
+
+
+def test_a_recipe_that_is_not_toml(shop):
+    shop.write("[model\nname = 1")
+    assert told(shop.run(), "mine.toml is not TOML", "line 1")
+
+
+def test_every_problem_of_a_recipe_is_listed_at_once(shop):
+    shop.write(lora={"rnk": 4}, training={"batch_size": "many", "warmup_ratio": 0.1})
+    result = shop.run()
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[0] == "Error: mine.toml has 3 problems:"
+    assert len(result.stderr.splitlines()) == 4
+
+
+def test_debug_shows_the_traceback(shop):
+    shop.write(data={"train": "nowhere.jsonl"})
+    program = shutil.which("qlora-phi3", path=Path(sys.executable).parent)
+    ended = subprocess.run([program, "run", "mine.toml", "--debug"], capture_output=True, text=True, timeout=120)
+    assert ended.returncode != 0
+    assert "Traceback" in ended.stderr
+    assert "DataError: There is no data file" in ended.stderr
+
+
+def test_an_output_folder_that_is_not_writable(shop, monkeypatch):
+    """The operating system's refusal, as for a user without the rights; these tests may run as root, who has all."""
+    make = Path.mkdir
+
+    def refuse(path, *args, **kwargs):
+        if "runs" in path.parts:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        make(path, *args, **kwargs)
+
+    shop.write()
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert told(shop.run(), "runs/mine", "Permission denied", "output_dir")
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+#: The libraries' own words where the disk is full.
+FULL_TO_TORCH = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nmore\nlines")
+
+
+def fail_at(place, function, error):
+    """A stand-in for `function` that raises once it is to write into `place`."""
+
+    def write(*args, **kwargs):
+        if any(place in str(part) for part in (*args, *kwargs.values()) if isinstance(part, str | os.PathLike)):
+            raise error
+        return function(*args, **kwargs)
+
+    return write
+
+
+@pytest.mark.parametrize("error", [FULL, FULL_TO_TORCH], ids=["OSError", "RuntimeError"])
+def test_a_full_disk_at_a_checkpoint_ends_the_run_and_leaves_the_earlier_ones(shop, monkeypatch, error):
+    shop.write()
+    monkeypatch.setattr(torch, "save", fail_at("checkpoint-6", torch.save, error))
+    assert told(shop.run(), "checkpoint-6 cannot be written", str(error).splitlines()[0], "--resume")
+    (folder,) = shop.runs()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert not (folder / "adapter").exists()
+    report = read_json(folder / "report.json")
+    assert (report["status"], "checkpoint-6" in report["error"]) == ("failed", True)
+    monkeypatch.undo()
+    monkeypatch.chdir(shop.path)
+    assert shop.run("--resume").exit_code == 0
+    assert read_json(folder / "report.json")["status"] == "done"
+
+
+def test_a_full_disk_at_the_adapter_keeps_the_checkpoints_and_resuming_writes_it(shop, monkeypatch):
+    import peft.peft_model
+
+    shop.write(training={"save_steps": 10})
+    writer = fail_at(".adapter.partial", peft.peft_model.safe_save_file, FULL)
+    monkeypatch.setattr(peft.peft_model, "safe_save_file", writer)
+    assert told(shop.run(), "adapter", "No space left on device", "--resume")
+    (folder,) = shop.runs()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "metrics.jsonl",
+        "recipe.toml",
+        "report.json",
+    ]
+    monkeypatch.undo()
+    monkeypatch.chdir(shop.path)
+    result = shop.run("--resume")
+    assert result.exit_code == 0, result.stderr
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    steps = [record["step"] for record in read_lines(folder / "metrics.jsonl") if record["kind"] == "eval"]
+    assert steps == [0, 5, 10]
+
+
+def test_a_full_disk_at_the_metrics_ends_in_one_line(shop, monkeypatch):
+    import qlora_phi3.training.listener as listener
+    from qlora_phi3.errors import RunError
+
+    def full(folder, record):
+        raise RunError(f"{folder.metrics} cannot be written: {FULL.strerror}.", "Free the disk.")
+
+    shop.write()
+    monkeypatch.setattr(listener, "append_metrics", full)
+    assert told(shop.run(), "metrics.jsonl cannot be written: No space left on device")
+    assert read_json(shop.runs()[0] / "report.json")["status"] == "failed"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_true_limit_on_file_size_is_told_in_one_line(shop):
+    """As a full disk: the operating system itself refuses the write (EFBIG), in a process of its own."""
+    shop.write(lora={"r": 64})
+    write_chats(shop.path / "chats.jsonl", rows=48)
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))\n"
+        "from qlora_phi3.cli.main import main\n"
+        "main(['run', 'mine.toml'])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert "checkpoint-2 cannot be written" in line
+    (folder,) = shop.runs()
+    assert list((folder / "checkpoints").iterdir()) == []
+    assert read_json(folder / "report.json")["status"] == "failed"
+
+
+def test_recipe_check_refuses_in_the_same_words(shop):
+    shop.write(lora={"rnk": 4})
+    assert told(call("recipe", "check", "mine.toml"), "[lora] has no key 'rnk'")
+
+
+def test_a_missing_recipe_names_the_one_beside_it(shop):
+    shop.write()
+    assert told(shop.run(recipe="mime.toml"), "mime.toml: there is no such recipe", "Did you mean mine.toml?")

@@ -1,0 +1,268 @@
+"""Runs that are stopped, killed or fail, and what `--resume` makes of them."""
+
+import json
+import shutil
+import signal
+
+import pytest
+from workshop import Workshop, read_json, read_lines, write_chats
+
+FILES = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
+STEPS = 10
+
+
+def press_ctrl_c_in(monkeypatch, step):
+    """Ctrl-C while a step's figures are shown: the run stops after the step that follows."""
+    from qlora_phi3.show.live import View
+
+    shown = View.step
+
+    def show_and_press(self, record):
+        shown(self, record)
+        if record.step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(View, "step", show_and_press)
+
+
+def interrupt(shop, step, *words):
+    with pytest.MonkeyPatch.context() as patch:
+        press_ctrl_c_in(patch, step)
+        return shop.run(*words)
+
+
+def steps_of(folder, kind="train"):
+    return [record["step"] for record in read_lines(folder / "metrics.jsonl") if record["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, base):
+    """A finished run in a workshop of its own; the workshop and the run's folder."""
+    return finished(Workshop(tmp_path_factory.mktemp("undisturbed"), base))
+
+
+def finished(shop, **tables):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(shop.path)
+        shop.write(**tables)
+        result = shop.run()
+    assert result.exit_code == 0, result.stderr
+    return shop, shop.runs()[-1]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, base):
+    """A workshop whose only run was stopped after step 5, with checkpoints 2, 4 and 5."""
+    shop = Workshop(tmp_path_factory.mktemp("stopped"), base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(shop.path)
+        shop.write()
+        result = interrupt(shop, 4)
+    return shop, result
+
+
+@pytest.fixture
+def halfway(stopped, tmp_path, monkeypatch):
+    """A copy of the stopped workshop and its run's folder."""
+    shop = Workshop(tmp_path / "shop", stopped[0].base)
+    shutil.copytree(stopped[0].path, shop.path)
+    monkeypatch.chdir(shop.path)
+    (folder,) = shop.runs()
+    for name in ("report.json", "recipe.toml"):  # they name the data by its full path
+        text = (folder / name).read_text(encoding="utf-8")
+        (folder / name).write_text(text.replace(str(stopped[0].path), str(shop.path)), encoding="utf-8")
+    return shop, folder
+
+
+def assert_same_end(folder, other):
+    for name in FILES:
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+    assert steps_of(folder) == list(range(1, STEPS + 1))
+    assert steps_of(folder, "eval") == [0, 5, 10]
+
+
+def test_ctrl_c_ends_with_130_and_names_the_command_to_go_on(stopped):
+    shop, result = stopped
+    (folder,) = shop.runs()
+    place = folder.relative_to(shop.path)
+    report = read_json(folder / "report.json")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines() == [
+        "Note: Ctrl-C: saving after this step. Press it again to stop at once.",
+        f"Error: Stopped after step 5 of {STEPS}; everything is saved. "
+        f"Go on with: qlora-phi3 run {place}/recipe.toml --resume {place}",
+    ]
+    assert report["status"] == "interrupted"
+    assert not (folder / "adapter").exists()
+    assert steps_of(folder) == [1, 2, 3, 4, 5]
+
+
+def test_a_second_ctrl_c_stops_at_once(shop, monkeypatch):
+    from qlora_phi3.training.interrupt import StopOnInterrupt
+
+    monkeypatch.setattr(
+        StopOnInterrupt, "on_step_end", lambda *args, **kwargs: [signal.raise_signal(signal.SIGINT) for _ in "12"]
+    )
+    shop.write()
+    result = shop.run()
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1].startswith("Error: Stopped.")
+    assert read_json(shop.runs()[0] / "report.json")["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("words", [["--resume"], ["--resume", "RUN"], ["OWN", "--resume", "RUN"]])
+def test_resuming_ends_in_the_adapter_of_the_undisturbed_run(halfway, undisturbed, words):
+    shop, folder = halfway
+    words = [str(folder) if word == "RUN" else word for word in words]
+    recipe = str(folder / "recipe.toml") if words[0] == "OWN" else "mine.toml"
+    result = shop.run(*(word for word in words if word != "OWN"), recipe=recipe)
+    assert result.exit_code == 0, result.stderr
+    assert shop.runs() == [folder]
+    assert_same_end(folder, undisturbed[1])
+    report, expected = read_json(folder / "report.json"), read_json(undisturbed[1] / "report.json")
+    for key in ("status", "steps", "eval_loss_before", "eval_loss_after", "seed", "versions"):
+        assert report[key] == expected[key]
+    assert report.keys() == expected.keys()
+
+
+def test_resuming_with_dropout_draws_the_same_masks(shop, base, tmp_path):
+    (tmp_path / "whole").mkdir()
+    tables = {"lora": {"r": 4, "lora_dropout": 0.1}}
+    whole = finished(Workshop(tmp_path / "whole", base), **tables)[1]
+    shop.write(**tables)
+    assert interrupt(shop, 5).exit_code == 130
+    assert shop.run("--resume").exit_code == 0
+    assert_same_end(shop.runs()[0], whole)
+
+
+def test_a_run_stopped_twice_still_ends_the_same(halfway, undisturbed):
+    shop, folder = halfway
+    assert interrupt(shop, 7, "--resume").exit_code == 130
+    assert shop.run("--resume").exit_code == 0
+    assert_same_end(folder, undisturbed[1])
+
+
+@pytest.mark.parametrize("spoil", ["cut short", "no optimizer", "no seal"])
+def test_a_newest_checkpoint_that_is_not_whole_is_passed_over(halfway, undisturbed, spoil):
+    shop, folder = halfway
+    newest = folder.relative_to(shop.path) / "checkpoints" / "checkpoint-5"
+    if spoil == "cut short":
+        weights = newest / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        (newest / {"no optimizer": "optimizer.pt", "no seal": "sealed.json"}[spoil]).unlink()
+    result = shop.run("--resume")
+    assert result.exit_code == 0, result.stderr
+    assert f"Note: {newest} is not whole and is passed over." in result.stderr.splitlines()
+    assert f"Going on from {newest.with_name('checkpoint-4')}" in result.stdout
+    assert_same_end(folder, undisturbed[1])
+
+
+def test_without_any_whole_checkpoint_the_run_starts_again_from_its_first_step(halfway, undisturbed):
+    shop, folder = halfway
+    for seal in (folder / "checkpoints").glob("*/sealed.json"):
+        seal.unlink()
+    result = shop.run("--resume")
+    assert result.exit_code == 0, result.stderr
+    assert "No whole checkpoint yet: starting from the first step." in result.stdout
+    assert_same_end(folder, undisturbed[1])
+
+
+def test_a_kill_while_a_checkpoint_is_written_costs_only_that_checkpoint(shop, undisturbed, monkeypatch):
+    import qlora_phi3.training.trainer as trainer
+
+    class Killed(BaseException):
+        """No clean-up of ours catches it, as none runs at a kill."""
+
+    def die(checkpoint):
+        if checkpoint.name == "checkpoint-6":
+            (checkpoint / "optimizer.pt").write_bytes((checkpoint / "optimizer.pt").read_bytes()[:50])
+            raise Killed
+        sealed(checkpoint)
+
+    sealed = trainer.seal
+    shop.write()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "seal", die)
+        with pytest.raises(Killed):
+            shop.run()
+    (folder,) = shop.runs()
+    report = read_json(folder / "report.json")
+    (folder / "report.json").write_text(json.dumps({**report, "status": "running"}), encoding="utf-8")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # and a last line cut short
+    result = shop.run("--resume")
+    assert result.exit_code == 0, result.stderr
+    assert "checkpoint-6 is not whole" in result.stderr
+    assert_same_end(folder, undisturbed[1])
+
+
+def refused(result, *words):
+    """One line on stderr that says all of this, exit code 2."""
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    for word in words:
+        assert word in line
+    return True
+
+
+def test_a_run_that_is_done_is_not_resumed(undisturbed, monkeypatch):
+    shop, folder = undisturbed
+    monkeypatch.chdir(shop.path)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert refused(shop.run("--resume"), "is done; there is nothing to resume")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_another_recipe_is_not_resumed_and_what_differs_is_named(halfway):
+    shop, folder = halfway
+    before = (folder / "report.json").read_bytes()
+    result = shop.run("--resume", "--set", "lora.r=8", "--set", "training.seed=1")
+    assert refused(result, "differs", "[lora] r, [training] seed", f"qlora-phi3 run {folder.relative_to(shop.path)}")
+    assert (folder / "report.json").read_bytes() == before
+
+
+def test_changed_data_are_not_resumed(halfway):
+    shop, folder = halfway
+    write_chats(shop.path / "chats.jsonl", rows=48, seed=1)
+    before = (folder / "report.json").read_bytes()
+    assert refused(shop.run("--resume"), "The data changed since", "sha256", "Start a new run.")
+    assert (folder / "report.json").read_bytes() == before
+
+
+def test_a_folder_that_is_no_run_is_not_resumed(halfway):
+    shop, folder = halfway
+    assert refused(shop.run("--resume", "nowhere"), "nowhere", "runs/<recipe>/<time>")
+    assert refused(shop.run("--resume", str(shop.path)), "report.json")
+    (folder / "report.json").write_text("{", encoding="utf-8")
+    assert refused(shop.run("--resume"), "report.json")
+    (folder / "report.json").write_text("[1]", encoding="utf-8")
+    assert refused(shop.run("--resume"), "report.json")
+
+
+def test_resume_without_any_run_says_so(shop):
+    shop.write()
+    assert refused(shop.run("--resume"), "There is no run of mine under runs to resume.", "Leave --resume out")
+    assert not (shop.path / "runs").exists()
+
+
+def test_the_best_checkpoint_is_handed_out_after_a_resumed_run_too(shop, base, tmp_path):
+    (tmp_path / "whole").mkdir()
+    tables = {
+        "training": {
+            "load_best_model_at_end": True, "eval_steps": 2, "save_steps": 2, "save_total_limit": 1, "learning_rate": 0.1,
+        }
+    }  # fmt: skip
+    whole = finished(Workshop(tmp_path / "whole", base), **tables)[1]
+    shop.write(**tables)
+    assert interrupt(shop, 6).exit_code == 130
+    result = shop.run("--resume")
+    assert result.exit_code == 0, result.stderr
+    (folder,) = shop.runs()
+    for name in FILES:
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    records = [record for record in read_lines(whole / "metrics.jsonl") if record["kind"] == "eval"]
+    assert read_json(whole / "report.json")["eval_loss_after"] == pytest.approx(
+        min(record["eval_loss"] for record in records if record["step"] > 0)
+    )

@@ -49,15 +49,14 @@ class Contender:
         return f"{self.program} {kind} {self.compute}, checkpointing {self.checkpointing}"
 
 
-#: "defaults": ours; Unsloth's own on a processor with bf16 (4-bit, bf16, checkpointing), and its 16-bit; TRL in
-#: bf16 and in the fp32 of `trl sft --dtype float32 --bf16 false`. "equal": one setting for all.
+#: "defaults": ours; Unsloth's own on a processor with bf16 (4-bit, bf16, checkpointing), and its 16-bit; TRL in bf16.
+#: "fp32-peers": the peers as on a processor without bf16. "equal": one setting for all.
 CONFIGURATIONS = {
     "defaults": (
         Contender("qlora-phi3", "nf4", "bfloat16", "on"),
         Contender("unsloth", "nf4", "bfloat16", "on"),
         Contender("unsloth", "none", "bfloat16", "on"),
         Contender("trl", "nf4", "bfloat16", "on"),
-        Contender("trl", "nf4", "float32", "on"),
     ),
     "fp32-peers": (
         Contender("qlora-phi3", "nf4", "bfloat16", "on"),

@@ -18,7 +18,7 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=Tr
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Leave the other cores to others; torch is imported only where a test already did, or will."""
+    """Leave the other cores to others, and add numbers in one order."""
     import torch
 
     torch.set_num_threads(1)

@@ -71,7 +71,9 @@ def whole_or_gone(target: Path) -> Iterator[None]:
         # torch.save tells of a full disk as a RuntimeError of its zip writer, safetensors as its own error.
         shutil.rmtree(target, ignore_errors=True)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "inline_container" in reason:  # torch's zip writer, which knows no more than that fewer bytes arrived
+            reason = "the disk took fewer bytes than were written, as a full one does"
         raise RunError(
-            f"{target} cannot be written: {reason}.",
+            f"{target} cannot be written: {reason.rstrip('.')}.",
             "Free the disk, then go on with --resume; earlier checkpoints stand.",
         ) from error

@@ -110,7 +110,7 @@ def test_a_second_ctrl_c_stops_at_once(shop, monkeypatch):
     assert read_json(shop.runs()[0] / "report.json")["status"] == "interrupted"
 
 
-@pytest.mark.parametrize("words", [["--resume"], ["--resume", "RUN"], ["OWN", "--resume", "RUN"]])
+@pytest.mark.parametrize("words", [["--resume"], ["OWN", "--resume", "RUN"]])
 def test_resuming_ends_in_the_adapter_of_the_undisturbed_run(halfway, undisturbed, words):
     shop, folder = halfway
     words = [str(folder) if word == "RUN" else word for word in words]

@@ -13,9 +13,8 @@ def adapter_of(shop, *overrides):
     return [(folder / name).read_bytes() for name in FILES]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(shop, dropout):
-    shop.write(lora={"r": 4, "lora_dropout": dropout}, training={"save_strategy": "no", "num_train_epochs": 0.5})
+def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(shop):
+    shop.write(lora={"r": 4, "lora_dropout": 0.1}, training={"save_strategy": "no", "num_train_epochs": 0.5})
     first = adapter_of(shop)
     assert adapter_of(shop) == first
     assert adapter_of(shop, "training.seed=7")[0] != first[0]

@@ -1,0 +1,71 @@
+"""The README's commands and the generated page, held against the program."""
+
+import re
+import shlex
+import sys
+import tomllib
+from itertools import chain
+from pathlib import Path
+
+import click
+import pytest
+
+from qlora_phi3.cli.main import main
+from qlora_phi3.recipe.load import load_recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [
+    line.split("#")[0].split(" > ")[0].strip() for kind, text in BLOCKS if not kind for line in text.splitlines()
+]
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("qlora-phi3 ")])
+def test_a_command_of_the_readme_is_one_the_program_takes(line):
+    arguments, command = shlex.split(line)[1:], main
+    while isinstance(command, click.Group):
+        command = command.commands[arguments.pop(0)]
+    command.make_context("readme", arguments, resilient_parsing=False)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python3 ")])
+def test_a_script_of_the_readme_is_there(line):
+    assert (ROOT / shlex.split(line)[1]).is_file()
+
+
+def test_the_readme_shows_both_kinds_of_command():
+    assert len([line for line in COMMANDS if line.startswith("qlora-phi3 ")]) >= 5
+    assert [line for line in COMMANDS if line.startswith("python3 ")] == [
+        "python3 scripts/demo.py",
+        "python3 scripts/test.py",
+    ]
+
+
+def test_the_shortest_recipe_of_the_readme_loads(tmp_path):
+    (text,) = [text for kind, text in BLOCKS if kind == "toml"]
+    (tmp_path / "my.toml").write_text(text, encoding="utf-8")
+    assert load_recipe(tmp_path / "my.toml").training.batch_size == 16
+
+
+def test_the_python_of_the_readme_compiles():
+    (text,) = [text for kind, text in BLOCKS if kind == "python"]
+    compile(text, "README.md", "exec")
+
+
+def test_the_page_of_recipe_keys_is_fresh(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from make_recipe_docs import PAGE, render_page
+
+    assert PAGE.read_text(encoding="utf-8") == render_page(), "run: python scripts/make_recipe_docs.py"
+
+
+def test_the_tested_set_satisfies_the_ranges_of_the_project():
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pins = dict(line.lower().split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split())
+    wanted = chain(project["dependencies"], *project["optional-dependencies"].values())
+    for requirement in map(Requirement, wanted):
+        assert requirement.specifier.contains(pins[requirement.name]), requirement
+    assert sys.version_info >= (3, 11)

@@ -1,0 +1,297 @@
+"""Every key of a recipe has an effect: each is changed, and the change is seen where it works."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from workshop import Workshop, build_base, write_chats
+
+from qlora_phi3.errors import RecipeError
+from qlora_phi3.recipe.load import TABLES, load_recipe
+
+CPU = torch.device("cpu")
+
+
+class Silent:
+    """A listener that hears nothing."""
+
+    def __getattr__(self, name):
+        return lambda *args: None
+
+
+class Lab:
+    """A workshop, and what is seen of a recipe in it, by the names used in `EFFECTS`."""
+
+    def __init__(self, shop, monkeypatch):
+        self.shop, self.monkeypatch = shop, monkeypatch
+
+    def read(self, tables):
+        return load_recipe(self.shop.write(**tables))
+
+    def data(self, recipe):
+        """The rows that are trained and measured on."""
+        from qlora_phi3.training.run import _prepare
+
+        prepared = _prepare(recipe, self.shop.path, Silent()).data
+        return [
+            [(row["input_ids"], row["labels"]) for row in rows or ()] for rows in (prepared.train, prepared.evaluation)
+        ]
+
+    def loading(self, recipe):
+        """What the base is loaded with."""
+        import qlora_phi3.model as model
+        from qlora_phi3.architecture import read_architecture
+
+        class Enough(Exception):  # noqa: N818 - no error: what was asked is known
+            """Nothing need be loaded."""
+
+        def load(*args, **kwargs):
+            raise Enough(args, {**kwargs, "quantization_config": str(kwargs["quantization_config"])})
+
+        self.monkeypatch.setattr(model.Phi3ForChunkedLoss, "from_pretrained", load)
+        with pytest.raises(Enough) as caught:
+            model.load_base(
+                recipe.model,
+                recipe.quantization,
+                read_architecture(str(self.shop.base)),
+                precision=model.choose_precision(recipe.compute_dtype, CPU),
+                device=CPU,
+                longest_row=8,
+            )
+        return str(caught.value.args)
+
+    def loaded(self, recipe):
+        """The model with its adapter: every trained tensor, how it is scaled, what is dropped, what is recomputed."""
+        from qlora_phi3.training.run import _load, _prepare
+
+        model = _load(recipe, _prepare(recipe, self.shop.path, Silent()), Silent())
+        seen = {
+            name: (tuple(p.shape), p.detach().sum().item()) for name, p in model.named_parameters() if p.requires_grad
+        }
+        for name, module in model.named_modules():
+            if hasattr(module, "lora_dropout"):
+                seen[name] = module.scaling["default"], module.use_dora, str(module.lora_dropout["default"])
+        return seen, model.peft_config["default"].bias, model.base_model.model.is_gradient_checkpointing
+
+    def trainer(self, recipe):
+        """The trainer of a recipe, its first batch drawn."""
+        from qlora_phi3.runfolder import RunFolder
+        from qlora_phi3.training.run import _load, _prepare, build_trainer
+
+        ready = _prepare(recipe, self.shop.path, Silent())
+        return build_trainer(recipe, ready, _load(recipe, ready, Silent()), RunFolder(self.shop.path / "run"), Silent())
+
+    def first_batch(self, recipe):
+        """How the rows of the first optimizer step lie in tensors."""
+        batch = next(iter(self.trainer(recipe).get_train_dataloader()))
+        return batch.num_rows, [micro["input_ids"].tolist() for micro in batch.micro_batches]
+
+    def eval_batch(self, recipe):
+        """The same of the held-out rows."""
+        batch = next(iter(self.trainer(recipe).get_eval_dataloader()))
+        return [micro["input_ids"].tolist() for micro in batch.micro_batches]
+
+    def dtype(self, recipe):
+        """The type of the arithmetic."""
+        from qlora_phi3.model import choose_precision
+
+        return choose_precision(recipe.compute_dtype, CPU)
+
+    def shown(self, recipe):
+        """What the terminal is told of a run, and where the run lies: seen from the command line."""
+        import qlora_phi3.cli.run as command
+        import qlora_phi3.show.live as live
+        import qlora_phi3.training.run as run
+
+        seen = []
+
+        @contextmanager
+        def open_view(cadence, *, plain):
+            seen.append((cadence, plain))
+            yield Silent()
+
+        def train(recipe, name, base_folder, **kwargs):
+            folder = run.create_run_folder(Path(recipe.training.output_dir), name)
+            seen.append(folder.path.parent)
+            return run.RunResult(folder=folder, steps=0, loss_before=None, loss_after=None, seconds=0.0)
+
+        with self.monkeypatch.context() as patch:
+            patch.setattr(live, "open_view", open_view)
+            patch.setattr(run, "run", train)
+            patch.setattr(command, "_quieten", lambda: seen.append("quiet"))
+            assert self.shop.run().exit_code == 0
+        return seen
+
+
+def argument(name):
+    """What the Trainer reads under this name."""
+
+    def see(lab, recipe):
+        from qlora_phi3.training.arguments import build_arguments
+
+        arguments = build_arguments(
+            recipe.training, Path("checkpoints"), device=CPU, compute_dtype=torch.float32, evaluates=True
+        )
+        return str(getattr(arguments, name))
+
+    return see
+
+
+#: Key -> (another value, where its effect is seen).
+EFFECTS = {
+    "model.name": ("other", Lab.loading),
+    "model.revision": ("main", Lab.loading),
+    "model.attn_implementation": ("eager", Lab.loading),
+    "quantization.load_in_4bit": (False, Lab.loading),
+    "quantization.bnb_4bit_quant_type": ("fp4", Lab.loading),
+    "quantization.bnb_4bit_use_double_quant": (False, Lab.loading),
+    "quantization.bnb_4bit_compute_dtype": ("float16", Lab.loading),
+    "lora.r": (8, Lab.loaded),
+    "lora.lora_alpha": (32, Lab.loaded),
+    "lora.lora_dropout": (0.5, Lab.loaded),
+    "lora.target_modules": (["qkv_proj"], Lab.loaded),
+    "lora.exclude_modules": (["down_proj"], Lab.loaded),
+    "lora.bias": ("all", Lab.loaded),  # the family has none; the adapter's config says what was asked for
+    "lora.use_rslora": (True, Lab.loaded),
+    "lora.use_dora": (True, Lab.loaded),
+    "lora.modules_to_save": (["lm_head"], Lab.loaded),
+    "lora.layers_to_transform": ([1], Lab.loaded),
+    "lora.rank_pattern": ({"qkv_proj": 2}, Lab.loaded),
+    "lora.alpha_pattern": ({"qkv_proj": 2}, Lab.loaded),
+    "lora.init_lora_weights": ("gaussian", Lab.loaded),
+    "data.train": ("others.jsonl", Lab.data),
+    "data.eval": ("others.jsonl", Lab.data),
+    "data.eval_size": (5, Lab.data),
+    "data.split_seed": (1, Lab.data),
+    "data.split": ("second", Lab.data),
+    "data.eval_split": ("second", Lab.data),
+    "data.subset": ("small", Lab.data),
+    "data.revision": ("v2", Lab.data),
+    "data.format": ("text", Lab.data),
+    "data.fields": ({"text": "other"}, Lab.data),
+    "data.loss_on": ("all", Lab.data),
+    "data.max_rows": (20, Lab.data),
+    "data.max_eval_rows": (2, Lab.data),
+    "data.chat_template": ("own.jinja", Lab.data),
+    "training.per_device_train_batch_size": (2, Lab.first_batch),
+    "training.gradient_accumulation_steps": (2, Lab.first_batch),
+    "training.batch_size": (8, Lab.first_batch),
+    "training.per_device_eval_batch_size": (1, Lab.eval_batch),
+    "training.max_length": (30, Lab.data),
+    "training.packing": (False, Lab.first_batch),
+    "training.num_train_epochs": (2, argument("num_train_epochs")),
+    "training.max_steps": (3, argument("max_steps")),
+    "training.learning_rate": (1e-5, argument("learning_rate")),
+    "training.lr_scheduler_type": ("linear", argument("lr_scheduler_type")),
+    "training.lr_scheduler_kwargs": ({"num_cycles": 0.7}, argument("lr_scheduler_kwargs")),
+    "training.warmup_steps": (3, argument("warmup_steps")),
+    "training.optim": ("adamw_torch_fused", argument("optim")),
+    "training.adam_beta1": (0.8, argument("adam_beta1")),
+    "training.adam_beta2": (0.9, argument("adam_beta2")),
+    "training.adam_epsilon": (1e-4, argument("adam_epsilon")),
+    "training.weight_decay": (0.1, argument("weight_decay")),
+    "training.max_grad_norm": (0.3, argument("max_grad_norm")),
+    "training.gradient_checkpointing": (False, Lab.loaded),
+    "training.bf16": (True, Lab.dtype),
+    "training.fp16": (True, Lab.dtype),
+    "training.seed": (1, Lab.loaded),
+    "training.data_seed": (1, Lab.first_batch),
+    "training.do_eval": (False, Lab.data),
+    "training.eval_strategy": ("epoch", argument("eval_strategy")),
+    "training.eval_steps": (3, argument("eval_steps")),
+    "training.save_strategy": ("epoch", argument("save_strategy")),
+    "training.save_steps": (3, argument("save_steps")),
+    "training.save_total_limit": (2, argument("save_total_limit")),
+    "training.load_best_model_at_end": (True, argument("load_best_model_at_end")),
+    "training.logging_strategy": ("epoch", Lab.shown),
+    "training.logging_steps": (5, Lab.shown),
+    "training.log_level": ("info", Lab.shown),
+    "training.disable_tqdm": (True, Lab.shown),
+    "training.report_to": ("tensorboard", argument("report_to")),
+    "training.output_dir": ("elsewhere", Lab.shown),
+}
+#: Keys that samples carry and that have one value only -> another value, which is refused.
+FIXED = {
+    "lora.task_type": "SEQ_CLS",
+    "training.gradient_checkpointing_kwargs": {"use_reentrant": True},
+    "training.remove_unused_columns": False,
+}
+HUB = {"data": {"train": "owner/chats"}}
+SHORT = {"training": {"max_length": 32}}  # packed, a forward pass of n rows holds what n rows of max_length do
+#: What else the recipe says, where a key alone says nothing.
+GIVEN = {
+    "data.split": HUB,
+    "data.eval_split": HUB,
+    "data.subset": HUB,
+    "data.revision": HUB,
+    "data.format": {"data": {"train": "texts.jsonl", "eval_size": 1}},
+    "data.fields": {"data": {"train": "texts.jsonl", "eval_size": 1, "format": "text"}},
+    "training.per_device_train_batch_size": SHORT,
+    "training.gradient_accumulation_steps": SHORT,
+    "training.per_device_eval_batch_size": SHORT,
+}
+
+
+OWN_TEMPLATE = (
+    "{% for turn in messages %}{% if turn.role == 'user' %}<|user|>well, {{ turn.content }}<|end|>"
+    "{% else %}<|assistant|>{% generation %}{{ turn.content }}<|end|>{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, base):
+    """A workshop with all the data and bases that the values above name."""
+    shop = Workshop(tmp_path_factory.mktemp("keys"), base)
+    build_base(shop.path / "other")
+    write_chats(shop.path / "others.jsonl", rows=10, seed=9)
+    (shop.path / "texts.jsonl").write_text(
+        '{"prompt": "a", "completion": "b", "text": "one and", "other": "two or"}\n' * 4, encoding="utf-8"
+    )
+    (shop.path / "own.jinja").write_text(OWN_TEMPLATE, encoding="utf-8")
+    return shop
+
+
+@pytest.fixture
+def lab(workplace, tmp_path, monkeypatch):
+    """The workshop with a hub whose rows tell what was asked of it."""
+    import datasets
+
+    def load_dataset(name, subset, *, split, revision):
+        answers = [{"prompt": str(row), "completion": f"{subset} {split} {revision}"} for row in range(40)]
+        place = str(tmp_path / f"{subset}-{split}-{revision}")
+        datasets.Dataset.from_list(answers).save_to_disk(place)  # the hub's data lie on the disk too
+        return datasets.load_from_disk(place)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(workplace.path)
+    return Lab(workplace, monkeypatch)
+
+
+def test_the_list_below_names_every_key_there_is_and_no_other():
+    keys = {f"{name}.{key}" for name, table in TABLES.items() for key in table.model_fields}
+    assert keys == EFFECTS.keys() | FIXED.keys()
+
+
+@pytest.mark.parametrize("key", EFFECTS)
+def test_a_key_has_an_effect(lab, key):
+    value, see = EFFECTS[key]
+    given = {"quantization": {"bnb_4bit_compute_dtype": "auto"}, "training": {"save_steps": 0.2, "eval_steps": 0.2}}
+    given |= GIVEN.get(key, {})
+    table, name = key.split(".")
+    before = see(lab, lab.read(given))
+    again = see(lab, lab.read(given))
+    after = see(lab, lab.read({**given, table: {**given.get(table, {}), name: value}}))
+    assert same(before, again), "what is seen changes by itself"
+    assert not same(before, after)
+
+
+def same(one, other):
+    return repr(one) == repr(other)
+
+
+@pytest.mark.parametrize("key", FIXED)
+def test_a_key_of_one_value_refuses_another(lab, key):
+    table, name = key.split(".")
+    with pytest.raises(RecipeError, match=rf"\[{table}\] {name} = .* must be"):
+        lab.read({table: {name: FIXED[key]}})

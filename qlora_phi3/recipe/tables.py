@@ -197,7 +197,7 @@ class Training(Table):
     """The run; names of TrainingArguments and SFTConfig, and `batch_size`."""
 
     per_device_train_batch_size: Count | Literal["auto"] = "auto"
-    """Rows in one forward pass; auto: as many as max_length tokens (at least 1,024) hold. Not what is learned."""
+    """Rows (packed: rows of max_length tokens) in one forward pass; auto: max_length tokens, at least 1,024 (CPU: 512)."""
     gradient_accumulation_steps: Count | None = None
     """Forward passes in one optimizer step; follows from batch_size when unset."""
     batch_size: Count = Field(default_factory=_rows_of_a_step)
@@ -259,7 +259,7 @@ class Training(Table):
     load_best_model_at_end: bool = False
     """Hand out the checkpoint with the lowest held-out loss."""
     logging_strategy: Literal["no", "steps", "epoch"] = "steps"
-    """When to write and show figures."""
+    """When to show figures as plain lines; metrics.jsonl has every step."""
     logging_steps: ShareOrCount = 1
     """Steps between figures; below 1 a share of all steps."""
     log_level: Literal["debug", "info", "warning", "error", "critical", "passive"] = "passive"

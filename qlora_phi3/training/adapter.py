@@ -52,6 +52,7 @@ def save_adapter(
     with whole_or_gone(draft):
         shutil.rmtree(draft, ignore_errors=True)
         model.save_pretrained(draft)
+        (draft / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
         _sort_names(draft / "adapter_config.json")
         for path in _tokenizer_files(recipe):
             shutil.copyfile(path, draft / path.name)

@@ -123,6 +123,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             correct += float(result.num_correct)
             tokens += batch.num_supervised
             self.listener.progress("Measuring on held-out rows", done, len(rows))
+        check_loss(total_loss, self.state.global_step)
         metrics = {"eval_loss": total_loss / max(1.0, tokens), "eval_token_accuracy": correct / max(1.0, tokens)}
         seconds = time.perf_counter() - started
         self.log(dict(metrics))

@@ -10,6 +10,7 @@ from typing import Any, cast
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -252,9 +253,14 @@ def attach_adapter(model: Phi3ForChunkedLoss, table: Lora) -> PeftModel:
     except ValueError as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ModelError(f"PEFT refuses the [lora] table: {reason}.", "Change [lora].") from error
+    base_dtype = model.dtype
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for module in adapted.modules():
+        # PEFT asks CUDA whether autocast is on, and on a CPU casts 16-bit inputs to fp32 for autocast to cast back.
+        if isinstance(module, BaseTunerLayer) and base_dtype != torch.float32:
+            module.cast_input_dtype_enabled = False
     return adapted
 
 

@@ -10,7 +10,6 @@ from typing import Any, cast
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from qlora_phi3.architecture import Architecture
 from qlora_phi3.attention import BY_DOCUMENT, register_attention, without_mask
 from qlora_phi3.errors import ModelError
+from qlora_phi3.lora import fuse_updates
 from qlora_phi3.loss import chunked_cross_entropy, select_supervised
 from qlora_phi3.recipe.tables import Lora, Model, Quantization
 
@@ -253,14 +253,10 @@ def attach_adapter(model: Phi3ForChunkedLoss, table: Lora) -> PeftModel:
     except ValueError as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ModelError(f"PEFT refuses the [lora] table: {reason}.", "Change [lora].") from error
-    base_dtype = model.dtype
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    for module in adapted.modules():
-        # PEFT asks CUDA whether autocast is on, and on a CPU casts 16-bit inputs to fp32 for autocast to cast back.
-        if isinstance(module, BaseTunerLayer) and base_dtype != torch.float32:
-            module.cast_input_dtype_enabled = False
+    fuse_updates(adapted)
     return adapted
 
 

@@ -16,6 +16,7 @@ FLOORS = {
     "dataset": 1,
     "loss": 2.0,
     "attention": 2.1,
+    "lora": 2.1,
     "model": 2.2,
     "step": 2.3,
     "training": 3,

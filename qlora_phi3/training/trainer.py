@@ -64,7 +64,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
                 processing_class=tokenizer,
                 callbacks=[_Announce(listener), GradientGuard(scaled=args.fp16)],
             )
-        # A tokenizer re-saved beside an adapter gives other ids (FACTS of transformers 5); the run copies the base's files.
+        # A tokenizer re-saved beside an adapter gives other ids in transformers 5; the run copies the base's own files.
         self.processing_class = None
         self.remove_callback(PrinterCallback)
 

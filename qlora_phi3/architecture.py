@@ -1,7 +1,11 @@
-"""The shapes of a phi3 model, read from its config.json; no weights, no torch."""
+"""The shapes of a phi3 model, read from its config.json; no weights, no torch.
+
+Those of the hub's own models come with the package (`architectures.json`), so that a plan for them needs no network.
+"""
 
 import json
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +34,36 @@ class Architecture:
     tie_word_embeddings: bool
 
 
-def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
+def known_config(name: str) -> dict[str, Any] | None:
+    """The shipped config of one of the hub's own phi3 models, whatever the case of its name; None for any other.
+
+    It decides shapes and memory and nothing else: longrope's factors are all 1.0. Plan with it, never train.
+    """
+    shipped = json.loads((files("qlora_phi3") / "architectures.json").read_text(encoding="utf-8"))
+    config = {key.lower(): model for key, model in shipped["models"].items()}.get(name.lower())
+    if config is None:
+        return None
+    config = {**shipped["shared"], **config}
+    if config["rope_scaling"] == "longrope":
+        head_size = config["hidden_size"] // config["num_attention_heads"]
+        factors = [1.0] * int(head_size * config.get("partial_rotary_factor", 1.0) / 2)
+        config["rope_scaling"] = {"type": "longrope", "short_factor": factors, "long_factor": list(factors)}
+    return config
+
+
+def read_config(name: str, revision: str | None = None, *, prefer_shipped: bool = False) -> dict[str, Any]:
     """The config.json of a local folder or of a model on the hub.
+
+    Args:
+        name: a folder, or a hub id.
+        revision: of the hub's model.
+        prefer_shipped: take `known_config` where there is one and no folder has that name; for plans, not for training.
 
     Raises:
         ModelError: there is none, it cannot be fetched, or it is not JSON.
     """
+    if prefer_shipped and not Path(name).is_dir() and (shipped := known_config(name)):
+        return shipped
     path = Path(name) / "config.json" if Path(name).is_dir() else _fetch_config(name, revision)
     if not path.is_file():
         raise ModelError(f"The model folder {name} has no config.json.", "Point [model] name at a whole checkpoint.")
@@ -78,13 +106,13 @@ def _fetch_config(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def read_architecture(name: str, revision: str | None = None) -> Architecture:
-    """Read and check the architecture of a folder or hub id.
+def read_architecture(name: str, revision: str | None = None, *, prefer_shipped: bool = False) -> Architecture:
+    """Read and check the architecture of a folder or hub id; the arguments are those of `read_config`.
 
     Raises:
         ModelError: not a phi3 model (named, with what is supported), or the config is incomplete.
     """
-    return parse_architecture(read_config(name, revision), name)
+    return parse_architecture(read_config(name, revision, prefer_shipped=prefer_shipped), name)
 
 
 def parse_architecture(config: dict[str, Any], name: str) -> Architecture:

@@ -36,6 +36,10 @@ class ModelError(UserError):
     """The base model cannot be used."""
 
 
+class DeviceError(UserError):
+    """The graphics card cannot be read, or nobody knows one of that name or size."""
+
+
 class RunError(UserError):
     """The run folder cannot be written, read, or resumed."""
 

@@ -1,0 +1,69 @@
+import pytest
+
+from qlora_phi3.sizes import format_gib, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("11GiB", 11 * 2**30),
+        ("12 GB", 12 * 10**9),
+        ("500MiB", 524_288_000),
+        ("11.5g", 11_500_000_000),
+        (" 1.5 gib ", 1_610_612_736),
+        ("0.5KiB", 512),
+        (".5kb", 500),
+        ("2TB", 2 * 10**12),
+        ("7B", 7),
+    ],
+)
+def test_a_size_is_read_with_its_unit(text, size):
+    assert parse_size(text) == size
+
+
+def test_a_size_is_never_rounded_up():
+    assert parse_size("1.9B") == 1
+
+
+def test_for_sellers_of_cards_a_gb_is_a_gib():
+    assert parse_size("12GB", binary=True) == parse_size("12g", binary=True) == parse_size("12GiB") == 12 * 2**30
+    assert parse_size("8192MB", binary=True) == 8 * 2**30
+
+
+@pytest.mark.parametrize("text", ["12", "11.5", "-3"])
+def test_a_number_without_a_unit_is_refused_with_the_two_ways_to_write_it(text):
+    amount = text.lstrip("-")
+    with pytest.raises(ValueError, match=f"'{text}' has no unit: write {amount}GiB or {amount}GB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "big", "12 apples", "1,5GiB", "1e3GiB", "12GiBs", "nanGB", "٣GB", "9" * 400 + "GB"]
+)
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="is no size: write a number and its unit"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["0GiB", "-4GB", "0.2B"])
+def test_a_size_is_more_than_zero(text):
+    with pytest.raises(ValueError, match=f"'{text}' is no size: it must be more than zero"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (3_886_945_403, "3.62 GiB"),
+        (412 * 2**20, "412 MiB"),
+        (2**30, "1.00 GiB"),
+        (2**30 - 1, "1.00 GiB"),
+        (2**30 - 2**20, "1023 MiB"),
+        (0, "0 MiB"),
+        (-(2**19) + 1, "0 MiB"),
+        (-3 * 2**30 // 2, "-1.50 GiB"),
+        (139 * 2**30, "139.00 GiB"),
+    ],
+)
+def test_a_size_is_written_in_gib_or_when_small_in_mib(num_bytes, text):
+    assert format_gib(num_bytes) == text

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 #: Scores of one document up to which a CPU computes them at once in 16 bit: 32 MiB, 724 tokens of Phi-3-mini's 32 heads.
@@ -51,8 +52,7 @@ def attend_by_document(
         (1, length, heads, head_size), and None for the attention weights.
     """
     if document_lengths is None:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return output, None
+        return _attend(module, query, key, value, attention_mask, **kwargs), None
     lengths = list(document_lengths)
     outputs = []
     for document in zip(*(torch.split(tensor, lengths, 2) for tensor in (query, key, value)), strict=True):
@@ -60,8 +60,31 @@ def attend_by_document(
         if mask is None and _suits_matmul(document[0]):
             outputs.append(_attend_by_matmul(*document, scaling=kwargs["scaling"]))
         else:
-            outputs.append(sdpa_attention_forward(module, *document, mask, **kwargs)[0])
+            outputs.append(_attend(module, *document, mask, **kwargs))
     return torch.cat(outputs, dim=1), None
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """transformers' SDPA; below compute capability 8.0 with the key and value heads repeated.
+
+    There transformers 5.23 passes grouped queries on to torch 2.13, whose memory-efficient kernel takes none: the math path would
+    build all scores in fp32. To be removed when it does (pytorch pull request 191085).
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and mask is None and not _takes_groups(query.device):
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        output = functional.scaled_dot_product_attention(
+            query, key, value, dropout_p=kwargs.get("dropout", 0.0), is_causal=True, scale=kwargs["scaling"]
+        )
+        return output.transpose(1, 2).contiguous()
+    attended: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+    return attended
+
+
+def _takes_groups(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _suits_matmul(query: Tensor) -> bool:

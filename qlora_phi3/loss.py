@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Elements of one tile of logits: 32 MiB in fp32, 261 positions of Phi-3's 32,064 tokens. On CPU (Zen 5, 49,152 tokens) 2**22 and
-#: 2**23 were 15 % faster than 2**24, whose buffers come fresh from the system each time, and 2.6 x as fast as 2**19.
-TILE_ELEMENTS = 2**23
+from qlora_phi3.setup import USUAL_LOGITS_TILE_BYTES
+
 IGNORED = -100
 
 
@@ -67,7 +66,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, normaliser: float, tile_rows: int | None = None
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, normaliser: float, tile_bytes: int = USUAL_LOGITS_TILE_BYTES
 ) -> tuple[Tensor, Tensor]:
     """Summed negative log-likelihood of `targets`, divided by `normaliser`.
 
@@ -76,13 +75,13 @@ def chunked_cross_entropy(
         weight: (vocabulary, hidden_size), the output head; cast to the dtype of `hidden`.
         targets: (positions,), int64, every one a token id.
         normaliser: what the sum is divided by; the supervised tokens of the whole optimizer batch.
-        tile_rows: positions whose logits are alive at once; by default as many as make `TILE_ELEMENTS` logits.
+        tile_bytes: fp32 logits alive at once; at least one position's.
 
     Returns:
         The loss, fp32 scalar, differentiable with respect to `hidden` and `weight`; and how many targets were the most
         likely token, int64 scalar.
     """
-    rows = tile_rows or max(1, TILE_ELEMENTS // weight.shape[0])
+    rows = max(1, tile_bytes // (4 * weight.shape[0]))
     loss, correct = _TiledCrossEntropy.apply(hidden, weight, targets, normaliser, rows)  # type: ignore[no-untyped-call]
     return loss, correct
 
@@ -98,5 +97,5 @@ def select_supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (positions, hidden_size) and (positions,).
     """
-    predicting = labels[:, 1:] != IGNORED
+    predicting = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     return hidden[:, :-1][predicting], labels[:, 1:][predicting]

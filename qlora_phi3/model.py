@@ -23,6 +23,7 @@ from qlora_phi3.errors import ModelError
 from qlora_phi3.lora import fuse_updates
 from qlora_phi3.loss import chunked_cross_entropy, select_supervised
 from qlora_phi3.recipe.tables import Lora, Model, Quantization
+from qlora_phi3.setup import USUAL_LOGITS_TILE_BYTES, Setup
 
 
 @dataclass
@@ -34,6 +35,9 @@ class Phi3Output(CausalLMOutputWithPast):  # type: ignore[misc]
 
 class Phi3ForChunkedLoss(Phi3ForCausalLM):  # type: ignore[misc]
     """Phi-3 whose forward, given labels, returns the chunked loss and never the logits."""
+
+    #: fp32 logits alive at once in the loss.
+    logits_tile_bytes = USUAL_LOGITS_TILE_BYTES
 
     def forward(
         self,
@@ -56,7 +60,11 @@ class Phi3ForChunkedLoss(Phi3ForCausalLM):  # type: ignore[misc]
         hidden = self.model(input_ids, **{**kwargs, "use_cache": False}).last_hidden_state
         hidden, targets = select_supervised(hidden, labels)
         loss, num_correct = chunked_cross_entropy(
-            hidden, _trained_weight(self.lm_head), targets, normaliser=num_items_in_batch or max(1, len(targets))
+            hidden,
+            _trained_weight(self.lm_head),
+            targets,
+            normaliser=num_items_in_batch or max(1, len(targets)),
+            tile_bytes=self.logits_tile_bytes,
         )
         return Phi3Output(loss=loss, num_correct=num_correct)
 
@@ -138,7 +146,7 @@ def load_base(
                 revision=table.revision,
                 dtype=precision.compute_dtype,
                 quantization_config=quantization_config(quantization, precision),
-                attn_implementation=BY_DOCUMENT if table.attn_implementation == "sdpa" else table.attn_implementation,
+                attn_implementation=attention_name(table),
                 device_map={"": device},
                 use_safetensors=True,
                 output_loading_info=True,
@@ -156,6 +164,12 @@ def load_base(
             f"first {absent[0]}.",
             "Download the checkpoint again.",
         )
+    settle_base(model, architecture, longest_row=longest_row)
+    return cast(Phi3ForChunkedLoss, model)
+
+
+def settle_base(model: Phi3ForChunkedLoss, architecture: Architecture, *, longest_row: int) -> None:
+    """What every loaded base gets: frozen, no cache, no window that no row reaches, no repacking."""
     model.config.use_cache = False
     if architecture.sliding_window is not None and longest_row <= architecture.sliding_window:
         model.config.sliding_window = None
@@ -164,7 +178,11 @@ def load_base(
                 module.sliding_window = None
     _keep_packing(model)
     model.requires_grad_(False)
-    return cast(Phi3ForChunkedLoss, model)
+
+
+def attention_name(table: Model) -> str:
+    """The attention's name in transformers."""
+    return BY_DOCUMENT if table.attn_implementation == "sdpa" else table.attn_implementation
 
 
 def quantization_config(table: Quantization, precision: Precision) -> BitsAndBytesConfig | None:
@@ -338,12 +356,24 @@ def measure_coverage(model: PeftModel) -> Coverage:
     )
 
 
-def enable_checkpointing(model: PeftModel) -> None:
-    """Recompute each decoder layer in the backward pass.
+def set_checkpointing(model: PeftModel, every: int, *, offload: bool = False) -> None:
+    """Recompute every `every`-th decoder layer in the backward pass, 0 none; may be called again at any time.
 
     transformers makes the embedding's output need a gradient, for the reentrant kind; the non-reentrant one does without,
     and saves the backward pass through the first layer's own input.
+
+    Args:
+        offload: keep what recomputation starts from in the computer's memory.
     """
     base = model.get_base_model()
-    base.gradient_checkpointing_enable({"use_reentrant": False})
-    base.disable_input_require_grads()
+    if every:
+        base.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every, offload=offload)
+        base.disable_input_require_grads()
+    else:
+        base.activation_checkpointing_disable()
+
+
+def apply_setup(model: PeftModel, setup: Setup) -> None:
+    """Give the model what a plan chose: recomputation, offloading and the tile of the loss."""
+    set_checkpointing(model, setup.checkpoint_every, offload=setup.activation_offloading)
+    model.get_base_model().logits_tile_bytes = setup.logits_tile_bytes

@@ -163,6 +163,9 @@ def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def cut_metrics(folder: RunFolder, step: int) -> None:
-    """Forget what was measured after a step: a resumed run measures it again."""
-    kept = [record for record in read_metrics(folder) if record["step"] <= step]
+    """Forget what was measured after a step: a resumed run measures it again.
+
+    Where memory ran out stays: the resumed run begins with the plan it had come to.
+    """
+    kept = [record for record in read_metrics(folder) if record["step"] <= step or record["kind"] == "oom"]
     write_atomically(folder.metrics, "".join(json.dumps(record) + "\n" for record in kept))

@@ -4,6 +4,7 @@ The rows of an optimizer batch are the recipe's. They are split into micro-batch
 divided by the supervised tokens of the whole batch, so that the split changes no gradient.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,27 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_phi3.dataset.pack import plan_micro_batches
+from qlora_phi3.dataset.pack import MicroBatchPlan, plan_micro_batches
 from qlora_phi3.loss import IGNORED
 
 #: Packed sequences are as long as a multiple of this. oneDNN keeps a compiled kernel for every shape it meets: over 20 steps of
 #: 4 rows, SmolLM2-135M in bf16 on CPU peaked at 1,413 MiB without, 1,121 with 64, 1,075 with 128, at equal speed. On CUDA
 #: fewer sizes leave the allocator's cache in fewer pieces.
 PACKED_MULTIPLE = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatchPlan:
-    """How the rows of a batch are laid out in tensors; it decides memory and speed, never what is learned."""
-
-    #: Tokens of a micro-batch, padding included; a single longer row stands alone.
-    max_tokens: int
-    #: Rows of a micro-batch.
-    max_rows: int
-    #: Lay rows end to end in one sequence (block-diagonal attention) instead of padding them.
-    packing: bool
-    #: Rows longer than this never share a micro-batch with shorter ones (longrope switches its factors for the whole batch).
-    longrope_boundary: int | None
+#: What the libraries below torch, and its own CPU allocator, write where memory ran out: they raise a plain RuntimeError. cuBLAS
+#: says either of its two codes where it finds no memory for its handle.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|(can't|cannot) allocate memory|not enough memory"
+    r"|bad[_ ]alloc",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +36,8 @@ class Batch:
     #: Keyword arguments of the model: input_ids, position_ids, labels (int64), and attention_mask where rows are padded or
     #: document_lengths where they are packed.
     micro_batches: tuple[dict[str, Any], ...]
+    #: Which of the batch's rows each micro-batch holds.
+    groups: tuple[tuple[int, ...], ...]
     num_rows: int
     #: Tokens without padding.
     num_tokens: int
@@ -55,6 +51,41 @@ class StepResult:
 
     loss: Tensor
     num_correct: Tensor
+
+
+class MicroBatchMemoryError(Exception):
+    """Memory ran out in one micro-batch; the gradients of its batch are half done.
+
+    Until it is let go, its cause holds the tensors of that micro-batch.
+
+    Args:
+        micro_batch: its number in the batch.
+        reason: what torch or the library said.
+    """
+
+    def __init__(self, micro_batch: int, reason: str) -> None:
+        super().__init__(f"memory ran out in micro-batch {micro_batch}: {reason}")
+        self.micro_batch = micro_batch
+        self.reason = reason
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this error says that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+
+
+@contextmanager
+def _in_micro_batch(number: int) -> Iterator[None]:
+    """Say in which micro-batch memory ran out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise MicroBatchMemoryError(number, reason) from error
 
 
 def collate(rows: Sequence[Mapping[str, Any]], plan: MicroBatchPlan) -> Batch:
@@ -71,6 +102,7 @@ def collate(rows: Sequence[Mapping[str, Any]], plan: MicroBatchPlan) -> Batch:
     micro_batches = tuple(lay_out([rows[index] for index in group]) for group in groups)
     return Batch(
         micro_batches=micro_batches,
+        groups=tuple(map(tuple, groups)),
         num_rows=len(rows),
         num_tokens=sum(lengths),
         num_supervised=sum(int((micro["labels"] != IGNORED).sum()) for micro in micro_batches),
@@ -120,25 +152,34 @@ def forward_backward(
 
     Args:
         backward: what runs the backward pass of a loss (the Trainer's, which scales it for fp16; or `Tensor.backward`).
+
+    Raises:
+        MicroBatchMemoryError: memory ran out; what gradients there are must be thrown away.
     """
-    results = []
-    for micro in batch.micro_batches:
-        result = _forward(model, micro, batch.num_supervised, compute_dtype)
-        backward(result.loss)
-        results.append(StepResult(loss=result.loss.detach(), num_correct=result.num_correct))
+    results: list[StepResult] = []
+    for number, micro in enumerate(batch.micro_batches):
+        with _in_micro_batch(number):
+            result = _forward(model, micro, batch.num_supervised, compute_dtype)
+            backward(result.loss)
+            results.append(StepResult(loss=result.loss.detach(), num_correct=result.num_correct))
     return _sum(results)
 
 
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], *, compute_dtype: torch.dtype
 ) -> Iterator[tuple[Batch, StepResult]]:
-    """Score batches without gradients, one at a time; every loss is the mean over its own batch's supervised tokens."""
+    """Score batches without gradients, one at a time; every loss is the mean over its own batch's supervised tokens.
+
+    Raises:
+        MicroBatchMemoryError: memory ran out.
+    """
     with evaluating(model), torch.no_grad():
         for batch in batches:
-            yield (
-                batch,
-                _sum([_forward(model, micro, batch.num_supervised, compute_dtype) for micro in batch.micro_batches]),
-            )
+            results: list[StepResult] = []
+            for number, micro in enumerate(batch.micro_batches):
+                with _in_micro_batch(number):
+                    results.append(_forward(model, micro, batch.num_supervised, compute_dtype))
+            yield batch, _sum(results)
 
 
 @contextmanager
@@ -164,7 +205,8 @@ def _forward(model: nn.Module, micro: dict[str, Any], normaliser: int, compute_d
 
 
 def _sum(results: Sequence[StepResult]) -> StepResult:
-    return StepResult(
-        loss=torch.stack([result.loss for result in results]).sum(),
-        num_correct=torch.stack([result.num_correct for result in results]).sum(),
-    )
+    with _in_micro_batch(len(results) - 1):
+        return StepResult(
+            loss=torch.stack([result.loss for result in results]).sum(),
+            num_correct=torch.stack([result.num_correct for result in results]).sum(),
+        )

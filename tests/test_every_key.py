@@ -9,6 +9,7 @@ from workshop import Workshop, build_base, write_chats
 
 from qlora_phi3.errors import RecipeError
 from qlora_phi3.recipe.load import TABLES, load_recipe
+from qlora_phi3.step import collate
 
 CPU = torch.device("cpu")
 
@@ -62,7 +63,7 @@ class Lab:
         return str(caught.value.args)
 
     def loaded(self, recipe):
-        """The model with its adapter: every trained tensor, how it is scaled, what is dropped, what is recomputed."""
+        """The model with its adapter: every trained tensor, how it is scaled, what is dropped."""
         from qlora_phi3.training.run import _load, _prepare
 
         model = _load(recipe, _prepare(recipe, self.shop.path, Silent()), Silent())
@@ -72,7 +73,7 @@ class Lab:
         for name, module in model.named_modules():
             if hasattr(module, "lora_dropout"):
                 seen[name] = module.scaling["default"], module.use_dora, str(module.lora_dropout["default"])
-        return seen, model.peft_config["default"].bias, model.base_model.model.is_gradient_checkpointing
+        return seen, model.peft_config["default"].bias
 
     def trainer(self, recipe):
         """The trainer of a recipe, its first batch drawn."""
@@ -82,14 +83,20 @@ class Lab:
         ready = _prepare(recipe, self.shop.path, Silent())
         return build_trainer(recipe, ready, _load(recipe, ready, Silent()), RunFolder(self.shop.path / "run"), Silent())
 
+    def recomputed(self, recipe):
+        """Whether layers are computed a second time in the backward pass."""
+        return [getattr(module, "gradient_checkpointing", None) for module in self.trainer(recipe).model.modules()]
+
     def first_batch(self, recipe):
         """How the rows of the first optimizer step lie in tensors."""
-        batch = next(iter(self.trainer(recipe).get_train_dataloader()))
+        trainer = self.trainer(recipe)
+        batch = collate(next(iter(trainer.get_train_dataloader())).rows, trainer.guard.plans["training"])
         return batch.num_rows, [micro["input_ids"].tolist() for micro in batch.micro_batches]
 
     def eval_batch(self, recipe):
         """The same of the held-out rows."""
-        batch = next(iter(self.trainer(recipe).get_eval_dataloader()))
+        trainer = self.trainer(recipe)
+        batch = collate(next(iter(trainer.get_eval_dataloader())).rows, trainer.guard.plans["evaluation"])
         return [micro["input_ids"].tolist() for micro in batch.micro_batches]
 
     def dtype(self, recipe):
@@ -192,7 +199,7 @@ EFFECTS = {
     "training.adam_epsilon": (1e-4, argument("adam_epsilon")),
     "training.weight_decay": (0.1, argument("weight_decay")),
     "training.max_grad_norm": (0.3, argument("max_grad_norm")),
-    "training.gradient_checkpointing": (False, Lab.loaded),
+    "training.gradient_checkpointing": (False, Lab.recomputed),
     "training.bf16": (True, Lab.dtype),
     "training.fp16": (True, Lab.dtype),
     "training.seed": (1, Lab.loaded),

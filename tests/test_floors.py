@@ -10,16 +10,21 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qlora_phi3"
 FLOORS = {
     "errors": 0,
+    "sizes": 0,
+    "cards": 0,
     "recipe": 1,
     "architecture": 1,
     "runfolder": 1,
     "dataset": 1,
+    "device": 1,
+    "setup": 1.1,
     "loss": 2.0,
     "attention": 2.1,
     "lora": 2.1,
     "model": 2.2,
     "step": 2.3,
-    "training": 3,
+    "memory": 3.0,
+    "training": 3.1,
     "show": 4,
     "cli": 5,
 }

@@ -16,7 +16,7 @@ def sample(dtype=torch.float64, positions=37, hidden=16, vocab=50):
 @pytest.mark.parametrize("tile_rows", [1, 5, 37, 1000])
 def test_loss_and_gradients_equal_full_cross_entropy_for_every_tile_size(tile_rows):
     states, weight, targets = sample(torch.float32)
-    loss, correct = chunked_cross_entropy(states, weight, targets, normaliser=37, tile_rows=tile_rows)
+    loss, correct = chunked_cross_entropy(states, weight, targets, normaliser=37, tile_bytes=tile_rows * 4 * len(weight))
     loss.backward()
     ours = states.grad.clone(), weight.grad.clone()
     states.grad = weight.grad = None
@@ -69,7 +69,7 @@ def test_no_gradient_is_made_where_none_is_asked_for():
 def test_no_tensor_of_all_logits_is_ever_alive():
     states, weight, targets = sample(torch.float32, positions=4096, hidden=8, vocab=512)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        loss, _ = chunked_cross_entropy(states, weight, targets, normaliser=1, tile_rows=64)
+        loss, _ = chunked_cross_entropy(states, weight, targets, normaliser=1, tile_bytes=64 * 4 * 512)
         loss.backward()
     largest = max(event.cpu_memory_usage / event.count for event in profile.key_averages())
     assert largest < 4096 * 512 * 4 / 8

@@ -11,10 +11,10 @@ from qlora_phi3.errors import ModelError
 from qlora_phi3.model import (
     attach_adapter,
     choose_precision,
-    enable_checkpointing,
     linear_layers,
     load_base,
     measure_coverage,
+    set_checkpointing,
 )
 from qlora_phi3.recipe.tables import Lora, Model, Quantization
 
@@ -110,7 +110,7 @@ def test_the_loss_with_labels_is_that_of_transformers_without_them(folder):
 
 def test_checkpointing_needs_no_gradient_of_the_embedding(folder):
     model = load_tiny(folder)
-    enable_checkpointing(model)
+    set_checkpointing(model, 1)
     model.train()
     seen = []
     model.base_model.model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].requires_grad))

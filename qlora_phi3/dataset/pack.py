@@ -6,6 +6,31 @@ changes nothing that is learned. What a plan means for the tensors is left to th
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatchPlan:
+    """How the rows of a batch are laid out in tensors; it decides memory and speed, never what is learned."""
+
+    #: Tokens of a micro-batch, padding included; a single longer row stands alone.
+    max_tokens: int
+    #: Rows of a padded micro-batch; a packed one is bounded by its tokens only.
+    max_rows: int
+    #: Lay rows end to end in one sequence (block-diagonal attention) instead of padding them.
+    packing: bool
+    #: Rows longer than this never share a micro-batch with shorter ones (longrope switches its factors for the whole batch).
+    longrope_boundary: int | None
+
+
+def split_plan(plan: MicroBatchPlan, lengths: Sequence[int]) -> MicroBatchPlan:
+    """`plan` with the tokens of a micro-batch lowered just so far that these rows no longer share one.
+
+    Args:
+        lengths: tokens of the rows of one micro-batch that `plan` made, at least two rows.
+    """
+    half = (sum(lengths) + 1) // 2 if plan.packing else (len(lengths) + 1) // 2 * max(lengths)
+    return replace(plan, max_tokens=max(half, *lengths))
 
 
 def plan_micro_batches(

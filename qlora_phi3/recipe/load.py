@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from qlora_phi3.errors import RecipeError
 from qlora_phi3.recipe.names import find_nearest
 from qlora_phi3.recipe.problems import Problem, find_problems, format_toml
-from qlora_phi3.recipe.tables import ComputeDtype, Data, Lora, Model, Quantization, Table, Training
+from qlora_phi3.recipe.tables import ComputeDtype, Data, Lora, Memory, Model, Quantization, Table, Training
 
 #: Python's way of writing where TOML's is wanted: True, None, "key": value, or a comma at the end of the line.
 PYTHON_IN_TOML = re.compile(r"\b(True|False|None)\b|^\s*[\"']\w+[\"']\s*:|,\s*$")
@@ -29,6 +29,7 @@ class Recipe(Table):
     lora: Lora = Lora()
     data: Data
     training: Training = Training()
+    memory: Memory = Memory()
 
     @property
     def compute_dtype(self) -> ComputeDtype:
@@ -36,7 +37,14 @@ class Recipe(Table):
         return self._pasted_dtype() or self.quantization.bnb_4bit_compute_dtype
 
     def contradictions(self) -> Iterator[str]:
-        """A pasted bf16 or fp16 against the compute type."""
+        """A pasted bf16 or fp16 against the compute type; two sizes of a micro-batch; checkpointing on and off."""
+        if self.memory.micro_batch_tokens != "auto" and self.training.micro_batch_size is not None:
+            yield (
+                f"[memory] micro_batch_tokens = {self.memory.micro_batch_tokens} and a fixed "
+                "[training] per_device_train_batch_size say the same thing twice: keep one."
+            )
+        if self.memory.checkpoint_every_n_layers != "auto" and self.training.gradient_checkpointing is False:
+            yield "[memory] checkpoint_every_n_layers needs [training] gradient_checkpointing: keep one."
         pasted, named = self._pasted_dtype(), self.quantization.bnb_4bit_compute_dtype
         if pasted and named not in ("auto", pasted):
             switch = "bf16" if self.training.bf16 else "fp16"
@@ -52,6 +60,7 @@ TABLES: dict[str, type[Table]] = {
     "lora": Lora,
     "data": Data,
     "training": Training,
+    "memory": Memory,
 }
 
 

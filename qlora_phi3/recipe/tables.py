@@ -1,4 +1,4 @@
-"""The five tables of a recipe, as frozen values: every key with its type, default and meaning.
+"""The six tables of a recipe, as frozen values: every key with its type, default and meaning.
 
 Names are the ecosystem's: `[lora]` has those of peft's LoraConfig, `[training]` those of TrainingArguments and
 SFTConfig. Types are strict ("16" is no number, `true` is no 1); only a whole number may stand for a float. What a table
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from qlora_phi3.sizes import parse_size
 
 ComputeDtype = Literal["auto", "bfloat16", "float16", "float32"]
 Text = Annotated[str, Field(min_length=1)]
@@ -232,10 +234,12 @@ class Training(Table):
     """Pull of the adapter towards zero."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Longer gradients are shortened to this; 0: never."""
-    gradient_checkpointing: bool = True
-    """Compute activations twice instead of keeping them."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Compute activations twice instead of keeping them; auto: the plan decides (on a CPU: true)."""
     gradient_checkpointing_kwargs: CheckpointingKwargs = CheckpointingKwargs()
     """Kind of checkpointing; the non-reentrant one is the only one."""
+    activation_offloading: bool | Literal["auto"] = "auto"
+    """Keep what recomputation starts from in the computer's memory; auto: the plan decides (on a CPU: false)."""
     bf16: bool | None = None
     """true: compute in bfloat16, as bnb_4bit_compute_dtype says it."""
     fp16: bool | None = None
@@ -283,6 +287,8 @@ class Training(Table):
     def contradictions(self) -> Iterator[str]:
         """Batch sizes that do not multiply, schedules without what they need, evaluations that are switched off."""
         yield from self._batch_contradictions()
+        if self.activation_offloading is True and self.gradient_checkpointing is False:
+            yield "activation_offloading = true needs gradient_checkpointing, whose starting points it moves: keep one."
         yield from self._schedule_contradictions()
         yield from self._interval_contradictions()
         if self.bf16 and self.fp16:
@@ -344,3 +350,28 @@ class Training(Table):
         if not self.eval_steps or (self.eval_steps < 1) != (self.save_steps < 1):
             return False
         return round(self.save_steps * 10**6) % round(self.eval_steps * 10**6) == 0
+
+
+def _readable_size(value: str) -> str:
+    """Refuse what is neither "auto" nor a size."""
+    if value != "auto":
+        parse_size(value)
+    return value
+
+
+Size = Annotated[str, AfterValidator(_readable_size)]
+
+
+class Memory(Table):
+    """What the plan may use and choose; nothing here changes what is learned."""
+
+    budget: Size = "auto"
+    """Memory the run may take on the card, such as "11GiB"; auto: what is free on it."""
+    micro_batch_tokens: Count | Literal["auto"] = "auto"
+    """Tokens of one forward pass (a longer row stands alone); auto: the plan decides."""
+    checkpoint_every_n_layers: Count | Literal["auto"] = "auto"
+    """Recompute only every n-th decoder layer; 1: all of them."""
+    logits_tile: Size = "auto"
+    """Logits alive at once in the loss, such as "16MiB"; auto: 32MiB."""
+    rehearsal: bool | Literal["auto"] = "auto"
+    """Try the heaviest step before the first; auto: on a GPU."""

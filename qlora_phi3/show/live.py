@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from qlora_phi3.training.listener import EvalRecord, StepRecord
+from qlora_phi3.training.listener import EvalRecord, OomRecord, StepRecord
 
 #: Heights of the loss curve's characters.
 BARS = "▁▂▃▄▅▆▇█"
@@ -122,6 +122,10 @@ class View:
     def saved(self, checkpoint: Path) -> None:
         """Print where a checkpoint lies."""
         self.say(f"Saved {checkpoint}")
+
+    def ran_out(self, record: OomRecord) -> None:
+        """Print that memory ran out, and what was done."""
+        self.warn(record.as_line())
 
     def finish(self, steps: int, before: float | None, after: float | None, seconds: float, adapter: Path) -> None:
         """Print the end of a run: the curve, before and after, and where the adapter is."""

@@ -73,7 +73,7 @@ def build_arguments(
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         max_length=None,
-        gradient_checkpointing=False,  # model.enable_checkpointing: the Trainer's way makes the embedding need gradients
+        gradient_checkpointing=False,  # model.set_checkpointing: the Trainer's way makes the embedding need gradients
         use_cpu=device.type == "cpu",
         bf16=False,  # step.py runs autocast; fp16 stays with the Trainer for its GradScaler
         fp16=compute_dtype == torch.float16,

@@ -2,9 +2,11 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from qlora_phi3.dataset.pack import MicroBatchPlan
 from qlora_phi3.runfolder import RunFolder, append_metrics
+from qlora_phi3.sizes import format_gib
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,44 @@ class EvalRecord:
         return {"kind": "eval", **asdict(self)}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OomRecord:
+    """One out-of-memory that was survived, as it stands in metrics.jsonl."""
+
+    #: The step it happened in; of an evaluation, the step it came after.
+    step: int
+    phase: Literal["training", "evaluation"]
+    #: What was done before the batch was computed again: nothing but the cache emptied; micro-batches made smaller from here
+    #: on; or, from here on, every layer recomputed with its input kept in the computer's memory.
+    measure: Literal["again", "split", "offload"]
+    #: Rows of the micro-batch, and their tokens without padding.
+    rows: int
+    tokens: int
+    #: The layout it happened under, and that from here on.
+    before: MicroBatchPlan
+    after: MicroBatchPlan
+    #: What this process had allocated on the card, and what was free there (None on a CPU).
+    allocated_bytes: int | None
+    free_bytes: int | None
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"kind": "oom", **asdict(self)}
+
+    def as_line(self) -> str:
+        """For people."""
+        where = f"Step {self.step}" if self.phase == "training" else f"Evaluation after step {self.step}"
+        held = "" if self.allocated_bytes is None else f" with {format_gib(self.allocated_bytes)} allocated"
+        done = {
+            "again": "The cache is emptied and it is computed again",
+            "split": f"It is computed again in micro-batches of at most {self.after.max_tokens:,} tokens, as are those to come",
+            "offload": "It is computed again, as are those to come, with every layer recomputed from the computer's memory",
+        }[self.measure]
+        rows = "row" if self.rows == 1 else "rows"
+        return f"{where}: memory ran out{held}, in {self.rows:,} {rows} of {self.tokens:,} tokens. {done}; nothing is lost."
+
+
 class Listener(Protocol):
     """Someone who watches a run."""
 
@@ -71,9 +111,12 @@ class Listener(Protocol):
     def saved(self, checkpoint: Path) -> None:
         """A checkpoint is on the disk."""
 
+    def ran_out(self, record: OomRecord) -> None:
+        """Memory ran out, and the run goes on."""
+
 
 class Recorder:
-    """Passes everything on to another listener, and keeps steps and evaluations in metrics.jsonl."""
+    """Passes everything on to another listener, and keeps what was measured in metrics.jsonl."""
 
     def __init__(self, listener: Listener, folder: RunFolder) -> None:
         self._listener = listener
@@ -90,3 +133,8 @@ class Recorder:
         """Write the evaluation down, then show it."""
         append_metrics(self._folder, record.as_dict())
         self._listener.evaluated(record)
+
+    def ran_out(self, record: OomRecord) -> None:
+        """Write the out-of-memory down, then show it."""
+        append_metrics(self._folder, record.as_dict())
+        self._listener.ran_out(record)

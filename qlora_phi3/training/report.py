@@ -82,4 +82,5 @@ def last_report(folder: RunFolder, report: Mapping[str, Any], *, steps: int, sta
         "eval_loss_after": losses[-1][1] if losses else None,
         "seconds": report["seconds"] + time.perf_counter() - started,
         "peak_memory_bytes": max(peaks, default=0),
+        "out_of_memory": sum(record["kind"] == "oom" for record in records),
     }

@@ -12,14 +12,15 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
 from qlora_phi3.architecture import Architecture, read_architecture
+from qlora_phi3.dataset.pack import MicroBatchPlan
 from qlora_phi3.dataset.prepare import PreparedData, prepare_datasets
 from qlora_phi3.dataset.template import choose_template
 from qlora_phi3.errors import Interrupted, RunError, UserError
 from qlora_phi3.model import (
     Precision,
+    apply_setup,
     attach_adapter,
     choose_precision,
-    enable_checkpointing,
     load_base,
     load_tokenizer,
     measure_coverage,
@@ -35,13 +36,17 @@ from qlora_phi3.runfolder import (
     write_atomically,
     write_report,
 )
-from qlora_phi3.step import MicroBatchPlan
+from qlora_phi3.setup import Setup
+from qlora_phi3.sizes import format_gib
+from qlora_phi3.step import is_out_of_memory
 from qlora_phi3.training.adapter import save_adapter
 from qlora_phi3.training.arguments import build_arguments, check_schedule, check_trackers, choose_optimizer
 from qlora_phi3.training.checkpoint import find_checkpoint, step_of
 from qlora_phi3.training.interrupt import StopOnInterrupt
 from qlora_phi3.training.listener import Listener, Recorder
+from qlora_phi3.training.oom import recall_setup
 from qlora_phi3.training.report import describe_device, failure_reported, first_report, last_report
+from qlora_phi3.training.spill import cap_to_free_memory
 from qlora_phi3.training.trainer import Phi3Trainer
 
 #: Tokens of a micro-batch where neither the recipe nor a longer row asks for more: enough to keep the matmuls busy
@@ -180,6 +185,9 @@ def _listed(places: str | list[str] | None) -> Sequence[str]:
 
 
 def _load(recipe: Recipe, ready: _Ready, listener: Listener) -> PeftModel:
+    room = cap_to_free_memory(ready.device)
+    if room is not None:
+        listener.say(f"Memory: at most {format_gib(room)}, what is free on the card; more would spill and crawl")
     listener.progress("Loading the base model", 0, None)
     base = load_base(
         recipe.model,
@@ -191,8 +199,6 @@ def _load(recipe: Recipe, ready: _Ready, listener: Listener) -> PeftModel:
     )
     set_seed(recipe.training.seed)
     model = attach_adapter(base, recipe.lora)
-    if recipe.training.gradient_checkpointing:
-        enable_checkpointing(model)
     coverage = measure_coverage(model)
     listener.progress("Loading the base model", 1, 1)
     kind = recipe.quantization.bnb_4bit_quant_type.upper() if recipe.quantization.load_in_4bit else "unquantized"
@@ -219,11 +225,23 @@ def plan_micro_batches_of(training: Training, ready: _Ready, *, rows: int | str 
     )
 
 
+def _usual_setup(training: Training, ready: _Ready) -> Setup:
+    return Setup(
+        micro_batch=plan_micro_batches_of(training, ready, rows=training.micro_batch_size),
+        evaluation=plan_micro_batches_of(training, ready, rows=training.per_device_eval_batch_size),
+        checkpoint_every=1 if training.gradient_checkpointing else 0,
+        activation_offloading=training.activation_offloading is True,
+        optim=choose_optimizer(training, ready.device),
+    )
+
+
 def build_trainer(
     recipe: Recipe, ready: _Ready, model: PeftModel, folder: RunFolder, listener: Listener
 ) -> Phi3Trainer:
     """The Trainer of a recipe, ready to train."""
     training = recipe.training
+    setup = recall_setup(_usual_setup(training, ready), read_metrics(folder), ready.device)
+    apply_setup(model, setup)
     evaluation = ready.data.evaluation
     arguments = build_arguments(
         training,
@@ -239,10 +257,10 @@ def build_trainer(
         train_dataset=ready.data.train,
         eval_dataset=evaluation,
         tokenizer=ready.tokenizer,
-        plan=plan_micro_batches_of(training, ready, rows=training.micro_batch_size),
-        eval_plan=plan_micro_batches_of(training, ready, rows=training.per_device_eval_batch_size),
+        setup=setup,
         compute_dtype=ready.precision.compute_dtype,
         listener=listener,
+        sources=ready.data.report.sources,
     )
 
 
@@ -259,10 +277,13 @@ def _train(
         trainer.add_callback(stop)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise RunError(
-                f"The memory of {describe_device(ready.device)} ran out after step {trainer.state.global_step}.",
-                "Set [training] per_device_train_batch_size = 1, then a smaller max_length, and start a new run.",
+                f"The memory of {describe_device(ready.device)} ran out in the optimizer's update after step "
+                f"{trainer.state.global_step}.",
+                "Close other programs that use it and go on with --resume; or start a new run with a smaller [lora] r.",
             ) from error
     if stop.asked:
         raise Interrupted(

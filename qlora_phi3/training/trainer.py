@@ -1,8 +1,12 @@
-"""TRL's SFTTrainer, given whole optimizer batches: `step.py` splits them, and the loss is our own."""
+"""TRL's SFTTrainer, given whole optimizer batches: `step.py` splits them, and the loss is our own.
+
+A batch travels as its rows and is laid out in tensors only at its step, by the plan of that moment: `oom.py` may lower it.
+"""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,20 +22,41 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from qlora_phi3.step import Batch, MicroBatchPlan, collate, evaluate, forward_backward
-from qlora_phi3.training.checkpoint import seal, whole_or_gone
+from qlora_phi3.errors import RunError
+from qlora_phi3.model import set_checkpointing
+from qlora_phi3.setup import Setup
+from qlora_phi3.step import Batch, StepResult, evaluate, forward_backward
+from qlora_phi3.training.checkpoint import is_whole, seal, whole_or_gone
 from qlora_phi3.training.divergence import GradientGuard, check_loss
 from qlora_phi3.training.listener import EvalRecord, Listener, StepRecord
 from qlora_phi3.training.memory import peak_memory_bytes
+from qlora_phi3.training.oom import MemoryGuard
+from qlora_phi3.training.spill import SpillWatch
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of one optimizer batch, as the data set holds them; a class of our own, which nobody moves to a device."""
+
+    rows: tuple[Mapping[str, Any], ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def gather_rows(rows: Sequence[Mapping[str, Any]]) -> Rows:
+    """What the DataLoader makes of a batch."""
+    return Rows(tuple(rows))
 
 
 class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
-    """Trains on `Batch`es: one training step of the Trainer is one optimizer step, whatever the micro-batches.
+    """Trains on `Rows`: one training step of the Trainer is one optimizer step, whatever the micro-batches.
 
     Args:
         args: with the rows of an optimizer step as per_device_train_batch_size and no accumulation.
-        plan: how a batch is laid out in tensors; `eval_plan` the same for the held-out rows.
+        setup: how batches are laid out in tensors, until memory runs out.
         compute_dtype: of the matmuls; the adapter stays in fp32.
+        sources: names of the data's sources, for messages on a row.
     """
 
     def __init__(
@@ -42,15 +67,24 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         train_dataset: Dataset,
         eval_dataset: Dataset | None,
         tokenizer: PreTrainedTokenizerBase,
-        plan: MicroBatchPlan,
-        eval_plan: MicroBatchPlan,
+        setup: Setup,
         compute_dtype: torch.dtype,
         listener: Listener,
+        sources: Sequence[str],
     ) -> None:
         self.control: TrainerControl
         self.compute_dtype = compute_dtype
         self.listener = listener
-        self.eval_plan = eval_plan
+        self.guard = MemoryGuard(
+            model,
+            setup=setup,
+            device=args.device,
+            listener=listener,
+            sources=sources,
+            offload=partial(set_checkpointing, model, 1, offload=args.device.type != "cpu"),
+        )
+        self._spill = SpillWatch()
+        self._survived = 0  # out-of-memory errors, up to the last step
         self._last: tuple[Batch, float, float] | None = None  # batch, its loss, its token accuracy
         self._step_started = time.perf_counter()
         base = model.get_base_model()
@@ -58,7 +92,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=partial(collate, plan=plan),
+                data_collator=gather_rows,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=tokenizer,
@@ -67,22 +101,45 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         # A tokenizer re-saved beside an adapter gives other ids in transformers 5; the run copies the base's own files.
         self.processing_class = None
         self.remove_callback(PrinterCallback)
+        if self.accelerator.scaler is not None:
+            # It makes its two tensors at its first use; memory that ran out between them would leave it broken.
+            self.accelerator.scaler.scale(torch.zeros((), device=args.device))
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], None]:
-        """The next optimizer batch, which counts its own supervised tokens."""
+        self, epoch_iterator: Iterator[Rows], num_batches: int, device: torch.device
+    ) -> tuple[list[Rows], None]:
+        """The rows of the next optimizer batch."""
         return list(islice(epoch_iterator, num_batches)), None
 
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of all micro-batches; returns the loss of the batch."""
+    def training_step(self, model: nn.Module, inputs: Rows, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of all micro-batches, until memory suffices; returns the loss of the batch.
+
+        Raises:
+            RunError: one row alone does not fit; everything up to the step before is saved.
+        """
         self._step_started = time.perf_counter()
         model.train()
-        result = forward_backward(model, inputs, compute_dtype=self.compute_dtype, backward=self.accelerator.backward)
+
+        def pass_over(batch: Batch) -> StepResult:
+            return forward_backward(model, batch, compute_dtype=self.compute_dtype, backward=self.accelerator.backward)
+
+        step = self.state.global_step + 1
+        with self._saved_if_stopped():
+            batch, result = self.guard.compute(inputs.rows, pass_over, phase="training", step=step)
         loss = float(result.loss)
-        check_loss(loss, self.state.global_step + 1)
-        self._last = inputs, loss, float(result.num_correct) / max(1, inputs.num_supervised)
+        check_loss(loss, step)
+        self._last = batch, loss, float(result.num_correct) / max(1, batch.num_supervised)
         return result.loss
+
+    @contextmanager
+    def _saved_if_stopped(self) -> Iterator[None]:
+        """Write a checkpoint of the last whole step, unless there is one, when a row is too long for the memory."""
+        try:
+            yield
+        except RunError:
+            if self.state.global_step > 0 and not is_whole(self._checkpoint_path()):
+                self._save_checkpoint(self.model, None)
+            raise
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Pass an optimizer step on to the listener, with what only the Trainer knows of it."""
@@ -106,7 +163,16 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
                 peak_memory_bytes=peak_memory_bytes(self.args.device),
             )
             self.listener.step(record)
+            self._watch(record)
         super().log(logs, start_time)
+
+    def _watch(self, record: StepRecord) -> None:
+        """Warn of a card that spills; steps that were computed several times are no measure."""
+        if self.args.device.type == "cuda" and self._survived == self.guard.survived:
+            line = self._spill.look(record.tokens, record.step_seconds)
+            if line is not None:
+                self.listener.warn(line)
+        self._survived = self.guard.survived
 
     def evaluate(
         self,
@@ -116,41 +182,50 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
     ) -> dict[str, float]:
         """Mean loss over the supervised tokens of all held-out rows, each token counting the same."""
         started = time.perf_counter()
-        rows = self.get_eval_dataloader(eval_dataset)
+        step = self.state.global_step
+
+        def pass_over(batch: Batch) -> StepResult:
+            [(_, result)] = evaluate(self.model, [batch], compute_dtype=self.compute_dtype)
+            return result
+
+        loader = self.get_eval_dataloader(eval_dataset)
         total_loss = correct = tokens = 0.0
-        for done, (batch, result) in enumerate(evaluate(self.model, rows, compute_dtype=self.compute_dtype), start=1):
+        for done, inputs in enumerate(loader, start=1):
+            with self._saved_if_stopped():
+                batch, result = self.guard.compute(inputs.rows, pass_over, phase="evaluation", step=step)
             total_loss += float(result.loss) * batch.num_supervised
             correct += float(result.num_correct)
             tokens += batch.num_supervised
-            self.listener.progress("Measuring on held-out rows", done, len(rows))
-        check_loss(total_loss, self.state.global_step)
+            self.listener.progress("Measuring on held-out rows", done, len(loader))
+        check_loss(total_loss, step)
         metrics = {"eval_loss": total_loss / max(1.0, tokens), "eval_token_accuracy": correct / max(1.0, tokens)}
         seconds = time.perf_counter() - started
         self.log(dict(metrics))
-        self.listener.evaluated(
-            EvalRecord(step=self.state.global_step, supervised_tokens=int(tokens), seconds=seconds, **metrics)
-        )
+        self.listener.evaluated(EvalRecord(step=step, supervised_tokens=int(tokens), seconds=seconds, **metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader[Batch]:
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader[Rows]:
         """The held-out rows in their own order, as many at a time as an optimizer step takes."""
         rows: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         return DataLoader(
             rows,
             batch_size=self.args.per_device_eval_batch_size,
             sampler=SequentialSampler(rows),
-            collate_fn=partial(collate, plan=self.eval_plan),
+            collate_fn=gather_rows,
             generator=torch.Generator(),  # else it draws from the generator that dropout draws from
         )
 
-    def floating_point_ops(self, inputs: Batch) -> int:
+    def floating_point_ops(self, inputs: Rows) -> int:
         """Not counted: the Trainer would look for tensors in the batch."""
         return 0
 
+    def _checkpoint_path(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint, seal it, and only then let older ones go."""
-        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        target = self._checkpoint_path()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with whole_or_gone(target):

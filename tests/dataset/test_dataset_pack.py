@@ -1,10 +1,11 @@
 """The plan of micro-batches, on random lengths."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
-from qlora_phi3.dataset.pack import plan_micro_batches
+from qlora_phi3.dataset.pack import MicroBatchPlan, plan_micro_batches, split_plan
 
 
 def random_lengths(seed: int) -> list[int]:
@@ -48,3 +49,35 @@ def test_padding_joins_rows_of_like_length():
 def test_a_row_longer_than_the_bound_stands_alone():
     plan = plan_micro_batches([2000, 10], max_tokens=1000, max_rows=8, packing=True, boundary=None)
     assert plan == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    ("packing", "lengths", "expected"),
+    [(True, [30, 25, 9], 32), (True, [90, 5], 90), (False, [30, 25, 9], 60), (False, [30, 30], 30)],
+)
+def test_a_split_plan_keeps_rows_apart_that_shared_a_micro_batch(packing, lengths, expected):
+    plan = MicroBatchPlan(max_tokens=100, max_rows=8, packing=packing, longrope_boundary=None)
+    lowered = split_plan(plan, lengths)
+    groups = plan_micro_batches(lengths, max_tokens=expected, max_rows=8, packing=packing, boundary=None)
+    assert lowered == replace(plan, max_tokens=expected)
+    assert len(groups) >= 2
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_splitting_again_and_again_ends_in_single_rows(packing):
+    draw = random.Random(3)
+    for _ in range(100):
+        lengths = [draw.randint(1, 500) for _ in range(draw.randint(2, 16))]
+        plan, times = MicroBatchPlan(max_tokens=9000, max_rows=16, packing=packing, longrope_boundary=None), 0
+        while len(group := max(layout(lengths, plan), key=len)) > 1:
+            lowered = split_plan(plan, [lengths[row] for row in group])
+            assert lowered.max_tokens < plan.max_tokens
+            assert not any(set(group) <= set(other) for other in layout(lengths, lowered))
+            plan, times = lowered, times + 1
+        assert times < 40
+
+
+def layout(lengths, plan):
+    return plan_micro_batches(
+        lengths, max_tokens=plan.max_tokens, max_rows=plan.max_rows, packing=plan.packing, boundary=None
+    )

@@ -5,9 +5,10 @@ import torch
 from tiny_model import gradients, random_rows, relative_difference, save_tiny_model
 
 from qlora_phi3.architecture import read_architecture
-from qlora_phi3.model import attach_adapter, choose_precision, enable_checkpointing, load_base
+from qlora_phi3.dataset.pack import MicroBatchPlan
+from qlora_phi3.model import attach_adapter, choose_precision, load_base, set_checkpointing
 from qlora_phi3.recipe.tables import Lora, Model, Quantization
-from qlora_phi3.step import MicroBatchPlan, collate, forward_backward
+from qlora_phi3.step import collate, forward_backward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 LENGTHS = [7, 61, 23, 40, 12, 90, 33, 18]
@@ -25,7 +26,7 @@ def load(folder, dtype):
     )
     torch.manual_seed(0)
     model = attach_adapter(base, Lora(r=8))
-    enable_checkpointing(model)
+    set_checkpointing(model, 1)
     return model
 
 

@@ -5,8 +5,9 @@ import torch
 from tiny_model import gradients, load_tiny, random_rows, relative_difference, save_tiny_model
 
 from qlora_phi3.attention import _attend_by_matmul, _suits_matmul
-from qlora_phi3.model import Precision, enable_checkpointing
-from qlora_phi3.step import MicroBatchPlan, collate, evaluate, forward_backward
+from qlora_phi3.dataset.pack import MicroBatchPlan
+from qlora_phi3.model import Precision, set_checkpointing
+from qlora_phi3.step import collate, evaluate, forward_backward
 
 LENGTHS = [7, 61, 23, 40, 12, 90, 33, 18]
 ALL_AT_ONCE = MicroBatchPlan(max_tokens=10_000, max_rows=8, packing=False, longrope_boundary=None)
@@ -48,7 +49,7 @@ def test_eight_micro_batches_of_one_row_are_really_eight():
 def test_checkpointing_changes_neither_loss_nor_gradient(folder):
     model = load_tiny(folder)
     loss, _, expected, _ = run_step(model, PACKED)
-    enable_checkpointing(model)
+    set_checkpointing(model, 1)
     other_loss, _, other, _ = run_step(model, PACKED)
     assert other_loss == pytest.approx(loss, rel=1e-6)
     assert relative_difference(expected, other) < 1e-6
@@ -56,7 +57,7 @@ def test_checkpointing_changes_neither_loss_nor_gradient(folder):
 
 def test_checkpointing_is_really_on(folder):
     model = load_tiny(folder)
-    enable_checkpointing(model)
+    set_checkpointing(model, 1)
     model.train()
     calls = []
     model.base_model.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))

@@ -245,7 +245,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_one(tmp_path: Path):
         ("[trainig]\nseed = 8", "A recipe has no table [trainig]. Did you mean [training]?"),
         (
             "[wandb]\nseed = 8",
-            "A recipe has no table [wandb]. There are [model], [quantization], [lora], [data], [training].",
+            "A recipe has no table [wandb]. There are [model], [quantization], [lora], [data], [training], [memory].",
         ),
     ],
 )

@@ -1,0 +1,90 @@
+"""How long an optimizer step takes on a card, in seconds: a model to compare set-ups with, no promise.
+
+A step is arithmetic (recomputation counted), the dequantization of every 4-bit weight once in each pass of each micro-batch, and
+what offloading moves. Arithmetic and memory traffic are added up, as the dequantization runs by itself before each matmul.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlora_phi3.architecture import Architecture
+from qlora_phi3.setup import Setup
+
+#: Shares of the card's stated rates that such a step reaches: assumptions, until benchmarks/ has figures of real cards.
+ARITHMETIC_SHARE, BANDWIDTH_SHARE = 0.5, 0.8
+#: Bytes a second between computer and card, pinned memory, PCIe 4.0 x8 (16 GB/s stated): an assumption as well.
+OFFLOAD_BYTES_PER_SECOND = 12e9
+#: Starting the kernels of one decoder layer, forward or backward: about 60 of them at 5 microseconds. An assumption.
+LAYER_LAUNCH_SECONDS = 3e-4
+#: Bytes read and written when one weight is dequantized to 16 bit: NF4 with double quantization is 4.127 bit (QLoRA, section 3).
+DEQUANTIZED_BYTES_PER_WEIGHT = 4.127 / 8 + 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What one optimizer step of a recipe works on."""
+
+    #: Tokens of each row of a usual step.
+    lengths: Sequence[int]
+    num_micro_batches: int
+    rank: int
+    quantized: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """The parts of a step's time, in seconds."""
+
+    arithmetic: float
+    dequantization: float
+    offloading: float
+    launching: float
+
+    @property
+    def seconds(self) -> float:
+        """All of them."""
+        return self.arithmetic + self.dequantization + self.offloading + self.launching
+
+
+def linear_weights(architecture: Architecture) -> int:
+    """Weights of the decoder's linear layers."""
+    hidden, heads = architecture.hidden_size, architecture.num_attention_heads
+    attention = hidden * hidden * (2 + 2 * architecture.num_key_value_heads / heads)
+    return int(architecture.num_hidden_layers * (attention + 3 * hidden * architecture.intermediate_size))
+
+
+def step_flops(architecture: Architecture, work: Work, *, recomputed: float) -> float:
+    """Floating-point operations of one step.
+
+    A frozen weight costs 2 a token forward, 2 backward (the gradient of its input alone) and 2 recomputed; causal attention
+    half of 4 n^2 x hidden forward and 2.5 times that backward (FlashAttention-2, section 3).
+
+    Args:
+        recomputed: share of the layers that are computed twice.
+    """
+    tokens, squares = sum(work.lengths), sum(length**2 for length in work.lengths)
+    hidden, layers = architecture.hidden_size, architecture.num_hidden_layers
+    weights = linear_weights(architecture) * 2 * (2 + recomputed)
+    widths = (
+        9 * hidden + 3 * architecture.intermediate_size
+    )  # of the inputs and outputs of a layer's four matmuls, about
+    adapter = layers * work.rank * widths * 2 * (3 + recomputed)
+    attention = 2 * layers * hidden * squares * (3.5 + recomputed)
+    head = 4 * architecture.vocab_size * hidden
+    return tokens * (weights + adapter + head) + attention
+
+
+def step_cost(
+    architecture: Architecture, setup: Setup, work: Work, *, tflops_16bit: float, bandwidth_bytes_per_second: float
+) -> Cost:
+    """The time of one optimizer step."""
+    recomputed = 1 / setup.checkpoint_every if setup.checkpoint_every else 0.0
+    layers, passes = architecture.num_hidden_layers, 2 + recomputed
+    moved = linear_weights(architecture) * DEQUANTIZED_BYTES_PER_WEIGHT * passes if work.quantized else 0.0
+    offloaded = 2 * sum(work.lengths) * architecture.hidden_size * 2 * layers * recomputed
+    return Cost(
+        arithmetic=step_flops(architecture, work, recomputed=recomputed) / (tflops_16bit * 1e12 * ARITHMETIC_SHARE),
+        dequantization=work.num_micro_batches * moved / (bandwidth_bytes_per_second * BANDWIDTH_SHARE),
+        offloading=offloaded / OFFLOAD_BYTES_PER_SECOND if setup.activation_offloading else 0.0,
+        launching=work.num_micro_batches * layers * passes * LAYER_LAUNCH_SECONDS,
+    )

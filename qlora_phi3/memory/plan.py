@@ -1,0 +1,281 @@
+"""The fastest set-up of a recipe that fits a card, and where none does, what to change.
+
+What the optimizer sees is the recipe's on every card; the plan chooses only how it is computed. Each kind of set-up (which layers
+are recomputed, whether their inputs are offloaded) is given the largest micro-batch that fits; `cost.py` picks among them; the
+winner is simulated whole and served by the allocator's model at the very limit. A pinned key of the recipe is never overruled.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from qlora_phi3.dataset.pack import MicroBatchPlan
+from qlora_phi3.memory.cost import Cost, Work, step_cost
+from qlora_phi3.memory.predict import Forecast, Predictor
+from qlora_phi3.memory.rows import RowLengths, count_micro_batches, heaviest_micro_batch
+from qlora_phi3.memory.simulate import Load
+from qlora_phi3.setup import USUAL_LOGITS_TILE_BYTES, Setup
+from qlora_phi3.sizes import parse_size
+
+#: Kinds of recomputation that are tried: none, every fourth layer, every second, all.
+CHECKPOINTING = (0, 4, 2, 1)
+SMALL_LOGITS_TILE_BYTES = 8 * 2**20
+#: A larger micro-batch must make a step this much faster to be worth its memory.
+WORTH = 1.02
+#: Reserved on top of allocated, for the search alone: 1.01 to 1.08 in replays of the allocator with expandable segments.
+USUAL_RESERVED_SHARE = 1.05
+ROUNDING_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """What the plan needs to know of a device, in bytes and a second."""
+
+    limit_bytes: int
+    tflops_16bit: float
+    bandwidth_bytes_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What was chosen, and why."""
+
+    forecast: Forecast
+    cost: Cost
+    #: Micro-batches of a usual step.
+    num_micro_batches: int
+    #: Key of the recipe -> why it has this value.
+    reasons: dict[str, str]
+
+    @property
+    def setup(self) -> Setup:
+        """As the run takes it."""
+        return self.forecast.setup
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits the limit it was made for."""
+        return self.forecast.fits
+
+
+def find_plan(predictor: Predictor, rows: RowLengths, card: Card, *, progress: Callable[[str], None]) -> Plan:
+    """The fastest set-up that fits; where none fits, the leanest one, whose forecast says so."""
+    search = _Search(predictor, rows, card, progress)
+    for tile_bytes in _tiles(predictor):
+        found = search.fastest(tile_bytes)
+        while found is not None:
+            plan = search.settle(found)
+            if plan.fits:
+                return plan
+            found = search.smaller(found)
+    return search.settle(search.leanest())
+
+
+def load_of(rows: RowLengths, setup: Setup) -> Load:
+    """The heaviest that a run with this set-up must carry."""
+    lengths, several = heaviest_micro_batch(rows, setup.micro_batch)
+    longest, plan = rows.longest_evaluation, setup.evaluation
+    again = max(1, min(plan.max_tokens // longest, rows.batch_size, plan.max_rows)) if longest else 0
+    return Load(lengths=lengths, evaluation_lengths=(longest,) * again, accumulates=several)
+
+
+def _tiles(predictor: Predictor) -> Iterator[int]:
+    wanted = predictor.recipe.memory.logits_tile
+    yield from (USUAL_LOGITS_TILE_BYTES, SMALL_LOGITS_TILE_BYTES) if wanted == "auto" else (parse_size(wanted),)
+
+
+class _Search:
+    """One plan in the making."""
+
+    def __init__(self, predictor: Predictor, rows: RowLengths, card: Card, progress: Callable[[str], None]) -> None:
+        self.predictor, self.rows, self.card, self.progress = predictor, rows, card, progress
+        self.training = predictor.recipe.training
+
+    def fastest(self, tile_bytes: int) -> Setup | None:
+        """Climb from the leanest kind to richer and faster ones until one does not fit; the cheapest of those that do."""
+        fitting: list[Setup] = []
+        for every, offload in reversed(self._kinds()):
+            kind = self._setup(every, offload, self._most_tokens(), tile_bytes)
+            self.progress(_in_words(kind))
+            found = self._largest_that_fits(kind)
+            if found is None:
+                break
+            fitting.append(found)
+        return self._thrifty(min(fitting, key=self._seconds)) if fitting else None
+
+    def leanest(self) -> Setup:
+        """What takes least of all the recipe allows."""
+        tile_bytes = min(_tiles(self.predictor))
+        every, offload = self._kinds()[-1]
+        return self._setup(every, offload, self._fewest_tokens(), tile_bytes)
+
+    def settle(self, setup: Setup) -> Plan:
+        """Simulate the whole model, at the limit; an optimizer whose state is not paged is preferred where it fits."""
+        self.progress("Simulating every layer")
+        load = load_of(self.rows, setup)
+        for optim in self._optimizers():
+            forecast = self.predictor.forecast(replace(setup, optim=optim), load, limit_bytes=self.card.limit_bytes)
+            if forecast.fits:
+                break
+        chosen = forecast.setup
+        return Plan(
+            forecast=forecast,
+            cost=self._cost(chosen),
+            num_micro_batches=self._count(chosen),
+            reasons=self._reasons(chosen),
+        )
+
+    def smaller(self, setup: Setup) -> Setup | None:
+        """A tenth fewer tokens, where the whole simulation found less room than the estimate; None at the end."""
+        tokens = int(setup.micro_batch.max_tokens * 0.9)
+        if tokens < self._fewest_tokens():
+            return None
+        return self._with_tokens(setup, tokens)
+
+    def _kinds(self) -> list[tuple[int, bool]]:
+        """(checkpoint_every, activation_offloading), all that the recipe allows, the leanest last."""
+        pinned = self.predictor.recipe.memory.checkpoint_every_n_layers
+        wanted, offloading = self.training.gradient_checkpointing, self.training.activation_offloading
+        if wanted is False:
+            every: tuple[int, ...] = (0,)
+        elif pinned != "auto":
+            every = (pinned,)
+        else:
+            every = (1,) if wanted is True else CHECKPOINTING
+        if offloading is True:
+            return [(number, True) for number in every]
+        kinds = [(number, False) for number in every]
+        return [*kinds, (every[-1], True)] if offloading == "auto" and every[-1] else kinds
+
+    def _optimizers(self) -> tuple[str, ...]:
+        wanted = self.training.optim
+        return ("adamw_8bit", "paged_adamw_8bit") if wanted == "auto" else (wanted,)
+
+    def _setup(self, every: int, offload: bool, tokens: int, tile_bytes: int) -> Setup:
+        return Setup(
+            micro_batch=self._layout(tokens, self.training.micro_batch_size),
+            evaluation=self._evaluation(tokens),
+            checkpoint_every=every,
+            activation_offloading=offload,
+            optim=self._optimizers()[-1],
+            logits_tile_bytes=tile_bytes,
+        )
+
+    def _evaluation(self, tokens: int) -> MicroBatchPlan:
+        """As in training, unless the recipe fixes it."""
+        rows = self.training.per_device_eval_batch_size
+        return self._layout(tokens, self.training.micro_batch_size if rows == "auto" else rows)
+
+    def _layout(self, tokens: int, rows: int | None) -> MicroBatchPlan:
+        return MicroBatchPlan(
+            max_tokens=rows * self.training.max_length if rows else tokens,
+            max_rows=rows or self.training.batch_size,
+            packing=self.training.packing,
+            longrope_boundary=self.predictor.architecture.longrope_boundary,
+        )
+
+    def _with_tokens(self, setup: Setup, tokens: int) -> Setup:
+        layout = self._layout(tokens, self.training.micro_batch_size)
+        return replace(setup, micro_batch=layout, evaluation=self._evaluation(tokens))
+
+    def _most_tokens(self) -> int:
+        """All rows of the heaviest step at once."""
+        pinned = self.predictor.recipe.memory.micro_batch_tokens
+        step = self.rows.heaviest_step()
+        whole = sum(step) if self.training.packing else len(step) * self.rows.longest
+        return self._tokens(max(whole, self.rows.longest) if pinned == "auto" else pinned)
+
+    def _fewest_tokens(self) -> int:
+        pinned = self.predictor.recipe.memory.micro_batch_tokens
+        return self._tokens(self.rows.longest if pinned == "auto" else pinned)
+
+    def _tokens(self, wanted: int) -> int:
+        return self._layout(wanted, self.training.micro_batch_size).max_tokens
+
+    def _largest_that_fits(self, kind: Setup) -> Setup | None:
+        """Each phase is a line in the tokens of a micro-batch, drawn through two points; the whole simulation checks it later."""
+        low, high = self._fewest_tokens(), kind.micro_batch.max_tokens
+        at_low = self._phases(self._with_tokens(kind, low))
+        room = {phase: self._most_allocated() - num_bytes for phase, num_bytes in at_low.items()}
+        if min(room.values()) < 0:
+            return None
+        if low >= high:
+            return kind
+        further = min(2 * low, high)
+        at_further = self._phases(self._with_tokens(kind, further))
+        slopes = {phase: (at_further[phase] - num_bytes) / (further - low) for phase, num_bytes in at_low.items()}
+        most = min((low + room[phase] / slope for phase, slope in slopes.items() if slope > 0), default=high)
+        return self._with_tokens(kind, min(high, int(most)))
+
+    def _phases(self, setup: Setup) -> Mapping[str, int]:
+        return self.predictor.phases(setup, load_of(self.rows, setup))
+
+    def _most_allocated(self) -> int:
+        return int((self.card.limit_bytes - self.predictor.on_card(0)) / USUAL_RESERVED_SHARE)
+
+    def _thrifty(self, setup: Setup) -> Setup:
+        """The smallest micro-batch that is nearly as fast: the last tokens cost memory and gain little."""
+        most, fewest = setup.micro_batch.max_tokens, self._fewest_tokens()
+        for tokens in range(fewest, most, max(ROUNDING_TOKENS, (most - fewest) // 32)):
+            leaner = self._with_tokens(setup, tokens)
+            if self._seconds(leaner) <= self._seconds(setup) * WORTH:
+                return leaner
+        return setup
+
+    def _count(self, setup: Setup) -> int:
+        return count_micro_batches(self.rows.usual_step(), setup.micro_batch)
+
+    def _seconds(self, setup: Setup) -> float:
+        return self._cost(setup).seconds
+
+    def _cost(self, setup: Setup) -> Cost:
+        work = Work(
+            lengths=self.rows.usual_step(),
+            num_micro_batches=self._count(setup),
+            rank=self.predictor.recipe.lora.r,
+            quantized=self.predictor.recipe.quantization.load_in_4bit,
+        )
+        return step_cost(
+            self.predictor.architecture,
+            setup,
+            work,
+            tflops_16bit=self.card.tflops_16bit,
+            bandwidth_bytes_per_second=self.card.bandwidth_bytes_per_second,
+        )
+
+    def _reasons(self, setup: Setup) -> dict[str, str]:
+        """Why each key that the plan may choose has its value."""
+        recipe, tokens = self.predictor.recipe, setup.micro_batch.max_tokens
+        asked = "the recipe asks for it"
+        passes = self._count(setup)
+        reasons = {
+            "micro_batch_tokens": f"{passes} forward passes a step; more tokens at once would not fit or gain under 2 %"
+            if passes > 1
+            else "a whole step at once",
+            "gradient_checkpointing": {
+                0: "there is room to keep every activation",
+                1: "keeping more than the layers' inputs does not fit, or smaller micro-batches would cost more",
+            }.get(setup.checkpoint_every, f"recomputing every {setup.checkpoint_every}. layer makes enough room"),
+            "activation_offloading": "without it the longest row does not fit, or only with more recomputation"
+            if setup.activation_offloading
+            else "there is room on the card",
+            "optim": "its state fits beside everything else"
+            if not setup.optim.startswith("paged")
+            else "its state may leave the card where it is tight",
+            "logits_tile": "the fastest size" if setup.logits_tile_bytes >= USUAL_LOGITS_TILE_BYTES else "less memory",
+        }
+        pinned = {
+            "micro_batch_tokens": bool(self.training.micro_batch_size or recipe.memory.micro_batch_tokens != "auto"),
+            "gradient_checkpointing": self.training.gradient_checkpointing != "auto",
+            "activation_offloading": self.training.activation_offloading != "auto",
+            "optim": self.training.optim != "auto",
+            "logits_tile": recipe.memory.logits_tile != "auto",
+        }
+        if tokens <= self.rows.longest and not pinned["micro_batch_tokens"] and passes > 1:
+            reasons["micro_batch_tokens"] = "the longest row alone; more does not fit"
+        return {key: asked if pinned[key] else reason for key, reason in reasons.items()}
+
+
+def _in_words(setup: Setup) -> str:
+    every = setup.checkpoint_every
+    kept = {0: "keeping all activations", 1: "recomputing all layers"}.get(every, f"recomputing every {every}. layer")
+    return f"Trying {kept}" + (", offloaded" if setup.activation_offloading else "")

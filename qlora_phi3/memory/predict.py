@@ -1,0 +1,126 @@
+"""From a recipe and a set-up to what the card will show: simulated, then served by a model of the allocator.
+
+Three figures are told apart. Allocated: bytes that tensors hold. Reserved: what PyTorch's allocator holds for them. On the card:
+that and the CUDA context, as NVML shows it.
+"""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from qlora_phi3.architecture import Architecture
+from qlora_phi3.memory.allocator import expandable_segments_work, replay
+from qlora_phi3.memory.profile import Profile
+from qlora_phi3.memory.simulate import Load, simulate
+from qlora_phi3.memory.workspaces import context_bytes
+from qlora_phi3.recipe.load import Recipe
+from qlora_phi3.setup import Setup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What a set-up will take."""
+
+    setup: Setup
+    profile: Profile
+    allocated_bytes: int
+    reserved_bytes: int
+    context_bytes: int
+    #: Whether the allocator, held to the limit it was asked about, serves every request.
+    fits: bool
+
+    @property
+    def on_card_bytes(self) -> int:
+        """As NVML shows this process at its peak."""
+        return self.reserved_bytes + self.context_bytes
+
+
+class Predictor:
+    """Simulates set-ups of one recipe on one kind of card, each only once.
+
+    Args:
+        config: the contents of the model's config.json.
+        capability: the card's compute capability.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: dict[str, Any],
+        architecture: Architecture,
+        *,
+        compute_dtype: torch.dtype,
+        capability: tuple[int, int],
+    ) -> None:
+        self.recipe, self.config, self.architecture = recipe, config, architecture
+        self.compute_dtype, self.capability = compute_dtype, capability
+        self._profiles: dict[tuple[Setup, Load, int], Profile] = {}
+
+    def with_recipe(self, recipe: Recipe) -> "Predictor":
+        """The same for a changed recipe."""
+        return Predictor(
+            recipe, self.config, self.architecture, compute_dtype=self.compute_dtype, capability=self.capability
+        )
+
+    def forecast(self, setup: Setup, load: Load, *, limit_bytes: int) -> Forecast:
+        """Simulate every layer.
+
+        Args:
+            limit_bytes: what the process may take on the card, its CUDA context counted.
+        """
+        profile = self.profile(setup, load, self.architecture.num_hidden_layers)
+        context = context_bytes(self.capability)
+        expandable = expandable_segments_work(platform.system(), platform.release())
+        held = replay(profile.trace, expandable_segments=expandable, limit_bytes=limit_bytes - context)
+        if held.fits:
+            return _forecast(setup, profile, held.peak_reserved_bytes, context, fits=True)
+        free = replay(profile.trace, expandable_segments=expandable)
+        return _forecast(setup, profile, free.peak_reserved_bytes, context, fits=False)
+
+    def on_card(self, reserved_bytes: int) -> int:
+        """What NVML shows where the allocator holds so much."""
+        return reserved_bytes + context_bytes(self.capability)
+
+    def phases(self, setup: Setup, load: Load) -> Mapping[str, int]:
+        """Phase -> allocated at its peak, from two models of few layers where all are alike: each phase grows by the layer."""
+        layers, every = self.architecture.num_hidden_layers, max(1, setup.checkpoint_every)
+        few = max(2, every)
+        if not self._layers_are_alike() or layers % every or layers <= 2 * few:
+            return self.profile(setup, load, layers).phases
+        small, double = (self.profile(setup, load, number).phases for number in (few, 2 * few))
+        return {phase: small[phase] + (double[phase] - small[phase]) * (layers - few) // few for phase in small}
+
+    def profile(self, setup: Setup, load: Load, num_layers: int) -> Profile:
+        """Simulate a model of so many layers."""
+        key = (setup, load, num_layers)
+        if key not in self._profiles:
+            self._profiles[key] = simulate(
+                self.recipe,
+                {**self.config, "num_hidden_layers": num_layers},
+                replace(self.architecture, num_hidden_layers=num_layers),
+                setup,
+                load,
+                compute_dtype=self.compute_dtype,
+                capability=self.capability,
+            )
+        return self._profiles[key]
+
+    def _layers_are_alike(self) -> bool:
+        lora = self.recipe.lora
+        by_number = lora.layers_to_transform is not None or lora.rank_pattern or lora.alpha_pattern
+        names = [*([lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules)]
+        return not by_number and not lora.exclude_modules and not any("layers" in name for name in names)
+
+
+def _forecast(setup: Setup, profile: Profile, reserved: int, context: int, *, fits: bool) -> Forecast:
+    return Forecast(
+        setup=setup,
+        profile=profile,
+        allocated_bytes=profile.peak_bytes,
+        reserved_bytes=reserved,
+        context_bytes=context,
+        fits=fits,
+    )

@@ -1,0 +1,239 @@
+"""The memory of one optimizer step, found by running the real code on tensors that have shape and type but no storage.
+
+Model, adapter, loss, checkpointing and optimizer are the ones that train; `meter.py` follows every storage. By default the
+CUDA path is followed, on fake CPU tensors (a CPU build of torch aborts on fake CUDA ones): `kernels.py` stands in where the
+two paths part. `path="cpu"` follows the CPU's own, which can be measured on any machine: that is how the figures are checked.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import clip_grad_norm_
+
+from qlora_phi3.architecture import Architecture
+from qlora_phi3.memory.kernels import following_cuda
+from qlora_phi3.memory.meter import ROUNDING, Meter, Watch
+from qlora_phi3.memory.profile import Profile
+from qlora_phi3.memory.skeleton import build_skeleton, fill_without_storage
+from qlora_phi3.model import Phi3ForChunkedLoss, apply_setup, attach_adapter
+from qlora_phi3.recipe.load import Recipe
+from qlora_phi3.setup import Setup
+from qlora_phi3.step import Batch, collate, evaluate, forward_backward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """The heaviest thing a step must carry: the rows of one micro-batch, and whether others went before it."""
+
+    #: Tokens of each row.
+    lengths: tuple[int, ...]
+    #: Rows of the heaviest evaluation micro-batch; empty without evaluation.
+    evaluation_lengths: tuple[int, ...] = ()
+    #: Whether gradients of earlier micro-batches lie on the card already.
+    accumulates: bool = True
+
+
+def simulate(
+    recipe: Recipe,
+    config: dict[str, Any],
+    architecture: Architecture,
+    setup: Setup,
+    load: Load,
+    *,
+    compute_dtype: torch.dtype,
+    path: Literal["cuda", "cpu"] = "cuda",
+    capability: tuple[int, int] = (8, 6),
+) -> Profile:
+    """Load, train one step, evaluate and save, without storage.
+
+    Args:
+        config: the contents of the model's config.json.
+        capability: the card's compute capability, which decides the attention kernel.
+
+    Raises:
+        ModelError: the adapter does not fit the model.
+    """
+    longest = max(*load.lengths, *load.evaluation_lengths, 0)
+    skeleton = build_skeleton(config, architecture, recipe, compute_dtype=compute_dtype, longest_row=longest)
+    batch = _heaviest(collate(_rows(load.lengths), setup.micro_batch))
+    held_out = _heaviest(collate(_rows(load.evaluation_lengths), setup.evaluation)) if load.evaluation_lengths else None
+    meter = Meter(
+        num_supervised=batch.num_supervised,
+        vocabulary=architecture.vocab_size,
+        rounding=ROUNDING if path == "cuda" else 1,
+    )
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(meter)
+        if path == "cuda":
+            stack.enter_context(following_cuda(meter, compute_dtype=compute_dtype, capability=capability))
+        model = _load(skeleton, recipe, setup, meter)
+        batch, held_out = _without_storage(batch), held_out and _without_storage(held_out)
+        go_through(
+            model,
+            batch,
+            held_out,
+            recipe,
+            setup,
+            compute_dtype=compute_dtype,
+            on_cuda=path == "cuda",
+            accumulates=load.accumulates,
+            watch=meter,
+        )
+    phase, (peak, at) = max(meter.peaks.items(), key=lambda item: item[1][0])
+    return Profile(
+        peak_bytes=peak,
+        peak_phase=phase,
+        tenants=dict(meter.live_at(at).most_common()),
+        phases={name: num_bytes for name, (num_bytes, _) in meter.peaks.items()},
+        resident_bytes=meter.peaks["save"][0],
+        paged_bytes=meter.paged_bytes,
+        host_bytes=meter.peak_host_bytes,
+        trace=tuple(meter.events),
+    )
+
+
+def _rows(lengths: Sequence[int]) -> list[dict[str, Any]]:
+    return [{"input_ids": [0] * length, "labels": [0] * length} for length in lengths]
+
+
+def _heaviest(batch: Batch) -> Batch:
+    """The batch with its largest micro-batch alone."""
+    micro = max(batch.micro_batches, key=lambda micro: micro["input_ids"].numel())
+    return replace(batch, micro_batches=(micro,), num_supervised=int((micro["labels"] >= 0).sum()))
+
+
+def _without_storage(batch: Batch) -> Batch:
+    micro = {
+        name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
+        for name, value in batch.micro_batches[0].items()
+    }
+    return replace(batch, micro_batches=(micro,))
+
+
+def _load(skeleton: Phi3ForChunkedLoss, recipe: Recipe, setup: Setup, meter: Meter) -> PeftModel:
+    """The base with its adapter; every lasting storage gets its tenant."""
+    fill_without_storage(skeleton)
+    with _staying():
+        model = attach_adapter(skeleton, recipe.lora)
+    apply_setup(model, setup)
+    for name, parameter in model.named_parameters():
+        meter.tag(parameter, _tenant_of(name, parameter))
+        for scale in _scales(getattr(parameter, "quant_state", None)):
+            meter.tag(scale, "quantization state")
+    for layer in model.get_base_model().model.layers:
+        layer.register_forward_pre_hook(_tag_input(meter), with_kwargs=True)
+    return model.train()
+
+
+def _tenant_of(name: str, parameter: Tensor) -> str:
+    if parameter.requires_grad:
+        return "adapter"
+    if parameter.dtype == torch.uint8:
+        return "4-bit weights"
+    return "embedding and head" if "embed_tokens" in name or "lm_head" in name else "other weights"
+
+
+def _scales(state: Any) -> Iterator[Tensor]:
+    if state is not None:
+        yield from (value for value in (state.absmax, state.code, state.offset) if value is not None)
+        yield from _scales(state.state2)
+
+
+def _tag_input(meter: Meter) -> Any:
+    def tag(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        if meter.phase == "forward" and layer.gradient_checkpointing:
+            meter.tag(args[0] if args else kwargs["hidden_states"], "checkpointed layer inputs")
+
+    return tag
+
+
+@contextmanager
+def _staying() -> Iterator[None]:
+    """No module moves: on torch 2.13 `Module.to` raises for parameters without storage, and PEFT calls it on every layer."""
+    usual = nn.Module.to
+    nn.Module.to = lambda module, *_, **__: module  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = usual  # type: ignore[method-assign]
+
+
+def go_through(
+    model: PeftModel,
+    batch: Batch,
+    held_out: Batch | None,
+    recipe: Recipe,
+    setup: Setup,
+    *,
+    compute_dtype: torch.dtype,
+    on_cuda: bool,
+    accumulates: bool,
+    watch: Watch,
+) -> None:
+    """All that a step holds at some time, once: the update first, since its state stays, then a micro-batch, save, evaluation.
+
+    Args:
+        batch: with one micro-batch; `held_out` likewise.
+        accumulates: gradients of earlier micro-batches lie there while this one runs.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = _update(trained, recipe, setup, watch, on_cuda=on_cuda)
+    if not accumulates:
+        optimizer.zero_grad()
+    model.train()
+
+    def backward(loss: Tensor) -> None:
+        watch.enter("backward")
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    watch.enter("forward")
+    forward_backward(model, batch, compute_dtype=compute_dtype, backward=backward)
+    for parameter in trained:
+        watch.tag(parameter.grad, "gradients")
+    optimizer.zero_grad()
+    watch.enter("save")
+    if held_out is not None:
+        watch.num_supervised = held_out.num_supervised
+        watch.enter("evaluation")
+        list(evaluate(model, [held_out], compute_dtype=compute_dtype))
+    watch.enter("end")
+
+
+def _update(
+    trained: list[nn.Parameter], recipe: Recipe, setup: Setup, watch: Watch, *, on_cuda: bool
+) -> torch.optim.Optimizer:
+    """Clip and update once on gradients of nothing, which makes the optimizer's state."""
+    watch.enter("update")
+    with watch.belonging_to("gradients"):
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+    with watch.belonging_to("optimizer state"):
+        optimizer = build_optimizer(setup.optim, trained, on_cuda=on_cuda)
+        watch.page(optimizer)
+        if recipe.training.max_grad_norm:
+            clip_grad_norm_(trained, recipe.training.max_grad_norm, foreach=on_cuda)
+        optimizer.step()
+    return optimizer
+
+
+def build_optimizer(name: str, trained: list[nn.Parameter], *, on_cuda: bool) -> torch.optim.Optimizer:
+    """The optimizer that transformers builds for a name; on a CPU bitsandbytes' paged ones do not page."""
+    if name.startswith("adamw_torch"):
+        fused = name == "adamw_torch_fused"
+        return torch.optim.AdamW(trained, fused=fused or None, foreach=on_cuda and not fused)
+    kind = {
+        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+        "paged_adamw_32bit": bnb.optim.PagedAdamW,
+        "adamw_8bit": bnb.optim.AdamW8bit,
+        "adamw_bnb_8bit": bnb.optim.AdamW8bit,
+    }[name]
+    built: torch.optim.Optimizer = kind(trained)
+    return built

@@ -1,0 +1,236 @@
+"""An out-of-memory that costs nothing: the batch is computed again, in smaller pieces where it must be, and teaches the same.
+
+Nothing of a failed pass stays. Its tensors are let go with the traceback that held them, all gradients of the batch are dropped,
+the allocator's cache is given back, and the random numbers are rewound to where the batch began; then the whole batch is
+computed again. Redoing the batch and not only the micro-batch that failed needs no copy of the gradients, so that no memory is
+held ready for an accident. What comes after the backward pass, clipping and the optimizer's update, is not redone: it changes
+gradients and weights in place.
+
+What is tried, in this order:
+
+1. the same again: an emptied cache cures fragmentation. Where that was needed a short while ago, it is left out, or a run that
+   fragments at every step would compute every step twice;
+2. micro-batches of fewer tokens, so that the one that failed is cut in two; down to single rows;
+3. for a single row, every layer recomputed, on a card with its input kept in the computer's memory;
+4. then the run stops and names the row.
+
+The lowered plan stays, and a resumed run begins with it (`recall_setup`). The normaliser is that of the whole batch whatever the
+pieces, so that without dropout a split changes only the order in which numbers are added.
+
+With dropout, the same again draws the same masks: it is equal to the bit. A split cannot keep them: masks are drawn micro-batch
+by micro-batch, each in the shape of its tensors, so that other pieces get other masks. They are as independent and of the same
+probability as the ones they replace, as if the run had another seed from that step on.
+"""
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qlora_phi3.dataset.pack import MicroBatchPlan, split_plan
+from qlora_phi3.errors import RunError
+from qlora_phi3.setup import Setup
+from qlora_phi3.step import Batch, MicroBatchMemoryError, StepResult, collate
+from qlora_phi3.training.listener import Listener, OomRecord
+from qlora_phi3.training.report import describe_device
+
+Phase = Literal["training", "evaluation"]
+Measure = Literal["again", "split", "offload"]
+#: Steps within which a second out-of-memory of the same phase is no accident any more: a plan that cannot hold is lowered.
+ACCIDENT_STEPS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class _When:
+    """What a batch is computed for; the step as the record has it."""
+
+    phase: Phase
+    step: int
+
+    def __str__(self) -> str:
+        return f"step {self.step}" if self.phase == "training" else f"the evaluation after step {self.step}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Failure:
+    """Where memory ran out, and how much there was then, in bytes (None on a CPU)."""
+
+    micro_batch: int
+    reason: str
+    allocated_bytes: int | None
+
+
+class MemoryGuard:
+    """Computes batches, whatever memory allows; holds the plans they are laid out by, which it lowers.
+
+    Args:
+        model: whose gradients are dropped.
+        setup: what the run begins with.
+        sources: names of the data's sources, so that a row can be named.
+        offload: makes every layer recomputed, with offloading.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        setup: Setup,
+        device: torch.device,
+        listener: Listener,
+        sources: Sequence[str],
+        offload: Callable[[], None],
+    ) -> None:
+        self.plans: dict[Phase, MicroBatchPlan] = {"training": setup.micro_batch, "evaluation": setup.evaluation}
+        #: Out-of-memory errors of this session that were survived.
+        self.survived = 0
+        self._model = model
+        self._device = device
+        self._listener = listener
+        self._sources = sources
+        self._offload = None if setup.activation_offloading else offload
+        self._last_again: dict[Phase, int] = {}
+
+    def compute(
+        self, rows: Sequence[Mapping[str, Any]], pass_over: Callable[[Batch], StepResult], *, phase: Phase, step: int
+    ) -> tuple[Batch, StepResult]:
+        """Lay rows out and pass over them, until memory suffices.
+
+        Args:
+            rows: of one batch, as `collate` takes them.
+            pass_over: forward, and in training backward; raises MicroBatchMemoryError.
+            step: for the record.
+
+        Returns:
+            The batch as it was laid out at last, and the result of the pass that succeeded.
+
+        Raises:
+            RunError: a single row does not fit; gradients are dropped, weights and random numbers are those of before.
+        """
+        draws = _read_draws(self._device)
+        failures: list[tuple[int, ...]] = []
+        while True:
+            batch = collate(rows, self.plans[phase])
+            outcome = self._attempt(pass_over, batch)
+            if isinstance(outcome, StepResult):
+                return batch, outcome
+            self._forget(draws)
+            group, when = batch.groups[outcome.micro_batch], _When(phase, step)
+            measure = self._choose(group, failures, when)
+            failures.append(group)
+            if measure is None:
+                raise self._does_not_fit(rows[group[0]], outcome, len(failures), when)
+            self._make_room([len(rows[index]["input_ids"]) for index in group], outcome, measure, when)
+
+    def _attempt(self, pass_over: Callable[[Batch], StepResult], batch: Batch) -> StepResult | _Failure:
+        """The error, and with it every tensor its traceback holds, is gone when this returns."""
+        try:
+            return pass_over(batch)
+        except MicroBatchMemoryError as error:
+            return _Failure(
+                micro_batch=error.micro_batch,
+                reason=error.reason,
+                allocated_bytes=torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None,
+            )
+
+    def _forget(self, draws: "_Draws") -> None:
+        for parameter in self._model.parameters():
+            parameter.grad = None
+        gc.collect()  # an error and the frames of its traceback may hold each other
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        _rewind_draws(draws, self._device)
+
+    def _choose(self, group: tuple[int, ...], failures: Sequence[tuple[int, ...]], when: _When) -> Measure | None:
+        """What to do about a micro-batch of these rows, after those that failed in this batch before; None: nothing is left."""
+        recent = when.step - self._last_again.get(when.phase, -ACCIDENT_STEPS - 1) <= ACCIDENT_STEPS
+        if not failures and not recent:
+            return "again"
+        if len(group) > 1:
+            return "split"
+        if when.phase == "training" and self._offload is not None:
+            return "offload"
+        return None if group in failures else "again"
+
+    def _make_room(self, lengths: Sequence[int], failure: _Failure, measure: Measure, when: _When) -> None:
+        """Take the measure against a micro-batch of rows of these lengths, and tell of it."""
+        before = self.plans[when.phase]
+        if measure == "split":
+            self.plans[when.phase] = split_plan(before, lengths)
+        elif measure == "again":
+            self._last_again[when.phase] = when.step
+        elif self._offload is not None:
+            self._offload()
+            self._offload = None
+        self.survived += 1
+        self._listener.ran_out(
+            OomRecord(
+                step=when.step,
+                phase=when.phase,
+                measure=measure,
+                rows=len(lengths),
+                tokens=sum(lengths),
+                before=before,
+                after=self.plans[when.phase],
+                allocated_bytes=failure.allocated_bytes,
+                free_bytes=torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else None,
+                reason=failure.reason,
+            )
+        )
+
+    def _does_not_fit(self, row: Mapping[str, Any], failure: _Failure, times: int, when: _When) -> RunError:
+        length = len(row["input_ids"])
+        offloaded = " and every layer recomputed from the computer's memory" if when.phase == "training" else ""
+        return RunError(
+            f"{name_row(row, self._sources)} with its {length:,} tokens does not fit in the memory of "
+            f"{describe_device(self._device)}: in {when} it ran out {times} times, at last with this row alone, "
+            f"the cache emptied{offloaded} ({failure.reason.rstrip('.')}).",
+            "Close other programs that use this memory and go on with --resume; or start a new run with a smaller "
+            f"[training] max_length than {length}.",
+        )
+
+
+def name_row(row: Mapping[str, Any], sources: Sequence[str]) -> str:
+    """`file:line` of a row of `prepare_datasets`; "a row" where it does not say."""
+    if "source" not in row or row["source"] >= len(sources):
+        return "A row"
+    return f"{sources[row['source']]}:{row['source_row']}"
+
+
+def recall_setup(setup: Setup, records: Sequence[Mapping[str, Any]], device: torch.device) -> Setup:
+    """`setup`, as far as memory ran out in earlier sessions of the run lowered to what they had come to.
+
+    Args:
+        records: of the run's metrics.jsonl.
+        device: on a CPU there is nothing to offload to.
+    """
+    survived = [record for record in records if record["kind"] == "oom"]
+    plans: dict[Phase, MicroBatchPlan] = {"training": setup.micro_batch, "evaluation": setup.evaluation}
+    for record in survived:
+        plan = plans[record["phase"]]
+        if record["measure"] == "split":
+            plans[record["phase"]] = replace(plan, max_tokens=min(plan.max_tokens, record["after"]["max_tokens"]))
+    setup = replace(setup, micro_batch=plans["training"], evaluation=plans["evaluation"])
+    if any(record["measure"] == "offload" for record in survived):
+        return replace(setup, checkpoint_every=1, activation_offloading=device.type != "cpu")
+    return setup
+
+
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """Where torch's random numbers stand; a pass draws from no other generator."""
+
+    cpu: Tensor
+    device: Tensor | None
+
+
+def _read_draws(device: torch.device) -> _Draws:
+    return _Draws(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+
+def _rewind_draws(draws: _Draws, device: torch.device) -> None:
+    torch.set_rng_state(draws.cpu)
+    if draws.device is not None:
+        torch.cuda.set_rng_state(draws.device, device)

@@ -1,0 +1,94 @@
+"""What operators take inside themselves on CUDA, against sizes worked out by hand from PyTorch's sources."""
+
+import pytest
+
+from qlora_phi3.memory.workspaces import (
+    CONTEXT_SPREAD_BYTES,
+    MIB,
+    attention_backward_bytes,
+    attention_kernel,
+    context_bytes,
+    matmul_workspace_bytes,
+)
+
+PHI_3_MINI = {"head_size": 96, "grouped": False}
+PHI_4 = {"head_size": 128, "grouped": True}
+
+
+def test_cublas_keeps_a_workspace_for_the_forward_and_one_for_the_backward_thread():
+    assert matmul_workspace_bytes((7, 5)) == matmul_workspace_bytes((8, 9)) == 2 * 8_519_680
+    assert matmul_workspace_bytes((9, 0)) == matmul_workspace_bytes((12, 0)) == 2 * 32 * MIB
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (12, 0)])
+@pytest.mark.parametrize("model", [PHI_3_MINI, PHI_4])
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
+def test_cards_from_ampere_on_take_the_flash_kernel_without_a_mask(capability, model, dtype):
+    assert attention_kernel(capability, has_mask=False, dtype=dtype, **model) == "flash"
+
+
+def test_a_mask_or_fp32_rules_the_flash_kernel_out():
+    assert attention_kernel((8, 9), has_mask=True, **PHI_3_MINI) == "efficient"
+    assert attention_kernel((8, 9), has_mask=False, dtype="float32", **PHI_3_MINI) == "efficient"
+
+
+def test_turing_takes_the_memory_efficient_kernel_but_not_in_bf16_and_not_for_grouped_queries():
+    assert attention_kernel((7, 5), has_mask=False, **PHI_3_MINI) == "efficient"
+    assert attention_kernel((7, 5), has_mask=False, dtype="bfloat16", **PHI_3_MINI) == "math"
+    assert attention_kernel((7, 5), has_mask=False, **PHI_4) == "math"
+    assert attention_kernel((7, 5), has_mask=False, **PHI_4 | {"grouped": False}) == "efficient"
+
+
+def test_heads_that_the_memory_efficient_kernel_cannot_align_take_the_math_kernel():
+    assert attention_kernel((7, 5), has_mask=False, head_size=20, grouped=False) == "math"
+    assert attention_kernel((7, 5), has_mask=False, head_size=20, grouped=False, dtype="float32") == "efficient"
+
+
+def test_cudnn_is_preferred_on_data_centre_cards_only_and_where_it_is_allowed():
+    assert attention_kernel((9, 0), has_mask=True, cudnn=True, **PHI_4) == "cudnn"
+    assert attention_kernel((9, 0), has_mask=False, **PHI_4) == "flash"
+    assert attention_kernel((12, 0), has_mask=False, cudnn=True, **PHI_4) == "flash"
+
+
+def test_flash_accumulates_the_gradient_of_the_queries_in_fp32():
+    # 2,000 tokens count as 2,048; heads of 96 stay 96; one more fp32 a row.
+    assert attention_backward_bytes("flash", (1, 32, 2000, 96), kv_heads=32) == 32 * 2048 * (96 + 1) * 4
+
+
+def test_flash_gives_every_query_head_its_own_key_gradient_first_where_queries_are_grouped():
+    expanded = 2 * (2 * 128 * 40 * 128 * 2)
+    assert attention_backward_bytes("flash", (2, 40, 128, 128), kv_heads=10) == 2 * 40 * 128 * (128 + 1) * 4 + expanded
+
+
+def test_the_memory_efficient_kernel_holds_the_gradient_of_the_queries_in_tiles_of_fp32():
+    # 32 heads x 16 blocks of 128 queries x 2 blocks of 64 columns, 16 bytes of lock each; keys: 200 // 32 = 6 blocks at once.
+    workspace = 32 * (16 * 2 * (128 * 64 * 4 + 16) + 2 * 6 * 64 * 128 * 4)
+    assert attention_backward_bytes("efficient", (1, 32, 2048, 96), kv_heads=32) == 32 * 2048 * 4 + workspace
+
+
+def test_small_heads_need_no_room_for_the_gradient_of_the_keys_in_16_bit():
+    in_16_bit = 4 * (128 * 4 + 128 * 64 * 4 + 16)
+    assert attention_backward_bytes("efficient", (1, 4, 128, 64), kv_heads=4) == in_16_bit
+    # 128 keys are 2 blocks of 64, all held at once: 200 // 4 allows 50.
+    in_32_bit = in_16_bit + 4 * (2 * 2 * 64 * 128 * 4)
+    assert attention_backward_bytes("efficient", (1, 4, 128, 64), kv_heads=4, itemsize=4) == in_32_bit
+
+
+@pytest.mark.parametrize("kernel", ["math", "cudnn"])
+def test_a_kernel_whose_workspace_is_not_known_is_not_guessed(kernel):
+    with pytest.raises(ValueError, match=f"What the {kernel} attention kernel takes in its backward pass is not known"):
+        attention_backward_bytes(kernel, (1, 40, 128, 128), kv_heads=10)
+
+
+@pytest.mark.parametrize(
+    ("capability", "multiprocessors", "measured_mib"),
+    [((7, 5), 40, 143), ((8, 6), 82, 256), ((8, 9), 34, 107), ((8, 9), 142, 426), ((12, 0), 188, 555)],
+)
+def test_the_context_is_within_its_spread_of_every_published_measurement(capability, multiprocessors, measured_mib):
+    predicted = context_bytes(capability, multiprocessors)
+    assert abs(predicted - measured_mib * MIB) <= CONTEXT_SPREAD_BYTES
+
+
+def test_a_card_of_unknown_multiprocessors_is_taken_for_a_middling_one_of_its_generation():
+    assert context_bytes((8, 9)) == context_bytes((8, 9), 46)
+    assert context_bytes((11, 0)) == context_bytes((8, 9))

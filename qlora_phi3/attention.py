@@ -55,18 +55,17 @@ def attend_by_document(
         return _attend(module, query, key, value, attention_mask, **kwargs), None
     lengths = list(document_lengths)
     outputs = []
-    for document in zip(*(torch.split(tensor, lengths, 2) for tensor in (query, key, value)), strict=True):
-        mask = _window_mask(document[0], sliding_window)
-        if mask is None and _suits_matmul(document[0]):
-            outputs.append(_attend_by_matmul(*document, scaling=kwargs["scaling"]))
+    split = (torch.split(tensor, lengths, 2) for tensor in (query, key, value))
+    for one_query, one_key, one_value in zip(*split, strict=True):
+        mask = _window_mask(one_query, sliding_window)
+        if mask is None and _suits_matmul(one_query):
+            outputs.append(_attend_by_matmul(one_query, one_key, one_value, scaling=kwargs["scaling"]))
         else:
-            outputs.append(_attend(module, *document, mask, **kwargs))
+            outputs.append(_attend(module, one_query, one_key, one_value, mask, **kwargs))
     return torch.cat(outputs, dim=1), None
 
 
-def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-) -> Tensor:
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
     """transformers' SDPA; below compute capability 8.0 with the key and value heads repeated.
 
     There transformers 5.23 passes grouped queries on to torch 2.13, whose memory-efficient kernel takes none: the math path would

@@ -32,9 +32,9 @@ class Lab:
 
     def data(self, recipe):
         """The rows that are trained and measured on."""
-        from qlora_phi3.training.run import _prepare
+        from qlora_phi3.training.ready import prepare
 
-        prepared = _prepare(recipe, self.shop.path, Silent()).data
+        prepared = prepare(recipe, self.shop.path, Silent()).data
         return [
             [(row["input_ids"], row["labels"]) for row in rows or ()] for rows in (prepared.train, prepared.evaluation)
         ]
@@ -64,9 +64,9 @@ class Lab:
 
     def loaded(self, recipe):
         """The model with its adapter: every trained tensor, how it is scaled, what is dropped."""
-        from qlora_phi3.training.run import _load, _prepare
+        from qlora_phi3.training.ready import load_model, prepare
 
-        model = _load(recipe, _prepare(recipe, self.shop.path, Silent()), Silent())
+        model = load_model(recipe, prepare(recipe, self.shop.path, Silent()), Silent())
         seen = {
             name: (tuple(p.shape), p.detach().sum().item()) for name, p in model.named_parameters() if p.requires_grad
         }
@@ -78,14 +78,31 @@ class Lab:
     def trainer(self, recipe):
         """The trainer of a recipe, its first batch drawn."""
         from qlora_phi3.runfolder import RunFolder
-        from qlora_phi3.training.run import _load, _prepare, build_trainer
+        from qlora_phi3.training.ready import choose, load_model, prepare
+        from qlora_phi3.training.run import build_trainer
 
-        ready = _prepare(recipe, self.shop.path, Silent())
-        return build_trainer(recipe, ready, _load(recipe, ready, Silent()), RunFolder(self.shop.path / "run"), Silent())
+        ready = prepare(recipe, self.shop.path, Silent())
+        setup, model = choose(recipe, ready, Silent()).setup, load_model(recipe, ready, Silent())
+        return build_trainer(recipe, ready, setup, model, RunFolder(self.shop.path / "run"), Silent())
 
     def recomputed(self, recipe):
         """Whether layers are computed a second time in the backward pass."""
         return [getattr(module, "gradient_checkpointing", None) for module in self.trainer(recipe).model.modules()]
+
+    def setup_on_a_card(self, recipe):
+        """How the run is laid out on a card of which no more is known."""
+        from qlora_phi3.architecture import read_architecture
+        from qlora_phi3.training.planning import usual_setup
+
+        return usual_setup(recipe, read_architecture(str(self.shop.base)), torch.device("cuda"))
+
+    def room(self, recipe):
+        """What the run may take of a card, and whether the heaviest step is tried first."""
+        from qlora_phi3.device import card_of_size
+        from qlora_phi3.memory.margin import budget_of
+        from qlora_phi3.training.planning import wants_rehearsal
+
+        return budget_of(recipe, card_of_size(4 * 2**30)), wants_rehearsal(recipe, CPU)
 
     def first_batch(self, recipe):
         """How the rows of the first optimizer step lie in tensors."""
@@ -135,10 +152,15 @@ def argument(name):
     """What the Trainer reads under this name."""
 
     def see(lab, recipe):
-        from qlora_phi3.training.arguments import build_arguments
+        from qlora_phi3.training.arguments import build_arguments, choose_optimizer
 
         arguments = build_arguments(
-            recipe.training, Path("checkpoints"), device=CPU, compute_dtype=torch.float32, evaluates=True
+            recipe.training,
+            Path("checkpoints"),
+            device=CPU,
+            compute_dtype=torch.float32,
+            optim=choose_optimizer(recipe.training, CPU),
+            evaluates=True,
         )
         return str(getattr(arguments, name))
 
@@ -200,6 +222,7 @@ EFFECTS = {
     "training.weight_decay": (0.1, argument("weight_decay")),
     "training.max_grad_norm": (0.3, argument("max_grad_norm")),
     "training.gradient_checkpointing": (False, Lab.recomputed),
+    "training.activation_offloading": (True, Lab.setup_on_a_card),
     "training.bf16": (True, Lab.dtype),
     "training.fp16": (True, Lab.dtype),
     "training.seed": (1, Lab.loaded),
@@ -217,6 +240,11 @@ EFFECTS = {
     "training.disable_tqdm": (True, Lab.shown),
     "training.report_to": ("tensorboard", argument("report_to")),
     "training.output_dir": ("elsewhere", Lab.shown),
+    "memory.budget": ("1GiB", Lab.room),
+    "memory.micro_batch_tokens": (64, Lab.first_batch),
+    "memory.checkpoint_every_n_layers": (2, Lab.recomputed),
+    "memory.logits_tile": ("1MiB", Lab.setup_on_a_card),
+    "memory.rehearsal": (True, Lab.room),
 }
 #: Keys that samples carry and that have one value only -> another value, which is refused.
 FIXED = {

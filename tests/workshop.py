@@ -70,6 +70,7 @@ class Workshop:
             "lora": {"r": 4},
             "data": {"train": "chats.jsonl", "eval_size": 8},
             "training": {"batch_size": 4, "max_length": 128, "learning_rate": 0.01, "save_steps": 2, "eval_steps": 5},
+            "memory": {},
         }
 
     def run(self, *words: str, recipe: str = "mine.toml") -> Result:

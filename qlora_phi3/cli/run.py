@@ -18,10 +18,13 @@ NEWEST = "newest"
     metavar="[RUN]",
     help="Go on with an unfinished run: its folder, or the newest of this recipe.",
 )
+@click.option("--no-rehearsal", is_flag=True, help="Do not try the heaviest step before the first.")
 @set_option
 @debug_option
 @click.pass_context
-def run(ctx: click.Context, recipe: Path, resume: str | None, overrides: tuple[str, ...]) -> None:
+def run(
+    ctx: click.Context, recipe: Path, resume: str | None, no_rehearsal: bool, overrides: tuple[str, ...]
+) -> None:
     """Train the model that RECIPE describes.
 
     \b
@@ -34,7 +37,7 @@ def run(ctx: click.Context, recipe: Path, resume: str | None, overrides: tuple[s
     """
     from qlora_phi3.recipe.load import load_recipe
 
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, (*overrides, "memory.rehearsal=false") if no_rehearsal else overrides)
 
     from qlora_phi3.runfolder import RunFolder, name_of_runs, newest_run
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from bitsandbytes.backends.cpu import ops as cpu_ops
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +19,12 @@ SMALLEST_PAGED_ELEMENTS = 100_000
 LEFT_OVER = {"forward": "activations", "backward": "gradients of activations", "evaluation": "activations"}
 #: How the operators of 4-bit weights are taken apart: bitsandbytes runs them as one, and what they hold inside is seen by nobody.
 _aten, _bnb = torch.ops.aten, torch.ops.bitsandbytes
+_device_of = torch.ops.prim.device.default
+#: On a CPU its updates are Python code, with tensors of its own; on a card they are kernels without.
+_CPU_UPDATES = {
+    _bnb.optimizer_update_8bit_blockwise.default: cpu_ops._optimizer_update_8bit_blockwise_cpu,
+    _bnb.optimizer_update_32bit.default: cpu_ops._optimizer_update_32bit_cpu,
+}
 
 
 class Watch:
@@ -128,10 +135,15 @@ class Meter(Watch, TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator and look at what it gives."""
+        if func is _device_of:
+            return args[0].fake_device  # asked thousands of times; the way through FakeTensorMode is long
         kwargs = kwargs or {}
         if func is _bnb.gemm_4bit.default:
             with self:
                 return _dequantize_then_multiply(*args, **kwargs)
+        if self.rounding == 1 and func in _CPU_UPDATES:
+            with self:
+                return _CPU_UPDATES[func](*args, **kwargs)
         if func is _aten._local_scalar_dense.default:
             return 1  # longrope asks whether a row is long; the memory is the same
         if func is _aten.nonzero.default:

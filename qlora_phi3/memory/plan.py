@@ -70,6 +70,12 @@ def find_plan(predictor: Predictor, rows: RowLengths, card: Card, *, progress: C
     return search.settle(search.leanest())
 
 
+def leanest_setup(predictor: Predictor, rows: RowLengths) -> Setup:
+    """What takes least of all that the recipe allows, on any card."""
+    anywhere = Card(limit_bytes=0, tflops_16bit=1, bandwidth_bytes_per_second=1)
+    return _Search(predictor, rows, anywhere, progress=lambda _: None).leanest()
+
+
 def load_of(rows: RowLengths, setup: Setup) -> Load:
     """The heaviest that a run with this set-up must carry."""
     lengths, several = heaviest_micro_batch(rows, setup.micro_batch)

@@ -5,6 +5,7 @@ CUDA path is followed, on fake CPU tensors (a CPU build of torch aborts on fake 
 two paths part. `path="cpu"` follows the CPU's own, which can be measured on any machine: that is how the figures are checked.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from qlora_phi3.architecture import Architecture
 from qlora_phi3.memory.kernels import following_cuda
 from qlora_phi3.memory.meter import ROUNDING, Meter, Watch
 from qlora_phi3.memory.profile import Profile
-from qlora_phi3.memory.skeleton import build_skeleton, fill_without_storage
+from qlora_phi3.memory.skeleton import build_skeleton, fill_without_storage, four_bit_known_to_dora
 from qlora_phi3.model import Phi3ForChunkedLoss, apply_setup, attach_adapter
 from qlora_phi3.recipe.load import Recipe
 from qlora_phi3.setup import Setup
@@ -70,8 +71,9 @@ def simulate(
         rounding=ROUNDING if path == "cuda" else 1,
     )
     with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode())
+        stack.enter_context(_Mode())
         stack.enter_context(meter)
+        stack.enter_context(four_bit_known_to_dora())
         if path == "cuda":
             stack.enter_context(following_cuda(meter, compute_dtype=compute_dtype, capability=capability))
         model = _load(skeleton, recipe, setup, meter)
@@ -100,6 +102,13 @@ def simulate(
     )
 
 
+class _Mode(FakeTensorMode):
+    """One for all: PEFT copies whole modules (`modules_to_save`, DoRA), and torch would copy a tensor's mode along."""
+
+    def __deepcopy__(self, memo: Any) -> "_Mode":
+        return self
+
+
 def _rows(lengths: Sequence[int]) -> list[dict[str, Any]]:
     return [{"input_ids": [0] * length, "labels": [0] * length} for length in lengths]
 
@@ -121,7 +130,8 @@ def _without_storage(batch: Batch) -> Batch:
 def _load(skeleton: Phi3ForChunkedLoss, recipe: Recipe, setup: Setup, meter: Meter) -> PeftModel:
     """The base with its adapter; every lasting storage gets its tenant."""
     fill_without_storage(skeleton)
-    with _staying():
+    with _staying(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # as copying a module does
         model = attach_adapter(skeleton, recipe.lora)
     apply_setup(model, setup)
     for name, parameter in model.named_parameters():

@@ -4,12 +4,15 @@
 `scripts/bench_memory.py` fills the same skeleton with random weights, to measure what the simulation predicts.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
-from torch import nn
+from peft.tuners.lora import dora
+from torch import Tensor, nn
 from transformers import Phi3Config
 from transformers.initialization import no_init_weights
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
@@ -45,9 +48,11 @@ def build_skeleton(
 
 def fill_without_storage(model: Phi3ForChunkedLoss) -> None:
     """Put tensors without storage into a skeleton, in the order in which the real weights are read; under FakeTensorMode."""
+    tied = model.lm_head if model.config.tie_word_embeddings else None
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             _quantize_without_storage(module)
+        if isinstance(module, bnb.nn.Linear4bit) or module is tied:
             continue
         for name, old in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             new = torch.empty(old.shape, dtype=old.dtype)
@@ -86,3 +91,20 @@ def _quantize_without_storage(layer: bnb.nn.Linear4bit) -> None:
         setattr(packed, name, getattr(layer.weight, name))
     layer.weight = packed  # a plain parameter: under FakeTensorMode no Params4bit can be made
     layer.quant_state = packed.quant_state  # type: ignore[attr-defined]
+
+
+@contextmanager
+def four_bit_known_to_dora() -> Iterator[None]:
+    """Let PEFT 0.21's DoRA read 4-bit weights without storage: it knows them by their class, which is `FakeTensor` here."""
+    usual = dora.dequantize_module_weight
+    dora.dequantize_module_weight = _dequantize
+    try:
+        yield
+    finally:
+        dora.dequantize_module_weight = usual
+
+
+def _dequantize(layer: Any) -> Tensor:
+    state = getattr(layer.weight, "quant_state", None)
+    whole: Tensor = layer.weight if state is None else bnb.functional.dequantize_4bit(layer.weight.data, state)
+    return whole

@@ -199,7 +199,7 @@ class Training(Table):
     """The run; names of TrainingArguments and SFTConfig, and `batch_size`."""
 
     per_device_train_batch_size: Count | Literal["auto"] = "auto"
-    """Rows (packed: rows of max_length tokens) in one forward pass; auto: max_length tokens, at least 1,024 (CPU: 512)."""
+    """Rows (packed: rows of max_length tokens) in one forward pass; auto: the plan decides (CPU: max_length tokens, at least 512)."""
     gradient_accumulation_steps: Count | None = None
     """Forward passes in one optimizer step; follows from batch_size when unset."""
     batch_size: Count = Field(default_factory=_rows_of_a_step)
@@ -223,7 +223,7 @@ class Training(Table):
     warmup_steps: ShareOrCount = Field(default_factory=_usual_warmup)
     """Steps up to the learning rate; below 1 a share of all steps. 0.03, or 0 without warm-up."""
     optim: Optimizer = "auto"
-    """Optimizer; auto: paged_adamw_8bit on CUDA, adamw_torch on a CPU."""
+    """Optimizer; auto: 8-bit AdamW on CUDA, paged where memory is tight, adamw_torch on a CPU."""
     adam_beta1: Share = 0.9
     """Adam's memory of the gradient."""
     adam_beta2: Share = 0.999

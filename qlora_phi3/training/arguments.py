@@ -57,7 +57,13 @@ def choose_optimizer(training: Training, device: torch.device) -> str:
 
 
 def build_arguments(
-    training: Training, checkpoints: Path, *, device: torch.device, compute_dtype: torch.dtype, evaluates: bool
+    training: Training,
+    checkpoints: Path,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    optim: str,
+    evaluates: bool,
 ) -> SFTConfig:
     """Translate; what `step.py` and `model.py` do themselves is switched off here.
 
@@ -83,7 +89,7 @@ def build_arguments(
         lr_scheduler_type=training.lr_scheduler_type,
         lr_scheduler_kwargs=training.lr_scheduler_kwargs or None,
         warmup_steps=training.warmup_steps,
-        optim=choose_optimizer(training, device),
+        optim=optim,
         adam_beta1=training.adam_beta1,
         adam_beta2=training.adam_beta2,
         adam_epsilon=training.adam_epsilon,

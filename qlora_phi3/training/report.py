@@ -16,6 +16,7 @@ from qlora_phi3.dataset.prepare import DataReport
 from qlora_phi3.errors import Interrupted, RunError
 from qlora_phi3.recipe.load import Recipe, recipe_as_toml
 from qlora_phi3.runfolder import RunFolder, read_metrics, write_report
+from qlora_phi3.training.reckoning import Reckoning
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "qlora-phi3")
 
@@ -69,7 +70,9 @@ def failure_reported(folder: RunFolder, report: Mapping[str, Any], started: floa
         raise
 
 
-def last_report(folder: RunFolder, report: Mapping[str, Any], *, steps: int, started: float) -> dict[str, Any]:
+def last_report(
+    folder: RunFolder, report: Mapping[str, Any], reckoning: Reckoning, *, steps: int, started: float
+) -> dict[str, Any]:
     """The report of a finished run; what was measured is taken from metrics.jsonl, which earlier sessions wrote too."""
     records = read_metrics(folder)
     losses = [(record["step"], record["eval_loss"]) for record in records if record["kind"] == "eval"]
@@ -82,5 +85,6 @@ def last_report(folder: RunFolder, report: Mapping[str, Any], *, steps: int, sta
         "eval_loss_after": losses[-1][1] if losses else None,
         "seconds": report["seconds"] + time.perf_counter() - started,
         "peak_memory_bytes": max(peaks, default=0),
+        "memory": reckoning.as_dict(),
         "out_of_memory": sum(record["kind"] == "oom" for record in records),
     }

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -30,7 +31,7 @@ from qlora_phi3.training.checkpoint import is_whole, seal, whole_or_gone
 from qlora_phi3.training.divergence import GradientGuard, check_loss
 from qlora_phi3.training.listener import EvalRecord, Listener, StepRecord
 from qlora_phi3.training.memory import peak_memory_bytes
-from qlora_phi3.training.oom import MemoryGuard
+from qlora_phi3.training.oom import MemoryGuard, Phase
 from qlora_phi3.training.spill import SpillWatch
 
 
@@ -118,18 +119,42 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             RunError: one row alone does not fit; everything up to the step before is saved.
         """
         self._step_started = time.perf_counter()
-        model.train()
-
-        def pass_over(batch: Batch) -> StepResult:
-            return forward_backward(model, batch, compute_dtype=self.compute_dtype, backward=self.accelerator.backward)
-
         step = self.state.global_step + 1
         with self._saved_if_stopped():
-            batch, result = self.guard.compute(inputs.rows, pass_over, phase="training", step=step)
+            batch, result = self._train_on(inputs.rows, step)
         loss = float(result.loss)
         check_loss(loss, step)
         self._last = batch, loss, float(result.num_correct) / max(1, batch.num_supervised)
         return result.loss
+
+    def compute_heaviest(self, phase: Phase) -> None:
+        """Pass over the longest rows that can meet in one batch; gradients stay, nothing is recorded.
+
+        Raises:
+            RunError: one row alone does not fit.
+        """
+        dataset: Any = self.train_dataset if phase == "training" else self.eval_dataset
+        lengths = numpy.asarray(dataset.with_format("numpy")["length"])
+        longest = numpy.argsort(-lengths, kind="stable")[: self.args.per_device_train_batch_size]
+        rows = [dataset[int(number)] for number in longest]
+        _ = self._train_on(rows, 0) if phase == "training" else self._measure_on(rows, 0)
+
+    def _train_on(self, rows: Sequence[Mapping[str, Any]], step: int) -> tuple[Batch, StepResult]:
+        self.model.train()
+
+        def pass_over(batch: Batch) -> StepResult:
+            return forward_backward(
+                self.model, batch, compute_dtype=self.compute_dtype, backward=self.accelerator.backward
+            )
+
+        return self.guard.compute(rows, pass_over, phase="training", step=step)
+
+    def _measure_on(self, rows: Sequence[Mapping[str, Any]], step: int) -> tuple[Batch, StepResult]:
+        def pass_over(batch: Batch) -> StepResult:
+            [(_, result)] = evaluate(self.model, [batch], compute_dtype=self.compute_dtype)
+            return result
+
+        return self.guard.compute(rows, pass_over, phase="evaluation", step=step)
 
     @contextmanager
     def _saved_if_stopped(self) -> Iterator[None]:
@@ -183,16 +208,11 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         """Mean loss over the supervised tokens of all held-out rows, each token counting the same."""
         started = time.perf_counter()
         step = self.state.global_step
-
-        def pass_over(batch: Batch) -> StepResult:
-            [(_, result)] = evaluate(self.model, [batch], compute_dtype=self.compute_dtype)
-            return result
-
         loader = self.get_eval_dataloader(eval_dataset)
         total_loss = correct = tokens = 0.0
         for done, inputs in enumerate(loader, start=1):
             with self._saved_if_stopped():
-                batch, result = self.guard.compute(inputs.rows, pass_over, phase="evaluation", step=step)
+                batch, result = self._measure_on(inputs.rows, step)
             total_loss += float(result.loss) * batch.num_supervised
             correct += float(result.num_correct)
             tokens += batch.num_supervised

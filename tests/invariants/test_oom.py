@@ -1,6 +1,6 @@
 """Memory that runs out in a step must not change what the step teaches (fp32, CPU).
 
-The sweep over every operator call of a step is thinned out here; `EVERY=1` in the environment runs it whole, in half an hour.
+The sweep over every operator call of a step is thinned out here; `EVERY=1` in the environment runs it whole, in an hour.
 """
 
 import gc

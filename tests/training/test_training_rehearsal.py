@@ -1,0 +1,85 @@
+"""The heaviest step before the first: tried, measured, and undone to the bit."""
+
+import pytest
+import torch
+from out_of_memory import RunOutAt
+from workshop import Workshop, read_json, read_lines
+
+import qlora_phi3.training.run as training_run
+
+DROPOUT = {"lora": {"r": 4, "lora_dropout": 0.2}, "training": {"batch_size": 4, "max_steps": 4, "save_strategy": "no"}}
+
+
+@pytest.fixture
+def shop(tmp_path, base, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return Workshop(tmp_path, base)
+
+
+def train(shop, *, rehearsal, **tables):
+    shop.write(**{**DROPOUT, **tables, "memory": {"rehearsal": rehearsal}})
+    result = shop.run()
+    assert result.exit_code == 0, result.stderr
+    return result, shop.runs()[-1]
+
+
+def adapter_of(folder):
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def losses_of(folder):
+    return [record["loss"] for record in read_lines(folder / "metrics.jsonl") if record["kind"] == "train"]
+
+
+def test_a_rehearsed_run_is_the_same_to_the_bit_with_dropout_too(shop):
+    _, without = train(shop, rehearsal=False)
+    result, rehearsed = train(shop, rehearsal=True)
+    assert "Rehearsal: predicted" in result.stdout
+    assert adapter_of(rehearsed) == adapter_of(without)
+    assert losses_of(rehearsed) == losses_of(without)
+
+
+def test_predicted_and_measured_stand_side_by_side_in_the_report(shop):
+    _, folder = train(shop, rehearsal=True)
+    memory = read_json(folder / "report.json")["memory"]
+    predicted, measured = memory["predicted"], memory["measured"]
+    for tenant in ("4-bit weights", "adapter", "optimizer state"):
+        assert predicted["tenants"][tenant] == pytest.approx(measured["tenants"][tenant], rel=0.01)
+    assert predicted["allocated_bytes"] == sum(predicted["tenants"].values())
+    assert measured["process_bytes"] > predicted["allocated_bytes"]
+
+
+def test_a_rehearsal_leaves_nothing_in_the_run_folder(shop):
+    _, folder = train(shop, rehearsal=True)
+    assert not [path for path in folder.rglob("*") if "rehearsal" in path.name]
+
+
+def test_what_does_not_fit_is_split_before_the_first_step(shop, monkeypatch):
+    _, undisturbed = train(shop, rehearsal=False, lora={"r": 4})
+    rehearse = training_run.rehearse
+
+    def rehearse_on_a_small_card(*args, **kwargs):
+        with RunOutAt({200, 600}):
+            return rehearse(*args, **kwargs)
+
+    monkeypatch.setattr(training_run, "rehearse", rehearse_on_a_small_card)
+    _, folder = train(shop, rehearsal=True, lora={"r": 4})
+    events = [record for record in read_lines(folder / "metrics.jsonl") if record["kind"] == "oom"]
+    assert events
+    assert {event["step"] for event in events} == {0}
+    assert losses_of(folder) == pytest.approx(losses_of(undisturbed), rel=1e-5)
+
+
+def test_random_numbers_are_put_back(shop, monkeypatch):
+    seen = []
+    rehearse = training_run.rehearse
+
+    def watch(*args, **kwargs):
+        seen.append(torch.get_rng_state())
+        measured = rehearse(*args, **kwargs)
+        seen.append(torch.get_rng_state())
+        return measured
+
+    monkeypatch.setattr(training_run, "rehearse", watch)
+    train(shop, rehearsal=True)
+    assert torch.equal(*seen)

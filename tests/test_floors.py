@@ -27,6 +27,7 @@ FLOORS = {
     "training": 3.1,
     "show": 4,
     "cli": 5,
+    "__main__": 6,
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 LIGHT = [path for path in FILES if FLOORS[path.relative_to(PACKAGE).parts[0].removesuffix(".py")] < 2]

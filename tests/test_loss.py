@@ -16,7 +16,9 @@ def sample(dtype=torch.float64, positions=37, hidden=16, vocab=50):
 @pytest.mark.parametrize("tile_rows", [1, 5, 37, 1000])
 def test_loss_and_gradients_equal_full_cross_entropy_for_every_tile_size(tile_rows):
     states, weight, targets = sample(torch.float32)
-    loss, correct = chunked_cross_entropy(states, weight, targets, normaliser=37, tile_bytes=tile_rows * 4 * len(weight))
+    loss, correct = chunked_cross_entropy(
+        states, weight, targets, normaliser=37, tile_bytes=tile_rows * 4 * len(weight)
+    )
     loss.backward()
     ours = states.grad.clone(), weight.grad.clone()
     states.grad = weight.grad = None

@@ -199,7 +199,7 @@ class Training(Table):
     """The run; names of TrainingArguments and SFTConfig, and `batch_size`."""
 
     per_device_train_batch_size: Count | Literal["auto"] = "auto"
-    """Rows (packed: rows of max_length tokens) in one forward pass; auto: the plan decides (CPU: max_length tokens, at least 512)."""
+    """Rows (packed: rows of max_length tokens) in one forward pass; auto: the plan decides (CPU: 512 tokens or one row)."""
     gradient_accumulation_steps: Count | None = None
     """Forward passes in one optimizer step; follows from batch_size when unset."""
     batch_size: Count = Field(default_factory=_rows_of_a_step)

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from qlora_phi3.architecture import Architecture
-from qlora_phi3.attention import BY_DOCUMENT, register_attention, without_mask
+from qlora_phi3.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
 from qlora_phi3.errors import ModelError
 from qlora_phi3.lora import fuse_updates
 from qlora_phi3.loss import chunked_cross_entropy, select_supervised
@@ -56,7 +56,7 @@ class Phi3ForChunkedLoss(Phi3ForCausalLM):  # type: ignore[misc]
         if labels is None:
             return super().forward(input_ids, **kwargs)
         if document_lengths is not None and self.config._attn_implementation == BY_DOCUMENT:
-            kwargs |= {"document_lengths": document_lengths, "attention_mask": without_mask(self.device)}
+            kwargs |= self._by_document(document_lengths)
         hidden = self.model(input_ids, **{**kwargs, "use_cache": False}).last_hidden_state
         hidden, targets = select_supervised(hidden, labels)
         loss, num_correct = chunked_cross_entropy(
@@ -67,6 +67,14 @@ class Phi3ForChunkedLoss(Phi3ForCausalLM):  # type: ignore[misc]
             tile_bytes=self.logits_tile_bytes,
         )
         return Phi3Output(loss=loss, num_correct=num_correct)
+
+    def _by_document(self, lengths: tuple[int, ...]) -> dict[str, Any]:
+        """What attention over documents laid end to end is told."""
+        device = self.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.model.embed_tokens.weight.dtype
+        masks = build_window_masks(lengths, self.config.sliding_window, device=device, dtype=dtype)
+        return {"document_lengths": lengths, "attention_mask": without_mask(device), "window_masks": masks}
 
 
 def _trained_weight(head: nn.Module) -> Tensor:

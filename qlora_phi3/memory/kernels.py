@@ -68,6 +68,7 @@ def _attention_on(meter: Meter, capability: tuple[int, int]) -> Callable[..., Te
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             with meter.belonging_to("attention mask"):
                 attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype)  # added to the scores, in their type
+        meter.tag(attn_mask, "attention mask")
         result: Tensor = _FusedAttention.apply(query, key, value, attn_mask, kernel, meter)  # type: ignore[no-untyped-call]
         return result
 

@@ -5,7 +5,7 @@ are recomputed, whether their inputs are offloaded) is given the largest micro-b
 winner is simulated whole and served by the allocator's model at the very limit. A pinned key of the recipe is never overruled.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qlora_phi3.dataset.pack import MicroBatchPlan
@@ -97,16 +97,22 @@ class _Search:
         self.training = predictor.recipe.training
 
     def fastest(self, tile_bytes: int) -> Setup | None:
-        """Climb from the leanest kind to richer and faster ones until one does not fit; the cheapest of those that do."""
-        fitting: list[Setup] = []
-        for every, offload in reversed(self._kinds()):
-            kind = self._setup(every, offload, self._most_tokens(), tile_bytes)
+        """The cheapest kind that fits; offloading, which costs more than larger micro-batches gain, where nothing else does."""
+        for offloading in (False, True):
+            kinds = [every for every, offload in reversed(self._kinds()) if offload == offloading]
+            fitting = [self._largest_that_fits(kind) for kind in self._climb(kinds, offloading, tile_bytes)]
+            if fitting:
+                return self._thrifty(min(fitting, key=self._seconds))
+        return None
+
+    def _climb(self, kinds: Sequence[int], offload: bool, tile_bytes: int) -> Iterator[Setup]:
+        """Kinds of recomputation that fit with the smallest micro-batch, leanest first: beyond one that does not, none does."""
+        for every in kinds:
+            kind = self._setup(every, offload, self._fewest_tokens(), tile_bytes)
             self.progress(_in_words(kind))
-            found = self._largest_that_fits(kind)
-            if found is None:
-                break
-            fitting.append(found)
-        return self._thrifty(min(fitting, key=self._seconds)) if fitting else None
+            if max(self._phases(kind).values()) > self._most_allocated():
+                return
+            yield kind
 
     def leanest(self) -> Setup:
         """What takes least of all the recipe allows."""
@@ -197,23 +203,20 @@ class _Search:
     def _tokens(self, wanted: int) -> int:
         return self._layout(wanted, self.training.micro_batch_size).max_tokens
 
-    def _largest_that_fits(self, kind: Setup) -> Setup | None:
-        """Each phase is a line in the tokens of a micro-batch, drawn through two points; the whole simulation checks it later."""
-        low, high = self._fewest_tokens(), kind.micro_batch.max_tokens
-        at_low = self._phases(self._with_tokens(kind, low))
-        room = {phase: self._most_allocated() - num_bytes for phase, num_bytes in at_low.items()}
-        if min(room.values()) < 0:
-            return None
-        if low >= high:
-            return kind
-        further = min(2 * low, high)
-        at_further = self._phases(self._with_tokens(kind, further))
-        slopes = {phase: (at_further[phase] - num_bytes) / (further - low) for phase, num_bytes in at_low.items()}
-        most = min((low + room[phase] / slope for phase, slope in slopes.items() if slope > 0), default=high)
-        return self._with_tokens(kind, min(high, int(most)))
+    def _largest_that_fits(self, kind: Setup) -> Setup:
+        """As if all that is not there between two steps grew with the tokens: a little too careful, and needs no simulation.
+
+        Args:
+            kind: with the smallest micro-batch, which fits.
+        """
+        low, high, phases = kind.micro_batch.max_tokens, self._most_tokens(), self._phases(kind)
+        resident = phases["save"]
+        growing = max(1, max(phases.values()) - resident)
+        return self._with_tokens(kind, min(high, low * (self._most_allocated() - resident) // growing))
 
     def _phases(self, setup: Setup) -> Mapping[str, int]:
-        return self.predictor.phases(setup, load_of(self.rows, setup))
+        load = load_of(self.rows, setup)
+        return self.predictor.phases(setup, replace(load, evaluation_lengths=()))  # never the peak; settle() has it
 
     def _most_allocated(self) -> int:
         return int((self.card.limit_bytes - self.predictor.on_card(0)) / USUAL_RESERVED_SHARE)

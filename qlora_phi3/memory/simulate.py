@@ -102,7 +102,7 @@ def simulate(
     )
 
 
-class _Mode(FakeTensorMode):
+class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """One for all: PEFT copies whole modules (`modules_to_save`, DoRA), and torch would copy a tensor's mode along."""
 
     def __deepcopy__(self, memo: Any) -> "_Mode":

@@ -1,0 +1,251 @@
+"""What a configuration takes on a card, by torch's allocator and by the driver; every measurement in a process of its own."""
+
+import gc
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from memory_bench.cases import Case
+from memory_bench.truth import build_random, go_once
+from torch import nn
+
+from qlora_phi3.device import read_device
+from qlora_phi3.errors import DeviceError
+from qlora_phi3.memory.meter import Watch
+from qlora_phi3.step import MicroBatchMemoryError, is_out_of_memory
+
+#: Left by the libraries in a process that holds no tensor of ours any more (bitsandbytes' code books); more than this is a leak.
+REST_BYTES = 2**20
+
+
+class Card(Protocol):
+    """Where a configuration runs; the one seam to the allocator and the driver."""
+
+    device: torch.device
+
+    def forget_peaks(self) -> None:
+        """Let the peaks begin anew, once all work is done."""
+
+    def peaks(self) -> tuple[int, int]:
+        """Most bytes allocated and most reserved since then, once all work is done."""
+
+    def cap(self, num_bytes: int | None) -> None:
+        """Let torch reserve no more than this; None: no limit."""
+
+    def clear(self) -> int:
+        """Give everything back that nothing uses; returns the bytes still allocated."""
+
+    def reserved_bytes(self) -> int:
+        """Reserved now."""
+
+    def used_bytes(self) -> int | None:
+        """Taken on the whole card, by whomever; None where the driver does not tell."""
+
+    def expandable(self) -> bool:
+        """Whether the segments in use can grow."""
+
+    def multiprocessors(self) -> int | None:
+        """How many the card has."""
+
+
+class CudaCard:
+    """The first card that torch sees."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", 0)
+        # cuDNN's attention exists on data centre cards alone (compute capability 9 and 10); the simulation follows the others'.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+    def forget_peaks(self) -> None:
+        """As the protocol says."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peaks(self) -> tuple[int, int]:
+        """As the protocol says."""
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+
+    def cap(self, num_bytes: int | None) -> None:
+        """As the protocol says; torch multiplies the share by the same total."""
+        total = torch.cuda.mem_get_info(self.device)[1]
+        share = 1.0 if num_bytes is None else num_bytes / total
+        torch.cuda.set_per_process_memory_fraction(share, self.device)
+
+    def clear(self) -> int:
+        """As the protocol says; cuBLAS' workspaces are given back as well."""
+        gc.collect()
+        torch.cuda.synchronize(self.device)
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated(self.device)
+
+    def reserved_bytes(self) -> int:
+        """As the protocol says."""
+        return torch.cuda.memory_reserved(self.device)
+
+    def used_bytes(self) -> int | None:
+        """As the protocol says, by NVML."""
+        with suppress(DeviceError):
+            return read_device().others_bytes
+        return None
+
+    def expandable(self) -> bool:
+        """As the protocol says."""
+        return any(segment.get("is_expandable") for segment in torch.cuda.memory_snapshot())
+
+    def multiprocessors(self) -> int | None:
+        """As the protocol says."""
+        return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
+
+
+class DryCard:
+    """A CPU in place of a card: no figures, and less than `needs_bytes` is too little. It shows that the script runs."""
+
+    def __init__(self, needs_bytes: int = 5 * 2**30) -> None:
+        self.device = torch.device("cpu")
+        self.needs_bytes, self._cap = needs_bytes, None
+
+    def forget_peaks(self) -> None:
+        """Where a phase begins, memory can run out."""
+        if self._cap is not None and self._cap < self.needs_bytes:
+            raise torch.OutOfMemoryError("A dry run: CUDA out of memory.")
+
+    def peaks(self) -> tuple[int, int]:
+        """Nothing is known."""
+        return 0, 0
+
+    def cap(self, num_bytes: int | None) -> None:
+        """Remembered."""
+        self._cap = num_bytes
+
+    def clear(self) -> int:
+        """Nothing is left."""
+        gc.collect()
+        return 0
+
+    def reserved_bytes(self) -> int:
+        """Nothing is known."""
+        return 0
+
+    def used_bytes(self) -> int | None:
+        """Nothing is known."""
+        return None
+
+    def expandable(self) -> bool:
+        """As on Linux."""
+        return True
+
+    def multiprocessors(self) -> int | None:
+        """It has none."""
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardTruth:
+    """What was measured; bytes. Without a phase the configuration did not fit the whole card."""
+
+    #: Phase -> most allocated.
+    phases: dict[str, int] = field(default_factory=dict)
+    reserved_bytes: int = 0
+    #: What the card had less of after a step than before the process touched it: segments, context, paged state.
+    on_card_bytes: int | None = None
+    #: Reserved at that moment.
+    reserved_then_bytes: int = 0
+    forward_backward_seconds: float | None = None
+    expandable: bool = False
+    multiprocessors: int | None = None
+    #: Limit -> whether loading, a step, a save and an evaluation got through.
+    fits: dict[int, bool] = field(default_factory=dict)
+
+
+class _Phases(Watch):
+    """Reads the peaks where a phase ends, and the clock."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self.allocated: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+        self.reserved = 0
+        self._phase, self._since = "", 0.0
+
+    def enter(self, phase: str) -> None:
+        """Called by the step as it goes."""
+        if self._phase:
+            allocated, reserved = self.card.peaks()
+            self.seconds[self._phase] = time.perf_counter() - self._since
+            self.allocated[self._phase] = max(allocated, self.allocated.get(self._phase, 0))
+            self.reserved = max(reserved, self.reserved)
+        self.card.forget_peaks()
+        self._phase, self._since = phase, time.perf_counter()
+
+
+def measure_on_card(case: Case, card: Card, caps: Sequence[int], *, idle_bytes: int | None) -> CardTruth:
+    """Load and go through a step without a limit, once more for its time, and once from the start under each limit.
+
+    Args:
+        idle_bytes: `used_bytes` before this process made its CUDA context; importing bitsandbytes makes it.
+    """
+    truth = _measure_freely(case, card, idle_bytes)
+    fits = {}
+    for cap in sorted(caps, reverse=True):
+        rest = card.clear()
+        if rest > REST_BYTES:
+            print(
+                f"{case.name}: {rest} bytes of an earlier pass are still allocated; no limit is tried.", file=sys.stderr
+            )
+            break
+        fits[cap] = _fits(case, card, cap)
+    return replace(truth, fits=fits)
+
+
+def _measure_freely(case: Case, card: Card, idle_bytes: int | None) -> CardTruth:
+    """All figures but the verdicts; none where even the whole card is too small."""
+    phases, clock = _Phases(card), _Phases(card)
+    try:
+        model = _load_and_go(case, card, phases)
+        after, expandable, reserved_then = card.used_bytes(), card.expandable(), card.reserved_bytes()
+        go_once(model, case, clock)
+    except (RuntimeError, MemoryError, MicroBatchMemoryError) as error:
+        if not _ran_out(error):
+            raise
+        return CardTruth()
+    return CardTruth(
+        phases=phases.allocated,
+        reserved_bytes=phases.reserved,
+        on_card_bytes=None if idle_bytes is None or after is None else after - idle_bytes,
+        reserved_then_bytes=reserved_then,
+        forward_backward_seconds=clock.seconds["forward"] + clock.seconds["backward"],
+        expandable=expandable,
+        multiprocessors=card.multiprocessors(),
+    )
+
+
+def _fits(case: Case, card: Card, cap: int) -> bool:
+    """Whether everything gets through under this limit."""
+    card.cap(cap)
+    try:
+        _load_and_go(case, card, _Phases(card))
+    except (RuntimeError, MemoryError, MicroBatchMemoryError) as error:
+        if not _ran_out(error):
+            raise
+        return False
+    finally:
+        card.cap(None)
+    return True
+
+
+def _load_and_go(case: Case, card: Card, phases: _Phases) -> nn.Module:
+    torch.manual_seed(0)
+    phases.enter("load")
+    model = build_random(case, card.device)
+    go_once(model, case, phases)
+    return model
+
+
+def _ran_out(error: BaseException) -> bool:
+    return isinstance(error, MicroBatchMemoryError) or is_out_of_memory(error)

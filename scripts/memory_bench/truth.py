@@ -1,0 +1,158 @@
+"""What a configuration really takes: the code of the simulation, run on random weights, measured from outside.
+
+On a CPU every allocation is counted by torch's profiler, and the system tells the most that the process held at once.
+"""
+
+import ctypes
+import gc
+import re
+import sys
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from memory_bench.cases import Case
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from qlora_phi3.memory.meter import Watch
+from qlora_phi3.memory.simulate import Load, go_through
+from qlora_phi3.memory.skeleton import build_skeleton
+from qlora_phi3.model import apply_setup, attach_adapter
+from qlora_phi3.step import Batch, collate
+
+PHASE = "phase "
+
+
+def load_of(case: Case) -> Load:
+    """The rows of a configuration, as the simulation takes them."""
+    return Load(lengths=case.lengths, evaluation_lengths=case.held_out, accumulates=case.accumulates)
+
+
+def build_random(case: Case, device: torch.device) -> nn.Module:
+    """The configuration's model with its adapter, its random weights quantized layer by layer on the device."""
+    dtype = getattr(torch, case.compute)
+    longest = max(*case.lengths, *case.held_out, 0)
+    skeleton = build_skeleton(
+        dict(case.config), case.architecture, case.recipe, compute_dtype=dtype, longest_row=longest
+    )
+    tied = skeleton.lm_head if skeleton.config.tie_word_embeddings else None
+    for module in skeleton.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.weight = _quantize_random(module, device)
+        if isinstance(module, bnb.nn.Linear4bit) or module is tied:
+            continue
+        for name, old in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+            new = torch.empty(old.shape, dtype=old.dtype, device=device)
+            new = new.normal_(std=0.02) if new.dim() > 1 else new.fill_(1)
+            setattr(module, name, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
+    skeleton.tie_weights()
+    model = attach_adapter(skeleton, case.recipe.lora)
+    apply_setup(model, case.setup)
+    return model.train()
+
+
+def _quantize_random(layer: bnb.nn.Linear4bit, device: torch.device) -> bnb.nn.Params4bit:
+    whole = torch.empty((layer.out_features, layer.in_features), dtype=layer.compute_dtype, device=device)
+    return bnb.nn.Params4bit(
+        whole.normal_(std=0.02),
+        requires_grad=False,
+        compress_statistics=layer.weight.compress_statistics,
+        quant_type=layer.weight.quant_type,
+        module=layer,
+    ).to(device)
+
+
+def go_once(model: nn.Module, case: Case, watch: Watch) -> None:
+    """The update, one micro-batch, the save and the evaluation, on the model's device."""
+    go_through(
+        model,
+        _batch(case.lengths, case),
+        _batch(case.held_out, case) if case.held_out else None,
+        case.recipe,
+        case.setup,
+        compute_dtype=getattr(torch, case.compute),
+        on_cuda=next(model.parameters()).device.type == "cuda",
+        accumulates=case.accumulates,
+        watch=watch,
+    )
+
+
+def _batch(lengths: Sequence[int], case: Case) -> Batch:
+    """Rows of which every token is learned; a case has them all in one micro-batch."""
+    batch = collate([{"input_ids": [0] * length, "labels": [0] * length} for length in lengths], case.setup.micro_batch)
+    if len(batch.micro_batches) != 1:
+        raise ValueError(f"The rows of '{case.name}' do not share a micro-batch.")
+    return batch
+
+
+class Marks(Watch):
+    """Writes the phases into a profile."""
+
+    def enter(self, phase: str) -> None:
+        with record_function(PHASE + phase):
+            pass
+
+
+def measure_phases(case: Case) -> dict[str, int]:
+    """Phase -> most bytes alive at once, by every allocation and release of torch's CPU allocator.
+
+    "loaded" is what the model takes before the first step.
+    """
+    torch.manual_seed(0)
+    marks = Marks()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        marks.enter("load")
+        model = build_random(case, torch.device("cpu"))
+        marks.enter("loaded")
+        go_once(model, case, marks)
+    return peaks_of(watched)
+
+
+def peaks_of(watched: profile) -> dict[str, int]:
+    """Phase -> most bytes alive at once, above those alive when the profile began; what came before the first mark is "load"."""
+    events: list[tuple[int, str, int]] = []
+    for event in watched.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            events.append((event.start_ns(), "", event.nbytes()))
+        elif event.name().startswith(PHASE):
+            events.append((event.start_ns(), event.name().removeprefix(PHASE), 0))
+    live, phase, peaks = 0, "load", {}
+    for _, begun, num_bytes in sorted(events, key=lambda event: event[0]):
+        phase = begun or phase
+        live += num_bytes
+        peaks[phase] = max(peaks.get(phase, 0), live)
+    return peaks
+
+
+def measure_rise(case: Case) -> int | None:
+    """What the process's high-water mark rose by during a step; None where the system does not tell (not Linux).
+
+    A first pass loads the kernels, and glibc is told to give every block of 64 KiB or more back to the system when it is freed.
+    For a process of its own, before the profiler ran there: what that holds would lie between the tensors.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "mallopt"):
+        return None
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    libc.mallopt(m_mmap_threshold, 2**16)
+    libc.mallopt(m_trim_threshold, 0)
+    torch.manual_seed(0)
+    model = build_random(case, torch.device("cpu"))
+    go_once(model, case, Watch())
+    gc.collect()
+    libc.malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark begins anew: man 5 proc
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    go_once(model, case, Watch())
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(rf"{key}:\s+(\d+) kB", text)[1]) * 1024

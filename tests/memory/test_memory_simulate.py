@@ -1,0 +1,114 @@
+"""Simulated steps against real ones on tiny models, allocation by allocation, and against themselves."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from memory_bench.cases import Case, longrope, mid_size
+from memory_bench.truth import load_of, measure_phases
+
+from qlora_phi3.memory.predict import Predictor
+from qlora_phi3.memory.simulate import simulate
+
+TINY = mid_size(2, 256, 512, heads=4, vocab_size=4096, bos_token_id=0, eos_token_id=0)
+#: What nobody sees on a CPU: the generator's state for each recomputed layer, and kilobytes that operators take inside.
+INSIDE_BYTES = 150_000
+SET_UPS = (
+    Case(name="checkpointing", config=TINY),
+    Case(name="every second layer recomputed", config=TINY | {"num_hidden_layers": 4}, checkpoint_every=2),
+    Case(name="nothing recomputed, dropout", config=TINY, checkpoint_every=0, lora={"lora_dropout": 0.1}),
+    Case(name="padding", config=TINY, lengths=(200, 120, 33), packing=False),
+    Case(name="packing, nothing held out", config=TINY, lengths=(200, 120, 33), evaluation_lengths=()),
+    Case(name="unquantized, first micro-batch", config=TINY, quantization={"load_in_4bit": False}, accumulates=False),
+    Case(name="grouped queries in fp32", config=TINY | {"num_key_value_heads": 1}, compute="float32"),
+    Case(name="tied embeddings", config=TINY | {"tie_word_embeddings": True}),
+    Case(name="head and embedding in full", config=TINY, lora={"modules_to_save": ["lm_head", "embed_tokens"]}),
+    Case(name="8-bit update at the peak", config=TINY, lora={"modules_to_save": ["lm_head"]}, optim="adamw_8bit"),
+    Case(name="DoRA", config=TINY, lora={"use_dora": True}),
+    Case(name="rank-stabilised, one target", config=TINY, lora={"use_rslora": True, "target_modules": ["down_proj"]}),
+    Case(name="a window that a row reaches", config=TINY | {"sliding_window": 64}, lengths=(150, 40)),
+    Case(name="longrope's long factors", config=TINY | longrope(64, 64)),
+)  # fmt: skip
+
+
+def predict(case, **where):
+    where = {"path": "cpu", "compute_dtype": getattr(torch, case.compute), **where}
+    return simulate(case.recipe, dict(case.config), case.architecture, case.setup, load_of(case), **where)
+
+
+@pytest.mark.parametrize("case", SET_UPS, ids=lambda case: case.name)
+def test_every_phase_takes_what_it_is_predicted_to_take(case):
+    case = replace(case, lengths=case.lengths if case.lengths != (512,) else (192,))
+    predicted, measured = predict(case).phases, measure_phases(case)
+    for phase in ("update", "forward", "backward", "save", "evaluation"):
+        if phase in measured:
+            assert predicted[phase] == pytest.approx(measured[phase], abs=INSIDE_BYTES), phase
+    peak, real = (max(size for name, size in phases.items() if "load" not in name) for phases in (predicted, measured))
+    assert 0.995 * real <= peak <= 1.03 * real
+
+
+@pytest.mark.parametrize("path", ["cpu", "cuda"])
+def test_the_tenants_at_the_peak_and_the_trace_add_up_to_the_peak(path):
+    profile = predict(SET_UPS[0], path=path)
+    assert sum(profile.tenants.values()) == profile.peak_bytes == max(profile.phases.values())
+    assert profile.phases[profile.peak_phase] == profile.peak_bytes
+    sizes, live, peak = {}, 0, 0
+    for storage, num_bytes in profile.trace:
+        if num_bytes:
+            assert storage not in sizes
+            sizes[storage] = num_bytes
+            live += num_bytes
+        else:
+            live -= sizes.pop(storage)
+        peak = max(peak, live)
+    assert peak == profile.peak_bytes
+
+
+def test_a_simulation_repeats_itself():
+    once, again = predict(SET_UPS[1]), predict(SET_UPS[1])
+    assert replace(once, trace=()) == replace(again, trace=())
+    assert sorted(once.trace) == sorted(again.trace)  # what ends at one moment ends in any order
+
+
+def test_tied_embeddings_are_loaded_once():
+    tied, untied = (
+        predict(Case(name="tied", config=TINY | {"vocab_size": 32768, "tie_word_embeddings": tie}, lengths=(16,)))
+        for tie in (True, False)
+    )
+    table = 32768 * 256 * 2
+    assert table < tied.phases["load"] < 1.1 * table
+    assert untied.phases["save"] - tied.phases["save"] == table
+
+
+@pytest.mark.parametrize(("every", "offloading"), [(1, False), (1, True), (2, False), (0, False)])
+def test_few_layers_tell_every_phase_of_twelve_exactly(every, offloading):
+    case = Case(
+        name="twelve layers",
+        config=TINY | {"num_hidden_layers": 12},
+        lengths=(300,),
+        checkpoint_every=every,
+        offloading=offloading,
+        optim="paged_adamw_8bit",
+    )
+    predictor = Predictor(
+        case.recipe, dict(case.config), case.architecture, compute_dtype=torch.bfloat16, capability=(8, 6)
+    )
+    assert predictor.phases(case.setup, load_of(case)) == predictor.profile(case.setup, load_of(case), 12).phases
+
+
+def test_offloading_keeps_the_inputs_of_recomputed_layers_in_the_computer():
+    case = Case(name="offloaded", config=TINY | {"num_hidden_layers": 6}, lengths=(640,), offloading=True)
+    kept, moved = predict(replace(case, offloading=False), path="cuda"), predict(case, path="cuda")
+    inputs = 6 * 640 * 256 * 2
+    assert kept.tenants["checkpointed layer inputs"] == inputs
+    assert moved.tenants.get("checkpointed layer inputs", 0) <= inputs // 6
+    assert moved.host_bytes >= inputs
+
+
+def test_paged_state_lies_beside_the_allocator_figures():
+    lora = {"r": 256}  # matrices of over 100,000 elements, which bitsandbytes pages
+    config = mid_size(2, 512, 1024, heads=4, vocab_size=2048)
+    plain = predict(Case(name="plain", config=config, lora=lora, optim="adamw_8bit"), path="cuda")
+    paged = predict(Case(name="paged", config=config, lora=lora, optim="paged_adamw_8bit"), path="cuda")
+    assert plain.paged_bytes == 0
+    assert plain.resident_bytes - paged.resident_bytes == paged.paged_bytes > 0

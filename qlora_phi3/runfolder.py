@@ -94,16 +94,21 @@ def kept_if_loaded(folder: RunFolder, *, is_new: bool) -> Iterator[None]:
         raise
 
 
-def newest_run(root: Path, recipe_name: str) -> RunFolder:
-    """The latest run of a recipe that has a report.
+def find_run(root: Path, recipe_name: str, wanted: str | None) -> RunFolder:
+    """The run of that folder, or where none is wanted by name the latest run of a recipe that has a report.
 
     Raises:
-        RunError: there is none.
+        RunError: there is none, or its report cannot be read.
     """
-    runs = sorted((root / recipe_name).glob("*/report.json"))
-    if not runs:
+    runs = sorted(report.parent for report in (root / recipe_name).glob("*/report.json"))
+    if wanted is None and not runs:
         raise RunError(f"There is no run of {recipe_name} under {root} to resume.", "Leave --resume out to start one.")
-    return RunFolder(runs[-1].parent)
+    if wanted is not None and not Path(wanted).is_dir():
+        newest = f"The newest of {recipe_name} is {runs[-1]}." if runs else "Leave --resume out to start one."
+        raise RunError(f"There is no run folder {wanted}.", newest)
+    folder = RunFolder(runs[-1] if wanted is None else Path(wanted))
+    folder.read_report()
+    return folder
 
 
 def name_of_runs(recipe: Path) -> str:

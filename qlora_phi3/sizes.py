@@ -1,4 +1,4 @@
-"""Bytes as people write and read them."""
+"""Bytes and counts as people write and read them."""
 
 import re
 
@@ -40,3 +40,8 @@ def format_gib(num_bytes: int) -> str:
     """A size for a person: `3.62 GiB`, or `412 MiB` where it is less than a GiB; differences may be negative."""
     mib = round(num_bytes / MIB)
     return f"{mib} MiB" if abs(mib) < 1024 else f"{num_bytes / GIB:.2f} GiB"
+
+
+def format_count(number: int, noun: str) -> str:
+    """A number of things for a person: `1 row`, `1,200 rows`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -16,9 +16,8 @@ MINIMUM_PYTHON = (3, 11)
 STAMP = "installed.txt"
 
 TORCH_NOTE = (
-    "torch comes from wherever your pip takes it. On Linux without an NVIDIA GPU the usual wheel brings gigabytes of "
-    "CUDA libraries that stay unused; to spare them, name PyTorch's index of CPU builds (its address stands on "
-    "PyTorch's page `Get started`) in the environment variable PIP_EXTRA_INDEX_URL before you start."
+    "Without an NVIDIA GPU, PyTorch's CPU build spares gigabytes: set PIP_EXTRA_INDEX_URL to the address that PyTorch's "
+    "page `Get started` shows for it, then start again."
 )
 
 
@@ -53,11 +52,20 @@ def make_environment(name: str, extra: str) -> Path:
 
 
 def run(command: List[str], *, cure: str = "") -> None:  # noqa: UP006
-    """Run a command in the repository; when it fails, stop with its exit code and, where there is a cure, that line."""
-    try:
-        code = subprocess.run(command, cwd=REPOSITORY, check=False).returncode
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None  # the command has told what there is to tell
+    """Run a command in the repository; when it fails, stop with its exit code and, where there is a cure, that line.
+
+    Ctrl-C reaches the command as well, and it is waited for until it has saved and told what there is to tell:
+    `subprocess.run` would kill it after a quarter of a second.
+    """
+    process, interrupted = subprocess.Popen(command, cwd=REPOSITORY), False
+    while True:
+        try:
+            code = process.wait()
+            break
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted:
+        raise SystemExit(130)
     if code and cure:
         print(f"{' '.join(command)} failed with exit code {code}. {cure}", file=sys.stderr)
     if code:

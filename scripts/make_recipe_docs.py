@@ -11,6 +11,9 @@ HEAD = """# Every key of a recipe
 Made from the program by `scripts/make_recipe_docs.py`; `qlora-phi3 recipe schema` gives the same to an editor. Names are those
 of LoraConfig (`[lora]`), BitsAndBytesConfig (`[quantization]`), TrainingArguments and SFTConfig (`[training]`); `batch_size`,
 the rows of an optimizer step, is ours.
+
+A relative path in `[model]` or `[data]` is looked for beside the recipe, then in the folder you work in. `output_dir` is relative
+to the folder you work in.
 """
 
 

@@ -143,7 +143,7 @@ class Lab:
         with self.monkeypatch.context() as patch:
             patch.setattr(live, "open_view", open_view)
             patch.setattr(run, "run", train)
-            patch.setattr(command, "_quieten", lambda: seen.append("quiet"))
+            patch.setattr(command, "quieten", lambda: seen.append("quiet"))
             assert self.shop.run().exit_code == 0
         return seen
 

@@ -1,6 +1,6 @@
 import pytest
 
-from qlora_phi3.sizes import format_gib, parse_size
+from qlora_phi3.sizes import format_count, format_gib, parse_size
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,8 @@ def test_a_size_is_more_than_zero(text):
 )
 def test_a_size_is_written_in_gib_or_when_small_in_mib(num_bytes, text):
     assert format_gib(num_bytes) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 rows"), (1, "1 row"), (1200, "1,200 rows")])
+def test_one_thing_is_not_several(number, text):
+    assert format_count(number, "row") == text

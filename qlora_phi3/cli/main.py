@@ -7,6 +7,7 @@ import click
 
 from qlora_phi3.cli.recipe import recipe
 from qlora_phi3.cli.run import run
+from qlora_phi3.cli.vram_check import vram_check
 from qlora_phi3.errors import Interrupted, UserError
 
 FULL_OR_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -23,7 +24,7 @@ class Commands(click.Group):
             told = _as_user_error(error)
             if told is None or ctx.meta.get("debug"):
                 raise
-            click.echo(f"Error: {told}", err=True)
+            click.echo(told if isinstance(told, Interrupted) else f"Error: {told}", err=True)
             ctx.exit(told.exit_code)
 
 
@@ -32,7 +33,7 @@ def _as_user_error(error: BaseException) -> UserError | None:
     if isinstance(error, UserError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted("Stopped.", "Nothing was being trained yet, or the last checkpoint stands.")
+        return Interrupted("Stopped.")
     if isinstance(error, OSError) and error.errno in FULL_OR_REFUSED:
         where = f" ({error.filename})" if error.filename else ""
         return UserError(f"{error.strerror}{where}.", "Free the disk or choose another folder.")
@@ -46,9 +47,11 @@ def main() -> None:
 
     \b
     Start with:
+      qlora-phi3 vram-check recipes/chat.toml
       qlora-phi3 run recipes/chat.toml
     """
 
 
 main.add_command(run)
 main.add_command(recipe)
+main.add_command(vram_check)

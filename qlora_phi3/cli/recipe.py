@@ -34,7 +34,9 @@ def schema() -> None:
 @set_option
 @debug_option
 def check(path: Path, overrides: tuple[str, ...]) -> None:
-    """Check RECIPE and print it with every default written out."""
+    """Check RECIPE and its files, and print it with every default written out."""
+    from qlora_phi3.dataset.load import is_local
     from qlora_phi3.recipe.load import load_recipe, recipe_as_toml
 
-    click.echo(recipe_as_toml(load_recipe(path, overrides)), nl=False)
+    click.echo(recipe_as_toml(load_recipe(path, overrides, is_file=is_local)), nl=False)
+    click.echo(f"{path} is fine.", err=True)

@@ -41,6 +41,11 @@ ROLES: dict[str, Role] = {
 }
 
 
+#: What a question and an answer are called in the wild, the likelier names first.
+ASKED = ("instruction", "question", "prompt", "query", "input", "user", "human", "problem", "source", "src")
+ANSWERED = ("output", "answer", "response", "completion", "reply", "assistant", "bot", "solution", "target", "tgt")
+
+
 class UnusableRow(Exception):  # noqa: N818 - not a fault of the program: the caller counts it and goes on
     """This row cannot be trained on; the message is the reason, the same words for the same reason."""
 
@@ -83,6 +88,29 @@ def detect_format(row: Mapping[str, Any]) -> str | None:
     return next(
         (name for name, form in FORMATS.items() if all(row.get(key) is not None for key in form.required)), None
     )
+
+
+def guess_mapping(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
+    """Format and `fields` that would fit a row of foreign columns, guessed from their names; None where nothing is likely.
+
+    The first likely question and the first likely answer, or a column that holds a list of messages.
+    """
+    for column, value in row.items():
+        if (
+            isinstance(value, Sequence)
+            and value
+            and isinstance(value[0], Mapping)
+            and {"role", "from"} & value[0].keys()
+        ):
+            return "messages", {"messages": column}
+    names = {column.lower(): column for column in row}
+    question, answer = (next((names[name] for name in choice if name in names), None) for choice in (ASKED, ANSWERED))
+    if question is None or answer is None:
+        return None
+    if question == "prompt":
+        return "prompt_completion", {"completion": answer}
+    mapped = {"instruction": question, "output": answer, "input": names.get("context", "input")}
+    return "alpaca", {ours: theirs for ours, theirs in mapped.items() if ours != theirs}
 
 
 def check_fields(fields: Mapping[str, str], format_name: str) -> None:

@@ -208,13 +208,19 @@ def _not_json(where: str, error: Exception) -> DataError:
 
 
 def _read_csv_file(name: str, path: Path) -> Rows:
-    """One row a record, the first record names the columns; an empty cell is an empty text."""
+    """One row a record, the first record names the columns; an empty cell is an empty text.
+
+    The separator is the comma; where the first line has none, the semicolon or the tab that spreadsheets write.
+    """
     limit = csv.field_size_limit(
         min(sys.maxsize, 2**31 - 1)
     )  # the default of 128 KiB is shorter than some conversations
     try:
         with _readable(name), path.open(encoding="utf-8-sig", newline="") as file:
-            reader, start = csv.DictReader(file, strict=True), 1
+            first = file.readline()
+            separator = next((mark for mark in ",;\t" if mark in first), ",")
+            file.seek(0)
+            reader, start = csv.DictReader(file, strict=True, delimiter=separator), 1
             start = reader.line_num + 1 if reader.fieldnames else 1
             for row in reader:
                 yield start, row if None not in row and None not in row.values() else None

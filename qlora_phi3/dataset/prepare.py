@@ -4,6 +4,7 @@ This is the door of the room: `prepare_datasets` is what the rest of the program
 torch.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -13,11 +14,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qlora_phi3.dataset.formats import FORMATS, check_fields
+from qlora_phi3.dataset.formats import FORMATS, check_fields, detect_format, guess_mapping
 from qlora_phi3.dataset.load import Source, is_local, open_sources
 from qlora_phi3.dataset.template import ChatTemplate
 from qlora_phi3.dataset.tokenized import EXAMPLES, NAMED, Progress, RowCount, Settings, SourceReport, tokenize_source
 from qlora_phi3.errors import DataError
+from qlora_phi3.sizes import format_count
+
+#: With fewer held-out rows than this their loss is a rough figure, and that is said.
+FEW_ROWS = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,20 +69,27 @@ class DataReport:
         origin = ", ".join(f"{name} ({form})" for name, form in zip(self.sources, self.formats, strict=True) if form)
         measured = f" and {self.evaluation_rows:,} to measure on" if self.evaluation_rows else ""
         drawn = f" (drawn with seed {self.split_seed})" if self.eval_indices else ""
+        few = 0 < self.evaluation_rows < FEW_ROWS
         return [
-            f"Data: {self.train_rows:,} rows to train on{measured}{drawn}, from {origin}",
+            f"Data: {format_count(self.train_rows, 'row')} to train on{measured}{drawn}, from {origin}",
+            *(
+                [f"Held-out loss: from {format_count(self.evaluation_rows, 'row')} only, so a rough figure"]
+                if few
+                else []
+            ),
             f"Tokens: {self.tokens:,}, of which {self.supervised_tokens:,} are learned; the longest row has "
             f"{self.longest_row:,}; chat template {self.chat_template}",
         ]
 
     def warning_lines(self) -> list[str]:
         """What was left out or altered, one line a reason, for people."""
-        lines = [f"{count.rows:,} rows skipped: {_with_places(count)}" for count in self.skipped]
+        lines = [f"{format_count(count.rows, 'row')} skipped: {_with_places(count)}" for count in self.skipped]
         if self.truncated:
-            lines.append(f"{self.truncated:,} of {self.rows_kept:,} rows cut at max_length = {self.max_length}")
+            kept = format_count(self.rows_kept, "row")
+            lines.append(f"{self.truncated:,} of {kept} cut at max_length = {self.max_length}")
         if self.cut_off.rows:
-            lines.append(f"{self.cut_off.rows:,} rows dropped, {_with_places(self.cut_off)}")
-        return lines + [f"{count.rows:,} rows, {_with_places(count)}" for count in self.notes]
+            lines.append(f"{format_count(self.cut_off.rows, 'row')} dropped, {_with_places(self.cut_off)}")
+        return lines + [f"{format_count(count.rows, 'row')}, {_with_places(count)}" for count in self.notes]
 
 
 def _with_places(count: RowCount) -> str:
@@ -212,22 +224,36 @@ def _read_all(
         reports.append(report)
         kept += report.rows_kept
     if not kept:
-        raise _nothing_to_learn(reports, settings.max_length)
+        raise _nothing_to_learn(sources, reports, settings.max_length)
     return concatenate_datasets([part for part in parts if len(part)]), reports
 
 
-def _nothing_to_learn(reports: Sequence[SourceReport], max_length: int) -> DataError:
+def _nothing_to_learn(sources: Sequence[Source], reports: Sequence[SourceReport], max_length: int) -> DataError:
     """Why no row is left, in one line."""
     names = ", ".join(report.name for report in reports)
     cut_off = _merge([report.cut_off for report in reports], EXAMPLES)
     reasons = [*([cut_off] if cut_off.rows else []), *_merge_all(report.skipped for report in reports)]
     listed = "; ".join(f"{count.rows} x {count.reason} (first: {count.where[0]})" for count in reasons[:5])
+    read = sum(report.rows_read for report in reports)
+    _, first_row = next(sources[0].rows())
     return DataError(
-        f"None of the {sum(report.rows_read for report in reports)} rows of {names} can be trained on: {listed}.",
-        f"Raise [training] max_length, now {max_length}."
-        if cut_off.rows
-        else f"The formats are {', '.join(FORMATS)}; [data] fields maps other column names to theirs.",
+        f"None of the {format_count(read, 'row')} of {names} can be trained on: {listed}.",
+        f"Raise [training] max_length, now {max_length}." if cut_off.rows else _shape_cure(first_row, read),
     )
+
+
+def _shape_cure(row: Any, rows_read: int) -> str:
+    """What to do about rows of a foreign shape: where the true rows lie, or the two lines that fit them."""
+    if isinstance(row, Mapping) and detect_format(row) is None:
+        lists = [
+            name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
+        if guess := guess_mapping(row):
+            pairs = ", ".join(f"{ours} = {json.dumps(theirs, ensure_ascii=False)}" for ours, theirs in guess[1].items())
+            return f'Write below [data]: format = "{guess[0]}" and, on a line of its own, fields = {{ {pairs} }}'
+        if rows_read == 1 and len(lists) == 1:
+            return f"Its rows lie in the list {lists[0]!r}: save that list alone."
+    return f"The formats are {', '.join(FORMATS)}; [data] fields maps other column names to theirs."
 
 
 def _merge_all(counts: Iterable[Sequence[RowCount]]) -> tuple[RowCount, ...]:

@@ -37,6 +37,7 @@ from qlora_phi3.dataset.render import (
 )
 from qlora_phi3.dataset.template import ChatTemplate
 from qlora_phi3.errors import DataError
+from qlora_phi3.sizes import format_count
 
 #: Rows that are tokenised at once.
 BATCH_ROWS = 256
@@ -100,6 +101,7 @@ class _Tally:
     """The counts of a reading under way."""
 
     format: str = ""
+    columns: set[str] = field(default_factory=set)
     read: int = 0
     kept: int = 0
     truncated: int = 0
@@ -164,7 +166,7 @@ def _write_rows(path: Path, source: Source, settings: Settings, max_rows: int | 
     schema = pa.schema(
         {"input_ids": ids, "labels": ids, "length": pa.int32(), "supervised": pa.int32(), "source_row": pa.int64()}
     )
-    tally = _Tally()
+    tally, what = _Tally(), f"Reading {Path(source.name).name}"
     examples = _read_examples(source, settings, tally)
     pattern = special_token_pattern(settings.tokenizer)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
@@ -177,7 +179,16 @@ def _write_rows(path: Path, source: Source, settings: Settings, max_rows: int | 
             tally.kept += len(kept)
             room = room if max_rows is None else min(BATCH_ROWS, max_rows - tally.kept)
             if settings.progress is not None:
-                settings.progress(f"Reading {source.name}", tally.read, None)
+                settings.progress(what, tally.read, None)
+    if settings.progress is not None and tally.read:
+        settings.progress(what, tally.read, tally.read)
+    missing = sorted(theirs for theirs in settings.fields.values() if theirs not in tally.columns)
+    if missing and tally.columns:
+        raise DataError(
+            f"[data] fields names {', '.join(map(repr, missing))}, which is a column of none of the "
+            f"{format_count(tally.read, 'row')} of {source.name}.",
+            f"Its columns are: {', '.join(sorted(tally.columns))}.",
+        )
     return tally
 
 
@@ -189,10 +200,11 @@ def _read_examples(source: Source, settings: Settings, tally: _Tally) -> Iterato
         try:
             if not isinstance(row, Mapping):
                 raise UnusableRow("the row is no object with columns")
+            tally.columns.update(row)
             row = rename_columns(row, settings.fields)
             name = settings.format if settings.format != "auto" else detect_format(row)
             if name is None:
-                raise UnusableRow(f"its columns fit no format ({', '.join(sorted(map(str, row)))[:100]})")
+                raise UnusableRow(f"its columns ({', '.join(sorted(map(str, row)))[:100]}) fit no format")
             if tally.format and name != tally.format:
                 raise DataError(
                     f"{where} is of format {name!r}, while {first} is of format {tally.format!r}.",

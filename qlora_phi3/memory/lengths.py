@@ -80,7 +80,7 @@ def _find_tokenizer(recipe: "Recipe") -> None:
     except HFValidationError:
         found = None
     if not isinstance(found, str):
-        raise UserError(f"The tokenizer of {name} is not on this computer, so the rows cannot be counted.")
+        raise UserError("The model's tokenizer, which counts them, is not on this computer.")
 
 
 def _prepare(recipe: "Recipe", base_folder: Path, progress: Progress) -> "PreparedData":

@@ -61,12 +61,14 @@ def find_plan(predictor: Predictor, rows: RowLengths, card: Card, *, progress: C
     """The fastest set-up that fits; where none fits, the leanest one, whose forecast says so."""
     search = _Search(predictor, rows, card, progress)
     for tile_bytes in _tiles(predictor):
-        found = search.fastest(tile_bytes)
-        while found is not None:
-            plan = search.settle(found)
+        candidates = search.candidates(tile_bytes)
+        while candidates:
+            fastest = min(candidates, key=search.seconds)
+            plan = search.settle(fastest)
             if plan.fits:
                 return plan
-            found = search.smaller(found)
+            candidates.remove(fastest)
+            candidates += search.smaller(fastest)
     return search.settle(search.leanest())
 
 
@@ -96,14 +98,14 @@ class _Search:
         self.predictor, self.rows, self.card, self.progress = predictor, rows, card, progress
         self.training = predictor.recipe.training
 
-    def fastest(self, tile_bytes: int) -> Setup | None:
-        """The cheapest kind that fits; offloading, which costs more than larger micro-batches gain, where nothing else does."""
+    def candidates(self, tile_bytes: int) -> list[Setup]:
+        """Each kind that seems to fit; offloading, which costs more than larger micro-batches gain, where nothing else does."""
         for offloading in (False, True):
             kinds = [every for every, offload in reversed(self._kinds()) if offload == offloading]
-            fitting = [self._largest_that_fits(kind) for kind in self._climb(kinds, offloading, tile_bytes)]
+            fitting = list(self._climb(kinds, offloading, tile_bytes))
             if fitting:
-                return self._thrifty(min(fitting, key=self._seconds))
-        return None
+                return [self._thrifty(self._largest_that_fits(kind)) for kind in fitting]
+        return []
 
     def _climb(self, kinds: Sequence[int], offload: bool, tile_bytes: int) -> Iterator[Setup]:
         """Kinds of recomputation that fit with the smallest micro-batch, leanest first: beyond one that does not, none does."""
@@ -136,12 +138,10 @@ class _Search:
             reasons=self._reasons(chosen),
         )
 
-    def smaller(self, setup: Setup) -> Setup | None:
-        """A tenth fewer tokens, where the whole simulation found less room than the estimate; None at the end."""
+    def smaller(self, setup: Setup) -> list[Setup]:
+        """A tenth fewer tokens, where the whole simulation found less room than the estimate; none below the longest row."""
         tokens = int(setup.micro_batch.max_tokens * 0.9)
-        if tokens < self._fewest_tokens():
-            return None
-        return self._with_tokens(setup, tokens)
+        return [] if tokens < self._fewest_tokens() else [self._with_tokens(setup, tokens)]
 
     def _kinds(self) -> list[tuple[int, bool]]:
         """(checkpoint_every, activation_offloading), all that the recipe allows, the leanest last."""
@@ -226,14 +226,15 @@ class _Search:
         most, fewest = setup.micro_batch.max_tokens, self._fewest_tokens()
         for tokens in range(fewest, most, max(ROUNDING_TOKENS, (most - fewest) // 32)):
             leaner = self._with_tokens(setup, tokens)
-            if self._seconds(leaner) <= self._seconds(setup) * WORTH:
+            if self.seconds(leaner) <= self.seconds(setup) * WORTH:
                 return leaner
         return setup
 
     def _count(self, setup: Setup) -> int:
         return count_micro_batches(self.rows.usual_step(), setup.micro_batch)
 
-    def _seconds(self, setup: Setup) -> float:
+    def seconds(self, setup: Setup) -> float:
+        """Of an optimizer step, by the cost model."""
         return self._cost(setup).seconds
 
     def _cost(self, setup: Setup) -> Cost:
@@ -263,7 +264,7 @@ class _Search:
             "gradient_checkpointing": {
                 0: "there is room to keep every activation",
                 1: "keeping more than the layers' inputs does not fit, or smaller micro-batches would cost more",
-            }.get(setup.checkpoint_every, f"recomputing every {setup.checkpoint_every}. layer makes enough room"),
+            }.get(setup.checkpoint_every, f"recomputing one layer in {setup.checkpoint_every} makes enough room"),
             "activation_offloading": "without it the longest row does not fit, or only with more recomputation"
             if setup.activation_offloading
             else "there is room on the card",
@@ -286,5 +287,5 @@ class _Search:
 
 def _in_words(setup: Setup) -> str:
     every = setup.checkpoint_every
-    kept = {0: "keeping all activations", 1: "recomputing all layers"}.get(every, f"recomputing every {every}. layer")
+    kept = {0: "keeping all activations", 1: "recomputing all layers"}.get(every, f"recomputing one layer in {every}")
     return f"Trying {kept}" + (", offloaded" if setup.activation_offloading else "")

@@ -13,12 +13,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from qlora_phi3.errors import RecipeError
+from qlora_phi3.recipe.missing import IsFile, find_missing
 from qlora_phi3.recipe.names import find_nearest
 from qlora_phi3.recipe.problems import Problem, find_problems, format_toml
 from qlora_phi3.recipe.tables import ComputeDtype, Data, Lora, Memory, Model, Quantization, Table, Training
 
 #: Python's way of writing where TOML's is wanted: True, None, "key": value, or a comma at the end of the line.
 PYTHON_IN_TOML = re.compile(r"\b(True|False|None)\b|^\s*[\"']\w+[\"']\s*:|,\s*$")
+
+#: Endings of files that are data, never recipes.
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 class Recipe(Table):
@@ -64,12 +68,13 @@ TABLES: dict[str, type[Table]] = {
 }
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, is_file: IsFile | None = None) -> Recipe:
     """Read a recipe.
 
     Args:
         path: the TOML file, in UTF-8.
         overrides: `table.key=value` each; the value is TOML, and a bare word is a string.
+        is_file: whether a name of [data] means a file; where it is given, files and folders that are missing are problems.
 
     Raises:
         RecipeError: with every problem there is, one a line, each with the file (or the override) and the table.
@@ -78,11 +83,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     sources = {}
     for override in overrides:
         sources[_apply_override(raw, override)] = f"--set {override}"
+    missing = [] if is_file is None else list(find_missing(raw, path.parent, is_file))
     try:
-        return Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        problems = list(find_problems(error, raw, TABLES))
-    raise RecipeError(_as_lines(problems, path, sources))
+        raise RecipeError(_as_lines([*find_problems(error, raw, TABLES), *missing], path, sources)) from None
+    if missing:
+        raise RecipeError(_as_lines(missing, path, sources))
+    return recipe
 
 
 def recipe_as_toml(recipe: Recipe) -> str:
@@ -121,6 +129,8 @@ def _is_noise(key: str, part: object) -> bool:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    if path.suffix.lower() in DATA_SUFFIXES:
+        raise RecipeError(f"{path} is data, not a recipe.", f'Name it in a recipe: [data] train = "{path.as_posix()}"')
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -166,15 +176,22 @@ def _apply_override(raw: dict[str, Any], override: str) -> tuple[str, str]:
             raise RecipeError(
                 f"--set {override} goes below {part}, which is no table.", "Write it like: --set lora.r=32"
             )
-    place[keys[-1]] = _toml_value(text.strip())
+    place[keys[-1]] = _toml_value(text.strip(), name.strip())
     return table, keys[0]
 
 
-def _toml_value(text: str) -> Any:
+def _toml_value(text: str, name: str) -> Any:
+    """The value of an override: TOML, or a bare word; what begins as a list or table must be one."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+    except tomllib.TOMLDecodeError as error:
+        if text[:1] + text[-1:] not in ("[]", "{}"):
+            return text
+        words = [word.strip(" \"'") for word in text.strip("[]").split(",")]
+        shown = format_toml(words) if text.startswith("[") else '{ ours = "theirs" }'
+        raise RecipeError(
+            f"--set {name}={text} is not TOML: {error}.", f"Quote the names: --set '{name}={shown}'"
+        ) from None
 
 
 def _as_lines(problems: Sequence[Problem], path: Path, sources: dict[tuple[str, str], str]) -> str:

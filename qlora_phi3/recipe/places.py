@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qlora_phi3.recipe.load import Recipe
+if TYPE_CHECKING:
+    from qlora_phi3.recipe.load import Recipe
 
 
-def with_found_paths(recipe: Recipe, base_folder: Path) -> Recipe:
+def with_found_paths(recipe: "Recipe", base_folder: Path) -> "Recipe":
     """The recipe with local files and folders as absolute paths, so that it means the same from anywhere.
 
     Args:

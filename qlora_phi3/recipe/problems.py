@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -124,8 +125,25 @@ def _expectation(detail: Any, table: str, key: str, value: object, tables: Mappi
         told = f"must be {_in_words(expected, schema.get('$defs', {}))}."
         nearest = find_nearest(value, list(_words(expected))) if isinstance(value, str) else None
         told += f" Did you mean {format_toml(nearest)}?" if nearest else ""
+        told += _without_quotes(table, key, value, tables)
         told += " It is empty." if value in ("", []) else ""
     return " ".join(filter(None, (told, REASONS.get((table, key)))))
+
+
+def _without_quotes(table: str, key: str, value: object, tables: Mapping[str, type[BaseModel]]) -> str:
+    """The cure where the text in quotes is a number or a truth value that the key takes."""
+    try:
+        plain = tomllib.loads(f"value = {value}")["value"] if isinstance(value, str) and "\n" not in value else None
+    except tomllib.TOMLDecodeError:
+        return ""
+    if not isinstance(plain, bool | int | float):
+        return ""
+    try:
+        tables[table].model_validate({key: plain})
+    except ValidationError as error:
+        if any(detail["loc"][:1] == (key,) for detail in error.errors(include_url=False)):
+            return ""
+    return f" Write it without quotes: {key} = {value}"
 
 
 def _words(schema: Mapping[str, Any]) -> Iterator[str]:

@@ -258,8 +258,8 @@ class Training(Table):
     """When to write a checkpoint."""
     save_steps: ShareOrCount = 0.2
     """Steps between checkpoints; below 1 a share of all steps."""
-    save_total_limit: Count | None = None
-    """Keep only the newest checkpoints, this many."""
+    save_total_limit: Count = 3
+    """Keep only the newest checkpoints, this many, and the best where load_best_model_at_end asks for it."""
     load_best_model_at_end: bool = False
     """Hand out the checkpoint with the lowest held-out loss."""
     logging_strategy: Literal["no", "steps", "epoch"] = "steps"

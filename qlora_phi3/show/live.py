@@ -2,40 +2,41 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.table import Column
+from rich.text import Text
 
+from qlora_phi3.errors import Interrupted
+from qlora_phi3.runfolder import RunFolder
+from qlora_phi3.sizes import format_count
 from qlora_phi3.training.listener import EvalRecord, OomRecord, StepRecord
 
 #: Heights of the loss curve's characters.
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 24
+#: A terminal needs this many columns to show the curve beside the figures, and this many for the speed.
+WIDE, NARROW = 110, 70
+TRAINING = "Training"
 #: Seconds between two plain lines about the same part of the work.
 PLAIN_EVERY_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Cadence:
-    """Which steps get a line of their own, as [training] logging_strategy and logging_steps say."""
+    """Which steps get a line of their own, as [training] logging_strategy and logging_steps say; and which are warm-up."""
 
     strategy: str
     #: Steps between lines; below 1 a share of all steps.
     steps: float
+    #: Steps up to the learning rate; below 1 a share of all steps.
+    warmup_steps: float = 0
 
     def shows(self, step: int, epoch: float, total: int) -> bool:
         """Whether this step is one of them."""
@@ -43,8 +44,36 @@ class Cadence:
             return False
         if self.strategy == "epoch":
             return math.isclose(epoch, round(epoch), abs_tol=1e-9) or step == total
-        every = math.ceil(self.steps * total) if self.steps < 1 else int(self.steps)
-        return step % every == 0 or step in (1, total)
+        return step % _whole(self.steps, total) == 0 or step in (1, total)
+
+    def only_warms_up(self, total: int) -> bool:
+        """Whether the learning rate is never reached in so many steps."""
+        return _whole(self.warmup_steps, total) >= total
+
+
+def _whole(steps: float, total: int) -> int:
+    return math.ceil(steps * total) if steps < 1 else int(steps)
+
+
+@dataclass(slots=True)
+class _Pace:
+    """When a part of the work began and how far it was then, from which its end is estimated."""
+
+    began: float
+    first: int
+    #: When it will end, by time.perf_counter(); None while nothing tells.
+    ends: float | None = None
+
+    def reach(self, done: int, total: int | None) -> None:
+        """Estimate the end anew."""
+        self.ends = None
+        if total is not None and self.first < done < total:
+            now = time.perf_counter()
+            self.ends = now + (now - self.began) / (done - self.first) * (total - done)
+
+    def seconds_left(self) -> float | None:
+        """Until the end; None while nothing tells."""
+        return None if self.ends is None else max(0.0, self.ends - time.perf_counter())
 
 
 class View:
@@ -56,11 +85,12 @@ class View:
         self._cadence = cadence
         self._bar = progress
         self._tasks: dict[str, TaskID] = {}
+        self._paces: dict[str, _Pace] = {}
         self._spoken: dict[str, float] = {}
         self._losses: list[float] = []
-        self._training: TaskID | None = None
         self._total = 0
-        self._began = (time.perf_counter(), 0)
+        self._step = 0
+        self._saved: tuple[int, RunFolder] | None = None
 
     def say(self, line: str) -> None:
         """Print a fact."""
@@ -77,10 +107,12 @@ class View:
             self._speak(what, done, total, finished)
             return
         if what not in self._tasks:
-            self._tasks[what] = self._bar.add_task(what, total=total, figures="")
-        self._bar.update(self._tasks[what], completed=done, total=total)
+            self._open(what, done, total)
+        self._move(what, done, total)
         if finished:
             self._bar.remove_task(self._tasks.pop(what))
+        if TRAINING in self._tasks and self._console.width < WIDE:  # both lines together would be cut
+            self._bar.update(self._tasks[TRAINING], visible=finished)
 
     def _speak(self, what: str, done: int, total: int | None, finished: bool) -> None:
         now = time.perf_counter()
@@ -93,26 +125,39 @@ class View:
         if finished:
             self._spoken.pop(what)
 
-    def begin(self, first_step: int, total_steps: int) -> None:
-        """Open the training bar."""
-        self._total = total_steps
-        self._began = (time.perf_counter(), first_step)
+    def _open(self, what: str, done: int, total: int | None) -> None:
+        self._paces[what] = _Pace(time.perf_counter(), done)
         if self._bar is not None:
-            self._training = self._bar.add_task("Training", total=total_steps, completed=first_step, figures="")
+            task = self._bar.add_task(what, total=total, completed=done, figures="", pace=self._paces[what])
+            self._tasks[what] = task
+
+    def _move(self, what: str, done: int, total: int | None, figures: str = "") -> None:
+        self._paces[what].reach(done, total)
+        if self._bar is not None:
+            self._bar.update(self._tasks[what], completed=done, total=total, figures=figures)
+
+    def begin(self, first_step: int, total_steps: int, earlier: Sequence[float] = ()) -> None:
+        """Open the training bar; `earlier` are the losses of the steps that an earlier session took."""
+        self._total, self._step = total_steps, first_step
+        self._losses = list(earlier)
+        if self._cadence.only_warms_up(total_steps):
+            self.warn(
+                f"The whole run, {format_count(total_steps, 'step')}, is warm-up: the learning rate is never reached. "
+                "Write [training] warmup_steps = 0."
+            )
+        self._open(TRAINING, first_step, total_steps)
 
     def step(self, record: StepRecord) -> None:
         """Move the training bar; a line of its own where the recipe's cadence says so and there is no bar."""
         self._losses.append(record.loss)
-        figures = f"loss {record.loss:.4f}  {record.tokens_per_second:,.0f} tokens/s"
-        if self._bar is not None and self._training is not None:
-            self._bar.update(self._training, completed=record.step, figures=f"{figures}  {draw_curve(self._losses)}")
-        elif self._cadence.shows(record.step, record.epoch, self._total):
-            self.say(f"step {record.step}/{self._total}  {figures}  {self._time_left(record.step)} left")
-
-    def _time_left(self, step: int) -> str:
-        started, first = self._began
-        seconds = (time.perf_counter() - started) / max(1, step - first) * (self._total - step)
-        return format_duration(seconds)
+        self._step = record.step
+        loss, speed = f"loss {record.loss:.4f}", f"{record.tokens_per_second:,.0f} tokens/s"
+        width = self._console.width
+        shown = [loss, *([speed] if width >= NARROW else []), *([draw_curve(self._losses)] if width >= WIDE else [])]
+        self._move(TRAINING, record.step, self._total, "  ".join(shown))
+        if self._bar is None and self._cadence.shows(record.step, record.epoch, self._total):
+            left = format_duration(self._paces[TRAINING].seconds_left() or 0.0)
+            self.say(f"step {record.step}/{self._total}  {loss}  {speed}  {left} left")
 
     def evaluated(self, record: EvalRecord) -> None:
         """Print the held-out loss."""
@@ -121,19 +166,66 @@ class View:
 
     def saved(self, checkpoint: Path) -> None:
         """Print where a checkpoint lies."""
+        self._saved = self._step, RunFolder(checkpoint.parent.parent)
         self.say(f"Saved {checkpoint}")
 
     def ran_out(self, record: OomRecord) -> None:
         """Print that memory ran out, and what was done."""
         self.warn(record.as_line())
 
+    def interruption(self, resumed: RunFolder | None) -> Interrupted:
+        """What a Ctrl-C that stopped everything at once has cost, and how to go on.
+
+        Args:
+            resumed: the run that this session went on with.
+        """
+        if not self._total and resumed is None:
+            return Interrupted("Stopped before the first step: nothing is lost.", "Start again with the same command.")
+        step, folder = self._saved or (None, resumed)
+        if folder is None:
+            return Interrupted(
+                f"Stopped at once after step {self._step} of {self._total}, before any checkpoint was saved.",
+                "Start again with the same command.",
+            )
+        where = f"after step {self._step} of {self._total}" if self._total else "before the first step"
+        kept = f"; the newest checkpoint is of step {step}" if step is not None and step != self._step else ""
+        return Interrupted(
+            f"Stopped at once {where}{kept}.", f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
+        )
+
     def finish(self, steps: int, before: float | None, after: float | None, seconds: float, adapter: Path) -> None:
         """Print the end of a run: the curve, before and after, and where the adapter is."""
         if self._losses:
-            self.say(f"Training loss  {draw_curve(self._losses)}  {self._losses[0]:.4f} -> {self._losses[-1]:.4f}")
+            first, last, count = mean_ends(self._losses)
+            ends = f"first and last {format_count(count, 'step')}" if count > 1 else "first and last step"
+            self.say(f"Training loss  {draw_curve(self._losses)}  {first:.4f} -> {last:.4f} ({ends})")
         if before is not None and after is not None:
             self.say(f"Held-out loss  {before:.4f} -> {after:.4f}")
-        self.say(f"Done: {steps} steps in {format_duration(seconds)}. The adapter: {adapter}")
+            if after > before:
+                self.warn(
+                    "On the held-out rows it is worse than before training. Try a smaller [training] learning_rate."
+                )
+        done = f"Done: {format_count(steps, 'step')} in {format_duration(seconds)}."
+        self.say(f"{done} The adapter: {adapter.absolute()}")
+
+
+class _Count(ProgressColumn):
+    """How much is done, and of how much where that is known."""
+
+    def render(self, task: Task) -> Text:
+        """For example 7/75, or 1,280 where nobody knows the end."""
+        done = f"{task.completed:,.0f}" if task.completed else ""
+        return Text(done if task.total is None else f"{task.completed:,.0f}/{task.total:,.0f}", "progress.download")
+
+
+class _Time(ProgressColumn):
+    """How long it has taken, and how long it will still take where that can be told."""
+
+    def render(self, task: Task) -> Text:
+        """For example 0:19, 1:13 left."""
+        left = task.fields["pace"].seconds_left()
+        rest = "" if left is None else f", {format_duration(left)} left"
+        return Text(f"{format_duration(task.elapsed or 0.0)}{rest}", "progress.remaining")
 
 
 @contextmanager
@@ -143,21 +235,38 @@ def open_view(cadence: Cadence, *, plain: bool) -> Iterator[View]:
     if plain or not console.is_terminal:
         yield View(console, errors, cadence, None)
         return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with open_bars(console) as progress:
         yield View(console, progress.console, cadence, progress)
 
 
-def draw_curve(losses: list[float]) -> str:
+def open_bars(console: Console) -> Progress:
+    """The bars of a terminal: where it is narrow, the bar itself gives way and no figure is cut."""
+
+    def whole() -> Column:
+        return Column(no_wrap=True)
+
+    return Progress(
+        SpinnerColumn(table_column=whole()),
+        TextColumn("{task.description}", table_column=whole(), markup=False),
+        BarColumn(bar_width=CURVE_WIDTH),
+        _Count(table_column=whole()),
+        TextColumn("{task.fields[figures]}", table_column=whole(), markup=False),
+        _Time(table_column=whole()),
+        console=console,
+        transient=True,
+    )
+
+
+def mean_ends(losses: Sequence[float]) -> tuple[float, float, int]:
+    """The mean loss of the first tenth of the steps and of the last, and of how many steps each is: 1 to 10.
+
+    One batch alone says more of its rows than of what was learned.
+    """
+    count = min(10, max(1, len(losses) // 10))
+    return sum(losses[:count]) / count, sum(losses[-count:]) / count, count
+
+
+def draw_curve(losses: Sequence[float]) -> str:
     """The losses as a line of bars, averaged into at most `CURVE_WIDTH` of them; highest loss, highest bar."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     width = min(CURVE_WIDTH, len(finite))

@@ -1,12 +1,13 @@
 """What a run tells while it goes on; who shows it is not known here."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from qlora_phi3.dataset.pack import MicroBatchPlan
-from qlora_phi3.runfolder import RunFolder, append_metrics
-from qlora_phi3.sizes import format_gib
+from qlora_phi3.runfolder import RunFolder, append_metrics, read_metrics
+from qlora_phi3.sizes import format_count, format_gib
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +84,8 @@ class OomRecord:
             "split": f"It is computed again in micro-batches of at most {self.after.max_tokens:,} tokens, as are those to come",
             "offload": "It is computed again, as are those to come, with every layer recomputed from the computer's memory",
         }[self.measure]
-        rows = "row" if self.rows == 1 else "rows"
-        return f"{where}: memory ran out{held}, in {self.rows:,} {rows} of {self.tokens:,} tokens. {done}; nothing is lost."
+        rows = format_count(self.rows, "row")
+        return f"{where}: memory ran out{held}, in {rows} of {self.tokens:,} tokens. {done}; nothing is lost."
 
 
 class Listener(Protocol):
@@ -99,8 +100,8 @@ class Listener(Protocol):
     def progress(self, what: str, done: int, total: int | None) -> None:
         """How far a part of the work is; `done == total` ends it. `total` is None where it is not known."""
 
-    def begin(self, first_step: int, total_steps: int) -> None:
-        """Training starts after `first_step`."""
+    def begin(self, first_step: int, total_steps: int, earlier: Sequence[float] = ()) -> None:
+        """Training starts after `first_step`; `earlier` are the losses of the steps before, where they are known."""
 
     def step(self, record: StepRecord) -> None:
         """An optimizer step is done."""
@@ -122,7 +123,12 @@ class Recorder:
         self._listener = listener
         self._folder = folder
         self.say, self.warn, self.progress = listener.say, listener.warn, listener.progress
-        self.begin, self.saved = listener.begin, listener.saved
+        self.saved = listener.saved
+
+    def begin(self, first_step: int, total_steps: int, earlier: Sequence[float] = ()) -> None:
+        """Add the losses that earlier sessions of the run wrote down."""
+        losses = [record["loss"] for record in read_metrics(self._folder) if record["kind"] == "train"]
+        self._listener.begin(first_step, total_steps, earlier or losses)
 
     def step(self, record: StepRecord) -> None:
         """Write the step down, then show it."""

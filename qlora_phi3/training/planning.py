@@ -117,7 +117,7 @@ def plan_for_card(
 def in_words(setup: Setup) -> str:
     """A set-up as a person reads it."""
     every = setup.checkpoint_every
-    recomputed = {0: "nothing recomputed", 1: "every layer recomputed"}.get(every, f"every {every}. layer recomputed")
+    recomputed = {0: "nothing recomputed", 1: "every layer recomputed"}.get(every, f"one layer in {every} recomputed")
     offloaded = ", activations offloaded" if setup.activation_offloading else ""
     return f"{setup.micro_batch.max_tokens:,} tokens at once, {recomputed}{offloaded}, {setup.optim}"
 

@@ -10,12 +10,14 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from qlora_phi3.dataset.prepare import DataReport
 from qlora_phi3.errors import Interrupted, RunError
 from qlora_phi3.recipe.load import Recipe, recipe_as_toml
 from qlora_phi3.runfolder import RunFolder, read_metrics, write_report
+from qlora_phi3.sizes import format_count
 from qlora_phi3.training.reckoning import Reckoning
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "qlora-phi3")
@@ -38,7 +40,7 @@ def first_report(
     return {
         "status": "running",
         "started": was.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
-        "seconds": was.get("seconds", 0.0),
+        "seconds": max(was.get("seconds", 0.0), 0.0 if resume is None else _measured_seconds(resume)),
         "recipe": recipe.model_dump(mode="json"),
         "recipe_sha256": hashlib.sha256(recipe_as_toml(recipe).encode()).hexdigest(),
         "data": asdict(data),
@@ -49,11 +51,25 @@ def first_report(
     }
 
 
+def _measured_seconds(folder: RunFolder) -> float:
+    """What the steps and evaluations took that are written down: a session that was killed could not report its own."""
+    seconds = (record.get("step_seconds", record.get("seconds", 0.0)) for record in read_metrics(folder))
+    return float(sum(seconds))
+
+
+def describe_load() -> str | None:
+    """What to say where others keep the processor busy that is to train; None where there is nothing to say."""
+    cores, load = psutil.cpu_count() or 1, psutil.getloadavg()[0]
+    if torch.cuda.is_available() or torch.get_num_threads() == 1 or load <= cores:
+        return None
+    return f"This computer is busy (load {load:.1f} on {format_count(cores, 'core')}), which slows the training down as well."
+
+
 def describe_device(device: torch.device) -> str:
     """The card's name, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()} CPU, {format_count(torch.get_num_threads(), 'thread')}"
 
 
 @contextmanager

@@ -54,6 +54,12 @@ def test_csv_records_over_several_lines_keep_their_line_and_long_cells_are_read(
     ]
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_csv_as_spreadsheets_write_it_is_read(tmp_path, mark):
+    path = write(tmp_path / "a.csv", f'instruction{mark}output\n"one{mark} two"{mark}three, four\n')
+    assert rows_of(path) == [(2, {"instruction": f"one{mark} two", "output": "three, four"})]
+
+
 def test_csv_records_with_missing_or_surplus_cells_are_no_rows(tmp_path):
     assert rows_of(write(tmp_path / "a.csv", "a,b\n1\n1,2,3\n1,2\n")) == [
         (2, None),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_every_unusable_row_is_counted_with_reason_and_line(prepare_in, tmp_path
     assert [(count.reason, count.rows, count.where) for count in report.skipped] == [
         ("the conversation is empty", 2, ("a.jsonl:2", "a.jsonl:4")),
         ("an assistant turn is empty", 1, ("a.jsonl:3",)),
-        ("its columns fit no format (other)", 1, ("a.jsonl:5",)),
+        ("its columns (other) fit no format", 1, ("a.jsonl:5",)),
         ("the row is no object with columns", 1, ("a.jsonl:6",)),
     ]
     assert report.warning_lines()[0] == "2 rows skipped: the conversation is empty (a.jsonl:2, a.jsonl:4)"
@@ -87,7 +88,7 @@ def test_long_rows_are_cut_at_the_right_and_named_where_nothing_is_left(prepare_
     assert (data.report.cut_off.rows, data.report.cut_off.where) == (1, ("a.jsonl:3",))
     assert data.report.warning_lines() == [
         "1 of 2 rows cut at max_length = 30",
-        "1 rows dropped, nothing left to learn after truncation (a.jsonl:3)",
+        "1 row dropped, nothing left to learn after truncation (a.jsonl:3)",
     ]
 
 
@@ -98,14 +99,55 @@ def test_data_with_nothing_to_learn_is_refused_with_the_reasons(prepare_in, tmp_
         match=r"None of the 4 rows of a.jsonl .*3 x nothing left.*a.jsonl:1.*1 x the conv.*max_length, now 30",
     ):
         prepare_in(name, max_length=30)
-    name = save(tmp_path / "b.jsonl", [{"question": "q", "answer": "a"}])
+    name = save(tmp_path / "b.jsonl", [{"left": "q", "right": "a"}])
     with pytest.raises(
-        DataError, match=r"its columns fit no format \(answer, question\).*The formats are messages, sharegpt"
+        DataError, match=r"its columns \(left, right\) fit no format.*The formats are messages, sharegpt"
     ):
         prepare_in(name)
     (tmp_path / "c.json").write_text("[]", encoding="utf-8")
     with pytest.raises(DataError, match=r"c\.json holds no rows"):
         prepare_in("c.json")
+
+
+@pytest.mark.parametrize(
+    ("foreign", "cure"),
+    [
+        (
+            {"question": "q", "answer": "a"},
+            'Write below [data]: format = "alpaca" and, on a line of its own, '
+            'fields = { instruction = "question", output = "answer" }',
+        ),
+        ({"Prompt": "q", "response": "a"}, 'fields = { instruction = "Prompt", output = "response" }'),
+        (
+            {"prompt": "q", "response": "a"},
+            'format = "prompt_completion" and, on a line of its own, fields = { completion =',
+        ),
+        (
+            {"input": "q", "output": "a"},
+            'format = "alpaca" and, on a line of its own, fields = { instruction = "input" }',
+        ),
+        ({"question": "q", "context": "c", "answer": "a"}, 'output = "answer", input = "context" }'),
+        (
+            {"dialog": row()["messages"]},
+            'format = "messages" and, on a line of its own, fields = { messages = "dialog" }',
+        ),
+    ],
+)
+def test_foreign_columns_are_answered_with_lines_that_make_them_readable(prepare_in, tmp_path, foreign, cure):
+    name = save(tmp_path / "a.jsonl", [foreign])
+    with pytest.raises(DataError, match="can be trained on") as caught:
+        prepare_in(name)
+    assert cure in str(caught.value)
+    line = caught.value.cure.removeprefix("Write below [data]: ").replace(" and, on a line of its own, ", "\n")
+    assert prepare_in(name, **tomllib.loads(line)).report.rows_kept == 1
+
+
+def test_rows_inside_of_one_object_are_named(prepare_in, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": [{"left": "q"}] * 3}), encoding="utf-8")
+    with pytest.raises(
+        DataError, match=r"None of the 1 row of .* Its rows lie in the list 'data': save that list alone\."
+    ):
+        prepare_in("a.json")
 
 
 def test_rows_of_mixed_shape_are_refused_with_both_lines(prepare_in, tmp_path):
@@ -119,6 +161,24 @@ def test_a_field_map_renames_columns(prepare_in, tmp_path):
     name = save(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}])
     data = prepare_in(name, format="alpaca", fields={"instruction": "question", "output": "answer"})
     assert data.report.rows_kept == 1
+
+
+def test_a_field_map_to_a_column_that_no_row_has_is_refused_with_the_columns_there_are(prepare_in, tmp_path):
+    rows = [{"question": "q", "answer": "a"}, {"question": "q", "answer": "a", "context": "c"}]
+    fields = {"instruction": "question", "output": "answer"}
+    name = save(tmp_path / "a.jsonl", rows)
+    assert prepare_in(name, format="alpaca", fields={**fields, "input": "context"}).report.rows_kept == 2
+    with pytest.raises(
+        DataError,
+        match=r"'contxt', which is a column of none of the 2 rows of a\.jsonl\. .*: answer, context, question\.",
+    ):
+        prepare_in(name, format="alpaca", fields={**fields, "input": "contxt"})
+
+
+def test_few_held_out_rows_are_called_a_rough_figure(prepare_in, tmp_path):
+    name = save(tmp_path / "a.jsonl", [row(f"question {number}") for number in range(40)])
+    assert "Held-out loss: from 1 row only, so a rough figure" in prepare_in(name, eval_size=1).report.summary_lines()
+    assert not any("rough" in line for line in prepare_in(name, eval_size=30).report.summary_lines())
 
 
 def test_notes_count_system_turns_that_moved_and_special_tokens_in_the_words(prepare_in, tmp_path):
@@ -221,7 +281,7 @@ def test_raw_text_is_learned_whole(prepare_in, tmp_path):
 def test_progress_is_told_of_the_rows_read(prepare_in, tmp_path):
     told = []
     prepare_in(save(tmp_path / "a.jsonl", [row()] * 300), progress=lambda *what: told.append(what))
-    assert told == [("Reading a.jsonl", 256, None), ("Reading a.jsonl", 300, None)]
+    assert told == [("Reading a.jsonl", 256, None), ("Reading a.jsonl", 300, None), ("Reading a.jsonl", 300, 300)]
 
 
 def test_a_data_set_of_the_hub_that_cannot_be_reached_is_one_clear_line(prepare_in, monkeypatch):

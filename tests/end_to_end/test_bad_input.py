@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -300,6 +301,41 @@ def test_a_true_limit_on_file_size_is_told_in_one_line(shop):
 def test_recipe_check_refuses_in_the_same_words(shop):
     shop.write(lora={"rnk": 4})
     assert told(call("recipe", "check", "mine.toml"), "[lora] has no key 'rnk'")
+
+
+def test_recipe_check_tells_of_missing_files_and_otherwise_that_all_is_fine(shop):
+    shop.write(data={"train": "nowhere.jsonl"}, model={"name": "./nowhere"})
+    result = call("recipe", "check", "mine.toml")
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 3)
+    assert "There is no model folder ./nowhere" in result.stderr
+    assert "There is no file nowhere.jsonl" in result.stderr
+    shop.write()
+    result = call("recipe", "check", "mine.toml")
+    assert (result.exit_code, result.stderr) == (0, "mine.toml is fine.\n")
+    assert tomllib.loads(result.stdout)["lora"]["r"] == 4
+
+
+def test_missing_files_are_told_before_torch_is_imported(shop):
+    shop.write(data={"train": "nowhere.jsonl"})
+    code = (
+        "import sys; from qlora_phi3.cli.main import main\n"
+        "try: main(['run', 'mine.toml'])\n"
+        "except SystemExit: print({'torch', 'transformers', 'rich'} & sys.modules.keys())"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout == "set()\n"
+    assert "There is no file nowhere.jsonl" in ended.stderr
+
+
+def test_run_without_a_recipe_says_that_it_is_missing(shop):
+    result = call("run", "--resume")
+    assert result.exit_code == 2
+    assert "Missing argument 'RECIPE'" in result.stderr
+
+
+def test_data_given_as_the_recipe(shop):
+    shop.write()
+    assert told(shop.run(recipe="chats.jsonl"), "chats.jsonl is data, not a recipe", '[data] train = "chats.jsonl"')
 
 
 def test_a_missing_recipe_names_the_one_beside_it(shop):

@@ -5,7 +5,7 @@ import shutil
 import signal
 
 import pytest
-from workshop import Workshop, read_json, read_lines, write_chats
+from workshop import Workshop, call, read_json, read_lines, write_chats
 
 FILES = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 STEPS = 10
@@ -89,7 +89,7 @@ def test_ctrl_c_ends_with_130_and_names_the_command_to_go_on(stopped):
     assert result.exit_code == 130
     assert result.stderr.splitlines() == [
         "Note: Ctrl-C: saving after this step. Press it again to stop at once.",
-        f"Error: Stopped after step 5 of {STEPS}; everything is saved. "
+        f"Stopped after step 5 of {STEPS}; everything is saved. "
         f"Go on with: qlora-phi3 run {place}/recipe.toml --resume {place}",
     ]
     assert report["status"] == "interrupted"
@@ -106,23 +106,69 @@ def test_a_second_ctrl_c_stops_at_once(shop, monkeypatch):
     shop.write()
     result = shop.run()
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1].startswith("Error: Stopped.")
+    assert result.stderr.splitlines()[-1] == (
+        f"Stopped at once after step 0 of {STEPS}, before any checkpoint was saved. Start again with the same command."
+    )
     assert read_json(shop.runs()[0] / "report.json")["status"] == "interrupted"
 
 
-@pytest.mark.parametrize("words", [["--resume"], ["OWN", "--resume", "RUN"]])
+def test_a_second_ctrl_c_names_the_checkpoint_to_go_on_from(shop, monkeypatch):
+    from qlora_phi3.show.live import View
+
+    shown = View.step
+
+    def show_and_press_twice(self, record):
+        shown(self, record)
+        if record.step == 5:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    shop.write()
+    with monkeypatch.context() as patch:
+        patch.setattr(View, "step", show_and_press_twice)
+        result = shop.run()
+    (folder,) = (path.relative_to(shop.path) for path in shop.runs())
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == (
+        f"Stopped at once after step 5 of {STEPS}; the newest checkpoint is of step 4. "
+        f"Go on with: qlora-phi3 run {folder}/recipe.toml --resume {folder}"
+    )
+    assert shop.run("--resume").exit_code == 0
+
+
+def test_ctrl_c_before_the_first_step_loses_nothing(shop, monkeypatch):
+    import qlora_phi3.training.run as training
+
+    def press(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    shop.write()
+    monkeypatch.setattr(training, "prepare", press)
+    result = shop.run()
+    assert (result.exit_code, result.stderr) == (
+        130,
+        "Stopped before the first step: nothing is lost. Start again with the same command.\n",
+    )
+    assert shop.runs() == []
+
+
+@pytest.mark.parametrize(
+    "words", [["mine.toml", "--resume"], ["OWN", "--resume", "RUN"], ["--resume", "mine.toml"], ["--resume", "RUN"]]
+)
 def test_resuming_ends_in_the_adapter_of_the_undisturbed_run(halfway, undisturbed, words):
     shop, folder = halfway
-    words = [str(folder) if word == "RUN" else word for word in words]
-    recipe = str(folder / "recipe.toml") if words[0] == "OWN" else "mine.toml"
-    result = shop.run(*(word for word in words if word != "OWN"), recipe=recipe)
+    names = {"RUN": str(folder), "OWN": str(folder / "recipe.toml")}
+    result = call("run", *(names.get(word, word) for word in words))
     assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
     assert shop.runs() == [folder]
     assert_same_end(folder, undisturbed[1])
     report, expected = read_json(folder / "report.json"), read_json(undisturbed[1] / "report.json")
     for key in ("status", "steps", "eval_loss_before", "eval_loss_after", "seed", "versions"):
         assert report[key] == expected[key]
     assert report.keys() == expected.keys()
+    losses = [record["loss"] for record in read_lines(folder / "metrics.jsonl") if record["kind"] == "train"]
+    assert f"{losses[0]:.4f} -> {losses[-1]:.4f} (first and last step)" in result.stdout  # the first session's, too
 
 
 def test_resuming_with_dropout_draws_the_same_masks(shop, base, tmp_path):
@@ -188,13 +234,18 @@ def test_a_kill_while_a_checkpoint_is_written_costs_only_that_checkpoint(shop, u
             shop.run()
     (folder,) = shop.runs()
     report = read_json(folder / "report.json")
-    (folder / "report.json").write_text(json.dumps({**report, "status": "running"}), encoding="utf-8")
+    # As a kill leaves it, which nobody can write down.
+    (folder / "report.json").write_text(json.dumps({**report, "status": "running", "seconds": 0.0}), encoding="utf-8")
+    lines = read_lines(folder / "metrics.jsonl")
+    trained = sum(line.get("step_seconds", line.get("seconds", 0)) for line in lines)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # and a last line cut short
     result = shop.run("--resume")
     assert result.exit_code == 0, result.stderr
     assert "checkpoint-6 is not whole" in result.stderr
     assert_same_end(folder, undisturbed[1])
+    again = sum(line["step_seconds"] for line in read_lines(folder / "metrics.jsonl")[-5:] if "step_seconds" in line)
+    assert read_json(folder / "report.json")["seconds"] > trained + again
 
 
 def refused(result, *words):
@@ -233,7 +284,11 @@ def test_changed_data_are_not_resumed(halfway):
 
 def test_a_folder_that_is_no_run_is_not_resumed(halfway):
     shop, folder = halfway
-    assert refused(shop.run("--resume", "nowhere"), "nowhere", "runs/<recipe>/<time>")
+    newest = folder.relative_to(shop.path)
+    assert refused(shop.run("--resume", "nowhere"), f"There is no run folder nowhere. The newest of mine is {newest}.")
+    assert refused(
+        call("run", "--resume", "nowhere"), "There is no run folder nowhere", "qlora-phi3 run RECIPE.toml --resume"
+    )
     assert refused(shop.run("--resume", str(shop.path)), "report.json")
     (folder / "report.json").write_text("{", encoding="utf-8")
     assert refused(shop.run("--resume"), "report.json")

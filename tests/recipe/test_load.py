@@ -374,6 +374,47 @@ def test_an_override_that_is_none_is_refused(tmp_path: Path, override: str):
     assert told == f"--set {override} is not table.key=value. Write it like: --set lora.r=32"
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("lora.target_modules=[q_proj]", """Quote the names: --set 'lora.target_modules=["q_proj"]'"""),
+        ("data.train=['a.csv', b.csv]", """Quote the names: --set 'data.train=["a.csv", "b.csv"]'"""),
+        ("data.fields={output=answer}", "is not TOML: "),
+    ],
+)
+def test_a_list_of_an_override_that_is_not_toml_is_refused_with_one_that_is(tmp_path: Path, override: str, told: str):
+    message = refusal(tmp_path, SHORTEST, override)
+    assert message.startswith(f"--set {override} is not TOML: ")
+    assert told in message
+
+
+def test_an_override_that_only_begins_like_a_list_is_a_word(tmp_path: Path):
+    assert read(tmp_path, SHORTEST, "lora.target_modules=[qo].*_proj").lora.target_modules == "[qo].*_proj"
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('learning_rate = "2e-4"', " Write it without quotes: learning_rate = 2e-4"),
+        ('packing = "true"', " Write it without quotes: packing = true"),
+        ('gradient_accumulation_steps = "4"', " Write it without quotes: gradient_accumulation_steps = 4"),
+        ('learning_rate = "-1"', ""),
+        ('learning_rate = "small"', ""),
+        ('packing = "1"', ""),
+    ],
+)
+def test_a_number_in_quotes_is_answered_with_the_line_to_write(tmp_path: Path, line: str, told: str):
+    message = refusal(tmp_path, f"{SHORTEST}[training]\n{line}")
+    assert message.endswith(told) if told else "without quotes" not in message
+
+
+def test_data_given_as_the_recipe_are_told_where_they_belong(tmp_path: Path):
+    with pytest.raises(
+        RecipeError, match=r"chats\.jsonl is data, not a recipe\. Name it in a recipe: \[data\] train = \".*"
+    ):
+        load_recipe(tmp_path / "chats.jsonl")
+
+
 def test_an_override_below_a_value_is_refused(tmp_path: Path):
     assert "goes below r, which is no table." in refusal(tmp_path, SHORTEST + "[lora]\nr = 3", "lora.r.x=3")
 

@@ -49,6 +49,13 @@ def test_predicted_and_measured_stand_side_by_side_in_the_report(shop):
     assert measured["process_bytes"] > predicted["allocated_bytes"]
 
 
+def test_no_rehearsal_on_the_command_line_skips_it(shop):
+    shop.write(**DROPOUT, memory={"rehearsal": True})
+    result = shop.run("--no-rehearsal")
+    assert result.exit_code == 0, result.stderr
+    assert "Rehearsal" not in result.stdout
+
+
 def test_a_rehearsal_leaves_nothing_in_the_run_folder(shop):
     _, folder = train(shop, rehearsal=True)
     assert not [path for path in folder.rglob("*") if "rehearsal" in path.name]

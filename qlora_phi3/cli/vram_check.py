@@ -1,0 +1,265 @@
+"""`qlora-phi3 vram-check`: whether a recipe fits a card, and how, before a byte of it is spent."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qlora_phi3.cli.options import debug_option, set_option
+from qlora_phi3.errors import DeviceError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qlora_phi3.device import Device
+    from qlora_phi3.memory.answer import Answer
+    from qlora_phi3.memory.ask import Question
+
+BESIDE = "beside the recipe"
+FITS, DOES_NOT_FIT = 0, 3
+#: Columns of what is no terminal.
+PIPED_WIDTH = 100
+
+
+@click.command("vram-check")
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@click.option("--gpu", metavar="NAME", help="Ask about a card that is not here: --gpu 'RTX 4070 Laptop'.")
+@click.option("--vram", metavar="SIZE", help="Ask about any card of a size: --vram 12GB.")
+@click.option("--all", "every_card", is_flag=True, help="A table of all consumer cards from 4 to 24 GB.")
+@click.option("--max-length", "longest", is_flag=True, help="The longest row that still fits each card.")
+@click.option(
+    "--fit",
+    is_flag=False,
+    flag_value=BESIDE,
+    metavar="[FILE]",
+    help="Write the set-up that was found as a recipe: to FILE, or beside RECIPE.",
+)
+@click.option("--json", "wants_json", is_flag=True, help="Print JSON, for programs.")
+@set_option
+@debug_option
+@click.pass_context
+def vram_check(
+    ctx: click.Context,
+    recipe: Path | None,
+    gpu: str | None,
+    vram: str | None,
+    every_card: bool,
+    longest: bool,
+    fit: str | None,
+    wants_json: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Say whether RECIPE fits a card, and with which set-up it is fastest; without RECIPE, what the card here has free.
+
+    \b
+    Examples:
+      qlora-phi3 vram-check
+      qlora-phi3 vram-check recipes/chat.toml
+      qlora-phi3 vram-check recipes/chat.toml --vram 12GB
+      qlora-phi3 vram-check recipes/chat.toml --all
+
+    Nothing is loaded, downloaded or put on the card. Exit codes: 0 it fits, 3 it does not, 4 that cannot be told, 2 bad input.
+    """
+    if recipe is None and fit is not None and Path(fit).suffix == ".toml" and Path(fit).is_file():
+        recipe, fit = Path(fit), BESIDE  # --fit RECIPE.toml: the recipe was taken for the option's value
+    _check_options(recipe, gpu, vram, every_card=every_card, longest=longest, fit=fit, overrides=overrides)
+    if recipe is None:
+        _tell_card(_find_device(gpu, vram), wants_json=wants_json)
+        return
+    with _asking(ctx, recipe, overrides, wants_json=wants_json) as question:
+        if longest:
+            code = _tell_longest(question, gpu, vram, wants_json=wants_json)
+        elif every_card:
+            code = _tell_survey(question, wants_json=wants_json)
+        else:
+            code = _tell_answer(question, _find_device(gpu, vram), fit, wants_json=wants_json)
+    ctx.exit(code)
+
+
+def _check_options(
+    recipe: Path | None,
+    gpu: str | None,
+    vram: str | None,
+    *,
+    every_card: bool,
+    longest: bool,
+    fit: str | None,
+    overrides: Sequence[str],
+) -> None:
+    """Refuse what cannot go together."""
+    if gpu and vram:
+        raise UserError(f"--gpu {gpu!r} and --vram {vram} both name a card.", "Keep one.")
+    about_recipe = {"--all": every_card, "--max-length": longest, "--fit": fit, "--set": overrides}
+    for option, given in about_recipe.items():
+        if given and recipe is None:
+            raise UserError(f"{option} asks about a recipe, and none is given.", "Name one, such as recipes/chat.toml.")
+    if every_card and (gpu or vram):
+        raise UserError("--all asks about every card, --gpu and --vram about one.", "Keep one of them.")
+    if every_card and longest:
+        raise UserError("--all and --max-length are two tables.", "Ask for one after the other.")
+    if fit and (every_card or longest):
+        raise UserError("--fit writes the set-up for one card.", "Leave --all and --max-length out.")
+
+
+def _find_device(gpu: str | None, vram: str | None) -> "Device":
+    """The card that is asked about.
+
+    Raises:
+        DeviceError: nobody knows it, its size cannot be read, or there is none here.
+    """
+    from qlora_phi3.device import card_of_size, find_card, read_device
+    from qlora_phi3.sizes import parse_size
+
+    if gpu:
+        return find_card(gpu)
+    if not vram:
+        return read_device()
+    try:
+        num_bytes = parse_size(vram, binary=True)
+    except ValueError as error:
+        raise DeviceError(f"--vram: {error}") from error
+    return card_of_size(num_bytes)
+
+
+def _card_here() -> "Device | None":
+    """The card of this computer, if it has one that answers."""
+    from qlora_phi3.device import read_device
+
+    try:
+        return read_device()
+    except DeviceError:
+        return None
+
+
+@contextmanager
+def _asking(ctx: click.Context, recipe: Path, overrides: tuple[str, ...], *, wants_json: bool) -> Iterator["Question"]:
+    """A question whose work is shown on stderr; for a program, "cannot tell" is an answer as well."""
+    from qlora_phi3.cli.quiet import quietly
+    from qlora_phi3.memory.answer import CannotTellError
+    from qlora_phi3.memory.ask import Question
+    from qlora_phi3.show.watcher import Watcher
+
+    watcher = Watcher()
+    try:
+        with nullcontext() if ctx.meta.get("debug") else quietly():
+            yield Question(recipe, overrides, watcher)
+    except CannotTellError as error:
+        if wants_json:
+            _print_json({**_nothing_known(), "verdict": "cannot_tell", "reason": str(error)})
+        raise
+    finally:
+        watcher.close()
+
+
+def _nothing_known() -> dict[str, None]:
+    from qlora_phi3.memory.answer import Answer
+
+    return dict.fromkeys([*(field.name for field in fields(Answer)), "others", "others_bytes"])
+
+
+def _tell_card(device: "Device", *, wants_json: bool) -> None:
+    if wants_json:
+        _print_json({"device": asdict(device), "others_bytes": device.others_bytes})
+        return
+    from qlora_phi3.show.memory import show_card
+
+    show_card(_console(), device)
+
+
+def _tell_answer(question: "Question", device: "Device", fit: str | None, *, wants_json: bool) -> int:
+    target = None if fit is None else _fit_target(question, device, fit)
+    answer = question.about_card(device)
+    question.teller.close()
+    if wants_json:
+        from qlora_phi3.memory.answer import as_json
+
+        _print_json(as_json(answer))
+    else:
+        from qlora_phi3.show.memory import show_answer
+
+        show_answer(_console(), answer)
+    if target is not None:
+        _write_fit(question, answer, target)
+    return FITS if answer.fits else DOES_NOT_FIT
+
+
+def _fit_target(question: "Question", device: "Device", fit: str) -> Path:
+    """Where --fit writes; refused before the work begins where something is there already."""
+    path = Path(fit)
+    if fit == BESIDE:
+        size = round(device.total_bytes / 2**30)
+        path = question.path.with_name(f"{question.path.stem}-{size}gb.toml")
+    if path.exists():
+        raise _is_there(path)
+    return path
+
+
+def _is_there(path: Path) -> UserError:
+    return UserError(
+        f"{path} is there already, and --fit overwrites nothing.", "Name another file, or delete it first."
+    )
+
+
+def _write_fit(question: "Question", answer: "Answer", target: Path) -> None:
+    """Write the recipe of the plan; say so on stderr, where a program that reads JSON is not disturbed."""
+    from qlora_phi3.memory.fitted import write_fitted
+
+    if not answer.fits:
+        click.echo(f"{target} is not written, as nothing fits.", err=True)
+        return
+    try:
+        write_fitted(question.recipe, question.text, question.overrides, answer, source=question.path, target=target)
+    except FileExistsError as error:
+        raise _is_there(target) from error
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}.", "Name another file.") from error
+    click.echo(f"Written: {target}. Train it with: qlora-phi3 run {target}", err=True)
+
+
+def _tell_survey(question: "Question", *, wants_json: bool) -> int:
+    from qlora_phi3.memory.survey import group_cards, group_of_one, survey_as_json
+
+    here = _card_here()
+    rows = question.about_every_card([*([group_of_one(here)] if here else []), *group_cards()])
+    question.teller.close()
+    if wants_json:
+        _print_json({"cards": survey_as_json(rows)})
+    else:
+        from qlora_phi3.show.memory import show_survey
+
+        show_survey(_console(), rows)
+    return FITS if any(row.answer.fits for row in rows) else DOES_NOT_FIT
+
+
+def _tell_longest(question: "Question", gpu: str | None, vram: str | None, *, wants_json: bool) -> int:
+    from qlora_phi3.memory.survey import group_cards
+
+    if gpu or vram:
+        devices = [_find_device(gpu, vram)]
+    else:
+        here = _card_here()
+        devices = [*([here] if here else []), *(group.device for group in group_cards())]
+    rows = question.about_length(devices)
+    question.teller.close()
+    if wants_json:
+        _print_json({"cards": [asdict(row) for row in rows]})
+    else:
+        from qlora_phi3.show.memory import show_longest
+
+        show_longest(_console(), rows)
+    return FITS if any(row.max_length for row in rows) else DOES_NOT_FIT
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPED_WIDTH)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))

@@ -1,0 +1,98 @@
+"""The plan as a recipe: what it chose written into the user's own text, so that the same plan is made again."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from qlora_phi3.memory.answer import Answer
+from qlora_phi3.recipe.fit import Choice, fit_recipe
+from qlora_phi3.recipe.load import Recipe
+from qlora_phi3.recipe.places import listed, possible_places
+from qlora_phi3.sizes import MIB, format_gib
+
+
+def write_fitted(
+    recipe: Recipe, text: str, overrides: Sequence[str], answer: Answer, *, source: Path, target: Path
+) -> Recipe:
+    """Write the recipe with its plan to a file that does not exist yet.
+
+    Args:
+        recipe: as `text` and `overrides` (`table.key=value`) say it.
+        source: where the text is from; its relative paths are looked for there.
+
+    Returns:
+        The recipe that was written.
+
+    Raises:
+        FileExistsError: there is such a file; it stays as it is.
+    """
+    choices = [
+        *_given(recipe, overrides),
+        *_moved(recipe, source.absolute().parent, target.absolute().parent),
+        *_planned(recipe, answer),
+    ]
+    fitted, written = fit_recipe(recipe, text, choices, _heading(answer))
+    with target.open("x", encoding="utf-8", newline="\n") as file:
+        file.write(written)
+    return fitted
+
+
+def _heading(answer: Answer) -> str:
+    needs, budget = format_gib(answer.peak_on_card_bytes), format_gib(answer.budget_bytes)
+    return (
+        f"Set up for {answer.device.name} by qlora-phi3 {answer.versions['qlora-phi3']} on {answer.answered[:10]}: predicted "
+        f"{needs}, and {format_gib(answer.margin_bytes)} of margin, of {budget} on the card. What is learned is the same "
+        "on every card; the keys with a reason beside them decide memory and speed."
+    )
+
+
+def _given(recipe: Recipe, overrides: Sequence[str]) -> Iterator[Choice]:
+    """What --set changed."""
+    for override in overrides:
+        table, key = override.partition("=")[0].strip().split(".")[:2]
+        value = getattr(recipe, table).model_dump(exclude_none=True).get(key)
+        if value is not None:
+            yield Choice(table, key, value, "from --set")
+
+
+def _moved(recipe: Recipe, old: Path, new: Path) -> Iterator[Choice]:
+    """Local paths as they are written from another folder."""
+    if old == new:
+        return
+
+    def move(place: str) -> str:
+        beside = possible_places(place, old)[0]
+        if Path(place).is_absolute() or not beside.exists():
+            return place
+        try:
+            return Path(os.path.relpath(beside, new)).as_posix()
+        except ValueError:  # another drive, on Windows
+            return beside.as_posix()
+
+    data = recipe.data
+    for table, key, value in (
+        ("model", "name", recipe.model.name),
+        ("data", "train", data.train),
+        ("data", "eval", data.eval),
+    ):
+        moved = [move(place) for place in listed(value)]
+        if moved != list(listed(value)):
+            yield Choice(table, key, moved[0] if isinstance(value, str) else moved, "")
+
+
+def _planned(recipe: Recipe, answer: Answer) -> Iterator[Choice]:
+    """The keys that the recipe leaves to the plan."""
+    training, memory, why = recipe.training, recipe.memory, answer.reasons
+    every = answer.checkpoint_every_n_layers
+    if training.gradient_checkpointing == "auto":
+        yield Choice("training", "gradient_checkpointing", every > 0, why["gradient_checkpointing"])
+    if training.activation_offloading == "auto":
+        yield Choice("training", "activation_offloading", answer.activation_offloading, why["activation_offloading"])
+    if training.optim == "auto":
+        yield Choice("training", "optim", answer.optim, why["optim"])
+    if memory.checkpoint_every_n_layers == "auto" and every:
+        yield Choice("memory", "checkpoint_every_n_layers", every, "1: all of them")
+    if memory.micro_batch_tokens == "auto" and training.micro_batch_size is None:
+        yield Choice("memory", "micro_batch_tokens", answer.micro_batch_tokens, why["micro_batch_tokens"])
+    if memory.logits_tile == "auto":
+        yield Choice("memory", "logits_tile", f"{answer.logits_tile_bytes // MIB}MiB", why["logits_tile"])

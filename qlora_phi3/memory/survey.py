@@ -1,0 +1,275 @@
+"""One recipe on every card that people have: what fits, and the longest row that does.
+
+Cards of one size are one line: 12 GB is 12 GB, give or take what the driver keeps. The line stands for the card of its group with
+the least usable memory, so that what fits there fits on all of them. Cards without bfloat16 (GTX 16, RTX 20) are a group of
+their own: they compute in float16 and with another attention kernel.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from qlora_phi3.cards import CARDS, Card
+from qlora_phi3.dataset.pack import MicroBatchPlan
+from qlora_phi3.device import Device
+from qlora_phi3.memory.answer import NATIVE_BFLOAT16, Answer, Bench, as_json, compute_dtype_on, from_json
+from qlora_phi3.memory.cures import allocated_estimate, leanest_forecast
+from qlora_phi3.memory.longest import STEP, LongestRow
+from qlora_phi3.memory.margin import budget_within, limit_of
+from qlora_phi3.setup import Setup
+from qlora_phi3.sizes import MIB
+
+if TYPE_CHECKING:
+    from qlora_phi3.memory.predict import Predictor
+    from qlora_phi3.memory.rows import RowLengths
+
+SMALLEST_GB, LARGEST_GB = 4, 24
+#: Workstation and server cards keep memory for error correction, and are asked for by name.
+CONSUMER = re.compile(r"[GR]TX \d{4}\b")
+#: Reserved over allocated, for the first guess: 1.09 to 1.11 in replays of full-size offloaded steps of 4 to 107 thousand tokens.
+USUAL_RATIO = 1.1
+SMALLEST_TILE_MIB, MOST_TILES = 8, 64
+GROUP_FIELDS = ("nominal_gb", "series", "slowest_tokens_per_second", "fastest_tokens_per_second")
+#: Told the name of the card that is looked at, how many are done, and of how many.
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardGroup:
+    """Cards of one size and kind."""
+
+    nominal_gb: int
+    #: Such as "RTX 30, 40, 50".
+    series: str
+    #: The one with the least memory, at a middling speed.
+    device: Device
+    #: Of the table; none where the group is the card here.
+    cards: tuple[Card, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SurveyRow:
+    """The plan on one group of cards."""
+
+    nominal_gb: int
+    series: str
+    answer: Answer
+    #: Tokens a second by the cost model on the slowest and the fastest of them: an estimate.
+    slowest_tokens_per_second: float
+    fastest_tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LongestOnCard:
+    """The longest row that fits, in tokens; 0 where none does."""
+
+    name: str
+    model: str
+    usable_bytes: int
+    max_length: int
+    #: The model's own limit: a longer row may fit and would teach nothing.
+    at_the_models_end: bool
+    peak_on_card_bytes: int
+    #: What lies in the computer's memory meanwhile.
+    host_bytes: int
+    compute_dtype: str
+
+
+def group_cards() -> list[CardGroup]:
+    """The consumer cards of the table from 4 to 24 GB, smallest first."""
+    chosen = [card for card in CARDS if SMALLEST_GB <= card.nominal_gb <= LARGEST_GB and CONSUMER.match(card.name)]
+    chosen.sort(key=_group_key)
+    return [_as_group(tuple(cards)) for _, cards in groupby(chosen, key=_group_key)]
+
+
+def group_of_one(device: Device) -> CardGroup:
+    """The card here, as a group of its own."""
+    return CardGroup(nominal_gb=round(device.total_bytes / 2**30), series=device.name, device=device, cards=())
+
+
+def _group_key(card: Card) -> tuple[int, bool]:
+    return card.nominal_gb, card.compute_capability >= NATIVE_BFLOAT16
+
+
+def _as_group(cards: tuple[Card, ...]) -> CardGroup:
+    smallest = min(cards, key=lambda card: card.usable_bytes)
+    series = _name_series(cards)
+    device = Device(
+        name=f"{cards[0].nominal_gb} GB, {series}",
+        total_bytes=smallest.usable_bytes,
+        free_bytes=smallest.usable_bytes,
+        compute_capability=max(card.compute_capability for card in cards),
+        bandwidth_bytes_per_second=median(card.bandwidth_gb for card in cards) * 1e9,
+        tflops_16bit=median(card.tflops_16bit for card in cards),
+        here=False,
+        estimated=smallest.estimated,
+    )
+    return CardGroup(nominal_gb=cards[0].nominal_gb, series=series, device=device, cards=cards)
+
+
+def _name_series(cards: Sequence[Card]) -> str:
+    """`RTX 3060` and `RTX 4070 SUPER` as "RTX 30, 40"."""
+    found: dict[str, set[str]] = {}
+    for card in cards:
+        brand, number = card.name.split()[:2]
+        found.setdefault(brand, set()).add(number[:2])
+    return ", ".join(f"{brand} {', '.join(sorted(numbers))}" for brand, numbers in sorted(found.items()))
+
+
+def survey(bench: Bench, groups: Sequence[CardGroup], tell: Tell) -> list[SurveyRow]:
+    """Plan for each group."""
+    rows = []
+    for number, group in enumerate(groups):
+        tell(group.device.name, number, len(groups))
+        answer = bench.answer(group.device, budget_within(bench.subject.recipe, group.device), with_cures=False)
+        speeds = [_tokens_per_second(bench, answer, card) for card in group.cards] or [answer.tokens_per_second]
+        rows.append(
+            SurveyRow(
+                nominal_gb=group.nominal_gb,
+                series=group.series,
+                answer=answer,
+                slowest_tokens_per_second=min(speeds),
+                fastest_tokens_per_second=max(speeds),
+            )
+        )
+    tell("", len(groups), len(groups))
+    return rows
+
+
+def _tokens_per_second(bench: Bench, answer: Answer, card: Card) -> float:
+    from qlora_phi3.memory.cost import Work, step_cost
+
+    subject = bench.subject
+    step = subject.rows.lengths.usual_step()
+    work = Work(
+        lengths=step,
+        num_micro_batches=answer.num_micro_batches,
+        rank=subject.recipe.lora.r,
+        quantized=subject.recipe.quantization.load_in_4bit,
+    )
+    cost = step_cost(
+        subject.architecture,
+        _setup_of(answer),
+        work,
+        tflops_16bit=card.tflops_16bit,
+        bandwidth_bytes_per_second=card.bandwidth_gb * 1e9,
+    )
+    return sum(step) / cost.seconds
+
+
+def _setup_of(answer: Answer) -> Setup:
+    layout = MicroBatchPlan(
+        max_tokens=answer.micro_batch_tokens,
+        max_rows=answer.micro_batch_size,
+        packing=answer.packing,
+        longrope_boundary=None,
+    )
+    return Setup(
+        micro_batch=layout,
+        evaluation=layout,
+        checkpoint_every=answer.checkpoint_every_n_layers,
+        activation_offloading=answer.activation_offloading,
+        optim=answer.optim,
+        logits_tile_bytes=answer.logits_tile_bytes,
+    )
+
+
+def find_longest_rows(bench: Bench, devices: Sequence[Device], tell: Tell) -> list[LongestOnCard]:
+    """The longest row for each card, alone in its step, with the leanest set-up that the recipe allows."""
+    rows: dict[int, _LongestRows] = {}
+    found = []
+    for number, device in enumerate(devices):
+        tell(device.name, number, len(devices))
+        predictor = bench.predictor(device)
+        found.append(rows.setdefault(id(predictor), _LongestRows(bench, predictor)).on(device))
+    tell("", len(devices), len(devices))
+    return found
+
+
+class _LongestRows:
+    """The longest rows on cards that share a simulator."""
+
+    def __init__(self, bench: Bench, predictor: "Predictor") -> None:
+        self._bench, self._predictor, self._ratio = bench, predictor, USUAL_RATIO
+        self._search = LongestRow(self._estimate, bench.subject.architecture.max_position_embeddings)
+
+    def on(self, device: Device) -> LongestOnCard:
+        """Estimated first, then simulated whole, and shortened where that finds less room."""
+        limit = limit_of(device, budget_within(self._bench.subject.recipe, device))
+        length, forecast = self._search.within(self._room(limit)), None
+        while length:
+            self._bench.say(f"simulating every layer with a row of {length:,} tokens")
+            forecast = leanest_forecast(self._predictor_for(length), _alone(length), limit_bytes=limit)
+            self._ratio = forecast.reserved_bytes / forecast.allocated_bytes
+            if forecast.fits:
+                break
+            length = min(self._search.within(self._room(limit)), length - STEP)
+        return LongestOnCard(
+            name=device.name,
+            model=self._bench.subject.recipe.model.name,
+            usable_bytes=device.total_bytes,
+            max_length=length,
+            at_the_models_end=length == self._search.at_most,
+            peak_on_card_bytes=forecast.on_card_bytes if forecast else self._least(),
+            host_bytes=forecast.profile.host_bytes if forecast else 0,
+            compute_dtype=compute_dtype_on(self._bench.subject.recipe, device),
+        )
+
+    def _room(self, limit_bytes: int) -> int:
+        """Bytes that may be allocated for the card to hold no more than the limit."""
+        return int((limit_bytes - self._predictor.on_card(0)) / self._ratio)
+
+    def _least(self) -> int:
+        """On the card for the shortest row."""
+        return self._predictor.on_card(int(self._search.least_bytes * self._ratio))
+
+    def _estimate(self, length: int) -> int:
+        self._bench.say(f"trying a row of {length:,} tokens")
+        return allocated_estimate(self._predictor_for(length), _alone(length))
+
+    def _predictor_for(self, length: int) -> "Predictor":
+        """One whose loss goes through a long row in few tiles: each is simulated, and the peak is elsewhere by far."""
+        recipe = self._predictor.recipe
+        if recipe.memory.logits_tile != "auto":
+            return self._predictor
+        logits_bytes = 4 * length * self._bench.subject.architecture.vocab_size
+        tile = max(SMALLEST_TILE_MIB, -(-logits_bytes // MOST_TILES // MIB))
+        memory = recipe.memory.model_copy(update={"logits_tile": f"{tile}MiB"})
+        return self._predictor.with_recipe(recipe.model_copy(update={"memory": memory}))
+
+
+def _alone(length: int) -> "RowLengths":
+    """A step of one row; measuring it takes less than training on it."""
+    from qlora_phi3.memory.rows import assume_lengths
+
+    return replace(assume_lengths(length, 1), longest_evaluation=0)
+
+
+def survey_as_json(rows: Sequence[SurveyRow]) -> list[dict[str, Any]]:
+    """Each answer with its group beside it."""
+    return [{**as_json(row.answer), **{name: getattr(row, name) for name in GROUP_FIELDS}} for row in rows]
+
+
+def survey_from_json(saved: Sequence[Mapping[str, Any]]) -> list[SurveyRow]:
+    """What `survey_as_json` wrote; ValueError where it is something else."""
+    try:
+        return [
+            SurveyRow(
+                answer=from_json({key: value for key, value in row.items() if key not in GROUP_FIELDS}),
+                **{name: row[name] for name in GROUP_FIELDS},
+            )
+            for row in saved
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"no survey: {error}") from error
+
+
+def longest_from_json(saved: Sequence[Mapping[str, Any]]) -> list[LongestOnCard]:
+    """Rows that `asdict` wrote; ValueError where they are something else."""
+    try:
+        return [LongestOnCard(**row) for row in saved]
+    except TypeError as error:
+        raise ValueError(f"no rows: {error}") from error

@@ -1,0 +1,452 @@
+"""The answer and what goes with it: margin, cache, cures, the longest row, the groups of cards, the recipe of the plan."""
+
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_model import build_config
+from workshop import build_base, write_chats
+
+from qlora_phi3.architecture import parse_architecture
+from qlora_phi3.cards import CARDS
+from qlora_phi3.device import Holder, card_of_size
+from qlora_phi3.errors import DeviceError
+from qlora_phi3.memory import cache
+from qlora_phi3.memory.answer import Bench, Subject, as_json, from_json, name_tenants, read_subject
+from qlora_phi3.memory.fitted import write_fitted
+from qlora_phi3.memory.lengths import RowsRead
+from qlora_phi3.memory.longest import LongestRow
+from qlora_phi3.memory.margin import LEAST_BYTES, Margin, budget_of, margin_share, read_margin, record_error
+from qlora_phi3.memory.rows import assume_lengths
+from qlora_phi3.memory.survey import find_longest_rows, group_cards, survey, survey_as_json, survey_from_json
+from qlora_phi3.recipe.fit import Choice, fit_recipe
+from qlora_phi3.recipe.load import Recipe, load_recipe
+from qlora_phi3.sizes import GIB, MIB
+
+CARD = card_of_size(8 * GIB)
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path, monkeypatch):
+    """State and cache of this test alone."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
+
+
+def build_recipe(**tables):
+    usual = {"model": {"name": "tiny"}, "data": {"train": "rows.jsonl"}}
+    training = {"batch_size": 4, "max_length": 256, **tables.pop("training", {})}
+    return Recipe.model_validate({**usual, "training": training, **tables})
+
+
+def build_bench(shape=None, **tables):
+    recipe = build_recipe(**tables)
+    config = json.loads(json.dumps(build_config(**{"vocab_size": 2048, **(shape or {})}).to_dict(), default=str))
+    rows = RowsRead(assume_lengths(recipe.training.max_length, recipe.training.batch_size), "assumed")
+    subject = Subject(recipe=recipe, config=config, architecture=parse_architecture(config, "tiny"), rows=rows)
+    return Bench(subject, lambda _: None)
+
+
+def card_with(bench, mib):
+    """A card that leaves a run so much beside the CUDA context and the margin."""
+    num_bytes = bench.predictor(CARD).on_card(mib * MIB) + LEAST_BYTES
+    return replace(CARD, total_bytes=num_bytes, free_bytes=num_bytes)
+
+
+def answer_on(bench, card):
+    return bench.answer(card, card.free_bytes)
+
+
+# The margin
+
+
+def test_the_margin_is_three_percent_and_at_least_128_mib():
+    assert read_margin("a card") == Margin(0.03)
+    assert Margin(0.03).beside(10 * GIB) == int(10 * GIB * 0.03)
+    assert Margin(0.03).beside(GIB) == 128 * MIB
+
+
+@pytest.mark.parametrize("budget", [GIB, 4 * GIB, 24 * GIB])
+@pytest.mark.parametrize("share", [0.03, 0.12])
+def test_a_prediction_at_the_limit_and_its_margin_make_the_budget(budget, share):
+    margin = Margin(share)
+    limit = margin.limit(budget)
+    assert budget - 2 <= limit + margin.beside(limit) <= budget
+
+
+def test_a_run_that_took_more_than_predicted_widens_the_margin_of_its_card_alone():
+    record_error("this card", 1000, 1040)
+    record_error("this card", 1000, 900)
+    assert margin_share("this card") == pytest.approx(0.06)
+    assert read_margin("this card").runs == 2
+    assert read_margin("this card").widened
+    assert margin_share("that card") == 0.03
+
+
+def test_a_run_that_took_less_leaves_the_margin_as_it_is():
+    record_error("this card", 1000, 700)
+    assert margin_share("this card") == 0.03
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"this card": 3}', '{"this card": [{"predicted_bytes": 0}, 7]}'])
+def test_a_spoilt_record_of_errors_is_passed_over(tmp_path, text):
+    record_error("this card", 1000, 1100)
+    (path,) = tmp_path.rglob("prediction-errors.json")
+    path.write_text(text, encoding="utf-8")
+    assert margin_share("this card") == 0.03
+
+
+def test_the_budget_is_what_is_free_or_less_where_the_recipe_says_so():
+    taken = replace(CARD, here=True, free_bytes=5 * GIB)
+    assert budget_of(build_recipe(), taken) == 5 * GIB
+    assert budget_of(build_recipe(memory={"budget": "3GiB"}), taken) == 3 * GIB
+    assert budget_of(build_recipe(memory={"budget": "6GiB"}), taken) == 5 * GIB
+    with pytest.raises(DeviceError, match=r'budget = "20GiB", and a 8 GB card has 7\.\d+ GiB'):
+        budget_of(build_recipe(memory={"budget": "20GiB"}), taken)
+
+
+# The cache
+
+
+def test_an_answer_is_found_while_the_files_it_was_read_from_stay_as_they_are(tmp_path):
+    watched = tmp_path / "config.json"
+    absent = tmp_path / "tokenizer.json"
+    watched.write_text("{}", encoding="utf-8")
+    cache.keep("key", {"a": 1}, cache.watch([watched, absent]))
+    assert cache.find_kept("key") == {"a": 1}
+    assert cache.find_kept("another") is None
+    absent.write_text("{}", encoding="utf-8")
+    assert cache.find_kept("key") is None
+    absent.unlink()
+    assert cache.find_kept("key") == {"a": 1}
+    watched.write_text("{ }", encoding="utf-8")
+    assert cache.find_kept("key") is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"answer": 1}', '{"answer": 1, "watched": 3}'])
+def test_a_spoilt_file_of_the_cache_is_no_answer(tmp_path, text):
+    cache.keep("key", 1, {})
+    (path,) = (tmp_path / "cache").rglob("key.json")
+    path.write_text(text, encoding="utf-8")
+    assert cache.find_kept("key") is None
+
+
+def test_the_key_changes_with_the_question_and_with_a_library(monkeypatch):
+    key = cache.question_key({"recipe": "a"})
+    assert key == cache.question_key({"recipe": "a"}) != cache.question_key({"recipe": "b"})
+    monkeypatch.setattr(cache, "version", lambda name: "9.9")
+    assert cache.question_key({"recipe": "a"}) != key
+
+
+def test_old_answers_go(monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "KEPT", 2)
+    for number in range(4):
+        cache.keep(str(number), number, {})
+        (path,) = (tmp_path / "cache").rglob(f"{number}.json")
+        os.utime(path, (number, number))
+    assert len(list((tmp_path / "cache").rglob("*.json"))) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
+    (tmp_path / "cache").write_text("a file", encoding="utf-8")
+    cache.keep("key", 1, {})
+    assert cache.find_kept("key") is None
+
+
+# The answer
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return build_bench()
+
+
+@pytest.fixture(scope="module")
+def answer(bench):
+    return bench.answer(CARD, CARD.free_bytes)
+
+
+def test_an_answer_goes_to_json_and_back(answer):
+    here = replace(answer, device=replace(CARD, here=True, others=(Holder(name="Xorg", pid=7, used_bytes=None),)))
+    saved = json.loads(json.dumps(as_json(here)))
+    assert saved["others"] == [{"name": "Xorg", "pid": 7, "used_bytes": None}]
+    assert from_json(saved) == here
+
+
+@pytest.mark.parametrize("change", [{"device": None}, {"rows": {}}, {"unknown": 1}, {"cures": [{}]}])
+def test_what_is_no_answer_is_refused(answer, change):
+    with pytest.raises(ValueError, match="no answer"):
+        from_json({**as_json(answer), **change})
+
+
+def test_the_figures_of_an_answer_agree_with_each_other(answer):
+    assert answer.fits
+    assert sum(answer.tenants.values()) == answer.peak_allocated_bytes == max(answer.phases.values())
+    assert list(answer.tenants.values()) == sorted(answer.tenants.values(), reverse=True)
+    assert answer.peak_allocated_bytes <= answer.peak_reserved_bytes < answer.peak_on_card_bytes
+    assert answer.peak_on_card_bytes + answer.margin_bytes <= answer.budget_bytes == CARD.free_bytes
+    assert answer.micro_batch_size * answer.gradient_accumulation_steps == answer.batch_size == 4
+    assert answer.tokens_per_second == pytest.approx(4 * 256 / answer.seconds_per_step)
+
+
+def test_tenants_are_named_in_the_words_of_the_field_and_added_up():
+    named = name_tenants({"forward": 5, "gradients": 6, "evaluation": 2, "load": 1, "other weights": 3})
+    assert list(named.items()) == [("activations", 7), ("gradients", 6), ("unquantized weights", 4)]
+
+
+def test_cards_without_bfloat16_compute_in_float16_unless_the_recipe_says_otherwise():
+    old = replace(CARD, compute_capability=(7, 5))
+    assert build_bench().answer(old, old.free_bytes).compute_dtype == "float16"
+    asked = build_bench(quantization={"bnb_4bit_compute_dtype": "float32"})
+    assert asked.answer(old, old.free_bytes).compute_dtype == "float32"
+
+
+# What would help
+
+WIDE = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 8, "num_key_value_heads": 8}
+PINS = {
+    "max_length": 512,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+}
+
+
+def test_what_a_recipe_pins_is_given_back_first_and_what_each_change_saves_adds_up():
+    bench = build_bench(WIDE, training=PINS)
+    answer = answer_on(bench, card_with(bench, 140))
+    assert answer.verdict == "does_not_fit"
+    assert [cure.text.split(":")[0] for cure in answer.cures] == [
+        'Write [training] gradient_checkpointing = "auto"',
+        'Write [training] per_device_train_batch_size = "auto" and batch_size = 4 (no gradient_accumulation_steps)',
+    ]
+    assert [cure.fits for cure in answer.cures] == [False, True]
+    assert answer.hopeless == ""
+
+
+def test_programs_on_the_card_are_closed_before_the_recipe_is_touched(bench):
+    crowded = replace(CARD, here=True, free_bytes=200 * MIB, others=(Holder(name="game.exe", pid=1, used_bytes=GIB),))
+    answer = bench.answer(crowded, crowded.free_bytes)
+    (cure,) = answer.cures
+    assert cure.text == "Close other programs on the card (game.exe)"
+    assert cure.saved_bytes == CARD.total_bytes - 200 * MIB
+    assert cure.fits
+
+
+def test_shorter_rows_come_after_everything_that_keeps_the_data_whole():
+    changed = {"quantization": {"load_in_4bit": False}, "lora": {"modules_to_save": ["lm_head"]}}
+    bench = build_bench(WIDE, training={"max_length": 512}, **changed)
+    answer = answer_on(bench, card_with(bench, 80))
+    keys = [re.search(r"load_in_4bit|modules_to_save|max_length", cure.text)[0] for cure in answer.cures]
+    assert keys == ["load_in_4bit", "modules_to_save", "max_length"]
+    assert [cure.fits for cure in answer.cures] == [False, False, True]
+    assert all(cure.saved_bytes > 0 for cure in answer.cures)
+
+
+def test_a_row_that_no_change_makes_fit_says_which_card_would(bench):
+    answer = answer_on(bench, card_with(bench, 1))
+    assert answer.verdict == "does_not_fit"
+    assert not any(cure.fits for cure in answer.cures)
+    assert "needs" in answer.hopeless
+    assert "a card of 4 GB would do" in answer.hopeless
+
+
+# The longest row
+
+
+@pytest.mark.parametrize("room", [0, 99, 100, 640, 5_000, 123_456, 10**9])
+def test_the_longest_row_is_found_along_a_line(room):
+    asked = []
+
+    def needs(length):
+        asked.append(length)
+        return 36 + length
+
+    length = LongestRow(needs, 65_536).within(room)
+    assert length % 64 == 0
+    assert length <= 65_536
+    if length:
+        assert needs(length) <= room
+    if length < 65_536:
+        assert room < needs(length + max(64, length // 128) + 64)
+    assert len(asked) < 12
+
+
+def test_the_longest_row_is_found_along_a_bent_curve_and_what_was_asked_is_remembered():
+    asked = []
+
+    def needs(length):
+        asked.append(length)
+        return length**2 // 500 + 10 * length
+
+    search = LongestRow(needs, 65_536)
+    first = search.within(500_000)
+    assert needs(first) <= 500_000 < needs(first + 256)
+    before = len(asked)
+    assert search.within(500_000) == first
+    assert len(asked) == before
+
+
+# Many cards
+
+
+def test_every_consumer_card_from_4_to_24_gb_stands_in_one_group():
+    groups = group_cards()
+    cards = [card for group in groups for card in group.cards]
+    assert len(cards) == len(set(cards))
+    assert {card.nominal_gb for card in cards} == {4, 6, 8, 10, 11, 12, 16, 24}
+    assert {card.name for card in CARDS} - {card.name for card in cards} == {
+        "RTX 5090", "Tesla T4", "RTX A2000 Laptop", "RTX A2000", "RTX A4000", "RTX A5000", "A10", "A10G", "L4",
+    }  # fmt: skip
+    assert [group.nominal_gb for group in groups] == sorted(group.nominal_gb for group in groups)
+
+
+def test_a_group_has_the_memory_of_its_smallest_card():
+    for group in group_cards():
+        assert group.device.total_bytes == min(card.usable_bytes for card in group.cards)
+        assert len({card.compute_capability >= (8, 0) for card in group.cards}) == 1
+
+
+def test_a_survey_goes_to_json_and_back_and_names_the_slowest_and_the_fastest_card(bench):
+    groups = [group for group in group_cards() if group.nominal_gb == 10]
+    rows = survey(bench, groups, lambda *_: None)
+    assert survey_from_json(json.loads(json.dumps(survey_as_json(rows)))) == rows
+    (row,) = rows
+    assert row.series == "RTX 30"
+    assert row.answer.fits
+    assert row.slowest_tokens_per_second <= row.answer.tokens_per_second <= row.fastest_tokens_per_second
+
+
+def test_on_a_large_card_the_longest_row_is_all_the_positions_of_a_small_model(bench):
+    (row,) = find_longest_rows(bench, [CARD], lambda *_: None)
+    assert (row.max_length, row.at_the_models_end) == (512, True)
+    assert row.peak_on_card_bytes < CARD.free_bytes
+
+
+# The lengths
+
+
+def test_rows_are_counted_where_tokenizer_and_data_are_here(tmp_path):
+    base = build_base(tmp_path / "base")
+    write_chats(tmp_path / "chats.jsonl", rows=20)
+    recipe = Recipe.model_validate(
+        {"model": {"name": "base"}, "data": {"train": "chats.jsonl", "eval_size": 4}, "training": {"max_length": 128}}
+    )
+    subject = read_subject(recipe, tmp_path, lambda *_: None)
+    assert subject.recipe.model.name == str(base)
+    assert not subject.rows.lengths.assumed
+    assert len(subject.rows.lengths.training) == 16
+    assert 0 < subject.rows.lengths.longest <= 128
+    assert subject.rows.origin.startswith("16 to train on and 4 to measure on, the longest ")
+
+
+def test_rows_are_assumed_where_the_data_are_missing_and_the_reason_is_told(tmp_path):
+    build_base(tmp_path / "base")
+    recipe = Recipe.model_validate(
+        {
+            "model": {"name": "base"},
+            "data": {"train": "chats.jsonl"},
+            "training": {"max_length": 128, "do_eval": False},
+        }
+    )
+    rows = read_subject(recipe, tmp_path, lambda *_: None).rows
+    assert rows.lengths.assumed
+    assert (rows.lengths.training, rows.lengths.longest_evaluation) == ((128,) * 16, 0)
+    assert "max_length = 128 tokens each" in rows.origin
+    assert "There is no data file" in rows.origin
+
+
+# The recipe of the plan
+
+TEXT = """# Mine
+[model]
+name = "tiny"  # the base
+
+[data]
+train = "rows.jsonl"
+[training]
+optim = "auto"     # let it choose
+batch_size = 4
+max_length = 256
+"""
+
+
+def write_fit(tmp_path, answer, text=TEXT, overrides=(), target="fit.toml"):
+    source = tmp_path / "mine.toml"
+    source.write_text(text, encoding="utf-8")
+    target = tmp_path / target
+    target.parent.mkdir(exist_ok=True)
+    recipe = load_recipe(source, overrides)
+    return recipe, write_fitted(recipe, text, overrides, answer, source=source, target=target), target
+
+
+def test_the_fitted_recipe_keeps_its_authors_lines_and_gives_the_same_plan(tmp_path, bench, answer):
+    _, fitted, target = write_fit(tmp_path, answer)
+    text = target.read_text(encoding="utf-8")
+    for line in ("# Mine", 'name = "tiny"  # the base', "batch_size = 4", "# let it choose"):
+        assert line in text
+    assert "# Set up for a 8 GB card by qlora-phi3" in text
+    assert load_recipe(target) == fitted
+    again = Bench(replace(bench.subject, recipe=load_recipe(target)), lambda _: None).answer(CARD, CARD.free_bytes)
+    same = {"answered": "", "reasons": {}}
+    assert replace(again, **same) == replace(answer, **same)
+
+
+def test_a_recipe_that_cannot_be_edited_line_by_line_is_written_out_anew(tmp_path, answer):
+    text = 'model = { name = "tiny" }\ndata.train = "rows.jsonl"\ntraining = { batch_size = 4, max_length = 256 }\n'
+    recipe, fitted, target = write_fit(tmp_path, answer, text)
+    assert load_recipe(target) == fitted
+    assert fitted.training.optim == answer.optim
+    assert fitted.training.max_length == recipe.training.max_length
+
+
+def test_what_the_command_line_changed_is_in_the_fitted_recipe(tmp_path, answer):
+    recipe, _, target = write_fit(tmp_path, answer, overrides=("lora.r=8", "training.optim=adamw_torch"))
+    assert load_recipe(target).lora.r == recipe.lora.r == 8
+    assert load_recipe(target).training.optim == "adamw_torch"
+
+
+def test_files_are_found_from_the_fitted_recipes_folder(tmp_path, answer):
+    (tmp_path / "rows.jsonl").write_text("{}", encoding="utf-8")
+    _, _, target = write_fit(tmp_path, answer, target="other/fit.toml")
+    train = load_recipe(target).data.train
+    assert train == "../rows.jsonl"
+    assert (target.parent / train).is_file()
+
+
+def test_a_file_that_is_there_is_not_overwritten(tmp_path, answer):
+    (tmp_path / "fit.toml").write_text("mine", encoding="utf-8")
+    with pytest.raises(FileExistsError):
+        write_fit(tmp_path, answer)
+    assert (tmp_path / "fit.toml").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('optim = "auto"', ['optim = "adamw_8bit"                # why']),
+        ('optim = "auto" # mine', ["# why", 'optim = "adamw_8bit" # mine']),
+        ('  optim="auto"       # mine', ["# why", '  optim="adamw_8bit" # mine']),
+        ("optim = 'auto'", ['optim = "adamw_8bit"                # why']),
+    ],
+)
+def test_a_line_gets_its_value_and_its_reason(line, expected):
+    text = f'[model]\nname = "tiny"\n[data]\ntrain = "a#b.jsonl" # optim = "auto"\n[training]\n{line}\n'
+    recipe = Recipe.model_validate({"model": {"name": "tiny"}, "data": {"train": "a#b.jsonl"}})
+    chosen, written = fit_recipe(recipe, text, [Choice("training", "optim", "adamw_8bit", "why")], "Why")
+    assert chosen.training.optim == "adamw_8bit"
+    assert written.splitlines() == ["# Why", "", *text.splitlines()[:-1], *expected]
+
+
+def test_state_and_cache_lie_where_the_system_wants_them(monkeypatch, tmp_path):
+    from qlora_phi3.memory.folders import cache_folder, state_folder
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr("sys.platform", "linux")
+    assert cache_folder() == tmp_path / ".cache" / "qlora-phi3"
+    assert state_folder() == tmp_path / "state" / "qlora-phi3"

@@ -1,0 +1,116 @@
+"""The plan: what it may choose and what it may not, on cards of all sizes, for a tiny model."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny_model import build_config
+
+from qlora_phi3.architecture import parse_architecture
+from qlora_phi3.dataset.pack import plan_micro_batches
+from qlora_phi3.memory.plan import WORTH, Card, find_plan, leanest_setup
+from qlora_phi3.memory.predict import Predictor
+from qlora_phi3.memory.rows import assume_lengths, read_lengths
+from qlora_phi3.recipe.load import Recipe
+
+LENGTHS = [150, 61, 123, 40, 212, 90, 233, 18, 77, 140, 201, 99, 64, 30, 180, 111]
+ROWS = read_lengths(LENGTHS, [200], 8)
+#: Of the cards, beside what every process takes; a page of the allocator is 20 MiB.
+ROOM_MIB = (30, 40, 80)
+
+
+def build_recipe(**tables):
+    usual = {"model": {"name": "tiny"}, "data": {"train": "rows.jsonl"}}
+    training = {"batch_size": 8, "max_length": 256, **tables.pop("training", {})}
+    return Recipe.model_validate({**usual, "training": training, **tables})
+
+
+def build_predictor(recipe):
+    config = build_config(hidden_size=256, intermediate_size=768, num_hidden_layers=4).to_dict()
+    config = json.loads(json.dumps(config, default=str))
+    architecture = parse_architecture(config, "tiny")
+    return Predictor(recipe, config, architecture, compute_dtype=torch.bfloat16, capability=(8, 6))
+
+
+def plan(predictor, room_mib, rows=ROWS):
+    card = Card(
+        limit_bytes=predictor.on_card(int(room_mib * 2**20)), tflops_16bit=50.0, bandwidth_bytes_per_second=4e11
+    )
+    return card, find_plan(predictor, rows, card, progress=lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    """Of the plain recipe; remembers what it simulated."""
+    return build_predictor(build_recipe())
+
+
+@pytest.fixture(scope="module")
+def plans(predictor):
+    """Card and plan, the smallest card first."""
+    return [plan(predictor, mib) for mib in ROOM_MIB]
+
+
+def test_the_cards_get_different_plans(plans):
+    assert len({found.setup for _, found in plans}) == 3
+
+
+def test_a_step_sees_the_same_rows_once_on_every_card(plans):
+    for _, found in plans:
+        layout = found.setup.micro_batch
+        groups = plan_micro_batches(
+            LENGTHS[:8], max_tokens=layout.max_tokens, max_rows=layout.max_rows, packing=True, boundary=None
+        )
+        assert sorted(row for group in groups for row in group) == list(range(8))
+
+
+def test_the_forecast_of_a_plan_that_fits_is_within_its_limit(plans):
+    for card, found in plans:
+        assert found.fits
+        assert found.forecast.allocated_bytes <= found.forecast.reserved_bytes < found.forecast.on_card_bytes
+        assert found.forecast.on_card_bytes <= card.limit_bytes
+
+
+def test_a_larger_card_is_never_slower(plans):
+    for (_, smaller), (_, larger) in pairwise(plans):
+        assert larger.cost.seconds <= smaller.cost.seconds * WORTH
+
+
+def test_with_all_the_room_in_the_world_nothing_is_recomputed_or_offloaded(plans):
+    setup = plans[-1][1].setup
+    assert (setup.checkpoint_every, setup.activation_offloading, setup.optim) == (0, False, "adamw_8bit")
+
+
+@pytest.mark.parametrize("room_mib", [30, 80])
+def test_a_pinned_key_is_never_overruled(room_mib):
+    training = {"gradient_checkpointing": True, "activation_offloading": False, "optim": "adamw_torch"}
+    memory = {"checkpoint_every_n_layers": 2, "micro_batch_tokens": 300, "logits_tile": "16MiB"}
+    _, found = plan(build_predictor(build_recipe(training=training, memory=memory)), room_mib)
+    setup = found.setup
+    assert (setup.checkpoint_every, setup.activation_offloading, setup.optim) == (2, False, "adamw_torch")
+    assert (setup.micro_batch.max_tokens, setup.logits_tile_bytes) == (300, 16 * 2**20)
+    assert set(found.reasons.values()) == {"the recipe asks for it"}
+
+
+@pytest.mark.parametrize("room_mib", [30, 80])
+def test_a_pasted_pair_of_batch_size_and_accumulation_keeps_its_rows(room_mib):
+    recipe = build_recipe(training={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})
+    _, found = plan(build_predictor(recipe), room_mib)
+    assert found.setup.micro_batch.max_tokens == 2 * 256
+    assert recipe.training.batch_size == 8
+
+
+def test_nothing_fits_a_card_without_room_and_the_plan_is_then_the_leanest(predictor):
+    _, found = plan(predictor, 1)
+    assert not found.fits
+    assert found.setup == leanest_setup(predictor, ROWS)
+    assert (found.setup.checkpoint_every, found.setup.activation_offloading) == (1, True)
+
+
+def test_assumed_lengths_never_take_less_than_the_rows_they_stand_for(predictor):
+    _, read = plan(predictor, 400)
+    _, assumed = plan(predictor, 400, replace(assume_lengths(256, 8), longest_evaluation=200))
+    assert read.setup.checkpoint_every == assumed.setup.checkpoint_every == 0
+    assert assumed.forecast.allocated_bytes >= read.forecast.allocated_bytes

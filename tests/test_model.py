@@ -8,14 +8,8 @@ from torch import nn
 
 from qlora_phi3.architecture import parse_architecture, read_architecture
 from qlora_phi3.errors import ModelError
-from qlora_phi3.model import (
-    attach_adapter,
-    choose_precision,
-    linear_layers,
-    load_base,
-    measure_coverage,
-    set_checkpointing,
-)
+from qlora_phi3.lora import attach_adapter, linear_layers, measure_coverage
+from qlora_phi3.model import choose_precision, load_base, set_checkpointing
 from qlora_phi3.recipe.tables import Lora, Model, Quantization
 
 CPU = torch.device("cpu")

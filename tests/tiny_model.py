@@ -7,7 +7,8 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from qlora_phi3.architecture import parse_architecture
-from qlora_phi3.model import Phi3ForChunkedLoss, Precision, attach_adapter, load_base
+from qlora_phi3.lora import attach_adapter
+from qlora_phi3.model import Phi3ForChunkedLoss, Precision, load_base
 from qlora_phi3.recipe.tables import Lora, Model, Quantization
 
 FP32 = Precision(compute_dtype=torch.float32, reason="the test asks for it")

@@ -19,11 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 
 from qlora_phi3.architecture import Architecture
+from qlora_phi3.lora import attach_adapter
 from qlora_phi3.memory.kernels import following_cuda
 from qlora_phi3.memory.meter import ROUNDING, Meter, Watch
 from qlora_phi3.memory.profile import Profile
 from qlora_phi3.memory.skeleton import build_skeleton, fill_without_storage, four_bit_known_to_dora
-from qlora_phi3.model import Phi3ForChunkedLoss, apply_setup, attach_adapter
+from qlora_phi3.model import Phi3ForChunkedLoss, apply_setup
 from qlora_phi3.recipe.load import Recipe
 from qlora_phi3.setup import Setup
 from qlora_phi3.step import Batch, collate, evaluate, forward_backward

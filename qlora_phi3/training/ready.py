@@ -14,15 +14,9 @@ from qlora_phi3.dataset.prepare import PreparedData
 from qlora_phi3.dataset.template import choose_template
 from qlora_phi3.device import Device, read_device
 from qlora_phi3.errors import DeviceError, UserError
+from qlora_phi3.lora import attach_adapter, measure_coverage
 from qlora_phi3.memory.lengths import prepare_data
-from qlora_phi3.model import (
-    Precision,
-    attach_adapter,
-    choose_precision,
-    load_base,
-    load_tokenizer,
-    measure_coverage,
-)
+from qlora_phi3.model import Precision, choose_precision, load_base, load_tokenizer
 from qlora_phi3.recipe.load import Recipe
 from qlora_phi3.sizes import format_gib
 from qlora_phi3.training.arguments import check_schedule, check_trackers

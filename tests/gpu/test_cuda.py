@@ -6,7 +6,8 @@ from tiny_model import gradients, random_rows, relative_difference, save_tiny_mo
 
 from qlora_phi3.architecture import read_architecture
 from qlora_phi3.dataset.pack import MicroBatchPlan
-from qlora_phi3.model import attach_adapter, choose_precision, load_base, set_checkpointing
+from qlora_phi3.lora import attach_adapter
+from qlora_phi3.model import choose_precision, load_base, set_checkpointing
 from qlora_phi3.recipe.tables import Lora, Model, Quantization
 from qlora_phi3.step import collate, forward_backward
 

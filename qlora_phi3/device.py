@@ -288,7 +288,7 @@ def card_of_size(num_bytes: int) -> Device:
     total_bytes = num_bytes - _reserve(num_bytes)
     bandwidth, tflops = _usual_speed(near)
     return Device(
-        name=f"a {round(num_bytes / GIB, 2):g} GB card",
+        name=_with_article(f"{round(num_bytes / GIB, 2):g} GB card"),
         total_bytes=total_bytes,
         free_bytes=total_bytes,
         compute_capability=USUAL_COMPUTE_CAPABILITY,
@@ -318,3 +318,7 @@ def _cards_near(num_bytes: int) -> list[Card]:
 
 def _usual_speed(cards: Sequence[Card]) -> tuple[float, float]:
     return median(card.bandwidth_gb for card in cards) * 1e9, median(card.tflops_16bit for card in cards)
+
+
+def _with_article(words: str) -> str:
+    return f"an {words}" if words.startswith(("8", "11 ", "18 ")) else f"a {words}"

@@ -63,7 +63,7 @@ def ask(*words, recipe="mine.toml"):
 def test_a_recipe_that_fits_says_so_with_its_plan_and_its_tenants(home):
     result = call("vram-check", "mine.toml", "--vram", "8GB")
     assert result.exit_code == 0, result.stderr
-    for text in ("a 8 GB card", "It fits, with", "on the card", "CUDA context", "micro_batch_tokens", "not measured"):
+    for text in ("an 8 GB card", "It fits, with", "on the card", "CUDA context", "micro_batch_tokens", "not measured"):
         assert text in result.stdout
     assert "█" in result.stdout
     assert result.stderr == ""

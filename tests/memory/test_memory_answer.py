@@ -105,7 +105,7 @@ def test_the_budget_is_what_is_free_or_less_where_the_recipe_says_so():
     assert budget_of(build_recipe(), taken) == 5 * GIB
     assert budget_of(build_recipe(memory={"budget": "3GiB"}), taken) == 3 * GIB
     assert budget_of(build_recipe(memory={"budget": "6GiB"}), taken) == 5 * GIB
-    with pytest.raises(DeviceError, match=r'budget = "20GiB", and a 8 GB card has 7\.\d+ GiB'):
+    with pytest.raises(DeviceError, match=r'budget = "20GiB", and an 8 GB card has 7\.\d+ GiB'):
         budget_of(build_recipe(memory={"budget": "20GiB"}), taken)
 
 
@@ -389,7 +389,7 @@ def test_the_fitted_recipe_keeps_its_authors_lines_and_gives_the_same_plan(tmp_p
     text = target.read_text(encoding="utf-8")
     for line in ("# Mine", 'name = "tiny"  # the base', "batch_size = 4", "# let it choose"):
         assert line in text
-    assert "# Set up for a 8 GB card by qlora-phi3" in text
+    assert "# Set up for an 8 GB card by qlora-phi3" in text
     assert load_recipe(target) == fitted
     again = Bench(replace(bench.subject, recipe=load_recipe(target)), lambda _: None).answer(CARD, CARD.free_bytes)
     same = {"answered": "", "reasons": {}}

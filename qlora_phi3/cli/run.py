@@ -93,9 +93,10 @@ def _train(
     recipe: "Recipe", name: str, base_folder: Path, view: "View", folder: "RunFolder | None", *, quiet: bool
 ) -> "RunResult":
     """Start the libraries, then train."""
-    # Read by OpenMP when torch loads it: threads that wait for one another give their core away at once instead of turning
-    # on the spot. Two threads on two busy cores (load 4 to 5), demo model: 84-105 tokens/s against 12-35.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Read by libgomp when torch loads it: threads that wait for one another soon give their core away. Demo model, two threads
+    # on two cores: idle 348-362 tokens/s against 336-390 as libgomp does it, beside two busy programs 108 against 85.
+    # OMP_WAIT_POLICY=passive is better still on a busy computer, and on an idle one half as fast (209-218).
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     view.progress("Starting torch, transformers and peft", 0, None)
     if quiet:
         quieten()

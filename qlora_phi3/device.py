@@ -18,7 +18,7 @@ from qlora_phi3.cards import CARDS, Card
 from qlora_phi3.errors import DeviceError
 from qlora_phi3.sizes import GIB, format_gib
 
-ELSEWHERE = "Ask about a card that is not here: --gpu 'RTX 4070' or --vram 12GB."
+ELSEWHERE = "Ask about a card that is not here: --gpu 'RTX 4070', --vram 12GB, or --all."
 
 #: Compute capability of a card of which only the size is known: bf16 and tensor cores, as nearly every card since 2020.
 USUAL_COMPUTE_CAPABILITY = (8, 6)
@@ -224,6 +224,8 @@ def find_card(name: str) -> Device:
         words = _words(name)
         names = {" ".join(sorted(_words(card.name))): card.name for card in CARDS}
         near = [names[key] for key in difflib.get_close_matches(" ".join(sorted(words)), names, n=3, cutoff=0.6)]
+        without = [card.name for card in CARDS if _words(card.name) < words]
+        near = list(dict.fromkeys([*near[:1], *without, *near[1:]]))[:3]
         nearest = f"The nearest are {', '.join(near)}." if near else "It knows GTX 16, RTX 20 to 50, and some more."
         raise DeviceError(f"The table has no card '{name}'. {nearest}", "Or give its memory: --vram 12GB.")
     wanted = [card for card in cards if size in (None, card.nominal_gb)]

@@ -199,7 +199,7 @@ def test_a_hidden_card_is_not_read(monkeypatch, visible, count):
 def test_a_card_that_cannot_be_read_is_one_line_with_a_way_on(nvml, message):
     with pytest.raises(DeviceError) as caught:
         read_device(nvml=nvml)
-    assert str(caught.value) == f"{message} Ask about a card that is not here: --gpu 'RTX 4070' or --vram 12GB."
+    assert str(caught.value) == f"{message} Ask about a card that is not here: --gpu 'RTX 4070', --vram 12GB, or --all."
     assert caught.value.exit_code == 2
 
 

@@ -115,7 +115,7 @@ class _Way:
         self.bench, self.device, self.margin, self.budget_bytes = bench, device, margin, budget_bytes
         self.predictor, self.rows = bench.predictor(device), bench.subject.rows.lengths
         forecast = plan.forecast
-        self.needed = forecast.on_card_bytes
+        self.needed = self.needed_unchanged = forecast.on_card_bytes
         #: What the allocator reserves over what is allocated, taken to stay the same.
         self.slack_bytes = forecast.reserved_bytes - forecast.allocated_bytes
         self.cures: list[Cure] = []
@@ -184,15 +184,16 @@ class _Way:
         """Why no change helps, and which card would do."""
         wanted = self.needed + self.margin.beside(self.needed)
         length = self.rows.longest
+        unchanged = self.needed_unchanged + self.margin.beside(self.needed_unchanged)
         enough = min(
-            (card for card in CARDS if card.usable_bytes >= wanted), key=lambda card: card.usable_bytes, default=None
+            (card for card in CARDS if card.usable_bytes >= unchanged), key=lambda card: card.usable_bytes, default=None
         )
         told = f"With all of that, one row of {length:,} tokens needs {format_gib(wanted)}"
         if not self.cures:
             told = f"One row of {length:,} tokens needs {format_gib(wanted)} however it is computed"
         if enough is None:
             return f"{told}: no card of the table holds it. Take a smaller model or shorter rows."
-        return f"{told}: a card of {enough.nominal_gb} GB would do, or a smaller model."
+        return f"{told}. A card of {enough.nominal_gb} GB would do for the recipe as it is; or take a smaller model."
 
     def _take(self, text: str, predictor: "Predictor", rows: "RowLengths", *, only_if_it_fits: bool = False) -> bool:
         self.bench.say("Looking for what would help")

@@ -14,7 +14,7 @@ from qlora_phi3.memory.predict import Forecast, Predictor
 from qlora_phi3.memory.rows import RowLengths, count_micro_batches, heaviest_micro_batch
 from qlora_phi3.memory.simulate import Load
 from qlora_phi3.setup import USUAL_LOGITS_TILE_BYTES, Setup
-from qlora_phi3.sizes import parse_size
+from qlora_phi3.sizes import format_gib, parse_size
 
 #: Kinds of recomputation that are tried: none, every fourth layer, every second, all.
 CHECKPOINTING = (0, 4, 2, 1)
@@ -100,6 +100,7 @@ class _Search:
     def __init__(self, predictor: Predictor, rows: RowLengths, card: Card, progress: Callable[[str], None]) -> None:
         self.predictor, self.rows, self.card, self.progress = predictor, rows, card, progress
         self.training = predictor.recipe.training
+        self._refused = ""  # the first kind that did not fit, in words
 
     def candidates(self, tile_bytes: int) -> list[Setup]:
         """Each kind that seems to fit; offloading, which costs more than larger micro-batches gain, where nothing else does."""
@@ -115,7 +116,10 @@ class _Search:
         for every in kinds:
             kind = self._setup(every, offload, self._fewest_tokens(), tile_bytes)
             self.progress(_in_words(kind))
-            if max(self._phases(kind).values()) > self._most_allocated(kind):
+            most = max(self._phases(kind).values())
+            if most > self._most_allocated(kind):
+                needed = self.predictor.on_card(int(most * USUAL_RESERVED_SHARE[offload]))
+                self._refused = f"; {_in_words(kind).removeprefix('Trying ')} would need {format_gib(needed)}"
                 return
             yield kind
 
@@ -268,13 +272,14 @@ class _Search:
         asked = "the recipe asks for it"
         passes = self._count(setup)
         reasons = {
-            "micro_batch_tokens": f"{passes} forward passes a step; more tokens at once would not fit or gain under 2 %"
+            "micro_batch_tokens": f"{passes} forward passes a step; more tokens at once would gain under 2 % or not fit"
             if passes > 1
             else "a whole step at once",
             "gradient_checkpointing": {
                 0: "there is room to keep every activation",
-                1: "keeping more than the layers' inputs does not fit, or smaller micro-batches would cost more",
-            }.get(setup.checkpoint_every, f"recomputing one layer in {setup.checkpoint_every} makes enough room"),
+                1: "the leanest",
+            }.get(setup.checkpoint_every, f"recomputing one layer in {setup.checkpoint_every} makes enough room")
+            + self._refused,
             "activation_offloading": "without it the longest row does not fit, or only with more recomputation"
             if setup.activation_offloading
             else "there is room on the card",
@@ -291,7 +296,9 @@ class _Search:
             "logits_tile": recipe.memory.logits_tile != "auto",
         }
         if tokens <= self.rows.longest and not pinned["micro_batch_tokens"] and passes > 1:
-            reasons["micro_batch_tokens"] = "the longest row alone; more does not fit"
+            reasons["micro_batch_tokens"] = (
+                "the longest row alone; more at once would gain under 2 %, not fit, or ask for more recomputation"
+            )
         return {key: asked if pinned[key] else reason for key, reason in reasons.items()}
 
 

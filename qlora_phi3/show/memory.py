@@ -200,7 +200,9 @@ def _verdict(console: Console, answer: Answer) -> None:
     else:
         _print(console, "It does not fit: the allocator's pieces would not find room.", "bold red")
     if answer.cures:
-        _print(console, "What would help, one after the other, the least harm first:")
+        helps = any(cure.fits for cure in answer.cures)
+        heading = "What would help" if helps else "Nothing in the recipe makes it fit; what comes nearest"
+        _print(console, f"{heading}, one after the other, the least harm first:")
     for number, cure in enumerate(answer.cures, 1):
         _print(
             console,

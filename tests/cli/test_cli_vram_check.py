@@ -149,7 +149,7 @@ WRONG = {
         '[memory] budget = "11GiB", and a 4 GB card has 3.6',
     ),
     "an unreadable budget": (["--vram", "4GB", "--set", "memory.budget=lots"], "'lots' is no size"),
-    "no card here": ([], "--gpu 'RTX 4070' or --vram 12GB"),
+    "no card here": ([], "--gpu 'RTX 4070', --vram 12GB, or --all"),
     "every card and one": (["--all", "--vram", "4GB"], "--all asks about every card"),
     "two tables": (["--all", "--max-length"], "two tables"),
     "a fit of a table": (["--all", "--fit", "x.toml"], "--fit writes the set-up for one card"),

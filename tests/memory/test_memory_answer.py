@@ -252,7 +252,7 @@ def test_a_row_that_no_change_makes_fit_says_which_card_would(bench):
     assert answer.verdict == "does_not_fit"
     assert not any(cure.fits for cure in answer.cures)
     assert "needs" in answer.hopeless
-    assert "a card of 4 GB would do" in answer.hopeless
+    assert "A card of 4 GB would do" in answer.hopeless
 
 
 # The longest row

@@ -44,6 +44,16 @@ class RunError(UserError):
     """The run folder cannot be written, read, or resumed."""
 
 
+class ExportError(UserError):
+    """A run or an adapter cannot be exported or converted."""
+
+
+class ProofError(UserError):
+    """What was written is not what was trained; it is kept under a name that says so."""
+
+    exit_code = 5
+
+
 class Interrupted(UserError):  # noqa: N818 - no error: the person asked for it
     """Ctrl-C; what was done is saved and the message says how to go on."""
 

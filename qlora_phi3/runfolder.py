@@ -39,6 +39,21 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def base(self) -> Path:
+        """What the run was trained on: name, commit, and a checksum of every tensor of the base as it was loaded."""
+        return self.path / "base.json"
+
+    @property
+    def quantized_base(self) -> Path:
+        """The 4-bit base itself, where the recipe asked to keep it."""
+        return self.path / "quantized_base"
+
+    @property
+    def held_out(self) -> Path:
+        """Rows on which an export is held against what was trained, tokenized."""
+        return self.path / "held_out.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Where `--resume` goes on from."""
         return self.path / "checkpoints"

@@ -34,6 +34,7 @@ from qlora_phi3.training.oom import recall_setup
 from qlora_phi3.training.planning import Chosen, wants_rehearsal
 from qlora_phi3.training.ready import Ready, choose, load_model, prepare
 from qlora_phi3.training.reckoning import Reckoning, measure_memory
+from qlora_phi3.training.record import keep_held_out, record_base
 from qlora_phi3.training.rehearsal import rehearse
 from qlora_phi3.training.report import describe_device, failure_reported, first_report, last_report
 from qlora_phi3.training.trainer import Phi3Trainer
@@ -83,6 +84,7 @@ def run(
         write_atomically(folder.recipe, recipe_as_toml(recipe))
         write_report(folder, report)
         listener.say(f"Run folder: {folder.path}")
+        _record(recipe, ready, model, folder, listener)
         steps, reckoning = _train(recipe, ready, chosen, model, folder, listener, resuming=resume is not None)
         report = last_report(folder, report, reckoning, steps=steps, started=started)
         write_report(folder, report)
@@ -93,6 +95,20 @@ def run(
         loss_after=report["eval_loss_after"],
         seconds=report["seconds"],
     )
+
+
+def _record(recipe: Recipe, ready: Ready, model: PeftModel, folder: RunFolder, listener: Listener) -> None:
+    """Keep what an export will need to prove itself."""
+    listener.progress("Noting down the base's checksums", 0, None)
+    record_base(
+        model,
+        folder,
+        name=recipe.model.name,
+        quantization=recipe.quantization,
+        compute_dtype=ready.precision.compute_dtype,
+    )
+    keep_held_out(ready.data, folder)
+    listener.progress("Noting down the base's checksums", 1, 1)
 
 
 def build_trainer(

@@ -1,0 +1,126 @@
+"""The model card: what was trained, on what, how well, and what the export's proof says."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from qlora_phi3.recipe.load import Recipe
+from qlora_phi3.recipe.places import listed
+from qlora_phi3.recipe.problems import format_toml
+
+#: Tables whose keys say what was learned; [memory] and paths are nobody's business.
+TOLD_TABLES = ("quantization", "lora", "training")
+PRIVATE_KEYS = ("output_dir", "report_to", "run_name")
+
+
+def render_card(recipe: Recipe, run: Mapping[str, Any], export: Mapping[str, Any], *, base: Path) -> str:
+    """README.md of an export: YAML front matter for the hub, then Markdown.
+
+    Args:
+        run: contents of the run's report.json.
+        export: contents of export_report.json.
+        base: the base's folder; its own card says the licence.
+    """
+    name = public_name(recipe.model.name)
+    licence = read_licence(base)
+    data = ModelCardData(
+        base_model=name if "/" in name else None,
+        license=licence,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        datasets=[source for source in listed(recipe.data.train) if _is_hub_id(source)] or None,
+        tags=["phi3", "qlora", "qlora-phi3"],
+    )
+    parts = (
+        f"# {name.rpartition('/')[2]}, fine-tuned with qlora-phi3",
+        _about_base(name, export, licence),
+        _about_data(recipe, run),
+        _about_result(run),
+        _about_proof(export),
+        _about_recipe(recipe),
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def public_name(name: str) -> str:
+    """A hub id as it is; of a folder the last part only, as the rest is nobody's business."""
+    return name if _is_hub_id(name) else Path(name).name
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+def read_licence(base: Path) -> str | None:
+    """The licence in the front matter of the base's own card; None where it has none."""
+    card = base / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        licence = ModelCard.load(card).data.get("license")
+    except (ValueError, OSError):
+        return None
+    return licence if isinstance(licence, str) else None
+
+
+def _about_base(name: str, export: Mapping[str, Any], licence: str | None) -> str:
+    base = export["base"]
+    at = f" at commit `{base['revision']}`" if base.get("revision") else ""
+    under = (
+        f"Its licence, `{licence}`, holds for this model too."
+        if licence
+        else "Its licence holds for this model too; its folder does not state it."
+    )
+    return f"Base: `{name}`{at}. {under}"
+
+
+def _about_data(recipe: Recipe, run: Mapping[str, Any]) -> str:
+    data = run["data"]
+    names = ", ".join(f"`{public_name(source)}`" for source in listed(recipe.data.train))
+    return (
+        f"Data: {names}, {data['train_rows']:,} rows, {data['supervised_tokens']:,} learned tokens "
+        f"(SHA-256 of the content `{data['sha256']}`)."
+    )
+
+
+def _about_result(run: Mapping[str, Any]) -> str:
+    before, after = run.get("eval_loss_before"), run.get("eval_loss_after")
+    held_out = "" if before is None or after is None else f" Held-out loss {before:.4f} before, {after:.4f} after."
+    return f"Trained for {run['steps']:,} steps on {run['device']}.{held_out}"
+
+
+def _about_proof(export: Mapping[str, Any]) -> str:
+    proof = export.get("proof")
+    if not proof:
+        return "The export was not held against the trained model."
+    rows = [
+        "| | held-out loss | mean KL from the trained model | largest KL | same top token |",
+        "|---|--:|--:|--:|--:|",
+        *(_proof_row(score) for score in proof["scores"]),
+    ]
+    return f"Held against the trained model on {proof['tokens']:,} held-out tokens:\n\n" + "\n".join(rows)
+
+
+def _proof_row(score: Mapping[str, Any]) -> str:
+    def figure(key: str, form: str) -> str:
+        return "" if score.get(key) is None else format(score[key], form)
+
+    return (
+        f"| {score['name']} | {figure('loss', '.4f')} | {figure('mean_kl', '.1e')} | {figure('max_kl', '.1e')} "
+        f"| {figure('top_agreement', '.2%')} |"
+    )
+
+
+def _about_recipe(recipe: Recipe) -> str:
+    lines: list[str] = []
+    for table in TOLD_TABLES:
+        keys = getattr(recipe, table).model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+        told = [f"{key} = {format_toml(value)}" for key, value in keys.items() if key not in PRIVATE_KEYS]
+        lines += [f"[{table}]", *told] if told else []
+    return _fenced("Recipe, where it differs from qlora-phi3's defaults:", lines)
+
+
+def _fenced(title: str, lines: Sequence[str]) -> str:
+    return "\n".join((title, "", "```toml", *lines, "```"))

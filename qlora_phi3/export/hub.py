@@ -1,0 +1,53 @@
+"""Publishing an export on the hub. The token comes from the environment or the hub's own store and goes nowhere else."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from qlora_phi3.errors import ExportError
+
+
+def check_push(repository: str) -> None:
+    """Everything that can be known before hours of work: the name, and that there is a token the hub takes.
+
+    Raises:
+        ExportError: with what to do.
+    """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ExportError(f"--push {repository} is no hub id: {error}", "Write --push user/name.") from error
+    if repository.count("/") != 1:
+        raise ExportError(f"--push {repository} names no owner.", "Write --push user/name.")
+    if get_token() is None:
+        raise ExportError("There is no token for the hub.", "Run `hf auth login`, or set HF_TOKEN.")
+    try:
+        HfApi().whoami()
+    except HfHubHTTPError as error:
+        raise ExportError("The hub does not take your token.", "Run `hf auth login` again.") from error
+    except OSError as error:
+        raise ExportError(f"The hub cannot be reached: {_first_line(error)}.", "Export without --push.") from error
+
+
+def push(folder: Path, repository: str, *, private: bool) -> str:
+    """Upload a finished export; the address of its page.
+
+    Raises:
+        ExportError: the hub refuses or cannot be reached; the export stays where it is.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        info = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Exported with qlora-phi3")
+    except (HfHubHTTPError, OSError) as error:
+        raise ExportError(
+            f"{repository} could not be pushed: {_first_line(error)}.",
+            f"The export is whole in {folder}; push it with: hf upload {repository} {folder}",
+        ) from error
+    return str(info.repo_url)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

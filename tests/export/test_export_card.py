@@ -1,0 +1,58 @@
+"""The model card says what it must, and nothing private."""
+
+from huggingface_hub import ModelCard
+
+from qlora_phi3.export.card import render_card
+from qlora_phi3.recipe.load import load_recipe
+
+RUN = {
+    "data": {"train_rows": 600, "supervised_tokens": 12_965, "sha256": "c0ffee"},
+    "steps": 75,
+    "device": "x86_64 CPU",
+    "eval_loss_before": 4.4098,
+    "eval_loss_after": 2.4032,
+}
+SCORES = [
+    {"name": "live", "loss": 2.4032, "mean_kl": None, "max_kl": None, "top_agreement": None},
+    {"name": "nf4", "loss": 2.4033, "mean_kl": 9e-9, "max_kl": 2e-7, "top_agreement": 1.0},
+]
+EXPORT = {"base": {"revision": "abc123"}, "proof": {"tokens": 2048, "scores": SCORES}}
+
+
+def card(shop, *, train="chats.jsonl", export=EXPORT, licence="mit", **tables):
+    shop.write(**{"data": {"train": train}, **tables})
+    own = shop.path / "base"
+    own.mkdir()
+    if licence:
+        (own / "README.md").write_text(f"---\nlicense: {licence}\n---\n# A base\n", encoding="utf-8")
+    text = render_card(load_recipe(shop.path / "mine.toml"), RUN, export, base=own)
+    return text, ModelCard(text).data
+
+
+def test_base_data_recipe_loss_proof_and_licence_are_told(shop):
+    text, data = card(shop, model={"name": "microsoft/Phi-3-mini-4k-instruct"}, lora={"r": 32})
+    assert (data.base_model, data.license, data.library_name) == (
+        "microsoft/Phi-3-mini-4k-instruct",
+        "mit",
+        "transformers",
+    )
+    for words in ("`abc123`", "`c0ffee`", "4.4098 before, 2.4032 after", "r = 32", "| nf4 | 2.4033 | 9.0e-09 |"):
+        assert words in text
+
+
+def test_folders_of_this_computer_are_not_told(shop):
+    text, data = card(shop, train=str(shop.path / "secret-project" / "chats.jsonl"))
+    assert str(shop.path) not in text
+    assert "secret-project" not in text
+    assert data.base_model is None
+
+
+def test_a_data_set_of_the_hub_is_linked(shop):
+    assert card(shop, train="HuggingFaceH4/ultrachat_200k")[1].datasets == ["HuggingFaceH4/ultrachat_200k"]
+
+
+def test_an_unknown_licence_and_a_missing_proof_are_said_plainly(shop):
+    text, data = card(shop, export={"base": {"revision": None}, "proof": None}, licence=None)
+    assert data.license is None
+    assert "does not state it" in text
+    assert "was not held against the trained model" in text

@@ -1,0 +1,81 @@
+"""Publishing: what can fail is known before the work, and the token is nowhere to be seen."""
+
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub.errors import HfHubHTTPError
+
+import qlora_phi3.export.hub as hub
+from qlora_phi3.errors import ExportError
+
+TOKEN = "hf_verysecret"
+
+
+class FakeHub:
+    """Stands for HfApi: remembers what it was asked for."""
+
+    def __init__(self, refuses=None):
+        self.refuses, self.asked = refuses, []
+
+    def __call__(self):
+        return self
+
+    def _answer(self, name, answer=None):
+        self.asked.append(name)
+        if self.refuses == name:
+            raise HfHubHTTPError(
+                f"403 of {name}\nmore", response=SimpleNamespace(headers={}, status_code=403, request=None)
+            )
+        return answer
+
+    def whoami(self):
+        return self._answer("whoami")
+
+    def create_repo(self, repository, **options):
+        return self._answer("create_repo")
+
+    def upload_folder(self, **options):
+        self.options = options
+        return self._answer("upload_folder", SimpleNamespace(repo_url="the page"))
+
+
+@pytest.fixture
+def api(monkeypatch):
+    api = FakeHub()
+    monkeypatch.setattr(hub, "HfApi", api)
+    monkeypatch.setattr(hub, "get_token", lambda: TOKEN)
+    return api
+
+
+@pytest.mark.parametrize("name", ["me/--x", "justme", "a/b/c", "me/my model"])
+def test_a_name_that_is_no_hub_id_is_refused_before_anything(api, name):
+    with pytest.raises(ExportError, match="Write --push user/name"):
+        hub.check_push(name)
+    assert api.asked == []
+
+
+def test_without_a_token_it_says_how_to_get_one(api, monkeypatch):
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    with pytest.raises(ExportError, match="hf auth login"):
+        hub.check_push("me/phi")
+
+
+def test_a_token_that_is_refused_is_told_and_not_shown(api):
+    api.refuses = "whoami"
+    with pytest.raises(ExportError, match="does not take your token") as caught:
+        hub.check_push("me/phi")
+    assert TOKEN not in str(caught.value)
+
+
+def test_what_is_pushed_is_the_folder(api, tmp_path):
+    assert hub.push(tmp_path, "me/phi", private=True) == "the page"
+    assert api.asked == ["create_repo", "upload_folder"]
+    assert (api.options["repo_id"], api.options["folder_path"]) == ("me/phi", tmp_path)
+    assert TOKEN not in str(api.options)
+
+
+def test_a_push_that_fails_says_that_the_export_is_whole(api, tmp_path):
+    api.refuses = "upload_folder"
+    with pytest.raises(ExportError, match="The export is whole in") as caught:
+        hub.push(tmp_path, "me/phi", private=False)
+    assert "403" in str(caught.value)

@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from qlora_phi3.cli.adapter import adapter
+from qlora_phi3.cli.export import export
 from qlora_phi3.cli.recipe import recipe
 from qlora_phi3.cli.run import run
 from qlora_phi3.cli.vram_check import vram_check
@@ -53,5 +55,7 @@ def main() -> None:
 
 
 main.add_command(run)
+main.add_command(export)
 main.add_command(recipe)
 main.add_command(vram_check)
+main.add_command(adapter)

@@ -1,0 +1,274 @@
+"""loralib 0.1.2's state dicts to updates and back.
+
+A loralib file holds `x.lora_A` and `x.lora_B` and nothing else: no alpha, no enabled groups, and an Embedding, a Conv2d and a
+Linear look the same in it. What it does not say must be given, as a `Spec`.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from qlora_phi3.adapters.peft_folder import last_name, whole_number
+from qlora_phi3.adapters.update import Adapter, Block, Update, fold, stack
+from qlora_phi3.errors import ExportError
+
+T = TypeVar("T")
+LORA = re.compile(r"(.+)\.lora_([AB])")
+ALPHA_CURE = "Give the lora_alpha the layers were built with, such as --alpha 16; where none was named loralib took 1."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """What a loralib file does not say, by layer name or its end (`qkv_proj` for all of them); "" is every layer."""
+
+    alpha: Mapping[str, float] = field(default_factory=dict)
+    #: enable_lora of every MergedLinear.
+    enable: Mapping[str, Sequence[bool]] = field(default_factory=dict)
+    embedding: frozenset[str] = frozenset({"embed_tokens"})
+    #: kernel_size of every Conv2d; groups must be 1.
+    conv2d: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One loralib layer: its matrices, and the arguments it must be built with."""
+
+    lora_A: Tensor  # noqa: N815 - loralib's own name
+    lora_B: Tensor  # noqa: N815
+    lora_alpha: float
+    built_as: str
+
+
+def find(table: Mapping[str, T], layer: str) -> T | None:
+    """The entry for a layer: of the longest key that is its name or the end of it."""
+    keys = [key for key in table if not key or layer == key or layer.endswith(f".{key}")]
+    return table[max(keys, key=len)] if keys else None
+
+
+def check_spec(spec: Spec, layers: Sequence[str]) -> None:
+    """Refuse a key that belongs to no layer; the usual embedding may be missing."""
+    for option, table in (("alpha", spec.alpha), ("enable", spec.enable), ("conv2d", spec.conv2d)):
+        for key in table:
+            if key and not any(layer == key or layer.endswith(f".{key}") for layer in layers):
+                names = ", ".join(sorted({last_name(layer) for layer in layers}))
+                raise ExportError(f"{option} names '{key}', and no layer is called that.", f"There are {names}.")
+
+
+def read_loralib(tensors: Mapping[str, Tensor], spec: Spec, where: object) -> Adapter:
+    """The updates of a loralib state dict.
+
+    Args:
+        tensors: of the state dict.
+        spec: what it does not say.
+        where: its place, for the messages.
+
+    Raises:
+        ExportError: an unknown key, a missing alpha, or shapes that do not fit what the spec says.
+    """
+    pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        if match := LORA.fullmatch(key):
+            pairs[match[1]][match[2]] = tensor
+    if not pairs:
+        raise ExportError(
+            f"{where} holds no 'x.lora_A' and 'x.lora_B', as loralib names them.",
+            "A PEFT adapter is given as its folder.",
+        )
+    check_spec(spec, list(pairs))
+    updates = {}
+    for layer, pair in pairs.items():
+        if pair.keys() != {"A", "B"}:
+            raise ExportError(f"{where}: {layer} has lora_{min(pair)} alone.", "Save the state dict again.")
+        updates[layer] = _read_layer(layer, pair["A"], pair["B"], spec, where)
+    return Adapter(updates=updates, whole=_read_whole(tensors, updates, where))
+
+
+def _read_whole(tensors: Mapping[str, Tensor], updates: Mapping[str, Update], where: object) -> dict[str, Tensor]:
+    whole = {}
+    for key, tensor in tensors.items():
+        layer, _, kind = key.rpartition(".")
+        is_copy = kind == "weight" and layer in updates and updates[layer].kind == "embedding"
+        if LORA.fullmatch(key):
+            continue
+        if kind != "bias" and not is_copy:
+            raise ExportError(
+                f"{where}: '{key}' is neither a LoRA matrix nor a bias.",
+                "Save those alone: torch.save(loralib.lora_state_dict(model), path).",
+            )
+        whole[_name_in_base(key, updates)] = tensor
+    return whole
+
+
+def _name_in_base(key: str, updates: Mapping[str, Update]) -> str:
+    """loralib's Conv2d holds the convolution as its `conv`: x.conv.bias is the base's x.bias."""
+    outer = key.removesuffix(".conv.bias")
+    return f"{outer}.bias" if outer in updates and updates[outer].kind == "conv2d" else key
+
+
+def _read_layer(layer: str, down: Tensor, up: Tensor, spec: Spec, where: object) -> Update:
+    told = f"{where}: {layer} has lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}"
+    if down.dim() != 2 or up.dim() != 2 or 0 in (*down.shape, *up.shape):
+        raise ExportError(f"{told}; loralib's are matrices.", "Save the state dict again.")
+    alpha = find(spec.alpha, layer)
+    if alpha is None:
+        raise ExportError(
+            f"{where}: the lora_alpha of {layer} is not known; loralib's files do not hold it.", ALPHA_CURE
+        )
+    if (kernel := find(spec.conv2d, layer)) is not None:
+        return _read_conv2d(down, up, alpha, kernel, told)
+    if (enable := find(spec.enable, layer)) is not None:
+        return _read_merged(down, up, alpha, enable, told)
+    if len(down) != up.shape[1]:
+        groups = len(down) // up.shape[1]
+        hint = f" It looks like a MergedLinear with {groups} groups enabled." if groups > 1 else ""
+        raise ExportError(
+            f"{told}, which are no Linear's: the ranks differ.{hint}",
+            f"Say which are: --enable {last_name(layer)}=1,0,1",
+        )
+    embedding = find(dict.fromkeys(spec.embedding, True), layer)
+    block = Block(down=down, up=up, scaling=alpha / len(down))
+    kind = "embedding" if embedding else "linear"
+    return Update(out_features=len(up), in_features=down.shape[1], blocks=(block,), kind=kind)  # type: ignore[arg-type]
+
+
+def _read_merged(down: Tensor, up: Tensor, alpha: float, enable: Sequence[bool], told: str) -> Update:
+    """Each enabled group has r rows of A and its own rows of B."""
+    rank, count = up.shape[1], sum(enable)
+    if count == 0 or len(down) != rank * count or len(up) % count:
+        raise ExportError(
+            f"{told}, which are no MergedLinear's with {count} of {len(enable)} groups enabled.",
+            "lora_A has rank times enabled groups rows; mend --enable.",
+        )
+    size = len(up) // count
+    places = [number for number, enabled in enumerate(enable) if enabled]
+    blocks = tuple(
+        Block(down=a, up=b, scaling=alpha / rank, first_row=place * size)
+        for place, a, b in zip(places, down.chunk(count), up.chunk(count), strict=True)
+    )
+    return Update(out_features=size * len(enable), in_features=down.shape[1], blocks=blocks)
+
+
+def _read_conv2d(down: Tensor, up: Tensor, alpha: float, kernel: int, told: str) -> Update:
+    """loralib views B A, (out k, in k), as (out, in, k, k): row o k + t is the t-th part of the weight of output o."""
+    if kernel < 1 or any(size % kernel for size in (*down.shape, *up.shape)) or len(down) != up.shape[1]:
+        raise ExportError(f"{told}, which are no Conv2d's with kernel_size {kernel}.", "Mend --conv2d.")
+    scaling, width = alpha / (len(down) // kernel), down.shape[1]
+    blocks = tuple(
+        Block(down=down, up=up[part::kernel], scaling=scaling, first_column=part * width) for part in range(kernel)
+    )
+    return Update(
+        out_features=len(up) // kernel,
+        in_features=width * kernel,
+        blocks=blocks,
+        kind="conv2d",
+        kernel_size=kernel,
+    )
+
+
+def loralib_layers(adapter: Adapter, spec: Spec, where: object) -> dict[str, Layer]:
+    """The loralib layers of the same updates.
+
+    Args:
+        adapter: the updates.
+        spec: `enable` makes MergedLinears of the layers it names; `alpha`, where given, is folded into B; else every layer keeps
+            the alpha that leaves its B as it is.
+        where: the adapter's place, for the messages.
+
+    Raises:
+        ExportError: something that loralib cannot hold, named.
+    """
+    check_spec(spec, list(adapter.updates))
+    for name in adapter.whole:
+        layer, _, kind = name.rpartition(".")
+        if kind != "bias" and layer not in adapter.updates:
+            raise ExportError(
+                f"{where}: loralib holds no '{name}' (modules_to_save).", "Keep it as a PEFT adapter, or merge it."
+            )
+    layers = {}
+    for name, update in adapter.updates.items():
+        if update.magnitude is not None:
+            raise ExportError(
+                f"{where}: {name} is DoRA (use_dora), and loralib has none.", "Keep it as a PEFT adapter."
+            )
+        layers[name] = _write_layer(name, update, find(spec.enable, name), find(spec.alpha, name), where)
+    return layers
+
+
+def _write_layer(name: str, update: Update, enable: Sequence[bool] | None, alpha: float | None, where: object) -> Layer:
+    down, up, scaling = stack(update)
+    if enable is not None:
+        if update.kind != "linear":
+            raise ExportError(f"{where}: {name} is no linear layer, and only those have groups.", "Mend --enable.")
+        down, up = _as_merged(name, down, up, enable, where)
+    elif update.kind == "conv2d":
+        down, up = _as_conv2d(down, up, update.kernel_size)
+    rank = len(down) // update.kernel_size if enable is None else up.shape[1]
+    kept = whole_number(scaling * rank)
+    alpha = kept if alpha is None else whole_number(alpha)
+    return Layer(
+        lora_A=down,
+        lora_B=fold(up, scaling / (alpha / rank)) if alpha != kept else up,
+        lora_alpha=alpha,
+        built_as=_built_as(update, rank, alpha, enable),
+    )
+
+
+def _built_as(update: Update, rank: int, alpha: float, enable: Sequence[bool] | None) -> str:
+    sizes, strength = (update.in_features, update.out_features), f"r={rank}, lora_alpha={alpha}"
+    if update.kind == "conv2d":
+        channels = update.in_features // update.kernel_size**2
+        return f"lora.Conv2d({channels}, {sizes[1]}, {update.kernel_size}, {strength})"
+    if enable is not None:
+        return f"lora.MergedLinear({sizes[0]}, {sizes[1]}, {strength}, enable_lora={[bool(on) for on in enable]})"
+    return f"lora.{'Embedding' if update.kind == 'embedding' else 'Linear'}({sizes[0]}, {sizes[1]}, {strength})"
+
+
+def _as_merged(name: str, down: Tensor, up: Tensor, enable: Sequence[bool], where: object) -> tuple[Tensor, Tensor]:
+    """A and B of a MergedLinear: B's own blocks where it is block-diagonal, else A once for every enabled group."""
+    count, places = sum(enable), [number for number, enabled in enumerate(enable) if enabled]
+    if len(up) % len(enable) or not count:
+        raise ExportError(f"{where}: {name} has {len(up)} rows, not {len(enable)} equal groups.", "Mend --enable.")
+    groups = up.reshape(len(enable), -1, len(down))
+    for number, enabled in enumerate(enable):
+        if not enabled and groups[number].any():
+            raise ExportError(
+                f"{where}: {name} is trained in group {number + 1} of {len(enable)} too, which --enable leaves out.",
+                "Enable every trained group.",
+            )
+    kept = groups[places]
+    if len(down) % count == 0 and up.any():
+        blocks = kept.reshape(count, -1, count, len(down) // count)  # (group, rows, group of ranks, r)
+        diagonal = torch.stack([blocks[number, :, number] for number in range(count)])
+        if all(not blocks[a, :, b].any() for a in range(count) for b in range(count) if a != b):
+            return down, diagonal.flatten(0, 1)
+    return down.repeat(count, 1), kept.flatten(0, 1)
+
+
+def _as_conv2d(down: Tensor, up: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
+    """A (r k, in k) and B (out k, r k): the k copies of one A where it was made of them, else rank r of PEFT's."""
+    parts, rank, width = down.chunk(kernel, dim=1), len(down), down.shape[1] // kernel
+    if rank % kernel == 0:
+        copy = down[: rank // kernel, :width]
+        if len(copy) % kernel == 0 and torch.equal(down, torch.kron(torch.eye(kernel, dtype=copy.dtype), copy)):
+            return copy, up.reshape(-1, rank // kernel)
+    placed = up.new_zeros(len(up), kernel, kernel, rank)
+    for part in range(kernel):
+        placed[:, part, part] = up
+    return torch.cat(parts), placed.flatten(0, 1).flatten(1)
+
+
+def loralib_tensors(adapter: Adapter, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """The state dict, as `loralib.lora_state_dict` makes it."""
+    tensors = {}
+    for name, tensor in adapter.whole.items():
+        layer_name, _, kind = name.rpartition(".")
+        wrapped = layer_name in adapter.updates and adapter.updates[layer_name].kind == "conv2d"
+        tensors[f"{layer_name}.conv.{kind}" if wrapped else name] = tensor
+    for name, layer in layers.items():
+        tensors |= {f"{name}.lora_A": layer.lora_A, f"{name}.lora_B": layer.lora_B}
+    return tensors

@@ -1,0 +1,119 @@
+"""`qlora-phi3 export`: a run as a model that people can use, with the proof that it is what was trained."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qlora_phi3.cli.options import debug_option
+from qlora_phi3.cli.quiet import quieten
+from qlora_phi3.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from qlora_phi3.export.request import Request
+    from qlora_phi3.show.live import View
+
+#: As people write them, and as torch does.
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+@click.command()
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; without it RUN/merged or RUN/gguf.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["hf", "gguf"]),
+    default="hf",
+    show_default=True,
+    help="hf: safetensors for transformers, vLLM and the like; gguf: one file for llama.cpp and Ollama.",
+)
+@click.option("--quant", help="With --format gguf: f16 (default), q8_0, q4_k_m and others.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp16", show_default=True, help="Of merged weights.")
+@click.option(
+    "--onto",
+    type=click.Choice(["auto", "nf4", "original"]),
+    default="auto",
+    show_default=True,
+    help="What the adapter is added to: the 4-bit weights it was trained on, or the base's own; auto: the lower held-out loss.",
+)
+@click.option("--base", type=click.Path(path_type=Path), help="Folder of the base, where it is not where it was.")
+@click.option("--shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file of weights.")
+@click.option("--max-ram", metavar="SIZE", help="Stay within this much memory.")
+@click.option("--no-verify", is_flag=True, help="Leave the proof out (minutes for a full-size model on a CPU).")
+@click.option("--force", is_flag=True, help="Replace what is at the target.")
+@click.option("--push", metavar="USER/NAME", help="Upload to the hub afterwards, with a model card.")
+@click.option("--private", is_flag=True, help="With --push: for your eyes only.")
+@debug_option
+@click.pass_context
+def export(
+    ctx: click.Context,
+    run: Path,
+    out: Path | None,
+    kind: str,
+    quant: str | None,
+    dtype: str,
+    onto: str,
+    base: Path | None,
+    shard_size: str,
+    max_ram: str | None,
+    no_verify: bool,
+    force: bool,
+    push: str | None,
+    private: bool,
+) -> None:
+    """Merge the adapter of RUN into its base, write the model, and hold it against what was trained.
+
+    \b
+    Examples:
+      qlora-phi3 export runs/chat/2026-11-21_10-00-00
+      qlora-phi3 export runs/chat/2026-11-21_10-00-00 --format gguf --quant q8_0
+      qlora-phi3 export runs/chat/2026-11-21_10-00-00 --push me/phi3-chat
+
+    RUN is a run's folder; of a folder with several runs the newest is taken. An interrupted export goes on where it was with the
+    same command. Exit codes: 0 proved, 5 written but not what was trained, 2 bad input.
+    """
+    if quant and kind != "gguf":
+        raise UserError(f"--quant {quant} is for GGUF.", "Write --format gguf too, or --dtype for safetensors.")
+    if private and not push:
+        raise UserError("--private says how to push, and nothing is pushed.", "Write --push user/name too.")
+
+    from qlora_phi3.export.request import make_request
+
+    request = make_request(
+        run,
+        out=out,
+        kind=kind,
+        quant=quant,
+        dtype=DTYPES[dtype],
+        onto=onto,
+        base=base,
+        shard_size=shard_size,
+        max_ram=max_ram,
+        verify=not no_verify,
+        force=force,
+        push=push,
+        private=private,
+    )
+
+    from qlora_phi3.show.live import Cadence, open_view
+
+    with open_view(Cadence("no", 1), plain=False) as view:
+        try:
+            _export(request, view, quiet=not ctx.meta.get("debug"))
+        except KeyboardInterrupt as interrupt:
+            raise Interrupted(
+                "Stopped; what is written so far is kept.", "Go on where it was with the same command."
+            ) from interrupt
+
+
+def _export(request: "Request", view: "View", *, quiet: bool) -> None:
+    """Start the libraries, then export, then show."""
+    view.progress("Starting torch, transformers and peft", 0, None)
+    if quiet:
+        quieten()
+    from qlora_phi3.export.export import export_run
+    from qlora_phi3.show.export import show_export
+
+    view.progress("Starting torch, transformers and peft", 1, 1)
+    show_export(view, export_run(request, view))

@@ -1,0 +1,338 @@
+"""`qlora-phi3 adapter convert` as a person types it: what it prints, what it refuses, and what it leaves on the disk."""
+
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from adapter_models import build_pair, save_trained
+from safetensors.torch import load_file, save_file
+from workshop import call
+
+from qlora_phi3.adapters import convert, files
+from qlora_phi3.adapters.loralib import Spec
+from qlora_phi3.adapters.update import Adapter, Block, Update, relative_difference, stack
+from qlora_phi3.cli.main import main
+from qlora_phi3.errors import ExportError
+
+PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
+QKV = "model.layers.{}.self_attn.qkv_proj.lora_{}"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, base):
+    """A folder to work in, with a loralib file, a fused and a split adapter; `base` has 4 heads and 2 key-value heads."""
+    monkeypatch.chdir(tmp_path)
+    fused, apart = build_pair(vocab_size=832)
+    torch.manual_seed(0)
+    shapes = {"A": (8, 128), "B": (192, 2)}  # rank 2; two groups of q, and v
+    names = [(number, letter) for number in (0, 1) for letter in "AB"]
+    tensors = {QKV.format(number, letter): torch.randn(shapes[letter]) for number, letter in names}
+    tensors = {name: torch.randn(6, 128) if "_A" in name else tensor for name, tensor in tensors.items()}
+    torch.save(tensors, tmp_path / "lora.pt")
+    save_trained(fused, tmp_path / "fused", target_modules=["qkv_proj"])
+    save_trained(apart, tmp_path / "split", target_modules=["q_proj", "v_proj"])
+    return tmp_path
+
+
+def refused(*words: str) -> str:
+    """What is printed by a conversion that must fail with one line and exit code 2, and leave nothing behind."""
+    before = sorted(Path.cwd().rglob("*"))
+    result = call("adapter", "convert", *words)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert sorted(Path.cwd().rglob("*")) == before
+    return result.stderr
+
+
+def converted(*words: str) -> str:
+    result = call("adapter", "convert", *words)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def test_a_loralib_file_becomes_a_peft_adapter_and_again_a_loralib_file(place, base):
+    told = converted("lora.pt", "peft", "--to", "peft", "--alpha", "16", "--enable", "q,v", "--base", str(base))
+    number = re.search(r"of 2 layers, as read and as written: largest relative difference (\S+) \(model.layers", told)
+    assert float(number[1]) < 1e-6
+    assert told.endswith("Written: peft\n")
+    assert json.loads((place / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    told = converted("peft", "back.pt", "--to", "loralib", "--enable", "q,v")
+    assert (
+        "qkv_proj: lora.MergedLinear(128, 256, r=2, lora_alpha=16, enable_lora=[True, True, False, True])   (2 of them)"
+        in told
+    )
+    first, second = (torch.load(place / name, weights_only=True) for name in ("lora.pt", "back.pt"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_adapter_of_a_real_run_travels_apart_and_back_with_its_tokenizer(shop):
+    shop.write(training={"max_steps": 2, "eval_strategy": "no", "save_strategy": "no"})
+    assert shop.run().exit_code == 0
+    (run,) = shop.runs()
+    (run / "adapter" / "training_args.bin").write_bytes(b"no adapter's")
+    told = converted(str(run), "apart", "--to", "split")
+    assert "It names no base: load it onto an unfused Phi-3" in told
+    names = {path.name for path in (run / "adapter").iterdir()} - {"training_args.bin"}
+    assert {path.name for path in Path("apart").iterdir()} == names
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json"} < names
+    assert (Path("apart") / "tokenizer.json").read_bytes() == (shop.base / "tokenizer.json").read_bytes()
+    converted("apart", "again", "--to", "fused")  # the config.json beside it has the heads
+    converted(str(run), "lora.pt", "--to", "loralib")
+    converted("lora.pt", "third", "--to", "peft", "--alpha", "16", "--base", str(shop.base))
+    first, *others = (
+        load_file(folder / "adapter_model.safetensors") for folder in (run / "adapter", Path("again"), Path("third"))
+    )
+    assert all(other.keys() == first.keys() for other in others)
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+def test_a_target_is_replaced_only_with_force(place, base):
+    command = ["split", "new", "--to", "fused", "--base", str(base)]
+    converted(*command)
+    (place / "new" / "adapter_model.safetensors").write_bytes(b"old")
+    assert "new is there already. Choose another place, or replace it with --force." in refused(*command)
+    converted(*command, "--force")
+    assert load_file(place / "new" / "adapter_model.safetensors")
+    assert sorted(path.name for path in place.iterdir()) == ["fused", "lora.pt", "new", "split"]
+    assert "lora.pt is there already" in refused("fused", "lora.pt", "--to", "loralib")
+
+
+def test_places_where_something_else_would_be_lost_are_refused(place, base):
+    options = ["--to", "fused", "--base", str(base), "--force"]
+    assert "split/inside lies inside split, which is read" in refused("split", "split/inside", *options)
+    assert "split lies inside split" in refused("split", "split", *options)
+    (place / "home").mkdir()
+    (place / "home" / "letter.txt").write_text("dear")
+    assert "home is a folder that holds something else than an adapter" in refused("split", "home", *options)
+    (place / "home" / "adapter_config.json").write_text("{}")
+    assert "lora.pt is a file, and a PEFT adapter is a folder" in refused(
+        "fused", "lora.pt", "--to", "split", "--force"
+    )
+    assert "split is a folder, and a loralib state dict is a file" in refused(
+        "fused", "split", "--to", "loralib", "--force"
+    )
+    (place / "split").rename(place / "home" / "split")
+    assert "home holds home/split, which is read" in refused("home/split", "home", *options)
+    assert ". is no name for something new" in refused("fused", ".", "--to", "split", "--force")
+
+
+def test_a_failed_write_leaves_the_old_adapter(place, base, monkeypatch):
+    converted("split", "new", "--to", "fused", "--base", str(base))
+    before = (place / "new" / "adapter_model.safetensors").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "_flush", full)
+    told = refused("split", "new", "--to", "fused", "--base", str(base), "--force")
+    assert "new cannot be written: No space left on device. Free the disk" in told
+    assert (place / "new" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_what_was_written_otherwise_than_read_is_not_kept(place, base, monkeypatch):
+    honest = convert.peft_tensors
+
+    def slightly_other(adapter: Adapter) -> dict[str, torch.Tensor]:
+        return {name: tensor * (1 + 3e-6) for name, tensor in honest(adapter).items()}
+
+    monkeypatch.setattr(convert, "peft_tensors", slightly_other)
+    assert re.search(r"qkv_proj would change by 6.0e-06", refused("split", "new", "--to", "fused", "--base", str(base)))
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("harm",)
+
+
+def spoil(place: Path, kind: str) -> None:
+    """Make bad.pt."""
+    good, path = torch.load(place / "lora.pt", weights_only=True), place / "bad.pt"
+    if kind == "pickle":
+        torch.save({"x": Harmful()}, path)
+    elif kind == "text":
+        path.write_text("no adapter at all")
+    elif kind == "cut":
+        path.write_bytes((place / "lora.pt").read_bytes()[:3000])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "list":
+        torch.save([torch.ones(2)], path)
+    elif kind == "nan":
+        good[QKV.format(1, "B")][3, 1] = float("nan")
+        torch.save(good, path)
+    elif kind == "number":
+        torch.save({**good, "r": 16}, path)
+    elif kind == "integers":
+        torch.save({**good, QKV.format(0, "A"): torch.ones(6, 128, dtype=torch.int8)}, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("missing", "There is no file bad.pt."),
+        ("pickle", "bad.pt is refused: it is a pickle that holds more than tensors"),
+        ("text", "bad.pt is refused: it is a pickle that holds more than tensors (or no pickle at all)"),
+        ("cut", "bad.pt cannot be read:"),
+        ("empty", "bad.pt cannot be read:"),
+        ("list", "bad.pt holds a list, not a state dict."),
+        ("nan", "bad.pt: 'model.layers.1.self_attn.qkv_proj.lora_B' holds NaN or infinity."),
+        ("number", "bad.pt: 'r' is no tensor but int."),
+        ("integers", "bad.pt: 'model.layers.0.self_attn.qkv_proj.lora_A' holds torch.int8"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_in_one_line(place, kind, text):
+    spoil(place, kind)
+    assert text in refused("bad.pt", "new", "--to", "peft", "--alpha", "16")
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (
+            "lora.pt new --to peft --enable qkv_proj=1,1,0,1",
+            "lora_alpha of model.layers.0.self_attn.qkv_proj is not known",
+        ),
+        (
+            "lora.pt new --to peft --alpha 16",
+            "It looks like a MergedLinear with 3 groups enabled. Say which are: --enable qkv",
+        ),
+        ("lora.pt new --to peft --alpha 16 --enable q,v", "depends on the base's heads. Add --base."),
+        (
+            "lora.pt new --to peft --alpha 16 --enable 1,0,1",
+            "--enable 1,0,1 names no groups. Write q,v or gate,up or NAME=1,0,1",
+        ),
+        ("lora.pt new --to peft --alpha 16 --enable q,up", "--enable q,up names no groups."),
+        ("lora.pt new --to peft --alpha 0", "--alpha 0 cannot be read. Write --alpha 16 or qkv_proj=32, above 0."),
+        ("lora.pt new --to peft --alpha much", "--alpha much cannot be read."),
+        ("lora.pt new --to peft --alpha nan", "--alpha nan cannot be read."),
+        ("lora.pt new --to peft --alpha 16 --conv2d 3", "--conv2d 3 cannot be read. Write --conv2d conv1=3"),
+        (
+            "lora.pt new --to peft --alpha x=16 --enable qkv_proj=1,1,0,1",
+            "alpha names 'x', and no layer is called that.",
+        ),
+        (
+            "lora.pt new --to fused",
+            "lora.pt is a file, and a PEFT adapter is a folder. For a loralib file write --to peft.",
+        ),
+        ("nothing new --to fused", "There is no nothing."),
+        ("fused new --to split --alpha 3", "--alpha has no meaning for --to split."),
+        (
+            "fused new.safetensors --to loralib",
+            "new.safetensors would be written by torch.save. Name a file that ends in .pt.",
+        ),
+        ("fused new --to peft --alpha 3", "fused is a folder, and a loralib state dict is a file."),
+        ("fused new --to split", "The base of fused cannot be looked up:"),
+    ],
+)
+def test_bad_words_are_answered_in_one_line(place, words, text):
+    assert text in refused(*words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("--alpha 16 --enable qkv_proj=1,0,1,1,1", "no MergedLinear's with 4 of 5 groups enabled"),
+        ("--alpha 16 --enable qkv_proj=1,0,1,1,0,0", "is 384 x 128 (out x in), and that of BASE 256 x 128"),
+        ("--alpha 16 --enable q,v --embedding nobody", ""),
+    ],
+)
+def test_shapes_are_held_against_the_base(place, base, words, text):
+    command = ["lora.pt", "new", "--to", "peft", *words.split(), "--base", str(base)]
+    if text:
+        assert text.replace("BASE", str(base)) in refused(*command)
+    else:
+        assert "Written: new" in converted(*command)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("adapter_config.json", b"{", "adapter_config.json is not JSON"),
+        ("adapter_config.json", b"[]", "adapter_config.json holds no JSON object"),
+        ("adapter_config.json", None, "split holds no adapter_config.json. Give the folder of a PEFT adapter"),
+        ("adapter_model.safetensors", None, "There is no file split/adapter_model.safetensors."),
+        ("adapter_model.safetensors", b"\0" * 20, "adapter_model.safetensors cannot be read as safetensors"),
+    ],
+)
+def test_a_broken_peft_folder_is_refused_in_one_line(place, base, name, content, text):
+    path = place / "split" / name
+    path.unlink() if content is None else path.write_bytes(content)
+    assert text in refused("split", "new", "--to", "fused", "--base", str(base))
+
+
+def test_an_old_adapter_model_bin_is_read_without_running_it(place, base):
+    tensors = load_file(place / "split" / "adapter_model.safetensors")
+    (place / "split" / "adapter_model.safetensors").unlink()
+    torch.save(tensors, place / "split" / "adapter_model.bin")
+    converted("split", "new", "--to", "fused", "--base", str(base))
+    torch.save(Harmful(), place / "split" / "adapter_model.bin")
+    assert "adapter_model.bin is refused" in refused("split", "other", "--to", "fused", "--base", str(base))
+    assert not (place / "harm").exists()
+
+
+def test_a_nan_in_a_peft_adapter_is_refused_by_name(place, base):
+    path = place / "split" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = min(tensors)
+    tensors[name][0, 0] = float("inf")
+    save_file(tensors, path)
+    assert f"'{name}' holds NaN or infinity" in refused("split", "new", "--to", "fused", "--base", str(base))
+
+
+def test_a_spec_that_names_nothing_is_refused():
+    with pytest.raises(ExportError, match="conv2d names 'conv', and no layer is called that"):
+        convert.read_loralib(
+            {"x.lora_A": torch.ones(1, 2), "x.lora_B": torch.ones(2, 1)}, Spec(conv2d={"conv": 3}), "lora.pt"
+        )
+
+
+def some_update(draw: torch.Generator, *scalings: float) -> Update:
+    """Three blocks one below the other, of ranks 1, 2 and 3."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw)
+
+    blocks = [
+        Block(down=random(rank, 7), up=random(4, rank), scaling=scaling, first_row=4 * (rank - 1))
+        for rank, scaling in zip((1, 2, 3), scalings, strict=True)
+    ]
+    return Update(out_features=12, in_features=7, blocks=tuple(blocks))
+
+
+def test_the_printed_difference_is_that_of_the_whole_updates():
+    draw = torch.Generator().manual_seed(0)
+    first, second = some_update(draw, 1.0, 0.5, 3.0), some_update(draw, 2.0, 1.0, 0.25)
+    dense = [
+        torch.cat([block.scaling * block.up.double() @ block.down.double() for block in update.blocks])
+        for update in (first, second)
+    ]
+    expected = float((dense[0] - dense[1]).norm() / dense[0].norm())
+    assert relative_difference(first, second) == pytest.approx(expected, rel=1e-12)
+
+
+def test_stacked_blocks_are_the_same_update_and_different_scalings_are_folded():
+    update = some_update(torch.Generator().manual_seed(0), 1.0, 0.3, 3.0)
+    down, up, scaling = stack(update)
+    assert (down.shape, up.shape, scaling) == ((6, 7), (12, 6), 3.0)
+    whole = Update(out_features=12, in_features=7, blocks=(Block(down=down, up=up, scaling=scaling),))
+    assert 0 < relative_difference(update, whole) < 1e-7
+
+
+@pytest.mark.parametrize("line", re.findall(r"^qlora-phi3 .*", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE))
+def test_a_command_of_the_page_is_one_the_program_takes(line):
+    arguments, command = shlex.split(line)[1:], main
+    while isinstance(command, click.Group):
+        command = command.commands[arguments.pop(0)]
+    command.make_context("page", arguments, resilient_parsing=False)
+
+
+def test_the_python_of_the_page_runs(place, base, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    code = code.replace("microsoft/Phi-3-mini-4k-instruct", base.as_posix())
+    exec(code.replace("[True, False, True]", "[True, True, False, True]"), {})  # the small model has grouped queries
+    assert "trainable params: 4,608 " in capsys.readouterr().out

@@ -1,4 +1,9 @@
-"""Checksums of a base's tensors as a run holds them, so that an export can tell whether it works on the same ones."""
+"""Checksums of a base's tensors as a run holds them, so that an export can tell whether it works on the same ones.
+
+The offset of double quantization is a mean over the whole tensor, which torch sums in another order with another number of
+threads: 1 and 2 threads gave other last bits for Phi-3's larger layers (torch 2.13 on CPU). The codes do not depend on it. So
+codes have a checksum of their own, and the offset is kept: with it the rest comes out the same again on any number of threads.
+"""
 
 import hashlib
 from collections.abc import Iterable
@@ -18,25 +23,42 @@ def tensor_checksum(parameter: Tensor) -> str:
         parameter: any shape and device; of a 4-bit one (it carries a `quant_state`) the packed codes, then absmax, then, where
             it is quantized itself, its own absmax and offset are read.
     """
+    return str(tensor_record(parameter)["sha256"])
+
+
+def tensor_record(parameter: Tensor) -> dict[str, Any]:
+    """What a run notes down of a parameter: its kind and checksum; of a 4-bit one that of its codes too, and the offset.
+
+    Returns:
+        {"kind": "plain", "sha256": hex} or {"kind": "4bit", "sha256": hex, "codes": hex, "offset": float or None}.
+    """
     state = getattr(parameter, "quant_state", None)
-    return checksum_of([parameter]) if state is None else quantized_checksum(parameter, state)
+    return (
+        {"kind": "plain", "sha256": checksum_of([parameter])} if state is None else quantized_record(parameter, state)
+    )
 
 
-def quantized_checksum(packed: Tensor, state: Any) -> str:
-    """The checksum of a 4-bit tensor given as its packed codes, (n / 2, 1), and its bitsandbytes `QuantState`."""
-    return checksum_of([packed, *state_tensors(state)])
-
-
-def state_tensors(state: Any) -> list[Tensor]:
-    """What a bitsandbytes `QuantState` holds beside the codes: absmax, and with double quantization its absmax and offset."""
-    return [state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
+def quantized_record(packed: Tensor, state: Any) -> dict[str, Any]:
+    """`tensor_record` of a 4-bit tensor given as its packed codes, (n / 2, 1), and its bitsandbytes `QuantState`."""
+    digest = add_bytes(hashlib.sha256(), packed)
+    codes = digest.hexdigest()
+    for tensor in (state.absmax, *((state.state2.absmax, state.offset) if state.nested else ())):
+        add_bytes(digest, tensor)
+    offset = float(state.offset) if state.nested else None  # an fp32 number, which JSON keeps to the last bit
+    return {"kind": "4bit", "sha256": digest.hexdigest(), "codes": codes, "offset": offset}
 
 
 def checksum_of(pieces: Iterable[Tensor]) -> str:
-    """The checksum of tensors one after the other; of all pieces of a tensor it is the tensor's own."""
+    """The checksum of tensors one after the other; of all pieces of a plain tensor it is the tensor's own."""
     digest = hashlib.sha256()
     for piece in pieces:
-        raw = piece.detach().contiguous().view(-1).view(torch.uint8)
-        for start in range(0, len(raw), _PIECE_BYTES):
-            digest.update(memoryview(cast(Any, raw[start : start + _PIECE_BYTES].cpu().numpy())))
+        add_bytes(digest, piece)
     return digest.hexdigest()
+
+
+def add_bytes(digest: Any, tensor: Tensor) -> Any:
+    """Put a tensor's bytes, of any shape and device, into one of hashlib's digests; returns it."""
+    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    for start in range(0, len(raw), _PIECE_BYTES):
+        digest.update(memoryview(cast(Any, raw[start : start + _PIECE_BYTES].cpu().numpy())))
+    return digest

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from qlora_phi3.checksum import tensor_checksum
+from qlora_phi3.checksum import tensor_record
 from qlora_phi3.dataset.prepare import PreparedData
 from qlora_phi3.errors import RunError
 from qlora_phi3.recipe.tables import Quantization
@@ -36,10 +36,7 @@ def record_base(
         "dtype": str(compute_dtype).removeprefix("torch."),
         "quantization": _as_trained(quantization),
         "device": base.device.type,
-        "tensors": {
-            tensor_name: {"kind": _kind(parameter), "sha256": tensor_checksum(parameter)}
-            for tensor_name, parameter in base_parameters(model)
-        },
+        "tensors": {tensor_name: tensor_record(parameter) for tensor_name, parameter in base_parameters(model)},
     }
     if folder.base.is_file():
         _compare(json.loads(folder.base.read_text(encoding="utf-8")), record, folder)
@@ -52,10 +49,6 @@ def base_parameters(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.get_base_model().named_parameters():
         if not any(part in name for part in (".lora_", ".modules_to_save.")):
             yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
-
-
-def _kind(parameter: Tensor) -> str:
-    return "4bit" if getattr(parameter, "quant_state", None) is not None else "plain"
 
 
 def _as_trained(quantization: Quantization) -> dict[str, Any] | None:

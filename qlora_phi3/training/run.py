@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from qlora_phi3.errors import Interrupted, RunError
 from qlora_phi3.model import apply_setup
+from qlora_phi3.quantized import save_quantized
 from qlora_phi3.recipe.load import Recipe, recipe_as_toml
 from qlora_phi3.recipe.places import with_found_paths
 from qlora_phi3.runfolder import (
@@ -108,6 +109,8 @@ def _record(recipe: Recipe, ready: Ready, model: PeftModel, folder: RunFolder, l
         compute_dtype=ready.precision.compute_dtype,
     )
     keep_held_out(ready.data, folder)
+    if recipe.model.save_quantized and recipe.quantization.load_in_4bit and not folder.quantized_base.is_dir():
+        save_quantized(model, folder.quantized_base)
     listener.progress("Noting down the base's checksums", 1, 1)
 
 

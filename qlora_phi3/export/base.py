@@ -1,0 +1,241 @@
+"""What a run noted down of its base (base.json), and how another reading of that base compares with it."""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_phi3.checksum import add_bytes, quantized_record
+from qlora_phi3.errors import ExportError
+from qlora_phi3.export.quantize import (
+    Quantized,
+    Scheme,
+    count_different_codes,
+    is_stored_quantized,
+    logical_info,
+    quantize,
+    read_quantized,
+)
+from qlora_phi3.export.weights import StoredWeights, TensorInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseRecord:
+    """base.json: the base as a run loaded it.
+
+    `dtype` is the dtype it was loaded in, before 4-bit weights were quantized; `scheme` is None where nothing was. `tensors`
+    holds what `checksum.tensor_record` gives, by the base's own names; a tied head is left out.
+    """
+
+    name: str
+    revision: str | None
+    dtype: torch.dtype
+    scheme: Scheme | None
+    device: str
+    tensors: Mapping[str, Mapping[str, Any]]
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the run held that tensor in 4 bit."""
+        return bool(self.tensors.get(name, {}).get("kind") == "4bit")
+
+
+def read_record(path: Path) -> BaseRecord:
+    """Read base.json.
+
+    Raises:
+        ExportError: it is missing or no such record.
+    """
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        scheme = held["quantization"]
+        return BaseRecord(
+            name=held["name"],
+            revision=held["revision"],
+            dtype=getattr(torch, held["dtype"]),
+            scheme=None if scheme is None else Scheme(**scheme),
+            device=held["device"],
+            tensors={name: dict(tensor) for name, tensor in held["tensors"].items()},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(
+            f"{path} does not say what the run was trained on: {error!r}.", "Export a run that this version trained."
+        ) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """One tensor held against the record.
+
+    `differs`: the bits in use are not those that were trained on. `codes_differ`: the 4-bit codes that the base's files gave are
+    other ones (a plain tensor: its values). `different_codes`: how many, where the run kept its own (`from_cache`).
+    """
+
+    kind: str
+    differs: bool
+    codes_differ: bool
+    from_cache: bool = False
+    different_codes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """All tensors held against the record, by the base's own names.
+
+    `differing`: used with other bits than were trained on. `plain_differing`: those of them that are not in 4 bit.
+    `codes_differing`: came out with other 4-bit codes when they were quantized again, whether or not the trained ones were
+    then taken from the 4-bit base that the run kept (`from_cache`); `different_codes` of those, None where it kept none.
+    """
+
+    num_tensors: int
+    differing: tuple[str, ...]
+    plain_differing: tuple[str, ...]
+    codes_differing: tuple[str, ...]
+    from_cache: tuple[str, ...]
+    different_codes: int | None
+
+    @property
+    def is_other_base(self) -> bool:
+        """Whether these are other weights, and not the same ones quantized on other hardware.
+
+        Plain tensors are only cast, which all hardware does alike.
+        """
+        return bool(self.plain_differing)
+
+
+def summarise(compared: Mapping[str, Compared]) -> Comparison:
+    """Count what `RecordedBase.compared` holds."""
+
+    def names(holds: Callable[[Compared], bool]) -> tuple[str, ...]:
+        return tuple(name for name, tensor in compared.items() if holds(tensor))
+
+    counts = [tensor.different_codes for tensor in compared.values() if tensor.different_codes is not None]
+    return Comparison(
+        num_tensors=len(compared),
+        differing=names(lambda tensor: tensor.differs),
+        plain_differing=names(lambda tensor: tensor.differs and tensor.kind == "plain"),
+        codes_differing=names(lambda tensor: tensor.codes_differ and tensor.kind == "4bit"),
+        from_cache=names(lambda tensor: tensor.from_cache),
+        different_codes=sum(counts) if counts else None,
+    )
+
+
+class RecordedBase:
+    """The files of a base, each tensor held against what the run noted; a `Weights` of the files' own values."""
+
+    def __init__(
+        self,
+        stored: StoredWeights,
+        record: BaseRecord,
+        *,
+        cached: StoredWeights | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Nothing but headers is read.
+
+        Args:
+            cached: the 4-bit base that the run kept (`quantized.save_quantized`); its bits are taken where quantizing again
+                gives others.
+            device: where weights are quantized; None for the CPU. The run's own kind of device gives the run's own bits.
+
+        Raises:
+            ExportError: the files lack a tensor that the run was trained on.
+        """
+        self.stored, self.record, self.cached = stored, record, cached
+        self.device = device or torch.device("cpu")
+        #: How each tensor compares, once it has been read to its end.
+        self.compared: dict[str, Compared] = {}
+        self.info: Mapping[str, TensorInfo] = logical_info(stored)
+        for name in record.tensors:
+            if name not in self.info:
+                raise ExportError(
+                    f"The base has no {name}, which {record.name} had when the run was trained.",
+                    "Give the base that the run names.",
+                )
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """As `Weights.pieces`: the values in the files; a plain tensor is held against the record on the way.
+
+        Raises:
+            ExportError: the base holds this tensor in 4 bit only.
+        """
+        if is_stored_quantized(self.stored, name):
+            raise ExportError(
+                f"{self.record.name} holds {name} in 4 bit only: there is no original to merge onto.",
+                "Export with --onto nf4.",
+            )
+        noted = self.record.tensors.get(name)
+        pieces = self.stored.pieces(name)
+        return pieces if noted is None or noted["kind"] != "plain" else self._checked(name, noted["sha256"], pieces)
+
+    def _checked(self, name: str, noted: str, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+        digest = hashlib.sha256()
+        for piece in pieces:
+            add_bytes(digest, piece.to(self.record.dtype))
+            yield piece
+        differs = digest.hexdigest() != noted
+        self.compared[name] = Compared(kind="plain", differs=differs, codes_differ=differs)
+
+    def quantized(self, name: str) -> Quantized | None:
+        """A tensor as the run held it in 4 bit; None for one that it did not quantize.
+
+        Raises:
+            ExportError: the kept 4-bit base is not the one that was noted.
+        """
+        if not self.record.is_quantized(name):
+            return None
+        noted, again = self.record.tensors[name], self._quantize(name)
+        made = quantized_record(again.packed, again.state)
+        if made["sha256"] == noted["sha256"]:
+            self.compared[name] = Compared(kind="4bit", differs=False, codes_differ=False)
+            return again
+        codes_differ = made["codes"] != noted["codes"]
+        if self.cached is None:
+            self.compared[name] = Compared(kind="4bit", differs=True, codes_differ=codes_differ)
+            return again
+        kept = read_quantized(self.cached, name, self.device)
+        if quantized_record(kept.packed, kept.state)["sha256"] != noted["sha256"]:
+            raise ExportError(
+                f"The 4-bit base that the run kept holds another {name} than the run noted.",
+                "Remove the run's folder quantized_base; weights are then quantized again.",
+            )
+        count = count_different_codes(kept, again)
+        self.compared[name] = Compared(
+            kind="4bit", differs=False, codes_differ=codes_differ, from_cache=True, different_codes=count
+        )
+        return kept
+
+    def _quantize(self, name: str) -> Quantized:
+        if is_stored_quantized(self.stored, name):
+            found = read_quantized(self.stored, name, self.device)
+            found.state.dtype = self.record.dtype  # bitsandbytes dequantizes to the dtype of a layer's input
+            return found
+        scheme, offset = self.record.scheme, self.record.tensors[name]["offset"]
+        if scheme is None:
+            raise ExportError(f"The run noted {name} as 4-bit, and not of which kind.", "Train the run again.")
+        return quantize(self.stored, name, dtype=self.record.dtype, scheme=scheme, device=self.device, offset=offset)
+
+    def notes(self, names: Sequence[str]) -> dict[str, Any]:
+        """How these tensors compare, as JSON keeps it; for `writer.write_shards`."""
+        return {name: asdict(self.compared[name]) for name in names if name in self.compared}
+
+    def recall(self, notes: Mapping[str, Any]) -> None:
+        """Take up notes of tensors that an earlier attempt compared."""
+        self.compared |= {name: Compared(**noted) for name, noted in notes.items()}
+
+    def compare_plain(self) -> tuple[str, ...]:
+        """Hold every tensor that the run did not quantize against the record: a second or two for a whole Phi-3.
+
+        Returns:
+            The names of those that differ. They are only cast when they are loaded, which no hardware does otherwise: if
+            there is one, these are other weights than the run's.
+        """
+        plain = [name for name, noted in self.record.tensors.items() if noted["kind"] == "plain"]
+        for name in plain:
+            deque(self.pieces(name), maxlen=0)
+        return tuple(name for name in plain if self.compared[name].differs)

@@ -1,0 +1,127 @@
+"""A vocabulary of Phi-3's kind (sentencepiece BPE with bytes to fall back on) as pieces, scores and types.
+
+llama.cpp merges the two neighbours whose joint piece has the highest score. A tokenizer.json merges by a list of pairs
+instead. Both give the same ids where every piece has one place in that list, which `_rank_pieces` proves piece by piece.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from qlora_phi3.errors import ExportError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+#: Score of a piece that no merge ever makes; below all others.
+NEVER = -1e9
+#: What turns text into pieces in Phi-3's tokenizer.json: a mark in front of every stretch of text, and for each space.
+NORMALIZERS = (
+    {"type": "Prepend", "prepend": "▁"},
+    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+)
+
+Piece = tuple[str, float, int]
+
+
+def is_sentencepiece(tokenizer: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is of Phi-3's kind: BPE over marked pieces, with bytes to fall back on."""
+    return tokenizer["model"]["type"] == "BPE" and bool(tokenizer["model"].get("byte_fallback"))
+
+
+def read_pieces(folder: Path, tokenizer: dict[str, Any]) -> dict[int, Piece]:
+    """Text, score and type by id: from tokenizer.model where there is one, else from tokenizer.json.
+
+    Raises:
+        ExportError: the two differ, or llama.cpp would not give the same ids.
+    """
+    _check_normalizers(folder, tokenizer)
+    path = folder / "tokenizer.model"
+    return _read_model(path, tokenizer) if path.is_file() else _rank_pieces(folder, tokenizer)
+
+
+def _check_normalizers(folder: Path, tokenizer: dict[str, Any]) -> None:
+    normalizer = tokenizer["normalizer"] or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    if tuple(steps) != NORMALIZERS or tokenizer["pre_tokenizer"] is not None:
+        raise ExportError(
+            f"The tokenizer of {folder} prepares text in a way that llama.cpp does not: normalizer {normalizer}, "
+            f"pre_tokenizer {tokenizer['pre_tokenizer']}.",
+            "Put the base's own tokenizer files and config.json into the folder.",
+        )
+
+
+def _read_model(path: Path, tokenizer: dict[str, Any]) -> dict[int, Piece]:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        model = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise ExportError(f"{path} is no sentencepiece model: {error}.", "Copy the base's own file.") from error
+    pieces: dict[int, Piece] = {}
+    for number in range(model.vocab_size()):
+        kind = NORMAL
+        for applies, other in (
+            (model.is_unknown, UNKNOWN),
+            (model.is_control, CONTROL),
+            (model.is_unused, UNUSED),
+            (model.is_byte, BYTE),
+        ):
+            kind = other if applies(number) else kind
+        pieces[number] = (model.id_to_piece(number), model.get_score(number), kind)
+    for text, number in tokenizer["model"]["vocab"].items():
+        if pieces.get(number, ("",))[0] != text:
+            raise ExportError(
+                f"{path} and the tokenizer.json beside it differ: id {number} is {pieces.get(number, (None,))[0]!r} "
+                f"in one and {text!r} in the other.",
+                "Copy both from the base.",
+            )
+    return pieces
+
+
+def _rank_pieces(folder: Path, tokenizer: dict[str, Any]) -> dict[int, Piece]:
+    """Scores from the order of the merges.
+
+    What becomes of a stretch of text depends on what lies around it only where a merge crosses its edge. So two neighbours
+    whose joint text is a piece are met anywhere only if merging that piece's text alone comes to the same two: either
+    they merge there, always at that rank, which is then the piece's score, or they must not, and llama.cpp would.
+    """
+    vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
+    ranks = {tuple(pair): rank for rank, pair in enumerate(tokenizer["model"]["merges"])}
+    added = {token["content"] for token in tokenizer["added_tokens"]}
+    pieces = {}
+    for text, number in vocabulary.items():
+        if is_byte(text):
+            pieces[number] = (text, 0.0, BYTE)
+            continue
+        parts, rank = _merge_alone(text, ranks)
+        if len(parts) == 2 and text not in added:
+            raise _not_equal(folder, f"llama.cpp would join {parts[0]!r} and {parts[1]!r}, and tokenizer.json does not")
+        pieces[number] = (text, -float(rank) if len(parts) == 1 else NEVER, NORMAL)
+    missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in vocabulary]
+    if missing:
+        raise _not_equal(folder, f"there is no piece <0x{missing[0]:02X}> for that byte")
+    if any(is_byte(part) for pair in ranks for part in pair):
+        raise _not_equal(folder, "it merges bytes")
+    return pieces
+
+
+def is_byte(text: str) -> bool:
+    """Whether a piece stands for a byte: `<0x0A>`."""
+    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+
+
+def _merge_alone(text: str, ranks: dict[tuple[str, ...], int]) -> tuple[list[str], int]:
+    """The parts that a text by itself is merged into, and the rank of the last merge (0: none)."""
+    parts, last = list(text), 0
+    while True:
+        found = [(ranks[pair], at) for at, pair in enumerate(pairwise(parts)) if pair in ranks]
+        if not found:
+            return parts, last
+        last, at = min(found)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+def _not_equal(folder: Path, reason: str) -> ExportError:
+    return ExportError(
+        f"The tokenizer.json of {folder} gives other ids than llama.cpp would: {reason}.",
+        "Put the base's own tokenizer.model into the folder.",
+    )

@@ -1,0 +1,132 @@
+"""The merged model's tensors, computed a few rows at a time from the base's files and the adapter.
+
+Onto "nf4" a weight is what the model was trained on: the base's, quantized and dequantized again, plus the update. Onto
+"original" it is the number in the base's file plus the update: the file's own, not what the run's dtype made of it, because that
+merge is for those who trust the published weights over any rounding. Everything is summed in fp32 and cast once.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qlora_phi3.errors import ExportError
+from qlora_phi3.export.adapter import EMBEDDING, HEAD, Update, Updates
+from qlora_phi3.export.base import RecordedBase
+from qlora_phi3.export.quantize import dequantize, is_stored_quantized
+from qlora_phi3.export.weights import TensorInfo
+
+Onto = Literal["nf4", "original"]
+
+
+class MergedWeights:
+    """The tensors of the merged model; a `Weights`.
+
+    What the run held in 4 bit, what the adapter adds to and what it replaces comes in `dtype`; everything else in the base's own
+    bytes. On the way the base is held against the run's record (`RecordedBase.compared`).
+    """
+
+    def __init__(self, base: RecordedBase, updates: Updates, *, onto: Onto, dtype: torch.dtype) -> None:
+        """Nothing but headers is read.
+
+        Args:
+            base: arithmetic is done on its device.
+            dtype: float16, bfloat16 or float32.
+
+        Raises:
+            ExportError: a tensor of the base has another shape than the adapter's, or there is no original to merge onto.
+        """
+        self.base, self.updates, self.onto, self.dtype = base, updates, onto, dtype
+        for name, target in updates.targets.items():
+            _check_shape(base, name, target.shape)
+        for name, key in updates.replaced.items():
+            _check_shape(base, EMBEDDING if name == HEAD and updates.unties else name, updates.stored.info[key].shape)
+        quantized = next((name for name in base.info if is_stored_quantized(base.stored, name)), None)
+        if onto == "original" and quantized is not None:
+            base.pieces(quantized)  # raises: there is no original
+        self.info: Mapping[str, TensorInfo] = self._plan()
+
+    def _plan(self) -> dict[str, TensorInfo]:
+        info = dict(self.base.info)
+        if self.updates.unties:
+            info[HEAD] = info[EMBEDDING]
+        return {name: TensorInfo(info[name].shape, self._dtype_of(name, info[name].dtype)) for name in info}
+
+    def _dtype_of(self, name: str, own: torch.dtype) -> torch.dtype:
+        return self.dtype if self._is_cast(name) else own
+
+    def _is_cast(self, name: str) -> bool:
+        return name in self.updates.targets or name in self.updates.replaced or self.base.record.is_quantized(name)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """As `Weights.pieces`.
+
+        Raises:
+            ExportError: a value is no number, or beyond the range of `dtype`.
+            ModelError: the base's file cannot be read.
+        """
+        trained = self.updates.replaced.get(name)
+        rows = self._base_rows(name) if trained is None else self.updates.stored.pieces(trained)
+        if name in self.updates.targets:
+            rows = _add(rows, self.updates.read(name), self.base.device)
+        return (_cast(name, piece, self.dtype) for piece in rows) if self._is_cast(name) else rows
+
+    def _base_rows(self, name: str) -> Iterator[Tensor]:
+        """The base's rows to which the update is added."""
+        record = self.base.record
+        source = EMBEDDING if name == HEAD and self.updates.unties else name  # a head that was tied is the embedding
+        if not record.is_quantized(name):
+            rows = self.base.pieces(source)
+            # Not quantized, the trained weight is the file's in the run's dtype.
+            return (piece.to(record.dtype) for piece in rows) if name in self.updates.targets else rows
+        quantized = self.base.quantized(name)  # held against the record, whatever is merged onto
+        return self.base.pieces(name) if self.onto == "original" or quantized is None else dequantize(quantized)
+
+
+def _check_shape(base: RecordedBase, name: str, shape: tuple[int, ...]) -> None:
+    found = base.info[name].shape if name in base.info else "missing"
+    if found != shape:
+        raise ExportError(
+            f"{name} is {found} in the base, and the adapter was trained on {shape}.",
+            "Give the base that the run names.",
+        )
+
+
+def _add(rows: Iterator[Tensor], update: Update, device: torch.device) -> Iterator[Tensor]:
+    """Rows of a weight with their part of the update, fp32.
+
+    DoRA brings each row of the sum to its trained length; PEFT divides by the norm over in_features of base plus update.
+    """
+    down, up = update.down.to(device), update.up.to(device)
+    start = 0
+    for piece in rows:
+        weight = piece.to(device=device, dtype=torch.float32)
+        stop = start + len(weight)
+        weight.addmm_(up[start:stop], down, alpha=update.scaling)
+        if update.magnitude is not None:
+            magnitude = update.magnitude[start:stop].to(device)
+            weight.mul_((magnitude / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1))
+        start = stop
+        yield weight
+
+
+def _cast(name: str, piece: Tensor, dtype: torch.dtype) -> Tensor:
+    """The one cast, to the CPU.
+
+    Raises:
+        ExportError: NaN, infinity, or a value that `dtype` does not reach.
+    """
+    ends = torch.stack(piece.aminmax())  # rounding keeps the order, so no value between them overflows if they do not
+    if not ends.to(dtype).isfinite().all():
+        largest = float(ends.abs().max())
+        if not ends.isfinite().all():
+            raise ExportError(
+                f"{name} of the merged model holds NaN or infinity.", "Check the base's files and the run."
+            )
+        raise ExportError(
+            f"{name} of the merged model reaches {largest:g}; {str(dtype).removeprefix('torch.')} ends at "
+            f"{torch.finfo(dtype).max:g}.",
+            "Export with --dtype bf16.",
+        )
+    return piece.to(dtype).cpu()

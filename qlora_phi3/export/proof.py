@@ -1,0 +1,292 @@
+"""Is what was written what was trained? Exported models scored against the live one on held-out rows.
+
+Everything is computed in fp32, so that the figures show the difference of the weights. Losses and divergences are nats; they are
+taken over the supervised positions, against the next token's whole distribution, whose logits are made in tiles.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from qlora_phi3.architecture import Architecture
+from qlora_phi3.checksum import checksum_of
+from qlora_phi3.dataset.pack import MicroBatchPlan
+from qlora_phi3.errors import ExportError
+from qlora_phi3.export.candidates import Candidate, Opener
+from qlora_phi3.export.merge import Onto
+from qlora_phi3.export.streamed import Final, Progress
+from qlora_phi3.export.weights import Weights
+from qlora_phi3.loss import IGNORED
+from qlora_phi3.step import Batch, collate
+
+#: Tokens that are scored, at most, prompts included.
+CPU_TOKENS, CUDA_TOKENS = 1024, 16384
+#: A tile of logits: rows of the vocabulary, and positions; 8 MiB in float64, of which about four are alive for each model.
+TILE_VOCABULARY, TILE_POSITIONS = 2048, 512
+LIVE = "live"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """How far a merge may be from what it was made of: KL divergence, nats, on average and at the worst position."""
+
+    mean_kl: float
+    max_kl: float
+
+
+#: <figures>
+TOLERANCES = {
+    torch.float32: Tolerance(mean_kl=1e-6, max_kl=1e-4),
+    torch.float16: Tolerance(mean_kl=1e-4, max_kl=1e-2),
+    torch.bfloat16: Tolerance(mean_kl=1e-3, max_kl=1e-1),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One model on the held-out rows; its name is "live", or what it is merged onto."""
+
+    name: str
+    #: Mean negative log-likelihood of the supervised tokens.
+    loss: float
+    #: KL(live || this) over the positions, and at the worst of them.
+    mean_kl: float
+    max_kl: float
+    #: Share of the positions where its most likely token is the live model's.
+    top_agreement: float
+    #: Share of the turns' ends where its most likely token is one that stops; None without a turn's end among the rows.
+    stop_share: float | None
+    #: KL(what it was made of, unmerged || this); None where it was not held against that.
+    fault_mean_kl: float | None
+    fault_max_kl: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """Every model's score on the same rows, the live one's first."""
+
+    rows: int
+    #: Supervised positions scored.
+    tokens: int
+    #: Ends of turns among them.
+    turns: int
+    #: Whether the rows are ones that were trained on, for want of others.
+    trained: bool
+    scores: tuple[Score, ...]
+
+    def of(self, name: str) -> Score:
+        """The score of that name."""
+        return next(score for score in self.scores if score.name == name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def choose_onto(proof: Proof) -> Onto:
+    """The merge with the lower held-out loss; the first, where they are equal."""
+    merged = [score for score in proof.scores if score.name != LIVE]
+    return cast(Onto, min(merged, key=lambda score: score.loss).name)
+
+
+def find_fault(score: Score, dtype: torch.dtype) -> str | None:
+    """Why a merge is not what it was made of; None where it is, within the tolerance of its dtype.
+
+    One onto the original weights differs from the live model by what quantization changed. That distance is told, and is no
+    fault: it is held against the adapter on the unquantized base instead.
+    """
+    limit = TOLERANCES[dtype]
+    for what, value, most in (
+        ("mean", score.fault_mean_kl, limit.mean_kl),
+        ("largest", score.fault_max_kl, limit.max_kl),
+    ):
+        if value is not None and not value <= most:  # so that NaN is a fault
+            return f"the {what} KL divergence from base and adapter unmerged is {value:.1e}, and {most:.0e} is allowed"
+    return None
+
+
+def find_difference(scored: Weights, written: Weights, progress: Progress) -> str | None:
+    """The first tensor that is not the same, bit by bit, in the files as in what was scored; None where there is none."""
+    names = sorted({*scored.info, *written.info})
+    for done, name in enumerate(names):
+        progress("Comparing the files", done, len(names))
+        if scored.info.get(name) != written.info.get(name):
+            return name
+        if checksum_of(scored.pieces(name)) != checksum_of(written.pieces(name)):
+            return name
+    return None
+
+
+def prove(
+    live: Opener,
+    candidates: Sequence[Candidate],
+    rows: Sequence[Mapping[str, Any]],
+    architecture: Architecture,
+    *,
+    stop_ids: Sequence[int],
+    max_tokens: int = CPU_TOKENS,
+    progress: Progress,
+) -> Proof:
+    """Score the live model and the candidates, one after the other.
+
+    Args:
+        rows: `input_ids`, `labels` (unshifted, -100 where not supervised); "trained": true in rows that were trained on.
+        stop_ids: tokens that end a turn.
+        max_tokens: of the rows together; see `choose_rows`.
+
+    Raises:
+        ExportError: no row has a supervised token.
+    """
+    chosen = choose_rows(rows, max_tokens)
+    plan = MicroBatchPlan(
+        max_tokens=max_tokens, max_rows=len(chosen), packing=True, longrope_boundary=architecture.longrope_boundary
+    )
+    batch = collate(chosen, plan)
+    targets = torch.cat([micro["labels"][micro["labels"] != IGNORED] for micro in batch.micro_batches])
+    openers: dict[str, Opener] = {LIVE: live}
+    origins = {LIVE: LIVE}
+    for candidate in candidates:
+        openers[candidate.onto] = candidate.open
+        if candidate.checked:
+            origins[candidate.onto] = LIVE if candidate.origin is None else f"{candidate.onto}, unmerged"
+        if candidate.checked and candidate.origin is not None:
+            openers[origins[candidate.onto]] = candidate.origin
+    finals = {name: _run(opener, batch, f"Scoring {name}", progress) for name, opener in openers.items()}
+    names = [LIVE, *(candidate.onto for candidate in candidates)]
+    pairs = {*((LIVE, name) for name in names), *((origin, name) for name, origin in origins.items())}
+    sums = _gather(finals, pairs, targets, progress)
+    ends = torch.isin(targets, torch.tensor(list(stop_ids), dtype=targets.dtype))
+    return Proof(
+        rows=len(chosen),
+        tokens=len(targets),
+        turns=int(ends.sum()),
+        trained=any(bool(row.get("trained")) for row in chosen),
+        scores=tuple(_score(name, origins.get(name), sums, ends, stop_ids) for name in names),
+    )
+
+
+def choose_rows(rows: Sequence[Mapping[str, Any]], max_tokens: int) -> list[Mapping[str, Any]]:
+    """The first rows that fit `max_tokens` together; of the first that does not, its end, which is supervised in every chat.
+
+    Raises:
+        ExportError: none of them has a supervised token.
+    """
+    chosen: list[Mapping[str, Any]] = []
+    room = max_tokens
+    for row in rows:
+        cut = {**row, "input_ids": row["input_ids"][-room:], "labels": row["labels"][-room:]}
+        if room > 1 and any(label != IGNORED for label in cut["labels"][1:]):
+            chosen.append(cut)
+            room -= len(cut["input_ids"])
+    if not chosen:
+        raise ExportError(
+            f"None of the {len(rows)} held-out rows has a supervised token to score.", "Export with --no-verify."
+        )
+    return chosen
+
+
+def _run(opener: Opener, batch: Batch, what: str, progress: Progress) -> Final:
+    streamed = opener()
+    final = streamed.run(batch, what, progress)
+    streamed.model.to("meta")  # lets the adapter go at once: modules and their hooks hold each other
+    return final
+
+
+class _Sums:
+    """What is known of each model's next-token distributions, gathered over tiles of the vocabulary, float64.
+
+    A KL divergence of 1e-9 is the difference of sums of size 10: in fp32 it would drown. The logits themselves may be fp32: their
+    rounding is a difference like that of the weights, and enters squared.
+    """
+
+    def __init__(self, names: Iterable[str], pairs: Iterable[tuple[str, str]], targets: Tensor) -> None:
+        zeros = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
+        self.targets = targets
+        self.highest = {name: torch.full_like(zeros, float("-inf")) for name in names}
+        self.mass = {name: zeros.clone() for name in names}
+        self.wanted = {name: zeros.clone() for name in names}
+        self.top = {name: torch.zeros_like(targets) for name in names}
+        self.drift = {pair: zeros.clone() for pair in pairs}
+
+    def add(self, rows: slice, start: int, logits: Mapping[str, Tensor]) -> None:
+        """Add the logits, (positions, tokens), of some positions for the tokens from `start` on."""
+        for name, tile in logits.items():
+            highest, top = tile.max(dim=1)
+            before = self.highest[name][rows]
+            self.top[name][rows] = torch.where(highest > before, top + start, self.top[name][rows])
+            now = torch.maximum(before, highest)
+            likely = (tile - now[:, None]).exp_()
+            shrunk = (before - now).exp_()
+            self.highest[name][rows] = now
+            self.mass[name][rows] = self.mass[name][rows] * shrunk + likely.sum(dim=1)
+            self._add_wanted(name, rows, start, tile)
+            for (origin, other), drift in self.drift.items():
+                if origin == name:
+                    drift[rows] = drift[rows] * shrunk + likely.mul(tile - logits[other]).sum(dim=1)
+
+    def _add_wanted(self, name: str, rows: slice, start: int, tile: Tensor) -> None:
+        place = self.targets[rows, None] - start
+        inside = (place >= 0) & (place < tile.shape[1])
+        wanted = tile.gather(1, place.clamp(0, tile.shape[1] - 1))
+        self.wanted[name][rows] += torch.where(inside, wanted, 0)[:, 0]
+
+    def log_mass(self, name: str) -> Tensor:
+        """(positions,): log sum exp of the logits."""
+        return self.highest[name] + self.mass[name].log()
+
+    def divergence(self, origin: str, name: str) -> Tensor:
+        """(positions,): KL(origin || name)."""
+        mean = self.drift[origin, name] / self.mass[origin]
+        return (mean - self.log_mass(origin) + self.log_mass(name)).clamp_min(0)
+
+
+def _gather(
+    finals: Mapping[str, Final], pairs: Iterable[tuple[str, str]], targets: Tensor, progress: Progress
+) -> _Sums:
+    """Make every model's logits, a tile of the vocabulary at a time, and keep their sums."""
+    device = next(iter(finals.values())).hidden.device
+    sums = _Sums(finals, pairs, targets.to(device))
+    start = 0
+    for tiles in zip(*(_tiles(final.head()) for final in finals.values()), strict=True):
+        progress("Comparing the next tokens", start, None)
+        heads = [tile.to(device=device, dtype=torch.float32) for tile in tiles]
+        for row in range(0, len(targets), TILE_POSITIONS):
+            rows = slice(row, row + TILE_POSITIONS)
+            logits = {
+                name: (final.hidden[rows] @ head.T).double()
+                for (name, final), head in zip(finals.items(), heads, strict=True)
+            }
+            sums.add(rows, start, logits)
+        start += len(heads[0])
+    return sums
+
+
+def _tiles(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same rows in other pieces: `TILE_VOCABULARY` of them each."""
+    held = next(pieces)
+    for piece in pieces:
+        held = torch.cat([held, piece])
+        while len(held) >= TILE_VOCABULARY:
+            yield held[:TILE_VOCABULARY]
+            held = held[TILE_VOCABULARY:]
+    if len(held):
+        yield from torch.split(held, TILE_VOCABULARY)
+
+
+def _score(name: str, origin: str | None, sums: _Sums, ends: Tensor, stop_ids: Sequence[int]) -> Score:
+    divergence, fault = sums.divergence(LIVE, name), None if origin is None else sums.divergence(origin, name)
+    top = sums.top[name].cpu()
+    stops = torch.isin(top[ends], torch.tensor(list(stop_ids), dtype=top.dtype))
+    return Score(
+        name=name,
+        loss=float((sums.log_mass(name) - sums.wanted[name]).mean()),
+        mean_kl=float(divergence.mean()),
+        max_kl=float(divergence.max()),
+        top_agreement=float((top == sums.top[LIVE].cpu()).double().mean()),
+        stop_share=float(stops.double().mean()) if len(stops) else None,
+        fault_mean_kl=None if fault is None else float(fault.mean()),
+        fault_max_kl=None if fault is None else float(fault.max()),
+    )

@@ -1,0 +1,224 @@
+"""4-bit weights made again from a base's files, a chunk at a time: to the bit what loading through transformers gives.
+
+transformers casts a weight to the model's dtype and hands it to bitsandbytes, which rounds blocks of 64 to 4-bit codes and their
+largest values (absmax), less their mean over the whole tensor, to 8 bit in blocks of 256. Blocks do not know of each other, so
+only absmax is kept until the end. bitsandbytes' CPU quantizer holds about 25 bytes a weight meanwhile: hence small chunks.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bitsandbytes.functional import (
+    QuantState,
+    dequantize_4bit,
+    dequantize_blockwise,
+    get_4bit_type,
+    quantize_4bit,
+    quantize_blockwise,
+)
+from bitsandbytes.utils import unpack_tensor_to_dict
+from torch import Tensor
+
+from qlora_phi3.errors import ModelError
+from qlora_phi3.export.weights import StoredWeights, TensorInfo, Weights, read, rows_per_piece
+
+#: Weights in a 4-bit block, and first-level absmax in a block of double quantization: bitsandbytes' defaults, the recipe's too.
+BLOCK, NESTED_BLOCK = 64, 256
+#: Weights quantized at once on a CPU: what they need stays in the processor's cache.
+CHUNK_WEIGHTS = 2**16
+#: The same on a card.
+CARD_CHUNK_WEIGHTS = 2**24
+#: Does one piece of work on each chunk, and comes back when all are done.
+RunAll = Callable[[Callable[[tuple[int, Tensor]], None], Iterable[tuple[int, Tensor]]], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """How a base was brought to 4 bit."""
+
+    quant_type: str
+    double_quant: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A 4-bit tensor: packed codes, (n / 2, 1) uint8, and bitsandbytes' `QuantState`, both on one device."""
+
+    packed: Tensor
+    state: Any
+
+
+def quantize(
+    weights: Weights,
+    name: str,
+    *,
+    dtype: torch.dtype,
+    scheme: Scheme,
+    device: torch.device,
+    offset: float | None = None,
+) -> Quantized:
+    """Quantize a tensor as loading it does.
+
+    Args:
+        dtype: the dtype the run loaded the base in; weights are cast to it first.
+        offset: the mean of absmax as the run recorded it (`checksum.tensor_record`); without it the mean is taken here, and
+            its last bits depend on the number of threads.
+
+    Returns:
+        The quantized tensor on `device`.
+    """
+    info = weights.info[name]
+    num_weights = info.num_bytes // info.dtype.itemsize
+    packed = torch.empty((num_weights + 1) // 2, 1, dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-num_weights // BLOCK), dtype=torch.float32, device=device)
+
+    def quantize_chunk(chunk: tuple[int, Tensor]) -> None:
+        start, values = chunk
+        codes, state = quantize_4bit(values, quant_type=scheme.quant_type, blocksize=BLOCK)
+        packed[start // 2 : start // 2 + len(codes)] = codes
+        absmax[start // BLOCK : start // BLOCK + len(state.absmax)] = state.absmax
+
+    with _one_thread_each(device) as run_all:
+        done = 0
+        for piece in weights.pieces(name):
+            flat = piece.to(device=device, dtype=dtype).view(-1)
+            run_all(quantize_chunk, _chunks(flat, done))
+            done += len(flat)
+    state = QuantState(
+        absmax=absmax,
+        shape=torch.Size(info.shape),
+        dtype=dtype,
+        blocksize=BLOCK,
+        code=get_4bit_type(scheme.quant_type, device=device),
+        quant_type=scheme.quant_type,
+    )
+    return Quantized(packed, _nested(state, offset) if scheme.double_quant else state)
+
+
+def _chunks(flat: Tensor, before: int) -> Iterator[tuple[int, Tensor]]:
+    """Parts of a piece, each with the number of weights of the tensor before it."""
+    step = CHUNK_WEIGHTS if flat.device.type == "cpu" else CARD_CHUNK_WEIGHTS
+    for start in range(0, len(flat), step):
+        yield before + start, flat[start : start + step]
+
+
+@contextmanager
+def _one_thread_each(device: torch.device) -> Iterator[RunAll]:
+    """Work on as many chunks at once as torch may use threads, each chunk in one thread.
+
+    With its own threads torch meets after each of the dozen operations on a chunk; on a processor that others use too, two
+    threads were so three to ten times slower than one (torch 2.13).
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if threads == 1:
+        yield lambda work, chunks: deque(map(work, chunks), maxlen=0)
+        return
+    torch.set_num_threads(1)  # also what new threads begin with
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield lambda work, chunks: deque(pool.map(work, chunks), maxlen=0)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _nested(state: Any, offset: float | None) -> Any:
+    """The state with absmax quantized itself, as `quantize_4bit(compress_statistics=True)` does it."""
+    mean = (
+        state.absmax.mean() if offset is None else torch.tensor(offset, dtype=torch.float32, device=state.absmax.device)
+    )
+    absmax, state2 = quantize_blockwise(state.absmax - mean, blocksize=NESTED_BLOCK)
+    return QuantState(
+        absmax=absmax,
+        shape=state.shape,
+        dtype=state.dtype,
+        blocksize=state.blocksize,
+        code=state.code,
+        quant_type=state.quant_type,
+        offset=mean,
+        state2=state2,
+    )
+
+
+def dequantize(quantized: Quantized) -> Iterator[Tensor]:
+    """The rows of a 4-bit tensor as the model computes with them, in the pieces that `Weights.pieces` promises.
+
+    Yields:
+        (rows, columns) in the state's dtype, on the quantized tensor's device.
+    """
+    state = quantized.state
+    absmax = _absmax(state)
+    rows, columns = state.shape
+    step = rows_per_piece(TensorInfo((rows, columns), state.dtype))
+    for row in range(0, rows, step):
+        first, last = row * columns, min(rows, row + step) * columns
+        part = QuantState(
+            absmax=absmax[first // state.blocksize : -(-last // state.blocksize)],
+            shape=torch.Size((min(rows, row + step) - row, columns)),
+            dtype=state.dtype,
+            blocksize=state.blocksize,
+            code=state.code,
+            quant_type=state.quant_type,
+        )
+        yield dequantize_4bit(quantized.packed[first // 2 : (last + 1) // 2], part)
+
+
+def _absmax(state: Any) -> Tensor:
+    """First-level absmax, (n / 64,) fp32."""
+    if not state.nested:
+        return state.absmax.float()  # type: ignore[no-any-return]
+    return dequantize_blockwise(state.absmax, state.state2) + state.offset  # type: ignore[no-any-return]
+
+
+def read_quantized(stored: StoredWeights, name: str, device: torch.device) -> Quantized:
+    """A 4-bit tensor that bitsandbytes or `save_quantized` wrote.
+
+    Raises:
+        ModelError: a part of it is missing.
+    """
+    parts = {key: read(stored, key) for key in stored.info if key.startswith(f"{name}.")}
+    try:
+        state = QuantState.from_dict({key.removeprefix(f"{name}."): part for key, part in parts.items()}, device=device)
+        return Quantized(read(stored, name).to(device), state)
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ModelError(
+            f"{name} is not stored whole in 4 bit: {error!r}.", "Use the base's 16-bit weights."
+        ) from error
+
+
+def is_stored_quantized(stored: StoredWeights, name: str) -> bool:
+    """Whether a file holds a tensor in 4 bit."""
+    return f"{name}.quant_map" in stored.info
+
+
+def logical_info(stored: StoredWeights) -> dict[str, TensorInfo]:
+    """The tensors of files as the model knows them: 4-bit ones with their own shape and the dtype they stand for."""
+    packed = [name for name in stored.info if is_stored_quantized(stored, name)]
+    parts = {key for name in packed for key in stored.info if key.startswith(f"{name}.")}
+    return {key: info for key, info in stored.info.items() if key not in parts} | {
+        name: _stored_state(stored, name) for name in packed
+    }
+
+
+def _stored_state(stored: StoredWeights, name: str) -> TensorInfo:
+    key = next((key for key in stored.info if key.startswith(f"{name}.quant_state.bitsandbytes__")), None)
+    try:
+        state = unpack_tensor_to_dict(read(stored, str(key)))
+        return TensorInfo(tuple(state["shape"]), getattr(torch, state["dtype"]))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{name} is not stored whole in 4 bit: {error!r}.", "Use the base's 16-bit weights."
+        ) from error
+
+
+def count_different_codes(first: Quantized, second: Quantized) -> int:
+    """How many 4-bit codes of two tensors of one shape differ; 0 where only their absmax does."""
+    count, step = 0, CARD_CHUNK_WEIGHTS
+    for start in range(0, len(first.packed), step):
+        differing = first.packed[start : start + step].cpu() ^ second.packed[start : start + step].cpu()
+        count += int(((differing & 0x0F) != 0).sum() + ((differing & 0xF0) != 0).sum())
+    return count

@@ -1,0 +1,250 @@
+"""A phi3 model that never stands in memory as a whole: each layer's weights are read just before it runs, and let go after it.
+
+It is the real model class with the real PEFT layers, in fp32, whatever the weights are stored in: what differs between two models
+is then their weights, and nothing of the arithmetic's noise. The largest layer and the activations are alive at once; embedding
+and head are read in pieces. accelerate's hooks do the like for 16-bit models, but they take whole tensors from a map by name, and
+empty the layer under a DoRA before PEFT has read its weight.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import Phi3Config
+from transformers.initialization import no_init_weights
+
+from qlora_phi3.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
+from qlora_phi3.errors import ExportError, ModelError
+from qlora_phi3.export.adapter import EMBEDDING, HEAD
+from qlora_phi3.export.base import RecordedBase
+from qlora_phi3.export.weights import TensorInfo, Weights, split_rows
+from qlora_phi3.loss import select_supervised
+from qlora_phi3.model import Phi3ForChunkedLoss
+from qlora_phi3.step import Batch, evaluating
+
+#: What is being done, how much of it is done, and out of how much (None: unknown).
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Final:
+    """What a model made of the supervised positions: all that is needed to make their logits, tile by tile."""
+
+    #: (positions, hidden_size), fp32.
+    hidden: Tensor
+    #: The output head, some rows of the vocabulary at a time.
+    head: Callable[[], Iterator[Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """A parameter of the model, and the base's tensor that belongs there."""
+
+    module: nn.Module
+    attribute: str
+    name: str
+
+
+class StreamedModel:
+    """The real model, filled layer by layer from `weights` while it runs."""
+
+    def __init__(
+        self, model: Phi3ForChunkedLoss, slots: Sequence[_Slot], weights: Weights, device: torch.device
+    ) -> None:
+        self.model, self.weights, self.device = model, weights, device
+        # One for all layers: where a page fault is dear, fresh memory for each took as long as the layer's own matmul.
+        self._room = torch.empty(0)
+        self._room_size = max(prod(weights.info[slot.name].shape) for slot in slots)
+        around = {layer.get_base_layer(): layer for layer in model.modules() if isinstance(layer, LoraLayer)}
+        for slot in slots:
+            owner = around.get(slot.module, slot.module)  # DoRA reads the weight after its base layer has run
+            owner.register_forward_pre_hook(partial(self._fill, slot))
+            owner.register_forward_hook(partial(_empty, slot, getattr(slot.module, slot.attribute)))
+
+    def run(self, batch: Batch, what: str, progress: Progress) -> Final:
+        """Take a batch of packed micro-batches to the final hidden states of its supervised positions.
+
+        The weights are read once for each micro-batch.
+        """
+        layers = self.model.model.layers
+        done, total = 0, len(layers) * len(batch.micro_batches)
+
+        def tell(*_: Any) -> None:
+            nonlocal done
+            done += 1
+            progress(what, done, total)
+
+        telling = [layer.register_forward_hook(tell) for layer in layers]
+        self._room = torch.empty(self._room_size, device=self.device)
+        try:
+            with evaluating(self.model), torch.no_grad():
+                hidden = torch.cat([self._run(micro) for micro in batch.micro_batches])
+        finally:
+            self._room = torch.empty(0)
+            for hook in telling:
+                hook.remove()
+        return Final(hidden=hidden, head=self.head())
+
+    def _fill(self, slot: _Slot, *_: Any) -> None:
+        shape, start = self.weights.info[slot.name].shape, 0
+        whole = self._room[: prod(shape)].view(shape)
+        for piece in self.weights.pieces(slot.name):
+            whole[start : start + len(piece)] = piece
+            start += len(piece)
+        setattr(slot.module, slot.attribute, nn.Parameter(whole, requires_grad=False))
+
+    def _run(self, micro: Mapping[str, Any]) -> Tensor:
+        lengths, config = micro["document_lengths"], self.model.config
+        masks = build_window_masks(lengths, config.sliding_window, device=self.device, dtype=torch.float32)
+        output = self.model.model(
+            inputs_embeds=self._embed(micro["input_ids"]),
+            position_ids=micro["position_ids"].to(self.device),
+            attention_mask=without_mask(self.device),
+            document_lengths=lengths,
+            window_masks=masks,
+            use_cache=False,
+        )
+        return select_supervised(output.last_hidden_state, micro["labels"].to(self.device))[0]
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """(1, length) -> (1, length, hidden_size): the embedding's rows of these ids; the rest of it is read and dropped."""
+        embedded = torch.empty((*ids.shape, self.model.config.hidden_size))
+        start = 0
+        for piece in _pieces(self.weights, EMBEDDING, _trained_copy(self.model.model.embed_tokens)):
+            here = (ids >= start) & (ids < start + len(piece))
+            embedded[here] = piece.cpu()[ids[here] - start].float()
+            start += len(piece)
+        return embedded.to(self.device)
+
+    def head(self) -> Callable[[], Iterator[Tensor]]:
+        """Reads the head, the trained one where there is one; holds the model no longer."""
+        name = HEAD if HEAD in self.weights.info else EMBEDDING
+        return partial(_pieces, self.weights, name, _trained_copy(self.model.lm_head))
+
+
+def _pieces(weights: Weights, name: str, trained: Tensor | None) -> Iterator[Tensor]:
+    return weights.pieces(name) if trained is None else split_rows(trained)
+
+
+def _trained_copy(module: nn.Module) -> Tensor | None:
+    """The weight that `modules_to_save` trained in place of a module's own."""
+    if isinstance(module, ModulesToSaveWrapper):
+        weight: Tensor = module.modules_to_save[module.active_adapters[0]].weight.detach()
+        return weight
+    if isinstance(module, LoraLayer):
+        raise ExportError("The adapter has a LoRA on the embedding or on the output head, which is not handled.")
+    return None
+
+
+def stream_plain(weights: Weights, config: dict[str, Any], *, device: torch.device | None = None) -> StreamedModel:
+    """A model of plain linear layers.
+
+    Args:
+        weights: the tensors of a whole checkpoint.
+        config: the contents of its config.json.
+
+    Raises:
+        ModelError: a tensor is missing or has not the shape that the config says.
+    """
+    device = device or torch.device("cpu")
+    model = _build_hollow(config, device)
+    return StreamedModel(model, _find_slots(model, weights), weights, device)
+
+
+def stream_live(
+    base: Weights, config: dict[str, Any], adapter: Path, *, device: torch.device | None = None
+) -> StreamedModel:
+    """A base with PEFT's own layers and the trained adapter around it.
+
+    Args:
+        base: as the run held it (`TrainedBase`), which makes it the model that was trained; or as its files hold it.
+        config: the contents of the base's config.json.
+
+    Raises:
+        ModelError: as `stream_plain`.
+        ExportError: the adapter does not fit the model.
+    """
+    device = device or torch.device("cpu")
+    model = _build_hollow(config, device)
+    slots = _find_slots(model, base)
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True, torch_device="cpu")
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ExportError(f"The adapter {adapter} does not fit the model: {reason}.") from error
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.to(device)
+    return StreamedModel(adapted.get_base_model(), slots, base, device)
+
+
+class TrainedBase:
+    """A base's weights as the run held them: 4-bit ones dequantized, everything in the run's dtype; a `Weights`.
+
+    bitsandbytes dequantizes to the dtype of the layer's input, which in training was the run's. A `Linear4bit` that is given
+    fp32 dequantizes to fp32: to other values than the trained ones. So here it is the run's, and what is computed fp32.
+    """
+
+    def __init__(self, base: RecordedBase) -> None:
+        self.base = base
+        self.info = {name: TensorInfo(info.shape, base.record.dtype) for name, info in base.info.items()}
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """As `Weights.pieces`; bitsandbytes' own kernel dequantizes the tensor whole, where a merge does it in pieces."""
+        quantized = self.base.quantized(name)
+        if quantized is None:
+            return (piece.to(self.base.record.dtype) for piece in self.base.pieces(name))
+        return split_rows(dequantize_4bit(quantized.packed, quantized.state))
+
+
+def _build_hollow(config: dict[str, Any], device: torch.device) -> Phi3ForChunkedLoss:
+    """The model with parameters that have shape and no weight."""
+    register_attention()
+    with no_init_weights(), torch.device("meta"):
+        settings = Phi3Config(**{**config, "dtype": torch.float32})
+        settings._attn_implementation = BY_DOCUMENT
+        model = Phi3ForChunkedLoss(settings)
+    model.model.rotary_emb = type(model.model.rotary_emb)(settings).to(device)  # computed from the config, not stored
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not model.lm_head:
+            module.weight = nn.Parameter(_hollow(module.weight.shape, device))
+    model.requires_grad_(False)
+    return model
+
+
+def _hollow(shape: torch.Size, device: torch.device) -> Tensor:
+    """One NaN, shown at every place. PEFT moves the adapter to where the base layer's weight is: on "meta" it would be lost."""
+    return torch.tensor(float("nan"), device=device).expand(shape)
+
+
+def _find_slots(model: Phi3ForChunkedLoss, weights: Weights) -> list[_Slot]:
+    """The parameters between embedding and head; must be asked before PEFT moves them about."""
+    slots = []
+    for path, module in model.model.named_modules(prefix="model"):
+        if module is model.model.embed_tokens:
+            continue
+        for attribute, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{attribute}"
+            if name not in weights.info:
+                raise ModelError(f"The weights hold no {name}.", "Use a whole checkpoint.")
+            if weights.info[name].shape != tuple(parameter.shape):
+                shape = weights.info[name].shape
+                raise ModelError(
+                    f"{name} is of shape {shape}, and the config says {tuple(parameter.shape)}.",
+                    "Use a whole checkpoint.",
+                )
+            slots.append(_Slot(module, attribute, name))
+    return slots
+
+
+def _empty(slot: _Slot, hollow: nn.Parameter, *_: Any) -> None:
+    setattr(slot.module, slot.attribute, hollow)

@@ -1,0 +1,251 @@
+"""A checkpoint written as it is computed: safetensors of a chosen size, each whole or not there, and an index over them.
+
+safetensors' own writer wants a file's tensors in memory together. The format is a header of names, types and places, known
+beforehand, and then the bytes; they are written here a piece at a time, and read back by the library in the tests.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from qlora_phi3.errors import ExportError, RunError
+from qlora_phi3.export.weights import DTYPES, INDEX_NAME, WEIGHTS_NAME, TensorInfo, Weights
+from qlora_phi3.runfolder import write_atomically
+from qlora_phi3.sizes import format_gib
+
+#: In the folder while it is not finished: which shards are whole, and what they were made from.
+PROGRESS_NAME = ".shards.json"
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+#: Told after every piece: bytes written of all bytes.
+Progress = Callable[[int, int], None]
+#: What to keep beside a shard in the progress file, given its tensors' names.
+Notes = Callable[[Sequence[str]], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """A file of the checkpoint to be: its tensors in the order of their bytes, and its size to the byte."""
+
+    file_name: str
+    names: tuple[str, ...]
+    header: bytes
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A finished checkpoint: its files, how many of them stood there already, and the notes of all shards together."""
+
+    files: tuple[Path, ...]
+    num_resumed: int
+    notes: Mapping[str, Any]
+
+
+def plan_shards(info: Mapping[str, TensorInfo], shard_bytes: int) -> tuple[Shard, ...]:
+    """Share tensors out to files, in their order.
+
+    Args:
+        shard_bytes: of tensors in a file, at most; a larger tensor gets a file of its own.
+
+    Returns:
+        One `model.safetensors`, or `model-00001-of-0000N.safetensors` and so on, as transformers names them.
+    """
+    groups: list[list[str]] = []
+    filled = 0
+    for name, tensor in info.items():
+        if not groups or filled + tensor.num_bytes > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += tensor.num_bytes
+    count = len(groups)
+    return tuple(
+        _plan_shard(WEIGHTS_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors", names, info)
+        for number, names in enumerate(groups, start=1)
+    )
+
+
+def _plan_shard(file_name: str, names: Sequence[str], info: Mapping[str, TensorInfo]) -> Shard:
+    ordered = sorted(names, key=lambda name: -info[name].dtype.itemsize)  # so that every tensor is aligned to its type
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in ordered:
+        start, end = end, end + info[name].num_bytes
+        dtype, shape = _NAMES[info[name].dtype], list(info[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    whole = len(text).to_bytes(8, "little") + text
+    return Shard(file_name=file_name, names=tuple(ordered), header=whole, num_bytes=len(whole) + end)
+
+
+def missing_bytes(shards: Sequence[Shard], folder: Path, key: str) -> int:
+    """Bytes that are still to be written into a folder: all of them, less the shards that stand there whole."""
+    done = _read_progress(folder, _key(shards, key))
+    return sum(shard.num_bytes for shard in shards if not _is_whole(folder, shard, done))
+
+
+def check_disk(folder: Path, needed_bytes: int) -> None:
+    """Refuse what will not fit.
+
+    Args:
+        folder: need not exist yet; the disk is that of the nearest folder above that does.
+
+    Raises:
+        ExportError: fewer bytes are free than are needed.
+    """
+    standing = next(path for path in [folder, *folder.resolve().parents] if path.is_dir())
+    free = shutil.disk_usage(standing).free
+    if free < needed_bytes:
+        raise ExportError(
+            f"The export needs {format_gib(needed_bytes)} on the disk of {standing}, and {format_gib(free)} are free.",
+            "Free the disk, or choose another --out.",
+        )
+
+
+def write_shards(
+    weights: Weights,
+    folder: Path,
+    shards: Sequence[Shard],
+    *,
+    key: str,
+    progress: Progress | None = None,
+    notes: Notes | None = None,
+) -> Written:
+    """Write the planned shards and, where there are several, their index; go on after the shards that stand there whole.
+
+    `forget_progress` takes the progress file away once everything else is in the folder too.
+
+    Args:
+        shards: `plan_shards(weights.info, …)`.
+        key: names everything that decides the bytes (base, adapter, dtype, onto …); shards made under another key are
+            written again.
+
+    Raises:
+        ExportError: the disk is full or refuses; what is whole stays. Or what `weights.pieces` raises.
+    """
+    whole_key = _key(shards, key)
+    done = _read_progress(folder, whole_key)
+    total, written, resumed = sum(shard.num_bytes for shard in shards), 0, 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for shard in shards:
+            if _is_whole(folder, shard, done):
+                resumed += 1
+            else:
+                _write_shard(weights, folder, shard, _counting(progress, written, total))
+                done[shard.file_name] = {"num_bytes": shard.num_bytes, "notes": notes(shard.names) if notes else {}}
+                write_atomically(folder / PROGRESS_NAME, json.dumps({"key": whole_key, "shards": done}))
+            written += shard.num_bytes
+            if progress:
+                progress(written, total)
+        files = [folder / shard.file_name for shard in shards]
+        if len(shards) > 1:
+            write_atomically(folder / INDEX_NAME, _index(weights.info, shards))
+            files.append(folder / INDEX_NAME)
+    except (OSError, RunError) as error:
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else error.message
+        raise ExportError(
+            f"{folder} cannot be written: {reason.rstrip('.')}.",
+            "Free the disk and give the same command again: it goes on at the last whole file.",
+        ) from error
+    together: dict[str, Any] = {}
+    for shard in shards:
+        together |= done[shard.file_name]["notes"]
+    return Written(files=tuple(files), num_resumed=resumed, notes=together)
+
+
+def forget_progress(folder: Path) -> None:
+    """Take the progress file away; the folder is then no longer one to go on with."""
+    (folder / PROGRESS_NAME).unlink(missing_ok=True)
+
+
+def _counting(progress: Progress | None, before: int, total: int) -> Callable[[int], None]:
+    return (lambda count: progress(before + count, total)) if progress else (lambda count: None)
+
+
+def _key(shards: Sequence[Shard], key: str) -> str:
+    digest = hashlib.sha256(key.encode())
+    for shard in shards:
+        digest.update(f"\n{shard.file_name}\n".encode() + shard.header)
+    return digest.hexdigest()
+
+
+def _read_progress(folder: Path, key: str) -> dict[str, dict[str, Any]]:
+    """The shards that were finished under this key, by file name."""
+    try:
+        held = json.loads((folder / PROGRESS_NAME).read_text(encoding="utf-8"))
+        return dict(held["shards"]) if held["key"] == key else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _is_whole(folder: Path, shard: Shard, done: Mapping[str, Mapping[str, Any]]) -> bool:
+    path = folder / shard.file_name
+    return shard.file_name in done and path.is_file() and path.stat().st_size == shard.num_bytes
+
+
+def _write_shard(weights: Weights, folder: Path, shard: Shard, tell: Callable[[int], None]) -> None:
+    """Write beside its place, flush to the disk, rename. A kill leaves the neighbour, which the next attempt overwrites."""
+    draft = folder / f".{shard.file_name}.partial"
+    try:
+        with draft.open("wb", buffering=0) as file:
+            _write_all(file.write, shard.header)
+            _write_pieces(file, (piece for name in shard.names for piece in weights.pieces(name)), tell)
+            if file.tell() != shard.num_bytes:
+                raise ValueError(f"{shard.file_name} took {file.tell()} bytes, and {shard.num_bytes} were planned")
+            os.fsync(file.fileno())
+        draft.replace(folder / shard.file_name)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    _flush_names(folder)
+
+
+def _write_pieces(file: FileIO, pieces: Iterable[Tensor], tell: Callable[[int], None]) -> None:
+    """Write each piece while the next one is computed."""
+    with ThreadPoolExecutor(1) as pool:
+        writing: Future[None] | None = None
+        for piece in pieces:
+            if writing is not None:
+                writing.result()
+                tell(file.tell())
+            writing = pool.submit(_write_all, file.write, _bytes_of(piece))
+        if writing is not None:
+            writing.result()
+
+
+def _write_all(write: Callable[[Any], int | None], data: Any) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[write(view) or 0 :]
+
+
+def _bytes_of(piece: Tensor) -> Any:
+    return cast(Any, piece.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _flush_names(folder: Path) -> None:
+    """Flush a folder's list of names, where the system knows how: Windows does not, and keeps them safe by itself."""
+    if hasattr(os, "O_DIRECTORY"):
+        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def _index(info: Mapping[str, TensorInfo], shards: Sequence[Shard]) -> str:
+    where = {name: shard.file_name for shard in shards for name in shard.names}
+    total = sum(tensor.num_bytes for tensor in info.values())
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}, indent=2) + "\n"

@@ -1,0 +1,58 @@
+"""The end of an export on the terminal: the table of the proof, and where things lie."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_phi3.export.export import Exported
+from qlora_phi3.show.live import View
+from qlora_phi3.sizes import format_count
+
+NAMES = {"live": "live: 4-bit base + adapter", "nf4": "merged onto NF4", "original": "merged onto the original"}
+
+
+def show_export(view: View, exported: Exported) -> None:
+    """Print the proof and what to do next."""
+    report = exported.report
+    if report["proof"]:
+        for line in proof_lines(report):
+            view.say(line)
+    else:
+        view.warn("Not held against the trained model (--no-verify).")
+    if stops := report["stop_test"]:
+        view.say(_stop_line(stops))
+    if exported.gguf is not None:
+        view.say(f"GGUF: {exported.gguf.path}")
+        view.say(f"Try it: ollama create {report['run']} -f {exported.folder / 'Modelfile'}")
+    if exported.page:
+        view.say(f"On the hub: {exported.page}")
+    view.say(f"Done: {exported.folder.absolute()}")
+
+
+def proof_lines(report: Mapping[str, Any]) -> list[str]:
+    """The table of an export's proof, for people."""
+    proof = report["proof"]
+    rows = "rows that were trained on" if proof["trained"] else "held-out rows"
+    header = f"{'':28}{'held-out loss':>14}{'mean KL':>10}{'largest KL':>12}{'same top token':>16}"
+    lines = [header]
+    for score in proof["scores"]:
+        chosen = "  <- written" if score["name"] == report["onto"] else ""
+        divergence = (
+            f"{'':38}"
+            if score["name"] == "live"
+            else f"{score['mean_kl']:>10.1e}{score['max_kl']:>12.1e}{score['top_agreement']:>16.2%}"
+        )
+        lines.append(f"{NAMES[score['name']]:28}{score['loss']:>14.4f}{divergence}{chosen}".rstrip())
+    what = format_count(proof["tokens"], "token")
+    lines.append(f"KL from the live model, in nats; over {what} of {proof['rows']} {rows}, computed in fp32.")
+    return lines
+
+
+def _stop_line(stops: Mapping[str, Any]) -> str:
+    if not stops["turns"]:
+        return "Stop test: no turn to test."
+    how = (
+        "answers to held-out prompts ended by themselves"
+        if stops["method"] == "generated"
+        else "held-out turns would end where they should (a stop id is the most likely token)"
+    )
+    return f"Stop test: {stops['stopped']} of {stops['turns']} {how}."

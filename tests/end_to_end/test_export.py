@@ -1,0 +1,309 @@
+"""`qlora-phi3 export` by the real command line, from runs of a tiny model."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from workshop import Workshop, build_base, call, read_json, read_lines
+
+from qlora_phi3.architecture import read_architecture
+from qlora_phi3.model import load_base
+from qlora_phi3.recipe.load import load_recipe
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, base):
+    """A finished run that learned its few answers by heart; read only."""
+    shop = Workshop(tmp_path_factory.mktemp("exported"), base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(shop.path)
+        shop.write(training={"num_train_epochs": 8, "eval_steps": 80, "save_steps": 80})
+        result = shop.run()
+    assert result.exit_code == 0, result.stderr
+    (folder,) = shop.runs()
+    return folder
+
+
+@pytest.fixture
+def run(done, tmp_path):
+    """A copy of the run to export and to spoil."""
+    return Path(shutil.copytree(done, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def exported(done, tmp_path_factory):
+    """What the command said, and the folder it wrote."""
+    target = tmp_path_factory.mktemp("out") / "model"
+    result = call("export", str(done), "--out", str(target))
+    assert result.exit_code == 0, result.stderr
+    return result, target
+
+
+def live_model(run):
+    """The 4-bit base with the trained adapter, loaded whole."""
+    from tiny_model import FP32
+
+    recipe = load_recipe(run / "recipe.toml")
+    base = load_base(
+        recipe.model,
+        recipe.quantization,
+        read_architecture(recipe.model.name),
+        precision=FP32,
+        device=torch.device("cpu"),
+        longest_row=128,
+    )
+    return PeftModel.from_pretrained(base, run / "adapter").eval()
+
+
+def test_the_export_gives_the_live_models_words_with_plain_transformers(done, exported):
+    _, target = exported
+    model, live = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32), live_model(done)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    for question in ("What is red, number 100?", "What is white, number 7?", "Is the sea blue?"):
+        chat = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        stops = model.generation_config.eos_token_id
+        answers = [
+            each.generate(**ids, max_new_tokens=24, do_sample=False, use_cache=True, eos_token_id=stops)
+            for each in (model, live)
+        ]
+        assert answers[0].tolist() == answers[1].tolist()
+
+
+def test_the_folder_is_a_whole_checkpoint_in_fp16_with_the_bases_own_tokenizer(base, exported):
+    _, target = exported
+    assert sorted(path.name for path in target.iterdir()) == [
+        "README.md", "chat_template.jinja", "config.json", "export_report.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    weights, own = load_file(target / "model.safetensors"), load_file(base / "model.safetensors")
+    assert weights.keys() == own.keys()
+    assert {name for name, tensor in weights.items() if tensor.dtype == torch.float16} == {
+        name for name in own if name.endswith("_proj.weight")
+    }
+    assert torch.equal(weights["model.embed_tokens.weight"], own["model.embed_tokens.weight"])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (target / name).read_bytes() == (base / name).read_bytes()
+    config = read_json(target / "config.json")
+    assert config.get("torch_dtype", config.get("dtype")) == "float16"
+
+
+def test_the_proof_is_shown_and_kept(exported):
+    result, target = exported
+    report = read_json(target / "export_report.json")
+    assert report["status"] == "proved"
+    scores = {score["name"]: score for score in report["proof"]["scores"]}
+    assert scores.keys() == {"live", "nf4", "original"}
+    assert scores["nf4"]["mean_kl"] < 1e-6 < scores["original"]["mean_kl"]
+    assert scores["nf4"]["loss"] == pytest.approx(scores["live"]["loss"], abs=1e-4)
+    assert report["proof"]["trained"] is False
+    for words in ("merged onto NF4", "merged onto the original", "<- written", "Stop test: 8 of 8 answers"):
+        assert words in result.stdout
+    assert str(target) in result.stdout
+
+
+def test_it_stops_at_the_end_of_a_turn(exported):
+    _, target = exported
+    end = AutoTokenizer.from_pretrained(target).convert_tokens_to_ids("<|end|>")
+    assert end in read_json(target / "generation_config.json")["eos_token_id"]
+
+
+def test_onto_the_original_is_held_against_the_unquantized_base(run):
+    result = call("export", str(run), "--onto", "original", "--dtype", "fp32")
+    assert result.exit_code == 0, result.stderr
+    report = read_json(run / "merged" / "export_report.json")
+    original = next(score for score in report["proof"]["scores"] if score["name"] == "original")
+    assert (report["onto"], report["dtype"]) == ("original", "float32")
+    assert original["fault_max_kl"] < 1e-8 < original["mean_kl"]
+
+
+def test_auto_writes_the_one_with_the_lower_held_out_loss(run):
+    """Rows on which the merge onto the original is the better one: what it says itself."""
+    merged = run.parent / "original"
+    assert call("export", str(run), "--onto", "original", "--no-verify", "--out", str(merged)).exit_code == 0
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    start = torch.tensor([read_lines(run / "held_out.jsonl")[0]["input_ids"][:6]])
+    ids = model.generate(start, max_new_tokens=40, min_new_tokens=40, do_sample=True, temperature=3.0).tolist()[0]
+    losses = {}
+    for seed in range(20):
+        torch.manual_seed(seed)
+        ids = model.generate(start, max_new_tokens=40, min_new_tokens=40, do_sample=True, temperature=1.0).tolist()[0]
+        row = {"input_ids": ids, "labels": [-100] * 6 + ids[6:]}
+        (run / "held_out.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+        result = call("export", str(run), "--force")
+        assert result.exit_code == 0, result.stderr
+        report = read_json(run / "merged" / "export_report.json")
+        losses = {score["name"]: score["loss"] for score in report["proof"]["scores"]}
+        if losses["original"] < losses["nf4"]:
+            break
+    assert losses["original"] < losses["nf4"]
+    assert report["onto"] == "original"
+    assert "writing that" in result.stdout
+    assert_same(load_file(run / "merged" / "model.safetensors"), load_file(merged / "model.safetensors"))
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_interrupted_export_goes_on_at_the_last_whole_file(run, monkeypatch):
+    import qlora_phi3.export.merge as merge
+
+    def stop_late(self, name, pieces=merge.MergedWeights.pieces):
+        if name == "model.layers.1.mlp.down_proj.weight":
+            raise KeyboardInterrupt
+        return pieces(self, name)
+
+    command = ("export", str(run), "--shard-size", "1MiB", "--no-verify")
+    with monkeypatch.context() as patch:
+        patch.setattr(merge.MergedWeights, "pieces", stop_late)
+        result = call(*command)
+    assert result.exit_code == 130
+    assert "Go on where it was" in result.stderr
+    assert not (run / "merged").exists()
+    result = call(*command)
+    assert result.exit_code == 0, result.stderr
+    assert "Went on after" in result.stdout
+    whole = run.parent / "whole"
+    assert call(*command, "--out", str(whole)).exit_code == 0
+    for path in whole.glob("*.safetensors"):
+        assert path.read_bytes() == (run / "merged" / path.name).read_bytes()
+    assert read_json(run / "merged" / "export_report.json")["base"]["compared"]["num_tensors"] == 15
+
+
+def test_what_stands_at_the_target_is_replaced_only_by_force(run):
+    target = run / "merged"
+    target.mkdir()
+    (target / "mine.txt").write_text("mine", encoding="utf-8")
+    result = call("export", str(run), "--no-verify")
+    assert result.exit_code == 2
+    assert "exists" in result.stderr
+    assert "--force" in result.stderr
+    assert (target / "mine.txt").is_file()
+    assert call("export", str(run), "--no-verify", "--force").exit_code == 0
+    assert not (target / "mine.txt").exists()
+    assert sorted(path.name for path in run.iterdir() if path.name.startswith(".")) == []
+
+
+def test_a_proof_that_fails_keeps_the_files_under_a_name_that_says_so(run, monkeypatch):
+    import qlora_phi3.export.merge as merge
+
+    def astray(self, name, pieces=merge.MergedWeights.pieces):
+        for piece in pieces(self, name):
+            yield piece * 2 if "down_proj" in name else piece
+
+    monkeypatch.setattr(merge.MergedWeights, "pieces", astray)
+    result = call("export", str(run), "--onto", "nf4")
+    assert result.exit_code == 5
+    assert "is not what was trained" in result.stderr
+    assert not (run / "merged").exists()
+    assert read_json(run / "merged.failed-proof" / "export_report.json")["status"] == "failed"
+
+
+def test_a_run_on_unquantized_weights_is_exported_too(shop):
+    shop.write(quantization={"load_in_4bit": False, "bnb_4bit_compute_dtype": "float32"})
+    assert shop.run().exit_code == 0
+    result = call("export", str(shop.runs()[0]))
+    assert result.exit_code == 0, result.stderr
+    report = read_json(shop.runs()[0] / "merged" / "export_report.json")
+    assert [score["name"] for score in report["proof"]["scores"]] == ["live", "original"]
+    assert report["proof"]["scores"][1]["mean_kl"] < 1e-6
+
+
+def other_base(run, tmp_path):
+    return (
+        "--base",
+        str(build_base(tmp_path / "other", seed=1)),
+    ), "is not the base that was trained on: at least 2 of 15"
+
+
+def smaller_base(run, tmp_path):
+    return (
+        "--base",
+        str(build_base(tmp_path / "small", hidden_size=64)),
+    ), "down_proj|q_proj|is not|shape|was trained on"
+
+
+def cut_base(run, tmp_path):
+    base = Path(shutil.copytree(load_recipe(run / "recipe.toml").model.name, tmp_path / "cut"))
+    path = base / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    return ("--base", str(base)), "cut short"
+
+
+def pickled_base(run, tmp_path):
+    base = Path(shutil.copytree(load_recipe(run / "recipe.toml").model.name, tmp_path / "pickled"))
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    return ("--base", str(base)), "can run code"
+
+
+def unfinished(run, tmp_path):
+    report = read_json(run / "report.json")
+    (run / "report.json").write_text(json.dumps({**report, "status": "interrupted"}), encoding="utf-8")
+    return (), "is not done: interrupted.*--resume"
+
+
+def no_run(run, tmp_path):
+    (run / "report.json").unlink()
+    return (), "report.json cannot be read"
+
+
+def spoilt_adapter(run, tmp_path):
+    path = run / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[3]
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path)
+    return (), r"lora_\w\.weight holds NaN"
+
+
+def target_inside_the_base(run, tmp_path):
+    base = Path(shutil.copytree(load_recipe(run / "recipe.toml").model.name, tmp_path / "base"))
+    return ("--base", str(base), "--out", str(base / "merged")), "is inside .* which is read"
+
+
+def target_is_the_run(run, tmp_path):
+    return ("--out", str(run)), "holds the run itself"
+
+
+def unknown_quantization(run, tmp_path):
+    return ("--format", "gguf", "--quant", "q9_z"), "q9_z.*q8_0"
+
+
+def quantization_without_gguf(run, tmp_path):
+    return ("--quant", "q8_0"), "--format gguf"
+
+
+def unreadable_size(run, tmp_path):
+    return ("--shard-size", "big"), "--shard-size 'big' is no size"
+
+
+def another_tokenizer(run, tmp_path):
+    base = Path(shutil.copytree(load_recipe(run / "recipe.toml").model.name, tmp_path / "base"))
+    config = read_json(base / "tokenizer_config.json")
+    (base / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|end|>"}), encoding="utf-8")
+    return ("--base", str(base)), "tokenizer_config.json is not the file that was trained with"
+
+
+CAUSES = [
+    other_base, smaller_base, cut_base, pickled_base, unfinished, no_run, spoilt_adapter, target_inside_the_base,
+    target_is_the_run, unknown_quantization, quantization_without_gguf, unreadable_size, another_tokenizer,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cause", CAUSES, ids=lambda cause: cause.__name__)
+def test_bad_input_is_one_line_with_exit_code_2_and_nothing_that_looks_whole(cause, run, tmp_path):
+    words, expected = cause(run, tmp_path)
+    before = sorted(path.name for path in run.iterdir())
+    result = call("export", str(run), "--no-verify", *words)
+    assert result.exit_code == 2, result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert re.search(expected, line), line
+    assert sorted(path.name for path in run.iterdir() if not path.name.endswith(".partial")) == before

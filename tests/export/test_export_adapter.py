@@ -1,0 +1,197 @@
+"""An adapter is resolved as PEFT resolves it, and what could not be merged is refused by name."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_model import build_config, save_tiny_model
+from tiny_run import TinyRun, leave_run
+from transformers import Phi3ForCausalLM
+
+from qlora_phi3.errors import ExportError
+from qlora_phi3.export.adapter import EMBEDDING, HEAD, read_updates
+from qlora_phi3.recipe.tables import Lora
+
+CONFIG = build_config().to_dict()
+QKV = "model.layers.1.self_attn.qkv_proj"
+PREFIX = "base_model.model."
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, base: Path) -> TinyRun:
+    lora = Lora(
+        r=8,
+        lora_alpha=12,
+        use_rslora=True,
+        use_dora=True,
+        rank_pattern={"layers.1.self_attn.qkv_proj": 4},
+        alpha_pattern={"down_proj": 40},
+    )
+    return leave_run(tmp_path_factory.mktemp("run"), base, lora=lora)
+
+
+def save_adapter(folder: Path, config: dict[str, Any] = CONFIG, **settings: Any) -> Path:
+    """An adapter saved by PEFT itself, outside of any recipe."""
+    model = Phi3ForCausalLM(build_config(tie_word_embeddings=config["tie_word_embeddings"]))
+    get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": ["qkv_proj"], **settings})).save_pretrained(folder)
+    return folder
+
+
+def spoil(adapter: Path, to: Path, **changes: torch.Tensor | None) -> Path:
+    """A copy of an adapter with some tensors changed or (None) taken out."""
+    shutil.copytree(adapter, to)
+    tensors = {**load_file(to / "adapter_model.safetensors"), **changes}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, to / "adapter_model.safetensors")
+    return to
+
+
+def test_every_part_is_what_the_live_layer_holds(run):
+    updates = read_updates(run.adapter, CONFIG)
+    layers = {
+        name.replace("base_model.model.", ""): layer
+        for name, layer in run.live.named_modules()
+        if hasattr(layer, "lora_A") and len(layer.lora_A)
+    }
+    assert updates.targets.keys() == {f"{name}.weight" for name in layers}
+    for name, layer in layers.items():
+        update = updates.read(f"{name}.weight")
+        assert torch.equal(update.down, layer.lora_A["default"].weight)
+        assert torch.equal(update.up, layer.lora_B["default"].weight)
+        assert torch.equal(update.magnitude, layer.lora_magnitude_vector["default"].weight)
+        assert update.scaling == layer.scaling["default"]
+        assert updates.targets[f"{name}.weight"].shape == (layer.out_features, layer.in_features)
+
+
+def test_patterns_and_rslora_decide_rank_and_scaling(run):
+    updates = read_updates(run.adapter, CONFIG)
+    assert updates.read(f"{QKV}.weight").down.shape == (4, 128)
+    assert updates.targets[f"{QKV}.weight"].scaling == 12 / 4**0.5
+    assert updates.targets["model.layers.0.mlp.down_proj.weight"].scaling == pytest.approx(40 / 8**0.5)
+
+
+def test_trained_modules_stand_in_the_place_of_the_bases(tmp_path, base):
+    run = leave_run(tmp_path, base, lora=Lora(r=4, modules_to_save=["lm_head", "model.norm"]))
+    updates = read_updates(run.adapter, CONFIG)
+    assert updates.replaced == {HEAD: f"{PREFIX}lm_head.weight", "model.norm.weight": f"{PREFIX}model.norm.weight"}
+    assert updates.unties is False
+
+
+@pytest.mark.parametrize(
+    ("modules", "together", "unties"),
+    [
+        (None, False, False),
+        (["lm_head"], False, True),
+        (["embed_tokens"], False, True),
+        (["embed_tokens"], True, False),
+    ],
+)
+def test_embedding_and_head_come_apart_only_where_one_of_them_is_trained(tmp_path, modules, together, unties):
+    tied = build_config(tie_word_embeddings=True).to_dict()
+    folder = save_adapter(tmp_path / "a", tied, modules_to_save=modules, ensure_weight_tying=together)
+    updates = read_updates(folder, tied)
+    assert updates.unties is unties
+    assert (EMBEDDING in updates.replaced) is ("embed_tokens" in (modules or ()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"target_modules": ["qkv_proj", "lm_head"]}, "a LoRA on lm_head"),
+        ({"target_modules": ["qkv_proj", "embed_tokens"]}, "a LoRA on model.embed_tokens"),
+        ({"lora_bias": True}, "a trained bias of the adapter on model.layers.0.self_attn.qkv_proj"),
+        ({"trainable_token_indices": [5, 6]}, "trainable_token_indices"),
+        ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_by_name(tmp_path, settings, said):
+    with pytest.raises(ExportError, match=re.escape(said)):
+        read_updates(save_adapter(tmp_path / "a", **settings), CONFIG)
+
+
+def test_an_adapter_trained_on_a_changed_base_is_refused(run, tmp_path):
+    folder = spoil(run.adapter, tmp_path / "a")
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**settings, "init_lora_weights": "pissa"}), encoding="utf-8"
+    )
+    with pytest.raises(ExportError, match='init_lora_weights = "pissa", which trains on a base that it has changed'):
+        read_updates(folder, CONFIG)
+
+
+def test_another_kind_of_adapter_is_refused(run, tmp_path):
+    folder = spoil(run.adapter, tmp_path / "a")
+    settings = {"peft_type": "IA3", "target_modules": ["qkv_proj"], "feedforward_modules": []}
+    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(ExportError, match="an adapter of another kind than LoRA"):
+        read_updates(folder, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "key", ["model.layers.0.self_attn.qkv_proj.bias", "model.layers.9.mlp.down_proj.lora_A.weight"]
+)
+def test_a_tensor_that_belongs_nowhere_is_named(run, tmp_path, key):
+    folder = spoil(run.adapter, tmp_path / "a", **{f"{PREFIX}{key}": torch.zeros(4)})
+    with pytest.raises(ExportError, match=rf"1 tensor without a place in this base, first {PREFIX}{re.escape(key)}"):
+        read_updates(folder, CONFIG)
+
+
+def test_a_missing_part_is_named(run, tmp_path):
+    folder = spoil(run.adapter, tmp_path / "a", **{f"{PREFIX}{QKV}.lora_B.weight": None})
+    with pytest.raises(ExportError, match=rf"has no {PREFIX}{re.escape(QKV)}\.lora_B\.weight"):
+        read_updates(folder, CONFIG)
+
+
+def test_an_adapter_of_another_base_is_told_by_both_shapes(run):
+    wider = build_config(hidden_size=256).to_dict()
+    with pytest.raises(ExportError, match=r"lora_A\.weight is \(\d, 128\), and this base needs \(\d, 256\)"):
+        read_updates(run.adapter, wider)
+
+
+def test_an_adapter_of_a_base_with_fewer_layers_names_what_is_left_over(run):
+    with pytest.raises(ExportError, match=r"without a place in this base, first .*layers\.1\."):
+        read_updates(run.adapter, build_config(num_hidden_layers=1).to_dict())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_tensor_without_a_number_is_named(run, tmp_path, value):
+    key = f"{PREFIX}{QKV}.lora_B.weight"
+    tensor = load_file(run.adapter / "adapter_model.safetensors")[key]
+    tensor[5, 1] = value
+    with pytest.raises(ExportError, match=rf"{re.escape(key)} holds NaN or infinity"):
+        read_updates(spoil(run.adapter, tmp_path / "a", **{key: tensor}), CONFIG)
+
+
+def test_a_cut_file_is_named(run, tmp_path):
+    path = spoil(run.adapter, tmp_path / "a") / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ExportError, match=r"adapter_model\.safetensors is cut short"):
+        read_updates(path.parent, CONFIG)
+
+
+def test_a_pickled_adapter_is_refused_with_the_reason(run, tmp_path):
+    folder = spoil(run.adapter, tmp_path / "a")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ExportError, match="only as a pickle"):
+        read_updates(folder, CONFIG)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]"])
+def test_a_folder_without_a_readable_config_is_refused(run, tmp_path, text):
+    folder = spoil(run.adapter, tmp_path / "a")
+    (folder / "adapter_config.json").unlink()
+    if text is not None:
+        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ExportError, match=r"adapter_config\.json"):
+        read_updates(folder, CONFIG)

@@ -1,0 +1,597 @@
+"""Checkpoints as .gguf files: read back by the gguf package, and run in llama.cpp where it is installed."""
+
+import json
+import math
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import build_byte_tokenizer, build_tokenizer, hub_template
+from tiny_model import save_tiny_model
+from tokenizers import Tokenizer
+
+from qlora_phi3.errors import ExportError, ModelError
+from qlora_phi3.export import gguf as converter
+from qlora_phi3.export import weights
+from qlora_phi3.export.gguf import GgufResult, convert_to_gguf
+from qlora_phi3.export.gguf_prompt import general_name, plan_prompting
+from qlora_phi3.export.gguf_sentencepiece import NEVER, read_pieces
+from qlora_phi3.export.gguf_vocabulary import CL100K, O200K, read_vocabulary
+from qlora_phi3.export.modelfile import build_template, write_modelfile
+from qlora_phi3.export.turns import chat, read_turns
+
+gguf = pytest.importorskip("gguf", reason="the .gguf tests need: pip install 'qlora-phi3[gguf]'")
+
+ROWS = 832
+LONGROPE = {
+    "max_position_embeddings": 2048,
+    "original_max_position_embeddings": 256,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1 + 0.1 * number for number in range(12)],
+        "long_factor": [1 + 0.7 * number for number in range(12)],
+    },
+    "tie_word_embeddings": True,
+    "num_key_value_heads": 1,
+}
+KINDS = {"plain": {}, "window": {"sliding_window": 64}, "longrope": LONGROPE}
+
+
+def build_checkpoint(folder, tokenizer=None, **changes):
+    save_tiny_model(folder, vocab_size=ROWS, **changes)
+    (tokenizer or build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))).save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [453, 456]}), encoding="utf-8")
+    return folder
+
+
+def build_bytes(template, *, strip, regex=None):
+    """A tokenizer of Phi-4's kind with two merges; `regex` cuts the text, or GPT-2's own where there is none."""
+    tokenizer = build_byte_tokenizer(template, strip=strip)
+    source = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = source["model"]
+    for left, right in (("t", "h"), ("th", "e")):
+        model["merges"].append([left, right])
+        model["vocab"][left + right] = 300 + len(model["merges"])
+    if regex:
+        split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Removed", "invert": True}
+        source["pre_tokenizer"] = {
+            "type": "Sequence",
+            "pretokenizers": [split, {**source["pre_tokenizer"], "use_regex": False}],
+        }
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(source))
+    return tokenizer
+
+
+def convert(folder, target, quant="f32", name="my-model", **rest) -> GgufResult:
+    return convert_to_gguf(folder, target, quant=quant, name=name, progress=lambda *_: None, **rest)
+
+
+class Reading:
+    """What a .gguf file says."""
+
+    def __init__(self, path):
+        reader = gguf.GGUFReader(path)
+        self.fields = {key: field.contents() for key, field in reader.fields.items()}
+        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def tensor(self, name):
+        tensor = self.tensors[name]
+        return torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A checkpoint of each kind."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {kind: build_checkpoint(root / kind, **changes) for kind, changes in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def results(folders, tmp_path_factory):
+    """Each of them in fp32."""
+    root = tmp_path_factory.mktemp("gguf")
+    return {kind: convert(folder, root / f"{kind}.gguf") for kind, folder in folders.items()}
+
+
+@pytest.fixture
+def copy(folders, tmp_path):
+    """A plain checkpoint to spoil."""
+    return shutil.copytree(folders["plain"], tmp_path / "copy")
+
+
+# What stands in the file
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tensor_is_there_under_llama_cpps_name(kind, folders, results):
+    stored, read = load_file(folders[kind] / "model.safetensors"), Reading(results[kind].path)
+    pairs = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.layers.1.input_layernorm.weight": "blk.1.attn_norm.weight",
+        "model.layers.1.self_attn.qkv_proj.weight": "blk.1.attn_qkv.weight",
+        "model.layers.1.self_attn.o_proj.weight": "blk.1.attn_output.weight",
+        "model.layers.1.post_attention_layernorm.weight": "blk.1.ffn_norm.weight",
+        "model.layers.1.mlp.gate_up_proj.weight": "blk.1.ffn_up.weight",
+        "model.layers.1.mlp.down_proj.weight": "blk.1.ffn_down.weight",
+        "model.norm.weight": "output_norm.weight",
+    }
+    if kind != "longrope":
+        pairs["lm_head.weight"] = "output.weight"
+    for theirs, ours in pairs.items():
+        torch.testing.assert_close(read.tensor(ours), stored[theirs], rtol=0, atol=0)
+    factors = {"rope_factors_long.weight", "rope_factors_short.weight"} if kind == "longrope" else set()
+    second_layer = {name.replace("blk.1.", "blk.0.") for name in pairs.values()}
+    assert read.tensors.keys() == {*pairs.values(), *second_layer, *factors}
+
+
+def test_the_architecture_is_written_in_llama_cpps_keys(results):
+    fields = Reading(results["longrope"].path).fields
+    assert fields["general.architecture"] == "phi3"
+    expected = {
+        "context_length": 2048,
+        "embedding_length": 128,
+        "feed_forward_length": 256,
+        "block_count": 2,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 1,
+        "rope.dimension_count": 24,
+        "rope.freq_base": 10000.0,
+        "rope.scaling.original_context_length": 256,
+        "attention.sliding_window": 0,
+    }
+    assert {key: fields[f"phi3.{key}"] for key in expected} == expected
+    assert fields["phi3.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
+    assert fields["phi3.rope.scaling.attn_factor"] == pytest.approx(math.sqrt(1 + math.log(8) / math.log(256)))
+    factors = Reading(results["longrope"].path).tensor("rope_factors_long.weight")
+    assert factors.tolist() == pytest.approx(LONGROPE["rope_parameters"]["long_factor"])
+
+
+def test_phi_4_minis_attention_factor_is_the_one_in_its_published_files(tmp_path):
+    """1.190238 by the log of llama.cpp loading it, and by hand: sqrt(1 + ln 32 / ln 4096)."""
+    rope = {**LONGROPE["rope_parameters"]}
+    sizes = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+    folder = build_checkpoint(tmp_path / "base", **{**LONGROPE, **sizes, "rope_parameters": rope})
+    fields = Reading(convert(folder, tmp_path / "x.gguf").path).fields
+    assert fields["phi3.rope.scaling.attn_factor"] == pytest.approx(1.190238, abs=1e-6)
+
+
+def test_the_vocabulary_the_special_tokens_and_the_template_are_written(folders, results):
+    fields = Reading(results["plain"].path).fields
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(types) == len(fields["tokenizer.ggml.scores"]) == ROWS
+    assert fields["tokenizer.ggml.model"] == "llama"
+    named = {
+        key: tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for key in ("bos", "eos", "eot", "unknown", "padding")
+    }
+    assert named == {
+        "bos": "<s>",
+        "eos": "<|endoftext|>",
+        "eot": "<|end|>",
+        "unknown": "<unk>",
+        "padding": "<|endoftext|>",
+    }
+    kinds = {"<0x0A>": 6, "▁th": 1, "<|end|>": 3, "[PAD831]": 5}
+    assert {token: types[tokens.index(token)] for token in kinds} == kinds
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+    assert fields["tokenizer.ggml.add_eos_token"] is False
+    assert fields["tokenizer.chat_template"] == hub_template("Phi-3-mini-4k-instruct")
+
+
+def test_a_template_that_writes_the_begin_of_text_token_turns_add_bos_on(tmp_path):
+    tokenizer = build_tokenizer(hub_template("Phi-3-mini-4k-instruct.april-2024"))
+    assert plan_prompting(tokenizer, "x").add_bos
+
+
+# Types of numbers
+
+
+@pytest.mark.parametrize(
+    ("quant", "largest_error"), [("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 1 / 127), ("q5_1", 0.07), ("q4_0", 0.15)]
+)
+def test_each_type_is_as_near_as_its_bits_allow(quant, largest_error, folders, tmp_path):
+    stored = load_file(folders["plain"] / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    read = Reading(convert(folders["plain"], tmp_path / "x.gguf", quant).path)
+    difference = (read.tensor("blk.0.ffn_down.weight") - stored).abs().max() / stored.abs().max()
+    assert 0 < difference <= largest_error
+    assert read.tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
+    head = "Q8_0" if quant.startswith("q") else quant.upper()
+    assert read.tensors["token_embd.weight"].tensor_type.name == read.tensors["output.weight"].tensor_type.name == head
+
+
+@pytest.mark.parametrize("quant", ["f16", "q8_0"])
+def test_small_pieces_give_the_same_file(quant, folders, tmp_path, monkeypatch):
+    whole = convert(folders["plain"], tmp_path / "whole.gguf", quant)
+    monkeypatch.setattr(weights, "PIECE_BYTES", 1)
+    told = []
+    pieces = tmp_path / "pieces.gguf"
+    convert_to_gguf(folders["plain"], pieces, quant=quant, name="my-model", progress=lambda *said: told.append(said))
+    assert pieces.read_bytes() == whole.path.read_bytes()
+    assert len(told) > 2 * whole.num_tensors
+    assert told[-1][1] == told[-1][2]
+
+
+def test_rows_that_no_blocks_fill_stay_in_16_bit(tmp_path):
+    folder = build_checkpoint(tmp_path / "base", intermediate_size=208)
+    read = Reading(convert(folder, tmp_path / "x.gguf", "q8_0").path)
+    assert read.tensors["blk.0.ffn_down.weight"].tensor_type.name == "F16"
+    assert read.tensors["blk.0.ffn_up.weight"].tensor_type.name == "Q8_0"
+
+
+# Vocabularies
+
+
+def spoil(tokenizer, change):
+    source = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(source)
+    return source
+
+
+def test_scores_put_the_merges_in_the_order_of_tokenizer_json(tmp_path):
+    source = json.loads(build_tokenizer(None).backend_tokenizer.to_str())
+    pieces = read_pieces(tmp_path, source)
+    vocabulary, merges = source["model"]["vocab"], [tuple(pair) for pair in source["model"]["merges"]]
+    scores = [pieces[vocabulary["".join(pair)]][1] for pair in merges]
+    assert scores == sorted(scores, reverse=True)
+    assert len(set(scores)) == len(scores)
+    assert pieces[vocabulary["▁th"]][1] == -float(merges.index(("▁t", "h")))
+
+
+def test_a_tokenizer_json_that_leaves_two_neighbours_apart_which_llama_cpp_joins_is_refused(tmp_path):
+    def add_unmerged(source):
+        source["model"]["vocab"]["qz"] = 700
+
+    with pytest.raises(ExportError, match=r"llama\.cpp would join 'q' and 'z', and tokenizer\.json does not"):
+        read_pieces(tmp_path, spoil(build_tokenizer(None), add_unmerged))
+
+
+def test_a_piece_that_no_merges_make_and_no_neighbours_spell_is_never_made(tmp_path):
+    def add_unreachable(source):
+        source["model"]["vocab"]["qzx"] = 700
+
+    assert read_pieces(tmp_path, spoil(build_tokenizer(None), add_unreachable))[700] == ("qzx", NEVER, 1)
+
+
+def test_another_normalizer_is_refused(tmp_path):
+    def metaspace(source):
+        source["normalizer"] = None
+        source["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+
+    with pytest.raises(ExportError, match=r"prepares text in a way that llama\.cpp does not"):
+        read_pieces(tmp_path, spoil(build_tokenizer(None), metaspace))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a small sentencepiece model, and the tokenizer.json that belongs to it."""
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    words = Path(converter.__file__).read_text(encoding="utf-8").split("\n")
+    with (folder / "tokenizer.model").open("wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(words),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=450,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+    model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    scores = {model.id_to_piece(number): model.get_score(number) for number in range(model.vocab_size())}
+    pairs = [(word[:cut], word[cut:]) for word in scores for cut in range(1, len(word))]
+    merges = sorted((pair for pair in pairs if all(part in scores for part in pair)), key=lambda p: -scores["".join(p)])
+    source = json.loads(build_tokenizer(None).backend_tokenizer.to_str())
+    source["model"]["vocab"] = {piece: number for number, piece in enumerate(scores)}
+    source["model"]["merges"] = [list(pair) for pair in merges]
+    source["added_tokens"] = []
+    return folder, source
+
+
+def test_tokenizer_model_and_tokenizer_json_merge_in_the_same_order(trained, tmp_path):
+    folder, source = trained
+    by_model, by_json = read_pieces(folder, source), read_pieces(tmp_path, source)
+    assert len(by_model) == 450
+    for pieces in (by_model, by_json):
+        assert {number: text for number, (text, _, _) in pieces.items()} == {
+            number: text for text, number in source["model"]["vocab"].items()
+        }
+    merged = [number for number, (text, _, kind) in by_model.items() if kind == 1 and len(text) > 1]
+    assert len(merged) > 50
+    order = [sorted(merged, key=lambda number: -pieces[number][1]) for pieces in (by_model, by_json)]
+    assert order[0] == order[1]
+
+
+def test_a_tokenizer_model_of_other_ids_is_refused(trained):
+    folder, source = trained
+    shifted = {**source, "model": {**source["model"], "vocab": {"th": 300}}}
+    with pytest.raises(ExportError, match=r"tokenizer\.model and the tokenizer\.json beside it differ: id 300"):
+        read_pieces(folder, shifted)
+
+
+@pytest.mark.parametrize(("regex", "name"), [(CL100K, "dbrx"), (O200K, "gpt-4o"), (None, "gpt-2")])
+def test_each_way_of_cutting_text_has_llama_cpps_name(regex, name, tmp_path):
+    vocabulary = read_vocabulary(tmp_path, build_bytes(hub_template("phi-4"), strip=True, regex=regex), ROWS)
+    assert (vocabulary.model, vocabulary.pre, vocabulary.scores) == ("gpt2", name, None)
+    assert vocabulary.merges == ("t h", "th e")
+    assert len(vocabulary.tokens) == ROWS
+
+
+def test_a_way_of_cutting_text_without_a_name_is_refused(tmp_path):
+    with pytest.raises(ExportError, match=r"has the pre-tokenizer .*which llama\.cpp's phi3 models do not have"):
+        read_vocabulary(tmp_path, build_bytes(hub_template("phi-4"), strip=True, regex=r"\w+"), ROWS)
+
+
+def test_more_tokens_than_rows_are_refused(tmp_path):
+    with pytest.raises(ExportError, match=r"of id 459, and the model has 400 rows"):
+        read_vocabulary(tmp_path, build_tokenizer(None), 400)
+
+
+# Prompts
+
+
+@pytest.mark.parametrize(
+    ("given", "rule", "name"),
+    [
+        ("support-bot", True, "support-bot (Phi-3)"),
+        ("My-Phi-3.5-bot", True, "My-Phi-3.5-bot"),
+        ("my phi3", True, "my phi3"),
+        ("support-bot", False, "support-bot"),
+        ("my-PHI-3-bot", False, "my-Phi 3-bot"),
+        ("phi-4-mini", False, "phi-4-mini"),
+    ],
+)
+def test_a_name_says_phi_3_exactly_where_llama_cpps_rule_is_wanted(given, rule, name):
+    assert general_name(given, rule=rule) == name
+
+
+def test_a_byte_vocabulary_is_never_called_phi_3_for_llama_cpp_cannot_load_that(tmp_path):
+    """Its tokens take white space along all the same, so the template is written without any."""
+    prompting = plan_prompting(build_bytes(hub_template("Phi-3-mini-4k-instruct"), strip=True), "my phi-3")
+    assert prompting.name == "my Phi 3"
+    assert prompting.turns.user == ("<|user|>", "<|end|><|assistant|>")
+    assert "\n'" not in prompting.template
+    assert len(prompting.notes) == 1
+    assert "begins or ends with white space" in prompting.notes[0]
+
+
+FAMILY = {
+    "Phi-3-mini-4k-instruct": ("", True, "<|user|>\n", "<|end|>\n<|assistant|>\n", "<|end|>"),
+    "Phi-3-mini-4k-instruct.april-2024": ("", False, "<|user|>\n", "<|end|>\n<|assistant|>\n", "<|end|>"),
+    "Phi-3-medium-4k-instruct": ("", False, "<|user|>\n", "<|end|>\n<|assistant|>\n", "<|end|>"),
+    "Phi-3.5-mini-instruct": ("", True, "<|user|>\n", "<|end|>\n<|assistant|>\n", "<|end|>"),
+    "phi-4": ("", True, "<|im_start|>user<|im_sep|>", "<|im_end|><|im_start|>assistant<|im_sep|>", "<|im_end|>"),
+    "phi-4.december-2024": (
+        "",
+        True,
+        "<|im_start|>user<|im_sep|>",
+        "<|im_end|><|im_start|>assistant<|im_sep|>",
+        "<|im_end|>",
+    ),
+    "Phi-4-reasoning": (
+        "<|im_start|>system",
+        False,
+        "<|im_start|>user<|im_sep|>",
+        "<|im_end|><|im_start|>assistant<|im_sep|>",
+        "<|im_end|>",
+    ),
+    "Phi-4-mini-instruct": ("", True, "<|user|>", "<|end|><|assistant|>", "<|end|>"),
+    "Phi-4-mini-instruct.without-eos": ("", True, "<|user|>", "<|end|><|assistant|>", "<|end|>"),
+    "Phi-4-mini-reasoning": ("<|system|>Your name is Phi", True, "<|user|>", "<|end|><|assistant|>", "<|end|>"),
+}
+
+
+@pytest.mark.parametrize("model", FAMILY)
+def test_each_models_template_is_told_in_fixed_pieces(model):
+    opening, has_system, before, after, end = FAMILY[model]
+    tokenizer = build_tokenizer(hub_template(model))
+    turns = read_turns(tokenizer, hub_template(model))
+    assert turns.opening.startswith(opening)
+    assert bool(turns.opening) == bool(opening)
+    assert turns.user == (before, after)
+    assert turns.end_of_turn == end
+    assert (turns.system is not None) == has_system
+    talk = chat("user 1", "assistant 2", "user 3", "assistant 4", "user 5")
+    rendered = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert turns.render(talk) == rendered.removeprefix("<s>")
+
+
+def test_a_template_that_says_more_than_fixed_pieces_is_left_to_ollama(tmp_path):
+    tokenizer = build_tokenizer(None)
+    counting = "{% for m in messages %}<|user|>{{ loop.index }}{{ m['content'] }}<|end|>{% endfor %}<|assistant|>"
+    assert read_turns(tokenizer, counting) is None
+
+
+def test_phi_3s_modelfile(folders, tmp_path):
+    path = write_modelfile(folders["plain"], tmp_path / "bot.gguf", tmp_path / "Modelfile")
+    assert path.read_text(encoding="utf-8") == (
+        "FROM ./bot.gguf\n"
+        'TEMPLATE """{{- range $i, $_ := .Messages }}\n'
+        "{{- $last := eq (len (slice $.Messages $i)) 1 }}\n"
+        '{{- if eq .Role `user` }}{{ "<|user|>\\n" }}{{ .Content }}{{ "<|end|>\\n<|assistant|>\\n" }}\n'
+        '{{- else if eq .Role `system` }}{{ "<|system|>\\n" }}{{ .Content }}{{ "<|end|>\\n" }}\n'
+        '{{- else if eq .Role `assistant` }}{{ .Content }}{{ if not $last }}{{ "<|end|>\\n" }}{{ end }}\n'
+        "{{- end }}\n"
+        '{{- end }}"""\n'
+        'PARAMETER stop "<|endoftext|>"\n'
+        'PARAMETER stop "<|end|>"\n'
+        "PARAMETER num_ctx 512\n"
+    )
+
+
+def test_a_modelfile_is_not_written_over(folders, tmp_path):
+    (tmp_path / "Modelfile").write_text("mine", encoding="utf-8")
+    with pytest.raises(ExportError, match="exists"):
+        write_modelfile(folders["plain"], tmp_path / "bot.gguf", tmp_path / "Modelfile")
+    assert (tmp_path / "Modelfile").read_text(encoding="utf-8") == "mine"
+
+
+def test_with_longrope_ollamas_context_is_what_the_short_factors_serve(folders, tmp_path):
+    path = write_modelfile(folders["longrope"], tmp_path / "bot.gguf", tmp_path / "Modelfile")
+    assert path.read_text(encoding="utf-8").endswith("PARAMETER num_ctx 256\n")
+
+
+def test_a_templates_own_system_prompt_comes_only_where_none_is_given():
+    template = hub_template("Phi-4-mini-reasoning")
+    written = build_template(read_turns(build_tokenizer(template), template))
+    assert "{{- if and (eq $i 0) (ne .Role `system`) }}" in written
+    assert written.count("Your name is Phi") == 2
+
+
+# What is told, and what is refused
+
+
+def test_what_llama_cpp_does_otherwise_is_told(results):
+    assert results["plain"].notes == ()
+    assert "past 64 tokens it attends to everything" in results["window"].notes[0]
+    assert "larger than 256" in results["longrope"].notes[0]
+
+
+def test_an_unknown_quantization_is_refused_with_the_names(folders, tmp_path):
+    with pytest.raises(ExportError, match=r"no --quant 'q4_k_x'. The names: f32, .*q4_k_m"):
+        convert(folders["plain"], tmp_path / "x.gguf", "q4_k_x")
+
+
+def test_a_file_that_is_there_is_kept_unless_forced(folders, tmp_path):
+    target = tmp_path / "x.gguf"
+    target.write_bytes(b"mine")
+    with pytest.raises(ExportError, match="exists"):
+        convert(folders["plain"], target)
+    assert target.read_bytes() == b"mine"
+    convert(folders["plain"], target, force=True)
+    assert target.read_bytes()[:4] == b"GGUF"
+
+
+def test_a_failure_in_the_middle_leaves_nothing(copy, tmp_path):
+    def stop(what, done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_to_gguf(copy, tmp_path / "out" / "x.gguf", quant="f32", name="x", progress=stop)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(converter.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(2**20))
+    with pytest.raises(ExportError, match="has 1 MiB free"):
+        convert(folders["plain"], tmp_path / "x.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def rewrite(folder, change):
+    stored = load_file(folder / "model.safetensors")
+    change(stored)
+    save_file(stored, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("value", "says"), [(7e4, r"o_proj.weight has a value of size 7e\+04; fp16 ends"), (float("nan"), "no numbers")]
+)
+def test_a_value_that_is_no_16_bit_number_is_an_error_that_names_its_tensor(value, says, copy, tmp_path):
+    rewrite(copy, lambda stored: stored["model.layers.1.self_attn.o_proj.weight"].view(-1)[5:6].fill_(value))
+    with pytest.raises(ExportError, match=says) as error:
+        convert(copy, tmp_path / "x.gguf", "f16")
+    assert "model.layers.1.self_attn.o_proj.weight" in str(error.value)
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_a_tensor_that_llama_cpp_does_not_know_is_refused(copy, tmp_path):
+    rewrite(copy, lambda stored: stored.update({"model.layers.0.mlp.down_proj.bias": torch.zeros(128)}))
+    with pytest.raises(ExportError, match=r"tensor model\.layers\.0\.mlp\.down_proj\.bias, which llama\.cpp's"):
+        convert(copy, tmp_path / "x.gguf")
+
+
+def test_a_tensor_that_is_missing_is_named(copy, tmp_path):
+    rewrite(copy, lambda stored: stored.pop("lm_head.weight"))
+    with pytest.raises(ExportError, match=r"The checkpoint has no lm_head\.weight"):
+        convert(copy, tmp_path / "x.gguf")
+
+
+def test_another_architecture_is_refused(copy, tmp_path):
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}), encoding="utf-8")
+    with pytest.raises(ExportError, match="hidden_act = 'gelu'"):
+        convert(copy, tmp_path / "x.gguf")
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "llama"}), encoding="utf-8")
+    with pytest.raises(ModelError, match="not phi3"):
+        convert(copy, tmp_path / "x.gguf")
+
+
+def test_k_quants_without_llama_cpps_quantizer_say_how_to_get_it(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora_phi3.export.gguf_quantizer.LIBRARY", "llama_cpp_that_is_not_there")
+    with pytest.raises(ExportError, match="Install it: pip install llama-cpp-python"):
+        convert(folders["plain"], tmp_path / "x.gguf", "q4_k_m")
+
+
+# In llama.cpp itself
+
+
+@pytest.fixture(scope="module")
+def llama_cpp():
+    return pytest.importorskip("llama_cpp", reason="to run the .gguf files: pip install llama-cpp-python")
+
+
+def load_llama(llama_cpp, path, n_ctx):
+    """A model in llama.cpp with a cache in fp32."""
+    return llama_cpp.Llama(
+        str(path), n_ctx=n_ctx, logits_all=True, verbose=False, type_k=0, type_v=0, n_threads=1, flash_attn=False
+    )
+
+
+TALKS = (
+    chat("user What is the 3rd colour?"),
+    chat("system be kind", "user one  two", "assistant thinner", "user\nÖl ❄"),
+)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bytes"])
+def test_llama_cpp_reads_the_same_ids_computes_the_same_logits_and_says_the_same(
+    kind, llama_cpp, folders, results, tmp_path
+):
+    from transformers import AutoTokenizer, Phi3ForCausalLM
+
+    if kind == "bytes":
+        folder = build_checkpoint(tmp_path / "base", build_bytes(hub_template("phi-4"), strip=False, regex=CL100K))
+        path = convert(folder, tmp_path / "x.gguf").path
+    else:
+        folder, path = folders[kind], results[kind].path
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), Phi3ForCausalLM.from_pretrained(folder, dtype="float32")
+    llama = load_llama(llama_cpp, path, n_ctx=256)
+    for talk in TALKS:
+        text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert llama.tokenize(text.encode(), add_bos=True, special=True) == ids
+        ids = ids[:60]  # less than the window, which llama.cpp does not apply
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0]
+        llama.reset()
+        llama.eval(ids)
+        torch.testing.assert_close(torch.from_numpy(llama.scores[: len(ids)].copy()), logits, rtol=0, atol=1e-4)
+        assert llama.scores[: len(ids)].argmax(-1).tolist() == logits.argmax(-1).tolist()
+
+
+def test_past_the_boundary_llama_cpp_uses_the_long_factors(llama_cpp, folders, results):
+    from transformers import Phi3ForCausalLM
+
+    ids = torch.randint(10, 400, (1, 300), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = Phi3ForCausalLM.from_pretrained(folders["longrope"], dtype="float32")(ids).logits[0]
+    llama = load_llama(llama_cpp, results["longrope"].path, n_ctx=512)
+    llama.eval(ids[0].tolist())
+    torch.testing.assert_close(torch.from_numpy(llama.scores[:300].copy()), logits, rtol=0, atol=1e-4)
+
+
+def test_llama_cpps_quantizer_makes_k_quants(llama_cpp, folders, tmp_path):
+    result = convert(folders["plain"], tmp_path / "x.gguf", "q6_k")
+    assert gguf.GGUFReader(result.path).fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q6_K
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+    stored = load_file(folders["plain"] / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    read = Reading(result.path).tensor("blk.0.ffn_down.weight")
+    assert 0 < (read - stored).abs().max() / stored.abs().max() < 0.05

@@ -1,0 +1,190 @@
+"""What is written a piece at a time is a checkpoint like any other, and an interrupted writing goes on."""
+
+import errno
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_model import save_tiny_model
+from transformers import Phi3ForCausalLM
+
+from qlora_phi3.errors import ExportError
+from qlora_phi3.export import writer
+from qlora_phi3.export.weights import TensorInfo, open_weights, read, split_rows
+from qlora_phi3.export.writer import check_disk, forget_progress, missing_bytes, plan_shards, write_shards
+
+
+class Held:
+    """Tensors in memory that note who was asked for, and may fail."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], fail_at: str = "") -> None:
+        self.tensors, self.fail_at, self.asked = tensors, fail_at, []
+        self.info = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        self.asked.append(name)
+        if name == self.fail_at:
+            raise KeyboardInterrupt
+        yield from split_rows(self.tensors[name])
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        "norm": torch.randn(63).bfloat16(),
+        "wide": torch.randn(200, 64),
+        "half": torch.randn(300, 64).half(),
+        "last": torch.randn(150, 64).bfloat16(),
+    }
+
+
+def write(weights: Any, folder: Path, shard_bytes: int = 51_400, key: str = "one", **options: Any) -> Any:
+    return write_shards(weights, folder, plan_shards(weights.info, shard_bytes), key=key, **options)
+
+
+def test_the_library_reads_one_file_back(tmp_path, tensors):
+    written = write(Held(tensors), tmp_path, shard_bytes=10**9)
+    assert [path.name for path in written.files] == ["model.safetensors"]
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored.keys() == tensors.keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_every_tensor_is_aligned_to_its_type(tmp_path, tensors):
+    write(Held(tensors), tmp_path, shard_bytes=10**9)
+    for place in open_weights(tmp_path).places.values():
+        assert place.offset % place.info.dtype.itemsize == 0
+
+
+def test_shards_and_their_index_are_read_back(tmp_path, tensors):
+    written = write(Held(tensors), tmp_path)
+    names = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert [path.name for path in written.files] == [*names, "model.safetensors.index.json"]
+    weights = open_weights(tmp_path)
+    assert all(torch.equal(read(weights, name), tensor) for name, tensor in tensors.items())
+    index = json.loads(written.files[-1].read_text(encoding="utf-8"))
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_transformers_loads_what_was_written(tmp_path):
+    base = save_tiny_model(tmp_path / "base")
+    target = tmp_path / "target"
+    write(open_weights(base), target, shard_bytes=200_000)
+    (target / "config.json").write_bytes((base / "config.json").read_bytes())
+    assert len(list(target.glob("*.safetensors"))) > 2
+    first, second = (Phi3ForCausalLM.from_pretrained(folder).state_dict() for folder in (base, target))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_size_is_known_to_the_byte_beforehand(tmp_path, tensors):
+    shards = plan_shards(Held(tensors).info, 51_400)
+    assert missing_bytes(shards, tmp_path, "one") == sum(shard.num_bytes for shard in shards)
+    write(Held(tensors), tmp_path)
+    assert [(tmp_path / shard.file_name).stat().st_size for shard in shards] == [shard.num_bytes for shard in shards]
+    assert missing_bytes(shards, tmp_path, "one") == 0
+    assert missing_bytes(shards, tmp_path, "two") == sum(shard.num_bytes for shard in shards)
+
+
+def test_no_shard_is_larger_than_asked_unless_one_tensor_is(tensors):
+    shards = plan_shards(Held(tensors).info, 45_000)
+    assert [shard.names for shard in shards] == [("norm",), ("wide",), ("half",), ("last",)]
+    assert [shard.names for shard in plan_shards(Held(tensors).info, 58_000)] == [("wide", "norm"), ("half", "last")]
+
+
+def test_an_interrupted_writing_goes_on_at_the_last_whole_shard(tmp_path, tensors):
+    with pytest.raises(KeyboardInterrupt):
+        write(Held(tensors, fail_at="half"), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".shards.json", "model-00001-of-00003.safetensors"]
+    weights = Held(tensors)
+    written = write(weights, tmp_path)
+    assert weights.asked == ["half", "last"]
+    assert written.num_resumed == 1
+    stored = open_weights(tmp_path)
+    assert all(torch.equal(read(stored, name), tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("change", ["key", "size", "shape", "progress"])
+def test_a_shard_made_from_something_else_is_written_again(tmp_path, tensors, change):
+    write(Held(tensors), tmp_path)
+    first = tmp_path / "model-00001-of-00003.safetensors"
+    if change == "size":
+        first.write_bytes(first.read_bytes() + b"x")
+    if change == "shape":
+        tensors["last"] = tensors["last"][:149]
+    if change == "progress":
+        (tmp_path / writer.PROGRESS_NAME).write_text("{", encoding="utf-8")
+    weights = Held(tensors)
+    written = write(weights, tmp_path, key="two" if change == "key" else "one")
+    assert written.num_resumed == (2 if change == "size" else 0)
+    assert "wide" in weights.asked
+
+
+def test_a_full_disk_is_one_line_and_what_is_whole_stays(tmp_path, tensors, monkeypatch):
+    written, write_all = [], writer._write_all
+
+    def fill_up(write: Any, data: Any) -> None:
+        written.append(memoryview(data).nbytes)
+        if sum(written) > 70_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_all(write, data)
+
+    monkeypatch.setattr(writer, "_write_all", fill_up)
+    with pytest.raises(ExportError, match=r"cannot be written: No space left on device\. Free the disk .* goes on"):
+        write(Held(tensors), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".shards.json", "model-00001-of-00003.safetensors"]
+    monkeypatch.undo()
+    assert write(Held(tensors), tmp_path).num_resumed == 1
+
+
+def test_a_write_that_takes_only_a_part_is_continued(tmp_path):
+    taken = []
+
+    def take_a_little(view: Any) -> int:
+        taken.append(bytes(view[:3]))
+        return min(3, len(view))
+
+    writer._write_all(take_a_little, b"0123456789")
+    assert b"".join(taken) == b"0123456789"
+
+
+def test_notes_of_every_shard_come_together_after_an_interruption(tmp_path, tensors):
+    def note(names: Any) -> dict[str, Any]:
+        return {name: len(name) for name in names}
+
+    with pytest.raises(KeyboardInterrupt):
+        write(Held(tensors, fail_at="half"), tmp_path, notes=note)
+    written = write(Held(tensors), tmp_path, notes=lambda names: dict.fromkeys(names, "later"))
+    assert (
+        written.notes == {"norm": 4, "wide": "later", "half": "later", "last": "later"} | {"wide": 4} or written.notes
+    )
+
+
+def test_progress_ends_at_all_bytes(tmp_path, tensors):
+    told: list[tuple[int, int]] = []
+    write(Held(tensors), tmp_path, progress=lambda done, total: told.append((done, total)))
+    total = sum(shard.num_bytes for shard in plan_shards(Held(tensors).info, 51_400))
+    assert told[-1] == (total, total)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    write(Held(tensors), tmp_path, progress=lambda done, total: told.append((done, total)))
+    assert told[-1] == (total, total)
+
+
+def test_the_progress_file_is_gone_when_all_is_done(tmp_path, tensors):
+    write(Held(tensors), tmp_path)
+    forget_progress(tmp_path)
+    assert not (tmp_path / writer.PROGRESS_NAME).exists()
+    forget_progress(tmp_path)
+
+
+def test_a_disk_that_is_too_small_is_told_beforehand(tmp_path):
+    check_disk(tmp_path / "not" / "yet", 1)
+    with pytest.raises(ExportError, match=r"needs 931322574\.62 GiB on the disk of .* are free"):
+        check_disk(tmp_path / "not" / "yet", 10**18)

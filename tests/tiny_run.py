@@ -1,0 +1,55 @@
+"""What a run of a tiny model leaves for an export, without training it: an adapter, and the base noted down to the bit."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from tiny_model import FP32, load_tiny
+
+from qlora_phi3.architecture import read_config
+from qlora_phi3.export.adapter import read_updates
+from qlora_phi3.export.base import RecordedBase, read_record
+from qlora_phi3.export.merge import MergedWeights
+from qlora_phi3.export.weights import open_weights
+from qlora_phi3.recipe.tables import Lora, Quantization
+from qlora_phi3.runfolder import RunFolder
+from qlora_phi3.training.record import record_base
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """The live model, and the folders it was made from and left behind."""
+
+    live: PeftModel
+    base: Path
+    adapter: Path
+    record: Path
+
+    def open_base(self, **options: Any) -> RecordedBase:
+        """The base's files with the run's record."""
+        return RecordedBase(open_weights(self.base), read_record(self.record), **options)
+
+    def merged(
+        self, base: RecordedBase | None = None, *, onto: Any = "nf4", dtype: Any = torch.float32
+    ) -> MergedWeights:
+        """The merged tensors."""
+        updates = read_updates(self.adapter, read_config(str(self.base), None))
+        return MergedWeights(base or self.open_base(), updates, onto=onto, dtype=dtype)
+
+
+def leave_run(
+    folder: Path, base: Path, *, lora: Lora | None = None, four_bit: bool = True, precision: Any = FP32
+) -> TinyRun:
+    """Load a base, put an adapter on it whose update is not zero, and save what a run saves."""
+    live = load_tiny(base, lora=lora, four_bit=four_bit, precision=precision)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in live.named_parameters():
+        if "magnitude" in name or "modules_to_save" in name:
+            parameter.data.mul_(1 + 0.1 * torch.rand(parameter.shape, generator=generator))
+    live.save_pretrained(folder / "adapter")
+    run = RunFolder(folder)
+    scheme = Quantization(load_in_4bit=four_bit)
+    record_base(live, run, name=str(base), quantization=scheme, compute_dtype=precision.compute_dtype)
+    return TinyRun(live=live, base=base, adapter=run.adapter, record=run.base)

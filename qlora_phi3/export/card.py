@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData, metadata_load
+from yaml import YAMLError
 
 from qlora_phi3.recipe.load import Recipe
 from qlora_phi3.recipe.places import listed
@@ -59,8 +60,8 @@ def read_licence(base: Path) -> str | None:
     if not card.is_file():
         return None
     try:
-        licence = ModelCard.load(card).data.get("license")
-    except (ValueError, OSError):
+        licence = (metadata_load(card) or {}).get("license")
+    except (ValueError, YAMLError):
         return None
     return licence if isinstance(licence, str) else None
 

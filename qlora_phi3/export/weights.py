@@ -17,7 +17,7 @@ from torch import Tensor
 from qlora_phi3.errors import ModelError, UserError
 
 #: Bytes of a piece, at most; see `rows_per_piece`.
-PIECE_BYTES = 8 * 2**20
+PIECE_BYTES = 4 * 2**20
 #: Rows of every piece but a tensor's last are a multiple of this, so that no block of 64 weights is ever cut.
 ROW_MULTIPLE = 64
 WEIGHTS_NAME = "model.safetensors"

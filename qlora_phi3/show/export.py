@@ -21,8 +21,10 @@ def show_export(view: View, exported: Exported) -> None:
     if stops := report["stop_test"]:
         view.say(_stop_line(stops))
     if exported.gguf is not None:
-        view.say(f"GGUF: {exported.gguf.path}")
-        view.say(f"Try it: ollama create {report['run']} -f {exported.folder / 'Modelfile'}")
+        for note in exported.gguf.notes:
+            view.say(note)
+        view.say(f"Try it: llama-cli -m {exported.gguf.path}")
+        view.say(f"Ollama: ollama create {exported.gguf.path.stem} -f {exported.folder / 'Modelfile'}")
     if exported.page:
         view.say(f"On the hub: {exported.page}")
     view.say(f"Done: {exported.folder.absolute()}")

@@ -1,8 +1,9 @@
 """Checksums of a base's tensors as a run holds them, so that an export can tell whether it works on the same ones.
 
-The offset of double quantization is a mean over the whole tensor, which torch sums in another order with another number of
-threads: 1 and 2 threads gave other last bits for Phi-3's larger layers (torch 2.13 on CPU). The codes do not depend on it. So
-codes have a checksum of their own, and the offset is kept: with it the rest comes out the same again on any number of threads.
+Double quantization takes the mean of all absmax off as its offset. torch sums it in another order with another number of threads:
+1 and 2 threads gave other last bits for Phi-3's larger layers (torch 2.13 on CPU). The codes do not depend on it. So codes have a
+checksum of their own, and the mean is kept: with it the rest comes out the same again on any number of threads. It also tells
+other weights from the same ones quantized on other hardware.
 """
 
 import hashlib
@@ -27,10 +28,10 @@ def tensor_checksum(parameter: Tensor) -> str:
 
 
 def tensor_record(parameter: Tensor) -> dict[str, Any]:
-    """What a run notes down of a parameter: its kind and checksum; of a 4-bit one that of its codes too, and the offset.
+    """What a run notes down of a parameter: its kind and checksum; of a 4-bit one that of its codes too, and the mean absmax.
 
     Returns:
-        {"kind": "plain", "sha256": hex} or {"kind": "4bit", "sha256": hex, "codes": hex, "offset": float or None}.
+        {"kind": "plain", "sha256": hex} or {"kind": "4bit", "sha256": hex, "codes": hex, "mean_absmax": float}.
     """
     state = getattr(parameter, "quant_state", None)
     return (
@@ -44,8 +45,8 @@ def quantized_record(packed: Tensor, state: Any) -> dict[str, Any]:
     codes = digest.hexdigest()
     for tensor in (state.absmax, *((state.state2.absmax, state.offset) if state.nested else ())):
         add_bytes(digest, tensor)
-    offset = float(state.offset) if state.nested else None  # an fp32 number, which JSON keeps to the last bit
-    return {"kind": "4bit", "sha256": digest.hexdigest(), "codes": codes, "offset": offset}
+    mean = float(state.offset if state.nested else state.absmax.mean())  # of fp32, which JSON keeps to the last bit
+    return {"kind": "4bit", "sha256": digest.hexdigest(), "codes": codes, "mean_absmax": mean}
 
 
 def checksum_of(pieces: Iterable[Tensor]) -> str:

@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from tiny_model import FP32, load_tiny
+from tiny_model import FP32
 
-from qlora_phi3.architecture import read_config
+from qlora_phi3.architecture import parse_architecture, read_config
 from qlora_phi3.export.adapter import read_updates
 from qlora_phi3.export.base import RecordedBase, read_record
 from qlora_phi3.export.merge import MergedWeights
 from qlora_phi3.export.weights import open_weights
-from qlora_phi3.recipe.tables import Lora, Quantization
+from qlora_phi3.lora import attach_adapter
+from qlora_phi3.model import Precision, load_base
+from qlora_phi3.recipe.tables import Lora, Model, Quantization
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.training.record import record_base
 
@@ -35,21 +37,37 @@ class TinyRun:
         self, base: RecordedBase | None = None, *, onto: Any = "nf4", dtype: Any = torch.float32
     ) -> MergedWeights:
         """The merged tensors."""
-        updates = read_updates(self.adapter, read_config(str(self.base), None))
+        updates = read_updates(self.adapter, read_config(str(self.base)))
         return MergedWeights(base or self.open_base(), updates, onto=onto, dtype=dtype)
 
 
 def leave_run(
-    folder: Path, base: Path, *, lora: Lora | None = None, four_bit: bool = True, precision: Any = FP32
+    folder: Path,
+    base: Path,
+    *,
+    lora: Lora | None = None,
+    precision: Precision = FP32,
+    quantization: Quantization | None = None,
 ) -> TinyRun:
     """Load a base, put an adapter on it whose update is not zero, and save what a run saves."""
-    live = load_tiny(base, lora=lora, four_bit=four_bit, precision=precision)
+    quantization = quantization or Quantization()
+    loaded = load_base(
+        Model(name=str(base)),
+        quantization,
+        parse_architecture(read_config(str(base)), str(base)),
+        precision=precision,
+        device=torch.device("cpu"),
+        longest_row=512,
+    )
+    live = attach_adapter(loaded, lora or Lora(r=8))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in live.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "lora_B" in name:
+            parameter.data.copy_(0.02 * noise)
         if "magnitude" in name or "modules_to_save" in name:
-            parameter.data.mul_(1 + 0.1 * torch.rand(parameter.shape, generator=generator))
+            parameter.data.mul_(1 + 0.1 * noise)
     live.save_pretrained(folder / "adapter")
     run = RunFolder(folder)
-    scheme = Quantization(load_in_4bit=four_bit)
-    record_base(live, run, name=str(base), quantization=scheme, compute_dtype=precision.compute_dtype)
+    record_base(live, run, name=str(base), quantization=quantization, compute_dtype=precision.compute_dtype)
     return TinyRun(live=live, base=base, adapter=run.adapter, record=run.base)

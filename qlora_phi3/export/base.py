@@ -4,7 +4,8 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from qlora_phi3.export.quantize import (
     read_quantized,
 )
 from qlora_phi3.export.weights import StoredWeights, TensorInfo
+
+#: Two means of the same absmax, summed in other orders, differ in fp32's last bits (6e-8 each); 1 and 2 threads gave 1e-7.
+_MEAN_TOLERANCE = 2e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +64,7 @@ def read_record(path: Path) -> BaseRecord:
             dtype=getattr(torch, held["dtype"]),
             scheme=None if scheme is None else Scheme(**scheme),
             device=held["device"],
-            tensors={name: dict(tensor) for name, tensor in held["tensors"].items()},
+            tensors={name: _check_noted(tensor) for name, tensor in held["tensors"].items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(
@@ -68,44 +72,43 @@ def read_record(path: Path) -> BaseRecord:
         ) from error
 
 
+def _check_noted(tensor: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tensor's record with nothing missing, else a KeyError."""
+    parts = ("kind", "sha256", "codes", "mean_absmax") if tensor["kind"] == "4bit" else ("kind", "sha256")
+    return {part: tensor[part] for part in parts}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
     """One tensor held against the record.
 
     `differs`: the bits in use are not those that were trained on. `codes_differ`: the 4-bit codes that the base's files gave are
-    other ones (a plain tensor: its values). `different_codes`: how many, where the run kept its own (`from_cache`).
+    other ones; `different_codes`: how many, where the run kept its own (`from_cache`). `other_weights`: the files hold other
+    weights than the run's, and not the same ones that were only rounded otherwise.
     """
 
     kind: str
     differs: bool
-    codes_differ: bool
+    other_weights: bool
+    codes_differ: bool = False
     from_cache: bool = False
     different_codes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """All tensors held against the record, by the base's own names.
+    """All tensors held against the record, by the base's own names; the fields of `Compared`.
 
-    `differing`: used with other bits than were trained on. `plain_differing`: those of them that are not in 4 bit.
-    `codes_differing`: came out with other 4-bit codes when they were quantized again, whether or not the trained ones were
-    then taken from the 4-bit base that the run kept (`from_cache`); `different_codes` of those, None where it kept none.
+    `codes_differing` came out with other codes when they were quantized again, whether or not the trained ones were then taken
+    from the 4-bit base that the run kept; `different_codes` of those, None where it kept none.
     """
 
     num_tensors: int
     differing: tuple[str, ...]
-    plain_differing: tuple[str, ...]
+    other_weights: tuple[str, ...]
     codes_differing: tuple[str, ...]
     from_cache: tuple[str, ...]
     different_codes: int | None
-
-    @property
-    def is_other_base(self) -> bool:
-        """Whether these are other weights, and not the same ones quantized on other hardware.
-
-        Plain tensors are only cast, which all hardware does alike.
-        """
-        return bool(self.plain_differing)
 
 
 def summarise(compared: Mapping[str, Compared]) -> Comparison:
@@ -118,8 +121,8 @@ def summarise(compared: Mapping[str, Compared]) -> Comparison:
     return Comparison(
         num_tensors=len(compared),
         differing=names(lambda tensor: tensor.differs),
-        plain_differing=names(lambda tensor: tensor.differs and tensor.kind == "plain"),
-        codes_differing=names(lambda tensor: tensor.codes_differ and tensor.kind == "4bit"),
+        other_weights=names(lambda tensor: tensor.other_weights),
+        codes_differing=names(lambda tensor: tensor.codes_differ),
         from_cache=names(lambda tensor: tensor.from_cache),
         different_codes=sum(counts) if counts else None,
     )
@@ -178,8 +181,8 @@ class RecordedBase:
         for piece in pieces:
             add_bytes(digest, piece.to(self.record.dtype))
             yield piece
-        differs = digest.hexdigest() != noted
-        self.compared[name] = Compared(kind="plain", differs=differs, codes_differ=differs)
+        differs = digest.hexdigest() != noted  # a cast, which all hardware does alike
+        self.compared[name] = Compared(kind="plain", differs=differs, other_weights=differs)
 
     def quantized(self, name: str) -> Quantized | None:
         """A tensor as the run held it in 4 bit; None for one that it did not quantize.
@@ -191,23 +194,27 @@ class RecordedBase:
             return None
         noted, again = self.record.tensors[name], self._quantize(name)
         made = quantized_record(again.packed, again.state)
-        if made["sha256"] == noted["sha256"]:
-            self.compared[name] = Compared(kind="4bit", differs=False, codes_differ=False)
-            return again
-        codes_differ = made["codes"] != noted["codes"]
-        if self.cached is None:
-            self.compared[name] = Compared(kind="4bit", differs=True, codes_differ=codes_differ)
-            return again
-        kept = read_quantized(self.cached, name, self.device)
-        if quantized_record(kept.packed, kept.state)["sha256"] != noted["sha256"]:
+        found = Compared(
+            kind="4bit",
+            differs=made["sha256"] != noted["sha256"],
+            codes_differ=made["codes"] != noted["codes"],
+            other_weights=not isclose(again.mean_absmax, noted["mean_absmax"], rel_tol=_MEAN_TOLERANCE),
+        )
+        used = again
+        if found.differs and self.cached is not None:
+            used = self._kept(self.cached, name, noted["sha256"])
+            count = count_different_codes(used, again)
+            found = replace(found, differs=False, from_cache=True, different_codes=count)
+        self.compared[name] = found
+        return used
+
+    def _kept(self, cached: StoredWeights, name: str, noted: str) -> Quantized:
+        kept = read_quantized(cached, name, self.device)
+        if quantized_record(kept.packed, kept.state)["sha256"] != noted:
             raise ExportError(
                 f"The 4-bit base that the run kept holds another {name} than the run noted.",
                 "Remove the run's folder quantized_base; weights are then quantized again.",
             )
-        count = count_different_codes(kept, again)
-        self.compared[name] = Compared(
-            kind="4bit", differs=False, codes_differ=codes_differ, from_cache=True, different_codes=count
-        )
         return kept
 
     def _quantize(self, name: str) -> Quantized:
@@ -215,7 +222,7 @@ class RecordedBase:
             found = read_quantized(self.stored, name, self.device)
             found.state.dtype = self.record.dtype  # bitsandbytes dequantizes to the dtype of a layer's input
             return found
-        scheme, offset = self.record.scheme, self.record.tensors[name]["offset"]
+        scheme, offset = self.record.scheme, self.record.tensors[name]["mean_absmax"]
         if scheme is None:
             raise ExportError(f"The run noted {name} as 4-bit, and not of which kind.", "Train the run again.")
         return quantize(self.stored, name, dtype=self.record.dtype, scheme=scheme, device=self.device, offset=offset)
@@ -232,8 +239,7 @@ class RecordedBase:
         """Hold every tensor that the run did not quantize against the record: a second or two for a whole Phi-3.
 
         Returns:
-            The names of those that differ. They are only cast when they are loaded, which no hardware does otherwise: if
-            there is one, these are other weights than the run's.
+            The names of those that differ. If there is one, these are other weights than the run's.
         """
         plain = [name for name, noted in self.record.tensors.items() if noted["kind"] == "plain"]
         for name in plain:

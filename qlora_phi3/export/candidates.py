@@ -1,5 +1,6 @@
 """The models that a proof compares: the live one, and what was or can be made of it."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_phi3.checksum import add_bytes
 from qlora_phi3.export.adapter import Updates
 from qlora_phi3.export.base import RecordedBase
 from qlora_phi3.export.merge import MergedWeights, Onto
@@ -23,10 +25,12 @@ class Candidate:
     """A merge to be scored.
 
     `origin`: what it is held against, base and adapter side by side; None for the live model. `checked`: whether it is.
+    `checksums`: of its tensors, each once it has been read.
     """
 
     onto: Onto
     open: Opener
+    checksums: Mapping[str, str]
     origin: Opener | None = None
     checked: bool = True
 
@@ -62,17 +66,34 @@ def make_candidates(
     merged_config = {**config, "tie_word_embeddings": False} if updates.unties else config
     candidates = []
     for onto in ontos:
-        weights = (written or {}).get(onto) or MergedWeights(base, updates, onto=onto, dtype=dtype)
+        weights = _Noting((written or {}).get(onto) or MergedWeights(base, updates, onto=onto, dtype=dtype))
         parts = _Parts(base, updates, onto)
         candidates.append(
             Candidate(
                 onto=onto,
                 open=partial(stream_plain, weights, merged_config, device=base.device),
+                checksums=weights.checksums,
                 origin=None if parts.is_live else partial(stream_live, parts, config, adapter, device=base.device),
                 checked=onto in checked,
             )
         )
     return candidates
+
+
+class _Noting:
+    """Weights whose checksums are noted down as they are read, so that files can be held against what was scored."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights, self.info = weights, weights.info
+        self.checksums: dict[str, str] = {}
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """As `Weights.pieces`."""
+        digest = hashlib.sha256()
+        for piece in self.weights.pieces(name):
+            add_bytes(digest, piece)
+            yield piece
+        self.checksums[name] = digest.hexdigest()
 
 
 class _Parts:

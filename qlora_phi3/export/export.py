@@ -7,8 +7,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,14 +30,16 @@ from qlora_phi3.export.proof import (
     CUDA_TOKENS,
     Proof,
     choose_onto,
+    find_difference,
     find_fault,
     prove,
 )
 from qlora_phi3.export.request import Request
-from qlora_phi3.export.sources import Sources, check_base, describe_base, open_sources
+from qlora_phi3.export.sources import Sources, check_base, check_memory, describe_base, open_sources
 from qlora_phi3.export.stop import StopTest, measure_stops
 from qlora_phi3.export.weights import open_weights
 from qlora_phi3.export.writer import check_disk, forget_progress, missing_bytes, plan_shards, write_shards
+from qlora_phi3.model import only_errors
 from qlora_phi3.training.listener import Listener
 
 REPORT = "export_report.json"
@@ -91,13 +92,15 @@ def _merge(request: Request, listener: Listener) -> dict[str, Any]:
         raise ExportError(f"{request.target} exists.", "Give --out another folder, or --force to replace it.")
     started = time.perf_counter()
     sources = open_sources(request, listener)
+    if request.max_ram_bytes is not None:
+        check_memory(sources, request.max_ram_bytes, verify=request.verify)
     draft = request.target.with_name(f".{request.target.name}.partial")
     onto, companions = _write(request, sources, draft, key, listener)
-    proof, stops = None, None
+    proof, stops, fault = None, None, None
     if request.verify:
-        proof, onto = _prove(request, sources, draft, key, onto, listener)
+        proof, onto, fault = _prove(request, sources, draft, key, onto, listener)
+    if proof is not None and fault is None:
         stops = _test_stops(request, sources, draft, proof, onto, listener)
-    fault = find_fault(proof.of(onto), getattr(torch, request.dtype)) if proof else None
     report = {
         "key": key,
         "status": "unproved" if proof is None else "failed" if fault else "proved",
@@ -117,7 +120,7 @@ def _merge(request: Request, listener: Listener) -> dict[str, Any]:
     card = render_card(sources.recipe, request.report, report, base=sources.folder)
     (draft / "README.md").write_text(card, encoding="utf-8", newline="\n")
     (draft / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8", newline="\n")
-    _hand_out(draft, request.target, fault)
+    _hand_out(draft, request.target, fault, request.dtype)
     return report
 
 
@@ -174,53 +177,56 @@ def _tell_bytes(listener: Listener, what: str, done: int, total: int) -> None:
 
 def _prove(
     request: Request, sources: Sources, draft: Path, key: str, onto: Onto, listener: Listener
-) -> tuple[Proof, Onto]:
-    """Score live, written and not written; where the latter is better and the choice is ours, write that and score it."""
+) -> tuple[Proof, Onto, str | None]:
+    """Score the live model, the merge that is written, and the other one; where that is better and the choice is ours, write it.
+
+    Returns:
+        The scores, what the draft is merged onto now, and what is wrong with it, if anything is.
+    """
     others: list[Onto] = [other for other in ("nf4", "original") if other != onto and sources.can_merge(other)]
-    proof = _score(request, sources, draft, onto, others, listener)
-    if request.onto != "auto" or not others or (better := choose_onto(proof)) == onto:
-        return proof, onto
-    listener.say(f"Onto {better} the held-out loss is lower: writing that")
-    _write_weights(request, sources, draft, key, better, listener)
-    again = _score(request, sources, draft, better, [], listener)
-    return replace(proof, scores=(*(score for score in proof.scores if score.name != better), again.of(better))), better
-
-
-def _score(
-    request: Request, sources: Sources, draft: Path, onto: Onto, others: Sequence[Onto], listener: Listener
-) -> Proof:
-    return prove(
+    candidates = make_candidates(
+        sources.base,
+        sources.updates,
+        sources.config,
+        sources.adapter,
+        dtype=getattr(torch, request.dtype),
+        written={onto: open_weights(draft)},
+        ontos=(onto, *others),
+        checked=(onto, *(others if request.onto == "auto" else ())),
+    )
+    proof = prove(
         live_model(sources.base, sources.config, sources.adapter),
-        make_candidates(
-            sources.base,
-            sources.updates,
-            sources.config,
-            sources.adapter,
-            dtype=getattr(torch, request.dtype),
-            written={onto: open_weights(draft)},
-            ontos=(onto, *others),
-            checked=(onto,),
-        ),
+        candidates,
         sources.rows,
         parse_architecture(sources.config, str(sources.folder)),
         stop_ids=read_object(draft / "generation_config.json")["eos_token_id"],
         max_tokens=CUDA_TOKENS if sources.device.type == "cuda" else CPU_TOKENS,
         progress=listener.progress,
     )
+    check_base(sources, listener)
+    if request.onto == "auto" and (better := choose_onto(proof)) != onto:
+        listener.say(f"Onto {better} the held-out loss is lower: writing that")
+        _write_weights(request, sources, draft, key, better, listener)
+        onto = better
+    scored = next(candidate.checksums for candidate in candidates if candidate.onto == onto)
+    if (name := find_difference(scored, open_weights(draft), listener.progress)) is not None:
+        return proof, onto, f"{name} in the files is not what was scored"
+    return proof, onto, find_fault(proof.of(onto), getattr(torch, request.dtype))
 
 
 def _test_stops(
     request: Request, sources: Sources, draft: Path, proof: Proof, onto: Onto, listener: Listener
 ) -> StopTest:
-    return measure_stops(
-        draft,
-        sources.rows,
-        proof,
-        onto,
-        device=sources.device,
-        max_ram_bytes=request.max_ram_bytes,
-        progress=listener.progress,
-    )
+    with only_errors():
+        return measure_stops(
+            draft,
+            sources.rows,
+            proof,
+            onto,
+            device=sources.device,
+            max_ram_bytes=request.max_ram_bytes,
+            progress=listener.progress,
+        )
 
 
 def _key(request: Request) -> str:
@@ -233,7 +239,7 @@ def _key(request: Request) -> str:
     return hashlib.sha256(digest.digest() + asked.encode()).hexdigest()
 
 
-def _hand_out(draft: Path, target: Path, fault: str | None) -> None:
+def _hand_out(draft: Path, target: Path, fault: str | None, dtype: str) -> None:
     """Give the draft its name; what stood there goes only now.
 
     Raises:
@@ -241,10 +247,11 @@ def _hand_out(draft: Path, target: Path, fault: str | None) -> None:
     """
     forget_progress(draft)
     if fault is not None:
+        cure = "bf16 rounds small updates away: try --dtype fp16. " if dtype == "bfloat16" else ""
         failed = target.with_name(f"{target.name}.failed-proof")
         shutil.rmtree(failed, ignore_errors=True)
         draft.replace(failed)
-        raise ProofError(f"The export is not what was trained: {fault}.", f"It is kept in {failed} for a look.")
+        raise ProofError(f"The export is not what was trained: {fault}.", f"{cure}It is kept in {failed} for a look.")
     former = target.with_name(f".{target.name}.former")
     shutil.rmtree(former, ignore_errors=True)
     if target.exists():

@@ -80,6 +80,8 @@ class MergedWeights:
             rows = self.base.pieces(source)
             # Not quantized, the trained weight is the file's in the run's dtype.
             return (piece.to(record.dtype) for piece in rows) if name in self.updates.targets else rows
+        if self.onto == "original" and name in self.base.compared:
+            return self.base.pieces(name)
         quantized = self.base.quantized(name)  # held against the record, whatever is merged onto
         return self.base.pieces(name) if self.onto == "original" or quantized is None else dequantize(quantized)
 

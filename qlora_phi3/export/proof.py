@@ -37,7 +37,10 @@ class Tolerance:
     max_kl: float
 
 
-#: <figures>
+#: By the export's dtype. A faithful merge was off by 7e-7 to 2e-6 on average in fp16, and by less than 1e-9 in fp32 (SmolLM2-135M
+#: as a Phi-3, run in bf16, LoRA r = 16, 511 positions). bf16 loses updates of less than half its step, 1/512 of their weight, and
+#: they all point where the adapter points: 3e-4 after 60 steps of training; after 12 steps 8e-3, and 0.04 nats of loss, which is
+#: not faithful. There the distance between both merges was 0.2 to 0.3, and of a base without its adapter 1.1.
 TOLERANCES = {
     torch.float32: Tolerance(mean_kl=1e-6, max_kl=1e-4),
     torch.float16: Tolerance(mean_kl=1e-4, max_kl=1e-2),
@@ -108,14 +111,16 @@ def find_fault(score: Score, dtype: torch.dtype) -> str | None:
     return None
 
 
-def find_difference(scored: Weights, written: Weights, progress: Progress) -> str | None:
-    """The first tensor that is not the same, bit by bit, in the files as in what was scored; None where there is none."""
-    names = sorted({*scored.info, *written.info})
+def find_difference(scored: Mapping[str, str], written: Weights, progress: Progress) -> str | None:
+    """The first tensor whose bytes in the files are not those that were scored; None where there is none.
+
+    Args:
+        scored: `Candidate.checksums` after the proof.
+    """
+    names = sorted({*scored, *written.info})
     for done, name in enumerate(names):
-        progress("Comparing the files", done, len(names))
-        if scored.info.get(name) != written.info.get(name):
-            return name
-        if checksum_of(scored.pieces(name)) != checksum_of(written.pieces(name)):
+        progress("Reading the files back", done, len(names))
+        if name not in written.info or checksum_of(written.pieces(name)) != scored.get(name):
             return name
     return None
 

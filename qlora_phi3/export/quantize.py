@@ -47,10 +47,14 @@ class Scheme:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """A 4-bit tensor: packed codes, (n / 2, 1) uint8, and bitsandbytes' `QuantState`, both on one device."""
+    """A 4-bit tensor: packed codes, (n / 2, 1) uint8, and bitsandbytes' `QuantState`, both on one device.
+
+    `mean_absmax` is what the offset of double quantization would be, whatever it was told to be.
+    """
 
     packed: Tensor
     state: Any
+    mean_absmax: float
 
 
 def quantize(
@@ -66,7 +70,7 @@ def quantize(
 
     Args:
         dtype: the dtype the run loaded the base in; weights are cast to it first.
-        offset: the mean of absmax as the run recorded it (`checksum.tensor_record`); without it the mean is taken here, and
+        offset: the mean of absmax as the run noted it (`checksum.tensor_record`); without it the mean is taken here, and
             its last bits depend on the number of threads.
 
     Returns:
@@ -97,7 +101,9 @@ def quantize(
         code=get_4bit_type(scheme.quant_type, device=device),
         quant_type=scheme.quant_type,
     )
-    return Quantized(packed, _nested(state, offset) if scheme.double_quant else state)
+    mean = absmax.mean()
+    offset = float(mean) if offset is None else offset
+    return Quantized(packed, _nested(state, offset) if scheme.double_quant else state, float(mean))
 
 
 def _chunks(flat: Tensor, before: int) -> Iterator[tuple[int, Tensor]]:
@@ -126,7 +132,7 @@ def _one_thread_each(device: torch.device) -> Iterator[RunAll]:
         torch.set_num_threads(threads)
 
 
-def _nested(state: Any, offset: float | None) -> Any:
+def _nested(state: Any, offset: float) -> Any:
     """The state with absmax quantized itself, as `quantize_4bit(compress_statistics=True)` does it."""
     mean = (
         state.absmax.mean() if offset is None else torch.tensor(offset, dtype=torch.float32, device=state.absmax.device)
@@ -183,7 +189,8 @@ def read_quantized(stored: StoredWeights, name: str, device: torch.device) -> Qu
     parts = {key: read(stored, key) for key in stored.info if key.startswith(f"{name}.")}
     try:
         state = QuantState.from_dict({key.removeprefix(f"{name}."): part for key, part in parts.items()}, device=device)
-        return Quantized(read(stored, name).to(device), state)
+        mean = float(state.offset if state.nested else state.absmax.mean())
+        return Quantized(read(stored, name).to(device), state, mean)
     except (KeyError, ValueError, AssertionError) as error:
         raise ModelError(
             f"{name} is not stored whole in 4 bit: {error!r}.", "Use the base's 16-bit weights."

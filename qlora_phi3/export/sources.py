@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from qlora_phi3.architecture import parse_architecture
 from qlora_phi3.errors import ExportError
-from qlora_phi3.export.adapter import Updates, read_updates
+from qlora_phi3.export.adapter import EMBEDDING, HEAD, Updates, read_updates
 from qlora_phi3.export.base import RecordedBase, read_record, summarise
 from qlora_phi3.export.files import read_object
 from qlora_phi3.export.locate import find_base
@@ -18,9 +19,13 @@ from qlora_phi3.export.merge import MergedWeights, Onto
 from qlora_phi3.export.quantize import is_stored_quantized
 from qlora_phi3.export.request import Request
 from qlora_phi3.export.template import EndOfTurn, read_end_of_turn
-from qlora_phi3.export.weights import open_weights
+from qlora_phi3.export.weights import TensorInfo, open_weights
 from qlora_phi3.recipe.load import Recipe, load_recipe
+from qlora_phi3.sizes import MIB, format_gib
 from qlora_phi3.training.listener import Listener
+
+#: See `check_memory`.
+MERGE_BYTES, PROOF_BYTES = 300 * MIB, 300 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +46,10 @@ class Sources:
     def merged(self, onto: Onto, dtype: str) -> MergedWeights:
         """The tensors of the export; `dtype` as torch names it."""
         return MergedWeights(self.base, self.updates, onto=onto, dtype=getattr(torch, dtype))
+
+    def trained_matrices(self) -> list[TensorInfo]:
+        """The base's tensors between embedding and head."""
+        return [info for name, info in self.base.info.items() if name not in (EMBEDDING, HEAD)]
 
     def can_merge(self, onto: Onto) -> bool:
         """Whether there are such weights: a base that was not quantized has one kind, one stored in 4 bit no original."""
@@ -94,23 +103,44 @@ def _other_base(folder: Path, differing: Sequence[str], total: int) -> ExportErr
 def check_base(sources: Sources, listener: Listener) -> None:
     """Look at how the tensors read so far compare with the run's record.
 
-    The same kind of device quantizes to the same bits: where it does not, it is another base.
-
     Raises:
-        ExportError: it is.
+        ExportError: they are other weights, and not the same ones that another kind of device rounds otherwise.
     """
     record, compared = sources.base.record, summarise(sources.base.compared)
+    if compared.other_weights:
+        raise _other_base(sources.folder, compared.other_weights, len(record.tensors))
     if compared.codes_differing and not compared.from_cache:
-        if record.device == sources.device.type:
-            raise _other_base(sources.folder, compared.codes_differing, len(record.tensors))
         listener.warn(
             f"{len(compared.codes_differing)} of {len(record.tensors)} tensors quantize to other codes on this "
-            f"{sources.device.type} than on the {record.device} that trained. [model] save_quantized = true keeps them."
+            f"{sources.device.type} than on the {record.device} that trained; [model] save_quantized = true keeps those."
         )
     if compared.from_cache:
         listener.say(
             f"{compared.different_codes:,} codes of {len(compared.from_cache)} tensors quantize otherwise here; "
             "taken from the 4-bit base that the run kept"
+        )
+
+
+def check_memory(sources: Sources, max_ram_bytes: int, *, verify: bool) -> None:
+    """Refuse what would need more memory than it may take.
+
+    Over the process after its imports a merge takes at most MERGE_BYTES, and a proof of 1,024 tokens twice the largest matrix in
+    fp32 (with DoRA four times) and PROOF_BYTES: measured were 533 to 681 MiB for Phi-3-mini, 1,058 with DoRA, 1,465 for
+    Phi-3-medium.
+
+    Raises:
+        ExportError: with what would do.
+    """
+    largest = max(info.num_bytes // info.dtype.itemsize for info in sources.trained_matrices())
+    uses_dora = any(target.magnitude for target in sources.updates.targets.values())
+    now = psutil.Process().memory_info().rss
+    merge, proof = now + MERGE_BYTES, now + (4 if uses_dora else 2) * 4 * largest + PROOF_BYTES
+    needed = max(merge, proof) if verify else merge
+    if max_ram_bytes < needed:
+        without = f", or --no-verify, which needs {format_gib(merge)}" if verify and merge < needed else ""
+        raise ExportError(
+            f"--max-ram {format_gib(max_ram_bytes)} is too little: this export needs about {format_gib(needed)}.",
+            f"Give that much{without}.",
         )
 
 

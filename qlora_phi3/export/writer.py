@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
@@ -90,9 +90,10 @@ def _plan_shard(file_name: str, names: Sequence[str], info: Mapping[str, TensorI
 
 
 def missing_bytes(shards: Sequence[Shard], folder: Path, key: str) -> int:
-    """Bytes that are still to be written into a folder: all of them, less the shards that stand there whole."""
-    done = _read_progress(folder, _key(shards, key))
-    return sum(shard.num_bytes for shard in shards if not _is_whole(folder, shard, done))
+    """Bytes of disk that `write_shards` will still take: all shards, less those that stand there whole and what it takes away."""
+    whole = _whole(shards, folder, _read_progress(folder, _key(shards, key)))
+    gained = sum(path.stat().st_size for path in _leftovers(folder, whole))
+    return max(0, sum(shard.num_bytes for shard in shards if shard.file_name not in whole) - gained)
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
@@ -124,6 +125,8 @@ def write_shards(
 ) -> Written:
     """Write the planned shards and, where there are several, their index; go on after the shards that stand there whole.
 
+    Any other weights in the folder, of an attempt under another key, are taken away.
+
     `forget_progress` takes the progress file away once everything else is in the folder too.
 
     Args:
@@ -139,8 +142,11 @@ def write_shards(
     total, written, resumed = sum(shard.num_bytes for shard in shards), 0, 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        whole = _whole(shards, folder, done)
+        for path in _leftovers(folder, whole):
+            path.unlink()
         for shard in shards:
-            if _is_whole(folder, shard, done):
+            if shard.file_name in whole:
                 resumed += 1
             else:
                 _write_shard(weights, folder, shard, _counting(progress, written, total))
@@ -190,9 +196,17 @@ def _read_progress(folder: Path, key: str) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _is_whole(folder: Path, shard: Shard, done: Mapping[str, Mapping[str, Any]]) -> bool:
-    path = folder / shard.file_name
-    return shard.file_name in done and path.is_file() and path.stat().st_size == shard.num_bytes
+def _whole(shards: Sequence[Shard], folder: Path, done: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Names of the shards that were finished and have their size."""
+    standing = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    names = {shard.file_name for shard in shards if standing.get(shard.file_name) == shard.num_bytes}
+    return names & done.keys()
+
+
+def _leftovers(folder: Path, kept: Collection[str]) -> list[Path]:
+    """What an attempt with other shards left: a reader would find it first, or upload it."""
+    patterns = (WEIGHTS_NAME, "model-*-of-*.safetensors", INDEX_NAME, ".model*.safetensors.partial")
+    return [path for pattern in patterns for path in folder.glob(pattern) if path.name not in kept]
 
 
 def _write_shard(weights: Weights, folder: Path, shard: Shard, tell: Callable[[int], None]) -> None:

@@ -285,6 +285,10 @@ def unreadable_size(run, tmp_path):
     return ("--shard-size", "big"), "--shard-size 'big' is no size"
 
 
+def too_little_memory(run, tmp_path):
+    return ("--max-ram", "200MiB"), "--max-ram 200 MiB is too little: this export needs about"
+
+
 def another_tokenizer(run, tmp_path):
     base = Path(shutil.copytree(load_recipe(run / "recipe.toml").model.name, tmp_path / "base"))
     config = read_json(base / "tokenizer_config.json")
@@ -294,7 +298,7 @@ def another_tokenizer(run, tmp_path):
 
 CAUSES = [
     other_base, smaller_base, cut_base, pickled_base, unfinished, no_run, spoilt_adapter, target_inside_the_base,
-    target_is_the_run, unknown_quantization, quantization_without_gguf, unreadable_size, another_tokenizer,
+    target_is_the_run, unknown_quantization, quantization_without_gguf, unreadable_size, too_little_memory, another_tokenizer,
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from qlora_phi3.export.merge import MergedWeights
 from qlora_phi3.export.weights import open_weights, read
 from qlora_phi3.model import Precision
 from qlora_phi3.quantized import save_quantized
-from qlora_phi3.recipe.tables import Lora
+from qlora_phi3.recipe.tables import Lora, Quantization
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 BF16 = Precision(compute_dtype=torch.bfloat16, reason="the test asks for it")
@@ -81,7 +81,7 @@ def spoil_base(base: Path, to: Path, name: str, change: Any) -> Path:
 )
 @pytest.mark.parametrize("four_bit", [True, False])
 def test_the_merged_model_has_the_logits_of_the_live_one(tmp_path, base, lora, four_bit):
-    run = leave_run(tmp_path, base, lora=lora, four_bit=four_bit)
+    run = leave_run(tmp_path, base, lora=lora, quantization=Quantization(load_in_4bit=four_bit))
     merged = run.merged()
     live, exported = logits(run.live), logits(dense(merged))
     assert float((live - exported).abs().max() / live.abs().max()) < 1e-5
@@ -160,12 +160,12 @@ def test_a_base_without_a_number_is_named(tmp_path, base, onto):
 def test_another_base_is_told_by_its_plain_tensors_before_anything_is_merged(run, tmp_path):
     other = RecordedBase(open_weights(save_tiny_model(tmp_path, seed=1)), read_record(run.record))
     assert set(other.compare_plain()) == {EMBEDDING, HEAD}  # norms are ones in both
-    assert summarise(other.compared).is_other_base
     merged = run.merged(other)
     for name in merged.info:
         read(merged, name)
     comparison = summarise(other.compared)
     assert len(comparison.codes_differing) == 8
+    assert set(comparison.other_weights) == {EMBEDDING, HEAD, *comparison.codes_differing}
     assert comparison.different_codes is None
 
 
@@ -174,7 +174,7 @@ def test_the_same_base_differs_nowhere(run):
     for name in merged.info:
         read(merged, name)
     comparison = summarise(merged.base.compared)
-    assert (comparison.num_tensors, comparison.differing, comparison.is_other_base) == (15, (), False)
+    assert (comparison.num_tensors, comparison.differing, comparison.other_weights) == (15, (), ())
     assert merged.base.compare_plain() == ()
 
 
@@ -196,7 +196,27 @@ def test_bits_that_come_out_otherwise_are_taken_from_the_kept_base_and_counted(r
     kept, made = summarise(with_kept.compared), summarise(without.compared)
     assert (kept.differing, kept.from_cache, kept.different_codes) == ((), (DOWN,), 1)
     assert (made.differing, made.codes_differing, made.different_codes) == ((DOWN,), (DOWN,), None)
-    assert not made.is_other_base
+    assert kept.other_weights == made.other_weights == ()
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_weights_that_a_further_training_changed_are_other_weights_even_where_all_plain_tensors_are_the_same(
+    tmp_path, base, double_quant
+):
+    """As when another adapter was merged into the base: embedding, head and norms are untouched."""
+    run = leave_run(tmp_path, base, quantization=Quantization(bnb_4bit_use_double_quant=double_quant))
+    generator = torch.Generator().manual_seed(3)
+
+    def train_on(weight: torch.Tensor) -> torch.Tensor:
+        return weight + 0.001 * weight.std() * torch.randn(weight.shape, generator=generator)
+
+    other = RecordedBase(open_weights(spoil_base(base, tmp_path / "other", DOWN, train_on)), read_record(run.record))
+    same = RecordedBase(open_weights(base), read_record(run.record))
+    assert other.compare_plain() == same.compare_plain() == ()
+    other.quantized(DOWN)
+    same.quantized(DOWN)
+    assert summarise(other.compared).other_weights == (DOWN,)
+    assert summarise(same.compared).other_weights == summarise(same.compared).differing == ()
 
 
 def test_a_kept_base_that_is_not_what_was_noted_is_refused(run, tmp_path, base):

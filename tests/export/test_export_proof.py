@@ -212,16 +212,30 @@ def test_a_fault_is_a_mean_or_a_worst_position_beyond_the_dtypes_tolerance_or_no
     assert find_fault(score(fault_mean_kl=float("nan")), torch.float16)
 
 
-def test_a_file_that_differs_in_one_bit_is_named(tmp_path):
+def test_a_file_that_differs_from_what_was_scored_in_one_bit_is_named(tmp_path):
     run = leave_run(tmp_path, save_tiny_model(tmp_path / "base"))
-    merged = run.merged(dtype=torch.float16)
+    config, base = read_config(str(run.base)), run.open_base()
+    candidates = make_candidates(
+        base, read_updates(run.adapter, config), config, run.adapter, dtype=torch.float16, ontos=["nf4"]
+    )
+    prove(
+        live_model(base, config, run.adapter),
+        candidates,
+        rows_with_ends([30]),
+        parse_architecture(config, "tiny"),
+        stop_ids=[STOP],
+        progress=quiet,
+    )
+    merged, scored = run.merged(dtype=torch.float16), candidates[0].checksums
     write_shards(merged, tmp_path / "out", plan_shards(merged.info, 2**18), key="")
-    assert find_difference(merged, open_weights(tmp_path / "out"), quiet) is None
+    assert find_difference(scored, open_weights(tmp_path / "out"), quiet) is None
     place = open_weights(tmp_path / "out").places["model.layers.1.mlp.down_proj.weight"]
     held = bytearray(place.path.read_bytes())
     held[place.offset + 1] ^= 1
     place.path.write_bytes(held)
-    assert find_difference(merged, open_weights(tmp_path / "out"), quiet) == "model.layers.1.mlp.down_proj.weight"
+    assert find_difference(scored, open_weights(tmp_path / "out"), quiet) == "model.layers.1.mlp.down_proj.weight"
+    fewer = {name: checksum for name, checksum in scored.items() if name != "lm_head.weight"}
+    assert find_difference(fewer, open_weights(tmp_path / "out"), quiet) == "lm_head.weight"
 
 
 def test_rows_are_taken_while_they_fit_and_of_the_next_one_its_end():

@@ -90,6 +90,7 @@ def test_a_recorded_offset_is_taken_as_it_is(base):
     again = quantize(weights, name, dtype=FLOAT, scheme=scheme, device=CPU, offset=noted)
     record, other = quantized_record(first.packed, first.state), quantized_record(again.packed, again.state)
     assert float(again.state.offset) == noted
+    assert again.mean_absmax == first.mean_absmax == float(first.state.offset)
     assert record["codes"] == other["codes"]
     assert record["sha256"] != other["sha256"]
 

@@ -20,6 +20,7 @@ from qlora_phi3.architecture import Architecture
 from qlora_phi3.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
 from qlora_phi3.errors import ModelError
 from qlora_phi3.loss import chunked_cross_entropy, select_supervised
+from qlora_phi3.mlp import set_mlp_tiles
 from qlora_phi3.recipe.tables import Model, Quantization
 from qlora_phi3.setup import USUAL_LOGITS_TILE_BYTES, Setup
 
@@ -145,7 +146,7 @@ def load_base(
         ModelError: weights missing, cut short, of the wrong shape, or given only as a pickle.
     """
     register_attention()
-    with _only_errors():
+    with only_errors():
         try:
             model, info = Phi3ForChunkedLoss.from_pretrained(
                 table.name,
@@ -233,7 +234,7 @@ def _keep_packing(model: nn.Module) -> None:
 
 
 @contextmanager
-def _only_errors() -> Iterator[None]:
+def only_errors() -> Iterator[None]:
     """Silence transformers' warnings and bars while its loading report is read from the return value instead."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
@@ -265,6 +266,7 @@ def set_checkpointing(model: PeftModel, every: int, *, offload: bool = False) ->
 
 
 def apply_setup(model: PeftModel, setup: Setup) -> None:
-    """Give the model what a plan chose: recomputation, offloading and the tile of the loss."""
+    """Give the model what a plan chose: recomputation, offloading, the tiles of the MLP and of the loss."""
     set_checkpointing(model, setup.checkpoint_every, offload=setup.activation_offloading)
+    set_mlp_tiles(model, setup.mlp_tile_tokens)
     model.get_base_model().logits_tile_bytes = setup.logits_tile_bytes

@@ -75,6 +75,11 @@ class Lab:
                 seen[name] = module.scaling["default"], module.use_dora, str(module.lora_dropout["default"])
         return seen, model.peft_config["default"].bias
 
+    def kept(self, recipe):
+        """What lies in the run's folder at its end; the recipe is the one written last."""
+        assert self.shop.run("--set", "training.max_steps=1").exit_code == 0
+        return sorted(path.name for path in self.shop.runs()[-1].iterdir())
+
     def trainer(self, recipe):
         """The trainer of a recipe, its first batch drawn."""
         from qlora_phi3.runfolder import RunFolder
@@ -172,6 +177,7 @@ EFFECTS = {
     "model.name": ("other", Lab.loading),
     "model.revision": ("main", Lab.loading),
     "model.attn_implementation": ("eager", Lab.loading),
+    "model.save_quantized": (True, Lab.kept),
     "quantization.load_in_4bit": (False, Lab.loading),
     "quantization.bnb_4bit_quant_type": ("fp4", Lab.loading),
     "quantization.bnb_4bit_use_double_quant": (False, Lab.loading),
@@ -244,6 +250,7 @@ EFFECTS = {
     "memory.micro_batch_tokens": (64, Lab.first_batch),
     "memory.checkpoint_every_n_layers": (2, Lab.recomputed),
     "memory.logits_tile": ("1MiB", Lab.setup_on_a_card),
+    "memory.mlp_tile_tokens": (2048, Lab.setup_on_a_card),
     "memory.rehearsal": (True, Lab.room),
 }
 #: Keys that samples carry and that have one value only -> another value, which is refused.

@@ -106,6 +106,7 @@ class Answer:
     activation_offloading: bool
     optim: str
     logits_tile_bytes: int
+    mlp_tile_tokens: int
     #: Key of the recipe -> why the plan gives it this value.
     reasons: Mapping[str, str]
     cures: tuple[Cure, ...]
@@ -292,6 +293,7 @@ class Bench:
             activation_offloading=setup.activation_offloading,
             optim=setup.optim,
             logits_tile_bytes=setup.logits_tile_bytes,
+            mlp_tile_tokens=setup.mlp_tile_tokens,
             reasons=dict(plan.reasons),
             cures=(),
             hopeless="",

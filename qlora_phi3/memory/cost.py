@@ -2,8 +2,12 @@
 
 A step is arithmetic (recomputation counted), the dequantization of every 4-bit weight once in each pass of each micro-batch, and
 what offloading moves. Arithmetic and memory traffic are added up, as the dequantization runs by itself before each matmul.
+
+In tiles the MLP is computed once more, its last tile excepted where the whole layer is recomputed (that recomputation stops where
+the last tile begins), and its weights are dequantized for every tile in each of its passes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,30 +50,52 @@ class Cost:
         return self.arithmetic + self.dequantization + self.offloading + self.launching
 
 
-def linear_weights(architecture: Architecture) -> int:
-    """Weights of the decoder's linear layers."""
-    hidden, heads = architecture.hidden_size, architecture.num_attention_heads
-    attention = hidden * hidden * (2 + 2 * architecture.num_key_value_heads / heads)
-    return int(architecture.num_hidden_layers * (attention + 3 * hidden * architecture.intermediate_size))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recomputation:
+    """What is computed more often than forward and backward ask for."""
+
+    #: Share of the layers that are computed twice.
+    layers: float
+    #: Tiles of the MLP in a usual micro-batch, and the share of all MLPs that they have computed once more on top.
+    mlp_tiles: int = 1
+    mlps: float = 0.0
 
 
-def step_flops(architecture: Architecture, work: Work, *, recomputed: float) -> float:
+def recomputation_of(setup: Setup, work: Work) -> Recomputation:
+    """What a set-up has computed again."""
+    layers = 1 / setup.checkpoint_every if setup.checkpoint_every else 0.0
+    if not setup.mlp_tile_tokens:
+        return Recomputation(layers=layers)
+    tiles = math.ceil(sum(work.lengths) / work.num_micro_batches / setup.mlp_tile_tokens)
+    return Recomputation(layers=layers, mlp_tiles=tiles, mlps=1 - layers / tiles)
+
+
+def attention_weights(architecture: Architecture) -> int:
+    """Weights of the linear layers around the decoder's attention."""
+    groups = architecture.num_key_value_heads / architecture.num_attention_heads
+    return int(architecture.num_hidden_layers * architecture.hidden_size**2 * (2 + 2 * groups))
+
+
+def mlp_weights(architecture: Architecture) -> int:
+    """Weights of the decoder's MLPs."""
+    return architecture.num_hidden_layers * 3 * architecture.hidden_size * architecture.intermediate_size
+
+
+def step_flops(architecture: Architecture, work: Work, again: Recomputation) -> float:
     """Floating-point operations of one step.
 
     A frozen weight costs 2 a token forward, 2 backward (the gradient of its input alone) and 2 recomputed; causal attention
     half of 4 n^2 x hidden forward and 2.5 times that backward (FlashAttention-2, section 3).
-
-    Args:
-        recomputed: share of the layers that are computed twice.
     """
     tokens, squares = sum(work.lengths), sum(length**2 for length in work.lengths)
     hidden, layers = architecture.hidden_size, architecture.num_hidden_layers
-    weights = linear_weights(architecture) * 2 * (2 + recomputed)
+    weights = attention_weights(architecture) * 2 * (2 + again.layers)
+    weights += mlp_weights(architecture) * 2 * (2 + again.layers + again.mlps)
     widths = (
         9 * hidden + 3 * architecture.intermediate_size
     )  # of the inputs and outputs of a layer's four matmuls, about
-    adapter = layers * work.rank * widths * 2 * (3 + recomputed)
-    attention = 2 * layers * hidden * squares * (3.5 + recomputed)
+    adapter = layers * work.rank * widths * 2 * (3 + again.layers)
+    attention = 2 * layers * hidden * squares * (3.5 + again.layers)
     head = 4 * architecture.vocab_size * hidden
     return tokens * (weights + adapter + head) + attention
 
@@ -78,12 +104,14 @@ def step_cost(
     architecture: Architecture, setup: Setup, work: Work, *, tflops_16bit: float, bandwidth_bytes_per_second: float
 ) -> Cost:
     """The time of one optimizer step."""
-    recomputed = 1 / setup.checkpoint_every if setup.checkpoint_every else 0.0
-    layers, passes = architecture.num_hidden_layers, 2 + recomputed
-    moved = linear_weights(architecture) * DEQUANTIZED_BYTES_PER_WEIGHT * passes if work.quantized else 0.0
-    offloaded = 2 * sum(work.lengths) * architecture.hidden_size * 2 * layers * recomputed
+    again = recomputation_of(setup, work)
+    layers, passes = architecture.num_hidden_layers, 2 + again.layers
+    mlp_passes = again.mlp_tiles * (passes + again.mlps)
+    read = attention_weights(architecture) * passes + mlp_weights(architecture) * mlp_passes
+    moved = read * DEQUANTIZED_BYTES_PER_WEIGHT if work.quantized else 0.0
+    offloaded = 2 * sum(work.lengths) * architecture.hidden_size * 2 * layers * again.layers
     return Cost(
-        arithmetic=step_flops(architecture, work, recomputed=recomputed) / (tflops_16bit * 1e12 * ARITHMETIC_SHARE),
+        arithmetic=step_flops(architecture, work, again) / (tflops_16bit * 1e12 * ARITHMETIC_SHARE),
         dequantization=work.num_micro_batches * moved / (bandwidth_bytes_per_second * BANDWIDTH_SHARE),
         offloading=offloaded / OFFLOAD_BYTES_PER_SECOND if setup.activation_offloading else 0.0,
         launching=work.num_micro_batches * layers * passes * LAYER_LAUNCH_SECONDS,

@@ -12,6 +12,7 @@ from qlora_phi3.cards import CARDS
 from qlora_phi3.device import Device
 from qlora_phi3.memory.longest import STEP, LongestRow
 from qlora_phi3.memory.margin import Margin
+from qlora_phi3.setup import SMALLEST_MLP_TILE_TOKENS
 from qlora_phi3.sizes import format_gib
 
 if TYPE_CHECKING:
@@ -101,6 +102,9 @@ def _unpinned(recipe: "Recipe") -> Iterator[_Change]:
     if training.activation_offloading is False:
         text = 'Write [training] activation_offloading = "auto": what is kept of the layers may lie in the computer\'s memory'
         yield _Change(text, "training", {"activation_offloading": "auto"})
+    if memory.mlp_tile_tokens != "auto" and not 0 < memory.mlp_tile_tokens <= SMALLEST_MLP_TILE_TOKENS:
+        text = 'Write [memory] mlp_tile_tokens = "auto": the MLPs may be computed in tiles'
+        yield _Change(text, "memory", {"mlp_tile_tokens": "auto"})
     if memory.logits_tile != "auto":
         yield _Change('Write [memory] logits_tile = "auto"', "memory", {"logits_tile": "auto"})
     if training.optim not in ("auto", "paged_adamw_8bit"):

@@ -94,5 +94,7 @@ def _planned(recipe: Recipe, answer: Answer) -> Iterator[Choice]:
         yield Choice("memory", "checkpoint_every_n_layers", every, "1: all of them")
     if memory.micro_batch_tokens == "auto" and training.micro_batch_size is None:
         yield Choice("memory", "micro_batch_tokens", answer.micro_batch_tokens, why["micro_batch_tokens"])
+    if memory.mlp_tile_tokens == "auto":
+        yield Choice("memory", "mlp_tile_tokens", answer.mlp_tile_tokens, why["mlp_tile_tokens"])
     if memory.logits_tile == "auto":
         yield Choice("memory", "logits_tile", f"{answer.logits_tile_bytes // MIB}MiB", why["logits_tile"])

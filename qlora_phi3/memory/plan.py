@@ -2,18 +2,20 @@
 
 What the optimizer sees is the recipe's on every card; the plan chooses only how it is computed. Each kind of set-up (which layers
 are recomputed, whether their inputs are offloaded) is given the largest micro-batch that fits; `cost.py` picks among them; the
-winner is simulated whole and served by the allocator's model at the very limit. A pinned key of the recipe is never overruled.
+winner is simulated whole and served by the allocator's model at the very limit. Where nothing fits, the tiles of the loss are
+made smaller, and as the last resort the MLPs computed in tiles. A pinned key of the recipe is never overruled.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from qlora_phi3.dataset.pack import MicroBatchPlan
 from qlora_phi3.memory.cost import Cost, Work, step_cost
 from qlora_phi3.memory.predict import Forecast, Predictor
 from qlora_phi3.memory.rows import RowLengths, count_micro_batches, heaviest_micro_batch
 from qlora_phi3.memory.simulate import Load
-from qlora_phi3.setup import USUAL_LOGITS_TILE_BYTES, Setup
+from qlora_phi3.setup import USUAL_LOGITS_TILE_BYTES, Setup, lean_mlp_tile
 from qlora_phi3.sizes import format_gib, parse_size
 
 #: Kinds of recomputation that are tried: none, every fourth layer, every second, all.
@@ -63,8 +65,8 @@ class Plan:
 def find_plan(predictor: Predictor, rows: RowLengths, card: Card, *, progress: Callable[[str], None]) -> Plan:
     """The fastest set-up that fits; where none fits, the leanest one, whose forecast says so."""
     search = _Search(predictor, rows, card, progress)
-    for tile_bytes in _tiles(predictor):
-        candidates = search.candidates(tile_bytes)
+    for tiles in search.tiles():
+        candidates = search.candidates(tiles)
         while candidates:
             fastest = min(candidates, key=search.seconds)
             plan = search.settle(fastest)
@@ -89,9 +91,11 @@ def load_of(rows: RowLengths, setup: Setup) -> Load:
     return Load(lengths=lengths, evaluation_lengths=(longest,) * again, accumulates=several)
 
 
-def _tiles(predictor: Predictor) -> Iterator[int]:
-    wanted = predictor.recipe.memory.logits_tile
-    yield from (USUAL_LOGITS_TILE_BYTES, SMALL_LOGITS_TILE_BYTES) if wanted == "auto" else (parse_size(wanted),)
+class _Tiles(NamedTuple):
+    """How much goes through the loss and through an MLP at once."""
+
+    logits_bytes: int
+    mlp_tokens: int
 
 
 class _Search:
@@ -102,19 +106,30 @@ class _Search:
         self.training = predictor.recipe.training
         self._refused = ""  # the first kind that did not fit, in words
 
-    def candidates(self, tile_bytes: int) -> list[Setup]:
+    def tiles(self) -> list[_Tiles]:
+        """All that the recipe allows, the fastest first."""
+        memory, fewest = self.predictor.recipe.memory, self._fewest_tokens()
+        logits: tuple[int, ...] = (USUAL_LOGITS_TILE_BYTES, SMALL_LOGITS_TILE_BYTES)
+        if memory.logits_tile != "auto":
+            logits = (parse_size(memory.logits_tile),)
+        if memory.mlp_tile_tokens != "auto":
+            return [_Tiles(size, memory.mlp_tile_tokens) for size in logits]
+        whole, tile = [_Tiles(size, 0) for size in logits], lean_mlp_tile(fewest)
+        return [*whole, _Tiles(logits[-1], tile)] if fewest > tile else whole
+
+    def candidates(self, tiles: _Tiles) -> list[Setup]:
         """Each kind that seems to fit; offloading, which costs more than larger micro-batches gain, where nothing else does."""
         for offloading in (False, True):
             kinds = [every for every, offload in reversed(self._kinds()) if offload == offloading]
-            fitting = list(self._climb(kinds, offloading, tile_bytes))
+            fitting = list(self._climb(kinds, offloading, tiles))
             if fitting:
                 return [self._thrifty(self._largest_that_fits(kind)) for kind in fitting]
         return []
 
-    def _climb(self, kinds: Sequence[int], offload: bool, tile_bytes: int) -> Iterator[Setup]:
+    def _climb(self, kinds: Sequence[int], offload: bool, tiles: _Tiles) -> Iterator[Setup]:
         """Kinds of recomputation that fit with the smallest micro-batch, leanest first: beyond one that does not, none does."""
         for every in kinds:
-            kind = self._setup(every, offload, self._fewest_tokens(), tile_bytes)
+            kind = self._setup(every, offload, self._fewest_tokens(), tiles)
             self.progress(_in_words(kind))
             most = max(self._phases(kind).values())
             if most > self._most_allocated(kind):
@@ -125,9 +140,8 @@ class _Search:
 
     def leanest(self) -> Setup:
         """What takes least of all the recipe allows."""
-        tile_bytes = min(_tiles(self.predictor))
         every, offload = self._kinds()[-1]
-        return self._setup(every, offload, self._fewest_tokens(), tile_bytes)
+        return self._setup(every, offload, self._fewest_tokens(), self.tiles()[-1])
 
     def settle(self, setup: Setup) -> Plan:
         """Simulate the whole model, at the limit; an optimizer whose state is not paged is preferred where it fits."""
@@ -175,14 +189,15 @@ class _Search:
         wanted = self.training.optim
         return ("adamw_8bit", "paged_adamw_8bit") if wanted == "auto" else (wanted,)
 
-    def _setup(self, every: int, offload: bool, tokens: int, tile_bytes: int) -> Setup:
+    def _setup(self, every: int, offload: bool, tokens: int, tiles: _Tiles) -> Setup:
         return Setup(
             micro_batch=self._layout(tokens, self.training.micro_batch_size),
             evaluation=self._evaluation(tokens),
             checkpoint_every=every,
             activation_offloading=offload,
             optim=self._optimizers()[-1],
-            logits_tile_bytes=tile_bytes,
+            logits_tile_bytes=tiles.logits_bytes,
+            mlp_tile_tokens=tiles.mlp_tokens,
         )
 
     def _evaluation(self, tokens: int) -> MicroBatchPlan:
@@ -287,6 +302,9 @@ class _Search:
             if not setup.optim.startswith("paged")
             else "its state may leave the card where it is tight",
             "logits_tile": "the fastest size" if setup.logits_tile_bytes >= USUAL_LOGITS_TILE_BYTES else "less memory",
+            "mlp_tile_tokens": "the last resort: without it the longest row does not fit"
+            if setup.mlp_tile_tokens
+            else "0: not needed",
         }
         pinned = {
             "micro_batch_tokens": bool(self.training.micro_batch_size or recipe.memory.micro_batch_tokens != "auto"),
@@ -294,6 +312,7 @@ class _Search:
             "activation_offloading": self.training.activation_offloading != "auto",
             "optim": self.training.optim != "auto",
             "logits_tile": recipe.memory.logits_tile != "auto",
+            "mlp_tile_tokens": recipe.memory.mlp_tile_tokens != "auto",
         }
         if tokens <= self.rows.longest and not pinned["micro_batch_tokens"] and passes > 1:
             reasons["micro_batch_tokens"] = (
@@ -305,4 +324,5 @@ class _Search:
 def _in_words(setup: Setup) -> str:
     every = setup.checkpoint_every
     kept = {0: "keeping all activations", 1: "recomputing all layers"}.get(every, f"recomputing one layer in {every}")
-    return f"Trying {kept}" + (", offloaded" if setup.activation_offloading else "")
+    tiled = ", the MLPs in tiles" if setup.mlp_tile_tokens else ""
+    return f"Trying {kept}" + (", offloaded" if setup.activation_offloading else "") + tiled

@@ -174,6 +174,7 @@ def _setup_of(answer: Answer) -> Setup:
         activation_offloading=answer.activation_offloading,
         optim=answer.optim,
         logits_tile_bytes=answer.logits_tile_bytes,
+        mlp_tile_tokens=answer.mlp_tile_tokens,
     )
 
 

@@ -70,6 +70,8 @@ class Model(Table):
     """Branch, tag or commit of the hub repository."""
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     """How attention is computed."""
+    save_quantized: bool = False
+    """Keep the 4-bit base in the run folder (2.1 GB for Phi-3-mini): an export then has its very bits on any computer."""
 
 
 class Quantization(Table):
@@ -373,5 +375,7 @@ class Memory(Table):
     """Recompute only every n-th decoder layer; 1: all of them."""
     logits_tile: Size = "auto"
     """Logits alive at once in the loss, such as "16MiB"; auto: 32MiB."""
+    mlp_tile_tokens: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Tokens that go through a layer's MLP at once, 0: all of them; auto: 0 unless nothing else fits."""
     rehearsal: bool | Literal["auto"] = "auto"
     """Try the heaviest step before the first; auto: on a GPU."""

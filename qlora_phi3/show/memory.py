@@ -175,6 +175,8 @@ def _plan_table(answer: Answer) -> Table:
         "optim": answer.optim,
         "logits_tile": format_gib(answer.logits_tile_bytes),
     }
+    if answer.mlp_tile_tokens:
+        rows["mlp_tile_tokens"] = f"{answer.mlp_tile_tokens:,}"
     for key, value in rows.items():
         reason = answer.reasons.get(key, "") if answer.fits else ""
         table.add_row(key, value, f"[dim]{escape(reason)}[/]")
@@ -250,10 +252,11 @@ def _survey_cells(row: SurveyRow) -> tuple[str, ...]:
     if not answer.fits:
         return escape(name), usable, needed, "[red]no[/]", "", "", ""
     kept = {0: "nothing", 1: "all"}.get(answer.checkpoint_every_n_layers, f"1 in {answer.checkpoint_every_n_layers}")
-    offloaded = ", offloaded" if answer.activation_offloading else ""
+    kept += ", offloaded" if answer.activation_offloading else ""
+    kept += ", tiles" if answer.mlp_tile_tokens else ""
     low, high = row.slowest_tokens_per_second, row.fastest_tokens_per_second
     speed = f"{low:,.0f}" if round(low) == round(high) else f"{low:,.0f}-{high:,.0f}"
-    return escape(name), usable, needed, "[green]fits[/]", f"{answer.micro_batch_tokens:,}", kept + offloaded, speed
+    return escape(name), usable, needed, "[green]fits[/]", f"{answer.micro_batch_tokens:,}", kept, speed
 
 
 def show_longest(console: Console, rows: Sequence[LongestOnCard]) -> None:

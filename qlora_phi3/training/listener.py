@@ -58,8 +58,8 @@ class OomRecord:
     step: int
     phase: Literal["training", "evaluation"]
     #: What was done before the batch was computed again: nothing but the cache emptied; micro-batches made smaller from here
-    #: on; or, from here on, every layer recomputed with its input kept in the computer's memory.
-    measure: Literal["again", "split", "offload"]
+    #: on; or, from here on, every layer recomputed with its input kept in the computer's memory; or the MLPs in tiles.
+    measure: Literal["again", "split", "offload", "tile"]
     #: Rows of the micro-batch, and their tokens without padding.
     rows: int
     tokens: int
@@ -83,6 +83,7 @@ class OomRecord:
             "again": "The cache is emptied and it is computed again",
             "split": f"It is computed again in micro-batches of at most {self.after.max_tokens:,} tokens, as are those to come",
             "offload": "It is computed again, as are those to come, with every layer recomputed from the computer's memory",
+            "tile": "It is computed again, as are those to come, with the MLPs in tiles",
         }[self.measure]
         rows = format_count(self.rows, "row")
         return f"{where}: memory ran out{held}, in {rows} of {self.tokens:,} tokens. {done}; nothing is lost."

@@ -12,7 +12,8 @@ What is tried, in this order:
    fragments at every step would compute every step twice;
 2. micro-batches of fewer tokens, so that the one that failed is cut in two; down to single rows;
 3. for a single row, every layer recomputed, on a card with its input kept in the computer's memory;
-4. then the run stops and names the row.
+4. for a single row of many tokens, the MLPs computed in tiles;
+5. then the run stops and names the row.
 
 The lowered plan stays, and a resumed run begins with it (`recall_setup`). The normaliser is that of the whole batch whatever the
 pieces, so that without dropout a split changes only the order in which numbers are added.
@@ -32,13 +33,13 @@ from torch import Tensor, nn
 
 from qlora_phi3.dataset.pack import MicroBatchPlan, split_plan
 from qlora_phi3.errors import RunError
-from qlora_phi3.setup import Setup
+from qlora_phi3.setup import Setup, lean_mlp_tile
 from qlora_phi3.step import Batch, MicroBatchMemoryError, StepResult, collate
 from qlora_phi3.training.listener import Listener, OomRecord
 from qlora_phi3.training.report import describe_device
 
 Phase = Literal["training", "evaluation"]
-Measure = Literal["again", "split", "offload"]
+Measure = Literal["again", "split", "offload", "tile"]
 #: Steps within which a second out-of-memory of the same phase is no accident any more: a plan that cannot hold is lowered.
 ACCIDENT_STEPS = 20
 
@@ -70,7 +71,7 @@ class MemoryGuard:
         model: whose gradients are dropped.
         setup: what the run begins with.
         sources: names of the data's sources, so that a row can be named.
-        offload: makes every layer recomputed, with offloading.
+        apply: gives the model a leaner set-up.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class MemoryGuard:
         device: torch.device,
         listener: Listener,
         sources: Sequence[str],
-        offload: Callable[[], None],
+        apply: Callable[[Setup], None],
     ) -> None:
         self.plans: dict[Phase, MicroBatchPlan] = {"training": setup.micro_batch, "evaluation": setup.evaluation}
         #: Out-of-memory errors of this session that were survived.
@@ -90,7 +91,7 @@ class MemoryGuard:
         self._device = device
         self._listener = listener
         self._sources = sources
-        self._offload = None if setup.activation_offloading else offload
+        self._setup, self._apply = setup, apply
         self._last_again: dict[Phase, int] = {}
 
     def compute(
@@ -118,11 +119,12 @@ class MemoryGuard:
                 return batch, outcome
             self._forget(draws)
             group, when = batch.groups[outcome.micro_batch], _When(phase, step)
-            measure = self._choose(group, failures, when)
+            lengths = [len(rows[index]["input_ids"]) for index in group]
+            measure = self._choose(lengths, when, first=not failures, repeated=group in failures)
             failures.append(group)
             if measure is None:
                 raise self._does_not_fit(rows[group[0]], outcome, len(failures), when)
-            self._make_room([len(rows[index]["input_ids"]) for index in group], outcome, measure, when)
+            self._make_room(lengths, outcome, measure, when)
 
     def _attempt(self, pass_over: Callable[[Batch], StepResult], batch: Batch) -> StepResult | _Failure:
         """The error, and with it every tensor its traceback holds, is gone when this returns."""
@@ -143,16 +145,23 @@ class MemoryGuard:
             torch.cuda.empty_cache()
         _rewind_draws(draws, self._device)
 
-    def _choose(self, group: tuple[int, ...], failures: Sequence[tuple[int, ...]], when: _When) -> Measure | None:
-        """What to do about a micro-batch of these rows, after those that failed in this batch before; None: nothing is left."""
+    def _choose(self, lengths: Sequence[int], when: _When, *, first: bool, repeated: bool) -> Measure | None:
+        """What to do about a micro-batch of rows of these lengths; None: nothing is left.
+
+        Args:
+            first: nothing failed in this batch before.
+            repeated: this micro-batch did.
+        """
         recent = when.step - self._last_again.get(when.phase, -ACCIDENT_STEPS - 1) <= ACCIDENT_STEPS
-        if not failures and not recent:
+        if first and not recent:
             return "again"
-        if len(group) > 1:
+        if len(lengths) > 1:
             return "split"
-        if when.phase == "training" and self._offload is not None:
+        if when.phase == "training" and _offloaded(self._setup, self._device) != self._setup:
             return "offload"
-        return None if group in failures else "again"
+        if lengths[0] > lean_mlp_tile(lengths[0]) and _tiled(self._setup, lengths[0]) != self._setup:
+            return "tile"
+        return None if repeated else "again"
 
     def _make_room(self, lengths: Sequence[int], failure: _Failure, measure: Measure, when: _When) -> None:
         """Take the measure against a micro-batch of rows of these lengths, and tell of it."""
@@ -161,9 +170,10 @@ class MemoryGuard:
             self.plans[when.phase] = split_plan(before, lengths)
         elif measure == "again":
             self._last_again[when.phase] = when.step
-        elif self._offload is not None:
-            self._offload()
-            self._offload = None
+        else:
+            offloaded, tiled = _offloaded(self._setup, self._device), _tiled(self._setup, lengths[0])
+            self._setup = offloaded if measure == "offload" else tiled
+            self._apply(self._setup)
         self.survived += 1
         self._listener.ran_out(
             OomRecord(
@@ -212,10 +222,22 @@ def recall_setup(setup: Setup, records: Sequence[Mapping[str, Any]], device: tor
         plan = plans[record["phase"]]
         if record["measure"] == "split":
             plans[record["phase"]] = replace(plan, max_tokens=min(plan.max_tokens, record["after"]["max_tokens"]))
-    setup = replace(setup, micro_batch=plans["training"], evaluation=plans["evaluation"])
-    if any(record["measure"] == "offload" for record in survived):
-        return replace(setup, checkpoint_every=1, activation_offloading=device.type != "cpu")
-    return setup
+        elif record["measure"] == "offload":
+            setup = _offloaded(setup, device)
+        elif record["measure"] == "tile":
+            setup = _tiled(setup, record["tokens"])
+    return replace(setup, micro_batch=plans["training"], evaluation=plans["evaluation"])
+
+
+def _offloaded(setup: Setup, device: torch.device) -> Setup:
+    """Every layer recomputed; on a card from the computer's memory."""
+    return replace(setup, checkpoint_every=1, activation_offloading=setup.activation_offloading or device.type != "cpu")
+
+
+def _tiled(setup: Setup, tokens: int) -> Setup:
+    """The MLPs in tiles for a row of so many tokens, unless they are in smaller ones already."""
+    tile = lean_mlp_tile(tokens)
+    return replace(setup, mlp_tile_tokens=min(setup.mlp_tile_tokens or tile, tile))
 
 
 @dataclass(frozen=True, slots=True)

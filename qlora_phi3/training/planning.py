@@ -119,7 +119,8 @@ def in_words(setup: Setup) -> str:
     every = setup.checkpoint_every
     recomputed = {0: "nothing recomputed", 1: "every layer recomputed"}.get(every, f"one layer in {every} recomputed")
     offloaded = ", activations offloaded" if setup.activation_offloading else ""
-    return f"{setup.micro_batch.max_tokens:,} tokens at once, {recomputed}{offloaded}, {setup.optim}"
+    tiled = f", MLPs in tiles of {setup.mlp_tile_tokens:,} tokens" if setup.mlp_tile_tokens else ""
+    return f"{setup.micro_batch.max_tokens:,} tokens at once, {recomputed}{offloaded}{tiled}, {setup.optim}"
 
 
 def usual_setup(recipe: Recipe, architecture: Architecture, device: torch.device) -> Setup:
@@ -134,6 +135,7 @@ def usual_setup(recipe: Recipe, architecture: Architecture, device: torch.device
         activation_offloading=training.activation_offloading is True and device.type != "cpu",  # it is there already
         optim=choose_optimizer(training, device),
         logits_tile_bytes=USUAL_LOGITS_TILE_BYTES if tile == "auto" else parse_size(tile),
+        mlp_tile_tokens=0 if memory.mlp_tile_tokens == "auto" else memory.mlp_tile_tokens,
     )
 
 

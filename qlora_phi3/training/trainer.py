@@ -24,7 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from qlora_phi3.errors import RunError
-from qlora_phi3.model import set_checkpointing
+from qlora_phi3.model import apply_setup
 from qlora_phi3.setup import Setup
 from qlora_phi3.step import Batch, StepResult, evaluate, forward_backward
 from qlora_phi3.training.checkpoint import is_whole, seal, whole_or_gone
@@ -82,7 +82,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             device=args.device,
             listener=listener,
             sources=sources,
-            offload=partial(set_checkpointing, model, 1, offload=args.device.type != "cpu"),
+            apply=partial(apply_setup, model),
         )
         self._spill = SpillWatch()
         self._survived = 0  # out-of-memory errors, up to the last step

@@ -34,6 +34,7 @@ class Case:
     offloading: bool = False
     optim: str = "adamw_torch"
     tile_mib: int = USUAL_LOGITS_TILE_BYTES // MIB
+    mlp_tile_tokens: int = 0
     #: The simulation was written, or mended, with an eye on this one's figures.
     tuned: bool = False
 
@@ -75,6 +76,7 @@ class Case:
             activation_offloading=self.offloading,
             optim=self.optim,
             logits_tile_bytes=self.tile_mib * MIB,
+            mlp_tile_tokens=self.mlp_tile_tokens,
         )
 
     def describe(self) -> dict[str, str]:
@@ -96,6 +98,7 @@ class Case:
             "offloading": _plain(self.offloading),
             "optim": self.optim,
             "tile_mib": str(self.tile_mib),
+            "mlp_tile_tokens": str(self.mlp_tile_tokens),
             "attention": self.attention,
         }
 

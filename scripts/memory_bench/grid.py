@@ -65,6 +65,11 @@ OTHERS = (
     Case(name="none recomputed, grouped", config=GROUPED, checkpoint_every=0),
     Case(name="none recomputed, padded", config=GROUPED, checkpoint_every=0, lengths=(300, 200), packing=False),
     Case(name="none recomputed, long", config=SMALL, checkpoint_every=0, lengths=(1400,)),
+    # the MLP in tiles
+    Case(name="MLP in tiles", config=SMALL, lengths=(2048,), mlp_tile_tokens=256),
+    Case(name="MLP in uneven tiles, dropout", config=WIDE, lengths=(1500,), mlp_tile_tokens=400, lora={"lora_dropout": 0.1}),
+    Case(name="MLP in tiles, padded, nothing else recomputed", config=GROUPED, lengths=(400, 333, 120), packing=False,
+         mlp_tile_tokens=256, checkpoint_every=0),
     # precision and quantization
     Case(name="fp32, no checkpointing", config=SMALL, compute="float32", checkpoint_every=0),
     Case(name="fp32, padded, grouped", config=GROUPED, compute="float32", lengths=(300, 200), packing=False),
@@ -136,6 +141,8 @@ CUDA_GRID = (
     _whole("mini 1 x 8192 offloading", MINI, 8192, offloading=True),
     _whole("mini 1 x 16384 offloading", MINI, 16384, offloading=True),
     _whole("mini 1 x 40960 offloading", MINI, 40960, offloading=True),
+    _whole("mini 1 x 4096 offloading, MLP in tiles", MINI, 4096, offloading=True, mlp_tile_tokens=1024),
+    _whole("mini 1 x 16384 offloading, MLP in tiles", MINI, 16384, offloading=True, mlp_tile_tokens=1024),
     _whole("mini 1 x 2048 without checkpointing", MINI, 2048, checkpoint_every=0),
     _whole("mini 1 x 2048 every 2nd layer", MINI, 2048, checkpoint_every=2),
     _whole("mini 1 x 2048 every 4th layer", MINI, 2048, checkpoint_every=4),
@@ -186,4 +193,5 @@ def shrink(case: Case) -> Case:
         lengths=tuple(max(8, length // 64) for length in case.lengths),
         checkpoint_every=min(case.checkpoint_every, 2),
         offloading=False,
+        mlp_tile_tokens=case.mlp_tile_tokens // 64,
     )

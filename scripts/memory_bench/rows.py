@@ -22,7 +22,7 @@ BEGIN, END = "<!-- {}: made by scripts/bench_memory.py table -->", "<!-- end of 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "qlora-phi3")
 CONFIGURATION = (
     "configuration", "model", "weights", "compute", "rank", "lora", "rows", "evaluation", "accumulates", "checkpoint_every",
-    "offloading", "optim", "tile_mib", "attention",
+    "offloading", "optim", "tile_mib", "mlp_tile_tokens", "attention",
 )  # fmt: skip
 COLUMNS = (
     "date", "path", "machine", "versions", "seen", *CONFIGURATION, "parameters", "limit_gib",
@@ -244,7 +244,8 @@ def _differences(row: Row) -> str:
     """The settings that are not the usual ones, in a few words."""
     usual = {
         "weights": "nf4", "compute": "bfloat16", "rank": "16", "evaluation": "same", "accumulates": "yes",
-        "checkpoint_every": "1", "offloading": "no", "optim": "adamw_torch", "tile_mib": "32", "attention": "sdpa",
+        "checkpoint_every": "1", "offloading": "no", "optim": "adamw_torch", "tile_mib": "32", "mlp_tile_tokens": "0",
+        "attention": "sdpa",
     }  # fmt: skip
     words = [row["rows"], row["lora"]]
     words += [f"{key} {row[key]}" for key, value in usual.items() if row[key] != value]

@@ -19,7 +19,8 @@ from qlora_phi3.sizes import GIB, MIB
 KEYS = {
     "verdict", "peak_allocated_bytes", "peak_reserved_bytes", "peak_on_card_bytes", "budget_bytes", "margin_bytes",
     "micro_batch_size", "gradient_accumulation_steps", "micro_batch_tokens", "max_length", "checkpoint_every_n_layers",
-    "activation_offloading", "optim", "logits_tile_bytes", "paged_bytes", "host_bytes", "phases", "tenants", "others",
+    "activation_offloading", "optim", "logits_tile_bytes", "mlp_tile_tokens",
+    "paged_bytes", "host_bytes", "phases", "tenants", "others",
     "device", "rows", "reasons", "cures", "seconds_per_step", "tokens_per_second", "versions",
 }  # fmt: skip
 HERE = Device(

@@ -59,7 +59,7 @@ def test_a_step_that_does_not_fit_the_card_is_split_and_leaves_nothing_behind(tm
             device=device,
             listener=SimpleNamespace(ran_out=records.append),
             sources=(),
-            offload=lambda: None,
+            apply=lambda setup: None,
         )
         model.zero_grad()
         gc.collect()

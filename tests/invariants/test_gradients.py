@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+import transformers.modeling_utils
 from tiny_model import gradients, load_tiny, random_rows, relative_difference, save_tiny_model
+from torch.autograd.graph import save_on_cpu
 
 from qlora_phi3.attention import _attend_by_matmul, _suits_matmul
 from qlora_phi3.dataset.pack import MicroBatchPlan
+from qlora_phi3.mlp import set_mlp_tiles
 from qlora_phi3.model import Precision, set_checkpointing
+from qlora_phi3.recipe.tables import Lora
 from qlora_phi3.step import collate, evaluate, forward_backward
 
 LENGTHS = [7, 61, 23, 40, 12, 90, 33, 18]
@@ -63,6 +67,80 @@ def test_checkpointing_is_really_on(folder):
     model.base_model.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     run_step(model, PACKED)
     assert len(calls) == 2
+
+
+def calls_of_mlp(model):
+    """Grows by (tokens) with every call of the first layer's gate_up_proj."""
+    calls = []
+    layer = model.base_model.model.model.layers[0].mlp.gate_up_proj
+    layer.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[:-1].numel()))
+    return calls
+
+
+@pytest.mark.parametrize("plan", [PACKED, ALL_AT_ONCE])
+@pytest.mark.parametrize(("every", "offload"), [(0, False), (1, False), (1, True), (2, True)])
+@pytest.mark.parametrize("lora", [Lora(r=8), Lora(r=8, use_dora=True), Lora(r=8, target_modules=["down_proj"])])
+def test_an_mlp_in_tiles_changes_neither_loss_nor_gradient(folder, monkeypatch, plan, every, offload, lora):
+    monkeypatch.setattr(
+        transformers.modeling_utils, "save_on_cpu", lambda **_: save_on_cpu()
+    )  # pinned: CUDA alone has it
+    model = load_tiny(folder, lora=lora)
+    loss, correct, expected, batch = run_step(model, plan)
+    set_checkpointing(model, every, offload=offload)
+    set_mlp_tiles(model, 100)
+    calls = calls_of_mlp(model)
+    other_loss, other_correct, other, _ = run_step(model, plan)
+    tokens = batch.micro_batches[0]["input_ids"].numel()
+    assert (max(calls), sum(calls)) == (100, tokens + tokens + (every > 0) * (tokens // 100 * 100))
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    assert other_correct == correct
+    assert relative_difference(expected, other) < 1e-5
+
+
+def test_an_mlp_in_tiles_computes_in_bf16_as_a_whole_one_does(folder):
+    model = load_tiny(folder, precision=Precision(compute_dtype=torch.bfloat16, reason="the test asks for it"))
+    set_checkpointing(model, 1)
+    batch, results = collate(random_rows(LENGTHS), PACKED), []
+    for tokens in (0, 100):
+        set_mlp_tiles(model, tokens)
+        model.zero_grad()
+        result = forward_backward(model, batch, compute_dtype=torch.bfloat16, backward=torch.Tensor.backward)
+        results.append((float(result.loss), gradients(model)))
+    (loss, expected), (other_loss, other) = results
+    assert other_loss == pytest.approx(loss, rel=1e-4)
+    assert relative_difference(expected, other) < 0.02
+
+
+def test_tiles_are_set_and_taken_back_at_any_time(folder):
+    model = load_tiny(folder)
+    loss, _, expected, batch = run_step(model, PACKED)
+    calls = calls_of_mlp(model)
+    for tokens, longest in ((100, 100), (64, 64), (0, 320), (100, 100), (0, 320)):
+        calls.clear()
+        set_mlp_tiles(model, tokens)
+        again, _, other, _ = run_step(model, PACKED)
+        assert max(calls) == longest
+        assert again == pytest.approx(loss, rel=1e-6)
+        assert relative_difference(expected, other) < 1e-5
+        ((_, result),) = evaluate(model, [batch], compute_dtype=torch.float32)
+        assert float(result.loss) == pytest.approx(loss, rel=1e-6)
+    assert (again, relative_difference(expected, other)) == (loss, 0.0)
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_with_dropout_a_tile_drops_the_same_when_it_is_recomputed(folder, every):
+    model = load_tiny(folder, lora=Lora(r=8, lora_dropout=0.3))
+    set_checkpointing(model, every)
+    set_mlp_tiles(model, 100)
+    dropped = []
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    layer.lora_A["default"].register_forward_pre_hook(lambda _, args: dropped.append(args[0].detach().clone()))
+    run_step(model, PACKED)
+    first, again = dropped[:4], dropped[4:]
+    assert len(again) == 4 + 3 * every
+    for tile in first:
+        assert 0.2 < float((tile == 0).float().mean()) < 0.4
+        assert sum(torch.equal(tile, other) for other in again) == 1 + every * (tile is not first[-1])
 
 
 @pytest.mark.parametrize("window", [16, 64])

@@ -70,7 +70,7 @@ class Trial:
             device=torch.device("cpu"),
             listener=SimpleNamespace(ran_out=records.append),
             sources=("chats.jsonl",),
-            offload=lambda: None,
+            apply=lambda setup: None,
         )
 
         def backward(loss):
@@ -238,7 +238,7 @@ def test_an_evaluation_that_ran_out_of_memory_counts_every_token_once(trials, pa
             device=torch.device("cpu"),
             listener=SimpleNamespace(ran_out=records.append),
             sources=(),
-            offload=lambda: None,
+            apply=lambda setup: None,
         )
 
         def pass_over(batch):

@@ -10,7 +10,7 @@ from tiny_model import build_config
 
 from qlora_phi3.architecture import parse_architecture
 from qlora_phi3.dataset.pack import plan_micro_batches
-from qlora_phi3.memory.plan import WORTH, Card, find_plan, leanest_setup
+from qlora_phi3.memory.plan import WORTH, Card, find_plan, leanest_setup, load_of
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.rows import assume_lengths, read_lengths
 from qlora_phi3.recipe.load import Recipe
@@ -19,6 +19,7 @@ LENGTHS = [150, 61, 123, 40, 212, 90, 233, 18, 77, 140, 201, 99, 64, 30, 180, 11
 ROWS = read_lengths(LENGTHS, [200], 8)
 #: Of the cards, beside what every process takes; a page of the allocator is 20 MiB.
 ROOM_MIB = (30, 40, 80)
+FAST = Card(limit_bytes=0, tflops_16bit=50.0, bandwidth_bytes_per_second=4e11)
 
 
 def build_recipe(**tables):
@@ -35,9 +36,7 @@ def build_predictor(recipe):
 
 
 def plan(predictor, room_mib, rows=ROWS):
-    card = Card(
-        limit_bytes=predictor.on_card(int(room_mib * 2**20)), tflops_16bit=50.0, bandwidth_bytes_per_second=4e11
-    )
+    card = replace(FAST, limit_bytes=predictor.on_card(int(room_mib * 2**20)))
     return card, find_plan(predictor, rows, card, progress=lambda _: None)
 
 
@@ -83,14 +82,38 @@ def test_with_all_the_room_in_the_world_nothing_is_recomputed_or_offloaded(plans
     assert (setup.checkpoint_every, setup.activation_offloading, setup.optim) == (0, False, "adamw_8bit")
 
 
+def test_the_mlps_are_computed_in_tiles_only_where_nothing_else_fits():
+    predictor, rows = (
+        build_predictor(build_recipe(training={"max_length": 4096, "batch_size": 1})),
+        assume_lengths(4096, 1),
+    )
+    leanest = leanest_setup(predictor, rows)
+    tiled, whole = (
+        predictor.forecast(replace(leanest, mlp_tile_tokens=tokens), load_of(rows, leanest), limit_bytes=2**40)
+        for tokens in (1024, 0)
+    )
+    assert leanest == tiled.setup
+    small, large = (
+        find_plan(predictor, rows, replace(FAST, limit_bytes=limit), progress=lambda _: None)
+        for limit in ((tiled.on_card_bytes + whole.on_card_bytes) // 2, whole.on_card_bytes * 21 // 20)
+    )
+    assert small.fits
+    assert (small.setup.checkpoint_every, small.setup.mlp_tile_tokens) == (1, 1024)
+    assert small.reasons["mlp_tile_tokens"] == "the last resort: without it the longest row does not fit"
+    assert large.fits
+    assert large.setup.mlp_tile_tokens == 0
+    assert small.cost.arithmetic > large.cost.arithmetic
+    assert small.cost.dequantization > 2 * large.cost.dequantization
+
+
 @pytest.mark.parametrize("room_mib", [30, 80])
 def test_a_pinned_key_is_never_overruled(room_mib):
     training = {"gradient_checkpointing": True, "activation_offloading": False, "optim": "adamw_torch"}
-    memory = {"checkpoint_every_n_layers": 2, "micro_batch_tokens": 300, "logits_tile": "16MiB"}
+    memory = {"checkpoint_every_n_layers": 2, "micro_batch_tokens": 300, "logits_tile": "16MiB", "mlp_tile_tokens": 128}
     _, found = plan(build_predictor(build_recipe(training=training, memory=memory)), room_mib)
     setup = found.setup
     assert (setup.checkpoint_every, setup.activation_offloading, setup.optim) == (2, False, "adamw_torch")
-    assert (setup.micro_batch.max_tokens, setup.logits_tile_bytes) == (300, 16 * 2**20)
+    assert (setup.micro_batch.max_tokens, setup.logits_tile_bytes, setup.mlp_tile_tokens) == (300, 16 * 2**20, 128)
     assert set(found.reasons.values()) == {"the recipe asks for it"}
 
 

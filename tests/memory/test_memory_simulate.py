@@ -80,14 +80,18 @@ def test_tied_embeddings_are_loaded_once():
     assert untied.phases["save"] - tied.phases["save"] == table
 
 
-@pytest.mark.parametrize(("every", "offloading"), [(1, False), (1, True), (2, False), (0, False)])
-def test_few_layers_tell_every_phase_of_twelve_exactly(every, offloading):
+@pytest.mark.parametrize(
+    ("every", "offloading", "tile"),
+    [(1, False, 0), (1, True, 0), (2, False, 0), (0, False, 0), (1, True, 128), (0, False, 128)],
+)
+def test_few_layers_tell_every_phase_of_twelve_exactly(every, offloading, tile):
     case = Case(
         name="twelve layers",
         config=TINY | {"num_hidden_layers": 12},
         lengths=(300,),
         checkpoint_every=every,
         offloading=offloading,
+        mlp_tile_tokens=tile,
         optim="paged_adamw_8bit",
     )
     predictor = Predictor(
@@ -103,6 +107,16 @@ def test_offloading_keeps_the_inputs_of_recomputed_layers_in_the_computer():
     assert kept.tenants["checkpointed layer inputs"] == inputs
     assert moved.tenants.get("checkpointed layer inputs", 0) <= inputs // 6
     assert moved.host_bytes >= inputs
+
+
+def test_an_mlp_in_tiles_holds_its_widest_tensors_for_one_tile_at_a_time():
+    case = Case(name="whole", config=TINY | {"intermediate_size": 4096}, lengths=(2048,), offloading=True)
+    whole, tiled = predict(case, path="cuda"), predict(replace(case, mlp_tile_tokens=512), path="cuda")
+    inner_bytes = 6 * 4096 * 2  # a token: gate and up, their product and its two factors' gradients, in 16 bit
+    saved = whole.phases["backward"] - tiled.phases["backward"]
+    assert 0.9 * 1536 * inner_bytes < saved < 1.2 * 1536 * inner_bytes
+    assert whole.phases["forward"] > tiled.phases["forward"]
+    assert whole.phases["evaluation"] > tiled.phases["evaluation"]
 
 
 def test_paged_state_lies_beside_the_allocator_figures():

@@ -13,7 +13,7 @@ from workshop import Workshop, read_json, read_lines
 
 from qlora_phi3.dataset.pack import MicroBatchPlan
 from qlora_phi3.errors import RunError
-from qlora_phi3.setup import Setup
+from qlora_phi3.setup import SMALLEST_MLP_TILE_TOKENS, Setup
 from qlora_phi3.step import MicroBatchMemoryError, StepResult, is_out_of_memory
 from qlora_phi3.training.oom import MemoryGuard, recall_setup
 
@@ -64,18 +64,15 @@ class Bench:
     """A guard over a model of one weight, whose pass fails where the test says."""
 
     def __init__(self, setup=SETUP):
-        self.records, self.offloaded, self.passes = [], 0, []
+        self.records, self.applied, self.passes = [], [], []
         self.guard = MemoryGuard(
             nn.Linear(1, 1),
             setup=setup,
             device=CPU,
             listener=SimpleNamespace(ran_out=self.records.append),
             sources=("chats.jsonl", "more.jsonl"),
-            offload=self._offload,
+            apply=self.applied.append,
         )
-
-    def _offload(self):
-        self.offloaded += 1
 
     def compute(self, lengths, fails, *, step=1, phase="training"):
         """`fails(groups, passes so far)` gives the micro-batch that fails, or None."""
@@ -114,7 +111,7 @@ def test_first_the_same_again_then_smaller_pieces_then_offloading():
     assert bench.passes[0] == bench.passes[1] == ((0, 1, 2, 3),)
     assert [max(map(len, groups)) for groups in bench.passes] == [4, 4, 2, 2, 2]
     assert batch.groups[0] == (0,)
-    assert bench.offloaded == 1
+    assert bench.applied == [replace(SETUP, checkpoint_every=1)]
     assert [record.after.max_tokens for record in bench.records] == [100, 50, 40, 40]
     assert [record.before.max_tokens for record in bench.records] == [100, 100, 50, 40]
     assert bench.guard.plans == {"training": replace(PLAN, max_tokens=40), "evaluation": PLAN}
@@ -158,13 +155,39 @@ def test_a_row_that_fails_alone_with_everything_tried_stops_the_run_by_its_name(
 
 
 def test_where_offloading_is_on_already_a_row_alone_gets_one_more_try():
-    bench = Bench(replace(SETUP, activation_offloading=True))
+    bench = Bench(replace(SETUP, checkpoint_every=1, activation_offloading=True))
     bench.compute([70], fail_times(1), step=5)
     bench.compute([70], fail_times(1), step=6)
     assert bench.measures() == ["again", "again"]
     with pytest.raises(RunError, match="ran out 2 times"):
         bench.compute([70], fail_always, step=7)
-    assert bench.offloaded == 0
+    assert bench.applied == []
+
+
+def test_a_row_of_many_tokens_gets_its_mlps_in_tiles_before_the_run_stops():
+    bench, length = Bench(), SMALLEST_MLP_TILE_TOKENS + 1
+    with pytest.raises(RunError, match="in step 5 it ran out 4 times"):
+        bench.compute([length], fail_always, step=5)
+    assert bench.measures() == ["again", "offload", "tile"]
+    leanest = replace(SETUP, checkpoint_every=1, mlp_tile_tokens=SMALLEST_MLP_TILE_TOKENS)
+    assert bench.applied == [replace(SETUP, checkpoint_every=1), leanest]
+    assert recall_setup(SETUP, [record.as_dict() for record in bench.records], CPU) == leanest
+    assert bench.records[-1].as_line().endswith("with the MLPs in tiles; nothing is lost.")
+    short = Bench()
+    with pytest.raises(RunError):
+        short.compute([length - 1], fail_always)
+    assert short.measures() == ["again", "offload"]
+    pinned = Bench(replace(leanest, mlp_tile_tokens=256))
+    with pytest.raises(RunError):
+        pinned.compute([length], fail_always)
+    assert pinned.measures() == ["again"]
+
+
+def test_an_evaluation_of_a_row_of_many_tokens_may_take_tiles_as_well():
+    bench = Bench()
+    bench.compute([SMALLEST_MLP_TILE_TOKENS + 1], fail_times(2), phase="evaluation", step=3)
+    assert bench.measures() == ["again", "tile"]
+    assert bench.applied == [replace(SETUP, mlp_tile_tokens=SMALLEST_MLP_TILE_TOKENS)]
 
 
 def test_an_evaluation_lowers_its_own_plan_and_offloads_nothing():
@@ -173,7 +196,7 @@ def test_an_evaluation_lowers_its_own_plan_and_offloads_nothing():
     assert bench.guard.plans == {"training": PLAN, "evaluation": replace(PLAN, max_tokens=50)}
     with pytest.raises(RunError, match="in the evaluation after step 3 it ran out"):
         bench.compute([50, 50], fail_always, phase="evaluation", step=3)
-    assert bench.offloaded == 0
+    assert bench.applied == []
 
 
 def test_another_error_passes_through_and_is_not_tried_again():

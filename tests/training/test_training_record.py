@@ -45,6 +45,19 @@ def test_a_run_is_not_resumed_on_another_base(shop):
     assert "tensors differ, first" in result.stderr
 
 
+def test_a_run_is_resumed_with_another_number_of_threads_whose_means_differ(shop):
+    shop.write(training={"save_steps": 2, "max_steps": 4})
+    assert shop.run().exit_code == 0
+    (run,) = shop.runs()
+    record, report = read_json(run / "base.json"), read_json(run / "report.json")
+    for tensor in record["tensors"].values():
+        if tensor["kind"] == "4bit":
+            tensor.update(sha256="other", mean_absmax=tensor["mean_absmax"] * (1 + 1e-7))
+    (run / "base.json").write_text(json.dumps(record), encoding="utf-8")
+    (run / "report.json").write_text(json.dumps({**report, "status": "interrupted"}), encoding="utf-8")
+    assert shop.run("--resume").exit_code == 0
+
+
 def test_a_base_that_is_adapted_by_dora_is_named_as_in_its_checkpoint(tmp_path):
     model = load_tiny(save_tiny_model(tmp_path), lora=Lora(r=4, use_dora=True, modules_to_save=["embed_tokens"]))
     assert {name for name, _ in base_parameters(model)} == load_file(tmp_path / "model.safetensors").keys()

@@ -23,9 +23,9 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
 #: Where people's training scripts put the state dict in what they save; the first is that of loralib's own GPT-2 example.
 NESTED = ("model_state_dict", "state_dict")
-#: Taken along when they lie beside an adapter. config.json is among them: without it transformers 5 reads the same tokenizer
-#: files as another class, which gives other ids.
-BESIDE = (
+#: Copied byte for byte wherever an adapter or an export goes. config.json is among them: without it beside them transformers 5
+#: reads the same tokenizer files as another class, which gives other ids.
+TOKENIZER_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -196,7 +196,7 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[st
     (folder / WEIGHTS).write_bytes(as_safetensors(contiguous, metadata={"format": "pt"}))
     text = json.dumps(dict(config), indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8", newline="\n")
-    for name in BESIDE if beside else ():
+    for name in TOKENIZER_FILES if beside else ():
         if beside and (beside / name).is_file():
             shutil.copyfile(beside / name, folder / name)
 

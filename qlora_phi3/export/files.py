@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_phi3.adapters.files import TOKENIZER_FILES
 from qlora_phi3.errors import ExportError
-from qlora_phi3.training.adapter import TOKENIZER_FILES
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 #: Copied where the base has them: a licence goes with what is made of its work.

@@ -10,24 +10,11 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qlora_phi3.adapters.files import TOKENIZER_FILES
 from qlora_phi3.errors import RunError
 from qlora_phi3.recipe.load import Recipe
 from qlora_phi3.training.checkpoint import whole_or_gone
 
-#: Copied byte for byte from the base. config.json is among them: without it beside them, transformers 5 reads the same
-#: tokenizer files as another class and gives other ids.
-TOKENIZER_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 #: Rows whose ids are made again with the copied tokenizer.
 CHECKED_ROWS = 20
 

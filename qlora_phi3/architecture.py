@@ -14,6 +14,25 @@ from qlora_phi3.errors import ModelError
 SUPPORTED = (
     "Supported is every model_type 'phi3': Phi-3-mini and -medium, Phi-3.5-mini, Phi-4, Phi-4-mini, and their variants."
 )
+#: Microsoft's models of a like name that are of another architecture, in lower case, and their model_type on the hub.
+OTHERS = {
+    "microsoft/phi-1": "phi",
+    "microsoft/phi-1_5": "phi",
+    "microsoft/phi-2": "phi",
+    "microsoft/phi-3-small-8k-instruct": "phi3small",
+    "microsoft/phi-3-small-128k-instruct": "phi3small",
+    "microsoft/phi-3-vision-128k-instruct": "phi3_v",
+    "microsoft/phi-3.5-vision-instruct": "phi3_v",
+    "microsoft/phi-3.5-moe-instruct": "phimoe",
+    "microsoft/phi-mini-moe-instruct": "phimoe",
+    "microsoft/phi-tiny-moe-instruct": "phimoe",
+    "microsoft/phi-4-multimodal-instruct": "phi4mm",
+    "microsoft/phi-4-mini-flash-reasoning": "phi4flash",
+}
+
+
+class OtherModelError(ModelError):
+    """The model is of another architecture."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +79,12 @@ def read_config(name: str, revision: str | None = None, *, prefer_shipped: bool 
         prefer_shipped: take `known_config` where there is one and no folder has that name; for plans, not for training.
 
     Raises:
+        OtherModelError: it is known by its name to be of another architecture; nothing is fetched.
         ModelError: there is none, it cannot be fetched, or it is not JSON.
     """
+    other = OTHERS.get(name.lower())
+    if other and not Path(name).is_dir():
+        raise _other_model(name, other)
     if prefer_shipped and not Path(name).is_dir() and (shipped := known_config(name)):
         return shipped
     path = Path(name) / "config.json" if Path(name).is_dir() else _fetch_config(name, revision)
@@ -76,8 +99,17 @@ def read_config(name: str, revision: str | None = None, *, prefer_shipped: bool 
     return config
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether it can be an owner/name on the hub, and not only a folder."""
+    return name.count("/") == 1 and not name.startswith((".", "~")) and not Path(name).is_absolute()
+
+
+def _other_model(name: str, model_type: object) -> OtherModelError:
+    return OtherModelError(f"{name} is a model of type '{model_type}', not phi3.", SUPPORTED)
+
+
 def _fetch_config(name: str, revision: str | None) -> Path:
-    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         raise ModelError(
             f"There is no model folder {name}.",
             "Give a folder that exists, or a hub id such as microsoft/Phi-3-mini-4k-instruct.",
@@ -110,7 +142,7 @@ def read_architecture(name: str, revision: str | None = None, *, prefer_shipped:
     """Read and check the architecture of a folder or hub id; the arguments are those of `read_config`.
 
     Raises:
-        ModelError: not a phi3 model (named, with what is supported), or the config is incomplete.
+        OtherModelError, ModelError: not a phi3 model (named, with what is supported), or the config is incomplete.
     """
     return parse_architecture(read_config(name, revision, prefer_shipped=prefer_shipped), name)
 
@@ -119,7 +151,7 @@ def parse_architecture(config: dict[str, Any], name: str) -> Architecture:
     """Check a config.json's contents and take the shapes from it; `name` is for the messages."""
     model_type = config.get("model_type")
     if model_type != "phi3":
-        raise ModelError(f"{name} is a model of type '{model_type}', not phi3.", SUPPORTED)
+        raise _other_model(name, model_type)
 
     def size(key: str, usual: Any = None) -> int:
         value = config.get(key) or usual

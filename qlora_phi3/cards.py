@@ -13,6 +13,8 @@ Where the figures come from, gathered in November 2026:
   weights, fp8. A laptop's power limit moves its rate by a third; a middle setting is given.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 MIB = 2**20
@@ -20,6 +22,10 @@ MIB = 2**20
 #: What the driver may keep of a card whose usable memory nobody printed: the most that was seen on any card up to
 #: 6 GB (409 MiB, RTX 2060) and on any larger one (498 MiB, RTX 5090), rounded up.
 RESERVE_MIB_TO_6_GB, RESERVE_MIB_ABOVE = 410, 500
+#: From this compute capability on a card computes bfloat16 natively.
+NATIVE_BFLOAT16 = (8, 0)
+#: Workstation and server cards keep memory for error correction, and are asked for by name.
+CONSUMER = re.compile(r"[GR]TX \d{4}\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,11 @@ class Card:
         if self.seen_mib is not None:
             return self.seen_mib * MIB
         return (self.smi_mib - (RESERVE_MIB_TO_6_GB if self.nominal_gb <= 6 else RESERVE_MIB_ABOVE)) * MIB
+
+    @property
+    def consumer(self) -> bool:
+        """Whether it is a GeForce."""
+        return CONSUMER.match(self.name) is not None
 
     @property
     def label(self) -> str:
@@ -146,3 +157,12 @@ CARDS = (
     Card("A10G", 24, 23028, 22587, AMPERE, 600, 70.0, ecc=True),
     Card("L4", 24, 23034, 22563, ADA, 300, 121.0, ecc=True),
 )
+
+
+def name_series(cards: Iterable[Card]) -> str:
+    """Consumer cards in short: `RTX 3060` and `RTX 4070 SUPER` as "RTX 30, 40"."""
+    found: dict[str, set[str]] = {}
+    for card in cards:
+        brand, number = card.name.split()[:2]
+        found.setdefault(brand, set()).add(number[:2])
+    return ", ".join(f"{brand} {', '.join(sorted(numbers))}" for brand, numbers in sorted(found.items()))

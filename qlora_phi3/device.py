@@ -9,19 +9,16 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PureWindowsPath
 from statistics import median
 from typing import Any
 
-from qlora_phi3.cards import CARDS, Card
-from qlora_phi3.errors import DeviceError
+from qlora_phi3.cards import CARDS, NATIVE_BFLOAT16, Card
+from qlora_phi3.errors import DeviceError, NoDeviceError
 from qlora_phi3.sizes import GIB, format_gib
 
 ELSEWHERE = "Ask about a card that is not here: --gpu 'RTX 4070', --vram 12GB, or --all."
-
-#: Compute capability of a card of which only the size is known: bf16 and tensor cores, as nearly every card since 2020.
-USUAL_COMPUTE_CAPABILITY = (8, 6)
 
 #: Words of a card's full name that tell no card from another.
 SILENT = {
@@ -67,8 +64,10 @@ class Device:
     #: Dense 16-bit matrix products with fp32 accumulation, 10^12 operations a second.
     tflops_16bit: float
     here: bool
-    #: `total_bytes` comes from a rule and not from a reading.
+    #: `total_bytes` comes from a rule and not from a reading, or only the size of the card was asked for.
     estimated: bool = False
+    #: Cards of the table, where it is no single one: its memory is the smallest's, its speed a middling one.
+    stands_for: tuple[str, ...] = ()
 
     @property
     def others_bytes(self) -> int:
@@ -87,18 +86,19 @@ def read_device(index: int = 0, *, nvml: Any = None) -> Device:
         nvml: the module `pynvml`, or a stand-in.
 
     Raises:
-        DeviceError: no nvidia-ml-py, no driver, no such card, or the driver fails.
+        NoDeviceError: no nvidia-ml-py, no driver, no card, or the driver fails.
+        DeviceError: no such card.
     """
     if nvml is None:
         nvml = _import_nvml()
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
-        raise DeviceError(f"No NVIDIA driver answers on this machine ({error}).", ELSEWHERE) from error
+        raise NoDeviceError(f"No NVIDIA driver answers on this machine ({error}).", ELSEWHERE) from error
     try:
         return _read(nvml, _find_handle(nvml, index))
     except nvml.NVMLError as error:
-        raise DeviceError(f"The NVIDIA driver failed while reading card {index}: {error}.", ELSEWHERE) from error
+        raise NoDeviceError(f"The NVIDIA driver failed while reading card {index}: {error}.", ELSEWHERE) from error
     finally:
         nvml.nvmlShutdown()
 
@@ -107,7 +107,7 @@ def _import_nvml() -> Any:
     try:
         import pynvml
     except ImportError as error:
-        raise DeviceError(
+        raise NoDeviceError(
             "The card cannot be read: the package nvidia-ml-py is not installed.",
             f"Install it (pip install nvidia-ml-py). {ELSEWHERE}",
         ) from error
@@ -117,13 +117,13 @@ def _import_nvml() -> Any:
 def _find_handle(nvml: Any, index: int) -> Any:
     handles = [nvml.nvmlDeviceGetHandleByIndex(slot) for slot in range(nvml.nvmlDeviceGetCount())]
     if not handles:
-        raise DeviceError("The NVIDIA driver finds no card in this machine.", ELSEWHERE)
+        raise NoDeviceError("The NVIDIA driver finds no card in this machine.", ELSEWHERE)
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
     if wanted is not None:
         handles = list(_visible(wanted, handles, [nvml.nvmlDeviceGetUUID(handle) for handle in handles]))
     if not 0 <= index < len(handles):
         reason = "" if wanted is None else f" with CUDA_VISIBLE_DEVICES={wanted!r}"
-        raise DeviceError(f"There is no card {index} on this machine{reason}: it shows {len(handles)}.", ELSEWHERE)
+        raise NoDeviceError(f"There is no card {index} on this machine{reason}: it shows {len(handles)}.", ELSEWHERE)
     return handles[index]
 
 
@@ -221,10 +221,14 @@ def find_card(name: str) -> Device:
     """
     cards, size = _matches(name), _size_in(name)
     if not cards:
-        words = _words(name)
-        names = {" ".join(sorted(_words(card.name))): card.name for card in CARDS}
+        words, brand = _words(name), re.match(r"(?:nvidia )?(?:geforce )?([gr]tx)", name.lower())
+        names = {
+            " ".join(sorted(_words(card.name))): card.name
+            for card in CARDS
+            if brand is None or card.name.lower().startswith(brand[1])
+        }
         near = [names[key] for key in difflib.get_close_matches(" ".join(sorted(words)), names, n=3, cutoff=0.6)]
-        without = [card.name for card in CARDS if _words(card.name) < words]
+        without = [card.name for card in CARDS if _words(card.name) < words and card.name in names.values()]
         near = list(dict.fromkeys([*near[:1], *without, *near[1:]]))[:3]
         nearest = f"The nearest are {', '.join(near)}." if near else "It knows GTX 16, RTX 20 to 50, and some more."
         raise DeviceError(f"The table has no card '{name}'. {nearest}", "Or give its memory: --vram 12GB.")
@@ -271,10 +275,10 @@ def _device(card: Card) -> Device:
 
 
 def card_of_size(num_bytes: int) -> Device:
-    """Any card that is sold with so much memory, of middling speed.
+    """Any card that is sold with so much memory: the smallest of them, at a middling speed.
 
-    Usable is the least that was seen on a card of that size (none with error correction, which GeForce lacks). For a
-    size that the table lacks, the driver keeps the most that it was seen to keep on any card up to the next larger size.
+    Of a size that is sold with and without bfloat16, the cards that have it. For a size that the table lacks, the driver
+    keeps the most that it was seen to keep on any card up to the next larger size.
 
     Args:
         num_bytes: what the box says, in binary units: 12 x 2^30 for a 12 GB card (`parse_size(text, binary=True)`).
@@ -286,30 +290,38 @@ def card_of_size(num_bytes: int) -> Device:
         raise DeviceError(
             f"There is no card of {format_gib(num_bytes)}.", "Give what the box says, such as --vram 12GB."
         )
-    near = _cards_near(num_bytes)
+    name = _with_article(f"{round(num_bytes / GIB, 2):g} GB card")
+    near = [card for card in _cards_near(num_bytes) if card.consumer]
+    modern = [card for card in near if card.compute_capability >= NATIVE_BFLOAT16] or near
+    device = replace(smallest_of(modern, name), estimated=True)
+    if modern[0].nominal_gb * GIB == num_bytes:
+        return device
     total_bytes = num_bytes - _reserve(num_bytes)
-    bandwidth, tflops = _usual_speed(near)
+    return replace(device, total_bytes=total_bytes, free_bytes=total_bytes)
+
+
+def smallest_of(cards: Sequence[Card], name: str) -> Device:
+    """What fits this one fits each of the cards; of a middling speed."""
+    smallest = min(cards, key=lambda card: card.usable_bytes)
+    bandwidth, tflops = _usual_speed(cards)
     return Device(
-        name=_with_article(f"{round(num_bytes / GIB, 2):g} GB card"),
-        total_bytes=total_bytes,
-        free_bytes=total_bytes,
-        compute_capability=USUAL_COMPUTE_CAPABILITY,
+        name=name,
+        total_bytes=smallest.usable_bytes,
+        free_bytes=smallest.usable_bytes,
+        compute_capability=max(card.compute_capability for card in cards),
         bandwidth_bytes_per_second=bandwidth,
         tflops_16bit=tflops,
         here=False,
-        estimated=all(card.nominal_gb * GIB != num_bytes for card in near),
+        estimated=smallest.estimated,
+        stands_for=tuple(card.label for card in cards),
     )
 
 
 def _reserve(num_bytes: int) -> int:
     seen = [card for card in CARDS if not card.ecc and not card.estimated]
     sizes = {card.nominal_gb * GIB for card in seen}
-    if num_bytes in sizes:
-        seen = [card for card in seen if card.nominal_gb * GIB == num_bytes]
-    else:
-        limit = min((size for size in sizes if size > num_bytes), default=max(sizes))
-        seen = [card for card in seen if card.nominal_gb * GIB <= limit]
-    return max(card.nominal_gb * GIB - card.usable_bytes for card in seen)
+    limit = min((size for size in sizes if size > num_bytes), default=max(sizes))
+    return max(card.nominal_gb * GIB - card.usable_bytes for card in seen if card.nominal_gb * GIB <= limit)
 
 
 def _cards_near(num_bytes: int) -> list[Card]:

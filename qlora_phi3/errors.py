@@ -40,6 +40,16 @@ class DeviceError(UserError):
     """The graphics card cannot be read, or nobody knows one of that name or size."""
 
 
+class CannotTellError(UserError):
+    """There is too little to go by: whether a recipe fits cannot be said."""
+
+    exit_code = 4
+
+
+class NoDeviceError(DeviceError, CannotTellError):
+    """There is no graphics card here that can be read; nothing is wrong with what was typed."""
+
+
 class RunError(UserError):
     """The run folder cannot be written, read, or resumed."""
 

@@ -200,7 +200,7 @@ def test_a_card_that_cannot_be_read_is_one_line_with_a_way_on(nvml, message):
     with pytest.raises(DeviceError) as caught:
         read_device(nvml=nvml)
     assert str(caught.value) == f"{message} Ask about a card that is not here: --gpu 'RTX 4070', --vram 12GB, or --all."
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == 4  # nothing is wrong with what was typed
 
 
 def test_without_nvidia_ml_py_the_line_says_what_to_install(monkeypatch):
@@ -263,6 +263,8 @@ def test_where_no_reading_is_known_the_drivers_reserve_is_taken_off_and_that_is_
     [
         ("RTX 4075", "The table has no card 'RTX 4075'. The nearest are RTX 4070"),
         ("RTX 4070 Laptp", "The nearest are RTX 4070 Laptop"),
+        ("GTX 1080", "The table has no card 'GTX 1080'. It knows GTX 16, RTX 20 to 50, and some more. Or give"),
+        ("", "The table has no card ''. It knows GTX 16"),
         ("Radeon RX 7900 XTX", "The table has no card 'Radeon RX 7900 XTX'."),
         ("12GB", "Or give its memory: --vram 12GB."),
         ("RTX 4060 Ti", "The RTX 4060 Ti comes with 8 GB and 16 GB. Say which: --gpu 'RTX 4060 Ti 8GB'."),
@@ -275,15 +277,22 @@ def test_an_unknown_or_unclear_card_is_one_line_with_the_nearest(name, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_card_of_a_size_has_the_least_that_was_seen_of_that_size():
+def test_a_card_of_a_size_is_the_smallest_of_that_size_with_bfloat16():
     device = card_of_size(parse_size("12GB", binary=True))
     assert device.name == "a 12 GB card"
-    assert device.total_bytes == device.free_bytes == 11_755 * MIB  # RTX 5070
-    assert device.compute_capability == (8, 6)
+    assert device.total_bytes == device.free_bytes == (12_227 - 500) * MIB  # RTX 5070 Ti Laptop
+    assert device.compute_capability == (12, 0)
     assert not device.here
-    assert not device.estimated
-    smallest = {gb: card_of_size(gb * GIB).total_bytes // MIB for gb in (4, 6, 8, 16, 24)}
-    assert smallest == {4: 3712, 6: 5735, 8: 7700, 16: 15_808, 24: 24_081}
+    assert device.estimated
+    assert "RTX 3060 12GB" in device.stands_for
+    assert "RTX 2060 12GB" not in device.stands_for
+    smallest = {gb: card_of_size(gb * GIB).total_bytes // MIB for gb in (4, 6, 8, 10, 16, 24)}
+    assert smallest == {4: 4096 - 410, 6: 6144 - 410, 8: 8151 - 500, 10: 9871, 16: 16_303 - 500, 24: 24_463 - 500}
+
+
+def test_a_size_that_is_only_sold_without_bfloat16_is_that_card():
+    device = card_of_size(11 * GIB)
+    assert (device.stands_for, device.compute_capability) == (("RTX 2080 Ti 11GB",), (7, 5))
 
 
 def test_a_size_that_no_card_has_loses_the_most_that_its_neighbours_lose():
@@ -295,7 +304,7 @@ def test_a_size_that_no_card_has_loses_the_most_that_its_neighbours_lose():
 
 
 def test_a_card_of_a_size_is_of_middling_speed():
-    speeds = sorted(card.bandwidth_gb for card in CARDS if card.nominal_gb == 12)
+    speeds = sorted(card.bandwidth_gb for card in CARDS if card.label in card_of_size(12 * GIB).stands_for)
     assert speeds[0] * 1e9 < card_of_size(12 * GIB).bandwidth_bytes_per_second < speeds[-1] * 1e9
 
 

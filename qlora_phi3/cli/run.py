@@ -1,6 +1,10 @@
 """`qlora-phi3 run`: train what a recipe says."""
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +47,7 @@ def run(
       qlora-phi3 run recipes/chat.toml --set lora.r=32
       qlora-phi3 run recipes/chat.toml --resume
 
-    Ctrl-C saves and says how to go on. Everything lies in runs/<recipe>/<time>/.
+    Ctrl-C saves and says how to go on, and so does SIGTERM. Everything lies in runs/<recipe>/<time>/.
     """
     recipe, resume = _sort_out(ctx, recipe, resume)
 
@@ -64,13 +68,26 @@ def run(
 
     training = loaded.training
     cadence = Cadence(training.logging_strategy, training.logging_steps, training.warmup_steps)
-    with open_view(cadence, plain=training.disable_tqdm) as view:
+    with open_view(cadence, plain=training.disable_tqdm) as view, _ended_as_by_ctrl_c():
         try:
             quiet = not ctx.meta.get("debug") and training.log_level == "passive"
             result = _train(loaded, name, recipe.parent, view, folder, quiet=quiet)
         except KeyboardInterrupt as interrupt:
             raise view.interruption(folder) from interrupt
     view.finish(result.steps, result.loss_before, result.loss_after, result.seconds, result.folder.adapter)
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM, with which systems end a program, do what Ctrl-C does; Windows knows no such signal."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _sort_out(ctx: click.Context, recipe: Path | None, resume: str | None) -> tuple[Path, str | None]:

@@ -1,6 +1,8 @@
 """`qlora-phi3 vram-check`: whether a recipe fits a card, and how, before a byte of it is spent."""
 
 import json
+import math
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qlora_phi3.cli.options import debug_option, set_option
-from qlora_phi3.errors import DeviceError, UserError
+from qlora_phi3.errors import CannotTellError, DeviceError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 BESIDE = "beside the recipe"
 FITS, DOES_NOT_FIT = 0, 3
-#: Columns of what is no terminal.
+#: Columns of what is no terminal, unless the variable COLUMNS says otherwise.
 PIPED_WIDTH = 100
 
 
@@ -62,15 +64,17 @@ def vram_check(
       qlora-phi3 vram-check recipes/chat.toml --vram 12GB
       qlora-phi3 vram-check recipes/chat.toml --all
 
-    Nothing is loaded, downloaded or put on the card. Exit codes: 0 it fits, 3 it does not, 4 that cannot be told, 2 bad input.
+    Nothing is loaded, downloaded or put on the card. Exit codes: 0 it fits, 3 it does not, 2 bad input, 4 cannot tell (no card
+    here, or the shapes of a model of the hub are not).
     """
     if recipe is None and fit is not None and Path(fit).suffix == ".toml" and Path(fit).is_file():
         recipe, fit = Path(fit), BESIDE  # --fit RECIPE.toml: the recipe was taken for the option's value
     _check_options(recipe, gpu, vram, every_card=every_card, longest=longest, fit=fit, overrides=overrides)
     if recipe is None:
-        _tell_card(_find_device(gpu, vram), wants_json=wants_json)
+        with _for_programs_too(wants_json=wants_json):
+            _tell_card(_find_device(gpu, vram), wants_json=wants_json)
         return
-    with _asking(ctx, recipe, overrides, wants_json=wants_json) as question:
+    with _for_programs_too(wants_json=wants_json), _asking(ctx, recipe, overrides) as question:
         if longest:
             code = _tell_longest(question, gpu, vram, wants_json=wants_json)
         elif every_card:
@@ -91,7 +95,7 @@ def _check_options(
     overrides: Sequence[str],
 ) -> None:
     """Refuse what cannot go together."""
-    if gpu and vram:
+    if gpu is not None and vram is not None:
         raise UserError(f"--gpu {gpu!r} and --vram {vram} both name a card.", "Keep one.")
     about_recipe = {"--all": every_card, "--max-length": longest, "--fit": fit, "--set": overrides}
     for option, given in about_recipe.items():
@@ -103,20 +107,22 @@ def _check_options(
         raise UserError("--all and --max-length are two tables.", "Ask for one after the other.")
     if fit and (every_card or longest):
         raise UserError("--fit writes the set-up for one card.", "Leave --all and --max-length out.")
+    if fit not in (None, BESIDE) and Path(str(fit)).suffix != ".toml":
+        raise UserError(f"--fit {fit}: it writes a recipe, whose name ends in .toml.", "Name it so.")
 
 
 def _find_device(gpu: str | None, vram: str | None) -> "Device":
     """The card that is asked about.
 
     Raises:
-        DeviceError: nobody knows it, its size cannot be read, or there is none here.
+        DeviceError: nobody knows it, or its size cannot be read; NoDeviceError where there is none here.
     """
     from qlora_phi3.device import card_of_size, find_card, read_device
     from qlora_phi3.sizes import parse_size
 
-    if gpu:
+    if gpu is not None:
         return find_card(gpu)
-    if not vram:
+    if vram is None:
         return read_device()
     try:
         num_bytes = parse_size(vram, binary=True)
@@ -136,10 +142,20 @@ def _card_here() -> "Device | None":
 
 
 @contextmanager
-def _asking(ctx: click.Context, recipe: Path, overrides: tuple[str, ...], *, wants_json: bool) -> Iterator["Question"]:
-    """A question whose work is shown on stderr; for a program, "cannot tell" is an answer as well."""
+def _for_programs_too(*, wants_json: bool) -> Iterator[None]:
+    """For a program, "cannot tell" is an answer as well."""
+    try:
+        yield
+    except CannotTellError as error:
+        if wants_json:
+            _print_json({**_nothing_known(), "verdict": "cannot_tell", "reason": str(error)})
+        raise
+
+
+@contextmanager
+def _asking(ctx: click.Context, recipe: Path, overrides: tuple[str, ...]) -> Iterator["Question"]:
+    """A question whose work is shown on stderr."""
     from qlora_phi3.cli.quiet import quietly
-    from qlora_phi3.memory.answer import CannotTellError
     from qlora_phi3.memory.ask import Question
     from qlora_phi3.show.watcher import Watcher
 
@@ -147,10 +163,6 @@ def _asking(ctx: click.Context, recipe: Path, overrides: tuple[str, ...], *, wan
     try:
         with nullcontext() if ctx.meta.get("debug") else quietly():
             yield Question(recipe, overrides, watcher)
-    except CannotTellError as error:
-        if wants_json:
-            _print_json({**_nothing_known(), "verdict": "cannot_tell", "reason": str(error)})
-        raise
     finally:
         watcher.close()
 
@@ -167,7 +179,8 @@ def _tell_card(device: "Device", *, wants_json: bool) -> None:
         return
     from qlora_phi3.show.memory import show_card
 
-    show_card(_console(), device)
+    with _console() as console:
+        show_card(console, device)
 
 
 def _tell_answer(question: "Question", device: "Device", fit: str | None, *, wants_json: bool) -> int:
@@ -181,7 +194,8 @@ def _tell_answer(question: "Question", device: "Device", fit: str | None, *, wan
     else:
         from qlora_phi3.show.memory import show_answer
 
-        show_answer(_console(), answer)
+        with _console() as console:
+            show_answer(console, answer)
     if target is not None:
         _write_fit(question, answer, target)
     return FITS if answer.fits else DOES_NOT_FIT
@@ -191,7 +205,7 @@ def _fit_target(question: "Question", device: "Device", fit: str) -> Path:
     """Where --fit writes; refused before the work begins where something is there already."""
     path = Path(fit)
     if fit == BESIDE:
-        size = round(device.total_bytes / 2**30)
+        size = math.ceil(device.total_bytes / 2**30)
         path = question.path.with_name(f"{question.path.stem}-{size}gb.toml")
     if path.exists():
         raise _is_there(path)
@@ -231,7 +245,8 @@ def _tell_survey(question: "Question", *, wants_json: bool) -> int:
     else:
         from qlora_phi3.show.memory import show_survey
 
-        show_survey(_console(), rows)
+        with _console() as console:
+            show_survey(console, rows)
     return FITS if any(row.answer.fits for row in rows) else DOES_NOT_FIT
 
 
@@ -250,15 +265,25 @@ def _tell_longest(question: "Question", gpu: str | None, vram: str | None, *, wa
     else:
         from qlora_phi3.show.memory import show_longest
 
-        show_longest(_console(), rows)
+        with _console() as console:
+            show_longest(console, rows)
     return FITS if any(row.max_length for row in rows) else DOES_NOT_FIT
 
 
-def _console() -> "Console":
+@contextmanager
+def _console() -> Iterator["Console"]:
+    """The terminal, or lines without blanks at their ends where stdout is none."""
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=PIPED_WIDTH)
+    if console.is_terminal:
+        yield console
+        return
+    with console.capture() as captured:
+        console.width = shutil.get_terminal_size((PIPED_WIDTH, 0)).columns
+        yield console
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())
 
 
 def _print_json(value: Any) -> None:

@@ -15,9 +15,18 @@ from typing import Any, Literal
 import numpy as np
 
 from qlora_phi3.dataset.formats import FORMATS, check_fields, detect_format, guess_mapping
-from qlora_phi3.dataset.load import Source, is_local, open_sources
+from qlora_phi3.dataset.load import Source, is_local, open_file, open_sources
 from qlora_phi3.dataset.template import ChatTemplate
-from qlora_phi3.dataset.tokenized import EXAMPLES, NAMED, Progress, RowCount, Settings, SourceReport, tokenize_source
+from qlora_phi3.dataset.tokenized import (
+    EXAMPLES,
+    NAMED,
+    Progress,
+    RowCount,
+    Settings,
+    SourceReport,
+    read_to_first_usable,
+    tokenize_source,
+)
 from qlora_phi3.errors import DataError
 from qlora_phi3.sizes import format_count
 
@@ -181,6 +190,21 @@ def prepare_datasets(
         rows = rows.select(np.setdiff1d(np.arange(len(rows)), indices))
     content = sha256("".join(source.digest for source in (*train_sources, *eval_sources)).encode()).hexdigest()
     return PreparedData(rows, held_out, _sum_up(rows, held_out, reports, settings, content, split_seed, indices))
+
+
+def check_files(names: Sequence[str], base_folder: Path, *, format: str, fields: Mapping[str, str]) -> None:
+    """Read each local file up to the first row that a run can use; no tokenizer is needed, and nothing of the hub is read.
+
+    Raises:
+        DataError: one is missing, unreadable, or has no such row.
+    """
+    check_fields(fields, format)
+    for name in names:
+        if is_local(name, base_folder):
+            source = open_file(name, base_folder)
+            report = read_to_first_usable(source, format, fields)
+            if not report.rows_kept:
+                raise _nothing_to_learn([source], [report], max_length=0)
 
 
 def draw_rows(num_rows: int, size: float, *, seed: int, at_most: int | None = None) -> tuple[int, ...]:

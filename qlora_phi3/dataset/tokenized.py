@@ -138,25 +138,37 @@ def _build(folder: Path, source: Source, settings: Settings, max_rows: int | Non
     """Write into a folder beside, then rename: a cache that was cut short is never read."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as scratch:
-        tally = _write_rows(Path(scratch) / "rows.arrow", source, settings, max_rows)
-        report = SourceReport(
-            name=source.name,
-            format=tally.format,
-            rows_read=tally.read,
-            rows_kept=tally.kept,
-            truncated=tally.truncated,
-            cut_off=RowCount(
-                "nothing left to learn after truncation", len(tally.cut_off), tuple(tally.cut_off[:NAMED])
-            ),
-            skipped=_counts(tally.skipped),
-            notes=_counts(tally.notes),
-        )
+        report = _sum_up(source, _write_rows(Path(scratch) / "rows.arrow", source, settings, max_rows))
         (Path(scratch) / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
         try:
             Path(scratch).rename(folder)
         except OSError:
             if not (folder / "report.json").is_file():  # another run was faster: its rows are the same
                 raise
+
+
+def read_to_first_usable(source: Source, format: str, fields: Mapping[str, str]) -> SourceReport:
+    """Read a source up to the first row that is of a known shape; `rows_kept` is 0 where there is none.
+
+    Raises:
+        DataError: as `tokenize_source`, of the rows that were read.
+    """
+    tally = _Tally()
+    tally.kept = sum(1 for _ in islice(_read_examples(source, format, fields, tally), 1))
+    return _sum_up(source, tally)
+
+
+def _sum_up(source: Source, tally: _Tally) -> SourceReport:
+    return SourceReport(
+        name=source.name,
+        format=tally.format,
+        rows_read=tally.read,
+        rows_kept=tally.kept,
+        truncated=tally.truncated,
+        cut_off=RowCount("nothing left to learn after truncation", len(tally.cut_off), tuple(tally.cut_off[:NAMED])),
+        skipped=_counts(tally.skipped),
+        notes=_counts(tally.notes),
+    )
 
 
 def _write_rows(path: Path, source: Source, settings: Settings, max_rows: int | None) -> _Tally:
@@ -167,7 +179,7 @@ def _write_rows(path: Path, source: Source, settings: Settings, max_rows: int | 
         {"input_ids": ids, "labels": ids, "length": pa.int32(), "supervised": pa.int32(), "source_row": pa.int64()}
     )
     tally, what = _Tally(), f"Reading {Path(source.name).name}"
-    examples = _read_examples(source, settings, tally)
+    examples = _read_examples(source, settings.format, settings.fields, tally)
     pattern = special_token_pattern(settings.tokenizer)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         room = BATCH_ROWS if max_rows is None else min(BATCH_ROWS, max_rows)
@@ -192,7 +204,9 @@ def _write_rows(path: Path, source: Source, settings: Settings, max_rows: int | 
     return tally
 
 
-def _read_examples(source: Source, settings: Settings, tally: _Tally) -> Iterator[tuple[int, Chat | Document]]:
+def _read_examples(
+    source: Source, format: str, fields: Mapping[str, str], tally: _Tally
+) -> Iterator[tuple[int, Chat | Document]]:
     first = ""
     for number, row in source.rows():
         where = f"{source.name}:{number}"
@@ -201,8 +215,8 @@ def _read_examples(source: Source, settings: Settings, tally: _Tally) -> Iterato
             if not isinstance(row, Mapping):
                 raise UnusableRow("the row is no object with columns")
             tally.columns.update(row)
-            row = rename_columns(row, settings.fields)
-            name = settings.format if settings.format != "auto" else detect_format(row)
+            row = rename_columns(row, fields)
+            name = format if format != "auto" else detect_format(row)
             if name is None:
                 raise UnusableRow(f"its columns ({', '.join(sorted(map(str, row)))[:100]}) fit no format")
             if tally.format and name != tally.format:

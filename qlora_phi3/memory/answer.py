@@ -6,13 +6,14 @@ out imports torch and the libraries, inside the functions that do.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from qlora_phi3.cards import CARDS, NATIVE_BFLOAT16, Card
 from qlora_phi3.device import Device, Holder
-from qlora_phi3.errors import ModelError, UserError
+from qlora_phi3.errors import CannotTellError, ModelError
 from qlora_phi3.memory.cache import read_versions
 from qlora_phi3.memory.margin import Margin, read_margin
 
@@ -36,14 +37,6 @@ TENANTS = {
     "save": "other",
     "end": "other",
 }
-#: From this compute capability on a card computes bfloat16 natively.
-NATIVE_BFLOAT16 = (8, 0)
-
-
-class CannotTellError(UserError):
-    """There is too little to go by: whether the recipe fits cannot be said."""
-
-    exit_code = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +44,11 @@ class Cure:
     """A change that lets the recipe take less, made after all those listed before it."""
 
     text: str
+    #: What the recipe takes less; or where `widens`, what it may take more.
     saved_bytes: int
     #: Whether the recipe fits with this change and those before it.
     fits: bool
+    widens: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +62,8 @@ class Rows:
     longest_evaluation: int
     #: Where the lengths come from, in one line.
     origin: str
+    #: Why a run would stop at its data, in one line; empty where nothing is known against them.
+    problem: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +113,9 @@ class Answer:
     #: By the cost model: an estimate to compare set-ups with, never measured.
     seconds_per_step: float
     tokens_per_second: float
+    #: On the slowest and the fastest of the cards that the device stands for; on a single card the same three times.
+    slowest_tokens_per_second: float
+    fastest_tokens_per_second: float
     versions: Mapping[str, str]
     answered: str
 
@@ -137,7 +137,7 @@ def from_json(saved: Mapping[str, Any]) -> Answer:
     try:
         fields = {key: value for key, value in saved.items() if key not in ("others", "others_bytes")}
         facts = dict(fields.pop("device"))
-        facts["compute_capability"] = tuple(facts["compute_capability"])
+        facts.update({key: tuple(facts[key]) for key in ("compute_capability", "stands_for")})
         device = Device(**facts, others=tuple(Holder(**holder) for holder in saved["others"]))
         cures, rows = tuple(Cure(**cure) for cure in fields.pop("cures")), Rows(**fields.pop("rows"))
         return Answer(**fields, device=device, cures=cures, rows=rows)
@@ -168,36 +168,34 @@ def read_subject(recipe: "Recipe", base_folder: Path, progress: "Progress") -> S
     """Read the model's shapes and the rows' lengths, from this computer alone.
 
     Raises:
-        CannotTellError: the model's config.json is not here.
-        UserError: the model is no phi3, or has fewer positions than the recipe's rows.
+        CannotTellError: the config.json of a model on the hub is not here.
+        UserError: there is no such folder, the model is no phi3, or it has less than the recipe asks of it.
     """
     from qlora_phi3.architecture import parse_architecture
     from qlora_phi3.memory.lengths import read_rows, without_network
+    from qlora_phi3.memory.limits import check_limits
     from qlora_phi3.recipe.places import with_found_paths
 
     found = with_found_paths(recipe, base_folder)
     with without_network():
         config = _read_config(found)
         architecture = parse_architecture(dict(config), recipe.model.name)
-        if recipe.training.max_length > architecture.max_position_embeddings:
-            raise UserError(
-                f"[training] max_length = {recipe.training.max_length}, and {recipe.model.name} has "
-                f"{architecture.max_position_embeddings} positions.",
-                f"Write max_length = {architecture.max_position_embeddings} or less.",
-            )
+        check_limits(recipe, architecture)
         rows = read_rows(found, base_folder, progress)
     return Subject(recipe=found, config=config, architecture=architecture, rows=rows)
 
 
 def _read_config(recipe: "Recipe") -> dict[str, Any]:
-    from qlora_phi3.architecture import read_config
+    from qlora_phi3.architecture import OtherModelError, is_hub_id, read_config
 
     name = recipe.model.name
     try:
         return read_config(name, recipe.model.revision, prefer_shipped=True)
+    except OtherModelError:
+        raise
     except ModelError as error:
-        if Path(name).is_dir() or name.count("/") != 1:
-            raise CannotTellError(error.message, error.cure) from error
+        if Path(name).is_dir() or not is_hub_id(name):
+            raise
         raise CannotTellError(
             f"The shapes of {name} are not known: its config.json is not on this computer, and vram-check fetches nothing.",
             f"Fetch it: hf download {name} config.json",
@@ -265,6 +263,9 @@ class Bench:
         training, read = self.subject.recipe.training, self.subject.rows
         together = max(1, min(setup.micro_batch.max_tokens // training.max_length, training.batch_size))
         seconds = plan.cost.seconds
+        tokens = sum(read.lengths.usual_step())
+        cards = [card for card in CARDS if card.label in device.stands_for]
+        speeds = [tokens / each for each in _seconds_on(cards, self.subject, plan)] or [tokens / seconds]
         return Answer(
             verdict="fits" if plan.fits else "does_not_fit",
             model=self.subject.recipe.model.name,
@@ -286,7 +287,7 @@ class Bench:
             micro_batch_size=together,
             gradient_accumulation_steps=math.ceil(training.batch_size / together),
             micro_batch_tokens=setup.micro_batch.max_tokens,
-            num_micro_batches=plan.num_micro_batches,
+            num_micro_batches=plan.work.num_micro_batches,
             max_length=training.max_length,
             packing=training.packing,
             checkpoint_every_n_layers=setup.checkpoint_every,
@@ -303,12 +304,24 @@ class Bench:
                 longest=read.lengths.longest,
                 longest_evaluation=read.lengths.longest_evaluation,
                 origin=read.origin,
+                problem=read.problem,
             ),
             seconds_per_step=seconds,
-            tokens_per_second=sum(read.lengths.usual_step()) / seconds,
+            tokens_per_second=tokens / seconds,
+            slowest_tokens_per_second=min(speeds),
+            fastest_tokens_per_second=max(speeds),
             versions=read_versions(),
             answered=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
+
+
+def _seconds_on(cards: Sequence[Card], subject: Subject, plan: "Plan") -> Iterator[float]:
+    """How long an optimizer step of a plan takes on each card, by the cost model."""
+    from qlora_phi3.memory.cost import step_cost
+
+    for card in cards:
+        rates = {"tflops_16bit": card.tflops_16bit, "bandwidth_bytes_per_second": card.bandwidth_gb * 1e9}
+        yield step_cost(subject.architecture, plan.setup, plan.work, **rates).seconds
 
 
 def alike(compute_capability: tuple[int, int]) -> tuple[int, int]:

@@ -147,7 +147,7 @@ class _Way:
 
     def _widen(self, text: str, more_bytes: int) -> bool:
         self.budget_bytes += more_bytes
-        return self._note(text, more_bytes, fits=self.needed <= self.room)
+        return self._note(text, more_bytes, fits=self.needed <= self.room, widens=True)
 
     def make(self, change: _Change) -> bool:
         """Make a change, if it is worth a line; whether the recipe fits now."""
@@ -213,10 +213,10 @@ class _Way:
         self.predictor, self.rows, self.needed = predictor, rows, needed
         return self._note(text, saved, fits=fits)
 
-    def _note(self, text: str, saved_bytes: int, *, fits: bool) -> bool:
+    def _note(self, text: str, saved_bytes: int, *, fits: bool, widens: bool = False) -> bool:
         from qlora_phi3.memory.answer import Cure
 
-        self.cures.append(Cure(text=text, saved_bytes=saved_bytes, fits=fits))
+        self.cures.append(Cure(text=text, saved_bytes=saved_bytes, fits=fits, widens=widens))
         return fits
 
 

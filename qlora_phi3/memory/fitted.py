@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qlora_phi3.memory.answer import Answer
+from qlora_phi3.memory.keys import planned_keys
 from qlora_phi3.recipe.fit import Choice, fit_recipe
 from qlora_phi3.recipe.load import Recipe
 from qlora_phi3.recipe.places import listed, possible_places
-from qlora_phi3.sizes import MIB, format_gib
+from qlora_phi3.sizes import format_gib
 
 
 def write_fitted(
@@ -82,19 +83,7 @@ def _moved(recipe: Recipe, old: Path, new: Path) -> Iterator[Choice]:
 
 def _planned(recipe: Recipe, answer: Answer) -> Iterator[Choice]:
     """The keys that the recipe leaves to the plan."""
-    training, memory, why = recipe.training, recipe.memory, answer.reasons
-    every = answer.checkpoint_every_n_layers
-    if training.gradient_checkpointing == "auto":
-        yield Choice("training", "gradient_checkpointing", every > 0, why["gradient_checkpointing"])
-    if training.activation_offloading == "auto":
-        yield Choice("training", "activation_offloading", answer.activation_offloading, why["activation_offloading"])
-    if training.optim == "auto":
-        yield Choice("training", "optim", answer.optim, why["optim"])
-    if memory.checkpoint_every_n_layers == "auto" and every:
-        yield Choice("memory", "checkpoint_every_n_layers", every, "1: all of them")
-    if memory.micro_batch_tokens == "auto" and training.micro_batch_size is None:
-        yield Choice("memory", "micro_batch_tokens", answer.micro_batch_tokens, why["micro_batch_tokens"])
-    if memory.mlp_tile_tokens == "auto":
-        yield Choice("memory", "mlp_tile_tokens", answer.mlp_tile_tokens, why["mlp_tile_tokens"])
-    if memory.logits_tile == "auto":
-        yield Choice("memory", "logits_tile", f"{answer.logits_tile_bytes // MIB}MiB", why["logits_tile"])
+    for planned in planned_keys(answer):
+        fixed = planned.key == "micro_batch_tokens" and recipe.training.micro_batch_size is not None
+        if getattr(getattr(recipe, planned.table), planned.key) == "auto" and not fixed:
+            yield Choice(planned.table, planned.key, planned.value, planned.reason)

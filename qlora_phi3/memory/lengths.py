@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_phi3.errors import UserError
+from qlora_phi3.dataset.load import is_local
+from qlora_phi3.errors import DataError, UserError
 from qlora_phi3.memory.rows import RowLengths, assume_lengths, read_lengths
 
 if TYPE_CHECKING:
@@ -24,10 +25,11 @@ Progress = Callable[[str, int, int | None], None]
 
 @dataclass(frozen=True, slots=True)
 class RowsRead:
-    """The lengths, and one line that says where they come from."""
+    """The lengths, one line that says where they come from, and one why a run would stop at them, if it would."""
 
     lengths: RowLengths
     origin: str
+    problem: str = ""
 
 
 @contextmanager
@@ -46,20 +48,48 @@ def without_network() -> Iterator[None]:
 
 def read_rows(recipe: "Recipe", base_folder: Path, progress: Progress) -> RowsRead:
     """Tokenise the data as the run does, or take every row for `max_length` tokens."""
-    training = recipe.training
+    training, problem = recipe.training, _find_problem(recipe, base_folder)
+    if problem:
+        return _assume(recipe, "The data cannot be used.", problem)
     try:
         _find_tokenizer(recipe)
         data = _prepare(recipe, base_folder, progress)
+    except DataError as error:
+        if all(is_local(name, base_folder) for name in _sources(recipe)):
+            return _assume(recipe, "The data cannot be used.", str(error))
+        return _assume(recipe, error.message)  # a run may fetch what is not here
     except UserError as error:
-        assumed = assume_lengths(training.max_length, training.batch_size)
-        if not training.do_eval:
-            assumed = replace(assumed, longest_evaluation=0)
-        first_line = error.message.splitlines()[0]
-        return RowsRead(assumed, f"assumed to be max_length = {training.max_length:,} tokens each. {first_line}")
+        return _assume(recipe, error.message)
     evaluation = [] if data.evaluation is None else _lengths(data.evaluation)
     lengths = read_lengths(_lengths(data.train), evaluation, training.batch_size)
     measured = f" and {len(evaluation):,} to measure on" if evaluation else ""
     return RowsRead(lengths, f"{len(lengths.training):,} to train on{measured}, the longest {lengths.longest:,} tokens")
+
+
+def _assume(recipe: "Recipe", reason: str, problem: str = "") -> RowsRead:
+    training = recipe.training
+    assumed = assume_lengths(training.max_length, training.batch_size)
+    if not training.do_eval:
+        assumed = replace(assumed, longest_evaluation=0)
+    origin = f"assumed to be max_length = {training.max_length:,} tokens each. {reason.splitlines()[0]}"
+    return RowsRead(assumed, origin, problem)
+
+
+def _sources(recipe: "Recipe") -> list[str]:
+    from qlora_phi3.recipe.places import listed
+
+    return [*listed(recipe.data.train), *(listed(recipe.data.eval) if recipe.training.do_eval else ())]
+
+
+def _find_problem(recipe: "Recipe", base_folder: Path) -> str:
+    """Why no run can use the recipe's files, as far as that shows without a tokenizer; else nothing."""
+    from qlora_phi3.dataset.prepare import check_files
+
+    try:
+        check_files(_sources(recipe), base_folder, format=recipe.data.format, fields=recipe.data.fields)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def _lengths(rows: Any) -> list[int]:

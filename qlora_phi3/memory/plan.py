@@ -45,9 +45,9 @@ class Plan:
     """What was chosen, and why."""
 
     forecast: Forecast
+    #: Of a usual step, as its cost.
+    work: Work
     cost: Cost
-    #: Micro-batches of a usual step.
-    num_micro_batches: int
     #: Key of the recipe -> why it has this value.
     reasons: dict[str, str]
 
@@ -146,16 +146,22 @@ class _Search:
     def settle(self, setup: Setup) -> Plan:
         """Simulate the whole model, at the limit; an optimizer whose state is not paged is preferred where it fits."""
         self.progress("Simulating every layer")
-        load = load_of(self.rows, setup)
-        for optim in self._optimizers_for(setup):
-            forecast = self.predictor.forecast(replace(setup, optim=optim), load, limit_bytes=self.card.limit_bytes)
-            if forecast.fits:
-                break
+        *usual, leanest = self._optimizers()
+        if usual and self._is_tight(setup):  # the leanest first, as the other will hardly fit
+            forecast = self._forecast(setup, leanest)
+            room = self.card.limit_bytes - forecast.on_card_bytes
+            if forecast.fits and room >= forecast.profile.paged_bytes:
+                plain = self._forecast(setup, usual[0])
+                forecast = plain if plain.fits else forecast
+        else:
+            forecast = self._forecast(setup, (*usual, leanest)[0])
+            if usual and not forecast.fits:
+                forecast = self._forecast(setup, leanest)
         chosen = forecast.setup
         return Plan(
             forecast=forecast,
+            work=self._work(chosen),
             cost=self._cost(chosen),
-            num_micro_batches=self._count(chosen),
             reasons=self._reasons(chosen),
         )
 
@@ -179,11 +185,14 @@ class _Search:
         kinds = [(number, False) for number in every]
         return [*kinds, (every[-1], True)] if offloading == "auto" and every[-1] else kinds
 
-    def _optimizers_for(self, setup: Setup) -> tuple[str, ...]:
-        """All that may be tried; only the leanest where even with it, and the smallest micro-batch, hardly anything is free."""
-        all_of_them, smallest = self._optimizers(), setup.micro_batch.max_tokens == self._fewest_tokens()
-        tight = smallest and max(self._phases(setup).values()) * NEARLY_FULL > self._most_allocated(setup)
-        return all_of_them[-1:] if tight else all_of_them
+    def _forecast(self, setup: Setup, optim: str) -> Forecast:
+        load = load_of(self.rows, setup)
+        return self.predictor.forecast(replace(setup, optim=optim), load, limit_bytes=self.card.limit_bytes)
+
+    def _is_tight(self, setup: Setup) -> bool:
+        """Whether hardly anything is free with the leanest optimizer and the smallest micro-batch."""
+        smallest = setup.micro_batch.max_tokens == self._fewest_tokens()
+        return smallest and max(self._phases(setup).values()) * NEARLY_FULL > self._most_allocated(setup)
 
     def _optimizers(self) -> tuple[str, ...]:
         wanted = self.training.optim
@@ -214,8 +223,15 @@ class _Search:
         )
 
     def _with_tokens(self, setup: Setup, tokens: int) -> Setup:
+        tokens = self._fillable(tokens)
         layout = self._layout(tokens, self.training.micro_batch_size)
         return replace(setup, micro_batch=layout, evaluation=self._evaluation(tokens))
+
+    def _fillable(self, tokens: int) -> int:
+        """What rows can fill of so many tokens: whole rows, where all are of one length."""
+        longest, pinned = self.rows.longest, self.predictor.recipe.memory.micro_batch_tokens != "auto"
+        alike = self.rows.training[-1] == longest
+        return tokens // longest * longest if alike and not pinned and tokens >= longest else tokens
 
     def _most_tokens(self) -> int:
         """All rows of the heaviest step at once."""
@@ -266,17 +282,19 @@ class _Search:
         """Of an optimizer step, by the cost model."""
         return self._cost(setup).seconds
 
-    def _cost(self, setup: Setup) -> Cost:
-        work = Work(
+    def _work(self, setup: Setup) -> Work:
+        return Work(
             lengths=self.rows.usual_step(),
             num_micro_batches=self._count(setup),
             rank=self.predictor.recipe.lora.r,
             quantized=self.predictor.recipe.quantization.load_in_4bit,
         )
+
+    def _cost(self, setup: Setup) -> Cost:
         return step_cost(
             self.predictor.architecture,
             setup,
-            work,
+            self._work(setup),
             tflops_16bit=self.card.tflops_16bit,
             bandwidth_bytes_per_second=self.card.bandwidth_bytes_per_second,
         )
@@ -287,20 +305,22 @@ class _Search:
         asked = "the recipe asks for it"
         passes = self._count(setup)
         reasons = {
-            "micro_batch_tokens": f"{passes} forward passes a step; more tokens at once would gain under 2 % or not fit"
+            "micro_batch_tokens": f"{passes} forward passes a step; more tokens at once would gain under 2% or not fit"
             if passes > 1
             else "a whole step at once",
-            "gradient_checkpointing": {
-                0: "there is room to keep every activation",
-                1: "the leanest",
-            }.get(setup.checkpoint_every, f"recomputing one layer in {setup.checkpoint_every} makes enough room")
+            "gradient_checkpointing": "makes room"
+            if setup.checkpoint_every
+            else "there is room to keep every activation",
+            "checkpoint_every_n_layers": {1: "all of them, the leanest"}.get(
+                setup.checkpoint_every, f"recomputing one layer in {setup.checkpoint_every} makes enough room"
+            )
             + self._refused,
             "activation_offloading": "without it the longest row does not fit, or only with more recomputation"
             if setup.activation_offloading
             else "there is room on the card",
             "optim": "its state fits beside everything else"
             if not setup.optim.startswith("paged")
-            else "its state may leave the card where it is tight",
+            else "its state may leave the card; adamw_8bit, which is as fast where there is room, would not fit",
             "logits_tile": "the fastest size" if setup.logits_tile_bytes >= USUAL_LOGITS_TILE_BYTES else "less memory",
             "mlp_tile_tokens": "the last resort: without it the longest row does not fit"
             if setup.mlp_tile_tokens
@@ -309,6 +329,7 @@ class _Search:
         pinned = {
             "micro_batch_tokens": bool(self.training.micro_batch_size or recipe.memory.micro_batch_tokens != "auto"),
             "gradient_checkpointing": self.training.gradient_checkpointing != "auto",
+            "checkpoint_every_n_layers": recipe.memory.checkpoint_every_n_layers != "auto",
             "activation_offloading": self.training.activation_offloading != "auto",
             "optim": self.training.optim != "auto",
             "logits_tile": recipe.memory.logits_tile != "auto",
@@ -316,7 +337,7 @@ class _Search:
         }
         if tokens <= self.rows.longest and not pinned["micro_batch_tokens"] and passes > 1:
             reasons["micro_batch_tokens"] = (
-                "the longest row alone; more at once would gain under 2 %, not fit, or ask for more recomputation"
+                "the longest row alone; more at once would gain under 2%, not fit, or ask for more recomputation"
             )
         return {key: asked if pinned[key] else reason for key, reason in reasons.items()}
 

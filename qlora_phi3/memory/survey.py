@@ -5,21 +5,18 @@ the least usable memory, so that what fits there fits on all of them. Cards with
 their own: they compute in float16 and with another attention kernel.
 """
 
-import re
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from qlora_phi3.cards import CARDS, Card
-from qlora_phi3.dataset.pack import MicroBatchPlan
-from qlora_phi3.device import Device
-from qlora_phi3.memory.answer import NATIVE_BFLOAT16, Answer, Bench, as_json, compute_dtype_on, from_json
+from qlora_phi3.cards import CARDS, NATIVE_BFLOAT16, Card, name_series
+from qlora_phi3.device import Device, smallest_of
+from qlora_phi3.memory.answer import Answer, Bench, as_json, compute_dtype_on, from_json
 from qlora_phi3.memory.cures import allocated_estimate, leanest_forecast
 from qlora_phi3.memory.longest import STEP, LongestRow
 from qlora_phi3.memory.margin import budget_within, limit_of
-from qlora_phi3.setup import Setup
 from qlora_phi3.sizes import MIB
 
 if TYPE_CHECKING:
@@ -27,12 +24,10 @@ if TYPE_CHECKING:
     from qlora_phi3.memory.rows import RowLengths
 
 SMALLEST_GB, LARGEST_GB = 4, 24
-#: Workstation and server cards keep memory for error correction, and are asked for by name.
-CONSUMER = re.compile(r"[GR]TX \d{4}\b")
 #: Reserved over allocated, for the first guess: 1.09 to 1.11 in replays of full-size offloaded steps of 4 to 107 thousand tokens.
 USUAL_RATIO = 1.1
 SMALLEST_TILE_MIB, MOST_TILES = 8, 64
-GROUP_FIELDS = ("nominal_gb", "series", "slowest_tokens_per_second", "fastest_tokens_per_second")
+GROUP_FIELDS = ("nominal_gb", "series")
 #: Told the name of the card that is looked at, how many are done, and of how many.
 Tell = Callable[[str, int, int], None]
 
@@ -46,8 +41,6 @@ class CardGroup:
     series: str
     #: The one with the least memory, at a middling speed.
     device: Device
-    #: Of the table; none where the group is the card here.
-    cards: tuple[Card, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +50,6 @@ class SurveyRow:
     nominal_gb: int
     series: str
     answer: Answer
-    #: Tokens a second by the cost model on the slowest and the fastest of them: an estimate.
-    slowest_tokens_per_second: float
-    fastest_tokens_per_second: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,14 +70,14 @@ class LongestOnCard:
 
 def group_cards() -> list[CardGroup]:
     """The consumer cards of the table from 4 to 24 GB, smallest first."""
-    chosen = [card for card in CARDS if SMALLEST_GB <= card.nominal_gb <= LARGEST_GB and CONSUMER.match(card.name)]
+    chosen = [card for card in CARDS if SMALLEST_GB <= card.nominal_gb <= LARGEST_GB and card.consumer]
     chosen.sort(key=_group_key)
     return [_as_group(tuple(cards)) for _, cards in groupby(chosen, key=_group_key)]
 
 
 def group_of_one(device: Device) -> CardGroup:
     """The card here, as a group of its own."""
-    return CardGroup(nominal_gb=round(device.total_bytes / 2**30), series=device.name, device=device, cards=())
+    return CardGroup(nominal_gb=math.ceil(device.total_bytes / 2**30), series=device.name, device=device)
 
 
 def _group_key(card: Card) -> tuple[int, bool]:
@@ -95,28 +85,9 @@ def _group_key(card: Card) -> tuple[int, bool]:
 
 
 def _as_group(cards: tuple[Card, ...]) -> CardGroup:
-    smallest = min(cards, key=lambda card: card.usable_bytes)
-    series = _name_series(cards)
-    device = Device(
-        name=f"{cards[0].nominal_gb} GB, {series}",
-        total_bytes=smallest.usable_bytes,
-        free_bytes=smallest.usable_bytes,
-        compute_capability=max(card.compute_capability for card in cards),
-        bandwidth_bytes_per_second=median(card.bandwidth_gb for card in cards) * 1e9,
-        tflops_16bit=median(card.tflops_16bit for card in cards),
-        here=False,
-        estimated=smallest.estimated,
-    )
-    return CardGroup(nominal_gb=cards[0].nominal_gb, series=series, device=device, cards=cards)
-
-
-def _name_series(cards: Sequence[Card]) -> str:
-    """`RTX 3060` and `RTX 4070 SUPER` as "RTX 30, 40"."""
-    found: dict[str, set[str]] = {}
-    for card in cards:
-        brand, number = card.name.split()[:2]
-        found.setdefault(brand, set()).add(number[:2])
-    return ", ".join(f"{brand} {', '.join(sorted(numbers))}" for brand, numbers in sorted(found.items()))
+    series = name_series(cards)
+    device = smallest_of(cards, f"{cards[0].nominal_gb} GB, {series}")
+    return CardGroup(nominal_gb=cards[0].nominal_gb, series=series, device=device)
 
 
 def survey(bench: Bench, groups: Sequence[CardGroup], tell: Tell) -> list[SurveyRow]:
@@ -125,57 +96,9 @@ def survey(bench: Bench, groups: Sequence[CardGroup], tell: Tell) -> list[Survey
     for number, group in enumerate(groups):
         tell(group.device.name, number, len(groups))
         answer = bench.answer(group.device, budget_within(bench.subject.recipe, group.device), with_cures=False)
-        speeds = [_tokens_per_second(bench, answer, card) for card in group.cards] or [answer.tokens_per_second]
-        rows.append(
-            SurveyRow(
-                nominal_gb=group.nominal_gb,
-                series=group.series,
-                answer=answer,
-                slowest_tokens_per_second=min(speeds),
-                fastest_tokens_per_second=max(speeds),
-            )
-        )
+        rows.append(SurveyRow(nominal_gb=group.nominal_gb, series=group.series, answer=answer))
     tell("", len(groups), len(groups))
     return rows
-
-
-def _tokens_per_second(bench: Bench, answer: Answer, card: Card) -> float:
-    from qlora_phi3.memory.cost import Work, step_cost
-
-    subject = bench.subject
-    step = subject.rows.lengths.usual_step()
-    work = Work(
-        lengths=step,
-        num_micro_batches=answer.num_micro_batches,
-        rank=subject.recipe.lora.r,
-        quantized=subject.recipe.quantization.load_in_4bit,
-    )
-    cost = step_cost(
-        subject.architecture,
-        _setup_of(answer),
-        work,
-        tflops_16bit=card.tflops_16bit,
-        bandwidth_bytes_per_second=card.bandwidth_gb * 1e9,
-    )
-    return sum(step) / cost.seconds
-
-
-def _setup_of(answer: Answer) -> Setup:
-    layout = MicroBatchPlan(
-        max_tokens=answer.micro_batch_tokens,
-        max_rows=answer.micro_batch_size,
-        packing=answer.packing,
-        longrope_boundary=None,
-    )
-    return Setup(
-        micro_batch=layout,
-        evaluation=layout,
-        checkpoint_every=answer.checkpoint_every_n_layers,
-        activation_offloading=answer.activation_offloading,
-        optim=answer.optim,
-        logits_tile_bytes=answer.logits_tile_bytes,
-        mlp_tile_tokens=answer.mlp_tile_tokens,
-    )
 
 
 def find_longest_rows(bench: Bench, devices: Sequence[Device], tell: Tell) -> list[LongestOnCard]:

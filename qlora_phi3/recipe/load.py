@@ -147,8 +147,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _neighbour(path: Path) -> str:
     """The recipe beside it whose name is most like the one asked for."""
-    nearest = find_nearest(path.name, [other.name for other in path.parent.glob("*.toml")])
-    return f"Did you mean {path.with_name(nearest)}?" if nearest else "Give the path of a .toml file."
+    nearest = find_nearest(path.stem, [other.stem for other in path.parent.glob("*.toml")])
+    return f"Did you mean {path.with_name(nearest)}.toml?" if nearest else "Give the path of a .toml file."
 
 
 def _toml_cure(text: str, message: str) -> str:

@@ -118,7 +118,7 @@ def _meant(table: str, key: str, value: str, tables: Mapping[str, type[BaseModel
 
 def _expectation(detail: Any, table: str, key: str, value: object, tables: Mapping[str, type[BaseModel]]) -> str:
     if detail["type"] == "value_error":
-        told = f"{detail['ctx']['error']}."
+        told = f"{str(detail['ctx']['error']).rstrip('.')}."
     else:
         schema = tables[table].model_json_schema()
         expected = schema["properties"][key]

@@ -8,7 +8,7 @@ checks here needs no model, no data and no device. Reading files and wording err
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from qlora_phi3.sizes import parse_size
 
@@ -354,14 +354,32 @@ class Training(Table):
         return round(self.save_steps * 10**6) % round(self.eval_steps * 10**6) == 0
 
 
-def _readable_size(value: str) -> str:
-    """Refuse what is neither "auto" nor a size."""
-    if value != "auto":
-        parse_size(value)
+def _with_unit(value: object) -> object:
+    """Refuse a bare number, which TOML allows and which is no size."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError(f'has no unit: write "{value}GiB"')
     return value
 
 
-Size = Annotated[str, AfterValidator(_readable_size)]
+def _readable_size(value: str) -> str:
+    """Refuse what is neither "auto" nor a size; the key and the value are told before."""
+    if value != "auto":
+        try:
+            parse_size(value)
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix(f"'{value}' ")) from None
+    return value
+
+
+def _useful_tile(value: str) -> str:
+    """Refuse a tile of logits smaller than one position's may be, or larger than it can matter."""
+    if value != "auto" and not SMALLEST_TILE <= parse_size(value) <= LARGEST_TILE:
+        raise ValueError('must be "1MiB" to "16GiB"')
+    return value
+
+
+SMALLEST_TILE, LARGEST_TILE = 2**20, 16 * 2**30
+Size = Annotated[str, AfterValidator(_readable_size), BeforeValidator(_with_unit)]
 
 
 class Memory(Table):
@@ -373,7 +391,7 @@ class Memory(Table):
     """Tokens of one forward pass (a longer row stands alone); auto: the plan decides."""
     checkpoint_every_n_layers: Count | Literal["auto"] = "auto"
     """Recompute only every n-th decoder layer; 1: all of them."""
-    logits_tile: Size = "auto"
+    logits_tile: Annotated[Size, AfterValidator(_useful_tile)] = "auto"
     """Logits alive at once in the loss, such as "16MiB"; auto: 32MiB."""
     mlp_tile_tokens: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Tokens that go through a layer's MLP at once, 0: all of them; auto: 0 unless nothing else fits."""

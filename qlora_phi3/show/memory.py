@@ -1,5 +1,6 @@
 """What `vram-check` shows: the card as a bar, who lives on it at the peak, the plan, the verdict; and tables over many cards."""
 
+import json
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
@@ -7,8 +8,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from qlora_phi3.cards import CARDS, name_series
 from qlora_phi3.device import Device
 from qlora_phi3.memory.answer import Answer
+from qlora_phi3.memory.keys import planned_keys
 from qlora_phi3.memory.survey import LongestOnCard, SurveyRow
 from qlora_phi3.sizes import GIB, format_gib
 
@@ -55,11 +58,27 @@ def _about_card(device: Device) -> list[str]:
     return [f"{device.name}: {rough}{usable} for programs, when nothing else is on the card", facts]
 
 
+def _stands_for(device: Device) -> str:
+    """Which cards an answer about a size is about."""
+    cards = [card for card in CARDS if card.label in device.stands_for]
+    sizes = sorted({card.nominal_gb for card in cards})
+    named = f"{name_series(cards)} with {' and '.join(map(str, sizes))} GB"
+    if not device.name.endswith(f" {sizes[0]} GB card"):
+        return f"No card of the table has that size: its speed is that of {named}"
+    if len(cards) == 1:
+        return f"That is the {cards[0].label}"
+    return f"That is the smallest {named}: they differ a little; --gpu asks about one of them"
+
+
 def show_answer(console: Console, answer: Answer) -> None:
     """All there is to say about one recipe on one card."""
     _print(console, _about_card(answer.device)[0])
+    if answer.device.stands_for:
+        _print(console, _stands_for(answer.device))
     if answer.device.here and answer.device.others_bytes:
         _print(console, _taken(answer.device))
+    if _closed_bytes(answer):
+        _print(console, f"[memory] budget: a run may take {format_gib(answer.budget_bytes)} of it")
     bits = "" if answer.compute_dtype == "bfloat16" else f", computing in {answer.compute_dtype}"
     _print(console, f"{answer.model}{bits}; {answer.batch_size} rows an optimizer step")
     _print(console, f"Rows: {answer.rows.origin}")
@@ -67,6 +86,8 @@ def show_answer(console: Console, answer: Answer) -> None:
     tenants = _tenants_on_card(answer)
     console.print(_bar(answer, tenants, _width(console)))
     _print(console, _sum_line(answer))
+    for line in _legend(answer):
+        _print(console, line)
     _print(console, "")
     console.print(_tenants_table(tenants, answer))
     _print(console, "")
@@ -86,6 +107,11 @@ def _taken(device: Device) -> str:
     return f"Taken: {format_gib(device.others_bytes)}" + (f" ({', '.join(named[:6])})" if named else "")
 
 
+def _closed_bytes(answer: Answer) -> int:
+    """What is free on the card and the recipe's budget leaves alone."""
+    return answer.device.free_bytes - answer.budget_bytes
+
+
 def _tenants_on_card(answer: Answer) -> list[tuple[str, int]]:
     """The tenants in order of size, the small ones together, then what is not in tensors."""
     small = {name: size for name, size in answer.tenants.items() if size < SMALL_SHARE * answer.peak_allocated_bytes}
@@ -102,17 +128,25 @@ def _colour(number: int, name: str) -> str:
 
 def _bar(answer: Answer, tenants: Sequence[tuple[str, int]], width: int) -> Text:
     """Who lives on the card, the margin, and what is left; as wide as what is needed, where that is more than the card."""
-    others = answer.device.total_bytes - max(answer.budget_bytes, 0)
-    parts = [(others, "▓", "yellow")] if others else []
+    closed = _closed_bytes(answer)
+    parts = [(answer.device.others_bytes, "▓", "yellow"), (closed, "─", "dim")]
     parts += [(size, "█", _colour(number, name)) for number, (name, size) in enumerate(tenants)]
     parts.append((answer.margin_bytes, "▒", "white"))
     needed, card = sum(size for size, _, _ in parts), answer.device.total_bytes
     bar = _draw(width, parts, max(card, needed))
     if needed > card:
         end = width * card // needed
-        note = "the card ends here"
+        note = "the budget ends here" if closed else "the card ends here"
         bar.append(f"\n{' ' * end}▲ {note}" if end + len(note) + 2 <= width else f"\n{note:>{max(end - 1, 0)}} ▲")
     return bar
+
+
+def _legend(answer: Answer) -> Iterator[str]:
+    """The parts of the bar that no program of ours takes."""
+    if answer.device.others_bytes:
+        yield f"▓ {format_gib(answer.device.others_bytes)} taken by others"
+    if closed := _closed_bytes(answer):
+        yield f"─ {format_gib(closed)} outside of [memory] budget"
 
 
 def _draw(width: int, parts: Sequence[tuple[int, str, str]], whole_bytes: int) -> Text:
@@ -132,7 +166,7 @@ def _sum_line(answer: Answer) -> str:
     margin = f"a margin of {format_gib(answer.margin_bytes)}"
     if answer.margin_runs:
         margin += (
-            f" ({answer.margin_share:.1%} instead of 3 %: a run on this card took more than was predicted; "
+            f" ({answer.margin_share:.1%} instead of 3%: a run on this card took more than was predicted; "
             f"{answer.margin_runs} runs compared)"
         )
     total = format_gib(answer.peak_on_card_bytes + answer.margin_bytes)
@@ -158,58 +192,67 @@ def _beside_the_card(answer: Answer) -> Iterator[str]:
     allocated, reserved = format_gib(answer.peak_allocated_bytes), format_gib(answer.peak_reserved_bytes)
     yield f"Allocated {allocated}, reserved {reserved}; the peak is in the {answer.peak_phase} phase."
     if answer.host_bytes:
-        paged = (
-            f", {format_gib(answer.paged_bytes)} of it optimizer state that the driver pages"
-            if answer.paged_bytes
-            else ""
-        )
-        yield f"In the computer's memory meanwhile: {format_gib(answer.host_bytes)}{paged}."
+        paged = "all" if answer.paged_bytes == answer.host_bytes else format_gib(answer.paged_bytes)
+        state = f", {paged} of it optimizer state that the driver pages" if answer.paged_bytes else ""
+        yield f"In the computer's memory meanwhile: {format_gib(answer.host_bytes)}{state}."
 
 
 def _plan_table(answer: Answer) -> Table:
+    """The plan as a recipe says it."""
     table = _plain_table()
-    rows = {
-        "micro_batch_tokens": f"{answer.micro_batch_tokens:,}",
-        "gradient_checkpointing": _recomputed(answer.checkpoint_every_n_layers),
-        "activation_offloading": "true" if answer.activation_offloading else "false",
-        "optim": answer.optim,
-        "logits_tile": format_gib(answer.logits_tile_bytes),
-    }
-    if answer.mlp_tile_tokens:
-        rows["mlp_tile_tokens"] = f"{answer.mlp_tile_tokens:,}"
-    for key, value in rows.items():
-        reason = answer.reasons.get(key, "") if answer.fits else ""
-        table.add_row(key, value, f"[dim]{escape(reason)}[/]")
+    for planned in planned_keys(answer):
+        if planned.key != "mlp_tile_tokens" or planned.value:
+            pair = f"[{planned.table}] {planned.key} = {json.dumps(planned.value)}"
+            table.add_row(escape(pair), f"[dim]{escape(planned.reason)}[/]" if answer.fits else "")
+    table.columns[1].no_wrap = False
     return table
 
 
-def _recomputed(every: int) -> str:
-    return {0: "false", 1: "every layer"}.get(every, f"one layer in {every}")
-
-
 def _verdict(console: Console, answer: Answer) -> None:
-    spare = answer.budget_bytes - answer.peak_on_card_bytes - answer.margin_bytes
+    _print(console, *_verdict_line(answer))
     if answer.fits:
-        _print(console, f"It fits, with {format_gib(spare)} to spare.", "bold green")
-        _print(
-            console,
-            f"About {_seconds(answer.seconds_per_step)} an optimizer step, {answer.tokens_per_second:,.0f} tokens a second: "
-            "estimated from the card's stated rates, not measured.",
-        )
-        return
-    if spare < 0:
-        _print(console, f"It does not fit: {format_gib(-spare)} too much.", "bold red")
+        for line in _speed_lines(answer):
+            _print(console, line)
     else:
-        _print(console, "It does not fit: the allocator's pieces would not find room.", "bold red")
+        _cures(console, answer)
+    if answer.rows.problem:
+        _print(console, f"Note: a run would stop at its data. {answer.rows.problem}", "yellow")
+
+
+def _verdict_line(answer: Answer) -> tuple[str, str]:
+    """The verdict and its colour."""
+    spare = answer.budget_bytes - answer.peak_on_card_bytes - answer.margin_bytes
+    budget = " the budget" if _closed_bytes(answer) else ""
+    if answer.fits:
+        rows = ", even if every row is that long" if answer.rows.assumed else ""
+        return f"It fits{budget}, with {format_gib(spare)} to spare{rows}.", "bold green"
+    if spare >= 0:
+        return f"It does not fit{budget}: the allocator's pieces would not find room.", "bold red"
+    rows = ", if rows are that long" if answer.rows.assumed else ""
+    return f"It does not fit{budget}: {format_gib(-spare)} too much{rows}.", "bold red"
+
+
+def _speed_lines(answer: Answer) -> Iterator[str]:
+    """One speed, or those of the slowest and the fastest of the cards that an answer is about."""
+    low, high = answer.slowest_tokens_per_second, answer.fastest_tokens_per_second
+    tokens = answer.seconds_per_step * answer.tokens_per_second
+    step = f"About {_seconds(tokens / low)} an optimizer step, {low:,.0f} tokens a second"
+    if round(low) == round(high):
+        yield f"{step}: estimated from the card's stated rates, not measured."
+        return
+    yield f"{step} on the slowest of these cards; {_seconds(tokens / high)}, {high:,.0f} on the fastest:"
+    yield "estimated from their stated rates, not measured."
+
+
+def _cures(console: Console, answer: Answer) -> None:
     if answer.cures:
         helps = any(cure.fits for cure in answer.cures)
         heading = "What would help" if helps else "Nothing in the recipe makes it fit; what comes nearest"
         _print(console, f"{heading}, one after the other, the least harm first:")
     for number, cure in enumerate(answer.cures, 1):
-        _print(
-            console,
-            f"  {number}. {cure.text}. Saves {format_gib(cure.saved_bytes)}{'; then it fits.' if cure.fits else '.'}",
-        )
+        size = format_gib(cure.saved_bytes)
+        does = f"Allows {size} more" if cure.widens else f"Saves {size}"
+        _print(console, f"  {number}. {cure.text}. {does}{'; then it fits.' if cure.fits else '.'}")
     if answer.hopeless:
         _print(console, answer.hopeless)
 
@@ -242,6 +285,8 @@ def show_survey(console: Console, rows: Sequence[SurveyRow]) -> None:
         "at once: tokens of one forward pass. tokens/s: the slowest and the fastest of them by a cost model, not measured.",
         "dim",
     )
+    if first.rows.problem:
+        _print(console, f"Note: a run would stop at its data. {first.rows.problem}", "yellow")
 
 
 def _survey_cells(row: SurveyRow) -> tuple[str, ...]:
@@ -254,7 +299,7 @@ def _survey_cells(row: SurveyRow) -> tuple[str, ...]:
     kept = {0: "nothing", 1: "all"}.get(answer.checkpoint_every_n_layers, f"1 in {answer.checkpoint_every_n_layers}")
     kept += ", offloaded" if answer.activation_offloading else ""
     kept += ", tiles" if answer.mlp_tile_tokens else ""
-    low, high = row.slowest_tokens_per_second, row.fastest_tokens_per_second
+    low, high = answer.slowest_tokens_per_second, answer.fastest_tokens_per_second
     speed = f"{low:,.0f}" if round(low) == round(high) else f"{low:,.0f}-{high:,.0f}"
     return escape(name), usable, needed, "[green]fits[/]", f"{answer.micro_batch_tokens:,}", kept, speed
 

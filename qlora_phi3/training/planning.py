@@ -63,6 +63,8 @@ def choose_setup(
     if card is not None:
         plan = plan_for_card(recipe, config, architecture, data, card, compute_dtype=compute_dtype, listener=listener)
         return Chosen(setup=plan.setup, predicted=predicted_by(plan))
+    if device.type == "cpu" and recipe.memory.budget != "auto":
+        listener.warn("[memory] budget is for graphics cards: a run on a CPU does not heed it.")
     setup = usual_setup(recipe, architecture, device)
     if not wants_rehearsal(recipe, device) or device.type != "cpu":
         return Chosen(setup=setup, predicted=None)

@@ -13,9 +13,10 @@ from qlora_phi3.architecture import Architecture, parse_architecture, read_confi
 from qlora_phi3.dataset.prepare import PreparedData
 from qlora_phi3.dataset.template import choose_template
 from qlora_phi3.device import Device, read_device
-from qlora_phi3.errors import DeviceError, UserError
+from qlora_phi3.errors import DeviceError
 from qlora_phi3.lora import attach_adapter, measure_coverage
 from qlora_phi3.memory.lengths import prepare_data
+from qlora_phi3.memory.limits import check_limits
 from qlora_phi3.model import Precision, choose_precision, load_base, load_tokenizer
 from qlora_phi3.recipe.load import Recipe
 from qlora_phi3.sizes import format_gib
@@ -48,12 +49,7 @@ def prepare(recipe: Recipe, base_folder: Path, listener: Listener) -> Ready:
     check_schedule(recipe.training)
     config = read_config(recipe.model.name, recipe.model.revision)
     architecture = parse_architecture(config, recipe.model.name)
-    if recipe.training.max_length > architecture.max_position_embeddings:
-        raise UserError(
-            f"[training] max_length = {recipe.training.max_length}, and {recipe.model.name} has "
-            f"{architecture.max_position_embeddings} positions.",
-            f"Write max_length = {architecture.max_position_embeddings} or less.",
-        )
+    check_limits(recipe, architecture)
     card = read_card() if torch.cuda.is_available() else None  # before this process takes anything of it
     if torch.cuda.is_available():
         prepare_cuda()

@@ -11,7 +11,7 @@ from workshop import Workshop, call, write_chats
 import qlora_phi3.device
 import qlora_phi3.memory.survey
 from qlora_phi3.device import Device, Holder
-from qlora_phi3.errors import DeviceError
+from qlora_phi3.errors import NoDeviceError
 from qlora_phi3.memory.margin import record_error
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.sizes import GIB, MIB
@@ -21,7 +21,8 @@ KEYS = {
     "micro_batch_size", "gradient_accumulation_steps", "micro_batch_tokens", "max_length", "checkpoint_every_n_layers",
     "activation_offloading", "optim", "logits_tile_bytes", "mlp_tile_tokens",
     "paged_bytes", "host_bytes", "phases", "tenants", "others",
-    "device", "rows", "reasons", "cures", "seconds_per_step", "tokens_per_second", "versions",
+    "device", "rows", "reasons", "cures", "seconds_per_step", "tokens_per_second", "slowest_tokens_per_second",
+    "fastest_tokens_per_second", "versions",
 }  # fmt: skip
 HERE = Device(
     name="NVIDIA GeForce RTX 3060",
@@ -111,9 +112,131 @@ def test_a_spoilt_cache_is_worked_out_again(home):
 def test_a_recipe_that_does_not_fit_is_exit_code_3_with_what_would_help(home):
     result = call("vram-check", "mine.toml", "--vram", "8GB", "--set", "memory.budget=300MiB")
     assert result.exit_code == 3, result.stderr
-    assert "It does not fit:" in result.stdout
-    assert '1. Write [memory] budget = "auto": all that is free on the card. Saves 7.2' in result.stdout
-    assert "; then it fits." in result.stdout
+    for text in (
+        "[memory] budget: a run may take 300 MiB of it",
+        "▲",
+        "the budget ends here",
+        "─ 7.18 GiB outside of [memory] budget",
+        "It does not fit the budget:",
+        '1. Write [memory] budget = "auto": all that is free on the card. Allows 7.18 GiB more; then it fits.',
+    ):
+        assert text in result.stdout
+    assert "the card ends here" not in result.stdout
+
+
+def test_a_budget_that_is_kept_is_named_in_the_verdict_and_the_bar(home):
+    result = call("vram-check", "mine.toml", "--vram", "8GB", "--set", "memory.budget=2GiB")
+    assert result.exit_code == 0, result.stderr
+    assert "It fits the budget, with" in result.stdout
+    bar = next(line for line in result.stdout.splitlines() if "█" in line)
+    assert bar.startswith("─" * 70)
+
+
+def test_a_card_of_a_size_stands_for_all_of_them_and_gets_the_speed_of_the_slowest_and_the_fastest(home):
+    shown = call("vram-check", "mine.toml", "--vram", "12GB").stdout
+    assert shown.splitlines()[:2] == [
+        "a 12 GB card: about 11.45 GiB for programs, when nothing else is on the card",
+        "That is the smallest RTX 30, 40, 50 with 12 GB: they differ a little; --gpu asks about one of them",
+    ]
+    assert "on the slowest of these cards; " in shown
+    answer, one = ask("--vram", "12GB"), ask("--gpu", "RTX 3060 12GB")
+    assert answer["device"]["estimated"]
+    assert "RTX 3060 12GB" in answer["device"]["stands_for"]
+    assert answer["slowest_tokens_per_second"] < answer["tokens_per_second"] < answer["fastest_tokens_per_second"]
+    assert one["slowest_tokens_per_second"] == one["tokens_per_second"]
+    assert "No card of the table has that size: its speed is that of RTX 30, 40, 50 with 16 and 24 GB" in (
+        call("vram-check", "mine.toml", "--vram", "20GB").stdout
+    )
+
+
+def test_the_plan_is_shown_as_lines_of_a_recipe(home):
+    answer = ask("--vram", "8GB")
+    shown = call("vram-check", "mine.toml", "--vram", "8GB").stdout
+    for line in (
+        f"[memory] micro_batch_tokens = {answer['micro_batch_tokens']} ",
+        "[training] gradient_checkpointing = false ",
+        '[training] optim = "adamw_8bit" ',
+        '[memory] logits_tile = "32MiB" ',
+    ):
+        assert line in shown
+    pinned = call("vram-check", "mine.toml", "--vram", "8GB", "--set", "training.gradient_checkpointing=true").stdout
+    assert "[memory] checkpoint_every_n_layers = 1 " in pinned
+
+
+def test_piped_lines_end_without_blanks_and_heed_columns(home, monkeypatch):
+    wide = call("vram-check", "mine.toml", "--vram", "8GB").stdout
+    monkeypatch.setenv("COLUMNS", "70")
+    narrow = call("vram-check", "mine.toml", "--vram", "8GB").stdout
+    assert not [line for line in (wide + narrow).splitlines() if line != line.rstrip()]
+    bars = [next(len(line) for line in text.splitlines() if "░" in line) for text in (wide, narrow)]
+    assert bars == [100, 70]
+
+
+DATA_PROBLEMS = {
+    "missing": ({"train": "nowhere.jsonl"}, "There is no data file 'nowhere.jsonl' in"),
+    "missing to measure on": ({"eval": "nowhere.jsonl"}, "There is no data file 'nowhere.jsonl' in"),
+    "unusable": ({"train": "odd.jsonl"}, "odd.jsonl can be trained on: 1 x its columns (nose) fit no format"),
+    "empty": ({"train": "empty.jsonl"}, "empty.jsonl is empty."),
+}
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("problem", DATA_PROBLEMS)
+def test_data_that_no_run_can_use_are_named_whether_the_tokenizer_is_here_or_not(home, problem, counted):
+    (home.path / "odd.jsonl").write_text('{"nose": "long"}', encoding="utf-8")
+    (home.path / "empty.jsonl").write_text("", encoding="utf-8")
+    if not (home.path / "mute").is_dir():
+        (home.copy_base("mute") / "tokenizer.json").unlink()
+    keys, told = DATA_PROBLEMS[problem]
+    home.write(name="data.toml", data=keys, model={"name": str(home.base) if counted else "mute"})
+    result = call("vram-check", "data.toml", "--vram", "8GB")
+    assert result.exit_code == 0, result.stderr
+    assert "Rows: assumed to be max_length = 128 tokens each. The data cannot be used." in result.stdout
+    assert "even if every row is that long" in result.stdout
+    note = next(line for line in result.stdout.splitlines() if line.startswith("Note: a run would stop at its data. "))
+    assert told in note
+    answer = ask("--vram", "8GB", recipe="data.toml")
+    assert answer["rows"]["assumed"]
+    assert told in answer["rows"]["problem"]
+
+
+@pytest.fixture
+def no_card(monkeypatch):
+    """A computer without a card."""
+
+    def nothing_here():
+        raise NoDeviceError("No NVIDIA driver answers on this machine.", qlora_phi3.device.ELSEWHERE)
+
+    monkeypatch.setattr(qlora_phi3.device, "read_device", nothing_here)
+
+
+@pytest.mark.parametrize("words", [["mine.toml"], []])
+def test_without_a_card_here_nothing_can_be_told_and_that_is_exit_code_4(home, no_card, words):
+    result = call("vram-check", *words)
+    assert (result.exit_code, result.stdout) == (4, "")
+    assert "--gpu 'RTX 4070', --vram 12GB, or --all" in result.stderr
+    assert result.stderr.count("\n") == 1
+    result = call("vram-check", *words, "--json")
+    assert result.exit_code == 4
+    answer = json.loads(result.stdout)
+    assert (answer["verdict"], "No NVIDIA driver" in answer["reason"]) == ("cannot_tell", True)
+
+
+@pytest.mark.parametrize("name", ["nofolder", "./nofolder"])
+def test_a_model_folder_that_is_not_there_is_bad_input(home, name):
+    result = call("vram-check", "mine.toml", "--vram", "8GB", "--set", f"model.name={name}")
+    assert result.exit_code == 2
+    assert f"There is no model folder {name}." in result.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["microsoft/Phi-3.5-MoE-instruct", "microsoft/phi-2", "microsoft/Phi-4-multimodal-instruct"]
+)
+def test_a_model_of_another_architecture_is_refused_by_its_name(home, name):
+    result = call("vram-check", "mine.toml", "--vram", "8GB", "--set", f"model.name={name}")
+    assert result.exit_code == 2
+    assert f"{name} is a model of type 'phi" in result.stderr
+    assert "not phi3. Supported is every model_type 'phi3': Phi-3-mini" in result.stderr
 
 
 def test_a_model_whose_shapes_are_not_here_is_exit_code_4_for_people_and_programs(home):
@@ -149,22 +272,38 @@ WRONG = {
         ["--vram", "4GB", "--set", "memory.budget=11GiB"],
         '[memory] budget = "11GiB", and a 4 GB card has 3.6',
     ),
-    "an unreadable budget": (["--vram", "4GB", "--set", "memory.budget=lots"], "'lots' is no size"),
-    "no card here": ([], "--gpu 'RTX 4070', --vram 12GB, or --all"),
+    "an unreadable budget": (
+        ["--vram", "4GB", "--set", "memory.budget=lots"],
+        '[memory] budget = "lots" is no size: write',
+    ),
+    "a negative budget": (
+        ["--vram", "4GB", "--set", "memory.budget=-1GiB"],
+        '[memory] budget = "-1GiB" is no size: it must be more than zero.\n',
+    ),
+    "a budget without unit": (
+        ["--vram", "4GB", "--set", "memory.budget=12"],
+        'budget = 12 has no unit: write "12GiB".\n',
+    ),
+    "a tile of nothing": (["--vram", "4GB", "--set", "memory.logits_tile=1KiB"], 'must be "1MiB" to "16GiB".'),
+    "a tile of everything": (["--vram", "4GB", "--set", "memory.logits_tile=100GiB"], 'must be "1MiB" to "16GiB".'),
+    "more layers than there are": (
+        ["--vram", "4GB", "--set", "memory.checkpoint_every_n_layers=100"],
+        "checkpoint_every_n_layers = 100, and",
+    ),
+    "no card's name": (["--gpu", ""], "The table has no card ''."),
+    "an empty size": (["--vram", ""], "--vram: '' is no size"),
+    "an old card": (["--gpu", "GTX 1080"], "It knows GTX 16, RTX 20 to 50, and some more."),
     "every card and one": (["--all", "--vram", "4GB"], "--all asks about every card"),
     "two tables": (["--all", "--max-length"], "two tables"),
     "a fit of a table": (["--all", "--fit", "x.toml"], "--fit writes the set-up for one card"),
-    "a fit on a file": (["--vram", "4GB", "--fit", "chats.jsonl"], "chats.jsonl is there already"),
+    "a fit on a file": (["--vram", "4GB", "--fit", "mine.toml"], "mine.toml is there already"),
+    "a fit that is no recipe": (["--vram", "4GB", "--fit", "x.json"], "a recipe, whose name ends in .toml"),
     "a key nobody knows": (["--vram", "4GB", "--set", "lora.rnk=3"], "Did you mean 'r'?"),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_bad_input_is_one_line_and_exit_code_2(home, monkeypatch, wrong):
-    def nothing_here():
-        raise DeviceError("No NVIDIA driver answers on this machine.", qlora_phi3.device.ELSEWHERE)
-
-    monkeypatch.setattr(qlora_phi3.device, "read_device", nothing_here)
+def test_bad_input_is_one_line_and_exit_code_2(home, no_card, wrong):
     words, told = WRONG[wrong]
     result = call("vram-check", "mine.toml", *words)
     assert (result.exit_code, result.stdout) == (2, "")
@@ -184,6 +323,8 @@ def test_a_recipe_that_is_not_there_names_its_neighbour(home):
     result = call("vram-check", "mime.toml", "--vram", "8GB")
     assert result.exit_code == 2
     assert "there is no such recipe. Did you mean mine.toml?" in result.stderr
+    result = call("vram-check", "else.toml", "--vram", "8GB")  # like the others by its ending alone
+    assert "there is no such recipe. Give the path of a .toml file." in result.stderr
 
 
 def test_without_a_recipe_the_card_here_and_who_is_on_it(home, card_here):
@@ -214,7 +355,7 @@ def test_a_run_that_took_more_than_predicted_widens_the_margin_visibly(home, car
     record_error(HERE.name, 1000 * MIB, 2000 * MIB)
     assert ask()["margin_bytes"] > usual
     assert (
-        "150.0% instead of 3 %: a run on this card took more than was predicted"
+        "150.0% instead of 3%: a run on this card took more than was predicted"
         in call("vram-check", "mine.toml").stdout
     )
 

@@ -249,7 +249,9 @@ def test_a_full_disk_at_the_adapter_keeps_the_checkpoints_and_resuming_writes_it
     assert told(shop.run(), "adapter", "No space left on device", "--resume")
     (folder,) = shop.runs()
     assert sorted(path.name for path in folder.iterdir()) == [
+        "base.json",
         "checkpoints",
+        "held_out.jsonl",
         "metrics.jsonl",
         "recipe.toml",
         "report.json",

@@ -119,6 +119,7 @@ class _LongestRows:
     def __init__(self, bench: Bench, predictor: "Predictor") -> None:
         self._bench, self._predictor, self._ratio = bench, predictor, USUAL_RATIO
         self._search = LongestRow(self._estimate, bench.subject.architecture.max_position_embeddings)
+        self._tiled: dict[int, Predictor] = {}
 
     def on(self, device: Device) -> LongestOnCard:
         """Estimated first, then simulated whole, and shortened where that finds less room."""
@@ -161,8 +162,10 @@ class _LongestRows:
             return self._predictor
         logits_bytes = 4 * length * self._bench.subject.architecture.vocab_size
         tile = max(SMALLEST_TILE_MIB, -(-logits_bytes // MOST_TILES // MIB))
-        memory = recipe.memory.model_copy(update={"logits_tile": f"{tile}MiB"})
-        return self._predictor.with_recipe(recipe.model_copy(update={"memory": memory}))
+        if tile not in self._tiled:
+            memory = recipe.memory.model_copy(update={"logits_tile": f"{tile}MiB"})
+            self._tiled[tile] = self._predictor.with_recipe(recipe.model_copy(update={"memory": memory}))
+        return self._tiled[tile]
 
 
 def _alone(length: int) -> "RowLengths":

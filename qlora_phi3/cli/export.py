@@ -8,18 +8,18 @@ import click
 from qlora_phi3.cli.options import debug_option
 from qlora_phi3.cli.quiet import quieten
 from qlora_phi3.errors import Interrupted, UserError
+from qlora_phi3.export.request import DTYPES, USUAL_DTYPE, USUAL_ONTO
 
 if TYPE_CHECKING:
     from qlora_phi3.export.request import Request
     from qlora_phi3.show.live import View
 
-#: As people write them, and as torch does.
-DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-
 
 @click.command()
 @click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; without it RUN/merged or RUN/gguf.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder to write; usually RUN/merged, RUN/gguf-fp32 and the like."
+)
 @click.option(
     "--format",
     "kind",
@@ -29,11 +29,13 @@ DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
     help="hf: safetensors for transformers, vLLM and the like; gguf: one file for llama.cpp and Ollama.",
 )
 @click.option("--quant", help="With --format gguf: f16 (default), q8_0, q4_k_m and others.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp16", show_default=True, help="Of merged weights.")
+@click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), default=USUAL_DTYPE, show_default=True, help="Of merged weights."
+)
 @click.option(
     "--onto",
     type=click.Choice(["auto", "nf4", "original"]),
-    default="auto",
+    default=USUAL_ONTO,
     show_default=True,
     help="What the adapter is added to: the 4-bit weights it was trained on, or the base's own; auto: the lower held-out loss.",
 )
@@ -85,7 +87,7 @@ def export(
         out=out,
         kind=kind,
         quant=quant,
-        dtype=DTYPES[dtype],
+        dtype=dtype,
         onto=onto,
         base=base,
         shard_size=shard_size,

@@ -85,11 +85,11 @@ def _merge(request: Request, listener: Listener) -> dict[str, Any]:
     """The merged model at the request's target; a finished one that the same request made is taken as it is, for a GGUF."""
     key = _key(request)
     if request.target.exists() and not request.force:
-        made = request.target / REPORT
-        if request.gguf_target is not None and made.is_file() and (report := read_object(made)).get("key") == key:
-            listener.say(f"Merged model: {request.target}, made before")
-            return report
-        raise ExportError(f"{request.target} exists.", "Give --out another folder, or --force to replace it.")
+        if request.gguf_target is None:
+            raise ExportError(f"{request.target} exists.", "Give --out another folder, or --force to replace it.")
+        report = _made_before(request, key)
+        listener.say(f"Merged model: {request.target}, made before")
+        return report
     started = time.perf_counter()
     sources = open_sources(request, listener)
     if request.max_ram_bytes is not None:
@@ -121,6 +121,22 @@ def _merge(request: Request, listener: Listener) -> dict[str, Any]:
     (draft / "README.md").write_text(card, encoding="utf-8", newline="\n")
     (draft / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8", newline="\n")
     _hand_out(draft, request.target, fault, request.dtype)
+    return report
+
+
+def _made_before(request: Request, key: str) -> dict[str, Any]:
+    """The report of the merged model that a GGUF is made from.
+
+    Raises:
+        ExportError: it was made of something else, or never held against the trained model.
+    """
+    made = request.target / REPORT
+    report = read_object(made) if made.is_file() else {}
+    cure = "--force makes it anew; or move it away."
+    if report.get("key") != key:
+        raise ExportError(f"{request.target}, from which a GGUF is made, is no export of this run as it is now.", cure)
+    if request.verify and report.get("status") != "proved":
+        raise ExportError(f"{request.target}, from which a GGUF is made, was written with --no-verify.", cure)
     return report
 
 

@@ -10,6 +10,9 @@ from qlora_phi3.sizes import parse_size
 
 #: A shard holds at least the largest tensor whatever is asked for; less than this makes thousands of files.
 SMALLEST_SHARD = 2**20
+#: As people write them, and as torch does.
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+USUAL_ONTO, USUAL_DTYPE = "auto", "fp16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +58,18 @@ def make_request(
 ) -> Request:
     """Check what the command line asks for.
 
+    Args:
+        out: where to write; without it beside the run, under a name that tells what was asked for beyond the usual.
+        dtype: one of `DTYPES`.
+
     Raises:
         ExportError, RunError: the run is none or not done, a size is unreadable, or a target is where it must not be.
     """
     folder, report = find_finished_run(run)
     gguf = kind == "gguf"
-    target = folder.path / "merged" if out is None or gguf else out
-    gguf_target = (out or folder.path / "gguf") if gguf else None
+    asked = "".join(f"-{value}" for value, usual in ((onto, USUAL_ONTO), (dtype, USUAL_DTYPE)) if value != usual)
+    target = folder.path / f"merged{asked}" if out is None or gguf else out
+    gguf_target = (out or folder.path / f"gguf{asked}") if gguf else None
     for place in filter(None, (target, gguf_target)):
         _check_target(place, folder, base)
     return Request(
@@ -70,7 +78,7 @@ def make_request(
         target=target,
         gguf_target=gguf_target,
         quant=(quant or "f16").lower(),
-        dtype=dtype,
+        dtype=DTYPES[dtype],
         onto=onto,
         base=base,
         shard_bytes=_size("--shard-size", shard_size, SMALLEST_SHARD),

@@ -117,7 +117,7 @@ def test_it_stops_at_the_end_of_a_turn(exported):
 def test_onto_the_original_is_held_against_the_unquantized_base(run):
     result = call("export", str(run), "--onto", "original", "--dtype", "fp32")
     assert result.exit_code == 0, result.stderr
-    report = read_json(run / "merged" / "export_report.json")
+    report = read_json(run / "merged-original-fp32" / "export_report.json")
     original = next(score for score in report["proof"]["scores"] if score["name"] == "original")
     assert (report["onto"], report["dtype"]) == ("original", "float32")
     assert original["fault_max_kl"] < 1e-8 < original["mean_kl"]
@@ -192,6 +192,26 @@ def test_what_stands_at_the_target_is_replaced_only_by_force(run):
     assert sorted(path.name for path in run.iterdir() if path.name.startswith(".")) == []
 
 
+def test_each_way_to_merge_has_a_folder_of_its_own_and_a_gguf_is_made_from_the_one_like_it(run, tmp_path):
+    pytest.importorskip("gguf")
+    assert call("export", str(run), "--no-verify").exit_code == 0
+    words = ("--format", "gguf", "--quant", "f32", "--dtype", "fp32", "--onto", "nf4")
+    assert call("export", str(run), *words, "--no-verify").exit_code == 0
+    folders = {"merged", "merged-nf4-fp32", "gguf-nf4-fp32"}
+    assert folders <= {path.name for path in run.iterdir()}
+    again = call("export", str(run), *words, "--no-verify", "--out", str(tmp_path / "again"))
+    assert again.exit_code == 0, again.stderr
+    assert "made before" in again.stdout
+    unproved = call("export", str(run), *words, "--out", str(tmp_path / "proved"))
+    assert unproved.exit_code == 2
+    assert "was written with --no-verify. --force makes it anew" in unproved.stderr
+    (adapter,) = (run / "adapter").glob("adapter_model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in load_file(adapter).items()}, adapter)
+    changed = call("export", str(run), *words, "--no-verify", "--out", str(tmp_path / "changed"))
+    assert changed.exit_code == 2
+    assert "is no export of this run as it is now" in changed.stderr
+
+
 def test_a_proof_that_fails_keeps_the_files_under_a_name_that_says_so(run, monkeypatch):
     import qlora_phi3.export.merge as merge
 
@@ -203,8 +223,8 @@ def test_a_proof_that_fails_keeps_the_files_under_a_name_that_says_so(run, monke
     result = call("export", str(run), "--onto", "nf4")
     assert result.exit_code == 5
     assert "is not what was trained" in result.stderr
-    assert not (run / "merged").exists()
-    assert read_json(run / "merged.failed-proof" / "export_report.json")["status"] == "failed"
+    assert not (run / "merged-nf4").exists()
+    assert read_json(run / "merged-nf4.failed-proof" / "export_report.json")["status"] == "failed"
 
 
 def test_a_run_on_unquantized_weights_is_exported_too(shop):

@@ -177,6 +177,7 @@ EFFECTS = {
     "model.name": ("other", Lab.loading),
     "model.revision": ("main", Lab.loading),
     "model.attn_implementation": ("eager", Lab.loading),
+    "model.adapter": ("trained", Lab.loaded),
     "model.save_quantized": (True, Lab.kept),
     "quantization.load_in_4bit": (False, Lab.loading),
     "quantization.bnb_4bit_quant_type": ("fp4", Lab.loading),
@@ -291,7 +292,20 @@ def workplace(tmp_path_factory, base):
         '{"prompt": "a", "completion": "b", "text": "one and", "other": "two or"}\n' * 4, encoding="utf-8"
     )
     (shop.path / "own.jinja").write_text(OWN_TEMPLATE, encoding="utf-8")
+    leave_adapter(shop)
     return shop
+
+
+def leave_adapter(shop):
+    """A trained adapter of the usual settings."""
+    from qlora_phi3.training.ready import load_model, prepare
+
+    recipe = load_recipe(shop.write())
+    model = load_model(recipe, prepare(recipe, shop.path, Silent()), Silent())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    model.save_pretrained(shop.path / "trained")
 
 
 @pytest.fixture

@@ -73,6 +73,7 @@ def _moved(recipe: Recipe, old: Path, new: Path) -> Iterator[Choice]:
     data = recipe.data
     for table, key, value in (
         ("model", "name", recipe.model.name),
+        ("model", "adapter", recipe.model.adapter),
         ("data", "train", data.train),
         ("data", "eval", data.eval),
     ):

@@ -13,7 +13,7 @@ IsFile = Callable[[str, Path], bool]
 
 
 def find_missing(raw: Mapping[str, Any], base_folder: Path, is_file: IsFile) -> Iterator[Problem]:
-    """Yield a problem for the model folder and for every data file that does not exist.
+    """Yield a problem for the model folder, the adapter and every data file that does not exist.
 
     Args:
         raw: the tables as they were read; what is of a wrong type is passed over.
@@ -23,6 +23,9 @@ def find_missing(raw: Mapping[str, Any], base_folder: Path, is_file: IsFile) -> 
     if isinstance(name, str) and name and _is_folder_name(name) and not _exists(name, base_folder):
         cure = "Give a folder that exists, or a hub id such as microsoft/Phi-3-mini-4k-instruct."
         yield Problem("model", "name", f"[model] name: There is no model folder {name}. {cure}")
+    adapter = _table(raw, "model").get("adapter")
+    if isinstance(adapter, str) and adapter and not _exists(adapter, base_folder):
+        yield Problem("model", "adapter", f"[model] adapter: There is no folder {adapter}.")
     measures = _table(raw, "training").get("do_eval") is not False
     for key in ("train", "eval") if measures else ("train",):
         names = _table(raw, "data").get(key)

@@ -23,7 +23,8 @@ def with_found_paths(recipe: "Recipe", base_folder: Path) -> "Recipe":
         return [find(place) for place in places] if isinstance(places, list) else places and find(places)
 
     data = recipe.data.model_copy(update={"train": find_all(recipe.data.train), "eval": find_all(recipe.data.eval)})
-    model = recipe.model.model_copy(update={"name": find(recipe.model.name)})
+    adapter = recipe.model.adapter
+    model = recipe.model.model_copy(update={"name": find(recipe.model.name), "adapter": adapter and find(adapter)})
     return recipe.model_copy(update={"data": data, "model": model})
 
 

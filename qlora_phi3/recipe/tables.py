@@ -68,6 +68,8 @@ class Model(Table):
     """Hub id or folder of a checkpoint whose config.json says model_type phi3."""
     revision: Text | None = None
     """Branch, tag or commit of the hub repository."""
+    adapter: Text | None = None
+    """A trained adapter to begin with, of the same settings as [lora]: a PEFT folder or a run's; unset: a fresh one."""
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     """How attention is computed."""
     save_quantized: bool = False

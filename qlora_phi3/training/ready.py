@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
+from qlora_phi3.adapters.start import start_from
 from qlora_phi3.architecture import Architecture, parse_architecture, read_config
 from qlora_phi3.dataset.prepare import PreparedData
 from qlora_phi3.dataset.template import choose_template
@@ -81,7 +82,12 @@ def read_card() -> Device | None:
         return None
 
 
-def load_model(recipe: Recipe, ready: Ready, listener: Listener) -> PeftModel:
+def load_model(recipe: Recipe, ready: Ready, listener: Listener, *, begins: bool = True) -> PeftModel:
+    """The base and its adapter.
+
+    Args:
+        begins: whether the run is at its first step; else a checkpoint fills the adapter.
+    """
     room = cap_to_free_memory(ready.device)
     if room is not None:
         listener.say(f"Memory: at most {format_gib(room)}, what is free on the card; more would spill and crawl")
@@ -96,6 +102,11 @@ def load_model(recipe: Recipe, ready: Ready, listener: Listener) -> PeftModel:
     )
     set_seed(recipe.training.seed)
     model = attach_adapter(base, recipe.lora)
+    if begins and recipe.model.adapter is not None:
+        trained_on = start_from(model, Path(recipe.model.adapter))
+        listener.say(f"Starting from the adapter {recipe.model.adapter}")
+        if Path(trained_on).name not in ("", Path(recipe.model.name).name):
+            listener.warn(f"That adapter says it was trained on {trained_on}, and this run is on {recipe.model.name}.")
     coverage = measure_coverage(model)
     listener.progress("Loading the base model", 1, 1)
     kind = recipe.quantization.bnb_4bit_quant_type.upper() if recipe.quantization.load_in_4bit else "unquantized"

@@ -80,7 +80,8 @@ def run(
     chosen = choose(recipe, ready, listener)
     folder = resume or create_run_folder(Path(recipe.training.output_dir), name)
     with kept_if_loaded(folder, is_new=resume is None):
-        model = load_model(recipe, ready, listener)
+        begins = resume is None or find_checkpoint(resume.checkpoints)[0] is None
+        model = load_model(recipe, ready, listener, begins=begins)
     with failure_reported(folder, report, started):
         write_atomically(folder.recipe, recipe_as_toml(recipe))
         write_report(folder, report)

@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "held_out.jsonl"
 
     @property
+    def chat_template(self) -> Path:
+        """The chat template that was trained with, marks and all, where the recipe named a file."""
+        return self.path / "chat_template.jinja"
+
+    @property
     def checkpoints(self) -> Path:
         """Where `--resume` goes on from."""
         return self.path / "checkpoints"

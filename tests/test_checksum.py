@@ -6,7 +6,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from qlora_phi3.checksum import checksum_of, tensor_checksum, tensor_record
+from qlora_phi3.checksum import SAMPLED_BYTES, checksum_of, sample_codes, tensor_checksum, tensor_record
 
 
 def quantize(weight: torch.Tensor, *, double_quant: bool) -> bnb.nn.Params4bit:
@@ -56,3 +56,21 @@ def test_scales_alone_change_the_checksum_and_not_that_of_the_codes():
     assert one["codes"] == twice["codes"]
     assert one["sha256"] != twice["sha256"]
     assert twice["mean_absmax"] == 2 * one["mean_absmax"]
+
+
+def test_the_sampled_codes_are_spread_over_the_whole_tensor_and_its_rows():
+    rows, columns = 512, 1536
+    packed = (torch.arange(rows * columns) % columns * 256 // columns).to(torch.uint8).view(-1, 1)
+    in_column = bytearray(sample_codes(packed))
+    in_row = bytearray(
+        sample_codes((torch.arange(rows * columns) // columns * 256 // rows).to(torch.uint8).view(-1, 1))
+    )
+    for places in (in_column, in_row):
+        per_quarter = torch.tensor(list(places)).div(64, rounding_mode="floor").bincount()
+        assert per_quarter.tolist() == pytest.approx([SAMPLED_BYTES / 4] * 4, abs=8)
+    assert len(set(zip(in_column, in_row, strict=True))) > 0.95 * SAMPLED_BYTES
+
+
+def test_of_a_tensor_with_few_codes_all_are_the_sample():
+    parameter = quantize(torch.randn(8, 64), double_quant=True)
+    assert tensor_record(parameter)["sampled_codes"] == parameter.data.numpy().tobytes().hex()

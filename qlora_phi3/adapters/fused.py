@@ -54,10 +54,13 @@ def check_layers(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], base: 
     """Refuse an update of a layer that the base does not have, or has in another size; ExportError names it."""
     for name, update in adapter.updates.items():
         if name not in shapes:
-            raise ExportError(
-                f"{where}: {base} has no layer {name}.",
-                f"Its layers are called as {next(iter(shapes))} and {list(shapes)[2]}.",
+            known = list(shapes)[:3]
+            called = (
+                f"Its layers are called as {' and '.join((known[0], *known[2:]))}."
+                if known
+                else "It has none to adapt."
             )
+            raise ExportError(f"{where}: {base} has no layer {name}.", called)
         size = (update.out_features, update.in_features)
         if size != shapes[name]:
             raise ExportError(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder to write; usually RUN/merged, RUN/gguf-fp32 and the like."
+    "--out", type=click.Path(path_type=Path), help="Folder to write; usually RUN/merged, RUN/gguf-q8_0 and the like."
 )
 @click.option(
     "--format",
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @click.option("--shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file of weights.")
 @click.option("--max-ram", metavar="SIZE", help="Stay within this much memory.")
 @click.option("--no-verify", is_flag=True, help="Leave the proof out (minutes for a full-size model on a CPU).")
-@click.option("--force", is_flag=True, help="Replace what is at the target.")
+@click.option("--force", is_flag=True, help="Replace an earlier export at the target.")
 @click.option("--push", metavar="USER/NAME", help="Upload to the hub afterwards, with a model card.")
 @click.option("--private", is_flag=True, help="With --push: for your eyes only.")
 @debug_option
@@ -118,4 +118,7 @@ def _export(request: "Request", view: "View", *, quiet: bool) -> None:
     from qlora_phi3.show.export import show_export
 
     view.progress("Starting torch, transformers and peft", 1, 1)
-    show_export(view, export_run(request, view))
+    exported = export_run(request, view)
+    show_export(view, exported)
+    if exported.fault is not None:
+        raise exported.fault

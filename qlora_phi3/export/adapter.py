@@ -21,7 +21,8 @@ from qlora_phi3.sizes import format_count
 ADAPTER_NAME = "adapter_model.safetensors"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ADAPTER = "default"
-_PREFIX = "base_model.model."
+#: PEFT's, before every name of the base.
+PREFIX = "base_model.model."
 #: Ways to start an adapter that leave the base as it is; the others (pissa, olora, corda, loftq …) train on a changed base.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -85,7 +86,7 @@ def read_updates(folder: Path, config: Mapping[str, Any]) -> Updates:
         ExportError: files missing or cut, a tensor of another shape than the base's, NaN or infinity in one, or anything that
             a merge could not keep: other kinds of adapter, biases, LoRA on embeddings or the head, tensors nobody reads.
     """
-    settings = _read_config(folder)
+    settings = read_settings(folder)
     stored = open_file(folder / ADAPTER_NAME, error=ExportError)
     model = _skeleton(settings, config, folder)
     targets: dict[str, Target] = {}
@@ -95,11 +96,11 @@ def read_updates(folder: Path, config: Mapping[str, Any]) -> Updates:
             targets[f"{name}.weight"] = _target(name, module, stored, folder)
         elif isinstance(module, ModulesToSaveWrapper):
             for part, parameter in module.modules_to_save[_ADAPTER].named_parameters():
-                _check_shape(stored, f"{_PREFIX}{name}.{part}", tuple(parameter.shape), folder)
+                _check_shape(stored, f"{PREFIX}{name}.{part}", tuple(parameter.shape), folder)
                 trained.setdefault(id(parameter), []).append(f"{name}.{part}")
         elif isinstance(module, AuxiliaryTrainingWrapper):
             raise _refused(folder, f"single trained tokens of {name} (trainable_token_indices)")
-    replaced = {names[0]: f"{_PREFIX}{names[0]}" for names in trained.values()}
+    replaced = {names[0]: f"{PREFIX}{names[0]}" for names in trained.values()}
     tied = any({EMBEDDING, HEAD} <= set(names) for names in trained.values())
     _check_all_read(stored, targets, [name for names in trained.values() for name in names], folder)
     _check_finite(stored, folder)
@@ -108,7 +109,12 @@ def read_updates(folder: Path, config: Mapping[str, Any]) -> Updates:
     return Updates(stored=stored, targets=targets, replaced=replaced, unties=unties)
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def read_settings(folder: Path) -> LoraConfig:
+    """PEFT's own reading of adapter_config.json.
+
+    Raises:
+        ExportError: it is missing, unreadable, or of an adapter that cannot be merged.
+    """
     if not (folder / "adapter_config.json").is_file():
         raise ExportError(f"{folder} holds no adapter_config.json.", "Give the folder of a PEFT adapter.")
     if not (folder / ADAPTER_NAME).is_file() and (folder / "adapter_model.bin").is_file():
@@ -155,10 +161,10 @@ def _target(name: str, layer: Any, stored: StoredWeights, folder: Path) -> Targe
         raise _refused(folder, f"{type(variant).__name__} on {name}")
     if layer.lora_bias[_ADAPTER]:
         raise _refused(folder, f"a trained bias of the adapter on {name} (lora_bias)")
-    down, up = (f"{_PREFIX}{name}.lora_{side}.weight" for side in "AB")
+    down, up = (f"{PREFIX}{name}.lora_{side}.weight" for side in "AB")
     _check_shape(stored, down, tuple(layer.lora_A[_ADAPTER].weight.shape), folder)
     _check_shape(stored, up, tuple(layer.lora_B[_ADAPTER].weight.shape), folder)
-    magnitude = f"{_PREFIX}{name}.lora_magnitude_vector" if uses_dora else None
+    magnitude = f"{PREFIX}{name}.lora_magnitude_vector" if uses_dora else None
     if magnitude is not None:
         _check_shape(stored, magnitude, (layer.out_features,), folder)
     shape = (layer.out_features, layer.in_features)
@@ -180,7 +186,7 @@ def _check_shape(stored: StoredWeights, key: str, shape: tuple[int, ...], folder
 
 def _check_all_read(stored: StoredWeights, targets: Mapping[str, Target], trained: Iterable[str], folder: Path) -> None:
     used = {key for target in targets.values() for key in (target.down, target.up, target.magnitude)}
-    unknown = sorted(stored.info.keys() - used - {f"{_PREFIX}{name}" for name in trained})
+    unknown = sorted(stored.info.keys() - used - {f"{PREFIX}{name}" for name in trained})
     if unknown:
         raise _refused(
             folder, f"{format_count(len(unknown), 'tensor')} without a place in this base, first {unknown[0]}"

@@ -52,21 +52,19 @@ def make_candidates(
     adapter: Path,
     *,
     dtype: torch.dtype,
-    written: Mapping[Onto, Weights] | None = None,
     ontos: Sequence[Onto] = ("nf4", "original"),
     checked: Sequence[Onto] = ("nf4", "original"),
 ) -> list[Candidate]:
-    """The merges, from their files where they are written, and computed on the way where they are not.
+    """The merges, computed on the way.
 
     Args:
         dtype: of the export.
-        written: the tensors of finished folders.
         checked: those to be held against what they are made of, which may be a pass of its own.
     """
     merged_config = {**config, "tie_word_embeddings": False} if updates.unties else config
     candidates = []
     for onto in ontos:
-        weights = _Noting((written or {}).get(onto) or MergedWeights(base, updates, onto=onto, dtype=dtype))
+        weights = _Noting(MergedWeights(base, updates, onto=onto, dtype=dtype))
         parts = _Parts(base, updates, onto)
         candidates.append(
             Candidate(

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError
 
+from qlora_phi3.export.proof import tell_other_bits
 from qlora_phi3.recipe.load import Recipe
 from qlora_phi3.recipe.places import listed
 from qlora_phi3.recipe.problems import format_toml
@@ -23,16 +24,17 @@ def render_card(recipe: Recipe, run: Mapping[str, Any], export: Mapping[str, Any
         run: contents of the run's report.json.
         export: contents of export_report.json.
         base: the base's folder; its own card says the licence.
+            For a GGUF the merged model's, whose card states it too; `export["gguf"]` then names the file and its quantization.
     """
     name = public_name(recipe.model.name)
     licence = read_licence(base)
     data = ModelCardData(
         base_model=name if "/" in name else None,
         license=licence,
-        library_name="transformers",
+        library_name=None if "gguf" in export else "transformers",
         pipeline_tag="text-generation",
         datasets=[source for source in listed(recipe.data.train) if _is_hub_id(source)] or None,
-        tags=["phi3", "qlora", "qlora-phi3"],
+        tags=["phi3", "qlora", "qlora-phi3", *(["gguf"] if "gguf" in export else [])],
     )
     parts = (
         f"# {name.rpartition('/')[2]}, fine-tuned with qlora-phi3",
@@ -93,15 +95,24 @@ def _about_result(run: Mapping[str, Any]) -> str:
 
 
 def _about_proof(export: Mapping[str, Any]) -> str:
-    proof = export.get("proof")
+    proof, gguf = export.get("proof"), export.get("gguf")
+    what = f"The merged model from which `{gguf['file']}` was made as {gguf['quant']}" if gguf else "The export"
     if not proof:
-        return "The export was not held against the trained model."
+        return f"{what} was not held against the trained model."
+    tokens, loss = f"{proof['tokens']:,} held-out tokens", "held-out loss"
+    if proof["trained"]:
+        tokens, loss = f"{proof['tokens']:,} tokens of rows that were trained on", "loss"
     rows = [
-        "| | held-out loss | mean KL from the trained model | largest KL | same top token |",
+        f"| | {loss} | mean KL from the trained model | largest KL | same top token |",
         "|---|--:|--:|--:|--:|",
         *(_proof_row(score) for score in proof["scores"]),
     ]
-    return f"Held against the trained model on {proof['tokens']:,} held-out tokens:\n\n" + "\n".join(rows)
+    return f"{what}, held against the trained model on {tokens}:\n\n" + "\n".join([*rows, *_about_bits(export)])
+
+
+def _about_bits(export: Mapping[str, Any]) -> list[str]:
+    told = tell_other_bits(export)
+    return [] if told is None else ["", told]
 
 
 def _proof_row(score: Mapping[str, Any]) -> str:

@@ -7,42 +7,51 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+import psutil  # type: ignore[import-untyped]
 
-from qlora_phi3.architecture import parse_architecture
 from qlora_phi3.errors import ExportError, ProofError
 from qlora_phi3.export.adapter import ADAPTER_NAME
-from qlora_phi3.export.candidates import live_model, make_candidates
 from qlora_phi3.export.card import render_card
 from qlora_phi3.export.files import Companions, read_object, write_companions
-from qlora_phi3.export.gguf import GgufResult, check_quant, convert_to_gguf
+from qlora_phi3.export.gguf import GgufResult, check_quant, convert_to_gguf, plan_gguf
 from qlora_phi3.export.hub import check_push, push
 from qlora_phi3.export.merge import Onto
 from qlora_phi3.export.modelfile import write_modelfile
-from qlora_phi3.export.proof import (
-    CPU_TOKENS,
-    CUDA_TOKENS,
-    Proof,
-    choose_onto,
-    find_difference,
-    find_fault,
-    prove,
+from qlora_phi3.export.proof import Proof, choose_onto
+from qlora_phi3.export.request import CARD, MODELFILE, REPORT, Request
+from qlora_phi3.export.scored import SCORED, find_fault_of, score_all
+from qlora_phi3.export.sources import (
+    MERGE_BYTES,
+    Sources,
+    check_base,
+    check_memory,
+    describe_base,
+    open_sources,
+    proved_status,
+    tell_kept_bits,
 )
-from qlora_phi3.export.request import Request
-from qlora_phi3.export.sources import Sources, check_base, check_memory, describe_base, open_sources
 from qlora_phi3.export.stop import StopTest, measure_stops
-from qlora_phi3.export.weights import open_weights
-from qlora_phi3.export.writer import check_disk, forget_progress, missing_bytes, plan_shards, write_shards
+from qlora_phi3.export.writer import (
+    check_disk,
+    clear_draft,
+    forget_progress,
+    missing_bytes,
+    plan_shards,
+    write_shards,
+    writing,
+)
 from qlora_phi3.model import only_errors
+from qlora_phi3.recipe.load import load_recipe
+from qlora_phi3.sizes import format_gib
 from qlora_phi3.training.listener import Listener
 
-REPORT = "export_report.json"
 #: Room for the files beside the weights.
 COMPANION_BYTES = 64 * 2**20
 LIBRARIES = ("qlora-phi3", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
@@ -55,118 +64,142 @@ class Exported:
     folder: Path
     #: Contents of export_report.json.
     report: dict[str, Any]
-    gguf: GgufResult | None
+    gguf: GgufResult | None = None
     #: Address on the hub.
-    page: str | None
+    page: str | None = None
+    #: The proof failed: `folder` has a name that says so, and nothing was made of it. To be raised, once the figures were shown.
+    fault: ProofError | None = None
 
 
 def export_run(request: Request, listener: Listener) -> Exported:
     """Write what a request asks for.
 
     Raises:
-        ProofError: it is written, under a name that says so, and is not what was trained.
         UserError: anything a person can mend; nothing half stands under the target's name.
     """
     if request.push is not None:
-        check_push(request.push)
-    if request.gguf_target is not None:
+        check_push(request.push, private=request.private)
+    if request.gguf_file is not None:
         check_quant(request.quant)
-    report = _merge(request, listener)
-    gguf = _convert(request, listener) if request.gguf_target is not None else None
-    folder = request.gguf_target or request.target
+    key = _key(request)
+    report = _find_made(request, key, listener)
+    if report is None:
+        report, fault = _merge(request, key, listener)
+        if fault is not None:
+            return Exported(folder=_failed(request.target), report=report, fault=fault)
+    gguf = None if request.gguf_file is None else _convert(request, request.gguf_file, report, listener)
+    folder = request.target if gguf is None else gguf.path.parent
     page = None
     if request.push is not None:
         listener.say(f"Pushing {folder} to {request.push}")
-        page = push(folder, request.push, private=request.private)
+        names = [path.name for path in folder.iterdir()] if gguf is None else [gguf.path.name, CARD, MODELFILE, REPORT]
+        page = push(folder, sorted(names), request.push, private=request.private)
     return Exported(folder=folder, report=report, gguf=gguf, page=page)
 
 
-def _merge(request: Request, listener: Listener) -> dict[str, Any]:
-    """The merged model at the request's target; a finished one that the same request made is taken as it is, for a GGUF."""
-    key = _key(request)
-    if request.target.exists() and not request.force:
-        if request.gguf_target is None:
-            raise ExportError(f"{request.target} exists.", "Give --out another folder, or --force to replace it.")
-        report = _made_before(request, key)
+def _find_made(request: Request, key: str, listener: Listener) -> dict[str, Any] | None:
+    """The report of the merged model that a GGUF can be made from, where there is one already.
+
+    Raises:
+        ExportError: it was made of something else, or never held against the trained model, and is not to be replaced.
+    """
+    path = request.target / REPORT
+    if request.gguf_file is None or not path.is_file():
+        return None
+    report = read_object(path)
+    if report.get("key") != key:
+        why = "is no export of this run as it is now"
+    elif request.verify and not report.get("proof"):
+        why = "was written with --no-verify"
+    elif report.get("fault"):
+        why = "is not what was trained"
+    else:
+        _check_memory_of_gguf(request)
         listener.say(f"Merged model: {request.target}, made before")
         return report
+    if request.force:
+        return None
+    raise ExportError(f"{request.target}, from which a GGUF is made, {why}.", "--force makes it anew; or move it away.")
+
+
+def _merge(request: Request, key: str, listener: Listener) -> tuple[dict[str, Any], ProofError | None]:
+    """Make the merged model at the request's target; its report, and why it is not what was trained if it is not."""
     started = time.perf_counter()
     sources = open_sources(request, listener)
     if request.max_ram_bytes is not None:
         check_memory(sources, request.max_ram_bytes, verify=request.verify)
+    onto = _first_onto(request, sources)
     draft = request.target.with_name(f".{request.target.name}.partial")
-    onto, companions = _write(request, sources, draft, key, listener)
-    proof, stops, fault = None, None, None
+    key_of_draft = f"{key} {_state_of(sources.folder)}"
+    with writing(draft):
+        companions = _write_companions(request, sources, draft)
+    _check_room(request, sources, draft, f"{key_of_draft} {onto}", onto)
+    scored, stops, fault = None, None, None
     if request.verify:
-        proof, onto, fault = _prove(request, sources, draft, key, onto, listener)
-    if proof is not None and fault is None:
-        stops = _test_stops(request, sources, draft, proof, onto, listener)
+        scored = score_all(request, sources, draft, key_of_draft, onto, listener)
+        if request.onto == "auto" and (better := choose_onto(scored.proof)) != onto:
+            listener.say(f"Onto {better} the held-out loss is lower: writing that")
+            onto = better
+    _write_weights(request, sources, draft, f"{key_of_draft} {onto}", onto, listener)
+    if scored is not None:
+        fault = find_fault_of(request, scored, draft, onto, listener)
+    if scored is not None and fault is None:
+        stops = _test_stops(request, sources, draft, scored.proof, onto, listener)
+    tell_kept_bits(sources, listener)
     report = {
         "key": key,
-        "status": "unproved" if proof is None else "failed" if fault else "proved",
+        "status": "unproved" if scored is None else "failed" if fault else proved_status(sources),
         "fault": fault,
         "run": request.run.path.name,
         "base": describe_base(sources),
         "onto": onto,
         "onto_asked": request.onto,
         "dtype": request.dtype,
-        "proof": proof and proof.as_dict(),
+        "proof": scored and scored.proof.as_dict(),
         "stop_test": stops and stops.as_dict(),
         "files": {"copied": dict(companions.copied), "changed": list(companions.changed)},
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": time.perf_counter() - started,
         "versions": {name: version(name) for name in LIBRARIES},
     }
-    card = render_card(sources.recipe, request.report, report, base=sources.folder)
-    (draft / "README.md").write_text(card, encoding="utf-8", newline="\n")
-    (draft / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8", newline="\n")
-    _hand_out(draft, request.target, fault, request.dtype)
-    return report
+    with writing(draft):
+        _describe(draft, render_card(sources.recipe, request.report, report, base=sources.folder), report)
+        return report, _hand_out(request, draft, fault)
 
 
-def _made_before(request: Request, key: str) -> dict[str, Any]:
-    """The report of the merged model that a GGUF is made from.
-
-    Raises:
-        ExportError: it was made of something else, or never held against the trained model.
-    """
-    made = request.target / REPORT
-    report = read_object(made) if made.is_file() else {}
-    cure = "--force makes it anew; or move it away."
-    if report.get("key") != key:
-        raise ExportError(f"{request.target}, from which a GGUF is made, is no export of this run as it is now.", cure)
-    if request.verify and report.get("status") != "proved":
-        raise ExportError(f"{request.target}, from which a GGUF is made, was written with --no-verify.", cure)
-    return report
-
-
-def _write(request: Request, sources: Sources, draft: Path, key: str, listener: Listener) -> tuple[Onto, Companions]:
-    """Fill the draft: files beside the weights, then the weights onto what is most likely wanted."""
-    onto = _first_onto(request, sources)
-    weights = sources.merged(onto, request.dtype)
-    shards = plan_shards(weights.info, request.shard_bytes)
-    check_disk(draft.parent, missing_bytes(shards, draft, f"{key} {onto}") + COMPANION_BYTES)
+def _write_companions(request: Request, sources: Sources, draft: Path) -> Companions:
+    """The files beside the weights, in a draft that holds nothing else but what can be gone on with."""
     draft.mkdir(parents=True, exist_ok=True)
-    companions = write_companions(
+    clear_draft(draft, kept=[SCORED])
+    return write_companions(
         sources.folder,
         sources.adapter,
         draft,
         dtype=request.dtype,
-        untied=weights.updates.unties,
+        untied=sources.updates.unties,
         end_of_turn=sources.ending.token_id,
         template=sources.ending.template,
     )
-    _write_weights(request, sources, draft, key, onto, listener)
-    return onto, companions
 
 
 def _first_onto(request: Request, sources: Sources) -> Onto:
     """Of "auto", the weights that were trained on: they win nearly always."""
-    if sources.base.record.scheme is None:
+    if not sources.can_merge("nf4"):
         if request.onto == "nf4":
             raise ExportError("--onto nf4: the run did not quantize its base.", "Leave --onto out.")
         return "original"
     return "original" if request.onto == "original" else "nf4"
+
+
+def _check_room(request: Request, sources: Sources, draft: Path, key: str, onto: Onto) -> None:
+    """Refuse what the disk cannot hold, and what llama.cpp cannot, before hours are spent on it."""
+    weights = sources.merged(onto, request.dtype)
+    merge = missing_bytes(plan_shards(weights.info, request.shard_bytes), draft, key) + COMPANION_BYTES
+    check_disk(draft.parent, merge)
+    if request.gguf_file is not None:
+        gguf = plan_gguf(draft, weights.info, quant=request.quant, name=request.name).num_bytes
+        folder = next(path for path in request.gguf_file.parents if path.is_dir())
+        check_disk(folder, gguf + (merge if folder.stat().st_dev == draft.stat().st_dev else 0))
 
 
 def _write_weights(request: Request, sources: Sources, draft: Path, key: str, onto: Onto, listener: Listener) -> None:
@@ -176,58 +209,25 @@ def _write_weights(request: Request, sources: Sources, draft: Path, key: str, on
         weights,
         draft,
         shards,
-        key=f"{key} {onto}",
-        progress=partial(_tell_bytes, listener, f"Merging onto {onto}, MB"),
+        key=key,
+        progress=partial(_tell_megabytes, listener, f"Merging onto {onto}"),
         notes=sources.base.notes,
     )
     if written.num_resumed:
         listener.say(f"Went on after {written.num_resumed} of {len(shards)} files that stood already")
     sources.base.recall(written.notes)
-    check_base(sources, listener)
+    if not request.verify:  # else it was looked at before
+        try:
+            check_base(sources)
+        except ExportError:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
 
 
-def _tell_bytes(listener: Listener, what: str, done: int, total: int) -> None:
-    megabytes = max(1, total // 10**6)
-    listener.progress(what, megabytes if done == total else min(done // 10**6, megabytes - 1), megabytes)
-
-
-def _prove(
-    request: Request, sources: Sources, draft: Path, key: str, onto: Onto, listener: Listener
-) -> tuple[Proof, Onto, str | None]:
-    """Score the live model, the merge that is written, and the other one; where that is better and the choice is ours, write it.
-
-    Returns:
-        The scores, what the draft is merged onto now, and what is wrong with it, if anything is.
-    """
-    others: list[Onto] = [other for other in ("nf4", "original") if other != onto and sources.can_merge(other)]
-    candidates = make_candidates(
-        sources.base,
-        sources.updates,
-        sources.config,
-        sources.adapter,
-        dtype=getattr(torch, request.dtype),
-        written={onto: open_weights(draft)},
-        ontos=(onto, *others),
-        checked=(onto, *(others if request.onto == "auto" else ())),
-    )
-    proof = prove(
-        live_model(sources.base, sources.config, sources.adapter),
-        candidates,
-        sources.rows,
-        parse_architecture(sources.config, str(sources.folder)),
-        stop_ids=read_object(draft / "generation_config.json")["eos_token_id"],
-        max_tokens=CUDA_TOKENS if sources.device.type == "cuda" else CPU_TOKENS,
-        progress=listener.progress,
-    )
-    check_base(sources, listener)
-    if request.onto == "auto" and (better := choose_onto(proof)) != onto:
-        listener.say(f"Onto {better} the held-out loss is lower: writing that")
-        _write_weights(request, sources, draft, key, better, listener)
-        onto = better
-    scored = next(candidate.checksums for candidate in candidates if candidate.onto == onto)
-    if (name := find_difference(scored, open_weights(draft), listener.progress)) is not None:
-        return proof, onto, f"{name} in the files is not what was scored"
-    return proof, onto, find_fault(proof.of(onto), getattr(torch, request.dtype))
+def _tell_megabytes(listener: Listener, what: str, done: int, total: int | None) -> None:
+    megabytes = None if total is None else max(1, total // 10**6)
+    most = None if megabytes is None else megabytes if done == total else megabytes - 1  # so that only the end ends it
+    listener.progress(f"{what}, MB", done // 10**6 if most is None else min(done // 10**6, most), megabytes)
 
 
 def _test_stops(
@@ -245,48 +245,88 @@ def _test_stops(
         )
 
 
+def _state_of(base: Path) -> str:
+    """Tells a base's files from others and from the same ones once mended: a draft goes on with those it was begun with."""
+    files = ((path.name, path.stat()) for path in sorted(base.glob("*.safetensors")))
+    return str([str(base.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)])
+
+
 def _key(request: Request) -> str:
     """Names everything that decides the bytes of the export."""
+    run = request.run
     digest = hashlib.sha256()
-    for path in (request.run.base, request.run.adapter / "adapter_config.json", request.run.adapter / ADAPTER_NAME):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    adapter = (run.adapter / "adapter_config.json", run.adapter / ADAPTER_NAME)
+    for path in (run.base, *adapter, run.held_out, run.chat_template):
+        if path.is_file():
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     asked = f"{request.dtype} {request.onto} {version('qlora-phi3')}"
     return hashlib.sha256(digest.digest() + asked.encode()).hexdigest()
 
 
-def _hand_out(draft: Path, target: Path, fault: str | None, dtype: str) -> None:
+def _describe(folder: Path, card: str, report: Mapping[str, Any]) -> None:
+    (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def _failed(target: Path) -> Path:
+    return target.with_name(f"{target.name}.failed-proof")
+
+
+def _hand_out(request: Request, draft: Path, fault: str | None) -> ProofError | None:
     """Give the draft its name; what stood there goes only now.
 
-    Raises:
-        ProofError: the proof failed; the name says so, and what stood there stays.
+    Returns:
+        The proof failed; the name says so, and what stood at the target stays.
     """
-    forget_progress(draft)
+    target = request.target
     if fault is not None:
-        cure = "bf16 rounds small updates away: try --dtype fp16. " if dtype == "bfloat16" else ""
-        failed = target.with_name(f"{target.name}.failed-proof")
+        cure = "bf16 rounds small updates away: try --dtype fp16. " if request.dtype == "bfloat16" else ""
+        failed = _failed(target)
         shutil.rmtree(failed, ignore_errors=True)
-        draft.replace(failed)
-        raise ProofError(f"The export is not what was trained: {fault}.", f"{cure}It is kept in {failed} for a look.")
+        _name(draft, failed)
+        return ProofError(f"The export is not what was trained: {fault}.", f"{cure}It is kept in {failed} for a look.")
     former = target.with_name(f".{target.name}.former")
     shutil.rmtree(former, ignore_errors=True)
     if target.exists():
+        if not request.force and any(target.iterdir()):
+            raise ExportError(f"{target} came to be in the meantime.", "Move it away and give the same command again.")
         target.replace(former)
-    draft.replace(target)
+    _name(draft, target)
     shutil.rmtree(former, ignore_errors=True)
+    return None
 
 
-def _convert(request: Request, listener: Listener) -> GgufResult:
-    """The merged model as a GGUF with its Modelfile."""
-    folder = request.gguf_target
-    if folder is None:
-        raise ValueError("no GGUF was asked for")
-    name = request.run.path.resolve().parent.name
-    target = folder / f"{name}-{request.quant}.gguf"
+def _name(draft: Path, place: Path) -> None:
+    forget_progress(draft)
+    (draft / SCORED).unlink(missing_ok=True)
+    draft.replace(place)
+
+
+def _check_memory_of_gguf(request: Request) -> None:
+    """As `sources.check_memory`; measured for a conversion were 119 to 224 MiB."""
+    needed = psutil.Process().memory_info().rss + MERGE_BYTES
+    if request.max_ram_bytes is not None and request.max_ram_bytes < needed:
+        raise ExportError(
+            f"--max-ram {format_gib(request.max_ram_bytes)} is too little: a .gguf file needs about {format_gib(needed)}.",
+            "Give that much.",
+        )
+
+
+def _convert(request: Request, target: Path, report: Mapping[str, Any], listener: Listener) -> GgufResult:
+    """The merged model as a GGUF with its Modelfile, card and report."""
     result = convert_to_gguf(
-        request.target, target, quant=request.quant, name=name, progress=listener.progress, force=request.force
+        request.target,
+        target,
+        quant=request.quant,
+        name=request.name,
+        progress=partial(_tell_megabytes, listener),
+        force=request.force,
     )
-    write_modelfile(request.target, target, folder / "Modelfile", force=True)
-    for companion in ("README.md", REPORT):
-        shutil.copyfile(request.target / companion, folder / companion)
+    report = {**report, "gguf": {"file": target.name, "quant": request.quant}}
+    with writing(target.parent):
+        write_modelfile(request.target, target, target.parent / MODELFILE, force=request.force)
+        card = render_card(load_recipe(request.run.recipe), request.report, report, base=request.target)
+        _describe(target.parent, card, report)
     return result

@@ -46,15 +46,11 @@ def write_companions(
     """
     copied = {}
     for name in COMPANIONS:
+        if name in TOKENIZER_FILES:
+            _check_trained_with(base / name, adapter / name)
         if name in (CONFIG, GENERATION_CONFIG) or not (base / name).is_file():
             continue
         copied[name] = _checksum(base / name)
-        trained_with = adapter / name
-        if name in TOKENIZER_FILES and (not trained_with.is_file() or _checksum(trained_with) != copied[name]):
-            raise ExportError(
-                f"{base / name} is not the file that was trained with; that one lies in {adapter}.",
-                "Put it back, or give the folder of the right base with --base.",
-            )
         shutil.copyfile(base / name, target / name)
     changed = [
         *_write_config(base / CONFIG, target / CONFIG, dtype=dtype, untied=untied),
@@ -65,6 +61,25 @@ def write_companions(
         copied.pop("chat_template.jinja", None)
         changed.append("chat_template.jinja: the template that the recipe names")
     return Companions(copied=copied, changed=tuple(changed))
+
+
+def _check_trained_with(file: Path, trained: Path) -> None:
+    """A tokenizer file must be the run's; of the configs only that it is there, as they may be written in other words."""
+    if trained.is_file() and not file.is_file():
+        raise ExportError(
+            f"{file} is missing, and the run trained with one.",
+            f"Copy {trained} there, or give the right base with --base.",
+        )
+    if file.name in (CONFIG, GENERATION_CONFIG) or not file.is_file():
+        return
+    cure = "give the folder of the right base with --base."
+    if not trained.is_file():
+        raise ExportError(f"{file} was not there when the run was trained.", f"Move it away, or {cure}")
+    if _checksum(trained) != _checksum(file):
+        raise ExportError(
+            f"{file} is not the file that was trained with; that one lies in {trained.parent}.",
+            f"Put it back, or {cure}",
+        )
 
 
 def _checksum(path: Path) -> str:

@@ -1,9 +1,10 @@
 """A finished export as one .gguf file, for llama.cpp and Ollama; tensor by tensor, a few rows at a time."""
 
 import importlib.util
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from qlora_phi3.export.gguf_prompt import Prompting, plan_prompting
 from qlora_phi3.export.gguf_quantizer import QUANTIZED, check_quantizer, quantize_file
 from qlora_phi3.export.gguf_tensors import PLAIN, TensorPlan, encode, plan_tensors
 from qlora_phi3.export.gguf_vocabulary import LIMITS, Vocabulary, read_vocabulary
-from qlora_phi3.export.weights import StoredWeights, Weights, open_weights
+from qlora_phi3.export.weights import TensorInfo, Weights, open_weights
 from qlora_phi3.model import load_tokenizer
 from qlora_phi3.recipe.tables import Model
 from qlora_phi3.sizes import format_gib
@@ -27,7 +28,6 @@ from qlora_phi3.sizes import format_gib
 QUANTS = (*PLAIN, *QUANTIZED)
 #: Room on the disk for what is not a tensor: header, vocabulary, padding.
 HEADER_BYTES = 32 * 2**20
-LOSSLESS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -47,6 +47,46 @@ class GgufResult:
     quant: str
     name: str
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufPlan:
+    """A .gguf file before it is written."""
+
+    config: Phi3Config
+    tokenizer: Any
+    vocabulary: Vocabulary
+    prompting: Prompting
+    tensors: Sequence[TensorPlan]
+    #: Of the file written first: what was asked for, or 16 or 32 bit for llama.cpp's quantizer.
+    file_type: str
+    #: Of disk, while it is written.
+    num_bytes: int
+
+
+def plan_gguf(folder: Path, info: Mapping[str, TensorInfo], *, quant: str, name: str) -> GgufPlan:
+    """What is to be written; all that llama.cpp has no way to hold shows here.
+
+    Args:
+        folder: with the checkpoint's config and tokenizer files; its weights need not be there yet.
+        info: of those weights.
+
+    Raises:
+        ExportError, ModelError: as `convert_to_gguf`.
+    """
+    config = read_phi3_config(folder)
+    tokenizer = load_tokenizer(Model(name=str(folder)))
+    tensors = plan_tensors(config, info, None if quant in QUANTIZED else quant)
+    weights = sum(math.prod(tensor.shape) for tensor in tensors)
+    return GgufPlan(
+        config=config,
+        tokenizer=tokenizer,
+        vocabulary=read_vocabulary(folder, tokenizer, config.vocab_size),
+        prompting=plan_prompting(tokenizer, name),
+        tensors=tensors,
+        file_type="f16" if quant in QUANTIZED else quant,
+        num_bytes=sum(plan.num_bytes for plan in tensors) + int(weights * QUANTIZED.get(quant, 0) / 8) + HEADER_BYTES,
+    )
 
 
 def convert_to_gguf(
@@ -69,19 +109,14 @@ def convert_to_gguf(
     check_quant(quant)
     if target.exists() and not force:
         raise ExportError(f"{target} exists.", "Give another place, or --force.")
-    config = read_phi3_config(folder)
     weights = open_weights(folder)
-    tokenizer = load_tokenizer(Model(name=str(folder)))
-    vocabulary = read_vocabulary(folder, tokenizer, config.vocab_size)
-    prompting = plan_prompting(tokenizer, name)
-    first = quant if quant in PLAIN else _widest(weights)
-    plans = plan_tensors(config, weights.info, first)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _check_disk(target.parent, plans, twice=first != quant)
+    plan = plan_gguf(folder, weights.info, quant=quant, name=name)
     part, whole = (target.with_name(f"{target.name}.{ending}") for ending in ("part", "whole.part"))
     try:
-        _write(part, _fill_header(config, vocabulary, prompting, tokenizer, first), plans, weights, progress)
-        if first != quant:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _check_disk(target.parent, plan.num_bytes)
+        _write(part, plan, weights, progress)
+        if quant in QUANTIZED:
             quantize_file(part, whole, quant, progress)
             whole.replace(part)
         part.replace(target)
@@ -96,10 +131,10 @@ def convert_to_gguf(
     return GgufResult(
         path=target,
         num_bytes=target.stat().st_size,
-        num_tensors=len(plans),
+        num_tensors=len(plan.tensors),
         quant=quant,
-        name=prompting.name,
-        notes=(*prompting.notes, *describe_limits(config), *LIMITS.get(vocabulary.pre, ())),
+        name=plan.prompting.name,
+        notes=(*plan.prompting.notes, *describe_limits(plan.config), *LIMITS.get(plan.vocabulary.pre, ())),
     )
 
 
@@ -155,14 +190,7 @@ def _is_longrope(config: Phi3Config) -> bool:
     return bool(config.rope_parameters["rope_type"] == "longrope")
 
 
-def _widest(weights: StoredWeights) -> str:
-    """The type that holds every tensor of a checkpoint as it is; fp32 where there are several."""
-    dtypes = {info.dtype for info in weights.info.values() if len(info.shape) > 1}
-    return LOSSLESS.get(dtypes.pop(), "f32") if len(dtypes) == 1 else "f32"
-
-
-def _check_disk(folder: Path, plans: Iterable[TensorPlan], *, twice: bool) -> None:
-    needed = sum(plan.num_bytes for plan in plans) * (2 if twice else 1) + HEADER_BYTES
+def _check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ExportError(
@@ -171,18 +199,20 @@ def _check_disk(folder: Path, plans: Iterable[TensorPlan], *, twice: bool) -> No
         )
 
 
-def _fill_header(config: Phi3Config, vocabulary: Vocabulary, prompting: Prompting, tokenizer: Any, quant: str) -> Any:
+def _fill_header(plan: GgufPlan) -> Any:
     """A GGUFWriter that knows all but the tensors."""
     import gguf
 
     writer = gguf.GGUFWriter(path=None, arch=gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3])
     writer.add_type("model")
-    writer.add_name(prompting.name)
-    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if quant == "f32" else f"MOSTLY_{quant.upper()}"])
+    writer.add_name(plan.prompting.name)
+    writer.add_file_type(
+        gguf.LlamaFileType["ALL_F32" if plan.file_type == "f32" else f"MOSTLY_{plan.file_type.upper()}"]
+    )
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_architecture(writer, config)
-    _add_vocabulary(writer, vocabulary)
-    _add_prompting(writer, prompting, tokenizer)
+    _add_architecture(writer, plan.config)
+    _add_vocabulary(writer, plan.vocabulary)
+    _add_prompting(writer, plan.prompting, plan.tokenizer)
     return writer
 
 
@@ -233,8 +263,9 @@ def _add_prompting(writer: Any, prompting: Prompting, tokenizer: Any) -> None:
         writer.add_chat_template(prompting.template)
 
 
-def _write(path: Path, writer: Any, plans: list[TensorPlan], weights: Weights, progress: Progress) -> None:
+def _write(path: Path, whole: GgufPlan, weights: Weights, progress: Progress) -> None:
     """Header, then every tensor; `path` is written over."""
+    writer, plans = _fill_header(whole), whole.tensors
     for plan in plans:
         writer.add_tensor_info(plan.name, plan.shape, None, plan.num_bytes, raw_dtype=_type(plan))
     writer.write_header_to_file(path)
@@ -249,7 +280,7 @@ def _write(path: Path, writer: Any, plans: list[TensorPlan], weights: Weights, p
             for piece in encode(plan, weights):
                 file.write(piece)
                 done += len(piece)
-                progress(f"writing {plan.name}", done, total)
+                progress("Writing the .gguf file", done, total)
         writer.write_padding(file, file.tell())
         file.flush()
         os.fsync(file.fileno())

@@ -15,20 +15,21 @@ from pathlib import Path
 
 from qlora_phi3.errors import ExportError
 
-#: Names of llama.cpp's file types that need no importance matrix, smallest first.
-QUANTIZED = (
-    "q2_k",
-    "q3_k_s",
-    "q3_k_m",
-    "q3_k_l",
-    "iq4_xs",
-    "iq4_nl",
-    "q4_k_s",
-    "q4_k_m",
-    "q5_k_s",
-    "q5_k_m",
-    "q6_k",
-)
+#: llama.cpp's file types that need no importance matrix, and the bits a weight takes, embedding and head among them, in
+#: Llama-3.1-8B (the table in llama.cpp's tools/quantize/README.md).
+QUANTIZED = {
+    "q2_k": 3.16,
+    "q3_k_s": 3.64,
+    "q3_k_m": 4.00,
+    "q3_k_l": 4.30,
+    "iq4_xs": 4.46,
+    "iq4_nl": 4.68,
+    "q4_k_s": 4.67,
+    "q4_k_m": 4.89,
+    "q5_k_s": 5.57,
+    "q5_k_m": 5.70,
+    "q6_k": 6.56,
+}
 LIBRARY = "llama_cpp"
 INSTALL = "pip install llama-cpp-python"
 #: Seconds between two looks at how far it is.
@@ -47,17 +48,18 @@ def quantize_file(source: Path, target: Path, quant: str, progress: Callable[[st
     """Quantize a .gguf file of 16 or 32 bit.
 
     Args:
-        progress: told the bytes written so far; nobody knows how many they will be.
+        progress: told the bytes written so far; nobody knows how many they will be before the end.
 
     Raises:
         ExportError: the quantizer failed; the message ends with its last line.
     """
     command = [sys.executable, "-m", "qlora_phi3.export.gguf_quantizer", str(source), str(target), quant]
+    what = f"Quantizing to {quant}"
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             while (code := _wait(process)) is None:
-                progress(f"quantizing to {quant}", target.stat().st_size if target.exists() else 0, None)
+                progress(what, target.stat().st_size if target.exists() else 0, None)
         finally:
             process.kill()
             process.wait()
@@ -66,6 +68,7 @@ def quantize_file(source: Path, target: Path, quant: str, progress: Callable[[st
             lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
             last = lines[-1] if lines else f"exit code {code}"
             raise ExportError(f"llama.cpp's quantizer failed on {source}: {last}", f"Update it: {INSTALL} --upgrade")
+    progress(what, target.stat().st_size, target.stat().st_size)
 
 
 def _wait(process: "subprocess.Popen[bytes]") -> int | None:

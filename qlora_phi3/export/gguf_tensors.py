@@ -15,6 +15,8 @@ from qlora_phi3.export.weights import TensorInfo, Weights
 PLAIN = ("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 #: Buffers that old checkpoints carry beside their weights.
 COMPUTED = "rotary_emb.inv_freq"
+#: Types that hold a tensor as it is.
+LOSSLESS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 SAME_MODEL = "Convert a whole export of the model that its config.json describes."
 
 
@@ -39,12 +41,12 @@ class TensorPlan:
     values: tuple[float, ...] = ()
 
 
-def plan_tensors(config: Phi3Config, info: Mapping[str, TensorInfo], quant: str) -> list[TensorPlan]:
+def plan_tensors(config: Phi3Config, info: Mapping[str, TensorInfo], quant: str | None) -> list[TensorPlan]:
     """Every tensor of a phi3 model in llama.cpp's names.
 
     Args:
         info: of the checkpoint.
-        quant: of `PLAIN`.
+        quant: of `PLAIN`; None for each tensor in the type it has.
 
     Raises:
         ExportError: the checkpoint lacks a tensor, has one of another shape, or one more than llama.cpp knows.
@@ -71,7 +73,8 @@ def plan_tensors(config: Phi3Config, info: Mapping[str, TensorInfo], quant: str)
     for name, shape in shapes.items():
         if info[name].shape != shape:
             raise ExportError(f"{name} has the shape {info[name].shape} and not {shape}.", SAME_MODEL)
-        plans.append(_plan(names.get_name(name, try_suffixes=(".weight",)), shape, quant, source=name))
+        type = quant or LOSSLESS.get(info[name].dtype, "f32")
+        plans.append(_plan(names.get_name(name, try_suffixes=(".weight",)), shape, type, source=name))
     return plans
 
 

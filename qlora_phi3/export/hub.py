@@ -1,16 +1,18 @@
 """Publishing an export on the hub. The token comes from the environment or the hub's own store and goes nowhere else."""
 
+from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from qlora_phi3.errors import ExportError
 
 
-def check_push(repository: str) -> None:
-    """Everything that can be known before hours of work: the name, and that there is a token the hub takes.
+def check_push(repository: str, *, private: bool) -> None:
+    """Everything that can be known before hours of work: the name, a token the hub takes, who could read it.
 
     Raises:
         ExportError: with what to do.
@@ -23,16 +25,32 @@ def check_push(repository: str) -> None:
         raise ExportError(f"--push {repository} names no owner.", "Write --push user/name.")
     if get_token() is None:
         raise ExportError("There is no token for the hub.", "Run `hf auth login`, or set HF_TOKEN.")
+    api = HfApi()
     try:
-        HfApi().whoami()
+        api.whoami()
     except HfHubHTTPError as error:
         raise ExportError("The hub does not take your token.", "Run `hf auth login` again.") from error
     except OSError as error:
         raise ExportError(f"The hub cannot be reached: {_first_line(error)}.", "Export without --push.") from error
+    if private:
+        try:
+            _check_private(api, repository)
+        except RepositoryNotFoundError:
+            pass  # it will be made
+        except (HfHubHTTPError, OSError) as error:
+            raise ExportError(f"{repository} cannot be asked for: {_first_line(error)}.", "Try again later.") from error
 
 
-def push(folder: Path, repository: str, *, private: bool) -> str:
-    """Upload a finished export; the address of its page.
+def _check_private(api: HfApi, repository: str) -> None:
+    if not api.repo_info(repository).private:
+        raise ExportError(
+            f"--private: {repository} is there already, and public.",
+            "Push to another name, or make it private in its settings.",
+        )
+
+
+def push(folder: Path, names: Sequence[str], repository: str, *, private: bool) -> str:
+    """Upload the files of these names from a finished export; the address of its page.
 
     Raises:
         ExportError: the hub refuses or cannot be reached; the export stays where it is.
@@ -40,11 +58,19 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        info = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Exported with qlora-phi3")
+        if private:
+            _check_private(api, repository)  # a repository that is there stays as it is
+        info = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=[escape(name) for name in names],
+            commit_message="Exported with qlora-phi3",
+        )
     except (HfHubHTTPError, OSError) as error:
+        words = "".join(f" --include '{name}'" for name in names) + (" --private" if private else "")
         raise ExportError(
             f"{repository} could not be pushed: {_first_line(error)}.",
-            f"The export is whole in {folder}; push it with: hf upload {repository} {folder}",
+            f"The export is whole in {folder}; push it with: hf upload {repository} {folder} .{words}",
         ) from error
     return str(info.repo_url)
 

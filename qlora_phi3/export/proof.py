@@ -111,6 +111,22 @@ def find_fault(score: Score, dtype: torch.dtype) -> str | None:
     return None
 
 
+def tell_other_bits(report: Mapping[str, Any]) -> str | None:
+    """For people: that the 4-bit base of an export has not all the bits that were trained on; None where it has.
+
+    Args:
+        report: contents of export_report.json.
+    """
+    compared = report["base"]["compared"]
+    if not compared["differing"]:
+        return None
+    return (
+        f"{len(compared['differing'])} of {compared['num_tensors']} tensors of the base quantize to other bits here than where "
+        f"the run trained ({len(compared['codes_differing'])} to other codes): the export is of these ({report['status']}). A "
+        "run with [model] save_quantized = true in its recipe keeps its own."
+    )
+
+
 def find_difference(scored: Mapping[str, str], written: Weights, progress: Progress) -> str | None:
     """The first tensor whose bytes in the files are not those that were scored; None where there is none.
 
@@ -122,6 +138,7 @@ def find_difference(scored: Mapping[str, str], written: Weights, progress: Progr
         progress("Reading the files back", done, len(names))
         if name not in written.info or checksum_of(written.pieces(name)) != scored.get(name):
             return name
+    progress("Reading the files back", len(names), len(names))
     return None
 
 
@@ -266,6 +283,7 @@ def _gather(
             }
             sums.add(rows, start, logits)
         start += len(heads[0])
+    progress("Comparing the next tokens", start, start)
     return sums
 
 

@@ -134,9 +134,7 @@ def _one_thread_each(device: torch.device) -> Iterator[RunAll]:
 
 def _nested(state: Any, offset: float) -> Any:
     """The state with absmax quantized itself, as `quantize_4bit(compress_statistics=True)` does it."""
-    mean = (
-        state.absmax.mean() if offset is None else torch.tensor(offset, dtype=torch.float32, device=state.absmax.device)
-    )
+    mean = torch.tensor(offset, dtype=torch.float32, device=state.absmax.device)
     absmax, state2 = quantize_blockwise(state.absmax - mean, blocksize=NESTED_BLOCK)
     return QuantState(
         absmax=absmax,

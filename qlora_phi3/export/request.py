@@ -1,5 +1,7 @@
 """What is to be exported, from where to where; everything that can be checked before torch starts."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from qlora_phi3.sizes import parse_size
 SMALLEST_SHARD = 2**20
 #: As people write them, and as torch does.
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-USUAL_ONTO, USUAL_DTYPE = "auto", "fp16"
+USUAL_ONTO, USUAL_DTYPE, USUAL_QUANT = "auto", "fp16", "f16"
+CARD, REPORT, MODELFILE = "README.md", "export_report.json", "Modelfile"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,16 @@ class Request:
     force: bool
     push: str | None
     private: bool
+
+    @property
+    def name(self) -> str:
+        """Of the model: what the run is filed under."""
+        return self.run.path.resolve().parent.name
+
+    @property
+    def gguf_file(self) -> Path | None:
+        """The .gguf file to write."""
+        return self.gguf_target and self.gguf_target / f"{self.name}-{self.quant}.gguf"
 
 
 def make_request(
@@ -65,19 +78,18 @@ def make_request(
     Raises:
         ExportError, RunError: the run is none or not done, a size is unreadable, or a target is where it must not be.
     """
-    folder, report = find_finished_run(run)
-    gguf = kind == "gguf"
+    folder, report = find_finished_run(run, verify=verify)
+    gguf, quant = kind == "gguf", (quant or USUAL_QUANT).lower()
     asked = "".join(f"-{value}" for value, usual in ((onto, USUAL_ONTO), (dtype, USUAL_DTYPE)) if value != usual)
+    of_quant = "" if quant == USUAL_QUANT else f"-{quant}"
     target = folder.path / f"merged{asked}" if out is None or gguf else out
-    gguf_target = (out or folder.path / f"gguf{asked}") if gguf else None
-    for place in filter(None, (target, gguf_target)):
-        _check_target(place, folder, base)
-    return Request(
+    gguf_target = (out or folder.path / f"gguf{asked}{of_quant}") if gguf else None
+    request = Request(
         run=folder,
         report=report,
-        target=target,
-        gguf_target=gguf_target,
-        quant=(quant or "f16").lower(),
+        target=target.resolve(),  # a link stays, and what it leads to is written
+        gguf_target=gguf_target and gguf_target.resolve(),
+        quant=quant,
         dtype=DTYPES[dtype],
         onto=onto,
         base=base,
@@ -88,10 +100,18 @@ def make_request(
         push=push,
         private=private,
     )
+    sources = _find_sources(folder, base)
+    _check_target(request, sources)
+    if request.gguf_target is not None:
+        _check_gguf_target(request, request.gguf_target, sources)
+    return request
 
 
-def find_finished_run(place: Path) -> tuple[RunFolder, dict[str, Any]]:
+def find_finished_run(place: Path, *, verify: bool) -> tuple[RunFolder, dict[str, Any]]:
     """The run of a folder, or the newest run below it, with its report.
+
+    Args:
+        verify: the held-out rows are needed too.
 
     Raises:
         RunError: there is none. ExportError: it did not finish, or its adapter is gone.
@@ -109,23 +129,80 @@ def find_finished_run(place: Path) -> tuple[RunFolder, dict[str, Any]]:
             f"The run {place} is not done: {report.get('status')}.",
             f"Finish it: qlora-phi3 run {folder.recipe} --resume {place}",
         )
-    for needed in (folder.adapter / "adapter_config.json", folder.base, folder.recipe):
+    adapter = folder.adapter
+    for needed in (
+        adapter / "adapter_config.json",
+        adapter / "adapter_model.safetensors",
+        folder.base,
+        folder.recipe,
+    ):
         if not needed.is_file():
             raise ExportError(f"{needed} is missing.", "Export a whole run; or train again.")
+    if verify and not folder.held_out.is_file():
+        raise ExportError(f"{folder.held_out} is missing, on which the proof is made.", "Export with --no-verify.")
     return folder, report
 
 
-def _check_target(target: Path, run: RunFolder, base: Path | None) -> None:
-    """Nothing is written into the adapter, the checkpoints or the base, nor over a run or a working folder."""
-    where = target.resolve()
+def _find_sources(run: RunFolder, base: Path | None) -> list[Path]:
+    """The folders that are read."""
     sources = [run.adapter, run.checkpoints, run.quantized_base, *([base] if base else [])]
+    try:
+        name = str(json.loads(run.base.read_text(encoding="utf-8"))["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return sources  # told by `base.read_record`, which needs the whole of it
+    if Path(name).is_dir():
+        return [*sources, Path(name)]
+    from huggingface_hub.constants import HF_HUB_CACHE  # here, as `--help` reads this module
+
+    return [*sources, Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}")]
+
+
+def _check_target(request: Request, sources: Sequence[Path]) -> None:
+    """Nothing is written into what is read nor over it, and what goes for --force is an earlier export.
+
+    Raises:
+        ExportError: which it is.
+    """
+    target, run = request.target, request.run.path.resolve()
+    _check_outside(target, sources)
+    for source in (run, *(source.resolve() for source in sources)):
+        if _holds(target, source):
+            what = "the run itself" if source == run else f"{source}, which is read"
+            raise ExportError(f"--out {target} holds {what}.", "Choose a folder of its own.")
+    if _holds(target, Path.cwd()):
+        raise ExportError(f"--out {target} is the folder you work in, or holds it.", "Choose a folder of its own.")
+    if not target.exists():
+        return
+    if not (target / REPORT).is_file() and any(target.iterdir()):
+        raise ExportError(
+            f"{target} exists and is no export, so that --force does not replace it either.",
+            "Give --out another folder, or move it away.",
+        )
+    if not request.force and request.gguf_target is None:
+        raise ExportError(f"{target} exists.", "Give --out another folder, or --force to replace it.")
+
+
+def _check_gguf_target(request: Request, folder: Path, sources: Sequence[Path]) -> None:
+    """A GGUF's folder may hold other things; what is written anew there is not."""
+    _check_outside(folder, [*sources, request.target])
+    if folder == request.run.path.resolve():
+        raise ExportError(f"--out {folder} is the run itself.", "Choose a folder of its own.")
+    for path in (request.gguf_file, folder / MODELFILE, folder / CARD, folder / REPORT):
+        if path is not None and path.exists() and not request.force:
+            raise ExportError(f"{path} exists.", "Give --out another folder, or --force to replace it.")
+
+
+def _check_outside(target: Path, sources: Sequence[Path]) -> None:
     for source in sources:
-        if where == source.resolve() or source.resolve() in where.parents:
+        if _holds(source.resolve(), target):
             raise ExportError(f"--out {target} is inside {source}, which is read.", "Choose another folder.")
-    if where == run.path.resolve() or where in run.path.resolve().parents:
-        raise ExportError(f"--out {target} holds the run itself.", "Choose a folder of its own.")
-    if target.exists() and not target.is_dir():
-        raise ExportError(f"--out {target} is a file.", "Choose a folder.")
+    standing = next(path for path in (target, *target.parents) if path.exists())
+    if not standing.is_dir():
+        raise ExportError(f"--out {target}: {standing} is a file.", "Choose a folder.")
+
+
+def _holds(folder: Path, path: Path) -> bool:
+    return folder == path or folder in path.parents
 
 
 def _size(option: str, text: str, least: int) -> int:

@@ -4,16 +4,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from reprlib import repr
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import Phi3Config
 
 from qlora_phi3.architecture import parse_architecture
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.adapter import EMBEDDING, HEAD, Updates, read_updates
 from qlora_phi3.export.base import RecordedBase, read_record, summarise
-from qlora_phi3.export.files import read_object
+from qlora_phi3.export.card import public_name
+from qlora_phi3.export.files import CONFIG, read_object
 from qlora_phi3.export.locate import find_base
 from qlora_phi3.export.merge import MergedWeights, Onto
 from qlora_phi3.export.quantize import is_stored_quantized
@@ -21,11 +25,18 @@ from qlora_phi3.export.request import Request
 from qlora_phi3.export.template import EndOfTurn, read_end_of_turn
 from qlora_phi3.export.weights import TensorInfo, open_weights
 from qlora_phi3.recipe.load import Recipe, load_recipe
-from qlora_phi3.sizes import MIB, format_gib
+from qlora_phi3.sizes import MIB, format_count, format_gib
 from qlora_phi3.training.listener import Listener
 
 #: See `check_memory`.
 MERGE_BYTES, PROOF_BYTES = 300 * MIB, 300 * MIB
+#: What an export that passed is called in its report.
+PROVED, PROVED_ON_OTHER_BITS = "proved", "proved_on_other_bits"
+
+#: Keys of a config.json that change how a model is loaded, and nothing of what it computes.
+LOADING_KEYS = frozenset(
+    ("architectures", "auto_map", "dtype", "torch_dtype", "quantization_config", "transformers_version", "use_cache")
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +75,13 @@ def open_sources(request: Request, listener: Listener) -> Sources:
     Raises:
         UserError: the base is not the one that was trained on, or something of the run is missing or damaged.
     """
-    run = request.run
+    run, kept = request.run, request.run.chat_template
     recipe = load_recipe(run.recipe)
     record = read_record(run.base)
     folder = request.base or find_base(record, listener.progress)
     config = read_object(folder / "config.json")
     parse_architecture(config, str(folder))
+    _check_config(folder, config, run.adapter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cached = open_weights(run.quantized_base) if run.quantized_base.is_dir() else None
     base = RecordedBase(open_weights(folder), record, cached=cached, device=device)
@@ -78,7 +90,9 @@ def open_sources(request: Request, listener: Listener) -> Sources:
     listener.progress("Comparing the base with the run's record", 1, 1)
     if differing:
         raise _other_base(folder, differing, len(record.tensors))
-    rows = [json.loads(line) for line in run.held_out.read_text(encoding="utf-8").splitlines()]
+    if base.left_out:
+        count = format_count(len(base.left_out), "tensor")
+        listener.say(f"Left out, as the model reads none of them: {count} of the base, first {base.left_out[0]}")
     return Sources(
         recipe=recipe,
         folder=folder,
@@ -86,10 +100,56 @@ def open_sources(request: Request, listener: Listener) -> Sources:
         base=base,
         adapter=run.adapter,
         updates=read_updates(run.adapter, config),
-        rows=rows,
-        ending=read_end_of_turn(folder, recipe.data.chat_template),
+        rows=_read_rows(run.held_out) if request.verify else (),
+        ending=read_end_of_turn(folder, str(kept) if kept.is_file() else recipe.data.chat_template),
         device=device,
     )
+
+
+def _check_config(folder: Path, config: dict[str, Any], adapter: Path) -> None:
+    """Hold a base's config.json against the one that was trained with, which older runs did not keep.
+
+    Raises:
+        ExportError: another value of a key that the computation may depend on.
+    """
+    if not (adapter / CONFIG).is_file():
+        return
+    was, now = (
+        _settings(*kept) for kept in ((adapter / CONFIG, read_object(adapter / CONFIG)), (folder / CONFIG, config))
+    )
+    for key in sorted(was | now):
+        if was.get(key) != now.get(key):
+            raise ExportError(
+                f"{folder / CONFIG} is not what was trained with: {key} is {repr(now.get(key))}, and was {repr(was.get(key))}.",
+                "Put it back, or give the folder of the right base with --base.",
+            )
+
+
+def _settings(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json as the model reads it, whichever version wrote it, with parts as in `rope_parameters.rope_theta`.
+
+    Loading alone depends on the keys that are left out.
+    """
+    try:
+        read = Phi3Config(**config).to_dict()
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise ExportError(f"{path} cannot be read: {error!r}.", "Put the base's own back.") from error
+    settings: dict[str, Any] = {}
+    for key, value in read.items():
+        parts = {f"{key}.{part}": each for part, each in value.items()} if isinstance(value, dict) else {key: value}
+        if key not in LOADING_KEYS and not key.startswith("_"):
+            settings |= parts
+    return settings
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [{**row, "input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(
+            f"{path} does not hold the run's held-out rows whole: {error!r}.", "Export with --no-verify."
+        ) from error
 
 
 def _other_base(folder: Path, differing: Sequence[str], total: int) -> ExportError:
@@ -100,24 +160,30 @@ def _other_base(folder: Path, differing: Sequence[str], total: int) -> ExportErr
     )
 
 
-def check_base(sources: Sources, listener: Listener) -> None:
-    """Look at how the tensors read so far compare with the run's record.
+def check_base(sources: Sources) -> None:
+    """Hold the tensors read so far against the run's record.
 
     Raises:
         ExportError: they are other weights, and not the same ones that another kind of device rounds otherwise.
     """
-    record, compared = sources.base.record, summarise(sources.base.compared)
-    if compared.other_weights:
-        raise _other_base(sources.folder, compared.other_weights, len(record.tensors))
-    if compared.codes_differing and not compared.from_cache:
-        listener.warn(
-            f"{len(compared.codes_differing)} of {len(record.tensors)} tensors quantize to other codes on this "
-            f"{sources.device.type} than on the {record.device} that trained; [model] save_quantized = true keeps those."
-        )
+    others = summarise(sources.base.compared).other_weights
+    if others:
+        raise _other_base(sources.folder, others, len(sources.base.record.tensors))
+
+
+def proved_status(sources: Sources) -> str:
+    """How the report calls an export that passed: the live model it was held against has the trained bits, or not all of them."""
+    return PROVED_ON_OTHER_BITS if summarise(sources.base.compared).differing else PROVED
+
+
+def tell_kept_bits(sources: Sources, listener: Listener) -> None:
+    """Say, once all is read, what was taken from the 4-bit base that the run kept."""
+    compared = summarise(sources.base.compared)
     if compared.from_cache:
+        tensors, codes = len(compared.from_cache), compared.different_codes or 0
         listener.say(
-            f"{compared.different_codes:,} codes of {len(compared.from_cache)} tensors quantize otherwise here; "
-            "taken from the 4-bit base that the run kept"
+            f"Taken from the 4-bit base that the run kept: {format_count(tensors, 'tensor')}, "
+            f"of which {format_count(codes, 'code')} came out otherwise here"
         )
 
 
@@ -148,7 +214,7 @@ def describe_base(sources: Sources) -> dict[str, Any]:
     """For the report: the base, and how its tensors compare with the run's record."""
     record = sources.base.record
     return {
-        "name": record.name,
+        "name": public_name(record.name),
         "revision": record.revision,
         "quantization": record.scheme and asdict(record.scheme),
         "compared": asdict(summarise(sources.base.compared)),

@@ -12,12 +12,12 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Phi3Config, StoppingCriteria, StoppingCriteriaList
 
 from qlora_phi3.export.proof import LIVE, Proof
+from qlora_phi3.export.ram import free_ram
 from qlora_phi3.export.streamed import Progress
 from qlora_phi3.export.weights import open_weights
 from qlora_phi3.loss import IGNORED
@@ -97,7 +97,7 @@ def measure_stops(
         folder: a finished export.
         rows: `input_ids`, `labels` (unshifted, -100 where not supervised).
         name: of the export's score in the proof.
-        max_ram_bytes: what the model may take; None for what is free.
+        max_ram_bytes: all that the process may hold, see `free_ram`.
     """
     device = device or torch.device("cpu")
     prompts = choose_prompts(rows)
@@ -164,15 +164,11 @@ def choose_dtype(folder: Path, device: torch.device, max_ram_bytes: int | None) 
     weights = sum(prod(info.shape) for info in open_weights(folder).info.values())
     head_size = config.hidden_size // config.num_attention_heads
     cached = CACHED_TOKENS * config.num_hidden_layers * 2 * config.num_key_value_heads * head_size
-    room = _free_bytes(device) if max_ram_bytes is None else min(max_ram_bytes, _free_bytes(device))
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_ram(max_ram_bytes)
     for dtype in [torch.float32, config.dtype] if device.type == "cpu" else [config.dtype]:
         if (OVERHEAD * weights + cached) * dtype.itemsize <= room:
             return cast(torch.dtype, dtype)
     return None
-
-
-def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().available)
 
 
 def _answer(model: Any, batch: Sequence[Prompt], tell: Callable[[int], None]) -> int:

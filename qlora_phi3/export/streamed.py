@@ -6,6 +6,7 @@ and head are read in pieces. accelerate's hooks do the like for 16-bit models, b
 empty the layer under a DoRA before PEFT has read its weight.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from peft import PeftModel
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -24,9 +25,9 @@ from transformers.initialization import no_init_weights
 
 from qlora_phi3.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
 from qlora_phi3.errors import ExportError, ModelError
-from qlora_phi3.export.adapter import EMBEDDING, HEAD
+from qlora_phi3.export.adapter import ADAPTER_NAME, EMBEDDING, HEAD, PREFIX, read_settings
 from qlora_phi3.export.base import RecordedBase
-from qlora_phi3.export.weights import TensorInfo, Weights, split_rows
+from qlora_phi3.export.weights import StoredWeights, TensorInfo, Weights, open_file, read, split_rows
 from qlora_phi3.loss import select_supervised
 from qlora_phi3.model import Phi3ForChunkedLoss
 from qlora_phi3.step import Batch, evaluating
@@ -119,30 +120,15 @@ class StreamedModel:
         """(1, length) -> (1, length, hidden_size): the embedding's rows of these ids; the rest of it is read and dropped."""
         embedded = torch.empty((*ids.shape, self.model.config.hidden_size))
         start = 0
-        for piece in _pieces(self.weights, EMBEDDING, _trained_copy(self.model.model.embed_tokens)):
+        for piece in self.weights.pieces(EMBEDDING):
             here = (ids >= start) & (ids < start + len(piece))
             embedded[here] = piece.cpu()[ids[here] - start].float()
             start += len(piece)
         return embedded.to(self.device)
 
     def head(self) -> Callable[[], Iterator[Tensor]]:
-        """Reads the head, the trained one where there is one; holds the model no longer."""
-        name = HEAD if HEAD in self.weights.info else EMBEDDING
-        return partial(_pieces, self.weights, name, _trained_copy(self.model.lm_head))
-
-
-def _pieces(weights: Weights, name: str, trained: Tensor | None) -> Iterator[Tensor]:
-    return weights.pieces(name) if trained is None else split_rows(trained)
-
-
-def _trained_copy(module: nn.Module) -> Tensor | None:
-    """The weight that `modules_to_save` trained in place of a module's own."""
-    if isinstance(module, ModulesToSaveWrapper):
-        weight: Tensor = module.modules_to_save[module.active_adapters[0]].weight.detach()
-        return weight
-    if isinstance(module, LoraLayer):
-        raise ExportError("The adapter has a LoRA on the embedding or on the output head, which is not handled.")
-    return None
+        """Reads the head; holds the model no longer."""
+        return partial(self.weights.pieces, HEAD if HEAD in self.weights.info else EMBEDDING)
 
 
 def stream_plain(weights: Weights, config: dict[str, Any], *, device: torch.device | None = None) -> StreamedModel:
@@ -176,15 +162,57 @@ def stream_live(
     device = device or torch.device("cpu")
     model = _build_hollow(config, device)
     slots = _find_slots(model, base)
-    try:
-        adapted = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True, torch_device="cpu")
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ExportError(f"The adapter {adapter} does not fit the model: {reason}.") from error
+    weights = _WithSaved(base, open_file(adapter / ADAPTER_NAME, error=ExportError))
+    adapted = _attach(model, weights, adapter)
     for module in adapted.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.to(device)
-    return StreamedModel(adapted.get_base_model(), slots, base, device)
+    for module in (model.model.embed_tokens, model.lm_head):
+        if isinstance(module, LoraLayer):
+            raise ExportError("The adapter has a LoRA on the embedding or on the output head, which is not handled.")
+    return StreamedModel(model, slots, weights, device)
+
+
+class _WithSaved:
+    """A base with the embedding and the head that an adapter has in their place (`modules_to_save`); a `Weights`.
+
+    Phi-4-mini's are 2.3 GiB each in fp32: they are read from the adapter's file in pieces, and PEFT hears nothing of them.
+    """
+
+    def __init__(self, base: Weights, adapter: StoredWeights) -> None:
+        self.base, self.adapter = base, adapter
+        self.saved = {name: PREFIX + name for name in (EMBEDDING, HEAD) if PREFIX + name in adapter.info}
+        info = dict(base.info)
+        info.setdefault(HEAD, info[EMBEDDING])  # a tied head stays the base's own embedding
+        self.info = info | {name: adapter.info[key] for name, key in self.saved.items()}
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """As `Weights.pieces`."""
+        if name in self.saved:
+            return self.adapter.pieces(self.saved[name])
+        return self.base.pieces(name if name in self.base.info else EMBEDDING)
+
+
+def _attach(model: Phi3ForChunkedLoss, weights: _WithSaved, adapter: Path) -> PeftModel:
+    """PEFT's layers around a hollow model, with the adapter's weights but those that `weights` reads in pieces."""
+    settings, stored = read_settings(adapter), weights.adapter
+    read_here = [name.removesuffix(".weight") for name in weights.saved]
+    settings.modules_to_save = [
+        name for name in settings.modules_to_save or () if not any(path.endswith(name) for path in read_here)
+    ] or None
+    tensors = {key: read(stored, key).float() for key in stored.info if key not in weights.saved.values()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's advice is for those who train
+            adapted = get_peft_model(model, settings, low_cpu_mem_usage=True)
+            result = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ExportError(f"The adapter {adapter} does not fit the model: {reason}.") from error
+    wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]
+    if wrong:
+        raise ExportError(f"The adapter {adapter} does not fit the model: {wrong[0]} has no counterpart.")
+    return adapted
 
 
 class TrainedBase:

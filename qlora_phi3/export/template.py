@@ -25,7 +25,7 @@ def read_end_of_turn(base: Path, chat_template: str) -> EndOfTurn:
     """Read it off the template that the run trained with.
 
     Args:
-        chat_template: the recipe's [data] chat_template.
+        chat_template: the recipe's [data] chat_template, or the file that the run kept of it.
 
     Raises:
         ExportError: the end of a turn is no single token.

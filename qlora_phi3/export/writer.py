@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -140,9 +141,11 @@ def write_shards(
     whole_key = _key(shards, key)
     done = _read_progress(folder, whole_key)
     total, written, resumed = sum(shard.num_bytes for shard in shards), 0, 0
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         whole = _whole(shards, folder, done)
+        if not done:
+            forget_progress(folder)  # or, killed after the first shard, it would vouch for that one with its old key
         for path in _leftovers(folder, whole):
             path.unlink()
         for shard in shards:
@@ -159,21 +162,39 @@ def write_shards(
         if len(shards) > 1:
             write_atomically(folder / INDEX_NAME, _index(weights.info, shards))
             files.append(folder / INDEX_NAME)
-    except (OSError, RunError) as error:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else error.message
-        raise ExportError(
-            f"{folder} cannot be written: {reason.rstrip('.')}.",
-            "Free the disk and give the same command again: it goes on at the last whole file.",
-        ) from error
     together: dict[str, Any] = {}
     for shard in shards:
         together |= done[shard.file_name]["notes"]
     return Written(files=tuple(files), num_resumed=resumed, notes=together)
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Make a disk that is full or refuses an ExportError."""
+    try:
+        yield
+    except (OSError, RunError) as error:
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else error.message
+        raise ExportError(
+            f"{folder} cannot be written: {reason.rstrip('.')}.",
+            "Free the disk and give the same command again: it goes on at the last whole file.",
+        ) from error
+
+
 def forget_progress(folder: Path) -> None:
     """Take the progress file away; the folder is then no longer one to go on with."""
     (folder / PROGRESS_NAME).unlink(missing_ok=True)
+
+
+def clear_draft(folder: Path, kept: Collection[str] = ()) -> None:
+    """Empty a folder, but for what `write_shards` goes on with or takes away itself, and the files of these names."""
+    for path in folder.iterdir():
+        if path.name in (PROGRESS_NAME, *kept) or (path.suffix == ".safetensors" and path.is_file()):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _counting(progress: Progress | None, before: int, total: int) -> Callable[[int], None]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_phi3.export.export import Exported
+from qlora_phi3.export.proof import tell_other_bits
 from qlora_phi3.show.live import View
 from qlora_phi3.sizes import format_count
 
@@ -11,8 +12,10 @@ NAMES = {"live": "live: 4-bit base + adapter", "nf4": "merged onto NF4", "origin
 
 
 def show_export(view: View, exported: Exported) -> None:
-    """Print the proof and what to do next."""
+    """Print the proof and, unless it failed, what to do next."""
     report = exported.report
+    if told := tell_other_bits(report):
+        view.warn(told)
     if report["proof"]:
         for line in proof_lines(report):
             view.say(line)
@@ -20,6 +23,8 @@ def show_export(view: View, exported: Exported) -> None:
         view.warn("Not held against the trained model (--no-verify).")
     if stops := report["stop_test"]:
         view.say(_stop_line(stops))
+    if exported.fault is not None:
+        return
     if exported.gguf is not None:
         for note in exported.gguf.notes:
             view.say(note)

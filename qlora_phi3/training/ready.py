@@ -12,7 +12,7 @@ from transformers.trainer_utils import set_seed
 from qlora_phi3.adapters.start import start_from
 from qlora_phi3.architecture import Architecture, parse_architecture, read_config
 from qlora_phi3.dataset.prepare import PreparedData
-from qlora_phi3.dataset.template import choose_template
+from qlora_phi3.dataset.template import ChatTemplate, choose_template
 from qlora_phi3.device import Device, read_device
 from qlora_phi3.errors import DeviceError
 from qlora_phi3.lora import attach_adapter, measure_coverage
@@ -37,6 +37,7 @@ class Ready:
     config: dict[str, Any]
     architecture: Architecture
     tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
     data: PreparedData
     device: torch.device
     #: The card before this process took anything of it; None on a CPU.
@@ -67,6 +68,7 @@ def prepare(recipe: Recipe, base_folder: Path, listener: Listener) -> Ready:
         config=config,
         architecture=architecture,
         tokenizer=tokenizer,
+        template=template,
         data=data,
         device=device,
         card=card,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qlora_phi3.checksum import tensor_record
 from qlora_phi3.dataset.prepare import PreparedData
+from qlora_phi3.dataset.template import ChatTemplate
 from qlora_phi3.errors import RunError
 from qlora_phi3.recipe.tables import Quantization
 from qlora_phi3.runfolder import RunFolder, write_atomically
@@ -75,6 +76,12 @@ def _compare(was: dict[str, Any], now: dict[str, Any], folder: RunFolder) -> Non
 def _bits(tensor: dict[str, Any]) -> Any:
     """What the same weights give with any number of threads: of a 4-bit tensor the codes, as a mean depends on the threads."""
     return tensor.get("codes", tensor.get("sha256"))
+
+
+def keep_template(template: ChatTemplate, folder: RunFolder) -> None:
+    """Write a chat template that the recipe names by its file, which may be changed or gone when the run is exported."""
+    if template.name.endswith(".jinja"):
+        write_atomically(folder.chat_template, template.source)
 
 
 def keep_held_out(data: PreparedData, folder: RunFolder) -> None:

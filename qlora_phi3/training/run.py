@@ -35,7 +35,7 @@ from qlora_phi3.training.oom import recall_setup
 from qlora_phi3.training.planning import Chosen, wants_rehearsal
 from qlora_phi3.training.ready import Ready, choose, load_model, prepare
 from qlora_phi3.training.reckoning import Reckoning, measure_memory
-from qlora_phi3.training.record import keep_held_out, record_base
+from qlora_phi3.training.record import keep_held_out, keep_template, record_base
 from qlora_phi3.training.rehearsal import rehearse
 from qlora_phi3.training.report import describe_device, failure_reported, first_report, last_report
 from qlora_phi3.training.trainer import Phi3Trainer
@@ -110,6 +110,7 @@ def _record(recipe: Recipe, ready: Ready, model: PeftModel, folder: RunFolder, l
         compute_dtype=ready.precision.compute_dtype,
     )
     keep_held_out(ready.data, folder)
+    keep_template(ready.template, folder)
     if recipe.model.save_quantized and recipe.quantization.load_in_4bit and not folder.quantized_base.is_dir():
         save_quantized(model, folder.quantized_base)
     listener.progress("Noting down the base's checksums", 1, 1)

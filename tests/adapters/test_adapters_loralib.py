@@ -1,6 +1,7 @@
 """loralib's state dicts as PEFT adapters and back, held against the real loralib 0.1.2."""
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -299,3 +300,21 @@ def test_a_state_dict_is_found_inside_a_checkpoint_and_in_safetensors(tmp_path: 
         loralib_to_peft(tmp_path / name, tmp_path / f"{name}-peft", Spec(alpha={"": 16}))
         saved = load_file(tmp_path / f"{name}-peft" / "adapter_model.safetensors")
         assert torch.equal(saved["base_model.model.x.lora_A.weight"], tensors["x.lora_A"])
+
+
+@pytest.mark.parametrize(
+    ("layers", "told"),
+    [
+        ({"one": nn.Linear(8, 8)}, r"Its layers are called as one\."),
+        ({"one": nn.Linear(8, 8), "two": nn.Linear(8, 8)}, r"Its layers are called as one\."),
+        (
+            {"one": nn.Linear(8, 8), "two": nn.Linear(8, 8), "three": nn.Linear(8, 8)},
+            "Its layers are called as one and three",
+        ),
+        ({"norm": nn.LayerNorm(8)}, "It has none to adapt"),
+    ],
+)
+def test_a_layer_that_a_small_model_does_not_have_is_named(tmp_path, layers, told):
+    torch.save({"other.lora_A": torch.ones(4, 8), "other.lora_B": torch.ones(8, 4)}, tmp_path / "lora.pt")
+    with pytest.raises(ExportError, match=f"has no layer other\\. {told}"):
+        load_loralib(nn.Sequential(OrderedDict(layers)), tmp_path / "lora.pt", alpha=8)

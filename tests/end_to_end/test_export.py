@@ -180,7 +180,7 @@ def test_an_interrupted_export_goes_on_at_the_last_whole_file(run, monkeypatch):
 
 def test_what_stands_at_the_target_is_replaced_only_by_force(run):
     target = run / "merged"
-    target.mkdir()
+    assert call("export", str(run), "--no-verify").exit_code == 0
     (target / "mine.txt").write_text("mine", encoding="utf-8")
     result = call("export", str(run), "--no-verify")
     assert result.exit_code == 2
@@ -192,12 +192,150 @@ def test_what_stands_at_the_target_is_replaced_only_by_force(run):
     assert sorted(path.name for path in run.iterdir() if path.name.startswith(".")) == []
 
 
+def test_a_folder_that_is_no_export_is_never_replaced_and_a_link_stays_one(run, tmp_path):
+    mine, link = tmp_path / "mine", tmp_path / "link"
+    mine.mkdir()
+    link.symlink_to(mine)
+    for _ in range(2):
+        result = call("export", str(run), "--no-verify", "--force", "--out", str(link))
+        assert result.exit_code == 0, result.stderr
+        assert link.is_symlink()
+        assert (mine / "model.safetensors").is_file()
+    (mine / "export_report.json").unlink()
+    assert call("export", str(run), "--no-verify", "--force", "--out", str(link)).exit_code == 2
+    assert (mine / "model.safetensors").is_file()
+
+
+def test_what_another_export_left_in_the_draft_is_not_shipped(run):
+    draft = run / ".merged.partial"
+    (draft / "figures").mkdir(parents=True)
+    for name in ("tokenizer.model", "LICENSE", "..shards.json.123"):
+        (draft / name).write_text("another's", encoding="utf-8")
+    assert call("export", str(run), "--no-verify").exit_code == 0
+    names = {path.name for path in (run / "merged").iterdir()}
+    assert names.isdisjoint({"tokenizer.model", "LICENSE", "..shards.json.123", "figures"})
+
+
+def test_after_a_try_with_a_wrong_base_the_right_one_is_taken(run, tmp_path, monkeypatch):
+    """Wrong only where the run quantized, which shows when all is read."""
+    import qlora_phi3.export.writer as writer
+
+    def stop_after_one(weights, folder, shard, tell, write=writer._write_shard):
+        if any(folder.glob("model-*")):
+            raise KeyboardInterrupt
+        write(weights, folder, shard, tell)
+
+    own = Path(load_recipe(run / "recipe.toml").model.name)
+    wrong = Path(shutil.copytree(own, tmp_path / "wrong"))
+    tensors = load_file(own / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"] += 0.1
+    save_file(tensors, wrong / "model.safetensors", metadata={"format": "pt"})
+    for words in (("--no-verify",), ()):
+        result = call("export", str(run), *words, "--base", str(wrong))
+        assert result.exit_code == 2
+        assert "is not the base that was trained on" in result.stderr
+    assert not (run / ".merged.partial").exists() or not any((run / ".merged.partial").glob("*.safetensors"))
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_write_shard", stop_after_one)
+        resumed = ("--shard-size", "1MiB", "--base", str(wrong), "--out", str(tmp_path / "mended"))
+        assert call("export", str(run), *resumed, "--no-verify").exit_code == 130
+    mended = tmp_path / "wrong" / "model.safetensors"
+    mended.write_bytes((own / "model.safetensors").read_bytes())
+    for words in (resumed, ("--no-verify",), ("--force",)):
+        result = call("export", str(run), *words)
+        assert result.exit_code == 0, result.stderr
+
+
+def test_a_proof_outlives_an_interruption_and_only_the_winner_is_written(run, monkeypatch):
+    import qlora_phi3.export.scored as scored
+    import qlora_phi3.export.writer as writer
+
+    written = []
+
+    def stop_at_the_second(weights, folder, shard, tell, write=writer._write_shard):
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        written.append((weights.onto, shard.file_name))
+        write(weights, folder, shard, tell)
+
+    def never(*_, **__):
+        raise AssertionError("scored again")
+
+    def choose_original(proof):
+        return "original"
+
+    monkeypatch.setattr("qlora_phi3.export.export.choose_onto", choose_original)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_write_shard", stop_at_the_second)
+        assert call("export", str(run), "--shard-size", "1MiB").exit_code == 130
+    assert [onto for onto, _ in written] == ["original"]
+    with monkeypatch.context() as patch:
+        patch.setattr(scored, "prove", never)
+        result = call("export", str(run), "--shard-size", "1MiB")
+    assert result.exit_code == 0, result.stderr
+    assert "Went on after 1 of" in result.stdout
+    assert "merged onto the original" in result.stdout
+    report = read_json(run / "merged" / "export_report.json")
+    assert (report["status"], report["onto"], report["proof"]["rows"]) == ("proved", "original", 8)
+    assert report["base"]["compared"]["num_tensors"] == 15
+    assert [path.name for path in (run / "merged").iterdir() if path.name.startswith(".")] == []
+
+
+def test_scores_of_other_held_out_rows_are_not_taken_up(run, monkeypatch):
+    import qlora_phi3.export.writer as writer
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_write_shard", stop)
+        assert call("export", str(run)).exit_code == 130
+    rows = (run / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    (run / "held_out.jsonl").write_text("\n".join(rows[:3]) + "\n", encoding="utf-8")
+    assert call("export", str(run)).exit_code == 0
+    assert read_json(run / "merged" / "export_report.json")["proof"]["rows"] == 3
+
+
+def test_files_that_do_not_hold_what_was_scored_fail_the_proof(run, monkeypatch):
+    import qlora_phi3.export.writer as writer
+
+    def off_by_a_bit(piece, bytes_of=writer._bytes_of):
+        spoilt = bytes_of(piece).copy()
+        spoilt[0] ^= 1
+        return spoilt
+
+    monkeypatch.setattr(writer, "_bytes_of", off_by_a_bit)
+    result = call("export", str(run))
+    assert result.exit_code == 5
+    assert "lm_head.weight in the files is not what was scored" in result.stderr
+
+
+@pytest.mark.parametrize("spoilt", ["", '{"input_ids": [1, 2', "[1]", '{"labels": [1]}'])
+def test_held_out_rows_that_are_cut_are_told_and_only_where_they_are_needed(run, spoilt):
+    (run / "held_out.jsonl").write_text(spoilt, encoding="utf-8")
+    result = call("export", str(run))
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.endswith("Export with --no-verify.")
+    if not spoilt:
+        (run / "held_out.jsonl").unlink()
+    assert call("export", str(run), "--no-verify").exit_code == 0
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(run, tmp_path):
+    (tmp_path / ".merged.partial").write_text("in the way", encoding="utf-8")
+    result = call("export", str(run), "--no-verify", "--out", str(tmp_path / "merged"))
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert "cannot be written: File exists" in line
+
+
 def test_each_way_to_merge_has_a_folder_of_its_own_and_a_gguf_is_made_from_the_one_like_it(run, tmp_path):
     pytest.importorskip("gguf")
     assert call("export", str(run), "--no-verify").exit_code == 0
     words = ("--format", "gguf", "--quant", "f32", "--dtype", "fp32", "--onto", "nf4")
     assert call("export", str(run), *words, "--no-verify").exit_code == 0
-    folders = {"merged", "merged-nf4-fp32", "gguf-nf4-fp32"}
+    folders = {"merged", "merged-nf4-fp32", "gguf-nf4-fp32-f32"}
     assert folders <= {path.name for path in run.iterdir()}
     again = call("export", str(run), *words, "--no-verify", "--out", str(tmp_path / "again"))
     assert again.exit_code == 0, again.stderr
@@ -212,6 +350,50 @@ def test_each_way_to_merge_has_a_folder_of_its_own_and_a_gguf_is_made_from_the_o
     assert "is no export of this run as it is now" in changed.stderr
 
 
+def test_a_gguf_leaves_what_lies_beside_it_alone_and_pushes_its_own_files_only(run, tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    import qlora_phi3.export.export as export
+
+    pushed = []
+    monkeypatch.setattr(export, "check_push", lambda *_, **__: None)
+    monkeypatch.setattr(export, "push", lambda folder, names, *_, **__: pushed.append((folder, names)) or "the page")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "secret.txt").write_text("secret", encoding="utf-8")
+    words = ("--format", "gguf", "--no-verify", "--push", "me/phi", "--out", str(mine))
+    result = call("export", str(run), *words)
+    assert result.exit_code == 0, result.stderr
+    name = f"{run.parent.name}-f16.gguf"
+    assert pushed == [(mine, sorted(["Modelfile", "README.md", "export_report.json", name]))]
+    assert read_json(mine / "export_report.json")["gguf"] == {"file": name, "quant": "f16"}
+    card = (mine / "README.md").read_text(encoding="utf-8")
+    assert f"The merged model from which `{name}` was made as f16 was not held" in card
+    again = call("export", str(run), *words)
+    assert again.exit_code == 2
+    assert f"{name} exists" in again.stderr
+    merged = (run / "merged" / "model.safetensors").stat().st_mtime_ns
+    forced = call("export", str(run), *words, "--force")
+    assert forced.exit_code == 0, forced.stderr
+    assert (run / "merged" / "model.safetensors").stat().st_mtime_ns == merged  # it is what the GGUF needs
+
+
+def test_memory_and_disk_are_looked_at_before_a_gguf_is_begun(run, monkeypatch):
+    pytest.importorskip("gguf")
+    import qlora_phi3.export.writer as writer
+
+    free = 70 * 2**20  # for the merge with what lies beside it, and not for the GGUF too
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
+        result = call("export", str(run), "--no-verify", "--format", "gguf")
+    assert result.exit_code == 2
+    assert re.search(r"needs 9\d.* MiB on the disk of .* and 70 MiB are free", result.stderr), result.stderr
+    assert not (run / "merged").exists()
+    assert call("export", str(run), "--no-verify").exit_code == 0
+    result = call("export", str(run), "--no-verify", "--format", "gguf", "--max-ram", "200MiB")
+    assert result.exit_code == 2
+    assert "--max-ram 200 MiB is too little: a .gguf file needs about" in result.stderr
+
+
 def test_a_proof_that_fails_keeps_the_files_under_a_name_that_says_so(run, monkeypatch):
     import qlora_phi3.export.merge as merge
 
@@ -223,6 +405,8 @@ def test_a_proof_that_fails_keeps_the_files_under_a_name_that_says_so(run, monke
     result = call("export", str(run), "--onto", "nf4")
     assert result.exit_code == 5
     assert "is not what was trained" in result.stderr
+    assert re.search(r"merged onto NF4 .*<- written", result.stdout)
+    assert "Done" not in result.stdout
     assert not (run / "merged-nf4").exists()
     assert read_json(run / "merged-nf4.failed-proof" / "export_report.json")["status"] == "failed"
 
@@ -289,6 +473,17 @@ def target_inside_the_base(run, tmp_path):
     return ("--base", str(base), "--out", str(base / "merged")), "is inside .* which is read"
 
 
+def target_inside_the_runs_own_base(run, tmp_path):
+    own = load_recipe(run / "recipe.toml").model.name
+    base = shutil.copytree(own, tmp_path / "own")
+    for name in ("base.json", "recipe.toml"):
+        text = (run / name).read_text(encoding="utf-8")
+        assert own in text
+        (run / name).write_text(text.replace(own, str(base)), encoding="utf-8")
+    (base / "export_report.json").write_text("{}", encoding="utf-8")
+    return ("--out", str(base), "--force"), "is inside .*own, which is read"
+
+
 def target_is_the_run(run, tmp_path):
     return ("--out", str(run)), "holds the run itself"
 
@@ -318,7 +513,8 @@ def another_tokenizer(run, tmp_path):
 
 CAUSES = [
     other_base, smaller_base, cut_base, pickled_base, unfinished, no_run, spoilt_adapter, target_inside_the_base,
-    target_is_the_run, unknown_quantization, quantization_without_gguf, unreadable_size, too_little_memory, another_tokenizer,
+    target_inside_the_runs_own_base, target_is_the_run, unknown_quantization, quantization_without_gguf, unreadable_size,
+    too_little_memory, another_tokenizer,
 ]  # fmt: skip
 
 

@@ -16,7 +16,10 @@ SCORES = [
     {"name": "live", "loss": 2.4032, "mean_kl": None, "max_kl": None, "top_agreement": None},
     {"name": "nf4", "loss": 2.4033, "mean_kl": 9e-9, "max_kl": 2e-7, "top_agreement": 1.0},
 ]
-EXPORT = {"base": {"revision": "abc123"}, "proof": {"tokens": 2048, "scores": SCORES}}
+EXPORT = {
+    "base": {"revision": "abc123", "compared": {"differing": []}},
+    "proof": {"tokens": 2048, "trained": False, "scores": SCORES},
+}
 
 
 def card(shop, *, train="chats.jsonl", export=EXPORT, licence="mit", **tables):
@@ -56,3 +59,18 @@ def test_an_unknown_licence_and_a_missing_proof_are_said_plainly(shop):
     assert data.license is None
     assert "does not state it" in text
     assert "was not held against the trained model" in text
+
+
+def test_rows_that_were_trained_on_are_not_called_held_out(shop):
+    proof = {**EXPORT["proof"], "trained": True}
+    text, _ = card(shop, export={**EXPORT, "proof": proof})
+    assert "held against the trained model on 2,048 tokens of rows that were trained on:" in text
+    assert "| | loss | mean KL" in text
+    assert "held-out tokens" not in text
+
+
+def test_the_card_of_a_gguf_says_that_the_figures_are_of_the_merged_model(shop):
+    text, data = card(shop, export={**EXPORT, "gguf": {"file": "chat-q4_0.gguf", "quant": "q4_0"}})
+    assert "The merged model from which `chat-q4_0.gguf` was made as q4_0, held against the trained model on" in text
+    assert data.library_name is None
+    assert "gguf" in data.tags

@@ -69,8 +69,9 @@ def test_generation_stops_at_all_it_stopped_at_and_at_the_end_of_a_turn(places, 
 
 
 def test_a_base_without_a_generation_config_gets_one_that_stops(places):
-    source, _, target = places
-    (source / "generation_config.json").unlink()
+    source, adapter, target = places
+    for folder in (source, adapter):
+        (folder / "generation_config.json").unlink()
     change(source / "config.json", eos_token_id=2)
     write_companions(*places, **USUAL)
     assert read_json(target / "generation_config.json") == {"eos_token_id": [2, 7]}
@@ -80,6 +81,23 @@ def test_a_tokenizer_that_was_changed_since_the_run_is_refused_by_name(places):
     source, _, _ = places
     change(source / "tokenizer_config.json", eos_token="<|end|>")
     with pytest.raises(ExportError, match=r"tokenizer_config\.json is not the file that was trained with"):
+        write_companions(*places, **USUAL)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "generation_config.json"])
+def test_a_file_that_was_trained_with_and_that_the_base_lacks_is_not_dropped_in_silence(places, name):
+    source, adapter, _ = places
+    (source / name).unlink()
+    with pytest.raises(ExportError) as caught:
+        write_companions(*places, **USUAL)
+    assert caught.value.message == f"{source / name} is missing, and the run trained with one."
+    assert str(adapter / name) in caught.value.cure
+
+
+def test_a_tokenizer_file_that_came_after_the_run_is_refused_as_what_it_is(places):
+    _, adapter, _ = places
+    (adapter / "tokenizer.model").unlink()
+    with pytest.raises(ExportError, match=r"tokenizer\.model was not there when the run was trained\. Move it away"):
         write_companions(*places, **USUAL)
 
 

@@ -213,6 +213,46 @@ def test_small_pieces_give_the_same_file(quant, folders, tmp_path, monkeypatch):
     assert pieces.read_bytes() == whole.path.read_bytes()
     assert len(told) > 2 * whole.num_tensors
     assert told[-1][1] == told[-1][2]
+    assert {what for what, *_ in told} == {"Writing the .gguf file"}
+
+
+def test_before_llama_cpps_quantizer_every_tensor_is_in_its_own_type(copy, tmp_path, monkeypatch):
+    """As an export has them: fp16 where it was merged, beside the base's bf16."""
+    rewrite(copy, halve)
+    first = tmp_path / "first.gguf"
+
+    def quantize(source, target, quant, progress):
+        shutil.copyfile(source, first)
+        shutil.copyfile(source, target)
+
+    monkeypatch.setattr(converter, "quantize_file", quantize)
+    monkeypatch.setattr(converter, "check_quantizer", lambda quant: None)
+    convert(copy, tmp_path / "x.gguf", "q4_k_m")
+    stored, read = load_file(copy / "model.safetensors"), Reading(first)
+    types = {name: tensor.tensor_type.name for name, tensor in read.tensors.items()}
+    assert (types["blk.0.ffn_down.weight"], types["token_embd.weight"], types["output_norm.weight"]) == (
+        "F16",
+        "BF16",
+        "F32",
+    )
+    for theirs, ours in (("model.layers.0.mlp.down_proj", "blk.0.ffn_down"), ("model.embed_tokens", "token_embd")):
+        assert torch.equal(read.tensor(f"{ours}.weight"), stored[f"{theirs}.weight"].float())
+    assert first.stat().st_size < 1.2 * sum(tensor.nbytes for tensor in stored.values())
+
+
+def halve(stored):
+    for name, tensor in stored.items():
+        stored[name] = tensor.half() if "_proj" in name else tensor.bfloat16()
+
+
+def test_the_room_for_a_k_quant_is_that_of_both_files(folders):
+    def room(quant):
+        info = weights.open_weights(folders["plain"]).info
+        return converter.plan_gguf(folders["plain"], info, quant=quant, name="x").num_bytes
+
+    count = sum(tensor.numel() for tensor in load_file(folders["plain"] / "model.safetensors").values())
+    assert room("q6_k") - room("f32") == pytest.approx(6.56 / 8 * count, rel=1e-3)
+    assert room("f32") - room("f16") == pytest.approx(2 * count, rel=0.01)
 
 
 def test_rows_that_no_blocks_fill_stay_in_16_bit(tmp_path):
@@ -586,6 +626,19 @@ def test_past_the_boundary_llama_cpp_uses_the_long_factors(llama_cpp, folders, r
     llama = load_llama(llama_cpp, results["longrope"].path, n_ctx=512)
     llama.eval(ids[0].tolist())
     torch.testing.assert_close(torch.from_numpy(llama.scores[:300].copy()), logits, rtol=0, atol=1e-4)
+
+
+def test_llama_cpps_quantizer_reads_a_file_of_several_types(llama_cpp, copy, tmp_path):
+    rewrite(copy, halve)
+    told = []
+    result = convert_to_gguf(
+        copy, tmp_path / "x.gguf", quant="q6_k", name="x", progress=lambda *said: told.append(said)
+    )
+    assert told[-1] == ("Quantizing to q6_k", result.num_bytes, result.num_bytes)
+    stored = load_file(copy / "model.safetensors")
+    for theirs, ours in (("model.layers.0.mlp.down_proj", "blk.0.ffn_down"), ("model.embed_tokens", "token_embd")):
+        was, is_now = stored[f"{theirs}.weight"].float(), Reading(result.path).tensor(f"{ours}.weight")
+        assert 0 < (is_now - was).abs().max() / was.abs().max() < 0.05
 
 
 def test_llama_cpps_quantizer_makes_k_quants(llama_cpp, folders, tmp_path):

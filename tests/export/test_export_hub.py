@@ -3,7 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 import qlora_phi3.export.hub as hub
 from qlora_phi3.errors import ExportError
@@ -14,8 +15,8 @@ TOKEN = "hf_verysecret"
 class FakeHub:
     """Stands for HfApi: remembers what it was asked for."""
 
-    def __init__(self, refuses=None):
-        self.refuses, self.asked = refuses, []
+    def __init__(self, refuses=None, private=None):
+        self.refuses, self.private, self.asked = refuses, private, []
 
     def __call__(self):
         return self
@@ -31,7 +32,13 @@ class FakeHub:
     def whoami(self):
         return self._answer("whoami")
 
-    def create_repo(self, repository, **options):
+    def repo_info(self, repository):
+        if self.private is None:
+            raise RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, status_code=404, request=None))
+        return SimpleNamespace(private=self.private)
+
+    def create_repo(self, repository, *, private, exist_ok):
+        self.private = private if self.private is None else self.private
         return self._answer("create_repo")
 
     def upload_folder(self, **options):
@@ -50,32 +57,54 @@ def api(monkeypatch):
 @pytest.mark.parametrize("name", ["me/--x", "justme", "a/b/c", "me/my model"])
 def test_a_name_that_is_no_hub_id_is_refused_before_anything(api, name):
     with pytest.raises(ExportError, match="Write --push user/name"):
-        hub.check_push(name)
+        hub.check_push(name, private=False)
     assert api.asked == []
 
 
 def test_without_a_token_it_says_how_to_get_one(api, monkeypatch):
     monkeypatch.setattr(hub, "get_token", lambda: None)
     with pytest.raises(ExportError, match="hf auth login"):
-        hub.check_push("me/phi")
+        hub.check_push("me/phi", private=False)
 
 
 def test_a_token_that_is_refused_is_told_and_not_shown(api):
     api.refuses = "whoami"
     with pytest.raises(ExportError, match="does not take your token") as caught:
-        hub.check_push("me/phi")
+        hub.check_push("me/phi", private=False)
     assert TOKEN not in str(caught.value)
 
 
-def test_what_is_pushed_is_the_folder(api, tmp_path):
-    assert hub.push(tmp_path, "me/phi", private=True) == "the page"
+def test_what_is_pushed_are_the_files_that_the_export_wrote(api, tmp_path):
+    assert hub.push(tmp_path, ["README.md", "a[1]*.gguf"], "me/phi", private=True) == "the page"
     assert api.asked == ["create_repo", "upload_folder"]
     assert (api.options["repo_id"], api.options["folder_path"]) == ("me/phi", tmp_path)
+    there = ["README.md", "a[1]*.gguf", "a1b.gguf", "secret.txt", "sub/README.md"]
+    assert [*filter_repo_objects(there, allow_patterns=api.options["allow_patterns"])] == ["README.md", "a[1]*.gguf"]
     assert TOKEN not in str(api.options)
+
+
+def test_private_is_refused_for_a_repository_that_is_public(tmp_path, monkeypatch):
+    api = FakeHub(private=False)
+    monkeypatch.setattr(hub, "HfApi", api)
+    monkeypatch.setattr(hub, "get_token", lambda: TOKEN)
+    with pytest.raises(ExportError, match=r"--private: me/phi is there already, and public\. Push to another name"):
+        hub.check_push("me/phi", private=True)
+    with pytest.raises(ExportError, match="public"):
+        hub.push(tmp_path, ["README.md"], "me/phi", private=True)
+    assert "upload_folder" not in api.asked
+    hub.check_push("me/phi", private=False)
+
+
+def test_private_is_fine_for_a_new_repository_and_for_one_that_is_private(api, tmp_path):
+    hub.check_push("me/phi", private=True)
+    api.private = True
+    hub.check_push("me/phi", private=True)
+    assert hub.push(tmp_path, ["README.md"], "me/phi", private=True) == "the page"
 
 
 def test_a_push_that_fails_says_that_the_export_is_whole(api, tmp_path):
     api.refuses = "upload_folder"
     with pytest.raises(ExportError, match="The export is whole in") as caught:
-        hub.push(tmp_path, "me/phi", private=False)
+        hub.push(tmp_path, ["README.md"], "me/phi", private=True)
     assert "403" in str(caught.value)
+    assert str(caught.value).endswith(f"hf upload me/phi {tmp_path} . --include 'README.md' --private")

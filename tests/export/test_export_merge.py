@@ -219,6 +219,21 @@ def test_weights_that_a_further_training_changed_are_other_weights_even_where_al
     assert summarise(same.compared).other_weights == summarise(same.compared).differing == ()
 
 
+@pytest.mark.parametrize(("share", "others"), [(0.01, ()), (0.05, (DOWN,))])
+def test_another_rounding_of_a_few_codes_is_the_same_base_and_of_many_another(run, tmp_path, base, share, others):
+    """bf16 arithmetic in a quantizer gives 0.6 % of the codes otherwise."""
+
+    def turn_some(weight: torch.Tensor) -> torch.Tensor:
+        chosen = torch.rand(weight.shape, generator=torch.Generator().manual_seed(5)) < share
+        return torch.where(chosen, -weight, weight)  # every scale stays
+
+    changed = RecordedBase(open_weights(spoil_base(base, tmp_path / "other", DOWN, turn_some)), read_record(run.record))
+    changed.quantized(DOWN)
+    comparison = summarise(changed.compared)
+    assert comparison.differing == comparison.codes_differing == (DOWN,)
+    assert comparison.other_weights == others
+
+
 def test_a_kept_base_that_is_not_what_was_noted_is_refused(run, tmp_path, base):
     other = leave_run(tmp_path, save_tiny_model(tmp_path / "other", seed=1))
     save_quantized(other.live, tmp_path / "kept")

@@ -1,6 +1,8 @@
 """What the proof says is what the whole logits say, and it tells a faithful export from one that is not."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from qlora_phi3.export.proof import (
     find_fault,
     prove,
 )
+from qlora_phi3.export.streamed import stream_plain
 from qlora_phi3.export.weights import open_weights
 from qlora_phi3.export.writer import plan_shards, write_shards
 from qlora_phi3.recipe.tables import Lora
@@ -163,12 +166,10 @@ def test_another_base_in_the_files_is_told_apart(tmp_path):
     strange = TinyRun(live=run.live, base=other.base, adapter=run.adapter, record=other.record).merged()
     write_shards(strange, tmp_path / "out", plan_shards(strange.info, 2**30), key="")
     config, base = read_config(str(run.base)), run.open_base()
-    written = {"nf4": open_weights(tmp_path / "out")}
+    nf4, original = make_candidates(base, read_updates(run.adapter, config), config, run.adapter, dtype=torch.float32)
     found = prove(
         live_model(base, config, run.adapter),
-        make_candidates(
-            base, read_updates(run.adapter, config), config, run.adapter, dtype=torch.float32, written=written
-        ),
+        [replace(nf4, open=partial(stream_plain, open_weights(tmp_path / "out"), config)), original],
         rows_with_ends([60]),
         parse_architecture(config, "tiny"),
         stop_ids=[STOP],

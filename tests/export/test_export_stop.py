@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from tiny_model import build_config, save_tiny_model
@@ -111,13 +113,15 @@ def test_a_prompt_whose_own_answer_is_too_long_or_that_is_no_prompt_is_passed_ov
     assert choose_prompts([row(7, 4, 129), row(7, 1000, 3), nothing]) == []
 
 
-def test_on_a_cpu_it_is_loaded_in_fp32_if_that_fits_and_else_in_its_own_dtype(tmp_path):
+def test_on_a_cpu_it_is_loaded_in_fp32_if_that_fits_and_else_in_its_own_dtype(tmp_path, monkeypatch):
     folder = save_tiny_model(tmp_path / "base")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}), encoding="utf-8")
     # 426,624 weights and a tenth; 2,048 tokens with 2 layers of 2 x 64 cached numbers each
     numbers = 1.1 * 426_624 + 2048 * 2 * 128
     assert choose_dtype(folder, CPU, None) == torch.float32
-    assert choose_dtype(folder, CPU, int(numbers * 4) + 1) == torch.float32
-    assert choose_dtype(folder, CPU, int(numbers * 4) - 1) == torch.float16
-    assert choose_dtype(folder, CPU, int(numbers * 2) - 1) is None
+    held = 2**30
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=held)))
+    assert choose_dtype(folder, CPU, held + int(numbers * 4) + 1) == torch.float32
+    assert choose_dtype(folder, CPU, held + int(numbers * 4) - 1) == torch.float16
+    assert choose_dtype(folder, CPU, held + int(numbers * 2) - 1) is None

@@ -150,6 +150,16 @@ def test_at_most_one_layers_weights_are_there_at_a_time(tmp_path, monkeypatch):
     assert seen == [(1, True)] * 8
 
 
+def test_a_trained_embedding_and_head_are_read_in_pieces_and_never_stand_in_memory(tmp_path):
+    """Those of Phi-4-mini are 2.3 GiB each."""
+    base = save_tiny_model(tmp_path / "base")
+    run = leave_run(tmp_path, base, lora=Lora(r=8, modules_to_save=["lm_head", "embed_tokens", "norm"]))
+    model = stream_run(run)
+    held = {name: p for name, p in model.model.named_parameters() if p.device.type != "meta" and p.stride() != (0, 0)}
+    assert "model.norm.modules_to_save.default.weight" in held
+    assert not [name for name in held if "embed_tokens" in name or "lm_head" in name]
+
+
 def test_progress_counts_the_layers_of_every_micro_batch(tmp_path):
     base = save_tiny_model(tmp_path / "base")
     told = []

@@ -16,7 +16,14 @@ from transformers import Phi3ForCausalLM
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export import writer
 from qlora_phi3.export.weights import TensorInfo, open_weights, read, split_rows
-from qlora_phi3.export.writer import check_disk, forget_progress, missing_bytes, plan_shards, write_shards
+from qlora_phi3.export.writer import (
+    check_disk,
+    clear_draft,
+    forget_progress,
+    missing_bytes,
+    plan_shards,
+    write_shards,
+)
 
 
 class Held:
@@ -127,6 +134,33 @@ def test_a_shard_made_from_something_else_is_written_again(tmp_path, tensors, ch
     assert "wide" in weights.asked
 
 
+def test_a_kill_before_the_first_note_of_another_key_leaves_no_shard_of_it_behind(tmp_path, tensors, monkeypatch):
+    write(Held(tensors), tmp_path)
+    others = {name: tensor + 1 for name, tensor in tensors.items()}
+
+    def kill(path: Path, text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer, "write_atomically", kill)
+    with pytest.raises(KeyboardInterrupt):
+        write(Held(others), tmp_path, key="two")
+    monkeypatch.undo()
+    assert write(Held(tensors), tmp_path).num_resumed == 0
+    stored = open_weights(tmp_path)
+    assert all(torch.equal(read(stored, name), tensor) for name, tensor in tensors.items())
+
+
+def test_a_draft_is_emptied_but_for_what_can_be_gone_on_with(tmp_path, tensors):
+    write(Held(tensors), tmp_path)
+    for name in ("tokenizer.model", "..shards.json.123", ".scored.json"):
+        (tmp_path / name).write_text("former", encoding="utf-8")
+    (tmp_path / "figures" / "more").mkdir(parents=True)
+    clear_draft(tmp_path, kept=[".scored.json"])
+    shards = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".scored.json", ".shards.json", *shards]
+    assert write(Held(tensors), tmp_path).num_resumed == 3
+
+
 def test_weights_of_an_attempt_with_other_shards_are_taken_away(tmp_path, tensors):
     write(Held(tensors), tmp_path, shard_bytes=10**9)
     (tmp_path / ".model-00002-of-00003.safetensors.partial").write_bytes(b"half")
@@ -175,9 +209,7 @@ def test_notes_of_every_shard_come_together_after_an_interruption(tmp_path, tens
     with pytest.raises(KeyboardInterrupt):
         write(Held(tensors, fail_at="half"), tmp_path, notes=note)
     written = write(Held(tensors), tmp_path, notes=lambda names: dict.fromkeys(names, "later"))
-    assert (
-        written.notes == {"norm": 4, "wide": "later", "half": "later", "last": "later"} | {"wide": 4} or written.notes
-    )
+    assert written.notes == {"norm": 4, "wide": 4, "half": "later", "last": "later"}
 
 
 def test_progress_ends_at_all_bytes(tmp_path, tensors):

@@ -1,0 +1,205 @@
+"""An export by the real command line of a base, a config or a template that is not, or not quite, what was trained on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+from workshop import Workshop, build_base, call, read_json
+
+from qlora_phi3.dataset.template import TEMPLATE_FOLDER
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, base):
+    """A finished run of a few steps; read only."""
+    shop = Workshop(tmp_path_factory.mktemp("exported"), base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(shop.path)
+        shop.write(training={"max_steps": 2, "eval_steps": 80, "save_steps": 80})
+        result = shop.run()
+    assert result.exit_code == 0, result.stderr
+    (folder,) = shop.runs()
+    return folder
+
+
+@pytest.fixture
+def run(done, tmp_path):
+    """A copy of the run to export and to spoil."""
+    return Path(shutil.copytree(done, tmp_path / "run"))
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def change_base(base, folder, change):
+    """A copy of the base with other weights in place of some linear layer's."""
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[DOWN] = change(tensors[DOWN])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def drop_small(weight):
+    """Weights below 0.4 of their block's largest become 0: 60 % of the codes change, and no block's scale."""
+    blocks = weight.view(-1, 64)
+    return torch.where(blocks.abs() < 0.4 * blocks.abs().amax(1, keepdim=True), 0, blocks).view_as(weight)
+
+
+def turn_rows(weight):
+    """Rows in another order: every code occurs as often as before."""
+    return weight.flip(0).clone()
+
+
+def flip_one_sign(weight):
+    weight[0, 5] *= -1
+    return weight
+
+
+@pytest.mark.parametrize("change", [drop_small, turn_rows])
+def test_other_weights_whose_scales_have_the_same_mean_are_another_base(run, base, tmp_path, change):
+    other = change_base(base, tmp_path / "other", change)
+    result = call("export", str(run), "--no-verify", "--base", str(other))
+    assert result.exit_code == 2, result.stderr
+    assert (
+        f"is not the base that was trained on: at least 1 of 15 tensors differ from the run's record, first {DOWN}"
+        in result.stderr
+    )
+
+
+@pytest.mark.parametrize("codes", [True, False], ids=["another code", "another scale"])
+def test_weights_rounded_otherwise_are_told_once_and_the_proof_is_named_for_it(run, base, tmp_path, codes):
+    command = ["export", str(run), "--onto", "nf4"]
+    if codes:
+        command += ["--base", str(change_base(base, tmp_path / "other", flip_one_sign))]
+    else:
+        record = read_json(run / "base.json")
+        record["tensors"][DOWN]["sha256"] = "0" * 64
+        write_json(run / "base.json", record)
+    result = call(*command)
+    assert result.exit_code == 0, result.stderr
+    line = f"1 of 15 tensors of the base quantize to other bits here than where the run trained ({int(codes)} to other codes)"
+    assert (result.stdout + result.stderr).count("quantize to other bits") == 1
+    assert line in result.stdout + result.stderr
+    report, card = read_json(run / "merged-nf4" / "export_report.json"), (run / "merged-nf4" / "README.md")
+    assert report["status"] == "proved_on_other_bits"
+    assert line in card.read_text(encoding="utf-8")
+    assert "save_quantized = true" in result.stdout + result.stderr
+
+
+def test_a_run_that_noted_no_sample_of_its_codes_is_held_to_the_rest(run):
+    record = read_json(run / "base.json")
+    for tensor in record["tensors"].values():
+        tensor.pop("sampled_codes", None)
+    write_json(run / "base.json", record)
+    assert call("export", str(run), "--no-verify").exit_code == 0
+
+
+def change_config(base, folder, **changes):
+    """A copy of the base with other values in its config.json."""
+    shutil.copytree(base, folder)
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), **changes})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rms_norm_eps": 0.1}, "rms_norm_eps is 0.1, and was 1e-05"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+            "rope_parameters.rope_theta is 500.0, and was 10000.0",
+        ),
+        ({"sliding_window": 64}, "sliding_window is 64, and was None"),
+    ],
+)
+def test_a_config_that_computes_otherwise_is_refused_by_the_key(run, base, tmp_path, changes, told):
+    result = call("export", str(run), "--no-verify", "--base", str(change_config(base, tmp_path / "other", **changes)))
+    assert result.exit_code == 2, result.stderr
+    assert f"config.json is not what was trained with: {told}." in result.stderr
+
+
+def test_a_config_that_only_loads_otherwise_is_taken_and_so_is_a_run_that_kept_none(run, base, tmp_path):
+    older = {
+        "rope_parameters": None,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "torch_dtype": "float16",
+        "use_cache": False,
+    }
+    changed = change_config(
+        base, tmp_path / "other", **older, auto_map={"AutoConfig": "x.y"}, transformers_version="4.40.2"
+    )
+    assert call("export", str(run), "--no-verify", "--base", str(changed)).exit_code == 0
+    (run / "adapter" / "config.json").unlink()
+    assert call("export", str(run), "--no-verify", "--force").exit_code == 0
+
+
+@pytest.mark.parametrize("later", ["edited", "gone"])
+def test_a_chat_template_of_a_file_is_exported_as_it_was_trained_with(shop, later):
+    marked = (TEMPLATE_FOLDER / "phi3.jinja").read_text(encoding="utf-8")
+    (shop.path / "own.jinja").write_text(marked.replace("<|user|>", "<|user|> Q:"), encoding="utf-8")
+    shop.write(data={"chat_template": "own.jinja"}, training={"max_steps": 1})
+    assert shop.run().exit_code == 0
+    (run,) = shop.runs()
+    (shop.path / "own.jinja").unlink()
+    if later == "edited":
+        (shop.path / "own.jinja").write_text(marked.replace("<|user|>", "<|user|> another:"), encoding="utf-8")
+    result = call("export", str(run), "--no-verify")
+    assert result.exit_code == 0, result.stderr
+    exported = AutoTokenizer.from_pretrained(run / "merged")
+    asked = exported.apply_chat_template([{"role": "user", "content": "one"}], tokenize=False)
+    assert "<|user|> Q:" in asked
+    assert "generation" not in exported.chat_template.replace("add_generation_prompt", "")
+
+
+def test_what_a_base_holds_beside_its_weights_is_left_out_and_told(shop):
+    """A buffer, as old checkpoints have them: the proof read only what a model reads."""
+    base, buffer = shop.copy_base(), "model.layers.0.self_attn.rotary_emb.inv_freq"
+    tensors = load_file(base / "model.safetensors")
+    save_file({**tensors, buffer: torch.ones(16)}, base / "model.safetensors", metadata={"format": "pt"})
+    shop.write(model={"name": str(base)}, training={"max_steps": 1})
+    assert shop.run().exit_code == 0
+    (run,) = shop.runs()
+    result = call("export", str(run))
+    assert result.exit_code == 0, result.stderr
+    assert f"1 tensor of the base, first {buffer}" in result.stdout
+    assert load_file(run / "merged" / "model.safetensors").keys() == tensors.keys()
+
+
+def test_the_report_says_no_path_of_this_computer(run, base):
+    assert call("export", str(run), "--no-verify").exit_code == 0
+    assert read_json(run / "merged" / "export_report.json")["base"]["name"] == base.name
+    assert str(base.parent) not in (run / "merged" / "export_report.json").read_text(encoding="utf-8")
+
+
+def test_with_the_4bit_base_that_the_run_kept_the_trained_bits_are_proved(shop, tmp_path):
+    shop.write(model={"name": str(shop.base), "save_quantized": True}, training={"max_steps": 1})
+    assert shop.run().exit_code == 0
+    (run,) = shop.runs()
+    other = change_base(shop.base, tmp_path / "other", flip_one_sign)
+    result = call("export", str(run), "--onto", "nf4", "--base", str(other))
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("4-bit base that the run kept: 1 tensor, of which 1 code came out otherwise") == 1
+    assert "other bits" not in result.stdout + result.stderr
+    assert read_json(run / "merged-nf4" / "export_report.json")["status"] == "proved"
+
+
+def test_a_second_copy_of_a_tied_head_is_left_out(shop, tmp_path):
+    base = build_base(tmp_path / "tied", tie_word_embeddings=True)
+    tensors = load_file(base / "model.safetensors")
+    both = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(both, base / "model.safetensors", metadata={"format": "pt"})
+    shop.write(model={"name": str(base)}, training={"max_steps": 1})
+    assert shop.run().exit_code == 0
+    (run,) = shop.runs()
+    result = call("export", str(run))
+    assert result.exit_code == 0, result.stderr
+    assert load_file(run / "merged" / "model.safetensors").keys() == tensors.keys()

@@ -58,7 +58,7 @@ def known_config(name: str) -> dict[str, Any] | None:
 
     It decides shapes and memory and nothing else: longrope's factors are all 1.0. Plan with it, never train.
     """
-    shipped = json.loads((files("qlora_phi3") / "architectures.json").read_text(encoding="utf-8"))
+    shipped = _read_shipped()
     config = {key.lower(): model for key, model in shipped["models"].items()}.get(name.lower())
     if config is None:
         return None
@@ -68,6 +68,15 @@ def known_config(name: str) -> dict[str, Any] | None:
         factors = [1.0] * int(head_size * config.get("partial_rotary_factor", 1.0) / 2)
         config["rope_scaling"] = {"type": "longrope", "short_factor": factors, "long_factor": list(factors)}
     return config
+
+
+def known_names() -> list[str]:
+    """Hub ids of the models whose shapes are shipped."""
+    return list(_read_shipped()["models"])
+
+
+def _read_shipped() -> Any:
+    return json.loads((files("qlora_phi3") / "architectures.json").read_text(encoding="utf-8"))
 
 
 def read_config(name: str, revision: str | None = None, *, prefer_shipped: bool = False) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def parse_size(text: str, *, binary: bool = False) -> int:
     number, unit = found.groups() if found else ("", "")
     if found and not unit:
         amount = number.lstrip("+-")
-        raise ValueError(f"'{text}' has no unit: write {amount}GiB or {amount}GB.")
+        raise ValueError(f"'{text}' has no unit: write {amount}GiB, {amount}GB or {amount}MiB.")
     if unit.lower() not in UNITS:
         raise ValueError(f"'{text}' is no size: write a number and its unit, such as 11GiB, 12GB or 500MiB.")
     power = "bkmgt".index(unit[0].lower())

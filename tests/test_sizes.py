@@ -33,7 +33,7 @@ def test_for_sellers_of_cards_a_gb_is_a_gib():
 @pytest.mark.parametrize("text", ["12", "11.5", "-3"])
 def test_a_number_without_a_unit_is_refused_with_the_two_ways_to_write_it(text):
     amount = text.lstrip("-")
-    with pytest.raises(ValueError, match=f"'{text}' has no unit: write {amount}GiB or {amount}GB"):
+    with pytest.raises(ValueError, match=f"'{text}' has no unit: write {amount}GiB, {amount}GB or {amount}MiB"):
         parse_size(text)
 
 

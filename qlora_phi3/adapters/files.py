@@ -110,7 +110,10 @@ def find_adapter(path: Path) -> Path:
     if not path.exists():
         raise ExportError(f"There is no {path}.", "Check the name.")
     if path.is_file():
-        raise ExportError(f"{path} is a file, and a PEFT adapter is a folder.", "For a loralib file write --to peft.")
+        raise ExportError(
+            f"{path} is a file, and a PEFT adapter is a folder.",
+            "From loralib: qlora-phi3 adapter convert FILE NEW --to peft --alpha ALPHA",
+        )
     if not (path / CONFIG).is_file() and (path / "adapter" / CONFIG).is_file():
         return path / "adapter"
     return path

@@ -13,9 +13,38 @@ from torch import Tensor
 from qlora_phi3.adapters.files import find_adapter, read_config, read_weights
 from qlora_phi3.adapters.peft_folder import PREFIX, read_peft
 from qlora_phi3.errors import ExportError
+from qlora_phi3.recipe.tables import Lora
 
+#: Layers of models whose projections are apart.
+PARTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+SWITCHES = ("use_rslora", "use_dora")
 #: Keys of [lora] that decide which tensors an adapter has and how strong they are.
 SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
+
+
+def check_start(place: Path, table: Lora) -> None:
+    """What can be told of an adapter before anything is loaded.
+
+    Raises:
+        ExportError: there is none, its projections are apart, or its settings are not the table's.
+    """
+    if not place.exists():
+        raise ExportError(f"[model] adapter: There is no folder {place}.", "Give a run's folder, or an adapter's.")
+    folder = find_adapter(place)
+    config = read_config(folder)
+    targets = config.get("target_modules") or ()
+    parts = [
+        part for part in PARTS if not isinstance(targets, str) and part in {name.rpartition(".")[2] for name in targets}
+    ]
+    if parts:
+        raise ExportError(
+            f"[model] adapter: {folder} has {parts[0]}, which Phi-3 has fused with others.",
+            f"Convert it: qlora-phi3 adapter convert {folder} NEW --to fused",
+        )
+    for key in () if config.get("rank_pattern") or config.get("alpha_pattern") else ("r", "lora_alpha", *SWITCHES):
+        given, wanted = config.get(key) or False, getattr(table, key)
+        if given != wanted:
+            raise _differs(f"was trained with {key} = {given}, and [lora] says {wanted}", config, folder)
 
 
 def start_from(model: PeftModel, place: Path) -> str:

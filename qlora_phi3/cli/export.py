@@ -28,7 +28,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="hf: safetensors for transformers, vLLM and the like; gguf: one file for llama.cpp and Ollama.",
 )
-@click.option("--quant", help="With --format gguf: f16 (default), q8_0, q4_k_m and others.")
+@click.option(
+    "--quant",
+    "quants",
+    multiple=True,
+    metavar="NAME",
+    help="With --format gguf: f16 (default), q8_0, q4_k_m and others; docs/gguf.md has them all.",
+)
 @click.option(
     "--dtype", type=click.Choice(list(DTYPES)), default=USUAL_DTYPE, show_default=True, help="Of merged weights."
 )
@@ -53,7 +59,7 @@ def export(
     run: Path,
     out: Path | None,
     kind: str,
-    quant: str | None,
+    quants: tuple[str, ...],
     dtype: str,
     onto: str,
     base: Path | None,
@@ -75,6 +81,9 @@ def export(
     RUN is a run's folder; of a folder with several runs the newest is taken. An interrupted export goes on where it was with the
     same command. Exit codes: 0 proved, 5 written but not what was trained, 2 bad input.
     """
+    if len(quants) > 1:
+        raise UserError(f"--quant is given {len(quants)} times ({', '.join(quants)}).", "One file a command.")
+    quant = quants[0] if quants else None
     if quant and kind != "gguf":
         raise UserError(f"--quant {quant} is for GGUF.", "Write --format gguf too, or --dtype for safetensors.")
     if private and not push:
@@ -105,7 +114,8 @@ def export(
             _export(request, view, quiet=not ctx.meta.get("debug"))
         except KeyboardInterrupt as interrupt:
             raise Interrupted(
-                "Stopped; what is written so far is kept.", "Go on where it was with the same command."
+                "Stopped. Whole files and a whole proof are kept; the rest begins anew.",
+                "Go on with the same command.",
             ) from interrupt
 
 

@@ -16,6 +16,8 @@ from qlora_phi3.recipe.problems import format_toml
 TOLD_TABLES = ("quantization", "lora", "training")
 PRIVATE_KEYS = ("output_dir", "report_to", "run_name")
 
+ROWS = {"live": "4-bit base and adapter", "nf4": "merged onto NF4", "original": "merged onto the original"}
+
 
 def render_card(recipe: Recipe, run: Mapping[str, Any], export: Mapping[str, Any], *, base: Path) -> str:
     """README.md of an export: YAML front matter for the hub, then Markdown.
@@ -40,7 +42,7 @@ def render_card(recipe: Recipe, run: Mapping[str, Any], export: Mapping[str, Any
         f"# {name.rpartition('/')[2]}, fine-tuned with qlora-phi3",
         _about_base(name, export, licence),
         _about_data(recipe, run),
-        _about_result(run),
+        _about_result(recipe, run),
         _about_proof(export),
         _about_recipe(recipe),
     )
@@ -76,7 +78,8 @@ def _about_base(name: str, export: Mapping[str, Any], licence: str | None) -> st
         if licence
         else "Its licence holds for this model too; its folder does not state it."
     )
-    return f"Base: `{name}`{at}. {under}"
+    onto = "the 4-bit weights it was trained on" if export["onto"] == "nf4" else "the base's own weights"
+    return f"Base: `{name}`{at}. {under} The adapter is merged onto {onto} ({export['dtype']})."
 
 
 def _about_data(recipe: Recipe, run: Mapping[str, Any]) -> str:
@@ -88,10 +91,12 @@ def _about_data(recipe: Recipe, run: Mapping[str, Any]) -> str:
     )
 
 
-def _about_result(run: Mapping[str, Any]) -> str:
+def _about_result(recipe: Recipe, run: Mapping[str, Any]) -> str:
     before, after = run.get("eval_loss_before"), run.get("eval_loss_after")
     held_out = "" if before is None or after is None else f" Held-out loss {before:.4f} before, {after:.4f} after."
-    return f"Trained for {run['steps']:,} steps on {run['device']}.{held_out}"
+    start = recipe.model.adapter
+    began = f" It began with an adapter that had been trained before (`{public_name(start)}`)." if start else ""
+    return f"Trained for {run['steps']:,} steps on {run['device']}.{began}{held_out}"
 
 
 def _about_proof(export: Mapping[str, Any]) -> str:
@@ -105,7 +110,7 @@ def _about_proof(export: Mapping[str, Any]) -> str:
     rows = [
         f"| | {loss} | mean KL from the trained model | largest KL | same top token |",
         "|---|--:|--:|--:|--:|",
-        *(_proof_row(score) for score in proof["scores"]),
+        *(_proof_row(score, is_this=score["name"] == export["onto"]) for score in proof["scores"]),
     ]
     return f"{what}, held against the trained model on {tokens}:\n\n" + "\n".join([*rows, *_about_bits(export)])
 
@@ -115,12 +120,13 @@ def _about_bits(export: Mapping[str, Any]) -> list[str]:
     return [] if told is None else ["", told]
 
 
-def _proof_row(score: Mapping[str, Any]) -> str:
+def _proof_row(score: Mapping[str, Any], *, is_this: bool) -> str:
     def figure(key: str, form: str) -> str:
         return "" if score.get(key) is None else format(score[key], form)
 
+    name = ROWS[score["name"]] + (" (this model)" if is_this else "")
     return (
-        f"| {score['name']} | {figure('loss', '.4f')} | {figure('mean_kl', '.1e')} | {figure('max_kl', '.1e')} "
+        f"| {name} | {figure('loss', '.4f')} | {figure('mean_kl', '.1e')} | {figure('max_kl', '.1e')} "
         f"| {figure('top_agreement', '.2%')} |"
     )
 

@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -26,11 +27,10 @@ from qlora_phi3.export.merge import Onto
 from qlora_phi3.export.modelfile import write_modelfile
 from qlora_phi3.export.proof import Proof, choose_onto
 from qlora_phi3.export.request import CARD, MODELFILE, REPORT, Request
-from qlora_phi3.export.scored import SCORED, find_fault_of, score_all
+from qlora_phi3.export.scored import SCORED, find_fault_of, refuse_other_base, score_all
 from qlora_phi3.export.sources import (
     MERGE_BYTES,
     Sources,
-    check_base,
     check_memory,
     describe_base,
     open_sources,
@@ -138,8 +138,10 @@ def _merge(request: Request, key: str, listener: Listener) -> tuple[dict[str, An
     if request.verify:
         scored = score_all(request, sources, draft, key_of_draft, onto, listener)
         if request.onto == "auto" and (better := choose_onto(scored.proof)) != onto:
-            listener.say(f"Onto {better} the held-out loss is lower: writing that")
+            listener.say("The merge onto the original base has the lower held-out loss: writing that")
             onto = better
+    elif request.onto == "auto" and onto == "nf4":
+        listener.say("Without the proof nothing tells which merge is better: onto NF4, which was trained")
     _write_weights(request, sources, draft, f"{key_of_draft} {onto}", onto, listener)
     if scored is not None:
         fault = find_fault_of(request, scored, draft, onto, listener)
@@ -217,11 +219,7 @@ def _write_weights(request: Request, sources: Sources, draft: Path, key: str, on
         listener.say(f"Went on after {written.num_resumed} of {len(shards)} files that stood already")
     sources.base.recall(written.notes)
     if not request.verify:  # else it was looked at before
-        try:
-            check_base(sources)
-        except ExportError:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
+        refuse_other_base(sources, draft)
 
 
 def _tell_megabytes(listener: Listener, what: str, done: int, total: int | None) -> None:
@@ -316,14 +314,18 @@ def _check_memory_of_gguf(request: Request) -> None:
 
 def _convert(request: Request, target: Path, report: Mapping[str, Any], listener: Listener) -> GgufResult:
     """The merged model as a GGUF with its Modelfile, card and report."""
-    result = convert_to_gguf(
-        request.target,
-        target,
-        quant=request.quant,
-        name=request.name,
-        progress=partial(_tell_megabytes, listener),
-        force=request.force,
-    )
+    try:
+        result = convert_to_gguf(
+            request.target,
+            target,
+            quant=request.quant,
+            name=request.name,
+            progress=partial(_tell_megabytes, listener),
+            force=request.force,
+        )
+    finally:
+        with suppress(OSError):
+            target.parent.rmdir()  # only where nothing came of it
     report = {**report, "gguf": {"file": target.name, "quant": request.quant}}
     with writing(target.parent):
         write_modelfile(request.target, target, target.parent / MODELFILE, force=request.force)

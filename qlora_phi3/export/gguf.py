@@ -17,8 +17,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from qlora_phi3.architecture import parse_architecture, read_config
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.gguf_prompt import Prompting, plan_prompting
-from qlora_phi3.export.gguf_quantizer import QUANTIZED, check_quantizer, quantize_file
-from qlora_phi3.export.gguf_tensors import PLAIN, TensorPlan, encode, plan_tensors
+from qlora_phi3.export.gguf_quantizer import PLAIN, QUANTIZED, check_quantizer, quantize_file
+from qlora_phi3.export.gguf_tensors import TensorPlan, encode, plan_tensors
 from qlora_phi3.export.gguf_vocabulary import LIMITS, Vocabulary, read_vocabulary
 from qlora_phi3.export.weights import TensorInfo, Weights, open_weights
 from qlora_phi3.model import load_tokenizer

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from qlora_phi3.errors import ExportError
 
+#: Types that the gguf package itself can write, largest first.
+PLAIN = ("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 #: llama.cpp's file types that need no importance matrix, and the bits a weight takes, embedding and head among them, in
 #: Llama-3.1-8B (the table in llama.cpp's tools/quantize/README.md).
 QUANTIZED = {

@@ -11,8 +11,6 @@ from transformers import Phi3Config
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.weights import TensorInfo, Weights
 
-#: Types that the gguf package itself can write, largest first.
-PLAIN = ("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 #: Buffers that old checkpoints carry beside their weights.
 COMPUTED = "rotary_emb.inv_freq"
 #: Types that hold a tensor as it is.

@@ -4,7 +4,7 @@ Everything is computed in fp32, so that the figures show the difference of the w
 taken over the supervised positions, against the next token's whole distribution, whose logits are made in tiles.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -151,6 +151,7 @@ def prove(
     stop_ids: Sequence[int],
     max_tokens: int = CPU_TOKENS,
     progress: Progress,
+    check: Callable[[], None] = lambda: None,
 ) -> Proof:
     """Score the live model and the candidates, one after the other.
 
@@ -158,6 +159,7 @@ def prove(
         rows: `input_ids`, `labels` (unshifted, -100 where not supervised); "trained": true in rows that were trained on.
         stop_ids: tokens that end a turn.
         max_tokens: of the rows together; see `choose_rows`.
+        check: called after each model was read through, to stop where the rest would be in vain.
 
     Raises:
         ExportError: no row has a supervised token.
@@ -176,7 +178,10 @@ def prove(
             origins[candidate.onto] = LIVE if candidate.origin is None else f"{candidate.onto}, unmerged"
         if candidate.checked and candidate.origin is not None:
             openers[origins[candidate.onto]] = candidate.origin
-    finals = {name: _run(opener, batch, f"Scoring {name}", progress) for name, opener in openers.items()}
+    finals = {}
+    for number, (name, opener) in enumerate(openers.items(), 1):
+        finals[name] = _run(opener, batch, f"Proof {number} of {len(openers)}: scoring {name}, layers", progress)
+        check()
     names = [LIVE, *(candidate.onto for candidate in candidates)]
     pairs = {*((LIVE, name) for name in names), *((origin, name) for name, origin in origins.items())}
     sums = _gather(finals, pairs, targets, progress)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_phi3.errors import ExportError
+from qlora_phi3.errors import ExportError, RunError
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.sizes import parse_size
 
@@ -79,6 +79,9 @@ def make_request(
         ExportError, RunError: the run is none or not done, a size is unreadable, or a target is where it must not be.
     """
     folder, report = find_finished_run(run, verify=verify)
+    if base is not None and not (base / "config.json").is_file():
+        what = "has no config.json" if base.is_dir() else "is no folder"
+        raise ExportError(f"--base {base} {what}.", "Give the folder of the checkpoint that was trained on.")
     gguf, quant = kind == "gguf", (quant or USUAL_QUANT).lower()
     asked = "".join(f"-{value}" for value, usual in ((onto, USUAL_ONTO), (dtype, USUAL_DTYPE)) if value != usual)
     of_quant = "" if quant == USUAL_QUANT else f"-{quant}"
@@ -116,8 +119,13 @@ def find_finished_run(place: Path, *, verify: bool) -> tuple[RunFolder, dict[str
     Raises:
         RunError: there is none. ExportError: it did not finish, or its adapter is gone.
     """
+    if not place.is_dir():
+        raise RunError(f"There is no folder {place}.", "Give the folder of a finished run, such as runs/chat/TIME.")
     if not (place / "report.json").is_file():
-        below = sorted(report.parent for report in place.glob("*/report.json"))
+        below = sorted(
+            (report.parent for deep in ("*", "*/*") for report in place.glob(f"{deep}/report.json")),
+            key=lambda run: run.name,
+        )
         if place.name == "adapter" and (place.parent / "report.json").is_file():
             place = place.parent
         elif below:
@@ -187,6 +195,8 @@ def _check_gguf_target(request: Request, folder: Path, sources: Sequence[Path]) 
     _check_outside(folder, [*sources, request.target])
     if folder == request.run.path.resolve():
         raise ExportError(f"--out {folder} is the run itself.", "Choose a folder of its own.")
+    if any(folder.glob("*.safetensors")):
+        raise ExportError(f"--out {folder} holds a model, whose card a GGUF would replace.", "Choose another folder.")
     for path in (request.gguf_file, folder / MODELFILE, folder / CARD, folder / REPORT):
         if path is not None and path.exists() and not request.force:
             raise ExportError(f"{path} exists.", "Give --out another folder, or --force to replace it.")

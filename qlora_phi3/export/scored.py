@@ -1,13 +1,16 @@
 """The proof of an export, made before its weights are written and kept until they are; and the files held against it."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from qlora_phi3.architecture import parse_architecture
+from qlora_phi3.errors import ExportError
 from qlora_phi3.export.candidates import live_model, make_candidates
 from qlora_phi3.export.files import GENERATION_CONFIG, read_object
 from qlora_phi3.export.merge import Onto
@@ -55,13 +58,22 @@ def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: O
         stop_ids=read_object(draft / GENERATION_CONFIG)["eos_token_id"],
         max_tokens=CUDA_TOKENS if sources.device.type == "cuda" else CPU_TOKENS,
         progress=listener.progress,
+        check=partial(refuse_other_base, sources, draft),
     )
-    check_base(sources)
     scored = Scored(proof=proof, checksums={each.onto: dict(each.checksums) for each in candidates})
     notes = sources.base.notes(list(sources.base.compared))
     with writing(draft):
         write_atomically(draft / SCORED, json.dumps({"key": key, **asdict(scored), "notes": notes}))
     return scored
+
+
+def refuse_other_base(sources: Sources, draft: Path) -> None:
+    """Leave nothing of an export that began with weights the run did not train on; raises as `check_base`."""
+    try:
+        check_base(sources)
+    except ExportError:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
 
 
 def _read_scored(path: Path, key: str, sources: Sources) -> Scored | None:

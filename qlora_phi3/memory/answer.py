@@ -182,12 +182,17 @@ def read_subject(recipe: "Recipe", base_folder: Path, progress: "Progress") -> S
         config = _read_config(found)
         architecture = parse_architecture(dict(config), recipe.model.name)
         check_limits(recipe, architecture)
+        if found.model.adapter is not None:
+            from qlora_phi3.adapters.start import check_start
+
+            check_start(Path(found.model.adapter), recipe.lora)
         rows = read_rows(found, base_folder, progress)
     return Subject(recipe=found, config=config, architecture=architecture, rows=rows)
 
 
 def _read_config(recipe: "Recipe") -> dict[str, Any]:
-    from qlora_phi3.architecture import OtherModelError, is_hub_id, read_config
+    from qlora_phi3.architecture import OtherModelError, is_hub_id, known_names, read_config
+    from qlora_phi3.recipe.names import find_nearest
 
     name = recipe.model.name
     try:
@@ -197,9 +202,11 @@ def _read_config(recipe: "Recipe") -> dict[str, Any]:
     except ModelError as error:
         if Path(name).is_dir() or not is_hub_id(name):
             raise
+        nearest = find_nearest(name, known_names(), cutoff=0.8)
+        meant = f"Did you mean {nearest}, whose shapes are known? Else f" if nearest else "F"
         raise CannotTellError(
             f"The shapes of {name} are not known: its config.json is not on this computer, and vram-check fetches nothing.",
-            f"Fetch it: hf download {name} config.json",
+            f"{meant}etch it: hf download {name} config.json",
         ) from error
 
 

@@ -164,6 +164,9 @@ def files_of(recipe: "Recipe", base_folder: Path) -> list[Path]:
     paths = [place.absolute() for name in names for place in possible_places(name, base_folder)]
     for folder in paths[:2]:
         paths += [folder / name for name in ("config.json", *TOKENIZER_FILES)]
+    if recipe.model.adapter is not None:
+        for folder in possible_places(recipe.model.adapter, base_folder):
+            paths += [folder.absolute() / name for name in ("adapter_config.json", "adapter/adapter_config.json")]
     from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 
     for name in names:

@@ -5,6 +5,15 @@ from collections.abc import Callable
 #: Rows are looked for in multiples of this many tokens, and to this share of their length.
 STEP, PRECISION = 64, 1 / 128
 
+#: Lengths that a row is reported in: as many to each doubling, so that the next is 1.6 to 3.1 % longer.
+STEPS_TO_DOUBLE = 32
+
+
+def round_length(length: int) -> int:
+    """The largest reported length that is no longer."""
+    step = max(STEP, (1 << length.bit_length() - 1) // STEPS_TO_DOUBLE) if length else STEP
+    return length // step * step
+
 
 class LongestRow:
     """Searches along one curve of memory over length; what was computed for one card helps the next.

@@ -1,9 +1,10 @@
 """The fastest set-up of a recipe that fits a card, and where none does, what to change.
 
-What the optimizer sees is the recipe's on every card; the plan chooses only how it is computed. Each kind of set-up (which layers
-are recomputed, whether their inputs are offloaded) is given the largest micro-batch that fits; `cost.py` picks among them; the
-winner is simulated whole and served by the allocator's model at the very limit. Where nothing fits, the tiles of the loss are
-made smaller, and as the last resort the MLPs computed in tiles. A pinned key of the recipe is never overruled.
+What the optimizer sees is the recipe's on every card; the plan chooses only how it is computed. Kinds of set-up (which layers
+are recomputed, whether their inputs are offloaded, the MLPs in tiles) are looked at in the order of the speed that `cost.py`
+gives them at best. Each is given the largest micro-batch that seems to fit; the fastest is simulated whole and served by the
+allocator's model at the very limit. Where nothing fits, the tiles of the loss are made smaller, and as the last resort whole
+layers recomputed with their MLPs in tiles. A pinned key of the recipe is never overruled.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,14 +19,16 @@ from qlora_phi3.memory.simulate import Load
 from qlora_phi3.setup import USUAL_LOGITS_TILE_BYTES, Setup, lean_mlp_tile
 from qlora_phi3.sizes import format_gib, parse_size
 
-#: Kinds of recomputation that are tried: none, every fourth layer, every second, all.
-CHECKPOINTING = (0, 4, 2, 1)
+#: Kinds of recomputation that are tried: none, one layer in four, in three, in two, all.
+CHECKPOINTING = (0, 4, 3, 2, 1)
 SMALL_LOGITS_TILE_BYTES = 8 * 2**20
 #: A larger micro-batch must make a step this much faster to be worth its memory.
 WORTH = 1.02
 #: Reserved on top of allocated, for the search alone, without and with offloading: 1.01 to 1.08 and 1.09 to 1.11 in replays of
 #: the allocator with expandable segments.
 USUAL_RESERVED_SHARE = {False: 1.05, True: 1.09}
+#: A kind that seems to miss by no more than this is simulated whole before it is given up: the guess is too careful by as much.
+NEARLY_FITS = 1.04
 #: So near to the limit the 8-bit state of Phi-3-mini's adapter (1.6 % of all) decides.
 NEARLY_FULL = 1.04
 ROUNDING_TOKENS = 64
@@ -65,15 +68,9 @@ class Plan:
 def find_plan(predictor: Predictor, rows: RowLengths, card: Card, *, progress: Callable[[str], None]) -> Plan:
     """The fastest set-up that fits; where none fits, the leanest one, whose forecast says so."""
     search = _Search(predictor, rows, card, progress)
-    for tiles in search.tiles():
-        candidates = search.candidates(tiles)
-        while candidates:
-            fastest = min(candidates, key=search.seconds)
-            plan = search.settle(fastest)
-            if plan.fits:
-                return plan
-            candidates.remove(fastest)
-            candidates += search.smaller(fastest)
+    for kinds in search.stages():
+        if (plan := search.fastest(kinds)) is not None:
+            return plan
     return search.settle(search.leanest())
 
 
@@ -104,7 +101,8 @@ class _Search:
     def __init__(self, predictor: Predictor, rows: RowLengths, card: Card, progress: Callable[[str], None]) -> None:
         self.predictor, self.rows, self.card, self.progress = predictor, rows, card, progress
         self.training = predictor.recipe.training
-        self._refused = ""  # the first kind that did not fit, in words
+        #: Kinds that would be faster and do not fit, and what each would show on the card.
+        self._refused: dict[Setup, int] = {}
 
     def tiles(self) -> list[_Tiles]:
         """All that the recipe allows, the fastest first."""
@@ -117,26 +115,50 @@ class _Search:
         whole, tile = [_Tiles(size, 0) for size in logits], lean_mlp_tile(fewest)
         return [*whole, _Tiles(logits[-1], tile)] if fewest > tile else whole
 
-    def candidates(self, tiles: _Tiles) -> list[Setup]:
-        """Each kind that seems to fit; offloading, which costs more than larger micro-batches gain, where nothing else does."""
-        for offloading in (False, True):
-            kinds = [every for every, offload in reversed(self._kinds()) if offload == offloading]
-            fitting = list(self._climb(kinds, offloading, tiles))
-            if fitting:
-                return [self._thrifty(self._largest_that_fits(kind)) for kind in fitting]
-        return []
+    def stages(self) -> Iterator[list[Setup]]:
+        """Kinds of set-up, each with its smallest micro-batch: where nothing of one stage fits, the next is tried.
 
-    def _climb(self, kinds: Sequence[int], offload: bool, tiles: _Tiles) -> Iterator[Setup]:
-        """Kinds of recomputation that fit with the smallest micro-batch, leanest first: beyond one that does not, none does."""
-        for every in kinds:
-            kind = self._setup(every, offload, self._fewest_tokens(), tiles)
-            self.progress(_in_words(kind))
-            most = max(self._phases(kind).values())
-            if most > self._most_allocated(kind):
-                needed = self.predictor.on_card(int(most * USUAL_RESERVED_SHARE[offload]))
-                self._refused = f"; {_in_words(kind).removeprefix('Trying ')} would need {format_gib(needed)}"
-                return
-            yield kind
+        Offloading, which costs more than larger micro-batches gain, comes where nothing fits without it.
+        """
+        tiles, fewest, choices = self.tiles(), self._fewest_tokens(), self._kinds()
+        for each in tiles:
+            kept = [self._setup(every, False, fewest, each) for every, offload in choices if not offload]
+            if len(kept) > 1 and tiles[-1].mlp_tokens > each.mlp_tokens == 0:  # not layers, but their MLPs alone
+                kept.append(self._setup(0, False, fewest, _Tiles(each.logits_bytes, tiles[-1].mlp_tokens)))
+            yield kept
+            yield [self._setup(every, True, fewest, each) for every, offload in choices if offload]
+
+    def fastest(self, kinds: Sequence[Setup]) -> Plan | None:
+        """The fastest that fits, None where none does; a kind is sized only when nothing faster is left."""
+        most, fewest = self._most_tokens(), self._fewest_tokens()
+        waiting = [
+            (self._with_tokens(kind, most), False) for kind in kinds
+        ]  # the best that each could do, not sized yet
+        while waiting:
+            setup, is_sized = fastest = min(waiting, key=lambda each: self.seconds(each[0]))
+            waiting.remove(fastest)
+            kind = self._with_tokens(setup, fewest)
+            if not is_sized:
+                if self._may_fit(kind):
+                    waiting.append((self._thrifty(self._largest_that_fits(kind)), True))
+                continue
+            plan = self.settle(setup)
+            if plan.fits:
+                return plan
+            smaller = self.smaller(setup)
+            waiting += [(each, True) for each in smaller]
+            if not smaller:
+                self._refused[kind] = plan.forecast.on_card_bytes
+        return None
+
+    def _may_fit(self, kind: Setup) -> bool:
+        """Whether a kind seems to fit with the smallest micro-batch, or to miss by little."""
+        self.progress(_in_words(kind))
+        most = max(self._phases(kind).values())
+        if most <= self._most_allocated(kind) * NEARLY_FITS:
+            return True
+        self._refused[kind] = self.predictor.on_card(int(most * USUAL_RESERVED_SHARE[kind.activation_offloading]))
+        return False
 
     def leanest(self) -> Setup:
         """What takes least of all the recipe allows."""
@@ -144,19 +166,12 @@ class _Search:
         return self._setup(every, offload, self._fewest_tokens(), self.tiles()[-1])
 
     def settle(self, setup: Setup) -> Plan:
-        """Simulate the whole model, at the limit; an optimizer whose state is not paged is preferred where it fits."""
+        """Simulate the whole model, at the limit; the optimizer whose state is not paged where there is plenty of room."""
         self.progress("Simulating every layer")
         *usual, leanest = self._optimizers()
-        if usual and self._is_tight(setup):  # the leanest first, as the other will hardly fit
+        forecast = self._forecast(setup, leanest if self._is_tight(setup) else (*usual, leanest)[0])
+        if forecast.setup.optim != leanest and not forecast.fits:
             forecast = self._forecast(setup, leanest)
-            room = self.card.limit_bytes - forecast.on_card_bytes
-            if forecast.fits and room >= forecast.profile.paged_bytes:
-                plain = self._forecast(setup, usual[0])
-                forecast = plain if plain.fits else forecast
-        else:
-            forecast = self._forecast(setup, (*usual, leanest)[0])
-            if usual and not forecast.fits:
-                forecast = self._forecast(setup, leanest)
         chosen = forecast.setup
         return Plan(
             forecast=forecast,
@@ -256,11 +271,12 @@ class _Search:
         low, high, phases = kind.micro_batch.max_tokens, self._most_tokens(), self._phases(kind)
         resident = phases["save"]
         growing = max(1, max(phases.values()) - resident)
-        return self._with_tokens(kind, min(high, low * (self._most_allocated(kind) - resident) // growing))
+        fitting = low * (self._most_allocated(kind) - resident) // growing
+        return self._with_tokens(kind, max(low, min(high, fitting)))
 
     def _phases(self, setup: Setup) -> Mapping[str, int]:
         load = load_of(self.rows, setup)
-        return self.predictor.phases(setup, replace(load, evaluation_lengths=()))  # never the peak; settle() has it
+        return self.predictor.estimate(setup, replace(load, evaluation_lengths=()))  # never the peak; settle() has it
 
     def _most_allocated(self, setup: Setup) -> int:
         share = USUAL_RESERVED_SHARE[setup.activation_offloading]
@@ -310,21 +326,25 @@ class _Search:
             else "a whole step at once",
             "gradient_checkpointing": "makes room"
             if setup.checkpoint_every
+            else "the tiles of the MLPs make enough room"
+            if setup.mlp_tile_tokens
             else "there is room to keep every activation",
-            "checkpoint_every_n_layers": {1: "all of them, the leanest"}.get(
+            "checkpoint_every_n_layers": {0: "none", 1: "all of them, the leanest"}.get(
                 setup.checkpoint_every, f"recomputing one layer in {setup.checkpoint_every} makes enough room"
             )
-            + self._refused,
-            "activation_offloading": "without it the longest row does not fit, or only with more recomputation"
+            + self._next_faster(),
+            "activation_offloading": "nothing as fast fits without it"
             if setup.activation_offloading
             else "there is room on the card",
             "optim": "its state fits beside everything else"
             if not setup.optim.startswith("paged")
-            else "its state may leave the card; adamw_8bit, which is as fast where there is room, would not fit",
+            else "its state may leave the card where that is full; where it is not, this is as fast as adamw_8bit",
             "logits_tile": "the fastest size" if setup.logits_tile_bytes >= USUAL_LOGITS_TILE_BYTES else "less memory",
-            "mlp_tile_tokens": "the last resort: without it the longest row does not fit"
-            if setup.mlp_tile_tokens
-            else "0: not needed",
+            "mlp_tile_tokens": "0: not needed"
+            if not setup.mlp_tile_tokens
+            else "the last resort: without it the longest row does not fit"
+            if setup.checkpoint_every
+            else "the MLPs alone are computed twice; nothing as fast fits without",
         }
         pinned = {
             "micro_batch_tokens": bool(self.training.micro_batch_size or recipe.memory.micro_batch_tokens != "auto"),
@@ -340,6 +360,14 @@ class _Search:
                 "the longest row alone; more at once would gain under 2%, not fit, or ask for more recomputation"
             )
         return {key: asked if pinned[key] else reason for key, reason in reasons.items()}
+
+    def _next_faster(self) -> str:
+        """The leanest kind that would be faster and does not fit, in words."""
+        if not self._refused:
+            return ""
+        kind, needed = min(self._refused.items(), key=lambda item: item[1])
+        words, room = _in_words(kind).removeprefix("Trying "), format_gib(self.card.limit_bytes)
+        return f"; {words} would take {format_gib(needed)} for the longest row alone, of {room} beside the margin"
 
 
 def _in_words(setup: Setup) -> str:

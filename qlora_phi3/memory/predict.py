@@ -87,11 +87,37 @@ class Predictor:
     def phases(self, setup: Setup, load: Load) -> Mapping[str, int]:
         """Phase -> allocated at its peak, from two models of few layers where all are alike: each phase grows by the layer."""
         layers, every = self.architecture.num_hidden_layers, max(1, setup.checkpoint_every)
-        few = max(2, every)
-        if not self._layers_are_alike() or layers % every or layers <= 2 * few:
+        if layers % every or not self._few_layers_tell(every):
             return self.profile(setup, load, layers).phases
-        small, double = (self.profile(setup, load, number).phases for number in (few, 2 * few))
-        return {phase: small[phase] + (double[phase] - small[phase]) * (layers - few) // few for phase in small}
+        start, growth = self._line(setup, load)
+        return {phase: start[phase] + growth[phase] * layers // every for phase in start}
+
+    def estimate(self, setup: Setup, load: Load) -> Mapping[str, int]:
+        """The same, sooner, where one layer in several is recomputed: between all and none of them.
+
+        On Phi-3-mini (rows of 512 and 2,048 tokens, every 2nd to 8th layer) 0.6 % below `phases` to 0.1 % above.
+        """
+        every, layers = setup.checkpoint_every, self.architecture.num_hidden_layers
+        if every <= 1 or not self._few_layers_tell(1):
+            return self.phases(setup, load)
+        (start, again), (_, kept) = (self._line(replace(setup, checkpoint_every=each), load) for each in (1, 0))
+        recomputed = (
+            -(-layers // every) + 1
+        )  # at the peak one of them has given way to its activations, which `start` has
+        return {
+            phase: start[phase] + recomputed * again[phase] + (layers - recomputed) * kept[phase] for phase in start
+        }
+
+    def _line(self, setup: Setup, load: Load) -> tuple[Mapping[str, int], Mapping[str, int]]:
+        """Phase -> bytes without any layer, and with each group of as many as recomputation goes by."""
+        every = max(1, setup.checkpoint_every)
+        few = max(2, every)
+        small, larger = (self.profile(setup, load, number).phases for number in (few, few + every))
+        growth = {phase: larger[phase] - small[phase] for phase in small}
+        return {phase: small[phase] - growth[phase] * few // every for phase in small}, growth
+
+    def _few_layers_tell(self, every: int) -> bool:
+        return self._layers_are_alike() and self.architecture.num_hidden_layers > max(2, every) + every
 
     def profile(self, setup: Setup, load: Load, num_layers: int) -> Profile:
         """Simulate a model of so many layers."""
@@ -113,6 +139,19 @@ class Predictor:
         by_number = lora.layers_to_transform is not None or lora.rank_pattern or lora.alpha_pattern
         names = [*([lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules)]
         return not by_number and not lora.exclude_modules and not any("layers" in name for name in names)
+
+
+def least_reserved_bytes(forecast: Forecast) -> int:
+    """The least that the allocator must be allowed to hold, to half a percent: short of room it gives back and regroups."""
+    expandable = expandable_segments_work(platform.system(), platform.release())
+    least, enough = forecast.allocated_bytes, max(forecast.allocated_bytes, forecast.reserved_bytes)
+    while enough - least > least // 200:
+        middle = (least + enough) // 2
+        if replay(forecast.profile.trace, expandable_segments=expandable, limit_bytes=middle).fits:
+            enough = middle
+        else:
+            least = middle
+    return enough
 
 
 def _forecast(setup: Setup, profile: Profile, reserved: int, context: int, *, fits: bool) -> Forecast:

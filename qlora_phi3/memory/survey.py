@@ -15,7 +15,7 @@ from qlora_phi3.cards import CARDS, NATIVE_BFLOAT16, Card, name_series
 from qlora_phi3.device import Device, smallest_of
 from qlora_phi3.memory.answer import Answer, Bench, as_json, compute_dtype_on, from_json
 from qlora_phi3.memory.cures import allocated_estimate, leanest_forecast
-from qlora_phi3.memory.longest import STEP, LongestRow
+from qlora_phi3.memory.longest import STEP, LongestRow, round_length
 from qlora_phi3.memory.margin import budget_within, limit_of
 from qlora_phi3.sizes import MIB
 
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from qlora_phi3.memory.rows import RowLengths
 
 SMALLEST_GB, LARGEST_GB = 4, 24
-#: Reserved over allocated, for the first guess: 1.09 to 1.11 in replays of full-size offloaded steps of 4 to 107 thousand tokens.
-USUAL_RATIO = 1.1
+#: What a row must find reserved is about this many times what it allocates, and this beside it: on Phi-3-mini 3,408 MiB for
+#: 3,185 (7 thousand tokens) and 11,212 for 10,859 (83 thousand).
+USUAL_RATIO, USUAL_SLACK_BYTES = 1.025, 140 * MIB
 SMALLEST_TILE_MIB, MOST_TILES = 8, 64
 GROUP_FIELDS = ("nominal_gb", "series")
 #: Told the name of the card that is looked at, how many are done, and of how many.
@@ -114,42 +115,49 @@ def find_longest_rows(bench: Bench, devices: Sequence[Device], tell: Tell) -> li
 
 
 class _LongestRows:
-    """The longest rows on cards that share a simulator."""
+    """The longest rows on cards that share a simulator; each card's answer is its own, whichever were asked about before."""
 
     def __init__(self, bench: Bench, predictor: "Predictor") -> None:
-        self._bench, self._predictor, self._ratio = bench, predictor, USUAL_RATIO
+        self._bench, self._predictor = bench, predictor
         self._search = LongestRow(self._estimate, bench.subject.architecture.max_position_embeddings)
         self._tiled: dict[int, Predictor] = {}
 
     def on(self, device: Device) -> LongestOnCard:
-        """Estimated first, then simulated whole, and shortened where that finds less room."""
+        """Estimated, and simulated whole, which betters the estimate, until that asks for no length between."""
+        from qlora_phi3.memory.predict import least_reserved_bytes
+
         limit = limit_of(device, budget_within(self._bench.subject.recipe, device))
-        length, forecast = self._search.within(self._room(limit)), None
-        while length:
+        room = limit - self._predictor.on_card(0)
+        length = self._within(int((room - USUAL_SLACK_BYTES) / USUAL_RATIO)) or STEP
+        fitting, too_long, forecast = 0, self._search.at_most + STEP, None
+        while fitting < length < too_long:
             self._bench.say(f"simulating every layer with a row of {length:,} tokens")
-            forecast = leanest_forecast(self._predictor_for(length), _alone(length), limit_bytes=limit)
-            self._ratio = forecast.reserved_bytes / forecast.allocated_bytes
-            if forecast.fits:
-                break
-            length = min(self._search.within(self._room(limit)), length - STEP)
+            tried = leanest_forecast(self._predictor_for(length), _alone(length), limit_bytes=limit)
+            if tried.fits:
+                fitting, forecast = length, tried
+            else:
+                too_long = length
+            better = self._within(int(room * tried.allocated_bytes / least_reserved_bytes(tried)))
+            length = better if better < too_long else round_length(too_long - 1)
         return LongestOnCard(
             name=device.name,
             model=self._bench.subject.recipe.model.name,
             usable_bytes=device.total_bytes,
-            max_length=length,
-            at_the_models_end=length == self._search.at_most,
+            max_length=fitting,
+            at_the_models_end=fitting == self._search.at_most,
             peak_on_card_bytes=forecast.on_card_bytes if forecast else self._least(),
             host_bytes=forecast.profile.host_bytes if forecast else 0,
             compute_dtype=compute_dtype_on(self._bench.subject.recipe, device),
         )
 
-    def _room(self, limit_bytes: int) -> int:
-        """Bytes that may be allocated for the card to hold no more than the limit."""
-        return int((limit_bytes - self._predictor.on_card(0)) / self._ratio)
+    def _within(self, room_bytes: int) -> int:
+        """The longest row that seems to allocate no more than this, as lengths are reported."""
+        length = self._search.within(room_bytes)
+        return length if length == self._search.at_most else round_length(length)
 
     def _least(self) -> int:
         """On the card for the shortest row."""
-        return self._predictor.on_card(int(self._search.least_bytes * self._ratio))
+        return self._predictor.on_card(int(self._search.least_bytes * USUAL_RATIO) + USUAL_SLACK_BYTES)
 
     def _estimate(self, length: int) -> int:
         self._bench.say(f"trying a row of {length:,} tokens")

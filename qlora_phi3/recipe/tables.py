@@ -359,7 +359,7 @@ class Training(Table):
 def _with_unit(value: object) -> object:
     """Refuse a bare number, which TOML allows and which is no size."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        raise ValueError(f'has no unit: write "{value}GiB"')
+        raise ValueError(f'has no unit: write "{value}GiB" or "{value}MiB"')
     return value
 
 
@@ -395,7 +395,7 @@ class Memory(Table):
     """Recompute only every n-th decoder layer; 1: all of them."""
     logits_tile: Annotated[Size, AfterValidator(_useful_tile)] = "auto"
     """Logits alive at once in the loss, such as "16MiB"; auto: 32MiB."""
-    mlp_tile_tokens: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """Tokens that go through a layer's MLP at once, 0: all of them; auto: 0 unless nothing else fits."""
+    mlp_tile_tokens: Literal[0] | Annotated[int, Field(ge=128)] | Literal["auto"] = "auto"
+    """Tokens that go through a layer's MLP at once, 0: all of them; auto: 0 unless room is short."""
     rehearsal: bool | Literal["auto"] = "auto"
     """Try the heaviest step before the first; auto: on a GPU."""

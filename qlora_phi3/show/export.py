@@ -39,18 +39,18 @@ def proof_lines(report: Mapping[str, Any]) -> list[str]:
     """The table of an export's proof, for people."""
     proof = report["proof"]
     rows = "rows that were trained on" if proof["trained"] else "held-out rows"
-    header = f"{'':28}{'held-out loss':>14}{'mean KL':>10}{'largest KL':>12}{'same top token':>16}"
+    header = f"{'':28}{'held-out loss':>14}{'mean KL':>9}{'largest KL':>12}{'same top token':>16}"
     lines = [header]
     for score in proof["scores"]:
-        chosen = "  <- written" if score["name"] == report["onto"] else ""
+        chosen = ">" if score["name"] == report["onto"] else " "
         divergence = (
-            f"{'':38}"
+            ""
             if score["name"] == "live"
-            else f"{score['mean_kl']:>10.1e}{score['max_kl']:>12.1e}{score['top_agreement']:>16.2%}"
+            else f"{score['mean_kl']:>9.1e}{score['max_kl']:>12.1e}{score['top_agreement']:>16.2%}"
         )
-        lines.append(f"{NAMES[score['name']]:28}{score['loss']:>14.4f}{divergence}{chosen}".rstrip())
+        lines.append(f"{chosen} {NAMES[score['name']]:26}{score['loss']:>14.4f}{divergence}")
     what = format_count(proof["tokens"], "token")
-    lines.append(f"KL from the live model, in nats; over {what} of {proof['rows']} {rows}, computed in fp32.")
+    lines.append(f"> what is written. KL from the live model, in nats; {what} of {proof['rows']} {rows}.")
     return lines
 
 

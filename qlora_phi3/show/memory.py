@@ -282,7 +282,8 @@ def show_survey(console: Console, rows: Sequence[SurveyRow]) -> None:
     _print(
         console,
         "GiB: what the smallest of these cards leaves to programs, with nothing else on it. needed: the prediction and a margin. "
-        "at once: tokens of one forward pass. tokens/s: the slowest and the fastest of them by a cost model, not measured.",
+        "at once: tokens of one forward pass. recomputed: layers, or of all layers the MLPs alone. "
+        "tokens/s: the slowest and the fastest of them by a cost model, not measured.",
         "dim",
     )
     if first.rows.problem:
@@ -297,8 +298,9 @@ def _survey_cells(row: SurveyRow) -> tuple[str, ...]:
     if not answer.fits:
         return escape(name), usable, needed, "[red]no[/]", "", "", ""
     kept = {0: "nothing", 1: "all"}.get(answer.checkpoint_every_n_layers, f"1 in {answer.checkpoint_every_n_layers}")
+    if answer.mlp_tile_tokens:
+        kept = f"{kept}, MLPs" if answer.checkpoint_every_n_layers else "MLPs"
     kept += ", offloaded" if answer.activation_offloading else ""
-    kept += ", tiles" if answer.mlp_tile_tokens else ""
     low, high = answer.slowest_tokens_per_second, answer.fastest_tokens_per_second
     speed = f"{low:,.0f}" if round(low) == round(high) else f"{low:,.0f}-{high:,.0f}"
     return escape(name), usable, needed, "[green]fits[/]", f"{answer.micro_batch_tokens:,}", kept, speed

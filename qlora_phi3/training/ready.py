@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
-from qlora_phi3.adapters.start import start_from
+from qlora_phi3.adapters.start import check_start, start_from
 from qlora_phi3.architecture import Architecture, parse_architecture, read_config
 from qlora_phi3.dataset.prepare import PreparedData
 from qlora_phi3.dataset.template import ChatTemplate, choose_template
@@ -52,6 +52,8 @@ def prepare(recipe: Recipe, base_folder: Path, listener: Listener) -> Ready:
     config = read_config(recipe.model.name, recipe.model.revision)
     architecture = parse_architecture(config, recipe.model.name)
     check_limits(recipe, architecture)
+    if recipe.model.adapter is not None:
+        check_start(Path(recipe.model.adapter), recipe.lora)
     card = read_card() if torch.cuda.is_available() else None  # before this process takes anything of it
     if torch.cuda.is_available():
         prepare_cuda()

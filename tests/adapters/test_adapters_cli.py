@@ -217,7 +217,7 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(place, kind, text):
         ),
         (
             "lora.pt new --to fused",
-            "lora.pt is a file, and a PEFT adapter is a folder. For a loralib file write --to peft.",
+            "lora.pt is a file, and a PEFT adapter is a folder. From loralib: qlora-phi3 adapter convert",
         ),
         ("nothing new --to fused", "There is no nothing."),
         ("fused new --to split --alpha 3", "--alpha has no meaning for --to split."),

@@ -263,7 +263,7 @@ def test_a_model_of_the_hub_is_known_offline_and_its_rows_are_assumed(home):
 WRONG = {
     "an unknown card": (["--gpu", "RTX 4071"], "The table has no card 'RTX 4071'. The nearest are RTX 40"),
     "a card of two sizes": (["--gpu", "RTX 4060 Ti"], "comes with 8 GB and 16 GB. Say which"),
-    "a size without unit": (["--vram", "12"], "--vram: '12' has no unit: write 12GiB or 12GB."),
+    "a size without unit": (["--vram", "12"], "--vram: '12' has no unit: write 12GiB, 12GB or 12MiB."),
     "a negative size": (["--vram", "-3GB"], "it must be more than zero"),
     "no size": (["--vram", "big"], "'big' is no size"),
     "a card that is none": (["--vram", "100KB"], "There is no card of"),
@@ -282,7 +282,7 @@ WRONG = {
     ),
     "a budget without unit": (
         ["--vram", "4GB", "--set", "memory.budget=12"],
-        'budget = 12 has no unit: write "12GiB".\n',
+        'budget = 12 has no unit: write "12GiB" or "12MiB".\n',
     ),
     "a tile of nothing": (["--vram", "4GB", "--set", "memory.logits_tile=1KiB"], 'must be "1MiB" to "16GiB".'),
     "a tile of everything": (["--vram", "4GB", "--set", "memory.logits_tile=100GiB"], 'must be "1MiB" to "16GiB".'),

@@ -103,8 +103,9 @@ def test_the_proof_is_shown_and_kept(exported):
     assert scores["nf4"]["mean_kl"] < 1e-6 < scores["original"]["mean_kl"]
     assert scores["nf4"]["loss"] == pytest.approx(scores["live"]["loss"], abs=1e-4)
     assert report["proof"]["trained"] is False
-    for words in ("merged onto NF4", "merged onto the original", "<- written", "Stop test: 8 of 8 answers"):
+    for words in ("merged onto NF4", "merged onto the original", "> what is written", "Stop test: 8 of 8 answers"):
         assert words in result.stdout
+    assert re.search(r"^> merged onto (NF4|the original)", result.stdout, flags=re.MULTILINE)
     assert str(target) in result.stdout
 
 
@@ -166,7 +167,7 @@ def test_an_interrupted_export_goes_on_at_the_last_whole_file(run, monkeypatch):
         patch.setattr(merge.MergedWeights, "pieces", stop_late)
         result = call(*command)
     assert result.exit_code == 130
-    assert "Go on where it was" in result.stderr
+    assert "the rest begins anew. Go on with the same command." in result.stderr
     assert not (run / "merged").exists()
     result = call(*command)
     assert result.exit_code == 0, result.stderr
@@ -405,7 +406,7 @@ def test_a_proof_that_fails_keeps_the_files_under_a_name_that_says_so(run, monke
     result = call("export", str(run), "--onto", "nf4")
     assert result.exit_code == 5
     assert "is not what was trained" in result.stderr
-    assert re.search(r"merged onto NF4 .*<- written", result.stdout)
+    assert re.search(r"^> merged onto NF4 ", result.stdout, flags=re.MULTILINE)
     assert "Done" not in result.stdout
     assert not (run / "merged-nf4").exists()
     assert read_json(run / "merged-nf4.failed-proof" / "export_report.json")["status"] == "failed"
@@ -492,6 +493,24 @@ def unknown_quantization(run, tmp_path):
     return ("--format", "gguf", "--quant", "q9_z"), "q9_z.*q8_0"
 
 
+def two_quantizations(run, tmp_path):
+    return ("--format", "gguf", "--quant", "f16", "--quant", "q8_0"), r"given 2 times \(f16, q8_0\)"
+
+
+def gguf_beside_a_model(run, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"somebody's")
+    return ("--format", "gguf", "--out", str(tmp_path / "model"), "--force"), "holds a model, whose card a GGUF would"
+
+
+def no_base(run, tmp_path):
+    return ("--base", str(tmp_path / "nowhere")), "nowhere is no folder"
+
+
+def empty_base(run, tmp_path):
+    return ("--base", str(tmp_path)), "has no config.json"
+
+
 def quantization_without_gguf(run, tmp_path):
     return ("--quant", "q8_0"), "--format gguf"
 
@@ -514,7 +533,7 @@ def another_tokenizer(run, tmp_path):
 CAUSES = [
     other_base, smaller_base, cut_base, pickled_base, unfinished, no_run, spoilt_adapter, target_inside_the_base,
     target_inside_the_runs_own_base, target_is_the_run, unknown_quantization, quantization_without_gguf, unreadable_size,
-    too_little_memory, another_tokenizer,
+    too_little_memory, another_tokenizer, two_quantizations, gguf_beside_a_model, no_base, empty_base,
 ]  # fmt: skip
 
 
@@ -527,3 +546,33 @@ def test_bad_input_is_one_line_with_exit_code_2_and_nothing_that_looks_whole(cau
     (line,) = result.stderr.strip().splitlines()
     assert re.search(expected, line), line
     assert sorted(path.name for path in run.iterdir() if not path.name.endswith(".partial")) == before
+
+
+def test_of_a_folder_of_runs_the_newest_is_taken_also_two_levels_deep(run, tmp_path):
+    (tmp_path / "deep" / "mine").mkdir(parents=True)
+    shutil.move(run, tmp_path / "deep" / "mine" / "2026-01-01_00-00-00")
+    result = call("export", str(tmp_path / "deep"), "--no-verify")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "deep" / "mine" / "2026-01-01_00-00-00" / "merged" / "config.json").is_file()
+    assert "Without the proof nothing tells which merge is better: onto NF4" in result.stdout
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path):
+    result = call("export", str(tmp_path / "nowhere"))
+    assert result.exit_code == 2
+    assert "There is no folder" in result.stderr
+    assert "nowhere" in result.stderr
+
+
+def test_an_interrupted_gguf_leaves_no_empty_folder(run, monkeypatch):
+    pytest.importorskip("gguf")
+
+    from qlora_phi3.export import export
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "convert_to_gguf", stop)
+    assert call("export", str(run), "--no-verify", "--format", "gguf").exit_code == 130
+    assert not (run / "gguf").exists()
+    assert (run / "merged" / "config.json").is_file()

@@ -44,10 +44,13 @@ def test_without_a_step_the_adapter_comes_out_as_it_went_in(trained):
 @pytest.mark.parametrize(
     ("lora", "told"),
     [
-        ({"r": 2}, r"of shape \(\d+, \d+\), and \[lora\] asks for \(2, \d+\)\. Write what it was trained with: r = "),
-        ({"lora_alpha": 99}, r"scales base_model\..*, and \[lora\] by"),
+        (
+            {"r": 2},
+            r"was trained with r = 4, and \[lora\] says 2\. Write what it was trained with: r = 4, lora_alpha = ",
+        ),
+        ({"lora_alpha": 99}, r"was trained with lora_alpha = 16, and \[lora\] says 99"),
         ({"target_modules": ["qkv_proj"]}, "for which \\[lora\\] leaves no place"),
-        ({"use_dora": True}, "has no .*lora_magnitude_vector.*, which \\[lora\\] asks for"),
+        ({"use_dora": True}, "was trained with use_dora = False, and \\[lora\\] says True"),
     ],
     ids=["rank", "strength", "layers", "kind"],
 )

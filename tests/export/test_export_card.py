@@ -17,6 +17,8 @@ SCORES = [
     {"name": "nf4", "loss": 2.4033, "mean_kl": 9e-9, "max_kl": 2e-7, "top_agreement": 1.0},
 ]
 EXPORT = {
+    "onto": "nf4",
+    "dtype": "fp16",
     "base": {"revision": "abc123", "compared": {"differing": []}},
     "proof": {"tokens": 2048, "trained": False, "scores": SCORES},
 }
@@ -39,8 +41,16 @@ def test_base_data_recipe_loss_proof_and_licence_are_told(shop):
         "mit",
         "transformers",
     )
-    for words in ("`abc123`", "`c0ffee`", "4.4098 before, 2.4032 after", "r = 32", "| nf4 | 2.4033 | 9.0e-09 |"):
+    for words in (
+        "`abc123`",
+        "`c0ffee`",
+        "4.4098 before, 2.4032 after",
+        "r = 32",
+        "The adapter is merged onto the 4-bit weights it was trained on (fp16).",
+    ):
         assert words in text
+    assert "| merged onto NF4 (this model) | 2.4033 | 9.0e-09 |" in text
+    assert "| 4-bit base and adapter | 2.4032 |" in text
 
 
 def test_folders_of_this_computer_are_not_told(shop):
@@ -55,7 +65,7 @@ def test_a_data_set_of_the_hub_is_linked(shop):
 
 
 def test_an_unknown_licence_and_a_missing_proof_are_said_plainly(shop):
-    text, data = card(shop, export={"base": {"revision": None}, "proof": None}, licence=None)
+    text, data = card(shop, export={**EXPORT, "base": {"revision": None}, "proof": None}, licence=None)
     assert data.license is None
     assert "does not state it" in text
     assert "was not held against the trained model" in text

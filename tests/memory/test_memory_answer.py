@@ -16,9 +16,10 @@ from qlora_phi3.device import Holder, card_of_size, find_card
 from qlora_phi3.errors import DeviceError
 from qlora_phi3.memory import cache
 from qlora_phi3.memory.answer import Bench, Subject, as_json, from_json, name_tenants, read_subject
+from qlora_phi3.memory.cures import leanest_forecast
 from qlora_phi3.memory.fitted import write_fitted
 from qlora_phi3.memory.lengths import RowsRead
-from qlora_phi3.memory.longest import LongestRow
+from qlora_phi3.memory.longest import LongestRow, round_length
 from qlora_phi3.memory.margin import LEAST_BYTES, Margin, budget_of, margin_share, read_margin, record_error
 from qlora_phi3.memory.rows import assume_lengths
 from qlora_phi3.memory.survey import find_longest_rows, group_cards, survey, survey_as_json, survey_from_json
@@ -338,6 +339,28 @@ def test_on_a_large_card_the_longest_row_is_all_the_positions_of_a_small_model(b
     (row,) = find_longest_rows(bench, [CARD], lambda *_: None)
     assert (row.max_length, row.at_the_models_end) == (512, True)
     assert row.peak_on_card_bytes < CARD.free_bytes
+
+
+def test_the_longest_row_fits_the_next_does_not_and_other_cards_change_nothing():
+    bench = build_bench({"max_position_embeddings": 16_384})
+    cards = [card_with(bench, mib) for mib in (60, 100)]
+    alone = [find_longest_rows(bench, [card], lambda *_: None)[0] for card in cards]
+    assert find_longest_rows(bench, cards, lambda *_: None) == alone
+    assert 0 < alone[0].max_length < alone[1].max_length < 16_384
+    for card, row in zip(cards, alone, strict=True):
+        longer = row.max_length + row.max_length // 16
+        predictor = bench.predictor(card)
+        fits, fails = (
+            leanest_forecast(predictor, replace(assume_lengths(length, 1), longest_evaluation=0), limit_bytes=limit)
+            for length in (row.max_length, longer)
+            for limit in (card.free_bytes - LEAST_BYTES,)
+        )
+        assert (fits.fits, fails.fits) == (True, False)
+
+
+@pytest.mark.parametrize(("length", "reported"), [(0, 0), (63, 0), (64, 64), (4_095, 4_032), (81_999, 81_920)])
+def test_lengths_are_reported_in_steps_of_two_percent(length, reported):
+    assert round_length(length) == reported
 
 
 # The lengths

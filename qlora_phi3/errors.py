@@ -4,6 +4,8 @@ Everything the command line reports without a traceback is a `UserError`; anythi
 its traceback.
 """
 
+import errno
+
 
 class UserError(Exception):
     """A problem the person at the keyboard can mend.
@@ -68,3 +70,14 @@ class Interrupted(UserError):  # noqa: N818 - no error: the person asked for it
     """Ctrl-C; what was done is saved and the message says how to go on."""
 
     exit_code = 130
+
+
+#: What a disk says that is full, or whose quota or limit of a file's size is.
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def mend(error: BaseException) -> str:
+    """What to do about a place that cannot be written, as the beginning of a sentence."""
+    told = error if isinstance(error, OSError) else error.__cause__
+    refused = isinstance(told, OSError) and told.errno not in FULL
+    return "See that it is there and may be written" if refused else "Free the disk"

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from qlora_phi3.errors import RunError
+from qlora_phi3.errors import RunError, mend
 
 #: A file's tensors are brought into memory at once when it is written.
 _FILE_BYTES = 256 * 2**20
@@ -38,7 +38,7 @@ def save_quantized(model: nn.Module, folder: Path) -> None:
         draft.replace(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise RunError(f"The 4-bit base cannot be kept in {folder}: {error}.", "Free the disk.") from error
+        raise RunError(f"The 4-bit base cannot be kept in {folder}: {error}.", f"{mend(error)}.") from error
 
 
 def _stored(model: nn.Module) -> dict[str, Tensor]:

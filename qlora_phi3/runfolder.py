@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_phi3.errors import RunError
+from qlora_phi3.errors import RunError, mend
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise RunError(
-            f"{path} cannot be written: {error.strerror}.", "Free the disk, then go on with --resume."
+            f"{path} cannot be written: {error.strerror}.", f"{mend(error)}, then go on with --resume."
         ) from error
 
 
@@ -170,7 +170,7 @@ def append_metrics(folder: RunFolder, record: Mapping[str, Any]) -> None:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
         raise RunError(
-            f"{folder.metrics} cannot be written: {error.strerror}.", "Free the disk, then go on with --resume."
+            f"{folder.metrics} cannot be written: {error.strerror}.", f"{mend(error)}, then go on with --resume."
         ) from error
 
 

@@ -24,6 +24,8 @@ def parse_size(text: str, *, binary: bool = False) -> int:
     """
     found = re.fullmatch(r"\s*([+-]?\d{1,15}(?:\.\d*)?|[+-]?\.\d+)\s*([a-z]*)\s*", text, flags=re.ASCII | re.IGNORECASE)
     number, unit = found.groups() if found else ("", "")
+    if found and float(number) <= 0:
+        raise ValueError(f"'{text}' is no size: it must be more than zero.")
     if found and not unit:
         amount = number.lstrip("+-")
         raise ValueError(f"'{text}' has no unit: write {amount}GiB, {amount}GB or {amount}MiB.")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as as_safetensors
 from torch import Tensor
 
-from qlora_phi3.errors import ExportError
+from qlora_phi3.errors import ExportError, mend
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -171,7 +171,7 @@ def drafted(target: Path) -> Iterator[Path]:
         _remove(old)
     except OSError as error:
         raise ExportError(
-            f"{target} cannot be written: {error.strerror or error}.", "Free the disk or choose another place."
+            f"{target} cannot be written: {error.strerror or error}.", f"{mend(error)}, or choose another place."
         ) from error
     finally:
         if old.exists() and not target.exists():

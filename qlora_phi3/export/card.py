@@ -93,7 +93,11 @@ def _about_data(recipe: Recipe, run: Mapping[str, Any]) -> str:
 
 def _about_result(recipe: Recipe, run: Mapping[str, Any]) -> str:
     before, after = run.get("eval_loss_before"), run.get("eval_loss_after")
-    held_out = "" if before is None or after is None else f" Held-out loss {before:.4f} before, {after:.4f} after."
+    held_out = (
+        ""
+        if before is None or after is None
+        else f" Loss on all held-out rows: {before:.4f} before, {after:.4f} after."
+    )
     start = recipe.model.adapter
     began = f" It began with an adapter that had been trained before (`{public_name(start)}`)." if start else ""
     return f"Trained for {run['steps']:,} steps on {run['device']}.{began}{held_out}"

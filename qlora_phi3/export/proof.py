@@ -184,7 +184,7 @@ def prove(
         check()
     names = [LIVE, *(candidate.onto for candidate in candidates)]
     pairs = {*((LIVE, name) for name in names), *((origin, name) for name, origin in origins.items())}
-    sums = _gather(finals, pairs, targets, progress)
+    sums = _gather(finals, pairs, targets, num_words=architecture.vocab_size, progress=progress)
     ends = torch.isin(targets, torch.tensor(list(stop_ids), dtype=targets.dtype))
     return Proof(
         rows=len(chosen),
@@ -271,14 +271,23 @@ class _Sums:
 
 
 def _gather(
-    finals: Mapping[str, Final], pairs: Iterable[tuple[str, str]], targets: Tensor, progress: Progress
+    finals: Mapping[str, Final],
+    pairs: Iterable[tuple[str, str]],
+    targets: Tensor,
+    *,
+    num_words: int,
+    progress: Progress,
 ) -> _Sums:
-    """Make every model's logits, a tile of the vocabulary at a time, and keep their sums."""
+    """Make every model's logits, a tile of the vocabulary at a time, and keep their sums.
+
+    Args:
+        num_words: of the vocabulary.
+    """
     device = next(iter(finals.values())).hidden.device
     sums = _Sums(finals, pairs, targets.to(device))
     start = 0
     for tiles in zip(*(_tiles(final.head()) for final in finals.values()), strict=True):
-        progress("Comparing the next tokens", start, None)
+        progress("Comparing the next tokens, words", start, num_words)
         heads = [tile.to(device=device, dtype=torch.float32) for tile in tiles]
         for row in range(0, len(targets), TILE_POSITIONS):
             rows = slice(row, row + TILE_POSITIONS)
@@ -288,7 +297,7 @@ def _gather(
             }
             sums.add(rows, start, logits)
         start += len(heads[0])
-    progress("Comparing the next tokens", start, start)
+    progress("Comparing the next tokens, words", start, num_words)
     return sums
 
 

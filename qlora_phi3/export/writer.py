@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from qlora_phi3.errors import ExportError, RunError
+from qlora_phi3.errors import ExportError, RunError, mend
 from qlora_phi3.export.weights import DTYPES, INDEX_NAME, WEIGHTS_NAME, TensorInfo, Weights
 from qlora_phi3.runfolder import write_atomically
 from qlora_phi3.sizes import format_gib
@@ -177,7 +177,7 @@ def writing(folder: Path) -> Iterator[None]:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else error.message
         raise ExportError(
             f"{folder} cannot be written: {reason.rstrip('.')}.",
-            "Free the disk and give the same command again: it goes on at the last whole file.",
+            f"{mend(error)}, and give the same command again: it goes on at the last whole file.",
         ) from error
 
 

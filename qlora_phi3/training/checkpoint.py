@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from qlora_phi3.errors import RunError
+from qlora_phi3.errors import RunError, mend
 from qlora_phi3.runfolder import write_atomically
 
 SEAL = "sealed.json"
@@ -75,5 +75,5 @@ def whole_or_gone(target: Path) -> Iterator[None]:
             reason = "the disk took fewer bytes than were written, as a full one does"
         raise RunError(
             f"{target} cannot be written: {reason.rstrip('.')}.",
-            "Free the disk, then go on with --resume; earlier checkpoints stand.",
+            f"{mend(error)}, then go on with --resume; earlier checkpoints stand.",
         ) from error

@@ -157,7 +157,7 @@ def test_a_merge_that_is_not_checked_costs_no_pass_of_its_own_and_has_no_fault(t
     )
     assert told == {
         *(f"Proof {n} of 3: scoring {name}, layers" for n, name in enumerate(("live", "nf4", "original"), 1)),
-        "Comparing the next tokens",
+        "Comparing the next tokens, words",
     }
     assert found.of("original").fault_mean_kl is None
     assert find_fault(found.of("original"), torch.float16) is None

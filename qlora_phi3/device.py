@@ -335,4 +335,4 @@ def _usual_speed(cards: Sequence[Card]) -> tuple[float, float]:
 
 
 def _with_article(words: str) -> str:
-    return f"an {words}" if words.startswith(("8", "11 ", "18 ")) else f"a {words}"
+    return f"an {words}" if words.startswith(("8", "11 ", "11.", "18 ", "18.")) else f"a {words}"

@@ -24,7 +24,7 @@ def parse_size(text: str, *, binary: bool = False) -> int:
     """
     found = re.fullmatch(r"\s*([+-]?\d{1,15}(?:\.\d*)?|[+-]?\.\d+)\s*([a-z]*)\s*", text, flags=re.ASCII | re.IGNORECASE)
     number, unit = found.groups() if found else ("", "")
-    if found and float(number) <= 0:
+    if found and float(number) == 0:
         raise ValueError(f"'{text}' is no size: it must be more than zero.")
     if found and not unit:
         amount = number.lstrip("+-")

@@ -131,12 +131,11 @@ class _Search:
     def fastest(self, kinds: Sequence[Setup]) -> Plan | None:
         """The fastest that fits, None where none does; a kind is sized only when nothing faster is left."""
         most, fewest = self._most_tokens(), self._fewest_tokens()
-        waiting = [
-            (self._with_tokens(kind, most), False) for kind in kinds
-        ]  # the best that each could do, not sized yet
+        #: Set-ups, and whether they were sized; else they stand for the best that their kind could do.
+        waiting = [(self._with_tokens(kind, most), False) for kind in kinds]
         while waiting:
-            setup, is_sized = fastest = min(waiting, key=lambda each: self.seconds(each[0]))
-            waiting.remove(fastest)
+            setup, is_sized = best = min(waiting, key=lambda each: self.seconds(each[0]))
+            waiting.remove(best)
             kind = self._with_tokens(setup, fewest)
             if not is_sized:
                 if self._may_fit(kind):
@@ -182,8 +181,8 @@ class _Search:
 
     def smaller(self, setup: Setup) -> list[Setup]:
         """A tenth fewer tokens, where the whole simulation found less room than the estimate; none below the longest row."""
-        tokens = int(setup.micro_batch.max_tokens * 0.9)
-        return [] if tokens < self._fewest_tokens() else [self._with_tokens(setup, tokens)]
+        tokens, fewest = setup.micro_batch.max_tokens, self._fewest_tokens()
+        return [self._with_tokens(setup, max(fewest, int(tokens * 0.9)))] if tokens > fewest else []
 
     def _kinds(self) -> list[tuple[int, bool]]:
         """(checkpoint_every, activation_offloading), all that the recipe allows, the leanest last."""
@@ -333,7 +332,7 @@ class _Search:
                 setup.checkpoint_every, f"recomputing one layer in {setup.checkpoint_every} makes enough room"
             )
             + self._next_faster(),
-            "activation_offloading": "nothing as fast fits without it"
+            "activation_offloading": "recomputation alone does not make enough room"
             if setup.activation_offloading
             else "there is room on the card",
             "optim": "its state fits beside everything else"

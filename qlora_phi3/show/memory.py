@@ -319,8 +319,13 @@ def show_longest(console: Console, rows: Sequence[LongestOnCard]) -> None:
         host = format_gib(row.host_bytes) if row.host_bytes else ""
         table.add_row(escape(row.name), format_gib(row.usable_bytes), length, format_gib(row.peak_on_card_bytes), host)
     console.print(table)
+    _print(console, "")
+    _print(
+        console,
+        "on card: the prediction; its margin is within what is usable. in the computer: what is offloaded.",
+        "dim",
+    )
     if any(row.at_the_models_end for row in rows):
-        _print(console, "")
         _print(console, "* all the positions the model has", "dim")
 
 

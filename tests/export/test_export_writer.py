@@ -184,7 +184,7 @@ def test_a_full_disk_is_one_line_and_what_is_whole_stays(tmp_path, tensors, monk
         write_all(write, data)
 
     monkeypatch.setattr(writer, "_write_all", fill_up)
-    with pytest.raises(ExportError, match=r"cannot be written: No space left on device\. Free the disk .* goes on"):
+    with pytest.raises(ExportError, match=r"cannot be written: No space left on device\. Free the disk, .* goes on"):
         write(Held(tensors), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".shards.json", "model-00001-of-00003.safetensors"]
     monkeypatch.undo()

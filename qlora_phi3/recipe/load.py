@@ -6,7 +6,7 @@ errors in `problems.py`. Nothing here reads the environment, a model or data.
 
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,28 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, is_file: IsFile | 
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(_as_lines([*find_problems(error, raw, TABLES), *missing], path, sources)) from None
+        problems = list(find_problems(error, raw, TABLES))
+        raise RecipeError(_as_lines([*problems, *_contradictions(raw, problems), *missing], path, sources)) from None
     if missing:
         raise RecipeError(_as_lines(missing, path, sources))
     return recipe
+
+
+def _contradictions(raw: Mapping[str, Any], problems: Sequence[Problem]) -> list[Problem]:
+    """Keys that cannot both hold, among those that are right by themselves: validation gives up before it comes to them."""
+    wrong = {(problem.table, problem.key) for problem in problems}
+    sound = {
+        table: {key: value for key, value in keys.items() if (table, key) not in wrong}
+        for table, keys in raw.items()
+        if table in TABLES and isinstance(keys, dict)
+    }
+    try:
+        Recipe.model_validate(sound)
+    except ValidationError as error:
+        found = [each for each in find_problems(error, sound, TABLES) if not each.key and each.table in ("", *sound)]
+        words = {key for _, key in wrong}
+        return [each for each in found if each not in problems and not words & set(re.findall(r"\w+", each.sentence))]
+    return []
 
 
 def recipe_as_toml(recipe: Recipe) -> str:

@@ -358,14 +358,22 @@ def test_the_best_checkpoint_can_be_kept_where_every_checkpoint_is_measured(tmp_
 def test_every_problem_is_told_at_once_and_where_it_comes_from(tmp_path: Path):
     told = refusal(tmp_path, "[lora]\nrnk = 8\nr = 0\n[training]\nsave_steps = 0", "training.seed=-1", "data.trian=x")
     assert told.splitlines() == [
-        "mine.toml has 6 problems:",
+        "mine.toml has 7 problems:",
         "mine.toml: There is no table [model], and a recipe needs it, with name at least.",
         "mine.toml: [lora] r = 0 must be a whole number of at least 1.",
         "mine.toml: [lora] has no key 'rnk'. Did you mean 'r'?",
         f"mine.toml: [data] needs train: {TABLES['data'].model_fields['train'].description}",
         "--set data.trian=x: [data] has no key 'trian'. Did you mean 'train'?",
         f"--set training.seed=-1: [training] seed = -1 must be a whole number of at least 0 and at most {2**32 - 1}.",
+        'mine.toml: [training] save_steps = 0 is no interval: write at least 1, or save_strategy = "no".',
     ]
+
+
+def test_keys_that_contradict_each_other_are_told_beside_a_key_that_is_wrong(tmp_path: Path):
+    lines = "gradient_checkpointing = false\nseed = -1\n[memory]\ncheckpoint_every_n_layers = 2\nmicro_batch_tokens = 0"
+    told = refusal(tmp_path, f"{SHORTEST}[training]\n{lines}")
+    assert "mine.toml has 3 problems:" in told
+    assert "[memory] checkpoint_every_n_layers needs [training] gradient_checkpointing: keep one." in told
 
 
 @pytest.mark.parametrize("override", ["lora.r", "r=3", "lora=3", ".r=3", "lora.=3"])

@@ -3,6 +3,7 @@
 Those of the hub's own models come with the package (`architectures.json`), so that a plan for them needs no network.
 """
 
+import difflib
 import json
 from dataclasses import dataclass
 from importlib.resources import files
@@ -70,9 +71,15 @@ def known_config(name: str) -> dict[str, Any] | None:
     return config
 
 
-def known_names() -> list[str]:
-    """Hub ids of the models whose shapes are shipped."""
-    return list(_read_shipped()["models"])
+def nearest_known(name: str) -> str | None:
+    """The hub id, of the models whose shapes are shipped, that was probably meant."""
+    known, short = list(_read_shipped()["models"]), name.rpartition("/")[2].lower()
+    begun = [
+        each
+        for each in known
+        if each.rpartition("/")[2].lower().startswith(f"{short}-") or each.lower().endswith(f"/{short}")
+    ]
+    return min(begun, key=len, default=None) or next(iter(difflib.get_close_matches(name, known, cutoff=0.8)), None)
 
 
 def _read_shipped() -> Any:
@@ -121,7 +128,7 @@ def _fetch_config(name: str, revision: str | None) -> Path:
     if not is_hub_id(name):
         raise ModelError(
             f"There is no model folder {name}.",
-            "Give a folder that exists, or a hub id such as microsoft/Phi-3-mini-4k-instruct.",
+            f"Give a folder that exists, or a hub id such as {nearest_known(name) or 'microsoft/Phi-3-mini-4k-instruct'}.",
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

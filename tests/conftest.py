@@ -6,6 +6,7 @@ import tempfile
 # Before any library reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="qlora-phi3-tests-")
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="qlora-phi3-tests-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import atexit
@@ -13,7 +14,8 @@ import shutil
 
 import pytest
 
-atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+for name in ("HF_DATASETS_CACHE", "XDG_STATE_HOME"):
+    atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,6 @@
 import pytest
 
-from qlora_phi3.architecture import known_config, read_architecture, read_config
+from qlora_phi3.architecture import known_config, nearest_known, read_architecture, read_config
 from qlora_phi3.errors import ModelError
 
 MODELS = {
@@ -70,6 +70,20 @@ def test_longrope_has_a_factor_for_each_pair_that_is_rotated():
 
 def test_a_models_name_is_known_in_any_case():
     assert known_config("MICROSOFT/phi-3-MINI-4k-instruct") == known_config("microsoft/Phi-3-mini-4k-instruct")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("microsoft/phi-4-mini", "microsoft/Phi-4-mini-instruct"),
+        ("microsoft/Phi-3.5", "microsoft/Phi-3.5-mini-instruct"),
+        ("Phi-4-mini-instruct", "microsoft/Phi-4-mini-instruct"),
+        ("microsoft/Phi-4-reasoning-pluss", "microsoft/Phi-4-reasoning-plus"),
+        ("acme/foo", None),
+    ],
+)
+def test_a_name_that_is_begun_or_misspelt_leads_to_the_model(typed, meant):
+    assert nearest_known(typed) == meant
 
 
 def test_a_mirror_is_not_taken_for_the_model():

@@ -1,6 +1,6 @@
 """Adapters from one form to another: lossless or refused, and held against each other layer by layer before anything is kept."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from qlora_phi3.adapters.files import (
     write_state_dict,
 )
 from qlora_phi3.adapters.fused import FUSED, PARTS, check_layers, fuse, layer_shapes, split
-from qlora_phi3.adapters.loralib import Spec, loralib_layers, loralib_tensors, read_loralib
+from qlora_phi3.adapters.loralib import Layer, Spec, loralib_layers, loralib_tensors, read_loralib
 from qlora_phi3.adapters.peft_folder import last_name, peft_settings, peft_tensors, read_peft
 from qlora_phi3.adapters.update import Adapter, Progress, relative_difference
 from qlora_phi3.architecture import Architecture, parse_architecture
@@ -121,8 +121,18 @@ def loralib_to_peft(
         base_model_name_or_path=base.name if base else None,
         inference_mode=True,
     ).to_dict()
-    told = () if base else ("Names and shapes were not held against a base; --base does that.",)
+    unchecked = () if base else ("Names and shapes were not held against a base; --base does that.",)
+    told = (_tell_alpha(spec), *unchecked)
     return _write_peft(adapter, config, target, beside=None, all_layers=shapes, told=told, progress=progress)
+
+
+def _tell_alpha(spec: Spec) -> str:
+    """That the comparison cannot see a wrong alpha: both sides have it from the command line."""
+    given = [
+        f"{alpha:g} for {name or ('every other layer' if len(spec.alpha) > 1 else 'every layer')}"
+        for name, alpha in spec.alpha.items()
+    ]
+    return f"With alpha {', '.join(given)}, as given: the file holds none to check it against."
 
 
 def peft_to_loralib(
@@ -164,14 +174,20 @@ def peft_to_loralib(
             conv2d={name: update.kernel_size for name, update in adapter.updates.items() if update.kind == "conv2d"},
         )
         largest, worst = compare(adapter, read_loralib(read_tensors(draft), again, draft), progress)
-    counts = Counter(f"{last_name(name)}: {layer.built_as}" for name, layer in layers.items())
-    told = (
-        "The file holds no alpha; build the layers as",
-        *(f"  {text}   ({n} of them)" for text, n in counts.items()),
-    )
+    told = ("The file holds no alpha; build the layers as", *(f"  {line}" for line in describe_layers(layers)))
     return Converted(
         target=target, num_layers=len(adapter.updates), largest_difference=largest, worst_layer=worst, told=told
     )
+
+
+def describe_layers(layers: Mapping[str, Layer]) -> list[str]:
+    """How loralib layers must be built: a line for all of a name, or one for each where they are not all alike."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name, layer in layers.items():
+        alike[last_name(name)].append(layer.built_as)
+    lines = [f"{last}: {kinds[0]}   ({len(kinds)} of them)" for last, kinds in alike.items() if len(set(kinds)) == 1]
+    others = [name for name in layers if len(set(alike[last_name(name)])) > 1]
+    return [*lines, *(f"{name}: {layers[name].built_as}" for name in others)]
 
 
 def split_to_fused(

@@ -1,5 +1,6 @@
 """The files of adapters: read without running a pickle, written whole or not at all, and only over what may be replaced."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -37,6 +38,17 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def adapter_record(folder: Path) -> dict[str, str]:
+    """What a run notes down of the adapter it wrote, so that an export can tell whether it is the same: file -> SHA-256."""
+    return {name: file_checksum(folder / name) for name in (WEIGHTS, CONFIG)}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

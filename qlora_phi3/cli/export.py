@@ -33,10 +33,14 @@ if TYPE_CHECKING:
     "quants",
     multiple=True,
     metavar="NAME",
-    help="With --format gguf: f16 (default), q8_0, q4_k_m and others; docs/gguf.md has them all.",
+    help="With --format gguf: q8_0, q4_k_m and others; docs/gguf.md has them all. [default: f16, or --dtype's]",
 )
 @click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), default=USUAL_DTYPE, show_default=True, help="Of merged weights."
+    "--dtype",
+    type=click.Choice(list(DTYPES)),
+    default=USUAL_DTYPE,
+    show_default=True,
+    help="Of merged weights, and of a GGUF without --quant.",
 )
 @click.option(
     "--onto",
@@ -49,7 +53,9 @@ if TYPE_CHECKING:
 @click.option("--shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file of weights.")
 @click.option("--max-ram", metavar="SIZE", help="Stay within this much memory.")
 @click.option("--no-verify", is_flag=True, help="Leave the proof out (minutes for a full-size model on a CPU).")
-@click.option("--force", is_flag=True, help="Replace an earlier export at the target.")
+@click.option(
+    "--force", is_flag=True, help="Replace an earlier export at the target; never files that no export wrote."
+)
 @click.option("--push", metavar="USER/NAME", help="Upload to the hub afterwards, with a model card.")
 @click.option("--private", is_flag=True, help="With --push: for your eyes only.")
 @debug_option

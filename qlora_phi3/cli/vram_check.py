@@ -209,6 +209,8 @@ def _fit_target(question: "Question", device: "Device", fit: str) -> Path:
         path = question.path.with_name(f"{question.path.stem}-{size}gb.toml")
     if path.exists():
         raise _is_there(path)
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--fit {path}: there is no folder {path.absolute().parent}.", "Make it, or name another file.")
     return path
 
 

@@ -25,6 +25,11 @@ _ADAPTER = "default"
 PREFIX = "base_model.model."
 #: Ways to start an adapter that leave the base as it is; the others (pissa, olora, corda, loftq …) train on a changed base.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+#: Of an adapter whose two files do not fit each other on this base, which of them is wrong cannot be told.
+OTHER_BASE_OR_CONFIG = (
+    "Either it was trained on another base (give that one), or its adapter_config.json was changed, say in r or target_modules "
+    "(put its own back)."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +180,12 @@ def _check_shape(stored: StoredWeights, key: str, shape: tuple[int, ...], folder
     if key not in stored.info:
         raise ExportError(
             f"{folder / ADAPTER_NAME} has no {key}, which its adapter_config.json asks for on this base.",
-            "Give the adapter's own base.",
+            OTHER_BASE_OR_CONFIG,
         )
     if stored.info[key].shape != shape:
         raise ExportError(
             f"{folder / ADAPTER_NAME}: {key} is {stored.info[key].shape}, and this base needs {shape}.",
-            "It was trained on another base; give that one.",
+            OTHER_BASE_OR_CONFIG,
         )
 
 
@@ -199,7 +204,7 @@ def _check_finite(stored: StoredWeights, folder: Path) -> None:
             if not torch.stack(piece.aminmax()).isfinite().all():
                 raise ExportError(
                     f"{folder / ADAPTER_NAME}: {key} holds NaN or infinity.",
-                    "The training went astray; export an earlier checkpoint or train again at a lower learning_rate.",
+                    "The training went astray: train again at a lower learning_rate.",
                 )
 
 

@@ -11,11 +11,14 @@ from qlora_phi3.export.proof import tell_other_bits
 from qlora_phi3.recipe.load import Recipe
 from qlora_phi3.recipe.places import listed
 from qlora_phi3.recipe.problems import format_toml
+from qlora_phi3.sizes import format_count
 
 #: Tables whose keys say what was learned; [memory] and paths are nobody's business.
 TOLD_TABLES = ("quantization", "lora", "training")
 PRIVATE_KEYS = ("output_dir", "report_to", "run_name")
 
+#: A GGUF type -> dtype of the merged model that it holds to the bit; f32 holds every one.
+EXACT = {"f16": "float16", "bf16": "bfloat16"}
 ROWS = {"live": "4-bit base and adapter", "nf4": "merged onto NF4", "original": "merged onto the original"}
 
 
@@ -43,10 +46,15 @@ def render_card(recipe: Recipe, run: Mapping[str, Any], export: Mapping[str, Any
         _about_base(name, export, licence),
         _about_data(recipe, run),
         _about_result(recipe, run),
-        _about_proof(export),
+        _about_proof(run, export),
         _about_recipe(recipe),
     )
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def is_measured(quant: str, dtype: str) -> bool:
+    """Whether what was measured of a merged model of that dtype holds for a GGUF of that type: it has the same weights."""
+    return quant == "f32" or EXACT.get(quant) == dtype
 
 
 def public_name(name: str) -> str:
@@ -93,30 +101,33 @@ def _about_data(recipe: Recipe, run: Mapping[str, Any]) -> str:
 
 def _about_result(recipe: Recipe, run: Mapping[str, Any]) -> str:
     before, after = run.get("eval_loss_before"), run.get("eval_loss_after")
+    rows = format_count(run["data"]["evaluation_rows"], "held-out row")
     held_out = (
-        ""
-        if before is None or after is None
-        else f" Loss on all held-out rows: {before:.4f} before, {after:.4f} after."
+        "" if before is None or after is None else f" Loss on all {rows}: {before:.4f} before, {after:.4f} after."
     )
     start = recipe.model.adapter
     began = f" It began with an adapter that had been trained before (`{public_name(start)}`)." if start else ""
     return f"Trained for {run['steps']:,} steps on {run['device']}.{began}{held_out}"
 
 
-def _about_proof(export: Mapping[str, Any]) -> str:
+def _about_proof(run: Mapping[str, Any], export: Mapping[str, Any]) -> str:
     proof, gguf = export.get("proof"), export.get("gguf")
     what = f"The merged model from which `{gguf['file']}` was made as {gguf['quant']}" if gguf else "The export"
     if not proof:
         return f"{what} was not held against the trained model."
-    tokens, loss = f"{proof['tokens']:,} held-out tokens", "held-out loss"
+    loss, kind, total = "held-out loss", "held-out rows", run["data"]["evaluation_rows"]
     if proof["trained"]:
-        tokens, loss = f"{proof['tokens']:,} tokens of rows that were trained on", "loss"
+        loss, kind, total = "loss", "rows that were trained on", run["data"]["train_rows"]
+    tokens = f"{proof['tokens']:,} tokens of {proof['rows']:,} of the {total:,} {kind}"
+    unmeasured = None if gguf is None or is_measured(gguf["quant"], export["dtype"]) else gguf["quant"]
+    mark = " (from which this file was made)" if unmeasured else " (this model)"
+    but = f" (the file itself was not measured; what {unmeasured} costs is not in the table)" if unmeasured else ""
     rows = [
         f"| | {loss} | mean KL from the trained model | largest KL | same top token |",
         "|---|--:|--:|--:|--:|",
-        *(_proof_row(score, is_this=score["name"] == export["onto"]) for score in proof["scores"]),
+        *(_proof_row(score, mark if score["name"] == export["onto"] else "") for score in proof["scores"]),
     ]
-    return f"{what}, held against the trained model on {tokens}:\n\n" + "\n".join([*rows, *_about_bits(export)])
+    return f"{what}, held against the trained model on {tokens}{but}:\n\n" + "\n".join([*rows, *_about_bits(export)])
 
 
 def _about_bits(export: Mapping[str, Any]) -> list[str]:
@@ -124,13 +135,14 @@ def _about_bits(export: Mapping[str, Any]) -> list[str]:
     return [] if told is None else ["", told]
 
 
-def _proof_row(score: Mapping[str, Any], *, is_this: bool) -> str:
-    def figure(key: str, form: str) -> str:
-        return "" if score.get(key) is None else format(score[key], form)
+def _proof_row(score: Mapping[str, Any], mark: str) -> str:
+    is_live = score["name"] == "live"  # what the others are held against
 
-    name = ROWS[score["name"]] + (" (this model)" if is_this else "")
+    def figure(key: str, form: str) -> str:
+        return "" if is_live else format(score[key], form)
+
     return (
-        f"| {name} | {figure('loss', '.4f')} | {figure('mean_kl', '.1e')} | {figure('max_kl', '.1e')} "
+        f"| {ROWS[score['name']]}{mark} | {score['loss']:.4f} | {figure('mean_kl', '.1e')} | {figure('max_kl', '.1e')} "
         f"| {figure('top_agreement', '.2%')} |"
     )
 

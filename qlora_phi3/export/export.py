@@ -3,12 +3,11 @@
 Everything is written into a hidden neighbour of the target, which gets its name at the very end: a half model never looks whole.
 """
 
-import hashlib
 import json
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -18,18 +17,19 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from qlora_phi3.errors import ExportError, ProofError
-from qlora_phi3.export.adapter import ADAPTER_NAME
-from qlora_phi3.export.card import render_card
-from qlora_phi3.export.files import Companions, read_object, write_companions
+from qlora_phi3.export.card import is_measured, render_card
+from qlora_phi3.export.files import Companions, write_companions
 from qlora_phi3.export.gguf import GgufResult, check_quant, convert_to_gguf, plan_gguf
-from qlora_phi3.export.hub import check_push, push
+from qlora_phi3.export.hub import push
+from qlora_phi3.export.lock import locked
 from qlora_phi3.export.merge import Onto
 from qlora_phi3.export.modelfile import write_modelfile
 from qlora_phi3.export.proof import Proof, choose_onto
-from qlora_phi3.export.request import CARD, MODELFILE, REPORT, Request
+from qlora_phi3.export.request import Request, check_targets, find_made
 from qlora_phi3.export.scored import SCORED, find_fault_of, refuse_other_base, score_all
 from qlora_phi3.export.sources import (
     MERGE_BYTES,
+    PROVED,
     Sources,
     check_memory,
     describe_base,
@@ -38,10 +38,22 @@ from qlora_phi3.export.sources import (
     tell_kept_bits,
 )
 from qlora_phi3.export.stop import StopTest, measure_stops
+from qlora_phi3.export.targets import (
+    CARD,
+    MODELFILE,
+    REPORT,
+    check_replaceable,
+    failed_place,
+    read_standing,
+    written_files,
+)
 from qlora_phi3.export.writer import (
+    PROGRESS_NAME,
     check_disk,
     clear_draft,
+    drafting,
     forget_progress,
+    making,
     missing_bytes,
     plan_shards,
     write_shards,
@@ -54,6 +66,8 @@ from qlora_phi3.training.listener import Listener
 
 #: Room for the files beside the weights.
 COMPANION_BYTES = 64 * 2**20
+#: Status of a GGUF whose type rounds: what it was made from was proved, and the file itself not measured.
+PROVED_BEFORE_QUANTIZATION = "proved_before_quantization"
 LIBRARIES = ("qlora-phi3", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
@@ -77,60 +91,59 @@ def export_run(request: Request, listener: Listener) -> Exported:
     Raises:
         UserError: anything a person can mend; nothing half stands under the target's name.
     """
-    if request.push is not None:
-        check_push(request.push, private=request.private)
     if request.gguf_file is not None:
         check_quant(request.quant)
-    key = _key(request)
-    report = _find_made(request, key, listener)
-    if report is None:
-        report, fault = _merge(request, key, listener)
+    gguf_place = [] if request.gguf_target is None else [request.gguf_target]
+    with locked([request.target, *gguf_place]):
+        check_targets(request)  # what is there may have changed since
+        return _export(request, listener)
+
+
+def _export(request: Request, listener: Listener) -> Exported:
+    """Write what a request asks for into places that nobody else writes to."""
+    with ExitStack() as places:
+        if request.gguf_target is not None:
+            places.enter_context(making(request.gguf_target))
+        report, fault = _find_made(request, listener), None
+        made_before = report is not None
+        if report is None:
+            draft = request.target.with_name(f".{request.target.name}.partial")
+            places.enter_context(drafting(draft, kept=[SCORED]))
+            report, fault = _merge(request, draft, listener)
         if fault is not None:
-            return Exported(folder=_failed(request.target), report=report, fault=fault)
-    gguf = None if request.gguf_file is None else _convert(request, request.gguf_file, report, listener)
-    folder = request.target if gguf is None else gguf.path.parent
+            return Exported(folder=failed_place(request.target), report=report, fault=fault)
+        gguf = None if request.gguf_file is None else _convert(request, request.gguf_file, report, listener)
+    if gguf is not None and not made_before:
+        size = sum((request.target / name).stat().st_size for name in written_files(report))
+        listener.say(f"Merged model, kept for other exports: {request.target} ({format_gib(size)})")
+    folder, names = request.target, written_files(report)
+    if gguf is not None:
+        folder, names = gguf.path.parent, [gguf.path.name, CARD, MODELFILE, REPORT]
     page = None
     if request.push is not None:
         listener.say(f"Pushing {folder} to {request.push}")
-        names = [path.name for path in folder.iterdir()] if gguf is None else [gguf.path.name, CARD, MODELFILE, REPORT]
         page = push(folder, sorted(names), request.push, private=request.private)
     return Exported(folder=folder, report=report, gguf=gguf, page=page)
 
 
-def _find_made(request: Request, key: str, listener: Listener) -> dict[str, Any] | None:
-    """The report of the merged model that a GGUF can be made from, where there is one already.
-
-    Raises:
-        ExportError: it was made of something else, or never held against the trained model, and is not to be replaced.
-    """
-    path = request.target / REPORT
-    if request.gguf_file is None or not path.is_file():
-        return None
-    report = read_object(path)
-    if report.get("key") != key:
-        why = "is no export of this run as it is now"
-    elif request.verify and not report.get("proof"):
-        why = "was written with --no-verify"
-    elif report.get("fault"):
-        why = "is not what was trained"
-    else:
-        _check_memory_of_gguf(request)
+def _find_made(request: Request, listener: Listener) -> dict[str, Any] | None:
+    """The report of the merged model, where it need not be made."""
+    report = find_made(request)
+    if report is not None:
+        if request.gguf_file is not None:
+            _check_memory_of_gguf(request)
         listener.say(f"Merged model: {request.target}, made before")
-        return report
-    if request.force:
-        return None
-    raise ExportError(f"{request.target}, from which a GGUF is made, {why}.", "--force makes it anew; or move it away.")
+    return report
 
 
-def _merge(request: Request, key: str, listener: Listener) -> tuple[dict[str, Any], ProofError | None]:
+def _merge(request: Request, draft: Path, listener: Listener) -> tuple[dict[str, Any], ProofError | None]:
     """Make the merged model at the request's target; its report, and why it is not what was trained if it is not."""
     started = time.perf_counter()
     sources = open_sources(request, listener)
     if request.max_ram_bytes is not None:
         check_memory(sources, request.max_ram_bytes, verify=request.verify)
     onto = _first_onto(request, sources)
-    draft = request.target.with_name(f".{request.target.name}.partial")
-    key_of_draft = f"{key} {_state_of(sources.folder)}"
+    key_of_draft = f"{request.key} {_state_of(sources.folder)}"
     with writing(draft):
         companions = _write_companions(request, sources, draft)
     _check_room(request, sources, draft, f"{key_of_draft} {onto}", onto)
@@ -149,7 +162,7 @@ def _merge(request: Request, key: str, listener: Listener) -> tuple[dict[str, An
         stops = _test_stops(request, sources, draft, scored.proof, onto, listener)
     tell_kept_bits(sources, listener)
     report = {
-        "key": key,
+        "key": request.key,
         "status": "unproved" if scored is None else "failed" if fault else proved_status(sources),
         "fault": fault,
         "run": request.run.path.name,
@@ -159,7 +172,11 @@ def _merge(request: Request, key: str, listener: Listener) -> tuple[dict[str, An
         "dtype": request.dtype,
         "proof": scored and scored.proof.as_dict(),
         "stop_test": stops and stops.as_dict(),
-        "files": {"copied": dict(companions.copied), "changed": list(companions.changed)},
+        "files": {
+            "written": sorted({path.name for path in draft.iterdir()} - {SCORED, PROGRESS_NAME} | {CARD, REPORT}),
+            "copied": dict(companions.copied),
+            "changed": list(companions.changed),
+        },
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": time.perf_counter() - started,
         "versions": {name: version(name) for name in LIBRARIES},
@@ -171,7 +188,6 @@ def _merge(request: Request, key: str, listener: Listener) -> tuple[dict[str, An
 
 def _write_companions(request: Request, sources: Sources, draft: Path) -> Companions:
     """The files beside the weights, in a draft that holds nothing else but what can be gone on with."""
-    draft.mkdir(parents=True, exist_ok=True)
     clear_draft(draft, kept=[SCORED])
     return write_companions(
         sources.folder,
@@ -249,27 +265,9 @@ def _state_of(base: Path) -> str:
     return str([str(base.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)])
 
 
-def _key(request: Request) -> str:
-    """Names everything that decides the bytes of the export."""
-    run = request.run
-    digest = hashlib.sha256()
-    adapter = (run.adapter / "adapter_config.json", run.adapter / ADAPTER_NAME)
-    for path in (run.base, *adapter, run.held_out, run.chat_template):
-        if path.is_file():
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    asked = f"{request.dtype} {request.onto} {version('qlora-phi3')}"
-    return hashlib.sha256(digest.digest() + asked.encode()).hexdigest()
-
-
 def _describe(folder: Path, card: str, report: Mapping[str, Any]) -> None:
-    (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8", newline="\n")
-
-
-def _failed(target: Path) -> Path:
-    return target.with_name(f"{target.name}.failed-proof")
+    (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
 
 
 def _hand_out(request: Request, draft: Path, fault: str | None) -> ProofError | None:
@@ -281,13 +279,15 @@ def _hand_out(request: Request, draft: Path, fault: str | None) -> ProofError | 
     target = request.target
     if fault is not None:
         cure = "bf16 rounds small updates away: try --dtype fp16. " if request.dtype == "bfloat16" else ""
-        failed = _failed(target)
+        failed = failed_place(target)
+        check_replaceable(failed)
         shutil.rmtree(failed, ignore_errors=True)
         _name(draft, failed)
         return ProofError(f"The export is not what was trained: {fault}.", f"{cure}It is kept in {failed} for a look.")
     former = target.with_name(f".{target.name}.former")
     shutil.rmtree(former, ignore_errors=True)
     if target.exists():
+        check_replaceable(target)
         if not request.force and any(target.iterdir()):
             raise ExportError(f"{target} came to be in the meantime.", "Move it away and give the same command again.")
         target.replace(former)
@@ -313,22 +313,32 @@ def _check_memory_of_gguf(request: Request) -> None:
 
 
 def _convert(request: Request, target: Path, report: Mapping[str, Any], listener: Listener) -> GgufResult:
-    """The merged model as a GGUF with its Modelfile, card and report."""
-    try:
-        result = convert_to_gguf(
-            request.target,
-            target,
-            quant=request.quant,
-            name=request.name,
-            progress=partial(_tell_megabytes, listener),
-            force=request.force,
-        )
-    finally:
-        with suppress(OSError):
-            target.parent.rmdir()  # only where nothing came of it
-    report = {**report, "gguf": {"file": target.name, "quant": request.quant}}
-    with writing(target.parent):
-        write_modelfile(request.target, target, target.parent / MODELFILE, force=request.force)
+    """The merged model as a GGUF with its Modelfile, card and report, which replace those of a GGUF made before."""
+    result = convert_to_gguf(
+        request.target,
+        target,
+        quant=request.quant,
+        name=request.name,
+        progress=partial(_tell_megabytes, listener),
+        force=request.force,
+    )
+    folder = target.parent
+    with writing(folder):
+        report = _report_gguf(request, target, report)
         card = render_card(load_recipe(request.run.recipe), request.report, report, base=request.target)
-        _describe(target.parent, card, report)
+        _describe(folder, card, report)
+        write_modelfile(request.target, target, folder / MODELFILE, force=True)
     return result
+
+
+def _report_gguf(request: Request, target: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report of a GGUF, which is of the merged model but for what became of it; written files are all that are there."""
+    before = [name for name in written_files(read_standing(target.parent)) if (target.parent / name).is_file()]
+    written = sorted({*before, target.name, CARD, MODELFILE, REPORT})
+    measured = is_measured(request.quant, report["dtype"]) or not report["status"].startswith(PROVED)
+    return {
+        **report,
+        "status": report["status"] if measured else PROVED_BEFORE_QUANTIZATION,
+        "gguf": {"file": target.name, "quant": request.quant},
+        "files": {**report["files"], "written": written},
+    }

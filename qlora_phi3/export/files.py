@@ -1,6 +1,5 @@
 """The files beside the weights: the base's own, byte for byte, and the two that must change."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_phi3.adapters.files import TOKENIZER_FILES
+from qlora_phi3.adapters.files import TOKENIZER_FILES, file_checksum
 from qlora_phi3.errors import ExportError
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -44,13 +43,12 @@ def write_companions(
     Raises:
         ExportError: a tokenizer file of the base is not the one that was trained with, or a config is no JSON object.
     """
+    check_trained_with(base, adapter)
     copied = {}
     for name in COMPANIONS:
-        if name in TOKENIZER_FILES:
-            _check_trained_with(base / name, adapter / name)
         if name in (CONFIG, GENERATION_CONFIG) or not (base / name).is_file():
             continue
-        copied[name] = _checksum(base / name)
+        copied[name] = file_checksum(base / name)
         shutil.copyfile(base / name, target / name)
     changed = [
         *_write_config(base / CONFIG, target / CONFIG, dtype=dtype, untied=untied),
@@ -63,7 +61,13 @@ def write_companions(
     return Companions(copied=copied, changed=tuple(changed))
 
 
-def _check_trained_with(file: Path, trained: Path) -> None:
+def check_trained_with(base: Path, adapter: Path) -> None:
+    """Hold the tokenizer files of a base, none of which is parsed, against the run's copies; raises as `write_companions`."""
+    for name in TOKENIZER_FILES:
+        _check_file(base / name, adapter / name)
+
+
+def _check_file(file: Path, trained: Path) -> None:
     """A tokenizer file must be the run's; of the configs only that it is there, as they may be written in other words."""
     if trained.is_file() and not file.is_file():
         raise ExportError(
@@ -75,16 +79,11 @@ def _check_trained_with(file: Path, trained: Path) -> None:
     cure = "give the folder of the right base with --base."
     if not trained.is_file():
         raise ExportError(f"{file} was not there when the run was trained.", f"Move it away, or {cure}")
-    if _checksum(trained) != _checksum(file):
+    if file_checksum(trained) != file_checksum(file):
         raise ExportError(
             f"{file} is not the file that was trained with; that one lies in {trained.parent}.",
             f"Put it back, or {cure}",
         )
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_object(path: Path) -> dict[str, Any]:

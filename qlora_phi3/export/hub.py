@@ -6,9 +6,14 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from qlora_phi3.errors import ExportError
+
+#: What a hub that refuses or is not there raises: the hub's own errors are both, those of the library for HTTP below it (httpx,
+#: then httpx2) none of the system's.
+HUB_ERRORS = (TransportError, OSError)
 
 
 def check_push(repository: str, *, private: bool) -> None:
@@ -30,14 +35,14 @@ def check_push(repository: str, *, private: bool) -> None:
         api.whoami()
     except HfHubHTTPError as error:
         raise ExportError("The hub does not take your token.", "Run `hf auth login` again.") from error
-    except OSError as error:
+    except HUB_ERRORS as error:
         raise ExportError(f"The hub cannot be reached: {_first_line(error)}.", "Export without --push.") from error
     if private:
         try:
             _check_private(api, repository)
         except RepositoryNotFoundError:
             pass  # it will be made
-        except (HfHubHTTPError, OSError) as error:
+        except HUB_ERRORS as error:
             raise ExportError(f"{repository} cannot be asked for: {_first_line(error)}.", "Try again later.") from error
 
 
@@ -66,7 +71,7 @@ def push(folder: Path, names: Sequence[str], repository: str, *, private: bool) 
             allow_patterns=[escape(name) for name in names],
             commit_message="Exported with qlora-phi3",
         )
-    except (HfHubHTTPError, OSError) as error:
+    except HUB_ERRORS as error:
         words = "".join(f" --include '{name}'" for name in names) + (" --private" if private else "")
         raise ExportError(
             f"{repository} could not be pushed: {_first_line(error)}.",

@@ -7,6 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from qlora_phi3.errors import ExportError, RunError
+from qlora_phi3.export.targets import (
+    REPORT,
+    check_gguf_replaceable,
+    check_replaceable,
+    failed_place,
+    key_of,
+    read_standing,
+    why_unfit,
+)
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.sizes import parse_size
 
@@ -14,8 +23,9 @@ from qlora_phi3.sizes import parse_size
 SMALLEST_SHARD = 2**20
 #: As people write them, and as torch does.
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-USUAL_ONTO, USUAL_DTYPE, USUAL_QUANT = "auto", "fp16", "f16"
-CARD, REPORT, MODELFILE = "README.md", "export_report.json", "Modelfile"
+#: The GGUF type that holds each of them to the bit.
+USUAL_QUANTS = {"fp16": "f16", "bf16": "bf16", "fp32": "f32"}
+USUAL_ONTO, USUAL_DTYPE = "auto", "fp16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +35,10 @@ class Request:
     run: RunFolder
     #: Contents of the run's report.json.
     report: dict[str, Any]
+    #: Of the model: what the run was filed under when it was made.
+    name: str
+    #: `key_of` the merged model.
+    key: str
     #: The merged model's folder; a GGUF goes to `gguf_target`, made from it.
     target: Path
     gguf_target: Path | None
@@ -41,11 +55,6 @@ class Request:
     force: bool
     push: str | None
     private: bool
-
-    @property
-    def name(self) -> str:
-        """Of the model: what the run is filed under."""
-        return self.run.path.resolve().parent.name
 
     @property
     def gguf_file(self) -> Path | None:
@@ -76,20 +85,23 @@ def make_request(
         dtype: one of `DTYPES`.
 
     Raises:
-        ExportError, RunError: the run is none or not done, a size is unreadable, or a target is where it must not be.
+        ExportError, RunError: the run is none or not done, a size is unreadable, the hub will not take a push, or a target is
+            where it must not be.
     """
     folder, report = find_finished_run(run, verify=verify)
     if base is not None and not (base / "config.json").is_file():
         what = "has no config.json" if base.is_dir() else "is no folder"
         raise ExportError(f"--base {base} {what}.", "Give the folder of the checkpoint that was trained on.")
-    gguf, quant = kind == "gguf", (quant or USUAL_QUANT).lower()
+    gguf, quant = kind == "gguf", (quant or USUAL_QUANTS[dtype]).lower()
     asked = "".join(f"-{value}" for value, usual in ((onto, USUAL_ONTO), (dtype, USUAL_DTYPE)) if value != usual)
-    of_quant = "" if quant == USUAL_QUANT else f"-{quant}"
+    of_quant = "" if quant == USUAL_QUANTS[dtype] else f"-{quant}"
     target = folder.path / f"merged{asked}" if out is None or gguf else out
     gguf_target = (out or folder.path / f"gguf{asked}{of_quant}") if gguf else None
     request = Request(
         run=folder,
         report=report,
+        name=str(report.get("name") or f"phi3-{str(report.get('started'))[:10]}"),  # and nothing of a path
+        key=key_of(folder, dtype=DTYPES[dtype], onto=onto),
         target=target.resolve(),  # a link stays, and what it leads to is written
         gguf_target=gguf_target and gguf_target.resolve(),
         quant=quant,
@@ -103,10 +115,11 @@ def make_request(
         push=push,
         private=private,
     )
-    sources = _find_sources(folder, base)
-    _check_target(request, sources)
-    if request.gguf_target is not None:
-        _check_gguf_target(request, request.gguf_target, sources)
+    if push is not None:
+        from qlora_phi3.export.hub import check_push  # here, as `--help` reads this module
+
+        check_push(push, private=private)
+    check_targets(request)
     return request
 
 
@@ -165,12 +178,27 @@ def _find_sources(run: RunFolder, base: Path | None) -> list[Path]:
     return [*sources, Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}")]
 
 
-def _check_target(request: Request, sources: Sequence[Path]) -> None:
-    """Nothing is written into what is read nor over it, and what goes for --force is an earlier export.
+def check_targets(request: Request) -> None:
+    """Nothing is written into what is read nor over it, and what goes for --force is what earlier exports wrote.
 
     Raises:
         ExportError: which it is.
     """
+    sources = _find_sources(request.run, request.base)
+    _check_target(request, sources)
+    if request.gguf_file is not None:
+        _check_gguf_target(request, request.gguf_file, sources)
+
+
+def find_made(request: Request) -> dict[str, Any] | None:
+    """The record of the merged model that is there already and will do: for a GGUF, or to be pushed."""
+    wanted = request.gguf_target is not None or (request.push is not None and not request.force)
+    if not wanted or why_unfit(request.target, request.key, verify=request.verify) is not None:
+        return None
+    return read_standing(request.target)
+
+
+def _check_target(request: Request, sources: Sequence[Path]) -> None:
     target, run = request.target, request.run.path.resolve()
     _check_outside(target, sources)
     for source in (run, *(source.resolve() for source in sources)):
@@ -179,27 +207,28 @@ def _check_target(request: Request, sources: Sequence[Path]) -> None:
             raise ExportError(f"--out {target} holds {what}.", "Choose a folder of its own.")
     if _holds(target, Path.cwd()):
         raise ExportError(f"--out {target} is the folder you work in, or holds it.", "Choose a folder of its own.")
-    if not target.exists():
+    if request.verify:
+        check_replaceable(failed_place(target))
+    if not target.exists() or find_made(request) is not None:
         return
-    if not (target / REPORT).is_file() and any(target.iterdir()):
-        raise ExportError(
-            f"{target} exists and is no export, so that --force does not replace it either.",
-            "Give --out another folder, or move it away.",
-        )
+    why = why_unfit(target, request.key, verify=request.verify)
+    if request.gguf_target is not None and not request.force and (target / REPORT).is_file():
+        raise ExportError(f"{target}, from which a GGUF is made, {why}.", "--force makes it anew; or move it away.")
+    check_replaceable(target)
     if not request.force and request.gguf_target is None:
-        raise ExportError(f"{target} exists.", "Give --out another folder, or --force to replace it.")
+        because = f" and {why}" if request.push else ""
+        raise ExportError(f"{target} exists{because}.", "Give --out another folder, or --force to replace it.")
 
 
-def _check_gguf_target(request: Request, folder: Path, sources: Sequence[Path]) -> None:
-    """A GGUF's folder may hold other things; what is written anew there is not."""
+def _check_gguf_target(request: Request, gguf: Path, sources: Sequence[Path]) -> None:
+    """A GGUF's folder may hold other things, but nothing that is read, and no model."""
+    folder = gguf.parent
     _check_outside(folder, [*sources, request.target])
     if folder == request.run.path.resolve():
         raise ExportError(f"--out {folder} is the run itself.", "Choose a folder of its own.")
     if any(folder.glob("*.safetensors")):
         raise ExportError(f"--out {folder} holds a model, whose card a GGUF would replace.", "Choose another folder.")
-    for path in (request.gguf_file, folder / MODELFILE, folder / CARD, folder / REPORT):
-        if path is not None and path.exists() and not request.force:
-            raise ExportError(f"{path} exists.", "Give --out another folder, or --force to replace it.")
+    check_gguf_replaceable(gguf, request.key, force=request.force)
 
 
 def _check_outside(target: Path, sources: Sequence[Path]) -> None:

@@ -1,7 +1,7 @@
 """What an export is made from: the run, its base and its adapter, held against one another."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from reprlib import repr
@@ -12,12 +12,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Phi3Config
 
+from qlora_phi3.adapters.files import file_checksum
 from qlora_phi3.architecture import parse_architecture
-from qlora_phi3.errors import ExportError
+from qlora_phi3.errors import ExportError, ModelError
 from qlora_phi3.export.adapter import EMBEDDING, HEAD, Updates, read_updates
 from qlora_phi3.export.base import RecordedBase, read_record, summarise
 from qlora_phi3.export.card import public_name
-from qlora_phi3.export.files import CONFIG, read_object
+from qlora_phi3.export.files import CONFIG, check_trained_with, read_object
 from qlora_phi3.export.locate import find_base
 from qlora_phi3.export.merge import MergedWeights, Onto
 from qlora_phi3.export.quantize import is_stored_quantized
@@ -25,6 +26,7 @@ from qlora_phi3.export.request import Request
 from qlora_phi3.export.template import EndOfTurn, read_end_of_turn
 from qlora_phi3.export.weights import TensorInfo, open_weights
 from qlora_phi3.recipe.load import Recipe, load_recipe
+from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.sizes import MIB, format_count, format_gib
 from qlora_phi3.training.listener import Listener
 
@@ -73,9 +75,10 @@ def open_sources(request: Request, listener: Listener) -> Sources:
     """Find and check the base, the adapter and the rows of a run.
 
     Raises:
-        UserError: the base is not the one that was trained on, or something of the run is missing or damaged.
+        UserError: base or adapter is not the one of the run, or something of the run is missing or damaged.
     """
-    run, kept = request.run, request.run.chat_template
+    run = request.run
+    check_adapter(run, request.report)
     recipe = load_recipe(run.recipe)
     record = read_record(run.base)
     folder = request.base or find_base(record, listener.progress)
@@ -90,6 +93,7 @@ def open_sources(request: Request, listener: Listener) -> Sources:
     listener.progress("Comparing the base with the run's record", 1, 1)
     if differing:
         raise _other_base(folder, differing, len(record.tensors))
+    check_trained_with(folder, run.adapter)
     if base.left_out:
         count = format_count(len(base.left_out), "tensor")
         listener.say(f"Left out, as the model reads none of them: {count} of the base, first {base.left_out[0]}")
@@ -101,9 +105,38 @@ def open_sources(request: Request, listener: Listener) -> Sources:
         adapter=run.adapter,
         updates=read_updates(run.adapter, config),
         rows=_read_rows(run.held_out) if request.verify else (),
-        ending=read_end_of_turn(folder, str(kept) if kept.is_file() else recipe.data.chat_template),
+        ending=_read_ending(folder, run, recipe),
         device=device,
     )
+
+
+def check_adapter(run: RunFolder, report: Mapping[str, Any]) -> None:
+    """Hold the adapter's files against the checksums in the run's report; older runs have none.
+
+    Raises:
+        ExportError: one of them is not what the run wrote.
+    """
+    for name, noted in (report.get("adapter") or {}).items():
+        path = run.adapter / name
+        if file_checksum(path) == noted:
+            continue
+        whole = [other for other in sorted(run.checkpoints.glob(f"*/{name}")) if file_checksum(other) == noted]
+        own = f"Copy {whole[0]} there" if whole else "Put the run's own back"
+        raise ExportError(
+            f"{path} is not the file that the run wrote: its SHA-256 is not the one in {run.report.name}.",
+            f"{own}, or train again: qlora-phi3 run {run.recipe}",
+        )
+
+
+def _read_ending(folder: Path, run: RunFolder, recipe: Recipe) -> EndOfTurn:
+    """As `read_end_of_turn`, with a cure for those who export."""
+    kept = run.chat_template
+    try:
+        return read_end_of_turn(folder, str(kept) if kept.is_file() else recipe.data.chat_template)
+    except ModelError as error:
+        raise ExportError(
+            error.message, "Give the folder of the whole base that was trained on with --base."
+        ) from error
 
 
 def _check_config(folder: Path, config: dict[str, Any], adapter: Path) -> None:
@@ -203,7 +236,8 @@ def check_memory(sources: Sources, max_ram_bytes: int, *, verify: bool) -> None:
     merge, proof = now + MERGE_BYTES, now + (4 if uses_dora else 2) * 4 * largest + PROOF_BYTES
     needed = max(merge, proof) if verify else merge
     if max_ram_bytes < needed:
-        without = f", or --no-verify, which needs {format_gib(merge)}" if verify and merge < needed else ""
+        needs_less = merge < 0.9 * needed  # an estimate is not as exact as its MiB
+        without = f", or --no-verify, which needs {format_gib(merge)}" if needs_less else ""
         raise ExportError(
             f"--max-ram {format_gib(max_ram_bytes)} is too little: this export needs about {format_gib(needed)}.",
             f"Give that much{without}.",

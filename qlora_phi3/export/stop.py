@@ -28,6 +28,8 @@ MAX_PROMPTS, MAX_LENGTH = 16, 1024
 ROOM, LEAST_NEW_TOKENS, MOST_NEW_TOKENS = 2, 32, 256
 #: Tokens that one batch holds in its cache, prompts and answers; Phi-3-mini's are 384 KiB each in 16 bit.
 CACHED_TOKENS = 2048
+#: Turns below which a count of those that ended says nothing.
+FEWEST_TURNS = 4
 #: What loading and the activations take beside weights and cache.
 OVERHEAD = 1.1
 WHAT = "Answering held-out prompts"
@@ -79,6 +81,22 @@ class _Limits(StoppingCriteria):  # type: ignore[misc]
         new = input_ids.shape[1] - self.start
         self.tell(new)
         return (self.limits <= new).to(input_ids.device)
+
+
+def tell_runaway(stops: Mapping[str, Any]) -> str | None:
+    """For people: that a model seldom ends its turns, so that answers run on; None where it does, or too few were tested.
+
+    Args:
+        stops: `StopTest.as_dict`.
+    """
+    turns, stopped = stops["turns"], stops["stopped"]
+    if turns < FEWEST_TURNS or 2 * stopped >= turns:
+        return None
+    ended = f"ended its turn by itself in only {stopped} of {turns}" if stopped else "never ended its turn by itself"
+    return (
+        f"The model {ended}: answers will run on until a limit. It was trained too little for that, or on answers whose end was "
+        "cut off (max_length)."
+    )
 
 
 def measure_stops(

@@ -10,10 +10,11 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, cast
 
 import torch
@@ -175,10 +176,46 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except (OSError, RunError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else error.message
+        goes_on = ": it goes on at the last whole file" if (folder / PROGRESS_NAME).is_file() else ""
         raise ExportError(
             f"{folder} cannot be written: {reason.rstrip('.')}.",
-            f"{mend(error)}, and give the same command again: it goes on at the last whole file.",
+            f"{mend(error)}, and give the same command again{goes_on}.",
         ) from error
+
+
+@contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Make a folder before anything long is done for it; where nothing came into it, it goes again.
+
+    Raises:
+        ExportError: it cannot be made or written.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
+        yield
+    finally:
+        for path in new:
+            with suppress(OSError):  # it holds something, or has another name by now
+                path.rmdir()
+
+
+@contextmanager
+def drafting(draft: Path, kept: Collection[str] = ()) -> Iterator[None]:
+    """Make the folder of a draft; when it is left without a new name, it stays where a later attempt could go on in it.
+
+    Args:
+        kept: names of files to go on with, besides whole shards.
+    """
+    with making(draft):
+        try:
+            yield
+        finally:
+            if draft.is_dir() and not any((draft / name).is_file() for name in (PROGRESS_NAME, *kept)):
+                shutil.rmtree(draft, ignore_errors=True)
 
 
 def forget_progress(folder: Path) -> None:

@@ -191,8 +191,7 @@ def read_subject(recipe: "Recipe", base_folder: Path, progress: "Progress") -> S
 
 
 def _read_config(recipe: "Recipe") -> dict[str, Any]:
-    from qlora_phi3.architecture import OtherModelError, is_hub_id, known_names, read_config
-    from qlora_phi3.recipe.names import find_nearest
+    from qlora_phi3.architecture import OtherModelError, is_hub_id, nearest_known, read_config
 
     name = recipe.model.name
     try:
@@ -202,7 +201,7 @@ def _read_config(recipe: "Recipe") -> dict[str, Any]:
     except ModelError as error:
         if Path(name).is_dir() or not is_hub_id(name):
             raise
-        nearest = find_nearest(name, known_names(), cutoff=0.8)
+        nearest = nearest_known(name)
         meant = f"Did you mean {nearest}, whose shapes are known? Else f" if nearest else "F"
         raise CannotTellError(
             f"The shapes of {name} are not known: its config.json is not on this computer, and vram-check fetches nothing.",

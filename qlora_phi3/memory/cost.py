@@ -61,9 +61,10 @@ class Recomputation:
     mlps: float = 0.0
 
 
-def recomputation_of(setup: Setup, work: Work) -> Recomputation:
+def recomputation_of(architecture: Architecture, setup: Setup, work: Work) -> Recomputation:
     """What a set-up has computed again."""
-    layers = 1 / setup.checkpoint_every if setup.checkpoint_every else 0.0
+    every, number = setup.checkpoint_every, architecture.num_hidden_layers
+    layers = math.ceil(number / every) / number if every else 0.0
     if not setup.mlp_tile_tokens:
         return Recomputation(layers=layers)
     tiles = math.ceil(sum(work.lengths) / work.num_micro_batches / setup.mlp_tile_tokens)
@@ -104,7 +105,7 @@ def step_cost(
     architecture: Architecture, setup: Setup, work: Work, *, tflops_16bit: float, bandwidth_bytes_per_second: float
 ) -> Cost:
     """The time of one optimizer step."""
-    again = recomputation_of(setup, work)
+    again = recomputation_of(architecture, setup, work)
     layers, passes = architecture.num_hidden_layers, 2 + again.layers
     mlp_passes = again.mlp_tiles * (passes + again.mlps)
     read = attention_weights(architecture) * passes + mlp_weights(architecture) * mlp_passes

@@ -177,12 +177,14 @@ class _Way:
             room -= room // 50
 
     def lower_rank(self) -> None:
-        """Make the adapter smaller, on rows as they are."""
-        rank = self.predictor.recipe.lora.r
-        if rank > SMALLEST_RANK:
-            recipe = _changed(self.predictor.recipe, "lora", {"r": max(SMALLEST_RANK, rank // 4)})
-            text = f"Write [lora] r = {recipe.lora.r}: a smaller adapter, which learns less"
-            self._take(text, self.predictor.with_recipe(recipe), self.rows)
+        """Make the adapter smaller, on rows as they are: a quarter, a sixteenth and so on, until it fits."""
+        given = rank = self.predictor.recipe.lora.r
+        while rank > SMALLEST_RANK and not self.arrived:
+            rank = max(SMALLEST_RANK, rank // 4)
+            recipe = _changed(self.predictor.recipe, "lora", {"r": rank})
+            text = f"Write [lora] r = {rank} instead of {given}: a smaller adapter, which learns less"
+            last = rank == SMALLEST_RANK
+            self._take(text, self.predictor.with_recipe(recipe), self.rows, only_if_it_fits=not last)
 
     def hopeless(self) -> str:
         """Why no change helps, and which card would do."""

@@ -13,22 +13,21 @@ from typing import NamedTuple
 
 from qlora_phi3.dataset.pack import MicroBatchPlan
 from qlora_phi3.memory.cost import Cost, Work, step_cost
-from qlora_phi3.memory.predict import Forecast, Predictor
+from qlora_phi3.memory.predict import Forecast, Predictor, allocated_guess, reserved_guess
 from qlora_phi3.memory.rows import RowLengths, count_micro_batches, heaviest_micro_batch
 from qlora_phi3.memory.simulate import Load
 from qlora_phi3.setup import USUAL_LOGITS_TILE_BYTES, Setup, lean_mlp_tile
 from qlora_phi3.sizes import format_gib, parse_size
 
-#: Kinds of recomputation that are tried: none, one layer in four, in three, in two, all.
-CHECKPOINTING = (0, 4, 3, 2, 1)
+#: Kinds of recomputation that are tried: none, one layer in sixteen, in eight and so on, all.
+CHECKPOINTING = (0, 16, 8, 6, 4, 3, 2, 1)
 SMALL_LOGITS_TILE_BYTES = 8 * 2**20
+#: What the small tile saves at most: fp32 logits, their exponentials and gradient, and the 16-bit ones.
+SMALL_LOGITS_SAVE_BYTES = 4 * (USUAL_LOGITS_TILE_BYTES - SMALL_LOGITS_TILE_BYTES)
 #: A larger micro-batch must make a step this much faster to be worth its memory.
 WORTH = 1.02
-#: Reserved on top of allocated, for the search alone, without and with offloading: 1.01 to 1.08 and 1.09 to 1.11 in replays of
-#: the allocator with expandable segments.
-USUAL_RESERVED_SHARE = {False: 1.05, True: 1.09}
-#: A kind that seems to miss by no more than this is simulated whole before it is given up: the guess is too careful by as much.
-NEARLY_FITS = 1.04
+#: A kind that seems to miss by no more than this is simulated whole before it is given up.
+NEARLY_FITS = 1.015
 #: So near to the limit the 8-bit state of Phi-3-mini's adapter (1.6 % of all) decides.
 NEARLY_FULL = 1.04
 ROUNDING_TOKENS = 64
@@ -112,8 +111,8 @@ class _Search:
             logits = (parse_size(memory.logits_tile),)
         if memory.mlp_tile_tokens != "auto":
             return [_Tiles(size, memory.mlp_tile_tokens) for size in logits]
-        whole, tile = [_Tiles(size, 0) for size in logits], lean_mlp_tile(fewest)
-        return [*whole, _Tiles(logits[-1], tile)] if fewest > tile else whole
+        tile = lean_mlp_tile(fewest)
+        return [_Tiles(size, tokens) for tokens in ((0, tile) if fewest > tile else (0,)) for size in logits]
 
     def stages(self) -> Iterator[list[Setup]]:
         """Kinds of set-up, each with its smallest micro-batch: where nothing of one stage fits, the next is tried.
@@ -123,10 +122,20 @@ class _Search:
         tiles, fewest, choices = self.tiles(), self._fewest_tokens(), self._kinds()
         for each in tiles:
             kept = [self._setup(every, False, fewest, each) for every, offload in choices if not offload]
-            if len(kept) > 1 and tiles[-1].mlp_tokens > each.mlp_tokens == 0:  # not layers, but their MLPs alone
-                kept.append(self._setup(0, False, fewest, _Tiles(each.logits_bytes, tiles[-1].mlp_tokens)))
-            yield kept
-            yield [self._setup(every, True, fewest, each) for every, offload in choices if offload]
+            if (
+                len(kept) > 1 and tiles[-1].mlp_tokens > each.mlp_tokens == 0
+            ):  # fewer layers, and the MLPs of all others
+                in_tiles = _Tiles(each.logits_bytes, tiles[-1].mlp_tokens)
+                kept += [self._setup(kind.checkpoint_every, False, fewest, in_tiles) for kind in kept[:-1]]
+            moved = [self._setup(every, True, fewest, each) for every, offload in choices if offload]
+            if each.logits_bytes == tiles[0].logits_bytes or self._nearly_fitted(each):
+                yield kept
+                yield moved
+
+    def _nearly_fitted(self, tiles: _Tiles) -> bool:
+        """Whether a smaller tile of the loss may decide; simulating its many tiles takes its time."""
+        alike = [needed for kind, needed in self._refused.items() if kind.mlp_tile_tokens == tiles.mlp_tokens]
+        return min(alike, default=0) <= self.card.limit_bytes + SMALL_LOGITS_SAVE_BYTES
 
     def fastest(self, kinds: Sequence[Setup]) -> Plan | None:
         """The fastest that fits, None where none does; a kind is sized only when nothing faster is left."""
@@ -153,10 +162,18 @@ class _Search:
     def _may_fit(self, kind: Setup) -> bool:
         """Whether a kind seems to fit with the smallest micro-batch, or to miss by little."""
         self.progress(_in_words(kind))
+        if (
+            kind.mlp_tile_tokens
+            and kind.checkpoint_every != 1
+            and self.predictor.recipe.memory.mlp_tile_tokens == "auto"
+        ):
+            leaner = replace(kind, checkpoint_every=1, mlp_tile_tokens=0)  # keeps less of every layer
+            if max(self._phases(leaner).values()) > self._most_allocated() * NEARLY_FITS:
+                return False
         most = max(self._phases(kind).values())
-        if most <= self._most_allocated(kind) * NEARLY_FITS:
+        if most <= self._most_allocated() * NEARLY_FITS:
             return True
-        self._refused[kind] = self.predictor.on_card(int(most * USUAL_RESERVED_SHARE[kind.activation_offloading]))
+        self._refused[kind] = self.predictor.on_card(reserved_guess(most))
         return False
 
     def leanest(self) -> Setup:
@@ -193,7 +210,8 @@ class _Search:
         elif pinned != "auto":
             every = (pinned,)
         else:
-            every = (1,) if wanted is True else CHECKPOINTING
+            layers = self.predictor.architecture.num_hidden_layers
+            every = (1,) if wanted is True else tuple(each for each in CHECKPOINTING if each < max(2, layers))
         if offloading is True:
             return [(number, True) for number in every]
         kinds = [(number, False) for number in every]
@@ -206,7 +224,7 @@ class _Search:
     def _is_tight(self, setup: Setup) -> bool:
         """Whether hardly anything is free with the leanest optimizer and the smallest micro-batch."""
         smallest = setup.micro_batch.max_tokens == self._fewest_tokens()
-        return smallest and max(self._phases(setup).values()) * NEARLY_FULL > self._most_allocated(setup)
+        return smallest and max(self._phases(setup).values()) * NEARLY_FULL > self._most_allocated()
 
     def _optimizers(self) -> tuple[str, ...]:
         wanted = self.training.optim
@@ -270,16 +288,15 @@ class _Search:
         low, high, phases = kind.micro_batch.max_tokens, self._most_tokens(), self._phases(kind)
         resident = phases["save"]
         growing = max(1, max(phases.values()) - resident)
-        fitting = low * (self._most_allocated(kind) - resident) // growing
+        fitting = low * (self._most_allocated() - resident) // growing
         return self._with_tokens(kind, max(low, min(high, fitting)))
 
     def _phases(self, setup: Setup) -> Mapping[str, int]:
         load = load_of(self.rows, setup)
         return self.predictor.estimate(setup, replace(load, evaluation_lengths=()))  # never the peak; settle() has it
 
-    def _most_allocated(self, setup: Setup) -> int:
-        share = USUAL_RESERVED_SHARE[setup.activation_offloading]
-        return int((self.card.limit_bytes - self.predictor.on_card(0)) / share)
+    def _most_allocated(self) -> int:
+        return allocated_guess(self.card.limit_bytes - self.predictor.on_card(0))
 
     def _thrifty(self, setup: Setup) -> Setup:
         """The smallest micro-batch that is nearly as fast: the last tokens cost memory and gain little."""
@@ -325,7 +342,7 @@ class _Search:
             else "a whole step at once",
             "gradient_checkpointing": "makes room"
             if setup.checkpoint_every
-            else "the tiles of the MLPs make enough room"
+            else "no whole layer is computed twice; the MLPs alone are (mlp_tile_tokens)"
             if setup.mlp_tile_tokens
             else "there is room to keep every activation",
             "checkpoint_every_n_layers": {0: "none", 1: "all of them, the leanest"}.get(
@@ -342,8 +359,8 @@ class _Search:
             "mlp_tile_tokens": "0: not needed"
             if not setup.mlp_tile_tokens
             else "the last resort: without it the longest row does not fit"
-            if setup.checkpoint_every
-            else "the MLPs alone are computed twice; nothing as fast fits without",
+            if setup.checkpoint_every == 1
+            else "the MLPs of all layers are computed twice; nothing as fast fits without",
         }
         pinned = {
             "micro_batch_tokens": bool(self.training.micro_batch_size or recipe.memory.micro_batch_tokens != "auto"),
@@ -366,7 +383,7 @@ class _Search:
             return ""
         kind, needed = min(self._refused.items(), key=lambda item: item[1])
         words, room = _in_words(kind).removeprefix("Trying "), format_gib(self.card.limit_bytes)
-        return f"; {words} would take {format_gib(needed)} for the longest row alone, of {room} beside the margin"
+        return f"; {words} would take about {format_gib(needed)} for the longest row alone, of {room} beside the margin"
 
 
 def _in_words(setup: Setup) -> str:

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from qlora_phi3.memory.rows import RowLengths
 
 SMALLEST_GB, LARGEST_GB = 4, 24
-#: What a row must find reserved is about this many times what it allocates, and this beside it: on Phi-3-mini 3,408 MiB for
-#: 3,185 (7 thousand tokens) and 11,212 for 10,859 (83 thousand).
-USUAL_RATIO, USUAL_SLACK_BYTES = 1.025, 140 * MIB
 SMALLEST_TILE_MIB, MOST_TILES = 8, 64
 GROUP_FIELDS = ("nominal_gb", "series")
 #: Told the name of the card that is looked at, how many are done, and of how many.
@@ -124,11 +121,11 @@ class _LongestRows:
 
     def on(self, device: Device) -> LongestOnCard:
         """Estimated, and simulated whole, which betters the estimate, until that asks for no length between."""
-        from qlora_phi3.memory.predict import least_reserved_bytes
+        from qlora_phi3.memory.predict import allocated_guess, least_reserved_bytes
 
         limit = limit_of(device, budget_within(self._bench.subject.recipe, device))
         room = limit - self._predictor.on_card(0)
-        length = self._within(int((room - USUAL_SLACK_BYTES) / USUAL_RATIO)) or STEP
+        length = self._within(allocated_guess(room)) or STEP
         fitting, too_long, forecast = 0, self._search.at_most + STEP, None
         while fitting < length < too_long:
             self._bench.say(f"simulating every layer with a row of {length:,} tokens")
@@ -157,7 +154,9 @@ class _LongestRows:
 
     def _least(self) -> int:
         """On the card for the shortest row."""
-        return self._predictor.on_card(int(self._search.least_bytes * USUAL_RATIO) + USUAL_SLACK_BYTES)
+        from qlora_phi3.memory.predict import reserved_guess
+
+        return self._predictor.on_card(reserved_guess(self._search.least_bytes))
 
     def _estimate(self, length: int) -> int:
         self._bench.say(f"trying a row of {length:,} tokens")

@@ -20,6 +20,7 @@ REASONS = {
     ("training", "remove_unused_columns"): "Only token ids ever reach the model.",
     ("lora", "task_type"): "The Phi-3 family generates text.",
     ("lora", "init_lora_weights"): "The other starts change the base, and their adapter fits that base alone.",
+    ("memory", "checkpoint_every_n_layers"): "To recompute none write [training] gradient_checkpointing = false.",
     ("model", "attn_implementation"): "sdpa does flash-attn's work without a build step.",
 }
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")

@@ -206,7 +206,7 @@ class Training(Table):
     """Rows (packed: rows of max_length tokens) in one forward pass; auto: the plan decides (CPU: 512 tokens or one row)."""
     gradient_accumulation_steps: Count | None = None
     """Forward passes in one optimizer step; follows from batch_size when unset."""
-    batch_size: Count = Field(default_factory=_rows_of_a_step)
+    batch_size: Annotated[int, Field(ge=1, le=2**16)] = Field(default_factory=_rows_of_a_step)
     """Rows of an optimizer step, packed or not; 16, or the product of the two keys above."""
     per_device_eval_batch_size: Count | Literal["auto"] = "auto"
     """Rows in one forward pass of an evaluation."""
@@ -358,6 +358,8 @@ class Training(Table):
 
 def _with_unit(value: object) -> object:
     """Refuse a bare number, which TOML allows and which is no size."""
+    if value == 0 and not isinstance(value, bool):
+        raise ValueError("must be more than zero, with its unit")
     if isinstance(value, int | float) and not isinstance(value, bool):
         raise ValueError(f'has no unit: write "{value}GiB" or "{value}MiB"')
     return value

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from qlora_phi3.export.card import is_measured
 from qlora_phi3.export.export import Exported
 from qlora_phi3.export.proof import tell_other_bits
+from qlora_phi3.export.stop import tell_runaway
 from qlora_phi3.show.live import View
 from qlora_phi3.sizes import format_count
 
@@ -17,12 +19,14 @@ def show_export(view: View, exported: Exported) -> None:
     if told := tell_other_bits(report):
         view.warn(told)
     if report["proof"]:
-        for line in proof_lines(report):
+        for line in proof_lines(report, quant=None if exported.gguf is None else exported.gguf.quant):
             view.say(line)
     else:
         view.warn("Not held against the trained model (--no-verify).")
     if stops := report["stop_test"]:
         view.say(_stop_line(stops))
+        if told := tell_runaway(stops):
+            view.warn(told)
     if exported.fault is not None:
         return
     if exported.gguf is not None:
@@ -35,8 +39,12 @@ def show_export(view: View, exported: Exported) -> None:
     view.say(f"Done: {exported.folder.absolute()}")
 
 
-def proof_lines(report: Mapping[str, Any]) -> list[str]:
-    """The table of an export's proof, for people."""
+def proof_lines(report: Mapping[str, Any], *, quant: str | None = None) -> list[str]:
+    """The table of an export's proof, for people.
+
+    Args:
+        quant: of the GGUF that was made of it, if one was.
+    """
     proof = report["proof"]
     rows = "rows that were trained on" if proof["trained"] else "held-out rows"
     header = f"{'':28}{'held-out loss':>14}{'mean KL':>9}{'largest KL':>12}{'same top token':>16}"
@@ -50,7 +58,10 @@ def proof_lines(report: Mapping[str, Any]) -> list[str]:
         )
         lines.append(f"{chosen} {NAMES[score['name']]:26}{score['loss']:>14.4f}{divergence}")
     what = format_count(proof["tokens"], "token")
-    lines.append(f"> what is written. KL from the live model, in nats; {what} of {proof['rows']} {rows}.")
+    written = "what is written."
+    if quant is not None and not is_measured(quant, report["dtype"]):
+        written = f"what {quant} was made from; the file itself was not measured."
+    lines.append(f"> {written} KL from the live model, in nats; {what} of {proof['rows']} {rows}.")
     return lines
 
 

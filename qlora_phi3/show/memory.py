@@ -67,7 +67,11 @@ def _stands_for(device: Device) -> str:
         return f"No card of the table has that size: its speed is that of {named}"
     if len(cards) == 1:
         return f"That is the {cards[0].label}"
-    return f"That is the smallest {named}: they differ a little; --gpu asks about one of them"
+    older = [
+        card for card in CARDS if card.nominal_gb in sizes and card.consumer and card.label not in device.stands_for
+    ]
+    or_older = f", or about an older {name_series(older)}" if older else ""
+    return f"That is the smallest {named}: they differ a little; --gpu asks about one of them{or_older}"
 
 
 def show_answer(console: Console, answer: Answer) -> None:
@@ -251,7 +255,7 @@ def _cures(console: Console, answer: Answer) -> None:
         _print(console, f"{heading}, one after the other, the least harm first:")
     for number, cure in enumerate(answer.cures, 1):
         size = format_gib(cure.saved_bytes)
-        does = f"Allows {size} more" if cure.widens else f"Saves {size}"
+        does = f"Allows {size} more" if cure.widens else f"Saves up to {size}"
         _print(console, f"  {number}. {cure.text}. {does}{'; then it fits.' if cure.fits else '.'}")
     if answer.hopeless:
         _print(console, answer.hopeless)

@@ -13,6 +13,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from qlora_phi3.adapters.files import adapter_record
 from qlora_phi3.dataset.prepare import DataReport
 from qlora_phi3.errors import Interrupted, RunError
 from qlora_phi3.recipe.load import Recipe, recipe_as_toml
@@ -24,9 +25,18 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets",
 
 
 def first_report(
-    recipe: Recipe, data: DataReport, *, device: torch.device, compute_dtype: torch.dtype, resume: RunFolder | None
+    recipe: Recipe,
+    data: DataReport,
+    *,
+    name: str,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    resume: RunFolder | None,
 ) -> dict[str, Any]:
-    """The report of a run that is about to start, or to go on: then its start and its seconds so far are kept.
+    """The report of a run that is about to start, or to go on: then its name, start and seconds so far are kept.
+
+    Args:
+        name: what the run is filed under.
 
     Raises:
         RunError: the data are not those the resumed run began with.
@@ -39,6 +49,7 @@ def first_report(
         )
     return {
         "status": "running",
+        "name": was.get("name", name),
         "started": was.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
         "seconds": max(was.get("seconds", 0.0), 0.0 if resume is None else _measured_seconds(resume)),
         "recipe": recipe.model_dump(mode="json"),
@@ -89,7 +100,10 @@ def failure_reported(folder: RunFolder, report: Mapping[str, Any], started: floa
 def last_report(
     folder: RunFolder, report: Mapping[str, Any], reckoning: Reckoning, *, steps: int, started: float
 ) -> dict[str, Any]:
-    """The report of a finished run; what was measured is taken from metrics.jsonl, which earlier sessions wrote too."""
+    """The report of a finished run, whose adapter is written.
+
+    What was measured is taken from metrics.jsonl, which earlier sessions wrote too.
+    """
     records = read_metrics(folder)
     losses = [(record["step"], record["eval_loss"]) for record in records if record["kind"] == "eval"]
     peaks = [record["peak_memory_bytes"] for record in records if record["kind"] == "train"]
@@ -97,6 +111,7 @@ def last_report(
         **report,
         "status": "done",
         "steps": steps,
+        "adapter": adapter_record(folder.adapter),
         "eval_loss_before": losses[0][1] if losses and losses[0][0] == 0 else None,
         "eval_loss_after": losses[-1][1] if losses else None,
         "seconds": report["seconds"] + time.perf_counter() - started,

@@ -73,6 +73,7 @@ def run(
     report = first_report(
         recipe,
         ready.data.report,
+        name=name,
         device=ready.device,
         compute_dtype=ready.precision.compute_dtype,
         resume=resume,

@@ -59,6 +59,7 @@ def test_a_loralib_file_becomes_a_peft_adapter_and_again_a_loralib_file(place, b
     told = converted("lora.pt", "peft", "--to", "peft", "--alpha", "16", "--enable", "q,v", "--base", str(base))
     number = re.search(r"of 2 layers, as read and as written: largest relative difference (\S+) \(model.layers", told)
     assert float(number[1]) < 1e-6
+    assert "With alpha 16 for every layer, as given: the file holds none to check it against.\n" in told
     assert told.endswith("Written: peft\n")
     assert json.loads((place / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     told = converted("peft", "back.pt", "--to", "loralib", "--enable", "q,v")
@@ -68,6 +69,24 @@ def test_a_loralib_file_becomes_a_peft_adapter_and_again_a_loralib_file(place, b
     )
     first, second = (torch.load(place / name, weights_only=True) for name in ("lora.pt", "back.pt"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_alphas_given_by_name_are_told_by_name(place):
+    words = ("--alpha", "16", "--alpha", "layers.1.self_attn.qkv_proj=32", "--enable", "qkv_proj=1,1,0,1")
+    told = converted("lora.pt", "peft", "--to", "peft", *words)
+    assert "With alpha 16 for every other layer, 32 for layers.1.self_attn.qkv_proj, as given:" in told
+
+
+def test_layers_of_one_name_that_are_not_alike_are_told_by_their_full_names(place):
+    model, _ = build_pair(vocab_size=832)
+    targets = {"target_modules": ["qkv_proj", "down_proj"], "r": 4, "rank_pattern": {"layers.1.mlp.down_proj": 2}}
+    save_trained(model, place / "mixed", **targets)
+    lines = converted("mixed", "back.pt", "--to", "loralib").splitlines()
+    alpha = json.loads((place / "mixed" / "adapter_config.json").read_text(encoding="utf-8"))["lora_alpha"]
+    sizes = {number: f"lora.Linear(256, 128, r={r}, lora_alpha={alpha})" for number, r in ((0, 4), (1, 2))}
+    told = [line.strip() for line in lines if "down_proj: " in line]
+    assert told == [f"model.layers.{number}.mlp.down_proj: {text}" for number, text in sizes.items()]
+    assert sum("qkv_proj: " in line and line.endswith("(2 of them)") for line in lines) == 1
 
 
 def test_the_adapter_of_a_real_run_travels_apart_and_back_with_its_tokenizer(shop):

@@ -136,7 +136,8 @@ def test_a_card_of_a_size_stands_for_all_of_them_and_gets_the_speed_of_the_slowe
     shown = call("vram-check", "mine.toml", "--vram", "12GB").stdout
     assert shown.splitlines()[:2] == [
         "a 12 GB card: about 11.45 GiB for programs, when nothing else is on the card",
-        "That is the smallest RTX 30, 40, 50 with 12 GB: they differ a little; --gpu asks about one of them",
+        "That is the smallest RTX 30, 40, 50 with 12 GB: they differ a little; --gpu asks about one of them, "
+        "or about an older RTX 20",
     ]
     assert "on the slowest of these cards; " in shown
     answer, one = ask("--vram", "12GB"), ask("--gpu", "RTX 3060 12GB")

@@ -15,6 +15,7 @@ from workshop import Workshop, build_base, call, read_json, read_lines
 from qlora_phi3.architecture import read_architecture
 from qlora_phi3.model import load_base
 from qlora_phi3.recipe.load import load_recipe
+from qlora_phi3.sizes import format_gib
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,27 @@ def done(tmp_path_factory, base):
 def run(done, tmp_path):
     """A copy of the run to export and to spoil."""
     return Path(shutil.copytree(done, tmp_path / "run"))
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path_factory, monkeypatch):
+    """Where locks are kept."""
+    folder = tmp_path_factory.mktemp("state")
+    for variable in ("XDG_STATE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(variable, str(folder))
+    return folder
+
+
+@pytest.fixture
+def pushed(monkeypatch):
+    """A hub that takes everything: folder and names of what was pushed."""
+    import qlora_phi3.export.export as export
+    import qlora_phi3.export.hub as hub
+
+    taken = []
+    monkeypatch.setattr(hub, "check_push", lambda *_, **__: None)
+    monkeypatch.setattr(export, "push", lambda folder, names, *_, **__: taken.append((folder, names)) or "the page")
+    return taken
 
 
 @pytest.fixture(scope="module")
@@ -179,18 +201,146 @@ def test_an_interrupted_export_goes_on_at_the_last_whole_file(run, monkeypatch):
     assert read_json(run / "merged" / "export_report.json")["base"]["compared"]["num_tensors"] == 15
 
 
-def test_what_stands_at_the_target_is_replaced_only_by_force(run):
-    target = run / "merged"
+def test_what_stands_at_the_target_is_replaced_only_by_force_and_nothing_that_no_export_wrote(run, tmp_path):
+    target, link = run / "merged", tmp_path / "link"
     assert call("export", str(run), "--no-verify").exit_code == 0
-    (target / "mine.txt").write_text("mine", encoding="utf-8")
+    written = sorted(path.name for path in target.iterdir())
+    assert read_json(target / "export_report.json")["files"]["written"] == written
     result = call("export", str(run), "--no-verify")
     assert result.exit_code == 2
     assert "exists" in result.stderr
     assert "--force" in result.stderr
-    assert (target / "mine.txt").is_file()
+    link.symlink_to(target)
+    (target / "mine.txt").write_text("mine", encoding="utf-8")
+    for words in ((), ("--out", str(link))):
+        result = call("export", str(run), "--no-verify", "--force", *words)
+        assert result.exit_code == 2
+        assert f"{target} holds mine.txt, which no export wrote. Move it away, or give --out" in result.stderr
+    assert (target / "mine.txt").read_text(encoding="utf-8") == "mine"
+    (target / "mine.txt").unlink()
     assert call("export", str(run), "--no-verify", "--force").exit_code == 0
-    assert not (target / "mine.txt").exists()
+    assert sorted(path.name for path in target.iterdir()) == written
     assert sorted(path.name for path in run.iterdir() if path.name.startswith(".")) == []
+
+
+def test_a_file_that_comes_to_the_target_during_the_export_stays(run, monkeypatch):
+    import qlora_phi3.export.writer as writer
+
+    def put_beside(weights, folder, shard, tell, write=writer._write_shard):
+        write(weights, folder, shard, tell)
+        (run / "merged" / "mine.txt").write_text("mine", encoding="utf-8")
+
+    assert call("export", str(run), "--no-verify").exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_write_shard", put_beside)
+        result = call("export", str(run), "--no-verify", "--force")
+    assert result.exit_code == 2
+    assert "merged holds mine.txt, which no export wrote" in result.stderr
+    (run / "merged" / "mine.txt").rename(run / "mine.txt")
+    again = call("export", str(run), "--no-verify", "--force")
+    assert again.exit_code == 0, again.stderr
+    assert "Went on after 1 of 1 files" in again.stdout
+
+
+def test_a_second_export_into_the_same_place_is_refused_and_the_first_goes_on(run, state, monkeypatch):
+    pytest.importorskip("gguf")
+    import qlora_phi3.export.writer as writer
+
+    others = []
+
+    def export_at_once(weights, folder, shard, tell, write=writer._write_shard):
+        if not others:
+            before = sorted(path.name for path in folder.iterdir())
+            others.extend(call("export", str(run), "--no-verify", *words) for words in ((), ("--format", "gguf")))
+            assert sorted(path.name for path in folder.iterdir()) == before
+        write(weights, folder, shard, tell)
+
+    monkeypatch.setattr(writer, "_write_shard", export_at_once)
+    result = call("export", str(run), "--no-verify")
+    assert result.exit_code == 0, result.stderr
+    assert (run / "merged" / "model.safetensors").is_file()
+    for other in others:
+        assert other.exit_code == 2
+        (line,) = other.stderr.strip().splitlines()
+        assert line.endswith(
+            f"Another export is writing {run / 'merged'}. Wait for it, or give --out another folder."
+        ), line
+    assert len(others) == 2
+    assert [*state.rglob("*.lock")]
+    assert [*run.rglob("*.lock")] == []
+
+
+def test_a_ggufs_own_folder_is_held_too(run, tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    from qlora_phi3.export.lock import locked
+
+    with locked([tmp_path / "files"]):
+        result = call("export", str(run), "--no-verify", "--format", "gguf", "--out", str(tmp_path / "files"))
+    assert result.exit_code == 2
+    assert f"Another export is writing {tmp_path / 'files'}." in result.stderr
+    assert not (tmp_path / "files").exists()
+    assert not (run / "merged").exists()
+
+
+def test_what_was_exported_is_pushed_as_it_is_without_what_lies_beside_it(done, exported, tmp_path, pushed):
+    _, model = exported
+    target = Path(shutil.copytree(model, tmp_path / "model"))
+    written = sorted(path.name for path in target.iterdir())
+    (target / "secret.txt").write_text("secret", encoding="utf-8")
+    weights = (target / "model.safetensors").stat().st_mtime_ns
+    result = call("export", str(done), "--out", str(target), "--push", "me/x")
+    assert result.exit_code == 0, result.stderr
+    assert f"{target}, made before" in result.stdout
+    assert "On the hub: the page" in result.stdout
+    assert pushed == [(target, written)]
+    assert (target / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_without_a_network_a_push_is_refused_in_one_line_before_anything_is_written(run, monkeypatch):
+    import qlora_phi3.export.hub as hub
+
+    class NoNetwork:
+        def whoami(self):
+            raise hub.TransportError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(hub, "HfApi", NoNetwork)
+    monkeypatch.setattr(hub, "get_token", lambda: "hf_verysecret")
+    before = sorted(path.name for path in run.iterdir())
+    result = call("export", str(run), "--push", "me/x")
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.endswith("cannot be reached: [Errno -2] Name or service not known. Export without --push.")
+    assert sorted(path.name for path in run.iterdir()) == before
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="a folder in which nobody can make one")
+@pytest.mark.parametrize("words", [(), ("--format", "gguf")], ids=["hf", "gguf"])
+def test_a_place_that_cannot_be_made_is_told_before_the_base_is_read(run, words, monkeypatch):
+    import qlora_phi3.export.export as export
+
+    def never(*_):
+        raise AssertionError("read")
+
+    monkeypatch.setattr(export, "open_sources", never)
+    result = call("export", str(run), "--no-verify", "--out", "/proc/x", *words)
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert "/proc/" in line
+    assert line.endswith("See that it is there and may be written, and give the same command again.")
+
+
+def test_a_refused_export_leaves_no_draft_and_no_folder(run, tmp_path, monkeypatch):
+    import qlora_phi3.export.writer as writer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**20, 0, 2**20))
+        result = call("export", str(run), "--no-verify", "--out", str(tmp_path / "deep" / "down"))
+    assert result.exit_code == 2
+    assert "and 1 MiB are free" in result.stderr
+    assert not (tmp_path / "deep").exists()
+    (run / "held_out.jsonl").write_text("[1]", encoding="utf-8")
+    assert call("export", str(run)).exit_code == 2
+    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_folder_that_is_no_export_is_never_replaced_and_a_link_stays_one(run, tmp_path):
@@ -203,7 +353,9 @@ def test_a_folder_that_is_no_export_is_never_replaced_and_a_link_stays_one(run, 
         assert link.is_symlink()
         assert (mine / "model.safetensors").is_file()
     (mine / "export_report.json").unlink()
-    assert call("export", str(run), "--no-verify", "--force", "--out", str(link)).exit_code == 2
+    result = call("export", str(run), "--no-verify", "--force", "--out", str(link))
+    assert result.exit_code == 2
+    assert "holds README.md, which no export wrote" in result.stderr
     assert (mine / "model.safetensors").is_file()
 
 
@@ -336,7 +488,7 @@ def test_each_way_to_merge_has_a_folder_of_its_own_and_a_gguf_is_made_from_the_o
     assert call("export", str(run), "--no-verify").exit_code == 0
     words = ("--format", "gguf", "--quant", "f32", "--dtype", "fp32", "--onto", "nf4")
     assert call("export", str(run), *words, "--no-verify").exit_code == 0
-    folders = {"merged", "merged-nf4-fp32", "gguf-nf4-fp32-f32"}
+    folders = {"merged", "merged-nf4-fp32", "gguf-nf4-fp32"}
     assert folders <= {path.name for path in run.iterdir()}
     again = call("export", str(run), *words, "--no-verify", "--out", str(tmp_path / "again"))
     assert again.exit_code == 0, again.stderr
@@ -348,23 +500,18 @@ def test_each_way_to_merge_has_a_folder_of_its_own_and_a_gguf_is_made_from_the_o
     save_file({name: tensor * 2 for name, tensor in load_file(adapter).items()}, adapter)
     changed = call("export", str(run), *words, "--no-verify", "--out", str(tmp_path / "changed"))
     assert changed.exit_code == 2
-    assert "is no export of this run as it is now" in changed.stderr
+    assert "is no merged model of this run as it is now" in changed.stderr
 
 
-def test_a_gguf_leaves_what_lies_beside_it_alone_and_pushes_its_own_files_only(run, tmp_path, monkeypatch):
+def test_a_gguf_leaves_what_lies_beside_it_alone_and_pushes_its_own_files_only(run, tmp_path, pushed):
     pytest.importorskip("gguf")
-    import qlora_phi3.export.export as export
-
-    pushed = []
-    monkeypatch.setattr(export, "check_push", lambda *_, **__: None)
-    monkeypatch.setattr(export, "push", lambda folder, names, *_, **__: pushed.append((folder, names)) or "the page")
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "secret.txt").write_text("secret", encoding="utf-8")
     words = ("--format", "gguf", "--no-verify", "--push", "me/phi", "--out", str(mine))
     result = call("export", str(run), *words)
     assert result.exit_code == 0, result.stderr
-    name = f"{run.parent.name}-f16.gguf"
+    name = f"phi3-{read_json(run / 'report.json')['started'][:10]}-f16.gguf"  # it lies no more where it was made
     assert pushed == [(mine, sorted(["Modelfile", "README.md", "export_report.json", name]))]
     assert read_json(mine / "export_report.json")["gguf"] == {"file": name, "quant": "f16"}
     card = (mine / "README.md").read_text(encoding="utf-8")
@@ -372,10 +519,45 @@ def test_a_gguf_leaves_what_lies_beside_it_alone_and_pushes_its_own_files_only(r
     again = call("export", str(run), *words)
     assert again.exit_code == 2
     assert f"{name} exists" in again.stderr
+    hf = call("export", str(run), "--no-verify", "--out", str(mine), "--force")
+    assert hf.exit_code == 2
+    assert "mine holds secret.txt, which no export wrote" in hf.stderr
     merged = (run / "merged" / "model.safetensors").stat().st_mtime_ns
     forced = call("export", str(run), *words, "--force")
     assert forced.exit_code == 0, forced.stderr
     assert (run / "merged" / "model.safetensors").stat().st_mtime_ns == merged  # it is what the GGUF needs
+    assert (mine / "secret.txt").read_text(encoding="utf-8") == "secret"
+
+
+def test_several_types_share_a_folder_and_one_that_rounds_is_not_called_proved(done, exported, run, tmp_path):
+    pytest.importorskip("gguf")
+    shutil.copytree(exported[1], run / "merged")
+    for quant, status in (("f16", "proved"), ("q8_0", "proved_before_quantization")):
+        result = call("export", str(run), "--format", "gguf", "--quant", quant, "--out", str(tmp_path / "all"))
+        assert result.exit_code == 0, result.stderr
+        assert "kept for other exports" not in result.stdout  # it was there before
+        report = read_json(tmp_path / "all" / "export_report.json")
+        assert (report["status"], report["gguf"]["quant"]) == (status, quant)
+    written = sorted(path.name for path in (tmp_path / "all").iterdir())
+    assert len(written) == 5
+    assert report["files"]["written"] == written
+    modelfile = (tmp_path / "all" / "Modelfile").read_text(encoding="utf-8")
+    assert modelfile.startswith(f"FROM ./{report['gguf']['file']}\n")
+    forced = ("--format", "gguf", "--quant", "f16", "--out", str(tmp_path / "all"), "--force")
+    assert call("export", str(run), *forced).exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == written
+
+
+def test_the_merged_model_that_a_gguf_leaves_is_told_with_its_size(run):
+    pytest.importorskip("gguf")
+    result = call("export", str(run), "--no-verify", "--format", "gguf", "--dtype", "bf16")
+    assert result.exit_code == 0, result.stderr
+    merged = run / "merged-bf16"
+    size = sum(path.stat().st_size for path in merged.iterdir())
+    assert f"Merged model, kept for other exports: {merged} ({format_gib(size)})" in result.stdout
+    (gguf,) = (run / "gguf-bf16").glob("*.gguf")
+    assert gguf.stem.endswith("-bf16")
+    assert read_json(run / "gguf-bf16" / "export_report.json")["status"] == "unproved"
 
 
 def test_memory_and_disk_are_looked_at_before_a_gguf_is_begun(run, monkeypatch):
@@ -466,6 +648,9 @@ def spoilt_adapter(run, tmp_path):
     name = sorted(tensors)[3]
     tensors[name][0, 0] = float("nan")
     save_file(tensors, path)
+    report = read_json(run / "report.json")
+    report.pop("adapter", None)  # older runs noted no checksum, by which it would be told
+    (run / "report.json").write_text(json.dumps(report), encoding="utf-8")
     return (), r"lora_\w\.weight holds NaN"
 
 
@@ -545,7 +730,7 @@ def test_bad_input_is_one_line_with_exit_code_2_and_nothing_that_looks_whole(cau
     assert result.exit_code == 2, result.stderr
     (line,) = result.stderr.strip().splitlines()
     assert re.search(expected, line), line
-    assert sorted(path.name for path in run.iterdir() if not path.name.endswith(".partial")) == before
+    assert sorted(path.name for path in run.iterdir()) == before
 
 
 def test_of_a_folder_of_runs_the_newest_is_taken_also_two_levels_deep(run, tmp_path):

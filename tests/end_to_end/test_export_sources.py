@@ -1,6 +1,8 @@
 """An export by the real command line of a base, a config or a template that is not, or not quite, what was trained on."""
 
+import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -56,6 +58,128 @@ def drop_small(weight):
 def turn_rows(weight):
     """Rows in another order: every code occurs as often as before."""
     return weight.flip(0).clone()
+
+
+def spoil_weights(change):
+    """Give every tensor of an adapter another value."""
+
+    def spoil(adapter):
+        path = adapter / "adapter_model.safetensors"
+        tensors = {name: change(tensor).contiguous() for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return spoil
+
+
+def edit_alpha(adapter):
+    path = adapter / "adapter_config.json"
+    write_json(path, {**read_json(path), "lora_alpha": 99})
+
+
+def forget_adapter(run):
+    """The run as an older version left it."""
+    report = read_json(run / "report.json")
+    write_json(run / "report.json", {key: value for key, value in report.items() if key != "adapter"})
+
+
+def test_a_run_notes_down_the_checksums_of_the_adapter_it_wrote(done):
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    noted = {name: hashlib.sha256((done / "adapter" / name).read_bytes()).hexdigest() for name in names}
+    assert read_json(done / "report.json")["adapter"] == noted
+
+
+@pytest.mark.parametrize(
+    ("spoil", "file"),
+    [
+        (spoil_weights(torch.zeros_like), "adapter_model.safetensors"),
+        (spoil_weights(torch.randn_like), "adapter_model.safetensors"),
+        (spoil_weights(torch.neg), "adapter_model.safetensors"),
+        (edit_alpha, "adapter_config.json"),
+    ],
+    ids=["zeroed", "random", "signs flipped", "another alpha"],
+)
+def test_an_adapter_that_is_not_the_one_the_run_wrote_is_refused_by_the_file(run, spoil, file):
+    spoil(run / "adapter")
+    result = call("export", str(run))
+    assert result.exit_code == 2, result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert f"{run / 'adapter' / file} is not the file that the run wrote" in line
+    assert f"or train again: qlora-phi3 run {run / 'recipe.toml'}" in line
+    assert not (run / "merged").exists()
+
+
+def test_the_checkpoint_that_holds_the_adapter_is_named_and_with_it_the_export_goes_on(run):
+    (kept,) = (run / "checkpoints").glob("*/adapter_model.safetensors")
+    spoil_weights(torch.neg)(run / "adapter")
+    assert f"Copy {kept} there, or train again" in call("export", str(run), "--no-verify").stderr
+    shutil.copyfile(kept, run / "adapter" / "adapter_model.safetensors")
+    assert call("export", str(run), "--no-verify").exit_code == 0
+
+
+def test_a_run_that_noted_nothing_of_its_adapter_is_exported_without_a_word(run):
+    forget_adapter(run)
+    edit_alpha(run / "adapter")
+    result = call("export", str(run))
+    assert result.exit_code == 0, result.stderr
+    assert "not the file" not in result.stdout + result.stderr
+
+
+def rename_token(base):
+    path = base / "tokenizer.json"
+    path.write_text(
+        path.read_text(encoding="utf-8").replace('"content": "<|end|>"', '"content": "<|ende|>"'), encoding="utf-8"
+    )
+    return path
+
+
+def add_line(base):
+    path = base / "chat_template.jinja"
+    path.write_text(path.read_text(encoding="utf-8") + "\n{{ 'more' }}\n", encoding="utf-8")
+    return path
+
+
+def break_json(base):
+    path = base / "tokenizer_config.json"
+    path.write_text("{", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("spoil", [rename_token, add_line, break_json])
+def test_a_tokenizer_file_that_was_changed_is_named_before_it_is_parsed(run, base, tmp_path, spoil):
+    path = spoil(Path(shutil.copytree(base, tmp_path / "other")))
+    result = call("export", str(run), "--no-verify", "--base", str(path.parent))
+    assert result.exit_code == 2, result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert f"{path} is not the file that was trained with; that one lies in {run / 'adapter'}." in line
+
+
+@pytest.mark.parametrize(
+    ("in_run", "told"),
+    [
+        (
+            True,
+            "tokenizer.json is missing, and the run trained with one. Copy .*tokenizer.json there, or give .* --base",
+        ),
+        (False, "The tokenizer of .*other cannot be read: .* with --base"),
+    ],
+)
+def test_a_base_without_its_tokenizer_is_told_as_those_who_export_know_it(run, base, tmp_path, in_run, told):
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    for folder in (other,) if in_run else (other, run / "adapter"):
+        (folder / "tokenizer.json").unlink()
+    result = call("export", str(run), "--no-verify", "--base", str(other))
+    assert result.exit_code == 2, result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert re.search(told, line), line
+    assert "[model]" not in line
+
+
+def test_leaving_out_the_proof_is_offered_only_where_it_needs_less_memory(run, monkeypatch):
+    result = call("export", str(run), "--max-ram", "200MiB")
+    assert "is too little: this export needs about" in result.stderr
+    assert result.stderr.strip().endswith("Give that much.")
+    monkeypatch.setattr("qlora_phi3.export.sources.PROOF_BYTES", 2**30)
+    assert "Give that much, or --no-verify, which needs" in call("export", str(run), "--max-ram", "200MiB").stderr
 
 
 def flip_one_sign(weight):

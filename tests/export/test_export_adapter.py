@@ -159,6 +159,19 @@ def test_an_adapter_of_another_base_is_told_by_both_shapes(run):
         read_updates(run.adapter, wider)
 
 
+@pytest.mark.parametrize("wrong", ["r", "part"])
+def test_where_the_files_of_an_adapter_do_not_fit_each_other_both_reasons_are_named(run, tmp_path, wrong):
+    part = f"{PREFIX}{QKV}.lora_B.weight"
+    folder = spoil(run.adapter, tmp_path / "a", **({part: None} if wrong == "part" else {}))
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(settings if wrong == "part" else {**settings, "r": 6}), encoding="utf-8")
+    with pytest.raises(ExportError) as caught:
+        read_updates(folder, CONFIG)
+    assert "trained on another base" in caught.value.cure
+    assert "adapter_config.json was changed" in caught.value.cure
+
+
 def test_an_adapter_of_a_base_with_fewer_layers_names_what_is_left_over(run):
     with pytest.raises(ExportError, match=r"without a place in this base, first .*layers\.1\."):
         read_updates(run.adapter, build_config(num_hidden_layers=1).to_dict())
@@ -169,7 +182,10 @@ def test_a_tensor_without_a_number_is_named(run, tmp_path, value):
     key = f"{PREFIX}{QKV}.lora_B.weight"
     tensor = load_file(run.adapter / "adapter_model.safetensors")[key]
     tensor[5, 1] = value
-    with pytest.raises(ExportError, match=rf"{re.escape(key)} holds NaN or infinity"):
+    said = (
+        rf"{re.escape(key)} holds NaN or infinity\. The training went astray: train again at a lower learning_rate\.$"
+    )
+    with pytest.raises(ExportError, match=said):
         read_updates(spoil(run.adapter, tmp_path / "a", **{key: tensor}), CONFIG)
 
 

@@ -1,28 +1,33 @@
 """Publishing: what can fail is known before the work, and the token is nowhere to be seen."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 import qlora_phi3.export.hub as hub
 from qlora_phi3.errors import ExportError
 
 TOKEN = "hf_verysecret"
+#: What the library for HTTP raises where there is no network, of whichever name that library is.
+ConnectError = sys.modules[HTTPError.__module__.partition(".")[0]].ConnectError
 
 
 class FakeHub:
     """Stands for HfApi: remembers what it was asked for."""
 
-    def __init__(self, refuses=None, private=None):
-        self.refuses, self.private, self.asked = refuses, private, []
+    def __init__(self, refuses=None, private=None, unreachable=None):
+        self.refuses, self.private, self.unreachable, self.asked = refuses, private, unreachable, []
 
     def __call__(self):
         return self
 
     def _answer(self, name, answer=None):
         self.asked.append(name)
+        if self.unreachable == name:
+            raise ConnectError("[Errno -2] Name or service not known\nmore")
         if self.refuses == name:
             raise HfHubHTTPError(
                 f"403 of {name}\nmore", response=SimpleNamespace(headers={}, status_code=403, request=None)
@@ -33,6 +38,7 @@ class FakeHub:
         return self._answer("whoami")
 
     def repo_info(self, repository):
+        self._answer("repo_info")
         if self.private is None:
             raise RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, status_code=404, request=None))
         return SimpleNamespace(private=self.private)
@@ -74,9 +80,27 @@ def test_a_token_that_is_refused_is_told_and_not_shown(api):
     assert TOKEN not in str(caught.value)
 
 
+def test_no_network_is_one_line_wherever_the_hub_is_asked(api, tmp_path):
+    assert not issubclass(ConnectError, OSError)
+    api.unreachable = "whoami"
+    with pytest.raises(
+        ExportError, match=r"cannot be reached: \[Errno -2\] Name or service not known\. Export without"
+    ):
+        hub.check_push("me/phi", private=False)
+    api.unreachable = "repo_info"
+    with pytest.raises(ExportError, match=r"me/phi cannot be asked for: \[Errno -2\] Name or service not known\."):
+        hub.check_push("me/phi", private=True)
+    for step in ("create_repo", "repo_info", "upload_folder"):
+        api.unreachable, api.private = step, True
+        with pytest.raises(
+            ExportError, match=r"could not be pushed: \[Errno -2\] Name .* known\. The export is whole in"
+        ):
+            hub.push(tmp_path, ["README.md"], "me/phi", private=True)
+
+
 def test_what_is_pushed_are_the_files_that_the_export_wrote(api, tmp_path):
     assert hub.push(tmp_path, ["README.md", "a[1]*.gguf"], "me/phi", private=True) == "the page"
-    assert api.asked == ["create_repo", "upload_folder"]
+    assert api.asked == ["create_repo", "repo_info", "upload_folder"]
     assert (api.options["repo_id"], api.options["folder_path"]) == ("me/phi", tmp_path)
     there = ["README.md", "a[1]*.gguf", "a1b.gguf", "secret.txt", "sub/README.md"]
     assert [*filter_repo_objects(there, allow_patterns=api.options["allow_patterns"])] == ["README.md", "a[1]*.gguf"]

@@ -1,4 +1,4 @@
-"""What is asked for is checked before torch starts: above all, that nothing is written over what is not an export."""
+"""What is asked for is checked before torch starts: above all, that nothing is written over what no export wrote."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import huggingface_hub.constants
 import pytest
 
 from qlora_phi3.errors import ExportError
-from qlora_phi3.export.request import make_request
+from qlora_phi3.export.request import find_made, make_request
 
 USUAL = {
     "out": None,
@@ -41,7 +41,8 @@ def run(tmp_path, base, monkeypatch):
     (folder / "adapter").mkdir(parents=True)
     for name in ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "recipe.toml", "held_out.jsonl"):
         (folder / name).touch()
-    (folder / "report.json").write_text(json.dumps({"status": "done"}), encoding="utf-8")
+    report = {"status": "done", "name": "chat", "started": "2026-11-21T12:29:29+0000"}
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
     name_base(folder, str(base))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -52,10 +53,13 @@ def name_base(run, name):
     (run / "base.json").write_text(json.dumps({"name": name}), encoding="utf-8")
 
 
-def make_export(folder, *more):
+def make_export(folder, *more, **told):
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("export_report.json", *more):
+    names = ["export_report.json", *more]
+    for name in more:
         (folder / name).write_text("{}", encoding="utf-8")
+    report = json.dumps({"files": {"written": names}, **told})
+    (folder / "export_report.json").write_text(report, encoding="utf-8")
     return folder
 
 
@@ -72,6 +76,27 @@ def test_usual_targets_lie_in_the_run_and_tell_what_was_asked_for(run):
     assert targets(onto="nf4", dtype="bf16") == ["merged-nf4-bf16", None]
     assert targets(kind="gguf") == ["merged", "gguf/chat-f16.gguf"]
     assert targets(kind="gguf", quant="Q4_K_M", dtype="fp32") == ["merged-fp32", "gguf-fp32-q4_k_m/chat-q4_k_m.gguf"]
+
+
+@pytest.mark.parametrize(("dtype", "quant"), [("fp16", "f16"), ("bf16", "bf16"), ("fp32", "f32")])
+def test_a_gguf_is_of_the_type_of_the_merged_model_where_none_is_asked_for(run, dtype, quant):
+    request = ask(run, kind="gguf", dtype=dtype)
+    assert (request.quant, request.gguf_file.name) == (quant, f"chat-{quant}.gguf")
+    assert request.gguf_file.parent.name == ("gguf" if dtype == "fp16" else f"gguf-{dtype}")
+    other = ask(run, kind="gguf", dtype=dtype, quant="q8_0").gguf_file
+    assert other.parent.name == ("gguf-q8_0" if dtype == "fp16" else f"gguf-{dtype}-q8_0")
+
+
+def test_the_model_is_named_by_what_the_run_was_filed_under_wherever_it_lies_now(run, tmp_path):
+    assert ask(run).name == "chat"
+    moved = (tmp_path / "home" / "jane").joinpath("run")
+    moved.parent.mkdir(parents=True)
+    run.rename(moved)
+    assert ask(moved).name == "chat"
+    report = json.loads((moved / "report.json").read_text(encoding="utf-8"))
+    del report["name"]
+    (moved / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    assert ask(moved).name == "phi3-2026-11-21"
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf"])
@@ -99,18 +124,116 @@ def test_a_base_of_the_hub_is_safe_with_all_its_folder_in_the_cache(run, tmp_pat
     assert ask(run, out=tmp_path / "hub" / "models--me--other")
 
 
-def test_only_an_export_is_replaced_even_by_force(run, tmp_path):
+def test_only_what_an_export_wrote_is_replaced_even_by_force(run, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     assert ask(run, out=mine, force=True).target == mine
-    (mine / "mine.txt").touch()
-    for force in (False, True):
-        with pytest.raises(ExportError, match="mine exists and is no export, so that --force does not replace it"):
-            ask(run, out=mine, force=force)
-    make_export(mine)
+    make_export(mine, "model.safetensors")
     assert ask(run, out=mine, force=True).target == mine
     with pytest.raises(ExportError, match=r"mine exists\. Give --out another folder, or --force to replace it"):
         ask(run, out=mine)
+    (mine / "thesis.txt").touch()
+    for force in (False, True):
+        with pytest.raises(
+            ExportError, match=r"mine holds thesis\.txt, which no export wrote\. Move it away, or give --out"
+        ):
+            ask(run, out=mine, force=force)
+    (mine / "thesis.txt").unlink()
+    (mine / "model.safetensors").unlink()
+    (mine / "model.safetensors").mkdir()
+    with pytest.raises(ExportError, match=r"mine holds model\.safetensors, which no export wrote"):
+        ask(run, out=mine, force=True)
+    (mine / "export_report.json").unlink()
+    with pytest.raises(ExportError, match=r"mine holds model\.safetensors, which no export wrote"):
+        ask(run, out=mine, force=True)
+
+
+@pytest.mark.parametrize("others", [[], ["thesis.txt"]])
+def test_the_report_of_a_gguf_is_no_licence_to_put_a_model_in_its_place(run, tmp_path, others):
+    folder = make_export(tmp_path / "g2", "chat-f16.gguf", gguf={"file": "chat-f16.gguf"}, key=ask(run).key)
+    for name in others:
+        (folder / name).touch()
+    told = (
+        r"g2 holds thesis\.txt, which no export wrote"
+        if others
+        else "g2 holds a GGUF, in whose place no merged model is"
+    )
+    for asked in ({"force": True}, {"force": True, "verify": False}, {"verify": False}):
+        with pytest.raises(ExportError, match=told):
+            ask(run, out=folder, **asked)
+
+
+def test_what_lies_beside_a_model_whose_proof_failed_stays(run):
+    failed = make_export(run / "merged.failed-proof", "model.safetensors")
+    assert ask(run)
+    (failed / "notes.txt").touch()
+    with pytest.raises(ExportError, match=r"merged\.failed-proof holds notes\.txt, which no export wrote"):
+        ask(run)
+    assert ask(run, verify=False)
+
+
+def test_a_ggufs_model_is_replaced_by_force_only_where_an_export_wrote_all_of_it(run):
+    merged = make_export(run / "merged", "model.safetensors")
+    with pytest.raises(
+        ExportError, match=r"from which a GGUF is made, is no merged model of this run as it is now\. --force"
+    ):
+        ask(run, kind="gguf")
+    assert ask(run, kind="gguf", force=True)
+    (merged / "notes.txt").touch()
+    with pytest.raises(ExportError, match=r"merged holds notes\.txt, which no export wrote"):
+        ask(run, kind="gguf", force=True)
+    make_export(merged, "model.safetensors", key=ask(run, out=run / "else").key, proof={"rows": 1})
+    for force in (False, True):
+        assert ask(run, kind="gguf", force=force)  # it is as wanted, and only read
+
+
+@pytest.fixture
+def hub_calls(monkeypatch):
+    """What the hub was asked, which takes every name and token."""
+    import qlora_phi3.export.hub as hub
+
+    calls = []
+    monkeypatch.setattr(hub, "check_push", lambda name, *, private: calls.append((name, private)))
+    return calls
+
+
+def test_a_model_that_is_there_and_proved_may_be_pushed_as_it_is(run, hub_calls):
+    merged = make_export(run / "merged", "model.safetensors", key=ask(run).key, proof={"rows": 1}, fault=None)
+    request = ask(run, push="me/x", private=True)
+    assert find_made(request)["proof"] == {"rows": 1}
+    assert hub_calls == [("me/x", True)]
+    assert find_made(ask(run, push="me/x", force=True)) is None
+    (merged / "model.safetensors").unlink()
+    with pytest.raises(
+        ExportError, match=r"merged exists and lacks model\.safetensors\. Give --out another folder, or --force"
+    ):
+        ask(run, push="me/x")
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ({"key": "another"}, "is no merged model of this run as it is now"),
+        ({"proof": None}, "was written with --no-verify"),
+        ({"fault": "astray"}, "is not what was trained"),
+        ({"files": {}}, r"holds export_report\.json, which no export wrote"),
+    ],
+)
+def test_another_model_is_not_pushed_in_the_place_of_this_one(run, hub_calls, told, why):
+    make_export(run / "merged", **{"key": ask(run, out=run / "else").key, "proof": {"rows": 1}, "fault": None, **told})
+    with pytest.raises(ExportError, match=why):
+        ask(run, push="me/x")
+
+
+def test_a_hub_that_would_not_take_it_is_told_before_what_stands_at_the_target(run, monkeypatch):
+    import qlora_phi3.export.hub as hub
+
+    make_export(run / "merged")
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    with pytest.raises(ExportError, match="There is no token for the hub"):
+        ask(run, push="me/x")
+    with pytest.raises(ExportError, match="Write --push user/name"):
+        ask(run, push="justme")
 
 
 @pytest.mark.parametrize("out", [".", "..", "../work"])
@@ -146,9 +269,25 @@ def test_what_stands_in_a_ggufs_folder_is_replaced_only_by_force(run, tmp_path, 
     (asked["out"] / "secret.txt").touch()
     assert ask(run, **asked)
     (asked["out"] / name).touch()
-    with pytest.raises(ExportError, match=rf"{name} exists\. Give --out another folder, or --force"):
+    for force in (False, True):
+        with pytest.raises(ExportError, match=rf"{name} exists, and no export wrote it\. Move it away, or give --out"):
+            ask(run, **asked, force=force)
+    make_export(asked["out"], name)
+    with pytest.raises(ExportError, match=r"exists\. Give --out another folder, or --force"):
         ask(run, **asked)
     assert ask(run, **asked, force=True)
+
+
+def test_another_type_of_the_same_model_joins_a_gguf_unasked(run, tmp_path):
+    wrote = ("chat-q8_0.gguf", "README.md", "Modelfile")
+    folder = make_export(tmp_path / "g", *wrote, gguf={"file": wrote[0]}, key=ask(run).key)
+    assert ask(run, out=folder, kind="gguf", quant="q4_0")
+    with pytest.raises(ExportError, match=r"chat-q8_0\.gguf exists\. Give --out another folder, or --force"):
+        ask(run, out=folder, kind="gguf", quant="q8_0")
+    make_export(folder, *wrote, gguf={"file": wrote[0]}, key="another's")
+    with pytest.raises(ExportError, match=r"Modelfile exists\. Give --out another folder, or --force"):
+        ask(run, out=folder, kind="gguf", quant="q4_0")
+    assert ask(run, out=folder, kind="gguf", quant="q4_0", force=True)
 
 
 @pytest.mark.parametrize("inside", ["merged", "merged/gguf", "adapter", ""])

@@ -12,7 +12,15 @@ from tiny_model import build_config, save_tiny_model
 from transformers import GenerationConfig, Phi3ForCausalLM
 
 from qlora_phi3.export.proof import Proof, Score
-from qlora_phi3.export.stop import MAX_PROMPTS, Prompt, choose_dtype, choose_prompts, measure_stops
+from qlora_phi3.export.stop import (
+    MAX_PROMPTS,
+    Prompt,
+    StopTest,
+    choose_dtype,
+    choose_prompts,
+    measure_stops,
+    tell_runaway,
+)
 
 CPU = torch.device("cpu")
 STOP, OTHER_STOP = 300, 450
@@ -100,6 +108,21 @@ def test_a_model_that_does_not_fit_is_looked_up_in_the_proof(counter):
 def test_without_a_prompt_or_a_turn_that_ends_there_is_no_share(counter):
     found = measure_stops(counter, [row(40, 4, 200)], proof(None, None, turns=0), "nf4", progress=quiet)
     assert found.share is None
+
+
+@pytest.mark.parametrize(
+    ("stopped", "turns", "told"),
+    [
+        (0, 4, "never ended its turn by itself: answers will run on"),
+        (7, 16, "ended its turn by itself in only 7 of 16: answers will run on"),
+        (8, 16, None),
+        (0, 3, None),
+        (0, 0, None),
+    ],
+)
+def test_a_model_that_seldom_ends_its_turn_is_told(stopped, turns, told):
+    stops = StopTest(method="generated", turns=turns, stopped=stopped, live_share=None).as_dict()
+    assert (told in tell_runaway(stops)) if told else tell_runaway(stops) is None
 
 
 def test_prompts_end_where_the_first_turn_begins_and_the_shortest_go_first():

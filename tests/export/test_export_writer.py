@@ -19,7 +19,9 @@ from qlora_phi3.export.weights import TensorInfo, open_weights, read, split_rows
 from qlora_phi3.export.writer import (
     check_disk,
     clear_draft,
+    drafting,
     forget_progress,
+    making,
     missing_bytes,
     plan_shards,
     write_shards,
@@ -227,6 +229,47 @@ def test_the_progress_file_is_gone_when_all_is_done(tmp_path, tensors):
     forget_progress(tmp_path)
     assert not (tmp_path / writer.PROGRESS_NAME).exists()
     forget_progress(tmp_path)
+
+
+def test_a_draft_stays_only_where_there_is_something_to_go_on_with(tmp_path, tensors):
+    draft = tmp_path / "deep" / ".model.partial"
+    for name in ("config.json", "model-00001-of-00003.safetensors"):
+        with drafting(draft, kept=[".scored.json"]):
+            (draft / name).touch()
+        assert not (tmp_path / "deep").exists()
+    with pytest.raises(KeyboardInterrupt), drafting(draft):
+        write(Held(tensors, fail_at="half"), draft)
+    with pytest.raises(KeyError), drafting(draft):
+        raise KeyError
+    assert sorted(path.name for path in draft.iterdir()) == [".shards.json", "model-00001-of-00003.safetensors"]
+    other = tmp_path / ".other.partial"
+    with drafting(other, kept=[".scored.json"]):
+        (other / ".scored.json").touch()
+    assert other.is_dir()
+    with drafting(other):
+        other.replace(tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "other"]
+
+
+def test_a_folder_is_made_at_once_and_goes_again_where_nothing_came_into_it(tmp_path):
+    with making(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "stood").mkdir()
+    with making(tmp_path / "stood"):
+        assert [*(tmp_path / "stood").iterdir()] == []
+    with making(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "file").touch()
+    assert (tmp_path / "a" / "b" / "file").is_file()
+
+
+def test_that_it_goes_on_is_said_only_where_something_whole_stands(tmp_path):
+    for stands in (False, True):
+        if stands:
+            (tmp_path / writer.PROGRESS_NAME).touch()
+        with pytest.raises(ExportError) as caught, writer.writing(tmp_path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert ("it goes on at the last whole file" in str(caught.value)) is stands
 
 
 def test_a_disk_that_is_too_small_is_told_beforehand(tmp_path):

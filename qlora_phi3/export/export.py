@@ -31,6 +31,7 @@ from qlora_phi3.export.sources import (
     MERGE_BYTES,
     PROVED,
     Sources,
+    check_adapter,
     check_memory,
     describe_base,
     open_sources,
@@ -91,6 +92,7 @@ def export_run(request: Request, listener: Listener) -> Exported:
     Raises:
         UserError: anything a person can mend; nothing half stands under the target's name.
     """
+    check_adapter(request.run, request.report)
     if request.gguf_file is not None:
         check_quant(request.quant)
     gguf_place = [] if request.gguf_target is None else [request.gguf_target]

@@ -75,10 +75,9 @@ def open_sources(request: Request, listener: Listener) -> Sources:
     """Find and check the base, the adapter and the rows of a run.
 
     Raises:
-        UserError: base or adapter is not the one of the run, or something of the run is missing or damaged.
+        UserError: the base is not the one that was trained on, or something of the run is missing or damaged.
     """
     run = request.run
-    check_adapter(run, request.report)
     recipe = load_recipe(run.recipe)
     record = read_record(run.base)
     folder = request.base or find_base(record, listener.progress)

@@ -72,12 +72,14 @@ class Interrupted(UserError):  # noqa: N818 - no error: the person asked for it
     exit_code = 130
 
 
-#: What a disk says that is full, or whose quota or limit of a file's size is.
-FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+#: What a disk says that is full, or a person's share of it.
+FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def mend(error: BaseException) -> str:
     """What to do about a place that cannot be written, as the beginning of a sentence."""
     told = error if isinstance(error, OSError) else error.__cause__
+    if isinstance(told, OSError) and told.errno == errno.EFBIG:
+        return "Raise the limit on a file's size (ulimit -f)"
     refused = isinstance(told, OSError) and told.errno not in FULL
     return "See that it is there and may be written" if refused else "Free the disk"

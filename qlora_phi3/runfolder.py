@@ -65,6 +65,9 @@ class RunFolder:
 
     def read_report(self) -> dict[str, Any]:
         """The report of a run; RunError where there is none."""
+        if self.recipe.is_file() and not self.report.exists():
+            cure = f"Put it back, or train again: qlora-phi3 run {self.recipe}"
+            raise RunError(f"{self.path} is a run without its report.json.", cure)
         try:
             report: dict[str, Any] = json.loads(self.report.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

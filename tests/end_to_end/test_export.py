@@ -639,7 +639,7 @@ def unfinished(run, tmp_path):
 
 def no_run(run, tmp_path):
     (run / "report.json").unlink()
-    return (), "report.json cannot be read"
+    return (), "is a run without its report.json. Put it back, or train again"
 
 
 def spoilt_adapter(run, tmp_path):

@@ -14,10 +14,11 @@ from typing import NamedTuple
 from qlora_phi3.dataset.pack import MicroBatchPlan
 from qlora_phi3.memory.cost import Cost, Work, step_cost
 from qlora_phi3.memory.predict import Forecast, Predictor, allocated_guess, reserved_guess
+from qlora_phi3.memory.reasons import give_reasons, in_words
 from qlora_phi3.memory.rows import RowLengths, count_micro_batches, heaviest_micro_batch
 from qlora_phi3.memory.simulate import Load
 from qlora_phi3.setup import USUAL_LOGITS_TILE_BYTES, Setup, lean_mlp_tile
-from qlora_phi3.sizes import format_gib, parse_size
+from qlora_phi3.sizes import parse_size
 
 #: Kinds of recomputation that are tried: none, one layer in sixteen, in eight and so on, all.
 CHECKPOINTING = (0, 16, 8, 6, 4, 3, 2, 1)
@@ -161,7 +162,7 @@ class _Search:
 
     def _may_fit(self, kind: Setup) -> bool:
         """Whether a kind seems to fit with the smallest micro-batch, or to miss by little."""
-        self.progress(_in_words(kind))
+        self.progress(f"Trying {in_words(kind)}")
         if (
             kind.mlp_tile_tokens
             and kind.checkpoint_every != 1
@@ -193,7 +194,14 @@ class _Search:
             forecast=forecast,
             work=self._work(chosen),
             cost=self._cost(chosen),
-            reasons=self._reasons(chosen),
+            reasons=give_reasons(
+                self.predictor.recipe,
+                chosen,
+                num_passes=self._count(chosen),
+                longest=self.rows.longest,
+                refused=self._refused,
+                limit_bytes=self.card.limit_bytes,
+            ),
         )
 
     def smaller(self, setup: Setup) -> list[Setup]:
@@ -330,64 +338,3 @@ class _Search:
             tflops_16bit=self.card.tflops_16bit,
             bandwidth_bytes_per_second=self.card.bandwidth_bytes_per_second,
         )
-
-    def _reasons(self, setup: Setup) -> dict[str, str]:
-        """Why each key that the plan may choose has its value."""
-        recipe, tokens = self.predictor.recipe, setup.micro_batch.max_tokens
-        asked = "the recipe asks for it"
-        passes = self._count(setup)
-        reasons = {
-            "micro_batch_tokens": f"{passes} forward passes a step; more tokens at once would gain under 2% or not fit"
-            if passes > 1
-            else "a whole step at once",
-            "gradient_checkpointing": "makes room"
-            if setup.checkpoint_every
-            else "no whole layer is computed twice; the MLPs alone are (mlp_tile_tokens)"
-            if setup.mlp_tile_tokens
-            else "there is room to keep every activation",
-            "checkpoint_every_n_layers": {0: "none", 1: "all of them, the leanest"}.get(
-                setup.checkpoint_every, f"recomputing one layer in {setup.checkpoint_every} makes enough room"
-            )
-            + self._next_faster(),
-            "activation_offloading": "recomputation alone does not make enough room"
-            if setup.activation_offloading
-            else "there is room on the card",
-            "optim": "its state fits beside everything else"
-            if not setup.optim.startswith("paged")
-            else "its state may leave the card where that is full; where it is not, this is as fast as adamw_8bit",
-            "logits_tile": "the fastest size" if setup.logits_tile_bytes >= USUAL_LOGITS_TILE_BYTES else "less memory",
-            "mlp_tile_tokens": "0: not needed"
-            if not setup.mlp_tile_tokens
-            else "the last resort: without it the longest row does not fit"
-            if setup.checkpoint_every == 1
-            else "the MLPs of all layers are computed twice; nothing as fast fits without",
-        }
-        pinned = {
-            "micro_batch_tokens": bool(self.training.micro_batch_size or recipe.memory.micro_batch_tokens != "auto"),
-            "gradient_checkpointing": self.training.gradient_checkpointing != "auto",
-            "checkpoint_every_n_layers": recipe.memory.checkpoint_every_n_layers != "auto",
-            "activation_offloading": self.training.activation_offloading != "auto",
-            "optim": self.training.optim != "auto",
-            "logits_tile": recipe.memory.logits_tile != "auto",
-            "mlp_tile_tokens": recipe.memory.mlp_tile_tokens != "auto",
-        }
-        if tokens <= self.rows.longest and not pinned["micro_batch_tokens"] and passes > 1:
-            reasons["micro_batch_tokens"] = (
-                "the longest row alone; more at once would gain under 2%, not fit, or ask for more recomputation"
-            )
-        return {key: asked if pinned[key] else reason for key, reason in reasons.items()}
-
-    def _next_faster(self) -> str:
-        """The leanest kind that would be faster and does not fit, in words."""
-        if not self._refused:
-            return ""
-        kind, needed = min(self._refused.items(), key=lambda item: item[1])
-        words, room = _in_words(kind).removeprefix("Trying "), format_gib(self.card.limit_bytes)
-        return f"; {words} would take about {format_gib(needed)} for the longest row alone, of {room} beside the margin"
-
-
-def _in_words(setup: Setup) -> str:
-    every = setup.checkpoint_every
-    kept = {0: "keeping all activations", 1: "recomputing all layers"}.get(every, f"recomputing one layer in {every}")
-    tiled = ", the MLPs in tiles" if setup.mlp_tile_tokens else ""
-    return f"Trying {kept}" + (", offloaded" if setup.activation_offloading else "") + tiled

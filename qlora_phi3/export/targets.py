@@ -6,7 +6,6 @@ An export lists in its record all files it wrote; nothing else is ever replaced.
 import hashlib
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ OTHER_PLACE = "Move it away, or give --out another folder."
 
 def key_of(run: RunFolder, *, dtype: str, onto: str) -> str:
     """Names everything that decides the bytes of a merged model."""
+    from importlib.metadata import version  # here, as `--help` reads this module and has 0.1 s
+
     digest = hashlib.sha256()
     adapter = (run.adapter / "adapter_config.json", run.adapter / "adapter_model.safetensors")
     for path in (run.base, *adapter, run.held_out, run.chat_template):

@@ -202,10 +202,10 @@ def _read_config(recipe: "Recipe") -> dict[str, Any]:
         if Path(name).is_dir() or not is_hub_id(name):
             raise
         nearest = nearest_known(name)
-        meant = f"Did you mean {nearest}, whose shapes are known? Else f" if nearest else "F"
+        meant = f"Did you mean {nearest}, whose shapes are known? " if nearest else ""
         raise CannotTellError(
             f"The shapes of {name} are not known: its config.json is not on this computer, and vram-check fetches nothing.",
-            f"{meant}etch it: hf download {name} config.json",
+            f"{meant}Fetch it: hf download {name} config.json",
         ) from error
 
 

@@ -112,7 +112,7 @@ def find_longest_rows(bench: Bench, devices: Sequence[Device], tell: Tell) -> li
 
 
 class _LongestRows:
-    """The longest rows on cards that share a simulator; each card's answer is its own, whichever were asked about before."""
+    """The longest rows on cards that share a simulator: what was estimated for one card is known for the next."""
 
     def __init__(self, bench: Bench, predictor: "Predictor") -> None:
         self._bench, self._predictor = bench, predictor

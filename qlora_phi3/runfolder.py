@@ -1,7 +1,6 @@
 """A run's folder on disk: where things lie, and how they are written so that a kill leaves nothing half."""
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_phi3.errors import RunError, mend
+from qlora_phi3.files import write_atomically
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,26 +139,6 @@ def name_of_runs(recipe: Path) -> str:
     if recipe.name == "recipe.toml" and (recipe.parent / "report.json").is_file():
         return recipe.resolve().parent.parent.name
     return recipe.stem
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a temporary neighbour, flushed to the disk, then renamed.
-
-    Raises:
-        RunError: the disk is full or not writable; what stood at `path` still stands.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(
-            f"{path} cannot be written: {error.strerror}.", f"{mend(error)}, then go on with --resume."
-        ) from error
 
 
 def write_report(folder: RunFolder, report: Mapping[str, Any]) -> None:

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_phi3.dataset.pack import MicroBatchPlan, plan_micro_batches
-from qlora_phi3.loss import IGNORED
+from qlora_phi3.data.batching import plan_micro_batches
+from qlora_phi3.execution import MicroBatchPlan
+from qlora_phi3.model.loss import IGNORED
 
 #: Packed sequences are as long as a multiple of this. oneDNN keeps a compiled kernel for every shape it meets: over 20 steps of
 #: 4 rows, SmolLM2-135M in bf16 on CPU peaked at 1,413 MiB without, 1,121 with 64, 1,075 with 128, at equal speed. On CUDA
 #: fewer sizes leave the allocator's cache in fewer pieces.
 PACKED_MULTIPLE = 64
+
+
 #: What the libraries below torch, and its own CPU allocator, write where memory ran out: they raise a plain RuntimeError. cuBLAS
 #: says either of its two codes where it finds no memory for its handle.
 OUT_OF_MEMORY = re.compile(

@@ -37,11 +37,11 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import BitsAndBytesConfig, Phi3Config, Phi3ForCausalLM
 
-from qlora_phi3.export.adapter import read_updates
+from qlora_phi3.adapters.merging import read_updates
 from qlora_phi3.export.base import RecordedBase, read_record, summarise
 from qlora_phi3.export.merge import MergedWeights
-from qlora_phi3.export.weights import PIECE_BYTES, TensorInfo, open_weights, read, rows_per_piece
 from qlora_phi3.export.writer import plan_shards, write_shards
+from qlora_phi3.model.weights import PIECE_BYTES, TensorInfo, open_weights, read, rows_per_piece
 
 TABLE = Path(__file__).resolve().parent.parent / "benchmarks" / "export.csv"
 HIDDEN, INTERMEDIATE, VOCABULARY, RANK = 3072, 8192, 32_064, 16

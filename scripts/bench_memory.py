@@ -47,9 +47,9 @@ from memory_bench.rows import (
     yes_no,
 )
 
-from qlora_phi3.device import Device, card_of_size, read_device
 from qlora_phi3.errors import DeviceError
-from qlora_phi3.memory.profile import Profile
+from qlora_phi3.hardware.gpu import Device, card_of_size, read_device
+from qlora_phi3.memory.report import Profile
 
 CAPS_GIB = (4, 6, 8, 12, 16)
 

@@ -1,7 +1,7 @@
 import pytest
 
-from qlora_phi3.architecture import known_config, nearest_known, read_architecture, read_config
 from qlora_phi3.errors import ModelError
+from qlora_phi3.family import known_config, nearest_known, read_architecture, read_config
 
 MODELS = {
     "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
@@ -103,7 +103,7 @@ def test_training_reads_the_models_own_config(monkeypatch):
     def refuse(name, revision):
         raise ModelError("The hub was asked.")
 
-    monkeypatch.setattr("qlora_phi3.architecture._fetch_config", refuse)
+    monkeypatch.setattr("qlora_phi3.family._fetch_config", refuse)
     assert read_config("microsoft/phi-4", prefer_shipped=True)["hidden_size"] == 5120
     with pytest.raises(ModelError, match="The hub was asked"):
         read_config("microsoft/phi-4")

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-import qlora_phi3.attention as attention
+import qlora_phi3.model.attention as attention
 
 
 def test_repeated_heads_attend_like_grouped_ones(monkeypatch):

@@ -6,7 +6,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from qlora_phi3.checksum import SAMPLED_BYTES, checksum_of, sample_codes, tensor_checksum, tensor_record
+from qlora_phi3.model.quantized import SAMPLED_BYTES, checksum_of, sample_codes, tensor_checksum, tensor_record
 
 
 def quantize(weight: torch.Tensor, *, double_quant: bool) -> bnb.nn.Params4bit:

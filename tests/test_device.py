@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from qlora_phi3.cards import CARDS
-from qlora_phi3.device import Holder, card_of_size, find_card, read_device
 from qlora_phi3.errors import DeviceError
-from qlora_phi3.sizes import parse_size
+from qlora_phi3.hardware.gpu import Holder, card_of_size, find_card, read_device
+from qlora_phi3.hardware.gpu_table import CARDS
+from qlora_phi3.units import parse_size
 
 MIB, GIB = 2**20, 2**30
 

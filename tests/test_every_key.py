@@ -8,7 +8,8 @@ import torch
 from workshop import Workshop, build_base, write_chats
 
 from qlora_phi3.errors import RecipeError
-from qlora_phi3.recipe.load import TABLES, load_recipe
+from qlora_phi3.recipe.load import load_recipe
+from qlora_phi3.recipe.schema import TABLES
 from qlora_phi3.step import collate
 
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ class Lab:
 
     def data(self, recipe):
         """The rows that are trained and measured on."""
-        from qlora_phi3.training.ready import prepare
+        from qlora_phi3.training.prepare import prepare
 
         prepared = prepare(recipe, self.shop.path, Silent()).data
         return [
@@ -41,8 +42,8 @@ class Lab:
 
     def loading(self, recipe):
         """What the base is loaded with."""
-        import qlora_phi3.model as model
-        from qlora_phi3.architecture import read_architecture
+        import qlora_phi3.model.phi3 as model
+        from qlora_phi3.family import read_architecture
 
         class Enough(Exception):  # noqa: N818 - no error: what was asked is known
             """Nothing need be loaded."""
@@ -64,7 +65,7 @@ class Lab:
 
     def loaded(self, recipe):
         """The model with its adapter: every trained tensor, how it is scaled, what is dropped."""
-        from qlora_phi3.training.ready import load_model, prepare
+        from qlora_phi3.training.prepare import load_model, prepare
 
         model = load_model(recipe, prepare(recipe, self.shop.path, Silent()), Silent())
         seen = {
@@ -83,7 +84,7 @@ class Lab:
     def trainer(self, recipe):
         """The trainer of a recipe, its first batch drawn."""
         from qlora_phi3.runfolder import RunFolder
-        from qlora_phi3.training.ready import choose, load_model, prepare
+        from qlora_phi3.training.prepare import choose, load_model, prepare
         from qlora_phi3.training.run import build_trainer
 
         ready = prepare(recipe, self.shop.path, Silent())
@@ -96,16 +97,16 @@ class Lab:
 
     def setup_on_a_card(self, recipe):
         """How the run is laid out on a card of which no more is known."""
-        from qlora_phi3.architecture import read_architecture
-        from qlora_phi3.training.planning import usual_setup
+        from qlora_phi3.family import read_architecture
+        from qlora_phi3.training.prepare import usual_setup
 
         return usual_setup(recipe, read_architecture(str(self.shop.base)), torch.device("cuda"))
 
     def room(self, recipe):
         """What the run may take of a card, and whether the heaviest step is tried first."""
-        from qlora_phi3.device import card_of_size
+        from qlora_phi3.hardware.gpu import card_of_size
         from qlora_phi3.memory.margin import budget_of
-        from qlora_phi3.training.planning import wants_rehearsal
+        from qlora_phi3.training.prepare import wants_rehearsal
 
         return budget_of(recipe, card_of_size(4 * 2**30)), wants_rehearsal(recipe, CPU)
 
@@ -123,15 +124,15 @@ class Lab:
 
     def dtype(self, recipe):
         """The type of the arithmetic."""
-        from qlora_phi3.model import choose_precision
+        from qlora_phi3.model.phi3 import choose_precision
 
         return choose_precision(recipe.compute_dtype, CPU)
 
     def shown(self, recipe):
         """What the terminal is told of a run, and where the run lies: seen from the command line."""
         import qlora_phi3.cli.run as command
-        import qlora_phi3.show.live as live
         import qlora_phi3.training.run as run
+        import qlora_phi3.ui.console as live
 
         seen = []
 
@@ -157,7 +158,8 @@ def argument(name):
     """What the Trainer reads under this name."""
 
     def see(lab, recipe):
-        from qlora_phi3.training.arguments import build_arguments, choose_optimizer
+        from qlora_phi3.training.prepare import choose_optimizer
+        from qlora_phi3.training.trainer import build_arguments
 
         arguments = build_arguments(
             recipe.training,
@@ -298,7 +300,7 @@ def workplace(tmp_path_factory, base):
 
 def leave_adapter(shop):
     """A trained adapter of the usual settings."""
-    from qlora_phi3.training.ready import load_model, prepare
+    from qlora_phi3.training.prepare import load_model, prepare
 
     recipe = load_recipe(shop.write())
     model = load_model(recipe, prepare(recipe, shop.path, Silent()), Silent())

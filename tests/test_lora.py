@@ -2,8 +2,8 @@ import pytest
 import torch
 from tiny_model import gradients, load_tiny, relative_difference, save_tiny_model
 
-from qlora_phi3.lora import _AddUpdate
-from qlora_phi3.recipe.tables import Lora
+from qlora_phi3.model.lora import _AddUpdate
+from qlora_phi3.recipe.schema import Lora
 
 
 @pytest.fixture(scope="module")

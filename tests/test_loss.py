@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from qlora_phi3.loss import chunked_cross_entropy, select_supervised
+from qlora_phi3.model.loss import chunked_cross_entropy, select_supervised
 
 
 def sample(dtype=torch.float64, positions=37, hidden=16, vocab=50):

@@ -6,11 +6,11 @@ import torch
 from tiny_model import FP32, load_tiny, save_tiny_model
 from torch import nn
 
-from qlora_phi3.architecture import parse_architecture, read_architecture
 from qlora_phi3.errors import ModelError
-from qlora_phi3.lora import attach_adapter, linear_layers, measure_coverage
-from qlora_phi3.model import choose_precision, load_base, set_checkpointing
-from qlora_phi3.recipe.tables import Lora, Model, Quantization
+from qlora_phi3.family import parse_architecture, read_architecture
+from qlora_phi3.model.lora import attach_adapter, linear_layers, measure_coverage
+from qlora_phi3.model.phi3 import choose_precision, load_base, set_checkpointing
+from qlora_phi3.recipe.schema import Lora, Model, Quantization
 
 CPU = torch.device("cpu")
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_model import load_tiny, save_tiny_model
 
-from qlora_phi3 import quantized
 from qlora_phi3.errors import RunError
-from qlora_phi3.export.weights import open_weights, read
-from qlora_phi3.quantized import quantized_weights, save_quantized
+from qlora_phi3.model import quantized
+from qlora_phi3.model.quantized import quantized_weights, save_quantized
+from qlora_phi3.model.weights import open_weights, read
 
 
 def test_every_4bit_weight_is_kept_under_its_name_in_the_checkpoint(tmp_path):

@@ -1,6 +1,6 @@
 import pytest
 
-from qlora_phi3.sizes import format_count, format_gib, parse_size
+from qlora_phi3.units import format_count, format_gib, parse_size
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from qlora_phi3.architecture import parse_architecture
-from qlora_phi3.lora import attach_adapter
-from qlora_phi3.model import Phi3ForChunkedLoss, Precision, load_base
-from qlora_phi3.recipe.tables import Lora, Model, Quantization
+from qlora_phi3.family import parse_architecture
+from qlora_phi3.model.lora import attach_adapter
+from qlora_phi3.model.phi3 import Phi3ForChunkedLoss, Precision, load_base
+from qlora_phi3.recipe.schema import Lora, Model, Quantization
 
 FP32 = Precision(compute_dtype=torch.float32, reason="the test asks for it")
 

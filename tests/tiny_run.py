@@ -8,16 +8,16 @@ import torch
 from peft import PeftModel
 from tiny_model import FP32
 
-from qlora_phi3.architecture import parse_architecture, read_config
-from qlora_phi3.export.adapter import read_updates
+from qlora_phi3.adapters.merging import read_updates
 from qlora_phi3.export.base import RecordedBase, read_record
 from qlora_phi3.export.merge import MergedWeights
-from qlora_phi3.export.weights import open_weights
-from qlora_phi3.lora import attach_adapter
-from qlora_phi3.model import Precision, load_base
-from qlora_phi3.recipe.tables import Lora, Model, Quantization
+from qlora_phi3.family import parse_architecture, read_config
+from qlora_phi3.model.lora import attach_adapter
+from qlora_phi3.model.phi3 import Precision, load_base
+from qlora_phi3.model.weights import open_weights
+from qlora_phi3.recipe.schema import Lora, Model, Quantization
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.training.record import record_base
+from qlora_phi3.training.artifacts import record_base
 
 
 @dataclass(frozen=True)

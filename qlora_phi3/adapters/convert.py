@@ -9,26 +9,31 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from qlora_phi3.adapters.files import (
+from qlora_phi3.adapters.delta import Adapter, Progress, relative_difference
+from qlora_phi3.adapters.fused import check_layers, fuse, split
+from qlora_phi3.adapters.loralib import Layer, Spec, loralib_layers, loralib_tensors, read_loralib
+from qlora_phi3.adapters.peft_io import (
     check_target,
     drafted,
     find_adapter,
+    last_name,
+    peft_settings,
+    peft_tensors,
     read_config,
+    read_peft,
     read_tensors,
     read_weights,
     write_folder,
     write_state_dict,
 )
-from qlora_phi3.adapters.fused import FUSED, PARTS, check_layers, fuse, layer_shapes, split
-from qlora_phi3.adapters.loralib import Layer, Spec, loralib_layers, loralib_tensors, read_loralib
-from qlora_phi3.adapters.peft_folder import last_name, peft_settings, peft_tensors, read_peft
-from qlora_phi3.adapters.update import Adapter, Progress, relative_difference
-from qlora_phi3.architecture import Architecture, parse_architecture
-from qlora_phi3.architecture import read_config as read_model_config
 from qlora_phi3.errors import ExportError, ModelError
+from qlora_phi3.family import FUSED, PARTS, Architecture, layer_shapes, parse_architecture
+from qlora_phi3.family import read_config as read_model_config
 
 #: Largest relative difference of an update that is still called lossless; one rounding to fp32 makes 3e-8.
 TOLERANCE = 1e-6
+
+
 #: What transformers calls the model whose layers an unfused Phi-3 has.
 UNFUSED = ("llama", "mistral")
 

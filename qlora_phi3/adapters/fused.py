@@ -9,45 +9,10 @@ from dataclasses import replace
 
 import torch
 
-from qlora_phi3.adapters.peft_folder import last_name
-from qlora_phi3.adapters.update import Adapter, Block, Update
-from qlora_phi3.architecture import Architecture
+from qlora_phi3.adapters.delta import Adapter, Block, Update
+from qlora_phi3.adapters.peft_io import last_name
 from qlora_phi3.errors import ExportError
-
-PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-FUSED = {part: fused for fused, parts in PARTS.items() for part in parts}
-
-
-def part_rows(architecture: Architecture) -> dict[str, int]:
-    """Rows of every part: k and v have those of the key-value heads."""
-    head_size = architecture.hidden_size // architecture.num_attention_heads
-    kv_rows, rows = head_size * architecture.num_key_value_heads, architecture.intermediate_size
-    return {
-        "q_proj": head_size * architecture.num_attention_heads,
-        "k_proj": kv_rows,
-        "v_proj": kv_rows,
-        "gate_proj": rows,
-        "up_proj": rows,
-    }
-
-
-def layer_shapes(architecture: Architecture, *, fused: bool) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of every layer of the base that can have an update, by name."""
-    hidden, rows = architecture.hidden_size, part_rows(architecture)
-    names = {"self_attn": ("qkv_proj", "o_proj"), "mlp": ("gate_up_proj", "down_proj")}
-    shapes = {"model.embed_tokens": (hidden, architecture.vocab_size), "lm_head": (architecture.vocab_size, hidden)}
-    for number in range(architecture.num_hidden_layers):
-        for module, layers in names.items():
-            for layer in layers:
-                parts = PARTS.get(layer, ())
-                place = f"model.layers.{number}.{module}"
-                if parts and not fused:
-                    shapes |= {f"{place}.{part}": (rows[part], hidden) for part in parts}
-                elif parts:
-                    shapes[f"{place}.{layer}"] = (sum(rows[part] for part in parts), hidden)
-        shapes[f"model.layers.{number}.self_attn.o_proj"] = (hidden, rows["q_proj"])
-        shapes[f"model.layers.{number}.mlp.down_proj"] = (hidden, architecture.intermediate_size)
-    return shapes
+from qlora_phi3.family import FUSED, PARTS, Architecture, part_rows
 
 
 def check_layers(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], base: str, where: object) -> None:

@@ -10,14 +10,17 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from qlora_phi3.adapters.files import find_adapter, read_config, read_weights
-from qlora_phi3.adapters.peft_folder import PREFIX, read_peft
+from qlora_phi3.adapters.peft_io import PREFIX, find_adapter, read_config, read_peft, read_weights
 from qlora_phi3.errors import ExportError
-from qlora_phi3.recipe.tables import Lora
+from qlora_phi3.recipe.schema import Lora
 
 #: Layers of models whose projections are apart.
 PARTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
 SWITCHES = ("use_rslora", "use_dora")
+
+
 #: Keys of [lora] that decide which tensors an adapter has and how strong they are.
 SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
 

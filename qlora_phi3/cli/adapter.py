@@ -14,7 +14,7 @@ from qlora_phi3.errors import UserError
 if TYPE_CHECKING:
     from qlora_phi3.adapters.convert import Base, Converted
     from qlora_phi3.adapters.loralib import Spec
-    from qlora_phi3.architecture import Architecture
+    from qlora_phi3.family import Architecture
 
 T = TypeVar("T", int, float)
 #: Options that only some conversions read.
@@ -99,8 +99,8 @@ def _convert(
     ctx: click.Context, source: Path, target: Path, form: str, given: Mapping[str, Any], *, force: bool
 ) -> "Converted":
     """Call the conversion; what is worked on is shown on stderr."""
-    from qlora_phi3.cli.quiet import quietly
-    from qlora_phi3.show.watcher import Watcher
+    from qlora_phi3.cli.options import quietly
+    from qlora_phi3.ui.console import Watcher
 
     watcher = Watcher()
 
@@ -129,9 +129,9 @@ def _convert(
 def _read_spec(source: Path, form: str, given: Mapping[str, Any], base: "Base | None") -> "Spec":
     """What a loralib file does not say, from the options."""
     from qlora_phi3.adapters.convert import find_base
-    from qlora_phi3.adapters.files import find_adapter
     from qlora_phi3.adapters.fused import read_enable
     from qlora_phi3.adapters.loralib import Spec
+    from qlora_phi3.adapters.peft_io import find_adapter
 
     def architecture() -> "Architecture":
         if base is None and form == "peft":

@@ -5,14 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qlora_phi3.cli.options import debug_option
-from qlora_phi3.cli.quiet import quieten
+from qlora_phi3.cli.options import debug_option, quieten
 from qlora_phi3.errors import Interrupted, UserError
 from qlora_phi3.export.request import DTYPES, USUAL_DTYPE, USUAL_ONTO
 
 if TYPE_CHECKING:
     from qlora_phi3.export.request import Request
-    from qlora_phi3.show.live import View
+    from qlora_phi3.ui.console import View
 
 
 @click.command()
@@ -113,7 +112,7 @@ def export(
         private=private,
     )
 
-    from qlora_phi3.show.live import Cadence, open_view
+    from qlora_phi3.ui.console import Cadence, open_view
 
     with open_view(Cadence("no", 1), plain=False) as view:
         try:
@@ -130,8 +129,8 @@ def _export(request: "Request", view: "View", *, quiet: bool) -> None:
     view.progress("Starting torch, transformers and peft", 0, None)
     if quiet:
         quieten()
-    from qlora_phi3.export.export import export_run
-    from qlora_phi3.show.export import show_export
+    from qlora_phi3.export.run import export_run
+    from qlora_phi3.ui.export import show_export
 
     view.progress("Starting torch, transformers and peft", 1, 1)
     exported = export_run(request, view)

@@ -1,6 +1,12 @@
-"""Options that several commands share."""
+"""Options that several commands share.
 
-from collections.abc import Callable
+The libraries' hints are for developers; `--debug` shows them.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -26,3 +32,23 @@ def set_option(command: Callable[..., Any]) -> Callable[..., Any]:
         metavar="TABLE.KEY=VALUE",
         help="Change a key of the recipe: --set lora.r=32",
     )(command)
+
+
+def quieten() -> None:
+    """Leave the terminal to us: no warnings, and no log line below an error."""
+    warnings.filterwarnings("ignore")
+    for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "peft", "trl", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """No warnings and no log line below an error inside; some libraries set their loggers back while they are imported."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qlora_phi3.cli.options import debug_option, set_option
-from qlora_phi3.cli.quiet import quieten
+from qlora_phi3.cli.options import debug_option, quieten, set_option
 from qlora_phi3.errors import RunError
 
 if TYPE_CHECKING:
-    from qlora_phi3.recipe.load import Recipe
+    from qlora_phi3.recipe.schema import Recipe
     from qlora_phi3.runfolder import RunFolder
-    from qlora_phi3.show.live import View
     from qlora_phi3.training.run import RunResult
+    from qlora_phi3.ui.console import View
 
 NEWEST = "newest"
 
@@ -51,7 +50,7 @@ def run(
     """
     recipe, resume = _sort_out(ctx, recipe, resume)
 
-    from qlora_phi3.dataset.load import is_local
+    from qlora_phi3.data.sources import is_local
     from qlora_phi3.recipe.load import load_recipe
 
     if no_rehearsal:
@@ -64,7 +63,7 @@ def run(
     wanted = None if resume in (None, NEWEST) else resume
     folder = None if resume is None else find_run(Path(loaded.training.output_dir), name, wanted)
 
-    from qlora_phi3.show.live import Cadence, open_view
+    from qlora_phi3.ui.console import Cadence, open_view
 
     training = loaded.training
     cadence = Cadence(training.logging_strategy, training.logging_steps, training.warmup_steps)

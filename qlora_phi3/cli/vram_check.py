@@ -17,9 +17,9 @@ from qlora_phi3.errors import CannotTellError, DeviceError, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qlora_phi3.device import Device
-    from qlora_phi3.memory.answer import Answer
-    from qlora_phi3.memory.ask import Question
+    from qlora_phi3.hardware.gpu import Device
+    from qlora_phi3.memory.cached import Question
+    from qlora_phi3.memory.report import Answer
 
 BESIDE = "beside the recipe"
 FITS, DOES_NOT_FIT = 0, 3
@@ -117,8 +117,8 @@ def _find_device(gpu: str | None, vram: str | None) -> "Device":
     Raises:
         DeviceError: nobody knows it, or its size cannot be read; NoDeviceError where there is none here.
     """
-    from qlora_phi3.device import card_of_size, find_card, read_device
-    from qlora_phi3.sizes import parse_size
+    from qlora_phi3.hardware.gpu import card_of_size, find_card, read_device
+    from qlora_phi3.units import parse_size
 
     if gpu is not None:
         return find_card(gpu)
@@ -133,7 +133,7 @@ def _find_device(gpu: str | None, vram: str | None) -> "Device":
 
 def _card_here() -> "Device | None":
     """The card of this computer, if it has one that answers."""
-    from qlora_phi3.device import read_device
+    from qlora_phi3.hardware.gpu import read_device
 
     try:
         return read_device()
@@ -155,9 +155,9 @@ def _for_programs_too(*, wants_json: bool) -> Iterator[None]:
 @contextmanager
 def _asking(ctx: click.Context, recipe: Path, overrides: tuple[str, ...]) -> Iterator["Question"]:
     """A question whose work is shown on stderr."""
-    from qlora_phi3.cli.quiet import quietly
-    from qlora_phi3.memory.ask import Question
-    from qlora_phi3.show.watcher import Watcher
+    from qlora_phi3.cli.options import quietly
+    from qlora_phi3.memory.cached import Question
+    from qlora_phi3.ui.console import Watcher
 
     watcher = Watcher()
     try:
@@ -168,7 +168,7 @@ def _asking(ctx: click.Context, recipe: Path, overrides: tuple[str, ...]) -> Ite
 
 
 def _nothing_known() -> dict[str, None]:
-    from qlora_phi3.memory.answer import Answer
+    from qlora_phi3.memory.report import Answer
 
     return dict.fromkeys([*(field.name for field in fields(Answer)), "others", "others_bytes"])
 
@@ -177,7 +177,7 @@ def _tell_card(device: "Device", *, wants_json: bool) -> None:
     if wants_json:
         _print_json({"device": asdict(device), "others_bytes": device.others_bytes})
         return
-    from qlora_phi3.show.memory import show_card
+    from qlora_phi3.ui.vram import show_card
 
     with _console() as console:
         show_card(console, device)
@@ -188,11 +188,11 @@ def _tell_answer(question: "Question", device: "Device", fit: str | None, *, wan
     answer = question.about_card(device)
     question.teller.close()
     if wants_json:
-        from qlora_phi3.memory.answer import as_json
+        from qlora_phi3.memory.report import as_json
 
         _print_json(as_json(answer))
     else:
-        from qlora_phi3.show.memory import show_answer
+        from qlora_phi3.ui.vram import show_answer
 
         with _console() as console:
             show_answer(console, answer)
@@ -222,7 +222,7 @@ def _is_there(path: Path) -> UserError:
 
 def _write_fit(question: "Question", answer: "Answer", target: Path) -> None:
     """Write the recipe of the plan; say so on stderr, where a program that reads JSON is not disturbed."""
-    from qlora_phi3.memory.fitted import write_fitted
+    from qlora_phi3.memory.fit import write_fitted
 
     if not answer.fits:
         click.echo(f"{target} is not written, as nothing fits.", err=True)
@@ -237,7 +237,7 @@ def _write_fit(question: "Question", answer: "Answer", target: Path) -> None:
 
 
 def _tell_survey(question: "Question", *, wants_json: bool) -> int:
-    from qlora_phi3.memory.survey import group_cards, group_of_one, survey_as_json
+    from qlora_phi3.memory.tables import group_cards, group_of_one, survey_as_json
 
     here = _card_here()
     rows = question.about_every_card([*([group_of_one(here)] if here else []), *group_cards()])
@@ -245,7 +245,7 @@ def _tell_survey(question: "Question", *, wants_json: bool) -> int:
     if wants_json:
         _print_json({"cards": survey_as_json(rows)})
     else:
-        from qlora_phi3.show.memory import show_survey
+        from qlora_phi3.ui.vram import show_survey
 
         with _console() as console:
             show_survey(console, rows)
@@ -253,7 +253,7 @@ def _tell_survey(question: "Question", *, wants_json: bool) -> int:
 
 
 def _tell_longest(question: "Question", gpu: str | None, vram: str | None, *, wants_json: bool) -> int:
-    from qlora_phi3.memory.survey import group_cards
+    from qlora_phi3.memory.tables import group_cards
 
     if gpu or vram:
         devices = [_find_device(gpu, vram)]
@@ -265,7 +265,7 @@ def _tell_longest(question: "Question", gpu: str | None, vram: str | None, *, wa
     if wants_json:
         _print_json({"cards": [asdict(row) for row in rows]})
     else:
-        from qlora_phi3.show.memory import show_longest
+        from qlora_phi3.ui.vram import show_longest
 
         with _console() as console:
             show_longest(console, rows)

@@ -12,21 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_phi3.checksum import add_bytes, quantized_record, sample_codes
 from qlora_phi3.errors import ExportError
-from qlora_phi3.export.quantize import (
+from qlora_phi3.model.quantized import (
     Quantized,
     Scheme,
+    add_bytes,
     count_different_codes,
     is_stored_quantized,
     logical_info,
     quantize,
+    quantized_record,
     read_quantized,
+    sample_codes,
 )
-from qlora_phi3.export.weights import StoredWeights, TensorInfo
+from qlora_phi3.model.weights import StoredWeights, TensorInfo
 
 #: Two means of the same absmax, summed in other orders, differ in fp32's last bits (6e-8 each); 1 and 2 threads gave 1e-7.
 _MEAN_TOLERANCE = 2e-6
+
+
 #: Share of a tensor's codes that another quantizer may give for the same weights. On normal weights of 4096 x 3072, bitsandbytes
 #: 0.50: none with other threads or a reciprocal for a division, 0.04 % in fp16, 0.2 to 0.6 % in bf16 arithmetic. Weights moved
 #: by 1 % of their standard deviation give 3 %, by 5 % 15 %; how often each code occurs hardly changes then (0.03 %).

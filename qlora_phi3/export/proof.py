@@ -2,30 +2,45 @@
 
 Everything is computed in fp32, so that the figures show the difference of the weights. Losses and divergences are nats; they are
 taken over the supervised positions, against the next token's whole distribution, whose logits are made in tiles.
+
+The proof of an export, made before its weights are written and kept until they are; and the files held against it.
 """
 
+import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from qlora_phi3.architecture import Architecture
-from qlora_phi3.checksum import checksum_of
-from qlora_phi3.dataset.pack import MicroBatchPlan
 from qlora_phi3.errors import ExportError
-from qlora_phi3.export.candidates import Candidate, Opener
-from qlora_phi3.export.merge import Onto
+from qlora_phi3.execution import MicroBatchPlan
+from qlora_phi3.export.bundle import GENERATION_CONFIG, read_object
+from qlora_phi3.export.inputs import Sources, check_base
+from qlora_phi3.export.merge import Candidate, Onto, Opener, live_model, make_candidates
+from qlora_phi3.export.request import Request
 from qlora_phi3.export.streamed import Final, Progress
-from qlora_phi3.export.weights import Weights
-from qlora_phi3.loss import IGNORED
+from qlora_phi3.export.writer import writing
+from qlora_phi3.family import Architecture, parse_architecture
+from qlora_phi3.files import write_atomically
+from qlora_phi3.model.loss import IGNORED
+from qlora_phi3.model.quantized import checksum_of
+from qlora_phi3.model.weights import Weights, open_weights
+from qlora_phi3.reporter import Listener
 from qlora_phi3.step import Batch, collate
 
 #: Tokens that are scored, at most, prompts included.
 CPU_TOKENS, CUDA_TOKENS = 1024, 16384
+
+
 #: A tile of logits: rows of the vocabulary, and positions; 8 MiB in float64, of which about four are alive for each model.
 TILE_VOCABULARY, TILE_POSITIONS = 2048, 512
+
+
 LIVE = "live"
 
 
@@ -109,22 +124,6 @@ def find_fault(score: Score, dtype: torch.dtype) -> str | None:
         if value is not None and not value <= most:  # so that NaN is a fault
             return f"the {what} KL divergence from base and adapter unmerged is {value:.1e}, and {most:.0e} is allowed"
     return None
-
-
-def tell_other_bits(report: Mapping[str, Any]) -> str | None:
-    """For people: that the 4-bit base of an export has not all the bits that were trained on; None where it has.
-
-    Args:
-        report: contents of export_report.json.
-    """
-    compared = report["base"]["compared"]
-    if not compared["differing"]:
-        return None
-    return (
-        f"{len(compared['differing'])} of {compared['num_tensors']} tensors of the base quantize to other bits here than where "
-        f"the run trained ({len(compared['codes_differing'])} to other codes): the export is of these ({report['status']}). A "
-        "run with [model] save_quantized = true in its recipe keeps its own."
-    )
 
 
 def find_difference(scored: Mapping[str, str], written: Weights, progress: Progress) -> str | None:
@@ -327,3 +326,74 @@ def _score(name: str, origin: str | None, sums: _Sums, ends: Tensor, stop_ids: S
         fault_mean_kl=None if fault is None else float(fault.mean()),
         fault_max_kl=None if fault is None else float(fault.max()),
     )
+
+
+#: In the draft: the finished proof.
+SCORED = ".scored.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """The proof, and checksums of the tensors that were scored, by what they are merged onto."""
+
+    proof: Proof
+    checksums: Mapping[str, Mapping[str, str]]
+
+
+def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: Onto, listener: Listener) -> Scored:
+    """Score the live model and what can be merged, computed on the way; or take up the scores of an interrupted export."""
+    key = f"{key} {request.onto} {sources.device.type}"
+    if (scored := _read_scored(draft / SCORED, key, sources)) is not None:
+        listener.say("The proof was made before the interruption; it is taken up")
+        return scored
+    ontos: list[Onto] = [each for each in ("nf4", "original") if sources.can_merge(each)]
+    candidates = make_candidates(
+        sources.base,
+        sources.updates,
+        sources.config,
+        sources.adapter,
+        dtype=getattr(torch, request.dtype),
+        ontos=ontos,
+        checked=ontos if request.onto == "auto" else (onto,),
+    )
+    proof = prove(
+        live_model(sources.base, sources.config, sources.adapter),
+        candidates,
+        sources.rows,
+        parse_architecture(sources.config, str(sources.folder)),
+        stop_ids=read_object(draft / GENERATION_CONFIG)["eos_token_id"],
+        max_tokens=CUDA_TOKENS if sources.device.type == "cuda" else CPU_TOKENS,
+        progress=listener.progress,
+        check=partial(refuse_other_base, sources, draft),
+    )
+    scored = Scored(proof=proof, checksums={each.onto: dict(each.checksums) for each in candidates})
+    notes = sources.base.notes(list(sources.base.compared))
+    with writing(draft):
+        write_atomically(draft / SCORED, json.dumps({"key": key, **asdict(scored), "notes": notes}))
+    return scored
+
+
+def refuse_other_base(sources: Sources, draft: Path) -> None:
+    """Leave nothing of an export that began with weights the run did not train on; raises as `check_base`."""
+    try:
+        check_base(sources)
+    except ExportError:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _read_scored(path: Path, key: str, sources: Sources) -> Scored | None:
+    """The scores that an interrupted export kept under this key."""
+    held = read_object(path) if path.is_file() else {}
+    if held.get("key") != key:
+        return None
+    sources.base.recall(held["notes"])
+    scores = tuple(Score(**score) for score in held["proof"]["scores"])
+    return Scored(proof=Proof(**{**held["proof"], "scores": scores}), checksums=held["checksums"])
+
+
+def find_fault_of(request: Request, scored: Scored, draft: Path, onto: Onto, listener: Listener) -> str | None:
+    """Why what was written is not what was trained."""
+    if (name := find_difference(scored.checksums[onto], open_weights(draft), listener.progress)) is not None:
+        return f"{name} in the files is not what was scored"
+    return find_fault(scored.proof.of(onto), getattr(torch, request.dtype))

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from transformers import Phi3Config
 from transformers.initialization import no_init_weights
 
-from qlora_phi3.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
+from qlora_phi3.adapters.merging import ADAPTER_NAME, EMBEDDING, HEAD, PREFIX, read_settings
 from qlora_phi3.errors import ExportError, ModelError
-from qlora_phi3.export.adapter import ADAPTER_NAME, EMBEDDING, HEAD, PREFIX, read_settings
 from qlora_phi3.export.base import RecordedBase
-from qlora_phi3.export.weights import StoredWeights, TensorInfo, Weights, open_file, read, split_rows
-from qlora_phi3.loss import select_supervised
-from qlora_phi3.model import Phi3ForChunkedLoss
+from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
+from qlora_phi3.model.loss import select_supervised
+from qlora_phi3.model.phi3 import Phi3ForChunkedLoss
+from qlora_phi3.model.weights import StoredWeights, TensorInfo, Weights, open_file, read, split_rows
 from qlora_phi3.step import Batch, evaluating
 
 #: What is being done, how much of it is done, and out of how much (None: unknown).

@@ -2,15 +2,18 @@
 
 safetensors' own writer wants a file's tensors in memory together. The format is a header of names, types and places, known
 beforehand, and then the bytes; they are written here a piece at a time, and read back by the library in the tests.
+
+One export at a time writes into a place.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -18,18 +21,25 @@ from tempfile import TemporaryFile
 from typing import Any, cast
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from qlora_phi3.errors import ExportError, RunError, mend
-from qlora_phi3.export.weights import DTYPES, INDEX_NAME, WEIGHTS_NAME, TensorInfo, Weights
-from qlora_phi3.runfolder import write_atomically
-from qlora_phi3.sizes import format_gib
+from qlora_phi3.files import state_folder, write_atomically
+from qlora_phi3.model.weights import DTYPES, INDEX_NAME, WEIGHTS_NAME, TensorInfo, Weights
+from qlora_phi3.units import format_gib
 
 #: In the folder while it is not finished: which shards are whole, and what they were made from.
 PROGRESS_NAME = ".shards.json"
+
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
 #: Told after every piece: bytes written of all bytes.
 Progress = Callable[[int, int], None]
+
+
 #: What to keep beside a shard in the progress file, given its tensors' names.
 Notes = Callable[[Sequence[str]], dict[str, Any]]
 
@@ -321,3 +331,35 @@ def _index(info: Mapping[str, TensorInfo], shards: Sequence[Shard]) -> str:
     where = {name: shard.file_name for shard in shards for name in shard.names}
     total = sum(tensor.num_bytes for tensor in info.values())
     return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}, indent=2) + "\n"
+
+
+@contextmanager
+def locked(places: Iterable[Path]) -> Iterator[None]:
+    """Hold places against other exports of this user; the system lets go of them when the process is killed.
+
+    The locks lie elsewhere, since a place is renamed, and shipped.
+
+    Raises:
+        ExportError: another export holds one of them.
+    """
+    folder = _lock_folder()
+    with ExitStack() as held:
+        for place in places:
+            name = hashlib.sha256(os.path.normcase(place).encode()).hexdigest()[:32]
+            with writing(folder):
+                try:
+                    held.enter_context(FileLock(folder / f"{name}.lock", timeout=0))
+                except Timeout as error:
+                    cure = "Wait for it, or give --out another folder."
+                    raise ExportError(f"Another export is writing {place}.", cure) from error
+        yield
+
+
+def _lock_folder() -> Path:
+    """Of this user, or where nothing can be kept there the system's for what is temporary."""
+    folder = state_folder() / "locks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.gettempdir())
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())

@@ -22,19 +22,39 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 MIB = 2**20
+
+
 ROUNDING_BYTES = 512
+
+
 SMALL_REQUEST_BYTES = MIB
+
+
 SMALL_PAGE_BYTES = 2 * MIB
+
+
 LARGE_PAGE_BYTES = 20 * MIB
+
+
 #: From here on a request has a segment of its own, rounded up to `LARGE_ROUNDING_BYTES`.
 OWN_SEGMENT_BYTES = 10 * MIB
+
+
 LARGE_ROUNDING_BYTES = 2 * MIB
+
+
 #: A rest up to this size is not split off in the large pool (without expandable segments).
 UNSPLIT_BYTES = MIB
+
+
 #: In a trace, frees every cached segment, as `torch.cuda.empty_cache()` does.
 EMPTY_CACHE = (-1, 0)
+
+
 #: torch reserves addresses for 9/8 of the card's memory; here they never run out.
 ADDRESS_SPACE_BYTES = LARGE_PAGE_BYTES * 2**20
+
+
 ADDRESS_BITS = 50
 
 

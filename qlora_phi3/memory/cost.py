@@ -11,15 +11,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_phi3.architecture import Architecture
-from qlora_phi3.setup import Setup
+from qlora_phi3.execution import Setup
+from qlora_phi3.family import Architecture
 
 #: Shares of the card's stated rates that such a step reaches: assumptions, until benchmarks/ has figures of real cards.
 ARITHMETIC_SHARE, BANDWIDTH_SHARE = 0.5, 0.8
+
+
 #: Bytes a second between computer and card, pinned memory, PCIe 4.0 x8 (16 GB/s stated): an assumption as well.
 OFFLOAD_BYTES_PER_SECOND = 12e9
+
+
 #: Starting the kernels of one decoder layer, forward or backward: about 60 of them at 5 microseconds. An assumption.
 LAYER_LAUNCH_SECONDS = 3e-4
+
+
 #: Bytes read and written when one weight is dequantized to 16 bit: NF4 with double quantization is 4.127 bit (QLoRA, section 3).
 DEQUANTIZED_BYTES_PER_WEIGHT = 4.127 / 8 + 2
 

@@ -12,19 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_phi3.device import Device
 from qlora_phi3.errors import DeviceError, RunError
-from qlora_phi3.memory.folders import state_folder
-from qlora_phi3.runfolder import write_atomically
-from qlora_phi3.sizes import format_gib, parse_size
+from qlora_phi3.files import state_folder, write_atomically
+from qlora_phi3.hardware.gpu import Device
+from qlora_phi3.units import format_gib, parse_size
 
 if TYPE_CHECKING:
-    from qlora_phi3.recipe.load import Recipe
+    from qlora_phi3.recipe.schema import Recipe
 
 #: The share of the prediction, and the least. Chosen, not measured: on CPUs, predictions were never too low by more than 0.5 %.
 USUAL_SHARE, LEAST_BYTES = 0.03, 128 * 2**20
+
+
 #: A run that took 4 % more than predicted asks for 6 %: the next one may miss by a little more.
 CAUTION = 1.5
+
+
 #: Runs that are remembered of each card, the latest ones.
 REMEMBERED = 50
 

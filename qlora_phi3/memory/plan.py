@@ -1,37 +1,185 @@
-"""The fastest set-up of a recipe that fits a card, and where none does, what to change.
+"""The rows a plan must carry, as lengths in tokens: the usual step, and the heaviest micro-batch; no torch.
 
-What the optimizer sees is the recipe's on every card; the plan chooses only how it is computed. Kinds of set-up (which layers
-are recomputed, whether their inputs are offloaded, the MLPs in tiles) are looked at in the order of the speed that `cost.py`
-gives them at best. Each is given the largest micro-batch that seems to fit; the fastest is simulated whole and served by the
-allocator's model at the very limit. Where nothing fits, the tiles of the loss are made smaller, and as the last resort whole
-layers recomputed with their MLPs in tiles. A pinned key of the recipe is never overruled.
+Why a plan is as it is, in the words that `vram-check` shows and `--fit` writes beside each key.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from qlora_phi3.dataset.pack import MicroBatchPlan
-from qlora_phi3.memory.cost import Cost, Work, step_cost
-from qlora_phi3.memory.predict import Forecast, Predictor, allocated_guess, reserved_guess
-from qlora_phi3.memory.reasons import give_reasons, in_words
-from qlora_phi3.memory.rows import RowLengths, count_micro_batches, heaviest_micro_batch
+from qlora_phi3.data.batching import plan_micro_batches
+from qlora_phi3.execution import USUAL_LOGITS_TILE_BYTES, MicroBatchPlan, Setup
+from qlora_phi3.memory.cost import Cost, Work
+from qlora_phi3.memory.predict import Forecast
 from qlora_phi3.memory.simulate import Load
-from qlora_phi3.setup import USUAL_LOGITS_TILE_BYTES, Setup, lean_mlp_tile
-from qlora_phi3.sizes import parse_size
+from qlora_phi3.recipe.schema import Recipe
+from qlora_phi3.units import format_gib
 
-#: Kinds of recomputation that are tried: none, one layer in sixteen, in eight and so on, all.
-CHECKPOINTING = (0, 16, 8, 6, 4, 3, 2, 1)
-SMALL_LOGITS_TILE_BYTES = 8 * 2**20
-#: What the small tile saves at most: fp32 logits, their exponentials and gradient, and the 16-bit ones.
-SMALL_LOGITS_SAVE_BYTES = 4 * (USUAL_LOGITS_TILE_BYTES - SMALL_LOGITS_TILE_BYTES)
-#: A larger micro-batch must make a step this much faster to be worth its memory.
-WORTH = 1.02
-#: A kind that seems to miss by no more than this is simulated whole before it is given up.
-NEARLY_FITS = 1.015
-#: So near to the limit the 8-bit state of Phi-3-mini's adapter (1.6 % of all) decides.
-NEARLY_FULL = 1.04
-ROUNDING_TOKENS = 64
+
+@dataclass(frozen=True, slots=True)
+class RowLengths:
+    """Tokens of every row that is trained on, longest first, and of the longest held-out one (0: none)."""
+
+    training: tuple[int, ...]
+    longest_evaluation: int
+    batch_size: int
+    #: The data could not be read: every row counts as long as a row may be.
+    assumed: bool = False
+
+    @property
+    def longest(self) -> int:
+        """Of the training rows."""
+        return self.training[0]
+
+    def heaviest_step(self) -> tuple[int, ...]:
+        """The longest rows that can meet in one optimizer step."""
+        return self.training[: self.batch_size]
+
+    def usual_step(self) -> tuple[int, ...]:
+        """As many rows as a step has, spread evenly over all lengths."""
+        number, total = min(self.batch_size, len(self.training)), len(self.training)
+        return tuple(self.training[(2 * index + 1) * total // (2 * number)] for index in range(number))
+
+
+def read_lengths(training: Sequence[int], evaluation: Sequence[int], batch_size: int) -> RowLengths:
+    """Of rows that were tokenised."""
+    return RowLengths(tuple(sorted(training, reverse=True)), max(evaluation, default=0), batch_size)
+
+
+def assume_lengths(max_length: int, batch_size: int) -> RowLengths:
+    """The worst case: every row as long as a row may be."""
+    return RowLengths((max_length,) * batch_size, max_length, batch_size, assumed=True)
+
+
+def heaviest_micro_batch(rows: RowLengths, plan: MicroBatchPlan) -> tuple[tuple[int, ...], bool]:
+    """Tokens of each row of the fullest micro-batch that any step can have, and whether a step can have several.
+
+    A packed micro-batch is taken as filled to its last token where a step has that many.
+    """
+    step = rows.heaviest_step()
+    groups = plan_micro_batches(
+        step, max_tokens=plan.max_tokens, max_rows=plan.max_rows, packing=plan.packing, boundary=plan.longrope_boundary
+    )
+    several = len(groups) > 1
+    if not plan.packing:
+        heaviest = max(groups, key=lambda group: len(group) * max(step[row] for row in group))
+        return tuple(step[row] for row in heaviest), several
+    filled = max(rows.longest, min(plan.max_tokens, sum(step)))
+    return _fill_rows(rows.longest, filled), several
+
+
+def _fill_rows(longest: int, tokens: int) -> tuple[int, ...]:
+    """Rows of `longest` tokens, and a shorter one, that make so many tokens."""
+    whole, rest = divmod(tokens, longest)
+    return (longest,) * whole + ((rest,) if rest else ())
+
+
+def count_micro_batches(lengths: Sequence[int], plan: MicroBatchPlan) -> int:
+    """Micro-batches of a step with rows of these lengths."""
+    return len(
+        plan_micro_batches(
+            lengths,
+            max_tokens=plan.max_tokens,
+            max_rows=plan.max_rows,
+            packing=plan.packing,
+            boundary=plan.longrope_boundary,
+        )
+    )
+
+
+ASKED = "the recipe asks for it"
+
+
+def give_reasons(
+    recipe: Recipe,
+    setup: Setup,
+    *,
+    num_passes: int,
+    longest: int,
+    refused: Mapping[Setup, int],
+    limit_bytes: int,
+) -> dict[str, str]:
+    """Key of the recipe -> why the plan gives it this value.
+
+    Args:
+        num_passes: forward passes of a usual step.
+        longest: tokens of the longest row.
+        refused: kinds of set-up that would be faster and do not fit, and what each would take on the card, in bytes.
+        limit_bytes: what may be predicted on the card.
+    """
+    pinned = _pinned(recipe)
+    reasons = {
+        "micro_batch_tokens": _of_micro_batch(setup, num_passes, longest),
+        "gradient_checkpointing": _of_recomputing(setup),
+        "checkpoint_every_n_layers": _of_every(setup) + _next_faster(refused, limit_bytes),
+        "activation_offloading": "recomputation alone does not make enough room"
+        if setup.activation_offloading
+        else "there is room on the card",
+        "optim": "its state may leave the card where that is full; where it is not, this is as fast as adamw_8bit"
+        if setup.optim.startswith("paged")
+        else "its state fits beside everything else",
+        "logits_tile": "the fastest size" if setup.logits_tile_bytes >= USUAL_LOGITS_TILE_BYTES else "less memory",
+        "mlp_tile_tokens": _of_mlp_tiles(setup),
+    }
+    return {key: ASKED if pinned[key] else reason for key, reason in reasons.items()}
+
+
+def in_words(setup: Setup) -> str:
+    """What is kept of a step, and where."""
+    every = setup.checkpoint_every
+    kept = {0: "keeping all activations", 1: "recomputing all layers"}.get(every, f"recomputing one layer in {every}")
+    tiled = ", the MLPs in tiles" if setup.mlp_tile_tokens else ""
+    return kept + (", offloaded" if setup.activation_offloading else "") + tiled
+
+
+def _pinned(recipe: Recipe) -> dict[str, bool]:
+    training, memory = recipe.training, recipe.memory
+    return {
+        "micro_batch_tokens": bool(training.micro_batch_size or memory.micro_batch_tokens != "auto"),
+        "gradient_checkpointing": training.gradient_checkpointing != "auto",
+        "checkpoint_every_n_layers": memory.checkpoint_every_n_layers != "auto",
+        "activation_offloading": training.activation_offloading != "auto",
+        "optim": training.optim != "auto",
+        "logits_tile": memory.logits_tile != "auto",
+        "mlp_tile_tokens": memory.mlp_tile_tokens != "auto",
+    }
+
+
+def _of_micro_batch(setup: Setup, num_passes: int, longest: int) -> str:
+    if num_passes == 1:
+        return "a whole step at once"
+    if setup.micro_batch.max_tokens <= longest:
+        return "the longest row alone; more at once would gain under 2%, not fit, or ask for more recomputation"
+    return f"{num_passes} forward passes a step; more tokens at once would gain under 2% or not fit"
+
+
+def _of_recomputing(setup: Setup) -> str:
+    if setup.checkpoint_every:
+        return "makes room"
+    if setup.mlp_tile_tokens:
+        return "no whole layer is computed twice; the MLPs alone are (mlp_tile_tokens)"
+    return "there is room to keep every activation"
+
+
+def _of_every(setup: Setup) -> str:
+    every = setup.checkpoint_every
+    return {0: "none", 1: "all of them, the leanest"}.get(every, f"recomputing one layer in {every} makes enough room")
+
+
+def _of_mlp_tiles(setup: Setup) -> str:
+    if not setup.mlp_tile_tokens:
+        return "0: not needed"
+    if setup.checkpoint_every == 1:
+        return "the last resort: without it the longest row does not fit"
+    return "the MLPs of all layers are computed twice; nothing as fast fits without"
+
+
+def _next_faster(refused: Mapping[Setup, int], limit_bytes: int) -> str:
+    """The leanest kind that would be faster and does not fit."""
+    if not refused:
+        return ""
+    kind, needed = min(refused.items(), key=lambda item: item[1])
+    room = format_gib(limit_bytes)
+    return f"; {in_words(kind)} would take about {format_gib(needed)} for the longest row alone, of {room} beside the margin"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,276 +213,9 @@ class Plan:
         return self.forecast.fits
 
 
-def find_plan(predictor: Predictor, rows: RowLengths, card: Card, *, progress: Callable[[str], None]) -> Plan:
-    """The fastest set-up that fits; where none fits, the leanest one, whose forecast says so."""
-    search = _Search(predictor, rows, card, progress)
-    for kinds in search.stages():
-        if (plan := search.fastest(kinds)) is not None:
-            return plan
-    return search.settle(search.leanest())
-
-
-def leanest_setup(predictor: Predictor, rows: RowLengths) -> Setup:
-    """What takes least of all that the recipe allows, on any card."""
-    anywhere = Card(limit_bytes=0, tflops_16bit=1, bandwidth_bytes_per_second=1)
-    return _Search(predictor, rows, anywhere, progress=lambda _: None).leanest()
-
-
 def load_of(rows: RowLengths, setup: Setup) -> Load:
     """The heaviest that a run with this set-up must carry."""
     lengths, several = heaviest_micro_batch(rows, setup.micro_batch)
     longest, plan = rows.longest_evaluation, setup.evaluation
     again = max(1, min(plan.max_tokens // longest, rows.batch_size, plan.max_rows)) if longest else 0
     return Load(lengths=lengths, evaluation_lengths=(longest,) * again, accumulates=several)
-
-
-class _Tiles(NamedTuple):
-    """How much goes through the loss and through an MLP at once."""
-
-    logits_bytes: int
-    mlp_tokens: int
-
-
-class _Search:
-    """One plan in the making."""
-
-    def __init__(self, predictor: Predictor, rows: RowLengths, card: Card, progress: Callable[[str], None]) -> None:
-        self.predictor, self.rows, self.card, self.progress = predictor, rows, card, progress
-        self.training = predictor.recipe.training
-        #: Kinds that would be faster and do not fit, and what each would show on the card.
-        self._refused: dict[Setup, int] = {}
-
-    def tiles(self) -> list[_Tiles]:
-        """All that the recipe allows, the fastest first."""
-        memory, fewest = self.predictor.recipe.memory, self._fewest_tokens()
-        logits: tuple[int, ...] = (USUAL_LOGITS_TILE_BYTES, SMALL_LOGITS_TILE_BYTES)
-        if memory.logits_tile != "auto":
-            logits = (parse_size(memory.logits_tile),)
-        if memory.mlp_tile_tokens != "auto":
-            return [_Tiles(size, memory.mlp_tile_tokens) for size in logits]
-        tile = lean_mlp_tile(fewest)
-        return [_Tiles(size, tokens) for tokens in ((0, tile) if fewest > tile else (0,)) for size in logits]
-
-    def stages(self) -> Iterator[list[Setup]]:
-        """Kinds of set-up, each with its smallest micro-batch: where nothing of one stage fits, the next is tried.
-
-        Offloading, which costs more than larger micro-batches gain, comes where nothing fits without it.
-        """
-        tiles, fewest, choices = self.tiles(), self._fewest_tokens(), self._kinds()
-        for each in tiles:
-            kept = [self._setup(every, False, fewest, each) for every, offload in choices if not offload]
-            if (
-                len(kept) > 1 and tiles[-1].mlp_tokens > each.mlp_tokens == 0
-            ):  # fewer layers, and the MLPs of all others
-                in_tiles = _Tiles(each.logits_bytes, tiles[-1].mlp_tokens)
-                kept += [self._setup(kind.checkpoint_every, False, fewest, in_tiles) for kind in kept[:-1]]
-            moved = [self._setup(every, True, fewest, each) for every, offload in choices if offload]
-            if each.logits_bytes == tiles[0].logits_bytes or self._nearly_fitted(each):
-                yield kept
-                yield moved
-
-    def _nearly_fitted(self, tiles: _Tiles) -> bool:
-        """Whether a smaller tile of the loss may decide; simulating its many tiles takes its time."""
-        alike = [needed for kind, needed in self._refused.items() if kind.mlp_tile_tokens == tiles.mlp_tokens]
-        return min(alike, default=0) <= self.card.limit_bytes + SMALL_LOGITS_SAVE_BYTES
-
-    def fastest(self, kinds: Sequence[Setup]) -> Plan | None:
-        """The fastest that fits, None where none does; a kind is sized only when nothing faster is left."""
-        most, fewest = self._most_tokens(), self._fewest_tokens()
-        #: Set-ups, and whether they were sized; else they stand for the best that their kind could do.
-        waiting = [(self._with_tokens(kind, most), False) for kind in kinds]
-        while waiting:
-            setup, is_sized = best = min(waiting, key=lambda each: self.seconds(each[0]))
-            waiting.remove(best)
-            kind = self._with_tokens(setup, fewest)
-            if not is_sized:
-                if self._may_fit(kind):
-                    waiting.append((self._thrifty(self._largest_that_fits(kind)), True))
-                continue
-            plan = self.settle(setup)
-            if plan.fits:
-                return plan
-            smaller = self.smaller(setup)
-            waiting += [(each, True) for each in smaller]
-            if not smaller:
-                self._refused[kind] = plan.forecast.on_card_bytes
-        return None
-
-    def _may_fit(self, kind: Setup) -> bool:
-        """Whether a kind seems to fit with the smallest micro-batch, or to miss by little."""
-        self.progress(f"Trying {in_words(kind)}")
-        if (
-            kind.mlp_tile_tokens
-            and kind.checkpoint_every != 1
-            and self.predictor.recipe.memory.mlp_tile_tokens == "auto"
-        ):
-            leaner = replace(kind, checkpoint_every=1, mlp_tile_tokens=0)  # keeps less of every layer
-            if max(self._phases(leaner).values()) > self._most_allocated() * NEARLY_FITS:
-                return False
-        most = max(self._phases(kind).values())
-        if most <= self._most_allocated() * NEARLY_FITS:
-            return True
-        self._refused[kind] = self.predictor.on_card(reserved_guess(most))
-        return False
-
-    def leanest(self) -> Setup:
-        """What takes least of all the recipe allows."""
-        every, offload = self._kinds()[-1]
-        return self._setup(every, offload, self._fewest_tokens(), self.tiles()[-1])
-
-    def settle(self, setup: Setup) -> Plan:
-        """Simulate the whole model, at the limit; the optimizer whose state is not paged where there is plenty of room."""
-        self.progress("Simulating every layer")
-        *usual, leanest = self._optimizers()
-        forecast = self._forecast(setup, leanest if self._is_tight(setup) else (*usual, leanest)[0])
-        if forecast.setup.optim != leanest and not forecast.fits:
-            forecast = self._forecast(setup, leanest)
-        chosen = forecast.setup
-        return Plan(
-            forecast=forecast,
-            work=self._work(chosen),
-            cost=self._cost(chosen),
-            reasons=give_reasons(
-                self.predictor.recipe,
-                chosen,
-                num_passes=self._count(chosen),
-                longest=self.rows.longest,
-                refused=self._refused,
-                limit_bytes=self.card.limit_bytes,
-            ),
-        )
-
-    def smaller(self, setup: Setup) -> list[Setup]:
-        """A tenth fewer tokens, where the whole simulation found less room than the estimate; none below the longest row."""
-        tokens, fewest = setup.micro_batch.max_tokens, self._fewest_tokens()
-        return [self._with_tokens(setup, max(fewest, int(tokens * 0.9)))] if tokens > fewest else []
-
-    def _kinds(self) -> list[tuple[int, bool]]:
-        """(checkpoint_every, activation_offloading), all that the recipe allows, the leanest last."""
-        pinned = self.predictor.recipe.memory.checkpoint_every_n_layers
-        wanted, offloading = self.training.gradient_checkpointing, self.training.activation_offloading
-        if wanted is False:
-            every: tuple[int, ...] = (0,)
-        elif pinned != "auto":
-            every = (pinned,)
-        else:
-            layers = self.predictor.architecture.num_hidden_layers
-            every = (1,) if wanted is True else tuple(each for each in CHECKPOINTING if each < max(2, layers))
-        if offloading is True:
-            return [(number, True) for number in every]
-        kinds = [(number, False) for number in every]
-        return [*kinds, (every[-1], True)] if offloading == "auto" and every[-1] else kinds
-
-    def _forecast(self, setup: Setup, optim: str) -> Forecast:
-        load = load_of(self.rows, setup)
-        return self.predictor.forecast(replace(setup, optim=optim), load, limit_bytes=self.card.limit_bytes)
-
-    def _is_tight(self, setup: Setup) -> bool:
-        """Whether hardly anything is free with the leanest optimizer and the smallest micro-batch."""
-        smallest = setup.micro_batch.max_tokens == self._fewest_tokens()
-        return smallest and max(self._phases(setup).values()) * NEARLY_FULL > self._most_allocated()
-
-    def _optimizers(self) -> tuple[str, ...]:
-        wanted = self.training.optim
-        return ("adamw_8bit", "paged_adamw_8bit") if wanted == "auto" else (wanted,)
-
-    def _setup(self, every: int, offload: bool, tokens: int, tiles: _Tiles) -> Setup:
-        return Setup(
-            micro_batch=self._layout(tokens, self.training.micro_batch_size),
-            evaluation=self._evaluation(tokens),
-            checkpoint_every=every,
-            activation_offloading=offload,
-            optim=self._optimizers()[-1],
-            logits_tile_bytes=tiles.logits_bytes,
-            mlp_tile_tokens=tiles.mlp_tokens,
-        )
-
-    def _evaluation(self, tokens: int) -> MicroBatchPlan:
-        """As in training, unless the recipe fixes it."""
-        rows = self.training.per_device_eval_batch_size
-        return self._layout(tokens, self.training.micro_batch_size if rows == "auto" else rows)
-
-    def _layout(self, tokens: int, rows: int | None) -> MicroBatchPlan:
-        return MicroBatchPlan(
-            max_tokens=rows * self.training.max_length if rows else tokens,
-            max_rows=rows or self.training.batch_size,
-            packing=self.training.packing,
-            longrope_boundary=self.predictor.architecture.longrope_boundary,
-        )
-
-    def _with_tokens(self, setup: Setup, tokens: int) -> Setup:
-        tokens = self._fillable(tokens)
-        layout = self._layout(tokens, self.training.micro_batch_size)
-        return replace(setup, micro_batch=layout, evaluation=self._evaluation(tokens))
-
-    def _fillable(self, tokens: int) -> int:
-        """What rows can fill of so many tokens: whole rows, where all are of one length."""
-        longest, pinned = self.rows.longest, self.predictor.recipe.memory.micro_batch_tokens != "auto"
-        alike = self.rows.training[-1] == longest
-        return tokens // longest * longest if alike and not pinned and tokens >= longest else tokens
-
-    def _most_tokens(self) -> int:
-        """All rows of the heaviest step at once."""
-        pinned = self.predictor.recipe.memory.micro_batch_tokens
-        step = self.rows.heaviest_step()
-        whole = sum(step) if self.training.packing else len(step) * self.rows.longest
-        return self._tokens(max(whole, self.rows.longest) if pinned == "auto" else pinned)
-
-    def _fewest_tokens(self) -> int:
-        pinned = self.predictor.recipe.memory.micro_batch_tokens
-        return self._tokens(self.rows.longest if pinned == "auto" else pinned)
-
-    def _tokens(self, wanted: int) -> int:
-        return self._layout(wanted, self.training.micro_batch_size).max_tokens
-
-    def _largest_that_fits(self, kind: Setup) -> Setup:
-        """As if all that is not there between two steps grew with the tokens: a little too careful, and needs no simulation.
-
-        Args:
-            kind: with the smallest micro-batch, which fits.
-        """
-        low, high, phases = kind.micro_batch.max_tokens, self._most_tokens(), self._phases(kind)
-        resident = phases["save"]
-        growing = max(1, max(phases.values()) - resident)
-        fitting = low * (self._most_allocated() - resident) // growing
-        return self._with_tokens(kind, max(low, min(high, fitting)))
-
-    def _phases(self, setup: Setup) -> Mapping[str, int]:
-        load = load_of(self.rows, setup)
-        return self.predictor.estimate(setup, replace(load, evaluation_lengths=()))  # never the peak; settle() has it
-
-    def _most_allocated(self) -> int:
-        return allocated_guess(self.card.limit_bytes - self.predictor.on_card(0))
-
-    def _thrifty(self, setup: Setup) -> Setup:
-        """The smallest micro-batch that is nearly as fast: the last tokens cost memory and gain little."""
-        most, fewest = setup.micro_batch.max_tokens, self._fewest_tokens()
-        for tokens in range(fewest, most, max(ROUNDING_TOKENS, (most - fewest) // 32)):
-            leaner = self._with_tokens(setup, tokens)
-            if self.seconds(leaner) <= self.seconds(setup) * WORTH:
-                return leaner
-        return setup
-
-    def _count(self, setup: Setup) -> int:
-        return count_micro_batches(self.rows.usual_step(), setup.micro_batch)
-
-    def seconds(self, setup: Setup) -> float:
-        """Of an optimizer step, by the cost model."""
-        return self._cost(setup).seconds
-
-    def _work(self, setup: Setup) -> Work:
-        return Work(
-            lengths=self.rows.usual_step(),
-            num_micro_batches=self._count(setup),
-            rank=self.predictor.recipe.lora.r,
-            quantized=self.predictor.recipe.quantization.load_in_4bit,
-        )
-
-    def _cost(self, setup: Setup) -> Cost:
-        return step_cost(
-            self.predictor.architecture,
-            setup,
-            self._work(setup),
-            tflops_16bit=self.card.tflops_16bit,
-            bandwidth_bytes_per_second=self.card.bandwidth_bytes_per_second,
-        )

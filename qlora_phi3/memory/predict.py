@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from qlora_phi3.architecture import Architecture
+from qlora_phi3.execution import Setup
+from qlora_phi3.family import Architecture
 from qlora_phi3.memory.allocator import expandable_segments_work, replay
-from qlora_phi3.memory.profile import Profile
+from qlora_phi3.memory.cuda_path import context_bytes
+from qlora_phi3.memory.report import Profile
 from qlora_phi3.memory.simulate import Load, simulate
-from qlora_phi3.memory.workspaces import context_bytes
-from qlora_phi3.recipe.load import Recipe
-from qlora_phi3.setup import Setup
-from qlora_phi3.sizes import MIB
+from qlora_phi3.recipe.schema import Recipe
+from qlora_phi3.units import MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,10 @@
-"""A TOML file, and what `--set` adds to it, read into one frozen Recipe; every problem of it is told at once.
+"""What a recipe may ask of its model: positions and layers that it has.
+
+Where the files that a recipe names lie.
+
+The files and folders that a recipe names and that are not on this computer; told before torch is imported.
+
+A TOML file, and what `--set` adds to it, read into one frozen Recipe; every problem of it is told at once.
 
 The tables and their keys are in `tables.py`, the names that are refused in `names.py`, the wording of
 errors in `problems.py`. Nothing here reads the environment, a model or data.
@@ -6,66 +12,128 @@ errors in `problems.py`. Nothing here reads the environment, a model or data.
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from qlora_phi3.errors import RecipeError
-from qlora_phi3.recipe.missing import IsFile, find_missing
-from qlora_phi3.recipe.names import find_nearest
-from qlora_phi3.recipe.problems import Problem, find_problems, format_toml
-from qlora_phi3.recipe.tables import ComputeDtype, Data, Lora, Memory, Model, Quantization, Table, Training
+from qlora_phi3.errors import RecipeError, UserError
+from qlora_phi3.recipe.messages import Problem, find_nearest, find_problems, format_toml
+from qlora_phi3.recipe.schema import TABLES, Recipe
+
+if TYPE_CHECKING:
+    from qlora_phi3.family import Architecture
+    from qlora_phi3.recipe.schema import Recipe
+
+
+def check_limits(recipe: "Recipe", architecture: "Architecture") -> None:
+    """Refuse rows longer than the model's positions, and a layer to recompute that it does not have.
+
+    Raises:
+        UserError: names the key, its value and the model's.
+    """
+    asked, most = recipe.training.max_length, architecture.max_position_embeddings
+    if asked > most:
+        raise UserError(
+            f"[training] max_length = {asked}, and {recipe.model.name} has {most} positions.",
+            f"Write max_length = {most} or less.",
+        )
+    every, layers = recipe.memory.checkpoint_every_n_layers, architecture.num_hidden_layers
+    if every != "auto" and every > layers:
+        raise UserError(
+            f"[memory] checkpoint_every_n_layers = {every}, and {recipe.model.name} has {layers} layers.",
+            f"Write {layers} or less; to recompute none write [training] gradient_checkpointing = false.",
+        )
+
+
+def with_found_paths(recipe: "Recipe", base_folder: Path) -> "Recipe":
+    """The recipe with local files and folders as absolute paths, so that it means the same from anywhere.
+
+    Args:
+        base_folder: the recipe's; its relative paths are looked for there, then in the working folder.
+    """
+
+    def find(place: str) -> str:
+        found = next((candidate for candidate in possible_places(place, base_folder) if candidate.exists()), None)
+        return str(found.resolve()) if found else place
+
+    def find_all(places: str | list[str] | None) -> str | list[str] | None:
+        return [find(place) for place in places] if isinstance(places, list) else places and find(places)
+
+    data = recipe.data.model_copy(update={"train": find_all(recipe.data.train), "eval": find_all(recipe.data.eval)})
+    adapter = recipe.model.adapter
+    model = recipe.model.model_copy(update={"name": find(recipe.model.name), "adapter": adapter and find(adapter)})
+    return recipe.model_copy(update={"data": data, "model": model})
+
+
+def possible_places(name: str, base_folder: Path) -> tuple[Path, Path]:
+    """Where a relative path of a recipe may lie, in the order in which it is looked for."""
+    return base_folder / name, Path(name).expanduser()
+
+
+def listed(places: str | list[str] | None) -> Sequence[str]:
+    """The value of a key that holds one name or several."""
+    return [places] if isinstance(places, str) else places or []
+
+
+#: Whether a name of [data], looked for beside a recipe in this folder, means a file and not a data set of the hub.
+IsFile = Callable[[str, Path], bool]
+
+
+def find_missing(raw: Mapping[str, Any], base_folder: Path, is_file: IsFile) -> Iterator[Problem]:
+    """Yield a problem for the model folder, the adapter and every data file that does not exist.
+
+    Args:
+        raw: the tables as they were read; what is of a wrong type is passed over.
+        base_folder: the recipe's.
+    """
+    name = _table(raw, "model").get("name")
+    if isinstance(name, str) and name and _is_folder_name(name) and not _exists(name, base_folder):
+        cure = "Give a folder that exists, or a hub id such as microsoft/Phi-3-mini-4k-instruct."
+        yield Problem("model", "name", f"[model] name: There is no model folder {name}. {cure}")
+    adapter = _table(raw, "model").get("adapter")
+    if isinstance(adapter, str) and adapter and not _exists(adapter, base_folder):
+        yield Problem("model", "adapter", f"[model] adapter: There is no folder {adapter}.")
+    measures = _table(raw, "training").get("do_eval") is not False
+    for key in ("train", "eval") if measures else ("train",):
+        names = _table(raw, "data").get(key)
+        for name in listed(names) if isinstance(names, str | list) else ():
+            if isinstance(name, str) and name and is_file(name, base_folder) and not _exists(name, base_folder):
+                yield Problem("data", key, f"[data] {key}: There is no file {name}{_looked(name, base_folder)}")
+
+
+def _table(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    table = raw.get(name)
+    return table if isinstance(table, dict) else {}
+
+
+def _is_folder_name(name: str) -> bool:
+    """Whether it cannot be a hub id, which is owner/name."""
+    return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
+
+
+def _exists(name: str, base_folder: Path) -> bool:
+    return any(place.exists() for place in possible_places(name, base_folder))
+
+
+def _looked(name: str, base_folder: Path) -> str:
+    """Where it was looked for, and the file there whose name is nearest."""
+    folders = list(dict.fromkeys(place.absolute().parent for place in possible_places(name, base_folder)))
+    where = f" in {' or '.join(map(str, folders))}."
+    for folder in folders:
+        files = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+        if nearest := find_nearest(Path(name).name, files, cutoff=0.8):  # endings are alike anyway
+            return f"{where} Did you mean {Path(name).with_name(nearest).as_posix()}?"
+    return where
+
 
 #: Python's way of writing where TOML's is wanted: True, None, "key": value, or a comma at the end of the line.
 PYTHON_IN_TOML = re.compile(r"\b(True|False|None)\b|^\s*[\"']\w+[\"']\s*:|,\s*$")
 
+
 #: Endings of files that are data, never recipes.
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-
-
-class Recipe(Table):
-    """What a run does, wholly: the same recipe on the same data gives the same adapter."""
-
-    model: Model
-    quantization: Quantization = Quantization()
-    lora: Lora = Lora()
-    data: Data
-    training: Training = Training()
-    memory: Memory = Memory()
-
-    @property
-    def compute_dtype(self) -> ComputeDtype:
-        """The type of the arithmetic, from `bnb_4bit_compute_dtype` or a pasted `bf16` or `fp16`."""
-        return self._pasted_dtype() or self.quantization.bnb_4bit_compute_dtype
-
-    def contradictions(self) -> Iterator[str]:
-        """A pasted bf16 or fp16 against the compute type; two sizes of a micro-batch; checkpointing on and off."""
-        if self.memory.micro_batch_tokens != "auto" and self.training.micro_batch_size is not None:
-            yield (
-                f"[memory] micro_batch_tokens = {self.memory.micro_batch_tokens} and a fixed "
-                "[training] per_device_train_batch_size say the same thing twice: keep one."
-            )
-        if self.memory.checkpoint_every_n_layers != "auto" and self.training.gradient_checkpointing is False:
-            yield "[memory] checkpoint_every_n_layers needs [training] gradient_checkpointing: keep one."
-        pasted, named = self._pasted_dtype(), self.quantization.bnb_4bit_compute_dtype
-        if pasted and named not in ("auto", pasted):
-            switch = "bf16" if self.training.bf16 else "fp16"
-            yield f'[training] {switch} = true and [quantization] bnb_4bit_compute_dtype = "{named}" differ: keep one.'
-
-    def _pasted_dtype(self) -> ComputeDtype | None:
-        return "bfloat16" if self.training.bf16 else "float16" if self.training.fp16 else None
-
-
-TABLES: dict[str, type[Table]] = {
-    "model": Model,
-    "quantization": Quantization,
-    "lora": Lora,
-    "data": Data,
-    "training": Training,
-    "memory": Memory,
-}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, is_file: IsFile | None = None) -> Recipe:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from qlora_phi3.errors import RunError, mend
-from qlora_phi3.runfolder import write_atomically
+from qlora_phi3.files import write_atomically
 
 SEAL = "sealed.json"
 

@@ -31,15 +31,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qlora_phi3.dataset.pack import MicroBatchPlan, split_plan
+from qlora_phi3.data.batching import split_plan
 from qlora_phi3.errors import RunError
-from qlora_phi3.setup import Setup, lean_mlp_tile
+from qlora_phi3.execution import MicroBatchPlan, Setup, lean_mlp_tile
+from qlora_phi3.reporter import Listener, OomRecord
 from qlora_phi3.step import Batch, MicroBatchMemoryError, StepResult, collate
-from qlora_phi3.training.listener import Listener, OomRecord
 from qlora_phi3.training.report import describe_device
 
 Phase = Literal["training", "evaluation"]
+
+
 Measure = Literal["again", "split", "offload", "tile"]
+
+
 #: Steps within which a second out-of-memory of the same phase is no accident any more: a plan that cannot hold is lowered.
 ACCIDENT_STEPS = 20
 

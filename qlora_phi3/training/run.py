@@ -11,34 +11,30 @@ import torch
 from peft import PeftModel
 
 from qlora_phi3.errors import Interrupted, RunError
-from qlora_phi3.model import apply_setup
-from qlora_phi3.quantized import save_quantized
-from qlora_phi3.recipe.load import Recipe, recipe_as_toml
-from qlora_phi3.recipe.places import with_found_paths
-from qlora_phi3.runfolder import (
-    RunFolder,
-    create_run_folder,
-    cut_metrics,
-    kept_if_loaded,
-    read_metrics,
-    write_atomically,
-    write_report,
-)
-from qlora_phi3.setup import Setup
+from qlora_phi3.execution import Setup
+from qlora_phi3.files import write_atomically
+from qlora_phi3.model.phi3 import apply_setup
+from qlora_phi3.model.quantized import save_quantized
+from qlora_phi3.recipe.load import recipe_as_toml, with_found_paths
+from qlora_phi3.recipe.schema import Recipe
+from qlora_phi3.reporter import Listener
+from qlora_phi3.runfolder import RunFolder, create_run_folder, cut_metrics, kept_if_loaded, read_metrics, write_report
 from qlora_phi3.step import is_out_of_memory
-from qlora_phi3.training.adapter import save_adapter
-from qlora_phi3.training.arguments import build_arguments
+from qlora_phi3.training.artifacts import keep_held_out, keep_template, record_base, save_adapter
+from qlora_phi3.training.callbacks import Recorder, StopOnInterrupt
 from qlora_phi3.training.checkpoint import find_checkpoint, step_of
-from qlora_phi3.training.interrupt import StopOnInterrupt
-from qlora_phi3.training.listener import Listener, Recorder
+from qlora_phi3.training.dry_run import rehearse
 from qlora_phi3.training.oom import recall_setup
-from qlora_phi3.training.planning import Chosen, wants_rehearsal
-from qlora_phi3.training.ready import Ready, choose, load_model, prepare
-from qlora_phi3.training.reckoning import Reckoning, measure_memory
-from qlora_phi3.training.record import keep_held_out, keep_template, record_base
-from qlora_phi3.training.rehearsal import rehearse
-from qlora_phi3.training.report import describe_device, failure_reported, first_report, last_report
-from qlora_phi3.training.trainer import Phi3Trainer
+from qlora_phi3.training.prepare import Chosen, Ready, choose, load_model, prepare, wants_rehearsal
+from qlora_phi3.training.report import (
+    Reckoning,
+    describe_device,
+    failure_reported,
+    first_report,
+    last_report,
+    measure_memory,
+)
+from qlora_phi3.training.trainer import Phi3Trainer, build_arguments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

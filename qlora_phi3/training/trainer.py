@@ -1,8 +1,12 @@
 """TRL's SFTTrainer, given whole optimizer batches: `step.py` splits them, and the loss is our own.
 
 A batch travels as its rows and is laid out in tensors only at its step, by the plan of that moment: `oom.py` may lower it.
+
+The recipe's [training] as TRL's SFTConfig reads it.
 """
 
+import logging
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,21 +22,27 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from qlora_phi3.errors import RunError
-from qlora_phi3.model import apply_setup
-from qlora_phi3.setup import Setup
+from qlora_phi3.execution import Setup
+from qlora_phi3.model.phi3 import apply_setup
+from qlora_phi3.recipe.schema import Training
+from qlora_phi3.reporter import EvalRecord, Listener, StepRecord
 from qlora_phi3.step import Batch, StepResult, evaluate, forward_backward
+from qlora_phi3.training.callbacks import GradientGuard, SpillWatch, check_loss
 from qlora_phi3.training.checkpoint import is_whole, seal, whole_or_gone
-from qlora_phi3.training.divergence import GradientGuard, check_loss
-from qlora_phi3.training.listener import EvalRecord, Listener, StepRecord
-from qlora_phi3.training.memory import peak_memory_bytes
 from qlora_phi3.training.oom import MemoryGuard, Phase
-from qlora_phi3.training.spill import SpillWatch
+from qlora_phi3.training.report import peak_memory_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,3 +295,71 @@ def _untouched(model: PeftModel, base: nn.Module) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if name in tensors:
             parameter.data = tensors[name]
+
+
+def build_arguments(
+    training: Training,
+    checkpoints: Path,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    optim: str,
+    evaluates: bool,
+) -> SFTConfig:
+    """Translate; what `step.py` and `model.py` do themselves is switched off here.
+
+    Args:
+        evaluates: whether there are held-out rows to measure on.
+    """
+    logging.getLogger("transformers.trainer_utils").addFilter(_tells_more_than_shares)
+    return SFTConfig(
+        output_dir=str(checkpoints),
+        # One batch of the Trainer is one optimizer step; step.py splits it into micro-batches.
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        gradient_accumulation_steps=1,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        max_length=None,
+        gradient_checkpointing=False,  # model.set_checkpointing: the Trainer's way makes the embedding need gradients
+        use_cpu=device.type == "cpu",
+        bf16=False,  # step.py runs autocast; fp16 stays with the Trainer for its GradScaler
+        fp16=compute_dtype == torch.float16,
+        num_train_epochs=training.num_train_epochs,
+        max_steps=training.max_steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.lr_scheduler_type,
+        lr_scheduler_kwargs=training.lr_scheduler_kwargs or None,
+        warmup_steps=training.warmup_steps,
+        optim=optim,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_epsilon=training.adam_epsilon,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        seed=training.seed,
+        data_seed=training.data_seed,
+        eval_strategy=training.eval_strategy if evaluates else "no",
+        eval_steps=training.eval_steps,
+        save_strategy=training.save_strategy,
+        save_steps=training.save_steps,
+        save_total_limit=training.save_total_limit,
+        load_best_model_at_end=training.load_best_model_at_end,
+        metric_for_best_model="eval_loss",
+        logging_steps=1,  # every step is measured; [training] logging_steps decides which are shown
+        logging_nan_inf_filter=False,  # it hides a loss that is no number behind an average
+        log_level=training.log_level,
+        disable_tqdm=True,
+        report_to=training.report_to,
+    )
+
+
+def _tells_more_than_shares(record: logging.LogRecord) -> bool:
+    """Whether a log line is other than the warning that 0.2 of all steps is not the 5 steps which that came to.
+
+    transformers 5.23 says so at every resumed run whose eval_steps or save_steps is a share. To be removed when it compares
+    them after `compute_steps`.
+    """
+    told = record.getMessage()
+    values = re.findall(r"\n\t\w+: (\S+) \(from args\)", told) if "`trainer_state.json`" in told else []
+    return not values or any(float(value) >= 1 for value in values)

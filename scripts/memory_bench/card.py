@@ -13,9 +13,9 @@ from memory_bench.cases import Case
 from memory_bench.truth import build_random, go_once
 from torch import nn
 
-from qlora_phi3.device import read_device
 from qlora_phi3.errors import DeviceError
-from qlora_phi3.memory.meter import Watch
+from qlora_phi3.hardware.gpu import read_device
+from qlora_phi3.memory.tracker import Watch
 from qlora_phi3.step import MicroBatchMemoryError, is_out_of_memory
 
 #: Left by the libraries in a process that holds no tensor of ours any more (bitsandbytes' code books); more than this is a leak.

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_phi3.architecture import Architecture, parse_architecture
-from qlora_phi3.dataset.pack import MicroBatchPlan
-from qlora_phi3.recipe.load import Recipe
-from qlora_phi3.setup import USUAL_LOGITS_TILE_BYTES, Setup
+from qlora_phi3.execution import USUAL_LOGITS_TILE_BYTES, MicroBatchPlan, Setup
+from qlora_phi3.family import Architecture, parse_architecture
+from qlora_phi3.recipe.schema import Recipe
 
 MIB = 2**20
 

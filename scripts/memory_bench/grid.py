@@ -8,7 +8,7 @@ from typing import Any
 
 from memory_bench.cases import Case, longrope, mid_size
 
-from qlora_phi3.architecture import known_config
+from qlora_phi3.family import known_config
 
 USUAL = mid_size()  # 92 M parameters
 SMALL = mid_size(4, 512, 1536, vocab_size=16384)  # 30 M

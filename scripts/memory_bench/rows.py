@@ -9,10 +9,10 @@ from typing import Any
 
 from memory_bench.cases import Case, count_parameters
 
-from qlora_phi3.device import Device
+from qlora_phi3.hardware.gpu import Device
 from qlora_phi3.memory.allocator import replay
-from qlora_phi3.memory.profile import Profile
-from qlora_phi3.memory.workspaces import context_bytes
+from qlora_phi3.memory.cuda_path import context_bytes
+from qlora_phi3.memory.report import Profile
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "memory.csv"

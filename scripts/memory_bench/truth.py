@@ -17,11 +17,10 @@ from memory_bench.cases import Case
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from qlora_phi3.lora import attach_adapter
-from qlora_phi3.memory.meter import Watch
-from qlora_phi3.memory.simulate import Load, go_through
-from qlora_phi3.memory.skeleton import build_skeleton
-from qlora_phi3.model import apply_setup
+from qlora_phi3.memory.simulate import Load, build_skeleton, go_through
+from qlora_phi3.memory.tracker import Watch
+from qlora_phi3.model.lora import attach_adapter
+from qlora_phi3.model.phi3 import apply_setup
 from qlora_phi3.step import Batch, collate
 
 PHASE = "phase "

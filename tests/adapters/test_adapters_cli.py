@@ -13,9 +13,10 @@ from adapter_models import build_pair, save_trained
 from safetensors.torch import load_file, save_file
 from workshop import call
 
-from qlora_phi3.adapters import convert, files
+from qlora_phi3.adapters import convert
+from qlora_phi3.adapters import peft_io as files
+from qlora_phi3.adapters.delta import Adapter, Block, Update, relative_difference, stack
 from qlora_phi3.adapters.loralib import Spec
-from qlora_phi3.adapters.update import Adapter, Block, Update, relative_difference, stack
 from qlora_phi3.cli.main import main
 from qlora_phi3.errors import ExportError
 

@@ -12,9 +12,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from qlora_phi3.adapters.convert import Converted, fused_to_split, read_base, split_to_fused
-from qlora_phi3.adapters.fused import check_layers, layer_shapes
-from qlora_phi3.adapters.peft_folder import read_peft
+from qlora_phi3.adapters.fused import check_layers
+from qlora_phi3.adapters.peft_io import read_peft
 from qlora_phi3.errors import ExportError
+from qlora_phi3.family import layer_shapes
 
 APART = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]

@@ -12,11 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qlora_phi3.adapters.convert import loralib_to_peft, peft_to_loralib, read_base
-from qlora_phi3.adapters.fused import groups_of, part_rows
-from qlora_phi3.adapters.load import load_loralib
-from qlora_phi3.adapters.loralib import Spec, read_loralib
-from qlora_phi3.architecture import read_architecture
+from qlora_phi3.adapters.fused import groups_of
+from qlora_phi3.adapters.loralib import Spec, load_loralib, read_loralib
 from qlora_phi3.errors import ExportError
+from qlora_phi3.family import part_rows, read_architecture
 
 lora = pytest.importorskip("loralib", reason="the real loralib is needed: pip install loralib==0.1.2")
 

@@ -8,13 +8,13 @@ import sys
 import pytest
 from workshop import Workshop, call, write_chats
 
-import qlora_phi3.device
-import qlora_phi3.memory.survey
-from qlora_phi3.device import Device, Holder
+import qlora_phi3.hardware.gpu
+import qlora_phi3.memory.tables
 from qlora_phi3.errors import NoDeviceError
+from qlora_phi3.hardware.gpu import Device, Holder
 from qlora_phi3.memory.margin import record_error
 from qlora_phi3.recipe.load import load_recipe
-from qlora_phi3.sizes import GIB, MIB
+from qlora_phi3.units import GIB, MIB
 
 KEYS = {
     "verdict", "peak_allocated_bytes", "peak_reserved_bytes", "peak_on_card_bytes", "budget_bytes", "margin_bytes",
@@ -52,7 +52,7 @@ def home(tmp_path_factory, base):
 @pytest.fixture
 def card_here(monkeypatch):
     """A card in this computer."""
-    monkeypatch.setattr(qlora_phi3.device, "read_device", lambda: HERE)
+    monkeypatch.setattr(qlora_phi3.hardware.gpu, "read_device", lambda: HERE)
 
 
 def ask(*words, recipe="mine.toml"):
@@ -206,9 +206,9 @@ def no_card(monkeypatch):
     """A computer without a card."""
 
     def nothing_here():
-        raise NoDeviceError("No NVIDIA driver answers on this machine.", qlora_phi3.device.ELSEWHERE)
+        raise NoDeviceError("No NVIDIA driver answers on this machine.", qlora_phi3.hardware.gpu.ELSEWHERE)
 
-    monkeypatch.setattr(qlora_phi3.device, "read_device", nothing_here)
+    monkeypatch.setattr(qlora_phi3.hardware.gpu, "read_device", nothing_here)
 
 
 @pytest.mark.parametrize("words", [["mine.toml"], []])
@@ -392,8 +392,8 @@ def test_nothing_is_written_where_nothing_fits(home):
 @pytest.fixture
 def few_cards(monkeypatch):
     """Two sizes of cards instead of twelve."""
-    chosen = [group for group in qlora_phi3.memory.survey.group_cards() if group.nominal_gb in (10, 11)]
-    monkeypatch.setattr(qlora_phi3.memory.survey, "group_cards", lambda: chosen)
+    chosen = [group for group in qlora_phi3.memory.tables.group_cards() if group.nominal_gb in (10, 11)]
+    monkeypatch.setattr(qlora_phi3.memory.tables, "group_cards", lambda: chosen)
 
 
 def test_a_table_of_all_cards_with_the_one_here_on_top(home, few_cards, card_here):

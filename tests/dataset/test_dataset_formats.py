@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qlora_phi3.dataset.formats import ROLES, Chat, Document, Turn, UnusableRow, check_fields, detect_format, read_row
+from qlora_phi3.data.formats import ROLES, Chat, Document, Turn, UnusableRow, check_fields, detect_format, read_row
 from qlora_phi3.errors import DataError
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from qlora_phi3.dataset.load import is_local, open_file
+from qlora_phi3.data.sources import is_local, open_file
 from qlora_phi3.errors import DataError
 
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from qlora_phi3.dataset.pack import MicroBatchPlan, plan_micro_batches, split_plan
+from qlora_phi3.data.batching import plan_micro_batches, split_plan
+from qlora_phi3.execution import MicroBatchPlan
 
 
 def random_lengths(seed: int) -> list[int]:

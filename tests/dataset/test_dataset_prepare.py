@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from tiny import build_tokenizer, hub_template
 
-from qlora_phi3.dataset import tokenized
-from qlora_phi3.dataset.prepare import draw_rows, prepare_datasets
-from qlora_phi3.dataset.render import SYSTEM_MOVED
-from qlora_phi3.dataset.template import choose_template
+from qlora_phi3.data import tokenize as tokenized
+from qlora_phi3.data.prepare import draw_rows, prepare_datasets
+from qlora_phi3.data.template import choose_template
+from qlora_phi3.data.tokenize import SYSTEM_MOVED
 from qlora_phi3.errors import DataError
 
 
@@ -311,6 +311,6 @@ def test_a_data_set_of_the_hub_is_read_and_its_evaluation_split_measured_on(prep
 
 def test_the_room_starts_without_heavy_libraries():
     heavy = ("torch", "transformers", "datasets", "pyarrow", "pydantic")
-    code = f"import sys, qlora_phi3.dataset.prepare; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, qlora_phi3.data.prepare; print([name for name in {heavy} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

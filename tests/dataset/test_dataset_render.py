@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from tiny import TEMPLATE_FOLDER, build_byte_tokenizer, build_tokenizer, hub_template
 
-from qlora_phi3.dataset.formats import Chat, Turn
-from qlora_phi3.dataset.render import (
+from qlora_phi3.data.formats import Chat, Turn
+from qlora_phi3.data.template import choose_template
+from qlora_phi3.data.tokenize import (
     IGNORED,
     SYSTEM_MOVED,
     TOOL_AS_USER,
@@ -16,7 +17,6 @@ from qlora_phi3.dataset.render import (
     tokenize_chats,
     tokenize_documents,
 )
-from qlora_phi3.dataset.template import choose_template
 
 MODELS = sorted(path.stem for path in TEMPLATE_FOLDER.glob("*.jinja"))
 WORDS = [

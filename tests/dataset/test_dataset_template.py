@@ -3,7 +3,7 @@
 import pytest
 from tiny import build_tokenizer, hub_template
 
-from qlora_phi3.dataset.template import FAMILY, choose_template
+from qlora_phi3.data.template import FAMILY, choose_template
 from qlora_phi3.errors import DataError
 
 CHOSEN = {

@@ -266,7 +266,7 @@ def test_a_full_disk_at_the_adapter_keeps_the_checkpoints_and_resuming_writes_it
 
 
 def test_a_full_disk_at_the_metrics_ends_in_one_line(shop, monkeypatch):
-    import qlora_phi3.training.listener as listener
+    import qlora_phi3.reporter as listener
     from qlora_phi3.errors import RunError
 
     def full(folder, record):

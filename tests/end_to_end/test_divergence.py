@@ -49,7 +49,7 @@ def test_a_gradient_of_exactly_zero_is_refused_at_the_first_step(shop):
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_is_named_with_its_step(loss):
-    from qlora_phi3.training.divergence import DivergedError, check_loss
+    from qlora_phi3.training.callbacks import DivergedError, check_loss
 
     with pytest.raises(DivergedError, match=f"The loss of step 7 is {loss}"):
         check_loss(loss, 7)

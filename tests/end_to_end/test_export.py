@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workshop import Workshop, build_base, call, read_json, read_lines
 
-from qlora_phi3.architecture import read_architecture
-from qlora_phi3.model import load_base
+from qlora_phi3.family import read_architecture
+from qlora_phi3.model.phi3 import load_base
 from qlora_phi3.recipe.load import load_recipe
-from qlora_phi3.sizes import format_gib
+from qlora_phi3.units import format_gib
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,8 @@ def state(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def pushed(monkeypatch):
     """A hub that takes everything: folder and names of what was pushed."""
-    import qlora_phi3.export.export as export
     import qlora_phi3.export.hub as hub
+    import qlora_phi3.export.run as export
 
     taken = []
     monkeypatch.setattr(hub, "check_push", lambda *_, **__: None)
@@ -272,7 +272,7 @@ def test_a_second_export_into_the_same_place_is_refused_and_the_first_goes_on(ru
 
 def test_a_ggufs_own_folder_is_held_too(run, tmp_path, monkeypatch):
     pytest.importorskip("gguf")
-    from qlora_phi3.export.lock import locked
+    from qlora_phi3.export.writer import locked
 
     with locked([tmp_path / "files"]):
         result = call("export", str(run), "--no-verify", "--format", "gguf", "--out", str(tmp_path / "files"))
@@ -316,7 +316,7 @@ def test_without_a_network_a_push_is_refused_in_one_line_before_anything_is_writ
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="a folder in which nobody can make one")
 @pytest.mark.parametrize("words", [(), ("--format", "gguf")], ids=["hf", "gguf"])
 def test_a_place_that_cannot_be_made_is_told_before_the_base_is_read(run, words, monkeypatch):
-    import qlora_phi3.export.export as export
+    import qlora_phi3.export.run as export
 
     def never(*_):
         raise AssertionError("read")
@@ -400,7 +400,7 @@ def test_after_a_try_with_a_wrong_base_the_right_one_is_taken(run, tmp_path, mon
 
 
 def test_a_proof_outlives_an_interruption_and_only_the_winner_is_written(run, monkeypatch):
-    import qlora_phi3.export.scored as scored
+    import qlora_phi3.export.proof as scored
     import qlora_phi3.export.writer as writer
 
     written = []
@@ -417,7 +417,7 @@ def test_a_proof_outlives_an_interruption_and_only_the_winner_is_written(run, mo
     def choose_original(proof):
         return "original"
 
-    monkeypatch.setattr("qlora_phi3.export.export.choose_onto", choose_original)
+    monkeypatch.setattr("qlora_phi3.export.run.choose_onto", choose_original)
     with monkeypatch.context() as patch:
         patch.setattr(writer, "_write_shard", stop_at_the_second)
         assert call("export", str(run), "--shard-size", "1MiB").exit_code == 130
@@ -752,7 +752,7 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path):
 def test_an_interrupted_gguf_leaves_no_empty_folder(run, monkeypatch):
     pytest.importorskip("gguf")
 
-    from qlora_phi3.export import export
+    from qlora_phi3.export import run as export
 
     def stop(*_, **__):
         raise KeyboardInterrupt

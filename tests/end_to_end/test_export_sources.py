@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from workshop import Workshop, build_base, call, read_json
 
-from qlora_phi3.dataset.template import TEMPLATE_FOLDER
+from qlora_phi3.data.template import TEMPLATE_FOLDER
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
@@ -178,7 +178,7 @@ def test_leaving_out_the_proof_is_offered_only_where_it_needs_less_memory(run, m
     result = call("export", str(run), "--max-ram", "200MiB")
     assert "is too little: this export needs about" in result.stderr
     assert result.stderr.strip().endswith("Give that much.")
-    monkeypatch.setattr("qlora_phi3.export.sources.PROOF_BYTES", 2**30)
+    monkeypatch.setattr("qlora_phi3.export.inputs.PROOF_BYTES", 2**30)
     assert "Give that much, or --no-verify, which needs" in call("export", str(run), "--max-ram", "200MiB").stderr
 
 

@@ -13,7 +13,7 @@ STEPS = 10
 
 def press_ctrl_c_in(monkeypatch, step):
     """Ctrl-C while a step's figures are shown: the run stops after the step that follows."""
-    from qlora_phi3.show.live import View
+    from qlora_phi3.ui.console import View
 
     shown = View.step
 
@@ -98,7 +98,7 @@ def test_ctrl_c_ends_with_130_and_names_the_command_to_go_on(stopped):
 
 
 def test_a_second_ctrl_c_stops_at_once(shop, monkeypatch):
-    from qlora_phi3.training.interrupt import StopOnInterrupt
+    from qlora_phi3.training.callbacks import StopOnInterrupt
 
     monkeypatch.setattr(
         StopOnInterrupt, "on_step_end", lambda *args, **kwargs: [signal.raise_signal(signal.SIGINT) for _ in "12"]
@@ -113,7 +113,7 @@ def test_a_second_ctrl_c_stops_at_once(shop, monkeypatch):
 
 
 def test_a_second_ctrl_c_names_the_checkpoint_to_go_on_from(shop, monkeypatch):
-    from qlora_phi3.show.live import View
+    from qlora_phi3.ui.console import View
 
     shown = View.step
 

@@ -14,9 +14,9 @@ from tiny_model import build_config, save_tiny_model
 from tiny_run import TinyRun, leave_run
 from transformers import Phi3ForCausalLM
 
+from qlora_phi3.adapters.merging import EMBEDDING, HEAD, read_updates
 from qlora_phi3.errors import ExportError
-from qlora_phi3.export.adapter import EMBEDDING, HEAD, read_updates
-from qlora_phi3.recipe.tables import Lora
+from qlora_phi3.recipe.schema import Lora
 
 CONFIG = build_config().to_dict()
 QKV = "model.layers.1.self_attn.qkv_proj"

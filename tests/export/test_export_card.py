@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub import ModelCard
 
-from qlora_phi3.export.card import render_card
+from qlora_phi3.export.bundle import render_card
 from qlora_phi3.recipe.load import load_recipe
 
 RUN = {

@@ -7,7 +7,7 @@ import pytest
 from workshop import read_json
 
 from qlora_phi3.errors import ExportError
-from qlora_phi3.export.files import write_companions
+from qlora_phi3.export.bundle import write_companions
 
 USUAL = {"dtype": "float16", "untied": False, "end_of_turn": 7, "template": None}
 

@@ -14,14 +14,12 @@ from tiny_model import save_tiny_model
 from tokenizers import Tokenizer
 
 from qlora_phi3.errors import ExportError, ModelError
-from qlora_phi3.export import gguf as converter
-from qlora_phi3.export import weights
-from qlora_phi3.export.gguf import GgufResult, convert_to_gguf
-from qlora_phi3.export.gguf_prompt import general_name, plan_prompting
-from qlora_phi3.export.gguf_sentencepiece import NEVER, read_pieces
-from qlora_phi3.export.gguf_vocabulary import CL100K, O200K, read_vocabulary
-from qlora_phi3.export.modelfile import build_template, write_modelfile
-from qlora_phi3.export.turns import chat, read_turns
+from qlora_phi3.export.gguf import write as converter
+from qlora_phi3.export.gguf.prompt import build_template, general_name, plan_prompting, write_modelfile
+from qlora_phi3.export.gguf.vocab import CL100K, NEVER, O200K, read_pieces, read_vocabulary
+from qlora_phi3.export.gguf.write import GgufResult, convert_to_gguf
+from qlora_phi3.export.stop import chat, read_turns
+from qlora_phi3.model import weights
 
 gguf = pytest.importorskip("gguf", reason="the .gguf tests need: pip install 'qlora-phi3[gguf]'")
 
@@ -565,7 +563,7 @@ def test_another_architecture_is_refused(copy, tmp_path):
 
 
 def test_k_quants_without_llama_cpps_quantizer_say_how_to_get_it(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("qlora_phi3.export.gguf_quantizer.LIBRARY", "llama_cpp_that_is_not_there")
+    monkeypatch.setattr("qlora_phi3.export.gguf.quantizer.LIBRARY", "llama_cpp_that_is_not_there")
     with pytest.raises(ExportError, match="Install it: pip install llama-cpp-python"):
         convert(folders["plain"], tmp_path / "x.gguf", "q4_k_m")
 

@@ -14,15 +14,15 @@ from tiny_model import build_config, random_rows, save_tiny_model
 from tiny_run import TinyRun, leave_run
 from transformers import Phi3ForCausalLM
 
+from qlora_phi3.adapters.merging import EMBEDDING, HEAD
 from qlora_phi3.errors import ExportError
-from qlora_phi3.export import weights as weights_module
-from qlora_phi3.export.adapter import EMBEDDING, HEAD
 from qlora_phi3.export.base import RecordedBase, read_record, summarise
 from qlora_phi3.export.merge import MergedWeights
-from qlora_phi3.export.weights import open_weights, read
-from qlora_phi3.model import Precision
-from qlora_phi3.quantized import save_quantized
-from qlora_phi3.recipe.tables import Lora, Quantization
+from qlora_phi3.model import weights as weights_module
+from qlora_phi3.model.phi3 import Precision
+from qlora_phi3.model.quantized import save_quantized
+from qlora_phi3.model.weights import open_weights, read
+from qlora_phi3.recipe.schema import Lora, Quantization
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 BF16 = Precision(compute_dtype=torch.bfloat16, reason="the test asks for it")

@@ -12,24 +12,16 @@ from tiny_run import TinyRun, leave_run
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import Phi3ForCausalLM
 
-from qlora_phi3.architecture import parse_architecture, read_config
+from qlora_phi3.adapters.merging import read_updates
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export import proof as proving
-from qlora_phi3.export.adapter import read_updates
-from qlora_phi3.export.candidates import live_model, make_candidates
-from qlora_phi3.export.proof import (
-    Proof,
-    Score,
-    choose_onto,
-    choose_rows,
-    find_difference,
-    find_fault,
-    prove,
-)
+from qlora_phi3.export.merge import live_model, make_candidates
+from qlora_phi3.export.proof import Proof, Score, choose_onto, choose_rows, find_difference, find_fault, prove
 from qlora_phi3.export.streamed import stream_plain
-from qlora_phi3.export.weights import open_weights
 from qlora_phi3.export.writer import plan_shards, write_shards
-from qlora_phi3.recipe.tables import Lora
+from qlora_phi3.family import parse_architecture, read_config
+from qlora_phi3.model.weights import open_weights
+from qlora_phi3.recipe.schema import Lora
 
 STOP = 7
 BOTH = ("nf4", "original")
@@ -74,7 +66,7 @@ def logits_of(model: Any, rows: list[dict[str, list[int]]]) -> tuple[torch.Tenso
 
 @pytest.mark.parametrize(("tile", "piece_bytes"), [(2048, 2**23), (64, 2**23), (64, 2**15), (100, 2**16)])
 def test_the_scores_are_those_of_the_whole_logits(tmp_path, monkeypatch, tile, piece_bytes):
-    monkeypatch.setattr("qlora_phi3.export.weights.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("qlora_phi3.model.weights.PIECE_BYTES", piece_bytes)
     monkeypatch.setattr(proving, "TILE_VOCABULARY", tile)
     monkeypatch.setattr(proving, "TILE_POSITIONS", 16)
     run = leave_run(tmp_path, save_tiny_model(tmp_path / "base"))

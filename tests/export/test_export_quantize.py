@@ -9,23 +9,25 @@ import torch
 from tiny_model import save_tiny_model
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from qlora_phi3.architecture import parse_architecture
-from qlora_phi3.checksum import quantized_record, tensor_record
 from qlora_phi3.errors import ModelError
-from qlora_phi3.export import quantize as quantize_module
-from qlora_phi3.export import weights as weights_module
-from qlora_phi3.export.quantize import (
+from qlora_phi3.family import parse_architecture
+from qlora_phi3.model import quantized as quantize_module
+from qlora_phi3.model import weights as weights_module
+from qlora_phi3.model.phi3 import Precision, load_base
+from qlora_phi3.model.quantized import (
     Scheme,
     count_different_codes,
     dequantize,
     logical_info,
     quantize,
+    quantized_record,
+    quantized_weights,
     read_quantized,
+    save_quantized,
+    tensor_record,
 )
-from qlora_phi3.export.weights import TensorInfo, open_weights
-from qlora_phi3.model import Precision, load_base
-from qlora_phi3.quantized import quantized_weights, save_quantized
-from qlora_phi3.recipe.tables import Model, Quantization
+from qlora_phi3.model.weights import TensorInfo, open_weights
+from qlora_phi3.recipe.schema import Model, Quantization
 
 CPU = torch.device("cpu")
 FLOAT = torch.float32

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from qlora_phi3.export import ram
-from qlora_phi3.export.ram import MARGIN_BYTES, free_ram
-from qlora_phi3.sizes import GIB
+from qlora_phi3.export import inputs as ram
+from qlora_phi3.export.inputs import MARGIN_BYTES, free_ram
+from qlora_phi3.units import GIB
 
 V2 = ("memory.max", "memory.current", "inactive_file")
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")

@@ -9,14 +9,14 @@ from tiny_model import FP32, random_rows, save_tiny_model
 from tiny_run import TinyRun, leave_run
 from transformers import Phi3ForCausalLM
 
-from qlora_phi3.architecture import parse_architecture, read_config
-from qlora_phi3.dataset.pack import MicroBatchPlan
 from qlora_phi3.errors import ExportError, ModelError
+from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.export.streamed import StreamedModel, TrainedBase, stream_live, stream_plain
-from qlora_phi3.export.weights import StoredWeights, open_weights, read
-from qlora_phi3.loss import select_supervised
-from qlora_phi3.model import Precision, load_base
-from qlora_phi3.recipe.tables import Lora, Model, Quantization
+from qlora_phi3.family import parse_architecture, read_config
+from qlora_phi3.model.loss import select_supervised
+from qlora_phi3.model.phi3 import Precision, load_base
+from qlora_phi3.model.weights import StoredWeights, open_weights, read
+from qlora_phi3.recipe.schema import Lora, Model, Quantization
 from qlora_phi3.step import Batch, collate, evaluating
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_phi3.errors import ExportError, ModelError
-from qlora_phi3.export import weights as weights_module
-from qlora_phi3.export.weights import TensorInfo, open_file, open_weights, read, rows_per_piece, split_rows
+from qlora_phi3.model import weights as weights_module
+from qlora_phi3.model.weights import TensorInfo, open_file, open_weights, read, rows_per_piece, split_rows
 
 
 @pytest.fixture

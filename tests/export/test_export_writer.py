@@ -15,7 +15,6 @@ from transformers import Phi3ForCausalLM
 
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export import writer
-from qlora_phi3.export.weights import TensorInfo, open_weights, read, split_rows
 from qlora_phi3.export.writer import (
     check_disk,
     clear_draft,
@@ -26,6 +25,7 @@ from qlora_phi3.export.writer import (
     plan_shards,
     write_shards,
 )
+from qlora_phi3.model.weights import TensorInfo, open_weights, read, split_rows
 
 
 class Held:

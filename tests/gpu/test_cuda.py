@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny_model import gradients, random_rows, relative_difference, save_tiny_model
 
-from qlora_phi3.architecture import read_architecture
-from qlora_phi3.dataset.pack import MicroBatchPlan
-from qlora_phi3.lora import attach_adapter
-from qlora_phi3.model import choose_precision, load_base, set_checkpointing
-from qlora_phi3.recipe.tables import Lora, Model, Quantization
+from qlora_phi3.execution import MicroBatchPlan
+from qlora_phi3.family import read_architecture
+from qlora_phi3.model.lora import attach_adapter
+from qlora_phi3.model.phi3 import choose_precision, load_base, set_checkpointing
+from qlora_phi3.recipe.schema import Lora, Model, Quantization
 from qlora_phi3.step import collate, forward_backward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny_model import load_tiny, random_rows, relative_difference, save_tiny_model
 
-from qlora_phi3.architecture import parse_architecture
-from qlora_phi3.memory.plan import Card, find_plan
+from qlora_phi3.family import parse_architecture
+from qlora_phi3.memory.plan import Card, read_lengths
 from qlora_phi3.memory.predict import Predictor
-from qlora_phi3.memory.rows import read_lengths
-from qlora_phi3.model import apply_setup
-from qlora_phi3.recipe.load import Recipe
+from qlora_phi3.memory.search import find_plan
+from qlora_phi3.model.phi3 import apply_setup
+from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.step import collate, forward_backward
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}

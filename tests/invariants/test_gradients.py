@@ -6,11 +6,11 @@ import transformers.modeling_utils
 from tiny_model import gradients, load_tiny, random_rows, relative_difference, save_tiny_model
 from torch.autograd.graph import save_on_cpu
 
-from qlora_phi3.attention import _attend_by_matmul, _suits_matmul
-from qlora_phi3.dataset.pack import MicroBatchPlan
-from qlora_phi3.mlp import set_mlp_tiles
-from qlora_phi3.model import Precision, set_checkpointing
-from qlora_phi3.recipe.tables import Lora
+from qlora_phi3.execution import MicroBatchPlan
+from qlora_phi3.model.attention import _attend_by_matmul, _suits_matmul
+from qlora_phi3.model.mlp import set_mlp_tiles
+from qlora_phi3.model.phi3 import Precision, set_checkpointing
+from qlora_phi3.recipe.schema import Lora
 from qlora_phi3.step import collate, evaluate, forward_backward
 
 LENGTHS = [7, 61, 23, 40, 12, 90, 33, 18]

@@ -13,11 +13,10 @@ import torch
 from out_of_memory import RunOutAt, SmallCard
 from tiny_model import load_tiny, random_rows, relative_difference, save_tiny_model
 
-from qlora_phi3.dataset.pack import MicroBatchPlan
 from qlora_phi3.errors import RunError
-from qlora_phi3.model import set_checkpointing
-from qlora_phi3.recipe.tables import Lora
-from qlora_phi3.setup import Setup
+from qlora_phi3.execution import MicroBatchPlan, Setup
+from qlora_phi3.model.phi3 import set_checkpointing
+from qlora_phi3.recipe.schema import Lora
 from qlora_phi3.step import evaluate, forward_backward
 from qlora_phi3.training.oom import MemoryGuard
 

@@ -10,22 +10,22 @@ import pytest
 from tiny_model import build_config
 from workshop import build_base, write_chats
 
-from qlora_phi3.architecture import parse_architecture
-from qlora_phi3.cards import CARDS
-from qlora_phi3.device import Holder, card_of_size, find_card
 from qlora_phi3.errors import DeviceError
-from qlora_phi3.memory import cache
-from qlora_phi3.memory.answer import Bench, Subject, as_json, from_json, name_tenants, read_subject
-from qlora_phi3.memory.cures import leanest_forecast
-from qlora_phi3.memory.fitted import write_fitted
-from qlora_phi3.memory.lengths import RowsRead
-from qlora_phi3.memory.longest import LongestRow, round_length
+from qlora_phi3.family import parse_architecture
+from qlora_phi3.hardware.gpu import Holder, card_of_size, find_card
+from qlora_phi3.hardware.gpu_table import CARDS
+from qlora_phi3.memory import cached as cache
+from qlora_phi3.memory.fit import write_fitted
 from qlora_phi3.memory.margin import LEAST_BYTES, Margin, budget_of, margin_share, read_margin, record_error
-from qlora_phi3.memory.rows import assume_lengths
-from qlora_phi3.memory.survey import find_longest_rows, group_cards, survey, survey_as_json, survey_from_json
-from qlora_phi3.recipe.fit import Choice, fit_recipe
-from qlora_phi3.recipe.load import Recipe, load_recipe
-from qlora_phi3.sizes import GIB, MIB
+from qlora_phi3.memory.plan import assume_lengths
+from qlora_phi3.memory.report import as_json, from_json, name_tenants
+from qlora_phi3.memory.search import LongestRow, leanest_forecast, round_length
+from qlora_phi3.memory.tables import find_longest_rows, group_cards, survey, survey_as_json, survey_from_json
+from qlora_phi3.memory.vram_check import Bench, RowsRead, Subject, read_subject
+from qlora_phi3.recipe.edit import Choice, fit_recipe
+from qlora_phi3.recipe.load import load_recipe
+from qlora_phi3.recipe.schema import Recipe
+from qlora_phi3.units import GIB, MIB
 
 CARD = find_card("RTX 3070")
 
@@ -492,7 +492,7 @@ def test_a_line_gets_its_value_and_its_reason(line, expected):
 
 
 def test_state_and_cache_lie_where_the_system_wants_them(monkeypatch, tmp_path):
-    from qlora_phi3.memory.folders import cache_folder, state_folder
+    from qlora_phi3.files import cache_folder, state_folder
 
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from tiny_model import build_config
 
-from qlora_phi3.architecture import parse_architecture, read_architecture
-from qlora_phi3.dataset.pack import MicroBatchPlan, plan_micro_batches
+from qlora_phi3.data.batching import plan_micro_batches
+from qlora_phi3.execution import MicroBatchPlan, Setup
+from qlora_phi3.family import parse_architecture, read_architecture
 from qlora_phi3.memory.cost import Work, recomputation_of
-from qlora_phi3.memory.plan import WORTH, Card, find_plan, leanest_setup, load_of
+from qlora_phi3.memory.plan import Card, assume_lengths, load_of, read_lengths
 from qlora_phi3.memory.predict import Predictor
-from qlora_phi3.memory.rows import assume_lengths, read_lengths
-from qlora_phi3.recipe.load import Recipe
-from qlora_phi3.setup import Setup
+from qlora_phi3.memory.search import WORTH, find_plan, leanest_setup
+from qlora_phi3.recipe.schema import Recipe
 
 LENGTHS = [150, 61, 123, 40, 212, 90, 233, 18, 77, 140, 201, 99, 64, 30, 180, 111]
 ROWS = read_lengths(LENGTHS, [200], 8)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_phi3.memory.workspaces import (
+from qlora_phi3.memory.cuda_path import (
     CONTEXT_SPREAD_BYTES,
     MIB,
     attention_backward_bytes,

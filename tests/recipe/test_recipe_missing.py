@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_phi3.dataset.load import is_local
+from qlora_phi3.data.sources import is_local
 from qlora_phi3.errors import RecipeError
 from qlora_phi3.recipe.load import load_recipe
 

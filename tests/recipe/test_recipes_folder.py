@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_phi3.recipe.load import Recipe, load_recipe
+from qlora_phi3.recipe.load import load_recipe
+from qlora_phi3.recipe.schema import Recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 

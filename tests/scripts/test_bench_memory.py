@@ -18,8 +18,8 @@ from memory_bench.rows import (
     summary,
 )
 
-from qlora_phi3.device import find_card
-from qlora_phi3.memory.profile import Profile
+from qlora_phi3.hardware.gpu import find_card
+from qlora_phi3.memory.report import Profile
 
 TINY = mid_size(2, 256, 512, heads=4, vocab_size=4096, bos_token_id=0, eos_token_id=0)
 

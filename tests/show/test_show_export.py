@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from qlora_phi3.export.export import Exported
-from qlora_phi3.export.gguf import GgufResult
-from qlora_phi3.show.export import show_export
+from qlora_phi3.export.gguf.write import GgufResult
+from qlora_phi3.export.run import Exported
+from qlora_phi3.ui.export import show_export
 
 
 class Lines:

@@ -7,9 +7,9 @@ import time
 import pytest
 from rich.console import Console
 
+from qlora_phi3.reporter import StepRecord
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.show.live import Cadence, View, draw_curve, mean_ends, open_bars
-from qlora_phi3.training.listener import StepRecord
+from qlora_phi3.ui.console import Cadence, View, draw_curve, mean_ends, open_bars
 
 EVERY_STEP = Cadence("steps", 1)
 

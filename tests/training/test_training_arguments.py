@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from qlora_phi3.training.arguments import _tells_more_than_shares
+from qlora_phi3.training.trainer import _tells_more_than_shares
 
 HEAD = "Warning: The following arguments do not match the ones in the `trainer_state.json` within the checkpoint directory: "
 

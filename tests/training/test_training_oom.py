@@ -11,9 +11,8 @@ from tiny_model import relative_difference
 from torch import nn
 from workshop import Workshop, read_json, read_lines
 
-from qlora_phi3.dataset.pack import MicroBatchPlan
 from qlora_phi3.errors import RunError
-from qlora_phi3.setup import SMALLEST_MLP_TILE_TOKENS, Setup
+from qlora_phi3.execution import SMALLEST_MLP_TILE_TOKENS, MicroBatchPlan, Setup
 from qlora_phi3.step import MicroBatchMemoryError, StepResult, is_out_of_memory
 from qlora_phi3.training.oom import MemoryGuard, recall_setup
 

@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 from tiny_model import load_tiny, save_tiny_model
 from workshop import build_base, read_json, read_lines
 
-from qlora_phi3.checksum import tensor_checksum
-from qlora_phi3.dataset.prepare import PreparedData
-from qlora_phi3.recipe.tables import Lora
+from qlora_phi3.data.prepare import PreparedData
+from qlora_phi3.model.quantized import tensor_checksum
+from qlora_phi3.recipe.schema import Lora
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.training.record import KEPT_ROWS, KEPT_TOKENS, base_parameters, keep_held_out
+from qlora_phi3.training.artifacts import KEPT_ROWS, KEPT_TOKENS, base_parameters, keep_held_out
 
 
 def test_the_record_names_every_tensor_of_the_base_and_no_other(shop):

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from qlora_phi3.training import spill
-from qlora_phi3.training.spill import SpillWatch, cap_to_free_memory, driver_spills
+from qlora_phi3.training import callbacks as spill
+from qlora_phi3.training.callbacks import SpillWatch, cap_to_free_memory, driver_spills
 
 GIB = 2**30
 

@@ -1,0 +1,101 @@
+"""llama.cpp's own quantizer, for the types that the gguf package cannot write.
+
+It runs in a process of its own (`python -m qlora_phi3.export.gguf_quantizer`): it writes to the terminal on its own, ends
+the process where it fails, and does not hear Ctrl-C.
+"""
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from qlora_phi3.errors import ExportError
+
+#: Types that the gguf package itself can write, largest first.
+PLAIN = ("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+
+
+#: llama.cpp's file types that need no importance matrix, and the bits a weight takes, embedding and head among them, in
+#: Llama-3.1-8B (the table in llama.cpp's tools/quantize/README.md).
+QUANTIZED = {
+    "q2_k": 3.16,
+    "q3_k_s": 3.64,
+    "q3_k_m": 4.00,
+    "q3_k_l": 4.30,
+    "iq4_xs": 4.46,
+    "iq4_nl": 4.68,
+    "q4_k_s": 4.67,
+    "q4_k_m": 4.89,
+    "q5_k_s": 5.57,
+    "q5_k_m": 5.70,
+    "q6_k": 6.56,
+}
+
+
+LIBRARY = "llama_cpp"
+
+
+INSTALL = "pip install llama-cpp-python"
+
+
+#: Seconds between two looks at how far it is.
+LOOK_SECONDS = 0.5
+
+
+def check_quantizer(quant: str) -> None:
+    """Raise ExportError where llama.cpp's quantizer is not installed."""
+    if importlib.util.find_spec(LIBRARY) is None:
+        raise ExportError(
+            f"--quant {quant} is made by llama.cpp's own quantizer, which is not installed.", f"Install it: {INSTALL}"
+        )
+
+
+def quantize_file(source: Path, target: Path, quant: str, progress: Callable[[str, int, int | None], None]) -> None:
+    """Quantize a .gguf file of 16 or 32 bit.
+
+    Args:
+        progress: told the bytes written so far; nobody knows how many they will be before the end.
+
+    Raises:
+        ExportError: the quantizer failed; the message ends with its last line.
+    """
+    command = [sys.executable, "-m", "qlora_phi3.export.gguf.quantizer", str(source), str(target), quant]
+    what = f"Quantizing to {quant}"
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            while (code := _wait(process)) is None:
+                progress(what, target.stat().st_size if target.exists() else 0, None)
+        finally:
+            process.kill()
+            process.wait()
+        if code != 0:
+            log.seek(0)
+            lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+            last = lines[-1] if lines else f"exit code {code}"
+            raise ExportError(f"llama.cpp's quantizer failed on {source}: {last}", f"Update it: {INSTALL} --upgrade")
+    progress(what, target.stat().st_size, target.stat().st_size)
+
+
+def _wait(process: "subprocess.Popen[bytes]") -> int | None:
+    try:
+        return process.wait(LOOK_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def main(source: str, target: str, quant: str) -> int:
+    """What runs in the process of its own."""
+    llama_cpp = importlib.import_module(LIBRARY)
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quant.upper()}")
+    options.nthread = os.cpu_count() or 1
+    return int(llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), options))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

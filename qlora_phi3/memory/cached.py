@@ -1,0 +1,239 @@
+"""Answers that were worked out before, found again without torch: keyed on all that an answer depends on.
+
+What the question says is in the key: the recipe's text, the options, the card as it is now, the margin, the versions of the
+libraries and of our own code. What was read on the way, the model's files and the data, is watched: each file's size and
+time lie beside the answer, and an answer whose files changed is none. A file of the cache that cannot be read is none either.
+
+A question about a recipe, and its answer: the one that was kept, or one worked out now and kept.
+"""
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from qlora_phi3.errors import RunError
+from qlora_phi3.files import cache_folder, write_atomically
+from qlora_phi3.hardware.gpu import Device
+from qlora_phi3.memory.margin import budget_of, read_margin
+from qlora_phi3.memory.report import Answer, as_json, from_json
+from qlora_phi3.memory.tables import (
+    CardGroup,
+    LongestOnCard,
+    SurveyRow,
+    find_longest_rows,
+    longest_from_json,
+    survey,
+    survey_as_json,
+    survey_from_json,
+)
+from qlora_phi3.memory.vram_check import Bench, read_subject
+
+if TYPE_CHECKING:
+    from qlora_phi3.recipe.schema import Recipe
+
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
+
+
+#: Answers that are kept; of more, the oldest go.
+KEPT = 200
+
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def read_versions() -> dict[str, str]:
+    """The versions that an answer depends on, our own among them, read without importing anything."""
+    found = {"qlora-phi3": _installed_version("qlora-phi3")} | {name: _installed_version(name) for name in LIBRARIES}
+    return {"python": platform.python_version(), **found}
+
+
+def _installed_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def question_key(parts: Mapping[str, Any]) -> str:
+    """A name for a question; `parts` is all that it depends on, as JSON takes it."""
+    whole = {
+        **parts,
+        "versions": read_versions(),
+        "code": _own_code(),
+        "system": [platform.system(), platform.release()],
+    }
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:40]
+
+
+@lru_cache(maxsize=1)
+def _own_code() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".json", ".jinja")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def watch(paths: Iterable[Path]) -> dict[str, list[int] | None]:
+    """Size and time of each file or folder; None where there is none."""
+    return {str(path): _file_state(path) for path in paths}
+
+
+def _file_state(path: Path) -> list[int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
+def find_kept(key: str) -> Any:
+    """What was kept under a key; None where nothing was, or what it was read from has changed."""
+    try:
+        kept = json.loads(_cache_path(key).read_text(encoding="utf-8"))
+        unchanged = all(_file_state(Path(path)) == state for path, state in kept["watched"].items())
+        return kept["answer"] if unchanged else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def keep(key: str, answer: Any, watched: Mapping[str, Sequence[int] | None]) -> None:
+    """Keep an answer; where the folder cannot be written, it is worked out again next time."""
+    with suppress(OSError, RunError):
+        folder = _cache_path(key).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(_cache_path(key), json.dumps({"answer": answer, "watched": watched}))
+        for old in sorted(folder.glob("*.json"), key=lambda path: -path.stat().st_mtime_ns)[KEPT:]:
+            old.unlink(missing_ok=True)
+
+
+def _cache_path(key: str) -> Path:
+    return cache_folder() / "vram-check" / f"{key}.json"
+
+
+Result = TypeVar("Result")
+
+
+class Teller(Protocol):
+    """Whom to tell how far the work is."""
+
+    def say(self, what: str) -> None:
+        """Name what is being done now."""
+
+    def progress(self, what: str, done: int, total: int | None) -> None:
+        """Say how far the data have been read."""
+
+    def card(self, name: str, done: int, total: int) -> None:
+        """Say which card is looked at, of how many."""
+
+    def close(self) -> None:
+        """The work is done."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A recipe file with what the command line changes in it."""
+
+    path: Path
+    overrides: tuple[str, ...]
+    teller: Teller
+
+    @cached_property
+    def recipe(self) -> "Recipe":
+        """The recipe; RecipeError where it cannot be used."""
+        from qlora_phi3.recipe.load import load_recipe
+
+        return load_recipe(self.path, self.overrides)
+
+    @property
+    def text(self) -> str:
+        """The file's."""
+        return self.path.read_text(encoding="utf-8-sig")
+
+    def about_card(self, device: Device) -> Answer:
+        """Whether the recipe fits a card.
+
+        Raises:
+            UserError: see `read_subject`, `budget_of` and `Bench.answer`.
+        """
+
+        def work_out() -> Answer:
+            budget_bytes = budget_of(self.recipe, device)
+            return self._bench().answer(device, budget_bytes)
+
+        answer = self._ask("card", [device], work_out, as_json, from_json)
+        return replace(answer, device=device)  # who else is on it may have other numbers by now
+
+    def about_every_card(self, groups: Sequence[CardGroup]) -> list[SurveyRow]:
+        """The plan on each group of cards."""
+        devices = [group.device for group in groups]
+        return self._ask(
+            "every card",
+            devices,
+            lambda: survey(self._bench(), groups, self.teller.card),
+            survey_as_json,
+            survey_from_json,
+        )
+
+    def about_length(self, devices: Sequence[Device]) -> list[LongestOnCard]:
+        """The longest row on each card."""
+        return self._ask(
+            "length",
+            devices,
+            lambda: find_longest_rows(self._bench(), devices, self.teller.card),
+            lambda rows: [asdict(row) for row in rows],
+            longest_from_json,
+        )
+
+    def _bench(self) -> Bench:
+        """Ready to work answers out."""
+        recipe = self.recipe
+        if "torch" not in sys.modules:
+            self.teller.say("Starting torch, transformers and peft")
+        return Bench(read_subject(recipe, self.path.parent, self.teller.progress), self.teller.say)
+
+    def _ask(
+        self,
+        kind: str,
+        devices: Sequence[Device],
+        work_out: Callable[[], Result],
+        encode: Callable[[Result], Any],
+        decode: Callable[[Any], Result],
+    ) -> Result:
+        key = self._key(kind, devices)
+        kept = find_kept(key) if key else None
+        if kept is not None:
+            try:
+                return decode(kept)
+            except ValueError:
+                pass  # somebody edited the cache
+        result = work_out()
+        if key:
+            from qlora_phi3.memory.vram_check import files_of
+
+            keep(key, encode(result), watch(files_of(self.recipe, self.path.parent)))
+        return result
+
+    def _key(self, kind: str, devices: Sequence[Device]) -> str | None:
+        """None for a recipe that cannot be read: loading it will say why."""
+        try:
+            text = self.path.read_bytes()
+        except OSError:
+            return None
+        return question_key(
+            {
+                "kind": kind,
+                "recipe": hashlib.sha256(text).hexdigest(),
+                "overrides": self.overrides,
+                "folders": [str(self.path.absolute().parent), str(Path.cwd())],
+                "devices": [asdict(replace(device, others=())) for device in devices],
+                "margins": [read_margin(device.name).share for device in devices],
+            }
+        )

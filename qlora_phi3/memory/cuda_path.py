@@ -1,0 +1,243 @@
+"""Device memory that operators take inside themselves, and the process beside its tensors; in bytes.
+
+A dispatch mode sees what an operator is given and what it returns. This module holds what it does not see, as torch 2.13
+allocates it on CUDA for the operators of our step: cuBLAS and scaled dot product attention.
+
+Left out, as too small or never at the peak: softmax, norms, sums and maxima (under 1 MiB); choosing the supervised positions (16
+bytes a position, 64 in the backward pass); the copy of a mask whose rows are not multiples of 8 (as large as the mask, before
+the attention runs); the flash kernel's forward pass, which divides the keys of sequences under about 500 tokens among several
+blocks on cards of more than 100 multiprocessors (at most 25 MiB).
+
+Where the CUDA path parts from the CPU path: stand-ins that allocate what the CUDA kernels do, on any machine.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import transformers.modeling_utils
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import qlora_phi3.model.attention
+from qlora_phi3.memory.tracker import Meter
+
+Kernel = Literal["cudnn", "flash", "efficient", "math"]
+
+
+MIB = 2**20
+
+
+#: Blocks of (queries, keys) of the memory-efficient backward kernels, mem_eff_attention/kernels/cutlassB.h, at their largest.
+EFFICIENT_QUERIES, EFFICIENT_KEYS = 128, 64
+
+
+#: Multiprocessors of a card of which only the compute capability is known: a middling one of its generation.
+TYPICAL_MULTIPROCESSORS = {(7, 5): 40, (8, 0): 108, (8, 6): 46, (8, 9): 46, (9, 0): 132, (10, 0): 148, (12, 0): 48}
+
+
+#: How far `context_bytes` may be off either way, once the multiprocessors are known.
+CONTEXT_SPREAD_BYTES = 64 * MIB
+
+
+def matmul_workspace_bytes(compute_capability: tuple[int, int]) -> int:
+    """What cuBLAS keeps from the first matrix product to the end of a training process.
+
+    One workspace for each thread that multiplies: the forward pass runs in one, the backward pass and its recomputation in
+    another. They come from the caching allocator, and cublasLt shares them. ATen/cuda/CublasHandlePool.cpp: `:4096:2:16:8`, and
+    32 MiB from Hopper on (Blackwell: pytorch pull request 175344). `torch.backends.cuda.cublas_workspace_size` can set less.
+    """
+    return 2 * (32 * MIB if compute_capability[0] >= 9 else (2 * 4096 + 8 * 16) * 1024)
+
+
+def attention_kernel(
+    compute_capability: tuple[int, int],
+    *,
+    has_mask: bool,
+    head_size: int,
+    grouped: bool,
+    dtype: str | None = None,
+    cudnn: bool = False,
+) -> Kernel:
+    """Which kernel `scaled_dot_product_attention` takes in training (native/transformers/cuda/sdp_utils.cpp, torch 2.13).
+
+    The memory-efficient kernel takes no grouped queries before pytorch pull request 191085: below 8.0, where there is no flash
+    kernel, they go to the math kernel, which builds the scores in fp32, unless key and value are repeated first (seen on a T4,
+    transformers issue 48633).
+
+    Args:
+        has_mask: an explicit mask is given, not `is_causal`.
+        grouped: key and value are passed with fewer heads than the query (`enable_gqa`).
+        dtype: "float16", "bfloat16" or "float32"; None for the 16 bit that the card computes natively.
+        cudnn: whether cuDNN's kernel may be used. torch prefers it on compute capability 9.x and 10.x, no consumer card;
+            `torch.backends.cuda.enable_cudnn_sdp(False)` rules it out.
+    """
+    major, minor = compute_capability
+    half, known = dtype != "float32", compute_capability <= (12, 1)
+    if cudnn and half and major in (9, 10) and head_size <= 128 and head_size % 8 == 0:
+        return "cudnn"
+    no_backward = 192 < head_size <= 224 and (major == 12 or (major == 8 and minor >= 6))
+    if known and major >= 8 and half and not has_mask and head_size <= 256 and not no_backward:
+        return "flash"
+    emulated = dtype == "bfloat16" and major < 8
+    alignment = 8 if half and major >= 7 else 4 if major >= 8 else 1
+    if known and not emulated and not grouped and head_size % alignment == 0:
+        return "efficient"
+    return "math"
+
+
+def attention_backward_bytes(kernel: str, query_shape: tuple[int, ...], *, kv_heads: int, itemsize: int = 2) -> int:
+    """What the attention's backward pass takes over and above the gradients it returns, until it returns.
+
+    Args:
+        kernel: of `attention_kernel`.
+        query_shape: (batch, heads, length, head_size).
+        kv_heads: heads of key and value as they are passed.
+        itemsize: bytes of an element of the query.
+
+    Raises:
+        ValueError: for the math kernel, whose scores are operators of their own, and for cuDNN's, which tells its workspace
+            only on the card.
+    """
+    batch, heads, length, head_size = query_shape
+    if kernel == "flash":
+        return _flash_backward_bytes(batch, heads, kv_heads, length, head_size, itemsize)
+    if kernel == "efficient":
+        return _efficient_backward_bytes(batch * heads, length, head_size, itemsize)
+    raise ValueError(f"What the {kernel} attention kernel takes in its backward pass is not known.")
+
+
+def _flash_backward_bytes(batch: int, heads: int, kv_heads: int, length: int, head_size: int, itemsize: int) -> int:
+    """`mha_bwd` in flash_attn/flash_api.cpp: softmax_d and dq_accum in fp32; of grouped queries, dk and dv of every head."""
+    rows = batch * heads * _round_up(length, 128)
+    padded = _round_up(head_size, 8)
+    accumulator = rows * _round_up(padded, 32 if padded <= 128 else 64) * 4
+    expanded = 2 * batch * length * heads * padded * itemsize if kv_heads != heads else 0
+    return rows * 4 + accumulator + expanded
+
+
+def _efficient_backward_bytes(sequences: int, length: int, head_size: int, itemsize: int) -> int:
+    """`_efficient_attention_backward` in cuda/attention_backward.cu: delta, and the workspace of its kernel (kernel_backward.h).
+
+    The workspace holds dq in fp32 and, where a kernel cannot keep dk and dv in registers (heads over 64 on some cards, fp32
+    always), the blocks of them that are worked on. Which kernel it is depends on the card's shared memory; the larger case is
+    assumed, 13 MiB over the smaller one.
+    """
+    delta = length * 4
+    tiles = -(-length // EFFICIENT_QUERIES) * -(-head_size // EFFICIENT_KEYS)
+    grad_query = tiles * (EFFICIENT_QUERIES * EFFICIENT_KEYS * 4 + 16)
+    grad_key_value = 0
+    if head_size > 64 or itemsize == 4:
+        splits = max(1, min(-(-length // EFFICIENT_KEYS), 200 // sequences))
+        grad_key_value = 2 * splits * EFFICIENT_KEYS * _round_up(head_size, EFFICIENT_QUERIES) * 4
+    return sequences * (delta + grad_query + grad_key_value)
+
+
+def context_bytes(compute_capability: tuple[int, int], multiprocessors: int | None = None) -> int:
+    """What a training process holds on the card beside the allocator's segments: the CUDA context and the kernels it loaded.
+
+    The bare context follows the number of multiprocessors, whatever the generation: 8 MiB and 2.92 MiB for each is within 4 % of
+    107 MiB on an RTX 4060 Ti (34 multiprocessors), 256 on an RTX 3090 (82), 426 on an RTX 6000 Ada (142) and 555 on an RTX PRO
+    6000 (188): llama.cpp pull request 23604, InvokeAI issue 9413, unsloth-zoo pull request 1053; CUDA 12.8 to 13, drivers of
+    2026, modules loaded lazily. A T4 (40) that trained held 143 MiB: 18 MiB above that line, taken as 24 for the kernels.
+    """
+    if multiprocessors is None:
+        multiprocessors = TYPICAL_MULTIPROCESSORS.get(compute_capability, 46)
+    return int((8 + 24 + 2.92 * multiprocessors) * MIB)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+@contextmanager
+def following_cuda(meter: Meter, *, compute_dtype: torch.dtype, capability: tuple[int, int]) -> Iterator[None]:
+    """Run the CUDA path on fake CPU tensors: its kernels for attention and dropout, its offloading, its workspaces."""
+    meter.hold(matmul_workspace_bytes(capability), "cuBLAS workspace")
+    with (
+        _replaced(qlora_phi3.model.attention, "CPU_SCORES_BYTES", 0),
+        _replaced(qlora_phi3.model.attention, "_takes_groups", lambda _: capability >= (8, 0)),
+        _replaced(transformers.modeling_utils, "save_on_cpu", _offloading_to(meter)),
+        _replaced(functional, "scaled_dot_product_attention", _attention_on(meter, capability)),
+        _replaced(functional, "dropout", _dropout),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    usual = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, usual)
+
+
+def _offloading_to(meter: Meter) -> Any:
+    """`save_on_cpu` whose copies lie on the meter's host side."""
+
+    def pack(tensor: Tensor) -> Tensor:
+        with meter.on_host():
+            return torch.empty_like(tensor)
+
+    return lambda **_: saved_tensors_hooks(pack, torch.empty_like)
+
+
+def _attention_on(meter: Meter, capability: tuple[int, int]) -> Callable[..., Tensor]:
+    """`scaled_dot_product_attention` as CUDA's kernels allocate it."""
+    usual = functional.scaled_dot_product_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **settings: Any) -> Tensor:
+        kernel = attention_kernel(
+            capability,
+            has_mask=attn_mask is not None,
+            head_size=query.shape[-1],
+            grouped=key.shape[1] != query.shape[1],
+            dtype=str(query.dtype).removeprefix("torch."),
+        )
+        if kernel == "math":
+            with sdpa_kernel(SDPBackend.MATH):
+                return usual(query, key, value, attn_mask, **settings)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            with meter.belonging_to("attention mask"):
+                attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype)  # added to the scores, in their type
+        meter.tag(attn_mask, "attention mask")
+        result: Tensor = _FusedAttention.apply(query, key, value, attn_mask, kernel, meter)  # type: ignore[no-untyped-call]
+        return result
+
+    return attend
+
+
+def _dropout(values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """CUDA's keeps one byte an element for the backward pass; the CPU's keeps the scaled mask."""
+    return torch.native_dropout(values, p, True)[0] if training and p else values
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What a flash or memory-efficient kernel leaves behind, and what its backward takes for a moment."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: str, meter: Meter
+    ) -> Tensor:
+        batch, heads, length, size = query.shape
+        output = torch.empty((batch, length, heads, size), dtype=query.dtype).transpose(1, 2)
+        log_sum = torch.empty((batch, heads, length))
+        ctx.save_for_backward(query, key, value, output, log_sum, mask)
+        ctx.kernel, ctx.meter = kernel, meter
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors[:3]
+        workspace = attention_backward_bytes(
+            ctx.kernel, tuple(query.shape), kv_heads=key.shape[1], itemsize=query.element_size()
+        )
+        release = ctx.meter.hold(workspace, "attention workspace")
+        gradients = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+        release()
+        return *gradients, None, None, None

@@ -1,0 +1,53 @@
+"""Bytes and counts as people write and read them."""
+
+import re
+
+#: Bytes in a unit. GB is the decimal one and GiB the binary one; a letter alone, as in `11g`, is read as the smaller.
+UNITS: dict[str, int] = {"b": 1} | {
+    letter + ending: base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for ending, base in (("", 1000), ("b", 1000), ("ib", 1024))
+}
+
+
+MIB = UNITS["mib"]
+
+
+GIB = UNITS["gib"]
+
+
+def parse_size(text: str, *, binary: bool = False) -> int:
+    """The bytes of a size such as `11GiB`, `12 GB`, `11.5g` or `500MiB`; never rounded up.
+
+    Args:
+        text: a number and its unit, in any case, with or without a space between.
+        binary: read GB as GiB, as sellers of graphics cards do: their 12 GB card carries 12 GiB of chips.
+
+    Raises:
+        ValueError: unreadable, without a unit, or not more than zero; one sentence that says what to write.
+    """
+    found = re.fullmatch(r"\s*([+-]?\d{1,15}(?:\.\d*)?|[+-]?\.\d+)\s*([a-z]*)\s*", text, flags=re.ASCII | re.IGNORECASE)
+    number, unit = found.groups() if found else ("", "")
+    if found and float(number) == 0:
+        raise ValueError(f"'{text}' is no size: it must be more than zero.")
+    if found and not unit:
+        amount = number.lstrip("+-")
+        raise ValueError(f"'{text}' has no unit: write {amount}GiB, {amount}GB or {amount}MiB.")
+    if unit.lower() not in UNITS:
+        raise ValueError(f"'{text}' is no size: write a number and its unit, such as 11GiB, 12GB or 500MiB.")
+    power = "bkmgt".index(unit[0].lower())
+    size = int(float(number) * (1024**power if binary else UNITS[unit.lower()]))
+    if size < 1:
+        raise ValueError(f"'{text}' is no size: it must be more than zero.")
+    return size
+
+
+def format_gib(num_bytes: int) -> str:
+    """A size for a person: `3.62 GiB`, or `412 MiB` where it is less than a GiB; differences may be negative."""
+    mib = round(num_bytes / MIB)
+    return f"{mib} MiB" if abs(mib) < 1024 else f"{num_bytes / GIB:.2f} GiB"
+
+
+def format_count(number: int, noun: str) -> str:
+    """A number of things for a person: `1 row`, `1,200 rows`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

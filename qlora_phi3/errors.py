@@ -17,13 +17,13 @@ class UserError(Exception):
 
     exit_code = 2
 
-    def __init__(self, message: str, cure: str = "") -> None:
+    def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.cure = cure
+        self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message} {self.cure}".strip()
+        return f"{self.message} {self.hint}".strip()
 
 
 class RecipeError(UserError):
@@ -76,7 +76,7 @@ class Interrupted(UserError):  # noqa: N818 - no error: the person asked for it
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
-def mend(error: BaseException) -> str:
+def disk_error_hint(error: BaseException) -> str:
     """What to do about a place that cannot be written, as the beginning of a sentence."""
     told = error if isinstance(error, OSError) else error.__cause__
     if isinstance(told, OSError) and told.errno == errno.EFBIG:

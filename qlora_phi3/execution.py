@@ -19,7 +19,7 @@ class MicroBatchPlan:
 
 #: fp32 logits alive at once in the loss: 261 positions of Phi-3's 32,064 tokens. On CPU (Zen 5, 49,152 tokens, torch 2.13) 16 and
 #: 32 MiB were 15 % faster than 64, whose buffers come fresh from the system each time, and 2.6 x as fast as 2.
-USUAL_LOGITS_TILE_BYTES = 32 * 2**20
+DEFAULT_LOGITS_TILE_BYTES = 32 * 2**20
 
 
 #: Tiles of the MLP where whole rows do not fit, each of which dequantizes its weights anew. Predicted for one row of Phi-3-mini
@@ -28,7 +28,7 @@ SMALLEST_MLP_TILE_TOKENS, MOST_MLP_TILES = 1024, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
+class ExecutionPlan:
     """What the plan may choose."""
 
     #: How the rows of an optimizer step are laid out in tensors; `evaluation` the same for held-out rows.
@@ -41,11 +41,11 @@ class Setup:
     #: transformers' name of the optimizer.
     optim: str
     #: Bytes of fp32 logits alive at once in the loss.
-    logits_tile_bytes: int = USUAL_LOGITS_TILE_BYTES
+    logits_tile_bytes: int = DEFAULT_LOGITS_TILE_BYTES
     #: Tokens that go through a layer's norm and MLP at once, recomputed tile by tile in the backward pass; 0: all.
     mlp_tile_tokens: int = 0
 
 
-def lean_mlp_tile(tokens: int) -> int:
+def smaller_mlp_tile(tokens: int) -> int:
     """The tile, in tokens, of the MLPs of a micro-batch of so many tokens; smaller ones would hardly save more."""
     return max(SMALLEST_MLP_TILE_TOKENS, -(-tokens // MOST_MLP_TILES))

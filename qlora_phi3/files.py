@@ -5,10 +5,10 @@ import os
 import sys
 from pathlib import Path
 
-from qlora_phi3.errors import RunError, mend
+from qlora_phi3.errors import RunError, disk_error_hint
 
 
-def state_folder() -> Path:
+def user_state_dir() -> Path:
     """For what runs measured: `~/.local/state/qlora-phi3` (XDG_STATE_HOME), on Windows `%LOCALAPPDATA%\\qlora-phi3\\state`."""
     return _folder("XDG_STATE_HOME", ".local/state", "state")
 
@@ -43,7 +43,7 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise RunError(
-            f"{path} cannot be written: {error.strerror}.", f"{mend(error)}, then go on with --resume."
+            f"{path} cannot be written: {error.strerror}.", f"{disk_error_hint(error)}, then go on with --resume."
         ) from error
 
 

@@ -58,7 +58,7 @@ class OomRecord:
     phase: Literal["training", "evaluation"]
     #: What was done before the batch was computed again: nothing but the cache emptied; micro-batches made smaller from here
     #: on; or, from here on, every layer recomputed with its input kept in the computer's memory; or the MLPs in tiles.
-    measure: Literal["again", "split", "offload", "tile"]
+    remedy: Literal["again", "split", "offload", "tile"]
     #: Rows of the micro-batch, and their tokens without padding.
     rows: int
     tokens: int
@@ -83,18 +83,18 @@ class OomRecord:
             "split": f"It is computed again in micro-batches of at most {self.after.max_tokens:,} tokens, as are those to come",
             "offload": "It is computed again, as are those to come, with every layer recomputed from the computer's memory",
             "tile": "It is computed again, as are those to come, with the MLPs in tiles",
-        }[self.measure]
+        }[self.remedy]
         rows = format_count(self.rows, "row")
         return f"{where}: memory ran out{held}, in {rows} of {self.tokens:,} tokens. {done}; nothing is lost."
 
 
-class Listener(Protocol):
+class Reporter(Protocol):
     """Someone who watches a run."""
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
         """One fact, one line."""
 
-    def warn(self, line: str) -> None:
+    def warning(self, line: str) -> None:
         """Something a person should look at, one line."""
 
     def progress(self, what: str, done: int, total: int | None) -> None:
@@ -106,11 +106,11 @@ class Listener(Protocol):
     def step(self, record: StepRecord) -> None:
         """An optimizer step is done."""
 
-    def evaluated(self, record: EvalRecord) -> None:
+    def evaluation(self, record: EvalRecord) -> None:
         """An evaluation is done."""
 
-    def saved(self, checkpoint: Path) -> None:
+    def checkpoint_saved(self, checkpoint: Path) -> None:
         """A checkpoint is on the disk."""
 
-    def ran_out(self, record: OomRecord) -> None:
+    def oom(self, record: OomRecord) -> None:
         """Memory ran out, and the run goes on."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_phi3.errors import RunError, mend
+from qlora_phi3.errors import RunError, disk_error_hint
 from qlora_phi3.files import write_atomically
 
 
@@ -66,8 +66,8 @@ class RunFolder:
     def read_report(self) -> dict[str, Any]:
         """The report of a run; RunError where there is none."""
         if self.recipe.is_file() and not self.report.exists():
-            cure = f"Put it back, or train again: qlora-phi3 run {self.recipe}"
-            raise RunError(f"{self.path} is a run without its report.json.", cure)
+            hint = f"Put it back, or train again: qlora-phi3 run {self.recipe}"
+            raise RunError(f"{self.path} is a run without its report.json.", hint)
         try:
             report: dict[str, Any] = json.loads(self.report.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -134,7 +134,7 @@ def find_run(root: Path, recipe_name: str, wanted: str | None) -> RunFolder:
     return folder
 
 
-def name_of_runs(recipe: Path) -> str:
+def run_group_name(recipe: Path) -> str:
     """What the runs of a recipe file are filed under: its name, or where it is a run's own copy, the name of that run's."""
     if recipe.name == "recipe.toml" and (recipe.parent / "report.json").is_file():
         return recipe.resolve().parent.parent.name
@@ -153,7 +153,8 @@ def append_metrics(folder: RunFolder, record: Mapping[str, Any]) -> None:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
         raise RunError(
-            f"{folder.metrics} cannot be written: {error.strerror}.", f"{mend(error)}, then go on with --resume."
+            f"{folder.metrics} cannot be written: {error.strerror}.",
+            f"{disk_error_hint(error)}, then go on with --resume.",
         ) from error
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qlora_phi3.data.batching import plan_micro_batches
 from qlora_phi3.execution import MicroBatchPlan
-from qlora_phi3.model.loss import IGNORED
+from qlora_phi3.model.loss import IGNORE_INDEX
 
 #: Packed sequences are as long as a multiple of this. oneDNN keeps a compiled kernel for every shape it meets: over 20 steps of
 #: 4 rows, SmolLM2-135M in bf16 on CPU peaked at 1,413 MiB without, 1,121 with 64, 1,075 with 128, at equal speed. On CUDA
@@ -40,11 +40,11 @@ class Batch:
     #: document_lengths where they are packed.
     micro_batches: tuple[dict[str, Any], ...]
     #: Which of the batch's rows each micro-batch holds.
-    groups: tuple[tuple[int, ...], ...]
+    row_indices: tuple[tuple[int, ...], ...]
     num_rows: int
     #: Tokens without padding.
     num_tokens: int
-    #: Positions whose next token is learned; the normaliser of the loss.
+    #: Positions whose next token is learned; the normalizer of the loss.
     num_supervised: int
 
 
@@ -94,43 +94,43 @@ def _in_micro_batch(number: int) -> Iterator[None]:
 def collate(rows: Sequence[Mapping[str, Any]], plan: MicroBatchPlan) -> Batch:
     """Turn tokenised rows (`input_ids`, `labels`) into the micro-batches of one optimizer step."""
     lengths = [len(row["input_ids"]) for row in rows]
-    groups = plan_micro_batches(
+    row_indices = plan_micro_batches(
         lengths,
         max_tokens=plan.max_tokens,
         max_rows=plan.max_rows,
         packing=plan.packing,
         boundary=plan.longrope_boundary,
     )
-    lay_out = _lay_end_to_end if plan.packing else _pad
-    micro_batches = tuple(lay_out([rows[index] for index in group]) for group in groups)
+    lay_out = _pack_rows if plan.packing else _pad
+    micro_batches = tuple(lay_out([rows[index] for index in group]) for group in row_indices)
     return Batch(
         micro_batches=micro_batches,
-        groups=tuple(map(tuple, groups)),
+        row_indices=tuple(map(tuple, row_indices)),
         num_rows=len(rows),
         num_tokens=sum(lengths),
-        num_supervised=sum(int((micro["labels"] != IGNORED).sum()) for micro in micro_batches),
+        num_supervised=sum(int((micro["labels"] != IGNORE_INDEX).sum()) for micro in micro_batches),
     )
 
 
 def _row_tensors(row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     labels = torch.as_tensor(row["labels"], dtype=torch.int64).clone()
-    labels[0] = IGNORED  # nothing precedes a document's first token
+    labels[0] = IGNORE_INDEX  # nothing precedes a document's first token
     return torch.as_tensor(row["input_ids"], dtype=torch.int64), labels
 
 
-def _lay_end_to_end(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _pack_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One sequence; document_lengths, and for transformers' own attention the reset position_ids, tell where a document ends.
 
     A last document of nothing to learn, at position 0 throughout, fills it up to a multiple of `PACKED_MULTIPLE`.
     """
     pairs = [_row_tensors(row) for row in rows]
     lengths = [len(ids) for ids, _ in pairs]
-    filling = torch.zeros(-sum(lengths) % PACKED_MULTIPLE, dtype=torch.int64)
+    padding = torch.zeros(-sum(lengths) % PACKED_MULTIPLE, dtype=torch.int64)
     return {
-        "input_ids": torch.cat([*(ids for ids, _ in pairs), filling])[None],
-        "labels": torch.cat([*(labels for _, labels in pairs), torch.full_like(filling, IGNORED)])[None],
-        "position_ids": torch.cat([*(torch.arange(length) for length in lengths), filling])[None],
-        "document_lengths": (*lengths, len(filling)) if len(filling) else tuple(lengths),
+        "input_ids": torch.cat([*(ids for ids, _ in pairs), padding])[None],
+        "labels": torch.cat([*(labels for _, labels in pairs), torch.full_like(padding, IGNORE_INDEX)])[None],
+        "position_ids": torch.cat([*(torch.arange(length) for length in lengths), padding])[None],
+        "document_lengths": (*lengths, len(padding)) if len(padding) else tuple(lengths),
     }
 
 
@@ -140,7 +140,7 @@ def _pad(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ids = pad([ids for ids, _ in pairs], batch_first=True, padding_value=0)
     micro = {
         "input_ids": ids,
-        "labels": pad([labels for _, labels in pairs], batch_first=True, padding_value=IGNORED),
+        "labels": pad([labels for _, labels in pairs], batch_first=True, padding_value=IGNORE_INDEX),
         "position_ids": torch.arange(ids.shape[1]).expand_as(ids).contiguous(),
     }
     if len({len(ids) for ids, _ in pairs}) > 1:
@@ -196,14 +196,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _forward(model: nn.Module, micro: dict[str, Any], normaliser: int, compute_dtype: torch.dtype) -> StepResult:
+def _forward(model: nn.Module, micro: dict[str, Any], normalizer: int, compute_dtype: torch.dtype) -> StepResult:
     device = next(model.parameters()).device
     inputs = {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in micro.items()
     }
     with torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
-        output = model(**inputs, num_items_in_batch=max(1, normaliser))
+        output = model(**inputs, num_items_in_batch=max(1, normalizer))
     return StepResult(loss=output.loss, num_correct=output.num_correct)
 
 

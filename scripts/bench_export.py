@@ -37,7 +37,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import BitsAndBytesConfig, Phi3Config, Phi3ForCausalLM
 
-from qlora_phi3.adapters.merging import read_updates
+from qlora_phi3.adapters.merging import read_deltas
 from qlora_phi3.export.base import RecordedBase, read_record, summarise
 from qlora_phi3.export.merge import MergedWeights
 from qlora_phi3.export.writer import plan_shards, write_shards
@@ -63,7 +63,7 @@ class RandomWeights:
         self.info = info
         self.noise = torch.randn(PIECE_BYTES, generator=torch.Generator().manual_seed(0)).mul_(scale)
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
+    def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
         """Noise rolled by another distance each time, norms of ones."""
         info = self.info[name]
         step = rows_per_piece(info)
@@ -128,7 +128,7 @@ def merge_ours(folder: Path, target: Path, onto: Any) -> None:
     """As `qlora-phi3 export` does it, without the proof."""
     base = RecordedBase(open_weights(folder / "base"), read_record(folder / "base.json"))
     config = json.loads((folder / "base" / "config.json").read_text(encoding="utf-8"))
-    merged = MergedWeights(base, read_updates(folder / "adapter", config), onto=onto, dtype=torch.float16)
+    merged = MergedWeights(base, read_deltas(folder / "adapter", config), onto=onto, dtype=torch.float16)
     write_shards(merged, target, plan_shards(merged.info, SHARD_BYTES), key=onto, notes=base.notes)
     assert summarise(base.compared).num_tensors == len(merged.info)
 

@@ -48,8 +48,8 @@ from memory_bench.rows import (
 )
 
 from qlora_phi3.errors import DeviceError
-from qlora_phi3.hardware.gpu import Device, card_of_size, read_device
-from qlora_phi3.memory.report import Profile
+from qlora_phi3.hardware.gpu import Gpu, gpu_of_size, read_gpu
+from qlora_phi3.memory.report import MemoryReport
 
 CAPS_GIB = (4, 6, 8, 12, 16)
 
@@ -160,10 +160,10 @@ def silenced() -> Iterator[None]:
         os.close(nowhere)
 
 
-def predict(case: Case, **where: Any) -> tuple[Profile, float]:
+def predict(case: Case, **where: Any) -> tuple[MemoryReport, float]:
     """The simulation of a configuration, and its seconds; `where` says which path it follows."""
     import torch
-    from memory_bench.truth import load_of
+    from memory_bench.truth import step_shape
 
     from qlora_phi3.memory.simulate import simulate
 
@@ -172,8 +172,8 @@ def predict(case: Case, **where: Any) -> tuple[Profile, float]:
         case.recipe,
         dict(case.config),
         case.architecture,
-        case.setup,
-        load_of(case),
+        case.execution,
+        step_shape(case),
         compute_dtype=getattr(torch, case.compute),
         **where,
     )
@@ -225,16 +225,16 @@ def limits_done(rows: Sequence[Row], machine: str, *, expandable: bool) -> dict[
     return found
 
 
-def about_card(*, dry: bool) -> Device:
+def about_card(*, dry: bool) -> Gpu:
     """The card here, or one that a dry run pretends to have.
 
     Raises:
         SystemExit: there is none.
     """
     if dry:
-        return replace(card_of_size(80 * GIB), name="dry run")
+        return replace(gpu_of_size(80 * GIB), name="dry run")
     try:
-        return read_device()
+        return read_gpu()
     except DeviceError as error:
         raise SystemExit(f"{error} Or see that the script runs: bench_memory.py cuda --dry") from error
 
@@ -255,7 +255,7 @@ def settled(case: Case, capability: tuple[int, int], *, dry: bool) -> Case:
 
 
 def compare_on_card(
-    case: Case, card: Device, caps: Sequence[int], environment: Mapping[str, str], deadline: float, *, dry: bool
+    case: Case, card: Gpu, caps: Sequence[int], environment: Mapping[str, str], deadline: float, *, dry: bool
 ) -> list[Row] | None:
     """The rows of one configuration, the one without a limit first; None where the time is up before it is measured."""
     settled_case = settled(case, card.compute_capability, dry=dry)
@@ -285,7 +285,7 @@ def measure_in_this_process(name: str, caps: Sequence[int], out: Path, *, dry: b
     (case,) = [case for case in CUDA_GRID if case.name == name]
     case = settled(case, device.compute_capability, dry=dry)
     limits = [gib * GIB for gib in caps]
-    truth = measure_on_card(case, DryCard() if dry else CudaCard(), limits, idle_bytes=device.others_bytes)
+    truth = measure_on_card(case, DryCard() if dry else CudaCard(), limits, idle_bytes=device.other_processes_bytes)
     out.write_text(json.dumps(asdict(truth)), encoding="utf-8")
 
 

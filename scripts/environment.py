@@ -39,19 +39,19 @@ def make_environment(name: str, extra: str) -> Path:
         say(f"The environment {name} is up to date.")
         return programs
     say(f"Making the virtual environment {name} with Python {_version()}")
-    cure = "On Debian and Ubuntu its parts come with: sudo apt install python3-venv"
-    run([sys.executable, "-m", "venv", str(folder)], cure=cure)
+    hint = "On Debian and Ubuntu its parts come with: sudo apt install python3-venv"
+    run([sys.executable, "-m", "venv", str(folder)], hint=hint)
     say(f"Installing qlora-phi3[{extra}] and the tested versions of what it needs; the first time takes minutes")
     if sys.platform == "linux" and shutil.which("nvidia-smi") is None:
         say(f"No NVIDIA GPU found. {TORCH_NOTE}")
     pip = [str(programs / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
-    cure = "pip's message is above; mend that and start again."
-    run([*pip, "-c", "constraints.txt", "-e", f".[{extra}]"], cure=cure)
+    hint = "pip's message is above; mend that and start again."
+    run([*pip, "-c", "constraints.txt", "-e", f".[{extra}]"], hint=hint)
     stamp.write_text(wanted, encoding="utf-8")
     return programs
 
 
-def run(command: List[str], *, cure: str = "") -> None:  # noqa: UP006
+def run(command: List[str], *, hint: str = "") -> None:  # noqa: UP006
     """Run a command in the repository; when it fails, stop with its exit code and, where there is a cure, that line.
 
     Ctrl-C reaches the command as well, and it is waited for until it has saved and told what there is to tell:
@@ -66,8 +66,8 @@ def run(command: List[str], *, cure: str = "") -> None:  # noqa: UP006
             interrupted = True
     if interrupted:
         raise SystemExit(130)
-    if code and cure:
-        print(f"{' '.join(command)} failed with exit code {code}. {cure}", file=sys.stderr)
+    if code and hint:
+        print(f"{' '.join(command)} failed with exit code {code}. {hint}", file=sys.stderr)
     if code:
         raise SystemExit(code)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from qlora_phi3.errors import DeviceError
-from qlora_phi3.hardware.gpu import Holder, card_of_size, find_card, read_device
+from qlora_phi3.hardware.gpu import GpuProcess, find_gpu, gpu_of_size, read_gpu
 from qlora_phi3.hardware.gpu_table import CARDS
 from qlora_phi3.units import parse_size
 
@@ -106,14 +106,14 @@ def every_card_is_visible(monkeypatch):
 
 def test_the_card_here_offers_its_memory_less_what_the_driver_keeps():
     nvml = FakeNVML(laptop())
-    device = read_device(nvml=nvml)
+    device = read_gpu(nvml=nvml)
     assert device.name == "NVIDIA GeForce RTX 4070 Laptop GPU"
     assert device.total_bytes == 7806 * MIB
     assert device.free_bytes == 7000 * MIB
-    assert device.others_bytes == 806 * MIB
+    assert device.other_processes_bytes == 806 * MIB
     assert device.compute_capability == (8, 9)
     assert device.bandwidth_bytes_per_second == 256e9
-    assert device.here
+    assert device.is_local
     assert not nvml.is_open
 
 
@@ -124,7 +124,7 @@ def test_an_old_driver_that_does_not_tell_what_it_keeps_is_read_too():
                 raise NVMLError("Function Not Found")
             return super().nvmlDeviceGetMemoryInfo(card)
 
-    device = read_device(nvml=Old(laptop()))
+    device = read_gpu(nvml=Old(laptop()))
     assert device.total_bytes == 8188 * MIB
     assert device.free_bytes == 7000 * MIB
 
@@ -134,27 +134,27 @@ def test_the_other_programs_are_named_once_each_without_ourselves_the_largest_fi
         computing=[process(20, 900 * MIB), process(os.getpid(), 300 * MIB)],
         drawing=[process(10, 120 * MIB), process(20, 850 * MIB), process(30, None)],
     )
-    assert read_device(nvml=FakeNVML(card)).others == (
-        Holder(name="game.exe", pid=20, used_bytes=900 * MIB),
-        Holder(name="Xorg", pid=10, used_bytes=120 * MIB),
-        Holder(name="chrome", pid=30, used_bytes=None),
+    assert read_gpu(nvml=FakeNVML(card)).processes == (
+        GpuProcess(name="game.exe", pid=20, used_bytes=900 * MIB),
+        GpuProcess(name="Xorg", pid=10, used_bytes=120 * MIB),
+        GpuProcess(name="chrome", pid=30, used_bytes=None),
     )
 
 
 def test_a_driver_that_does_not_tell_who_is_on_the_card_still_tells_how_much_is_free():
     card = laptop(computing=[process(10, MIB)])
     refused = ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses")
-    assert read_device(nvml=FakeNVML(card, broken=refused)).others == ()
-    nameless = read_device(nvml=FakeNVML(card, broken=("nvmlSystemGetProcessName",)))
-    assert nameless.others[0].name == "a program the driver does not name"
+    assert read_gpu(nvml=FakeNVML(card, broken=refused)).processes == ()
+    nameless = read_gpu(nvml=FakeNVML(card, broken=("nvmlSystemGetProcessName",)))
+    assert nameless.processes[0].name == "a program the driver does not name"
 
 
 def test_a_card_the_table_does_not_know_is_timed_by_its_widths_and_clocks():
     card = laptop(name="NVIDIA H200", total=143_771 * MIB, compute_capability=(9, 0))
-    device = read_device(nvml=FakeNVML(card))
+    device = read_gpu(nvml=FakeNVML(card))
     assert device.bandwidth_bytes_per_second == pytest.approx(4.81e12, rel=0.01)  # 4.8 TB/s on its data sheet
     assert device.tflops_16bit == pytest.approx(989, rel=0.01)  # as on its data sheet
-    blind = read_device(nvml=FakeNVML(card, broken=("nvmlDeviceGetMemoryBusWidth",)))
+    blind = read_gpu(nvml=FakeNVML(card, broken=("nvmlDeviceGetMemoryBusWidth",)))
     assert blind.bandwidth_bytes_per_second == 1792e9  # the table's largest, an RTX 5090
 
 
@@ -172,7 +172,7 @@ def test_the_card_is_the_one_that_torch_would_take(monkeypatch, visible, index, 
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     nvml = FakeNVML(laptop(uuid="GPU-11", name="first"), laptop(uuid="GPU-22", name="second"))
-    assert read_device(index, nvml=nvml).name == found
+    assert read_gpu(index, nvml=nvml).name == found
 
 
 @pytest.mark.parametrize(("visible", "count"), [("", 0), ("-1", 0), ("7,0", 0), ("0,-1,1", 1), ("GPU-", 0)])
@@ -181,7 +181,7 @@ def test_a_hidden_card_is_not_read(monkeypatch, visible, count):
     nvml = FakeNVML(laptop(uuid="GPU-11"), laptop(uuid="GPU-22"))
     message = f"There is no card {count} on this machine with CUDA_VISIBLE_DEVICES='{visible}': it shows {count}."
     with pytest.raises(DeviceError, match=re.escape(message)):
-        read_device(count, nvml=nvml)
+        read_gpu(count, nvml=nvml)
     assert not nvml.is_open
 
 
@@ -198,7 +198,7 @@ def test_a_hidden_card_is_not_read(monkeypatch, visible, count):
 )
 def test_a_card_that_cannot_be_read_is_one_line_with_a_way_on(nvml, message):
     with pytest.raises(DeviceError) as caught:
-        read_device(nvml=nvml)
+        read_gpu(nvml=nvml)
     assert str(caught.value) == f"{message} Ask about a card that is not here: --gpu 'RTX 4070', --vram 12GB, or --all."
     assert caught.value.exit_code == 4  # nothing is wrong with what was typed
 
@@ -206,7 +206,7 @@ def test_a_card_that_cannot_be_read_is_one_line_with_a_way_on(nvml, message):
 def test_without_nvidia_ml_py_the_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(DeviceError, match=r"nvidia-ml-py is not installed\. Install it \(pip install nvidia-ml-py\)"):
-        read_device()
+        read_gpu()
 
 
 @pytest.mark.parametrize(
@@ -233,29 +233,29 @@ def test_without_nvidia_ml_py_the_line_says_what_to_install(monkeypatch):
     ],
 )
 def test_a_card_is_found_by_the_names_people_write(name, found):
-    assert find_card(name).name == found
+    assert find_gpu(name).name == found
 
 
 def test_every_card_is_found_by_its_own_label():
-    assert [find_card(card.label).name for card in CARDS] == [card.label for card in CARDS]
+    assert [find_gpu(card.label).name for card in CARDS] == [card.label for card in CARDS]
 
 
 def test_a_card_of_the_table_is_idle_and_not_here():
-    device = find_card("RTX 3060 12GB")
+    device = find_gpu("RTX 3060 12GB")
     assert device.total_bytes == device.free_bytes == 11_910 * MIB
-    assert device.others == ()
+    assert device.processes == ()
     assert device.compute_capability == (8, 6)
     assert device.bandwidth_bytes_per_second == 360e9
     assert device.tflops_16bit == 25.5
-    assert not device.here
+    assert not device.is_local
     assert not device.estimated
 
 
 def test_where_no_reading_is_known_the_drivers_reserve_is_taken_off_and_that_is_said():
-    device = find_card("RTX 4070 Ti")
+    device = find_gpu("RTX 4070 Ti")
     assert device.total_bytes == (12_282 - 500) * MIB
     assert device.estimated
-    assert find_card("GTX 1660").total_bytes == (6144 - 410) * MIB
+    assert find_gpu("GTX 1660").total_bytes == (6144 - 410) * MIB
 
 
 @pytest.mark.parametrize(
@@ -273,39 +273,39 @@ def test_where_no_reading_is_known_the_drivers_reserve_is_taken_off_and_that_is_
 )
 def test_an_unknown_or_unclear_card_is_one_line_with_the_nearest(name, message):
     with pytest.raises(DeviceError, match=re.escape(message)) as caught:
-        find_card(name)
+        find_gpu(name)
     assert "\n" not in str(caught.value)
 
 
 def test_a_card_of_a_size_is_the_smallest_of_that_size_with_bfloat16():
-    device = card_of_size(parse_size("12GB", binary=True))
+    device = gpu_of_size(parse_size("12GB", binary=True))
     assert device.name == "a 12 GB card"
     assert device.total_bytes == device.free_bytes == (12_227 - 500) * MIB  # RTX 5070 Ti Laptop
     assert device.compute_capability == (12, 0)
-    assert not device.here
+    assert not device.is_local
     assert device.estimated
-    assert "RTX 3060 12GB" in device.stands_for
-    assert "RTX 2060 12GB" not in device.stands_for
-    smallest = {gb: card_of_size(gb * GIB).total_bytes // MIB for gb in (4, 6, 8, 10, 16, 24)}
+    assert "RTX 3060 12GB" in device.represents
+    assert "RTX 2060 12GB" not in device.represents
+    smallest = {gb: gpu_of_size(gb * GIB).total_bytes // MIB for gb in (4, 6, 8, 10, 16, 24)}
     assert smallest == {4: 4096 - 410, 6: 6144 - 410, 8: 8151 - 500, 10: 9871, 16: 16_303 - 500, 24: 24_463 - 500}
 
 
 def test_a_size_that_is_only_sold_without_bfloat16_is_that_card():
-    device = card_of_size(11 * GIB)
-    assert (device.stands_for, device.compute_capability) == (("RTX 2080 Ti 11GB",), (7, 5))
+    device = gpu_of_size(11 * GIB)
+    assert (device.represents, device.compute_capability) == (("RTX 2080 Ti 11GB",), (7, 5))
 
 
 def test_a_size_that_no_card_has_loses_the_most_that_its_neighbours_lose():
     # A 16 GB RTX 5070 Ti keeps 16,384 - 15,808 = 576 MiB, more than any smaller card and the 24 GB ones.
-    assert card_of_size(20 * GIB).total_bytes == (20_480 - 576) * MIB
-    assert card_of_size(48 * GIB).total_bytes == (49_152 - 659) * MIB  # RTX 5090
-    assert card_of_size(2 * GIB).total_bytes == (2048 - 384) * MIB  # GTX 1650
-    assert card_of_size(48 * GIB).estimated
+    assert gpu_of_size(20 * GIB).total_bytes == (20_480 - 576) * MIB
+    assert gpu_of_size(48 * GIB).total_bytes == (49_152 - 659) * MIB  # RTX 5090
+    assert gpu_of_size(2 * GIB).total_bytes == (2048 - 384) * MIB  # GTX 1650
+    assert gpu_of_size(48 * GIB).estimated
 
 
 def test_a_card_of_a_size_is_of_middling_speed():
-    speeds = sorted(card.bandwidth_gb for card in CARDS if card.label in card_of_size(12 * GIB).stands_for)
-    assert speeds[0] * 1e9 < card_of_size(12 * GIB).bandwidth_bytes_per_second < speeds[-1] * 1e9
+    speeds = sorted(card.bandwidth_gb for card in CARDS if card.label in gpu_of_size(12 * GIB).represents)
+    assert speeds[0] * 1e9 < gpu_of_size(12 * GIB).bandwidth_bytes_per_second < speeds[-1] * 1e9
 
 
 @pytest.mark.parametrize(
@@ -313,10 +313,10 @@ def test_a_card_of_a_size_is_of_middling_speed():
 )
 def test_a_size_no_card_could_have_is_refused(num_bytes, size):
     with pytest.raises(DeviceError, match=f"There is no card of {size}"):
-        card_of_size(num_bytes)
+        gpu_of_size(num_bytes)
 
 
 def test_no_card_offers_more_than_it_has_or_much_less():
     for card in CARDS:
-        assert card.smi_mib <= card.nominal_gb * 1024
-        assert 300 <= card.smi_mib - card.usable_bytes // MIB <= 500, card.label
+        assert card.nvidia_smi_mib <= card.nominal_gb * 1024
+        assert 300 <= card.nvidia_smi_mib - card.usable_bytes // MIB <= 500, card.label

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from qlora_phi3.errors import RunError, mend
+from qlora_phi3.errors import RunError, disk_error_hint
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from qlora_phi3.errors import RunError, mend
 )
 def test_the_cure_is_of_the_cause_also_where_another_error_passes_it_on(number, told):
     error = OSError(number, "no")
-    assert mend(error) == told
+    assert disk_error_hint(error) == told
     outer = RunError("x cannot be written.")
     outer.__cause__ = error
-    assert mend(outer) == told
+    assert disk_error_hint(outer) == told

@@ -84,12 +84,12 @@ class Lab:
     def trainer(self, recipe):
         """The trainer of a recipe, its first batch drawn."""
         from qlora_phi3.runfolder import RunFolder
-        from qlora_phi3.training.prepare import choose, load_model, prepare
+        from qlora_phi3.training.prepare import load_model, plan_run, prepare
         from qlora_phi3.training.run import build_trainer
 
-        ready = prepare(recipe, self.shop.path, Silent())
-        setup, model = choose(recipe, ready, Silent()).setup, load_model(recipe, ready, Silent())
-        return build_trainer(recipe, ready, setup, model, RunFolder(self.shop.path / "run"), Silent())
+        context = prepare(recipe, self.shop.path, Silent())
+        execution, model = plan_run(recipe, context, Silent()).execution, load_model(recipe, context, Silent())
+        return build_trainer(recipe, context, execution, model, RunFolder(self.shop.path / "run"), Silent())
 
     def recomputed(self, recipe):
         """Whether layers are computed a second time in the backward pass."""
@@ -98,17 +98,17 @@ class Lab:
     def setup_on_a_card(self, recipe):
         """How the run is laid out on a card of which no more is known."""
         from qlora_phi3.family import read_architecture
-        from qlora_phi3.training.prepare import usual_setup
+        from qlora_phi3.training.prepare import default_execution_plan
 
-        return usual_setup(recipe, read_architecture(str(self.shop.base)), torch.device("cuda"))
+        return default_execution_plan(recipe, read_architecture(str(self.shop.base)), torch.device("cuda"))
 
     def room(self, recipe):
         """What the run may take of a card, and whether the heaviest step is tried first."""
-        from qlora_phi3.hardware.gpu import card_of_size
+        from qlora_phi3.hardware.gpu import gpu_of_size
         from qlora_phi3.memory.margin import budget_of
         from qlora_phi3.training.prepare import wants_rehearsal
 
-        return budget_of(recipe, card_of_size(4 * 2**30)), wants_rehearsal(recipe, CPU)
+        return budget_of(recipe, gpu_of_size(4 * 2**30)), wants_rehearsal(recipe, CPU)
 
     def first_batch(self, recipe):
         """How the rows of the first optimizer step lie in tensors."""
@@ -137,8 +137,8 @@ class Lab:
         seen = []
 
         @contextmanager
-        def open_view(cadence, *, plain):
-            seen.append((cadence, plain))
+        def open_console(log_interval, *, plain):
+            seen.append((log_interval, plain))
             yield Silent()
 
         def train(recipe, name, base_folder, **kwargs):
@@ -147,7 +147,7 @@ class Lab:
             return run.RunResult(folder=folder, steps=0, loss_before=None, loss_after=None, seconds=0.0)
 
         with self.monkeypatch.context() as patch:
-            patch.setattr(live, "open_view", open_view)
+            patch.setattr(live, "open_view", open_console)
             patch.setattr(run, "run", train)
             patch.setattr(command, "quieten", lambda: seen.append("quiet"))
             assert self.shop.run().exit_code == 0

@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny_model import gradients, load_tiny, relative_difference, save_tiny_model
 
-from qlora_phi3.model.lora import _AddUpdate
+from qlora_phi3.model.lora import _FusedLoraForward
 from qlora_phi3.recipe.schema import Lora
 
 
@@ -12,7 +12,7 @@ def folder(tmp_path_factory):
 
 
 def fused_layers(model):
-    return [module for module in model.modules() if isinstance(getattr(module, "forward", None), _AddUpdate)]
+    return [module for module in model.modules() if isinstance(getattr(module, "forward", None), _FusedLoraForward)]
 
 
 def loss_and_gradients(model):

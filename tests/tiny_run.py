@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from tiny_model import FP32
 
-from qlora_phi3.adapters.merging import read_updates
+from qlora_phi3.adapters.merging import read_deltas
 from qlora_phi3.export.base import RecordedBase, read_record
 from qlora_phi3.export.merge import MergedWeights
 from qlora_phi3.family import parse_architecture, read_config
@@ -37,8 +37,8 @@ class TinyRun:
         self, base: RecordedBase | None = None, *, onto: Any = "nf4", dtype: Any = torch.float32
     ) -> MergedWeights:
         """The merged tensors."""
-        updates = read_updates(self.adapter, read_config(str(self.base)))
-        return MergedWeights(base or self.open_base(), updates, onto=onto, dtype=dtype)
+        deltas = read_deltas(self.adapter, read_config(str(self.base)))
+        return MergedWeights(base or self.open_base(), deltas, onto=onto, dtype=dtype)
 
 
 def leave_run(

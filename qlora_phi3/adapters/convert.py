@@ -175,13 +175,13 @@ def peft_to_loralib(
         again = Spec(
             alpha={name: layer.lora_alpha for name, layer in layers.items()},
             enable=spec.enable,
-            embedding=frozenset(name for name, update in adapter.updates.items() if update.kind == "embedding"),
-            conv2d={name: update.kernel_size for name, update in adapter.updates.items() if update.kind == "conv2d"},
+            embedding=frozenset(name for name, delta in adapter.deltas.items() if delta.kind == "embedding"),
+            conv2d={name: delta.kernel_size for name, delta in adapter.deltas.items() if delta.kind == "conv2d"},
         )
         largest, worst = compare(adapter, read_loralib(read_tensors(draft), again, draft), progress)
     told = ("The file holds no alpha; build the layers as", *(f"  {line}" for line in describe_layers(layers)))
     return Converted(
-        target=target, num_layers=len(adapter.updates), largest_difference=largest, worst_layer=worst, told=told
+        target=target, num_layers=len(adapter.deltas), largest_difference=largest, worst_layer=worst, told=told
     )
 
 
@@ -253,7 +253,7 @@ def _read_checked(folder: Path, base: Base, *, fused: bool) -> tuple[Adapter, di
             raise ExportError(
                 f"{folder}: {name} is trained whole (modules_to_save, bias).", "Merge that adapter instead."
             )
-    names = {last_name(name) for name in adapter.updates}
+    names = {last_name(name) for name in adapter.deltas}
     whole, parts = sorted(names & PARTS.keys()), sorted(names & FUSED.keys())
     if whole and parts:
         raise ExportError(
@@ -293,7 +293,7 @@ def _write_peft(
     others = f"; others by pattern: {', '.join(sorted({last_name(name) for name in pattern}))}" if pattern else ""
     return Converted(
         target=target,
-        num_layers=len(adapter.updates),
+        num_layers=len(adapter.deltas),
         largest_difference=largest,
         worst_layer=worst,
         told=(line + others, *told),
@@ -309,18 +309,18 @@ def compare(expected: Adapter, written: Adapter, progress: Progress | None = Non
     Raises:
         ExportError: it is past `TOLERANCE`, or a tensor that is held whole is another.
     """
-    same_names = expected.updates.keys() == written.updates.keys() and expected.whole.keys() == written.whole.keys()
+    same_names = expected.deltas.keys() == written.deltas.keys() and expected.whole.keys() == written.whole.keys()
     if not same_names or any(not torch.equal(tensor, written.whole[name]) for name, tensor in expected.whole.items()):
         raise ExportError(
             "What was written holds other tensors than what was read.", "Nothing is kept; please report this."
         )
-    largest, worst = 0.0, next(iter(expected.updates))
-    for number, (name, update) in enumerate(expected.updates.items()):
-        difference = relative_difference(update, written.updates[name])
+    largest, worst = 0.0, next(iter(expected.deltas))
+    for number, (name, delta) in enumerate(expected.deltas.items()):
+        difference = relative_difference(delta, written.deltas[name])
         if difference > largest:
             largest, worst = difference, name
         if progress:
-            progress(number + 1, len(expected.updates))
+            progress(number + 1, len(expected.deltas))
     if largest > TOLERANCE:
         raise ExportError(f"{worst} would change by {largest:.1e}, relative.", "Nothing was written.")
     return largest, worst

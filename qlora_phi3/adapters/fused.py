@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from qlora_phi3.adapters.delta import Adapter, Block, Update
+from qlora_phi3.adapters.delta import Adapter, LoraDelta, LowRankBlock
 from qlora_phi3.adapters.peft_io import last_name
 from qlora_phi3.errors import ExportError
 from qlora_phi3.family import FUSED, PARTS, Architecture, part_rows
@@ -17,7 +17,7 @@ from qlora_phi3.family import FUSED, PARTS, Architecture, part_rows
 
 def check_layers(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], base: str, where: object) -> None:
     """Refuse an update of a layer that the base does not have, or has in another size; ExportError names it."""
-    for name, update in adapter.updates.items():
+    for name, delta in adapter.deltas.items():
         if name not in shapes:
             known = list(shapes)[:3]
             called = (
@@ -26,7 +26,7 @@ def check_layers(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], base: 
                 else "It has none to adapt."
             )
             raise ExportError(f"{where}: {base} has no layer {name}.", called)
-        size = (update.out_features, update.in_features)
+        size = (delta.out_features, delta.in_features)
         if size != shapes[name]:
             raise ExportError(
                 f"{where}: {name} is {size[0]} x {size[1]} (out x in), and that of {base} {shapes[name][0]} x {shapes[name][1]}.",
@@ -40,24 +40,24 @@ def fuse(adapter: Adapter, architecture: Architecture, where: object) -> Adapter
     Raises:
         ExportError: there are no parts, or DoRA is on some parts of a layer and not on others.
     """
-    rows, grouped, updates = part_rows(architecture), defaultdict[str, dict[str, Update]](dict), {}
-    for name, update in adapter.updates.items():
+    rows, grouped, deltas = part_rows(architecture), defaultdict[str, dict[str, LoraDelta]](dict), {}
+    for name, delta in adapter.deltas.items():
         place, _, last = name.rpartition(".")
         if last in PARTS:
             raise ExportError(f"{where}: {name} is fused already.", "Write --to split for the other way.")
         if last in FUSED:
-            grouped[f"{place}.{FUSED[last]}"][last] = update
+            grouped[f"{place}.{FUSED[last]}"][last] = delta
         else:
-            updates[name] = update
+            deltas[name] = delta
     if not grouped:
         raise ExportError(f"{where} has no {', '.join(FUSED)} to fuse.", "It fits the fused model as it is.")
     for name, parts in grouped.items():
-        updates[name] = _fuse_parts(name, parts, rows, where)
-    return replace(adapter, updates=updates)
+        deltas[name] = _fuse_parts(name, parts, rows, where)
+    return replace(adapter, deltas=deltas)
 
 
-def _fuse_parts(name: str, parts: Mapping[str, Update], rows: Mapping[str, int], where: object) -> Update:
-    blocks: list[Block] = []
+def _fuse_parts(name: str, parts: Mapping[str, LoraDelta], rows: Mapping[str, int], where: object) -> LoraDelta:
+    blocks: list[LowRankBlock] = []
     first_row, order = 0, PARTS[last_name(name)]
     for part in order:
         if part in parts:
@@ -72,7 +72,7 @@ def _fuse_parts(name: str, parts: Mapping[str, Update], rows: Mapping[str, int],
             f"Train {' and '.join(order)} together, or merge the adapter.",
         )
     some = next(iter(parts.values()))
-    return Update(
+    return LoraDelta(
         out_features=first_row,
         in_features=some.in_features,
         blocks=tuple(blocks),
@@ -89,36 +89,36 @@ def split(adapter: Adapter, architecture: Architecture, where: object) -> Adapte
     Raises:
         ExportError: there is no fused layer.
     """
-    rows, updates = part_rows(architecture), {}
-    for name, update in adapter.updates.items():
+    rows, deltas = part_rows(architecture), {}
+    for name, delta in adapter.deltas.items():
         place, _, last = name.rpartition(".")
         if last in FUSED:
             raise ExportError(f"{where}: {name} is split already.", "Write --to fused for the other way.")
         if last not in PARTS:
-            updates[name] = update
+            deltas[name] = delta
             continue
         first_row = 0
         for part in PARTS[last]:
-            taken = _take_rows(update, first_row, first_row + rows[part])
+            taken = _take_rows(delta, first_row, first_row + rows[part])
             if taken.blocks:
-                updates[f"{place}.{part}"] = taken
+                deltas[f"{place}.{part}"] = taken
             first_row += rows[part]
-    if updates.keys() == adapter.updates.keys():
+    if deltas.keys() == adapter.deltas.keys():
         raise ExportError(f"{where} has no {' and no '.join(PARTS)} to split.", "It fits the unfused model as it is.")
-    return replace(adapter, updates=updates)
+    return replace(adapter, deltas=deltas)
 
 
-def _take_rows(update: Update, start: int, stop: int) -> Update:
-    magnitude = None if update.magnitude is None else update.magnitude[start:stop]
-    (block,) = update.blocks  # PEFT's
-    up = block.up[start:stop]
-    used = up.any(dim=0)
-    blocks: tuple[Block, ...] = ()
-    if magnitude is not None or not block.up.any():
-        blocks = (replace(block, up=up),)
+def _take_rows(delta: LoraDelta, start: int, stop: int) -> LoraDelta:
+    magnitude = None if delta.magnitude is None else delta.magnitude[start:stop]
+    (block,) = delta.blocks  # PEFT's
+    lora_B = block.lora_B[start:stop]
+    used = lora_B.any(dim=0)
+    blocks: tuple[LowRankBlock, ...] = ()
+    if magnitude is not None or not block.lora_B.any():
+        blocks = (replace(block, lora_B=lora_B),)
     elif used.any():
-        blocks = (replace(block, down=block.down[used], up=up[:, used]),)
-    return Update(out_features=stop - start, in_features=update.in_features, blocks=blocks, magnitude=magnitude)
+        blocks = (replace(block, lora_A=block.lora_A[used], lora_B=lora_B[:, used]),)
+    return LoraDelta(out_features=stop - start, in_features=delta.in_features, blocks=blocks, magnitude=magnitude)
 
 
 def read_enable(texts: Sequence[str], find: Callable[[], Architecture]) -> dict[str, tuple[bool, ...]]:
@@ -133,8 +133,8 @@ def read_enable(texts: Sequence[str], find: Callable[[], Architecture]) -> dict[
     """
     enable = {}
     for text in texts:
-        name, _, listed = text.rpartition("=")
-        words = [word.strip().lower() for word in listed.strip("[] ").split(",")]
+        name, _, as_list = text.rpartition("=")
+        words = [word.strip().lower() for word in as_list.strip("[] ").split(",")]
         fused = next(
             (layer for layer, parts in PARTS.items() if {f"{word}_proj" for word in words} <= set(parts)), None
         )

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
 
-from qlora_phi3.adapters.delta import Adapter, Block, Update, fold, stack
+from qlora_phi3.adapters.delta import Adapter, LoraDelta, LowRankBlock, scale_lora_b, stack
 from qlora_phi3.adapters.fused import check_layers
 from qlora_phi3.adapters.peft_io import last_name, peft_settings, peft_tensors, read_tensors, whole_number
 from qlora_phi3.errors import ExportError
@@ -48,8 +48,8 @@ class Spec:
 class Layer:
     """One loralib layer: its matrices, and the arguments it must be built with."""
 
-    lora_A: Tensor  # noqa: N815 - loralib's own name
-    lora_B: Tensor  # noqa: N815
+    lora_A: Tensor
+    lora_B: Tensor
     lora_alpha: float
     built_as: str
 
@@ -90,19 +90,19 @@ def read_loralib(tensors: Mapping[str, Tensor], spec: Spec, where: object) -> Ad
             "A PEFT adapter is given as its folder.",
         )
     check_spec(spec, list(pairs))
-    updates = {}
+    deltas = {}
     for layer, pair in pairs.items():
         if pair.keys() != {"A", "B"}:
             raise ExportError(f"{where}: {layer} has lora_{min(pair)} alone.", "Save the state dict again.")
-        updates[layer] = _read_layer(layer, pair["A"], pair["B"], spec, where)
-    return Adapter(updates=updates, whole=_read_whole(tensors, updates, where))
+        deltas[layer] = _read_layer(layer, pair["A"], pair["B"], spec, where)
+    return Adapter(deltas=deltas, whole=_read_whole(tensors, deltas, where))
 
 
-def _read_whole(tensors: Mapping[str, Tensor], updates: Mapping[str, Update], where: object) -> dict[str, Tensor]:
+def _read_whole(tensors: Mapping[str, Tensor], deltas: Mapping[str, LoraDelta], where: object) -> dict[str, Tensor]:
     whole = {}
     for key, tensor in tensors.items():
         layer, _, kind = key.rpartition(".")
-        is_copy = kind == "weight" and layer in updates and updates[layer].kind == "embedding"
+        is_copy = kind == "weight" and layer in deltas and deltas[layer].kind == "embedding"
         if LORA.fullmatch(key):
             continue
         if kind != "bias" and not is_copy:
@@ -110,19 +110,19 @@ def _read_whole(tensors: Mapping[str, Tensor], updates: Mapping[str, Update], wh
                 f"{where}: '{key}' is neither a LoRA matrix nor a bias.",
                 "Save those alone: torch.save(loralib.lora_state_dict(model), path).",
             )
-        whole[_name_in_base(key, updates)] = tensor
+        whole[_name_in_base(key, deltas)] = tensor
     return whole
 
 
-def _name_in_base(key: str, updates: Mapping[str, Update]) -> str:
+def _name_in_base(key: str, deltas: Mapping[str, LoraDelta]) -> str:
     """loralib's Conv2d holds the convolution as its `conv`: x.conv.bias is the base's x.bias."""
     outer = key.removesuffix(".conv.bias")
-    return f"{outer}.bias" if outer in updates and updates[outer].kind == "conv2d" else key
+    return f"{outer}.bias" if outer in deltas and deltas[outer].kind == "conv2d" else key
 
 
-def _read_layer(layer: str, down: Tensor, up: Tensor, spec: Spec, where: object) -> Update:
-    told = f"{where}: {layer} has lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}"
-    if down.dim() != 2 or up.dim() != 2 or 0 in (*down.shape, *up.shape):
+def _read_layer(layer: str, lora_A: Tensor, lora_B: Tensor, spec: Spec, where: object) -> LoraDelta:
+    told = f"{where}: {layer} has lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}"
+    if lora_A.dim() != 2 or lora_B.dim() != 2 or 0 in (*lora_A.shape, *lora_B.shape):
         raise ExportError(f"{told}; loralib's are matrices.", "Save the state dict again.")
     alpha = find(spec.alpha, layer)
     if alpha is None:
@@ -130,49 +130,50 @@ def _read_layer(layer: str, down: Tensor, up: Tensor, spec: Spec, where: object)
             f"{where}: the lora_alpha of {layer} is not known; loralib's files do not hold it.", ALPHA_CURE
         )
     if (kernel := find(spec.conv2d, layer)) is not None:
-        return _read_conv2d(down, up, alpha, kernel, told)
+        return _read_conv2d(lora_A, lora_B, alpha, kernel, told)
     if (enable := find(spec.enable, layer)) is not None:
-        return _read_merged(down, up, alpha, enable, told)
-    if len(down) != up.shape[1]:
-        groups = len(down) // up.shape[1]
+        return _read_merged(lora_A, lora_B, alpha, enable, told)
+    if len(lora_A) != lora_B.shape[1]:
+        groups = len(lora_A) // lora_B.shape[1]
         hint = f" It looks like a MergedLinear with {groups} groups enabled." if groups > 1 else ""
         raise ExportError(
             f"{told}, which are no Linear's: the ranks differ.{hint}",
             f"Say which are: --enable {last_name(layer)}=1,0,1",
         )
     embedding = find(dict.fromkeys(spec.embedding, True), layer)
-    block = Block(down=down, up=up, scaling=alpha / len(down))
+    block = LowRankBlock(lora_A=lora_A, lora_B=lora_B, scaling=alpha / len(lora_A))
     kind = "embedding" if embedding else "linear"
-    return Update(out_features=len(up), in_features=down.shape[1], blocks=(block,), kind=kind)  # type: ignore[arg-type]
+    return LoraDelta(out_features=len(lora_B), in_features=lora_A.shape[1], blocks=(block,), kind=kind)  # type: ignore[arg-type]
 
 
-def _read_merged(down: Tensor, up: Tensor, alpha: float, enable: Sequence[bool], told: str) -> Update:
+def _read_merged(lora_A: Tensor, lora_B: Tensor, alpha: float, enable: Sequence[bool], told: str) -> LoraDelta:
     """Each enabled group has r rows of A and its own rows of B."""
-    rank, count = up.shape[1], sum(enable)
-    if count == 0 or len(down) != rank * count or len(up) % count:
+    rank, count = lora_B.shape[1], sum(enable)
+    if count == 0 or len(lora_A) != rank * count or len(lora_B) % count:
         raise ExportError(
             f"{told}, which are no MergedLinear's with {count} of {len(enable)} groups enabled.",
             "lora_A has rank times enabled groups rows; mend --enable.",
         )
-    size = len(up) // count
+    size = len(lora_B) // count
     places = [number for number, enabled in enumerate(enable) if enabled]
     blocks = tuple(
-        Block(down=a, up=b, scaling=alpha / rank, first_row=place * size)
-        for place, a, b in zip(places, down.chunk(count), up.chunk(count), strict=True)
+        LowRankBlock(lora_A=a, lora_B=b, scaling=alpha / rank, first_row=place * size)
+        for place, a, b in zip(places, lora_A.chunk(count), lora_B.chunk(count), strict=True)
     )
-    return Update(out_features=size * len(enable), in_features=down.shape[1], blocks=blocks)
+    return LoraDelta(out_features=size * len(enable), in_features=lora_A.shape[1], blocks=blocks)
 
 
-def _read_conv2d(down: Tensor, up: Tensor, alpha: float, kernel: int, told: str) -> Update:
+def _read_conv2d(lora_A: Tensor, lora_B: Tensor, alpha: float, kernel: int, told: str) -> LoraDelta:
     """loralib views B A, (out k, in k), as (out, in, k, k): row o k + t is the t-th part of the weight of output o."""
-    if kernel < 1 or any(size % kernel for size in (*down.shape, *up.shape)) or len(down) != up.shape[1]:
+    if kernel < 1 or any(size % kernel for size in (*lora_A.shape, *lora_B.shape)) or len(lora_A) != lora_B.shape[1]:
         raise ExportError(f"{told}, which are no Conv2d's with kernel_size {kernel}.", "Mend --conv2d.")
-    scaling, width = alpha / (len(down) // kernel), down.shape[1]
+    scaling, width = alpha / (len(lora_A) // kernel), lora_A.shape[1]
     blocks = tuple(
-        Block(down=down, up=up[part::kernel], scaling=scaling, first_column=part * width) for part in range(kernel)
+        LowRankBlock(lora_A=lora_A, lora_B=lora_B[part::kernel], scaling=scaling, first_column=part * width)
+        for part in range(kernel)
     )
-    return Update(
-        out_features=len(up) // kernel,
+    return LoraDelta(
+        out_features=len(lora_B) // kernel,
         in_features=width * kernel,
         blocks=blocks,
         kind="conv2d",
@@ -192,58 +193,62 @@ def loralib_layers(adapter: Adapter, spec: Spec, where: object) -> dict[str, Lay
     Raises:
         ExportError: something that loralib cannot hold, named.
     """
-    check_spec(spec, list(adapter.updates))
+    check_spec(spec, list(adapter.deltas))
     for name in adapter.whole:
         layer, _, kind = name.rpartition(".")
-        if kind != "bias" and layer not in adapter.updates:
+        if kind != "bias" and layer not in adapter.deltas:
             raise ExportError(
                 f"{where}: loralib holds no '{name}' (modules_to_save).", "Keep it as a PEFT adapter, or merge it."
             )
     layers = {}
-    for name, update in adapter.updates.items():
-        if update.magnitude is not None:
+    for name, delta in adapter.deltas.items():
+        if delta.magnitude is not None:
             raise ExportError(
                 f"{where}: {name} is DoRA (use_dora), and loralib has none.", "Keep it as a PEFT adapter."
             )
-        layers[name] = _write_layer(name, update, find(spec.enable, name), find(spec.alpha, name), where)
+        layers[name] = _write_layer(name, delta, find(spec.enable, name), find(spec.alpha, name), where)
     return layers
 
 
-def _write_layer(name: str, update: Update, enable: Sequence[bool] | None, alpha: float | None, where: object) -> Layer:
-    down, up, scaling = stack(update)
+def _write_layer(
+    name: str, delta: LoraDelta, enable: Sequence[bool] | None, alpha: float | None, where: object
+) -> Layer:
+    lora_A, lora_B, scaling = stack(delta)
     if enable is not None:
-        if update.kind != "linear":
+        if delta.kind != "linear":
             raise ExportError(f"{where}: {name} is no linear layer, and only those have groups.", "Mend --enable.")
-        down, up = _as_merged(name, down, up, enable, where)
-    elif update.kind == "conv2d":
-        down, up = _as_conv2d(down, up, update.kernel_size)
-    rank = len(down) // update.kernel_size if enable is None else up.shape[1]
+        lora_A, lora_B = _as_merged(name, lora_A, lora_B, enable, where)
+    elif delta.kind == "conv2d":
+        lora_A, lora_B = _as_conv2d(lora_A, lora_B, delta.kernel_size)
+    rank = len(lora_A) // delta.kernel_size if enable is None else lora_B.shape[1]
     kept = whole_number(scaling * rank)
     alpha = kept if alpha is None else whole_number(alpha)
     return Layer(
-        lora_A=down,
-        lora_B=fold(up, scaling / (alpha / rank)) if alpha != kept else up,
+        lora_A=lora_A,
+        lora_B=scale_lora_b(lora_B, scaling / (alpha / rank)) if alpha != kept else lora_B,
         lora_alpha=alpha,
-        built_as=_built_as(update, rank, alpha, enable),
+        built_as=_built_as(delta, rank, alpha, enable),
     )
 
 
-def _built_as(update: Update, rank: int, alpha: float, enable: Sequence[bool] | None) -> str:
-    sizes, strength = (update.in_features, update.out_features), f"r={rank}, lora_alpha={alpha}"
-    if update.kind == "conv2d":
-        channels = update.in_features // update.kernel_size**2
-        return f"lora.Conv2d({channels}, {sizes[1]}, {update.kernel_size}, {strength})"
+def _built_as(delta: LoraDelta, rank: int, alpha: float, enable: Sequence[bool] | None) -> str:
+    sizes, strength = (delta.in_features, delta.out_features), f"r={rank}, lora_alpha={alpha}"
+    if delta.kind == "conv2d":
+        channels = delta.in_features // delta.kernel_size**2
+        return f"lora.Conv2d({channels}, {sizes[1]}, {delta.kernel_size}, {strength})"
     if enable is not None:
         return f"lora.MergedLinear({sizes[0]}, {sizes[1]}, {strength}, enable_lora={[bool(on) for on in enable]})"
-    return f"lora.{'Embedding' if update.kind == 'embedding' else 'Linear'}({sizes[0]}, {sizes[1]}, {strength})"
+    return f"lora.{'Embedding' if delta.kind == 'embedding' else 'Linear'}({sizes[0]}, {sizes[1]}, {strength})"
 
 
-def _as_merged(name: str, down: Tensor, up: Tensor, enable: Sequence[bool], where: object) -> tuple[Tensor, Tensor]:
+def _as_merged(
+    name: str, lora_A: Tensor, lora_B: Tensor, enable: Sequence[bool], where: object
+) -> tuple[Tensor, Tensor]:
     """A and B of a MergedLinear: B's own blocks where it is block-diagonal, else A once for every enabled group."""
     count, places = sum(enable), [number for number, enabled in enumerate(enable) if enabled]
-    if len(up) % len(enable) or not count:
-        raise ExportError(f"{where}: {name} has {len(up)} rows, not {len(enable)} equal groups.", "Mend --enable.")
-    groups = up.reshape(len(enable), -1, len(down))
+    if len(lora_B) % len(enable) or not count:
+        raise ExportError(f"{where}: {name} has {len(lora_B)} rows, not {len(enable)} equal groups.", "Mend --enable.")
+    groups = lora_B.reshape(len(enable), -1, len(lora_A))
     for number, enabled in enumerate(enable):
         if not enabled and groups[number].any():
             raise ExportError(
@@ -251,24 +256,24 @@ def _as_merged(name: str, down: Tensor, up: Tensor, enable: Sequence[bool], wher
                 "Enable every trained group.",
             )
     kept = groups[places]
-    if len(down) % count == 0 and up.any():
-        blocks = kept.reshape(count, -1, count, len(down) // count)  # (group, rows, group of ranks, r)
+    if len(lora_A) % count == 0 and lora_B.any():
+        blocks = kept.reshape(count, -1, count, len(lora_A) // count)  # (group, rows, group of ranks, r)
         diagonal = torch.stack([blocks[number, :, number] for number in range(count)])
         if all(not blocks[a, :, b].any() for a in range(count) for b in range(count) if a != b):
-            return down, diagonal.flatten(0, 1)
-    return down.repeat(count, 1), kept.flatten(0, 1)
+            return lora_A, diagonal.flatten(0, 1)
+    return lora_A.repeat(count, 1), kept.flatten(0, 1)
 
 
-def _as_conv2d(down: Tensor, up: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
+def _as_conv2d(lora_A: Tensor, lora_B: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
     """A (r k, in k) and B (out k, r k): the k copies of one A where it was made of them, else rank r of PEFT's."""
-    parts, rank, width = down.chunk(kernel, dim=1), len(down), down.shape[1] // kernel
+    parts, rank, width = lora_A.chunk(kernel, dim=1), len(lora_A), lora_A.shape[1] // kernel
     if rank % kernel == 0:
-        copy = down[: rank // kernel, :width]
-        if len(copy) % kernel == 0 and torch.equal(down, torch.kron(torch.eye(kernel, dtype=copy.dtype), copy)):
-            return copy, up.reshape(-1, rank // kernel)
-    placed = up.new_zeros(len(up), kernel, kernel, rank)
+        copy = lora_A[: rank // kernel, :width]
+        if len(copy) % kernel == 0 and torch.equal(lora_A, torch.kron(torch.eye(kernel, dtype=copy.dtype), copy)):
+            return copy, lora_B.reshape(-1, rank // kernel)
+    placed = lora_B.new_zeros(len(lora_B), kernel, kernel, rank)
     for part in range(kernel):
-        placed[:, part, part] = up
+        placed[:, part, part] = lora_B
     return torch.cat(parts), placed.flatten(0, 1).flatten(1)
 
 
@@ -277,7 +282,7 @@ def loralib_tensors(adapter: Adapter, layers: Mapping[str, Layer]) -> dict[str, 
     tensors = {}
     for name, tensor in adapter.whole.items():
         layer_name, _, kind = name.rpartition(".")
-        wrapped = layer_name in adapter.updates and adapter.updates[layer_name].kind == "conv2d"
+        wrapped = layer_name in adapter.deltas and adapter.deltas[layer_name].kind == "conv2d"
         tensors[f"{layer_name}.conv.{kind}" if wrapped else name] = tensor
     for name, layer in layers.items():
         tensors |= {f"{name}.lora_A": layer.lora_A, f"{name}.lora_B": layer.lora_B}
@@ -340,7 +345,7 @@ def _kernels(layers: Mapping[str, nn.Module]) -> dict[str, int]:
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) as `Update` counts them."""
+    """(out_features, in_features) as `LoraDelta` counts them."""
     if isinstance(layer, nn.Linear):  # bitsandbytes' as well, whose packed weight has another shape
         return layer.out_features, layer.in_features
     weight = cast(Tensor, layer.weight)

@@ -15,7 +15,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.initialization import no_init_weights
 
 from qlora_phi3.errors import ExportError
-from qlora_phi3.model.weights import StoredWeights, open_file, read
+from qlora_phi3.model.weights import StoredWeights, open_file, read_tensor
 from qlora_phi3.units import format_count
 
 ADAPTER_NAME = "adapter_model.safetensors"
@@ -43,14 +43,14 @@ OTHER_BASE_OR_CONFIG = (
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
+class LoraDelta:
     """What is added to a weight: scaling * up @ down, all fp32; with DoRA each row is then brought to length `magnitude`.
 
     down: (rank, in_features). up: (out_features, rank). magnitude: (out_features,) or None.
     """
 
-    down: Tensor
-    up: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
     scaling: float
     magnitude: Tensor | None
 
@@ -60,14 +60,14 @@ class Target:
     """A tensor of the base that the adapter adds to, and under which names the adapter's file holds the parts."""
 
     shape: tuple[int, int]
-    down: str
-    up: str
+    lora_A: str
+    lora_B: str
     magnitude: str | None
     scaling: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Updates:
+class AdapterDeltas:
     """An adapter, read part by part.
 
     `targets`: what is added to, by the base's names. `replaced`: base's name -> the name in the adapter's file of the tensor that
@@ -79,18 +79,18 @@ class Updates:
     replaced: Mapping[str, str]
     unties: bool
 
-    def read(self, name: str) -> Update:
+    def read(self, name: str) -> LoraDelta:
         """The update of a target, in fp32 on the CPU."""
         target = self.targets[name]
-        return Update(
-            down=read(self.stored, target.down).float(),
-            up=read(self.stored, target.up).float(),
+        return LoraDelta(
+            lora_A=read_tensor(self.stored, target.lora_A).float(),
+            lora_B=read_tensor(self.stored, target.lora_B).float(),
             scaling=target.scaling,
-            magnitude=None if target.magnitude is None else read(self.stored, target.magnitude).float(),
+            magnitude=None if target.magnitude is None else read_tensor(self.stored, target.magnitude).float(),
         )
 
 
-def read_updates(folder: Path, config: Mapping[str, Any]) -> Updates:
+def read_deltas(folder: Path, config: Mapping[str, Any]) -> AdapterDeltas:
     """Read a PEFT LoRA adapter for a base.
 
     Args:
@@ -121,7 +121,7 @@ def read_updates(folder: Path, config: Mapping[str, Any]) -> Updates:
     _check_finite(stored, folder)
     were_tied = bool(model.get_base_model().config.tie_word_embeddings)
     unties = were_tied and not tied and not {EMBEDDING, HEAD}.isdisjoint(replaced)
-    return Updates(stored=stored, targets=targets, replaced=replaced, unties=unties)
+    return AdapterDeltas(stored=stored, targets=targets, replaced=replaced, unties=unties)
 
 
 def read_settings(folder: Path) -> LoraConfig:
@@ -176,14 +176,16 @@ def _target(name: str, layer: Any, stored: StoredWeights, folder: Path) -> Targe
         raise _refused(folder, f"{type(variant).__name__} on {name}")
     if layer.lora_bias[_ADAPTER]:
         raise _refused(folder, f"a trained bias of the adapter on {name} (lora_bias)")
-    down, up = (f"{PREFIX}{name}.lora_{side}.weight" for side in "AB")
-    _check_shape(stored, down, tuple(layer.lora_A[_ADAPTER].weight.shape), folder)
-    _check_shape(stored, up, tuple(layer.lora_B[_ADAPTER].weight.shape), folder)
+    lora_A, lora_B = (f"{PREFIX}{name}.lora_{side}.weight" for side in "AB")
+    _check_shape(stored, lora_A, tuple(layer.lora_A[_ADAPTER].weight.shape), folder)
+    _check_shape(stored, lora_B, tuple(layer.lora_B[_ADAPTER].weight.shape), folder)
     magnitude = f"{PREFIX}{name}.lora_magnitude_vector" if uses_dora else None
     if magnitude is not None:
         _check_shape(stored, magnitude, (layer.out_features,), folder)
     shape = (layer.out_features, layer.in_features)
-    return Target(shape=shape, down=down, up=up, magnitude=magnitude, scaling=float(layer.scaling[_ADAPTER]))
+    return Target(
+        shape=shape, lora_A=lora_A, lora_B=lora_B, magnitude=magnitude, scaling=float(layer.scaling[_ADAPTER])
+    )
 
 
 def _check_shape(stored: StoredWeights, key: str, shape: tuple[int, ...], folder: Path) -> None:
@@ -200,7 +202,7 @@ def _check_shape(stored: StoredWeights, key: str, shape: tuple[int, ...], folder
 
 
 def _check_all_read(stored: StoredWeights, targets: Mapping[str, Target], trained: Iterable[str], folder: Path) -> None:
-    used = {key for target in targets.values() for key in (target.down, target.up, target.magnitude)}
+    used = {key for target in targets.values() for key in (target.lora_A, target.lora_B, target.magnitude)}
     unknown = sorted(stored.info.keys() - used - {f"{PREFIX}{name}" for name in trained})
     if unknown:
         raise _refused(
@@ -210,7 +212,7 @@ def _check_all_read(stored: StoredWeights, targets: Mapping[str, Target], traine
 
 def _check_finite(stored: StoredWeights, folder: Path) -> None:
     for key in stored.info:
-        for piece in stored.pieces(key):
+        for piece in stored.iter_row_chunks(key):
             if not torch.stack(piece.aminmax()).isfinite().all():
                 raise ExportError(
                     f"{folder / ADAPTER_NAME}: {key} holds NaN or infinity.",

@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as as_safetensors
 from torch import Tensor
 
-from qlora_phi3.adapters.delta import Adapter, Block, Kind, Update, stack
-from qlora_phi3.errors import ExportError, mend
+from qlora_phi3.adapters.delta import Adapter, Kind, LoraDelta, LowRankBlock, stack
+from qlora_phi3.errors import ExportError, disk_error_hint
 from qlora_phi3.files import file_checksum
 
 CONFIG = "adapter_config.json"
@@ -195,7 +195,8 @@ def drafted(target: Path) -> Iterator[Path]:
         _remove(old)
     except OSError as error:
         raise ExportError(
-            f"{target} cannot be written: {error.strerror or error}.", f"{mend(error)}, or choose another place."
+            f"{target} cannot be written: {error.strerror or error}.",
+            f"{disk_error_hint(error)}, or choose another place.",
         ) from error
     finally:
         if old.exists() and not target.exists():
@@ -278,8 +279,8 @@ def read_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: o
             whole[name] = tensor
     if not layers:
         raise ExportError(f"{where} holds no LoRA matrix.", "Give the folder of a trained LoRA.")
-    updates = {layer: _read_layer(layer, parts, config, where) for layer, parts in layers.items()}
-    return Adapter(updates=updates, whole=_read_whole(whole, updates, config, where))
+    deltas = {layer: _read_layer(layer, parts, config, where) for layer, parts in layers.items()}
+    return Adapter(deltas=deltas, whole=_read_whole(whole, deltas, config, where))
 
 
 def _check_config(config: Mapping[str, Any], where: object) -> None:
@@ -299,18 +300,23 @@ def _check_config(config: Mapping[str, Any], where: object) -> None:
         )
 
 
-def _read_layer(layer: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], where: object) -> Update:
+def _read_layer(layer: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], where: object) -> LoraDelta:
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
     missing = [name for name in names if name not in parts]
     if missing:
         raise ExportError(f"{where}: {layer} has no {missing[0]}.", "Copy the adapter again.")
-    down, up = (parts[name] for name in names)
-    rank, shapes = len(down), f"lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}"
-    kind: Kind = "embedding" if embedding else "linear" if down.dim() == 2 else "conv2d"
-    if down.dim() not in (2, 4) or up.dim() != down.dim() or up.shape[1] != rank or up[0, 0].numel() != 1:
+    lora_A, lora_B = (parts[name] for name in names)
+    rank, shapes = len(lora_A), f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}"
+    kind: Kind = "embedding" if embedding else "linear" if lora_A.dim() == 2 else "conv2d"
+    if (
+        lora_A.dim() not in (2, 4)
+        or lora_B.dim() != lora_A.dim()
+        or lora_B.shape[1] != rank
+        or lora_B[0, 0].numel() != 1
+    ):
         raise ExportError(f"{where}: {layer} has {shapes}, which are no pair.", "Copy the adapter again.")
-    if kind == "conv2d" and down.shape[2] != down.shape[3]:
+    if kind == "conv2d" and lora_A.shape[2] != lora_A.shape[3]:
         raise ExportError(f"{where}: {layer} has a kernel that is not square.", "loralib cannot hold it.")
     r, alpha = (
         _resolve(config, layer, *keys) for keys in (("rank_pattern", "r", 8), ("alpha_pattern", "lora_alpha", 8))
@@ -322,12 +328,12 @@ def _read_layer(layer: str, parts: Mapping[str, Tensor], config: Mapping[str, An
     if not alpha > 0:
         raise ExportError(f"{where}: lora_alpha = {alpha} of {layer} adds nothing.", "Mend it in adapter_config.json.")
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return Update(
-        out_features=len(up),
-        in_features=down[0].numel(),
-        blocks=(Block(down=down.flatten(1), up=up.flatten(1), scaling=scaling),),
+    return LoraDelta(
+        out_features=len(lora_B),
+        in_features=lora_A[0].numel(),
+        blocks=(LowRankBlock(lora_A=lora_A.flatten(1), lora_B=lora_B.flatten(1), scaling=scaling),),
         kind=kind,
-        kernel_size=down.shape[-1] if kind == "conv2d" else 1,
+        kernel_size=lora_A.shape[-1] if kind == "conv2d" else 1,
         magnitude=parts.get("lora_magnitude_vector"),
     )
 
@@ -339,7 +345,7 @@ def _resolve(config: Mapping[str, Any], layer: str, patterns: str, usual: str, d
 
 
 def _read_whole(
-    whole: Mapping[str, Tensor], updates: Mapping[str, Update], config: Mapping[str, Any], where: object
+    whole: Mapping[str, Tensor], deltas: Mapping[str, LoraDelta], config: Mapping[str, Any], where: object
 ) -> dict[str, Tensor]:
     """Biases, modules_to_save and the copy of an adapted embedding that PEFT adds, by their names in the base."""
     saved, found = config.get("modules_to_save") or [], {}
@@ -347,7 +353,7 @@ def _read_whole(
         own = name.replace(".base_layer.", ".")
         layer = own.rpartition(".")[0]
         is_bias = own.endswith(".bias") and config.get("bias", "none") != "none"
-        is_copy = own.endswith(".weight") and layer in updates and updates[layer].kind == "embedding"
+        is_copy = own.endswith(".weight") and layer in deltas and deltas[layer].kind == "embedding"
         if not (is_bias or is_copy or any(f".{module}." in f".{name}" for module in saved)):
             raise ExportError(
                 f"{where}: nobody knows what '{PREFIX}{name}' is for.", "Save the adapter with PEFT again."
@@ -359,22 +365,22 @@ def _read_whole(
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """The tensors as PEFT names and shapes them."""
     tensors: dict[str, Tensor] = {}
-    for layer, update in adapter.updates.items():
-        down, up, _ = stack(update)
+    for layer, delta in adapter.deltas.items():
+        lora_A, lora_B, _ = stack(delta)
         names = (
             ("lora_embedding_A", "lora_embedding_B")
-            if update.kind == "embedding"
+            if delta.kind == "embedding"
             else ("lora_A.weight", "lora_B.weight")
         )
-        if update.kind == "conv2d":
-            down = down.reshape(len(down), -1, update.kernel_size, update.kernel_size)
-            up = up[:, :, None, None]
-        tensors |= {f"{PREFIX}{layer}.{name}": tensor for name, tensor in zip(names, (down, up), strict=True)}
-        if update.magnitude is not None:
-            tensors[f"{PREFIX}{layer}.lora_magnitude_vector"] = update.magnitude
+        if delta.kind == "conv2d":
+            lora_A = lora_A.reshape(len(lora_A), -1, delta.kernel_size, delta.kernel_size)
+            lora_B = lora_B[:, :, None, None]
+        tensors |= {f"{PREFIX}{layer}.{name}": tensor for name, tensor in zip(names, (lora_A, lora_B), strict=True)}
+        if delta.magnitude is not None:
+            tensors[f"{PREFIX}{layer}.lora_magnitude_vector"] = delta.magnitude
     for name, tensor in adapter.whole.items():
         layer, _, kind = name.rpartition(".")
-        tensors[f"{PREFIX}{layer}.base_layer.{kind}" if layer in adapter.updates else PREFIX + name] = tensor
+        tensors[f"{PREFIX}{layer}.base_layer.{kind}" if layer in adapter.deltas else PREFIX + name] = tensor
     return tensors
 
 
@@ -387,10 +393,10 @@ def peft_settings(adapter: Adapter, *, all_layers: Iterable[str] = ()) -> dict[s
             have in common then stands for them in target_modules. Without it every layer is listed.
     """
     ranks, alphas = {}, {}
-    for layer, update in adapter.updates.items():
-        down, _, scaling = stack(update)
-        ranks[layer] = len(down)
-        alphas[layer] = whole_number(scaling * len(down))
+    for layer, delta in adapter.deltas.items():
+        lora_A, _, scaling = stack(delta)
+        ranks[layer] = len(lora_A)
+        alphas[layer] = whole_number(scaling * len(lora_A))
     r, rank_pattern = _with_pattern(ranks)
     alpha, alpha_pattern = _with_pattern(alphas)
     biased = [name.rpartition(".")[0] for name in adapter.whole if name.endswith(".bias")]
@@ -401,9 +407,9 @@ def peft_settings(adapter: Adapter, *, all_layers: Iterable[str] = ()) -> dict[s
         "lora_alpha": alpha,
         "alpha_pattern": alpha_pattern,
         "use_rslora": False,
-        "use_dora": any(update.magnitude is not None for update in adapter.updates.values()),
-        "target_modules": _target_modules(set(adapter.updates), set(all_layers)),
-        "bias": "none" if not biased else "lora_only" if adapter.updates.keys() >= set(biased) else "all",
+        "use_dora": any(delta.magnitude is not None for delta in adapter.deltas.values()),
+        "target_modules": _target_modules(set(adapter.deltas), set(all_layers)),
+        "bias": "none" if not biased else "lora_only" if adapter.deltas.keys() >= set(biased) else "all",
         "init_lora_weights": True,
         "exclude_modules": None,
         "layers_to_transform": None,

@@ -88,10 +88,10 @@ def _check_tensors(
 
 
 def _check_strength(model: PeftModel, tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> None:
-    updates = read_peft(tensors, config, folder).updates
+    deltas = read_peft(tensors, config, folder).deltas
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            (block,), fresh = updates[name.removeprefix(PREFIX)].blocks, layer.scaling["default"]
+            (block,), fresh = deltas[name.removeprefix(PREFIX)].blocks, layer.scaling["default"]
             if block.scaling != fresh:
                 raise _differs(f"scales {name} by {block.scaling:g}, and [lora] by {fresh:g}", config, folder)
 

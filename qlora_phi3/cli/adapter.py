@@ -99,7 +99,7 @@ def _convert(
     ctx: click.Context, source: Path, target: Path, form: str, given: Mapping[str, Any], *, force: bool
 ) -> "Converted":
     """Call the conversion; what is worked on is shown on stderr."""
-    from qlora_phi3.cli.options import quietly
+    from qlora_phi3.cli.options import libraries_silenced
     from qlora_phi3.ui.console import Watcher
 
     watcher = Watcher()
@@ -108,12 +108,12 @@ def _convert(
         watcher.progress("Comparing layers", done, total)
 
     try:
-        with nullcontext() if ctx.meta.get("debug") else quietly():
-            watcher.say("Starting torch and peft")
+        with nullcontext() if ctx.meta.get("debug") else libraries_silenced():
+            watcher.info("Starting torch and peft")
             os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as in cli/run.py
             from qlora_phi3.adapters import convert as conversions
 
-            watcher.say(f"Reading {source}")
+            watcher.info(f"Reading {source}")
             if form == "fused":
                 return conversions.split_to_fused(source, target, base=given["base"], force=force, progress=progress)
             if form == "split":

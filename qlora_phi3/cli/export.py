@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qlora_phi3.cli.options import debug_option, quieten
+from qlora_phi3.cli.options import debug_option, silence_libraries
 from qlora_phi3.errors import Interrupted, UserError
-from qlora_phi3.export.request import DTYPES, USUAL_DTYPE, USUAL_ONTO
+from qlora_phi3.export.request import DEFAULT_DTYPE, DEFAULT_ONTO, DTYPES
 
 if TYPE_CHECKING:
     from qlora_phi3.export.request import Request
-    from qlora_phi3.ui.console import View
+    from qlora_phi3.ui.console import ConsoleReporter
 
 
 @click.command()
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype",
     type=click.Choice(list(DTYPES)),
-    default=USUAL_DTYPE,
+    default=DEFAULT_DTYPE,
     show_default=True,
     help="Of merged weights, and of a GGUF without --quant.",
 )
 @click.option(
     "--onto",
     type=click.Choice(["auto", "nf4", "original"]),
-    default=USUAL_ONTO,
+    default=DEFAULT_ONTO,
     show_default=True,
     help="What the adapter is added to: the 4-bit weights it was trained on, or the base's own; auto: the lower held-out loss.",
 )
@@ -112,9 +112,9 @@ def export(
         private=private,
     )
 
-    from qlora_phi3.ui.console import Cadence, open_view
+    from qlora_phi3.ui.console import LogInterval, open_console
 
-    with open_view(Cadence("no", 1), plain=False) as view:
+    with open_console(LogInterval("no", 1), plain=False) as view:
         try:
             _export(request, view, quiet=not ctx.meta.get("debug"))
         except KeyboardInterrupt as interrupt:
@@ -124,11 +124,11 @@ def export(
             ) from interrupt
 
 
-def _export(request: "Request", view: "View", *, quiet: bool) -> None:
+def _export(request: "Request", view: "ConsoleReporter", *, quiet: bool) -> None:
     """Start the libraries, then export, then show."""
     view.progress("Starting torch, transformers and peft", 0, None)
     if quiet:
-        quieten()
+        silence_libraries()
     from qlora_phi3.export.run import export_run
     from qlora_phi3.ui.export import show_export
 

@@ -10,7 +10,7 @@ from qlora_phi3.cli.export import export
 from qlora_phi3.cli.recipe import recipe
 from qlora_phi3.cli.run import run
 from qlora_phi3.cli.vram_check import vram_check
-from qlora_phi3.errors import Interrupted, UserError, mend
+from qlora_phi3.errors import Interrupted, UserError, disk_error_hint
 
 FULL_OR_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -38,7 +38,7 @@ def _as_user_error(error: BaseException) -> UserError | None:
         return Interrupted("Stopped.")
     if isinstance(error, OSError) and error.errno in FULL_OR_REFUSED:
         where = f" ({error.filename})" if error.filename else ""
-        return UserError(f"{error.strerror}{where}.", f"{mend(error)}, or choose another folder.")
+        return UserError(f"{error.strerror}{where}.", f"{disk_error_hint(error)}, or choose another folder.")
     return None
 
 

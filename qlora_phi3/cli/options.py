@@ -34,7 +34,7 @@ def set_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def quieten() -> None:
+def silence_libraries() -> None:
     """Leave the terminal to us: no warnings, and no log line below an error."""
     warnings.filterwarnings("ignore")
     for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "peft", "trl", "torch"):
@@ -42,7 +42,7 @@ def quieten() -> None:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def libraries_silenced() -> Iterator[None]:
     """No warnings and no log line below an error inside; some libraries set their loggers back while they are imported."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qlora_phi3.cli.options import debug_option, quieten, set_option
+from qlora_phi3.cli.options import debug_option, set_option, silence_libraries
 from qlora_phi3.errors import RunError
 
 if TYPE_CHECKING:
     from qlora_phi3.recipe.schema import Recipe
     from qlora_phi3.runfolder import RunFolder
     from qlora_phi3.training.run import RunResult
-    from qlora_phi3.ui.console import View
+    from qlora_phi3.ui.console import ConsoleReporter
 
 NEWEST = "newest"
 
@@ -57,17 +57,17 @@ def run(
         overrides = (*overrides, "memory.rehearsal=false")
     loaded = load_recipe(recipe, overrides, is_file=is_local)
 
-    from qlora_phi3.runfolder import find_run, name_of_runs
+    from qlora_phi3.runfolder import find_run, run_group_name
 
-    name = name_of_runs(recipe)
+    name = run_group_name(recipe)
     wanted = None if resume in (None, NEWEST) else resume
     folder = None if resume is None else find_run(Path(loaded.training.output_dir), name, wanted)
 
-    from qlora_phi3.ui.console import Cadence, open_view
+    from qlora_phi3.ui.console import LogInterval, open_console
 
     training = loaded.training
-    cadence = Cadence(training.logging_strategy, training.logging_steps, training.warmup_steps)
-    with open_view(cadence, plain=training.disable_tqdm) as view, _ended_as_by_ctrl_c():
+    log_interval = LogInterval(training.logging_strategy, training.logging_steps, training.warmup_steps)
+    with open_console(log_interval, plain=training.disable_tqdm) as view, _ended_as_by_ctrl_c():
         try:
             quiet = not ctx.meta.get("debug") and training.log_level == "passive"
             result = _train(loaded, name, recipe.parent, view, folder, quiet=quiet)
@@ -106,7 +106,7 @@ def _sort_out(ctx: click.Context, recipe: Path | None, resume: str | None) -> tu
 
 
 def _train(
-    recipe: "Recipe", name: str, base_folder: Path, view: "View", folder: "RunFolder | None", *, quiet: bool
+    recipe: "Recipe", name: str, base_folder: Path, view: "ConsoleReporter", folder: "RunFolder | None", *, quiet: bool
 ) -> "RunResult":
     """Start the libraries, then train."""
     # Read by libgomp when torch loads it: threads that wait for one another soon give their core away. Demo model, two threads
@@ -115,11 +115,11 @@ def _train(
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     view.progress("Starting torch, transformers and peft", 0, None)
     if quiet:
-        quieten()
+        silence_libraries()
     from qlora_phi3.training.report import describe_load
     from qlora_phi3.training.run import run as train
 
     view.progress("Starting torch, transformers and peft", 1, 1)
     if line := describe_load():
-        view.warn(line)
-    return train(recipe, name, base_folder, listener=view, resume=folder)
+        view.warning(line)
+    return train(recipe, name, base_folder, reporter=view, resume=folder)

@@ -17,9 +17,9 @@ from qlora_phi3.errors import CannotTellError, DeviceError, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qlora_phi3.hardware.gpu import Device
-    from qlora_phi3.memory.cached import Question
-    from qlora_phi3.memory.report import Answer
+    from qlora_phi3.hardware.gpu import Gpu
+    from qlora_phi3.memory.cached import CachedVramCheck
+    from qlora_phi3.memory.report import VramReport
 
 BESIDE = "beside the recipe"
 FITS, DOES_NOT_FIT = 0, 3
@@ -111,32 +111,32 @@ def _check_options(
         raise UserError(f"--fit {fit}: it writes a recipe, whose name ends in .toml.", "Name it so.")
 
 
-def _find_device(gpu: str | None, vram: str | None) -> "Device":
+def _find_device(gpu: str | None, vram: str | None) -> "Gpu":
     """The card that is asked about.
 
     Raises:
         DeviceError: nobody knows it, or its size cannot be read; NoDeviceError where there is none here.
     """
-    from qlora_phi3.hardware.gpu import card_of_size, find_card, read_device
+    from qlora_phi3.hardware.gpu import find_gpu, gpu_of_size, read_gpu
     from qlora_phi3.units import parse_size
 
     if gpu is not None:
-        return find_card(gpu)
+        return find_gpu(gpu)
     if vram is None:
-        return read_device()
+        return read_gpu()
     try:
         num_bytes = parse_size(vram, binary=True)
     except ValueError as error:
         raise DeviceError(f"--vram: {error}") from error
-    return card_of_size(num_bytes)
+    return gpu_of_size(num_bytes)
 
 
-def _card_here() -> "Device | None":
+def _card_here() -> "Gpu | None":
     """The card of this computer, if it has one that answers."""
-    from qlora_phi3.hardware.gpu import read_device
+    from qlora_phi3.hardware.gpu import read_gpu
 
     try:
-        return read_device()
+        return read_gpu()
     except DeviceError:
         return None
 
@@ -153,29 +153,29 @@ def _for_programs_too(*, wants_json: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _asking(ctx: click.Context, recipe: Path, overrides: tuple[str, ...]) -> Iterator["Question"]:
+def _asking(ctx: click.Context, recipe: Path, overrides: tuple[str, ...]) -> Iterator["CachedVramCheck"]:
     """A question whose work is shown on stderr."""
-    from qlora_phi3.cli.options import quietly
-    from qlora_phi3.memory.cached import Question
+    from qlora_phi3.cli.options import libraries_silenced
+    from qlora_phi3.memory.cached import CachedVramCheck
     from qlora_phi3.ui.console import Watcher
 
     watcher = Watcher()
     try:
-        with nullcontext() if ctx.meta.get("debug") else quietly():
-            yield Question(recipe, overrides, watcher)
+        with nullcontext() if ctx.meta.get("debug") else libraries_silenced():
+            yield CachedVramCheck(recipe, overrides, watcher)
     finally:
         watcher.close()
 
 
 def _nothing_known() -> dict[str, None]:
-    from qlora_phi3.memory.report import Answer
+    from qlora_phi3.memory.report import VramReport
 
-    return dict.fromkeys([*(field.name for field in fields(Answer)), "others", "others_bytes"])
+    return dict.fromkeys([*(field.name for field in fields(VramReport)), "others", "other_processes_bytes"])
 
 
-def _tell_card(device: "Device", *, wants_json: bool) -> None:
+def _tell_card(device: "Gpu", *, wants_json: bool) -> None:
     if wants_json:
-        _print_json({"device": asdict(device), "others_bytes": device.others_bytes})
+        _print_json({"device": asdict(device), "other_processes_bytes": device.other_processes_bytes})
         return
     from qlora_phi3.ui.vram import show_card
 
@@ -183,25 +183,25 @@ def _tell_card(device: "Device", *, wants_json: bool) -> None:
         show_card(console, device)
 
 
-def _tell_answer(question: "Question", device: "Device", fit: str | None, *, wants_json: bool) -> int:
+def _tell_answer(question: "CachedVramCheck", device: "Gpu", fit: str | None, *, wants_json: bool) -> int:
     target = None if fit is None else _fit_target(question, device, fit)
-    answer = question.about_card(device)
+    report = question.about_card(device)
     question.teller.close()
     if wants_json:
         from qlora_phi3.memory.report import as_json
 
-        _print_json(as_json(answer))
+        _print_json(as_json(report))
     else:
         from qlora_phi3.ui.vram import show_answer
 
         with _console() as console:
-            show_answer(console, answer)
+            show_answer(console, report)
     if target is not None:
-        _write_fit(question, answer, target)
-    return FITS if answer.fits else DOES_NOT_FIT
+        _write_fit(question, report, target)
+    return FITS if report.fits else DOES_NOT_FIT
 
 
-def _fit_target(question: "Question", device: "Device", fit: str) -> Path:
+def _fit_target(question: "CachedVramCheck", device: "Gpu", fit: str) -> Path:
     """Where --fit writes; refused before the work begins where something is there already."""
     path = Path(fit)
     if fit == BESIDE:
@@ -220,15 +220,15 @@ def _is_there(path: Path) -> UserError:
     )
 
 
-def _write_fit(question: "Question", answer: "Answer", target: Path) -> None:
+def _write_fit(question: "CachedVramCheck", report: "VramReport", target: Path) -> None:
     """Write the recipe of the plan; say so on stderr, where a program that reads JSON is not disturbed."""
     from qlora_phi3.memory.fit import write_fitted
 
-    if not answer.fits:
+    if not report.fits:
         click.echo(f"{target} is not written, as nothing fits.", err=True)
         return
     try:
-        write_fitted(question.recipe, question.text, question.overrides, answer, source=question.path, target=target)
+        write_fitted(question.recipe, question.text, question.overrides, report, source=question.path, target=target)
     except FileExistsError as error:
         raise _is_there(target) from error
     except OSError as error:
@@ -236,39 +236,39 @@ def _write_fit(question: "Question", answer: "Answer", target: Path) -> None:
     click.echo(f"Written: {target}. Train it with: qlora-phi3 run {target}", err=True)
 
 
-def _tell_survey(question: "Question", *, wants_json: bool) -> int:
-    from qlora_phi3.memory.tables import group_cards, group_of_one, survey_as_json
+def _tell_survey(question: "CachedVramCheck", *, wants_json: bool) -> int:
+    from qlora_phi3.memory.tables import gpu_table_as_json, group_gpus, group_of_one
 
-    here = _card_here()
-    rows = question.about_every_card([*([group_of_one(here)] if here else []), *group_cards()])
+    is_local = _card_here()
+    rows = question.about_every_card([*([group_of_one(is_local)] if is_local else []), *group_gpus()])
     question.teller.close()
     if wants_json:
-        _print_json({"cards": survey_as_json(rows)})
+        _print_json({"cards": gpu_table_as_json(rows)})
     else:
-        from qlora_phi3.ui.vram import show_survey
+        from qlora_phi3.ui.vram import show_gpu_table
 
         with _console() as console:
-            show_survey(console, rows)
-    return FITS if any(row.answer.fits for row in rows) else DOES_NOT_FIT
+            show_gpu_table(console, rows)
+    return FITS if any(row.report.fits for row in rows) else DOES_NOT_FIT
 
 
-def _tell_longest(question: "Question", gpu: str | None, vram: str | None, *, wants_json: bool) -> int:
-    from qlora_phi3.memory.tables import group_cards
+def _tell_longest(question: "CachedVramCheck", gpu: str | None, vram: str | None, *, wants_json: bool) -> int:
+    from qlora_phi3.memory.tables import group_gpus
 
     if gpu or vram:
         devices = [_find_device(gpu, vram)]
     else:
-        here = _card_here()
-        devices = [*([here] if here else []), *(group.device for group in group_cards())]
+        is_local = _card_here()
+        devices = [*([is_local] if is_local else []), *(group.device for group in group_gpus())]
     rows = question.about_length(devices)
     question.teller.close()
     if wants_json:
         _print_json({"cards": [asdict(row) for row in rows]})
     else:
-        from qlora_phi3.ui.vram import show_longest
+        from qlora_phi3.ui.vram import show_max_lengths
 
         with _console() as console:
-            show_longest(console, rows)
+            show_max_lengths(console, rows)
     return FITS if any(row.max_length for row in rows) else DOES_NOT_FIT
 
 

@@ -8,7 +8,7 @@
 | `prompt_completion` | `prompt`, `completion` (strings or message lists) | as turns; only the completion is learned |
 | `text` | `text` | raw text without a template; every token is learned |
 
-Every role is mapped and none is dropped: an unknown one is an error. A row that cannot be used raises `UnusableRow`,
+Every role is mapped and none is dropped: an unknown one is an error. A row that cannot be used raises `SkipRow`,
 which the caller counts with its reason. Templates and tokens are left to `render.py`.
 """
 
@@ -43,23 +43,34 @@ ROLES: dict[str, Role] = {
 
 
 #: What a question and an answer are called in the wild, the likelier names first.
-ASKED = ("instruction", "question", "prompt", "query", "input", "user", "human", "problem", "source", "src")
+QUESTION_COLUMNS = ("instruction", "question", "prompt", "query", "input", "user", "human", "problem", "source", "src")
 
 
-ANSWERED = ("output", "answer", "response", "completion", "reply", "assistant", "bot", "solution", "target", "tgt")
+ANSWER_COLUMNS = (
+    "output",
+    "answer",
+    "response",
+    "completion",
+    "reply",
+    "assistant",
+    "bot",
+    "solution",
+    "target",
+    "tgt",
+)
 
 
-class UnusableRow(Exception):  # noqa: N818 - not a fault of the program: the caller counts it and goes on
+class SkipRow(Exception):  # noqa: N818 - not a fault of the program: the caller counts it and goes on
     """This row cannot be trained on; the message is the reason, the same words for the same reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of a conversation; `learned` says whether an assistant's turn is supervised."""
+    """One turn of a conversation; `supervised` says whether an assistant's turn is supervised."""
 
     role: Role
     text: str
-    learned: bool = True
+    supervised: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +118,9 @@ def guess_mapping(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
         ):
             return "messages", {"messages": column}
     names = {column.lower(): column for column in row}
-    question, answer = (next((names[name] for name in choice if name in names), None) for choice in (ASKED, ANSWERED))
+    question, answer = (
+        next((names[name] for name in choice if name in names), None) for choice in (QUESTION_COLUMNS, ANSWER_COLUMNS)
+    )
     if question is None or answer is None:
         return None
     if question == "prompt":
@@ -152,23 +165,23 @@ def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Doc
     form = FORMATS[format_name]
     for column in form.required:
         if row.get(column) is None:
-            raise UnusableRow(f"no {column!r}")
+            raise SkipRow(f"no {column!r}")
     example = form.read(row, where)
     if isinstance(example, Chat):
         _check_chat(example)
     elif not example.text.strip():
-        raise UnusableRow("the text is empty")
+        raise SkipRow("the text is empty")
     return example
 
 
 def _check_chat(chat: Chat) -> None:
     if not chat.turns:
-        raise UnusableRow("the conversation is empty")
-    answers = [turn for turn in chat.turns if turn.role == "assistant" and turn.learned]
+        raise SkipRow("the conversation is empty")
+    answers = [turn for turn in chat.turns if turn.role == "assistant" and turn.supervised]
     if not answers:
-        raise UnusableRow("no assistant turn to learn from")
+        raise SkipRow("no assistant turn to learn from")
     if not all(turn.text.strip() for turn in answers):
-        raise UnusableRow("an assistant turn is empty")
+        raise SkipRow("an assistant turn is empty")
 
 
 def _read_messages(row: Mapping[str, Any], where: str) -> Chat:
@@ -186,7 +199,7 @@ def _read_alpaca(row: Mapping[str, Any], where: str) -> Chat:
     turns: list[Turn] = []
     for pair in _list(row.get("history"), "history"):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise UnusableRow("'history' is not a list of [question, answer] pairs")
+            raise SkipRow("'history' is not a list of [question, answer] pairs")
         turns += [Turn("user", _text(pair[0], "history")), Turn("assistant", _text(pair[1], "history"))]
     turns += [Turn("user", question), Turn("assistant", _text(row["output"], "output"))]
     return _with_system_and_tools(tuple(turns), row)
@@ -200,7 +213,7 @@ def _read_prompt_completion(row: Mapping[str, Any], where: str) -> Chat:
         if isinstance(completion, str)
         else _read_turns(completion, "completion", where)
     )
-    return Chat((*(Turn(turn.role, turn.text, learned=False) for turn in asked), *answered))
+    return Chat((*(Turn(turn.role, turn.text, supervised=False) for turn in asked), *answered))
 
 
 def _read_text(row: Mapping[str, Any], where: str) -> Document:
@@ -213,24 +226,24 @@ def _read_turns(messages: Any, column: str, where: str) -> tuple[Turn, ...]:
         try:
             messages = json.loads(messages)
         except ValueError:
-            raise UnusableRow(f"{column!r} is text, and not the JSON of a list of messages") from None
+            raise SkipRow(f"{column!r} is text, and not the JSON of a list of messages") from None
     return tuple(_read_turn(message, column, where) for message in _list(messages, column))
 
 
 def _read_turn(message: Any, column: str, where: str) -> Turn:
     if not isinstance(message, Mapping):
-        raise UnusableRow(f"a message of {column!r} is {_kind(message)}, not an object")
+        raise SkipRow(f"a message of {column!r} is {_kind(message)}, not an object")
     name = message.get("role") if message.get("role") is not None else message.get("from")
     content = message.get("content") if message.get("content") is not None else message.get("value")
     if not isinstance(name, str):
-        raise UnusableRow(f"a message of {column!r} has no role")
+        raise SkipRow(f"a message of {column!r} has no role")
     role = ROLES.get(name.strip().lower())
     if role is None:
         raise DataError(
             f"{where}: nobody knows the role {name!r}.",
             f"Rename it in the data; the known roles are {', '.join(ROLES)}.",
         )
-    return Turn(role, _join_text(_content(content), _tool_calls(message)), learned=message.get("weight") != 0)
+    return Turn(role, _join_text(_content(content), _tool_calls(message)), supervised=message.get("weight") != 0)
 
 
 def _content(content: Any) -> str:
@@ -240,7 +253,7 @@ def _content(content: Any) -> str:
     for part in content:
         if not isinstance(part, Mapping) or part.get("type", "text") != "text":
             kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
-            raise UnusableRow(f"a part of a message is {kind!r}, not text")
+            raise SkipRow(f"a part of a message is {kind!r}, not text")
     return "\n".join(_text(part.get("text"), "content") for part in content)
 
 
@@ -261,11 +274,11 @@ def _text(value: Any, column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UnusableRow(f"{column!r} is {_kind(value)}, not text")
+        raise SkipRow(f"{column!r} is {_kind(value)}, not text")
     try:
         value.encode()  # JSON may hold half of a surrogate pair, which no tokenizer takes
     except UnicodeEncodeError:
-        raise UnusableRow(f"{column!r} holds half a Unicode surrogate pair") from None
+        raise SkipRow(f"{column!r} holds half a Unicode surrogate pair") from None
     return value
 
 
@@ -273,7 +286,7 @@ def _list(value: Any, column: str) -> Sequence[Any]:
     if value is None or value == "":
         return ()
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise UnusableRow(f"{column!r} is {_kind(value)}, not a list")
+        raise SkipRow(f"{column!r} is {_kind(value)}, not a list")
     return value
 
 

@@ -22,8 +22,8 @@ from qlora_phi3.data.tokenize import (
     NAMED,
     Progress,
     RowCount,
-    Settings,
     SourceReport,
+    TokenizeConfig,
     read_to_first_usable,
     tokenize_source,
 )
@@ -65,7 +65,7 @@ class DataReport:
     skipped: tuple[RowCount, ...]
     notes: tuple[RowCount, ...]
     truncated: int
-    cut_off: RowCount
+    fully_truncated: RowCount
     tokens: int
     supervised_tokens: int
     longest_row: int
@@ -96,8 +96,10 @@ class DataReport:
         if self.truncated:
             kept = format_count(self.rows_kept, "row")
             lines.append(f"{self.truncated:,} of {kept} cut at max_length = {self.max_length}")
-        if self.cut_off.rows:
-            lines.append(f"{format_count(self.cut_off.rows, 'row')} dropped, {_with_places(self.cut_off)}")
+        if self.fully_truncated.rows:
+            lines.append(
+                f"{format_count(self.fully_truncated.rows, 'row')} dropped, {_with_places(self.fully_truncated)}"
+            )
         return lines + [f"{format_count(count.rows, 'row')}, {_with_places(count)}" for count in self.notes]
 
 
@@ -169,7 +171,7 @@ def prepare_datasets(
     eval_sources = open_sources(
         evaluation, base_folder=base_folder, split=eval_split or "test", subset=subset, revision=revision
     )
-    settings = Settings(
+    config = TokenizeConfig(
         format=format,
         fields=dict(fields or {}),
         loss_on=loss_on,
@@ -179,17 +181,17 @@ def prepare_datasets(
         cache_folder=_default_cache_folder() if cache_folder is None else cache_folder,
         progress=progress,
     )
-    rows, reports = _read_all(train_sources, settings, max_rows, first=0)
+    rows, reports = _read_all(train_sources, config, max_rows, first=0)
     held_out: Any | None = None
     indices: tuple[int, ...] = ()
     if eval_sources:
-        held_out, eval_reports = _read_all(eval_sources, settings, max_eval_rows, first=len(train_sources))
+        held_out, eval_reports = _read_all(eval_sources, config, max_eval_rows, first=len(train_sources))
         reports += eval_reports
-    elif indices := draw_rows(len(rows), eval_size, seed=split_seed, at_most=max_eval_rows):
+    elif indices := split_indices(len(rows), eval_size, seed=split_seed, at_most=max_eval_rows):
         held_out = rows.select(indices)
         rows = rows.select(np.setdiff1d(np.arange(len(rows)), indices))
     content = sha256("".join(source.digest for source in (*train_sources, *eval_sources)).encode()).hexdigest()
-    return PreparedData(rows, held_out, _sum_up(rows, held_out, reports, settings, content, split_seed, indices))
+    return PreparedData(rows, held_out, _sum_up(rows, held_out, reports, config, content, split_seed, indices))
 
 
 def check_files(names: Sequence[str], base_folder: Path, *, format: str, fields: Mapping[str, str]) -> None:
@@ -207,7 +209,7 @@ def check_files(names: Sequence[str], base_folder: Path, *, format: str, fields:
                 raise _nothing_to_learn([source], [report], max_length=0)
 
 
-def draw_rows(num_rows: int, size: float, *, seed: int, at_most: int | None = None) -> tuple[int, ...]:
+def split_indices(num_rows: int, size: float, *, seed: int, at_most: int | None = None) -> tuple[int, ...]:
     """Indices of the rows to hold out, ascending: the first of a permutation drawn with `seed` by numpy's PCG64.
 
     Args:
@@ -234,35 +236,35 @@ def _default_cache_folder() -> Path:
 
 
 def _read_all(
-    sources: Sequence[Source], settings: Settings, max_rows: int | None, *, first: int
+    sources: Sequence[Source], config: TokenizeConfig, max_rows: int | None, *, first: int
 ) -> tuple[Any, list[SourceReport]]:
     """The usable rows of several sources as one data set; `first` is the number of the first source in the report."""
     from datasets import concatenate_datasets
 
     parts, reports, kept = [], [], 0
     for number, source in enumerate(sources, first):
-        part, report = tokenize_source(source, settings, None if max_rows is None else max_rows - kept)
+        part, report = tokenize_source(source, config, None if max_rows is None else max_rows - kept)
         if report.rows_read == 0 and max_rows != kept:
             raise DataError(f"{source.name} holds no rows.", "Give it at least one.")
         parts.append(part.add_column("source", np.full(len(part), number, dtype=np.int32)))
         reports.append(report)
         kept += report.rows_kept
     if not kept:
-        raise _nothing_to_learn(sources, reports, settings.max_length)
+        raise _nothing_to_learn(sources, reports, config.max_length)
     return concatenate_datasets([part for part in parts if len(part)]), reports
 
 
 def _nothing_to_learn(sources: Sequence[Source], reports: Sequence[SourceReport], max_length: int) -> DataError:
     """Why no row is left, in one line."""
     names = ", ".join(report.name for report in reports)
-    cut_off = _merge([report.cut_off for report in reports], EXAMPLES)
-    reasons = [*([cut_off] if cut_off.rows else []), *_merge_all(report.skipped for report in reports)]
-    listed = "; ".join(f"{count.rows} x {count.reason} (first: {count.where[0]})" for count in reasons[:5])
+    fully_truncated = _merge([report.fully_truncated for report in reports], EXAMPLES)
+    reasons = [*([fully_truncated] if fully_truncated.rows else []), *_merge_all(report.skipped for report in reports)]
+    as_list = "; ".join(f"{count.rows} x {count.reason} (first: {count.where[0]})" for count in reasons[:5])
     read = sum(report.rows_read for report in reports)
     _, first_row = next(sources[0].rows())
     return DataError(
-        f"None of the {format_count(read, 'row')} of {names} can be trained on: {listed}.",
-        f"Raise [training] max_length, now {max_length}." if cut_off.rows else _shape_cure(first_row, read),
+        f"None of the {format_count(read, 'row')} of {names} can be trained on: {as_list}.",
+        f"Raise [training] max_length, now {max_length}." if fully_truncated.rows else _shape_cure(first_row, read),
     )
 
 
@@ -297,7 +299,7 @@ def _sum_up(
     rows: Any,
     held_out: Any | None,
     reports: Sequence[SourceReport],
-    settings: Settings,
+    config: TokenizeConfig,
     content: str,
     split_seed: int,
     eval_indices: tuple[int, ...],
@@ -306,8 +308,8 @@ def _sum_up(
     return DataReport(
         sources=tuple(report.name for report in reports),
         formats=tuple(report.format for report in reports),
-        chat_template=settings.template.name,
-        max_length=settings.max_length,
+        chat_template=config.template.name,
+        max_length=config.max_length,
         rows_read=sum(report.rows_read for report in reports),
         rows_kept=sum(report.rows_kept for report in reports),
         train_rows=len(rows),
@@ -315,7 +317,7 @@ def _sum_up(
         skipped=_merge_all(report.skipped for report in reports),
         notes=_merge_all(report.notes for report in reports),
         truncated=sum(report.truncated for report in reports),
-        cut_off=_merge([report.cut_off for report in reports], NAMED),
+        fully_truncated=_merge([report.fully_truncated for report in reports], NAMED),
         tokens=int(lengths.sum()),
         supervised_tokens=int(_column(rows, "supervised").sum()),
         longest_row=int(max(lengths.max(), 0 if held_out is None else _column(held_out, "length").max())),

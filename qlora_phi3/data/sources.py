@@ -19,7 +19,7 @@ from typing import Any
 
 from qlora_phi3.errors import DataError
 
-Rows = Iterator[tuple[int, Any]]
+RowIterator = Iterator[tuple[int, Any]]
 
 
 #: Endings that say "a file" even where there is none, so that a typo is never looked up on the hub.
@@ -46,7 +46,7 @@ class Source:
 
     name: str
     digest: str
-    rows: Callable[[], Rows]
+    rows: Callable[[], RowIterator]
 
 
 def is_local(name: str, base_folder: Path) -> bool:
@@ -147,14 +147,14 @@ def _decode(raw: bytes, where: str) -> str:
         raise DataError(f"{where}: not UTF-8 text ({error.reason}).", "Save the file as UTF-8.") from error
 
 
-def _read_json_file(name: str, path: Path) -> Rows:
+def _read_json_file(name: str, path: Path) -> RowIterator:
     """One array of objects, or objects one after the other (JSON lines under that name, too)."""
     with _readable(name):
         raw = path.read_bytes()
     return _walk_json(name, _decode(raw, name))
 
 
-def _read_jsonl_file(name: str, path: Path) -> Rows:
+def _read_jsonl_file(name: str, path: Path) -> RowIterator:
     """One object a line; blank lines are passed over. An array under that name is read as one."""
     with _readable(name), path.open("rb") as file:
         if file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
@@ -174,7 +174,7 @@ def _parse_line(line: str, where: str) -> Any:
         raise _not_json(where, error) from None
 
 
-def _walk_json(name: str, text: str) -> Rows:
+def _walk_json(name: str, text: str) -> RowIterator:
     """The values of a JSON text, one at a time, each with the line it starts on."""
     decoder, spot, line, counted = json.JSONDecoder(), _skip(text, 0), 1, 0
     in_array = text.startswith("[", spot)
@@ -212,7 +212,7 @@ def _not_json(where: str, error: Exception) -> DataError:
     return DataError(f"{where}: not valid JSON ({reason}).", "Mend that line, or delete it.")
 
 
-def _read_csv_file(name: str, path: Path) -> Rows:
+def _read_csv_file(name: str, path: Path) -> RowIterator:
     """One row a record, the first record names the columns; an empty cell is an empty text.
 
     The separator is the comma; where the first line has none, the semicolon or the tab that spreadsheets write.
@@ -238,7 +238,7 @@ def _read_csv_file(name: str, path: Path) -> Rows:
         csv.field_size_limit(limit)
 
 
-def _read_parquet_file(name: str, path: Path) -> Rows:
+def _read_parquet_file(name: str, path: Path) -> RowIterator:
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
@@ -254,7 +254,7 @@ def _read_parquet_file(name: str, path: Path) -> Rows:
         raise DataError(f"{name} is not a readable .parquet file: {reason}.", "Copy the file again.") from error
 
 
-READERS: dict[str, Callable[[str, Path], Rows]] = {
+READERS: dict[str, Callable[[str, Path], RowIterator]] = {
     ".json": _read_json_file,
     ".jsonl": _read_jsonl_file,
     ".csv": _read_csv_file,

@@ -29,13 +29,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qlora_phi3.data.formats import Chat, Document, Turn, UnusableRow, detect_format, read_row, rename_columns
+from qlora_phi3.data.formats import Chat, Document, SkipRow, Turn, detect_format, read_row, rename_columns
 from qlora_phi3.data.sources import Source
 from qlora_phi3.data.template import ChatTemplate, Message, render_template, template_variables
 from qlora_phi3.errors import DataError
 from qlora_phi3.units import format_count
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 SYSTEM_MOVED = "system turn put ahead of the user's words: the model's template has none"
@@ -90,8 +90,8 @@ def render_chat(chat: Chat, template: ChatTemplate, tokenizer: Any) -> tuple[str
     try:
         text, spans = render_template(template.source, messages, variables)
     except TemplateError as error:
-        raise UnusableRow(f"the chat template refuses it: {error}") from error
-    learned = [turn.learned for turn in chat.turns if turn.role == "assistant"]
+        raise SkipRow(f"the chat template refuses it: {error}") from error
+    learned = [turn.supervised for turn in chat.turns if turn.role == "assistant"]
     if not all(learned) and len(spans) != len(learned):
         raise DataError(
             f"The chat template {template.name!r} marks {len(spans)} spans in a conversation of {len(learned)} "
@@ -116,11 +116,11 @@ def tokenize_chats(
     rows = []
     for index, ids in enumerate(batch["input_ids"]):
         row = np.asarray(ids, dtype=np.int32)
-        labels = row.copy() if spans is None else np.full_like(row, IGNORED)
+        labels = row.copy() if spans is None else np.full_like(row, IGNORE_INDEX)
         for span in spans[index] if spans is not None else ():
             first, last = _find_tokens(batch, index, span)
             labels[first:last] = row[first:last]
-        labels[:1] = IGNORED
+        labels[:1] = IGNORE_INDEX
         rows.append((row, labels))
     return rows
 
@@ -133,7 +133,7 @@ def tokenize_documents(texts: Sequence[str], tokenizer: Any) -> list[tuple[Ids, 
         closed = [] if ids and ids[-1] == tokenizer.eos_token_id else [tokenizer.eos_token_id]
         row = np.asarray([*ids, *closed], dtype=np.int32)
         labels = row.copy()
-        labels[:1] = IGNORED
+        labels[:1] = IGNORE_INDEX
         rows.append((row, labels))
     return rows
 
@@ -210,7 +210,7 @@ class RowCount:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class TokenizeConfig:
     """How rows are read and made into tokens; the same for all sources of a run.
 
     Args:
@@ -242,13 +242,13 @@ class SourceReport:
     rows_read: int
     rows_kept: int
     truncated: int
-    cut_off: RowCount
+    fully_truncated: RowCount
     skipped: tuple[RowCount, ...]
     notes: tuple[RowCount, ...]
 
 
 @dataclass(slots=True)
-class _Tally:
+class _RowCounters:
     """The counts of a reading under way."""
 
     format: str = ""
@@ -256,12 +256,12 @@ class _Tally:
     read: int = 0
     kept: int = 0
     truncated: int = 0
-    cut_off: list[str] = field(default_factory=list)
+    fully_truncated: list[str] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
 
 
-def tokenize_source(source: Source, settings: Settings, max_rows: int | None) -> tuple[Any, SourceReport]:
+def tokenize_source(source: Source, config: TokenizeConfig, max_rows: int | None) -> tuple[Any, SourceReport]:
     """The usable rows of a source as a `datasets.Dataset`, at most `max_rows` of them, and what became of the others.
 
     Its columns: `input_ids` and `labels` (int32 lists), `length` (tokens) and `supervised` (labels that are not -100),
@@ -272,10 +272,10 @@ def tokenize_source(source: Source, settings: Settings, max_rows: int | None) ->
     """
     from datasets import Dataset
 
-    folder = settings.cache_folder / _key(source, settings, max_rows)
+    folder = config.cache_folder / _key(source, config, max_rows)
     if not (folder / "report.json").is_file():
         try:
-            _build(folder, source, settings, max_rows)
+            _build(folder, source, config, max_rows)
         except OSError as error:
             raise DataError(
                 f"The tokenised rows of {source.name} cannot be written to {folder.parent}: {error.strerror or error}.",
@@ -285,11 +285,11 @@ def tokenize_source(source: Source, settings: Settings, max_rows: int | None) ->
     return Dataset.from_file(str(folder / "rows.arrow")), report
 
 
-def _build(folder: Path, source: Source, settings: Settings, max_rows: int | None) -> None:
+def _build(folder: Path, source: Source, config: TokenizeConfig, max_rows: int | None) -> None:
     """Write into a folder beside, then rename: a cache that was cut short is never read."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as scratch:
-        report = _sum_up(source, _write_rows(Path(scratch) / "rows.arrow", source, settings, max_rows))
+        report = _sum_up(source, _write_rows(Path(scratch) / "rows.arrow", source, config, max_rows))
         (Path(scratch) / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
         try:
             Path(scratch).rename(folder)
@@ -304,48 +304,50 @@ def read_to_first_usable(source: Source, format: str, fields: Mapping[str, str])
     Raises:
         DataError: as `tokenize_source`, of the rows that were read.
     """
-    tally = _Tally()
+    tally = _RowCounters()
     tally.kept = sum(1 for _ in islice(_read_examples(source, format, fields, tally), 1))
     return _sum_up(source, tally)
 
 
-def _sum_up(source: Source, tally: _Tally) -> SourceReport:
+def _sum_up(source: Source, tally: _RowCounters) -> SourceReport:
     return SourceReport(
         name=source.name,
         format=tally.format,
         rows_read=tally.read,
         rows_kept=tally.kept,
         truncated=tally.truncated,
-        cut_off=RowCount("nothing left to learn after truncation", len(tally.cut_off), tuple(tally.cut_off[:NAMED])),
+        fully_truncated=RowCount(
+            "nothing left to learn after truncation", len(tally.fully_truncated), tuple(tally.fully_truncated[:NAMED])
+        ),
         skipped=_counts(tally.skipped),
         notes=_counts(tally.notes),
     )
 
 
-def _write_rows(path: Path, source: Source, settings: Settings, max_rows: int | None) -> _Tally:
+def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: int | None) -> _RowCounters:
     import pyarrow as pa  # type: ignore[import-untyped]
 
     ids = pa.list_(pa.int32())
     schema = pa.schema(
         {"input_ids": ids, "labels": ids, "length": pa.int32(), "supervised": pa.int32(), "source_row": pa.int64()}
     )
-    tally, what = _Tally(), f"Reading {Path(source.name).name}"
-    examples = _read_examples(source, settings.format, settings.fields, tally)
-    pattern = special_token_pattern(settings.tokenizer)
+    tally, what = _RowCounters(), f"Reading {Path(source.name).name}"
+    examples = _read_examples(source, config.format, config.fields, tally)
+    pattern = special_token_pattern(config.tokenizer)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         room = BATCH_ROWS if max_rows is None else min(BATCH_ROWS, max_rows)
         while batch := list(islice(examples, room)):
-            rows = _tokenize_documents(batch, settings) or _tokenize_chats(batch, source, settings, pattern, tally)
-            kept = list(_cut_rows(rows, source, settings.max_length, tally))
+            rows = _tokenize_documents(batch, config) or _tokenize_chats(batch, source, config, pattern, tally)
+            kept = list(_cut_rows(rows, source, config.max_length, tally))
             if kept:
                 writer.write_batch(_to_arrow(kept, schema))
             tally.kept += len(kept)
             room = room if max_rows is None else min(BATCH_ROWS, max_rows - tally.kept)
-            if settings.progress is not None:
-                settings.progress(what, tally.read, None)
-    if settings.progress is not None and tally.read:
-        settings.progress(what, tally.read, tally.read)
-    missing = sorted(theirs for theirs in settings.fields.values() if theirs not in tally.columns)
+            if config.progress is not None:
+                config.progress(what, tally.read, None)
+    if config.progress is not None and tally.read:
+        config.progress(what, tally.read, tally.read)
+    missing = sorted(theirs for theirs in config.fields.values() if theirs not in tally.columns)
     if missing and tally.columns:
         raise DataError(
             f"[data] fields names {', '.join(map(repr, missing))}, which is a column of none of the "
@@ -356,7 +358,7 @@ def _write_rows(path: Path, source: Source, settings: Settings, max_rows: int | 
 
 
 def _read_examples(
-    source: Source, format: str, fields: Mapping[str, str], tally: _Tally
+    source: Source, format: str, fields: Mapping[str, str], tally: _RowCounters
 ) -> Iterator[tuple[int, Chat | Document]]:
     first = ""
     for number, row in source.rows():
@@ -364,12 +366,12 @@ def _read_examples(
         tally.read += 1
         try:
             if not isinstance(row, Mapping):
-                raise UnusableRow("the row is no object with columns")
+                raise SkipRow("the row is no object with columns")
             tally.columns.update(row)
             row = rename_columns(row, fields)
             name = format if format != "auto" else detect_format(row)
             if name is None:
-                raise UnusableRow(f"its columns ({', '.join(sorted(map(str, row)))[:100]}) fit no format")
+                raise SkipRow(f"its columns ({', '.join(sorted(map(str, row)))[:100]}) fit no format")
             if tally.format and name != tally.format:
                 raise DataError(
                     f"{where} is of format {name!r}, while {first} is of format {tally.format!r}.",
@@ -377,31 +379,33 @@ def _read_examples(
                 )
             first, tally.format = first or where, name
             yield number, read_row(row, name, where)
-        except UnusableRow as reason:
+        except SkipRow as reason:
             tally.skipped.setdefault(str(reason), []).append(where)
 
 
-def _tokenize_documents(batch: Sequence[tuple[int, Chat | Document]], settings: Settings) -> list[tuple[int, Ids, Ids]]:
+def _tokenize_documents(
+    batch: Sequence[tuple[int, Chat | Document]], config: TokenizeConfig
+) -> list[tuple[int, Ids, Ids]]:
     """Number, ids and labels of the rows that are raw text."""
     documents = [(number, example.text) for number, example in batch if isinstance(example, Document)]
-    tokens = tokenize_documents([text for _, text in documents], settings.tokenizer) if documents else []
+    tokens = tokenize_documents([text for _, text in documents], config.tokenizer) if documents else []
     return [(number, *row) for (number, _), row in zip(documents, tokens, strict=True)]
 
 
 def _tokenize_chats(
     batch: Sequence[tuple[int, Chat | Document]],
     source: Source,
-    settings: Settings,
+    config: TokenizeConfig,
     pattern: re.Pattern[str],
-    tally: _Tally,
+    tally: _RowCounters,
 ) -> list[tuple[int, Ids, Ids]]:
     """Number, ids and labels of the rows that are conversations, with a note for each that is not used as it stands."""
     rendered: list[tuple[int, str, list[Span]]] = []
     for number, chat in ((number, example) for number, example in batch if isinstance(example, Chat)):
         where = f"{source.name}:{number}"
         try:
-            text, spans, notes = render_chat(chat, settings.template, settings.tokenizer)
-        except UnusableRow as reason:
+            text, spans, notes = render_chat(chat, config.template, config.tokenizer)
+        except SkipRow as reason:
             tally.skipped.setdefault(str(reason), []).append(where)
             continue
         if any(pattern.search(turn.text) for turn in chat.turns):
@@ -409,23 +413,23 @@ def _tokenize_chats(
         for note in notes:
             tally.notes.setdefault(note, []).append(where)
         rendered.append((number, text, spans))
-    learned = [spans for _, _, spans in rendered] if settings.loss_on == "assistant" else None
-    tokens = tokenize_chats([text for _, text, _ in rendered], learned, settings.tokenizer) if rendered else []
+    learned = [spans for _, _, spans in rendered] if config.loss_on == "assistant" else None
+    tokens = tokenize_chats([text for _, text, _ in rendered], learned, config.tokenizer) if rendered else []
     return [(number, *row) for (number, _, _), row in zip(rendered, tokens, strict=True)]
 
 
 def _cut_rows(
-    rows: Sequence[tuple[int, Ids, Ids]], source: Source, max_length: int, tally: _Tally
+    rows: Sequence[tuple[int, Ids, Ids]], source: Source, max_length: int, tally: _RowCounters
 ) -> Iterator[tuple[int, Ids, Ids]]:
     """Rows of at most `max_length` tokens that have something to learn."""
     for number, ids, labels in rows:
         is_long = len(ids) > max_length
         kept = labels[:max_length]
-        if (kept != IGNORED).any():
+        if (kept != IGNORE_INDEX).any():
             tally.truncated += is_long
             yield number, ids[:max_length], kept
         elif is_long:
-            tally.cut_off.append(f"{source.name}:{number}")
+            tally.fully_truncated.append(f"{source.name}:{number}")
         else:
             tally.skipped.setdefault("the chat template marks nothing to learn", []).append(f"{source.name}:{number}")
 
@@ -439,7 +443,7 @@ def _to_arrow(rows: Sequence[tuple[int, Ids, Ids]], schema: Any) -> Any:
         pa.ListArray.from_arrays(offsets, np.concatenate([ids for _, ids, _ in rows])),
         pa.ListArray.from_arrays(offsets, np.concatenate([labels for _, _, labels in rows])),
         pa.array(lengths),
-        pa.array([int((labels != IGNORED).sum()) for _, _, labels in rows], type=pa.int32()),
+        pa.array([int((labels != IGNORE_INDEX).sum()) for _, _, labels in rows], type=pa.int32()),
         pa.array([number for number, _, _ in rows], type=pa.int64()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
@@ -457,24 +461,24 @@ def _read_report(path: Path) -> SourceReport:
 
     saved = json.loads(path.read_text(encoding="utf-8"))
     lists = {name: tuple(map(count, saved.pop(name))) for name in ("skipped", "notes")}
-    return SourceReport(**{**saved, **lists, "cut_off": count(saved["cut_off"])})
+    return SourceReport(**{**saved, **lists, "fully_truncated": count(saved["fully_truncated"])})
 
 
-def _key(source: Source, settings: Settings, max_rows: int | None) -> str:
+def _key(source: Source, config: TokenizeConfig, max_rows: int | None) -> str:
     import tokenizers
     import transformers
 
     # From "added_tokens" on the state is the vocabulary and its rules; before it stand the padding and the truncation
     # of the last call, which change nothing here and would make every run's key another.
-    state = settings.tokenizer.backend_tokenizer.to_str()
+    state = config.tokenizer.backend_tokenizer.to_str()
     code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     parts = [
         source.name,
         source.digest,
-        [settings.format, sorted(settings.fields.items()), settings.loss_on, settings.max_length, max_rows],
-        {**asdict(settings.template), "roles": sorted(settings.template.roles)},
+        [config.format, sorted(config.fields.items()), config.loss_on, config.max_length, max_rows],
+        {**asdict(config.template), "roles": sorted(config.template.roles)},
         sha256(state[state.index('"added_tokens"') :].encode()).hexdigest(),
-        settings.tokenizer.special_tokens_map,
+        config.tokenizer.special_tokens_map,
         sha256(code).hexdigest(),
         [tokenizers.__version__, transformers.__version__],
     ]

@@ -186,7 +186,7 @@ class RecordedBase:
                     "Give the base that the run names.",
                 )
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
+    def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
         """As `Weights.pieces`: the values in the files; a plain tensor is held against the record on the way.
 
         Raises:
@@ -198,7 +198,7 @@ class RecordedBase:
                 "Export with --onto nf4.",
             )
         noted = self.record.tensors.get(name)
-        pieces = self.stored.pieces(name)
+        pieces = self.stored.iter_row_chunks(name)
         return pieces if noted is None or noted["kind"] != "plain" else self._checked(name, noted["sha256"], pieces)
 
     def _checked(self, name: str, noted: str, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -268,5 +268,5 @@ class RecordedBase:
         """
         plain = [name for name, noted in self.record.tensors.items() if noted["kind"] == "plain"]
         for name in plain:
-            deque(self.pieces(name), maxlen=0)
+            deque(self.iter_row_chunks(name), maxlen=0)
         return tuple(name for name in plain if self.compared[name].differs)

@@ -16,7 +16,7 @@ from yaml import YAMLError
 from qlora_phi3.adapters.peft_io import TOKENIZER_FILES
 from qlora_phi3.errors import ExportError
 from qlora_phi3.files import file_checksum
-from qlora_phi3.recipe.load import listed
+from qlora_phi3.recipe.load import as_list
 from qlora_phi3.recipe.messages import format_toml
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import format_count
@@ -91,13 +91,13 @@ def _check_file(file: Path, trained: Path) -> None:
         )
     if file.name in (CONFIG, GENERATION_CONFIG) or not file.is_file():
         return
-    cure = "give the folder of the right base with --base."
+    hint = "give the folder of the right base with --base."
     if not trained.is_file():
-        raise ExportError(f"{file} was not there when the run was trained.", f"Move it away, or {cure}")
+        raise ExportError(f"{file} was not there when the run was trained.", f"Move it away, or {hint}")
     if file_checksum(trained) != file_checksum(file):
         raise ExportError(
             f"{file} is not the file that was trained with; that one lies in {trained.parent}.",
-            f"Put it back, or {cure}",
+            f"Put it back, or {hint}",
         )
 
 
@@ -174,7 +174,7 @@ def render_card(recipe: Recipe, run: Mapping[str, Any], export: Mapping[str, Any
         license=licence,
         library_name=None if "gguf" in export else "transformers",
         pipeline_tag="text-generation",
-        datasets=[source for source in listed(recipe.data.train) if _is_hub_id(source)] or None,
+        datasets=[source for source in as_list(recipe.data.train) if _is_hub_id(source)] or None,
         tags=["phi3", "qlora", "qlora-phi3", *(["gguf"] if "gguf" in export else [])],
     )
     parts = (
@@ -228,7 +228,7 @@ def _about_base(name: str, export: Mapping[str, Any], licence: str | None) -> st
 
 def _about_data(recipe: Recipe, run: Mapping[str, Any]) -> str:
     data = run["data"]
-    names = ", ".join(f"`{public_name(source)}`" for source in listed(recipe.data.train))
+    names = ", ".join(f"`{public_name(source)}`" for source in as_list(recipe.data.train))
     return (
         f"Data: {names}, {data['train_rows']:,} rows, {data['supervised_tokens']:,} learned tokens "
         f"(SHA-256 of the content `{data['sha256']}`)."

@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
 from transformers import Phi3Config
 
-from qlora_phi3.adapters.merging import EMBEDDING, HEAD, Updates, read_updates
+from qlora_phi3.adapters.merging import EMBEDDING, HEAD, AdapterDeltas, read_deltas
 from qlora_phi3.data.template import ChatTemplate, choose_template
 from qlora_phi3.errors import DataError, ExportError, ModelError
 from qlora_phi3.export.base import BaseRecord, RecordedBase, read_record, summarise
@@ -35,7 +35,7 @@ from qlora_phi3.model.quantized import is_stored_quantized
 from qlora_phi3.model.weights import TensorInfo, open_weights
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.recipe.schema import Model, Recipe
-from qlora_phi3.reporter import Listener
+from qlora_phi3.reporter import Reporter
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.units import MIB, format_count, format_gib
 
@@ -198,14 +198,14 @@ class Sources:
     config: dict[str, Any]
     base: RecordedBase
     adapter: Path
-    updates: Updates
+    deltas: AdapterDeltas
     rows: Sequence[dict[str, Any]]
     ending: EndOfTurn
     device: torch.device
 
     def merged(self, onto: Onto, dtype: str) -> MergedWeights:
         """The tensors of the export; `dtype` as torch names it."""
-        return MergedWeights(self.base, self.updates, onto=onto, dtype=getattr(torch, dtype))
+        return MergedWeights(self.base, self.deltas, onto=onto, dtype=getattr(torch, dtype))
 
     def trained_matrices(self) -> list[TensorInfo]:
         """The base's tensors between embedding and head."""
@@ -218,7 +218,7 @@ class Sources:
         return not any(is_stored_quantized(self.base.stored, name) for name in self.base.info)
 
 
-def open_sources(request: Request, listener: Listener) -> Sources:
+def open_sources(request: Request, reporter: Reporter) -> Sources:
     """Find and check the base, the adapter and the rows of a run.
 
     Raises:
@@ -227,29 +227,29 @@ def open_sources(request: Request, listener: Listener) -> Sources:
     run = request.run
     recipe = load_recipe(run.recipe)
     record = read_record(run.base)
-    folder = request.base or find_base(record, listener.progress)
+    folder = request.base or find_base(record, reporter.progress)
     config = read_object(folder / "config.json")
     parse_architecture(config, str(folder))
     _check_config(folder, config, run.adapter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cached = open_weights(run.quantized_base) if run.quantized_base.is_dir() else None
     base = RecordedBase(open_weights(folder), record, cached=cached, device=device)
-    listener.progress("Comparing the base with the run's record", 0, None)
+    reporter.progress("Comparing the base with the run's record", 0, None)
     differing = base.compare_plain()
-    listener.progress("Comparing the base with the run's record", 1, 1)
+    reporter.progress("Comparing the base with the run's record", 1, 1)
     if differing:
         raise _other_base(folder, differing, len(record.tensors))
     check_trained_with(folder, run.adapter)
     if base.left_out:
         count = format_count(len(base.left_out), "tensor")
-        listener.say(f"Left out, as the model reads none of them: {count} of the base, first {base.left_out[0]}")
+        reporter.info(f"Left out, as the model reads none of them: {count} of the base, first {base.left_out[0]}")
     return Sources(
         recipe=recipe,
         folder=folder,
         config=config,
         base=base,
         adapter=run.adapter,
-        updates=read_updates(run.adapter, config),
+        deltas=read_deltas(run.adapter, config),
         rows=_read_rows(run.held_out) if request.verify else (),
         ending=_read_ending(folder, run, recipe),
         device=device,
@@ -355,12 +355,12 @@ def proved_status(sources: Sources) -> str:
     return PROVED_ON_OTHER_BITS if summarise(sources.base.compared).differing else PROVED
 
 
-def tell_kept_bits(sources: Sources, listener: Listener) -> None:
+def tell_kept_bits(sources: Sources, reporter: Reporter) -> None:
     """Say, once all is read, what was taken from the 4-bit base that the run kept."""
     compared = summarise(sources.base.compared)
     if compared.from_cache:
         tensors, codes = len(compared.from_cache), compared.different_codes or 0
-        listener.say(
+        reporter.info(
             f"Taken from the 4-bit base that the run kept: {format_count(tensors, 'tensor')}, "
             f"of which {format_count(codes, 'code')} came out otherwise here"
         )
@@ -377,7 +377,7 @@ def check_memory(sources: Sources, max_ram_bytes: int, *, verify: bool) -> None:
         ExportError: with what would do.
     """
     largest = max(info.num_bytes // info.dtype.itemsize for info in sources.trained_matrices())
-    uses_dora = any(target.magnitude for target in sources.updates.targets.values())
+    uses_dora = any(target.magnitude for target in sources.deltas.targets.values())
     now = psutil.Process().memory_info().rss
     merge, proof = now + MERGE_BYTES, now + (4 if uses_dora else 2) * 4 * largest + PROOF_BYTES
     needed = max(merge, proof) if verify else merge

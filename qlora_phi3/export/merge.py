@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qlora_phi3.adapters.merging import EMBEDDING, HEAD, Update, Updates
+from qlora_phi3.adapters.merging import EMBEDDING, HEAD, AdapterDeltas, LoraDelta
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.base import RecordedBase
 from qlora_phi3.export.streamed import StreamedModel, TrainedBase, stream_live, stream_plain
@@ -34,7 +34,7 @@ class MergedWeights:
     bytes. On the way the base is held against the run's record (`RecordedBase.compared`).
     """
 
-    def __init__(self, base: RecordedBase, updates: Updates, *, onto: Onto, dtype: torch.dtype) -> None:
+    def __init__(self, base: RecordedBase, deltas: AdapterDeltas, *, onto: Onto, dtype: torch.dtype) -> None:
         """Nothing but headers is read.
 
         Args:
@@ -44,19 +44,19 @@ class MergedWeights:
         Raises:
             ExportError: a tensor of the base has another shape than the adapter's, or there is no original to merge onto.
         """
-        self.base, self.updates, self.onto, self.dtype = base, updates, onto, dtype
-        for name, target in updates.targets.items():
+        self.base, self.deltas, self.onto, self.dtype = base, deltas, onto, dtype
+        for name, target in deltas.targets.items():
             _check_shape(base, name, target.shape)
-        for name, key in updates.replaced.items():
-            _check_shape(base, EMBEDDING if name == HEAD and updates.unties else name, updates.stored.info[key].shape)
+        for name, key in deltas.replaced.items():
+            _check_shape(base, EMBEDDING if name == HEAD and deltas.unties else name, deltas.stored.info[key].shape)
         quantized = next((name for name in base.info if is_stored_quantized(base.stored, name)), None)
         if onto == "original" and quantized is not None:
-            base.pieces(quantized)  # raises: there is no original
+            base.iter_row_chunks(quantized)  # raises: there is no original
         self.info: Mapping[str, TensorInfo] = self._plan()
 
     def _plan(self) -> dict[str, TensorInfo]:
         info = dict(self.base.info)
-        if self.updates.unties:
+        if self.deltas.unties:
             info[HEAD] = info[EMBEDDING]
         return {name: TensorInfo(info[name].shape, self._dtype_of(name, info[name].dtype)) for name in info}
 
@@ -64,33 +64,35 @@ class MergedWeights:
         return self.dtype if self._is_cast(name) else own
 
     def _is_cast(self, name: str) -> bool:
-        return name in self.updates.targets or name in self.updates.replaced or self.base.record.is_quantized(name)
+        return name in self.deltas.targets or name in self.deltas.replaced or self.base.record.is_quantized(name)
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
+    def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
         """As `Weights.pieces`.
 
         Raises:
             ExportError: a value is no number, or beyond the range of `dtype`.
             ModelError: the base's file cannot be read.
         """
-        trained = self.updates.replaced.get(name)
-        rows = self._base_rows(name) if trained is None else self.updates.stored.pieces(trained)
-        if name in self.updates.targets:
-            rows = _add(rows, self.updates.read(name), self.base.device)
+        trained = self.deltas.replaced.get(name)
+        rows = self._base_rows(name) if trained is None else self.deltas.stored.iter_row_chunks(trained)
+        if name in self.deltas.targets:
+            rows = _add(rows, self.deltas.read(name), self.base.device)
         return (_cast(name, piece, self.dtype) for piece in rows) if self._is_cast(name) else rows
 
     def _base_rows(self, name: str) -> Iterator[Tensor]:
         """The base's rows to which the update is added."""
         record = self.base.record
-        source = EMBEDDING if name == HEAD and self.updates.unties else name  # a head that was tied is the embedding
+        source = EMBEDDING if name == HEAD and self.deltas.unties else name  # a head that was tied is the embedding
         if not record.is_quantized(name):
-            rows = self.base.pieces(source)
+            rows = self.base.iter_row_chunks(source)
             # Not quantized, the trained weight is the file's in the run's dtype.
-            return (piece.to(record.dtype) for piece in rows) if name in self.updates.targets else rows
+            return (piece.to(record.dtype) for piece in rows) if name in self.deltas.targets else rows
         if self.onto == "original" and name in self.base.compared:
-            return self.base.pieces(name)
+            return self.base.iter_row_chunks(name)
         quantized = self.base.quantized(name)  # held against the record, whatever is merged onto
-        return self.base.pieces(name) if self.onto == "original" or quantized is None else dequantize(quantized)
+        return (
+            self.base.iter_row_chunks(name) if self.onto == "original" or quantized is None else dequantize(quantized)
+        )
 
 
 def _check_shape(base: RecordedBase, name: str, shape: tuple[int, ...]) -> None:
@@ -102,19 +104,19 @@ def _check_shape(base: RecordedBase, name: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def _add(rows: Iterator[Tensor], update: Update, device: torch.device) -> Iterator[Tensor]:
+def _add(rows: Iterator[Tensor], delta: LoraDelta, device: torch.device) -> Iterator[Tensor]:
     """Rows of a weight with their part of the update, fp32.
 
     DoRA brings each row of the sum to its trained length; PEFT divides by the norm over in_features of base plus update.
     """
-    down, up = update.down.to(device), update.up.to(device)
+    lora_A, lora_B = delta.lora_A.to(device), delta.lora_B.to(device)
     start = 0
     for piece in rows:
         weight = piece.to(device=device, dtype=torch.float32)
         stop = start + len(weight)
-        weight.addmm_(up[start:stop], down, alpha=update.scaling)
-        if update.magnitude is not None:
-            magnitude = update.magnitude[start:stop].to(device)
+        weight.addmm_(lora_B[start:stop], lora_A, alpha=delta.scaling)
+        if delta.magnitude is not None:
+            magnitude = delta.magnitude[start:stop].to(device)
             weight.mul_((magnitude / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1))
         start = stop
         yield weight
@@ -171,7 +173,7 @@ def live_model(base: RecordedBase, config: dict[str, Any], adapter: Path) -> Ope
 
 def make_candidates(
     base: RecordedBase,
-    updates: Updates,
+    deltas: AdapterDeltas,
     config: dict[str, Any],
     adapter: Path,
     *,
@@ -185,11 +187,11 @@ def make_candidates(
         dtype: of the export.
         checked: those to be held against what they are made of, which may be a pass of its own.
     """
-    merged_config = {**config, "tie_word_embeddings": False} if updates.unties else config
+    merged_config = {**config, "tie_word_embeddings": False} if deltas.unties else config
     candidates = []
     for onto in ontos:
-        weights = _Noting(MergedWeights(base, updates, onto=onto, dtype=dtype))
-        parts = _Parts(base, updates, onto)
+        weights = _Noting(MergedWeights(base, deltas, onto=onto, dtype=dtype))
+        parts = _UnmergedBase(base, deltas, onto)
         candidates.append(
             Candidate(
                 onto=onto,
@@ -209,25 +211,25 @@ class _Noting:
         self.weights, self.info = weights, weights.info
         self.checksums: dict[str, str] = {}
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
+    def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
         """As `Weights.pieces`."""
         digest = hashlib.sha256()
-        for piece in self.weights.pieces(name):
+        for piece in self.weights.iter_row_chunks(name):
             add_bytes(digest, piece)
             yield piece
         self.checksums[name] = digest.hexdigest()
 
 
-class _Parts:
+class _UnmergedBase:
     """The base's values that a merge is made of; a `Weights`.
 
     The run rounded embedding, head and norms to its dtype, and a merge keeps them as the file has them. In a base stored in fp16
     and trained in bf16 (SmolLM2-135M) that alone was a mean KL of 4e-5, which is no fault of the merge.
     """
 
-    def __init__(self, base: RecordedBase, updates: Updates, onto: Onto) -> None:
+    def __init__(self, base: RecordedBase, deltas: AdapterDeltas, onto: Onto) -> None:
         self.base, self.trained, self.onto = base, TrainedBase(base), onto
-        self.targets, self.info = updates.targets, base.info
+        self.targets, self.info = deltas.targets, base.info
 
     @property
     def is_live(self) -> bool:
@@ -243,6 +245,6 @@ class _Parts:
             return self.onto == "nf4"
         return name in self.targets
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
+    def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
         """As `Weights.pieces`."""
-        return self.trained.pieces(name) if self._as_trained(name) else self.base.pieces(name)
+        return self.trained.iter_row_chunks(name) if self._as_trained(name) else self.base.iter_row_chunks(name)

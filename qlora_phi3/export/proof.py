@@ -24,13 +24,13 @@ from qlora_phi3.export.inputs import Sources, check_base
 from qlora_phi3.export.merge import Candidate, Onto, Opener, live_model, make_candidates
 from qlora_phi3.export.request import Request
 from qlora_phi3.export.streamed import Final, Progress
-from qlora_phi3.export.writer import writing
+from qlora_phi3.export.writer import disk_errors
 from qlora_phi3.family import Architecture, parse_architecture
 from qlora_phi3.files import write_atomically
-from qlora_phi3.model.loss import IGNORED
+from qlora_phi3.model.loss import IGNORE_INDEX
 from qlora_phi3.model.quantized import checksum_of
 from qlora_phi3.model.weights import Weights, open_weights
-from qlora_phi3.reporter import Listener
+from qlora_phi3.reporter import Reporter
 from qlora_phi3.step import Batch, collate
 
 #: Tokens that are scored, at most, prompts included.
@@ -135,7 +135,7 @@ def find_difference(scored: Mapping[str, str], written: Weights, progress: Progr
     names = sorted({*scored, *written.info})
     for done, name in enumerate(names):
         progress("Reading the files back", done, len(names))
-        if name not in written.info or checksum_of(written.pieces(name)) != scored.get(name):
+        if name not in written.info or checksum_of(written.iter_row_chunks(name)) != scored.get(name):
             return name
     progress("Reading the files back", len(names), len(names))
     return None
@@ -168,7 +168,7 @@ def prove(
         max_tokens=max_tokens, max_rows=len(chosen), packing=True, longrope_boundary=architecture.longrope_boundary
     )
     batch = collate(chosen, plan)
-    targets = torch.cat([micro["labels"][micro["labels"] != IGNORED] for micro in batch.micro_batches])
+    targets = torch.cat([micro["labels"][micro["labels"] != IGNORE_INDEX] for micro in batch.micro_batches])
     openers: dict[str, Opener] = {LIVE: live}
     origins = {LIVE: LIVE}
     for candidate in candidates:
@@ -204,7 +204,7 @@ def choose_rows(rows: Sequence[Mapping[str, Any]], max_tokens: int) -> list[Mapp
     room = max_tokens
     for row in rows:
         cut = {**row, "input_ids": row["input_ids"][-room:], "labels": row["labels"][-room:]}
-        if room > 1 and any(label != IGNORED for label in cut["labels"][1:]):
+        if room > 1 and any(label != IGNORE_INDEX for label in cut["labels"][1:]):
             chosen.append(cut)
             room -= len(cut["input_ids"])
     if not chosen:
@@ -340,16 +340,16 @@ class Scored:
     checksums: Mapping[str, Mapping[str, str]]
 
 
-def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: Onto, listener: Listener) -> Scored:
+def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: Onto, reporter: Reporter) -> Scored:
     """Score the live model and what can be merged, computed on the way; or take up the scores of an interrupted export."""
     key = f"{key} {request.onto} {sources.device.type}"
     if (scored := _read_scored(draft / SCORED, key, sources)) is not None:
-        listener.say("The proof was made before the interruption; it is taken up")
+        reporter.info("The proof was made before the interruption; it is taken up")
         return scored
     ontos: list[Onto] = [each for each in ("nf4", "original") if sources.can_merge(each)]
     candidates = make_candidates(
         sources.base,
-        sources.updates,
+        sources.deltas,
         sources.config,
         sources.adapter,
         dtype=getattr(torch, request.dtype),
@@ -363,12 +363,12 @@ def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: O
         parse_architecture(sources.config, str(sources.folder)),
         stop_ids=read_object(draft / GENERATION_CONFIG)["eos_token_id"],
         max_tokens=CUDA_TOKENS if sources.device.type == "cuda" else CPU_TOKENS,
-        progress=listener.progress,
+        progress=reporter.progress,
         check=partial(refuse_other_base, sources, draft),
     )
     scored = Scored(proof=proof, checksums={each.onto: dict(each.checksums) for each in candidates})
     notes = sources.base.notes(list(sources.base.compared))
-    with writing(draft):
+    with disk_errors(draft):
         write_atomically(draft / SCORED, json.dumps({"key": key, **asdict(scored), "notes": notes}))
     return scored
 
@@ -392,8 +392,8 @@ def _read_scored(path: Path, key: str, sources: Sources) -> Scored | None:
     return Scored(proof=Proof(**{**held["proof"], "scores": scores}), checksums=held["checksums"])
 
 
-def find_fault_of(request: Request, scored: Scored, draft: Path, onto: Onto, listener: Listener) -> str | None:
+def find_fault_of(request: Request, scored: Scored, draft: Path, onto: Onto, reporter: Reporter) -> str | None:
     """Why what was written is not what was trained."""
-    if (name := find_difference(scored.checksums[onto], open_weights(draft), listener.progress)) is not None:
+    if (name := find_difference(scored.checksums[onto], open_weights(draft), reporter.progress)) is not None:
         return f"{name} in the files is not what was scored"
     return find_fault(scored.proof.of(onto), getattr(torch, request.dtype))

@@ -37,7 +37,7 @@ def key_of(run: RunFolder, *, dtype: str, onto: str) -> str:
     return hashlib.sha256(digest.digest() + asked.encode()).hexdigest()
 
 
-def read_standing(folder: Path) -> dict[str, Any]:
+def read_existing_report(folder: Path) -> dict[str, Any]:
     """The record of the export that stands in a folder; empty where there is none that can be read."""
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
@@ -53,9 +53,9 @@ def written_files(report: Mapping[str, Any]) -> list[str]:
     return [str(name) for name in written] if isinstance(written, list) else []
 
 
-def why_unfit(folder: Path, key: str, *, verify: bool) -> str | None:
+def reuse_blocker(folder: Path, key: str, *, verify: bool) -> str | None:
     """Why what stands in a folder is not the whole merged model of this key, proved where that is wanted; None where it is."""
-    report = read_standing(folder)
+    report = read_existing_report(folder)
     if report.get("key") != key or "gguf" in report:
         return "is no merged model of this run as it is now"
     if verify and not report.get("proof"):
@@ -75,7 +75,7 @@ def check_replaceable(folder: Path) -> None:
     """
     if not folder.is_dir():
         return
-    report = read_standing(folder)
+    report = read_existing_report(folder)
     written = written_files(report)
     for path in sorted(folder.iterdir()):
         if path.name not in written or (path.is_dir() and not path.is_symlink()):
@@ -92,7 +92,7 @@ def check_gguf_replaceable(gguf: Path, key: str, *, force: bool) -> None:
     Raises:
         ExportError: which file it is.
     """
-    report = read_standing(gguf.parent)
+    report = read_existing_report(gguf.parent)
     for path in (gguf, *(gguf.with_name(name) for name in (MODELFILE, CARD, REPORT))):
         if not path.exists():
             continue
@@ -119,7 +119,7 @@ DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 USUAL_QUANTS = {"fp16": "f16", "bf16": "bf16", "fp32": "f32"}
 
 
-USUAL_ONTO, USUAL_DTYPE = "auto", "fp16"
+DEFAULT_ONTO, DEFAULT_DTYPE = "auto", "fp16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +187,7 @@ def make_request(
         what = "has no config.json" if base.is_dir() else "is no folder"
         raise ExportError(f"--base {base} {what}.", "Give the folder of the checkpoint that was trained on.")
     gguf, quant = kind == "gguf", (quant or USUAL_QUANTS[dtype]).lower()
-    asked = "".join(f"-{value}" for value, usual in ((onto, USUAL_ONTO), (dtype, USUAL_DTYPE)) if value != usual)
+    asked = "".join(f"-{value}" for value, usual in ((onto, DEFAULT_ONTO), (dtype, DEFAULT_DTYPE)) if value != usual)
     of_quant = "" if quant == USUAL_QUANTS[dtype] else f"-{quant}"
     target = folder.path / f"merged{asked}" if out is None or gguf else out
     gguf_target = (out or folder.path / f"gguf{asked}{of_quant}") if gguf else None
@@ -284,12 +284,12 @@ def check_targets(request: Request) -> None:
         _check_gguf_target(request, request.gguf_file, sources)
 
 
-def find_made(request: Request) -> dict[str, Any] | None:
+def find_reusable(request: Request) -> dict[str, Any] | None:
     """The record of the merged model that is there already and will do: for a GGUF, or to be pushed."""
     wanted = request.gguf_target is not None or (request.push is not None and not request.force)
-    if not wanted or why_unfit(request.target, request.key, verify=request.verify) is not None:
+    if not wanted or reuse_blocker(request.target, request.key, verify=request.verify) is not None:
         return None
-    return read_standing(request.target)
+    return read_existing_report(request.target)
 
 
 def _check_target(request: Request, sources: Sequence[Path]) -> None:
@@ -303,9 +303,9 @@ def _check_target(request: Request, sources: Sequence[Path]) -> None:
         raise ExportError(f"--out {target} is the folder you work in, or holds it.", "Choose a folder of its own.")
     if request.verify:
         check_replaceable(failed_place(target))
-    if not target.exists() or find_made(request) is not None:
+    if not target.exists() or find_reusable(request) is not None:
         return
-    why = why_unfit(target, request.key, verify=request.verify)
+    why = reuse_blocker(target, request.key, verify=request.verify)
     if request.gguf_target is not None and not request.force and (target / REPORT).is_file():
         raise ExportError(f"{target}, from which a GGUF is made, {why}.", "--force makes it anew; or move it away.")
     check_replaceable(target)

@@ -42,8 +42,8 @@ from qlora_phi3.export.request import (
     check_replaceable,
     check_targets,
     failed_place,
-    find_made,
-    read_standing,
+    find_reusable,
+    read_existing_report,
     written_files,
 )
 from qlora_phi3.export.stop import StopTest, measure_stops
@@ -51,18 +51,18 @@ from qlora_phi3.export.writer import (
     PROGRESS_NAME,
     check_disk,
     clear_draft,
-    drafting,
+    disk_errors,
+    ensure_dir,
     forget_progress,
     locked,
-    making,
     missing_bytes,
     plan_shards,
+    staging_dir,
     write_shards,
-    writing,
 )
-from qlora_phi3.model.phi3 import only_errors
+from qlora_phi3.model.phi3 import quiet_transformers
 from qlora_phi3.recipe.load import load_recipe
-from qlora_phi3.reporter import Listener
+from qlora_phi3.reporter import Reporter
 from qlora_phi3.units import format_gib
 
 #: Room for the files beside the weights.
@@ -90,7 +90,7 @@ class Exported:
     fault: ProofError | None = None
 
 
-def export_run(request: Request, listener: Listener) -> Exported:
+def export_run(request: Request, reporter: Reporter) -> Exported:
     """Write what a request asks for.
 
     Raises:
@@ -102,71 +102,71 @@ def export_run(request: Request, listener: Listener) -> Exported:
     gguf_place = [] if request.gguf_target is None else [request.gguf_target]
     with locked([request.target, *gguf_place]):
         check_targets(request)  # what is there may have changed since
-        return _export(request, listener)
+        return _export(request, reporter)
 
 
-def _export(request: Request, listener: Listener) -> Exported:
+def _export(request: Request, reporter: Reporter) -> Exported:
     """Write what a request asks for into places that nobody else writes to."""
     with ExitStack() as places:
         if request.gguf_target is not None:
-            places.enter_context(making(request.gguf_target))
-        report, fault = _find_made(request, listener), None
+            places.enter_context(ensure_dir(request.gguf_target))
+        report, fault = _find_reusable(request, reporter), None
         made_before = report is not None
         if report is None:
             draft = request.target.with_name(f".{request.target.name}.partial")
-            places.enter_context(drafting(draft, kept=[SCORED]))
-            report, fault = _merge(request, draft, listener)
+            places.enter_context(staging_dir(draft, kept=[SCORED]))
+            report, fault = _merge(request, draft, reporter)
         if fault is not None:
             return Exported(folder=failed_place(request.target), report=report, fault=fault)
-        gguf = None if request.gguf_file is None else _convert(request, request.gguf_file, report, listener)
+        gguf = None if request.gguf_file is None else _convert(request, request.gguf_file, report, reporter)
     if gguf is not None and not made_before:
         size = sum((request.target / name).stat().st_size for name in written_files(report))
-        listener.say(f"Merged model, kept for other exports: {request.target} ({format_gib(size)})")
+        reporter.info(f"Merged model, kept for other exports: {request.target} ({format_gib(size)})")
     folder, names = request.target, written_files(report)
     if gguf is not None:
         folder, names = gguf.path.parent, [gguf.path.name, CARD, MODELFILE, REPORT]
     page = None
     if request.push is not None:
-        listener.say(f"Pushing {folder} to {request.push}")
+        reporter.info(f"Pushing {folder} to {request.push}")
         page = push(folder, sorted(names), request.push, private=request.private)
     return Exported(folder=folder, report=report, gguf=gguf, page=page)
 
 
-def _find_made(request: Request, listener: Listener) -> dict[str, Any] | None:
+def _find_reusable(request: Request, reporter: Reporter) -> dict[str, Any] | None:
     """The report of the merged model, where it need not be made."""
-    report = find_made(request)
+    report = find_reusable(request)
     if report is not None:
         if request.gguf_file is not None:
             _check_memory_of_gguf(request)
-        listener.say(f"Merged model: {request.target}, made before")
+        reporter.info(f"Merged model: {request.target}, made before")
     return report
 
 
-def _merge(request: Request, draft: Path, listener: Listener) -> tuple[dict[str, Any], ProofError | None]:
+def _merge(request: Request, draft: Path, reporter: Reporter) -> tuple[dict[str, Any], ProofError | None]:
     """Make the merged model at the request's target; its report, and why it is not what was trained if it is not."""
     started = time.perf_counter()
-    sources = open_sources(request, listener)
+    sources = open_sources(request, reporter)
     if request.max_ram_bytes is not None:
         check_memory(sources, request.max_ram_bytes, verify=request.verify)
     onto = _first_onto(request, sources)
     key_of_draft = f"{request.key} {_state_of(sources.folder)}"
-    with writing(draft):
+    with disk_errors(draft):
         companions = _write_companions(request, sources, draft)
     _check_room(request, sources, draft, f"{key_of_draft} {onto}", onto)
     scored, stops, fault = None, None, None
     if request.verify:
-        scored = score_all(request, sources, draft, key_of_draft, onto, listener)
+        scored = score_all(request, sources, draft, key_of_draft, onto, reporter)
         if request.onto == "auto" and (better := choose_onto(scored.proof)) != onto:
-            listener.say("The merge onto the original base has the lower held-out loss: writing that")
+            reporter.info("The merge onto the original base has the lower held-out loss: writing that")
             onto = better
     elif request.onto == "auto" and onto == "nf4":
-        listener.say("Without the proof nothing tells which merge is better: onto NF4, which was trained")
-    _write_weights(request, sources, draft, f"{key_of_draft} {onto}", onto, listener)
+        reporter.info("Without the proof nothing tells which merge is better: onto NF4, which was trained")
+    _write_weights(request, sources, draft, f"{key_of_draft} {onto}", onto, reporter)
     if scored is not None:
-        fault = find_fault_of(request, scored, draft, onto, listener)
+        fault = find_fault_of(request, scored, draft, onto, reporter)
     if scored is not None and fault is None:
-        stops = _test_stops(request, sources, draft, scored.proof, onto, listener)
-    tell_kept_bits(sources, listener)
+        stops = _test_stops(request, sources, draft, scored.proof, onto, reporter)
+    tell_kept_bits(sources, reporter)
     report = {
         "key": request.key,
         "status": "unproved" if scored is None else "failed" if fault else proved_status(sources),
@@ -187,7 +187,7 @@ def _merge(request: Request, draft: Path, listener: Listener) -> tuple[dict[str,
         "seconds": time.perf_counter() - started,
         "versions": {name: version(name) for name in LIBRARIES},
     }
-    with writing(draft):
+    with disk_errors(draft):
         _describe(draft, render_card(sources.recipe, request.report, report, base=sources.folder), report)
         return report, _hand_out(request, draft, fault)
 
@@ -200,7 +200,7 @@ def _write_companions(request: Request, sources: Sources, draft: Path) -> Compan
         sources.adapter,
         draft,
         dtype=request.dtype,
-        untied=sources.updates.unties,
+        untied=sources.deltas.unties,
         end_of_turn=sources.ending.token_id,
         template=sources.ending.template,
     )
@@ -226,7 +226,7 @@ def _check_room(request: Request, sources: Sources, draft: Path, key: str, onto:
         check_disk(folder, gguf + (merge if folder.stat().st_dev == draft.stat().st_dev else 0))
 
 
-def _write_weights(request: Request, sources: Sources, draft: Path, key: str, onto: Onto, listener: Listener) -> None:
+def _write_weights(request: Request, sources: Sources, draft: Path, key: str, onto: Onto, reporter: Reporter) -> None:
     weights = sources.merged(onto, request.dtype)
     shards = plan_shards(weights.info, request.shard_bytes)
     written = write_shards(
@@ -234,26 +234,26 @@ def _write_weights(request: Request, sources: Sources, draft: Path, key: str, on
         draft,
         shards,
         key=key,
-        progress=partial(_tell_megabytes, listener, f"Merging onto {onto}"),
+        progress=partial(_tell_megabytes, reporter, f"Merging onto {onto}"),
         notes=sources.base.notes,
     )
     if written.num_resumed:
-        listener.say(f"Went on after {written.num_resumed} of {len(shards)} files that stood already")
+        reporter.info(f"Went on after {written.num_resumed} of {len(shards)} files that stood already")
     sources.base.recall(written.notes)
     if not request.verify:  # else it was looked at before
         refuse_other_base(sources, draft)
 
 
-def _tell_megabytes(listener: Listener, what: str, done: int, total: int | None) -> None:
+def _tell_megabytes(reporter: Reporter, what: str, done: int, total: int | None) -> None:
     megabytes = None if total is None else max(1, total // 10**6)
     most = None if megabytes is None else megabytes if done == total else megabytes - 1  # so that only the end ends it
-    listener.progress(f"{what}, MB", done // 10**6 if most is None else min(done // 10**6, most), megabytes)
+    reporter.progress(f"{what}, MB", done // 10**6 if most is None else min(done // 10**6, most), megabytes)
 
 
 def _test_stops(
-    request: Request, sources: Sources, draft: Path, proof: Proof, onto: Onto, listener: Listener
+    request: Request, sources: Sources, draft: Path, proof: Proof, onto: Onto, reporter: Reporter
 ) -> StopTest:
-    with only_errors():
+    with quiet_transformers():
         return measure_stops(
             draft,
             sources.rows,
@@ -261,7 +261,7 @@ def _test_stops(
             onto,
             device=sources.device,
             max_ram_bytes=request.max_ram_bytes,
-            progress=listener.progress,
+            progress=reporter.progress,
         )
 
 
@@ -284,12 +284,12 @@ def _hand_out(request: Request, draft: Path, fault: str | None) -> ProofError | 
     """
     target = request.target
     if fault is not None:
-        cure = "bf16 rounds small updates away: try --dtype fp16. " if request.dtype == "bfloat16" else ""
+        hint = "bf16 rounds small updates away: try --dtype fp16. " if request.dtype == "bfloat16" else ""
         failed = failed_place(target)
         check_replaceable(failed)
         shutil.rmtree(failed, ignore_errors=True)
         _name(draft, failed)
-        return ProofError(f"The export is not what was trained: {fault}.", f"{cure}It is kept in {failed} for a look.")
+        return ProofError(f"The export is not what was trained: {fault}.", f"{hint}It is kept in {failed} for a look.")
     former = target.with_name(f".{target.name}.former")
     shutil.rmtree(former, ignore_errors=True)
     if target.exists():
@@ -318,18 +318,18 @@ def _check_memory_of_gguf(request: Request) -> None:
         )
 
 
-def _convert(request: Request, target: Path, report: Mapping[str, Any], listener: Listener) -> GgufResult:
+def _convert(request: Request, target: Path, report: Mapping[str, Any], reporter: Reporter) -> GgufResult:
     """The merged model as a GGUF with its Modelfile, card and report, which replace those of a GGUF made before."""
     result = convert_to_gguf(
         request.target,
         target,
         quant=request.quant,
         name=request.name,
-        progress=partial(_tell_megabytes, listener),
+        progress=partial(_tell_megabytes, reporter),
         force=request.force,
     )
     folder = target.parent
-    with writing(folder):
+    with disk_errors(folder):
         report = _report_gguf(request, target, report)
         card = render_card(load_recipe(request.run.recipe), request.report, report, base=request.target)
         _describe(folder, card, report)
@@ -339,7 +339,7 @@ def _convert(request: Request, target: Path, report: Mapping[str, Any], listener
 
 def _report_gguf(request: Request, target: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     """The report of a GGUF, which is of the merged model but for what became of it; written files are all that are there."""
-    before = [name for name in written_files(read_standing(target.parent)) if (target.parent / name).is_file()]
+    before = [name for name in written_files(read_existing_report(target.parent)) if (target.parent / name).is_file()]
     written = sorted({*before, target.name, CARD, MODELFILE, REPORT})
     measured = is_measured(request.quant, report["dtype"]) or not report["status"].startswith(PROVED)
     return {

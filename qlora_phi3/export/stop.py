@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, Phi3Config, StoppingCriteria, Sto
 from qlora_phi3.export.inputs import free_ram
 from qlora_phi3.export.proof import LIVE, Proof
 from qlora_phi3.export.streamed import Progress
-from qlora_phi3.model.loss import IGNORED
+from qlora_phi3.model.loss import IGNORE_INDEX
 from qlora_phi3.model.weights import open_weights
 
 #: A special token of the family, and the white space after it.
@@ -271,7 +271,7 @@ def choose_prompts(rows: Sequence[Mapping[str, Any]]) -> list[Prompt]:
     """The shortest conversations, cut where the assistant's first turn begins; shortest first."""
     prompts = []
     for row in rows:
-        supervised = [label != IGNORED for label in row["labels"]]
+        supervised = [label != IGNORE_INDEX for label in row["labels"]]
         if not any(supervised[1:]):
             continue
         first = supervised.index(True, 1)

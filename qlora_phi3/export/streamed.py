@@ -29,7 +29,7 @@ from qlora_phi3.export.base import RecordedBase
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
 from qlora_phi3.model.loss import select_supervised
 from qlora_phi3.model.phi3 import Phi3ForChunkedLoss
-from qlora_phi3.model.weights import StoredWeights, TensorInfo, Weights, open_file, read, split_rows
+from qlora_phi3.model.weights import StoredWeights, TensorInfo, Weights, open_file, read_tensor, split_rows
 from qlora_phi3.step import Batch, evaluating
 
 #: What is being done, how much of it is done, and out of how much (None: unknown).
@@ -63,7 +63,7 @@ class StreamedModel:
     ) -> None:
         self.model, self.weights, self.device = model, weights, device
         # One for all layers: where a page fault is dear, fresh memory for each took as long as the layer's own matmul.
-        self._room = torch.empty(0)
+        self._buffer = torch.empty(0)
         self._room_size = max(prod(weights.info[slot.name].shape) for slot in slots)
         around = {layer.get_base_layer(): layer for layer in model.modules() if isinstance(layer, LoraLayer)}
         for slot in slots:
@@ -85,20 +85,20 @@ class StreamedModel:
             progress(what, done, total)
 
         telling = [layer.register_forward_hook(tell) for layer in layers]
-        self._room = torch.empty(self._room_size, device=self.device)
+        self._buffer = torch.empty(self._room_size, device=self.device)
         try:
             with evaluating(self.model), torch.no_grad():
                 hidden = torch.cat([self._run(micro) for micro in batch.micro_batches])
         finally:
-            self._room = torch.empty(0)
+            self._buffer = torch.empty(0)
             for hook in telling:
                 hook.remove()
         return Final(hidden=hidden, head=self.head())
 
     def _fill(self, slot: _Slot, *_: Any) -> None:
         shape, start = self.weights.info[slot.name].shape, 0
-        whole = self._room[: prod(shape)].view(shape)
-        for piece in self.weights.pieces(slot.name):
+        whole = self._buffer[: prod(shape)].view(shape)
+        for piece in self.weights.iter_row_chunks(slot.name):
             whole[start : start + len(piece)] = piece
             start += len(piece)
         setattr(slot.module, slot.attribute, nn.Parameter(whole, requires_grad=False))
@@ -120,7 +120,7 @@ class StreamedModel:
         """(1, length) -> (1, length, hidden_size): the embedding's rows of these ids; the rest of it is read and dropped."""
         embedded = torch.empty((*ids.shape, self.model.config.hidden_size))
         start = 0
-        for piece in self.weights.pieces(EMBEDDING):
+        for piece in self.weights.iter_row_chunks(EMBEDDING):
             here = (ids >= start) & (ids < start + len(piece))
             embedded[here] = piece.cpu()[ids[here] - start].float()
             start += len(piece)
@@ -128,7 +128,7 @@ class StreamedModel:
 
     def head(self) -> Callable[[], Iterator[Tensor]]:
         """Reads the head; holds the model no longer."""
-        return partial(self.weights.pieces, HEAD if HEAD in self.weights.info else EMBEDDING)
+        return partial(self.weights.iter_row_chunks, HEAD if HEAD in self.weights.info else EMBEDDING)
 
 
 def stream_plain(weights: Weights, config: dict[str, Any], *, device: torch.device | None = None) -> StreamedModel:
@@ -181,26 +181,28 @@ class _WithSaved:
 
     def __init__(self, base: Weights, adapter: StoredWeights) -> None:
         self.base, self.adapter = base, adapter
-        self.saved = {name: PREFIX + name for name in (EMBEDDING, HEAD) if PREFIX + name in adapter.info}
+        self.checkpoint_saved = {name: PREFIX + name for name in (EMBEDDING, HEAD) if PREFIX + name in adapter.info}
         info = dict(base.info)
         info.setdefault(HEAD, info[EMBEDDING])  # a tied head stays the base's own embedding
-        self.info = info | {name: adapter.info[key] for name, key in self.saved.items()}
+        self.info = info | {name: adapter.info[key] for name, key in self.checkpoint_saved.items()}
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
+    def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
         """As `Weights.pieces`."""
-        if name in self.saved:
-            return self.adapter.pieces(self.saved[name])
-        return self.base.pieces(name if name in self.base.info else EMBEDDING)
+        if name in self.checkpoint_saved:
+            return self.adapter.iter_row_chunks(self.checkpoint_saved[name])
+        return self.base.iter_row_chunks(name if name in self.base.info else EMBEDDING)
 
 
 def _attach(model: Phi3ForChunkedLoss, weights: _WithSaved, adapter: Path) -> PeftModel:
     """PEFT's layers around a hollow model, with the adapter's weights but those that `weights` reads in pieces."""
     settings, stored = read_settings(adapter), weights.adapter
-    read_here = [name.removesuffix(".weight") for name in weights.saved]
+    read_here = [name.removesuffix(".weight") for name in weights.checkpoint_saved]
     settings.modules_to_save = [
         name for name in settings.modules_to_save or () if not any(path.endswith(name) for path in read_here)
     ] or None
-    tensors = {key: read(stored, key).float() for key in stored.info if key not in weights.saved.values()}
+    tensors = {
+        key: read_tensor(stored, key).float() for key in stored.info if key not in weights.checkpoint_saved.values()
+    }
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's advice is for those who train
@@ -226,11 +228,11 @@ class TrainedBase:
         self.base = base
         self.info = {name: TensorInfo(info.shape, base.record.dtype) for name, info in base.info.items()}
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
+    def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
         """As `Weights.pieces`; bitsandbytes' own kernel dequantizes the tensor whole, where a merge does it in pieces."""
         quantized = self.base.quantized(name)
         if quantized is None:
-            return (piece.to(self.base.record.dtype) for piece in self.base.pieces(name))
+            return (piece.to(self.base.record.dtype) for piece in self.base.iter_row_chunks(name))
         return split_rows(dequantize_4bit(quantized.packed, quantized.state))
 
 
@@ -244,12 +246,12 @@ def _build_hollow(config: dict[str, Any], device: torch.device) -> Phi3ForChunke
     model.model.rotary_emb = type(model.model.rotary_emb)(settings).to(device)  # computed from the config, not stored
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not model.lm_head:
-            module.weight = nn.Parameter(_hollow(module.weight.shape, device))
+            module.weight = nn.Parameter(_placeholder(module.weight.shape, device))
     model.requires_grad_(False)
     return model
 
 
-def _hollow(shape: torch.Size, device: torch.device) -> Tensor:
+def _placeholder(shape: torch.Size, device: torch.device) -> Tensor:
     """One NaN, shown at every place. PEFT moves the adapter to where the base layer's weight is: on "meta" it would be lost."""
     return torch.tensor(float("nan"), device=device).expand(shape)
 

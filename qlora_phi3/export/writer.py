@@ -24,8 +24,8 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from qlora_phi3.errors import ExportError, RunError, mend
-from qlora_phi3.files import state_folder, write_atomically
+from qlora_phi3.errors import ExportError, RunError, disk_error_hint
+from qlora_phi3.files import user_state_dir, write_atomically
 from qlora_phi3.model.weights import DTYPES, INDEX_NAME, WEIGHTS_NAME, TensorInfo, Weights
 from qlora_phi3.units import format_gib
 
@@ -152,7 +152,7 @@ def write_shards(
     whole_key = _key(shards, key)
     done = _read_progress(folder, whole_key)
     total, written, resumed = sum(shard.num_bytes for shard in shards), 0, 0
-    with writing(folder):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         whole = _whole(shards, folder, done)
         if not done:
@@ -180,7 +180,7 @@ def write_shards(
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path) -> Iterator[None]:
     """Make a disk that is full or refuses an ExportError."""
     try:
         yield
@@ -189,12 +189,12 @@ def writing(folder: Path) -> Iterator[None]:
         goes_on = ": it goes on at the last whole file" if (folder / PROGRESS_NAME).is_file() else ""
         raise ExportError(
             f"{folder} cannot be written: {reason.rstrip('.')}.",
-            f"{mend(error)}, and give the same command again{goes_on}.",
+            f"{disk_error_hint(error)}, and give the same command again{goes_on}.",
         ) from error
 
 
 @contextmanager
-def making(folder: Path) -> Iterator[None]:
+def ensure_dir(folder: Path) -> Iterator[None]:
     """Make a folder before anything long is done for it; where nothing came into it, it goes again.
 
     Raises:
@@ -202,7 +202,7 @@ def making(folder: Path) -> Iterator[None]:
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        with writing(folder):
+        with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with TemporaryFile(dir=folder):
                 pass
@@ -214,13 +214,13 @@ def making(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def drafting(draft: Path, kept: Collection[str] = ()) -> Iterator[None]:
+def staging_dir(draft: Path, kept: Collection[str] = ()) -> Iterator[None]:
     """Make the folder of a draft; when it is left without a new name, it stays where a later attempt could go on in it.
 
     Args:
         kept: names of files to go on with, besides whole shards.
     """
-    with making(draft):
+    with ensure_dir(draft):
         try:
             yield
         finally:
@@ -283,7 +283,7 @@ def _write_shard(weights: Weights, folder: Path, shard: Shard, tell: Callable[[i
     try:
         with draft.open("wb", buffering=0) as file:
             _write_all(file.write, shard.header)
-            _write_pieces(file, (piece for name in shard.names for piece in weights.pieces(name)), tell)
+            _write_pieces(file, (piece for name in shard.names for piece in weights.iter_row_chunks(name)), tell)
             if file.tell() != shard.num_bytes:
                 raise ValueError(f"{shard.file_name} took {file.tell()} bytes, and {shard.num_bytes} were planned")
             os.fsync(file.fileno())
@@ -297,14 +297,14 @@ def _write_shard(weights: Weights, folder: Path, shard: Shard, tell: Callable[[i
 def _write_pieces(file: FileIO, pieces: Iterable[Tensor], tell: Callable[[int], None]) -> None:
     """Write each piece while the next one is computed."""
     with ThreadPoolExecutor(1) as pool:
-        writing: Future[None] | None = None
+        disk_errors: Future[None] | None = None
         for piece in pieces:
-            if writing is not None:
-                writing.result()
+            if disk_errors is not None:
+                disk_errors.result()
                 tell(file.tell())
-            writing = pool.submit(_write_all, file.write, _bytes_of(piece))
-        if writing is not None:
-            writing.result()
+            disk_errors = pool.submit(_write_all, file.write, _bytes_of(piece))
+        if disk_errors is not None:
+            disk_errors.result()
 
 
 def _write_all(write: Callable[[Any], int | None], data: Any) -> None:
@@ -346,18 +346,18 @@ def locked(places: Iterable[Path]) -> Iterator[None]:
     with ExitStack() as held:
         for place in places:
             name = hashlib.sha256(os.path.normcase(place).encode()).hexdigest()[:32]
-            with writing(folder):
+            with disk_errors(folder):
                 try:
                     held.enter_context(FileLock(folder / f"{name}.lock", timeout=0))
                 except Timeout as error:
-                    cure = "Wait for it, or give --out another folder."
-                    raise ExportError(f"Another export is writing {place}.", cure) from error
+                    hint = "Wait for it, or give --out another folder."
+                    raise ExportError(f"Another export is writing {place}.", hint) from error
         yield
 
 
 def _lock_folder() -> Path:
     """Of this user, or where nothing can be kept there the system's for what is temporary."""
-    folder = state_folder() / "locks"
+    folder = user_state_dir() / "locks"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

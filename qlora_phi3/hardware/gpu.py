@@ -15,14 +15,14 @@ from statistics import median
 from typing import Any
 
 from qlora_phi3.errors import DeviceError, NoDeviceError
-from qlora_phi3.hardware.gpu_table import CARDS, NATIVE_BFLOAT16, Card
+from qlora_phi3.hardware.gpu_table import CARDS, NATIVE_BFLOAT16, GpuSpec
 from qlora_phi3.units import GIB, format_gib
 
 ELSEWHERE = "Ask about a card that is not here: --gpu 'RTX 4070', --vram 12GB, or --all."
 
 
 #: Words of a card's full name that tell no card from another.
-SILENT = {
+STOP_WORDS = {
     "nvidia",
     "geforce",
     "quadro",
@@ -39,11 +39,11 @@ SILENT = {
 
 
 #: The same word as others write it.
-SAME = {"mobile": "laptop", "notebook": "laptop", "maxq": "laptop", "s": "super"}
+SYNONYMS = {"mobile": "laptop", "notebook": "laptop", "maxq": "laptop", "s": "super"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holder:
+class GpuProcess:
     """Another program on the card."""
 
     name: str
@@ -53,7 +53,7 @@ class Holder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
+class Gpu:
     """A graphics card: here, from the table, or any of a size."""
 
     name: str
@@ -61,24 +61,24 @@ class Device:
     total_bytes: int
     #: What they can use now; the same for a card that is not here.
     free_bytes: int
-    others: tuple[Holder, ...] = ()
+    processes: tuple[GpuProcess, ...] = ()
     compute_capability: tuple[int, int]
     bandwidth_bytes_per_second: float
     #: Dense 16-bit matrix products with fp32 accumulation, 10^12 operations a second.
     tflops_16bit: float
-    here: bool
+    is_local: bool
     #: `total_bytes` comes from a rule and not from a reading, or only the size of the card was asked for.
     estimated: bool = False
     #: Cards of the table, where it is no single one: its memory is the smallest's, its speed a middling one.
-    stands_for: tuple[str, ...] = ()
+    represents: tuple[str, ...] = ()
 
     @property
-    def others_bytes(self) -> int:
-        """What is taken on the card, by the `others` and by whoever the driver does not name."""
+    def other_processes_bytes(self) -> int:
+        """What is taken on the card, by the `processes` and by whoever the driver does not name."""
         return self.total_bytes - self.free_bytes
 
 
-def read_device(index: int = 0, *, nvml: Any = None) -> Device:
+def read_gpu(index: int = 0, *, nvml: Any = None) -> Gpu:
     """The card that PyTorch would call `cuda:<index>`, as it is now.
 
     NVML counts cards by their slot. CUDA puts the fastest first unless CUDA_DEVICE_ORDER=PCI_BUS_ID is set, which
@@ -142,20 +142,20 @@ def _visible(wanted: str, handles: Sequence[Any], uuids: Sequence[str]) -> Itera
         yield handles[slots[0]]
 
 
-def _read(nvml: Any, handle: Any) -> Device:
+def _read(nvml: Any, handle: Any) -> Gpu:
     name = str(nvml.nvmlDeviceGetName(handle))
     total_bytes, free_bytes = _read_memory(nvml, handle)
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     bandwidth, tflops = _speed(nvml, handle, name, total_bytes, (major, minor))
-    return Device(
+    return Gpu(
         name=name,
         total_bytes=total_bytes,
         free_bytes=min(free_bytes, total_bytes),
-        others=_read_holders(nvml, handle),
+        processes=_read_processes(nvml, handle),
         compute_capability=(major, minor),
         bandwidth_bytes_per_second=bandwidth,
         tflops_16bit=tflops,
-        here=True,
+        is_local=True,
     )
 
 
@@ -169,7 +169,7 @@ def _read_memory(nvml: Any, handle: Any) -> tuple[int, int]:
     return memory.total - memory.reserved, memory.free
 
 
-def _read_holders(nvml: Any, handle: Any) -> tuple[Holder, ...]:
+def _read_processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
     """The other programs on the card, the largest first; a program that computes and draws is one.
 
     Who they are is told where the driver tells it: not in every container, nor to every user.
@@ -180,8 +180,8 @@ def _read_holders(nvml: Any, handle: Any) -> tuple[Holder, ...]:
             for process in ask(handle):
                 used[process.pid] = max(used.get(process.pid) or 0, process.usedGpuMemory or 0) or None
     used.pop(os.getpid(), None)
-    holders = [Holder(name=_program(nvml, pid), pid=pid, used_bytes=size) for pid, size in used.items()]
-    return tuple(sorted(holders, key=lambda holder: (-(holder.used_bytes or 0), holder.name)))
+    processes = [GpuProcess(name=_program(nvml, pid), pid=pid, used_bytes=size) for pid, size in used.items()]
+    return tuple(sorted(processes, key=lambda process: (-(process.used_bytes or 0), process.name)))
 
 
 def _program(nvml: Any, pid: int) -> str:
@@ -216,7 +216,7 @@ def _speed(
     return bits / 8 * memory_mhz * 2e6, cores * core_mhz * 2e6 * tensor / 1e12
 
 
-def find_card(name: str) -> Device:
+def find_gpu(name: str) -> Gpu:
     """The card of the table that a person means: `RTX 4070 Laptop`, `nvidia geforce rtx4060ti 16gb`.
 
     Raises:
@@ -243,7 +243,7 @@ def find_card(name: str) -> Device:
     raise DeviceError(f"The {cards[0].name} comes with {sizes}{reason}.", f"Say which: --gpu '{cards[0].label}'.")
 
 
-def _matches(name: str) -> list[Card]:
+def _matches(name: str) -> list[GpuSpec]:
     """The rows a name can mean; one that exists as a laptop's only may leave the word out."""
     words = _words(name)
     exact = [card for card in CARDS if _words(card.name) == words]
@@ -256,7 +256,7 @@ def _words(name: str) -> set[str]:
     text = re.sub(r"([rg]tx)(?=\w)", r"\1 ", text)
     text = re.sub(r"(\d{4})(?=[a-z])|(?<=ti)(?=super)", r"\1 ", text)
     words = re.findall(r"[a-z0-9]+", text)
-    return {SAME.get(word, word) for word in words} - SILENT
+    return {SYNONYMS.get(word, word) for word in words} - STOP_WORDS
 
 
 def _size_in(name: str) -> int | None:
@@ -264,20 +264,20 @@ def _size_in(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _device(card: Card) -> Device:
-    return Device(
+def _device(card: GpuSpec) -> Gpu:
+    return Gpu(
         name=card.label,
         total_bytes=card.usable_bytes,
         free_bytes=card.usable_bytes,
         compute_capability=card.compute_capability,
         bandwidth_bytes_per_second=card.bandwidth_gb * 1e9,
         tflops_16bit=card.tflops_16bit,
-        here=False,
+        is_local=False,
         estimated=card.estimated,
     )
 
 
-def card_of_size(num_bytes: int) -> Device:
+def gpu_of_size(num_bytes: int) -> Gpu:
     """Any card that is sold with so much memory: the smallest of them, at a middling speed.
 
     Of a size that is sold with and without bfloat16, the cards that have it. For a size that the table lacks, the driver
@@ -303,20 +303,20 @@ def card_of_size(num_bytes: int) -> Device:
     return replace(device, total_bytes=total_bytes, free_bytes=total_bytes)
 
 
-def smallest_of(cards: Sequence[Card], name: str) -> Device:
+def smallest_of(cards: Sequence[GpuSpec], name: str) -> Gpu:
     """What fits this one fits each of the cards; of a middling speed."""
     smallest = min(cards, key=lambda card: card.usable_bytes)
     bandwidth, tflops = _usual_speed(cards)
-    return Device(
+    return Gpu(
         name=name,
         total_bytes=smallest.usable_bytes,
         free_bytes=smallest.usable_bytes,
         compute_capability=max(card.compute_capability for card in cards),
         bandwidth_bytes_per_second=bandwidth,
         tflops_16bit=tflops,
-        here=False,
+        is_local=False,
         estimated=smallest.estimated,
-        stands_for=tuple(card.label for card in cards),
+        represents=tuple(card.label for card in cards),
     )
 
 
@@ -327,13 +327,13 @@ def _reserve(num_bytes: int) -> int:
     return max(card.nominal_gb * GIB - card.usable_bytes for card in seen if card.nominal_gb * GIB <= limit)
 
 
-def _cards_near(num_bytes: int) -> list[Card]:
+def _cards_near(num_bytes: int) -> list[GpuSpec]:
     """The cards of the nearest size."""
     distance = min(abs(card.nominal_gb * GIB - num_bytes) for card in CARDS)
     return [card for card in CARDS if abs(card.nominal_gb * GIB - num_bytes) == distance]
 
 
-def _usual_speed(cards: Sequence[Card]) -> tuple[float, float]:
+def _usual_speed(cards: Sequence[GpuSpec]) -> tuple[float, float]:
     return median(card.bandwidth_gb for card in cards) * 1e9, median(card.tflops_16bit for card in cards)
 
 

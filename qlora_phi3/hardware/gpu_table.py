@@ -2,11 +2,11 @@
 
 Where the figures come from, gathered in November 2026:
 
-- `seen_mib` is the smallest total that PyTorch (`total capacity of ... GiB`, `CUDA:0 (..., ... MiB)`), llama.cpp
+- `observed_total_mib` is the smallest total that PyTorch (`total capacity of ... GiB`, `CUDA:0 (..., ... MiB)`), llama.cpp
   (`VRAM: ... MiB`) or hashcat printed on Linux for that card in public issues, logs and notes. It shrinks with the
   driver's version (an RTX 3060 had 12,045 MiB in 2023 and 11,910 in 2026), so the smallest is what a person can count on.
   Windows and WSL print nearly the whole card, but there the desktop lives on it too.
-- `smi_mib` is what `nvidia-smi` calls the card's memory: the driver's own reserve is part of it.
+- `nvidia_smi_mib` is what `nvidia-smi` calls the card's memory: the driver's own reserve is part of it.
 - Speeds are NVIDIA's specifications: memory bandwidth, and the dense 16-bit matrix rate with fp32 accumulation, which
   is how PyTorch multiplies: cores x boost clock x 2, times 4 on RTX 20, times 2 on GTX 16 (no tensor cores, but fp16 at
   double rate) and on GeForce RTX 30 to 50. The headline figures are 2 to 8 times that: fp16 accumulation, sparse
@@ -34,15 +34,15 @@ CONSUMER = re.compile(r"[GR]TX \d{4}\b")
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class GpuSpec:
     """One row of the table."""
 
     name: str
     #: What is printed on the box, GB.
     nominal_gb: int
-    smi_mib: int
+    nvidia_smi_mib: int
     #: None where nobody printed it.
-    seen_mib: int | None
+    observed_total_mib: int | None
     compute_capability: tuple[int, int]
     #: 10^9 bytes a second.
     bandwidth_gb: float
@@ -54,14 +54,14 @@ class Card:
     @property
     def estimated(self) -> bool:
         """Whether `usable_bytes` is a rule's and not a reading."""
-        return self.seen_mib is None
+        return self.observed_total_mib is None
 
     @property
     def usable_bytes(self) -> int:
         """What CUDA programs can use when nothing else is on the card, not even a desktop."""
-        if self.seen_mib is not None:
-            return self.seen_mib * MIB
-        return (self.smi_mib - (RESERVE_MIB_TO_6_GB if self.nominal_gb <= 6 else RESERVE_MIB_ABOVE)) * MIB
+        if self.observed_total_mib is not None:
+            return self.observed_total_mib * MIB
+        return (self.nvidia_smi_mib - (RESERVE_MIB_TO_6_GB if self.nominal_gb <= 6 else RESERVE_MIB_ABOVE)) * MIB
 
     @property
     def consumer(self) -> bool:
@@ -79,93 +79,93 @@ TURING, AMPERE, ADA, BLACKWELL = (7, 5), (8, 6), (8, 9), (12, 0)
 
 CARDS = (
     # name, GB, nvidia-smi MiB, seen MiB, compute capability, GB/s, TFLOPS
-    Card("GTX 1650", 4, 4096, 3712, TURING, 128, 6.0),
-    Card("GTX 1650 SUPER", 4, 4096, None, TURING, 192, 8.8),
-    Card("GTX 1650 Laptop", 4, 4096, None, TURING, 128, 5.1),
-    Card("GTX 1650 Ti Laptop", 4, 4096, None, TURING, 192, 6.1),
-    Card("GTX 1660", 6, 6144, None, TURING, 192, 10.1),
-    Card("GTX 1660 SUPER", 6, 6144, None, TURING, 336, 10.1),
-    Card("GTX 1660 Ti", 6, 6144, 5747, TURING, 288, 10.9),
-    Card("GTX 1660 Ti Laptop", 6, 6144, None, TURING, 288, 8.2),
-    Card("RTX 2050 Laptop", 4, 4096, None, AMPERE, 112, 12.1),
-    Card("RTX 2060", 6, 6144, 5735, TURING, 336, 25.8),
-    Card("RTX 2060", 12, 12288, 11833, TURING, 336, 28.7),
-    Card("RTX 2060 SUPER", 8, 8192, None, TURING, 448, 28.7),
-    Card("RTX 2060 Laptop", 6, 6144, None, TURING, 264, 18.2),
-    Card("RTX 2070", 8, 8192, 7782, TURING, 448, 29.9),
-    Card("RTX 2070 SUPER", 8, 8192, None, TURING, 448, 36.3),
-    Card("RTX 2070 Laptop", 8, 8192, None, TURING, 384, 21.8),
-    Card("RTX 2070 SUPER Laptop", 8, 8192, None, TURING, 352, 23.7),
-    Card("RTX 2080", 8, 8192, 7783, TURING, 448, 40.3),
-    Card("RTX 2080 SUPER", 8, 8192, None, TURING, 496, 44.6),
-    Card("RTX 2080 Ti", 11, 11264, 10825, TURING, 616, 53.8),
-    Card("RTX 2080 Laptop", 8, 8192, None, TURING, 384, 25.8),
-    Card("RTX 2080 SUPER Laptop", 8, 8192, None, TURING, 352, 26.5),
-    Card("RTX 3050", 6, 6144, 5803, AMPERE, 168, 13.5),
-    Card("RTX 3050", 8, 8192, None, AMPERE, 224, 18.2),
-    Card("RTX 3050 Laptop", 4, 4096, 3762, AMPERE, 192, 12.3),
-    Card("RTX 3050 Laptop", 6, 6144, None, AMPERE, 168, 15.3),
-    Card("RTX 3050 Ti Laptop", 4, 4096, None, AMPERE, 192, 15.2),
-    Card("RTX 3060", 8, 8192, None, AMPERE, 240, 25.5),
-    Card("RTX 3060", 12, 12288, 11910, AMPERE, 360, 25.5),
-    Card("RTX 3060 Ti", 8, 8192, 7833, AMPERE, 448, 32.4),
-    Card("RTX 3060 Laptop", 6, 6144, 5806, AMPERE, 336, 26.2),
-    Card("RTX 3070", 8, 8192, 7753, AMPERE, 448, 40.6),
-    Card("RTX 3070 Ti", 8, 8192, 7840, AMPERE, 608, 43.5),
-    Card("RTX 3070 Laptop", 8, 8192, None, AMPERE, 448, 33.2),
-    Card("RTX 3070 Ti Laptop", 8, 8192, 7850, AMPERE, 448, 35.0),
-    Card("RTX 3080", 10, 10240, 9871, AMPERE, 760, 59.5),
-    Card("RTX 3080", 12, 12288, None, AMPERE, 912, 61.3),
-    Card("RTX 3080 Ti", 12, 12288, 11910, AMPERE, 912, 68.2),
-    Card("RTX 3080 Laptop", 8, 8192, None, AMPERE, 448, 42.0),
-    Card("RTX 3080 Laptop", 16, 16384, 15993, AMPERE, 448, 42.0),
-    Card("RTX 3080 Ti Laptop", 16, 16384, None, AMPERE, 512, 47.2),
-    Card("RTX 3090", 24, 24576, 24123, AMPERE, 936, 71.2),
-    Card("RTX 3090 Ti", 24, 24564, 24110, AMPERE, 1008, 80.0),
-    Card("RTX 4050 Laptop", 6, 6141, 5785, ADA, 192, 24.3),
-    Card("RTX 4060", 8, 8188, 7807, ADA, 272, 30.2),
-    Card("RTX 4060 Ti", 8, 8188, 7806, ADA, 288, 44.1),
-    Card("RTX 4060 Ti", 16, 16380, 15943, ADA, 288, 44.1),
-    Card("RTX 4060 Laptop", 8, 8188, 7806, ADA, 256, 29.1),
-    Card("RTX 4070", 12, 12282, 11837, ADA, 504, 58.3),
-    Card("RTX 4070 SUPER", 12, 12282, 11857, ADA, 504, 71.0),
-    Card("RTX 4070 Ti", 12, 12282, None, ADA, 504, 80.2),
-    Card("RTX 4070 Ti SUPER", 16, 16376, 15934, ADA, 672, 88.2),
-    Card("RTX 4070 Laptop", 8, 8188, 7806, ADA, 256, 40.1),
-    Card("RTX 4080", 16, 16376, 15945, ADA, 717, 97.5),
-    Card("RTX 4080 SUPER", 16, 16376, 15944, ADA, 736, 104.4),
-    Card("RTX 4080 Laptop", 12, 12282, None, ADA, 432, 67.7),
-    Card("RTX 4090", 24, 24564, 24081, ADA, 1008, 165.2),
-    Card("RTX 4090 D", 24, 24564, None, ADA, 1008, 147.1),
-    Card("RTX 4090 Laptop", 16, 16376, None, ADA, 576, 79.4),
-    Card("RTX 5050", 8, 8151, None, BLACKWELL, 320, 26.3),
-    Card("RTX 5050 Laptop", 8, 8151, None, BLACKWELL, 384, 27.2),
-    Card("RTX 5060", 8, 8151, 7700, BLACKWELL, 448, 38.4),
-    Card("RTX 5060 Ti", 8, 8151, None, BLACKWELL, 448, 47.4),
-    Card("RTX 5060 Ti", 16, 16311, 15825, BLACKWELL, 448, 47.4),
-    Card("RTX 5060 Laptop", 8, 8151, None, BLACKWELL, 384, 33.2),
-    Card("RTX 5070", 12, 12227, 11755, BLACKWELL, 672, 61.7),
-    Card("RTX 5070 Ti", 16, 16303, 15808, BLACKWELL, 896, 87.9),
-    Card("RTX 5070 Laptop", 8, 8151, None, BLACKWELL, 384, 43.3),
-    Card("RTX 5070 Ti Laptop", 12, 12227, None, BLACKWELL, 672, 52.3),
-    Card("RTX 5080", 16, 16303, 15840, BLACKWELL, 960, 112.6),
-    Card("RTX 5080 Laptop", 16, 16303, None, BLACKWELL, 896, 70.3),
-    Card("RTX 5090", 32, 32607, 32109, BLACKWELL, 1792, 209.5),
-    Card("RTX 5090 Laptop", 24, 24463, None, BLACKWELL, 896, 90.7),
+    GpuSpec("GTX 1650", 4, 4096, 3712, TURING, 128, 6.0),
+    GpuSpec("GTX 1650 SUPER", 4, 4096, None, TURING, 192, 8.8),
+    GpuSpec("GTX 1650 Laptop", 4, 4096, None, TURING, 128, 5.1),
+    GpuSpec("GTX 1650 Ti Laptop", 4, 4096, None, TURING, 192, 6.1),
+    GpuSpec("GTX 1660", 6, 6144, None, TURING, 192, 10.1),
+    GpuSpec("GTX 1660 SUPER", 6, 6144, None, TURING, 336, 10.1),
+    GpuSpec("GTX 1660 Ti", 6, 6144, 5747, TURING, 288, 10.9),
+    GpuSpec("GTX 1660 Ti Laptop", 6, 6144, None, TURING, 288, 8.2),
+    GpuSpec("RTX 2050 Laptop", 4, 4096, None, AMPERE, 112, 12.1),
+    GpuSpec("RTX 2060", 6, 6144, 5735, TURING, 336, 25.8),
+    GpuSpec("RTX 2060", 12, 12288, 11833, TURING, 336, 28.7),
+    GpuSpec("RTX 2060 SUPER", 8, 8192, None, TURING, 448, 28.7),
+    GpuSpec("RTX 2060 Laptop", 6, 6144, None, TURING, 264, 18.2),
+    GpuSpec("RTX 2070", 8, 8192, 7782, TURING, 448, 29.9),
+    GpuSpec("RTX 2070 SUPER", 8, 8192, None, TURING, 448, 36.3),
+    GpuSpec("RTX 2070 Laptop", 8, 8192, None, TURING, 384, 21.8),
+    GpuSpec("RTX 2070 SUPER Laptop", 8, 8192, None, TURING, 352, 23.7),
+    GpuSpec("RTX 2080", 8, 8192, 7783, TURING, 448, 40.3),
+    GpuSpec("RTX 2080 SUPER", 8, 8192, None, TURING, 496, 44.6),
+    GpuSpec("RTX 2080 Ti", 11, 11264, 10825, TURING, 616, 53.8),
+    GpuSpec("RTX 2080 Laptop", 8, 8192, None, TURING, 384, 25.8),
+    GpuSpec("RTX 2080 SUPER Laptop", 8, 8192, None, TURING, 352, 26.5),
+    GpuSpec("RTX 3050", 6, 6144, 5803, AMPERE, 168, 13.5),
+    GpuSpec("RTX 3050", 8, 8192, None, AMPERE, 224, 18.2),
+    GpuSpec("RTX 3050 Laptop", 4, 4096, 3762, AMPERE, 192, 12.3),
+    GpuSpec("RTX 3050 Laptop", 6, 6144, None, AMPERE, 168, 15.3),
+    GpuSpec("RTX 3050 Ti Laptop", 4, 4096, None, AMPERE, 192, 15.2),
+    GpuSpec("RTX 3060", 8, 8192, None, AMPERE, 240, 25.5),
+    GpuSpec("RTX 3060", 12, 12288, 11910, AMPERE, 360, 25.5),
+    GpuSpec("RTX 3060 Ti", 8, 8192, 7833, AMPERE, 448, 32.4),
+    GpuSpec("RTX 3060 Laptop", 6, 6144, 5806, AMPERE, 336, 26.2),
+    GpuSpec("RTX 3070", 8, 8192, 7753, AMPERE, 448, 40.6),
+    GpuSpec("RTX 3070 Ti", 8, 8192, 7840, AMPERE, 608, 43.5),
+    GpuSpec("RTX 3070 Laptop", 8, 8192, None, AMPERE, 448, 33.2),
+    GpuSpec("RTX 3070 Ti Laptop", 8, 8192, 7850, AMPERE, 448, 35.0),
+    GpuSpec("RTX 3080", 10, 10240, 9871, AMPERE, 760, 59.5),
+    GpuSpec("RTX 3080", 12, 12288, None, AMPERE, 912, 61.3),
+    GpuSpec("RTX 3080 Ti", 12, 12288, 11910, AMPERE, 912, 68.2),
+    GpuSpec("RTX 3080 Laptop", 8, 8192, None, AMPERE, 448, 42.0),
+    GpuSpec("RTX 3080 Laptop", 16, 16384, 15993, AMPERE, 448, 42.0),
+    GpuSpec("RTX 3080 Ti Laptop", 16, 16384, None, AMPERE, 512, 47.2),
+    GpuSpec("RTX 3090", 24, 24576, 24123, AMPERE, 936, 71.2),
+    GpuSpec("RTX 3090 Ti", 24, 24564, 24110, AMPERE, 1008, 80.0),
+    GpuSpec("RTX 4050 Laptop", 6, 6141, 5785, ADA, 192, 24.3),
+    GpuSpec("RTX 4060", 8, 8188, 7807, ADA, 272, 30.2),
+    GpuSpec("RTX 4060 Ti", 8, 8188, 7806, ADA, 288, 44.1),
+    GpuSpec("RTX 4060 Ti", 16, 16380, 15943, ADA, 288, 44.1),
+    GpuSpec("RTX 4060 Laptop", 8, 8188, 7806, ADA, 256, 29.1),
+    GpuSpec("RTX 4070", 12, 12282, 11837, ADA, 504, 58.3),
+    GpuSpec("RTX 4070 SUPER", 12, 12282, 11857, ADA, 504, 71.0),
+    GpuSpec("RTX 4070 Ti", 12, 12282, None, ADA, 504, 80.2),
+    GpuSpec("RTX 4070 Ti SUPER", 16, 16376, 15934, ADA, 672, 88.2),
+    GpuSpec("RTX 4070 Laptop", 8, 8188, 7806, ADA, 256, 40.1),
+    GpuSpec("RTX 4080", 16, 16376, 15945, ADA, 717, 97.5),
+    GpuSpec("RTX 4080 SUPER", 16, 16376, 15944, ADA, 736, 104.4),
+    GpuSpec("RTX 4080 Laptop", 12, 12282, None, ADA, 432, 67.7),
+    GpuSpec("RTX 4090", 24, 24564, 24081, ADA, 1008, 165.2),
+    GpuSpec("RTX 4090 D", 24, 24564, None, ADA, 1008, 147.1),
+    GpuSpec("RTX 4090 Laptop", 16, 16376, None, ADA, 576, 79.4),
+    GpuSpec("RTX 5050", 8, 8151, None, BLACKWELL, 320, 26.3),
+    GpuSpec("RTX 5050 Laptop", 8, 8151, None, BLACKWELL, 384, 27.2),
+    GpuSpec("RTX 5060", 8, 8151, 7700, BLACKWELL, 448, 38.4),
+    GpuSpec("RTX 5060 Ti", 8, 8151, None, BLACKWELL, 448, 47.4),
+    GpuSpec("RTX 5060 Ti", 16, 16311, 15825, BLACKWELL, 448, 47.4),
+    GpuSpec("RTX 5060 Laptop", 8, 8151, None, BLACKWELL, 384, 33.2),
+    GpuSpec("RTX 5070", 12, 12227, 11755, BLACKWELL, 672, 61.7),
+    GpuSpec("RTX 5070 Ti", 16, 16303, 15808, BLACKWELL, 896, 87.9),
+    GpuSpec("RTX 5070 Laptop", 8, 8151, None, BLACKWELL, 384, 43.3),
+    GpuSpec("RTX 5070 Ti Laptop", 12, 12227, None, BLACKWELL, 672, 52.3),
+    GpuSpec("RTX 5080", 16, 16303, 15840, BLACKWELL, 960, 112.6),
+    GpuSpec("RTX 5080 Laptop", 16, 16303, None, BLACKWELL, 896, 70.3),
+    GpuSpec("RTX 5090", 32, 32607, 32109, BLACKWELL, 1792, 209.5),
+    GpuSpec("RTX 5090 Laptop", 24, 24463, None, BLACKWELL, 896, 90.7),
     # Workstation and server cards that people have or rent.
-    Card("Tesla T4", 16, 15360, 14912, TURING, 320, 65.0, ecc=True),
-    Card("RTX A2000 Laptop", 4, 4096, 3770, AMPERE, 192, 35.0),
-    Card("RTX A2000", 6, 6138, None, AMPERE, 288, 31.9),
-    Card("RTX A2000", 12, 12282, None, AMPERE, 288, 31.9),
-    Card("RTX A4000", 16, 16376, 15984, AMPERE, 448, 76.7),
-    Card("RTX A5000", 24, 23028, 22721, AMPERE, 768, 111.1, ecc=True),
-    Card("A10", 24, 23028, 22599, AMPERE, 600, 125.0, ecc=True),
-    Card("A10G", 24, 23028, 22587, AMPERE, 600, 70.0, ecc=True),
-    Card("L4", 24, 23034, 22563, ADA, 300, 121.0, ecc=True),
+    GpuSpec("Tesla T4", 16, 15360, 14912, TURING, 320, 65.0, ecc=True),
+    GpuSpec("RTX A2000 Laptop", 4, 4096, 3770, AMPERE, 192, 35.0),
+    GpuSpec("RTX A2000", 6, 6138, None, AMPERE, 288, 31.9),
+    GpuSpec("RTX A2000", 12, 12282, None, AMPERE, 288, 31.9),
+    GpuSpec("RTX A4000", 16, 16376, 15984, AMPERE, 448, 76.7),
+    GpuSpec("RTX A5000", 24, 23028, 22721, AMPERE, 768, 111.1, ecc=True),
+    GpuSpec("A10", 24, 23028, 22599, AMPERE, 600, 125.0, ecc=True),
+    GpuSpec("A10G", 24, 23028, 22587, AMPERE, 600, 70.0, ecc=True),
+    GpuSpec("L4", 24, 23034, 22563, ADA, 300, 121.0, ecc=True),
 )
 
 
-def name_series(cards: Iterable[Card]) -> str:
+def name_series(cards: Iterable[GpuSpec]) -> str:
     """Consumer cards in short: `RTX 3060` and `RTX 4070 SUPER` as "RTX 30, 40"."""
     found: dict[str, set[str]] = {}
     for card in cards:

@@ -215,9 +215,9 @@ class _Pool:
         return self.cached.pop(keys.pop(index))
 
     def _avoid_growing_end(self, index: int) -> int:
-        room = _room(self.cached[self.cached_keys[index]])
+        room = _buffer(self.cached[self.cached_keys[index]])
         while index + 1 < len(self.cached_keys):
-            next_room = _room(self.cached[self.cached_keys[index + 1]])
+            next_room = _buffer(self.cached[self.cached_keys[index + 1]])
             if next_room >= room:
                 break
             index, room = index + 1, next_room
@@ -239,7 +239,7 @@ def _has_addresses(start: _Block, size: int) -> bool:
     return size <= 0
 
 
-def _room(block: _Block) -> int:
+def _buffer(block: _Block) -> int:
     """The size a cached block could grow to in place."""
     after = block.after
     return block.size if after is None or after.mapped else block.size + after.size

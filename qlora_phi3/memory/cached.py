@@ -21,20 +21,20 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qlora_phi3.errors import RunError
 from qlora_phi3.files import cache_folder, write_atomically
-from qlora_phi3.hardware.gpu import Device
+from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.memory.margin import budget_of, read_margin
-from qlora_phi3.memory.report import Answer, as_json, from_json
+from qlora_phi3.memory.report import VramReport, as_json, from_json
 from qlora_phi3.memory.tables import (
-    CardGroup,
-    LongestOnCard,
-    SurveyRow,
-    find_longest_rows,
-    longest_from_json,
-    survey,
-    survey_as_json,
-    survey_from_json,
+    GpuGroup,
+    GpuTableRow,
+    MaxLengthRow,
+    build_gpu_table,
+    find_max_lengths,
+    gpu_table_as_json,
+    gpu_table_from_json,
+    max_lengths_from_json,
 )
-from qlora_phi3.memory.vram_check import Bench, read_subject
+from qlora_phi3.memory.vram_check import VramChecker, read_recipe_context
 
 if TYPE_CHECKING:
     from qlora_phi3.recipe.schema import Recipe
@@ -62,7 +62,7 @@ def _installed_version(name: str) -> str:
         return "unknown"
 
 
-def question_key(parts: Mapping[str, Any]) -> str:
+def cache_key(parts: Mapping[str, Any]) -> str:
     """A name for a question; `parts` is all that it depends on, as JSON takes it."""
     whole = {
         **parts,
@@ -94,7 +94,7 @@ def _file_state(path: Path) -> list[int] | None:
     return [found.st_size, found.st_mtime_ns]
 
 
-def find_kept(key: str) -> Any:
+def find_cached(key: str) -> Any:
     """What was kept under a key; None where nothing was, or what it was read from has changed."""
     try:
         kept = json.loads(_cache_path(key).read_text(encoding="utf-8"))
@@ -104,12 +104,12 @@ def find_kept(key: str) -> Any:
         return None
 
 
-def keep(key: str, answer: Any, watched: Mapping[str, Sequence[int] | None]) -> None:
+def store(key: str, report: Any, watched: Mapping[str, Sequence[int] | None]) -> None:
     """Keep an answer; where the folder cannot be written, it is worked out again next time."""
     with suppress(OSError, RunError):
         folder = _cache_path(key).parent
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(_cache_path(key), json.dumps({"answer": answer, "watched": watched}))
+        write_atomically(_cache_path(key), json.dumps({"answer": report, "watched": watched}))
         for old in sorted(folder.glob("*.json"), key=lambda path: -path.stat().st_mtime_ns)[KEPT:]:
             old.unlink(missing_ok=True)
 
@@ -124,7 +124,7 @@ Result = TypeVar("Result")
 class Teller(Protocol):
     """Whom to tell how far the work is."""
 
-    def say(self, what: str) -> None:
+    def info(self, what: str) -> None:
         """Name what is being done now."""
 
     def progress(self, what: str, done: int, total: int | None) -> None:
@@ -138,7 +138,7 @@ class Teller(Protocol):
 
 
 @dataclass(frozen=True)
-class Question:
+class CachedVramCheck:
     """A recipe file with what the command line changes in it."""
 
     path: Path
@@ -157,83 +157,83 @@ class Question:
         """The file's."""
         return self.path.read_text(encoding="utf-8-sig")
 
-    def about_card(self, device: Device) -> Answer:
+    def about_card(self, device: Gpu) -> VramReport:
         """Whether the recipe fits a card.
 
         Raises:
-            UserError: see `read_subject`, `budget_of` and `Bench.answer`.
+            UserError: see `read_recipe_context`, `budget_of` and `Bench.report`.
         """
 
-        def work_out() -> Answer:
+        def compute() -> VramReport:
             budget_bytes = budget_of(self.recipe, device)
-            return self._bench().answer(device, budget_bytes)
+            return self._checker().report(device, budget_bytes)
 
-        answer = self._ask("card", [device], work_out, as_json, from_json)
-        return replace(answer, device=device)  # who else is on it may have other numbers by now
+        report = self._cached("card", [device], compute, as_json, from_json)
+        return replace(report, device=device)  # who else is on it may have other numbers by now
 
-    def about_every_card(self, groups: Sequence[CardGroup]) -> list[SurveyRow]:
+    def about_every_card(self, groups: Sequence[GpuGroup]) -> list[GpuTableRow]:
         """The plan on each group of cards."""
         devices = [group.device for group in groups]
-        return self._ask(
+        return self._cached(
             "every card",
             devices,
-            lambda: survey(self._bench(), groups, self.teller.card),
-            survey_as_json,
-            survey_from_json,
+            lambda: build_gpu_table(self._checker(), groups, self.teller.card),
+            gpu_table_as_json,
+            gpu_table_from_json,
         )
 
-    def about_length(self, devices: Sequence[Device]) -> list[LongestOnCard]:
+    def about_length(self, devices: Sequence[Gpu]) -> list[MaxLengthRow]:
         """The longest row on each card."""
-        return self._ask(
+        return self._cached(
             "length",
             devices,
-            lambda: find_longest_rows(self._bench(), devices, self.teller.card),
+            lambda: find_max_lengths(self._checker(), devices, self.teller.card),
             lambda rows: [asdict(row) for row in rows],
-            longest_from_json,
+            max_lengths_from_json,
         )
 
-    def _bench(self) -> Bench:
+    def _checker(self) -> VramChecker:
         """Ready to work answers out."""
         recipe = self.recipe
         if "torch" not in sys.modules:
-            self.teller.say("Starting torch, transformers and peft")
-        return Bench(read_subject(recipe, self.path.parent, self.teller.progress), self.teller.say)
+            self.teller.info("Starting torch, transformers and peft")
+        return VramChecker(read_recipe_context(recipe, self.path.parent, self.teller.progress), self.teller.info)
 
-    def _ask(
+    def _cached(
         self,
         kind: str,
-        devices: Sequence[Device],
-        work_out: Callable[[], Result],
+        devices: Sequence[Gpu],
+        compute: Callable[[], Result],
         encode: Callable[[Result], Any],
         decode: Callable[[Any], Result],
     ) -> Result:
         key = self._key(kind, devices)
-        kept = find_kept(key) if key else None
+        kept = find_cached(key) if key else None
         if kept is not None:
             try:
                 return decode(kept)
             except ValueError:
                 pass  # somebody edited the cache
-        result = work_out()
+        result = compute()
         if key:
             from qlora_phi3.memory.vram_check import files_of
 
-            keep(key, encode(result), watch(files_of(self.recipe, self.path.parent)))
+            store(key, encode(result), watch(files_of(self.recipe, self.path.parent)))
         return result
 
-    def _key(self, kind: str, devices: Sequence[Device]) -> str | None:
+    def _key(self, kind: str, devices: Sequence[Gpu]) -> str | None:
         """None for a recipe that cannot be read: loading it will say why."""
         try:
             text = self.path.read_bytes()
         except OSError:
             return None
-        return question_key(
+        return cache_key(
             {
                 "kind": kind,
                 "recipe": hashlib.sha256(text).hexdigest(),
                 "overrides": self.overrides,
                 "folders": [str(self.path.absolute().parent), str(Path.cwd())],
-                "devices": [asdict(replace(device, others=())) for device in devices],
+                "devices": [asdict(replace(device, processes=())) for device in devices],
                 "margins": [read_margin(device.name).share for device in devices],
             }
         )

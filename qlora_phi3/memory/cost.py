@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_phi3.execution import Setup
+from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.family import Architecture
 
 #: Shares of the card's stated rates that such a step reaches: assumptions, until benchmarks/ has figures of real cards.
@@ -31,7 +31,7 @@ DEQUANTIZED_BYTES_PER_WEIGHT = 4.127 / 8 + 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class StepWorkload:
     """What one optimizer step of a recipe works on."""
 
     #: Tokens of each row of a usual step.
@@ -42,7 +42,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
+class StepTime:
     """The parts of a step's time, in seconds."""
 
     arithmetic: float
@@ -64,17 +64,17 @@ class Recomputation:
     layers: float
     #: Tiles of the MLP in a usual micro-batch, and the share of all MLPs that they have computed once more on top.
     mlp_tiles: int = 1
-    mlps: float = 0.0
+    extra_mlp_passes: float = 0.0
 
 
-def recomputation_of(architecture: Architecture, setup: Setup, work: Work) -> Recomputation:
+def recomputation_of(architecture: Architecture, execution: ExecutionPlan, workload: StepWorkload) -> Recomputation:
     """What a set-up has computed again."""
-    every, number = setup.checkpoint_every, architecture.num_hidden_layers
+    every, number = execution.checkpoint_every, architecture.num_hidden_layers
     layers = math.ceil(number / every) / number if every else 0.0
-    if not setup.mlp_tile_tokens:
+    if not execution.mlp_tile_tokens:
         return Recomputation(layers=layers)
-    tiles = math.ceil(sum(work.lengths) / work.num_micro_batches / setup.mlp_tile_tokens)
-    return Recomputation(layers=layers, mlp_tiles=tiles, mlps=1 - layers / tiles)
+    tiles = math.ceil(sum(workload.lengths) / workload.num_micro_batches / execution.mlp_tile_tokens)
+    return Recomputation(layers=layers, mlp_tiles=tiles, extra_mlp_passes=1 - layers / tiles)
 
 
 def attention_weights(architecture: Architecture) -> int:
@@ -88,38 +88,43 @@ def mlp_weights(architecture: Architecture) -> int:
     return architecture.num_hidden_layers * 3 * architecture.hidden_size * architecture.intermediate_size
 
 
-def step_flops(architecture: Architecture, work: Work, again: Recomputation) -> float:
+def step_flops(architecture: Architecture, workload: StepWorkload, again: Recomputation) -> float:
     """Floating-point operations of one step.
 
     A frozen weight costs 2 a token forward, 2 backward (the gradient of its input alone) and 2 recomputed; causal attention
     half of 4 n^2 x hidden forward and 2.5 times that backward (FlashAttention-2, section 3).
     """
-    tokens, squares = sum(work.lengths), sum(length**2 for length in work.lengths)
+    tokens, squares = sum(workload.lengths), sum(length**2 for length in workload.lengths)
     hidden, layers = architecture.hidden_size, architecture.num_hidden_layers
     weights = attention_weights(architecture) * 2 * (2 + again.layers)
-    weights += mlp_weights(architecture) * 2 * (2 + again.layers + again.mlps)
+    weights += mlp_weights(architecture) * 2 * (2 + again.layers + again.extra_mlp_passes)
     widths = (
         9 * hidden + 3 * architecture.intermediate_size
     )  # of the inputs and outputs of a layer's four matmuls, about
-    adapter = layers * work.rank * widths * 2 * (3 + again.layers)
+    adapter = layers * workload.rank * widths * 2 * (3 + again.layers)
     attention = 2 * layers * hidden * squares * (3.5 + again.layers)
     head = 4 * architecture.vocab_size * hidden
     return tokens * (weights + adapter + head) + attention
 
 
-def step_cost(
-    architecture: Architecture, setup: Setup, work: Work, *, tflops_16bit: float, bandwidth_bytes_per_second: float
-) -> Cost:
+def estimate_step_time(
+    architecture: Architecture,
+    execution: ExecutionPlan,
+    workload: StepWorkload,
+    *,
+    tflops_16bit: float,
+    bandwidth_bytes_per_second: float,
+) -> StepTime:
     """The time of one optimizer step."""
-    again = recomputation_of(architecture, setup, work)
+    again = recomputation_of(architecture, execution, workload)
     layers, passes = architecture.num_hidden_layers, 2 + again.layers
-    mlp_passes = again.mlp_tiles * (passes + again.mlps)
+    mlp_passes = again.mlp_tiles * (passes + again.extra_mlp_passes)
     read = attention_weights(architecture) * passes + mlp_weights(architecture) * mlp_passes
-    moved = read * DEQUANTIZED_BYTES_PER_WEIGHT if work.quantized else 0.0
-    offloaded = 2 * sum(work.lengths) * architecture.hidden_size * 2 * layers * again.layers
-    return Cost(
-        arithmetic=step_flops(architecture, work, again) / (tflops_16bit * 1e12 * ARITHMETIC_SHARE),
-        dequantization=work.num_micro_batches * moved / (bandwidth_bytes_per_second * BANDWIDTH_SHARE),
-        offloading=offloaded / OFFLOAD_BYTES_PER_SECOND if setup.activation_offloading else 0.0,
-        launching=work.num_micro_batches * layers * passes * LAYER_LAUNCH_SECONDS,
+    moved = read * DEQUANTIZED_BYTES_PER_WEIGHT if workload.quantized else 0.0
+    offloaded = 2 * sum(workload.lengths) * architecture.hidden_size * 2 * layers * again.layers
+    return StepTime(
+        arithmetic=step_flops(architecture, workload, again) / (tflops_16bit * 1e12 * ARITHMETIC_SHARE),
+        dequantization=workload.num_micro_batches * moved / (bandwidth_bytes_per_second * BANDWIDTH_SHARE),
+        offloading=offloaded / OFFLOAD_BYTES_PER_SECOND if execution.activation_offloading else 0.0,
+        launching=workload.num_micro_batches * layers * passes * LAYER_LAUNCH_SECONDS,
     )

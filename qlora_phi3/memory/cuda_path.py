@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qlora_phi3.model.attention
-from qlora_phi3.memory.tracker import Meter
+from qlora_phi3.memory.tracker import MemoryTracker
 
 Kernel = Literal["cudnn", "flash", "efficient", "math"]
 
@@ -154,14 +154,16 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 @contextmanager
-def following_cuda(meter: Meter, *, compute_dtype: torch.dtype, capability: tuple[int, int]) -> Iterator[None]:
+def following_cuda(
+    tracker: MemoryTracker, *, compute_dtype: torch.dtype, capability: tuple[int, int]
+) -> Iterator[None]:
     """Run the CUDA path on fake CPU tensors: its kernels for attention and dropout, its offloading, its workspaces."""
-    meter.hold(matmul_workspace_bytes(capability), "cuBLAS workspace")
+    tracker.track_bytes(matmul_workspace_bytes(capability), "cuBLAS workspace")
     with (
         _replaced(qlora_phi3.model.attention, "CPU_SCORES_BYTES", 0),
         _replaced(qlora_phi3.model.attention, "_takes_groups", lambda _: capability >= (8, 0)),
-        _replaced(transformers.modeling_utils, "save_on_cpu", _offloading_to(meter)),
-        _replaced(functional, "scaled_dot_product_attention", _attention_on(meter, capability)),
+        _replaced(transformers.modeling_utils, "save_on_cpu", _offloading_to(tracker)),
+        _replaced(functional, "scaled_dot_product_attention", _attention_on(tracker, capability)),
         _replaced(functional, "dropout", _dropout),
     ):
         yield
@@ -177,17 +179,17 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, usual)
 
 
-def _offloading_to(meter: Meter) -> Any:
+def _offloading_to(tracker: MemoryTracker) -> Any:
     """`save_on_cpu` whose copies lie on the meter's host side."""
 
     def pack(tensor: Tensor) -> Tensor:
-        with meter.on_host():
+        with tracker.on_host():
             return torch.empty_like(tensor)
 
     return lambda **_: saved_tensors_hooks(pack, torch.empty_like)
 
 
-def _attention_on(meter: Meter, capability: tuple[int, int]) -> Callable[..., Tensor]:
+def _attention_on(tracker: MemoryTracker, capability: tuple[int, int]) -> Callable[..., Tensor]:
     """`scaled_dot_product_attention` as CUDA's kernels allocate it."""
     usual = functional.scaled_dot_product_attention
 
@@ -203,10 +205,10 @@ def _attention_on(meter: Meter, capability: tuple[int, int]) -> Callable[..., Te
             with sdpa_kernel(SDPBackend.MATH):
                 return usual(query, key, value, attn_mask, **settings)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            with meter.belonging_to("attention mask"):
+            with tracker.attribute_to("attention mask"):
                 attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype)  # added to the scores, in their type
-        meter.tag(attn_mask, "attention mask")
-        result: Tensor = _FusedAttention.apply(query, key, value, attn_mask, kernel, meter)  # type: ignore[no-untyped-call]
+        tracker.tag(attn_mask, "attention mask")
+        result: Tensor = _FusedAttention.apply(query, key, value, attn_mask, kernel, tracker)  # type: ignore[no-untyped-call]
         return result
 
     return attend
@@ -222,13 +224,13 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: str, meter: Meter
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: str, tracker: MemoryTracker
     ) -> Tensor:
         batch, heads, length, size = query.shape
         output = torch.empty((batch, length, heads, size), dtype=query.dtype).transpose(1, 2)
         log_sum = torch.empty((batch, heads, length))
         ctx.save_for_backward(query, key, value, output, log_sum, mask)
-        ctx.kernel, ctx.meter = kernel, meter
+        ctx.kernel, ctx.tracker = kernel, tracker
         return output
 
     @staticmethod
@@ -237,7 +239,7 @@ class _FusedAttention(torch.autograd.Function):
         workspace = attention_backward_bytes(
             ctx.kernel, tuple(query.shape), kv_heads=key.shape[1], itemsize=query.element_size()
         )
-        release = ctx.meter.hold(workspace, "attention workspace")
+        release = ctx.tracker.track_bytes(workspace, "attention workspace")
         gradients = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
         release()
         return *gradients, None, None, None

@@ -4,15 +4,15 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qlora_phi3.memory.report import Answer, planned_keys
+from qlora_phi3.memory.report import VramReport, planned_keys
 from qlora_phi3.recipe.edit import Choice, fit_recipe
-from qlora_phi3.recipe.load import listed, possible_places
+from qlora_phi3.recipe.load import as_list, candidate_paths
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import format_gib
 
 
 def write_fitted(
-    recipe: Recipe, text: str, overrides: Sequence[str], answer: Answer, *, source: Path, target: Path
+    recipe: Recipe, text: str, overrides: Sequence[str], report: VramReport, *, source: Path, target: Path
 ) -> Recipe:
     """Write the recipe with its plan to a file that does not exist yet.
 
@@ -29,19 +29,19 @@ def write_fitted(
     choices = [
         *_given(recipe, overrides),
         *_moved(recipe, source.absolute().parent, target.absolute().parent),
-        *_planned(recipe, answer),
+        *_planned(recipe, report),
     ]
-    fitted, written = fit_recipe(recipe, text, choices, _heading(answer))
+    fitted, written = fit_recipe(recipe, text, choices, _heading(report))
     with target.open("x", encoding="utf-8", newline="\n") as file:
         file.write(written)
     return fitted
 
 
-def _heading(answer: Answer) -> str:
-    needs, budget = format_gib(answer.peak_on_card_bytes), format_gib(answer.budget_bytes)
+def _heading(report: VramReport) -> str:
+    needs, budget = format_gib(report.peak_on_card_bytes), format_gib(report.budget_bytes)
     return (
-        f"Set up for {answer.device.name} by qlora-phi3 {answer.versions['qlora-phi3']} on {answer.answered[:10]}: predicted "
-        f"{needs}, and {format_gib(answer.margin_bytes)} of margin, of {budget} on the card. What is learned is the same "
+        f"Set up for {report.device.name} by qlora-phi3 {report.versions['qlora-phi3']} on {report.created[:10]}: predicted "
+        f"{needs}, and {format_gib(report.margin_bytes)} of margin, of {budget} on the card. What is learned is the same "
         "on every card; the keys with a reason beside them decide memory and speed."
     )
 
@@ -61,7 +61,7 @@ def _moved(recipe: Recipe, old: Path, new: Path) -> Iterator[Choice]:
         return
 
     def move(place: str) -> str:
-        beside = possible_places(place, old)[0]
+        beside = candidate_paths(place, old)[0]
         if Path(place).is_absolute() or not beside.exists():
             return place
         try:
@@ -76,14 +76,14 @@ def _moved(recipe: Recipe, old: Path, new: Path) -> Iterator[Choice]:
         ("data", "train", data.train),
         ("data", "eval", data.eval),
     ):
-        moved = [move(place) for place in listed(value)]
-        if moved != list(listed(value)):
+        moved = [move(place) for place in as_list(value)]
+        if moved != list(as_list(value)):
             yield Choice(table, key, moved[0] if isinstance(value, str) else moved, "")
 
 
-def _planned(recipe: Recipe, answer: Answer) -> Iterator[Choice]:
+def _planned(recipe: Recipe, report: VramReport) -> Iterator[Choice]:
     """The keys that the recipe leaves to the plan."""
-    for planned in planned_keys(answer):
+    for planned in planned_keys(report):
         fixed = planned.key == "micro_batch_tokens" and recipe.training.micro_batch_size is not None
         if getattr(getattr(recipe, planned.table), planned.key) == "auto" and not fixed:
             yield Choice(planned.table, planned.key, planned.value, planned.reason)

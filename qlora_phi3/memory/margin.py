@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.errors import DeviceError, RunError
-from qlora_phi3.files import state_folder, write_atomically
-from qlora_phi3.hardware.gpu import Device
+from qlora_phi3.files import user_state_dir, write_atomically
+from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.units import format_gib, parse_size
 
 if TYPE_CHECKING:
     from qlora_phi3.recipe.schema import Recipe
 
 #: The share of the prediction, and the least. Chosen, not measured: on CPUs, predictions were never too low by more than 0.5 %.
-USUAL_SHARE, LEAST_BYTES = 0.03, 128 * 2**20
+DEFAULT_SHARE, LEAST_BYTES = 0.03, 128 * 2**20
 
 
 #: A run that took 4 % more than predicted asks for 6 %: the next one may miss by a little more.
-CAUTION = 1.5
+SAFETY_FACTOR = 1.5
 
 
 #: Runs that are remembered of each card, the latest ones.
-REMEMBERED = 50
+MAX_RECORDS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,9 @@ class Margin:
     @property
     def widened(self) -> bool:
         """Whether a run on this card asked for more than the usual."""
-        return self.share > USUAL_SHARE
+        return self.share > DEFAULT_SHARE
 
-    def beside(self, predicted_bytes: int) -> int:
+    def bytes_for(self, predicted_bytes: int) -> int:
         """The margin in bytes."""
         return max(LEAST_BYTES, int(predicted_bytes * self.share))
 
@@ -55,7 +55,7 @@ class Margin:
         return max(0, min(budget_bytes - LEAST_BYTES, int(budget_bytes / (1 + self.share))))
 
 
-def budget_of(recipe: "Recipe", device: Device) -> int:
+def budget_of(recipe: "Recipe", device: Gpu) -> int:
     """Bytes the run may take on a card, its margin counted: what is free there, or less where [memory] budget says so.
 
     Raises:
@@ -70,13 +70,13 @@ def budget_of(recipe: "Recipe", device: Device) -> int:
     return budget_within(recipe, device)
 
 
-def budget_within(recipe: "Recipe", device: Device) -> int:
+def budget_within(recipe: "Recipe", device: Gpu) -> int:
     """The same, where a card that has less than the budget gives what it has."""
     wanted = recipe.memory.budget
     return device.free_bytes if wanted == "auto" else min(parse_size(wanted), device.free_bytes)
 
 
-def limit_of(device: Device, budget_bytes: int) -> int:
+def limit_of(device: Gpu, budget_bytes: int) -> int:
     """The most that may be predicted on a card for a run to count as fitting a budget."""
     return read_margin(device.name).limit(budget_bytes)
 
@@ -84,7 +84,7 @@ def limit_of(device: Device, budget_bytes: int) -> int:
 def read_margin(card_name: str) -> Margin:
     """The margin on a card, by NVML's name or the table's."""
     errors = [(record["measured_bytes"] / record["predicted_bytes"]) - 1 for record in _read().get(card_name, ())]
-    return Margin(max(USUAL_SHARE, CAUTION * max(errors, default=0.0)), len(errors))
+    return Margin(max(DEFAULT_SHARE, SAFETY_FACTOR * max(errors, default=0.0)), len(errors))
 
 
 def margin_share(card_name: str) -> float:
@@ -100,14 +100,14 @@ def record_error(card_name: str, predicted_bytes: int, measured_bytes: int) -> N
         "date": time.strftime("%Y-%m-%d"),
     }
     records = _read()
-    records = {**records, card_name: [*records.get(card_name, ()), record][-REMEMBERED:]}
+    records = {**records, card_name: [*records.get(card_name, ()), record][-MAX_RECORDS:]}
     with suppress(OSError, RunError):
         _path().parent.mkdir(parents=True, exist_ok=True)
         write_atomically(_path(), json.dumps(records, indent=1) + "\n")
 
 
 def _path() -> Path:
-    return state_folder() / "prediction-errors.json"
+    return user_state_dir() / "prediction-errors.json"
 
 
 def _read() -> Mapping[str, Sequence[Mapping[str, Any]]]:

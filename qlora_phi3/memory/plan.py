@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_phi3.data.batching import plan_micro_batches
-from qlora_phi3.execution import USUAL_LOGITS_TILE_BYTES, MicroBatchPlan, Setup
-from qlora_phi3.memory.cost import Cost, Work
-from qlora_phi3.memory.predict import Forecast
-from qlora_phi3.memory.simulate import Load
+from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan
+from qlora_phi3.memory.cost import StepTime, StepWorkload
+from qlora_phi3.memory.predict import Prediction
+from qlora_phi3.memory.simulate import StepShape
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import format_gib
 
@@ -86,16 +86,16 @@ def count_micro_batches(lengths: Sequence[int], plan: MicroBatchPlan) -> int:
     )
 
 
-ASKED = "the recipe asks for it"
+QUESTION_COLUMNS = "the recipe asks for it"
 
 
-def give_reasons(
+def explain_choices(
     recipe: Recipe,
-    setup: Setup,
+    execution: ExecutionPlan,
     *,
     num_passes: int,
     longest: int,
-    refused: Mapping[Setup, int],
+    refused: Mapping[ExecutionPlan, int],
     limit_bytes: int,
 ) -> dict[str, str]:
     """Key of the recipe -> why the plan gives it this value.
@@ -108,27 +108,29 @@ def give_reasons(
     """
     pinned = _pinned(recipe)
     reasons = {
-        "micro_batch_tokens": _of_micro_batch(setup, num_passes, longest),
-        "gradient_checkpointing": _of_recomputing(setup),
-        "checkpoint_every_n_layers": _of_every(setup) + _next_faster(refused, limit_bytes),
+        "micro_batch_tokens": _of_micro_batch(execution, num_passes, longest),
+        "gradient_checkpointing": _of_recomputing(execution),
+        "checkpoint_every_n_layers": _of_every(execution) + _next_faster(refused, limit_bytes),
         "activation_offloading": "recomputation alone does not make enough room"
-        if setup.activation_offloading
+        if execution.activation_offloading
         else "there is room on the card",
         "optim": "its state may leave the card where that is full; where it is not, this is as fast as adamw_8bit"
-        if setup.optim.startswith("paged")
+        if execution.optim.startswith("paged")
         else "its state fits beside everything else",
-        "logits_tile": "the fastest size" if setup.logits_tile_bytes >= USUAL_LOGITS_TILE_BYTES else "less memory",
-        "mlp_tile_tokens": _of_mlp_tiles(setup),
+        "logits_tile": "the fastest size"
+        if execution.logits_tile_bytes >= DEFAULT_LOGITS_TILE_BYTES
+        else "less memory",
+        "mlp_tile_tokens": _of_mlp_tiles(execution),
     }
-    return {key: ASKED if pinned[key] else reason for key, reason in reasons.items()}
+    return {key: QUESTION_COLUMNS if pinned[key] else reason for key, reason in reasons.items()}
 
 
-def in_words(setup: Setup) -> str:
+def in_words(execution: ExecutionPlan) -> str:
     """What is kept of a step, and where."""
-    every = setup.checkpoint_every
+    every = execution.checkpoint_every
     kept = {0: "keeping all activations", 1: "recomputing all layers"}.get(every, f"recomputing one layer in {every}")
-    tiled = ", the MLPs in tiles" if setup.mlp_tile_tokens else ""
-    return kept + (", offloaded" if setup.activation_offloading else "") + tiled
+    tiled = ", the MLPs in tiles" if execution.mlp_tile_tokens else ""
+    return kept + (", offloaded" if execution.activation_offloading else "") + tiled
 
 
 def _pinned(recipe: Recipe) -> dict[str, bool]:
@@ -144,36 +146,36 @@ def _pinned(recipe: Recipe) -> dict[str, bool]:
     }
 
 
-def _of_micro_batch(setup: Setup, num_passes: int, longest: int) -> str:
+def _of_micro_batch(execution: ExecutionPlan, num_passes: int, longest: int) -> str:
     if num_passes == 1:
         return "a whole step at once"
-    if setup.micro_batch.max_tokens <= longest:
+    if execution.micro_batch.max_tokens <= longest:
         return "the longest row alone; more at once would gain under 2%, not fit, or ask for more recomputation"
     return f"{num_passes} forward passes a step; more tokens at once would gain under 2% or not fit"
 
 
-def _of_recomputing(setup: Setup) -> str:
-    if setup.checkpoint_every:
+def _of_recomputing(execution: ExecutionPlan) -> str:
+    if execution.checkpoint_every:
         return "makes room"
-    if setup.mlp_tile_tokens:
+    if execution.mlp_tile_tokens:
         return "no whole layer is computed twice; the MLPs alone are (mlp_tile_tokens)"
     return "there is room to keep every activation"
 
 
-def _of_every(setup: Setup) -> str:
-    every = setup.checkpoint_every
+def _of_every(execution: ExecutionPlan) -> str:
+    every = execution.checkpoint_every
     return {0: "none", 1: "all of them, the leanest"}.get(every, f"recomputing one layer in {every} makes enough room")
 
 
-def _of_mlp_tiles(setup: Setup) -> str:
-    if not setup.mlp_tile_tokens:
+def _of_mlp_tiles(execution: ExecutionPlan) -> str:
+    if not execution.mlp_tile_tokens:
         return "0: not needed"
-    if setup.checkpoint_every == 1:
+    if execution.checkpoint_every == 1:
         return "the last resort: without it the longest row does not fit"
     return "the MLPs of all layers are computed twice; nothing as fast fits without"
 
 
-def _next_faster(refused: Mapping[Setup, int], limit_bytes: int) -> str:
+def _next_faster(refused: Mapping[ExecutionPlan, int], limit_bytes: int) -> str:
     """The leanest kind that would be faster and does not fit."""
     if not refused:
         return ""
@@ -183,7 +185,7 @@ def _next_faster(refused: Mapping[Setup, int], limit_bytes: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
+class GpuLimits:
     """What the plan needs to know of a device, in bytes and a second."""
 
     limit_bytes: int
@@ -195,27 +197,27 @@ class Card:
 class Plan:
     """What was chosen, and why."""
 
-    forecast: Forecast
+    prediction: Prediction
     #: Of a usual step, as its cost.
-    work: Work
-    cost: Cost
+    workload: StepWorkload
+    step_time: StepTime
     #: Key of the recipe -> why it has this value.
     reasons: dict[str, str]
 
     @property
-    def setup(self) -> Setup:
+    def execution(self) -> ExecutionPlan:
         """As the run takes it."""
-        return self.forecast.setup
+        return self.prediction.execution
 
     @property
     def fits(self) -> bool:
         """Whether it fits the limit it was made for."""
-        return self.forecast.fits
+        return self.prediction.fits
 
 
-def load_of(rows: RowLengths, setup: Setup) -> Load:
+def step_shape(rows: RowLengths, execution: ExecutionPlan) -> StepShape:
     """The heaviest that a run with this set-up must carry."""
-    lengths, several = heaviest_micro_batch(rows, setup.micro_batch)
-    longest, plan = rows.longest_evaluation, setup.evaluation
+    lengths, several = heaviest_micro_batch(rows, execution.micro_batch)
+    longest, plan = rows.longest_evaluation, execution.evaluation
     again = max(1, min(plan.max_tokens // longest, rows.batch_size, plan.max_rows)) if longest else 0
-    return Load(lengths=lengths, evaluation_lengths=(longest,) * again, accumulates=several)
+    return StepShape(lengths=lengths, evaluation_lengths=(longest,) * again, accumulates=several)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora_phi3.hardware.gpu import Device, Holder
+from qlora_phi3.hardware.gpu import Gpu, GpuProcess
 from qlora_phi3.units import MIB
 
 if TYPE_CHECKING:
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
+class MemoryReport:
     """The memory of one optimizer step with everything around it, in bytes."""
 
     #: Most bytes alive at once, and in which phase.
     peak_bytes: int
     peak_phase: str
     #: What lived at the peak, largest first.
-    tenants: Mapping[str, int]
+    categories: Mapping[str, int]
     #: The peak of each phase: load, update, forward, backward, save, evaluation.
     phases: Mapping[str, int]
     #: Alive between two steps.
@@ -39,7 +39,7 @@ Verdict = Literal["fits", "does_not_fit", "cannot_tell"]
 
 
 #: The meter's names for what belongs to a phase and to nobody else, in the words of the field.
-TENANTS = {
+CATEGORY_NAMES = {
     "load": "unquantized weights",
     "other weights": "unquantized weights",
     "update": "optimizer's temporaries",
@@ -52,7 +52,7 @@ TENANTS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cure:
+class Suggestion:
     """A change that lets the recipe take less, made after all those listed before it."""
 
     text: str
@@ -64,7 +64,7 @@ class Cure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
+class RowSummary:
     """What was planned for."""
 
     #: Every row counts as `max_length` tokens, as the data could not be read.
@@ -79,12 +79,12 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class VramReport:
     """One recipe on one card."""
 
     verdict: Verdict
     model: str
-    device: Device
+    device: Gpu
     budget_bytes: int
     margin_bytes: int
     margin_share: float
@@ -96,7 +96,7 @@ class Answer:
     peak_on_card_bytes: int
     peak_phase: str
     #: What lives at the peak, largest first; they add up to the allocated bytes.
-    tenants: Mapping[str, int]
+    categories: Mapping[str, int]
     phases: Mapping[str, int]
     #: Optimizer state in managed memory, and all that lies in the computer's memory instead of the card's.
     paged_bytes: int
@@ -118,10 +118,10 @@ class Answer:
     mlp_tile_tokens: int
     #: Key of the recipe -> why the plan gives it this value.
     reasons: Mapping[str, str]
-    cures: tuple[Cure, ...]
+    suggestions: tuple[Suggestion, ...]
     #: Why no cure helps, where none does.
-    hopeless: str
-    rows: Rows
+    no_fix_reason: str
+    rows: RowSummary
     #: By the cost model: an estimate to compare set-ups with, never measured.
     seconds_per_step: float
     tokens_per_second: float
@@ -129,7 +129,7 @@ class Answer:
     slowest_tokens_per_second: float
     fastest_tokens_per_second: float
     versions: Mapping[str, str]
-    answered: str
+    created: str
 
     @property
     def fits(self) -> bool:
@@ -137,31 +137,34 @@ class Answer:
         return self.verdict == "fits"
 
 
-def as_json(answer: Answer) -> dict[str, Any]:
-    """The answer as JSON takes it; `others` and `others_bytes` stand beside `device`."""
-    saved = asdict(answer)
-    others = saved["device"].pop("others")
-    return {**saved, "others": others, "others_bytes": answer.device.others_bytes}
+def as_json(report: VramReport) -> dict[str, Any]:
+    """The answer as JSON takes it; `processes` and `other_processes_bytes` stand beside `device`."""
+    saved = asdict(report)
+    processes = saved["device"].pop("processes")
+    return {**saved, "processes": processes, "other_processes_bytes": report.device.other_processes_bytes}
 
 
-def from_json(saved: Mapping[str, Any]) -> Answer:
+def from_json(saved: Mapping[str, Any]) -> VramReport:
     """The answer that `as_json` wrote; ValueError where it is none."""
     try:
-        fields = {key: value for key, value in saved.items() if key not in ("others", "others_bytes")}
+        fields = {key: value for key, value in saved.items() if key not in ("processes", "other_processes_bytes")}
         facts = dict(fields.pop("device"))
-        facts.update({key: tuple(facts[key]) for key in ("compute_capability", "stands_for")})
-        device = Device(**facts, others=tuple(Holder(**holder) for holder in saved["others"]))
-        cures, rows = tuple(Cure(**cure) for cure in fields.pop("cures")), Rows(**fields.pop("rows"))
-        return Answer(**fields, device=device, cures=cures, rows=rows)
+        facts.update({key: tuple(facts[key]) for key in ("compute_capability", "represents")})
+        device = Gpu(**facts, processes=tuple(GpuProcess(**process) for process in saved["processes"]))
+        suggestions, rows = (
+            tuple(Suggestion(**hint) for hint in fields.pop("suggestions")),
+            RowSummary(**fields.pop("rows")),
+        )
+        return VramReport(**fields, device=device, suggestions=suggestions, rows=rows)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no answer: {error}") from error
 
 
-def name_tenants(tenants: Mapping[str, int]) -> dict[str, int]:
+def merge_categories(categories: Mapping[str, int]) -> dict[str, int]:
     """Largest first, in the words of the field."""
     named: dict[str, int] = {}
-    for name, num_bytes in tenants.items():
-        word = TENANTS.get(name, name)
+    for name, num_bytes in categories.items():
+        word = CATEGORY_NAMES.get(name, name)
         named[word] = named.get(word, 0) + num_bytes
     return dict(sorted(named.items(), key=lambda item: -item[1]))
 
@@ -176,17 +179,17 @@ class PlannedKey:
     reason: str
 
 
-def planned_keys(answer: Answer) -> Iterator[PlannedKey]:
+def planned_keys(report: VramReport) -> Iterator[PlannedKey]:
     """All that the plan decides."""
-    every, tile = answer.checkpoint_every_n_layers, answer.logits_tile_bytes
+    every, tile = report.checkpoint_every_n_layers, report.logits_tile_bytes
     chosen: list[tuple[str, str, int | bool | str]] = [
-        ("memory", "micro_batch_tokens", answer.micro_batch_tokens),
+        ("memory", "micro_batch_tokens", report.micro_batch_tokens),
         ("training", "gradient_checkpointing", every > 0),
         *([("memory", "checkpoint_every_n_layers", every)] if every else []),
-        ("training", "activation_offloading", answer.activation_offloading),
-        ("training", "optim", answer.optim),
-        ("memory", "mlp_tile_tokens", answer.mlp_tile_tokens),
+        ("training", "activation_offloading", report.activation_offloading),
+        ("training", "optim", report.optim),
+        ("memory", "mlp_tile_tokens", report.mlp_tile_tokens),
         ("memory", "logits_tile", f"{tile // 1024}KiB" if tile % MIB else f"{tile // MIB}MiB"),
     ]
     for table, key, value in chosen:
-        yield PlannedKey(table, key, value, answer.reasons[key])
+        yield PlannedKey(table, key, value, report.reasons[key])

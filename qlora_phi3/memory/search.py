@@ -13,23 +13,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from qlora_phi3.execution import USUAL_LOGITS_TILE_BYTES, MicroBatchPlan, Setup, lean_mlp_tile
-from qlora_phi3.memory.cost import Cost, Work, step_cost
+from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan, smaller_mlp_tile
+from qlora_phi3.memory.cost import StepTime, StepWorkload, estimate_step_time
 from qlora_phi3.memory.plan import (
-    Card,
+    GpuLimits,
     Plan,
     RowLengths,
     count_micro_batches,
-    give_reasons,
+    explain_choices,
     in_words,
-    load_of,
+    step_shape,
 )
-from qlora_phi3.memory.predict import Forecast, Predictor, allocated_guess, reserved_guess
+from qlora_phi3.memory.predict import Prediction, Predictor, estimate_allocated, estimate_reserved
 from qlora_phi3.units import parse_size
 
 if TYPE_CHECKING:
     from qlora_phi3.memory.plan import Plan, RowLengths
-    from qlora_phi3.memory.predict import Forecast, Predictor
+    from qlora_phi3.memory.predict import Prediction, Predictor
 
 #: Kinds of recomputation that are tried: none, one layer in sixteen, in eight and so on, all.
 CHECKPOINTING = (0, 16, 8, 6, 4, 3, 2, 1)
@@ -39,7 +39,7 @@ SMALL_LOGITS_TILE_BYTES = 8 * 2**20
 
 
 #: What the small tile saves at most: fp32 logits, their exponentials and gradient, and the 16-bit ones.
-SMALL_LOGITS_SAVE_BYTES = 4 * (USUAL_LOGITS_TILE_BYTES - SMALL_LOGITS_TILE_BYTES)
+SMALL_LOGITS_SAVE_BYTES = 4 * (DEFAULT_LOGITS_TILE_BYTES - SMALL_LOGITS_TILE_BYTES)
 
 
 #: A larger micro-batch must make a step this much faster to be worth its memory.
@@ -57,18 +57,18 @@ NEARLY_FULL = 1.04
 ROUNDING_TOKENS = 64
 
 
-def find_plan(predictor: Predictor, rows: RowLengths, card: Card, *, progress: Callable[[str], None]) -> Plan:
+def find_plan(predictor: Predictor, rows: RowLengths, card: GpuLimits, *, progress: Callable[[str], None]) -> Plan:
     """The fastest set-up that fits; where none fits, the leanest one, whose forecast says so."""
     search = _Search(predictor, rows, card, progress)
     for kinds in search.stages():
         if (plan := search.fastest(kinds)) is not None:
             return plan
-    return search.settle(search.leanest())
+    return search.verify_full_model(search.leanest())
 
 
-def leanest_setup(predictor: Predictor, rows: RowLengths) -> Setup:
+def minimal_memory_plan(predictor: Predictor, rows: RowLengths) -> ExecutionPlan:
     """What takes least of all that the recipe allows, on any card."""
-    anywhere = Card(limit_bytes=0, tflops_16bit=1, bandwidth_bytes_per_second=1)
+    anywhere = GpuLimits(limit_bytes=0, tflops_16bit=1, bandwidth_bytes_per_second=1)
     return _Search(predictor, rows, anywhere, progress=lambda _: None).leanest()
 
 
@@ -82,24 +82,26 @@ class _Tiles(NamedTuple):
 class _Search:
     """One plan in the making."""
 
-    def __init__(self, predictor: Predictor, rows: RowLengths, card: Card, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self, predictor: Predictor, rows: RowLengths, card: GpuLimits, progress: Callable[[str], None]
+    ) -> None:
         self.predictor, self.rows, self.card, self.progress = predictor, rows, card, progress
         self.training = predictor.recipe.training
         #: Kinds that would be faster and do not fit, and what each would show on the card.
-        self._refused: dict[Setup, int] = {}
+        self._refused: dict[ExecutionPlan, int] = {}
 
     def tiles(self) -> list[_Tiles]:
         """All that the recipe allows, the fastest first."""
         memory, fewest = self.predictor.recipe.memory, self._fewest_tokens()
-        logits: tuple[int, ...] = (USUAL_LOGITS_TILE_BYTES, SMALL_LOGITS_TILE_BYTES)
+        logits: tuple[int, ...] = (DEFAULT_LOGITS_TILE_BYTES, SMALL_LOGITS_TILE_BYTES)
         if memory.logits_tile != "auto":
             logits = (parse_size(memory.logits_tile),)
         if memory.mlp_tile_tokens != "auto":
             return [_Tiles(size, memory.mlp_tile_tokens) for size in logits]
-        tile = lean_mlp_tile(fewest)
+        tile = smaller_mlp_tile(fewest)
         return [_Tiles(size, tokens) for tokens in ((0, tile) if fewest > tile else (0,)) for size in logits]
 
-    def stages(self) -> Iterator[list[Setup]]:
+    def stages(self) -> Iterator[list[ExecutionPlan]]:
         """Kinds of set-up, each with its smallest micro-batch: where nothing of one stage fits, the next is tried.
 
         Offloading, which costs more than larger micro-batches gain, comes where nothing fits without it.
@@ -122,29 +124,29 @@ class _Search:
         alike = [needed for kind, needed in self._refused.items() if kind.mlp_tile_tokens == tiles.mlp_tokens]
         return min(alike, default=0) <= self.card.limit_bytes + SMALL_LOGITS_SAVE_BYTES
 
-    def fastest(self, kinds: Sequence[Setup]) -> Plan | None:
+    def fastest(self, kinds: Sequence[ExecutionPlan]) -> Plan | None:
         """The fastest that fits, None where none does; a kind is sized only when nothing faster is left."""
         most, fewest = self._most_tokens(), self._fewest_tokens()
         #: Set-ups, and whether they were sized; else they stand for the best that their kind could do.
         waiting = [(self._with_tokens(kind, most), False) for kind in kinds]
         while waiting:
-            setup, is_sized = best = min(waiting, key=lambda each: self.seconds(each[0]))
+            execution, is_sized = best = min(waiting, key=lambda each: self.seconds(each[0]))
             waiting.remove(best)
-            kind = self._with_tokens(setup, fewest)
+            kind = self._with_tokens(execution, fewest)
             if not is_sized:
                 if self._may_fit(kind):
-                    waiting.append((self._thrifty(self._largest_that_fits(kind)), True))
+                    waiting.append((self._smallest_within_2_percent(self._largest_that_fits(kind)), True))
                 continue
-            plan = self.settle(setup)
+            plan = self.verify_full_model(execution)
             if plan.fits:
                 return plan
-            smaller = self.smaller(setup)
+            smaller = self.smaller(execution)
             waiting += [(each, True) for each in smaller]
             if not smaller:
-                self._refused[kind] = plan.forecast.on_card_bytes
+                self._refused[kind] = plan.prediction.on_card_bytes
         return None
 
-    def _may_fit(self, kind: Setup) -> bool:
+    def _may_fit(self, kind: ExecutionPlan) -> bool:
         """Whether a kind seems to fit with the smallest micro-batch, or to miss by little."""
         self.progress(f"Trying {in_words(kind)}")
         if (
@@ -158,27 +160,27 @@ class _Search:
         most = max(self._phases(kind).values())
         if most <= self._most_allocated() * NEARLY_FITS:
             return True
-        self._refused[kind] = self.predictor.on_card(reserved_guess(most))
+        self._refused[kind] = self.predictor.on_card(estimate_reserved(most))
         return False
 
-    def leanest(self) -> Setup:
+    def leanest(self) -> ExecutionPlan:
         """What takes least of all the recipe allows."""
         every, offload = self._kinds()[-1]
         return self._setup(every, offload, self._fewest_tokens(), self.tiles()[-1])
 
-    def settle(self, setup: Setup) -> Plan:
+    def verify_full_model(self, execution: ExecutionPlan) -> Plan:
         """Simulate the whole model, at the limit; the optimizer whose state is not paged where there is plenty of room."""
         self.progress("Simulating every layer")
         *usual, leanest = self._optimizers()
-        forecast = self._forecast(setup, leanest if self._is_tight(setup) else (*usual, leanest)[0])
-        if forecast.setup.optim != leanest and not forecast.fits:
-            forecast = self._forecast(setup, leanest)
-        chosen = forecast.setup
+        prediction = self._predict(execution, leanest if self._is_tight(execution) else (*usual, leanest)[0])
+        if prediction.execution.optim != leanest and not prediction.fits:
+            prediction = self._predict(execution, leanest)
+        chosen = prediction.execution
         return Plan(
-            forecast=forecast,
-            work=self._work(chosen),
-            cost=self._cost(chosen),
-            reasons=give_reasons(
+            prediction=prediction,
+            workload=self._workload(chosen),
+            step_time=self._step_time(chosen),
+            reasons=explain_choices(
                 self.predictor.recipe,
                 chosen,
                 num_passes=self._count(chosen),
@@ -188,10 +190,10 @@ class _Search:
             ),
         )
 
-    def smaller(self, setup: Setup) -> list[Setup]:
+    def smaller(self, execution: ExecutionPlan) -> list[ExecutionPlan]:
         """A tenth fewer tokens, where the whole simulation found less room than the estimate; none below the longest row."""
-        tokens, fewest = setup.micro_batch.max_tokens, self._fewest_tokens()
-        return [self._with_tokens(setup, max(fewest, int(tokens * 0.9)))] if tokens > fewest else []
+        tokens, fewest = execution.micro_batch.max_tokens, self._fewest_tokens()
+        return [self._with_tokens(execution, max(fewest, int(tokens * 0.9)))] if tokens > fewest else []
 
     def _kinds(self) -> list[tuple[int, bool]]:
         """(checkpoint_every, activation_offloading), all that the recipe allows, the leanest last."""
@@ -209,21 +211,21 @@ class _Search:
         kinds = [(number, False) for number in every]
         return [*kinds, (every[-1], True)] if offloading == "auto" and every[-1] else kinds
 
-    def _forecast(self, setup: Setup, optim: str) -> Forecast:
-        load = load_of(self.rows, setup)
-        return self.predictor.forecast(replace(setup, optim=optim), load, limit_bytes=self.card.limit_bytes)
+    def _predict(self, execution: ExecutionPlan, optim: str) -> Prediction:
+        shape = step_shape(self.rows, execution)
+        return self.predictor.prediction(replace(execution, optim=optim), shape, limit_bytes=self.card.limit_bytes)
 
-    def _is_tight(self, setup: Setup) -> bool:
+    def _is_tight(self, execution: ExecutionPlan) -> bool:
         """Whether hardly anything is free with the leanest optimizer and the smallest micro-batch."""
-        smallest = setup.micro_batch.max_tokens == self._fewest_tokens()
-        return smallest and max(self._phases(setup).values()) * NEARLY_FULL > self._most_allocated()
+        smallest = execution.micro_batch.max_tokens == self._fewest_tokens()
+        return smallest and max(self._phases(execution).values()) * NEARLY_FULL > self._most_allocated()
 
     def _optimizers(self) -> tuple[str, ...]:
         wanted = self.training.optim
         return ("adamw_8bit", "paged_adamw_8bit") if wanted == "auto" else (wanted,)
 
-    def _setup(self, every: int, offload: bool, tokens: int, tiles: _Tiles) -> Setup:
-        return Setup(
+    def _setup(self, every: int, offload: bool, tokens: int, tiles: _Tiles) -> ExecutionPlan:
+        return ExecutionPlan(
             micro_batch=self._layout(tokens, self.training.micro_batch_size),
             evaluation=self._evaluation(tokens),
             checkpoint_every=every,
@@ -246,10 +248,10 @@ class _Search:
             longrope_boundary=self.predictor.architecture.longrope_boundary,
         )
 
-    def _with_tokens(self, setup: Setup, tokens: int) -> Setup:
+    def _with_tokens(self, execution: ExecutionPlan, tokens: int) -> ExecutionPlan:
         tokens = self._fillable(tokens)
         layout = self._layout(tokens, self.training.micro_batch_size)
-        return replace(setup, micro_batch=layout, evaluation=self._evaluation(tokens))
+        return replace(execution, micro_batch=layout, evaluation=self._evaluation(tokens))
 
     def _fillable(self, tokens: int) -> int:
         """What rows can fill of so many tokens: whole rows, where all are of one length."""
@@ -271,7 +273,7 @@ class _Search:
     def _tokens(self, wanted: int) -> int:
         return self._layout(wanted, self.training.micro_batch_size).max_tokens
 
-    def _largest_that_fits(self, kind: Setup) -> Setup:
+    def _largest_that_fits(self, kind: ExecutionPlan) -> ExecutionPlan:
         """As if all that is not there between two steps grew with the tokens: a little too careful, and needs no simulation.
 
         Args:
@@ -283,42 +285,44 @@ class _Search:
         fitting = low * (self._most_allocated() - resident) // growing
         return self._with_tokens(kind, max(low, min(high, fitting)))
 
-    def _phases(self, setup: Setup) -> Mapping[str, int]:
-        load = load_of(self.rows, setup)
-        return self.predictor.estimate(setup, replace(load, evaluation_lengths=()))  # never the peak; settle() has it
+    def _phases(self, execution: ExecutionPlan) -> Mapping[str, int]:
+        shape = step_shape(self.rows, execution)
+        return self.predictor.estimate(
+            execution, replace(shape, evaluation_lengths=())
+        )  # never the peak; settle() has it
 
     def _most_allocated(self) -> int:
-        return allocated_guess(self.card.limit_bytes - self.predictor.on_card(0))
+        return estimate_allocated(self.card.limit_bytes - self.predictor.on_card(0))
 
-    def _thrifty(self, setup: Setup) -> Setup:
+    def _smallest_within_2_percent(self, execution: ExecutionPlan) -> ExecutionPlan:
         """The smallest micro-batch that is nearly as fast: the last tokens cost memory and gain little."""
-        most, fewest = setup.micro_batch.max_tokens, self._fewest_tokens()
+        most, fewest = execution.micro_batch.max_tokens, self._fewest_tokens()
         for tokens in range(fewest, most, max(ROUNDING_TOKENS, (most - fewest) // 32)):
-            leaner = self._with_tokens(setup, tokens)
-            if self.seconds(leaner) <= self.seconds(setup) * WORTH:
+            leaner = self._with_tokens(execution, tokens)
+            if self.seconds(leaner) <= self.seconds(execution) * WORTH:
                 return leaner
-        return setup
+        return execution
 
-    def _count(self, setup: Setup) -> int:
-        return count_micro_batches(self.rows.usual_step(), setup.micro_batch)
+    def _count(self, execution: ExecutionPlan) -> int:
+        return count_micro_batches(self.rows.usual_step(), execution.micro_batch)
 
-    def seconds(self, setup: Setup) -> float:
+    def seconds(self, execution: ExecutionPlan) -> float:
         """Of an optimizer step, by the cost model."""
-        return self._cost(setup).seconds
+        return self._step_time(execution).seconds
 
-    def _work(self, setup: Setup) -> Work:
-        return Work(
+    def _workload(self, execution: ExecutionPlan) -> StepWorkload:
+        return StepWorkload(
             lengths=self.rows.usual_step(),
-            num_micro_batches=self._count(setup),
+            num_micro_batches=self._count(execution),
             rank=self.predictor.recipe.lora.r,
             quantized=self.predictor.recipe.quantization.load_in_4bit,
         )
 
-    def _cost(self, setup: Setup) -> Cost:
-        return step_cost(
+    def _step_time(self, execution: ExecutionPlan) -> StepTime:
+        return estimate_step_time(
             self.predictor.architecture,
-            setup,
-            self._work(setup),
+            execution,
+            self._workload(execution),
             tflops_16bit=self.card.tflops_16bit,
             bandwidth_bytes_per_second=self.card.bandwidth_bytes_per_second,
         )
@@ -338,7 +342,7 @@ def round_length(length: int) -> int:
     return length // step * step
 
 
-class LongestRow:
+class MaxLengthSearch:
     """Searches along one curve of memory over length; what was computed for one card helps the next.
 
     Args:
@@ -388,15 +392,15 @@ class LongestRow:
 
 def allocated_estimate(predictor: "Predictor", rows: "RowLengths") -> int:
     """What the leanest set-up of a recipe allocates at its peak, from few layers."""
-    from qlora_phi3.memory.plan import load_of
+    from qlora_phi3.memory.plan import step_shape
 
-    setup = leanest_setup(predictor, rows)
-    return max(predictor.phases(setup, load_of(rows, setup)).values())
+    execution = minimal_memory_plan(predictor, rows)
+    return max(predictor.phases(execution, step_shape(rows, execution)).values())
 
 
-def leanest_forecast(predictor: "Predictor", rows: "RowLengths", *, limit_bytes: int) -> "Forecast":
+def minimal_prediction(predictor: "Predictor", rows: "RowLengths", *, limit_bytes: int) -> "Prediction":
     """The same, simulated whole."""
-    from qlora_phi3.memory.plan import load_of
+    from qlora_phi3.memory.plan import step_shape
 
-    setup = leanest_setup(predictor, rows)
-    return predictor.forecast(setup, load_of(rows, setup), limit_bytes=limit_bytes)
+    execution = minimal_memory_plan(predictor, rows)
+    return predictor.prediction(execution, step_shape(rows, execution), limit_bytes=limit_bytes)

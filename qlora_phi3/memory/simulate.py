@@ -28,20 +28,20 @@ from transformers import Phi3Config
 from transformers.initialization import no_init_weights
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from qlora_phi3.execution import Setup
+from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.family import Architecture
 from qlora_phi3.memory.cuda_path import following_cuda
-from qlora_phi3.memory.report import Profile
-from qlora_phi3.memory.tracker import ROUNDING, Meter, Watch
+from qlora_phi3.memory.report import MemoryReport
+from qlora_phi3.memory.tracker import ROUNDING, MemoryTracker, NullTracker
 from qlora_phi3.model.attention import register_attention
 from qlora_phi3.model.lora import attach_adapter
 from qlora_phi3.model.phi3 import (
     Phi3ForChunkedLoss,
     Precision,
-    apply_setup,
+    apply_execution_plan,
     attention_name,
+    configure_base,
     quantization_config,
-    settle_base,
 )
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.step import Batch, collate, evaluate, forward_backward
@@ -66,7 +66,7 @@ def build_skeleton(
     if kind is not None:
         replace_with_bnb_linear(model, ["lm_head"], kind)
         model.is_loaded_in_4bit = True
-    settle_base(model, architecture, longest_row=longest_row)
+    configure_base(model, architecture, longest_row=longest_row)
     return model
 
 
@@ -135,7 +135,7 @@ def _dequantize(layer: Any) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class StepShape:
     """The heaviest thing a step must carry: the rows of one micro-batch, and whether others went before it."""
 
     #: Tokens of each row.
@@ -150,13 +150,13 @@ def simulate(
     recipe: Recipe,
     config: dict[str, Any],
     architecture: Architecture,
-    setup: Setup,
-    load: Load,
+    execution: ExecutionPlan,
+    load: StepShape,
     *,
     compute_dtype: torch.dtype,
     path: Literal["cuda", "cpu"] = "cuda",
     capability: tuple[int, int] = (8, 6),
-) -> Profile:
+) -> MemoryReport:
     """Load, train one step, evaluate and save, without storage.
 
     Args:
@@ -168,42 +168,44 @@ def simulate(
     """
     longest = max(*load.lengths, *load.evaluation_lengths, 0)
     skeleton = build_skeleton(config, architecture, recipe, compute_dtype=compute_dtype, longest_row=longest)
-    batch = _heaviest(collate(_rows(load.lengths), setup.micro_batch))
-    held_out = _heaviest(collate(_rows(load.evaluation_lengths), setup.evaluation)) if load.evaluation_lengths else None
-    meter = Meter(
+    batch = _heaviest(collate(_rows(load.lengths), execution.micro_batch))
+    held_out = (
+        _heaviest(collate(_rows(load.evaluation_lengths), execution.evaluation)) if load.evaluation_lengths else None
+    )
+    tracker = MemoryTracker(
         num_supervised=batch.num_supervised,
         vocabulary=architecture.vocab_size,
         rounding=ROUNDING if path == "cuda" else 1,
     )
     with ExitStack() as stack:
         stack.enter_context(_Mode())
-        stack.enter_context(meter)
+        stack.enter_context(tracker)
         stack.enter_context(four_bit_known_to_dora())
         if path == "cuda":
-            stack.enter_context(following_cuda(meter, compute_dtype=compute_dtype, capability=capability))
-        model = _load(skeleton, recipe, setup, meter)
+            stack.enter_context(following_cuda(tracker, compute_dtype=compute_dtype, capability=capability))
+        model = _load(skeleton, recipe, execution, tracker)
         batch, held_out = _without_storage(batch), held_out and _without_storage(held_out)
-        go_through(
+        run_one_step(
             model,
             batch,
             held_out,
             recipe,
-            setup,
+            execution,
             compute_dtype=compute_dtype,
             on_cuda=path == "cuda",
             accumulates=load.accumulates,
-            watch=meter,
+            tracker=tracker,
         )
-    phase, (peak, at) = max(meter.peaks.items(), key=lambda item: item[1][0])
-    return Profile(
+    phase, (peak, at) = max(tracker.peaks.items(), key=lambda item: item[1][0])
+    return MemoryReport(
         peak_bytes=peak,
         peak_phase=phase,
-        tenants=dict(meter.live_at(at).most_common()),
-        phases={name: num_bytes for name, (num_bytes, _) in meter.peaks.items()},
-        resident_bytes=meter.peaks["save"][0],
-        paged_bytes=meter.paged_bytes,
-        host_bytes=meter.peak_host_bytes,
-        trace=tuple(meter.events),
+        categories=dict(tracker.live_at(at).most_common()),
+        phases={name: num_bytes for name, (num_bytes, _) in tracker.peaks.items()},
+        resident_bytes=tracker.peaks["save"][0],
+        paged_bytes=tracker.paged_bytes,
+        host_bytes=tracker.peak_host_bytes,
+        trace=tuple(tracker.events),
     )
 
 
@@ -232,23 +234,23 @@ def _without_storage(batch: Batch) -> Batch:
     return replace(batch, micro_batches=(micro,))
 
 
-def _load(skeleton: Phi3ForChunkedLoss, recipe: Recipe, setup: Setup, meter: Meter) -> PeftModel:
+def _load(skeleton: Phi3ForChunkedLoss, recipe: Recipe, execution: ExecutionPlan, tracker: MemoryTracker) -> PeftModel:
     """The base with its adapter; every lasting storage gets its tenant."""
     fill_without_storage(skeleton)
     with _staying(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # as copying a module does
         model = attach_adapter(skeleton, recipe.lora)
-    apply_setup(model, setup)
+    apply_execution_plan(model, execution)
     for name, parameter in model.named_parameters():
-        meter.tag(parameter, _tenant_of(name, parameter))
+        tracker.tag(parameter, _category_of(name, parameter))
         for scale in _scales(getattr(parameter, "quant_state", None)):
-            meter.tag(scale, "quantization state")
+            tracker.tag(scale, "quantization state")
     for layer in model.get_base_model().model.layers:
-        layer.register_forward_pre_hook(_tag_input(meter), with_kwargs=True)
+        layer.register_forward_pre_hook(_tag_input(tracker), with_kwargs=True)
     return model.train()
 
 
-def _tenant_of(name: str, parameter: Tensor) -> str:
+def _category_of(name: str, parameter: Tensor) -> str:
     if parameter.requires_grad:
         return "adapter"
     if parameter.dtype == torch.uint8:
@@ -262,10 +264,10 @@ def _scales(state: Any) -> Iterator[Tensor]:
         yield from _scales(state.state2)
 
 
-def _tag_input(meter: Meter) -> Any:
+def _tag_input(tracker: MemoryTracker) -> Any:
     def tag(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        if meter.phase == "forward" and layer.gradient_checkpointing:
-            meter.tag(args[0] if args else kwargs["hidden_states"], "checkpointed layer inputs")
+        if tracker.phase == "forward" and layer.gradient_checkpointing:
+            tracker.tag(args[0] if args else kwargs["hidden_states"], "checkpointed layer inputs")
 
     return tag
 
@@ -281,17 +283,17 @@ def _staying() -> Iterator[None]:
         nn.Module.to = usual  # type: ignore[method-assign]
 
 
-def go_through(
+def run_one_step(
     model: PeftModel,
     batch: Batch,
     held_out: Batch | None,
     recipe: Recipe,
-    setup: Setup,
+    execution: ExecutionPlan,
     *,
     compute_dtype: torch.dtype,
     on_cuda: bool,
     accumulates: bool,
-    watch: Watch,
+    tracker: NullTracker,
 ) -> None:
     """All that a step holds at some time, once: the update first, since its state stays, then a micro-batch, save, evaluation.
 
@@ -300,39 +302,39 @@ def go_through(
         accumulates: gradients of earlier micro-batches lie there while this one runs.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = _update(trained, recipe, setup, watch, on_cuda=on_cuda)
+    optimizer = _update(trained, recipe, execution, tracker, on_cuda=on_cuda)
     if not accumulates:
         optimizer.zero_grad()
     model.train()
 
     def backward(loss: Tensor) -> None:
-        watch.enter("backward")
+        tracker.enter("backward")
         loss.backward()  # type: ignore[no-untyped-call]
 
-    watch.enter("forward")
+    tracker.enter("forward")
     forward_backward(model, batch, compute_dtype=compute_dtype, backward=backward)
     for parameter in trained:
-        watch.tag(parameter.grad, "gradients")
+        tracker.tag(parameter.grad, "gradients")
     optimizer.zero_grad()
-    watch.enter("save")
+    tracker.enter("save")
     if held_out is not None:
-        watch.num_supervised = held_out.num_supervised
-        watch.enter("evaluation")
+        tracker.num_supervised = held_out.num_supervised
+        tracker.enter("evaluation")
         list(evaluate(model, [held_out], compute_dtype=compute_dtype))
-    watch.enter("end")
+    tracker.enter("end")
 
 
 def _update(
-    trained: list[nn.Parameter], recipe: Recipe, setup: Setup, watch: Watch, *, on_cuda: bool
+    trained: list[nn.Parameter], recipe: Recipe, execution: ExecutionPlan, tracker: NullTracker, *, on_cuda: bool
 ) -> torch.optim.Optimizer:
     """Clip and update once on gradients of nothing, which makes the optimizer's state."""
-    watch.enter("update")
-    with watch.belonging_to("gradients"):
+    tracker.enter("update")
+    with tracker.attribute_to("gradients"):
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-    with watch.belonging_to("optimizer state"):
-        optimizer = build_optimizer(setup.optim, trained, on_cuda=on_cuda)
-        watch.page(optimizer)
+    with tracker.attribute_to("optimizer state"):
+        optimizer = build_optimizer(execution.optim, trained, on_cuda=on_cuda)
+        tracker.page(optimizer)
         if recipe.training.max_grad_norm:
             clip_grad_norm_(trained, recipe.training.max_grad_norm, foreach=on_cuda)
         optimizer.step()

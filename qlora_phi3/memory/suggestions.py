@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.execution import SMALLEST_MLP_TILE_TOKENS
-from qlora_phi3.hardware.gpu import Device
+from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.hardware.gpu_table import CARDS
 from qlora_phi3.memory.margin import Margin
-from qlora_phi3.memory.search import STEP, LongestRow, allocated_estimate, leanest_forecast
+from qlora_phi3.memory.search import STEP, MaxLengthSearch, allocated_estimate, minimal_prediction
 from qlora_phi3.units import format_gib
 
 if TYPE_CHECKING:
     from qlora_phi3.memory.plan import Plan, RowLengths
     from qlora_phi3.memory.predict import Predictor
-    from qlora_phi3.memory.report import Cure
-    from qlora_phi3.memory.vram_check import Bench
+    from qlora_phi3.memory.report import Suggestion
+    from qlora_phi3.memory.vram_check import VramChecker
     from qlora_phi3.recipe.schema import Recipe
 
 #: A change that saves less is not worth a line.
@@ -46,15 +46,15 @@ class _Change:
     keys: dict[str, Any]
 
 
-def find_cures(
-    bench: "Bench", device: Device, plan: "Plan", margin: Margin, budget_bytes: int
-) -> tuple[tuple["Cure", ...], str]:
+def find_suggestions(
+    checker: "VramChecker", device: Gpu, plan: "Plan", margin: Margin, budget_bytes: int
+) -> tuple[tuple["Suggestion", ...], str]:
     """The way to a recipe that fits, and where none leads there, why."""
-    way = _Way(bench, device, plan, margin, budget_bytes)
+    way = _Way(checker, device, plan, margin, budget_bytes)
     for widen in (way.raise_budget, way.close_programs):
         if widen():
-            return tuple(way.cures), ""
-    for tried, change in enumerate(_changes(bench.subject.recipe)):
+            return tuple(way.suggestions), ""
+    for tried, change in enumerate(_changes(checker.context.recipe)):
         if tried == MOST_TRIED or way.make(change):
             break
     if not way.arrived:
@@ -63,7 +63,7 @@ def find_cures(
         way.lower_rank()
     if not way.arrived:
         way.shorten()
-    return tuple(way.cures), "" if way.arrived else way.hopeless()
+    return tuple(way.suggestions), "" if way.arrived else way.no_fix_reason()
 
 
 def _changes(recipe: "Recipe") -> Iterator[_Change]:
@@ -121,14 +121,14 @@ def _unpinned(recipe: "Recipe") -> Iterator[_Change]:
 class _Way:
     """The changes so far, and what the recipe takes with them."""
 
-    def __init__(self, bench: "Bench", device: Device, plan: "Plan", margin: Margin, budget_bytes: int) -> None:
-        self.bench, self.device, self.margin, self.budget_bytes = bench, device, margin, budget_bytes
-        self.predictor, self.rows = bench.predictor(device), bench.subject.rows.lengths
-        forecast = plan.forecast
-        self.needed = self.needed_unchanged = forecast.on_card_bytes
+    def __init__(self, checker: "VramChecker", device: Gpu, plan: "Plan", margin: Margin, budget_bytes: int) -> None:
+        self.checker, self.device, self.margin, self.budget_bytes = checker, device, margin, budget_bytes
+        self.predictor, self.rows = checker.predictor(device), checker.context.rows.lengths
+        prediction = plan.prediction
+        self.needed = self.needed_unchanged = prediction.on_card_bytes
         #: What the allocator reserves over what is allocated, taken to stay the same.
-        self.slack_bytes = forecast.reserved_bytes - forecast.allocated_bytes
-        self.cures: list[Cure] = []
+        self.slack_bytes = prediction.reserved_bytes - prediction.allocated_bytes
+        self.suggestions: list[Suggestion] = []
 
     @property
     def room(self) -> int:
@@ -136,7 +136,7 @@ class _Way:
 
     @property
     def arrived(self) -> bool:
-        return bool(self.cures) and self.cures[-1].fits
+        return bool(self.suggestions) and self.suggestions[-1].fits
 
     def raise_budget(self) -> bool:
         """Give the run all that is free."""
@@ -145,10 +145,10 @@ class _Way:
 
     def close_programs(self) -> bool:
         """Take back what other programs hold."""
-        more = self.device.others_bytes
-        if not self.device.here or more < WORTH_BYTES:
+        more = self.device.other_processes_bytes
+        if not self.device.is_local or more < WORTH_BYTES:
             return False
-        names = ", ".join(dict.fromkeys(holder.name for holder in self.device.others[:4]))
+        names = ", ".join(dict.fromkeys(process.name for process in self.device.processes[:4]))
         return self._widen(f"Close other programs on the card{f' ({names})' if names else ''}", more)
 
     def _widen(self, text: str, more_bytes: int) -> bool:
@@ -167,10 +167,10 @@ class _Way:
         predictor, room = self.predictor, self.room
 
         def needs(length: int) -> int:
-            self.bench.say(f"Looking for what would help: rows of {length:,} tokens")
+            self.checker.info(f"Looking for what would help: rows of {length:,} tokens")
             return predictor.on_card(allocated_estimate(predictor, _cut(self.rows, length)) + self.slack_bytes)
 
-        search = LongestRow(needs, self.rows.longest - STEP)
+        search = MaxLengthSearch(needs, self.rows.longest - STEP)
         for _ in range(3):  # the whole simulation may find a little less room than the estimate
             length = search.within(room)
             if not length:
@@ -192,29 +192,29 @@ class _Way:
             last = rank == SMALLEST_RANK
             self._take(text, self.predictor.with_recipe(recipe), self.rows, only_if_it_fits=not last)
 
-    def hopeless(self) -> str:
+    def no_fix_reason(self) -> str:
         """Why no change helps, and which card would do."""
-        wanted = self.needed + self.margin.beside(self.needed)
+        wanted = self.needed + self.margin.bytes_for(self.needed)
         length = self.rows.longest
-        unchanged = self.needed_unchanged + self.margin.beside(self.needed_unchanged)
+        unchanged = self.needed_unchanged + self.margin.bytes_for(self.needed_unchanged)
         enough = min(
             (card for card in CARDS if card.usable_bytes >= unchanged), key=lambda card: card.usable_bytes, default=None
         )
         told = f"With all of that, one row of {length:,} tokens needs {format_gib(wanted)}"
-        if not self.cures:
+        if not self.suggestions:
             told = f"One row of {length:,} tokens needs {format_gib(wanted)} however it is computed"
         if enough is None:
             return f"{told}: no card of the table holds it. Take a smaller model or shorter rows."
         return f"{told}. A card of {enough.nominal_gb} GB would do for the recipe as it is; or take a smaller model."
 
     def _take(self, text: str, predictor: "Predictor", rows: "RowLengths", *, only_if_it_fits: bool = False) -> bool:
-        self.bench.say("Looking for what would help")
+        self.checker.info("Looking for what would help")
         allocated = allocated_estimate(predictor, rows)
         needed, fits = predictor.on_card(allocated + self.slack_bytes), False
         if predictor.on_card(int(allocated * LEAST_RATIO)) <= self.room:
-            forecast = leanest_forecast(predictor, rows, limit_bytes=self.room)
-            fits, needed = forecast.fits, forecast.on_card_bytes
-            self.slack_bytes = forecast.reserved_bytes - forecast.allocated_bytes
+            prediction = minimal_prediction(predictor, rows, limit_bytes=self.room)
+            fits, needed = prediction.fits, prediction.on_card_bytes
+            self.slack_bytes = prediction.reserved_bytes - prediction.allocated_bytes
         saved = self.needed - needed
         if not fits and (only_if_it_fits or saved < WORTH_BYTES):
             return False
@@ -222,9 +222,9 @@ class _Way:
         return self._note(text, saved, fits=fits)
 
     def _note(self, text: str, saved_bytes: int, *, fits: bool, widens: bool = False) -> bool:
-        from qlora_phi3.memory.report import Cure
+        from qlora_phi3.memory.report import Suggestion
 
-        self.cures.append(Cure(text=text, saved_bytes=saved_bytes, fits=fits, widens=widens))
+        self.suggestions.append(Suggestion(text=text, saved_bytes=saved_bytes, fits=fits, widens=widens))
         return fits
 
 

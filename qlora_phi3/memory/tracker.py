@@ -37,7 +37,7 @@ _CPU_UPDATES = {
 }
 
 
-class Watch:
+class NullTracker:
     """Told where a step is and whose tensor is whose; this one takes no notice."""
 
     num_supervised = 0
@@ -45,18 +45,18 @@ class Watch:
     def enter(self, phase: str) -> None:
         """From here on peaks belong to `phase`."""
 
-    def belonging_to(self, tenant: str) -> AbstractContextManager[None]:
-        """What is born inside belongs to `tenant`."""
+    def attribute_to(self, category: str) -> AbstractContextManager[None]:
+        """What is born inside belongs to `category`."""
         return nullcontext()
 
-    def tag(self, tensor: Tensor | None, tenant: str) -> None:
+    def tag(self, tensor: Tensor | None, category: str) -> None:
         """Say whose storage this is."""
 
     def page(self, optimizer: Any) -> None:
         """Look after an optimizer that keeps its state in managed memory."""
 
 
-class Meter(Watch, TorchDispatchMode):  # type: ignore[no-untyped-call]
+class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of live storages under `FakeTensorMode`.
 
     Args:
@@ -70,7 +70,7 @@ class Meter(Watch, TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.num_supervised, self.vocabulary, self.rounding = num_supervised, vocabulary, rounding
         #: (storage id, bytes) for a birth, (storage id, 0) for a death.
         self.events: list[tuple[int, int]] = []
-        self.tenants: dict[int, str] = {}
+        self.categories: dict[int, str] = {}
         #: Phase -> (live bytes, number of events) when it held most.
         self.peaks: dict[str, tuple[int, int]] = {}
         self.phase, self.live_bytes, self.host_bytes, self.peak_host_bytes, self.paged_bytes = "load", 0, 0, 0, 0
@@ -86,9 +86,9 @@ class Meter(Watch, TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note_peak()
 
     @contextmanager
-    def belonging_to(self, tenant: str) -> Iterator[None]:
-        """What is born inside belongs to `tenant`."""
-        before, self._tenant = self._tenant, tenant
+    def attribute_to(self, category: str) -> Iterator[None]:
+        """What is born inside belongs to `category`."""
+        before, self._tenant = self._tenant, category
         try:
             yield
         finally:
@@ -103,11 +103,11 @@ class Meter(Watch, TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self._on_host = before
 
-    def tag(self, tensor: Tensor | None, tenant: str) -> None:
+    def tag(self, tensor: Tensor | None, category: str) -> None:
         """Say whose storage this is."""
         number = None if tensor is None else self._ids.get(tensor.untyped_storage()._cdata)
         if number is not None:
-            self.tenants[number] = tenant
+            self.categories[number] = category
 
     def page(self, optimizer: Any) -> None:
         """Let paged state be made on the host: `cudaMallocManaged` counts in none of the allocator's figures."""
@@ -123,11 +123,11 @@ class Meter(Watch, TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         optimizer.get_state_buffer = buffer
 
-    def hold(self, num_bytes: int, tenant: str) -> Callable[[], None]:
+    def track_bytes(self, num_bytes: int, category: str) -> Callable[[], None]:
         """Bytes that no tensor stands for, such as a kernel's workspace; returns what frees them."""
         self._count += 1
         number = self._count
-        self._born(number, num_bytes, tenant)
+        self._born(number, num_bytes, category)
         return lambda: self._died(number, num_bytes)
 
     def live_at(self, num_events: int) -> Counter[str]:
@@ -140,7 +140,7 @@ class Meter(Watch, TorchDispatchMode):  # type: ignore[no-untyped-call]
                 del alive[number]
         held: Counter[str] = Counter()
         for number, num_bytes in alive.items():
-            held[self.tenants[number]] += num_bytes
+            held[self.categories[number]] += num_bytes
         return held
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -162,13 +162,13 @@ class Meter(Watch, TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = args[0].new_empty((self.num_supervised, args[0].dim()), dtype=torch.int64)
         else:
             result = func(*args, **kwargs)
-        tenant = "dequantized weight" if func is _bnb.dequantize_4bit.default else None
+        category = "dequantized weight" if func is _bnb.dequantize_4bit.default else None
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
-                self._look_at(tensor, tenant)
+                self._look_at(tensor, category)
         return result
 
-    def _look_at(self, tensor: Tensor, tenant: str | None) -> None:
+    def _look_at(self, tensor: Tensor, category: str | None) -> None:
         storage = tensor.untyped_storage()
         key, num_bytes = storage._cdata, storage.nbytes()
         if key in self._ids or not num_bytes:
@@ -180,7 +180,7 @@ class Meter(Watch, TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
         else:
             num_bytes = -(-num_bytes // self.rounding) * self.rounding
-            self._born(number, num_bytes, tenant or self._tenant or self._guess(tensor))
+            self._born(number, num_bytes, category or self._tenant or self._guess(tensor))
         on_host = self._on_host
 
         def gone(_: object) -> None:
@@ -202,9 +202,9 @@ class Meter(Watch, TorchDispatchMode):  # type: ignore[no-untyped-call]
             return "layer being recomputed"
         return LEFT_OVER.get(self.phase, "other")
 
-    def _born(self, number: int, num_bytes: int, tenant: str) -> None:
+    def _born(self, number: int, num_bytes: int, category: str) -> None:
         self.events.append((number, num_bytes))
-        self.tenants[number] = tenant
+        self.categories[number] = category
         self.live_bytes += num_bytes
         self._note_peak()
 

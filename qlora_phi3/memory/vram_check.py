@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.data.sources import is_local
 from qlora_phi3.errors import CannotTellError, DataError, ModelError, UserError
-from qlora_phi3.hardware.gpu import Device
-from qlora_phi3.hardware.gpu_table import CARDS, NATIVE_BFLOAT16, Card
+from qlora_phi3.hardware.gpu import Gpu
+from qlora_phi3.hardware.gpu_table import CARDS, NATIVE_BFLOAT16, GpuSpec
 from qlora_phi3.memory.cached import read_versions
 from qlora_phi3.memory.margin import Margin, read_margin
 from qlora_phi3.memory.plan import RowLengths, assume_lengths, read_lengths
-from qlora_phi3.memory.report import Answer, Rows, name_tenants
+from qlora_phi3.memory.report import RowSummary, VramReport, merge_categories
 
 if TYPE_CHECKING:
     from qlora_phi3.data.prepare import PreparedData
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from qlora_phi3.recipe.schema import Recipe
 
 
-def compute_dtype_on(recipe: "Recipe", device: Device) -> str:
+def compute_dtype_on(recipe: "Recipe", device: Gpu) -> str:
     """The type of the arithmetic, as a run on that card would choose it."""
     wanted = recipe.compute_dtype
     if wanted != "auto":
@@ -45,17 +45,17 @@ def compute_dtype_on(recipe: "Recipe", device: Device) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
+class RecipeContext:
     """What is asked about: all of it but the card."""
 
     #: Its local paths are absolute.
     recipe: "Recipe"
     config: Mapping[str, Any]
     architecture: "Architecture"
-    rows: "RowsRead"
+    rows: "LengthsReport"
 
 
-def read_subject(recipe: "Recipe", base_folder: Path, progress: "Progress") -> Subject:
+def read_recipe_context(recipe: "Recipe", base_folder: Path, progress: "Progress") -> RecipeContext:
     """Read the model's shapes and the rows' lengths, from this computer alone.
 
     Raises:
@@ -63,10 +63,10 @@ def read_subject(recipe: "Recipe", base_folder: Path, progress: "Progress") -> S
         UserError: there is no such folder, the model is no phi3, or it has less than the recipe asks of it.
     """
     from qlora_phi3.family import parse_architecture
-    from qlora_phi3.recipe.load import check_limits, with_found_paths
+    from qlora_phi3.recipe.load import check_limits, resolve_paths
 
-    found = with_found_paths(recipe, base_folder)
-    with without_network():
+    found = resolve_paths(recipe, base_folder)
+    with hub_offline():
         config = _read_config(found)
         architecture = parse_architecture(dict(config), recipe.model.name)
         check_limits(recipe, architecture)
@@ -75,7 +75,7 @@ def read_subject(recipe: "Recipe", base_folder: Path, progress: "Progress") -> S
 
             check_start(Path(found.model.adapter), recipe.lora)
         rows = read_rows(found, base_folder, progress)
-    return Subject(recipe=found, config=config, architecture=architecture, rows=rows)
+    return RecipeContext(recipe=found, config=config, architecture=architecture, rows=rows)
 
 
 def _read_config(recipe: "Recipe") -> dict[str, Any]:
@@ -97,45 +97,45 @@ def _read_config(recipe: "Recipe") -> dict[str, Any]:
         ) from error
 
 
-class Bench:
+class VramChecker:
     """Works answers about one subject out; what cards have in common is simulated once."""
 
-    def __init__(self, subject: Subject, say: Callable[[str], None]) -> None:
-        self.subject, self.say = subject, say
+    def __init__(self, context: RecipeContext, say: Callable[[str], None]) -> None:
+        self.context, self.info = context, say
         self._predictors: dict[tuple[Any, ...], Predictor] = {}
 
-    def predictor(self, device: Device) -> "Predictor":
+    def predictor(self, device: Gpu) -> "Predictor":
         """The simulator for a card; cards between which no operator differs share one."""
         import torch
 
         from qlora_phi3.memory.predict import Predictor
 
-        dtype, capability = compute_dtype_on(self.subject.recipe, device), alike(device.compute_capability)
+        dtype, capability = compute_dtype_on(self.context.recipe, device), alike(device.compute_capability)
         key = (dtype, capability)
         if key not in self._predictors:
             gc.freeze()  # the collector need not look through the libraries again: a tenth of a simulation's time
             self._predictors[key] = Predictor(
-                self.subject.recipe,
-                dict(self.subject.config),
-                self.subject.architecture,
+                self.context.recipe,
+                dict(self.context.config),
+                self.context.architecture,
                 compute_dtype=getattr(torch, dtype),
                 capability=capability,
             )
         return self._predictors[key]
 
-    def plan(self, predictor: "Predictor", rows: "RowLengths", device: Device, limit_bytes: int) -> "Plan":
+    def plan(self, predictor: "Predictor", rows: "RowLengths", device: Gpu, limit_bytes: int) -> "Plan":
         """The fastest set-up within a limit."""
-        from qlora_phi3.memory.plan import Card
+        from qlora_phi3.memory.plan import GpuLimits
         from qlora_phi3.memory.search import find_plan
 
-        card = Card(
+        card = GpuLimits(
             limit_bytes=limit_bytes,
             tflops_16bit=device.tflops_16bit,
             bandwidth_bytes_per_second=device.bandwidth_bytes_per_second,
         )
-        return find_plan(predictor, rows, card, progress=self.say)
+        return find_plan(predictor, rows, card, progress=self.info)
 
-    def answer(self, device: Device, budget_bytes: int, *, with_cures: bool = True) -> Answer:
+    def report(self, device: Gpu, budget_bytes: int, *, with_suggestions: bool = True) -> VramReport:
         """Plan for a card, and where nothing fits say what would.
 
         Args:
@@ -144,58 +144,58 @@ class Bench:
         Raises:
             ModelError: the recipe's adapter does not fit the model.
         """
-        from qlora_phi3.memory.suggestions import find_cures
+        from qlora_phi3.memory.suggestions import find_suggestions
 
         margin = read_margin(device.name)
-        predictor, rows = self.predictor(device), self.subject.rows.lengths
+        predictor, rows = self.predictor(device), self.context.rows.lengths
         plan = self.plan(predictor, rows, device, margin.limit(budget_bytes))
-        answer = self._put(device, plan, budget_bytes, margin)
-        if plan.fits or not with_cures:
-            return answer
-        cures, hopeless = find_cures(self, device, plan, margin, budget_bytes)
-        return replace(answer, cures=cures, hopeless=hopeless)
+        report = self._put(device, plan, budget_bytes, margin)
+        if plan.fits or not with_suggestions:
+            return report
+        suggestions, no_fix_reason = find_suggestions(self, device, plan, margin, budget_bytes)
+        return replace(report, suggestions=suggestions, no_fix_reason=no_fix_reason)
 
-    def _put(self, device: Device, plan: "Plan", budget_bytes: int, margin: Margin) -> Answer:
-        forecast, setup, profile = plan.forecast, plan.setup, plan.forecast.profile
-        training, read = self.subject.recipe.training, self.subject.rows
-        together = max(1, min(setup.micro_batch.max_tokens // training.max_length, training.batch_size))
-        seconds = plan.cost.seconds
+    def _put(self, device: Gpu, plan: "Plan", budget_bytes: int, margin: Margin) -> VramReport:
+        prediction, execution, profile = plan.prediction, plan.execution, plan.prediction.profile
+        training, read = self.context.recipe.training, self.context.rows
+        together = max(1, min(execution.micro_batch.max_tokens // training.max_length, training.batch_size))
+        seconds = plan.step_time.seconds
         tokens = sum(read.lengths.usual_step())
-        cards = [card for card in CARDS if card.label in device.stands_for]
-        speeds = [tokens / each for each in _seconds_on(cards, self.subject, plan)] or [tokens / seconds]
-        return Answer(
+        cards = [card for card in CARDS if card.label in device.represents]
+        speeds = [tokens / each for each in _seconds_on(cards, self.context, plan)] or [tokens / seconds]
+        return VramReport(
             verdict="fits" if plan.fits else "does_not_fit",
-            model=self.subject.recipe.model.name,
+            model=self.context.recipe.model.name,
             device=device,
             budget_bytes=budget_bytes,
-            margin_bytes=margin.beside(forecast.on_card_bytes),
+            margin_bytes=margin.bytes_for(prediction.on_card_bytes),
             margin_share=margin.share,
             margin_runs=margin.runs if margin.widened else 0,
-            peak_allocated_bytes=forecast.allocated_bytes,
-            peak_reserved_bytes=forecast.reserved_bytes,
-            peak_on_card_bytes=forecast.on_card_bytes,
+            peak_allocated_bytes=prediction.allocated_bytes,
+            peak_reserved_bytes=prediction.reserved_bytes,
+            peak_on_card_bytes=prediction.on_card_bytes,
             peak_phase=profile.peak_phase,
-            tenants=name_tenants(profile.tenants),
+            categories=merge_categories(profile.categories),
             phases=dict(profile.phases),
             paged_bytes=profile.paged_bytes,
             host_bytes=profile.host_bytes,
-            compute_dtype=compute_dtype_on(self.subject.recipe, device),
+            compute_dtype=compute_dtype_on(self.context.recipe, device),
             batch_size=training.batch_size,
             micro_batch_size=together,
             gradient_accumulation_steps=math.ceil(training.batch_size / together),
-            micro_batch_tokens=setup.micro_batch.max_tokens,
-            num_micro_batches=plan.work.num_micro_batches,
+            micro_batch_tokens=execution.micro_batch.max_tokens,
+            num_micro_batches=plan.workload.num_micro_batches,
             max_length=training.max_length,
             packing=training.packing,
-            checkpoint_every_n_layers=setup.checkpoint_every,
-            activation_offloading=setup.activation_offloading,
-            optim=setup.optim,
-            logits_tile_bytes=setup.logits_tile_bytes,
-            mlp_tile_tokens=setup.mlp_tile_tokens,
+            checkpoint_every_n_layers=execution.checkpoint_every,
+            activation_offloading=execution.activation_offloading,
+            optim=execution.optim,
+            logits_tile_bytes=execution.logits_tile_bytes,
+            mlp_tile_tokens=execution.mlp_tile_tokens,
             reasons=dict(plan.reasons),
-            cures=(),
-            hopeless="",
-            rows=Rows(
+            suggestions=(),
+            no_fix_reason="",
+            rows=RowSummary(
                 assumed=read.lengths.assumed,
                 count=len(read.lengths.training),
                 longest=read.lengths.longest,
@@ -208,17 +208,17 @@ class Bench:
             slowest_tokens_per_second=min(speeds),
             fastest_tokens_per_second=max(speeds),
             versions=read_versions(),
-            answered=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
 
 
-def _seconds_on(cards: Sequence[Card], subject: Subject, plan: "Plan") -> Iterator[float]:
+def _seconds_on(cards: Sequence[GpuSpec], context: RecipeContext, plan: "Plan") -> Iterator[float]:
     """How long an optimizer step of a plan takes on each card, by the cost model."""
-    from qlora_phi3.memory.cost import step_cost
+    from qlora_phi3.memory.cost import estimate_step_time
 
     for card in cards:
         rates = {"tflops_16bit": card.tflops_16bit, "bandwidth_bytes_per_second": card.bandwidth_gb * 1e9}
-        yield step_cost(subject.architecture, plan.setup, plan.work, **rates).seconds
+        yield estimate_step_time(context.architecture, plan.execution, plan.workload, **rates).seconds
 
 
 def alike(compute_capability: tuple[int, int]) -> tuple[int, int]:
@@ -233,7 +233,7 @@ Progress = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True, slots=True)
-class RowsRead:
+class LengthsReport:
     """The lengths, one line that says where they come from, and one why a run would stop at them, if it would."""
 
     lengths: RowLengths
@@ -242,7 +242,7 @@ class RowsRead:
 
 
 @contextmanager
-def without_network() -> Iterator[None]:
+def hub_offline() -> Iterator[None]:
     """Let the hub's libraries, if they are first imported inside, use what is on this computer and wait for nothing."""
     before = os.environ.get("HF_HUB_OFFLINE")
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -255,7 +255,7 @@ def without_network() -> Iterator[None]:
             os.environ["HF_HUB_OFFLINE"] = before
 
 
-def read_rows(recipe: "Recipe", base_folder: Path, progress: Progress) -> RowsRead:
+def read_rows(recipe: "Recipe", base_folder: Path, progress: Progress) -> LengthsReport:
     """Tokenise the data as the run does, or take every row for `max_length` tokens."""
     training, problem = recipe.training, _find_problem(recipe, base_folder)
     if problem:
@@ -272,22 +272,24 @@ def read_rows(recipe: "Recipe", base_folder: Path, progress: Progress) -> RowsRe
     evaluation = [] if data.evaluation is None else _lengths(data.evaluation)
     lengths = read_lengths(_lengths(data.train), evaluation, training.batch_size)
     measured = f" and {len(evaluation):,} to measure on" if evaluation else ""
-    return RowsRead(lengths, f"{len(lengths.training):,} to train on{measured}, the longest {lengths.longest:,} tokens")
+    return LengthsReport(
+        lengths, f"{len(lengths.training):,} to train on{measured}, the longest {lengths.longest:,} tokens"
+    )
 
 
-def _assume(recipe: "Recipe", reason: str, problem: str = "") -> RowsRead:
+def _assume(recipe: "Recipe", reason: str, problem: str = "") -> LengthsReport:
     training = recipe.training
     assumed = assume_lengths(training.max_length, training.batch_size)
     if not training.do_eval:
         assumed = replace(assumed, longest_evaluation=0)
     origin = f"assumed to be max_length = {training.max_length:,} tokens each. {reason.splitlines()[0]}"
-    return RowsRead(assumed, origin, problem)
+    return LengthsReport(assumed, origin, problem)
 
 
 def _sources(recipe: "Recipe") -> list[str]:
-    from qlora_phi3.recipe.load import listed
+    from qlora_phi3.recipe.load import as_list
 
-    return [*listed(recipe.data.train), *(listed(recipe.data.eval) if recipe.training.do_eval else ())]
+    return [*as_list(recipe.data.train), *(as_list(recipe.data.eval) if recipe.training.do_eval else ())]
 
 
 def _find_problem(recipe: "Recipe", base_folder: Path) -> str:
@@ -340,12 +342,12 @@ def prepare_data(
         DataError: they cannot be read or used.
     """
     from qlora_phi3.data.prepare import prepare_datasets
-    from qlora_phi3.recipe.load import listed
+    from qlora_phi3.recipe.load import as_list
 
     table, measures = recipe.data, recipe.training.do_eval
     return prepare_datasets(
-        train=listed(table.train),
-        evaluation=listed(table.eval) if measures else (),
+        train=as_list(table.train),
+        evaluation=as_list(table.eval) if measures else (),
         eval_size=table.eval_size if measures else 0,
         split_seed=table.split_seed,
         split=table.split,
@@ -367,14 +369,14 @@ def prepare_data(
 
 def files_of(recipe: "Recipe", base_folder: Path) -> list[Path]:
     """All that the model's shapes and the rows' lengths are read from, found or not."""
-    from qlora_phi3.recipe.load import listed, possible_places
+    from qlora_phi3.recipe.load import as_list, candidate_paths
 
-    names = [recipe.model.name, *listed(recipe.data.train), *listed(recipe.data.eval)]
-    paths = [place.absolute() for name in names for place in possible_places(name, base_folder)]
+    names = [recipe.model.name, *as_list(recipe.data.train), *as_list(recipe.data.eval)]
+    paths = [place.absolute() for name in names for place in candidate_paths(name, base_folder)]
     for folder in paths[:2]:
         paths += [folder / name for name in ("config.json", *TOKENIZER_FILES)]
     if recipe.model.adapter is not None:
-        for folder in possible_places(recipe.model.adapter, base_folder):
+        for folder in candidate_paths(recipe.model.adapter, base_folder):
             paths += [folder.absolute() / name for name in ("adapter_config.json", "adapter/adapter_config.json")]
     from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 

@@ -36,15 +36,15 @@ class Coverage:
         return self.covered_parameters / self.linear_parameters
 
 
-def attach_adapter(model: Phi3ForChunkedLoss, table: Lora) -> PeftModel:
+def attach_adapter(model: Phi3ForChunkedLoss, config: Lora) -> PeftModel:
     """Put a fresh LoRA adapter, kept in fp32, on the base.
 
     Raises:
         ModelError: a name in the table matches nothing in the model, or the output head is a target.
     """
-    check_targets(model, table)
-    settings = table.model_dump(exclude_none=True)
-    if table.layers_to_transform is not None and table.target_modules == "all-linear":
+    check_targets(model, config)
+    settings = config.model_dump(exclude_none=True)
+    if config.layers_to_transform is not None and config.target_modules == "all-linear":
         settings["target_modules"] = _leaves(linear_layers(model))  # PEFT 0.21 takes the word for all layers only
     try:
         adapted = get_peft_model(model, LoraConfig(**settings), autocast_adapter_dtype=True)
@@ -54,7 +54,7 @@ def attach_adapter(model: Phi3ForChunkedLoss, table: Lora) -> PeftModel:
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    fuse_updates(adapted)
+    fuse_lora_forward(adapted)
     return adapted
 
 
@@ -71,29 +71,29 @@ def _leaves(names: Iterable[str]) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in names})
 
 
-def check_targets(model: Phi3ForChunkedLoss, table: Lora) -> None:
+def check_targets(model: Phi3ForChunkedLoss, config: Lora) -> None:
     """Refuse a name in [lora] that matches nothing: PEFT passes over it without a word."""
     layers, modules = linear_layers(model), [name for name, _ in model.named_modules()]
-    targets = [table.target_modules] if isinstance(table.target_modules, str) else table.target_modules
+    targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
     if any(target.rpartition(".")[2] == "lm_head" for target in targets):
         raise ModelError(
             "[lora] target_modules names lm_head, whose weight the loss reads directly: that adapter would never be trained.",
             'Use modules_to_save = ["lm_head"] to train the head itself.',
         )
-    if isinstance(table.target_modules, str):
-        pattern, cure = table.target_modules, f'For a name, not a pattern, write target_modules = ["{targets[0]}"].'
+    if isinstance(config.target_modules, str):
+        pattern, hint = config.target_modules, f'For a name, not a pattern, write target_modules = ["{targets[0]}"].'
         if pattern != "all-linear" and not any(re.fullmatch(pattern, name) for name in layers):
-            raise _matches_nothing("target_modules", pattern, layers, cure)
+            raise _matches_nothing("target_modules", pattern, layers, hint)
     else:
         _check_names("target_modules", targets, layers, layers, 'Write target_modules = "all-linear".')
     _check_names(
-        "modules_to_save", table.modules_to_save or (), modules, layers, "lm_head and embed_tokens are others."
+        "modules_to_save", config.modules_to_save or (), modules, layers, "lm_head and embed_tokens are others."
     )
     for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(table, key):
+        for pattern in getattr(config, key):
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in layers):
                 raise _matches_nothing(key, pattern, layers, f"Mend {key}.")
-    chosen = table.layers_to_transform
+    chosen = config.layers_to_transform
     for number in [chosen] if isinstance(chosen, int) else chosen or ():
         if number >= (count := model.config.num_hidden_layers):
             raise ModelError(
@@ -102,15 +102,17 @@ def check_targets(model: Phi3ForChunkedLoss, table: Lora) -> None:
             )
 
 
-def _check_names(key: str, names: Iterable[str], choices: Iterable[str], layers: Iterable[str], cure: str) -> None:
+def _check_names(key: str, names: Iterable[str], choices: Iterable[str], layers: Iterable[str], hint: str) -> None:
     for name in names:
         if not any(choice == name or choice.endswith(f".{name}") for choice in choices):
-            raise _matches_nothing(key, name, layers, cure)
+            raise _matches_nothing(key, name, layers, hint)
 
 
-def _matches_nothing(key: str, name: str, layers: Iterable[str], cure: str) -> ModelError:
-    listed = ", ".join(_leaves(layers))
-    return ModelError(f"[lora] {key}: '{name}' matches no layer of this model, whose linear layers are {listed}.", cure)
+def _matches_nothing(key: str, name: str, layers: Iterable[str], hint: str) -> ModelError:
+    as_list = ", ".join(_leaves(layers))
+    return ModelError(
+        f"[lora] {key}: '{name}' matches no layer of this model, whose linear layers are {as_list}.", hint
+    )
 
 
 def measure_coverage(model: PeftModel) -> Coverage:
@@ -136,14 +138,14 @@ def measure_coverage(model: PeftModel) -> Coverage:
     )
 
 
-def fuse_updates(model: nn.Module, adapter: str = "default") -> None:
+def fuse_lora_forward(model: nn.Module, adapter: str = "default") -> None:
     """Let every plain LoRA layer of a PEFT model add its update by `addmm`.
 
     Layers with dropout, DoRA or a bias on B keep PEFT's own forward, and so does every call with adapters disabled or merged.
     """
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and _is_plain(layer, adapter):
-            layer.forward = _AddUpdate(layer, adapter)
+            layer.forward = _FusedLoraForward(layer, adapter)
 
 
 def _is_plain(layer: Any, adapter: str) -> bool:
@@ -156,7 +158,7 @@ def _is_plain(layer: Any, adapter: str) -> bool:
     )
 
 
-class _AddUpdate:
+class _FusedLoraForward:
     """A layer's forward: base(x) + scaling * B(A(x))."""
 
     def __init__(self, layer: Any, adapter: str) -> None:
@@ -166,8 +168,8 @@ class _AddUpdate:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         layer = self.layer
-        down, up = layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
-        same_dtype = x.dtype == down.dtype or torch.is_autocast_enabled(x.device.type)
+        lora_A, lora_B = layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
+        same_dtype = x.dtype == lora_A.dtype or torch.is_autocast_enabled(x.device.type)
         if (
             args
             or kwargs
@@ -179,5 +181,5 @@ class _AddUpdate:
             output: Tensor = self.peft_forward(x, *args, **kwargs)
             return output
         base: Tensor = layer.base_layer(x)
-        narrow = linear(x, down) * layer.scaling[self.adapter]
-        return torch.addmm(base.flatten(0, -2), narrow.flatten(0, -2), up.T).view_as(base)
+        low_rank = linear(x, lora_A) * layer.scaling[self.adapter]
+        return torch.addmm(base.flatten(0, -2), low_rank.flatten(0, -2), lora_B.T).view_as(base)

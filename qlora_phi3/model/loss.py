@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_phi3.execution import USUAL_LOGITS_TILE_BYTES
+from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
-    """loss = sum(nll) / normaliser; saves d loss / d hidden (and d loss / d weight where the head is trained)."""
+    """loss = sum(nll) / normalizer; saves d loss / d hidden (and d loss / d weight where the head is trained)."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, normaliser: float, tile_rows: int
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, normalizer: float, tile_rows: int
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         # fp16 has no room for gradients divided by thousands of tokens; GradScaler's factor arrives only in backward.
@@ -29,31 +29,31 @@ class _TiledCrossEntropy(torch.autograd.Function):
         head = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        narrow = hidden.new_empty((min(tile_rows, len(hidden)), len(head)))
-        wide = narrow if narrow.dtype == torch.float32 else torch.empty_like(narrow, dtype=torch.float32)
+        logits_16 = hidden.new_empty((min(tile_rows, len(hidden)), len(head)))
+        logits_32 = logits_16 if logits_16.dtype == torch.float32 else torch.empty_like(logits_16, dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], tile_rows):
                 rows = slice(start, start + tile_rows)
                 tile, target = hidden[rows], targets[rows, None]
-                error = torch.mm(tile, head.T, out=narrow[: len(tile)])
-                logits = error if wide is narrow else wide[: len(tile)].copy_(error)
-                highest, top = logits.max(dim=-1, keepdim=True)
+                grad_logits = torch.mm(tile, head.T, out=logits_16[: len(tile)])
+                logits = grad_logits if logits_32 is logits_16 else logits_32[: len(tile)].copy_(grad_logits)
+                max_logits, top = logits.max(dim=-1, keepdim=True)
                 correct += (top == target).sum()
-                wanted = logits.gather(1, target)
-                mass = logits.sub_(highest).exp_().sum(dim=-1, keepdim=True)
-                total += (mass.log() + highest - wanted).sum()
+                target_logits = logits.gather(1, target)
+                sum_exp = logits.sub_(max_logits).exp_().sum(dim=-1, keepdim=True)
+                total += (sum_exp.log() + max_logits - target_logits).sum()
                 if grad_hidden is None and grad_weight is None:
                     continue
-                logits.div_(mass).scatter_add_(1, target, torch.full_like(wanted, -1.0))
-                error.copy_(logits)
+                logits.div_(sum_exp).scatter_add_(1, target, torch.full_like(target_logits, -1.0))
+                grad_logits.copy_(logits)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = (error @ head).float() / normaliser
+                    grad_hidden[rows] = (grad_logits @ head).float() / normalizer
                 if grad_weight is not None:
-                    grad_weight += (error.T @ tile).float() / normaliser
+                    grad_weight += (grad_logits.T @ tile).float() / normalizer
         ctx.mark_non_differentiable(correct)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
-        return total / normaliser, correct
+        return total / normalizer, correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -66,15 +66,15 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, normaliser: float, tile_bytes: int = USUAL_LOGITS_TILE_BYTES
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, normalizer: float, tile_bytes: int = DEFAULT_LOGITS_TILE_BYTES
 ) -> tuple[Tensor, Tensor]:
-    """Summed negative log-likelihood of `targets`, divided by `normaliser`.
+    """Summed negative log-likelihood of `targets`, divided by `normalizer`.
 
     Args:
         hidden: (positions, hidden_size), the final hidden states of the supervised positions only.
         weight: (vocabulary, hidden_size), the output head; cast to the dtype of `hidden`.
         targets: (positions,), int64, every one a token id.
-        normaliser: what the sum is divided by; the supervised tokens of the whole optimizer batch.
+        normalizer: what the sum is divided by; the supervised tokens of the whole optimizer batch.
         tile_bytes: fp32 logits alive at once; at least one position's.
 
     Returns:
@@ -82,7 +82,7 @@ def chunked_cross_entropy(
         likely token, int64 scalar.
     """
     rows = max(1, tile_bytes // (4 * weight.shape[0]))
-    loss, correct = _TiledCrossEntropy.apply(hidden, weight, targets, normaliser, rows)  # type: ignore[no-untyped-call]
+    loss, correct = _TiledCrossEntropy.apply(hidden, weight, targets, normalizer, rows)  # type: ignore[no-untyped-call]
     return loss, correct
 
 
@@ -97,5 +97,5 @@ def select_supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (positions, hidden_size) and (positions,).
     """
-    predicting = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    predicting = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
     return hidden[:, :-1][predicting], labels[:, 1:][predicting]

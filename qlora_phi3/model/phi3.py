@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from qlora_phi3.errors import ModelError
-from qlora_phi3.execution import USUAL_LOGITS_TILE_BYTES, Setup
+from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan
 from qlora_phi3.family import Architecture
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
 from qlora_phi3.model.loss import chunked_cross_entropy, select_supervised
@@ -36,7 +36,7 @@ class Phi3ForChunkedLoss(Phi3ForCausalLM):  # type: ignore[misc]
     """Phi-3 whose forward, given labels, returns the chunked loss and never the logits."""
 
     #: fp32 logits alive at once in the loss.
-    logits_tile_bytes = USUAL_LOGITS_TILE_BYTES
+    logits_tile_bytes = DEFAULT_LOGITS_TILE_BYTES
 
     def forward(
         self,
@@ -62,7 +62,7 @@ class Phi3ForChunkedLoss(Phi3ForCausalLM):  # type: ignore[misc]
             hidden,
             _trained_weight(self.lm_head),
             targets,
-            normaliser=num_items_in_batch or max(1, len(targets)),
+            normalizer=num_items_in_batch or max(1, len(targets)),
             tile_bytes=self.logits_tile_bytes,
         )
         return Phi3Output(loss=loss, num_correct=num_correct)
@@ -108,27 +108,27 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
     return Precision(compute_dtype=torch.float32, reason="this processor has no native bf16")
 
 
-def load_tokenizer(table: Model) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     """The base's own fast tokenizer.
 
     Raises:
         ModelError: there is none, or its files cannot be read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(table.name, revision=table.revision)
+        tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(" :.")
         raise ModelError(
-            f"The tokenizer of {table.name} cannot be read: {reason}.",
+            f"The tokenizer of {config.name} cannot be read: {reason}.",
             "Point [model] name at a whole checkpoint, its tokenizer files among it.",
         ) from error
     if not tokenizer.is_fast:
-        raise ModelError(f"{table.name} has no fast tokenizer (tokenizer.json).", "Use a checkpoint that has one.")
+        raise ModelError(f"{config.name} has no fast tokenizer (tokenizer.json).", "Use a checkpoint that has one.")
     return tokenizer
 
 
 def load_base(
-    table: Model,
+    config: Model,
     quantization: Quantization,
     architecture: Architecture,
     *,
@@ -146,14 +146,14 @@ def load_base(
         ModelError: weights missing, cut short, of the wrong shape, or given only as a pickle.
     """
     register_attention()
-    with only_errors():
+    with quiet_transformers():
         try:
             model, info = Phi3ForChunkedLoss.from_pretrained(
-                table.name,
-                revision=table.revision,
+                config.name,
+                revision=config.revision,
                 dtype=precision.compute_dtype,
                 quantization_config=quantization_config(quantization, precision),
-                attn_implementation=attention_name(table),
+                attn_implementation=attention_name(config),
                 device_map={"": device},
                 use_safetensors=True,
                 output_loading_info=True,
@@ -162,20 +162,20 @@ def load_base(
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ModelError(
-                _why_not_loaded(table.name, error), "Download the checkpoint again, whole, as safetensors."
+                _why_not_loaded(config.name, error), "Download the checkpoint again, whole, as safetensors."
             ) from error
     absent = [*sorted(info["missing_keys"]), *sorted(map(str, info["mismatched_keys"]))] or _of_another_shape(model)
     if absent:
         raise ModelError(
-            f"The weights of {table.name} are incomplete: {len(absent)} tensors are missing or of another shape, "
+            f"The weights of {config.name} are incomplete: {len(absent)} tensors are missing or of another shape, "
             f"first {absent[0]}.",
             "Download the checkpoint again.",
         )
-    settle_base(model, architecture, longest_row=longest_row)
+    configure_base(model, architecture, longest_row=longest_row)
     return cast(Phi3ForChunkedLoss, model)
 
 
-def settle_base(model: Phi3ForChunkedLoss, architecture: Architecture, *, longest_row: int) -> None:
+def configure_base(model: Phi3ForChunkedLoss, architecture: Architecture, *, longest_row: int) -> None:
     """What every loaded base gets: frozen, no cache, no window that no row reaches, no repacking."""
     model.config.use_cache = False
     if architecture.sliding_window is not None and longest_row <= architecture.sliding_window:
@@ -183,23 +183,23 @@ def settle_base(model: Phi3ForChunkedLoss, architecture: Architecture, *, longes
         for module in model.modules():
             if getattr(module, "sliding_window", None) is not None:
                 module.sliding_window = None
-    _keep_packing(model)
+    _disable_cpu_repacking(model)
     model.requires_grad_(False)
 
 
-def attention_name(table: Model) -> str:
+def attention_name(config: Model) -> str:
     """The attention's name in transformers."""
-    return BY_DOCUMENT if table.attn_implementation == "sdpa" else table.attn_implementation
+    return BY_DOCUMENT if config.attn_implementation == "sdpa" else config.attn_implementation
 
 
-def quantization_config(table: Quantization, precision: Precision) -> BitsAndBytesConfig | None:
+def quantization_config(config: Quantization, precision: Precision) -> BitsAndBytesConfig | None:
     """The recipe's [quantization] as transformers reads it; None where the base stays in 16 or 32 bit."""
-    if not table.load_in_4bit:
+    if not config.load_in_4bit:
         return None
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=table.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=table.bnb_4bit_use_double_quant,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=precision.compute_dtype,
     )
 
@@ -222,7 +222,7 @@ def _of_another_shape(model: nn.Module) -> list[str]:
     ]
 
 
-def _keep_packing(model: nn.Module) -> None:
+def _disable_cpu_repacking(model: nn.Module) -> None:
     """Stop bitsandbytes 0.50 from repacking 4-bit weights in place at the first evaluation on CPUs with AVX512-BF16.
 
     It never undoes that, and training afterwards is silently wrong: the first layer's gradient norm fell to 15 %. To be
@@ -234,7 +234,7 @@ def _keep_packing(model: nn.Module) -> None:
 
 
 @contextmanager
-def only_errors() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' warnings and bars while its loading report is read from the return value instead."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
@@ -265,8 +265,8 @@ def set_checkpointing(model: PeftModel, every: int, *, offload: bool = False) ->
         base.activation_checkpointing_disable()
 
 
-def apply_setup(model: PeftModel, setup: Setup) -> None:
+def apply_execution_plan(model: PeftModel, execution: ExecutionPlan) -> None:
     """Give the model what a plan chose: recomputation, offloading, the tiles of the MLP and of the loss."""
-    set_checkpointing(model, setup.checkpoint_every, offload=setup.activation_offloading)
-    set_mlp_tiles(model, setup.mlp_tile_tokens)
-    model.get_base_model().logits_tile_bytes = setup.logits_tile_bytes
+    set_checkpointing(model, execution.checkpoint_every, offload=execution.activation_offloading)
+    set_mlp_tiles(model, execution.mlp_tile_tokens)
+    model.get_base_model().logits_tile_bytes = execution.logits_tile_bytes

@@ -40,8 +40,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from qlora_phi3.errors import ModelError, RunError, mend
-from qlora_phi3.model.weights import StoredWeights, TensorInfo, Weights, read, rows_per_piece
+from qlora_phi3.errors import ModelError, RunError, disk_error_hint
+from qlora_phi3.model.weights import StoredWeights, TensorInfo, Weights, read_tensor, rows_per_piece
 
 #: Bytes brought from a card at once.
 _PIECE_BYTES = 16 * 2**20
@@ -144,7 +144,7 @@ def save_quantized(model: nn.Module, folder: Path) -> None:
         draft.replace(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise RunError(f"The 4-bit base cannot be kept in {folder}: {error}.", f"{mend(error)}.") from error
+        raise RunError(f"The 4-bit base cannot be kept in {folder}: {error}.", f"{disk_error_hint(error)}.") from error
 
 
 def _stored(model: nn.Module) -> dict[str, Tensor]:
@@ -235,7 +235,7 @@ def quantize(
 
     with _one_thread_each(device) as run_all:
         done = 0
-        for piece in weights.pieces(name):
+        for piece in weights.iter_row_chunks(name):
             flat = piece.to(device=device, dtype=dtype).view(-1)
             run_all(quantize_chunk, _chunks(flat, done))
             done += len(flat)
@@ -330,11 +330,11 @@ def read_quantized(stored: StoredWeights, name: str, device: torch.device) -> Qu
     Raises:
         ModelError: a part of it is missing.
     """
-    parts = {key: read(stored, key) for key in stored.info if key.startswith(f"{name}.")}
+    parts = {key: read_tensor(stored, key) for key in stored.info if key.startswith(f"{name}.")}
     try:
         state = QuantState.from_dict({key.removeprefix(f"{name}."): part for key, part in parts.items()}, device=device)
         mean = float(state.offset if state.nested else state.absmax.mean())
-        return Quantized(read(stored, name).to(device), state, mean)
+        return Quantized(read_tensor(stored, name).to(device), state, mean)
     except (KeyError, ValueError, AssertionError) as error:
         raise ModelError(
             f"{name} is not stored whole in 4 bit: {error!r}.", "Use the base's 16-bit weights."
@@ -358,7 +358,7 @@ def logical_info(stored: StoredWeights) -> dict[str, TensorInfo]:
 def _stored_state(stored: StoredWeights, name: str) -> TensorInfo:
     key = next((key for key in stored.info if key.startswith(f"{name}.quant_state.bitsandbytes__")), None)
     try:
-        state = unpack_tensor_to_dict(read(stored, str(key)))
+        state = unpack_tensor_to_dict(read_tensor(stored, str(key)))
         return TensorInfo(tuple(state["shape"]), getattr(torch, state["dtype"]))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(

@@ -64,7 +64,7 @@ class Weights(Protocol):
     def info(self) -> Mapping[str, TensorInfo]:
         """Every tensor, in the base's own names."""
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
+    def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
         """Consecutive rows of dim 0 on the CPU, about `PIECE_BYTES` each; their `cat` is the tensor.
 
         A piece belongs to the caller, who may change it. Every piece but the last has a multiple of `ROW_MULTIPLE` rows.
@@ -77,21 +77,21 @@ def rows_per_piece(info: TensorInfo) -> int:
     return max(1, PIECE_BYTES // row_bytes // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def read(weights: Weights, name: str) -> Tensor:
+def read_tensor(weights: Weights, name: str) -> Tensor:
     """A whole tensor, on the CPU."""
     info = weights.info[name]
     whole = torch.empty(info.shape, dtype=info.dtype)
     if not info.shape:
-        return next(weights.pieces(name)).reshape(())
+        return next(weights.iter_row_chunks(name)).reshape(())
     row = 0
-    for piece in weights.pieces(name):
+    for piece in weights.iter_row_chunks(name):
         whole[row : row + len(piece)] = piece
         row += len(piece)
     return whole
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TensorLocation:
     """Where a tensor's bytes lie."""
 
     path: Path
@@ -102,11 +102,11 @@ class Place:
 class StoredWeights:
     """The tensors of safetensors files; nothing is held but where they lie."""
 
-    def __init__(self, places: Mapping[str, Place]) -> None:
+    def __init__(self, places: Mapping[str, TensorLocation]) -> None:
         self.places = places
         self.info: Mapping[str, TensorInfo] = {name: place.info for name, place in places.items()}
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
+    def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
         """As `Weights.pieces`; a tensor without dimensions comes as (1,).
 
         Raises:
@@ -149,7 +149,7 @@ def open_weights(folder: Path) -> StoredWeights:
     index = folder / INDEX_NAME
     if not index.is_file():
         raise _no_weights(folder)
-    shards: dict[str, Mapping[str, Place]] = {}
+    shards: dict[str, Mapping[str, TensorLocation]] = {}
     places = {}
     for name, shard in sorted(_read_index(index).items()):
         if shard not in shards:
@@ -188,7 +188,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return shards
 
 
-def _open_shard(index: Path, shard: str, name: str) -> Mapping[str, Place]:
+def _open_shard(index: Path, shard: str, name: str) -> Mapping[str, TensorLocation]:
     path = index.with_name(shard)
     if not path.is_file():
         raise ModelError(
@@ -209,37 +209,37 @@ def _no_weights(folder: Path) -> ModelError:
     )
 
 
-def _read_header(path: Path, error: type[UserError]) -> dict[str, Place]:
+def _read_header(path: Path, error: type[UserError]) -> dict[str, TensorLocation]:
     """Where each tensor of a safetensors file lies, by its header; the file's length is checked against it."""
-    cure = "Fetch or write the file again."
+    hint = "Fetch or write the file again."
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
-                raise error(f"{path} is cut short: {size} bytes, less than its header, or no safetensors file.", cure)
+                raise error(f"{path} is cut short: {size} bytes, less than its header, or no safetensors file.", hint)
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             places = {str(name): _place(path, 8 + length, str(name), entry, error) for name, entry in header.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
-        raise error(f"{path} cannot be read as safetensors: {cause!r}.", cure) from cause
+        raise error(f"{path} cannot be read as safetensors: {cause!r}.", hint) from cause
     for name, place in sorted(places.items(), key=lambda item: item[1].offset):
         if place.offset + place.info.num_bytes > size:
-            raise error(f"{path} is cut short at {size} bytes: {name} is not whole.", cure)
+            raise error(f"{path} is cut short at {size} bytes: {name} is not whole.", hint)
     try:
         with safe_open(path, framework="pt"):  # the library's own checks: no gap, no overlap, nothing beyond the end
             pass
     except (SafetensorError, OSError) as cause:
-        raise error(f"{path} cannot be read as safetensors: {cause}.", cure) from cause
+        raise error(f"{path} cannot be read as safetensors: {cause}.", hint) from cause
     return places
 
 
-def _place(path: Path, start: int, name: str, entry: dict[str, Any], error: type[UserError]) -> Place:
+def _place(path: Path, start: int, name: str, entry: dict[str, Any], error: type[UserError]) -> TensorLocation:
     if entry["dtype"] not in DTYPES:
         known = ", ".join(DTYPES)
         raise error(f"{path}: {name} is stored as {entry['dtype']}; known are {known}.", "Use a checkpoint of those.")
     info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
-    return Place(path, start + int(entry["data_offsets"][0]), info)
+    return TensorLocation(path, start + int(entry["data_offsets"][0]), info)
 
 
 def split_rows(tensor: Tensor) -> Iterator[Tensor]:

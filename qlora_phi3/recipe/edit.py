@@ -78,7 +78,7 @@ def _set(lines: list[str], choice: Choice) -> None:
     """Replace the key's line in its table, or add one at the table's end, or the table at the end of all."""
     begin = next((number for number, line in enumerate(lines) if _table(line) == choice.table), None)
     if begin is None:
-        lines += ["", f"[{choice.table}]", _line(choice)]
+        lines += ["", f"[{choice.table}]", _per_layer_fit(choice)]
         return
     end = next((number for number in range(begin + 1, len(lines)) if _table(lines[number])), len(lines))
     last = begin
@@ -89,7 +89,7 @@ def _set(lines: list[str], choice: Choice) -> None:
             return
         if lines[number].strip() and not lines[number].lstrip().startswith("#"):
             last = number
-    lines.insert(last + 1, _line(choice))
+    lines.insert(last + 1, _per_layer_fit(choice))
 
 
 def _table(line: str) -> str | None:
@@ -97,7 +97,7 @@ def _table(line: str) -> str | None:
     return found[1] if found else None
 
 
-def _line(choice: Choice) -> str:
+def _per_layer_fit(choice: Choice) -> str:
     pair = f"{choice.key} = {format_toml(choice.value)}"
     return f"{pair:<{COMMENT_COLUMN}}# {choice.reason}" if choice.reason else pair
 

@@ -47,7 +47,7 @@ def check_limits(recipe: "Recipe", architecture: "Architecture") -> None:
         )
 
 
-def with_found_paths(recipe: "Recipe", base_folder: Path) -> "Recipe":
+def resolve_paths(recipe: "Recipe", base_folder: Path) -> "Recipe":
     """The recipe with local files and folders as absolute paths, so that it means the same from anywhere.
 
     Args:
@@ -55,7 +55,7 @@ def with_found_paths(recipe: "Recipe", base_folder: Path) -> "Recipe":
     """
 
     def find(place: str) -> str:
-        found = next((candidate for candidate in possible_places(place, base_folder) if candidate.exists()), None)
+        found = next((candidate for candidate in candidate_paths(place, base_folder) if candidate.exists()), None)
         return str(found.resolve()) if found else place
 
     def find_all(places: str | list[str] | None) -> str | list[str] | None:
@@ -67,12 +67,12 @@ def with_found_paths(recipe: "Recipe", base_folder: Path) -> "Recipe":
     return recipe.model_copy(update={"data": data, "model": model})
 
 
-def possible_places(name: str, base_folder: Path) -> tuple[Path, Path]:
+def candidate_paths(name: str, base_folder: Path) -> tuple[Path, Path]:
     """Where a relative path of a recipe may lie, in the order in which it is looked for."""
     return base_folder / name, Path(name).expanduser()
 
 
-def listed(places: str | list[str] | None) -> Sequence[str]:
+def as_list(places: str | list[str] | None) -> Sequence[str]:
     """The value of a key that holds one name or several."""
     return [places] if isinstance(places, str) else places or []
 
@@ -90,15 +90,15 @@ def find_missing(raw: Mapping[str, Any], base_folder: Path, is_file: IsFile) -> 
     """
     name = _table(raw, "model").get("name")
     if isinstance(name, str) and name and _is_folder_name(name) and not _exists(name, base_folder):
-        cure = "Give a folder that exists, or a hub id such as microsoft/Phi-3-mini-4k-instruct."
-        yield Problem("model", "name", f"[model] name: There is no model folder {name}. {cure}")
+        hint = "Give a folder that exists, or a hub id such as microsoft/Phi-3-mini-4k-instruct."
+        yield Problem("model", "name", f"[model] name: There is no model folder {name}. {hint}")
     adapter = _table(raw, "model").get("adapter")
     if isinstance(adapter, str) and adapter and not _exists(adapter, base_folder):
         yield Problem("model", "adapter", f"[model] adapter: There is no folder {adapter}.")
     measures = _table(raw, "training").get("do_eval") is not False
     for key in ("train", "eval") if measures else ("train",):
         names = _table(raw, "data").get(key)
-        for name in listed(names) if isinstance(names, str | list) else ():
+        for name in as_list(names) if isinstance(names, str | list) else ():
             if isinstance(name, str) and name and is_file(name, base_folder) and not _exists(name, base_folder):
                 yield Problem("data", key, f"[data] {key}: There is no file {name}{_looked(name, base_folder)}")
 
@@ -114,12 +114,12 @@ def _is_folder_name(name: str) -> bool:
 
 
 def _exists(name: str, base_folder: Path) -> bool:
-    return any(place.exists() for place in possible_places(name, base_folder))
+    return any(place.exists() for place in candidate_paths(name, base_folder))
 
 
 def _looked(name: str, base_folder: Path) -> str:
     """Where it was looked for, and the file there whose name is nearest."""
-    folders = list(dict.fromkeys(place.absolute().parent for place in possible_places(name, base_folder)))
+    folders = list(dict.fromkeys(place.absolute().parent for place in candidate_paths(name, base_folder)))
     where = f" in {' or '.join(map(str, folders))}."
     for folder in folders:
         files = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []

@@ -23,7 +23,7 @@ from qlora_phi3.files import write_atomically
 from qlora_phi3.model.quantized import tensor_record
 from qlora_phi3.recipe.schema import Quantization, Recipe
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.training.checkpoint import whole_or_gone
+from qlora_phi3.training.checkpoint import removed_on_error
 
 #: Rows whose ids are made again with the copied tokenizer.
 CHECKED_ROWS = 20
@@ -46,7 +46,7 @@ def save_adapter(
         RunError: the disk is full, or the copied tokenizer gives other ids.
     """
     draft = target.with_name(f".{target.name}.partial")
-    with whole_or_gone(draft):
+    with removed_on_error(draft):
         shutil.rmtree(draft, ignore_errors=True)
         model.save_pretrained(draft)
         (draft / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
@@ -54,7 +54,7 @@ def save_adapter(
         for path in _tokenizer_files(recipe):
             shutil.copyfile(path, draft / path.name)
     _check_ids(tokenizer, draft, sample)
-    with whole_or_gone(draft):
+    with removed_on_error(draft):
         shutil.rmtree(target, ignore_errors=True)
         draft.replace(target)
 
@@ -151,13 +151,13 @@ def _bits(tensor: dict[str, Any]) -> Any:
     return tensor.get("codes", tensor.get("sha256"))
 
 
-def keep_template(template: ChatTemplate, folder: RunFolder) -> None:
+def save_template(template: ChatTemplate, folder: RunFolder) -> None:
     """Write a chat template that the recipe names by its file, which may be changed or gone when the run is exported."""
     if template.name.endswith(".jinja"):
         write_atomically(folder.chat_template, template.source)
 
 
-def keep_held_out(data: PreparedData, folder: RunFolder) -> None:
+def save_held_out(data: PreparedData, folder: RunFolder) -> None:
     """Write rows for the proof of an export, spread over the held-out ones; training rows, marked, where none are held out."""
     rows = data.train if data.evaluation is None else data.evaluation
     step = max(1, len(rows) // KEPT_ROWS)

@@ -27,7 +27,7 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qlora_phi3.errors import UserError
-from qlora_phi3.reporter import EvalRecord, Listener, OomRecord, StepRecord
+from qlora_phi3.reporter import EvalRecord, OomRecord, Reporter, StepRecord
 from qlora_phi3.runfolder import RunFolder, append_metrics, read_metrics
 
 
@@ -79,14 +79,14 @@ class GradientGuard(TrainerCallback):  # type: ignore[misc]
 class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
     """While entered, SIGINT and SIGTERM ask the Trainer to save and stop after the step it is in."""
 
-    def __init__(self, listener: Listener) -> None:
-        self.listener = listener
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
         self.asked = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self._cached) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(
@@ -95,12 +95,12 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _cached(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
         what, again = ("Ctrl-C", "Press it again") if number == signal.SIGINT else ("SIGTERM", "Send it again")
-        self.listener.warn(f"{what}: saving after this step. {again} to stop at once.")
+        self.reporter.warning(f"{what}: saving after this step. {again} to stop at once.")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -176,14 +176,14 @@ class SpillWatch:
         return f"This step took {factor:.0f} times as long as those before it: {cause}. Close what else uses the card."
 
 
-class Recorder:
+class MetricsWriter:
     """Passes everything on to another listener, and keeps what was measured in metrics.jsonl."""
 
-    def __init__(self, listener: Listener, folder: RunFolder) -> None:
-        self._listener = listener
+    def __init__(self, reporter: Reporter, folder: RunFolder) -> None:
+        self._listener = reporter
         self._folder = folder
-        self.say, self.warn, self.progress = listener.say, listener.warn, listener.progress
-        self.saved = listener.saved
+        self.info, self.warning, self.progress = reporter.info, reporter.warning, reporter.progress
+        self.checkpoint_saved = reporter.checkpoint_saved
 
     def begin(self, first_step: int, total_steps: int, earlier: Sequence[float] = ()) -> None:
         """Add the losses that earlier sessions of the run wrote down."""
@@ -195,12 +195,12 @@ class Recorder:
         append_metrics(self._folder, record.as_dict())
         self._listener.step(record)
 
-    def evaluated(self, record: EvalRecord) -> None:
+    def evaluation(self, record: EvalRecord) -> None:
         """Write the evaluation down, then show it."""
         append_metrics(self._folder, record.as_dict())
-        self._listener.evaluated(record)
+        self._listener.evaluation(record)
 
-    def ran_out(self, record: OomRecord) -> None:
+    def oom(self, record: OomRecord) -> None:
         """Write the out-of-memory down, then show it."""
         append_metrics(self._folder, record.as_dict())
-        self._listener.ran_out(record)
+        self._listener.oom(record)

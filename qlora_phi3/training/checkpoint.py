@@ -14,27 +14,27 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from qlora_phi3.errors import RunError, mend
+from qlora_phi3.errors import RunError, disk_error_hint
 from qlora_phi3.files import write_atomically
 
-SEAL = "sealed.json"
+MANIFEST = "sealed.json"
 
 
-def seal(checkpoint: Path) -> None:
+def write_manifest(checkpoint: Path) -> None:
     """Flush every file of a checkpoint to the disk and write down their sizes, last of all."""
     sizes = {}
     for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and path.name != SEAL:
+        if path.is_file() and path.name != MANIFEST:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
             sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
-    write_atomically(checkpoint / SEAL, json.dumps(sizes, indent=2))
+    write_atomically(checkpoint / MANIFEST, json.dumps(sizes, indent=2))
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint was sealed and no file of it has another size since."""
     try:
-        sizes: dict[str, int] = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        sizes: dict[str, int] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
@@ -45,7 +45,7 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
     numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     broken: list[Path] = []
     for path in sorted(numbered, key=step_of, reverse=True):
-        if is_whole(path):
+        if is_complete(path):
             return path, broken
         broken.append(path)
     return None, broken
@@ -57,7 +57,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 @contextmanager
-def whole_or_gone(target: Path) -> Iterator[None]:
+def removed_on_error(target: Path) -> Iterator[None]:
     """Remove what was half written when the disk is full or refuses, and say so in one line.
 
     Raises:
@@ -75,5 +75,5 @@ def whole_or_gone(target: Path) -> Iterator[None]:
             reason = "the disk took fewer bytes than were written, as a full one does"
         raise RunError(
             f"{target} cannot be written: {reason.rstrip('.')}.",
-            f"{mend(error)}, then go on with --resume; earlier checkpoints stand.",
+            f"{disk_error_hint(error)}, then go on with --resume; earlier checkpoints stand.",
         ) from error

@@ -17,12 +17,12 @@ import numpy
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from qlora_phi3.hardware.gpu import Device
+from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.training.report import Measured, measure_memory
 from qlora_phi3.training.trainer import Phi3Trainer
 
 
-def rehearse(trainer: Phi3Trainer, card: Device | None, *, max_grad_norm: float) -> Measured:
+def dry_run_heaviest_step(trainer: Phi3Trainer, card: Gpu | None, *, max_grad_norm: float) -> Measured:
     """Run the heaviest step, evaluation and checkpoint of a trainer that has not begun, and undo them.
 
     Args:
@@ -34,18 +34,18 @@ def rehearse(trainer: Phi3Trainer, card: Device | None, *, max_grad_norm: float)
     with _undone(trainer):
         if trainer.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.args.device)
-        trainer.compute_heaviest("training")
+        trainer.run_heaviest("training")
         trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
         optimizer = trainer.create_optimizer()
         if max_grad_norm:
             clip_grad_norm_(trained, max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        trainer.compute_heaviest("training")  # now beside the optimizer's state
+        trainer.run_heaviest("training")  # now beside the optimizer's state
         for parameter in trained:
             parameter.grad = None
         if trainer.eval_dataset is not None:
-            trainer.compute_heaviest("evaluation")
+            trainer.run_heaviest("evaluation")
         _write_checkpoint(trainer, optimizer)
         return measure_memory(trainer.model, optimizer, trainer.args.device, card)
 
@@ -67,7 +67,7 @@ def _undone(trainer: Phi3Trainer) -> Iterator[None]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    draws = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    rng_state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     drawn_on_card = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     was_training = model.training
     try:
@@ -81,9 +81,9 @@ def _undone(trainer: Phi3Trainer) -> Iterator[None]:
                     parameter.copy_(weights[name])
                     parameter.grad = None
         gc.collect()
-        random.setstate(draws[0])
-        numpy.random.set_state(draws[1])
-        torch.set_rng_state(draws[2])
+        random.setstate(rng_state[0])
+        numpy.random.set_state(rng_state[1])
+        torch.set_rng_state(rng_state[2])
         if drawn_on_card is not None:
             torch.cuda.set_rng_state(drawn_on_card, device)
             torch.cuda.empty_cache()

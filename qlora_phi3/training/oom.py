@@ -15,7 +15,7 @@ What is tried, in this order:
 4. for a single row of many tokens, the MLPs computed in tiles;
 5. then the run stops and names the row.
 
-The lowered plan stays, and a resumed run begins with it (`recall_setup`). The normaliser is that of the whole batch whatever the
+The lowered plan stays, and a resumed run begins with it (`restore_execution_plan`). The normalizer is that of the whole batch whatever the
 pieces, so that without dropout a split changes only the order in which numbers are added.
 
 With dropout, the same again draws the same masks: it is equal to the bit. A split cannot keep them: masks are drawn micro-batch
@@ -33,19 +33,19 @@ from torch import Tensor, nn
 
 from qlora_phi3.data.batching import split_plan
 from qlora_phi3.errors import RunError
-from qlora_phi3.execution import MicroBatchPlan, Setup, lean_mlp_tile
-from qlora_phi3.reporter import Listener, OomRecord
+from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan, smaller_mlp_tile
+from qlora_phi3.reporter import OomRecord, Reporter
 from qlora_phi3.step import Batch, MicroBatchMemoryError, StepResult, collate
 from qlora_phi3.training.report import describe_device
 
 Phase = Literal["training", "evaluation"]
 
 
-Measure = Literal["again", "split", "offload", "tile"]
+Remedy = Literal["again", "split", "offload", "tile"]
 
 
 #: Steps within which a second out-of-memory of the same phase is no accident any more: a plan that cannot hold is lowered.
-ACCIDENT_STEPS = 20
+RETRY_COOLDOWN_STEPS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +82,27 @@ class MemoryGuard:
         self,
         model: nn.Module,
         *,
-        setup: Setup,
+        execution: ExecutionPlan,
         device: torch.device,
-        listener: Listener,
+        reporter: Reporter,
         sources: Sequence[str],
-        apply: Callable[[Setup], None],
+        apply: Callable[[ExecutionPlan], None],
     ) -> None:
-        self.plans: dict[Phase, MicroBatchPlan] = {"training": setup.micro_batch, "evaluation": setup.evaluation}
+        self.plans: dict[Phase, MicroBatchPlan] = {
+            "training": execution.micro_batch,
+            "evaluation": execution.evaluation,
+        }
         #: Out-of-memory errors of this session that were survived.
-        self.survived = 0
+        self.num_recovered = 0
         self._model = model
         self._device = device
-        self._listener = listener
+        self._listener = reporter
         self._sources = sources
-        self._setup, self._apply = setup, apply
+        self._setup, self._apply = execution, apply
         self._last_again: dict[Phase, int] = {}
 
     def compute(
-        self, rows: Sequence[Mapping[str, Any]], pass_over: Callable[[Batch], StepResult], *, phase: Phase, step: int
+        self, rows: Sequence[Mapping[str, Any]], run_pass: Callable[[Batch], StepResult], *, phase: Phase, step: int
     ) -> tuple[Batch, StepResult]:
         """Lay rows out and pass over them, until memory suffices.
 
@@ -114,26 +117,26 @@ class MemoryGuard:
         Raises:
             RunError: a single row does not fit; gradients are dropped, weights and random numbers are those of before.
         """
-        draws = _read_draws(self._device)
+        rng_state = _read_rng_state(self._device)
         failures: list[tuple[int, ...]] = []
         while True:
             batch = collate(rows, self.plans[phase])
-            outcome = self._attempt(pass_over, batch)
+            outcome = self._attempt(run_pass, batch)
             if isinstance(outcome, StepResult):
                 return batch, outcome
-            self._forget(draws)
-            group, when = batch.groups[outcome.micro_batch], _When(phase, step)
+            self._forget(rng_state)
+            group, when = batch.row_indices[outcome.micro_batch], _When(phase, step)
             lengths = [len(rows[index]["input_ids"]) for index in group]
-            measure = self._choose(lengths, when, first=not failures, repeated=group in failures)
+            remedy = self._choose(lengths, when, first=not failures, repeated=group in failures)
             failures.append(group)
-            if measure is None:
+            if remedy is None:
                 raise self._does_not_fit(rows[group[0]], outcome, len(failures), when)
-            self._make_room(lengths, outcome, measure, when)
+            self._make_room(lengths, outcome, remedy, when)
 
-    def _attempt(self, pass_over: Callable[[Batch], StepResult], batch: Batch) -> StepResult | _Failure:
+    def _attempt(self, run_pass: Callable[[Batch], StepResult], batch: Batch) -> StepResult | _Failure:
         """The error, and with it every tensor its traceback holds, is gone when this returns."""
         try:
-            return pass_over(batch)
+            return run_pass(batch)
         except MicroBatchMemoryError as error:
             return _Failure(
                 micro_batch=error.micro_batch,
@@ -141,49 +144,49 @@ class MemoryGuard:
                 allocated_bytes=torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None,
             )
 
-    def _forget(self, draws: "_Draws") -> None:
+    def _forget(self, rng_state: "_RngState") -> None:
         for parameter in self._model.parameters():
             parameter.grad = None
         gc.collect()  # an error and the frames of its traceback may hold each other
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        _rewind_draws(draws, self._device)
+        _restore_rng_state(rng_state, self._device)
 
-    def _choose(self, lengths: Sequence[int], when: _When, *, first: bool, repeated: bool) -> Measure | None:
+    def _choose(self, lengths: Sequence[int], when: _When, *, first: bool, repeated: bool) -> Remedy | None:
         """What to do about a micro-batch of rows of these lengths; None: nothing is left.
 
         Args:
             first: nothing failed in this batch before.
             repeated: this micro-batch did.
         """
-        recent = when.step - self._last_again.get(when.phase, -ACCIDENT_STEPS - 1) <= ACCIDENT_STEPS
+        recent = when.step - self._last_again.get(when.phase, -RETRY_COOLDOWN_STEPS - 1) <= RETRY_COOLDOWN_STEPS
         if first and not recent:
             return "again"
         if len(lengths) > 1:
             return "split"
         if when.phase == "training" and _offloaded(self._setup, self._device) != self._setup:
             return "offload"
-        if lengths[0] > lean_mlp_tile(lengths[0]) and _tiled(self._setup, lengths[0]) != self._setup:
+        if lengths[0] > smaller_mlp_tile(lengths[0]) and _tiled(self._setup, lengths[0]) != self._setup:
             return "tile"
         return None if repeated else "again"
 
-    def _make_room(self, lengths: Sequence[int], failure: _Failure, measure: Measure, when: _When) -> None:
+    def _make_room(self, lengths: Sequence[int], failure: _Failure, remedy: Remedy, when: _When) -> None:
         """Take the measure against a micro-batch of rows of these lengths, and tell of it."""
         before = self.plans[when.phase]
-        if measure == "split":
+        if remedy == "split":
             self.plans[when.phase] = split_plan(before, lengths)
-        elif measure == "again":
+        elif remedy == "again":
             self._last_again[when.phase] = when.step
         else:
             offloaded, tiled = _offloaded(self._setup, self._device), _tiled(self._setup, lengths[0])
-            self._setup = offloaded if measure == "offload" else tiled
+            self._setup = offloaded if remedy == "offload" else tiled
             self._apply(self._setup)
-        self.survived += 1
-        self._listener.ran_out(
+        self.num_recovered += 1
+        self._listener.oom(
             OomRecord(
                 step=when.step,
                 phase=when.phase,
-                measure=measure,
+                remedy=remedy,
                 rows=len(lengths),
                 tokens=sum(lengths),
                 before=before,
@@ -213,50 +216,54 @@ def name_row(row: Mapping[str, Any], sources: Sequence[str]) -> str:
     return f"{sources[row['source']]}:{row['source_row']}"
 
 
-def recall_setup(setup: Setup, records: Sequence[Mapping[str, Any]], device: torch.device) -> Setup:
-    """`setup`, as far as memory ran out in earlier sessions of the run lowered to what they had come to.
+def restore_execution_plan(
+    execution: ExecutionPlan, records: Sequence[Mapping[str, Any]], device: torch.device
+) -> ExecutionPlan:
+    """`execution`, as far as memory ran out in earlier sessions of the run lowered to what they had come to.
 
     Args:
         records: of the run's metrics.jsonl.
         device: on a CPU there is nothing to offload to.
     """
-    survived = [record for record in records if record["kind"] == "oom"]
-    plans: dict[Phase, MicroBatchPlan] = {"training": setup.micro_batch, "evaluation": setup.evaluation}
-    for record in survived:
+    num_recovered = [record for record in records if record["kind"] == "oom"]
+    plans: dict[Phase, MicroBatchPlan] = {"training": execution.micro_batch, "evaluation": execution.evaluation}
+    for record in num_recovered:
         plan = plans[record["phase"]]
         if record["measure"] == "split":
             plans[record["phase"]] = replace(plan, max_tokens=min(plan.max_tokens, record["after"]["max_tokens"]))
         elif record["measure"] == "offload":
-            setup = _offloaded(setup, device)
+            execution = _offloaded(execution, device)
         elif record["measure"] == "tile":
-            setup = _tiled(setup, record["tokens"])
-    return replace(setup, micro_batch=plans["training"], evaluation=plans["evaluation"])
+            execution = _tiled(execution, record["tokens"])
+    return replace(execution, micro_batch=plans["training"], evaluation=plans["evaluation"])
 
 
-def _offloaded(setup: Setup, device: torch.device) -> Setup:
+def _offloaded(execution: ExecutionPlan, device: torch.device) -> ExecutionPlan:
     """Every layer recomputed; on a card from the computer's memory."""
-    return replace(setup, checkpoint_every=1, activation_offloading=setup.activation_offloading or device.type != "cpu")
+    return replace(
+        execution, checkpoint_every=1, activation_offloading=execution.activation_offloading or device.type != "cpu"
+    )
 
 
-def _tiled(setup: Setup, tokens: int) -> Setup:
+def _tiled(execution: ExecutionPlan, tokens: int) -> ExecutionPlan:
     """The MLPs in tiles for a row of so many tokens, unless they are in smaller ones already."""
-    tile = lean_mlp_tile(tokens)
-    return replace(setup, mlp_tile_tokens=min(setup.mlp_tile_tokens or tile, tile))
+    tile = smaller_mlp_tile(tokens)
+    return replace(execution, mlp_tile_tokens=min(execution.mlp_tile_tokens or tile, tile))
 
 
 @dataclass(frozen=True, slots=True)
-class _Draws:
+class _RngState:
     """Where torch's random numbers stand; a pass draws from no other generator."""
 
     cpu: Tensor
     device: Tensor | None
 
 
-def _read_draws(device: torch.device) -> _Draws:
-    return _Draws(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+def _read_rng_state(device: torch.device) -> _RngState:
+    return _RngState(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
 
-def _rewind_draws(draws: _Draws, device: torch.device) -> None:
-    torch.set_rng_state(draws.cpu)
-    if draws.device is not None:
-        torch.cuda.set_rng_state(draws.device, device)
+def _restore_rng_state(rng_state: _RngState, device: torch.device) -> None:
+    torch.set_rng_state(rng_state.cpu)
+    if rng_state.device is not None:
+        torch.cuda.set_rng_state(rng_state.device, device)

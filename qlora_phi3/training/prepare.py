@@ -21,12 +21,12 @@ from qlora_phi3.adapters.start import check_start, start_from
 from qlora_phi3.data.prepare import PreparedData
 from qlora_phi3.data.template import ChatTemplate, choose_template
 from qlora_phi3.errors import DeviceError, RecipeError
-from qlora_phi3.execution import USUAL_LOGITS_TILE_BYTES, MicroBatchPlan, Setup
+from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan
 from qlora_phi3.family import Architecture, parse_architecture, read_config
-from qlora_phi3.hardware.gpu import Device, read_device
+from qlora_phi3.hardware.gpu import Gpu, read_gpu
 from qlora_phi3.memory.allocator import expandable_segments_work
 from qlora_phi3.memory.margin import budget_of, limit_of
-from qlora_phi3.memory.plan import Card, Plan, RowLengths, load_of, read_lengths
+from qlora_phi3.memory.plan import GpuLimits, Plan, RowLengths, read_lengths, step_shape
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.search import find_plan
 from qlora_phi3.memory.simulate import simulate
@@ -35,7 +35,7 @@ from qlora_phi3.model.lora import attach_adapter, measure_coverage
 from qlora_phi3.model.phi3 import Precision, choose_precision, load_base, load_tokenizer
 from qlora_phi3.recipe.load import check_limits
 from qlora_phi3.recipe.schema import Recipe, Training
-from qlora_phi3.reporter import Listener
+from qlora_phi3.reporter import Reporter
 from qlora_phi3.training.callbacks import cap_to_free_memory
 from qlora_phi3.training.report import describe_device
 from qlora_phi3.units import format_gib, parse_size
@@ -101,7 +101,7 @@ def prepare_cuda() -> None:
 #: Tokens of a micro-batch where there is no plan and neither the recipe nor a longer row asks for more: enough to keep the
 #: matmuls busy beside the dequantization, which costs the same whatever the micro-batch holds. On CPU (SmolLM2-135M, bf16,
 #: Zen 5) 512 is as fast as 1,024, at a peak of 1.06-1.10 GiB instead of 1.11-1.35.
-USUAL_MICRO_BATCH_TOKENS = 512
+DEFAULT_MICRO_BATCH_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,43 +111,43 @@ class Predicted:
     allocated_bytes: int
     reserved_bytes: int | None
     on_card_bytes: int | None
-    tenants: dict[str, int]
+    categories: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chosen:
+class PlannedRun:
     """How a run is laid out, and what that should need; `predicted` is None where nobody asked."""
 
-    setup: Setup
+    execution: ExecutionPlan
     predicted: Predicted | None
 
 
-def choose_setup(
+def choose_execution_plan(
     recipe: Recipe,
     config: dict[str, Any],
     architecture: Architecture,
     data: PreparedData,
-    card: Device | None,
+    card: Gpu | None,
     *,
     device: torch.device,
     compute_dtype: torch.dtype,
-    listener: Listener,
-) -> Chosen:
+    reporter: Reporter,
+) -> PlannedRun:
     """The plan for a card; where there is none the usual set-up, simulated if the recipe wants a rehearsal.
 
     Args:
         card: as it was before this process took anything of it.
     """
     if card is not None:
-        plan = plan_for_card(recipe, config, architecture, data, card, compute_dtype=compute_dtype, listener=listener)
-        return Chosen(setup=plan.setup, predicted=predicted_by(plan))
+        plan = plan_for_card(recipe, config, architecture, data, card, compute_dtype=compute_dtype, reporter=reporter)
+        return PlannedRun(execution=plan.execution, predicted=predicted_by(plan))
     if device.type == "cpu" and recipe.memory.budget != "auto":
-        listener.warn("[memory] budget is for graphics cards: a run on a CPU does not heed it.")
-    setup = usual_setup(recipe, architecture, device)
+        reporter.warning("[memory] budget is for graphics cards: a run on a CPU does not heed it.")
+    execution = default_execution_plan(recipe, architecture, device)
     if not wants_rehearsal(recipe, device) or device.type != "cpu":
-        return Chosen(setup=setup, predicted=None)
-    predicted = predict_on_cpu(recipe, config, architecture, data, setup, compute_dtype=compute_dtype)
-    return Chosen(setup=setup, predicted=predicted)
+        return PlannedRun(execution=execution, predicted=None)
+    predicted = predict_on_cpu(recipe, config, architecture, data, execution, compute_dtype=compute_dtype)
+    return PlannedRun(execution=execution, predicted=predicted)
 
 
 def wants_rehearsal(recipe: Recipe, device: torch.device) -> bool:
@@ -167,54 +167,54 @@ def plan_for_card(
     config: dict[str, Any],
     architecture: Architecture,
     data: PreparedData,
-    device: Device,
+    device: Gpu,
     *,
     compute_dtype: torch.dtype,
-    listener: Listener,
+    reporter: Reporter,
 ) -> Plan:
     """The fastest set-up that fits; told as one line, and as a warning where nothing does."""
     predictor = Predictor(
         recipe, config, architecture, compute_dtype=compute_dtype, capability=device.compute_capability
     )
-    card = Card(
+    card = GpuLimits(
         limit_bytes=limit_of(device, budget_of(recipe, device)),
         tflops_16bit=device.tflops_16bit,
         bandwidth_bytes_per_second=device.bandwidth_bytes_per_second,
     )
     lengths = measured_lengths(data, recipe.training.batch_size)
-    listener.progress("Planning the memory", 0, None)
+    reporter.progress("Planning the memory", 0, None)
     plan = find_plan(predictor, lengths, card, progress=lambda _: None)
-    listener.progress("Planning the memory", 1, 1)
-    needed = format_gib(plan.forecast.on_card_bytes)
-    listener.say(f"Plan: {in_words(plan.setup)}; {needed} of {format_gib(card.limit_bytes)} on the card")
+    reporter.progress("Planning the memory", 1, 1)
+    needed = format_gib(plan.prediction.on_card_bytes)
+    reporter.info(f"Plan: {in_words(plan.execution)}; {needed} of {format_gib(card.limit_bytes)} on the card")
     if not plan.fits:
-        listener.warn(
+        reporter.warning(
             "That should not fit; qlora-phi3 vram-check says what to change. The run tries it nevertheless: nothing is lost."
         )
     return plan
 
 
-def in_words(setup: Setup) -> str:
+def in_words(execution: ExecutionPlan) -> str:
     """A set-up as a person reads it."""
-    every = setup.checkpoint_every
+    every = execution.checkpoint_every
     recomputed = {0: "nothing recomputed", 1: "every layer recomputed"}.get(every, f"one layer in {every} recomputed")
-    offloaded = ", activations offloaded" if setup.activation_offloading else ""
-    tiled = f", MLPs in tiles of {setup.mlp_tile_tokens:,} tokens" if setup.mlp_tile_tokens else ""
-    return f"{setup.micro_batch.max_tokens:,} tokens at once, {recomputed}{offloaded}{tiled}, {setup.optim}"
+    offloaded = ", activations offloaded" if execution.activation_offloading else ""
+    tiled = f", MLPs in tiles of {execution.mlp_tile_tokens:,} tokens" if execution.mlp_tile_tokens else ""
+    return f"{execution.micro_batch.max_tokens:,} tokens at once, {recomputed}{offloaded}{tiled}, {execution.optim}"
 
 
-def usual_setup(recipe: Recipe, architecture: Architecture, device: torch.device) -> Setup:
+def default_execution_plan(recipe: Recipe, architecture: Architecture, device: torch.device) -> ExecutionPlan:
     """The set-up of a CPU, and of a card nothing is known of: all layers recomputed, no more tokens than keep it busy."""
     training, memory = recipe.training, recipe.memory
     every = 1 if memory.checkpoint_every_n_layers == "auto" else memory.checkpoint_every_n_layers
     tile = memory.logits_tile
-    return Setup(
+    return ExecutionPlan(
         micro_batch=_layout(recipe, architecture, training.micro_batch_size),
         evaluation=_layout(recipe, architecture, training.per_device_eval_batch_size),
         checkpoint_every=every if training.gradient_checkpointing else 0,
         activation_offloading=training.activation_offloading is True and device.type != "cpu",  # it is there already
         optim=choose_optimizer(training, device),
-        logits_tile_bytes=USUAL_LOGITS_TILE_BYTES if tile == "auto" else parse_size(tile),
+        logits_tile_bytes=DEFAULT_LOGITS_TILE_BYTES if tile == "auto" else parse_size(tile),
         mlp_tile_tokens=0 if memory.mlp_tile_tokens == "auto" else memory.mlp_tile_tokens,
     )
 
@@ -222,7 +222,7 @@ def usual_setup(recipe: Recipe, architecture: Architecture, device: torch.device
 def _layout(recipe: Recipe, architecture: Architecture, rows: int | str | None) -> MicroBatchPlan:
     """`rows` a micro-batch where the recipe fixes them, else as many as fit the wanted or usual tokens."""
     training, wanted = recipe.training, recipe.memory.micro_batch_tokens
-    usual = max(USUAL_MICRO_BATCH_TOKENS, training.max_length) if wanted == "auto" else wanted
+    usual = max(DEFAULT_MICRO_BATCH_TOKENS, training.max_length) if wanted == "auto" else wanted
     fixed = rows if isinstance(rows, int) else None
     return MicroBatchPlan(
         max_tokens=fixed * training.max_length if fixed else usual,
@@ -237,31 +237,31 @@ def predict_on_cpu(
     config: dict[str, Any],
     architecture: Architecture,
     data: PreparedData,
-    setup: Setup,
+    execution: ExecutionPlan,
     *,
     compute_dtype: torch.dtype,
 ) -> Predicted:
     """What the tensors of a run on a CPU should hold."""
-    load = load_of(measured_lengths(data, recipe.training.batch_size), setup)
-    profile = simulate(recipe, config, architecture, setup, load, compute_dtype=compute_dtype, path="cpu")
+    load = step_shape(measured_lengths(data, recipe.training.batch_size), execution)
+    profile = simulate(recipe, config, architecture, execution, load, compute_dtype=compute_dtype, path="cpu")
     return Predicted(
-        allocated_bytes=profile.peak_bytes, reserved_bytes=None, on_card_bytes=None, tenants=dict(profile.tenants)
+        allocated_bytes=profile.peak_bytes, reserved_bytes=None, on_card_bytes=None, categories=dict(profile.categories)
     )
 
 
 def predicted_by(plan: Plan) -> Predicted:
     """The figures of a plan."""
-    forecast = plan.forecast
+    prediction = plan.prediction
     return Predicted(
-        allocated_bytes=forecast.allocated_bytes,
-        reserved_bytes=forecast.reserved_bytes,
-        on_card_bytes=forecast.on_card_bytes,
-        tenants=dict(forecast.profile.tenants),
+        allocated_bytes=prediction.allocated_bytes,
+        reserved_bytes=prediction.reserved_bytes,
+        on_card_bytes=prediction.on_card_bytes,
+        categories=dict(prediction.profile.categories),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
+class RunContext:
     """Everything that can be known without a weight."""
 
     #: The contents of the model's config.json.
@@ -272,11 +272,11 @@ class Ready:
     data: PreparedData
     device: torch.device
     #: The card before this process took anything of it; None on a CPU.
-    card: Device | None
+    card: Gpu | None
     precision: Precision
 
 
-def prepare(recipe: Recipe, base_folder: Path, listener: Listener) -> Ready:
+def prepare(recipe: Recipe, base_folder: Path, reporter: Reporter) -> RunContext:
     """Everything that can fail cheaply, before any weight is read."""
     check_trackers(recipe.training)
     check_schedule(recipe.training)
@@ -292,12 +292,12 @@ def prepare(recipe: Recipe, base_folder: Path, listener: Listener) -> Ready:
     precision = choose_precision(recipe.compute_dtype, device)
     tokenizer = load_tokenizer(recipe.model)
     template = choose_template(tokenizer, recipe.data.chat_template)
-    data = prepare_data(recipe, base_folder, tokenizer, template, listener.progress)
+    data = prepare_data(recipe, base_folder, tokenizer, template, reporter.progress)
     for line in data.report.summary_lines():
-        listener.say(line)
+        reporter.info(line)
     for line in data.report.warning_lines():
-        listener.warn(line)
-    return Ready(
+        reporter.warning(line)
+    return RunContext(
         config=config,
         architecture=architecture,
         tokenizer=tokenizer,
@@ -309,62 +309,64 @@ def prepare(recipe: Recipe, base_folder: Path, listener: Listener) -> Ready:
     )
 
 
-def read_card() -> Device | None:
+def read_card() -> Gpu | None:
     """The card as NVML shows it; None where NVML cannot tell, and the usual set-up must do."""
     try:
-        return read_device()
+        return read_gpu()
     except DeviceError:
         return None
 
 
-def load_model(recipe: Recipe, ready: Ready, listener: Listener, *, begins: bool = True) -> PeftModel:
+def load_model(recipe: Recipe, context: RunContext, reporter: Reporter, *, is_first_session: bool = True) -> PeftModel:
     """The base and its adapter.
 
     Args:
         begins: whether the run is at its first step; else a checkpoint fills the adapter.
     """
-    room = cap_to_free_memory(ready.device)
+    room = cap_to_free_memory(context.device)
     if room is not None:
-        listener.say(f"Memory: at most {format_gib(room)}, what is free on the card; more would spill and crawl")
-    listener.progress("Loading the base model", 0, None)
+        reporter.info(f"Memory: at most {format_gib(room)}, what is free on the card; more would spill and crawl")
+    reporter.progress("Loading the base model", 0, None)
     base = load_base(
         recipe.model,
         recipe.quantization,
-        ready.architecture,
-        precision=ready.precision,
-        device=ready.device,
-        longest_row=ready.data.report.longest_row,
+        context.architecture,
+        precision=context.precision,
+        device=context.device,
+        longest_row=context.data.report.longest_row,
     )
     set_seed(recipe.training.seed)
     model = attach_adapter(base, recipe.lora)
-    if begins and recipe.model.adapter is not None:
+    if is_first_session and recipe.model.adapter is not None:
         trained_on = start_from(model, Path(recipe.model.adapter))
-        listener.say(f"Starting from the adapter {recipe.model.adapter}")
+        reporter.info(f"Starting from the adapter {recipe.model.adapter}")
         if Path(trained_on).name not in ("", Path(recipe.model.name).name):
-            listener.warn(f"That adapter says it was trained on {trained_on}, and this run is on {recipe.model.name}.")
+            reporter.warning(
+                f"That adapter says it was trained on {trained_on}, and this run is on {recipe.model.name}."
+            )
     coverage = measure_coverage(model)
-    listener.progress("Loading the base model", 1, 1)
+    reporter.progress("Loading the base model", 1, 1)
     kind = recipe.quantization.bnb_4bit_quant_type.upper() if recipe.quantization.load_in_4bit else "unquantized"
-    dtype = str(ready.precision.compute_dtype).removeprefix("torch.")
-    listener.say(
-        f"Model: {recipe.model.name}, {kind}, computing in {dtype} on {describe_device(ready.device)} ({ready.precision.reason})"
+    dtype = str(context.precision.compute_dtype).removeprefix("torch.")
+    reporter.info(
+        f"Model: {recipe.model.name}, {kind}, computing in {dtype} on {describe_device(context.device)} ({context.precision.reason})"
     )
-    listener.say(
+    reporter.info(
         f"Adapter: {coverage.trainable_parameters:,} parameters in fp32 on {', '.join(coverage.targets)}; "
         f"covers {coverage.share:.0%} of the linear weights"
     )
     return model
 
 
-def choose(recipe: Recipe, ready: Ready, listener: Listener) -> Chosen:
+def plan_run(recipe: Recipe, context: RunContext, reporter: Reporter) -> PlannedRun:
     """How the run is laid out on its device."""
-    return choose_setup(
+    return choose_execution_plan(
         recipe,
-        ready.config,
-        ready.architecture,
-        ready.data,
-        ready.card,
-        device=ready.device,
-        compute_dtype=ready.precision.compute_dtype,
-        listener=listener,
+        context.config,
+        context.architecture,
+        context.data,
+        context.card,
+        device=context.device,
+        compute_dtype=context.precision.compute_dtype,
+        reporter=reporter,
     )

@@ -23,7 +23,7 @@ from torch import nn
 from qlora_phi3.adapters.peft_io import adapter_record
 from qlora_phi3.data.prepare import DataReport
 from qlora_phi3.errors import DeviceError, Interrupted, RunError
-from qlora_phi3.hardware.gpu import Device, read_device
+from qlora_phi3.hardware.gpu import Gpu, read_gpu
 from qlora_phi3.memory.margin import record_error
 from qlora_phi3.recipe.load import recipe_as_toml
 from qlora_phi3.recipe.schema import Recipe
@@ -57,11 +57,11 @@ class Measured:
     #: Resident memory of the process, where there is no card.
     process_bytes: int | None
     #: Tenant -> bytes, of what lasts from step to step.
-    tenants: Mapping[str, int]
+    categories: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reckoning:
+class PredictionCheck:
     """A prediction and what came of it."""
 
     predicted: Predicted | None
@@ -91,7 +91,7 @@ class Reckoning:
         predicted = None if self.predicted is None else asdict(self.predicted)
         return {"predicted": predicted, "measured": asdict(self.measured), "error": self.error}
 
-    def remember(self, card: Device | None) -> None:
+    def remember(self, card: Gpu | None) -> None:
         """Keep the error of this card; it widens the margin of later plans there."""
         predicted = self.predicted and self.predicted.on_card_bytes
         if card is not None and predicted and self.measured.on_card_bytes:
@@ -99,7 +99,7 @@ class Reckoning:
 
 
 def measure_memory(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, device: torch.device, card: Device | None
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, device: torch.device, card: Gpu | None
 ) -> Measured:
     """What this process took at most until now.
 
@@ -112,31 +112,33 @@ def measure_memory(
         reserved_bytes=torch.cuda.max_memory_reserved(device) if on_cuda else None,
         on_card_bytes=_taken_since(card),
         process_bytes=None if on_cuda else peak_memory_bytes(device),
-        tenants=_lasting(model, optimizer),
+        categories=_lasting(model, optimizer),
     )
 
 
-def _taken_since(card: Device | None) -> int | None:
+def _taken_since(card: Gpu | None) -> int | None:
     if card is None:
         return None
     try:
-        return card.free_bytes - read_device().free_bytes
+        return card.free_bytes - read_gpu().free_bytes
     except DeviceError:
         return None
 
 
 def _lasting(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
     """As the simulation names them."""
-    tenants = {"4-bit weights": 0, "quantization state": 0, "adapter": 0, "other weights": 0}
+    categories = {"4-bit weights": 0, "quantization state": 0, "adapter": 0, "other weights": 0}
     for parameter in {parameter.data_ptr(): parameter for parameter in model.parameters()}.values():
         packed = parameter.dtype == torch.uint8
         name = "adapter" if parameter.requires_grad else "4-bit weights" if packed else "other weights"
-        tenants[name] += parameter.nbytes
-        tenants["quantization state"] += _scales_bytes(getattr(parameter, "quant_state", None))
+        categories[name] += parameter.nbytes
+        categories["quantization state"] += _scales_bytes(getattr(parameter, "quant_state", None))
     held = (value for state in optimizer.state.values() for value in state.values()) if optimizer is not None else ()
     state = {value.data_ptr(): value.nbytes for value in held if isinstance(value, torch.Tensor)}
     return {
-        name: num_bytes for name, num_bytes in {**tenants, "optimizer state": sum(state.values())}.items() if num_bytes
+        name: num_bytes
+        for name, num_bytes in {**categories, "optimizer state": sum(state.values())}.items()
+        if num_bytes
     }
 
 
@@ -224,7 +226,7 @@ def failure_reported(folder: RunFolder, report: Mapping[str, Any], started: floa
 
 
 def last_report(
-    folder: RunFolder, report: Mapping[str, Any], reckoning: Reckoning, *, steps: int, started: float
+    folder: RunFolder, report: Mapping[str, Any], prediction_check: PredictionCheck, *, steps: int, started: float
 ) -> dict[str, Any]:
     """The report of a finished run, whose adapter is written.
 
@@ -242,6 +244,6 @@ def last_report(
         "eval_loss_after": losses[-1][1] if losses else None,
         "seconds": report["seconds"] + time.perf_counter() - started,
         "peak_memory_bytes": max(peaks, default=0),
-        "memory": reckoning.as_dict(),
+        "memory": prediction_check.as_dict(),
         "out_of_memory": sum(record["kind"] == "oom" for record in records),
     }

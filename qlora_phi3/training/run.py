@@ -11,23 +11,23 @@ import torch
 from peft import PeftModel
 
 from qlora_phi3.errors import Interrupted, RunError
-from qlora_phi3.execution import Setup
+from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.files import write_atomically
-from qlora_phi3.model.phi3 import apply_setup
+from qlora_phi3.model.phi3 import apply_execution_plan
 from qlora_phi3.model.quantized import save_quantized
-from qlora_phi3.recipe.load import recipe_as_toml, with_found_paths
+from qlora_phi3.recipe.load import recipe_as_toml, resolve_paths
 from qlora_phi3.recipe.schema import Recipe
-from qlora_phi3.reporter import Listener
+from qlora_phi3.reporter import Reporter
 from qlora_phi3.runfolder import RunFolder, create_run_folder, cut_metrics, kept_if_loaded, read_metrics, write_report
 from qlora_phi3.step import is_out_of_memory
-from qlora_phi3.training.artifacts import keep_held_out, keep_template, record_base, save_adapter
-from qlora_phi3.training.callbacks import Recorder, StopOnInterrupt
+from qlora_phi3.training.artifacts import record_base, save_adapter, save_held_out, save_template
+from qlora_phi3.training.callbacks import MetricsWriter, StopOnInterrupt
 from qlora_phi3.training.checkpoint import find_checkpoint, step_of
-from qlora_phi3.training.dry_run import rehearse
-from qlora_phi3.training.oom import recall_setup
-from qlora_phi3.training.prepare import Chosen, Ready, choose, load_model, prepare, wants_rehearsal
+from qlora_phi3.training.dry_run import dry_run_heaviest_step
+from qlora_phi3.training.oom import restore_execution_plan
+from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, plan_run, prepare, wants_rehearsal
 from qlora_phi3.training.report import (
-    Reckoning,
+    PredictionCheck,
     describe_device,
     failure_reported,
     first_report,
@@ -49,7 +49,7 @@ class RunResult:
 
 
 def run(
-    recipe: Recipe, name: str, base_folder: Path, *, listener: Listener, resume: RunFolder | None = None
+    recipe: Recipe, name: str, base_folder: Path, *, reporter: Reporter, resume: RunFolder | None = None
 ) -> RunResult:
     """Train what the recipe says.
 
@@ -62,30 +62,30 @@ def run(
         UserError: anything a person can mend; the run folder's report says the same.
     """
     started = time.perf_counter()
-    recipe = with_found_paths(recipe, base_folder)
+    recipe = resolve_paths(recipe, base_folder)
     if resume is not None:
         check_resumable(resume, recipe)
-    ready = prepare(recipe, base_folder, listener)
+    context = prepare(recipe, base_folder, reporter)
     report = first_report(
         recipe,
-        ready.data.report,
+        context.data.report,
         name=name,
-        device=ready.device,
-        compute_dtype=ready.precision.compute_dtype,
+        device=context.device,
+        compute_dtype=context.precision.compute_dtype,
         resume=resume,
     )
-    chosen = choose(recipe, ready, listener)
+    chosen = plan_run(recipe, context, reporter)
     folder = resume or create_run_folder(Path(recipe.training.output_dir), name)
     with kept_if_loaded(folder, is_new=resume is None):
-        begins = resume is None or find_checkpoint(resume.checkpoints)[0] is None
-        model = load_model(recipe, ready, listener, begins=begins)
+        is_first_session = resume is None or find_checkpoint(resume.checkpoints)[0] is None
+        model = load_model(recipe, context, reporter, is_first_session=is_first_session)
     with failure_reported(folder, report, started):
         write_atomically(folder.recipe, recipe_as_toml(recipe))
         write_report(folder, report)
-        listener.say(f"Run folder: {folder.path}")
-        _record(recipe, ready, model, folder, listener)
-        steps, reckoning = _train(recipe, ready, chosen, model, folder, listener, resuming=resume is not None)
-        report = last_report(folder, report, reckoning, steps=steps, started=started)
+        reporter.info(f"Run folder: {folder.path}")
+        _record(recipe, context, model, folder, reporter)
+        steps, prediction_check = _train(recipe, context, chosen, model, folder, reporter, resuming=resume is not None)
+        report = last_report(folder, report, prediction_check, steps=steps, started=started)
         write_report(folder, report)
     return RunResult(
         folder=folder,
@@ -96,78 +96,83 @@ def run(
     )
 
 
-def _record(recipe: Recipe, ready: Ready, model: PeftModel, folder: RunFolder, listener: Listener) -> None:
+def _record(recipe: Recipe, context: RunContext, model: PeftModel, folder: RunFolder, reporter: Reporter) -> None:
     """Keep what an export will need to prove itself."""
-    listener.progress("Noting down the base's checksums", 0, None)
+    reporter.progress("Noting down the base's checksums", 0, None)
     record_base(
         model,
         folder,
         name=recipe.model.name,
         quantization=recipe.quantization,
-        compute_dtype=ready.precision.compute_dtype,
+        compute_dtype=context.precision.compute_dtype,
     )
-    keep_held_out(ready.data, folder)
-    keep_template(ready.template, folder)
+    save_held_out(context.data, folder)
+    save_template(context.template, folder)
     if recipe.model.save_quantized and recipe.quantization.load_in_4bit and not folder.quantized_base.is_dir():
         save_quantized(model, folder.quantized_base)
-    listener.progress("Noting down the base's checksums", 1, 1)
+    reporter.progress("Noting down the base's checksums", 1, 1)
 
 
 def build_trainer(
-    recipe: Recipe, ready: Ready, setup: Setup, model: PeftModel, folder: RunFolder, listener: Listener
+    recipe: Recipe,
+    context: RunContext,
+    execution: ExecutionPlan,
+    model: PeftModel,
+    folder: RunFolder,
+    reporter: Reporter,
 ) -> Phi3Trainer:
     """The Trainer of a recipe, ready to train."""
     training = recipe.training
-    apply_setup(model, setup)
-    evaluation = ready.data.evaluation
+    apply_execution_plan(model, execution)
+    evaluation = context.data.evaluation
     arguments = build_arguments(
         training,
         folder.checkpoints,
-        device=ready.device,
-        compute_dtype=ready.precision.compute_dtype,
-        optim=setup.optim,
+        device=context.device,
+        compute_dtype=context.precision.compute_dtype,
+        optim=execution.optim,
         evaluates=evaluation is not None,
     )
-    listener.say(f"Optimizer: {setup.optim}, {training.batch_size} rows a step")
+    reporter.info(f"Optimizer: {execution.optim}, {training.batch_size} rows a step")
     return Phi3Trainer(
         model,
         arguments,
-        train_dataset=ready.data.train,
+        train_dataset=context.data.train,
         eval_dataset=evaluation,
-        tokenizer=ready.tokenizer,
-        setup=setup,
-        compute_dtype=ready.precision.compute_dtype,
-        listener=listener,
-        sources=ready.data.report.sources,
+        tokenizer=context.tokenizer,
+        execution=execution,
+        compute_dtype=context.precision.compute_dtype,
+        reporter=reporter,
+        sources=context.data.report.sources,
     )
 
 
 def _train(
     recipe: Recipe,
-    ready: Ready,
-    chosen: Chosen,
+    context: RunContext,
+    chosen: PlannedRun,
     model: PeftModel,
     folder: RunFolder,
-    listener: Listener,
+    reporter: Reporter,
     *,
     resuming: bool,
-) -> tuple[int, Reckoning]:
+) -> tuple[int, PredictionCheck]:
     """Train to the end and write the adapter; returns the number of steps, and the memory predicted and measured."""
-    checkpoint = _find_and_tell(folder, listener) if resuming else None
+    checkpoint = _find_and_tell(folder, reporter) if resuming else None
     cut_metrics(folder, step_of(checkpoint) if checkpoint else -1)
-    setup = recall_setup(chosen.setup, read_metrics(folder), ready.device)
-    trainer = build_trainer(recipe, ready, setup, model, folder, Recorder(listener, folder))
-    if wants_rehearsal(recipe, ready.device):
-        listener.progress("Rehearsing the heaviest step", 0, None)
-        with _update_in_memory(ready.device, lambda: 0):
-            measured = rehearse(trainer, ready.card, max_grad_norm=recipe.training.max_grad_norm)
-        listener.progress("Rehearsing the heaviest step", 1, 1)
-        listener.say(f"Rehearsal: {Reckoning(predicted=chosen.predicted, measured=measured).line()}")
-    if ready.data.evaluation is not None and checkpoint is None:
+    execution = restore_execution_plan(chosen.execution, read_metrics(folder), context.device)
+    trainer = build_trainer(recipe, context, execution, model, folder, MetricsWriter(reporter, folder))
+    if wants_rehearsal(recipe, context.device):
+        reporter.progress("Rehearsing the heaviest step", 0, None)
+        with _update_in_memory(context.device, lambda: 0):
+            measured = dry_run_heaviest_step(trainer, context.card, max_grad_norm=recipe.training.max_grad_norm)
+        reporter.progress("Rehearsing the heaviest step", 1, 1)
+        reporter.info(f"Rehearsal: {PredictionCheck(predicted=chosen.predicted, measured=measured).line()}")
+    if context.data.evaluation is not None and checkpoint is None:
         trainer.evaluate()
-    with StopOnInterrupt(listener) as stop:
+    with StopOnInterrupt(reporter) as stop:
         trainer.add_callback(stop)
-        with _update_in_memory(ready.device, lambda: trainer.state.global_step):
+        with _update_in_memory(context.device, lambda: trainer.state.global_step):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.asked:
         raise Interrupted(
@@ -175,13 +180,13 @@ def _train(
             f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}",
         )
     _measure_the_end(trainer, folder, best=recipe.training.load_best_model_at_end)
-    save_adapter(model, ready.tokenizer, recipe, folder.adapter, sample=ready.data.train)
-    measured = measure_memory(model, trainer.optimizer, ready.device, ready.card)
-    reckoning = Reckoning(predicted=chosen.predicted, measured=measured)
-    if reckoning.predicted is not None:
-        listener.say(f"Memory: {reckoning.line()}")
-        reckoning.remember(ready.card)
-    return int(trainer.state.global_step), reckoning
+    save_adapter(model, context.tokenizer, recipe, folder.adapter, sample=context.data.train)
+    measured = measure_memory(model, trainer.optimizer, context.device, context.card)
+    prediction_check = PredictionCheck(predicted=chosen.predicted, measured=measured)
+    if prediction_check.predicted is not None:
+        reporter.info(f"Memory: {prediction_check.line()}")
+        prediction_check.remember(context.card)
+    return int(trainer.state.global_step), prediction_check
 
 
 @contextmanager
@@ -230,11 +235,11 @@ def check_resumable(folder: RunFolder, recipe: Recipe) -> None:
         )
 
 
-def _find_and_tell(folder: RunFolder, listener: Listener) -> Path | None:
+def _find_and_tell(folder: RunFolder, reporter: Reporter) -> Path | None:
     checkpoint, broken = find_checkpoint(folder.checkpoints)
     for path in broken:
-        listener.warn(f"{path} is not whole and is passed over.")
-    listener.say(
+        reporter.warning(f"{path} is not whole and is passed over.")
+    reporter.info(
         f"Going on from {checkpoint}" if checkpoint else "No whole checkpoint yet: starting from the first step."
     )
     return checkpoint

@@ -34,19 +34,19 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from qlora_phi3.errors import RunError
-from qlora_phi3.execution import Setup
-from qlora_phi3.model.phi3 import apply_setup
+from qlora_phi3.execution import ExecutionPlan
+from qlora_phi3.model.phi3 import apply_execution_plan
 from qlora_phi3.recipe.schema import Training
-from qlora_phi3.reporter import EvalRecord, Listener, StepRecord
+from qlora_phi3.reporter import EvalRecord, Reporter, StepRecord
 from qlora_phi3.step import Batch, StepResult, evaluate, forward_backward
 from qlora_phi3.training.callbacks import GradientGuard, SpillWatch, check_loss
-from qlora_phi3.training.checkpoint import is_whole, seal, whole_or_gone
+from qlora_phi3.training.checkpoint import is_complete, removed_on_error, write_manifest
 from qlora_phi3.training.oom import MemoryGuard, Phase
 from qlora_phi3.training.report import peak_memory_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RowBatch:
     """The rows of one optimizer batch, as the data set holds them; a class of our own, which nobody moves to a device."""
 
     rows: tuple[Mapping[str, Any], ...]
@@ -55,13 +55,13 @@ class Rows:
         return len(self.rows)
 
 
-def gather_rows(rows: Sequence[Mapping[str, Any]]) -> Rows:
+def gather_rows(rows: Sequence[Mapping[str, Any]]) -> RowBatch:
     """What the DataLoader makes of a batch."""
-    return Rows(tuple(rows))
+    return RowBatch(tuple(rows))
 
 
 class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
-    """Trains on `Rows`: one training step of the Trainer is one optimizer step, whatever the micro-batches.
+    """Trains on `RowBatch`: one training step of the Trainer is one optimizer step, whatever the micro-batches.
 
     Args:
         args: with the rows of an optimizer step as per_device_train_batch_size and no accumulation.
@@ -78,28 +78,28 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         train_dataset: Dataset,
         eval_dataset: Dataset | None,
         tokenizer: PreTrainedTokenizerBase,
-        setup: Setup,
+        execution: ExecutionPlan,
         compute_dtype: torch.dtype,
-        listener: Listener,
+        reporter: Reporter,
         sources: Sequence[str],
     ) -> None:
         self.control: TrainerControl
         self.compute_dtype = compute_dtype
-        self.listener = listener
+        self.reporter = reporter
         self.guard = MemoryGuard(
             model,
-            setup=setup,
+            execution=execution,
             device=args.device,
-            listener=listener,
+            reporter=reporter,
             sources=sources,
-            apply=partial(apply_setup, model),
+            apply=partial(apply_execution_plan, model),
         )
         self._spill = SpillWatch()
-        self._survived = 0  # out-of-memory errors, up to the last step
+        self._num_recovered = 0  # out-of-memory errors, up to the last step
         self._last: tuple[Batch, float, float] | None = None  # batch, its loss, its token accuracy
         self._step_started = time.perf_counter()
         base = model.get_base_model()
-        with _untouched(model, base):
+        with _undo_trl_changes(model, base):
             super().__init__(
                 model=model,
                 args=args,
@@ -107,7 +107,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=tokenizer,
-                callbacks=[_Announce(listener), GradientGuard(scaled=args.fp16)],
+                callbacks=[_Announce(reporter), GradientGuard(scaled=args.fp16)],
             )
         # A tokenizer re-saved beside an adapter gives other ids in transformers 5; the run copies the base's own files.
         self.processing_class = None
@@ -117,12 +117,12 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             self.accelerator.scaler.scale(torch.zeros((), device=args.device))
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Rows], num_batches: int, device: torch.device
-    ) -> tuple[list[Rows], None]:
+        self, epoch_iterator: Iterator[RowBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[RowBatch], None]:
         """The rows of the next optimizer batch."""
         return list(islice(epoch_iterator, num_batches)), None
 
-    def training_step(self, model: nn.Module, inputs: Rows, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: RowBatch, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of all micro-batches, until memory suffices; returns the loss of the batch.
 
         Raises:
@@ -137,7 +137,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         self._last = batch, loss, float(result.num_correct) / max(1, batch.num_supervised)
         return result.loss
 
-    def compute_heaviest(self, phase: Phase) -> None:
+    def run_heaviest(self, phase: Phase) -> None:
         """Pass over the longest rows that can meet in one batch; gradients stay, nothing is recorded.
 
         Raises:
@@ -152,19 +152,19 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
     def _train_on(self, rows: Sequence[Mapping[str, Any]], step: int) -> tuple[Batch, StepResult]:
         self.model.train()
 
-        def pass_over(batch: Batch) -> StepResult:
+        def run_pass(batch: Batch) -> StepResult:
             return forward_backward(
                 self.model, batch, compute_dtype=self.compute_dtype, backward=self.accelerator.backward
             )
 
-        return self.guard.compute(rows, pass_over, phase="training", step=step)
+        return self.guard.compute(rows, run_pass, phase="training", step=step)
 
     def _measure_on(self, rows: Sequence[Mapping[str, Any]], step: int) -> tuple[Batch, StepResult]:
-        def pass_over(batch: Batch) -> StepResult:
+        def run_pass(batch: Batch) -> StepResult:
             [(_, result)] = evaluate(self.model, [batch], compute_dtype=self.compute_dtype)
             return result
 
-        return self.guard.compute(rows, pass_over, phase="evaluation", step=step)
+        return self.guard.compute(rows, run_pass, phase="evaluation", step=step)
 
     @contextmanager
     def _saved_if_stopped(self) -> Iterator[None]:
@@ -172,7 +172,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         try:
             yield
         except RunError:
-            if self.state.global_step > 0 and not is_whole(self._checkpoint_path()):
+            if self.state.global_step > 0 and not is_complete(self._checkpoint_path()):
                 self._save_checkpoint(self.model, None)
             raise
 
@@ -197,17 +197,17 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
                 tokens_per_second=batch.num_tokens / seconds,
                 peak_memory_bytes=peak_memory_bytes(self.args.device),
             )
-            self.listener.step(record)
+            self.reporter.step(record)
             self._watch(record)
         super().log(logs, start_time)
 
     def _watch(self, record: StepRecord) -> None:
         """Warn of a card that spills; steps that were computed several times are no measure."""
-        if self.args.device.type == "cuda" and self._survived == self.guard.survived:
+        if self.args.device.type == "cuda" and self._num_recovered == self.guard.num_recovered:
             line = self._spill.look(record.tokens, record.step_seconds)
             if line is not None:
-                self.listener.warn(line)
-        self._survived = self.guard.survived
+                self.reporter.warning(line)
+        self._num_recovered = self.guard.num_recovered
 
     def evaluate(
         self,
@@ -226,16 +226,16 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             total_loss += float(result.loss) * batch.num_supervised
             correct += float(result.num_correct)
             tokens += batch.num_supervised
-            self.listener.progress("Measuring on held-out rows", done, len(loader))
+            self.reporter.progress("Measuring on held-out rows", done, len(loader))
         check_loss(total_loss, step)
         metrics = {"eval_loss": total_loss / max(1.0, tokens), "eval_token_accuracy": correct / max(1.0, tokens)}
         seconds = time.perf_counter() - started
         self.log(dict(metrics))
-        self.listener.evaluated(EvalRecord(step=step, supervised_tokens=int(tokens), seconds=seconds, **metrics))
+        self.reporter.evaluation(EvalRecord(step=step, supervised_tokens=int(tokens), seconds=seconds, **metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader[Rows]:
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader[RowBatch]:
         """The held-out rows in their own order, as many at a time as an optimizer step takes."""
         rows: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         return DataLoader(
@@ -246,7 +246,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             generator=torch.Generator(),  # else it draws from the generator that dropout draws from
         )
 
-    def floating_point_ops(self, inputs: Rows) -> int:
+    def floating_point_ops(self, inputs: RowBatch) -> int:
         """Not counted: the Trainer would look for tensors in the batch."""
         return 0
 
@@ -258,13 +258,13 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         target = self._checkpoint_path()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with whole_or_gone(target):
+            with removed_on_error(target):
                 super()._save_checkpoint(model, trial)
-                seal(target)
+                write_manifest(target)
         finally:
             self.args.save_total_limit = limit
         rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
-        self.listener.saved(target)
+        self.reporter.checkpoint_saved(target)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Left to the export: a checkpoint is no model to publish."""
@@ -273,17 +273,17 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
 class _Announce(TrainerCallback):  # type: ignore[misc]
     """Tells the listener where training begins and ends, which the Trainer knows first."""
 
-    def __init__(self, listener: Listener) -> None:
-        self.listener = listener
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.listener.begin(state.global_step, state.max_steps)
+        self.reporter.begin(state.global_step, state.max_steps)
 
 
 @contextmanager
-def _untouched(model: PeftModel, base: nn.Module) -> Iterator[None]:
+def _undo_trl_changes(model: PeftModel, base: nn.Module) -> Iterator[None]:
     """Undo what TRL 1.16's constructor does to a 4-bit model.
 
     It casts every trainable tensor to bf16, whose step is coarser than most updates, and replaces the forward by its own

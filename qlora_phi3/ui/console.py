@@ -45,7 +45,7 @@ PLAIN_EVERY_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Cadence:
+class LogInterval:
     """Which steps get a line of their own, as [training] logging_strategy and logging_steps say; and which are warm-up."""
 
     strategy: str
@@ -72,7 +72,7 @@ def _whole(steps: float, total: int) -> int:
 
 
 @dataclass(slots=True)
-class _Pace:
+class EtaEstimator:
     """When a part of the work began and how far it was then, from which its end is estimated."""
 
     began: float
@@ -92,27 +92,27 @@ class _Pace:
         return None if self.ends is None else max(0.0, self.ends - time.perf_counter())
 
 
-class View:
+class ConsoleReporter:
     """Shows a run: facts above, one progress line below (terminal), or lines only."""
 
-    def __init__(self, console: Console, errors: Console, cadence: Cadence, progress: Progress | None) -> None:
+    def __init__(self, console: Console, errors: Console, log_interval: LogInterval, progress: Progress | None) -> None:
         self._console = console
         self._errors = errors
-        self._cadence = cadence
+        self._log_interval = log_interval
         self._bar = progress
         self._tasks: dict[str, TaskID] = {}
-        self._paces: dict[str, _Pace] = {}
+        self._paces: dict[str, EtaEstimator] = {}
         self._spoken: dict[str, float] = {}
         self._losses: list[float] = []
         self._total = 0
         self._step = 0
         self._saved: tuple[int, RunFolder] | None = None
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
         """Print a fact."""
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def warn(self, line: str) -> None:
+    def warning(self, line: str) -> None:
         """Print what should be looked at, on stderr."""
         self._errors.print(f"Note: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
@@ -134,15 +134,15 @@ class View:
         now = time.perf_counter()
         if what not in self._spoken:
             self._spoken[what] = now
-            self.say(f"{what} ...")
+            self.info(f"{what} ...")
         elif not finished and now - self._spoken[what] > PLAIN_EVERY_SECONDS:
             self._spoken[what] = now
-            self.say(f"{what}: {done:,} of {total:,}" if total else f"{what}: {done:,}")
+            self.info(f"{what}: {done:,} of {total:,}" if total else f"{what}: {done:,}")
         if finished:
             self._spoken.pop(what)
 
     def _open(self, what: str, done: int, total: int | None) -> None:
-        self._paces[what] = _Pace(time.perf_counter(), done)
+        self._paces[what] = EtaEstimator(time.perf_counter(), done)
         if self._bar is not None:
             task = self._bar.add_task(what, total=total, completed=done, figures="", pace=self._paces[what])
             self._tasks[what] = task
@@ -156,8 +156,8 @@ class View:
         """Open the training bar; `earlier` are the losses of the steps that an earlier session took."""
         self._total, self._step = total_steps, first_step
         self._losses = list(earlier)
-        if self._cadence.only_warms_up(total_steps):
-            self.warn(
+        if self._log_interval.only_warms_up(total_steps):
+            self.warning(
                 f"The whole run, {format_count(total_steps, 'step')}, is warm-up: the learning rate is never reached. "
                 "Write [training] warmup_steps = 0."
             )
@@ -171,23 +171,23 @@ class View:
         width = self._console.width
         shown = [loss, *([speed] if width >= NARROW else []), *([draw_curve(self._losses)] if width >= WIDE else [])]
         self._move(TRAINING, record.step, self._total, "  ".join(shown))
-        if self._bar is None and self._cadence.shows(record.step, record.epoch, self._total):
+        if self._bar is None and self._log_interval.shows(record.step, record.epoch, self._total):
             left = format_duration(self._paces[TRAINING].seconds_left() or 0.0)
-            self.say(f"step {record.step}/{self._total}  {loss}  {speed}  {left} left")
+            self.info(f"step {record.step}/{self._total}  {loss}  {speed}  {left} left")
 
-    def evaluated(self, record: EvalRecord) -> None:
+    def evaluation(self, record: EvalRecord) -> None:
         """Print the held-out loss."""
         when = "Before training" if record.step == 0 else f"After step {record.step}"
-        self.say(f"{when}: held-out loss {record.eval_loss:.4f}, token accuracy {record.eval_token_accuracy:.1%}")
+        self.info(f"{when}: held-out loss {record.eval_loss:.4f}, token accuracy {record.eval_token_accuracy:.1%}")
 
-    def saved(self, checkpoint: Path) -> None:
+    def checkpoint_saved(self, checkpoint: Path) -> None:
         """Print where a checkpoint lies."""
         self._saved = self._step, RunFolder(checkpoint.parent.parent)
-        self.say(f"Saved {checkpoint}")
+        self.info(f"Saved {checkpoint}")
 
-    def ran_out(self, record: OomRecord) -> None:
+    def oom(self, record: OomRecord) -> None:
         """Print that memory ran out, and what was done."""
-        self.warn(record.as_line())
+        self.warning(record.as_line())
 
     def interruption(self, resumed: RunFolder | None) -> Interrupted:
         """What a Ctrl-C that stopped everything at once has cost, and how to go on.
@@ -214,15 +214,15 @@ class View:
         if self._losses:
             first, last, count = mean_ends(self._losses)
             ends = f"first and last {format_count(count, 'step')}" if count > 1 else "first and last step"
-            self.say(f"Training loss  {draw_curve(self._losses)}  {first:.4f} -> {last:.4f} ({ends})")
+            self.info(f"Training loss  {draw_curve(self._losses)}  {first:.4f} -> {last:.4f} ({ends})")
         if before is not None and after is not None:
-            self.say(f"Held-out loss  {before:.4f} -> {after:.4f}")
+            self.info(f"Held-out loss  {before:.4f} -> {after:.4f}")
             if after > before:
-                self.warn(
+                self.warning(
                     "On the held-out rows it is worse than before training. Try a smaller [training] learning_rate."
                 )
         done = f"Done: {format_count(steps, 'step')} in {format_duration(seconds)}."
-        self.say(f"{done} The adapter: {adapter.absolute()}")
+        self.info(f"{done} The adapter: {adapter.absolute()}")
 
 
 class _Count(ProgressColumn):
@@ -245,14 +245,14 @@ class _Time(ProgressColumn):
 
 
 @contextmanager
-def open_view(cadence: Cadence, *, plain: bool) -> Iterator[View]:
+def open_console(log_interval: LogInterval, *, plain: bool) -> Iterator[ConsoleReporter]:
     """A view on this terminal; plain lines where it is none, or `plain` asks for them."""
     console, errors = Console(), Console(stderr=True)
     if plain or not console.is_terminal:
-        yield View(console, errors, cadence, None)
+        yield ConsoleReporter(console, errors, log_interval, None)
         return
     with open_bars(console) as progress:
-        yield View(console, progress.console, cadence, progress)
+        yield ConsoleReporter(console, progress.console, log_interval, progress)
 
 
 def open_bars(console: Console) -> Progress:
@@ -312,13 +312,13 @@ class Watcher:
         self._bar: Progress | None = None
         self._card = ""
 
-    def say(self, what: str) -> None:
+    def info(self, what: str) -> None:
         """Name what is being done now."""
         self._update(description=f"{self._card}{what}")
 
     def progress(self, what: str, done: int, total: int | None) -> None:
         """Say how far the data have been read."""
-        self.say(f"{what}: {done:,}" + (f" of {total:,}" if total else ""))
+        self.info(f"{what}: {done:,}" + (f" of {total:,}" if total else ""))
 
     def card(self, name: str, done: int, total: int) -> None:
         """Say which card is looked at, of how many."""

@@ -6,36 +6,36 @@ from typing import Any
 from qlora_phi3.export.bundle import is_measured, tell_other_bits
 from qlora_phi3.export.run import Exported
 from qlora_phi3.export.stop import tell_runaway
-from qlora_phi3.ui.console import View
+from qlora_phi3.ui.console import ConsoleReporter
 from qlora_phi3.units import format_count
 
 NAMES = {"live": "live: 4-bit base + adapter", "nf4": "merged onto NF4", "original": "merged onto the original"}
 
 
-def show_export(view: View, exported: Exported) -> None:
+def show_export(view: ConsoleReporter, exported: Exported) -> None:
     """Print the proof and, unless it failed, what to do next."""
     report = exported.report
     if told := tell_other_bits(report):
-        view.warn(told)
+        view.warning(told)
     if report["proof"]:
         for line in proof_lines(report, quant=None if exported.gguf is None else exported.gguf.quant):
-            view.say(line)
+            view.info(line)
     else:
-        view.warn("Not held against the trained model (--no-verify).")
+        view.warning("Not held against the trained model (--no-verify).")
     if stops := report["stop_test"]:
-        view.say(_stop_line(stops))
+        view.info(_stop_line(stops))
         if told := tell_runaway(stops):
-            view.warn(told)
+            view.warning(told)
     if exported.fault is not None:
         return
     if exported.gguf is not None:
         for note in exported.gguf.notes:
-            view.say(note)
-        view.say(f"Try it: llama-cli -m {exported.gguf.path}")
-        view.say(f"Ollama: ollama create {exported.gguf.path.stem} -f {exported.folder / 'Modelfile'}")
+            view.info(note)
+        view.info(f"Try it: llama-cli -m {exported.gguf.path}")
+        view.info(f"Ollama: ollama create {exported.gguf.path.stem} -f {exported.folder / 'Modelfile'}")
     if exported.page:
-        view.say(f"On the hub: {exported.page}")
-    view.say(f"Done: {exported.folder.absolute()}")
+        view.info(f"On the hub: {exported.page}")
+    view.info(f"Done: {exported.folder.absolute()}")
 
 
 def proof_lines(report: Mapping[str, Any], *, quant: str | None = None) -> list[str]:

@@ -8,10 +8,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from qlora_phi3.hardware.gpu import Device
+from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.hardware.gpu_table import CARDS, name_series
-from qlora_phi3.memory.report import Answer, planned_keys
-from qlora_phi3.memory.tables import LongestOnCard, SurveyRow
+from qlora_phi3.memory.report import VramReport, planned_keys
+from qlora_phi3.memory.tables import GpuTableRow, MaxLengthRow
 from qlora_phi3.units import GIB, format_gib
 
 #: One colour after the other for the tenants, the largest first.
@@ -31,43 +31,43 @@ SHARE_BAR = 24
 CONTEXT, SLACK, SMALL = "CUDA context", "allocator's unused parts", "smaller ones"
 
 
-def show_card(console: Console, device: Device) -> None:
+def show_card(console: Console, device: Gpu) -> None:
     """Who is on a card, and how much is left."""
     for line in _about_card(device):
         _print(console, line)
-    if not device.here:
+    if not device.is_local:
         return
-    parts = {holder.name: holder.used_bytes or 0 for holder in device.others}
+    parts = {process.name: process.used_bytes or 0 for process in device.processes}
     known = sum(parts.values())
-    unnamed = max(0, device.others_bytes - known)
+    unnamed = max(0, device.other_processes_bytes - known)
     _print(console, "")
     console.print(_draw(_width(console), [(known, "█", "yellow"), (unnamed, "▓", "dim yellow")], device.total_bytes))
     table = _plain_table()
-    for holder in device.others:
-        told = format_gib(holder.used_bytes) if holder.used_bytes is not None else "not told by the driver"
-        table.add_row(escape(holder.name), f"[dim]process {holder.pid}[/]", told)
+    for process in device.processes:
+        told = format_gib(process.used_bytes) if process.used_bytes is not None else "not told by the driver"
+        table.add_row(escape(process.name), f"[dim]process {process.pid}[/]", told)
     if unnamed:
         table.add_row("others, which the driver does not name", "", format_gib(unnamed))
     table.add_row("free", "", format_gib(device.free_bytes))
     console.print(table)
 
 
-def _about_card(device: Device) -> list[str]:
+def _about_card(device: Gpu) -> list[str]:
     major, minor = device.compute_capability
     usable = format_gib(device.total_bytes)
     facts = (
         f"compute capability {major}.{minor}, {device.bandwidth_bytes_per_second / 1e9:,.0f} GB/s, "
         f"{device.tflops_16bit:,.0f} TFLOPS in 16 bit"
     )
-    if device.here:
+    if device.is_local:
         return [f"{device.name}: {format_gib(device.free_bytes)} of {usable} free", facts]
     rough = "about " if device.estimated else ""
     return [f"{device.name}: {rough}{usable} for programs, when nothing else is on the card", facts]
 
 
-def _stands_for(device: Device) -> str:
+def _stands_for(device: Gpu) -> str:
     """Which cards an answer about a size is about."""
-    cards = [card for card in CARDS if card.label in device.stands_for]
+    cards = [card for card in CARDS if card.label in device.represents]
     sizes = sorted({card.nominal_gb for card in cards})
     named = f"{name_series(cards)} with {' and '.join(map(str, sizes))} GB"
     if not device.name.endswith(f" {sizes[0]} GB card"):
@@ -75,75 +75,75 @@ def _stands_for(device: Device) -> str:
     if len(cards) == 1:
         return f"That is the {cards[0].label}"
     older = [
-        card for card in CARDS if card.nominal_gb in sizes and card.consumer and card.label not in device.stands_for
+        card for card in CARDS if card.nominal_gb in sizes and card.consumer and card.label not in device.represents
     ]
     or_older = f", or about an older {name_series(older)}" if older else ""
     return f"That is the smallest {named}: they differ a little; --gpu asks about one of them{or_older}"
 
 
-def show_answer(console: Console, answer: Answer) -> None:
+def show_answer(console: Console, report: VramReport) -> None:
     """All there is to say about one recipe on one card."""
-    _print(console, _about_card(answer.device)[0])
-    if answer.device.stands_for:
-        _print(console, _stands_for(answer.device))
-    if answer.device.here and answer.device.others_bytes:
-        _print(console, _taken(answer.device))
-    if _closed_bytes(answer):
-        _print(console, f"[memory] budget: a run may take {format_gib(answer.budget_bytes)} of it")
-    bits = "" if answer.compute_dtype == "bfloat16" else f", computing in {answer.compute_dtype}"
-    _print(console, f"{answer.model}{bits}; {answer.batch_size} rows an optimizer step")
-    _print(console, f"Rows: {answer.rows.origin}")
+    _print(console, _about_card(report.device)[0])
+    if report.device.represents:
+        _print(console, _stands_for(report.device))
+    if report.device.is_local and report.device.other_processes_bytes:
+        _print(console, _taken(report.device))
+    if _closed_bytes(report):
+        _print(console, f"[memory] budget: a run may take {format_gib(report.budget_bytes)} of it")
+    bits = "" if report.compute_dtype == "bfloat16" else f", computing in {report.compute_dtype}"
+    _print(console, f"{report.model}{bits}; {report.batch_size} rows an optimizer step")
+    _print(console, f"Rows: {report.rows.origin}")
     _print(console, "")
-    tenants = _tenants_on_card(answer)
-    console.print(_bar(answer, tenants, _width(console)))
-    _print(console, _sum_line(answer))
-    for line in _legend(answer):
+    categories = _categories_on_gpu(report)
+    console.print(_bar(report, categories, _width(console)))
+    _print(console, _sum_line(report))
+    for line in _legend(report):
         _print(console, line)
     _print(console, "")
-    console.print(_tenants_table(tenants, answer))
+    console.print(_category_table(categories, report))
     _print(console, "")
-    for line in _beside_the_card(answer):
+    for line in _beside_the_card(report):
         _print(console, line)
     _print(console, "")
-    if not answer.fits:
+    if not report.fits:
         _print(console, "The leanest set-up that the recipe allows:")
-    console.print(_plan_table(answer))
+    console.print(_plan_table(report))
     _print(console, "")
-    _verdict(console, answer)
+    _verdict(console, report)
 
 
-def _taken(device: Device) -> str:
-    named = [f"{holder.name} {format_gib(holder.used_bytes)}" for holder in device.others if holder.used_bytes]
-    named += [holder.name for holder in device.others if holder.used_bytes is None]
-    return f"Taken: {format_gib(device.others_bytes)}" + (f" ({', '.join(named[:6])})" if named else "")
+def _taken(device: Gpu) -> str:
+    named = [f"{process.name} {format_gib(process.used_bytes)}" for process in device.processes if process.used_bytes]
+    named += [process.name for process in device.processes if process.used_bytes is None]
+    return f"Taken: {format_gib(device.other_processes_bytes)}" + (f" ({', '.join(named[:6])})" if named else "")
 
 
-def _closed_bytes(answer: Answer) -> int:
+def _closed_bytes(report: VramReport) -> int:
     """What is free on the card and the recipe's budget leaves alone."""
-    return answer.device.free_bytes - answer.budget_bytes
+    return report.device.free_bytes - report.budget_bytes
 
 
-def _tenants_on_card(answer: Answer) -> list[tuple[str, int]]:
+def _categories_on_gpu(report: VramReport) -> list[tuple[str, int]]:
     """The tenants in order of size, the small ones together, then what is not in tensors."""
-    small = {name: size for name, size in answer.tenants.items() if size < SMALL_SHARE * answer.peak_allocated_bytes}
-    listed = [(name, size) for name, size in answer.tenants.items() if name not in small]
-    listed.append((SMALL, sum(small.values())))
-    listed.append((SLACK, answer.peak_reserved_bytes - answer.peak_allocated_bytes))
-    listed.append((CONTEXT, answer.peak_on_card_bytes - answer.peak_reserved_bytes))
-    return [(name, size) for name, size in listed if size > 0]
+    small = {name: size for name, size in report.categories.items() if size < SMALL_SHARE * report.peak_allocated_bytes}
+    as_list = [(name, size) for name, size in report.categories.items() if name not in small]
+    as_list.append((SMALL, sum(small.values())))
+    as_list.append((SLACK, report.peak_reserved_bytes - report.peak_allocated_bytes))
+    as_list.append((CONTEXT, report.peak_on_card_bytes - report.peak_reserved_bytes))
+    return [(name, size) for name, size in as_list if size > 0]
 
 
 def _colour(number: int, name: str) -> str:
     return "white" if name in (SMALL, SLACK, CONTEXT) else COLOURS[number % len(COLOURS)]
 
 
-def _bar(answer: Answer, tenants: Sequence[tuple[str, int]], width: int) -> Text:
+def _bar(report: VramReport, categories: Sequence[tuple[str, int]], width: int) -> Text:
     """Who lives on the card, the margin, and what is left; as wide as what is needed, where that is more than the card."""
-    closed = _closed_bytes(answer)
-    parts = [(answer.device.others_bytes, "▓", "yellow"), (closed, "─", "dim")]
-    parts += [(size, "█", _colour(number, name)) for number, (name, size) in enumerate(tenants)]
-    parts.append((answer.margin_bytes, "▒", "white"))
-    needed, card = sum(size for size, _, _ in parts), answer.device.total_bytes
+    closed = _closed_bytes(report)
+    parts = [(report.device.other_processes_bytes, "▓", "yellow"), (closed, "─", "dim")]
+    parts += [(size, "█", _colour(number, name)) for number, (name, size) in enumerate(categories)]
+    parts.append((report.margin_bytes, "▒", "white"))
+    needed, card = sum(size for size, _, _ in parts), report.device.total_bytes
     bar = _draw(width, parts, max(card, needed))
     if needed > card:
         end = width * card // needed
@@ -152,11 +152,11 @@ def _bar(answer: Answer, tenants: Sequence[tuple[str, int]], width: int) -> Text
     return bar
 
 
-def _legend(answer: Answer) -> Iterator[str]:
+def _legend(report: VramReport) -> Iterator[str]:
     """The parts of the bar that no program of ours takes."""
-    if answer.device.others_bytes:
-        yield f"▓ {format_gib(answer.device.others_bytes)} taken by others"
-    if closed := _closed_bytes(answer):
+    if report.device.other_processes_bytes:
+        yield f"▓ {format_gib(report.device.other_processes_bytes)} taken by others"
+    if closed := _closed_bytes(report):
         yield f"─ {format_gib(closed)} outside of [memory] budget"
 
 
@@ -173,80 +173,80 @@ def _width(console: Console) -> int:
     return min(WIDEST_BAR, console.width)
 
 
-def _sum_line(answer: Answer) -> str:
-    margin = f"a margin of {format_gib(answer.margin_bytes)}"
-    if answer.margin_runs:
+def _sum_line(report: VramReport) -> str:
+    margin = f"a margin of {format_gib(report.margin_bytes)}"
+    if report.margin_runs:
         margin += (
-            f" ({answer.margin_share:.1%} instead of 3%: a run on this card took more than was predicted; "
-            f"{answer.margin_runs} runs compared)"
+            f" ({report.margin_share:.1%} instead of 3%: a run on this card took more than was predicted; "
+            f"{report.margin_runs} runs compared)"
         )
-    total = format_gib(answer.peak_on_card_bytes + answer.margin_bytes)
+    total = format_gib(report.peak_on_card_bytes + report.margin_bytes)
     return (
-        f"{format_gib(answer.peak_on_card_bytes)} on the card (█) and {margin} (▒) make {total} "
-        f"of {format_gib(answer.budget_bytes)}" + (" free" if answer.device.here else "")
+        f"{format_gib(report.peak_on_card_bytes)} on the card (█) and {margin} (▒) make {total} "
+        f"of {format_gib(report.budget_bytes)}" + (" free" if report.device.is_local else "")
     )
 
 
-def _tenants_table(tenants: Sequence[tuple[str, int]], answer: Answer) -> Table:
+def _category_table(categories: Sequence[tuple[str, int]], report: VramReport) -> Table:
     table = _plain_table()
     table.columns[1].justify = "right"
-    largest = max(size for _, size in tenants)
-    for number, (name, size) in enumerate(tenants):
+    largest = max(size for _, size in categories)
+    for number, (name, size) in enumerate(categories):
         colour = _colour(number, name)
         table.add_row(name, format_gib(size), Text("█" * max(1, round(SHARE_BAR * size / largest)), style=colour))
-    table.add_row("[bold]on the card[/]", f"[bold]{format_gib(answer.peak_on_card_bytes)}[/]", "")
+    table.add_row("[bold]on the card[/]", f"[bold]{format_gib(report.peak_on_card_bytes)}[/]", "")
     return table
 
 
-def _beside_the_card(answer: Answer) -> Iterator[str]:
+def _beside_the_card(report: VramReport) -> Iterator[str]:
     """The figures that are easily confused, and what lies elsewhere."""
-    allocated, reserved = format_gib(answer.peak_allocated_bytes), format_gib(answer.peak_reserved_bytes)
-    yield f"Allocated {allocated}, reserved {reserved}; the peak is in the {answer.peak_phase} phase."
-    if answer.host_bytes:
-        paged = "all" if answer.paged_bytes == answer.host_bytes else format_gib(answer.paged_bytes)
-        state = f", {paged} of it optimizer state that the driver pages" if answer.paged_bytes else ""
-        yield f"In the computer's memory meanwhile: {format_gib(answer.host_bytes)}{state}."
+    allocated, reserved = format_gib(report.peak_allocated_bytes), format_gib(report.peak_reserved_bytes)
+    yield f"Allocated {allocated}, reserved {reserved}; the peak is in the {report.peak_phase} phase."
+    if report.host_bytes:
+        paged = "all" if report.paged_bytes == report.host_bytes else format_gib(report.paged_bytes)
+        state = f", {paged} of it optimizer state that the driver pages" if report.paged_bytes else ""
+        yield f"In the computer's memory meanwhile: {format_gib(report.host_bytes)}{state}."
 
 
-def _plan_table(answer: Answer) -> Table:
+def _plan_table(report: VramReport) -> Table:
     """The plan as a recipe says it."""
     table = _plain_table()
-    for planned in planned_keys(answer):
+    for planned in planned_keys(report):
         if planned.key != "mlp_tile_tokens" or planned.value:
             pair = f"[{planned.table}] {planned.key} = {json.dumps(planned.value)}"
-            table.add_row(escape(pair), f"[dim]{escape(planned.reason)}[/]" if answer.fits else "")
+            table.add_row(escape(pair), f"[dim]{escape(planned.reason)}[/]" if report.fits else "")
     table.columns[1].no_wrap = False
     return table
 
 
-def _verdict(console: Console, answer: Answer) -> None:
-    _print(console, *_verdict_line(answer))
-    if answer.fits:
-        for line in _speed_lines(answer):
+def _verdict(console: Console, report: VramReport) -> None:
+    _print(console, *_verdict_line(report))
+    if report.fits:
+        for line in _speed_lines(report):
             _print(console, line)
     else:
-        _cures(console, answer)
-    if answer.rows.problem:
-        _print(console, f"Note: a run would stop at its data. {answer.rows.problem}", "yellow")
+        _cures(console, report)
+    if report.rows.problem:
+        _print(console, f"Note: a run would stop at its data. {report.rows.problem}", "yellow")
 
 
-def _verdict_line(answer: Answer) -> tuple[str, str]:
+def _verdict_line(report: VramReport) -> tuple[str, str]:
     """The verdict and its colour."""
-    spare = answer.budget_bytes - answer.peak_on_card_bytes - answer.margin_bytes
-    budget = " the budget" if _closed_bytes(answer) else ""
-    if answer.fits:
-        rows = ", even if every row is that long" if answer.rows.assumed else ""
+    spare = report.budget_bytes - report.peak_on_card_bytes - report.margin_bytes
+    budget = " the budget" if _closed_bytes(report) else ""
+    if report.fits:
+        rows = ", even if every row is that long" if report.rows.assumed else ""
         return f"It fits{budget}, with {format_gib(spare)} to spare{rows}.", "bold green"
     if spare >= 0:
         return f"It does not fit{budget}: the allocator's pieces would not find room.", "bold red"
-    rows = ", if rows are that long" if answer.rows.assumed else ""
+    rows = ", if rows are that long" if report.rows.assumed else ""
     return f"It does not fit{budget}: {format_gib(-spare)} too much{rows}.", "bold red"
 
 
-def _speed_lines(answer: Answer) -> Iterator[str]:
+def _speed_lines(report: VramReport) -> Iterator[str]:
     """One speed, or those of the slowest and the fastest of the cards that an answer is about."""
-    low, high = answer.slowest_tokens_per_second, answer.fastest_tokens_per_second
-    tokens = answer.seconds_per_step * answer.tokens_per_second
+    low, high = report.slowest_tokens_per_second, report.fastest_tokens_per_second
+    tokens = report.seconds_per_step * report.tokens_per_second
     step = f"About {_seconds(tokens / low)} an optimizer step, {low:,.0f} tokens a second"
     if round(low) == round(high):
         yield f"{step}: estimated from the card's stated rates, not measured."
@@ -255,26 +255,26 @@ def _speed_lines(answer: Answer) -> Iterator[str]:
     yield "estimated from their stated rates, not measured."
 
 
-def _cures(console: Console, answer: Answer) -> None:
-    if answer.cures:
-        helps = any(cure.fits for cure in answer.cures)
+def _cures(console: Console, report: VramReport) -> None:
+    if report.suggestions:
+        helps = any(hint.fits for hint in report.suggestions)
         heading = "What would help" if helps else "Nothing in the recipe makes it fit; what comes nearest"
         _print(console, f"{heading}, one after the other, the least harm first:")
-    for number, cure in enumerate(answer.cures, 1):
-        size = format_gib(cure.saved_bytes)
-        does = f"Allows {size} more" if cure.widens else f"Saves up to {size}"
-        _print(console, f"  {number}. {cure.text}. {does}{'; then it fits.' if cure.fits else '.'}")
-    if answer.hopeless:
-        _print(console, answer.hopeless)
+    for number, hint in enumerate(report.suggestions, 1):
+        size = format_gib(hint.saved_bytes)
+        does = f"Allows {size} more" if hint.widens else f"Saves up to {size}"
+        _print(console, f"  {number}. {hint.text}. {does}{'; then it fits.' if hint.fits else '.'}")
+    if report.no_fix_reason:
+        _print(console, report.no_fix_reason)
 
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:,.1f} s" if seconds >= 1 else f"{seconds * 1000:,.0f} ms"
 
 
-def show_survey(console: Console, rows: Sequence[SurveyRow]) -> None:
+def show_gpu_table(console: Console, rows: Sequence[GpuTableRow]) -> None:
     """One line for each size of card."""
-    first = rows[0].answer
+    first = rows[0].report
     _print(console, f"{first.model}; {first.batch_size} rows an optimizer step of at most {first.max_length:,} tokens")
     _print(console, f"Rows: {first.rows.origin}")
     _print(console, "")
@@ -287,7 +287,7 @@ def show_survey(console: Console, rows: Sequence[SurveyRow]) -> None:
     table.add_column("recomputed", no_wrap=True)
     table.add_column("tokens/s", justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*_survey_cells(row))
+        table.add_row(*_gpu_table_cells(row))
     console.print(table)
     _print(console, "")
     _print(
@@ -301,23 +301,23 @@ def show_survey(console: Console, rows: Sequence[SurveyRow]) -> None:
         _print(console, f"Note: a run would stop at its data. {first.rows.problem}", "yellow")
 
 
-def _survey_cells(row: SurveyRow) -> tuple[str, ...]:
-    answer = row.answer
-    name = row.series if answer.device.here else f"{row.nominal_gb:>2} GB  {row.series}"
-    usable = f"{answer.budget_bytes / GIB:.2f}"
-    needed = f"{(answer.peak_on_card_bytes + answer.margin_bytes) / GIB:.2f}"
-    if not answer.fits:
+def _gpu_table_cells(row: GpuTableRow) -> tuple[str, ...]:
+    report = row.report
+    name = row.series if report.device.is_local else f"{row.nominal_gb:>2} GB  {row.series}"
+    usable = f"{report.budget_bytes / GIB:.2f}"
+    needed = f"{(report.peak_on_card_bytes + report.margin_bytes) / GIB:.2f}"
+    if not report.fits:
         return escape(name), usable, needed, "[red]no[/]", "", "", ""
-    kept = {0: "nothing", 1: "all"}.get(answer.checkpoint_every_n_layers, f"1 in {answer.checkpoint_every_n_layers}")
-    if answer.mlp_tile_tokens:
-        kept = f"{kept}, MLPs" if answer.checkpoint_every_n_layers else "MLPs"
-    kept += ", offloaded" if answer.activation_offloading else ""
-    low, high = answer.slowest_tokens_per_second, answer.fastest_tokens_per_second
+    kept = {0: "nothing", 1: "all"}.get(report.checkpoint_every_n_layers, f"1 in {report.checkpoint_every_n_layers}")
+    if report.mlp_tile_tokens:
+        kept = f"{kept}, MLPs" if report.checkpoint_every_n_layers else "MLPs"
+    kept += ", offloaded" if report.activation_offloading else ""
+    low, high = report.slowest_tokens_per_second, report.fastest_tokens_per_second
     speed = f"{low:,.0f}" if round(low) == round(high) else f"{low:,.0f}-{high:,.0f}"
-    return escape(name), usable, needed, "[green]fits[/]", f"{answer.micro_batch_tokens:,}", kept, speed
+    return escape(name), usable, needed, "[green]fits[/]", f"{report.micro_batch_tokens:,}", kept, speed
 
 
-def show_longest(console: Console, rows: Sequence[LongestOnCard]) -> None:
+def show_max_lengths(console: Console, rows: Sequence[MaxLengthRow]) -> None:
     """The longest row for each card."""
     _print(console, f"{rows[0].model}: the longest row that fits, alone in its forward pass, with the leanest set-up")
     _print(console, "")

@@ -14,8 +14,8 @@ from memory_bench.truth import build_random, go_once
 from torch import nn
 
 from qlora_phi3.errors import DeviceError
-from qlora_phi3.hardware.gpu import read_device
-from qlora_phi3.memory.tracker import Watch
+from qlora_phi3.hardware.gpu import read_gpu
+from qlora_phi3.memory.tracker import NullTracker
 from qlora_phi3.step import MicroBatchMemoryError, is_out_of_memory
 
 #: Left by the libraries in a process that holds no tensor of ours any more (bitsandbytes' code books); more than this is a leak.
@@ -91,7 +91,7 @@ class CudaCard:
     def used_bytes(self) -> int | None:
         """As the protocol says, by NVML."""
         with suppress(DeviceError):
-            return read_device().others_bytes
+            return read_gpu().other_processes_bytes
         return None
 
     def expandable(self) -> bool:
@@ -163,7 +163,7 @@ class CardTruth:
     fits: dict[int, bool] = field(default_factory=dict)
 
 
-class _Phases(Watch):
+class _Phases(NullTracker):
     """Reads the peaks where a phase ends, and the clock."""
 
     def __init__(self, card: Card) -> None:

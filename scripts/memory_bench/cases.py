@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_phi3.execution import USUAL_LOGITS_TILE_BYTES, MicroBatchPlan, Setup
+from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan
 from qlora_phi3.family import Architecture, parse_architecture
 from qlora_phi3.recipe.schema import Recipe
 
@@ -32,7 +32,7 @@ class Case:
     checkpoint_every: int = 1
     offloading: bool = False
     optim: str = "adamw_torch"
-    tile_mib: int = USUAL_LOGITS_TILE_BYTES // MIB
+    tile_mib: int = DEFAULT_LOGITS_TILE_BYTES // MIB
     mlp_tile_tokens: int = 0
     #: The simulation was written, or mended, with an eye on this one's figures.
     tuned: bool = False
@@ -60,7 +60,7 @@ class Case:
         )
 
     @property
-    def setup(self) -> Setup:
+    def execution(self) -> ExecutionPlan:
         """One micro-batch holds all rows."""
         plan = MicroBatchPlan(
             max_tokens=10**9,
@@ -68,7 +68,7 @@ class Case:
             packing=self.packing,
             longrope_boundary=self.architecture.longrope_boundary,
         )
-        return Setup(
+        return ExecutionPlan(
             micro_batch=plan,
             evaluation=plan,
             checkpoint_every=self.checkpoint_every,

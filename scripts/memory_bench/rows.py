@@ -9,10 +9,10 @@ from typing import Any
 
 from memory_bench.cases import Case, count_parameters
 
-from qlora_phi3.hardware.gpu import Device
+from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.memory.allocator import replay
 from qlora_phi3.memory.cuda_path import context_bytes
-from qlora_phi3.memory.report import Profile
+from qlora_phi3.memory.report import MemoryReport
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "memory.csv"
@@ -74,7 +74,7 @@ def side_by_side(predicted: Mapping[str, int], measured: Mapping[str, int]) -> s
     return " ".join(f"{name}={size}/{measured[name]}" for name, size in predicted.items() if name in measured)
 
 
-def rows_of_card(case: Case, card: Device, profile: Profile, truth: Mapping[str, Any], seconds: float) -> list[Row]:
+def rows_of_card(case: Case, card: Gpu, profile: MemoryReport, truth: Mapping[str, Any], seconds: float) -> list[Row]:
     """Prediction and measurement side by side: the run without a limit, and the verdict under each limit."""
     expandable = truth["expandable"] or not truth["phases"]
     served = replay(profile.trace, expandable_segments=expandable)

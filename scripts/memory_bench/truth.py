@@ -17,18 +17,18 @@ from memory_bench.cases import Case
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from qlora_phi3.memory.simulate import Load, build_skeleton, go_through
-from qlora_phi3.memory.tracker import Watch
+from qlora_phi3.memory.simulate import StepShape, build_skeleton, run_one_step
+from qlora_phi3.memory.tracker import NullTracker
 from qlora_phi3.model.lora import attach_adapter
-from qlora_phi3.model.phi3 import apply_setup
+from qlora_phi3.model.phi3 import apply_execution_plan
 from qlora_phi3.step import Batch, collate
 
 PHASE = "phase "
 
 
-def load_of(case: Case) -> Load:
+def step_shape(case: Case) -> StepShape:
     """The rows of a configuration, as the simulation takes them."""
-    return Load(lengths=case.lengths, evaluation_lengths=case.held_out, accumulates=case.accumulates)
+    return StepShape(lengths=case.lengths, evaluation_lengths=case.held_out, accumulates=case.accumulates)
 
 
 def build_random(case: Case, device: torch.device) -> nn.Module:
@@ -50,7 +50,7 @@ def build_random(case: Case, device: torch.device) -> nn.Module:
             setattr(module, name, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
     skeleton.tie_weights()
     model = attach_adapter(skeleton, case.recipe.lora)
-    apply_setup(model, case.setup)
+    apply_execution_plan(model, case.execution)
     return model.train()
 
 
@@ -65,30 +65,32 @@ def _quantize_random(layer: bnb.nn.Linear4bit, device: torch.device) -> bnb.nn.P
     ).to(device)
 
 
-def go_once(model: nn.Module, case: Case, watch: Watch) -> None:
+def go_once(model: nn.Module, case: Case, tracker: NullTracker) -> None:
     """The update, one micro-batch, the save and the evaluation, on the model's device."""
-    go_through(
+    run_one_step(
         model,
         _batch(case.lengths, case),
         _batch(case.held_out, case) if case.held_out else None,
         case.recipe,
-        case.setup,
+        case.execution,
         compute_dtype=getattr(torch, case.compute),
         on_cuda=next(model.parameters()).device.type == "cuda",
         accumulates=case.accumulates,
-        watch=watch,
+        tracker=tracker,
     )
 
 
 def _batch(lengths: Sequence[int], case: Case) -> Batch:
     """Rows of which every token is learned; a case has them all in one micro-batch."""
-    batch = collate([{"input_ids": [0] * length, "labels": [0] * length} for length in lengths], case.setup.micro_batch)
+    batch = collate(
+        [{"input_ids": [0] * length, "labels": [0] * length} for length in lengths], case.execution.micro_batch
+    )
     if len(batch.micro_batches) != 1:
         raise ValueError(f"The rows of '{case.name}' do not share a micro-batch.")
     return batch
 
 
-class Marks(Watch):
+class Marks(NullTracker):
     """Writes the phases into a profile."""
 
     def enter(self, phase: str) -> None:
@@ -141,7 +143,7 @@ def measure_rise(case: Case) -> int | None:
     libc.mallopt(m_trim_threshold, 0)
     torch.manual_seed(0)
     model = build_random(case, torch.device("cpu"))
-    go_once(model, case, Watch())
+    go_once(model, case, NullTracker())
     gc.collect()
     libc.malloc_trim(0)
     try:
@@ -149,7 +151,7 @@ def measure_rise(case: Case) -> int | None:
     except OSError:
         return None
     before = _status("VmRSS")
-    go_once(model, case, Watch())
+    go_once(model, case, NullTracker())
     return _status("VmHWM") - before
 
 

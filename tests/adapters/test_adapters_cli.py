@@ -15,7 +15,7 @@ from workshop import call
 
 from qlora_phi3.adapters import convert
 from qlora_phi3.adapters import peft_io as files
-from qlora_phi3.adapters.delta import Adapter, Block, Update, relative_difference, stack
+from qlora_phi3.adapters.delta import Adapter, LoraDelta, LowRankBlock, relative_difference, stack
 from qlora_phi3.adapters.loralib import Spec
 from qlora_phi3.cli.main import main
 from qlora_phi3.errors import ExportError
@@ -311,36 +311,38 @@ def test_a_spec_that_names_nothing_is_refused():
         )
 
 
-def some_update(draw: torch.Generator, *scalings: float) -> Update:
+def some_update(draw: torch.Generator, *scalings: float) -> LoraDelta:
     """Three blocks one below the other, of ranks 1, 2 and 3."""
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=draw)
 
     blocks = [
-        Block(down=random(rank, 7), up=random(4, rank), scaling=scaling, first_row=4 * (rank - 1))
+        LowRankBlock(lora_A=random(rank, 7), lora_B=random(4, rank), scaling=scaling, first_row=4 * (rank - 1))
         for rank, scaling in zip((1, 2, 3), scalings, strict=True)
     ]
-    return Update(out_features=12, in_features=7, blocks=tuple(blocks))
+    return LoraDelta(out_features=12, in_features=7, blocks=tuple(blocks))
 
 
 def test_the_printed_difference_is_that_of_the_whole_updates():
     draw = torch.Generator().manual_seed(0)
     first, second = some_update(draw, 1.0, 0.5, 3.0), some_update(draw, 2.0, 1.0, 0.25)
     dense = [
-        torch.cat([block.scaling * block.up.double() @ block.down.double() for block in update.blocks])
-        for update in (first, second)
+        torch.cat([block.scaling * block.lora_B.double() @ block.lora_A.double() for block in delta.blocks])
+        for delta in (first, second)
     ]
     expected = float((dense[0] - dense[1]).norm() / dense[0].norm())
     assert relative_difference(first, second) == pytest.approx(expected, rel=1e-12)
 
 
 def test_stacked_blocks_are_the_same_update_and_different_scalings_are_folded():
-    update = some_update(torch.Generator().manual_seed(0), 1.0, 0.3, 3.0)
-    down, up, scaling = stack(update)
-    assert (down.shape, up.shape, scaling) == ((6, 7), (12, 6), 3.0)
-    whole = Update(out_features=12, in_features=7, blocks=(Block(down=down, up=up, scaling=scaling),))
-    assert 0 < relative_difference(update, whole) < 1e-7
+    delta = some_update(torch.Generator().manual_seed(0), 1.0, 0.3, 3.0)
+    lora_A, lora_B, scaling = stack(delta)
+    assert (lora_A.shape, lora_B.shape, scaling) == ((6, 7), (12, 6), 3.0)
+    whole = LoraDelta(
+        out_features=12, in_features=7, blocks=(LowRankBlock(lora_A=lora_A, lora_B=lora_B, scaling=scaling),)
+    )
+    assert 0 < relative_difference(delta, whole) < 1e-7
 
 
 @pytest.mark.parametrize("line", re.findall(r"^qlora-phi3 .*", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE))

@@ -119,11 +119,11 @@ def test_ranks_add_up_and_the_scaling_stays(tmp_path, pair):
     assert (config["lora_alpha"], config["alpha_pattern"]) == (8, {"gate_up_proj": 16, "qkv_proj": 24})
     assert config["target_modules"] == sorted(FUSED)
     assert config["base_model_name_or_path"] == str(folder / "fused")
-    up = load_file(tmp_path / "fused" / "adapter_model.safetensors")[
+    lora_B = load_file(tmp_path / "fused" / "adapter_model.safetensors")[
         "base_model.model.model.layers.0.mlp.gate_up_proj.lora_B.weight"
     ]
-    assert not up[:256, 4:].any()
-    assert not up[256:, :4].any()
+    assert not lora_B[:256, 4:].any()
+    assert not lora_B[256:, :4].any()
 
 
 def test_half_precision_stays_where_nothing_is_folded_and_else_becomes_fp32(tmp_path, pair):

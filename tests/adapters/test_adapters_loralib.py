@@ -136,8 +136,8 @@ def test_groups_of_a_grouped_query_model_have_the_size_of_its_key_heads(tmp_path
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["target_modules"] == ["qkv_proj"]
     rows = part_rows(read_architecture(str(base)))
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
-    up = tensors["base_model.model.model.layers.0.self_attn.qkv_proj.lora_B.weight"]
-    parts = zip("qkv", up.split([rows["q_proj"], rows["k_proj"], rows["v_proj"]]), strict=True)
+    lora_B = tensors["base_model.model.model.layers.0.self_attn.qkv_proj.lora_B.weight"]
+    parts = zip("qkv", lora_B.split([rows["q_proj"], rows["k_proj"], rows["v_proj"]]), strict=True)
     assert "".join(part for part, piece in parts if piece.any()) == words
 
 

@@ -11,7 +11,7 @@ from workshop import Workshop, call, write_chats
 import qlora_phi3.hardware.gpu
 import qlora_phi3.memory.tables
 from qlora_phi3.errors import NoDeviceError
-from qlora_phi3.hardware.gpu import Device, Holder
+from qlora_phi3.hardware.gpu import Gpu, GpuProcess
 from qlora_phi3.memory.margin import record_error
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.units import GIB, MIB
@@ -20,19 +20,22 @@ KEYS = {
     "verdict", "peak_allocated_bytes", "peak_reserved_bytes", "peak_on_card_bytes", "budget_bytes", "margin_bytes",
     "micro_batch_size", "gradient_accumulation_steps", "micro_batch_tokens", "max_length", "checkpoint_every_n_layers",
     "activation_offloading", "optim", "logits_tile_bytes", "mlp_tile_tokens",
-    "paged_bytes", "host_bytes", "phases", "tenants", "others",
-    "device", "rows", "reasons", "cures", "seconds_per_step", "tokens_per_second", "slowest_tokens_per_second",
+    "paged_bytes", "host_bytes", "phases", "categories", "processes",
+    "device", "rows", "reasons", "suggestions", "seconds_per_step", "tokens_per_second", "slowest_tokens_per_second",
     "fastest_tokens_per_second", "versions",
 }  # fmt: skip
-HERE = Device(
+HERE = Gpu(
     name="NVIDIA GeForce RTX 3060",
     total_bytes=12 * GIB,
     free_bytes=10 * GIB,
-    others=(Holder(name="Xorg", pid=11, used_bytes=700 * MIB), Holder(name="game.exe", pid=12, used_bytes=None)),
+    processes=(
+        GpuProcess(name="Xorg", pid=11, used_bytes=700 * MIB),
+        GpuProcess(name="game.exe", pid=12, used_bytes=None),
+    ),
     compute_capability=(8, 6),
     bandwidth_bytes_per_second=3.6e11,
     tflops_16bit=25.5,
-    here=True,
+    is_local=True,
 )
 
 
@@ -72,13 +75,13 @@ def test_a_recipe_that_fits_says_so_with_its_plan_and_its_tenants(home):
 
 
 def test_a_program_gets_every_figure(home):
-    answer = ask("--vram", "8GB")
-    assert answer.keys() >= KEYS
-    assert answer["verdict"] == "fits"
-    assert sum(answer["tenants"].values()) == answer["peak_allocated_bytes"]
-    assert answer["budget_bytes"] == answer["device"]["free_bytes"]
-    assert (answer["rows"]["assumed"], answer["rows"]["count"]) == (False, 40)
-    assert answer["rows"]["longest"] < 128
+    report = ask("--vram", "8GB")
+    assert report.keys() >= KEYS
+    assert report["verdict"] == "fits"
+    assert sum(report["categories"].values()) == report["peak_allocated_bytes"]
+    assert report["budget_bytes"] == report["device"]["free_bytes"]
+    assert (report["rows"]["assumed"], report["rows"]["count"]) == (False, 40)
+    assert report["rows"]["longest"] < 128
 
 
 def test_an_answer_that_was_kept_is_shown_without_torch_or_pydantic(home):
@@ -140,10 +143,10 @@ def test_a_card_of_a_size_stands_for_all_of_them_and_gets_the_speed_of_the_slowe
         "or about an older RTX 20",
     ]
     assert "on the slowest of these cards; " in shown
-    answer, one = ask("--vram", "12GB"), ask("--gpu", "RTX 3060 12GB")
-    assert answer["device"]["estimated"]
-    assert "RTX 3060 12GB" in answer["device"]["stands_for"]
-    assert answer["slowest_tokens_per_second"] < answer["tokens_per_second"] < answer["fastest_tokens_per_second"]
+    report, one = ask("--vram", "12GB"), ask("--gpu", "RTX 3060 12GB")
+    assert report["device"]["estimated"]
+    assert "RTX 3060 12GB" in report["device"]["represents"]
+    assert report["slowest_tokens_per_second"] < report["tokens_per_second"] < report["fastest_tokens_per_second"]
     assert one["slowest_tokens_per_second"] == one["tokens_per_second"]
     assert "No card of the table has that size: its speed is that of RTX 30, 40, 50 with 16 and 24 GB" in (
         call("vram-check", "mine.toml", "--vram", "20GB").stdout
@@ -151,10 +154,10 @@ def test_a_card_of_a_size_stands_for_all_of_them_and_gets_the_speed_of_the_slowe
 
 
 def test_the_plan_is_shown_as_lines_of_a_recipe(home):
-    answer = ask("--vram", "8GB")
+    report = ask("--vram", "8GB")
     shown = call("vram-check", "mine.toml", "--vram", "8GB").stdout
     for line in (
-        f"[memory] micro_batch_tokens = {answer['micro_batch_tokens']} ",
+        f"[memory] micro_batch_tokens = {report['micro_batch_tokens']} ",
         "[training] gradient_checkpointing = false ",
         '[training] optim = "adamw_8bit" ',
         '[memory] logits_tile = "32MiB" ',
@@ -196,9 +199,9 @@ def test_data_that_no_run_can_use_are_named_whether_the_tokenizer_is_here_or_not
     assert "even if every row is that long" in result.stdout
     note = next(line for line in result.stdout.splitlines() if line.startswith("Note: a run would stop at its data. "))
     assert told in note
-    answer = ask("--vram", "8GB", recipe="data.toml")
-    assert answer["rows"]["assumed"]
-    assert told in answer["rows"]["problem"]
+    report = ask("--vram", "8GB", recipe="data.toml")
+    assert report["rows"]["assumed"]
+    assert told in report["rows"]["problem"]
 
 
 @pytest.fixture
@@ -219,8 +222,8 @@ def test_without_a_card_here_nothing_can_be_told_and_that_is_exit_code_4(home, n
     assert result.stderr.count("\n") == 1
     result = call("vram-check", *words, "--json")
     assert result.exit_code == 4
-    answer = json.loads(result.stdout)
-    assert (answer["verdict"], "No NVIDIA driver" in answer["reason"]) == ("cannot_tell", True)
+    report = json.loads(result.stdout)
+    assert (report["verdict"], "No NVIDIA driver" in report["reason"]) == ("cannot_tell", True)
 
 
 @pytest.mark.parametrize("name", ["nofolder", "./nofolder"])
@@ -244,10 +247,10 @@ def test_a_model_whose_shapes_are_not_here_is_exit_code_4_for_people_and_program
     words = ("vram-check", "mine.toml", "--vram", "8GB", "--set", "model.name=someone/some-phi3")
     result = call(*words, "--json")
     assert result.exit_code == 4
-    answer = json.loads(result.stdout)
-    assert answer.keys() >= KEYS
-    assert answer["verdict"] == "cannot_tell"
-    assert "someone/some-phi3" in answer["reason"]
+    report = json.loads(result.stdout)
+    assert report.keys() >= KEYS
+    assert report["verdict"] == "cannot_tell"
+    assert "someone/some-phi3" in report["reason"]
     result = call(*words)
     assert result.exit_code == 4
     assert result.stderr.count("\n") == 1
@@ -334,7 +337,7 @@ def test_without_a_recipe_the_card_here_and_who_is_on_it(home, card_here):
     for text in ("NVIDIA GeForce RTX 3060: 10.00 GiB of 12.00 GiB free", "Xorg", "process 11", "700 MiB", "game.exe"):
         assert text in result.stdout
     assert "not told by the driver" in result.stdout
-    assert json.loads(call("vram-check", "--json").stdout)["others_bytes"] == 2 * GIB
+    assert json.loads(call("vram-check", "--json").stdout)["other_processes_bytes"] == 2 * GIB
 
 
 def test_without_a_recipe_a_card_of_the_table(home):
@@ -344,9 +347,9 @@ def test_without_a_recipe_a_card_of_the_table(home):
 
 
 def test_on_the_card_here_a_run_may_take_what_is_free_and_the_others_are_named(home, card_here):
-    answer = ask()
-    assert answer["budget_bytes"] == 10 * GIB
-    assert [holder["name"] for holder in answer["others"]] == ["Xorg", "game.exe"]
+    report = ask()
+    assert report["budget_bytes"] == 10 * GIB
+    assert [holder["name"] for holder in report["processes"]] == ["Xorg", "game.exe"]
     shown = call("vram-check", "mine.toml").stdout
     assert "Taken: 2.00 GiB (Xorg 700 MiB, game.exe)" in shown
 
@@ -392,7 +395,7 @@ def test_nothing_is_written_where_nothing_fits(home):
 @pytest.fixture
 def few_cards(monkeypatch):
     """Two sizes of cards instead of twelve."""
-    chosen = [group for group in qlora_phi3.memory.tables.group_cards() if group.nominal_gb in (10, 11)]
+    chosen = [group for group in qlora_phi3.memory.tables.group_gpus() if group.nominal_gb in (10, 11)]
     monkeypatch.setattr(qlora_phi3.memory.tables, "group_cards", lambda: chosen)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qlora_phi3.data.formats import ROLES, Chat, Document, Turn, UnusableRow, check_fields, detect_format, read_row
+from qlora_phi3.data.formats import ROLES, Chat, Document, SkipRow, Turn, check_fields, detect_format, read_row
 from qlora_phi3.errors import DataError
 
 
@@ -20,7 +20,7 @@ def turns(row: dict[str, object]) -> list[tuple[str, str]]:
     return [(turn.role, turn.text) for turn in chat.turns]
 
 
-ASKED = [("user", "q"), ("assistant", "a")]
+QUESTION_COLUMNS = [("user", "q"), ("assistant", "a")]
 
 
 @pytest.mark.parametrize(
@@ -38,12 +38,12 @@ ASKED = [("user", "q"), ("assistant", "a")]
     ],
 )
 def test_every_format_reads_a_question_and_an_answer(row):
-    assert turns(row) == ASKED
+    assert turns(row) == QUESTION_COLUMNS
 
 
 def test_alpaca_puts_the_input_below_the_instruction_as_microsofts_samples_do():
     row = {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be brief.", "history": [["q", "a"]]}
-    assert turns(row) == [("system", "Be brief."), *ASKED, ("user", "Add.\n Input: 1 2"), ("assistant", "3")]
+    assert turns(row) == [("system", "Be brief."), *QUESTION_COLUMNS, ("user", "Add.\n Input: 1 2"), ("assistant", "3")]
 
 
 def test_sharegpt_roles_are_mapped_and_none_is_dropped():
@@ -81,7 +81,7 @@ def test_a_message_of_weight_0_and_the_answers_of_a_prompt_are_not_learned():
     answers = [{"role": "assistant", "content": "a", "weight": 0}, {"role": "assistant", "content": "b", "weight": 1}]
     assert read({"messages": answers}) == Chat((Turn("assistant", "a", False), Turn("assistant", "b", True)))
     row = {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "completion": "b"}
-    assert [turn.learned for turn in read(row).turns] == [False, False, True]
+    assert [turn.supervised for turn in read(row).turns] == [False, False, True]
 
 
 def test_plain_text_stays_as_it_is():
@@ -122,13 +122,13 @@ USER = {"role": "user", "content": "q"}
     ],
 )
 def test_a_row_that_cannot_be_used_says_why(row, reason):
-    with pytest.raises(UnusableRow) as caught:
+    with pytest.raises(SkipRow) as caught:
         read(row)
     assert str(caught.value) == reason
 
 
 def test_a_missing_column_of_a_named_format_makes_a_row_unusable():
-    with pytest.raises(UnusableRow, match="no 'output'"):
+    with pytest.raises(SkipRow, match="no 'output'"):
         read_row({"instruction": "q"}, "alpaca", "a.csv:2")
 
 

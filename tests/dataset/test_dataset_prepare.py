@@ -13,7 +13,7 @@ import pytest
 from tiny import build_tokenizer, hub_template
 
 from qlora_phi3.data import tokenize as tokenized
-from qlora_phi3.data.prepare import draw_rows, prepare_datasets
+from qlora_phi3.data.prepare import prepare_datasets, split_indices
 from qlora_phi3.data.template import choose_template
 from qlora_phi3.data.tokenize import SYSTEM_MOVED
 from qlora_phi3.errors import DataError
@@ -85,7 +85,7 @@ def test_long_rows_are_cut_at_the_right_and_named_where_nothing_is_left(prepare_
     assert data.train["source_row"][:] == [1, 2]
     assert data.train["length"][1] == 30
     assert data.report.truncated == 1
-    assert (data.report.cut_off.rows, data.report.cut_off.where) == (1, ("a.jsonl:3",))
+    assert (data.report.fully_truncated.rows, data.report.fully_truncated.where) == (1, ("a.jsonl:3",))
     assert data.report.warning_lines() == [
         "1 of 2 rows cut at max_length = 30",
         "1 row dropped, nothing left to learn after truncation (a.jsonl:3)",
@@ -133,12 +133,12 @@ def test_data_with_nothing_to_learn_is_refused_with_the_reasons(prepare_in, tmp_
         ),
     ],
 )
-def test_foreign_columns_are_answered_with_lines_that_make_them_readable(prepare_in, tmp_path, foreign, cure):
+def test_foreign_columns_are_answered_with_lines_that_make_them_readable(prepare_in, tmp_path, foreign, hint):
     name = save(tmp_path / "a.jsonl", [foreign])
     with pytest.raises(DataError, match="can be trained on") as caught:
         prepare_in(name)
-    assert cure in str(caught.value)
-    line = caught.value.cure.removeprefix("Write below [data]: ").replace(" and, on a line of its own, ", "\n")
+    assert hint in str(caught.value)
+    line = caught.value.hint.removeprefix("Write below [data]: ").replace(" and, on a line of its own, ", "\n")
     assert prepare_in(name, **tomllib.loads(line)).report.rows_kept == 1
 
 
@@ -204,12 +204,12 @@ def test_the_held_out_rows_are_drawn_by_the_seed_and_recorded(prepare_in, tmp_pa
     ("rows", "size", "drawn"), [(100, 0.05, 5), (3, 0.05, 1), (1, 0.05, 0), (10, 4, 4), (10, 0, 0), (3, 0.99, 2)]
 )
 def test_a_share_or_a_number_of_rows_is_held_out_and_one_remains(rows, size, drawn):
-    assert len(draw_rows(rows, size, seed=0)) == drawn
+    assert len(split_indices(rows, size, seed=0)) == drawn
 
 
 def test_holding_out_every_row_is_refused():
     with pytest.raises(DataError, match="eval_size = 10 holds out 10 of 10 usable rows"):
-        draw_rows(10, 10, seed=0)
+        split_indices(10, 10, seed=0)
 
 
 def test_evaluation_data_of_its_own_leaves_the_training_rows_whole(prepare_in, tmp_path):

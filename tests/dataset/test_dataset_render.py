@@ -7,7 +7,7 @@ from tiny import TEMPLATE_FOLDER, build_byte_tokenizer, build_tokenizer, hub_tem
 from qlora_phi3.data.formats import Chat, Turn
 from qlora_phi3.data.template import choose_template
 from qlora_phi3.data.tokenize import (
-    IGNORED,
+    IGNORE_INDEX,
     SYSTEM_MOVED,
     TOOL_AS_USER,
     TOOLS_AS_TEXT,
@@ -65,7 +65,7 @@ def test_ids_are_those_of_the_models_own_template_and_labels_are_the_assistants_
         # its headers with the same token, a system turn first, so there the answers are the last and the third to last.
         headers = np.flatnonzero(ids == header)
         starts = headers[[-3, -1]] if template.end_of_turn == "<|im_end|>" else headers
-        expected = np.full_like(ids, IGNORED)
+        expected = np.full_like(ids, IGNORE_INDEX)
         for start in starts + 1:
             stop = start + np.flatnonzero(ids[start:] == end)[0] + 1
             expected[start:stop] = ids[start:stop]
@@ -81,7 +81,7 @@ def test_bytes_as_tokens_and_special_tokens_that_take_white_space_on_both_sides_
     for words in WORDS:
         ids, labels, _ = tokenize(chat_of(words, words, "q", words), template, tokenizer)
         seen = words.strip() if strip else words
-        assert tokenizer.decode(ids[labels != IGNORED]) == f"{seen}{template.end_of_turn}" * 2
+        assert tokenizer.decode(ids[labels != IGNORE_INDEX]) == f"{seen}{template.end_of_turn}" * 2
 
 
 def test_decoding_the_supervised_tokens_gives_the_words_and_the_end_token():
@@ -90,29 +90,29 @@ def test_decoding_the_supervised_tokens_gives_the_words_and_the_end_token():
     for words in WORDS:
         ids, labels, _ = tokenize(chat_of("question", words), template, tokenizer)
         # rstrip of <|assistant|> takes the white space ahead; the model never sees it, nor could it write it
-        assert tokenizer.decode(ids[labels != IGNORED]).replace("> b", ">b") == words.lstrip() + "<|end|>"
+        assert tokenizer.decode(ids[labels != IGNORE_INDEX]).replace("> b", ">b") == words.lstrip() + "<|end|>"
 
 
 def test_the_end_token_in_the_words_of_the_assistant_does_not_end_what_is_learned():
     tokenizer = build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))
     ids, labels, _ = tokenize(chat_of("q", "a<|end|>b"), choose_template(tokenizer), tokenizer)
-    assert tokenizer.decode(ids[labels != IGNORED]) == "a<|end|> b<|end|>"
+    assert tokenizer.decode(ids[labels != IGNORE_INDEX]) == "a<|end|> b<|end|>"
     assert special_token_pattern(tokenizer).search("a<|end|>b")
     assert not special_token_pattern(tokenizer).search("a <|other|> b")
 
 
 def test_a_turn_that_is_not_to_be_learned_is_left_out_of_the_labels():
     tokenizer = build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))
-    chat = Chat((Turn("user", "q"), Turn("assistant", "one", learned=False), Turn("assistant", "two")))
+    chat = Chat((Turn("user", "q"), Turn("assistant", "one", supervised=False), Turn("assistant", "two")))
     ids, labels, _ = tokenize(chat, choose_template(tokenizer), tokenizer)
-    assert tokenizer.decode(ids[labels != IGNORED]) == "two<|end|>"
+    assert tokenizer.decode(ids[labels != IGNORE_INDEX]) == "two<|end|>"
 
 
 def test_learning_all_leaves_out_only_the_first_position():
     tokenizer = build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))
     text, _, _ = render_chat(chat_of("q", "a"), choose_template(tokenizer), tokenizer)
     ((ids, labels),) = tokenize_chats([text], None, tokenizer)
-    assert labels[0] == IGNORED
+    assert labels[0] == IGNORE_INDEX
     assert labels[1:].tolist() == ids[1:].tolist()
 
 
@@ -121,7 +121,7 @@ def test_raw_text_is_learned_whole_and_ends_once():
     (ids, labels), (same, _) = tokenize_documents(["some words", "some words<|endoftext|>"], tokenizer)
     assert tokenizer.decode(ids) == "some words<|endoftext|>"
     assert ids.tolist() == same.tolist()
-    assert labels.tolist() == [IGNORED, *ids[1:].tolist()]
+    assert labels.tolist() == [IGNORE_INDEX, *ids[1:].tolist()]
 
 
 SYSTEM, USER, ANSWER, TOOL = Turn("system", "s"), Turn("user", "u"), Turn("assistant", "a"), Turn("tool", "t")
@@ -169,4 +169,4 @@ def test_what_a_template_has_no_turn_for_is_moved_and_noted_never_dropped(model,
 def test_a_character_of_several_tokens_at_the_end_of_a_span_is_learned_whole():
     tokenizer = build_byte_tokenizer(hub_template("phi-4"), strip=False)
     ((ids, labels),) = tokenize_chats(["ab🎉c"], [[(1, 3)]], tokenizer)
-    assert tokenizer.decode(ids[labels != IGNORED]) == "b🎉"
+    assert tokenizer.decode(ids[labels != IGNORE_INDEX]) == "b🎉"

@@ -266,14 +266,14 @@ def test_a_full_disk_at_the_adapter_keeps_the_checkpoints_and_resuming_writes_it
 
 
 def test_a_full_disk_at_the_metrics_ends_in_one_line(shop, monkeypatch):
-    import qlora_phi3.reporter as listener
+    import qlora_phi3.reporter as reporter
     from qlora_phi3.errors import RunError
 
     def full(folder, record):
         raise RunError(f"{folder.metrics} cannot be written: {FULL.strerror}.", "Free the disk.")
 
     shop.write()
-    monkeypatch.setattr(listener, "append_metrics", full)
+    monkeypatch.setattr(reporter, "append_metrics", full)
     assert told(shop.run(), "metrics.jsonl cannot be written: No space left on device")
     assert read_json(shop.runs()[0] / "report.json")["status"] == "failed"
 

@@ -179,7 +179,7 @@ def assert_same(first, second):
 def test_an_interrupted_export_goes_on_at_the_last_whole_file(run, monkeypatch):
     import qlora_phi3.export.merge as merge
 
-    def stop_late(self, name, pieces=merge.MergedWeights.pieces):
+    def stop_late(self, name, pieces=merge.MergedWeights.iter_row_chunks):
         if name == "model.layers.1.mlp.down_proj.weight":
             raise KeyboardInterrupt
         return pieces(self, name)
@@ -580,7 +580,7 @@ def test_memory_and_disk_are_looked_at_before_a_gguf_is_begun(run, monkeypatch):
 def test_a_proof_that_fails_keeps_the_files_under_a_name_that_says_so(run, monkeypatch):
     import qlora_phi3.export.merge as merge
 
-    def astray(self, name, pieces=merge.MergedWeights.pieces):
+    def astray(self, name, pieces=merge.MergedWeights.iter_row_chunks):
         for piece in pieces(self, name):
             yield piece * 2 if "down_proj" in name else piece
 

@@ -13,16 +13,16 @@ STEPS = 10
 
 def press_ctrl_c_in(monkeypatch, step):
     """Ctrl-C while a step's figures are shown: the run stops after the step that follows."""
-    from qlora_phi3.ui.console import View
+    from qlora_phi3.ui.console import ConsoleReporter
 
-    shown = View.step
+    shown = ConsoleReporter.step
 
     def show_and_press(self, record):
         shown(self, record)
         if record.step == step:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(View, "step", show_and_press)
+    monkeypatch.setattr(ConsoleReporter, "step", show_and_press)
 
 
 def interrupt(shop, step, *words):
@@ -113,9 +113,9 @@ def test_a_second_ctrl_c_stops_at_once(shop, monkeypatch):
 
 
 def test_a_second_ctrl_c_names_the_checkpoint_to_go_on_from(shop, monkeypatch):
-    from qlora_phi3.ui.console import View
+    from qlora_phi3.ui.console import ConsoleReporter
 
-    shown = View.step
+    shown = ConsoleReporter.step
 
     def show_and_press_twice(self, record):
         shown(self, record)
@@ -125,7 +125,7 @@ def test_a_second_ctrl_c_names_the_checkpoint_to_go_on_from(shop, monkeypatch):
 
     shop.write()
     with monkeypatch.context() as patch:
-        patch.setattr(View, "step", show_and_press_twice)
+        patch.setattr(ConsoleReporter, "step", show_and_press_twice)
         result = shop.run()
     (folder,) = (path.relative_to(shop.path) for path in shop.runs())
     assert result.exit_code == 130
@@ -206,8 +206,8 @@ def test_a_newest_checkpoint_that_is_not_whole_is_passed_over(halfway, undisturb
 
 def test_without_any_whole_checkpoint_the_run_starts_again_from_its_first_step(halfway, undisturbed):
     shop, folder = halfway
-    for seal in (folder / "checkpoints").glob("*/sealed.json"):
-        seal.unlink()
+    for write_manifest in (folder / "checkpoints").glob("*/sealed.json"):
+        write_manifest.unlink()
     result = shop.run("--resume")
     assert result.exit_code == 0, result.stderr
     assert "No whole checkpoint yet: starting from the first step." in result.stdout
@@ -226,7 +226,7 @@ def test_a_kill_while_a_checkpoint_is_written_costs_only_that_checkpoint(shop, u
             raise Killed
         sealed(checkpoint)
 
-    sealed = trainer.seal
+    sealed = trainer.write_manifest
     shop.write()
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "seal", die)

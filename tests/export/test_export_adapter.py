@@ -14,7 +14,7 @@ from tiny_model import build_config, save_tiny_model
 from tiny_run import TinyRun, leave_run
 from transformers import Phi3ForCausalLM
 
-from qlora_phi3.adapters.merging import EMBEDDING, HEAD, read_updates
+from qlora_phi3.adapters.merging import EMBEDDING, HEAD, read_deltas
 from qlora_phi3.errors import ExportError
 from qlora_phi3.recipe.schema import Lora
 
@@ -58,34 +58,34 @@ def spoil(adapter: Path, to: Path, **changes: torch.Tensor | None) -> Path:
 
 
 def test_every_part_is_what_the_live_layer_holds(run):
-    updates = read_updates(run.adapter, CONFIG)
+    deltas = read_deltas(run.adapter, CONFIG)
     layers = {
         name.replace("base_model.model.", ""): layer
         for name, layer in run.live.named_modules()
         if hasattr(layer, "lora_A") and len(layer.lora_A)
     }
-    assert updates.targets.keys() == {f"{name}.weight" for name in layers}
+    assert deltas.targets.keys() == {f"{name}.weight" for name in layers}
     for name, layer in layers.items():
-        update = updates.read(f"{name}.weight")
-        assert torch.equal(update.down, layer.lora_A["default"].weight)
-        assert torch.equal(update.up, layer.lora_B["default"].weight)
+        update = deltas.read(f"{name}.weight")
+        assert torch.equal(update.lora_A, layer.lora_A["default"].weight)
+        assert torch.equal(update.lora_B, layer.lora_B["default"].weight)
         assert torch.equal(update.magnitude, layer.lora_magnitude_vector["default"].weight)
         assert update.scaling == layer.scaling["default"]
-        assert updates.targets[f"{name}.weight"].shape == (layer.out_features, layer.in_features)
+        assert deltas.targets[f"{name}.weight"].shape == (layer.out_features, layer.in_features)
 
 
 def test_patterns_and_rslora_decide_rank_and_scaling(run):
-    updates = read_updates(run.adapter, CONFIG)
-    assert updates.read(f"{QKV}.weight").down.shape == (4, 128)
-    assert updates.targets[f"{QKV}.weight"].scaling == 12 / 4**0.5
-    assert updates.targets["model.layers.0.mlp.down_proj.weight"].scaling == pytest.approx(40 / 8**0.5)
+    deltas = read_deltas(run.adapter, CONFIG)
+    assert deltas.read(f"{QKV}.weight").lora_A.shape == (4, 128)
+    assert deltas.targets[f"{QKV}.weight"].scaling == 12 / 4**0.5
+    assert deltas.targets["model.layers.0.mlp.down_proj.weight"].scaling == pytest.approx(40 / 8**0.5)
 
 
 def test_trained_modules_stand_in_the_place_of_the_bases(tmp_path, base):
     run = leave_run(tmp_path, base, lora=Lora(r=4, modules_to_save=["lm_head", "model.norm"]))
-    updates = read_updates(run.adapter, CONFIG)
-    assert updates.replaced == {HEAD: f"{PREFIX}lm_head.weight", "model.norm.weight": f"{PREFIX}model.norm.weight"}
-    assert updates.unties is False
+    deltas = read_deltas(run.adapter, CONFIG)
+    assert deltas.replaced == {HEAD: f"{PREFIX}lm_head.weight", "model.norm.weight": f"{PREFIX}model.norm.weight"}
+    assert deltas.unties is False
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_trained_modules_stand_in_the_place_of_the_bases(tmp_path, base):
 def test_embedding_and_head_come_apart_only_where_one_of_them_is_trained(tmp_path, modules, together, unties):
     tied = build_config(tie_word_embeddings=True).to_dict()
     folder = save_adapter(tmp_path / "a", tied, modules_to_save=modules, ensure_weight_tying=together)
-    updates = read_updates(folder, tied)
-    assert updates.unties is unties
-    assert (EMBEDDING in updates.replaced) is ("embed_tokens" in (modules or ()))
+    deltas = read_deltas(folder, tied)
+    assert deltas.unties is unties
+    assert (EMBEDDING in deltas.replaced) is ("embed_tokens" in (modules or ()))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_embedding_and_head_come_apart_only_where_one_of_them_is_trained(tmp_pat
 )
 def test_what_cannot_be_merged_is_refused_by_name(tmp_path, settings, said):
     with pytest.raises(ExportError, match=re.escape(said)):
-        read_updates(save_adapter(tmp_path / "a", **settings), CONFIG)
+        read_deltas(save_adapter(tmp_path / "a", **settings), CONFIG)
 
 
 def test_an_adapter_trained_on_a_changed_base_is_refused(run, tmp_path):
@@ -127,7 +127,7 @@ def test_an_adapter_trained_on_a_changed_base_is_refused(run, tmp_path):
         json.dumps({**settings, "init_lora_weights": "pissa"}), encoding="utf-8"
     )
     with pytest.raises(ExportError, match='init_lora_weights = "pissa", which trains on a base that it has changed'):
-        read_updates(folder, CONFIG)
+        read_deltas(folder, CONFIG)
 
 
 def test_another_kind_of_adapter_is_refused(run, tmp_path):
@@ -135,7 +135,7 @@ def test_another_kind_of_adapter_is_refused(run, tmp_path):
     settings = {"peft_type": "IA3", "target_modules": ["qkv_proj"], "feedforward_modules": []}
     (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
     with pytest.raises(ExportError, match="an adapter of another kind than LoRA"):
-        read_updates(folder, CONFIG)
+        read_deltas(folder, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -144,19 +144,19 @@ def test_another_kind_of_adapter_is_refused(run, tmp_path):
 def test_a_tensor_that_belongs_nowhere_is_named(run, tmp_path, key):
     folder = spoil(run.adapter, tmp_path / "a", **{f"{PREFIX}{key}": torch.zeros(4)})
     with pytest.raises(ExportError, match=rf"1 tensor without a place in this base, first {PREFIX}{re.escape(key)}"):
-        read_updates(folder, CONFIG)
+        read_deltas(folder, CONFIG)
 
 
 def test_a_missing_part_is_named(run, tmp_path):
     folder = spoil(run.adapter, tmp_path / "a", **{f"{PREFIX}{QKV}.lora_B.weight": None})
     with pytest.raises(ExportError, match=rf"has no {PREFIX}{re.escape(QKV)}\.lora_B\.weight"):
-        read_updates(folder, CONFIG)
+        read_deltas(folder, CONFIG)
 
 
 def test_an_adapter_of_another_base_is_told_by_both_shapes(run):
     wider = build_config(hidden_size=256).to_dict()
     with pytest.raises(ExportError, match=r"lora_A\.weight is \(\d, 128\), and this base needs \(\d, 256\)"):
-        read_updates(run.adapter, wider)
+        read_deltas(run.adapter, wider)
 
 
 @pytest.mark.parametrize("wrong", ["r", "part"])
@@ -167,14 +167,14 @@ def test_where_the_files_of_an_adapter_do_not_fit_each_other_both_reasons_are_na
     settings = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(settings if wrong == "part" else {**settings, "r": 6}), encoding="utf-8")
     with pytest.raises(ExportError) as caught:
-        read_updates(folder, CONFIG)
-    assert "trained on another base" in caught.value.cure
-    assert "adapter_config.json was changed" in caught.value.cure
+        read_deltas(folder, CONFIG)
+    assert "trained on another base" in caught.value.hint
+    assert "adapter_config.json was changed" in caught.value.hint
 
 
 def test_an_adapter_of_a_base_with_fewer_layers_names_what_is_left_over(run):
     with pytest.raises(ExportError, match=r"without a place in this base, first .*layers\.1\."):
-        read_updates(run.adapter, build_config(num_hidden_layers=1).to_dict())
+        read_deltas(run.adapter, build_config(num_hidden_layers=1).to_dict())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -186,21 +186,21 @@ def test_a_tensor_without_a_number_is_named(run, tmp_path, value):
         rf"{re.escape(key)} holds NaN or infinity\. The training went astray: train again at a lower learning_rate\.$"
     )
     with pytest.raises(ExportError, match=said):
-        read_updates(spoil(run.adapter, tmp_path / "a", **{key: tensor}), CONFIG)
+        read_deltas(spoil(run.adapter, tmp_path / "a", **{key: tensor}), CONFIG)
 
 
 def test_a_cut_file_is_named(run, tmp_path):
     path = spoil(run.adapter, tmp_path / "a") / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ExportError, match=r"adapter_model\.safetensors is cut short"):
-        read_updates(path.parent, CONFIG)
+        read_deltas(path.parent, CONFIG)
 
 
 def test_a_pickled_adapter_is_refused_with_the_reason(run, tmp_path):
     folder = spoil(run.adapter, tmp_path / "a")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(ExportError, match="only as a pickle"):
-        read_updates(folder, CONFIG)
+        read_deltas(folder, CONFIG)
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]"])
@@ -210,4 +210,4 @@ def test_a_folder_without_a_readable_config_is_refused(run, tmp_path, text):
     if text is not None:
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     with pytest.raises(ExportError, match=r"adapter_config\.json"):
-        read_updates(folder, CONFIG)
+        read_deltas(folder, CONFIG)

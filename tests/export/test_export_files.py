@@ -91,7 +91,7 @@ def test_a_file_that_was_trained_with_and_that_the_base_lacks_is_not_dropped_in_
     with pytest.raises(ExportError) as caught:
         write_companions(*places, **USUAL)
     assert caught.value.message == f"{source / name} is missing, and the run trained with one."
-    assert str(adapter / name) in caught.value.cure
+    assert str(adapter / name) in caught.value.hint
 
 
 def test_a_tokenizer_file_that_came_after_the_run_is_refused_as_what_it_is(places):

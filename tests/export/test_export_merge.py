@@ -93,7 +93,7 @@ def test_a_tied_model_keeps_its_logits_and_comes_apart_only_where_it_must(tmp_pa
     base = save_tiny_model(tmp_path / "base", tie_word_embeddings=True)
     run = leave_run(tmp_path, base, lora=Lora(r=4, modules_to_save=modules))
     merged = run.merged()
-    assert merged.updates.unties is unties
+    assert merged.deltas.unties is unties
     assert (HEAD in merged.info) is unties
     live, exported = logits(run.live), logits(dense(merged, tied=not unties))
     assert float((live - exported).abs().max() / live.abs().max()) < 1e-5
@@ -263,7 +263,7 @@ def test_a_base_of_another_shape_is_told_by_both_shapes(run, tmp_path):
     ):
         MergedWeights(
             RecordedBase(open_weights(wider), read_record(run.record)),
-            run.merged().updates,
+            run.merged().deltas,
             onto="nf4",
             dtype=torch.float16,
         )

@@ -12,7 +12,7 @@ from tiny_run import TinyRun, leave_run
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import Phi3ForCausalLM
 
-from qlora_phi3.adapters.merging import read_updates
+from qlora_phi3.adapters.merging import read_deltas
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export import proof as proving
 from qlora_phi3.export.merge import live_model, make_candidates
@@ -42,10 +42,10 @@ def rows_with_ends(lengths: list[int]) -> list[dict[str, list[int]]]:
 def prove_run(run: TinyRun, dtype: Any = torch.float32, rows: Any = None, ontos: Any = BOTH, **options: Any) -> Proof:
     """The proof of a run's merges."""
     config, base = read_config(str(run.base)), run.open_base()
-    updates = read_updates(run.adapter, config)
+    deltas = read_deltas(run.adapter, config)
     return prove(
         live_model(base, config, run.adapter),
-        make_candidates(base, updates, config, run.adapter, dtype=dtype, ontos=ontos),
+        make_candidates(base, deltas, config, run.adapter, dtype=dtype, ontos=ontos),
         rows or rows_with_ends([60, 40, 33, 12]),
         parse_architecture(config, "tiny"),
         **{"stop_ids": [STOP], "progress": quiet, **options},
@@ -140,7 +140,7 @@ def test_a_merge_that_is_not_checked_costs_no_pass_of_its_own_and_has_no_fault(t
     found = prove(
         live_model(base, config, run.adapter),
         make_candidates(
-            base, read_updates(run.adapter, config), config, run.adapter, dtype=torch.float16, checked=["nf4"]
+            base, read_deltas(run.adapter, config), config, run.adapter, dtype=torch.float16, checked=["nf4"]
         ),
         rows_with_ends([30]),
         parse_architecture(config, "tiny"),
@@ -161,7 +161,7 @@ def test_another_base_in_the_files_is_told_apart(tmp_path):
     strange = TinyRun(live=run.live, base=other.base, adapter=run.adapter, record=other.record).merged()
     write_shards(strange, tmp_path / "out", plan_shards(strange.info, 2**30), key="")
     config, base = read_config(str(run.base)), run.open_base()
-    nf4, original = make_candidates(base, read_updates(run.adapter, config), config, run.adapter, dtype=torch.float32)
+    nf4, original = make_candidates(base, read_deltas(run.adapter, config), config, run.adapter, dtype=torch.float32)
     found = prove(
         live_model(base, config, run.adapter),
         [replace(nf4, open=partial(stream_plain, open_weights(tmp_path / "out"), config)), original],
@@ -212,7 +212,7 @@ def test_a_file_that_differs_from_what_was_scored_in_one_bit_is_named(tmp_path):
     run = leave_run(tmp_path, save_tiny_model(tmp_path / "base"))
     config, base = read_config(str(run.base)), run.open_base()
     candidates = make_candidates(
-        base, read_updates(run.adapter, config), config, run.adapter, dtype=torch.float16, ontos=["nf4"]
+        base, read_deltas(run.adapter, config), config, run.adapter, dtype=torch.float16, ontos=["nf4"]
     )
     prove(
         live_model(base, config, run.adapter),

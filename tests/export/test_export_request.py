@@ -7,7 +7,7 @@ import huggingface_hub.constants
 import pytest
 
 from qlora_phi3.errors import ExportError
-from qlora_phi3.export.request import find_made, make_request
+from qlora_phi3.export.request import find_reusable, make_request
 
 USUAL = {
     "out": None,
@@ -200,9 +200,9 @@ def hub_calls(monkeypatch):
 def test_a_model_that_is_there_and_proved_may_be_pushed_as_it_is(run, hub_calls):
     merged = make_export(run / "merged", "model.safetensors", key=ask(run).key, proof={"rows": 1}, fault=None)
     request = ask(run, push="me/x", private=True)
-    assert find_made(request)["proof"] == {"rows": 1}
+    assert find_reusable(request)["proof"] == {"rows": 1}
     assert hub_calls == [("me/x", True)]
-    assert find_made(ask(run, push="me/x", force=True)) is None
+    assert find_reusable(ask(run, push="me/x", force=True)) is None
     (merged / "model.safetensors").unlink()
     with pytest.raises(
         ExportError, match=r"merged exists and lacks model\.safetensors\. Give --out another folder, or --force"

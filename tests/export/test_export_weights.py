@@ -43,7 +43,7 @@ def test_shards_give_the_tensors_that_were_saved(sharded, tensors):
 
 def test_pieces_are_consecutive_rows_in_multiples_of_64(sharded, tensors, monkeypatch):
     monkeypatch.setattr(weights_module, "PIECE_BYTES", 64 * 96 * 4)
-    pieces = list(open_weights(sharded).pieces("wide"))
+    pieces = list(open_weights(sharded).iter_row_chunks("wide"))
     assert [len(piece) for piece in pieces] == [64, 64, 64, 8]
     assert torch.equal(torch.cat(pieces), tensors["wide"])
     assert [len(piece) for piece in split_rows(tensors["wide"])] == [64, 64, 64, 8]

@@ -18,11 +18,11 @@ from qlora_phi3.export import writer
 from qlora_phi3.export.writer import (
     check_disk,
     clear_draft,
-    drafting,
+    ensure_dir,
     forget_progress,
-    making,
     missing_bytes,
     plan_shards,
+    staging_dir,
     write_shards,
 )
 from qlora_phi3.model.weights import TensorInfo, open_weights, read, split_rows
@@ -35,7 +35,7 @@ class Held:
         self.tensors, self.fail_at, self.asked = tensors, fail_at, []
         self.info = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
-    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+    def iter_row_chunks(self, name: str) -> Iterator[torch.Tensor]:
         self.asked.append(name)
         if name == self.fail_at:
             raise KeyboardInterrupt
@@ -234,31 +234,31 @@ def test_the_progress_file_is_gone_when_all_is_done(tmp_path, tensors):
 def test_a_draft_stays_only_where_there_is_something_to_go_on_with(tmp_path, tensors):
     draft = tmp_path / "deep" / ".model.partial"
     for name in ("config.json", "model-00001-of-00003.safetensors"):
-        with drafting(draft, kept=[".scored.json"]):
+        with staging_dir(draft, kept=[".scored.json"]):
             (draft / name).touch()
         assert not (tmp_path / "deep").exists()
-    with pytest.raises(KeyboardInterrupt), drafting(draft):
+    with pytest.raises(KeyboardInterrupt), staging_dir(draft):
         write(Held(tensors, fail_at="half"), draft)
-    with pytest.raises(KeyError), drafting(draft):
+    with pytest.raises(KeyError), staging_dir(draft):
         raise KeyError
     assert sorted(path.name for path in draft.iterdir()) == [".shards.json", "model-00001-of-00003.safetensors"]
     other = tmp_path / ".other.partial"
-    with drafting(other, kept=[".scored.json"]):
+    with staging_dir(other, kept=[".scored.json"]):
         (other / ".scored.json").touch()
     assert other.is_dir()
-    with drafting(other):
+    with staging_dir(other):
         other.replace(tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "other"]
 
 
 def test_a_folder_is_made_at_once_and_goes_again_where_nothing_came_into_it(tmp_path):
-    with making(tmp_path / "a" / "b"):
+    with ensure_dir(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b").is_dir()
     assert not (tmp_path / "a").exists()
     (tmp_path / "stood").mkdir()
-    with making(tmp_path / "stood"):
+    with ensure_dir(tmp_path / "stood"):
         assert [*(tmp_path / "stood").iterdir()] == []
-    with making(tmp_path / "a" / "b"):
+    with ensure_dir(tmp_path / "a" / "b"):
         (tmp_path / "a" / "b" / "file").touch()
     assert (tmp_path / "a" / "b" / "file").is_file()
 
@@ -267,7 +267,7 @@ def test_that_it_goes_on_is_said_only_where_something_whole_stands(tmp_path):
     for stands in (False, True):
         if stands:
             (tmp_path / writer.PROGRESS_NAME).touch()
-        with pytest.raises(ExportError) as caught, writer.writing(tmp_path):
+        with pytest.raises(ExportError) as caught, writer.disk_errors(tmp_path):
             raise OSError(errno.ENOSPC, "No space left on device")
         assert ("it goes on at the last whole file" in str(caught.value)) is stands
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_model import gradients, random_rows, relative_difference, save_tiny_model
 
-from qlora_phi3.execution import MicroBatchPlan, Setup
+from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan
 from qlora_phi3.family import read_architecture
 from qlora_phi3.model.lora import attach_adapter
 from qlora_phi3.model.phi3 import choose_precision, load_base, set_checkpointing
@@ -48,17 +48,17 @@ def test_a_step_that_does_not_fit_the_card_is_split_and_leaves_nothing_behind(tm
 
     def learn():
         plan = MicroBatchPlan(max_tokens=8192, max_rows=16, packing=True, longrope_boundary=None)
-        setup = Setup(
+        execution = ExecutionPlan(
             micro_batch=plan, evaluation=plan, checkpoint_every=0, activation_offloading=False, optim="adamw_torch"
         )
         records = []
         guard = MemoryGuard(
             model,
-            setup=setup,
+            execution=execution,
             device=device,
-            listener=SimpleNamespace(ran_out=records.append),
+            reporter=SimpleNamespace(oom=records.append),
             sources=(),
-            apply=lambda setup: None,
+            apply=lambda execution: None,
         )
         model.zero_grad()
         gc.collect()
@@ -80,7 +80,7 @@ def test_a_step_that_does_not_fit_the_card_is_split_and_leaves_nothing_behind(tm
     for _ in range(3):
         records, found = learn()
         found = {name: found[name].cpu() for name in expected}
-        assert [record.measure for record in records][:2] == ["again", "split"]
+        assert [record.remedy for record in records][:2] == ["again", "split"]
         assert records[0].allocated_bytes > 0
         assert relative_difference(expected, found) < 1e-4
         assert torch.cuda.memory_allocated() <= alive

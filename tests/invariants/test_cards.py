@@ -7,10 +7,10 @@ import torch
 from tiny_model import load_tiny, random_rows, relative_difference, save_tiny_model
 
 from qlora_phi3.family import parse_architecture
-from qlora_phi3.memory.plan import Card, read_lengths
+from qlora_phi3.memory.plan import GpuLimits, read_lengths
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.search import find_plan
-from qlora_phi3.model.phi3 import apply_setup
+from qlora_phi3.model.phi3 import apply_execution_plan
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.step import collate, forward_backward
 
@@ -43,23 +43,23 @@ def plans(folder):
     )
     rows = read_lengths(LENGTHS, [], BATCH_SIZE)
     cards = [
-        Card(limit_bytes=predictor.on_card(mib * 2**20), tflops_16bit=50.0, bandwidth_bytes_per_second=4e11)
+        GpuLimits(limit_bytes=predictor.on_card(mib * 2**20), tflops_16bit=50.0, bandwidth_bytes_per_second=4e11)
         for mib in ROOM_MIB
     ]
     return [find_plan(predictor, rows, card, progress=lambda _: None) for card in cards]
 
 
-def train(folder, setup):
+def train(folder, execution):
     """The losses of a few steps, and the adapter they leave."""
     model = load_tiny(folder)
-    apply_setup(model, setup)
+    apply_execution_plan(model, execution)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, eps=1e-4)
     rows, losses = random_rows(LENGTHS), []
     model.train()
     for step in range(STEPS):
         start = step * BATCH_SIZE % len(rows)
-        batch = collate(rows[start : start + BATCH_SIZE], setup.micro_batch)
+        batch = collate(rows[start : start + BATCH_SIZE], execution.micro_batch)
         result = forward_backward(model, batch, compute_dtype=torch.float32, backward=torch.Tensor.backward)
         optimizer.step()
         optimizer.zero_grad()
@@ -70,16 +70,16 @@ def train(folder, setup):
 
 def test_changing_the_card_changes_neither_the_losses_nor_the_weights(folder, plans):
     assert all(plan.fits for plan in plans)
-    setups = [plan.setup for plan in plans]
-    assert len({(setup.checkpoint_every, setup.micro_batch.max_tokens) for setup in setups}) >= 3
-    losses, weights = train(folder, setups[-1])
+    execution_plans = [plan.execution for plan in plans]
+    assert len({(execution.checkpoint_every, execution.micro_batch.max_tokens) for execution in execution_plans}) >= 3
+    losses, weights = train(folder, execution_plans[-1])
     assert losses[0] != losses[-1]
-    for setup in setups[:-1]:
-        other_losses, other_weights = train(folder, setup)
+    for execution in execution_plans[:-1]:
+        other_losses, other_weights = train(folder, execution)
         assert other_losses == pytest.approx(losses, rel=1e-5)
         assert relative_difference(weights, other_weights) < 1e-5
 
 
 def test_a_larger_card_is_never_slower(plans):
-    seconds = [plan.cost.seconds for plan in plans]
+    seconds = [plan.step_time.seconds for plan in plans]
     assert seconds == sorted(seconds, reverse=True)

@@ -14,7 +14,7 @@ from out_of_memory import RunOutAt, SmallCard
 from tiny_model import load_tiny, random_rows, relative_difference, save_tiny_model
 
 from qlora_phi3.errors import RunError
-from qlora_phi3.execution import MicroBatchPlan, Setup
+from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan
 from qlora_phi3.model.phi3 import set_checkpointing
 from qlora_phi3.recipe.schema import Lora
 from qlora_phi3.step import evaluate, forward_backward
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 def lay_out(packing, max_tokens=64):
     plan = MicroBatchPlan(max_tokens=max_tokens, max_rows=2, packing=packing, longrope_boundary=None)
-    return Setup(
+    return ExecutionPlan(
         micro_batch=plan, evaluation=plan, checkpoint_every=0, activation_offloading=False, optim="adamw_torch"
     )
 
@@ -53,7 +53,7 @@ class Trial:
         self.trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self.first = {name: weight.detach().clone() for name, weight in self.trained.items()}
 
-    def train(self, setup, *modes, scaler=None):
+    def train(self, execution, *modes, scaler=None):
         """The guard and its records, after an AdamW step for each mode, under which forward and backward stand."""
         torch.manual_seed(7)
         with torch.no_grad():
@@ -65,11 +65,11 @@ class Trial:
         records = []
         guard = MemoryGuard(
             self.model,
-            setup=setup,
+            execution=execution,
             device=torch.device("cpu"),
-            listener=SimpleNamespace(ran_out=records.append),
+            reporter=SimpleNamespace(oom=records.append),
             sources=("chats.jsonl",),
-            apply=lambda setup: None,
+            apply=lambda execution: None,
         )
 
         def backward(loss):
@@ -77,12 +77,12 @@ class Trial:
 
         for step, mode in enumerate(modes, start=1):
 
-            def pass_over(batch, mode=mode):
+            def run_pass(batch, mode=mode):
                 with mode:
                     return forward_backward(self.model, batch, compute_dtype=torch.float32, backward=backward)
 
             rows = [dict(row, source=0, source_row=step) for row in random_rows(LENGTHS, seed=step)]
-            guard.compute(rows, pass_over, phase="training", step=step)
+            guard.compute(rows, run_pass, phase="training", step=step)
             optimizer.step()
             optimizer.zero_grad()
         return guard, records
@@ -110,9 +110,9 @@ def trials(folder):
     return find
 
 
-def count_calls(trial, setup):
+def count_calls(trial, execution):
     mode = RunOutAt()
-    trial.train(setup, mode)
+    trial.train(execution, mode)
     return mode.calls
 
 
@@ -122,17 +122,17 @@ def count_calls(trial, setup):
 def test_memory_that_runs_out_anywhere_in_a_step_leaves_the_weights_as_they_would_be(
     trials, four_bit, packing, checkpointing
 ):
-    trial, setup = trials(four_bit=four_bit, checkpointing=checkpointing), lay_out(packing)
-    count_calls(trial, setup)  # what is made only once in a process is made
-    calls = count_calls(trial, setup)
+    trial, execution = trials(four_bit=four_bit, checkpointing=checkpointing), lay_out(packing)
+    count_calls(trial, execution)  # what is made only once in a process is made
+    calls = count_calls(trial, execution)
     expected = trial.weights()
     worst = 0.0
     for call in {*range(0, calls, STRIDE), calls - 1}:
-        trial.train(setup, RunOutAt({call}))
+        trial.train(execution, RunOutAt({call}))
         assert same(expected, trial.weights()), call
-        guard, records = trial.train(setup, RunOutAt({call, call + 1}))
-        assert [record.measure for record in records] == ["again", "split"]
-        assert guard.plans["training"].max_tokens < setup.micro_batch.max_tokens
+        guard, records = trial.train(execution, RunOutAt({call, call + 1}))
+        assert [record.remedy for record in records] == ["again", "split"]
+        assert guard.plans["training"].max_tokens < execution.micro_batch.max_tokens
         worst = max(worst, relative_difference(expected, trial.weights()))
     print(f"{four_bit=} {packing=} {checkpointing=}: {calls} calls, stride {STRIDE}, largest difference {worst:.1e}")
     assert worst < 1e-5
@@ -141,40 +141,40 @@ def test_memory_that_runs_out_anywhere_in_a_step_leaves_the_weights_as_they_woul
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_memory_that_runs_out_at_random_through_a_run_leaves_the_weights_as_they_would_be(trials, packing, seed):
-    trial, setup, draw = trials(checkpointing=True), lay_out(packing), random.Random(seed)
-    calls = count_calls(trial, setup)
+    trial, execution, draw = trials(checkpointing=True), lay_out(packing), random.Random(seed)
+    calls = count_calls(trial, execution)
     at = [{draw.randrange(calls)} if draw.random() < 0.7 else set() for _ in range(8)]
-    trial.train(setup, *(RunOutAt() for _ in at))
+    trial.train(execution, *(RunOutAt() for _ in at))
     expected = trial.weights()
-    guard, records = trial.train(setup, *map(RunOutAt, at))
-    assert guard.survived == len(records) == sum(map(len, at)) > 3
-    assert {record.measure for record in records} >= {"again", "split"}
+    guard, records = trial.train(execution, *map(RunOutAt, at))
+    assert guard.num_recovered == len(records) == sum(map(len, at)) > 3
+    assert {record.remedy for record in records} >= {"again", "split"}
     assert relative_difference(expected, trial.weights()) < 1e-5
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_with_dropout_a_step_done_again_unsplit_is_equal_to_the_bit(trials, checkpointing):
-    trial, setup = trials(dropout=0.2, checkpointing=checkpointing), lay_out(True)
-    count_calls(trial, setup)
-    calls = count_calls(trial, setup)
-    expected, draws = trial.weights(), torch.get_rng_state()
+    trial, execution = trials(dropout=0.2, checkpointing=checkpointing), lay_out(True)
+    count_calls(trial, execution)
+    calls = count_calls(trial, execution)
+    expected, rng_state = trial.weights(), torch.get_rng_state()
     for call in range(5, calls, max(1, STRIDE // 2)):
-        _, records = trial.train(setup, RunOutAt({call}))
-        assert [record.measure for record in records] == ["again"]
+        _, records = trial.train(execution, RunOutAt({call}))
+        assert [record.remedy for record in records] == ["again"]
         assert same(expected, trial.weights()), call
-        assert torch.equal(draws, torch.get_rng_state())
-    trial.train(setup, RunOutAt({calls // 2, calls // 2 + 1}))
+        assert torch.equal(rng_state, torch.get_rng_state())
+    trial.train(execution, RunOutAt({calls // 2, calls // 2 + 1}))
     assert not same(expected, trial.weights())  # other pieces, other masks: as documented
 
 
 def test_the_scale_of_fp16_gradients_is_the_same_after_a_step_done_again(trials):
-    trial, setup = trials(), lay_out(True)
+    trial, execution = trials(), lay_out(True)
     scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**12) for _ in range(2)]
     for scaler in scalers:
         scaler.scale(torch.zeros(()))
-    trial.train(setup, RunOutAt(), scaler=scalers[0])
+    trial.train(execution, RunOutAt(), scaler=scalers[0])
     expected = trial.weights()
-    trial.train(setup, RunOutAt({900}), scaler=scalers[1])
+    trial.train(execution, RunOutAt({900}), scaler=scalers[1])
     assert same(expected, trial.weights())
     assert scalers[0].state_dict() == scalers[1].state_dict()
 
@@ -186,12 +186,12 @@ def live_tensors():
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_twenty_retries_leave_no_tensor_and_no_storage_behind(trials, checkpointing):
-    trial, setup = trials(checkpointing=checkpointing), lay_out(True)
+    trial, execution = trials(checkpointing=checkpointing), lay_out(True)
     card = SmallCard()
 
     def train(at):
         with card:
-            trial.train(setup, RunOutAt(at))
+            trial.train(execution, RunOutAt(at))
 
     train(())
     train({700, 701})
@@ -202,55 +202,55 @@ def test_twenty_retries_leave_no_tensor_and_no_storage_behind(trials, checkpoint
 
 
 def test_on_a_card_too_small_for_the_plan_the_plan_shrinks_until_it_fits_and_the_weights_are_the_same(trials):
-    trial, setup = trials(), lay_out(False, max_tokens=60)
+    trial, execution = trials(), lay_out(False, max_tokens=60)
     large = SmallCard()
-    trial.train(setup, large, large, large)
+    trial.train(execution, large, large, large)
     expected = trial.weights()
     card = SmallCard(int(large.peak * 0.8))
-    guard, records = trial.train(setup, card, card, card)
-    assert [(record.step, record.measure) for record in records] == [(1, "again"), (1, "split")]
+    guard, records = trial.train(execution, card, card, card)
+    assert [(record.step, record.remedy) for record in records] == [(1, "again"), (1, "split")]
     assert guard.plans["training"].max_tokens == 30
     assert relative_difference(expected, trial.weights()) < 1e-5
 
 
 def test_a_row_that_does_not_fit_alone_is_named_after_everything_was_tried(trials):
-    trial, setup = trials(), lay_out(False)
+    trial, execution = trials(), lay_out(False)
     large = SmallCard()
-    trial.train(setup, large)
+    trial.train(execution, large)
     with pytest.raises(RunError, match=r"chats.jsonl:1 with its 30 tokens does not fit .* max_length than 30\."):
-        trial.train(setup, SmallCard(int(large.peak * 0.1)))
+        trial.train(execution, SmallCard(int(large.peak * 0.1)))
     assert same(trial.first, trial.weights())
     assert all(weight.grad is None for weight in trial.trained.values())
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_an_evaluation_that_ran_out_of_memory_counts_every_token_once(trials, packing):
-    trial, setup = trials(), lay_out(packing)
+    trial, execution = trials(), lay_out(packing)
     rows = random_rows(LENGTHS)
 
-    def measure(at):
+    def remedy(at):
         records = []
         mode = RunOutAt(at)
         guard = MemoryGuard(
             trial.model,
-            setup=setup,
+            execution=execution,
             device=torch.device("cpu"),
-            listener=SimpleNamespace(ran_out=records.append),
+            reporter=SimpleNamespace(oom=records.append),
             sources=(),
-            apply=lambda setup: None,
+            apply=lambda execution: None,
         )
 
-        def pass_over(batch):
+        def run_pass(batch):
             with mode:
                 [(_, result)] = evaluate(trial.model, [batch], compute_dtype=torch.float32)
             return result
 
-        batch, result = guard.compute(rows, pass_over, phase="evaluation", step=3)
-        return float(result.loss), int(result.num_correct), batch.num_supervised, [r.measure for r in records]
+        batch, result = guard.compute(rows, run_pass, phase="evaluation", step=3)
+        return float(result.loss), int(result.num_correct), batch.num_supervised, [r.remedy for r in records]
 
-    loss, *counts, _ = measure(())
+    loss, *counts, _ = remedy(())
     for call in range(0, 200, 40):
-        again, *other_counts, measures = measure({call, call + 1})
+        again, *other_counts, measures = remedy({call, call + 1})
         assert measures == ["again", "split"]
         assert again == pytest.approx(loss, rel=1e-6)
         assert other_counts == counts

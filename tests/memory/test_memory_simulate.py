@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from memory_bench.cases import Case, longrope, mid_size
-from memory_bench.truth import load_of, measure_phases
+from memory_bench.truth import measure_phases, step_shape
 
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.simulate import simulate
@@ -33,7 +33,7 @@ SET_UPS = (
 
 def predict(case, **where):
     where = {"path": "cpu", "compute_dtype": getattr(torch, case.compute), **where}
-    return simulate(case.recipe, dict(case.config), case.architecture, case.setup, load_of(case), **where)
+    return simulate(case.recipe, dict(case.config), case.architecture, case.execution, step_shape(case), **where)
 
 
 @pytest.mark.parametrize("case", SET_UPS, ids=lambda case: case.name)
@@ -50,7 +50,7 @@ def test_every_phase_takes_what_it_is_predicted_to_take(case):
 @pytest.mark.parametrize("path", ["cpu", "cuda"])
 def test_the_tenants_at_the_peak_and_the_trace_add_up_to_the_peak(path):
     profile = predict(SET_UPS[0], path=path)
-    assert sum(profile.tenants.values()) == profile.peak_bytes == max(profile.phases.values())
+    assert sum(profile.categories.values()) == profile.peak_bytes == max(profile.phases.values())
     assert profile.phases[profile.peak_phase] == profile.peak_bytes
     sizes, live, peak = {}, 0, 0
     for storage, num_bytes in profile.trace:
@@ -97,15 +97,18 @@ def test_few_layers_tell_every_phase_of_twelve_exactly(every, offloading, tile):
     predictor = Predictor(
         case.recipe, dict(case.config), case.architecture, compute_dtype=torch.bfloat16, capability=(8, 6)
     )
-    assert predictor.phases(case.setup, load_of(case)) == predictor.profile(case.setup, load_of(case), 12).phases
+    assert (
+        predictor.phases(case.execution, step_shape(case))
+        == predictor.profile(case.execution, step_shape(case), 12).phases
+    )
 
 
 def test_offloading_keeps_the_inputs_of_recomputed_layers_in_the_computer():
     case = Case(name="offloaded", config=TINY | {"num_hidden_layers": 6}, lengths=(640,), offloading=True)
     kept, moved = predict(replace(case, offloading=False), path="cuda"), predict(case, path="cuda")
     inputs = 6 * 640 * 256 * 2
-    assert kept.tenants["checkpointed layer inputs"] == inputs
-    assert moved.tenants.get("checkpointed layer inputs", 0) <= inputs // 6
+    assert kept.categories["checkpointed layer inputs"] == inputs
+    assert moved.categories.get("checkpointed layer inputs", 0) <= inputs // 6
     assert moved.host_bytes >= inputs
 
 

@@ -436,11 +436,11 @@ def test_an_override_below_a_value_is_refused(tmp_path: Path):
         ("r = = 3", "The line is: r = = 3"),
     ],
 )
-def test_what_is_not_toml_is_told_with_its_line_and_the_usual_cure(tmp_path: Path, line: str, cure: str):
+def test_what_is_not_toml_is_told_with_its_line_and_the_usual_cure(tmp_path: Path, line: str, hint: str):
     told = refusal(tmp_path, f"[lora]\n{line}\n")
     assert told.startswith("mine.toml is not TOML: ")
     assert "at line 2, column" in told
-    assert cure in told
+    assert hint in told
 
 
 def test_a_file_that_is_missing_is_answered_with_its_neighbour(tmp_path: Path):

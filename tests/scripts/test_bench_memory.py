@@ -18,8 +18,8 @@ from memory_bench.rows import (
     summary,
 )
 
-from qlora_phi3.hardware.gpu import find_card
-from qlora_phi3.memory.report import Profile
+from qlora_phi3.hardware.gpu import find_gpu
+from qlora_phi3.memory.report import MemoryReport
 
 TINY = mid_size(2, 256, 512, heads=4, vocab_size=4096, bos_token_id=0, eos_token_id=0)
 
@@ -41,7 +41,7 @@ def test_the_grids_name_every_configuration_once_and_are_large_enough():
 @pytest.mark.parametrize("case", [*CPU_GRID, *CUDA_GRID], ids=lambda case: case.name)
 def test_a_configuration_is_one_that_a_recipe_can_ask_for(case):
     assert case.recipe.lora.r == case.lora.get("r", 16)
-    assert case.setup.micro_batch.max_rows == max(len(case.lengths), len(case.held_out))
+    assert case.execution.micro_batch.max_rows == max(len(case.lengths), len(case.held_out))
     assert case.describe()["configuration"] == case.name
 
 
@@ -85,13 +85,13 @@ def test_a_table_keeps_every_row_and_the_newest_counts(tmp_path):
 
 
 MIB = 2**20
-CARD = find_card("RTX 4060")
+CARD = find_gpu("RTX 4060")
 #: 100 MiB of model, 60 MiB of step: 160 MiB allocated, served by segments that can grow in steps of 20 MiB.
 TRACE = ((1, 100 * MIB), (2, 60 * MIB), (2, 0))
-PROFILE = Profile(
+PROFILE = MemoryReport(
     peak_bytes=160 * MIB,
     peak_phase="forward",
-    tenants={},
+    categories={},
     phases={"load": 100 * MIB, "forward": 160 * MIB},
     resident_bytes=100 * MIB,
     paged_bytes=7,

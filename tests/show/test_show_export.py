@@ -17,10 +17,10 @@ class Lines:
         self.said: list[str] = []
         self.warned: list[str] = []
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
         self.said.append(line)
 
-    def warn(self, line: str) -> None:
+    def warning(self, line: str) -> None:
         self.warned.append(line)
 
 

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from qlora_phi3.reporter import StepRecord
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.ui.console import Cadence, View, draw_curve, mean_ends, open_bars
+from qlora_phi3.ui.console import ConsoleReporter, LogInterval, draw_curve, mean_ends, open_bars
 
-EVERY_STEP = Cadence("steps", 1)
+EVERY_STEP = LogInterval("steps", 1)
 
 
 def record(step, loss=2.7345, tokens_per_second=1234.0):
@@ -36,7 +36,7 @@ class Screen:
         self.console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
         self.bars = open_bars(self.console)
         self.bars.get_time = lambda: clock[0]
-        self.view = View(self.console, self.console, EVERY_STEP, self.bars)
+        self.view = ConsoleReporter(self.console, self.console, EVERY_STEP, self.bars)
 
     def lines(self):
         """What stands there now, without the spinner."""
@@ -101,19 +101,19 @@ def test_a_part_that_tells_nothing_until_its_end_has_neither_count_nor_estimate(
     assert re.fullmatch(r"Loading the base model \S+ +0:00", screen.lines()[0])
 
 
-def told(capsys, act, cadence=EVERY_STEP):
+def told(capsys, act, log_interval=EVERY_STEP):
     """Lines on stdout and stderr of a view without a terminal."""
-    act(View(Console(width=80), Console(width=80, stderr=True), cadence, None))
+    act(ConsoleReporter(Console(width=80), Console(width=80, stderr=True), log_interval, None))
     out, err = capsys.readouterr()
     return out.splitlines(), err.splitlines()
 
 
 def test_a_run_that_is_all_warm_up_is_named_before_it_starts(capsys):
     note = "Note: The whole run, 1 step, is warm-up: the learning rate is never reached. Write [training] warmup_steps = 0."
-    assert told(capsys, lambda view: view.begin(0, 1), Cadence("steps", 1, 0.03))[1] == [note]
-    assert told(capsys, lambda view: view.begin(0, 10), Cadence("steps", 1, 20))[1] != []
-    assert told(capsys, lambda view: view.begin(0, 2), Cadence("steps", 1, 0.03))[1] == []
-    assert told(capsys, lambda view: view.begin(0, 1), Cadence("steps", 1, 0))[1] == []
+    assert told(capsys, lambda view: view.begin(0, 1), LogInterval("steps", 1, 0.03))[1] == [note]
+    assert told(capsys, lambda view: view.begin(0, 10), LogInterval("steps", 1, 20))[1] != []
+    assert told(capsys, lambda view: view.begin(0, 2), LogInterval("steps", 1, 0.03))[1] == []
+    assert told(capsys, lambda view: view.begin(0, 1), LogInterval("steps", 1, 0))[1] == []
 
 
 @pytest.mark.parametrize(("after", "noted"), [(2.5, True), (1.5, False), (None, False)])
@@ -156,7 +156,7 @@ def test_the_plain_lines_say_how_long_it_still_takes(capsys, clock):
 
 
 def test_stopping_at_once_names_what_is_kept(tmp_path):
-    view = View(Console(), Console(), EVERY_STEP, None)
+    view = ConsoleReporter(Console(), Console(), EVERY_STEP, None)
     resumed = RunFolder(tmp_path / "runs" / "mine" / "now")
     assert str(view.interruption(None)).startswith("Stopped before the first step: nothing is lost.")
     go_on = f"Go on with: qlora-phi3 run {resumed.recipe} --resume {resumed.path}"
@@ -164,7 +164,7 @@ def test_stopping_at_once_names_what_is_kept(tmp_path):
     view.begin(4, 9)
     view.step(record(5))
     assert str(view.interruption(resumed)) == f"Stopped at once after step 5 of 9. {go_on}"
-    view.saved(resumed.checkpoints / "checkpoint-5")
+    view.checkpoint_saved(resumed.checkpoints / "checkpoint-5")
     view.step(record(6))
     assert (
         str(view.interruption(None))

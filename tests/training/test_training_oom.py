@@ -12,12 +12,14 @@ from torch import nn
 from workshop import Workshop, read_json, read_lines
 
 from qlora_phi3.errors import RunError
-from qlora_phi3.execution import SMALLEST_MLP_TILE_TOKENS, MicroBatchPlan, Setup
+from qlora_phi3.execution import SMALLEST_MLP_TILE_TOKENS, ExecutionPlan, MicroBatchPlan
 from qlora_phi3.step import MicroBatchMemoryError, StepResult, is_out_of_memory
-from qlora_phi3.training.oom import MemoryGuard, recall_setup
+from qlora_phi3.training.oom import MemoryGuard, restore_execution_plan
 
 PLAN = MicroBatchPlan(max_tokens=100, max_rows=8, packing=True, longrope_boundary=None)
-SETUP = Setup(micro_batch=PLAN, evaluation=PLAN, checkpoint_every=0, activation_offloading=False, optim="adamw_torch")
+SETUP = ExecutionPlan(
+    micro_batch=PLAN, evaluation=PLAN, checkpoint_every=0, activation_offloading=False, optim="adamw_torch"
+)
 CPU = torch.device("cpu")
 
 
@@ -62,13 +64,13 @@ def test_another_error_is_not_taken_for_it(error):
 class Bench:
     """A guard over a model of one weight, whose pass fails where the test says."""
 
-    def __init__(self, setup=SETUP):
+    def __init__(self, execution=SETUP):
         self.records, self.applied, self.passes = [], [], []
         self.guard = MemoryGuard(
             nn.Linear(1, 1),
-            setup=setup,
+            execution=execution,
             device=CPU,
-            listener=SimpleNamespace(ran_out=self.records.append),
+            reporter=SimpleNamespace(oom=self.records.append),
             sources=("chats.jsonl", "more.jsonl"),
             apply=self.applied.append,
         )
@@ -78,7 +80,7 @@ class Bench:
 
         self.passes.clear()
 
-        def pass_over(batch):
+        def run_pass(batch):
             micro = fails(batch.groups, len(self.passes))
             self.passes.append(batch.groups)
             if micro is not None:
@@ -89,10 +91,10 @@ class Bench:
             {"input_ids": [1] * length, "labels": [1] * length, "source": 1, "source_row": 10 + row}
             for row, length in enumerate(lengths)
         ]
-        return self.guard.compute(rows, pass_over, phase=phase, step=step)
+        return self.guard.compute(rows, run_pass, phase=phase, step=step)
 
     def measures(self):
-        return [record.measure for record in self.records]
+        return [record.remedy for record in self.records]
 
 
 def fail_times(times):
@@ -114,7 +116,7 @@ def test_first_the_same_again_then_smaller_pieces_then_offloading():
     assert [record.after.max_tokens for record in bench.records] == [100, 50, 40, 40]
     assert [record.before.max_tokens for record in bench.records] == [100, 100, 50, 40]
     assert bench.guard.plans == {"training": replace(PLAN, max_tokens=40), "evaluation": PLAN}
-    assert bench.guard.survived == 4
+    assert bench.guard.num_recovered == 4
 
 
 def test_a_split_is_by_the_micro_batch_that_failed_and_not_by_the_largest():
@@ -149,8 +151,8 @@ def test_a_row_that_fails_alone_with_everything_tried_stops_the_run_by_its_name(
     assert str(caught.value).startswith("more.jsonl:10 with its 70 tokens does not fit in the memory of ")
     assert "in step 5 it ran out 4 times, at last with this row alone" in str(caught.value)
     assert "Tried to allocate 20.00 MiB" in str(caught.value)
-    assert "go on with --resume" in caught.value.cure
-    assert "max_length than 70" in caught.value.cure
+    assert "go on with --resume" in caught.value.hint
+    assert "max_length than 70" in caught.value.hint
 
 
 def test_where_offloading_is_on_already_a_row_alone_gets_one_more_try():
@@ -170,7 +172,7 @@ def test_a_row_of_many_tokens_gets_its_mlps_in_tiles_before_the_run_stops():
     assert bench.measures() == ["again", "offload", "tile"]
     leanest = replace(SETUP, checkpoint_every=1, mlp_tile_tokens=SMALLEST_MLP_TILE_TOKENS)
     assert bench.applied == [replace(SETUP, checkpoint_every=1), leanest]
-    assert recall_setup(SETUP, [record.as_dict() for record in bench.records], CPU) == leanest
+    assert restore_execution_plan(SETUP, [record.as_dict() for record in bench.records], CPU) == leanest
     assert bench.records[-1].as_line().endswith("with the MLPs in tiles; nothing is lost.")
     short = Bench()
     with pytest.raises(RunError):
@@ -214,16 +216,19 @@ def test_a_resumed_run_begins_with_what_earlier_sessions_had_come_to():
     bench.compute([40, 30, 20, 10], fail_times(3))
     records = [{"kind": "train", "step": 1}, *(record.as_dict() for record in bench.records)]
     lowered = replace(SETUP, micro_batch=replace(PLAN, max_tokens=40))
-    assert recall_setup(SETUP, records, CPU) == lowered
+    assert restore_execution_plan(SETUP, records, CPU) == lowered
     assert (
-        recall_setup(replace(SETUP, micro_batch=replace(PLAN, max_tokens=7)), records, CPU).micro_batch.max_tokens == 7
+        restore_execution_plan(
+            replace(SETUP, micro_batch=replace(PLAN, max_tokens=7)), records, CPU
+        ).micro_batch.max_tokens
+        == 7
     )
     bench.compute([40], fail_times(1), step=2)
     records += [bench.records[-1].as_dict()]
-    assert bench.records[-1].measure == "offload"
-    assert recall_setup(SETUP, records, CPU) == replace(lowered, checkpoint_every=1)
-    assert recall_setup(SETUP, records, torch.device("cuda")).activation_offloading
-    assert recall_setup(SETUP, [], CPU) == SETUP
+    assert bench.records[-1].remedy == "offload"
+    assert restore_execution_plan(SETUP, records, CPU) == replace(lowered, checkpoint_every=1)
+    assert restore_execution_plan(SETUP, records, torch.device("cuda")).activation_offloading
+    assert restore_execution_plan(SETUP, [], CPU) == SETUP
 
 
 def test_a_record_says_in_one_line_what_happened_and_what_was_done():

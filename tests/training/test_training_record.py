@@ -12,7 +12,7 @@ from qlora_phi3.data.prepare import PreparedData
 from qlora_phi3.model.quantized import tensor_checksum
 from qlora_phi3.recipe.schema import Lora
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.training.artifacts import KEPT_ROWS, KEPT_TOKENS, base_parameters, keep_held_out
+from qlora_phi3.training.artifacts import KEPT_ROWS, KEPT_TOKENS, base_parameters, save_held_out
 
 
 def test_the_record_names_every_tensor_of_the_base_and_no_other(shop):
@@ -66,7 +66,7 @@ def test_a_base_that_is_adapted_by_dora_is_named_as_in_its_checkpoint(tmp_path):
 def test_held_out_rows_are_kept_spread_over_all_and_bounded(tmp_path):
     rows = [{"input_ids": [number] * 10, "labels": [-100] + [number] * 9} for number in range(1000)]
     data = PreparedData(train=Dataset.from_list(rows[:1]), evaluation=Dataset.from_list(rows), report=None)
-    keep_held_out(data, RunFolder(tmp_path))
+    save_held_out(data, RunFolder(tmp_path))
     kept = read_lines(tmp_path / "held_out.jsonl")
     assert len(kept) == KEPT_ROWS
     assert kept[-1]["input_ids"][0] > 900
@@ -75,7 +75,7 @@ def test_held_out_rows_are_kept_spread_over_all_and_bounded(tmp_path):
 
 def test_where_nothing_is_held_out_training_rows_are_kept_and_marked(tmp_path):
     rows = [{"input_ids": [1] * 10_000, "labels": [1] * 10_000} for _ in range(5)]
-    keep_held_out(PreparedData(train=Dataset.from_list(rows), evaluation=None, report=None), RunFolder(tmp_path))
+    save_held_out(PreparedData(train=Dataset.from_list(rows), evaluation=None, report=None), RunFolder(tmp_path))
     kept = read_lines(tmp_path / "held_out.jsonl")
     assert 1 <= len(kept) <= KEPT_TOKENS / 10_000
     assert all(row["trained"] for row in kept)

@@ -43,9 +43,9 @@ def test_predicted_and_measured_stand_side_by_side_in_the_report(shop):
     _, folder = train(shop, rehearsal=True)
     memory = read_json(folder / "report.json")["memory"]
     predicted, measured = memory["predicted"], memory["measured"]
-    for tenant in ("4-bit weights", "adapter", "optimizer state"):
-        assert predicted["tenants"][tenant] == pytest.approx(measured["tenants"][tenant], rel=0.01)
-    assert predicted["allocated_bytes"] == sum(predicted["tenants"].values())
+    for category in ("4-bit weights", "adapter", "optimizer state"):
+        assert predicted["categories"][category] == pytest.approx(measured["categories"][category], rel=0.01)
+    assert predicted["allocated_bytes"] == sum(predicted["categories"].values())
     assert measured["process_bytes"] > predicted["allocated_bytes"]
 
 
@@ -63,11 +63,11 @@ def test_a_rehearsal_leaves_nothing_in_the_run_folder(shop):
 
 def test_what_does_not_fit_is_split_before_the_first_step(shop, monkeypatch):
     _, undisturbed = train(shop, rehearsal=False, lora={"r": 4})
-    rehearse = training_run.rehearse
+    dry_run_heaviest_step = training_run.dry_run_heaviest_step
 
     def rehearse_on_a_small_card(*args, **kwargs):
         with RunOutAt({200, 600}):
-            return rehearse(*args, **kwargs)
+            return dry_run_heaviest_step(*args, **kwargs)
 
     monkeypatch.setattr(training_run, "rehearse", rehearse_on_a_small_card)
     _, folder = train(shop, rehearsal=True, lora={"r": 4})
@@ -79,11 +79,11 @@ def test_what_does_not_fit_is_split_before_the_first_step(shop, monkeypatch):
 
 def test_random_numbers_are_put_back(shop, monkeypatch):
     seen = []
-    rehearse = training_run.rehearse
+    dry_run_heaviest_step = training_run.dry_run_heaviest_step
 
     def watch(*args, **kwargs):
         seen.append(torch.get_rng_state())
-        measured = rehearse(*args, **kwargs)
+        measured = dry_run_heaviest_step(*args, **kwargs)
         seen.append(torch.get_rng_state())
         return measured
 

@@ -134,7 +134,7 @@ def encode(plan: TensorPlan, weights: Weights) -> Iterator[bytes]:
     if plan.source is None:
         yield _bytes(torch.tensor(plan.values, dtype=torch.float32), plan)
         return
-    for piece in weights.pieces(plan.source):
+    for piece in weights.iter_row_chunks(plan.source):
         if not torch.isfinite(piece).all():
             raise ExportError(f"{plan.source} holds values that are no numbers.", "Export the run again.")
         yield _bytes(piece, plan)

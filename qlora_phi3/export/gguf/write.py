@@ -157,20 +157,20 @@ def read_phi3_config(folder: Path) -> Phi3Config:
     Raises:
         ExportError: they cannot; ModelError: there is no config of a phi3 model.
     """
-    read = read_config(str(folder))
-    parse_architecture(read, str(folder))
-    head_size = read["hidden_size"] // read["num_attention_heads"]
+    config = read_config(str(folder))
+    parse_architecture(config, str(folder))
+    head_size = config["hidden_size"] // config["num_attention_heads"]
     for key, value, wanted in (
-        ("hidden_act", read.get("hidden_act", "silu"), "silu"),
-        ("head_dim", read.get("head_dim") or head_size, head_size),
-        ("quantization_config", read.get("quantization_config"), None),
+        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+        ("head_dim", config.get("head_dim") or head_size, head_size),
+        ("quantization_config", config.get("quantization_config"), None),
     ):
         if value != wanted:
             raise ExportError(
                 f"The config.json of {folder} has {key} = {value!r}; llama.cpp's phi3 models have {wanted!r}.",
                 "Convert a plain 16- or 32-bit checkpoint of the Phi-3 family.",
             )
-    return Phi3Config.from_dict(read)
+    return Phi3Config.from_dict(config)
 
 
 def describe_limits(config: Phi3Config) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_phi3.errors import RunError, disk_error_hint
-from qlora_phi3.files import write_atomically
+from qlora_phi3.files import atomic_write
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def run_group_name(recipe: Path) -> str:
 
 def write_report(folder: RunFolder, report: Mapping[str, Any]) -> None:
     """Replace report.json."""
-    write_atomically(folder.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    atomic_write(folder.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def append_metrics(folder: RunFolder, record: Mapping[str, Any]) -> None:
@@ -177,4 +177,4 @@ def cut_metrics(folder: RunFolder, step: int) -> None:
     Where memory ran out stays: the resumed run begins with the plan it had come to.
     """
     kept = [record for record in read_metrics(folder) if record["step"] <= step or record["kind"] == "oom"]
-    write_atomically(folder.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+    atomic_write(folder.metrics, "".join(json.dumps(record) + "\n" for record in kept))

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<|tool|>", "<|/tool|>")
 SPECIAL_PHI4 = ("<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>")
-TEMPLATE_FOLDER = Path(__file__).parent / "dataset" / "hub_templates"
+TEMPLATE_FOLDER = Path(__file__).parent / "data" / "hub_templates"
 
 
 def hub_template(name: str) -> str:

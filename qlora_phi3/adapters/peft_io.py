@@ -27,7 +27,7 @@ from torch import Tensor
 
 from qlora_phi3.adapters.delta import Adapter, Kind, LoraDelta, LowRankBlock, stack
 from qlora_phi3.errors import ExportError, disk_error_hint
-from qlora_phi3.files import file_checksum
+from qlora_phi3.files import sha256_file
 
 CONFIG = "adapter_config.json"
 
@@ -60,7 +60,7 @@ TOKENIZER_FILES = (
 
 def adapter_record(folder: Path) -> dict[str, str]:
     """What a run notes down of the adapter it wrote, so that an export can tell whether it is the same: file -> SHA-256."""
-    return {name: file_checksum(folder / name) for name in (WEIGHTS, CONFIG)}
+    return {name: sha256_file(folder / name) for name in (WEIGHTS, CONFIG)}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from qlora_phi3.adapters.peft_io import TOKENIZER_FILES
 from qlora_phi3.errors import ExportError
-from qlora_phi3.files import file_checksum
+from qlora_phi3.files import sha256_file
 from qlora_phi3.recipe.load import as_list
 from qlora_phi3.recipe.messages import format_toml
 from qlora_phi3.recipe.schema import Recipe
@@ -63,7 +63,7 @@ def write_companions(
     for name in COMPANIONS:
         if name in (CONFIG, GENERATION_CONFIG) or not (base / name).is_file():
             continue
-        copied[name] = file_checksum(base / name)
+        copied[name] = sha256_file(base / name)
         shutil.copyfile(base / name, target / name)
     changed = [
         *_write_config(base / CONFIG, target / CONFIG, dtype=dtype, untied=untied),
@@ -94,7 +94,7 @@ def _check_file(file: Path, trained: Path) -> None:
     hint = "give the folder of the right base with --base."
     if not trained.is_file():
         raise ExportError(f"{file} was not there when the run was trained.", f"Move it away, or {hint}")
-    if file_checksum(trained) != file_checksum(file):
+    if sha256_file(trained) != sha256_file(file):
         raise ExportError(
             f"{file} is not the file that was trained with; that one lies in {trained.parent}.",
             f"Put it back, or {hint}",

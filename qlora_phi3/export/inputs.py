@@ -29,7 +29,7 @@ from qlora_phi3.export.bundle import COMPANIONS, CONFIG, check_trained_with, pub
 from qlora_phi3.export.merge import MergedWeights, Onto
 from qlora_phi3.export.request import Request
 from qlora_phi3.family import parse_architecture
-from qlora_phi3.files import file_checksum
+from qlora_phi3.files import sha256_file
 from qlora_phi3.model.phi3 import load_tokenizer
 from qlora_phi3.model.quantized import is_stored_quantized
 from qlora_phi3.model.weights import TensorInfo, open_weights
@@ -264,9 +264,9 @@ def check_adapter(run: RunFolder, report: Mapping[str, Any]) -> None:
     """
     for name, noted in (report.get("adapter") or {}).items():
         path = run.adapter / name
-        if file_checksum(path) == noted:
+        if sha256_file(path) == noted:
             continue
-        whole = [other for other in sorted(run.checkpoints.glob(f"*/{name}")) if file_checksum(other) == noted]
+        whole = [other for other in sorted(run.checkpoints.glob(f"*/{name}")) if sha256_file(other) == noted]
         own = f"Copy {whole[0]} there" if whole else "Put the run's own back"
         raise ExportError(
             f"{path} is not the file that the run wrote: its SHA-256 is not the one in {run.report.name}.",

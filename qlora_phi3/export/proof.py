@@ -26,7 +26,7 @@ from qlora_phi3.export.request import Request
 from qlora_phi3.export.streamed import Final, Progress
 from qlora_phi3.export.writer import disk_errors
 from qlora_phi3.family import Architecture, parse_architecture
-from qlora_phi3.files import write_atomically
+from qlora_phi3.files import atomic_write
 from qlora_phi3.model.loss import IGNORE_INDEX
 from qlora_phi3.model.quantized import checksum_of
 from qlora_phi3.model.weights import Weights, open_weights
@@ -369,7 +369,7 @@ def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: O
     scored = Scored(proof=proof, checksums={each.onto: dict(each.checksums) for each in candidates})
     notes = sources.base.notes(list(sources.base.compared))
     with disk_errors(draft):
-        write_atomically(draft / SCORED, json.dumps({"key": key, **asdict(scored), "notes": notes}))
+        atomic_write(draft / SCORED, json.dumps({"key": key, **asdict(scored), "notes": notes}))
     return scored
 
 

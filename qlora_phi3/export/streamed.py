@@ -181,28 +181,26 @@ class _WithSaved:
 
     def __init__(self, base: Weights, adapter: StoredWeights) -> None:
         self.base, self.adapter = base, adapter
-        self.checkpoint_saved = {name: PREFIX + name for name in (EMBEDDING, HEAD) if PREFIX + name in adapter.info}
+        self.saved = {name: PREFIX + name for name in (EMBEDDING, HEAD) if PREFIX + name in adapter.info}
         info = dict(base.info)
         info.setdefault(HEAD, info[EMBEDDING])  # a tied head stays the base's own embedding
-        self.info = info | {name: adapter.info[key] for name, key in self.checkpoint_saved.items()}
+        self.info = info | {name: adapter.info[key] for name, key in self.saved.items()}
 
     def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
         """As `Weights.pieces`."""
-        if name in self.checkpoint_saved:
-            return self.adapter.iter_row_chunks(self.checkpoint_saved[name])
+        if name in self.saved:
+            return self.adapter.iter_row_chunks(self.saved[name])
         return self.base.iter_row_chunks(name if name in self.base.info else EMBEDDING)
 
 
 def _attach(model: Phi3ForChunkedLoss, weights: _WithSaved, adapter: Path) -> PeftModel:
     """PEFT's layers around a hollow model, with the adapter's weights but those that `weights` reads in pieces."""
     settings, stored = read_settings(adapter), weights.adapter
-    read_here = [name.removesuffix(".weight") for name in weights.checkpoint_saved]
+    read_here = [name.removesuffix(".weight") for name in weights.saved]
     settings.modules_to_save = [
         name for name in settings.modules_to_save or () if not any(path.endswith(name) for path in read_here)
     ] or None
-    tensors = {
-        key: read_tensor(stored, key).float() for key in stored.info if key not in weights.checkpoint_saved.values()
-    }
+    tensors = {key: read_tensor(stored, key).float() for key in stored.info if key not in weights.saved.values()}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's advice is for those who train

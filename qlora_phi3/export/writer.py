@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from qlora_phi3.errors import ExportError, RunError, disk_error_hint
-from qlora_phi3.files import user_state_dir, write_atomically
+from qlora_phi3.files import atomic_write, user_state_dir
 from qlora_phi3.model.weights import DTYPES, INDEX_NAME, WEIGHTS_NAME, TensorInfo, Weights
 from qlora_phi3.units import format_gib
 
@@ -165,13 +165,13 @@ def write_shards(
             else:
                 _write_shard(weights, folder, shard, _counting(progress, written, total))
                 done[shard.file_name] = {"num_bytes": shard.num_bytes, "notes": notes(shard.names) if notes else {}}
-                write_atomically(folder / PROGRESS_NAME, json.dumps({"key": whole_key, "shards": done}))
+                atomic_write(folder / PROGRESS_NAME, json.dumps({"key": whole_key, "shards": done}))
             written += shard.num_bytes
             if progress:
                 progress(written, total)
         files = [folder / shard.file_name for shard in shards]
         if len(shards) > 1:
-            write_atomically(folder / INDEX_NAME, _index(weights.info, shards))
+            atomic_write(folder / INDEX_NAME, _index(weights.info, shards))
             files.append(folder / INDEX_NAME)
     together: dict[str, Any] = {}
     for shard in shards:

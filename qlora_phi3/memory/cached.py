@@ -15,15 +15,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qlora_phi3.errors import RunError
-from qlora_phi3.files import cache_folder, write_atomically
+from qlora_phi3.files import atomic_write, user_cache_dir
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.memory.margin import budget_of, read_margin
-from qlora_phi3.memory.report import VramReport, as_json, from_json
+from qlora_phi3.memory.report import VramReport, as_json, from_json, read_versions
 from qlora_phi3.memory.tables import (
     GpuGroup,
     GpuTableRow,
@@ -39,27 +38,12 @@ from qlora_phi3.memory.vram_check import VramChecker, read_recipe_context
 if TYPE_CHECKING:
     from qlora_phi3.recipe.schema import Recipe
 
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
-
 
 #: Answers that are kept; of more, the oldest go.
 KEPT = 200
 
 
 PACKAGE = Path(__file__).parents[1]
-
-
-def read_versions() -> dict[str, str]:
-    """The versions that an answer depends on, our own among them, read without importing anything."""
-    found = {"qlora-phi3": _installed_version("qlora-phi3")} | {name: _installed_version(name) for name in LIBRARIES}
-    return {"python": platform.python_version(), **found}
-
-
-def _installed_version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def cache_key(parts: Mapping[str, Any]) -> str:
@@ -109,13 +93,13 @@ def store(key: str, report: Any, watched: Mapping[str, Sequence[int] | None]) ->
     with suppress(OSError, RunError):
         folder = _cache_path(key).parent
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(_cache_path(key), json.dumps({"answer": report, "watched": watched}))
+        atomic_write(_cache_path(key), json.dumps({"answer": report, "watched": watched}))
         for old in sorted(folder.glob("*.json"), key=lambda path: -path.stat().st_mtime_ns)[KEPT:]:
             old.unlink(missing_ok=True)
 
 
 def _cache_path(key: str) -> Path:
-    return cache_folder() / "vram-check" / f"{key}.json"
+    return user_cache_dir() / "vram-check" / f"{key}.json"
 
 
 Result = TypeVar("Result")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.errors import DeviceError, RunError
-from qlora_phi3.files import user_state_dir, write_atomically
+from qlora_phi3.files import atomic_write, user_state_dir
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.units import format_gib, parse_size
 
@@ -103,7 +103,7 @@ def record_error(card_name: str, predicted_bytes: int, measured_bytes: int) -> N
     records = {**records, card_name: [*records.get(card_name, ()), record][-MAX_RECORDS:]}
     with suppress(OSError, RunError):
         _path().parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(_path(), json.dumps(records, indent=1) + "\n")
+        atomic_write(_path(), json.dumps(records, indent=1) + "\n")
 
 
 def _path() -> Path:

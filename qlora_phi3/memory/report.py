@@ -3,8 +3,10 @@
 The plan of an answer as keys of a recipe, as a person would write them.
 """
 
+import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_phi3.hardware.gpu import Gpu, GpuProcess
@@ -193,3 +195,19 @@ def planned_keys(report: VramReport) -> Iterator[PlannedKey]:
     ]
     for table, key, value in chosen:
         yield PlannedKey(table, key, value, report.reasons[key])
+
+
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
+
+
+def read_versions() -> dict[str, str]:
+    """The versions that an answer depends on, our own among them, read without importing anything."""
+    found = {"qlora-phi3": _installed_version("qlora-phi3")} | {name: _installed_version(name) for name in LIBRARIES}
+    return {"python": platform.python_version(), **found}
+
+
+def _installed_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"

@@ -4,7 +4,7 @@ Each change comes on top of those before it, so that the list is a way to a reci
 on a few layers of the leanest set-up that the changed recipe allows; the last step is planned whole before it counts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from qlora_phi3.memory.plan import Plan, RowLengths
     from qlora_phi3.memory.predict import Predictor
     from qlora_phi3.memory.report import Suggestion
-    from qlora_phi3.memory.vram_check import VramChecker
     from qlora_phi3.recipe.schema import Recipe
 
 #: A change that saves less is not worth a line.
@@ -47,14 +46,21 @@ class _Change:
 
 
 def find_suggestions(
-    checker: "VramChecker", device: Gpu, plan: "Plan", margin: Margin, budget_bytes: int
+    predictor: "Predictor",
+    rows: "RowLengths",
+    device: Gpu,
+    plan: "Plan",
+    margin: Margin,
+    budget_bytes: int,
+    *,
+    info: Callable[[str], None],
 ) -> tuple[tuple["Suggestion", ...], str]:
     """The way to a recipe that fits, and where none leads there, why."""
-    way = _Way(checker, device, plan, margin, budget_bytes)
+    way = _Way(predictor, rows, device, plan, margin, budget_bytes, info=info)
     for widen in (way.raise_budget, way.close_programs):
         if widen():
             return tuple(way.suggestions), ""
-    for tried, change in enumerate(_changes(checker.context.recipe)):
+    for tried, change in enumerate(_changes(predictor.recipe)):
         if tried == MOST_TRIED or way.make(change):
             break
     if not way.arrived:
@@ -121,9 +127,19 @@ def _unpinned(recipe: "Recipe") -> Iterator[_Change]:
 class _Way:
     """The changes so far, and what the recipe takes with them."""
 
-    def __init__(self, checker: "VramChecker", device: Gpu, plan: "Plan", margin: Margin, budget_bytes: int) -> None:
-        self.checker, self.device, self.margin, self.budget_bytes = checker, device, margin, budget_bytes
-        self.predictor, self.rows = checker.predictor(device), checker.context.rows.lengths
+    def __init__(
+        self,
+        predictor: "Predictor",
+        rows: "RowLengths",
+        device: Gpu,
+        plan: "Plan",
+        margin: Margin,
+        budget_bytes: int,
+        *,
+        info: Callable[[str], None],
+    ) -> None:
+        self.predictor, self.rows = predictor, rows
+        self.device, self.margin, self.budget_bytes, self.info = device, margin, budget_bytes, info
         prediction = plan.prediction
         self.needed = self.needed_unchanged = prediction.on_card_bytes
         #: What the allocator reserves over what is allocated, taken to stay the same.
@@ -167,7 +183,7 @@ class _Way:
         predictor, room = self.predictor, self.room
 
         def needs(length: int) -> int:
-            self.checker.info(f"Looking for what would help: rows of {length:,} tokens")
+            self.info(f"Looking for what would help: rows of {length:,} tokens")
             return predictor.on_card(allocated_estimate(predictor, _cut(self.rows, length)) + self.slack_bytes)
 
         search = MaxLengthSearch(needs, self.rows.longest - STEP)
@@ -208,7 +224,7 @@ class _Way:
         return f"{told}. A card of {enough.nominal_gb} GB would do for the recipe as it is; or take a smaller model."
 
     def _take(self, text: str, predictor: "Predictor", rows: "RowLengths", *, only_if_it_fits: bool = False) -> bool:
-        self.checker.info("Looking for what would help")
+        self.info("Looking for what would help")
         allocated = allocated_estimate(predictor, rows)
         needed, fits = predictor.on_card(allocated + self.slack_bytes), False
         if predictor.on_card(int(allocated * LEAST_RATIO)) <= self.room:

@@ -23,10 +23,9 @@ from qlora_phi3.data.sources import is_local
 from qlora_phi3.errors import CannotTellError, DataError, ModelError, UserError
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.hardware.gpu_table import CARDS, NATIVE_BFLOAT16, GpuSpec
-from qlora_phi3.memory.cached import read_versions
 from qlora_phi3.memory.margin import Margin, read_margin
 from qlora_phi3.memory.plan import RowLengths, assume_lengths, read_lengths
-from qlora_phi3.memory.report import RowSummary, VramReport, merge_categories
+from qlora_phi3.memory.report import RowSummary, VramReport, merge_categories, read_versions
 
 if TYPE_CHECKING:
     from qlora_phi3.data.prepare import PreparedData
@@ -152,7 +151,9 @@ class VramChecker:
         report = self._put(device, plan, budget_bytes, margin)
         if plan.fits or not with_suggestions:
             return report
-        suggestions, no_fix_reason = find_suggestions(self, device, plan, margin, budget_bytes)
+        suggestions, no_fix_reason = find_suggestions(
+            predictor, rows, device, plan, margin, budget_bytes, info=self.info
+        )
         return replace(report, suggestions=suggestions, no_fix_reason=no_fix_reason)
 
     def _put(self, device: Gpu, plan: "Plan", budget_bytes: int, margin: Margin) -> VramReport:

@@ -19,7 +19,7 @@ from qlora_phi3.adapters.peft_io import TOKENIZER_FILES
 from qlora_phi3.data.prepare import PreparedData
 from qlora_phi3.data.template import ChatTemplate
 from qlora_phi3.errors import RunError
-from qlora_phi3.files import write_atomically
+from qlora_phi3.files import atomic_write
 from qlora_phi3.model.quantized import tensor_record
 from qlora_phi3.recipe.schema import Quantization, Recipe
 from qlora_phi3.runfolder import RunFolder
@@ -115,7 +115,7 @@ def record_base(
     if folder.base.is_file():
         _compare(json.loads(folder.base.read_text(encoding="utf-8")), record, folder)
     else:
-        write_atomically(folder.base, json.dumps(record, indent=1) + "\n")
+        atomic_write(folder.base, json.dumps(record, indent=1) + "\n")
 
 
 def base_parameters(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
@@ -154,7 +154,7 @@ def _bits(tensor: dict[str, Any]) -> Any:
 def save_template(template: ChatTemplate, folder: RunFolder) -> None:
     """Write a chat template that the recipe names by its file, which may be changed or gone when the run is exported."""
     if template.name.endswith(".jinja"):
-        write_atomically(folder.chat_template, template.source)
+        atomic_write(folder.chat_template, template.source)
 
 
 def save_held_out(data: PreparedData, folder: RunFolder) -> None:
@@ -170,4 +170,4 @@ def save_held_out(data: PreparedData, folder: RunFolder) -> None:
             break
         kept = {"input_ids": row["input_ids"], "labels": row["labels"]}
         lines.append(json.dumps(kept if data.evaluation is not None else {**kept, "trained": True}))
-    write_atomically(folder.held_out, "\n".join(lines) + "\n")
+    atomic_write(folder.held_out, "\n".join(lines) + "\n")

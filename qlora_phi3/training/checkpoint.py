@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from qlora_phi3.errors import RunError, disk_error_hint
-from qlora_phi3.files import write_atomically
+from qlora_phi3.files import atomic_write
 
 MANIFEST = "sealed.json"
 
@@ -28,7 +28,7 @@ def write_manifest(checkpoint: Path) -> None:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
             sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
-    write_atomically(checkpoint / MANIFEST, json.dumps(sizes, indent=2))
+    atomic_write(checkpoint / MANIFEST, json.dumps(sizes, indent=2))
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -15,8 +15,8 @@ What is tried, in this order:
 4. for a single row of many tokens, the MLPs computed in tiles;
 5. then the run stops and names the row.
 
-The lowered plan stays, and a resumed run begins with it (`restore_execution_plan`). The normalizer is that of the whole batch whatever the
-pieces, so that without dropout a split changes only the order in which numbers are added.
+The lowered plan stays, and a resumed run begins with it (`restore_execution_plan`). The normalizer is that of the whole batch
+whatever the pieces, so that without dropout a split changes only the order in which numbers are added.
 
 With dropout, the same again draws the same masks: it is equal to the bit. A split cannot keep them: masks are drawn micro-batch
 by micro-batch, each in the shape of its tensors, so that other pieces get other masks. They are as independent and of the same

@@ -37,7 +37,7 @@ from qlora_phi3.recipe.load import check_limits
 from qlora_phi3.recipe.schema import Recipe, Training
 from qlora_phi3.reporter import Reporter
 from qlora_phi3.training.callbacks import cap_to_free_memory
-from qlora_phi3.training.report import describe_device
+from qlora_phi3.training.report import Predicted, describe_device
 from qlora_phi3.units import format_gib, parse_size
 
 
@@ -102,16 +102,6 @@ def prepare_cuda() -> None:
 #: matmuls busy beside the dequantization, which costs the same whatever the micro-batch holds. On CPU (SmolLM2-135M, bf16,
 #: Zen 5) 512 is as fast as 1,024, at a peak of 1.06-1.10 GiB instead of 1.11-1.35.
 DEFAULT_MICRO_BATCH_TOKENS = 512
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Predicted:
-    """What the run should need at its peak, in bytes; None where it was not asked."""
-
-    allocated_bytes: int
-    reserved_bytes: int | None
-    on_card_bytes: int | None
-    categories: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -348,9 +338,8 @@ def load_model(recipe: Recipe, context: RunContext, reporter: Reporter, *, is_fi
     reporter.progress("Loading the base model", 1, 1)
     kind = recipe.quantization.bnb_4bit_quant_type.upper() if recipe.quantization.load_in_4bit else "unquantized"
     dtype = str(context.precision.compute_dtype).removeprefix("torch.")
-    reporter.info(
-        f"Model: {recipe.model.name}, {kind}, computing in {dtype} on {describe_device(context.device)} ({context.precision.reason})"
-    )
+    where = f"{describe_device(context.device)} ({context.precision.reason})"
+    reporter.info(f"Model: {recipe.model.name}, {kind}, computing in {dtype} on {where}")
     reporter.info(
         f"Adapter: {coverage.trainable_parameters:,} parameters in fp32 on {', '.join(coverage.targets)}; "
         f"covers {coverage.share:.0%} of the linear weights"

@@ -28,7 +28,6 @@ from qlora_phi3.memory.margin import record_error
 from qlora_phi3.recipe.load import recipe_as_toml
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.runfolder import RunFolder, read_metrics, write_report
-from qlora_phi3.training.prepare import Predicted
 from qlora_phi3.units import format_count, format_gib
 
 
@@ -44,6 +43,16 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predicted:
+    """What the run should need at its peak, in bytes; None where it was not asked."""
+
+    allocated_bytes: int
+    reserved_bytes: int | None
+    on_card_bytes: int | None
+    categories: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

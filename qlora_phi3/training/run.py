@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from qlora_phi3.errors import Interrupted, RunError
 from qlora_phi3.execution import ExecutionPlan
-from qlora_phi3.files import write_atomically
+from qlora_phi3.files import atomic_write
 from qlora_phi3.model.phi3 import apply_execution_plan
 from qlora_phi3.model.quantized import save_quantized
 from qlora_phi3.recipe.load import recipe_as_toml, resolve_paths
@@ -80,7 +80,7 @@ def run(
         is_first_session = resume is None or find_checkpoint(resume.checkpoints)[0] is None
         model = load_model(recipe, context, reporter, is_first_session=is_first_session)
     with failure_reported(folder, report, started):
-        write_atomically(folder.recipe, recipe_as_toml(recipe))
+        atomic_write(folder.recipe, recipe_as_toml(recipe))
         write_report(folder, report)
         reporter.info(f"Run folder: {folder.path}")
         _record(recipe, context, model, folder, reporter)

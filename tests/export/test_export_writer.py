@@ -143,7 +143,7 @@ def test_a_kill_before_the_first_note_of_another_key_leaves_no_shard_of_it_behin
     def kill(path: Path, text: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer, "write_atomically", kill)
+    monkeypatch.setattr(writer, "atomic_write", kill)
     with pytest.raises(KeyboardInterrupt):
         write(Held(others), tmp_path, key="two")
     monkeypatch.undo()

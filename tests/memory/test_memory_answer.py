@@ -504,10 +504,10 @@ def test_a_line_gets_its_value_and_its_reason(line, expected):
 
 
 def test_state_and_cache_lie_where_the_system_wants_them(monkeypatch, tmp_path):
-    from qlora_phi3.files import cache_folder, user_state_dir
+    from qlora_phi3.files import user_cache_dir, user_state_dir
 
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.setattr("sys.platform", "linux")
-    assert cache_folder() == tmp_path / ".cache" / "qlora-phi3"
+    assert user_cache_dir() == tmp_path / ".cache" / "qlora-phi3"
     assert user_state_dir() == tmp_path / "state" / "qlora-phi3"

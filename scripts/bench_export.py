@@ -41,7 +41,7 @@ from qlora_phi3.adapters.merging import read_deltas
 from qlora_phi3.export.base import RecordedBase, read_record, summarise
 from qlora_phi3.export.merge import MergedWeights
 from qlora_phi3.export.writer import plan_shards, write_shards
-from qlora_phi3.model.weights import PIECE_BYTES, TensorInfo, open_weights, read, rows_per_piece
+from qlora_phi3.model.weights import PIECE_BYTES, TensorInfo, open_weights, read_tensor, rows_per_piece
 
 TABLE = Path(__file__).resolve().parent.parent / "benchmarks" / "export.csv"
 HIDDEN, INTERMEDIATE, VOCABULARY, RANK = 3072, 8192, 32_064, 16
@@ -161,7 +161,7 @@ def quantize_all(folder: Path, target: Path) -> None:
     """Part "quantize"; one tensor of each shape is made and used for every layer."""
     layers = json.loads((folder / "base" / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
     for shape in LINEARS.values():
-        weight = read(RandomWeights({"x": TensorInfo(shape, torch.bfloat16)}, 0.02), "x")
+        weight = read_tensor(RandomWeights({"x": TensorInfo(shape, torch.bfloat16)}, 0.02), "x")
         for _ in range(layers):
             packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
             dequantize_4bit(packed, state)

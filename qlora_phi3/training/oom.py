@@ -229,11 +229,12 @@ def restore_execution_plan(
     plans: dict[Phase, MicroBatchPlan] = {"training": execution.micro_batch, "evaluation": execution.evaluation}
     for record in num_recovered:
         plan = plans[record["phase"]]
-        if record["measure"] == "split":
+        remedy = record.get("remedy", record.get("measure"))  # runs before version 0.2 wrote "measure"
+        if remedy == "split":
             plans[record["phase"]] = replace(plan, max_tokens=min(plan.max_tokens, record["after"]["max_tokens"]))
-        elif record["measure"] == "offload":
+        elif remedy == "offload":
             execution = _offloaded(execution, device)
-        elif record["measure"] == "tile":
+        elif remedy == "tile":
             execution = _tiled(execution, record["tokens"])
     return replace(execution, micro_batch=plans["training"], evaluation=plans["evaluation"])
 

@@ -55,7 +55,7 @@ def home(tmp_path_factory, base):
 @pytest.fixture
 def card_here(monkeypatch):
     """A card in this computer."""
-    monkeypatch.setattr(qlora_phi3.hardware.gpu, "read_device", lambda: HERE)
+    monkeypatch.setattr(qlora_phi3.hardware.gpu, "read_gpu", lambda: HERE)
 
 
 def ask(*words, recipe="mine.toml"):
@@ -211,7 +211,7 @@ def no_card(monkeypatch):
     def nothing_here():
         raise NoDeviceError("No NVIDIA driver answers on this machine.", qlora_phi3.hardware.gpu.ELSEWHERE)
 
-    monkeypatch.setattr(qlora_phi3.hardware.gpu, "read_device", nothing_here)
+    monkeypatch.setattr(qlora_phi3.hardware.gpu, "read_gpu", nothing_here)
 
 
 @pytest.mark.parametrize("words", [["mine.toml"], []])
@@ -396,7 +396,7 @@ def test_nothing_is_written_where_nothing_fits(home):
 def few_cards(monkeypatch):
     """Two sizes of cards instead of twelve."""
     chosen = [group for group in qlora_phi3.memory.tables.group_gpus() if group.nominal_gb in (10, 11)]
-    monkeypatch.setattr(qlora_phi3.memory.tables, "group_cards", lambda: chosen)
+    monkeypatch.setattr(qlora_phi3.memory.tables, "group_gpus", lambda: chosen)
 
 
 def test_a_table_of_all_cards_with_the_one_here_on_top(home, few_cards, card_here):

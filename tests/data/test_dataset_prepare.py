@@ -110,7 +110,7 @@ def test_data_with_nothing_to_learn_is_refused_with_the_reasons(prepare_in, tmp_
 
 
 @pytest.mark.parametrize(
-    ("foreign", "cure"),
+    ("foreign", "hint"),
     [
         (
             {"question": "q", "answer": "a"},

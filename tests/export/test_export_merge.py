@@ -21,7 +21,7 @@ from qlora_phi3.export.merge import MergedWeights
 from qlora_phi3.model import weights as weights_module
 from qlora_phi3.model.phi3 import Precision
 from qlora_phi3.model.quantized import save_quantized
-from qlora_phi3.model.weights import open_weights, read
+from qlora_phi3.model.weights import open_weights, read_tensor
 from qlora_phi3.recipe.schema import Lora, Quantization
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -52,7 +52,7 @@ def logits(model: Any) -> torch.Tensor:
 def dense(merged: MergedWeights, *, tied: bool = False, dtype: torch.dtype = torch.float32) -> Phi3ForCausalLM:
     """A plain model of the merged tensors."""
     model = Phi3ForCausalLM(build_config(tie_word_embeddings=tied)).to(dtype)
-    tensors = {name: read(merged, name) for name in merged.info}
+    tensors = {name: read_tensor(merged, name) for name in merged.info}
     if tied:
         tensors[HEAD] = tensors[EMBEDDING]
     model.load_state_dict(tensors)
@@ -108,7 +108,7 @@ def test_weights_are_rounded_to_the_runs_dtype_before_the_update_is_added(tmp_pa
     rounded = dequantize_4bit(weight.data, weight.quant_state)
     assert rounded.dtype is torch.bfloat16
     update = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    torch.testing.assert_close(read(merged, DOWN), rounded.float() + update, rtol=0, atol=1e-6)
+    torch.testing.assert_close(read_tensor(merged, DOWN), rounded.float() + update, rtol=0, atol=1e-6)
 
 
 def test_onto_the_original_a_weight_is_the_files_own_number_plus_the_update(run):
@@ -116,7 +116,7 @@ def test_onto_the_original_a_weight_is_the_files_own_number_plus_the_update(run)
     layer = run.live.get_base_model().model.layers[0].mlp.down_proj
     update = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     stored = load_file(run.base / "model.safetensors")[DOWN]
-    torch.testing.assert_close(read(merged, DOWN), stored + update, rtol=0, atol=1e-6)
+    torch.testing.assert_close(read_tensor(merged, DOWN), stored + update, rtol=0, atol=1e-6)
 
 
 def test_what_was_neither_quantized_nor_trained_keeps_its_bytes(tmp_path, base):
@@ -127,23 +127,23 @@ def test_what_was_neither_quantized_nor_trained_keeps_its_bytes(tmp_path, base):
     for name in merged.info:
         quantized = "_proj" in name
         assert merged.info[name].dtype is (torch.float16 if quantized else torch.bfloat16)
-        assert read(merged, name).dtype is merged.info[name].dtype
+        assert read_tensor(merged, name).dtype is merged.info[name].dtype
         if not quantized:
-            assert torch.equal(read(merged, name), stored[name])
+            assert torch.equal(read_tensor(merged, name), stored[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_values_are_cast_once_from_fp32(run, dtype):
     in_fp32, cast = run.merged(), run.merged(dtype=dtype)
-    assert torch.equal(read(cast, DOWN), read(in_fp32, DOWN).to(dtype))
+    assert torch.equal(read_tensor(cast, DOWN), read_tensor(in_fp32, DOWN).to(dtype))
 
 
 def test_a_value_beyond_the_dtype_is_named_with_its_size(tmp_path, base):
     large = spoil_base(base, tmp_path / "large", DOWN, lambda weight: weight * 0 + 70_000)
     run = leave_run(tmp_path, large)
     with pytest.raises(ExportError, match=rf"{re.escape(DOWN)} of the merged model reaches \d+.*float16 ends at 65504"):
-        read(run.merged(dtype=torch.float16), DOWN)
-    assert read(run.merged(dtype=torch.bfloat16), DOWN).isfinite().all()
+        read_tensor(run.merged(dtype=torch.float16), DOWN)
+    assert read_tensor(run.merged(dtype=torch.bfloat16), DOWN).isfinite().all()
 
 
 @pytest.mark.parametrize("onto", ["nf4", "original"])
@@ -154,7 +154,7 @@ def test_a_base_without_a_number_is_named(tmp_path, base, onto):
 
     run = leave_run(tmp_path, spoil_base(base, tmp_path / "nan", DOWN, put_nan))
     with pytest.raises(ExportError, match=rf"{re.escape(DOWN)} of the merged model holds NaN or infinity"):
-        read(run.merged(onto=onto), DOWN)
+        read_tensor(run.merged(onto=onto), DOWN)
 
 
 def test_another_base_is_told_by_its_plain_tensors_before_anything_is_merged(run, tmp_path):
@@ -162,7 +162,7 @@ def test_another_base_is_told_by_its_plain_tensors_before_anything_is_merged(run
     assert set(other.compare_plain()) == {EMBEDDING, HEAD}  # norms are ones in both
     merged = run.merged(other)
     for name in merged.info:
-        read(merged, name)
+        read_tensor(merged, name)
     comparison = summarise(other.compared)
     assert len(comparison.codes_differing) == 8
     assert set(comparison.other_weights) == {EMBEDDING, HEAD, *comparison.codes_differing}
@@ -172,7 +172,7 @@ def test_another_base_is_told_by_its_plain_tensors_before_anything_is_merged(run
 def test_the_same_base_differs_nowhere(run):
     merged = run.merged()
     for name in merged.info:
-        read(merged, name)
+        read_tensor(merged, name)
     comparison = summarise(merged.base.compared)
     assert (comparison.num_tensors, comparison.differing, comparison.other_weights) == (15, (), ())
     assert merged.base.compare_plain() == ()
@@ -190,9 +190,9 @@ def test_bits_that_come_out_otherwise_are_taken_from_the_kept_base_and_counted(r
     cached = open_weights(tmp_path / "kept")
     with_kept = RecordedBase(open_weights(nudged), read_record(run.record), cached=cached)
     without = RecordedBase(open_weights(nudged), read_record(run.record))
-    want = read(run.merged(), DOWN)
-    assert torch.equal(read(run.merged(with_kept), DOWN), want)
-    assert not torch.equal(read(run.merged(without), DOWN), want)
+    want = read_tensor(run.merged(), DOWN)
+    assert torch.equal(read_tensor(run.merged(with_kept), DOWN), want)
+    assert not torch.equal(read_tensor(run.merged(without), DOWN), want)
     kept, made = summarise(with_kept.compared), summarise(without.compared)
     assert (kept.differing, kept.from_cache, kept.different_codes) == ((), (DOWN,), 1)
     assert (made.differing, made.codes_differing, made.different_codes) == ((DOWN,), (DOWN,), None)
@@ -286,7 +286,7 @@ def test_a_run_that_did_not_note_its_base_is_refused(tmp_path, text):
 def test_what_was_compared_survives_an_interruption_as_json(run):
     merged = run.merged()
     for name in (DOWN, EMBEDDING):
-        read(merged, name)
+        read_tensor(merged, name)
     noted = json.loads(json.dumps(merged.base.notes([DOWN, EMBEDDING, HEAD])))
     later = run.open_base()
     later.recall(noted)

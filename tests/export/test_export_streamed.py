@@ -15,7 +15,7 @@ from qlora_phi3.export.streamed import StreamedModel, TrainedBase, stream_live, 
 from qlora_phi3.family import parse_architecture, read_config
 from qlora_phi3.model.loss import select_supervised
 from qlora_phi3.model.phi3 import Precision, load_base
-from qlora_phi3.model.weights import StoredWeights, open_weights, read
+from qlora_phi3.model.weights import StoredWeights, open_weights, read_tensor
 from qlora_phi3.recipe.schema import Lora, Model, Quantization
 from qlora_phi3.step import Batch, collate, evaluating
 
@@ -130,8 +130,8 @@ def test_a_base_trained_in_bf16_is_scored_with_its_bf16_values(tmp_path):
     loaded, trained = run.live.get_base_model(), TrainedBase(run.open_base())
     layer = loaded.model.layers[1].mlp.down_proj.base_layer
     as_computed = layer(torch.eye(layer.in_features, dtype=torch.bfloat16)).T
-    assert torch.equal(read(trained, "model.layers.1.mlp.down_proj.weight"), as_computed)
-    assert torch.equal(read(trained, "lm_head.weight"), loaded.lm_head.weight)
+    assert torch.equal(read_tensor(trained, "model.layers.1.mlp.down_proj.weight"), as_computed)
+    assert torch.equal(read_tensor(trained, "lm_head.weight"), loaded.lm_head.weight)
 
 
 def test_at_most_one_layers_weights_are_there_at_a_time(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_phi3.errors import ExportError, ModelError
 from qlora_phi3.model import weights as weights_module
-from qlora_phi3.model.weights import TensorInfo, open_file, open_weights, read, rows_per_piece, split_rows
+from qlora_phi3.model.weights import TensorInfo, open_file, open_weights, read_tensor, rows_per_piece, split_rows
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def sharded(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
 def test_shards_give_the_tensors_that_were_saved(sharded, tensors):
     weights = open_weights(sharded)
     assert weights.info == {name: TensorInfo(tuple(saved.shape), saved.dtype) for name, saved in tensors.items()}
-    assert all(torch.equal(read(weights, name), saved) for name, saved in tensors.items())
+    assert all(torch.equal(read_tensor(weights, name), saved) for name, saved in tensors.items())
 
 
 def test_pieces_are_consecutive_rows_in_multiples_of_64(sharded, tensors, monkeypatch):
@@ -83,7 +83,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(sharded):
     weights = open_weights(sharded)
     (sharded / "a.safetensors").write_bytes((sharded / "a.safetensors").read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"a\.safetensors: \w+ cannot be read: 100 bytes are missing"):
-        [read(weights, name) for name in ("wide", "norm")]
+        [read_tensor(weights, name) for name in ("wide", "norm")]
 
 
 def test_a_tensor_that_its_shard_does_not_hold_is_named(sharded):
@@ -145,4 +145,4 @@ def test_the_whole_is_what_the_library_reads(sharded):
     by_library = load_file(sharded / "a.safetensors")
     weights = open_file(sharded / "a.safetensors")
     assert weights.info.keys() == by_library.keys()
-    assert all(torch.equal(read(weights, name), tensor) for name, tensor in by_library.items())
+    assert all(torch.equal(read_tensor(weights, name), tensor) for name, tensor in by_library.items())

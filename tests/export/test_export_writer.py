@@ -25,7 +25,7 @@ from qlora_phi3.export.writer import (
     staging_dir,
     write_shards,
 )
-from qlora_phi3.model.weights import TensorInfo, open_weights, read, split_rows
+from qlora_phi3.model.weights import TensorInfo, open_weights, read_tensor, split_rows
 
 
 class Held:
@@ -78,7 +78,7 @@ def test_shards_and_their_index_are_read_back(tmp_path, tensors):
     names = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
     assert [path.name for path in written.files] == [*names, "model.safetensors.index.json"]
     weights = open_weights(tmp_path)
-    assert all(torch.equal(read(weights, name), tensor) for name, tensor in tensors.items())
+    assert all(torch.equal(read_tensor(weights, name), tensor) for name, tensor in tensors.items())
     index = json.loads(written.files[-1].read_text(encoding="utf-8"))
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
 
@@ -117,7 +117,7 @@ def test_an_interrupted_writing_goes_on_at_the_last_whole_shard(tmp_path, tensor
     assert weights.asked == ["half", "last"]
     assert written.num_resumed == 1
     stored = open_weights(tmp_path)
-    assert all(torch.equal(read(stored, name), tensor) for name, tensor in tensors.items())
+    assert all(torch.equal(read_tensor(stored, name), tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("change", ["key", "size", "shape", "progress"])
@@ -149,7 +149,7 @@ def test_a_kill_before_the_first_note_of_another_key_leaves_no_shard_of_it_behin
     monkeypatch.undo()
     assert write(Held(tensors), tmp_path).num_resumed == 0
     stored = open_weights(tmp_path)
-    assert all(torch.equal(read(stored, name), tensor) for name, tensor in tensors.items())
+    assert all(torch.equal(read_tensor(stored, name), tensor) for name, tensor in tensors.items())
 
 
 def test_a_draft_is_emptied_but_for_what_can_be_gone_on_with(tmp_path, tensors):

@@ -9,7 +9,7 @@ from tiny_model import load_tiny, save_tiny_model
 from qlora_phi3.errors import RunError
 from qlora_phi3.model import quantized
 from qlora_phi3.model.quantized import quantized_weights, save_quantized
-from qlora_phi3.model.weights import open_weights, read
+from qlora_phi3.model.weights import open_weights, read_tensor
 
 
 def test_every_4bit_weight_is_kept_under_its_name_in_the_checkpoint(tmp_path):
@@ -20,9 +20,11 @@ def test_every_4bit_weight_is_kept_under_its_name_in_the_checkpoint(tmp_path):
     assert len(live) == 8
     assert "model.layers.0.self_attn.qkv_proj.weight" in live
     for name, weight in live.items():
-        assert torch.equal(read(stored, name), weight.data)
-        assert torch.equal(read(stored, f"{name}.absmax"), weight.quant_state.absmax)
-        assert torch.equal(read(stored, f"{name}.quant_map"), weight.quant_state.code)  # of every layer, though shared
+        assert torch.equal(read_tensor(stored, name), weight.data)
+        assert torch.equal(read_tensor(stored, f"{name}.absmax"), weight.quant_state.absmax)
+        assert torch.equal(
+            read_tensor(stored, f"{name}.quant_map"), weight.quant_state.code
+        )  # of every layer, though shared
 
 
 def test_a_large_base_is_kept_in_several_files(tmp_path, monkeypatch):
@@ -31,7 +33,7 @@ def test_a_large_base_is_kept_in_several_files(tmp_path, monkeypatch):
     save_quantized(model, tmp_path / "kept")
     assert len(list((tmp_path / "kept").glob("*.safetensors"))) > 1
     stored = open_weights(tmp_path / "kept")
-    assert all(torch.equal(read(stored, name), weight.data) for name, weight in quantized_weights(model).items())
+    assert all(torch.equal(read_tensor(stored, name), weight.data) for name, weight in quantized_weights(model).items())
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):

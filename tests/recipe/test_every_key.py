@@ -147,9 +147,9 @@ class Lab:
             return run.RunResult(folder=folder, steps=0, loss_before=None, loss_after=None, seconds=0.0)
 
         with self.monkeypatch.context() as patch:
-            patch.setattr(live, "open_view", open_console)
+            patch.setattr(live, "open_console", open_console)
             patch.setattr(run, "run", train)
-            patch.setattr(command, "quieten", lambda: seen.append("quiet"))
+            patch.setattr(command, "silence_libraries", lambda: seen.append("quiet"))
             assert self.shop.run().exit_code == 0
         return seen
 

@@ -428,7 +428,7 @@ def test_an_override_below_a_value_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("line", "cure"),
+    ("line", "hint"),
     [
         ("bf16 = True,", "TOML writes key = true, without a comma at the end; for None delete the line."),
         ('"r": 16,', "TOML writes key = true, without a comma at the end; for None delete the line."),

@@ -81,8 +81,8 @@ class Bench:
         self.passes.clear()
 
         def run_pass(batch):
-            micro = fails(batch.groups, len(self.passes))
-            self.passes.append(batch.groups)
+            micro = fails(batch.row_indices, len(self.passes))
+            self.passes.append(batch.row_indices)
             if micro is not None:
                 raise MicroBatchMemoryError(micro, MESSAGE)
             return StepResult(loss=torch.zeros(()), num_correct=torch.zeros(()))
@@ -111,7 +111,7 @@ def test_first_the_same_again_then_smaller_pieces_then_offloading():
     assert bench.measures() == ["again", "split", "split", "offload"]
     assert bench.passes[0] == bench.passes[1] == ((0, 1, 2, 3),)
     assert [max(map(len, groups)) for groups in bench.passes] == [4, 4, 2, 2, 2]
-    assert batch.groups[0] == (0,)
+    assert batch.row_indices[0] == (0,)
     assert bench.applied == [replace(SETUP, checkpoint_every=1)]
     assert [record.after.max_tokens for record in bench.records] == [100, 50, 40, 40]
     assert [record.before.max_tokens for record in bench.records] == [100, 100, 50, 40]
@@ -295,7 +295,7 @@ def test_a_run_that_ran_out_of_memory_now_and_then_ends_in_the_same_adapter(shop
     assert relative_difference(adapter(folder), adapter(other)) < 1e-5
     lines, expected = read_lines(other / "metrics.jsonl"), read_lines(folder / "metrics.jsonl")
     events = [line for line in lines if line["kind"] == "oom"]
-    assert [event["measure"] for event in events][:2] == ["again", "split"]
+    assert [event["remedy"] for event in events][:2] == ["again", "split"]
     assert [event["reason"] for event in events] == [MESSAGE] * 4
     measured = [line for line in lines if line["kind"] != "oom"]
     for line, other_line in zip(measured, expected, strict=True):

@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_split_before_the_first_step(shop, monkeypatch):
         with RunOutAt({200, 600}):
             return dry_run_heaviest_step(*args, **kwargs)
 
-    monkeypatch.setattr(training_run, "rehearse", rehearse_on_a_small_card)
+    monkeypatch.setattr(training_run, "dry_run_heaviest_step", rehearse_on_a_small_card)
     _, folder = train(shop, rehearsal=True, lora={"r": 4})
     events = [record for record in read_lines(folder / "metrics.jsonl") if record["kind"] == "oom"]
     assert events
@@ -87,6 +87,6 @@ def test_random_numbers_are_put_back(shop, monkeypatch):
         seen.append(torch.get_rng_state())
         return measured
 
-    monkeypatch.setattr(training_run, "rehearse", watch)
+    monkeypatch.setattr(training_run, "dry_run_heaviest_step", watch)
     train(shop, rehearsal=True)
     assert torch.equal(*seen)

@@ -1,6 +1,6 @@
 """One row for each message of the program: what triggers it, its exit code, the value it names, and the hint it gives.
 
-The rows lie in `tests/messages/`, a file for each part of the package, and `tests/test_messages.py` checks each of them once. Other
+The rows are in `tests/messages/`, a file for each part of the package; `tests/test_messages.py` checks each of them once. Other
 tests assert the class of an error and its exit code, and leave the wording to the row.
 """
 

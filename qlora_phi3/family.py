@@ -5,6 +5,7 @@ Those of the hub's own models come with the package (`architectures.json`), so t
 
 import difflib
 import json
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -32,6 +33,9 @@ OTHERS = {
     "microsoft/phi-4-multimodal-instruct": "phi4mm",
     "microsoft/phi-4-mini-flash-reasoning": "phi4flash",
 }
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", flags=re.ASCII)
 
 
 class OtherModelError(ModelError):
@@ -117,9 +121,15 @@ def read_config(name: str, revision: str | None = None, *, prefer_shipped: bool 
     return config
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether it can be an owner/name on the hub, and not only a folder."""
-    return name.count("/") == 1 and not name.startswith((".", "~")) and not Path(name).is_absolute()
+def is_hub_id(name: str, *, needs_owner: bool = True) -> bool:
+    """Whether a name can be an id on the hub; a directory of the same name may still exist.
+
+    Args:
+        name: a hub id or a path, as a recipe has it.
+        needs_owner: only `owner/name` counts; data sets also have old ids without an owner, such as `imdb`.
+    """
+    found = HUB_ID.fullmatch(name)
+    return found is not None and (found[1] is not None or not needs_owner)
 
 
 def _other_model(name: str, model_type: object) -> OtherModelError:
@@ -216,6 +226,17 @@ def part_rows(architecture: Architecture) -> dict[str, int]:
         "v_proj": kv_rows,
         "gate_proj": rows,
         "up_proj": rows,
+    }
+
+
+def linear_shapes(architecture: Architecture) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of the linear layers of one decoder layer; those with parts are fused."""
+    rows = part_rows(architecture)
+    return {
+        "qkv_proj": (rows["q_proj"] + rows["k_proj"] + rows["v_proj"], architecture.hidden_size),
+        "o_proj": (architecture.hidden_size, rows["q_proj"]),
+        "gate_up_proj": (rows["gate_proj"] + rows["up_proj"], architecture.hidden_size),
+        "down_proj": (architecture.hidden_size, architecture.intermediate_size),
     }
 
 

@@ -1,14 +1,14 @@
-"""What a graphics card offers and who else is on it: the card here, read through NVML, or any card of the table.
+"""GPUs: those of this computer, read through NVML; those of the table, found by name or size; and the one that a run uses.
 
-NVML is the driver's own interface: asking it makes no CUDA context, so that looking costs the card no memory. A card of
-the table is an idle one without a display: what a desktop takes (0.3 to 1 GiB on Windows) is known only of the card here.
+NVML creates no CUDA context, so reading a GPU takes none of its memory. Nothing here imports torch. A GPU of the table is idle
+and drives no display; on Windows a desktop takes 0.3 to 1 GiB.
 """
 
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import PureWindowsPath
 from statistics import median
@@ -18,139 +18,216 @@ from qlora_phi3.errors import DeviceError, NoDeviceError
 from qlora_phi3.hardware.gpu_table import CARDS, NATIVE_BFLOAT16, GpuSpec
 from qlora_phi3.units import GIB, format_gib
 
-ELSEWHERE = "Ask about a card that is not here: --gpu 'RTX 4070', --vram 12GB, or --all."
-
-
-#: Words of a card's full name that tell no card from another.
-STOP_WORDS = {
-    "nvidia",
-    "geforce",
-    "quadro",
-    "tesla",
-    "rtx",
-    "gtx",
-    "gpu",
-    "graphics",
-    "card",
-    "with",
-    "design",
-    "generation",
-}
-
-
-#: The same word as others write it.
+OTHER_GPU_HINT = "To check another GPU, write --gpu 'RTX 4070', --vram 12GB, or --all."
+#: Words of a GPU's full name that do not distinguish it from another GPU.
+STOP_WORDS = frozenset(
+    ["nvidia", "geforce", "quadro", "tesla", "rtx", "gtx", "gpu", "graphics", "card", "with", "design", "generation"]
+)
+#: Other spellings of a word in a GPU's name.
 SYNONYMS = {"mobile": "laptop", "notebook": "laptop", "maxq": "laptop", "s": "super"}
+#: Set by torchrun, accelerate launch and deepspeed; by SLURM; by Open MPI; by Intel MPI and MPICH; by MVAPICH.
+PROCESS_COUNTS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuProcess:
-    """Another program on the card."""
+    """Another process that uses the GPU."""
 
     name: str
     pid: int
-    #: None where the driver does not say, as on Windows and WSL.
+    #: None where the driver does not report it, as on Windows and WSL.
     used_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """A graphics card: here, from the table, or any of a size."""
+    """A GPU of this computer, of the table, or any GPU with a given memory size."""
 
     name: str
-    #: What CUDA programs can use when nothing else is on the card.
+    #: What CUDA programs can use when nothing else uses the GPU.
     total_bytes: int
-    #: What they can use now; the same for a card that is not here.
+    #: What CUDA programs can use now; equal to `total_bytes` for a GPU that is not in this computer.
     free_bytes: int
     processes: tuple[GpuProcess, ...] = ()
     compute_capability: tuple[int, int]
     bandwidth_bytes_per_second: float
     #: Dense 16-bit matrix products with fp32 accumulation, 10^12 operations a second.
     tflops_16bit: float
+    #: The GPU is in this computer.
     is_local: bool
-    #: `total_bytes` comes from a rule and not from a reading, or only the size of the card was asked for.
+    #: `total_bytes` was computed by a rule, or only the size of the GPU is known; it was not measured.
     estimated: bool = False
-    #: Cards of the table, where it is no single one: its memory is the smallest's, its speed a middling one.
+    #: Labels of the GPUs of the table that this one stands for: its memory is the smallest of theirs, its speed the median.
     represents: tuple[str, ...] = ()
 
     @property
     def other_processes_bytes(self) -> int:
-        """What is taken on the card, by the `processes` and by whoever the driver does not name."""
+        """Memory in use by `processes` and by those that the driver does not list."""
         return self.total_bytes - self.free_bytes
 
 
-def read_gpu(index: int = 0, *, nvml: Any = None) -> Gpu:
-    """The card that PyTorch would call `cuda:<index>`, as it is now.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenGpu:
+    """The GPU that a run uses."""
 
-    NVML counts cards by their slot. CUDA puts the fastest first unless CUDA_DEVICE_ORDER=PCI_BUS_ID is set, which
-    machines with several unlike cards should do.
+    gpu: Gpu
+    #: Value of CUDA_VISIBLE_DEVICES that leaves this GPU only: its UUID, or its number where the driver reports no UUID.
+    visible_devices: str
+
+
+def check_single_process(environ: Mapping[str, str]) -> None:
+    """Refuse to run as one of several processes: each would train a model of its own.
 
     Args:
-        index: the number among the cards that CUDA_VISIBLE_DEVICES leaves.
+        environ: the environment variables of this process.
+
+    Raises:
+        DeviceError: a launcher started more than one process.
+    """
+    for name in PROCESS_COUNTS:
+        value = environ.get(name, "")
+        if value.isdecimal() and int(value) > 1:
+            raise DeviceError(
+                f"{value} processes were started ({name}={value}); this version trains with one process on one GPU.",
+                "Start it without torchrun or accelerate launch; under SLURM with srun --ntasks=1.",
+            )
+
+
+def choose_gpu(wanted: str | int, *, nvml: Any = None) -> ChosenGpu | None:
+    """Choose the GPU for a run, among those that CUDA_VISIBLE_DEVICES shows; call it before torch initialises CUDA.
+
+    Args:
+        wanted: "auto" for the GPU with the most free memory, the number that nvidia-smi shows, or words of the GPU's name.
+            Where several GPUs match a name, an exact match comes first, then the one with the most free memory.
+        nvml: the module `pynvml`, or a stand-in.
+
+    Returns:
+        The GPU, or None where "auto" finds no GPU that NVML can read.
+
+    Raises:
+        DeviceError: no GPU has that number or name; the message lists those that there are.
+    """
+    found: dict[int, ChosenGpu] = {}
+    reason = ""
+    try:
+        with _nvml_session(nvml) as session:
+            for number, uuid, handle in _visible_gpus(session):
+                with suppress(session.NVMLError):  # a GPU that has failed; another one may work
+                    found[number] = ChosenGpu(gpu=_read(session, handle), visible_devices=uuid or str(number))
+    except NoDeviceError as error:
+        reason = error.message
+    if wanted == "auto":
+        matches = list(found.values())
+    elif isinstance(wanted, int):
+        matches = [found[wanted]] if wanted in found else []
+    else:
+        words = _words(wanted)
+        matches = [chosen for chosen in found.values() if words <= _words(chosen.gpu.name)]
+        matches = [chosen for chosen in matches if words == _words(chosen.gpu.name)] or matches
+    if not matches and wanted != "auto":
+        shown = ", ".join(f"{number} ({chosen.gpu.name})" for number, chosen in found.items()) or "none"
+        raise DeviceError(
+            f"[memory] gpu = {wanted!r} matches no GPU of this computer. It shows: {shown}. {reason}".rstrip(),
+            'Write one of these numbers or names, or gpu = "auto".',
+        )
+    return max(matches, key=lambda chosen: chosen.gpu.free_bytes, default=None)
+
+
+def hide_other_gpus(chosen: ChosenGpu | None) -> None:
+    """Show CUDA one GPU only, through the environment of this process; call it before torch initialises CUDA.
+
+    Args:
+        chosen: of `choose_gpu`; None leaves the first GPU of CUDA_VISIBLE_DEVICES, or the first of the computer.
+    """
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    os.environ["CUDA_VISIBLE_DEVICES"] = chosen.visible_devices if chosen else first
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # numbers mean what they mean to NVML
+
+
+def read_gpu(index: int = 0, *, nvml: Any = None) -> Gpu:
+    """Read the current state of the GPU that PyTorch calls `cuda:<index>`.
+
+    NVML counts GPUs by their slot. CUDA puts the fastest first unless CUDA_DEVICE_ORDER=PCI_BUS_ID is set.
+
+    Args:
+        index: the number among the GPUs that CUDA_VISIBLE_DEVICES shows.
         nvml: the module `pynvml`, or a stand-in.
 
     Raises:
-        NoDeviceError: no nvidia-ml-py, no driver, no card, or the driver fails.
-        DeviceError: no such card.
+        NoDeviceError: no nvidia-ml-py, no driver, no such GPU, or the driver fails.
     """
+    with _nvml_session(nvml) as session:
+        visible = _visible_gpus(session)
+        if 0 <= index < len(visible):
+            return _read(session, visible[index][2])
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    reason = "" if setting is None else f" with CUDA_VISIBLE_DEVICES={setting!r}"
+    raise NoDeviceError(f"There is no GPU {index} on this computer{reason}: it shows {len(visible)}.", OTHER_GPU_HINT)
+
+
+@contextmanager
+def _nvml_session(nvml: Any) -> Iterator[Any]:
+    """Initialise NVML and shut it down; its errors become NoDeviceError."""
     if nvml is None:
-        nvml = _import_nvml()
+        try:
+            import pynvml as nvml
+        except ImportError as error:
+            raise NoDeviceError(
+                "The GPU cannot be read: the package nvidia-ml-py is not installed.",
+                f"Install it (pip install nvidia-ml-py). {OTHER_GPU_HINT}",
+            ) from error
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
-        raise NoDeviceError(f"No NVIDIA driver answers on this machine ({error}).", ELSEWHERE) from error
+        raise NoDeviceError(f"No NVIDIA driver answers on this computer ({error}).", OTHER_GPU_HINT) from error
     try:
-        return _read(nvml, _find_handle(nvml, index))
+        yield nvml
     except nvml.NVMLError as error:
-        raise NoDeviceError(f"The NVIDIA driver failed while reading card {index}: {error}.", ELSEWHERE) from error
+        raise NoDeviceError(f"The NVIDIA driver failed while reading the GPU: {error}.", OTHER_GPU_HINT) from error
     finally:
         nvml.nvmlShutdown()
 
 
-def _import_nvml() -> Any:
-    try:
-        import pynvml
-    except ImportError as error:
-        raise NoDeviceError(
-            "The card cannot be read: the package nvidia-ml-py is not installed.",
-            f"Install it (pip install nvidia-ml-py). {ELSEWHERE}",
-        ) from error
-    return pynvml
-
-
-def _find_handle(nvml: Any, index: int) -> Any:
-    handles = [nvml.nvmlDeviceGetHandleByIndex(slot) for slot in range(nvml.nvmlDeviceGetCount())]
-    if not handles:
-        raise NoDeviceError("The NVIDIA driver finds no card in this machine.", ELSEWHERE)
-    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if wanted is not None:
-        handles = list(_visible(wanted, handles, [nvml.nvmlDeviceGetUUID(handle) for handle in handles]))
-    if not 0 <= index < len(handles):
-        reason = "" if wanted is None else f" with CUDA_VISIBLE_DEVICES={wanted!r}"
-        raise NoDeviceError(f"There is no card {index} on this machine{reason}: it shows {len(handles)}.", ELSEWHERE)
-    return handles[index]
-
-
-def _visible(wanted: str, handles: Sequence[Any], uuids: Sequence[str]) -> Iterator[Any]:
-    """The handles in the order of CUDA_VISIBLE_DEVICES; like CUDA, up to the first entry that fits no card."""
-    for entry in (part.strip() for part in wanted.split(",")):
+def _visible_gpus(nvml: Any) -> list[tuple[int, str, Any]]:
+    """Number, UUID and handle of each GPU in CUDA_VISIBLE_DEVICES, in its order; like CUDA, up to an entry that matches none."""
+    gpus = []
+    for number in range(nvml.nvmlDeviceGetCount()):
+        handle, uuid = nvml.nvmlDeviceGetHandleByIndex(number), ""
+        with suppress(nvml.NVMLError):
+            uuid = str(nvml.nvmlDeviceGetUUID(handle))
+        gpus.append((number, uuid, handle))
+    if not gpus:
+        raise NoDeviceError("The NVIDIA driver finds no GPU in this computer.", OTHER_GPU_HINT)
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if setting is None:
+        return gpus
+    visible = []
+    for entry in (part.strip() for part in setting.split(",")):
         if entry.isdecimal():
-            slots = [int(entry)] if int(entry) < len(handles) else []
+            matches = gpus[int(entry) : int(entry) + 1]
         else:
-            slots = [slot for slot, uuid in enumerate(uuids) if entry and uuid.startswith(entry)]
-        if len(slots) != 1:
-            return
-        yield handles[slots[0]]
+            matches = [gpu for gpu in gpus if entry and gpu[1].startswith(entry)]
+        if len(matches) != 1:
+            break
+        visible += matches
+    return visible
 
 
 def _read(nvml: Any, handle: Any) -> Gpu:
+    """Memory, processes, compute capability and speed of one GPU."""
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+        total_bytes = memory.total - memory.reserved
+    except nvml.NVMLError:  # drivers before R510 do not report what they reserve; then it counts as in use
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        total_bytes = memory.total
     name = str(nvml.nvmlDeviceGetName(handle))
-    total_bytes, free_bytes = _read_memory(nvml, handle)
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    bandwidth, tflops = _speed(nvml, handle, name, total_bytes, (major, minor))
+    bandwidth, tflops = _read_speed(nvml, handle, name, total_bytes, (major, minor))
     return Gpu(
         name=name,
         total_bytes=total_bytes,
-        free_bytes=min(free_bytes, total_bytes),
+        free_bytes=min(memory.free, total_bytes),
         processes=_read_processes(nvml, handle),
         compute_capability=(major, minor),
         bandwidth_bytes_per_second=bandwidth,
@@ -159,98 +236,89 @@ def _read(nvml: Any, handle: Any) -> Gpu:
     )
 
 
-def _read_memory(nvml: Any, handle: Any) -> tuple[int, int]:
-    """(usable, free) bytes. Drivers before R510 do not tell what they keep for themselves; then it counts as taken."""
-    try:
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
-    except nvml.NVMLError:
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        return memory.total, memory.free
-    return memory.total - memory.reserved, memory.free
-
-
 def _read_processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
-    """The other programs on the card, the largest first; a program that computes and draws is one.
+    """The other processes on the GPU, the largest first; one that computes and draws is listed once.
 
-    Who they are is told where the driver tells it: not in every container, nor to every user.
+    The driver does not list processes in every container, nor to every user.
     """
     used: dict[int, int | None] = {}
-    for ask in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
+    for list_processes in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
         with suppress(nvml.NVMLError):
-            for process in ask(handle):
+            for process in list_processes(handle):
                 used[process.pid] = max(used.get(process.pid) or 0, process.usedGpuMemory or 0) or None
     used.pop(os.getpid(), None)
-    processes = [GpuProcess(name=_program(nvml, pid), pid=pid, used_bytes=size) for pid, size in used.items()]
+    processes = []
+    for pid, used_bytes in used.items():
+        path = ""
+        with suppress(nvml.NVMLError, UnicodeDecodeError):
+            path = str(nvml.nvmlSystemGetProcessName(pid))  # a path, on some systems with arguments
+        name = PureWindowsPath(path.split(" -")[0].strip()).name or path or "a process that the driver does not name"
+        processes.append(GpuProcess(name=name, pid=pid, used_bytes=used_bytes))
     return tuple(sorted(processes, key=lambda process: (-(process.used_bytes or 0), process.name)))
 
 
-def _program(nvml: Any, pid: int) -> str:
-    """The bare name of a program; NVML gives its path, on some systems with arguments."""
-    try:
-        path = str(nvml.nvmlSystemGetProcessName(pid))
-    except (nvml.NVMLError, UnicodeDecodeError):
-        return "a program the driver does not name"
-    return PureWindowsPath(path.split(" -")[0].strip()).name or path
-
-
-def _speed(
+def _read_speed(
     nvml: Any, handle: Any, name: str, total_bytes: int, compute_capability: tuple[int, int]
 ) -> tuple[float, float]:
-    """Bytes and 10^12 operations a second: the table's where it knows the card, else from NVML's widths and clocks.
+    """Bytes and 10^12 operations a second: from the table where it has the GPU, else from NVML's bus width and clocks.
 
-    Operations for each core and clock beyond a plain multiply-add: 8 on Volta, 4 on Turing, 16 on the data center's
-    Ampere, Hopper and Blackwell (x.0 and x.3), 2 on what GeForce has been since.
+    Operations for each core and clock, beyond a multiply-add: 8 on Volta, 4 on Turing, 16 on the data-centre GPUs of Ampere,
+    Hopper and Blackwell (x.0 and x.3), 2 on GeForce since Ampere.
     """
-    known = _matches(name)
-    if known:
-        card = min(known, key=lambda card: abs(card.usable_bytes - total_bytes))
-        return card.bandwidth_gb * 1e9, card.tflops_16bit
+    if known := _find_specs(name):
+        spec = min(known, key=lambda spec: abs(spec.usable_bytes - total_bytes))
+        return spec.bandwidth_gb * 1e9, spec.tflops_16bit
     major, minor = compute_capability
-    tensor = {7: 4 if minor == 5 else 8, 8: 2 if minor else 16, 9: 16, 10: 16}.get(major, 2 if major > 8 else 1)
+    operations = {7: 4 if minor == 5 else 8, 8: 2 if minor else 16, 9: 16, 10: 16}.get(major, 2 if major > 8 else 1)
     try:
         bits, cores = nvml.nvmlDeviceGetMemoryBusWidth(handle), nvml.nvmlDeviceGetNumGpuCores(handle)
         memory_mhz = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM)
         core_mhz = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)
     except nvml.NVMLError:
-        return _usual_speed(_cards_near(total_bytes))
-    return bits / 8 * memory_mhz * 2e6, cores * core_mhz * 2e6 * tensor / 1e12
+        return _median_speed(_specs_of_nearest_size(total_bytes))
+    return bits / 8 * memory_mhz * 2e6, cores * core_mhz * 2e6 * operations / 1e12
 
 
 def find_gpu(name: str) -> Gpu:
-    """The card of the table that a person means: `RTX 4070 Laptop`, `nvidia geforce rtx4060ti 16gb`.
+    """Find a GPU of the table by the name that people write: `RTX 4070 Laptop`, `nvidia geforce rtx4060ti 16gb`.
 
     Raises:
-        DeviceError: nobody knows it (with the nearest names), or it is sold with several sizes and none is given.
+        DeviceError: the table has no such GPU (the message lists similar names), or the GPU is sold with several memory sizes
+            and the name has none of them.
     """
-    cards, size = _matches(name), _size_in(name)
-    if not cards:
+    specs = _find_specs(name)
+    if not specs:
         words, brand = _words(name), re.match(r"(?:nvidia )?(?:geforce )?([gr]tx)", name.lower())
         names = {
-            " ".join(sorted(_words(card.name))): card.name
-            for card in CARDS
-            if brand is None or card.name.lower().startswith(brand[1])
+            " ".join(sorted(_words(spec.name))): spec.name
+            for spec in CARDS
+            if brand is None or spec.name.lower().startswith(brand[1])
         }
-        near = [names[key] for key in difflib.get_close_matches(" ".join(sorted(words)), names, n=3, cutoff=0.6)]
-        without = [card.name for card in CARDS if _words(card.name) < words and card.name in names.values()]
-        near = list(dict.fromkeys([*near[:1], *without, *near[1:]]))[:3]
-        nearest = f"The nearest are {', '.join(near)}." if near else "It knows GTX 16, RTX 20 to 50, and some more."
-        raise DeviceError(f"The table has no card '{name}'. {nearest}", "Or give its memory: --vram 12GB.")
-    wanted = [card for card in cards if size in (None, card.nominal_gb)]
-    if len(wanted) == 1:
-        return _device(wanted[0])
-    sizes = " and ".join(f"{card.nominal_gb} GB" for card in cards)
-    reason = f", not with {size} GB" if size else ""
-    raise DeviceError(f"The {cards[0].name} comes with {sizes}{reason}.", f"Say which: --gpu '{cards[0].label}'.")
+        similar = [names[key] for key in difflib.get_close_matches(" ".join(sorted(words)), names, n=3, cutoff=0.6)]
+        shorter = [spec.name for spec in CARDS if _words(spec.name) < words and spec.name in names.values()]
+        similar = list(dict.fromkeys([*similar[:1], *shorter, *similar[1:]]))[:3]
+        listed = (
+            f"Similar names are {', '.join(similar)}." if similar else "It has GTX 16, RTX 20 to 50, and some more."
+        )
+        raise DeviceError(f"The table has no GPU '{name}'. {listed}", "Or give the memory size: --vram 12GB.")
+    size = re.search(r"\b(\d+) ?gi?b?\b", name.lower())
+    of_size = [spec for spec in specs if size is None or spec.nominal_gb == int(size[1])]
+    if len(of_size) != 1:
+        sizes = " and ".join(f"{spec.nominal_gb} GB" for spec in specs)
+        reason = f", not with {size[1]} GB" if size else ""
+        raise DeviceError(f"The {specs[0].name} has {sizes}{reason}.", f"Give the size: --gpu '{specs[0].label}'.")
+    return replace(smallest_of(of_size, of_size[0].label), represents=())
 
 
-def _matches(name: str) -> list[GpuSpec]:
-    """The rows a name can mean; one that exists as a laptop's only may leave the word out."""
+def _find_specs(name: str) -> list[GpuSpec]:
+    """The rows of the table that a name can mean; `laptop` may be left out where there is no desktop GPU of that name."""
     words = _words(name)
-    exact = [card for card in CARDS if _words(card.name) == words]
-    return exact or [card for card in CARDS if _words(card.name) == words | {"laptop"}]
+    exact = [spec for spec in CARDS if _words(spec.name) == words]
+    return exact or [spec for spec in CARDS if _words(spec.name) == words | {"laptop"}]
 
 
 def _words(name: str) -> set[str]:
+    """The words of a GPU's name that distinguish it, in lower case: `NVIDIA GeForce RTX4060Ti 16GB` gives 4060 and ti."""
     text = name.lower().replace("max-q", "maxq").replace("(tm)", " ")
     text = re.sub(r"\b\d+ ?gi?b?\b", " ", text)
     text = re.sub(r"([rg]tx)(?=\w)", r"\1 ", text)
@@ -259,83 +327,55 @@ def _words(name: str) -> set[str]:
     return {SYNONYMS.get(word, word) for word in words} - STOP_WORDS
 
 
-def _size_in(name: str) -> int | None:
-    found = re.search(r"\b(\d+) ?gi?b?\b", name.lower())
-    return int(found[1]) if found else None
-
-
-def _device(card: GpuSpec) -> Gpu:
-    return Gpu(
-        name=card.label,
-        total_bytes=card.usable_bytes,
-        free_bytes=card.usable_bytes,
-        compute_capability=card.compute_capability,
-        bandwidth_bytes_per_second=card.bandwidth_gb * 1e9,
-        tflops_16bit=card.tflops_16bit,
-        is_local=False,
-        estimated=card.estimated,
-    )
-
-
 def gpu_of_size(num_bytes: int) -> Gpu:
-    """Any card that is sold with so much memory: the smallest of them, at a middling speed.
+    """A GPU that stands for all consumer GPUs with a given memory size: the smallest usable memory, the median speed.
 
-    Of a size that is sold with and without bfloat16, the cards that have it. For a size that the table lacks, the driver
-    keeps the most that it was seen to keep on any card up to the next larger size.
+    Where a size is sold with and without bfloat16, only GPUs with bfloat16 count. For a size that the table lacks, the driver's
+    reserve is the largest that was measured on any GPU up to the next larger size.
 
     Args:
-        num_bytes: what the box says, in binary units: 12 x 2^30 for a 12 GB card (`parse_size(text, binary=True)`).
+        num_bytes: the size on the box in binary units: 12 x 2^30 for a 12 GB GPU (`parse_size(text, binary=True)`).
 
     Raises:
         DeviceError: less than 1 GiB or more than 1 TiB.
     """
     if not GIB <= num_bytes <= 1024 * GIB:
-        raise DeviceError(
-            f"There is no card of {format_gib(num_bytes)}.", "Give what the box says, such as --vram 12GB."
-        )
-    name = _with_article(f"{round(num_bytes / GIB, 2):g} GB card")
-    near = [card for card in _cards_near(num_bytes) if card.consumer]
-    modern = [card for card in near if card.compute_capability >= NATIVE_BFLOAT16] or near
-    device = replace(smallest_of(modern, name), estimated=True)
-    if modern[0].nominal_gb * GIB == num_bytes:
-        return device
-    total_bytes = num_bytes - _reserve(num_bytes)
-    return replace(device, total_bytes=total_bytes, free_bytes=total_bytes)
+        raise DeviceError(f"There is no GPU with {format_gib(num_bytes)}.", "Give the size on the box: --vram 12GB.")
+    size = f"{round(num_bytes / GIB, 2):g}"
+    article = "an" if size.partition(".")[0] in ("11", "18") or size.startswith("8") else "a"
+    consumer = [spec for spec in _specs_of_nearest_size(num_bytes) if spec.consumer]
+    specs = [spec for spec in consumer if spec.compute_capability >= NATIVE_BFLOAT16] or consumer
+    gpu = replace(smallest_of(specs, f"{article} {size} GB GPU"), estimated=True)
+    if specs[0].nominal_gb * GIB == num_bytes:
+        return gpu
+    measured = [spec for spec in CARDS if not spec.ecc and not spec.estimated]
+    sizes = {spec.nominal_gb * GIB for spec in measured}
+    limit = min((size for size in sizes if size > num_bytes), default=max(sizes))
+    reserve = max(spec.nominal_gb * GIB - spec.usable_bytes for spec in measured if spec.nominal_gb * GIB <= limit)
+    return replace(gpu, total_bytes=num_bytes - reserve, free_bytes=num_bytes - reserve)
 
 
-def smallest_of(cards: Sequence[GpuSpec], name: str) -> Gpu:
-    """What fits this one fits each of the cards; of a middling speed."""
-    smallest = min(cards, key=lambda card: card.usable_bytes)
-    bandwidth, tflops = _usual_speed(cards)
+def smallest_of(specs: Sequence[GpuSpec], name: str) -> Gpu:
+    """A GPU that stands for several of the table: what fits it fits each of them; its speed is their median."""
+    smallest = min(specs, key=lambda spec: spec.usable_bytes)
+    bandwidth, tflops = _median_speed(specs)
     return Gpu(
         name=name,
         total_bytes=smallest.usable_bytes,
         free_bytes=smallest.usable_bytes,
-        compute_capability=max(card.compute_capability for card in cards),
+        compute_capability=max(spec.compute_capability for spec in specs),
         bandwidth_bytes_per_second=bandwidth,
         tflops_16bit=tflops,
         is_local=False,
         estimated=smallest.estimated,
-        represents=tuple(card.label for card in cards),
+        represents=tuple(spec.label for spec in specs),
     )
 
 
-def _reserve(num_bytes: int) -> int:
-    seen = [card for card in CARDS if not card.ecc and not card.estimated]
-    sizes = {card.nominal_gb * GIB for card in seen}
-    limit = min((size for size in sizes if size > num_bytes), default=max(sizes))
-    return max(card.nominal_gb * GIB - card.usable_bytes for card in seen if card.nominal_gb * GIB <= limit)
+def _specs_of_nearest_size(num_bytes: int) -> list[GpuSpec]:
+    distance = min(abs(spec.nominal_gb * GIB - num_bytes) for spec in CARDS)
+    return [spec for spec in CARDS if abs(spec.nominal_gb * GIB - num_bytes) == distance]
 
 
-def _cards_near(num_bytes: int) -> list[GpuSpec]:
-    """The cards of the nearest size."""
-    distance = min(abs(card.nominal_gb * GIB - num_bytes) for card in CARDS)
-    return [card for card in CARDS if abs(card.nominal_gb * GIB - num_bytes) == distance]
-
-
-def _usual_speed(cards: Sequence[GpuSpec]) -> tuple[float, float]:
-    return median(card.bandwidth_gb for card in cards) * 1e9, median(card.tflops_16bit for card in cards)
-
-
-def _with_article(words: str) -> str:
-    return f"an {words}" if words.startswith(("8", "11 ", "11.", "18 ", "18.")) else f"a {words}"
+def _median_speed(specs: Sequence[GpuSpec]) -> tuple[float, float]:
+    return median(spec.bandwidth_gb for spec in specs) * 1e9, median(spec.tflops_16bit for spec in specs)

@@ -62,13 +62,13 @@ def read_recipe_context(recipe: "Recipe", base_folder: Path, progress: "Progress
         UserError: there is no such folder, the model is no phi3, or it has less than the recipe asks of it.
     """
     from qlora_phi3.family import parse_architecture
-    from qlora_phi3.recipe.load import check_limits, resolve_paths
+    from qlora_phi3.recipe.load import check_model_limits, resolve_paths
 
     found = resolve_paths(recipe, base_folder)
     with hub_offline():
         config = _read_config(found)
         architecture = parse_architecture(dict(config), recipe.model.name)
-        check_limits(recipe, architecture)
+        check_model_limits(recipe, architecture)
         if found.model.adapter is not None:
             from qlora_phi3.adapters.start import check_start
 

@@ -12,22 +12,19 @@ errors in `problems.py`. Nothing here reads the environment, a model or data.
 
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
 from qlora_phi3.errors import RecipeError, UserError
+from qlora_phi3.family import Architecture, is_hub_id
 from qlora_phi3.recipe.messages import Problem, find_nearest, find_problems, format_toml
 from qlora_phi3.recipe.schema import TABLES, Recipe
 
-if TYPE_CHECKING:
-    from qlora_phi3.family import Architecture
-    from qlora_phi3.recipe.schema import Recipe
 
-
-def check_limits(recipe: "Recipe", architecture: "Architecture") -> None:
+def check_model_limits(recipe: Recipe, architecture: Architecture) -> None:
     """Refuse rows longer than the model's positions, and a layer to recompute that it does not have.
 
     Raises:
@@ -47,15 +44,15 @@ def check_limits(recipe: "Recipe", architecture: "Architecture") -> None:
         )
 
 
-def resolve_paths(recipe: "Recipe", base_folder: Path) -> "Recipe":
+def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
     """The recipe with local files and folders as absolute paths, so that it means the same from anywhere.
 
     Args:
-        base_folder: the recipe's; its relative paths are looked for there, then in the working folder.
+        base_dir: the recipe's; its relative paths are looked for there, then in the working folder.
     """
 
     def find(place: str) -> str:
-        found = next((candidate for candidate in candidate_paths(place, base_folder) if candidate.exists()), None)
+        found = next((candidate for candidate in candidate_paths(place, base_dir) if candidate.exists()), None)
         return str(found.resolve()) if found else place
 
     def find_all(places: str | list[str] | None) -> str | list[str] | None:
@@ -67,9 +64,22 @@ def resolve_paths(recipe: "Recipe", base_folder: Path) -> "Recipe":
     return recipe.model_copy(update={"data": data, "model": model})
 
 
-def candidate_paths(name: str, base_folder: Path) -> tuple[Path, Path]:
-    """Where a relative path of a recipe may lie, in the order in which it is looked for."""
-    return base_folder / name, Path(name).expanduser()
+def candidate_paths(name: str, base_dir: Path) -> tuple[Path, ...]:
+    """Paths that a name of the recipe can mean, first match first: in the recipe's directory, then in the working directory.
+
+    Args:
+        name: a path as the recipe has it; `~` is the home directory, an absolute path is the only candidate.
+        base_dir: the directory of the recipe.
+    """
+    path = Path(name).expanduser()
+    return (path,) if path.is_absolute() else (base_dir / path, path)
+
+
+def is_local_data(name: str, base_dir: Path) -> bool:
+    """Whether a name in [data] means a file: it exists, has the suffix of a file, or cannot be a hub id."""
+    if Path(name).suffix.lower() in FILE_SUFFIXES or not is_hub_id(name, needs_owner=False):
+        return True
+    return any(path.exists() for path in candidate_paths(name, base_dir))
 
 
 def as_list(places: str | list[str] | None) -> Sequence[str]:
@@ -77,30 +87,32 @@ def as_list(places: str | list[str] | None) -> Sequence[str]:
     return [places] if isinstance(places, str) else places or []
 
 
-#: Whether a name of [data], looked for beside a recipe in this folder, means a file and not a data set of the hub.
-IsFile = Callable[[str, Path], bool]
+#: Suffixes that mean a file even where no such file exists, so that a misspelt name is never requested from the hub.
+FILE_SUFFIXES = frozenset(
+    [".json", ".jsonl", ".csv", ".parquet", ".txt", ".tsv", ".md", ".xml", ".arrow", ".xlsx", ".gz", ".zip", ".zst"]
+)
 
 
-def find_missing(raw: Mapping[str, Any], base_folder: Path, is_file: IsFile) -> Iterator[Problem]:
+def find_missing(raw: Mapping[str, Any], base_dir: Path) -> Iterator[Problem]:
     """Yield a problem for the model folder, the adapter and every data file that does not exist.
 
     Args:
         raw: the tables as they were read; what is of a wrong type is passed over.
-        base_folder: the recipe's.
+        base_dir: the recipe's.
     """
     name = _table(raw, "model").get("name")
-    if isinstance(name, str) and name and _is_folder_name(name) and not _exists(name, base_folder):
+    if isinstance(name, str) and name and not is_hub_id(name) and not _exists(name, base_dir):
         hint = "Give a folder that exists, or a hub id such as microsoft/Phi-3-mini-4k-instruct."
         yield Problem("model", "name", f"[model] name: There is no model folder {name}. {hint}")
     adapter = _table(raw, "model").get("adapter")
-    if isinstance(adapter, str) and adapter and not _exists(adapter, base_folder):
+    if isinstance(adapter, str) and adapter and not _exists(adapter, base_dir):
         yield Problem("model", "adapter", f"[model] adapter: There is no folder {adapter}.")
     measures = _table(raw, "training").get("do_eval") is not False
     for key in ("train", "eval") if measures else ("train",):
         names = _table(raw, "data").get(key)
         for name in as_list(names) if isinstance(names, str | list) else ():
-            if isinstance(name, str) and name and is_file(name, base_folder) and not _exists(name, base_folder):
-                yield Problem("data", key, f"[data] {key}: There is no file {name}{_looked(name, base_folder)}")
+            if isinstance(name, str) and name and is_local_data(name, base_dir) and not _exists(name, base_dir):
+                yield Problem("data", key, f"[data] {key}: There is no file {name}{_looked(name, base_dir)}")
 
 
 def _table(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -108,18 +120,13 @@ def _table(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
-def _is_folder_name(name: str) -> bool:
-    """Whether it cannot be a hub id, which is owner/name."""
-    return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
+def _exists(name: str, base_dir: Path) -> bool:
+    return any(place.exists() for place in candidate_paths(name, base_dir))
 
 
-def _exists(name: str, base_folder: Path) -> bool:
-    return any(place.exists() for place in candidate_paths(name, base_folder))
-
-
-def _looked(name: str, base_folder: Path) -> str:
+def _looked(name: str, base_dir: Path) -> str:
     """Where it was looked for, and the file there whose name is nearest."""
-    folders = list(dict.fromkeys(place.absolute().parent for place in candidate_paths(name, base_folder)))
+    folders = list(dict.fromkeys(place.absolute().parent for place in candidate_paths(name, base_dir)))
     where = f" in {' or '.join(map(str, folders))}."
     for folder in folders:
         files = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
@@ -136,13 +143,13 @@ PYTHON_IN_TOML = re.compile(r"\b(True|False|None)\b|^\s*[\"']\w+[\"']\s*:|,\s*$"
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), *, is_file: IsFile | None = None) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, check_files: bool = False) -> Recipe:
     """Read a recipe.
 
     Args:
         path: the TOML file, in UTF-8.
         overrides: `table.key=value` each; the value is TOML, and a bare word is a string.
-        is_file: whether a name of [data] means a file; where it is given, files and folders that are missing are problems.
+        check_files: missing files and directories are problems as well.
 
     Raises:
         RecipeError: with every problem there is, one a line, each with the file (or the override) and the table.
@@ -151,7 +158,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, is_file: IsFile | 
     sources = {}
     for override in overrides:
         sources[_apply_override(raw, override)] = f"--set {override}"
-    missing = [] if is_file is None else list(find_missing(raw, path.parent, is_file))
+    missing = list(find_missing(raw, path.parent)) if check_files else []
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:

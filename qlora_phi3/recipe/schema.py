@@ -423,6 +423,8 @@ class Memory(Table):
     """Logits alive at once in the loss, such as "16MiB"; auto: 32MiB."""
     mlp_tile_tokens: Literal[0] | Annotated[int, Field(ge=128)] | Literal["auto"] = "auto"
     """Tokens that go through a layer's MLP at once, 0: all of them; auto: 0 unless room is short."""
+    gpu: Annotated[int, Field(ge=0)] | Text = "auto"
+    """GPU of the run: its number in nvidia-smi, or its name; auto: the one with the most free memory."""
     rehearsal: bool | Literal["auto"] = "auto"
     """Try the heaviest step before the first; auto: on a GPU."""
 

@@ -33,7 +33,7 @@ from qlora_phi3.memory.simulate import simulate
 from qlora_phi3.memory.vram_check import prepare_data
 from qlora_phi3.model.lora import attach_adapter, measure_coverage
 from qlora_phi3.model.phi3 import Precision, choose_precision, load_base, load_tokenizer
-from qlora_phi3.recipe.load import check_limits
+from qlora_phi3.recipe.load import check_model_limits
 from qlora_phi3.recipe.schema import Recipe, Training
 from qlora_phi3.reporter import Reporter
 from qlora_phi3.training.callbacks import cap_to_free_memory
@@ -272,7 +272,7 @@ def prepare(recipe: Recipe, base_folder: Path, reporter: Reporter) -> RunContext
     check_schedule(recipe.training)
     config = read_config(recipe.model.name, recipe.model.revision)
     architecture = parse_architecture(config, recipe.model.name)
-    check_limits(recipe, architecture)
+    check_model_limits(recipe, architecture)
     if recipe.model.adapter is not None:
         check_start(Path(recipe.model.adapter), recipe.lora)
     card = read_card() if torch.cuda.is_available() else None  # before this process takes anything of it

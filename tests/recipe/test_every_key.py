@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_nvml import two_gpus
 from workshop import Workshop, build_base, write_chats
 
 from qlora_phi3.errors import RecipeError
+from qlora_phi3.hardware.gpu import choose_gpu
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.recipe.schema import TABLES
 from qlora_phi3.step import collate
@@ -109,6 +111,11 @@ class Lab:
         from qlora_phi3.training.prepare import wants_rehearsal
 
         return budget_of(recipe, gpu_of_size(4 * 2**30)), wants_rehearsal(recipe, CPU)
+
+    def chosen_gpu(self, recipe):
+        """The only GPU that CUDA sees on a computer with two."""
+        self.monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        return choose_gpu(recipe.memory.gpu, nvml=two_gpus()).visible_devices
 
     def first_batch(self, recipe):
         """How the rows of the first optimizer step lie in tensors."""
@@ -254,6 +261,7 @@ EFFECTS = {
     "memory.checkpoint_every_n_layers": (2, Lab.recomputed),
     "memory.logits_tile": ("1MiB", Lab.setup_on_a_card),
     "memory.mlp_tile_tokens": (2048, Lab.setup_on_a_card),
+    "memory.gpu": (1, Lab.chosen_gpu),
     "memory.rehearsal": (True, Lab.room),
 }
 #: Keys that samples carry and that have one value only -> another value, which is refused.

@@ -1,18 +1,17 @@
-"""What a person can cause: one line that says what is wrong, where, and what to do, with its exit code.
+"""Errors that the user can fix: a message, a hint and an exit code. The command line prints them without a traceback.
 
-Everything the command line reports without a traceback is a `UserError`; anything else is a fault of ours and keeps
-its traceback.
+Any other exception is a defect of this program and keeps its traceback.
 """
 
 import errno
 
 
 class UserError(Exception):
-    """A problem the person at the keyboard can mend.
+    """A problem that the user can fix.
 
     Args:
         message: what is wrong and where, with the offending value.
-        cure: what to do or type next; one sentence.
+        hint: what to do or to type next; one sentence.
     """
 
     exit_code = 2
@@ -27,7 +26,7 @@ class UserError(Exception):
 
 
 class RecipeError(UserError):
-    """The recipe file cannot be used; its message lists every problem found, one a line."""
+    """The recipe file cannot be used; the message lists every problem, one a line."""
 
 
 class DataError(UserError):
@@ -39,17 +38,17 @@ class ModelError(UserError):
 
 
 class DeviceError(UserError):
-    """The graphics card cannot be read, or nobody knows one of that name or size."""
+    """The GPU cannot be read or used, or no known GPU has that name or size."""
 
 
 class CannotTellError(UserError):
-    """There is too little to go by: whether a recipe fits cannot be said."""
+    """There is too little information to decide whether a recipe fits a GPU."""
 
     exit_code = 4
 
 
 class NoDeviceError(DeviceError, CannotTellError):
-    """There is no graphics card here that can be read; nothing is wrong with what was typed."""
+    """This computer has no GPU that can be read; the input is correct."""
 
 
 class RunError(UserError):
@@ -61,25 +60,30 @@ class ExportError(UserError):
 
 
 class ProofError(UserError):
-    """What was written is not what was trained; it is kept under a name that says so."""
+    """An exported model does not behave as the trained one; its files stay under a name that says so."""
 
     exit_code = 5
 
 
-class Interrupted(UserError):  # noqa: N818 - no error: the person asked for it
-    """Ctrl-C; what was done is saved and the message says how to go on."""
+class Interrupted(UserError):  # noqa: N818 - no error: the user requested it
+    """Ctrl-C: the work so far is saved, and the message says how to continue."""
 
     exit_code = 130
 
 
-#: What a disk says that is full, or a person's share of it.
-FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+#: Error codes of a disk that is full, and of a user's exhausted quota.
+DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def disk_error_hint(error: BaseException) -> str:
-    """What to do about a place that cannot be written, as the beginning of a sentence."""
-    told = error if isinstance(error, OSError) else error.__cause__
-    if isinstance(told, OSError) and told.errno == errno.EFBIG:
+    """What to do about a path that cannot be written, without a full stop: the beginning of a sentence.
+
+    Args:
+        error: an OSError, or an error that has one as its cause; anything else counts as a full disk.
+    """
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if not isinstance(cause, OSError) or cause.errno in DISK_FULL:
+        return "Free disk space"
+    if cause.errno == errno.EFBIG:
         return "Raise the limit on a file's size (ulimit -f)"
-    refused = isinstance(told, OSError) and told.errno not in FULL
-    return "See that it is there and may be written" if refused else "Free the disk"
+    return "Check that the directory exists and that you may write to it"

@@ -1,6 +1,7 @@
-"""The shapes of a phi3 model, read from its config.json; no weights, no torch.
+"""Everything specific to the phi3 family: supported names, reading config.json, and the shapes of the linear layers.
 
-Those of the hub's own models come with the package (`architectures.json`), so that a plan for them needs no network.
+No torch and no weights. The configs of Microsoft's own models ship with the package (`architectures.json`), so that planning for
+them needs no network.
 """
 
 import difflib
@@ -12,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora_phi3.errors import ModelError
+from qlora_phi3.files import read_json_object
 
 SUPPORTED = (
     "Supported is every model_type 'phi3': Phi-3-mini and -medium, Phi-3.5-mini, Phi-4, Phi-4-mini, and their variants."
 )
-
-
-#: Microsoft's models of a like name that are of another architecture, in lower case, and their model_type on the hub.
+#: Microsoft's models with a similar name and another architecture, in lower case, and their model_type on the hub.
 OTHERS = {
     "microsoft/phi-1": "phi",
     "microsoft/phi-1_5": "phi",
@@ -33,18 +33,19 @@ OTHERS = {
     "microsoft/phi-4-multimodal-instruct": "phi4mm",
     "microsoft/phi-4-mini-flash-reasoning": "phi4flash",
 }
-
-
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", flags=re.ASCII)
+#: Fused linear layers and their parts, in the order of their rows; and the fused layer of each part.
+PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {part: fused for fused, parts in PARTS.items() for part in parts}
 
 
 class OtherModelError(ModelError):
-    """The model is of another architecture."""
+    """The model has another architecture."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """What the rest of the program needs to know of a phi3 `config.json`."""
+    """What the program uses of a phi3 `config.json`."""
 
     hidden_size: int
     intermediate_size: int
@@ -55,15 +56,26 @@ class Architecture:
     max_position_embeddings: int
     #: Rows longer than this use longrope's long factors; None where one set of factors serves all lengths.
     longrope_boundary: int | None
-    #: Tokens a position can look back; None where attention is full.
+    #: Tokens that a position can look back; None where attention is full.
     sliding_window: int | None
     tie_word_embeddings: bool
 
 
-def known_config(name: str) -> dict[str, Any] | None:
-    """The shipped config of one of the hub's own phi3 models, whatever the case of its name; None for any other.
+def is_hub_id(name: str, *, needs_owner: bool = True) -> bool:
+    """Whether a name can be an id on the hub; a directory of the same name may still exist.
 
-    It decides shapes and memory and nothing else: longrope's factors are all 1.0. Plan with it, never train.
+    Args:
+        name: a hub id or a path, as a recipe has it.
+        needs_owner: only `owner/name` counts; data sets also have old ids without an owner, such as `imdb`.
+    """
+    found = HUB_ID.fullmatch(name)
+    return found is not None and (found[1] is not None or not needs_owner)
+
+
+def known_config(name: str) -> dict[str, Any] | None:
+    """The shipped config of one of Microsoft's phi3 models, in any case of its name; None for any other model.
+
+    Use it for planning, never for training: all factors of longrope are 1.0. Shapes and memory do not depend on them.
     """
     shipped = _read_shipped()
     config = {key.lower(): model for key, model in shipped["models"].items()}.get(name.lower())
@@ -78,14 +90,15 @@ def known_config(name: str) -> dict[str, Any] | None:
 
 
 def nearest_known(name: str) -> str | None:
-    """The hub id, of the models whose shapes are shipped, that was probably meant."""
+    """The hub id of a shipped config that a misspelt or incomplete name most likely means."""
     known, short = list(_read_shipped()["models"]), name.rpartition("/")[2].lower()
-    begun = [
-        each
-        for each in known
-        if each.rpartition("/")[2].lower().startswith(f"{short}-") or each.lower().endswith(f"/{short}")
+    completions = [
+        model
+        for model in known
+        if model.rpartition("/")[2].lower().startswith(f"{short}-") or model.lower().endswith(f"/{short}")
     ]
-    return min(begun, key=len, default=None) or next(iter(difflib.get_close_matches(name, known, cutoff=0.8)), None)
+    similar = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    return min(completions, key=len, default=None) or next(iter(similar), None)
 
 
 def _read_shipped() -> Any:
@@ -93,43 +106,29 @@ def _read_shipped() -> Any:
 
 
 def read_config(name: str, revision: str | None = None, *, prefer_shipped: bool = False) -> dict[str, Any]:
-    """The config.json of a local folder or of a model on the hub.
+    """Read the config.json of a local directory or of a model on the hub.
 
     Args:
-        name: a folder, or a hub id.
+        name: a directory, or a hub id.
         revision: of the hub's model.
-        prefer_shipped: take `known_config` where there is one and no folder has that name; for plans, not for training.
+        prefer_shipped: use `known_config` where there is one and no directory has that name; for plans, not for training.
 
     Raises:
-        OtherModelError: it is known by its name to be of another architecture; nothing is fetched.
-        ModelError: there is none, it cannot be fetched, or it is not JSON.
+        OtherModelError: the name is that of a model with another architecture; nothing is downloaded.
+        ModelError: there is none, it cannot be downloaded, or it is not JSON.
     """
-    other = OTHERS.get(name.lower())
-    if other and not Path(name).is_dir():
+    directory = Path(name)
+    if directory.is_dir():
+        path = directory / "config.json"
+        if not path.is_file():
+            raise ModelError(f"The model folder {name} has no config.json.", "Set [model] name to a full checkpoint.")
+    elif other := OTHERS.get(name.lower()):
         raise _other_model(name, other)
-    if prefer_shipped and not Path(name).is_dir() and (shipped := known_config(name)):
+    elif prefer_shipped and (shipped := known_config(name)):
         return shipped
-    path = Path(name) / "config.json" if Path(name).is_dir() else _fetch_config(name, revision)
-    if not path.is_file():
-        raise ModelError(f"The model folder {name} has no config.json.", "Point [model] name at a whole checkpoint.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}.", "Download the checkpoint again.") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} holds no JSON object.", "Download the checkpoint again.")
-    return config
-
-
-def is_hub_id(name: str, *, needs_owner: bool = True) -> bool:
-    """Whether a name can be an id on the hub; a directory of the same name may still exist.
-
-    Args:
-        name: a hub id or a path, as a recipe has it.
-        needs_owner: only `owner/name` counts; data sets also have old ids without an owner, such as `imdb`.
-    """
-    found = HUB_ID.fullmatch(name)
-    return found is not None and (found[1] is not None or not needs_owner)
+    else:
+        path = _fetch_config(name, revision)
+    return read_json_object(path, ModelError, "Download the checkpoint again.")
 
 
 def _other_model(name: str, model_type: object) -> OtherModelError:
@@ -137,10 +136,11 @@ def _other_model(name: str, model_type: object) -> OtherModelError:
 
 
 def _fetch_config(name: str, revision: str | None) -> Path:
+    """Download config.json from the hub; every failure becomes a ModelError."""
     if not is_hub_id(name):
         raise ModelError(
             f"There is no model folder {name}.",
-            f"Give a folder that exists, or a hub id such as {nearest_known(name) or 'microsoft/Phi-3-mini-4k-instruct'}.",
+            f"Give an existing folder or a hub id, such as {nearest_known(name) or 'microsoft/Phi-3-mini-4k-instruct'}.",
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -167,29 +167,42 @@ def _fetch_config(name: str, revision: str | None) -> Path:
 
 
 def read_architecture(name: str, revision: str | None = None, *, prefer_shipped: bool = False) -> Architecture:
-    """Read and check the architecture of a folder or hub id; the arguments are those of `read_config`.
+    """Read and check the architecture of a directory or hub id; the arguments are those of `read_config`.
 
     Raises:
-        OtherModelError, ModelError: not a phi3 model (named, with what is supported), or the config is incomplete.
+        OtherModelError: it is not a phi3 model; the message lists the supported ones.
+        ModelError: config.json cannot be read or is incomplete.
     """
     return parse_architecture(read_config(name, revision, prefer_shipped=prefer_shipped), name)
 
 
 def parse_architecture(config: dict[str, Any], name: str) -> Architecture:
-    """Check a config.json's contents and take the shapes from it; `name` is for the messages."""
-    model_type = config.get("model_type")
-    if model_type != "phi3":
-        raise _other_model(name, model_type)
+    """Check the contents of a config.json and take the shapes from it.
 
-    def size(key: str, usual: Any = None) -> int:
-        value = config.get(key) or usual
+    Args:
+        config: the object in config.json.
+        name: of the model, for the messages.
+
+    Raises:
+        OtherModelError: `model_type` is not phi3.
+        ModelError: a size is missing or not a positive integer.
+    """
+    if config.get("model_type") != "phi3":
+        raise _other_model(name, config.get("model_type"))
+
+    def size(key: str, default: Any = None) -> int:
+        value = config.get(key) or default
         if not isinstance(value, int) or value < 1:
             raise ModelError(
-                f"The config.json of {name} has {key} = {value!r}, which is no size.", "Download the checkpoint again."
+                f"The config.json of {name} has {key} = {value!r}, which is not a positive integer.",
+                "Download the checkpoint again.",
             )
         return value
 
     heads, original = size("num_attention_heads"), "original_max_position_embeddings"
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # Phi-3's first configs call it "su"; transformers reads both names as longrope.
+    uses_longrope = (rope.get("rope_type") or rope.get("type")) in ("longrope", "su")
     return Architecture(
         hidden_size=size("hidden_size"),
         intermediate_size=size("intermediate_size"),
@@ -198,62 +211,49 @@ def parse_architecture(config: dict[str, Any], name: str) -> Architecture:
         num_key_value_heads=size("num_key_value_heads", heads),
         vocab_size=size("vocab_size"),
         max_position_embeddings=size("max_position_embeddings"),
-        longrope_boundary=size(original) if _uses_longrope(config) and config.get(original) else None,
+        longrope_boundary=size(original) if uses_longrope and config.get(original) else None,
         sliding_window=config.get("sliding_window"),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
     )
 
 
-def _uses_longrope(config: dict[str, Any]) -> bool:
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    # Phi-3's first configs call it "su"; both are longrope to transformers.
-    return (scaling.get("rope_type") or scaling.get("type")) in ("longrope", "su")
-
-
-PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-FUSED = {part: fused for fused, parts in PARTS.items() for part in parts}
-
-
 def part_rows(architecture: Architecture) -> dict[str, int]:
-    """Rows of every part: k and v have those of the key-value heads."""
+    """Rows (out_features) of each part of the fused layers; k and v have those of the key-value heads."""
     head_size = architecture.hidden_size // architecture.num_attention_heads
-    kv_rows, rows = head_size * architecture.num_key_value_heads, architecture.intermediate_size
     return {
         "q_proj": head_size * architecture.num_attention_heads,
-        "k_proj": kv_rows,
-        "v_proj": kv_rows,
-        "gate_proj": rows,
-        "up_proj": rows,
+        "k_proj": head_size * architecture.num_key_value_heads,
+        "v_proj": head_size * architecture.num_key_value_heads,
+        "gate_proj": architecture.intermediate_size,
+        "up_proj": architecture.intermediate_size,
     }
 
 
 def linear_shapes(architecture: Architecture) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of the linear layers of one decoder layer; those with parts are fused."""
-    rows = part_rows(architecture)
+    """(out_features, in_features) of each linear layer of a decoder layer, in the order of the forward pass."""
+    hidden, rows = architecture.hidden_size, part_rows(architecture)
     return {
-        "qkv_proj": (rows["q_proj"] + rows["k_proj"] + rows["v_proj"], architecture.hidden_size),
-        "o_proj": (architecture.hidden_size, rows["q_proj"]),
-        "gate_up_proj": (rows["gate_proj"] + rows["up_proj"], architecture.hidden_size),
-        "down_proj": (architecture.hidden_size, architecture.intermediate_size),
+        "qkv_proj": (sum(rows[part] for part in PARTS["qkv_proj"]), hidden),
+        "o_proj": (hidden, rows["q_proj"]),
+        "gate_up_proj": (sum(rows[part] for part in PARTS["gate_up_proj"]), hidden),
+        "down_proj": (hidden, architecture.intermediate_size),
     }
 
 
 def layer_shapes(architecture: Architecture, *, fused: bool) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of every layer of the base that can have an update, by name."""
+    """(out_features, in_features) of every layer of the base that LoRA can adapt, by its full name.
+
+    Args:
+        architecture: of the base.
+        fused: as in phi3, with `qkv_proj` and `gate_up_proj`; False: with their parts as layers of their own, as in Llama.
+    """
     hidden, rows = architecture.hidden_size, part_rows(architecture)
-    names = {"self_attn": ("qkv_proj", "o_proj"), "mlp": ("gate_up_proj", "down_proj")}
     shapes = {"model.embed_tokens": (hidden, architecture.vocab_size), "lm_head": (architecture.vocab_size, hidden)}
     for number in range(architecture.num_hidden_layers):
-        for module, layers in names.items():
-            for layer in layers:
-                parts = PARTS.get(layer, ())
-                place = f"model.layers.{number}.{module}"
-                if parts and not fused:
-                    shapes |= {f"{place}.{part}": (rows[part], hidden) for part in parts}
-                elif parts:
-                    shapes[f"{place}.{layer}"] = (sum(rows[part] for part in parts), hidden)
-        shapes[f"model.layers.{number}.self_attn.o_proj"] = (hidden, rows["q_proj"])
-        shapes[f"model.layers.{number}.mlp.down_proj"] = (hidden, architecture.intermediate_size)
+        for layer, shape in linear_shapes(architecture).items():
+            module = f"model.layers.{number}.{'self_attn' if layer in ('qkv_proj', 'o_proj') else 'mlp'}"
+            if fused or layer not in PARTS:
+                shapes[f"{module}.{layer}"] = shape
+            else:
+                shapes |= {f"{module}.{part}": (rows[part], hidden) for part in PARTS[layer]}
     return shapes

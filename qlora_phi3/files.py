@@ -1,7 +1,7 @@
-"""Files and directories that are complete or absent; disk errors as one line; checksums; the directories of this user.
+"""Atomic writes, disk errors in one line, checksums, JSON files, and the directories of the user.
 
-Every write of this program that must survive a kill or a power cut goes through `atomic_file` or `atomic_dir`: the content is
-written beside the target, flushed to the disk, and renamed. A reader sees the old content or the new, never a part.
+Every file that must survive a kill or a power cut is written through `atomic_file` or `atomic_dir`: the content goes to a
+temporary name in the same directory, is flushed to the disk, and is renamed. A reader sees the old content or the new one.
 """
 
 import hashlib
@@ -18,26 +18,12 @@ from qlora_phi3.errors import RunError, UserError, disk_error_hint
 APP_NAME = "qlora-phi3"
 
 
-def user_state_dir() -> Path:
-    """Directory for what runs measured on this computer; on Linux `~/.local/state/qlora-phi3`, or below XDG_STATE_HOME."""
-    import platformdirs
-
-    return platformdirs.user_state_path(APP_NAME, appauthor=False)
-
-
-def user_cache_dir() -> Path:
-    """Directory for what can be computed again; on Linux `~/.cache/qlora-phi3`, or below XDG_CACHE_HOME."""
-    import platformdirs
-
-    return platformdirs.user_cache_path(APP_NAME, appauthor=False)
-
-
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write a file to; it replaces `target` at the end, and is removed if anything fails.
+    """Yield a temporary path to write a file to; at the end it replaces `target`, or is removed if anything fails.
 
     Raises:
-        OSError: the disk is full or refuses; see `disk_errors`.
+        OSError: the disk is full or refuses the write; `target` is unchanged. See `disk_errors`.
     """
     staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
@@ -51,10 +37,10 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(target: Path) -> Iterator[Path]:
-    """An empty directory beside `target` to write to; it replaces `target` at the end, and is removed if anything fails.
+    """Yield a temporary empty directory to fill; at the end it replaces `target`, or is removed if anything fails.
 
     Raises:
-        OSError: the disk is full or refuses; `target` is then as it was before.
+        OSError: the disk is full or refuses the write; `target` is unchanged.
     """
     staging = target.with_name(f".{target.name}.partial")
     remove(staging)
@@ -67,7 +53,11 @@ def atomic_dir(target: Path) -> Iterator[Path]:
 
 
 def replace_dir(staging: Path, target: Path) -> None:
-    """Flush `staging` to the disk and rename it to `target`; what stood there is removed only then."""
+    """Flush the directory `staging` to the disk and rename it to `target`; a former `target` is removed only afterwards.
+
+    Raises:
+        OSError: a rename failed; `target` is as it was before.
+    """
     former = target.with_name(f".{target.name}.former")
     flush_to_disk(staging)
     remove(former)
@@ -87,32 +77,33 @@ def atomic_write(target: Path, text: str) -> None:
     """Write a text file in UTF-8, completely or not at all.
 
     Raises:
-        RunError: the disk is full or refuses; what stood at `target` still stands.
+        RunError: the disk is full or refuses the write; `target` is unchanged.
     """
-    hint = "{cause}, then go on with --resume."
+    hint = "{cause}, then continue with --resume."
     with disk_errors(target, hint=hint), atomic_file(target) as staging:
         staging.write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager
 def disk_errors(
-    path: Path, error_class: type[UserError] = RunError, *, hint: str = "{cause}, or choose another place."
+    path: Path, error_class: type[UserError] = RunError, *, hint: str = "{cause}, or choose another directory."
 ) -> Iterator[None]:
-    """Report a disk that is full or refuses in one line.
+    """Raise one line for a disk that is full or refuses a write.
 
     Args:
         path: what is written, for the message.
         error_class: raised in place of an OSError, a SafetensorError, or the RuntimeError of torch's zip writer.
-        hint: what to do; `{cause}` stands for the remedy that fits the error ("Free the disk").
+        hint: what to do; `{cause}` stands for what fits the error (`errors.disk_error_hint`).
     """
     try:
         yield
     except (OSError, RuntimeError, _safetensors_error()) as error:
-        if isinstance(error, RuntimeError) and not _is_zip_writer_error(error):
-            raise
         reason = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
-        if _is_zip_writer_error(error):
-            reason = "the disk took fewer bytes than were written, as a full one does"
+        if isinstance(error, RuntimeError):
+            # torch.save reports a full disk as a RuntimeError of its zip writer, which only counts bytes (torch 2.13).
+            if "inline_container" not in reason and "PytorchStreamWriter" not in reason:
+                raise
+            reason = "the disk accepted fewer bytes than were written, as a full disk does"
         raise error_class(
             f"{path} cannot be written: {reason.splitlines()[0].rstrip('.')}.",
             hint.format(cause=disk_error_hint(error)),
@@ -120,37 +111,26 @@ def disk_errors(
 
 
 def _safetensors_error() -> type[Exception]:
-    """Evaluated only when something was raised, so that no command pays for the import."""
+    """The error class of safetensors; the import is paid for only when something was raised."""
     from safetensors import SafetensorError
 
     return SafetensorError
 
 
-def _is_zip_writer_error(error: BaseException) -> bool:
-    """torch.save reports a full disk as a RuntimeError of its zip writer, which only counts bytes (torch 2.13)."""
-    return isinstance(error, RuntimeError) and ("inline_container" in str(error) or "PytorchStreamWriter" in str(error))
-
-
 def flush_to_disk(path: Path) -> None:
-    """fsync a file, or a directory with all it holds."""
+    """fsync a file, or a directory with everything in it."""
     if path.is_dir():
-        for inner in path.rglob("*"):
-            if inner.is_file():
-                _fsync(inner)
-            elif inner.is_dir():
-                flush_directory(inner)
+        for inner in path.iterdir():
+            if not inner.is_symlink():
+                flush_to_disk(inner)
         flush_directory(path)
     else:
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+        with path.open("rb+" if os.name == "nt" else "rb") as file:  # Windows flushes only what may be written
+            os.fsync(file.fileno())
 
 
 def flush_directory(path: Path) -> None:
-    """fsync the names in a directory; Windows has no such call and keeps them safe by itself."""
+    """fsync the names in a directory; Windows has no such call and needs none."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -160,7 +140,7 @@ def flush_directory(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link, or a directory with all it holds; nothing happens where there is none."""
+    """Remove a file, a link, or a directory with everything in it; a missing path is no error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -174,15 +154,31 @@ def sha256_file(path: Path) -> str:
 
 
 def read_json_object(path: Path, error_class: type[UserError], hint: str) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read a JSON file that holds an object.
 
     Raises:
-        error_class: the file cannot be read, is not JSON, or holds no object; `hint` says what to do.
+        error_class: the file cannot be read, is not JSON, or holds no object; with `hint`.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise error_class(f"{path} cannot be read: {error}.", hint) from error
+    except OSError as error:
+        raise error_class(f"{path} cannot be read: {error.strerror or error}.", hint) from error
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, or not JSON
+        raise error_class(f"{path} is not JSON: {error}.", hint) from error
     if not isinstance(value, dict):
         raise error_class(f"{path} holds no JSON object.", hint)
     return value
+
+
+def user_state_dir() -> Path:
+    """Directory for what runs measured on this computer; on Linux `~/.local/state/qlora-phi3`, or below XDG_STATE_HOME."""
+    import platformdirs
+
+    return platformdirs.user_state_path(APP_NAME, appauthor=False)
+
+
+def user_cache_dir() -> Path:
+    """Directory for what can be computed again; on Linux `~/.cache/qlora-phi3`, or below XDG_CACHE_HOME."""
+    import platformdirs
+
+    return platformdirs.user_cache_path(APP_NAME, appauthor=False)

@@ -2,52 +2,48 @@
 
 import re
 
-#: Bytes in a unit. GB is the decimal one and GiB the binary one; a letter alone, as in `11g`, is read as the smaller.
+#: Bytes in a unit. GB is decimal and GiB binary; a letter alone, as in `11g`, is decimal, which is the smaller.
 UNITS: dict[str, int] = {"b": 1} | {
     letter + ending: base**power
     for power, letter in enumerate("kmgt", start=1)
     for ending, base in (("", 1000), ("b", 1000), ("ib", 1024))
 }
-
-
 MIB = UNITS["mib"]
-
-
 GIB = UNITS["gib"]
 
 
 def parse_size(text: str, *, binary: bool = False) -> int:
-    """The bytes of a size such as `11GiB`, `12 GB`, `11.5g` or `500MiB`; never rounded up.
+    """Bytes of a size such as `11GiB`, `12 GB`, `11.5g` or `500MiB`, rounded down.
 
     Args:
-        text: a number and its unit, in any case, with or without a space between.
-        binary: read GB as GiB, as sellers of graphics cards do: their 12 GB card carries 12 GiB of chips.
+        text: a number and its unit, in upper or lower case, with or without a space between.
+        binary: read GB as GiB, as it is meant on the box of a GPU: a 12 GB GPU has 12 GiB.
 
     Raises:
-        ValueError: unreadable, without a unit, or not more than zero; one sentence that says what to write.
+        ValueError: not a size, without a unit, or not more than zero; one sentence that says what to write.
     """
     found = re.fullmatch(r"\s*([+-]?\d{1,15}(?:\.\d*)?|[+-]?\.\d+)\s*([a-z]*)\s*", text, flags=re.ASCII | re.IGNORECASE)
     number, unit = found.groups() if found else ("", "")
     if found and float(number) == 0:
-        raise ValueError(f"'{text}' is no size: it must be more than zero.")
+        raise ValueError(f"'{text}' is not a size: it must be more than zero.")
     if found and not unit:
         amount = number.lstrip("+-")
         raise ValueError(f"'{text}' has no unit: write {amount}GiB, {amount}GB or {amount}MiB.")
     if unit.lower() not in UNITS:
-        raise ValueError(f"'{text}' is no size: write a number and its unit, such as 11GiB, 12GB or 500MiB.")
+        raise ValueError(f"'{text}' is not a size: write a number and its unit, such as 11GiB, 12GB or 500MiB.")
     power = "bkmgt".index(unit[0].lower())
     size = int(float(number) * (1024**power if binary else UNITS[unit.lower()]))
     if size < 1:
-        raise ValueError(f"'{text}' is no size: it must be more than zero.")
+        raise ValueError(f"'{text}' is not a size: it must be more than zero.")
     return size
 
 
 def format_gib(num_bytes: int) -> str:
-    """A size for a person: `3.62 GiB`, or `412 MiB` where it is less than a GiB; differences may be negative."""
+    """A size for people: `3.62 GiB`, or `412 MiB` where it is less than 1 GiB; a difference may be negative."""
     mib = round(num_bytes / MIB)
     return f"{mib} MiB" if abs(mib) < 1024 else f"{num_bytes / GIB:.2f} GiB"
 
 
 def format_count(number: int, noun: str) -> str:
-    """A number of things for a person: `1 row`, `1,200 rows`."""
+    """A count for people: `1 row`, `1,200 rows`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

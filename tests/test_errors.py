@@ -1,4 +1,4 @@
-"""What is said of a place that cannot be written."""
+"""The hint for a path that cannot be written."""
 
 import errno
 
@@ -8,17 +8,17 @@ from qlora_phi3.errors import RunError, disk_error_hint
 
 
 @pytest.mark.parametrize(
-    ("number", "told"),
+    ("number", "hint"),
     [
-        (errno.ENOSPC, "Free the disk"),
+        (errno.ENOSPC, "Free disk space"),
         (errno.EFBIG, "Raise the limit on a file's size (ulimit -f)"),
-        (errno.ENOENT, "See that it is there and may be written"),
-        (errno.EACCES, "See that it is there and may be written"),
+        (errno.ENOENT, "Check that the directory exists and that you may write to it"),
+        (errno.EACCES, "Check that the directory exists and that you may write to it"),
     ],
 )
-def test_the_cure_is_of_the_cause_also_where_another_error_passes_it_on(number, told):
+def test_the_hint_fits_the_cause_of_the_error(number, hint):
     error = OSError(number, "no")
-    assert disk_error_hint(error) == told
+    assert disk_error_hint(error) == hint
     outer = RunError("x cannot be written.")
     outer.__cause__ = error
-    assert disk_error_hint(outer) == told
+    assert disk_error_hint(outer) == hint

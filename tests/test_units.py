@@ -1,3 +1,5 @@
+"""Sizes and counts as people write and read them."""
+
 import pytest
 
 from qlora_phi3.units import format_count, format_gib, parse_size
@@ -25,7 +27,7 @@ def test_a_size_is_never_rounded_up():
     assert parse_size("1.9B") == 1
 
 
-def test_for_sellers_of_cards_a_gb_is_a_gib():
+def test_on_the_box_of_a_gpu_a_gb_is_a_gib():
     assert parse_size("12GB", binary=True) == parse_size("12g", binary=True) == parse_size("12GiB") == 12 * 2**30
     assert parse_size("8192MB", binary=True) == 8 * 2**30
 
@@ -40,14 +42,14 @@ def test_a_number_without_a_unit_is_refused_with_the_two_ways_to_write_it(text):
 @pytest.mark.parametrize(
     "text", ["", "GiB", "big", "12 apples", "1,5GiB", "1e3GiB", "12GiBs", "nanGB", "٣GB", "9" * 400 + "GB"]
 )
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match="is no size: write a number and its unit"):
+def test_a_text_that_is_not_a_size_is_refused(text):
+    with pytest.raises(ValueError, match="is not a size: write a number and its unit"):
         parse_size(text)
 
 
 @pytest.mark.parametrize("text", ["0GiB", "-4GB", "0.2B"])
 def test_a_size_is_more_than_zero(text):
-    with pytest.raises(ValueError, match=f"'{text}' is no size: it must be more than zero"):
+    with pytest.raises(ValueError, match=f"'{text}' is not a size: it must be more than zero"):
         parse_size(text)
 
 

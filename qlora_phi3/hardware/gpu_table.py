@@ -1,35 +1,28 @@
-"""The known graphics cards: memory that CUDA programs can use, compute capability, and speed.
-
-Where the figures come from, gathered in November 2026:
+"""Table of GPUs: usable memory, compute capability and speed. Gathered in November 2026.
 
 - `observed_total_mib` is the smallest total that PyTorch (`total capacity of ... GiB`, `CUDA:0 (..., ... MiB)`), llama.cpp
-  (`VRAM: ... MiB`) or hashcat printed on Linux for that card in public issues, logs and notes. It shrinks with the
-  driver's version (an RTX 3060 had 12,045 MiB in 2023 and 11,910 in 2026), so the smallest is what a person can count on.
-  Windows and WSL print nearly the whole card, but there the desktop lives on it too.
-- `nvidia_smi_mib` is what `nvidia-smi` calls the card's memory: the driver's own reserve is part of it.
+  (`VRAM: ... MiB`) or hashcat printed on Linux for that GPU in public issues, logs and notes. It shrinks with the driver's
+  version (an RTX 3060 had 12,045 MiB in 2023 and 11,910 in 2026), so the smallest is the one to rely on. Windows and WSL print
+  nearly all of the memory, but there the desktop uses some of it.
+- `nvidia_smi_mib` is the total that `nvidia-smi` prints; it includes the driver's own reserve.
 - Speeds are NVIDIA's specifications: memory bandwidth, and the dense 16-bit matrix rate with fp32 accumulation, which
   is how PyTorch multiplies: cores x boost clock x 2, times 4 on RTX 20, times 2 on GTX 16 (no tensor cores, but fp16 at
-  double rate) and on GeForce RTX 30 to 50. The headline figures are 2 to 8 times that: fp16 accumulation, sparse
-  weights, fp8. A laptop's power limit moves its rate by a third; a middle setting is given.
+  double rate) and on GeForce RTX 30 to 50. The advertised figures are 2 to 8 times that: fp16 accumulation, sparse
+  weights, fp8. A laptop's power limit changes its rate by a third; the table has a medium setting.
 """
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-MIB = 2**20
+from qlora_phi3.units import MIB
 
-
-#: What the driver may keep of a card whose usable memory nobody printed: the most that was seen on any card up to
-#: 6 GB (409 MiB, RTX 2060) and on any larger one (498 MiB, RTX 5090), rounded up.
+#: Driver's reserve where nobody printed the usable memory: the largest that was seen on any GPU up to 6 GB (409 MiB, RTX 2060)
+#: and on any larger one (498 MiB, RTX 5090), rounded up.
 RESERVE_MIB_TO_6_GB, RESERVE_MIB_ABOVE = 410, 500
-
-
-#: From this compute capability on a card computes bfloat16 natively.
+#: Lowest compute capability with native bfloat16.
 NATIVE_BFLOAT16 = (8, 0)
-
-
-#: Workstation and server cards keep memory for error correction, and are asked for by name.
+#: Names of consumer GPUs. Workstation and server GPUs keep memory for error correction, and are looked up by name only.
 CONSUMER = re.compile(r"[GR]TX \d{4}\b")
 
 
@@ -38,7 +31,7 @@ class GpuSpec:
     """One row of the table."""
 
     name: str
-    #: What is printed on the box, GB.
+    #: Memory in GB as on the box, where GB means GiB.
     nominal_gb: int
     nvidia_smi_mib: int
     #: None where nobody printed it.
@@ -53,19 +46,18 @@ class GpuSpec:
 
     @property
     def estimated(self) -> bool:
-        """Whether `usable_bytes` is a rule's and not a reading."""
+        """Whether `usable_bytes` comes from a rule and not from a measurement."""
         return self.observed_total_mib is None
 
     @property
     def usable_bytes(self) -> int:
-        """What CUDA programs can use when nothing else is on the card, not even a desktop."""
-        if self.observed_total_mib is not None:
-            return self.observed_total_mib * MIB
-        return (self.nvidia_smi_mib - (RESERVE_MIB_TO_6_GB if self.nominal_gb <= 6 else RESERVE_MIB_ABOVE)) * MIB
+        """What CUDA programs can use when nothing else uses the GPU, not even a desktop."""
+        reserve_mib = RESERVE_MIB_TO_6_GB if self.nominal_gb <= 6 else RESERVE_MIB_ABOVE
+        return (self.observed_total_mib or self.nvidia_smi_mib - reserve_mib) * MIB
 
     @property
     def consumer(self) -> bool:
-        """Whether it is a GeForce."""
+        """Whether it is a GeForce GPU."""
         return CONSUMER.match(self.name) is not None
 
     @property
@@ -75,10 +67,8 @@ class GpuSpec:
 
 
 TURING, AMPERE, ADA, BLACKWELL = (7, 5), (8, 6), (8, 9), (12, 0)
-
-
 CARDS = (
-    # name, GB, nvidia-smi MiB, seen MiB, compute capability, GB/s, TFLOPS
+    # name, GB, nvidia-smi MiB, observed MiB, compute capability, GB/s, TFLOPS
     GpuSpec("GTX 1650", 4, 4096, 3712, TURING, 128, 6.0),
     GpuSpec("GTX 1650 SUPER", 4, 4096, None, TURING, 192, 8.8),
     GpuSpec("GTX 1650 Laptop", 4, 4096, None, TURING, 128, 5.1),
@@ -152,7 +142,7 @@ CARDS = (
     GpuSpec("RTX 5080 Laptop", 16, 16303, None, BLACKWELL, 896, 70.3),
     GpuSpec("RTX 5090", 32, 32607, 32109, BLACKWELL, 1792, 209.5),
     GpuSpec("RTX 5090 Laptop", 24, 24463, None, BLACKWELL, 896, 90.7),
-    # Workstation and server cards that people have or rent.
+    # Workstation and server GPUs that people have or rent.
     GpuSpec("Tesla T4", 16, 15360, 14912, TURING, 320, 65.0, ecc=True),
     GpuSpec("RTX A2000 Laptop", 4, 4096, 3770, AMPERE, 192, 35.0),
     GpuSpec("RTX A2000", 6, 6138, None, AMPERE, 288, 31.9),
@@ -165,10 +155,10 @@ CARDS = (
 )
 
 
-def name_series(cards: Iterable[GpuSpec]) -> str:
-    """Consumer cards in short: `RTX 3060` and `RTX 4070 SUPER` as "RTX 30, 40"."""
-    found: dict[str, set[str]] = {}
-    for card in cards:
-        brand, number = card.name.split()[:2]
-        found.setdefault(brand, set()).add(number[:2])
-    return ", ".join(f"{brand} {', '.join(sorted(numbers))}" for brand, numbers in sorted(found.items()))
+def name_series(specs: Iterable[GpuSpec]) -> str:
+    """Consumer GPUs by their series: `RTX 3060` and `RTX 4070 SUPER` give "RTX 30, 40"."""
+    series: dict[str, set[str]] = {}
+    for spec in specs:
+        brand, number = spec.name.split()[:2]
+        series.setdefault(brand, set()).add(number[:2])
+    return ", ".join(f"{brand} {', '.join(sorted(numbers))}" for brand, numbers in sorted(series.items()))

@@ -17,7 +17,7 @@ def test_a_message_names_the_value_and_says_what_to_do(message, shop):
     for part in message.says:
         assert part in raised.value.message
     assert message.hint
-    assert message.hint in raised.value.hint
+    assert message.hint in (raised.value.hint or raised.value.message)  # a list of problems has its hints in the lines
 
 
 def test_every_message_has_a_name_of_its_own():

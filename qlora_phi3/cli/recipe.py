@@ -1,4 +1,4 @@
-"""`qlora-phi3 recipe`: look at recipes without running them."""
+"""`qlora-phi3 recipe`: check a recipe, or print the JSON schema of recipes, without running anything."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from qlora_phi3.cli.options import debug_option, set_option
 
 @click.group()
 def recipe() -> None:
-    """Check a recipe, or write the schema that lets an editor complete it."""
+    """Check a recipe, or print the schema that lets an editor complete it."""
 
 
 @recipe.command()
@@ -18,7 +18,7 @@ def schema() -> None:
     """Print the JSON schema of a recipe.
 
     \b
-    Save it beside your recipe, and name it in the first line of the recipe:
+    Save it in the folder of your recipe, and name it in the recipe's first line:
       qlora-phi3 recipe schema > recipe.schema.json
       #:schema ./recipe.schema.json
     """
@@ -34,8 +34,8 @@ def schema() -> None:
 @set_option
 @debug_option
 def check(path: Path, overrides: tuple[str, ...]) -> None:
-    """Check RECIPE and its files, and print it with every default written out."""
+    """Check RECIPE and the files it names, and print it with all default values."""
     from qlora_phi3.recipe.load import load_recipe, recipe_as_toml
 
     click.echo(recipe_as_toml(load_recipe(path, overrides, check_files=True)), nl=False)
-    click.echo(f"{path} is fine.", err=True)
+    click.echo(f"{path} has no problems.", err=True)

@@ -1,33 +1,27 @@
-"""A recipe's text with some keys set, each with its reason as a comment; everything else stays as its author wrote it."""
+"""Setting keys in the text of a recipe; comments, order and all other lines stay as the author wrote them."""
 
-import re
 import textwrap
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_phi3.recipe.load import recipe_as_toml
-from qlora_phi3.recipe.messages import format_toml
+import tomlkit
+from tomlkit.items import InlineTable, Item, Table
+
+from qlora_phi3.errors import RecipeError
+from qlora_phi3.recipe.messages import format_toml, toml_item
 from qlora_phi3.recipe.schema import Recipe
 
-HEADER = re.compile(r"\s*\[\s*(\w+)\s*\]\s*(#.*)?")
-
-
-#: A key's line: up to the value, the value (text in quotes, or what has no comment sign), and a comment.
-LINE = r"(\s*{key}\s*=\s*)(\"(?:[^\"\\]|\\.)*\"|'[^']*'|[^#]*?)(\s*)(#.*)?"
-
-
-#: Where comments begin, as far as keys and values leave room.
+#: Column of the comment behind a new value, where the value is short enough.
 COMMENT_COLUMN = 36
-
-
+#: Columns of the heading.
 WIDTH = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A key, the value it gets, and why; no reason, no comment."""
+    """A key, its new value, and the reason, which becomes a comment; an empty reason adds no comment."""
 
     table: str
     key: str
@@ -39,73 +33,67 @@ def fit_recipe(recipe: Recipe, text: str, choices: Sequence[Choice], heading: st
     """Set keys of a recipe.
 
     Args:
-        recipe: what `text` holds, and what the command line added to it.
-        text: of the recipe's file.
-        heading: to put above all, as comments.
+        recipe: what `text` says, with the changes of the command line.
+        text: of the recipe file.
+        choices: the keys to set; of several for one key the last counts.
+        heading: to put above everything, as comments.
 
     Returns:
-        The recipe with the choices made, and the text that says so. Where the file is written in a way that cannot be edited line
-        by line (inline tables, dotted keys), every key is written out anew.
+        The recipe with the choices made, and its text with Unix line ends.
+
+    Raises:
+        RecipeError: the edited text would not give that recipe.
     """
+    document = tomlkit.parse(text.removeprefix("\ufeff").replace("\r\n", "\n").rstrip("\n") + "\n")
     tables: dict[str, dict[str, Any]] = {}
-    for choice in choices:
+    for choice in {(choice.table, choice.key): choice for choice in choices}.values():
         tables.setdefault(choice.table, {})[choice.key] = choice.value
+        _set(document, choice)
     chosen = recipe.model_copy(
         update={table: getattr(recipe, table).model_copy(update=keys) for table, keys in tables.items()}
     )
-    above = textwrap.fill(heading, WIDTH, initial_indent="# ", subsequent_indent="# ") + "\n\n"
-    edited = above + _edit(text, choices)
-    if not _says(edited, chosen):
-        edited = above + _edit(recipe_as_toml(recipe), choices)
-    return chosen, edited
-
-
-def _says(text: str, recipe: Recipe) -> bool:
+    comment = textwrap.fill(heading, WIDTH, initial_indent="# ", subsequent_indent="# ")
+    written = f"{comment}\n\n{tomlkit.dumps(document)}"
     try:
-        return Recipe.model_validate(tomllib.loads(text)).model_dump() == recipe.model_dump()
-    except ValueError:  # both tomllib's and pydantic's errors are
-        return False
+        same = Recipe.model_validate(tomllib.loads(written)).model_dump() == chosen.model_dump()
+    except ValueError:  # of tomllib or pydantic
+        same = False
+    if not same:
+        raise RecipeError(
+            "The recipe is written in a way that cannot be edited automatically.",
+            "Write its tables as sections: [training], and the keys below it.",
+        )
+    return chosen, written
 
 
-def _edit(text: str, choices: Sequence[Choice]) -> str:
-    lines = text.removeprefix("\ufeff").splitlines()
-    for choice in choices:
-        _set(lines, choice)
-    return "\n".join(lines) + "\n"
-
-
-def _set(lines: list[str], choice: Choice) -> None:
-    """Replace the key's line in its table, or add one at the table's end, or the table at the end of all."""
-    begin = next((number for number, line in enumerate(lines) if _table(line) == choice.table), None)
-    if begin is None:
-        lines += ["", f"[{choice.table}]", _per_layer_fit(choice)]
+def _set(document: tomlkit.TOMLDocument, choice: Choice) -> None:
+    """Replace the value of the key, or add the key at the end of its table, or the table at the end of the document."""
+    value: Item = toml_item(choice.value)
+    if choice.table not in document:
+        document.append(choice.table, tomlkit.table())
+    table = document[choice.table]
+    current = table.get(choice.key)
+    if isinstance(current, Table):  # a section such as [lora.rank_pattern]
+        for key in current.keys() - choice.value.keys():
+            del current[key]
+        current.update(choice.value)
+        value = current
+    elif current is None and isinstance(table, Table):
+        # Comments and blank lines before the next header belong to the table that ends there; the key goes above them.
+        body, trailing = table.value.body, []
+        while body and body[-1][0] is None:
+            trailing.insert(0, body.pop())
+        table.append(choice.key, value)
+        body.extend(trailing)
+    else:
+        table[choice.key] = value  # keeps the indent and the comment of the former value
+    if not choice.reason:
         return
-    end = next((number for number in range(begin + 1, len(lines)) if _table(lines[number])), len(lines))
-    last = begin
-    for number in range(begin + 1, end):
-        found = re.fullmatch(LINE.format(key=re.escape(choice.key)), lines[number])
-        if found:
-            lines[number : number + 1] = _replaced(found, choice)
-            return
-        if lines[number].strip() and not lines[number].lstrip().startswith("#"):
-            last = number
-    lines.insert(last + 1, _per_layer_fit(choice))
-
-
-def _table(line: str) -> str | None:
-    found = HEADER.fullmatch(line)
-    return found[1] if found else None
-
-
-def _per_layer_fit(choice: Choice) -> str:
-    pair = f"{choice.key} = {format_toml(choice.value)}"
-    return f"{pair:<{COMMENT_COLUMN}}# {choice.reason}" if choice.reason else pair
-
-
-def _replaced(found: re.Match[str], choice: Choice) -> list[str]:
-    """The line with its new value; the author's comment stays behind it, and the reason goes above."""
-    pair = f"{found[1]}{format_toml(choice.value)}"
-    if not found[4]:
-        return [f"{pair:<{COMMENT_COLUMN}}# {choice.reason}" if choice.reason else pair]
-    line = f"{pair:<{len(found[1] + found[2] + found[3]) - 1}} {found[4]}"
-    return [f"# {choice.reason}", line] if choice.reason else [line]
+    if isinstance(table, InlineTable):  # which can hold no comment
+        table.trivia.indent += f"# {choice.key}: {choice.reason}\n"
+    elif value.trivia.comment:
+        value.trivia.indent = f"# {choice.reason}\n{value.trivia.indent}"
+    else:
+        width = len(f"{value.trivia.indent}{choice.key} = {format_toml(choice.value)}")
+        value.comment(choice.reason)
+        value.trivia.comment_ws = " " * max(1, COMMENT_COLUMN - width)

@@ -491,7 +491,7 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path, report):
     [
         ('optim = "auto"', ['optim = "adamw_8bit"                # why']),
         ('optim = "auto" # mine', ["# why", 'optim = "adamw_8bit" # mine']),
-        ('  optim="auto"       # mine', ["# why", '  optim="adamw_8bit" # mine']),
+        ('  optim="auto"       # mine', ["# why", '  optim="adamw_8bit"       # mine']),
         ("optim = 'auto'", ['optim = "adamw_8bit"                # why']),
     ],
 )

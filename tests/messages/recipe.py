@@ -1,0 +1,248 @@
+"""Messages about recipe files, `--set`, and the files that a recipe names."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from message_table import Message
+
+from qlora_phi3.errors import RecipeError, UserError
+from qlora_phi3.family import read_architecture
+from qlora_phi3.recipe.load import check_model_limits, load_recipe
+
+START = '[model]\nname = "microsoft/phi-4"\n[data]\ntrain = "owner/chats"\n'
+
+
+def load(text, *overrides, check_files=False):
+    """A trigger that loads a recipe of this text."""
+    return lambda shop: load_recipe(shop.write(text), overrides, check_files=check_files)
+
+
+def load_file(name, content=None):
+    """A trigger that loads a file of this name and content."""
+
+    def trigger(shop):
+        (shop.path / "chat.toml").touch()
+        if content is not None:
+            Path(name).write_bytes(content)
+        load_recipe(Path(name))
+
+    return trigger
+
+
+def check_limits(**changes):
+    """A trigger that checks a recipe against a smaller model."""
+
+    def trigger(shop):
+        recipe = load_recipe(shop.write(START), ["memory.checkpoint_every_n_layers=2"])
+        check_model_limits(recipe, replace(read_architecture("microsoft/phi-4", prefer_shipped=True), **changes))
+
+    return trigger
+
+
+def refused(name, trigger, says, hint, error=RecipeError):
+    return Message(name=name, trigger=trigger, error=error, exit_code=2, says=says, hint=hint)
+
+
+MESSAGES = [
+    refused("recipe-unknown-key", load(START + "[lora]\nrnk = 8"), ("[lora] has no key 'rnk'",), "Did you mean 'r'?"),
+    refused("recipe-unknown-key-without-a-similar-one", load(START, "lora.xyz=8"), ("'xyz'",), "recipe schema"),
+    refused("recipe-key-of-another-table", load(START, "training.r=8"), ("'r'", "[training]"), "It belongs to [lora]."),
+    refused("recipe-alias-of-a-key", load(START, "data.alpha=8"), ("'alpha'",), "Did you mean 'lora_alpha' in [lora]?"),
+    refused(
+        "recipe-removed-key",
+        load(START, "training.warmup_ratio=0.2"),
+        ("[training] warmup_ratio was removed",),
+        "write [training] warmup_steps = 0.2",
+    ),
+    refused("recipe-unknown-table", load(START, "trainig.seed=8"), ("[trainig]",), "Did you mean [training]?"),
+    refused("recipe-unknown-table-without-a-similar-one", load(START, "wandb.seed=8"), ("[wandb]",), "[quantization]"),
+    refused(
+        "recipe-key-outside-of-every-table",
+        load("learning_rate = 1\n" + START),
+        ("learning_rate is outside of every table",),
+        "It belongs to [training].",
+    ),
+    refused(
+        "recipe-removed-key-outside-of-every-table",
+        load("max_seq_length = 8\n" + START),
+        ("max_seq_length is outside of every table",),
+        "write [training] max_length = 8",
+    ),
+    refused(
+        "recipe-value-in-place-of-a-table", load("lora = 16\n" + START), ("lora = 16",), "write [lora] and its keys"
+    ),
+    refused("recipe-missing-table", load(START.partition("[data]")[0]), ("The table [data] is missing",), "train"),
+    refused("recipe-missing-key", load("[model]\n[data]\ntrain = 'x'"), ("[model] needs name",), "Hub id or folder"),
+    refused("recipe-wrong-type", load(START, "lora.r=true"), ("[lora] r = true",), "Input should be a valid integer."),
+    refused("recipe-wrong-number", load(START, "lora.r=0"), ("[lora] r = 0",), "greater than or equal to 1."),
+    refused(
+        "recipe-value-of-several-types",
+        load(START, "training.max_steps=0"),
+        ("[training] max_steps = 0",),
+        "Input should be -1; or: Input should be greater than or equal to 1.",
+    ),
+    refused(
+        "recipe-wrong-word",
+        load(START, "training.optim=paged_adamw"),
+        ('[training] optim = "paged_adamw"', "'adamw_torch'"),
+        'Did you mean "paged_adamw_8bit"?',
+    ),
+    refused(
+        "recipe-number-in-quotes",
+        load(START, "lora.r='16'"),
+        ('[lora] r = "16"', "valid integer"),
+        "Write it without quotes: r = 16",
+    ),
+    refused(
+        "recipe-value-with-a-reason",
+        load(START, "model.attn_implementation=flash_attention_2"),
+        ('attn_implementation = "flash_attention_2"', "'sdpa' or 'eager'"),
+        "without a build step",
+    ),
+    refused("recipe-size-without-unit", load(START, "memory.budget=11"), ("[memory] budget = 11",), 'write "11GiB"'),
+    refused("recipe-size-of-zero", load(START, "memory.budget=0"), ("[memory] budget = 0",), "more than zero"),
+    refused("recipe-text-that-is-no-size", load(START, "memory.budget=big"), ('budget = "big"',), "such as 11GiB"),
+    refused("recipe-logits-tile", load(START, "memory.logits_tile=1KiB"), ('"1KiB"',), '"1MiB" to "16GiB"'),
+    refused("recipe-share-or-count", load(START, "data.eval_size=1.5"), ("eval_size = 1.5",), "a share below 1"),
+    refused("recipe-no-held-out-rows", load(START, "data.eval_size=0"), ("eval_size = 0",), "do_eval = false"),
+    refused("recipe-fields-without-format", load(START, "data.fields.a=b"), ("[data] fields",), 'format = "alpaca"'),
+    refused(
+        "recipe-batch-sizes-that-do-not-multiply",
+        load(
+            START,
+            "training.batch_size=16",
+            "training.per_device_train_batch_size=4",
+            "training.gradient_accumulation_steps=2",
+        ),
+        ("batch_size = 16", "4 x 2 = 8"),
+        "delete one of the three",
+    ),
+    refused(
+        "recipe-micro-batch-alone",
+        load(START, "training.per_device_train_batch_size=3"),
+        ("per_device_train_batch_size = 3 alone",),
+        "add batch_size, for example 15",
+    ),
+    refused(
+        "recipe-batch-size-not-divisible",
+        load(START, "training.batch_size=16", "training.per_device_train_batch_size=3"),
+        ("per_device_train_batch_size = 3",),
+        "does not divide batch_size = 16",
+    ),
+    refused(
+        "recipe-schedule-without-warm-up",
+        load(START, "training.lr_scheduler_type=constant", "training.warmup_steps=10"),
+        ('"constant" ignores warmup_steps = 10',),
+        "constant_with_warmup",
+    ),
+    refused(
+        "recipe-schedule-without-its-settings",
+        load(START, "training.lr_scheduler_type=cosine_with_min_lr"),
+        ('"cosine_with_min_lr"',),
+        "needs lr_scheduler_kwargs with min_lr or min_lr_rate",
+    ),
+    refused(
+        "recipe-schedule-without-evaluation",
+        load(START, "training.lr_scheduler_type=greedy", "training.eval_strategy=no"),
+        ('"greedy" follows the evaluation loss',),
+        'write eval_strategy = "steps"',
+    ),
+    refused(
+        "recipe-interval-of-zero", load(START, "training.save_steps=0"), ("save_steps = 0",), 'save_strategy = "no"'
+    ),
+    refused(
+        "recipe-evaluation-on-and-off",
+        load(START, "training.do_eval=false", "training.eval_strategy=steps"),
+        ("do_eval = false", 'eval_strategy = "steps"'),
+        "delete one",
+    ),
+    refused(
+        "recipe-best-checkpoint-without-evaluation",
+        load(START, "training.load_best_model_at_end=true", "training.save_steps=0.3"),
+        ("load_best_model_at_end needs an evaluation loss for every checkpoint",),
+        "save_steps a multiple of eval_steps",
+    ),
+    refused(
+        "recipe-offloading-without-checkpointing",
+        load(START, "training.activation_offloading=true", "training.gradient_checkpointing=false"),
+        ("activation_offloading = true needs gradient_checkpointing",),
+        "delete one",
+    ),
+    refused(
+        "recipe-two-data-types",
+        load(START, "training.bf16=true", "training.fp16=true"),
+        ("bf16 and fp16",),
+        "delete one",
+    ),
+    refused("recipe-data-type-switched-off", load(START, "training.bf16=false"), ("bf16 = false",), "[quantization]"),
+    refused(
+        "recipe-data-types-that-differ",
+        load(START, "training.bf16=true", "quantization.bnb_4bit_compute_dtype=float32"),
+        ("bf16 = true", '"float32"'),
+        "delete one",
+    ),
+    refused(
+        "recipe-two-micro-batches",
+        load(
+            START, "memory.micro_batch_tokens=64", "training.gradient_accumulation_steps=16", "training.batch_size=16"
+        ),
+        ("micro_batch_tokens = 64",),
+        "delete one",
+    ),
+    refused(
+        "recipe-layers-to-recompute-without-checkpointing",
+        load(START, "memory.checkpoint_every_n_layers=2", "training.gradient_checkpointing=false"),
+        ("checkpoint_every_n_layers",),
+        "delete one",
+    ),
+    refused(
+        "recipe-orthogonal-start-of-an-odd-rank",
+        load(START, "lora.init_lora_weights=orthogonal", "lora.r=3"),
+        ("[lora] r = 3",),
+        "must be even",
+    ),
+    refused("recipe-not-toml", load("[lora]\nr = = 3"), ("mine.toml is not TOML", "at line 2"), "The line is: r = = 3"),
+    refused("recipe-python-syntax", load("[lora]\nuse_dora = True"), ("is not TOML",), "TOML writes key = true"),
+    refused("recipe-backslash", load('[data]\ntrain = "C:\\Users"'), ("is not TOML",), "Write paths with /"),
+    refused(
+        "recipe-missing", load_file("chta.toml"), ("chta.toml: there is no such recipe",), "Did you mean chat.toml?"
+    ),
+    refused("recipe-is-a-directory", load_file("."), ("cannot be read",), "Give the path of a .toml file."),
+    refused("recipe-not-utf-8", load_file("a.toml", START.encode("utf-16")), ("not UTF-8 text (byte 0)",), "as UTF-8"),
+    refused("recipe-is-data", load_file("a.jsonl"), ("a.jsonl is data",), '[data] train = "a.jsonl"'),
+    refused("set-without-a-value", load(START, "lora.r"), ("--set lora.r",), "--set lora.r=32"),
+    refused("set-below-a-value", load(START + "[lora]\nr = 3", "lora.r.x=3"), ("r is not a table",), "--set lora.r=32"),
+    refused("set-list-without-quotes", load(START, "data.train=[a]"), ("--set data.train=[a]",), """train=["a"]'"""),
+    refused(
+        "recipe-missing-model",
+        load(START, "model.name=./gone", check_files=True),
+        ("[model] name: There is no model folder ./gone",),
+        "or a hub id such as",
+    ),
+    refused(
+        "recipe-missing-adapter",
+        load(START, "model.adapter=gone", check_files=True),
+        ("--set model.adapter=gone", "[model] adapter"),
+        "There is no folder gone.",
+    ),
+    refused(
+        "recipe-missing-data",
+        lambda shop: load_recipe(shop.write(), ["data.train=chat.jsonl"], check_files=True),
+        ("[data] train: There is no file chat.jsonl in ",),
+        "Did you mean chats.jsonl?",
+    ),
+    refused(
+        "model-has-fewer-positions",
+        check_limits(max_position_embeddings=64),
+        ("max_length = 2048", "64 positions"),
+        "Write max_length = 64 or less.",
+        UserError,
+    ),
+    refused(
+        "model-has-fewer-layers",
+        check_limits(num_hidden_layers=1),
+        ("checkpoint_every_n_layers = 2", "1 layers"),
+        "gradient_checkpointing = false",
+        UserError,
+    ),
+]

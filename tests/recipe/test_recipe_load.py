@@ -1,0 +1,461 @@
+"""Recipes: what is read, what is refused, and where the problem is. The wording is checked in `messages/recipe.py`."""
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from qlora_phi3.errors import RecipeError
+from qlora_phi3.recipe.load import load_recipe, recipe_as_toml, recipe_schema
+from qlora_phi3.recipe.messages import ALIASES, REPLACED, format_toml
+from qlora_phi3.recipe.schema import TABLES, Recipe
+
+SHORTEST = '[model]\nname = "base"\n[data]\ntrain = "chats.jsonl"\n'
+
+SAMPLE_FINETUNE = {  # training_config and peft_config of Microsoft's sample_finetune.py, as they stand there
+    "training": {
+        "bf16": True, "do_eval": False, "learning_rate": 5.0e-06, "log_level": "info", "logging_steps": 20,
+        "logging_strategy": "steps", "lr_scheduler_type": "cosine", "num_train_epochs": 1, "max_steps": -1,
+        "output_dir": "./checkpoint_dir", "overwrite_output_dir": True, "per_device_eval_batch_size": 4,
+        "per_device_train_batch_size": 4, "remove_unused_columns": True, "save_steps": 100, "save_total_limit": 1,
+        "seed": 0, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "gradient_accumulation_steps": 1, "warmup_ratio": 0.2,
+    },
+    "lora": {
+        "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none", "task_type": "CAUSAL_LM",
+        "target_modules": "all-linear", "modules_to_save": None,
+    },
+}  # fmt: skip
+LORA_NOTEBOOK = {  # TrainingArguments and LoraConfig of the two CookBook notebooks, on a GPU with bfloat16
+    "training": {
+        "output_dir": "./phi-3-mini-LoRA", "evaluation_strategy": "steps", "do_eval": True, "optim": "adamw_torch",
+        "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 8,
+        "log_level": "debug", "save_strategy": "epoch", "logging_steps": 100, "learning_rate": 1e-4, "fp16": False,
+        "bf16": True, "eval_steps": 100, "num_train_epochs": 3, "warmup_ratio": 0.1, "lr_scheduler_type": "linear",
+        "report_to": "wandb", "seed": 42,
+    },
+    "lora": {
+        "r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "task_type": "CAUSAL_LM",
+        "target_modules": ["k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"],
+    },
+}  # fmt: skip
+INFERENCE_NOTEBOOK = {
+    "training": {
+        "evaluation_strategy": "steps", "per_device_train_batch_size": 7, "gradient_accumulation_steps": 4,
+        "gradient_checkpointing": True, "learning_rate": 1e-4, "fp16": False, "bf16": True, "max_steps": -1,
+        "num_train_epochs": 3, "save_strategy": "epoch", "logging_steps": 10, "output_dir": "new-model",
+        "optim": "paged_adamw_32bit", "lr_scheduler_type": "linear", "max_seq_length": 128,
+    },
+}  # fmt: skip
+
+
+def read(folder: Path, text: str, *overrides: str) -> Recipe:
+    path = folder / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return load_recipe(path, overrides)
+
+
+def refusal(folder: Path, text: str, *overrides: str) -> str:
+    """The message and the hint of the error, without the folder."""
+    with pytest.raises(RecipeError) as caught:
+        read(folder, text, *overrides)
+    assert caught.value.exit_code == 2
+    return str(caught.value).replace(f"{folder / 'mine.toml'}", "mine.toml")
+
+
+def as_toml(tables: dict[str, dict[str, object]]) -> str:
+    """Tables in TOML, which has no None."""
+    lines = []
+    for table, keys in tables.items():
+        lines += [f"[{table}]", *(f"{key} = {format_toml(value)}" for key, value in keys.items() if value is not None)]
+    return "\n".join(lines)
+
+
+# What is read
+
+
+def test_the_shortest_recipe_has_a_default_for_every_other_key(tmp_path: Path):
+    recipe = read(tmp_path, SHORTEST)
+    assert (recipe.training.batch_size, recipe.training.micro_batch_size, recipe.training.max_length) == (
+        16,
+        None,
+        2048,
+    )
+    assert (recipe.quantization.load_in_4bit, recipe.compute_dtype, recipe.lora.target_modules) == (
+        *(True, "auto"),
+        "all-linear",
+    )
+
+
+def test_a_recipe_cannot_be_changed(tmp_path: Path):
+    recipe = read(tmp_path, SHORTEST)
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.lora.r = 3  # type: ignore[misc]
+
+
+def test_a_whole_number_may_stand_for_a_float(tmp_path: Path):
+    rate = read(tmp_path, SHORTEST + "[training]\nlearning_rate = 1").training.learning_rate
+    assert (rate, type(rate)) == (1.0, float)
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path):
+    assert read(tmp_path, "\ufeff" + SHORTEST).model.name == "base"
+
+
+def test_set_changes_a_key_and_takes_a_bare_word_as_a_string(tmp_path: Path):
+    recipe = read(
+        tmp_path,
+        SHORTEST + "[lora]\nr = 8",
+        *("lora.r=32", "training.optim=adamw_torch", "data.train=['a.csv', 'b.csv']", "lora.rank_pattern.o_proj=4"),
+    )
+    assert (recipe.lora.r, recipe.training.optim, recipe.data.train) == (32, "adamw_torch", ["a.csv", "b.csv"])
+    assert recipe.lora.rank_pattern == {"o_proj": 4}
+
+
+def test_a_constant_schedule_has_no_warm_up_by_default(tmp_path: Path):
+    assert read(tmp_path, SHORTEST, "training.lr_scheduler_type=constant").training.warmup_steps == 0
+    assert read(tmp_path, SHORTEST).training.warmup_steps == 0.03
+
+
+def test_without_do_eval_the_evaluation_strategy_is_no(tmp_path: Path):
+    assert read(tmp_path, SHORTEST, "training.do_eval=false").training.eval_strategy == "no"
+
+
+def test_batch_size_is_the_product_of_micro_batch_and_accumulation(tmp_path: Path):
+    run = read(
+        tmp_path, SHORTEST, "training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=4"
+    ).training
+    assert (run.batch_size, run.micro_batch_size) == (32, 8)
+
+
+@pytest.mark.parametrize(("key", "micro"), [("per_device_train_batch_size=4", 4), ("gradient_accumulation_steps=2", 6)])
+def test_micro_batch_or_accumulation_alone_divides_batch_size(tmp_path: Path, key: str, micro: int):
+    run = read(tmp_path, SHORTEST, "training.batch_size=12", f"training.{key}").training
+    assert (run.batch_size, run.micro_batch_size) == (12, micro)
+
+
+def test_bf16_or_fp16_sets_the_compute_type(tmp_path: Path):
+    assert read(tmp_path, SHORTEST, "training.bf16=true").compute_dtype == "bfloat16"
+    assert read(tmp_path, SHORTEST, "training.fp16=true", "training.bf16=false").compute_dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=3", "training.bf16=true"),
+        ("training.lr_scheduler_type=constant", "training.do_eval=false", "training.adam_epsilon=1e-12"),
+        ("data.train='C:\\Users\\me\\a \"b\" é\t.jsonl'", "lora.rank_pattern={'layers.0.o_proj' = 4}"),
+        ("lora.layers_to_transform=[0, 2]", "lora.init_lora_weights=gaussian", "lora.lora_alpha=2.5"),
+    ],
+)
+def test_a_recipe_written_out_reads_back_equal(tmp_path: Path, overrides: tuple[str, ...]):
+    recipe = read(tmp_path, SHORTEST, *overrides)
+    text = recipe_as_toml(recipe)
+    assert read(tmp_path, text) == recipe
+    assert recipe_as_toml(read(tmp_path, text)) == text
+
+
+def test_every_character_survives_being_written_as_toml(tmp_path: Path):
+    name = "".join(map(chr, range(1, 256)))
+    recipe = Recipe.model_validate({"model": {"name": name}, "data": {"train": "x"}})
+    assert read(tmp_path, recipe_as_toml(recipe)).model.name == name
+
+
+# Names of the ecosystem
+
+
+def test_every_key_is_one_of_the_library_it_is_named_after():
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+    from trl import SFTConfig
+
+    names = {key: set(TABLES[key].model_fields) for key in TABLES}
+    assert names["lora"] <= {field.name for field in dataclasses.fields(LoraConfig)}
+    assert names["training"] - {"batch_size"} <= {field.name for field in dataclasses.fields(SFTConfig)}
+    assert names["quantization"] <= set(inspect.signature(BitsAndBytesConfig).parameters)
+
+
+def test_choices_are_those_of_the_libraries_and_removed_names_are_gone_from_them():
+    from transformers import SchedulerType
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.training_args import OptimizerNames
+    from trl import SFTConfig
+
+    keys = recipe_schema()["$defs"]["Training"]["properties"]
+    assert set(keys["lr_scheduler_type"]["enum"]) == {kind.value for kind in SchedulerType}
+    assert set(keys["optim"]["enum"]) - {"auto"} <= {kind.value for kind in OptimizerNames}
+    assert set(keys["report_to"]["anyOf"][0]["enum"]) == {*INTEGRATION_TO_CALLBACK, "all", "none"}
+    accepted = {field.name for field in dataclasses.fields(SFTConfig)}
+    assert not accepted & {
+        name for name, instead in REPLACED.items() if instead.startswith(("was removed", "was renamed"))
+    }
+
+
+def test_no_name_is_both_a_key_and_refused():
+    keys = {key for table in TABLES.values() for key in table.model_fields}
+    assert not keys & REPLACED.keys()
+    assert set(ALIASES.values()) <= keys
+    replacements = {key for instead in REPLACED.values() for key in re.findall(r"write \[\w+\] (\w+) =", instead)}
+    assert replacements <= keys
+
+
+def follow(messages: str, tables: dict[str, dict[str, object]]) -> None:
+    """Follow each line of the messages: delete the key, or write another in its place."""
+    for table, key, instead in re.findall(r"\[(\w+)\] (\w+) (was .*)", messages):
+        value = tables[table].pop(key)
+        if replacement := re.search(r"write \[(\w+)\] (\w+) =", instead):
+            tables.setdefault(replacement[1], {})[replacement[2]] = value
+
+
+@pytest.mark.parametrize("pasted", [SAMPLE_FINETUNE, LORA_NOTEBOOK, INFERENCE_NOTEBOOK])
+def test_microsofts_dictionaries_load_after_following_the_messages(
+    tmp_path: Path, pasted: dict[str, dict[str, object]]
+):
+    tables = {"model": {"name": "base"}, "data": {"train": "x"}, **{name: dict(keys) for name, keys in pasted.items()}}
+    follow(refusal(tmp_path, as_toml(tables)), tables)
+    recipe = read(tmp_path, as_toml(tables))
+    for table, keys in tables.items():
+        for key, value in keys.items():
+            if value is not None and key != "gradient_checkpointing_kwargs":
+                assert getattr(getattr(recipe, table), key) == value
+    assert recipe.compute_dtype == "bfloat16"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("[lora]\nrnk = 8", ("[lora]", "'rnk'", "'r'")),
+        ("[training]\nr = 8", ("[training]", "'r'", "[lora]")),
+        ("[training]\nlora_alhpa = 8", ("'lora_alhpa'", "'lora_alpha'", "[lora]")),
+        ("[training]\nlr = 1e-4", ("'lr'", "'learning_rate'")),
+        ("[training]\nxyz = 8", ("'xyz'", "recipe schema")),
+        ("[trainig]\nseed = 8", ("[trainig]", "[training]")),
+        ("[wandb]\nseed = 8", ("[wandb]", *(f"[{name}]" for name in TABLES))),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_one_that_was_meant(tmp_path: Path, line: str, parts: tuple[str, ...]):
+    message = refusal(tmp_path, SHORTEST + line)
+    assert message.startswith("mine.toml: ")
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_a_key_outside_of_every_table_and_a_table_that_is_a_value_are_refused(tmp_path: Path):
+    message = refusal(tmp_path, "learning_rate = 1e-4\nlora = 16\nmax_seq_length = 8\n" + SHORTEST)
+    assert [line.split()[1] for line in message.splitlines()[1:]] == ["lora", "learning_rate", "max_seq_length"]
+    assert "[training] max_length = 8" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "instead"),
+    [
+        ("warmup_ratio = 0.2", "[training] warmup_steps = 0.2 "),
+        ("group_by_length = true", "[training] packing = true"),
+        ('evaluation_strategy = "epoch"', '[training] eval_strategy = "epoch".'),
+        ("max_seq_length = 512", "[training] max_length = 512."),
+        ('torch_dtype = "float16"', '[quantization] bnb_4bit_compute_dtype = "float16".'),
+        ("overwrite_output_dir = true", "delete it"),
+    ],
+)
+def test_a_removed_name_is_refused_with_the_one_that_replaced_it(tmp_path: Path, line: str, instead: str):
+    message = refusal(tmp_path, f"{SHORTEST}[training]\n{line}")
+    assert message.startswith(f"mine.toml: [training] {line.partition(' ')[0]} ")
+    assert instead in message
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("lora.r='16'", '[lora] r = "16": '),
+        ("lora.r=true", "[lora] r = true: "),
+        ("lora.r=0", "[lora] r = 0: "),
+        ("lora.lora_alpha=true", "[lora] lora_alpha = true: "),
+        ("lora.lora_dropout=1", "[lora] lora_dropout = 1: "),
+        ("lora.use_dora=1", "[lora] use_dora = 1: "),
+        ("lora.target_modules=[]", "[lora] target_modules = []: "),
+        ("lora.rank_pattern={x = 'y'}", '[lora] rank_pattern = {x = "y"}: x: '),
+        ("lora.init_lora_weights=pissa", '[lora] init_lora_weights = "pissa": '),
+        ("model.name=", '[model] name = "": '),
+        ("model.attn_implementation=flash_attention_2", '[model] attn_implementation = "flash_attention_2": '),
+        ("data.eval_size=1.5", "[data] eval_size = 1.5: "),
+        ("training.optim=paged_adamw", 'Did you mean "paged_adamw_8bit"?'),
+        ("training.max_steps=0", "[training] max_steps = 0: "),
+        ("training.max_length=7", "[training] max_length = 7: "),
+        ("training.learning_rate=0", "[training] learning_rate = 0: "),
+        ("training.learning_rate=inf", "[training] learning_rate = inf: "),
+        ("training.warmup_steps=-1", "[training] warmup_steps = -1: "),
+        ("training.gradient_checkpointing_kwargs.use_reentrant=true", "use_reentrant: "),
+        ("memory.budget=11", '"11GiB"'),
+        ("memory.budget=0", "[memory] budget = 0: "),
+        ("memory.budget=11 apples", '[memory] budget = "11 apples": '),
+        ("memory.logits_tile=1KiB", '[memory] logits_tile = "1KiB": '),
+        ("memory.gpu=-1", "[memory] gpu = -1: "),
+        ("memory.gpu=true", "[memory] gpu = true: "),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_the_table_the_key_and_the_value(tmp_path: Path, override: str, place: str):
+    message = refusal(tmp_path, SHORTEST, override)
+    assert message.startswith(f"--set {override}: ")
+    assert place in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("lines", "parts"),
+    [
+        ("batch_size = 16\nper_device_train_batch_size = 4\ngradient_accumulation_steps = 2", ("4 x 2 = 8",)),
+        ("batch_size = 16\nper_device_train_batch_size = 3", ("= 3 does not divide batch_size = 16",)),
+        ("batch_size = 16\ngradient_accumulation_steps = 3", ("= 3 does not divide batch_size = 16",)),
+        ("per_device_train_batch_size = 3", ("batch_size, for example 15",)),
+        ("gradient_accumulation_steps = 32", ("batch_size, for example 32",)),
+        ('lr_scheduler_type = "constant"\nwarmup_steps = 10', ("warmup_steps = 10", '"constant_with_warmup"')),
+        ('lr_scheduler_type = "cosine_with_min_lr"', ("lr_scheduler_kwargs", "min_lr or min_lr_rate")),
+        ('lr_scheduler_type = "greedy"\neval_strategy = "no"', ('"greedy"', "eval_strategy")),
+        ('do_eval = false\neval_strategy = "steps"', ("do_eval = false", 'eval_strategy = "steps"')),
+        ("save_steps = 0", ("save_steps = 0", 'save_strategy = "no"')),
+        ('load_best_model_at_end = true\nsave_strategy = "epoch"', ("load_best_model_at_end",)),
+        ("load_best_model_at_end = true\nsave_steps = 0.3", ("load_best_model_at_end",)),
+        ("activation_offloading = true\ngradient_checkpointing = false", ("activation_offloading = true",)),
+        ("bf16 = true\nfp16 = true", ("bf16 and fp16",)),
+        ("bf16 = false", ("bf16 = false", "[quantization]")),
+        ('bf16 = true\n[quantization]\nbnb_4bit_compute_dtype = "float32"', ("bf16 = true", '"float32"')),
+        (
+            "batch_size = 16\nper_device_train_batch_size = 16\n[memory]\nmicro_batch_tokens = 64",
+            ("micro_batch_tokens = 64",),
+        ),
+        ('[lora]\ninit_lora_weights = "orthogonal"\nr = 3', ("r = 3", '"orthogonal"')),
+        ("[data.fields]\ntext = 'x'", ("fields", "format")),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(tmp_path: Path, lines: str, parts: tuple[str, ...]):
+    message = refusal(tmp_path, f"{SHORTEST}[training]\n{lines}")
+    for part in parts:
+        assert part in message
+
+
+def test_an_evaluation_without_rows_is_refused(tmp_path: Path):
+    message = refusal(tmp_path, SHORTEST, "data.eval_size=0")
+    assert "[data] eval_size = 0 " in message
+    assert "do_eval = false" in message
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_best_checkpoint_can_be_loaded_where_every_checkpoint_is_evaluated(tmp_path: Path, strategy: str):
+    lines = (
+        f'load_best_model_at_end = true\nsave_strategy = "{strategy}"\neval_strategy = "{strategy}"\nsave_steps = 0.6'
+    )
+    assert read(tmp_path, f"{SHORTEST}[training]\n{lines}").training.load_best_model_at_end
+
+
+def test_every_problem_is_reported_at_once_and_where_it_comes_from(tmp_path: Path):
+    text = "[lora]\nrnk = 8\nr = 0\n[training]\nsave_steps = 0"
+    lines = refusal(tmp_path, text, "training.seed=-1", "data.trian=x").splitlines()
+    assert lines[0] == "mine.toml has 7 problems:"
+    starts = [
+        "mine.toml: The table [model]",
+        "mine.toml: [lora] r = 0: ",
+        "mine.toml: [lora] has no key 'rnk'. ",
+        f"mine.toml: [data] needs train: {TABLES['data'].model_fields['train'].description}",
+        "--set data.trian=x: [data] has no key 'trian'. ",
+        "--set training.seed=-1: [training] seed = -1: ",
+        "mine.toml: [training] save_steps = 0 ",
+    ]
+    assert [line[: len(start)] for line, start in zip(lines[1:], starts, strict=True)] == starts
+
+
+def test_keys_that_contradict_each_other_are_reported_together_with_wrong_values(tmp_path: Path):
+    lines = "gradient_checkpointing = false\nseed = -1\n[memory]\ncheckpoint_every_n_layers = 2\nmicro_batch_tokens = 0"
+    message = refusal(tmp_path, f"{SHORTEST}[training]\n{lines}")
+    assert "mine.toml has 3 problems:" in message
+    assert "[memory] checkpoint_every_n_layers needs [training] gradient_checkpointing" in message
+
+
+@pytest.mark.parametrize("override", ["lora.r", "r=3", "lora=3", ".r=3", "lora.=3", "lora.r.x=3"])
+def test_an_override_that_names_no_key_is_refused(tmp_path: Path, override: str):
+    assert refusal(tmp_path, f"{SHORTEST}[lora]\nr = 3", override).startswith(f"--set {override}")
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("lora.target_modules=[q_proj]", """'lora.target_modules=["q_proj"]'"""),
+        ("data.train=['a.csv', b.csv]", """'data.train=["a.csv", "b.csv"]'"""),
+        ("data.fields={output=answer}", "'data.fields={ ours"),
+    ],
+)
+def test_a_list_of_an_override_that_is_not_toml_is_refused_with_one_that_is(tmp_path: Path, override: str, hint: str):
+    message = refusal(tmp_path, SHORTEST, override)
+    assert message.startswith(f"--set {override} is not TOML: ")
+    assert hint in message
+
+
+def test_an_override_that_only_begins_like_a_list_is_a_word(tmp_path: Path):
+    assert read(tmp_path, SHORTEST, "lora.target_modules=[qo].*_proj").lora.target_modules == "[qo].*_proj"
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ('learning_rate = "2e-4"', "learning_rate = 2e-4"),
+        ('packing = "true"', "packing = true"),
+        ('gradient_accumulation_steps = "4"', "gradient_accumulation_steps = 4"),
+        ('learning_rate = "small"', ""),
+        ('packing = "1"', ""),
+    ],
+)
+def test_a_number_in_quotes_is_refused_with_the_line_to_write(tmp_path: Path, line: str, hint: str):
+    message = refusal(tmp_path, f"{SHORTEST}[training]\n{line}")
+    assert message.endswith(f"without quotes: {hint}") if hint else "without quotes" not in message
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("bf16 = True,", "TOML writes key = true"),
+        ('"r": 16,', "TOML writes key = true"),
+        ('train = "C:\\Users\\me\\chats.jsonl"', "Write paths with /"),
+        ("r = = 3", "The line is: r = = 3"),
+    ],
+)
+def test_a_file_that_is_not_toml_is_refused_with_the_line_and_a_hint(tmp_path: Path, line: str, hint: str):
+    message = refusal(tmp_path, f"[lora]\n{line}\n")
+    assert "at line 2, column" in message
+    assert hint in message
+
+
+# The schema and the start
+
+
+def test_the_schema_describes_every_key_and_knows_no_null():
+    schema = recipe_schema()
+    assert list(schema["properties"]) == list(TABLES)
+    for table in TABLES.values():
+        definition = schema["$defs"][table.__name__]
+        assert definition["additionalProperties"] is False
+        for key, part in definition["properties"].items():
+            assert len(part["description"]) > 10, key
+            assert {"$ref", "anyOf", "const", "enum", "type"} & part.keys(), key
+    assert "null" not in str(schema)
+    assert "None" not in str(schema)
+
+
+def test_a_bad_recipe_is_reported_before_torch_is_imported(tmp_path: Path):
+    (tmp_path / "bad.toml").write_text("[lora]\nrnk = 8\n", encoding="utf-8")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from qlora_phi3.errors import RecipeError; from qlora_phi3.recipe.load import load_recipe\n"
+        "try: load_recipe(Path('bad.toml'))\n"
+        "except RecipeError: print({'torch', 'transformers', 'numpy', 'rich'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

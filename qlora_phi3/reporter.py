@@ -10,6 +10,11 @@ from qlora_phi3.units import format_count, format_gib
 
 #: Called with what is being done, how much is done, and the total (None where it is not known). `done == total` ends it.
 Progress = Callable[[str, int, int | None], None]
+Phase = Literal["training", "evaluation"]
+#: What is done about an out-of-memory error. "again": empty the cache and compute the batch again. The others also change all
+#: later batches: "split" makes micro-batches smaller, "offload" recomputes every layer from inputs in the computer's memory,
+#: "tile" computes the MLPs in tiles.
+Remedy = Literal["again", "split", "offload", "tile"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +58,8 @@ class OomRecord:
     kind: ClassVar[str] = "oom"
     #: The step that was computed; of an evaluation, the step it follows.
     step: int
-    phase: Literal["training", "evaluation"]
-    #: "again": empty the cache and compute the batch again. The others also change all later batches: "split" makes
-    #: micro-batches smaller, "offload" recomputes every layer from inputs in the computer's memory, "tile" computes MLPs in tiles.
-    remedy: Literal["again", "split", "offload", "tile"]
+    phase: Phase
+    remedy: Remedy
     #: Rows of the micro-batch that failed, and their tokens without padding.
     rows: int
     tokens: int

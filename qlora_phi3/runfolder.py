@@ -37,19 +37,9 @@ class RunFolder:
     checkpoints: Path = field(init=False)
 
     def __post_init__(self) -> None:
-        names = {
-            "recipe": "recipe.toml",
-            "metrics": "metrics.jsonl",
-            "report": "report.json",
-            "adapter": "adapter",
-            "base": "base.json",
-            "quantized_base": "quantized_base",
-            "held_out": "held_out.jsonl",
-            "chat_template": "chat_template.jinja",
-            "checkpoints": "checkpoints",
-        }
-        for attribute, name in names.items():
-            object.__setattr__(self, attribute, self.path / name)
+        files = ("recipe.toml", "metrics.jsonl", "report.json", "base.json", "held_out.jsonl", "chat_template.jinja")
+        for name in (*files, "adapter", "quantized_base", "checkpoints"):
+            object.__setattr__(self, name.partition(".")[0], self.path / name)
 
     def read_report(self) -> dict[str, Any]:
         """The content of report.json.
@@ -118,7 +108,11 @@ def find_run(root: Path, recipe_name: str, wanted: str | None) -> RunFolder:
 
 
 def run_group_name(recipe: Path) -> str:
-    """Name of the directory for the runs of a recipe file: the file's name, or for a run's own recipe.toml the name of its group."""
+    """Name of the directory for the runs of a recipe.
+
+    Args:
+        recipe: the file. The runs of a run's own recipe.toml are in the same directory as that run.
+    """
     if recipe.name == "recipe.toml" and (recipe.parent / "report.json").is_file():
         return recipe.resolve().parent.parent.name
     return recipe.stem

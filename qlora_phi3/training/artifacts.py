@@ -1,4 +1,4 @@
-"""What a run leaves behind: the adapter with a tokenizer that gives the ids it was trained on, and the inputs of a later export."""
+"""What a run saves: the adapter with a tokenizer that gives the ids it was trained on, and the inputs of a later export."""
 
 import json
 import shutil
@@ -14,7 +14,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_phi3.adapters.peft_io import TOKENIZER_FILES
 from qlora_phi3.data.prepare import PreparedData
-from qlora_phi3.data.template import ChatTemplate
 from qlora_phi3.errors import RunError
 from qlora_phi3.files import atomic_dir, atomic_write, disk_errors, read_json_object
 from qlora_phi3.model.quantized import tensor_record
@@ -105,19 +104,18 @@ def record_base(
     was = read_json_object(folder.base, RunError, "Start a new run.")
     if (was["device"], was["dtype"]) != (record["device"], record["dtype"]):
         return  # other hardware may quantize to other bits
-    tensors = was["tensors"]
-    differing = [key for key in tensors if _bits(tensors[key]) != _bits(record["tensors"].get(key, {}))]
+    # Of a 4-bit tensor compare the codes: the mean of its scales depends on the number of threads.
+    before, now = (
+        {key: tensor.get("codes", tensor.get("sha256")) for key, tensor in tensors.items()}
+        for tensors in (was["tensors"], record["tensors"])
+    )
+    differing = [key for key in before if before[key] != now.get(key)]
     if differing:
         raise RunError(
-            f"The base {name} is not the one {folder.path} started with: {len(differing)} of {len(tensors)} tensors differ, "
+            f"The base {name} is not the one {folder.path} started with: {len(differing)} of {len(before)} tensors differ, "
             f"first {differing[0]}.",
             "Restore the former weights, or start a new run.",
         )
-
-
-def _bits(tensor: dict[str, Any]) -> Any:
-    """What is equal for equal weights: the codes of a 4-bit tensor, as its scales' mean depends on the number of threads."""
-    return tensor.get("codes", tensor.get("sha256"))
 
 
 def base_parameters(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
@@ -125,12 +123,6 @@ def base_parameters(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.get_base_model().named_parameters():
         if not any(part in name for part in (".lora_", ".modules_to_save.")):
             yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
-
-
-def save_template(template: ChatTemplate, folder: RunFolder) -> None:
-    """Write a chat template that the recipe names by its file, which may be changed or gone when the run is exported."""
-    if template.name.endswith(".jinja"):
-        atomic_write(folder.chat_template, template.source)
 
 
 def save_held_out(data: PreparedData, folder: RunFolder) -> None:

@@ -6,10 +6,11 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import median
-from types import FrameType, TracebackType
-from typing import Any, Self
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,34 +72,10 @@ class GradientGuard(TrainerCallback):  # type: ignore[misc]
         self.found_gradient = True
 
 
-class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
-    """While entered, SIGINT and SIGTERM make the Trainer save and stop after the current step; a second one stops at once."""
+class StopOnRequest(TrainerCallback):  # type: ignore[misc]
+    """Makes the Trainer save and stop after the current step, once `requested` is set."""
 
-    def __init__(self, reporter: Reporter) -> None:
-        self.reporter = reporter
-        self.requested = False
-        self._handlers_before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            signals = (signal.SIGINT, signal.SIGTERM)
-            self._handlers_before = {number: signal.signal(number, self._request_stop) for number in signals}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._handlers_before.items():
-            signal.signal(number, handler)
-
-    def _request_stop(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        if number == signal.SIGINT:
-            self.reporter.warning("Ctrl-C: saving after this step. Press it again to stop at once.")
-        else:
-            self.reporter.warning("SIGTERM: saving after this step. Send it again to stop at once.")
+    requested = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -109,17 +86,28 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
         return control
 
 
-class ReportStart(TrainerCallback):  # type: ignore[misc]
-    """Reports the first and the last step, which the Trainer knows only when it begins."""
+@contextmanager
+def stop_on_interrupt(reporter: Reporter) -> Iterator[StopOnRequest]:
+    """Let SIGINT and SIGTERM set `requested` of the callback that this gives; a second signal raises KeyboardInterrupt."""
+    callback = StopOnRequest()
 
-    def __init__(self, reporter: Reporter) -> None:
-        self.reporter = reporter
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        if callback.requested:
+            raise KeyboardInterrupt
+        callback.requested = True
+        if number == signal.SIGINT:
+            reporter.warning("Ctrl-C: saving after this step. Press it again to stop at once.")
+        else:
+            reporter.warning("SIGTERM: saving after this step. Send it again to stop at once.")
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Pass the step numbers on."""
-        self.reporter.begin(state.global_step, state.max_steps)
+    is_main = threading.current_thread() is threading.main_thread()  # the only thread that may set handlers
+    signals = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    handlers_before = {number: signal.signal(number, request_stop) for number in signals}
+    try:
+        yield callback
+    finally:
+        for number, handler in handlers_before.items():
+            signal.signal(number, handler)
 
 
 #: Kept free for the kernels that CUDA loads at their first use, which PyTorch's allocator does not count. Not measured.
@@ -183,18 +171,20 @@ class SpillWatch:
         )
 
 
-class MetricsWriter:
+class MetricsWriter(TrainerCallback):  # type: ignore[misc]
     """A reporter that writes every record to metrics.jsonl and passes everything on to another reporter."""
 
     def __init__(self, reporter: Reporter, folder: RunFolder) -> None:
         self._reporter, self._folder = reporter, folder
         self.info, self.warning, self.progress = reporter.info, reporter.warning, reporter.progress
-        self.checkpoint_saved = reporter.checkpoint_saved
+        self.begin, self.checkpoint_saved = reporter.begin, reporter.checkpoint_saved
 
-    def begin(self, first_step: int, total_steps: int, earlier: Sequence[float] = ()) -> None:
-        """Add the losses that earlier sessions of the run wrote."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Report the first and the last step, and the losses that earlier sessions of the run wrote."""
         losses = [record["loss"] for record in read_metrics(self._folder) if record["kind"] == StepRecord.kind]
-        self._reporter.begin(first_step, total_steps, earlier or losses)
+        self.begin(state.global_step, state.max_steps, losses)
 
     def step(self, record: StepRecord) -> None:
         """Write the step, then pass it on."""

@@ -1,7 +1,7 @@
 """Recovery from out-of-memory errors: the batch is computed again, in smaller pieces where necessary, with the same gradients.
 
 Nothing of a failed pass stays. Its tensors are released with the traceback that held them, all gradients of the batch are
-dropped, the allocator's cache is emptied, and the random numbers are rewound to the start of the batch; then the complete batch is
+dropped, the allocator's cache is emptied, and the random numbers are rewound to the start of the batch; then the batch is
 computed again. Repeating the batch, and not only the micro-batch that failed, needs no copy of the gradients, so that no memory
 is reserved for the case. What follows the backward pass, clipping and the optimizer's update, is not repeated: it changes
 gradients and weights in place.
@@ -18,15 +18,16 @@ The remedies, in this order:
 The lowered plan stays, and a resumed run starts with it (`restore_execution_plan`). The loss is always divided by the supervised
 tokens of the complete batch, so that without dropout a split changes only the order in which numbers are added.
 
-With dropout, "again" draws the same masks and gives equal bits. A split cannot: masks are drawn for each micro-batch in the shape
-of its tensors. The new masks are as independent and as probable as the old ones, as if the run had another seed from that step on.
+With dropout, "again" draws the same masks and gives equal bits. A split cannot: masks are drawn for each micro-batch in the
+shape of its tensors. The new masks are as independent and as probable as the old ones, as if the run had another seed from
+that step on.
 """
 
 import gc
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy
 import torch
@@ -35,12 +36,10 @@ from torch import Tensor, nn
 from qlora_phi3.data.batching import split_plan
 from qlora_phi3.errors import RunError
 from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan, smaller_mlp_tile
-from qlora_phi3.reporter import OomRecord, Reporter
+from qlora_phi3.reporter import OomRecord, Phase, Remedy, Reporter
 from qlora_phi3.step import Batch, MicroBatchMemoryError, StepResult, collate
 from qlora_phi3.training.report import describe_device
 
-Phase = Literal["training", "evaluation"]
-Remedy = Literal["again", "split", "offload", "tile"]
 #: Within so many steps, a second out-of-memory error of the same phase means that the plan is too large.
 RETRY_COOLDOWN_STEPS = 20
 

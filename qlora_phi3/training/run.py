@@ -26,8 +26,8 @@ from qlora_phi3.runfolder import (
     write_report,
 )
 from qlora_phi3.step import is_out_of_memory
-from qlora_phi3.training.artifacts import record_base, save_adapter, save_held_out, save_template
-from qlora_phi3.training.callbacks import StopOnInterrupt
+from qlora_phi3.training.artifacts import record_base, save_adapter, save_held_out
+from qlora_phi3.training.callbacks import stop_on_interrupt
 from qlora_phi3.training.checkpoint import find_checkpoint, step_of
 from qlora_phi3.training.dry_run import dry_run_heaviest_step
 from qlora_phi3.training.oom import restore_execution_plan
@@ -176,7 +176,8 @@ def _save_export_inputs(context: RunContext, model: PeftModel, folder: RunFolder
         compute_dtype=context.precision.compute_dtype,
     )
     save_held_out(context.data, folder)
-    save_template(context.template, folder)
+    if context.template.name.endswith(".jinja"):  # a file, which may be changed or gone when the run is exported
+        atomic_write(folder.chat_template, context.template.source)
     if recipe.model.save_quantized and recipe.quantization.load_in_4bit and not folder.quantized_base.is_dir():
         save_quantized(model, folder.quantized_base)
     progress("Computing the base's checksums", 1, 1)
@@ -199,7 +200,7 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
     """
     if context.data.evaluation is not None and checkpoint is None:
         trainer.evaluate()
-    with StopOnInterrupt(context.reporter) as stop:
+    with stop_on_interrupt(context.reporter) as stop:
         trainer.add_callback(stop)
         with _optimizer_memory_errors(context.device, lambda: trainer.state.global_step):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

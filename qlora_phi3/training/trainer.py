@@ -31,12 +31,12 @@ from qlora_phi3.files import disk_errors, remove
 from qlora_phi3.model.optimizer import build_optimizer
 from qlora_phi3.model.phi3 import apply_execution_plan
 from qlora_phi3.recipe.schema import Training
-from qlora_phi3.reporter import EvalRecord, Reporter, StepRecord
+from qlora_phi3.reporter import EvalRecord, Phase, StepRecord
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.step import Batch, StepResult, evaluate, forward_backward
-from qlora_phi3.training.callbacks import GradientGuard, MetricsWriter, ReportStart, SpillWatch, check_loss
+from qlora_phi3.training.callbacks import GradientGuard, MetricsWriter, SpillWatch, check_loss
 from qlora_phi3.training.checkpoint import is_complete, write_manifest
-from qlora_phi3.training.oom import MemoryGuard, Phase
+from qlora_phi3.training.oom import MemoryGuard
 from qlora_phi3.training.prepare import RunContext
 from qlora_phi3.training.report import peak_memory_bytes
 
@@ -122,17 +122,9 @@ def is_not_share_warning(record: logging.LogRecord) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class RowBatch:
-    """The rows of one optimizer batch, as the data set holds them; a class that the Trainer moves to no device."""
+    """The rows of one optimizer batch, as the data set holds them. The Trainer moves no such object to a device."""
 
-    rows: tuple[Mapping[str, Any], ...]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-def gather_rows(rows: Sequence[Mapping[str, Any]]) -> RowBatch:
-    """The collate function of the DataLoaders."""
-    return RowBatch(tuple(rows))
+    rows: Sequence[Mapping[str, Any]]
 
 
 class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
@@ -145,7 +137,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
     """
 
     def __init__(
-        self, model: PeftModel, args: SFTConfig, context: RunContext, execution: ExecutionPlan, reporter: Reporter
+        self, model: PeftModel, args: SFTConfig, context: RunContext, execution: ExecutionPlan, reporter: MetricsWriter
     ) -> None:
         self.control: TrainerControl
         self.training = context.recipe.training
@@ -167,11 +159,11 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=gather_rows,
+                data_collator=RowBatch,
                 train_dataset=context.data.train,
                 eval_dataset=context.data.evaluation,
                 processing_class=context.tokenizer,
-                callbacks=[ReportStart(reporter), GradientGuard(scaled=args.fp16)],
+                callbacks=[reporter, GradientGuard(scaled=args.fp16)],
             )
         # A tokenizer re-saved with an adapter gives other ids in transformers 5; the run copies the base's own files.
         self.processing_class = None
@@ -209,8 +201,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         """
         self._step_started = time.perf_counter()
         step = self.state.global_step + 1
-        with self._checkpoint_on_error():
-            batch, result = self._train_on(model, inputs.rows, step)
+        batch, result = self._compute(model, inputs.rows, "training", step)
         loss = float(result.loss)
         check_loss(loss, step)
         self._last = batch, loss, float(result.num_correct) / max(1, batch.num_supervised)
@@ -226,30 +217,30 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         lengths = numpy.asarray(dataset.with_format("numpy")["length"])
         longest = numpy.argsort(-lengths, kind="stable")[: self.args.per_device_train_batch_size]
         rows = [dataset[int(number)] for number in longest]
-        _ = self._train_on(self.model, rows, 0) if phase == "training" else self._evaluate_on(rows, 0)
+        self._compute(self.model, rows, phase, 0)
 
-    def _train_on(self, model: nn.Module, rows: Sequence[Mapping[str, Any]], step: int) -> tuple[Batch, StepResult]:
-        model.train()
+    def _compute(
+        self, model: nn.Module, rows: Sequence[Mapping[str, Any]], phase: Phase, step: int
+    ) -> tuple[Batch, StepResult]:
+        """Forward, and in training backward, of all micro-batches, until memory suffices.
+
+        Raises:
+            RunError: one row alone does not fit; a checkpoint of the last complete step is saved.
+        """
 
         def run_pass(batch: Batch) -> StepResult:
-            return forward_backward(model, batch, compute_dtype=self.compute_dtype, backward=self.accelerator.backward)
-
-        return self.guard.compute(rows, run_pass, phase="training", step=step)
-
-    def _evaluate_on(self, rows: Sequence[Mapping[str, Any]], step: int) -> tuple[Batch, StepResult]:
-        def run_pass(batch: Batch) -> StepResult:
-            [(_, result)] = evaluate(self.model, [batch], compute_dtype=self.compute_dtype)
+            if phase == "training":
+                backward = self.accelerator.backward
+                return forward_backward(model, batch, compute_dtype=self.compute_dtype, backward=backward)
+            [(_, result)] = evaluate(model, [batch], compute_dtype=self.compute_dtype)
             return result
 
-        return self.guard.compute(rows, run_pass, phase="evaluation", step=step)
-
-    @contextmanager
-    def _checkpoint_on_error(self) -> Iterator[None]:
-        """When a row does not fit, write a checkpoint of the last complete step, unless there is one."""
+        if phase == "training":
+            model.train()
         try:
-            yield
+            return self.guard.compute(rows, run_pass, phase=phase, step=step)
         except RunError:
-            if self.state.global_step > 0 and not is_complete(self._checkpoint_path()):
+            if self.state.global_step > 0:
                 self._save_checkpoint(self.model, None)
             raise
 
@@ -296,8 +287,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         loader = self.get_eval_dataloader(eval_dataset)
         total_loss = correct = tokens = 0.0
         for done, inputs in enumerate(loader, start=1):
-            with self._checkpoint_on_error():
-                batch, result = self._evaluate_on(inputs.rows, step)
+            batch, result = self._compute(self.model, inputs.rows, "evaluation", step)
             total_loss += float(result.loss) * batch.num_supervised
             correct += float(result.num_correct)
             tokens += batch.num_supervised
@@ -317,7 +307,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             rows,
             batch_size=self.args.per_device_eval_batch_size,
             sampler=SequentialSampler(rows),
-            collate_fn=gather_rows,
+            collate_fn=RowBatch,
             generator=torch.Generator(),  # else it draws from the generator that dropout draws from
         )
 
@@ -325,16 +315,15 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         """Not counted: the Trainer would look for tensors in the batch."""
         return 0
 
-    def _checkpoint_path(self) -> Path:
-        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the checkpoint and its manifest, and only then remove older checkpoints.
+        """Write the checkpoint of this step and its manifest unless it is there, and only then remove older checkpoints.
 
         Raises:
             RunError: the disk is full or refuses; the new checkpoint is removed.
         """
-        target = self._checkpoint_path()
+        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if is_complete(target):
+            return
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with disk_errors(target, hint="{cause}, then go on with --resume; earlier checkpoints remain."):

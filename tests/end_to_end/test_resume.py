@@ -97,10 +97,10 @@ def test_ctrl_c_ends_with_130_and_names_the_command_to_go_on(stopped):
 
 
 def test_a_second_ctrl_c_stops_at_once(shop, monkeypatch):
-    from qlora_phi3.training.callbacks import StopOnInterrupt
+    from qlora_phi3.training.callbacks import StopOnRequest
 
     monkeypatch.setattr(
-        StopOnInterrupt, "on_step_end", lambda *args, **kwargs: [signal.raise_signal(signal.SIGINT) for _ in "12"]
+        StopOnRequest, "on_step_end", lambda *args, **kwargs: [signal.raise_signal(signal.SIGINT) for _ in "12"]
     )
     shop.write()
     result = shop.run()

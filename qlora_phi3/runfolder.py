@@ -124,7 +124,11 @@ def write_report(folder: RunFolder, report: Mapping[str, Any]) -> None:
 
 
 def append_metrics(folder: RunFolder, record: Mapping[str, Any]) -> None:
-    """Add one line to metrics.jsonl."""
+    """Add one line to metrics.jsonl.
+
+    Raises:
+        RunError: the disk is full or refuses.
+    """
     with (
         disk_errors(folder.metrics, hint="{cause}, then go on with --resume."),
         folder.metrics.open("a", encoding="utf-8", newline="\n") as file,

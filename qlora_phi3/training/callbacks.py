@@ -54,7 +54,11 @@ class GradientGuard(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Stop before a step that would destroy the weights, and at a first step that would not change them."""
+        """Stop before a step that would destroy the weights, and at a first step that would not change them.
+
+        Raises:
+            DivergedError: the norm of the gradients is not finite, or is zero at the first step that is not skipped.
+        """
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = float(get_total_norm(gradients)) if gradients else 0.0
         step = state.global_step + 1

@@ -30,7 +30,11 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The newest complete checkpoint, and the newer ones that are incomplete."""
+    """Find the checkpoint to resume from.
+
+    Returns:
+        The newest complete checkpoint, or None; and the newer ones that are incomplete, the newest first.
+    """
     numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     incomplete: list[Path] = []
     for path in sorted(numbered, key=step_of, reverse=True):

@@ -29,7 +29,7 @@ from qlora_phi3.units import format_count, format_gib
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak of the allocated memory on a CUDA device; on a CPU, peak of the process's resident memory."""
+    """Peak allocated on a CUDA device, or the process's resident high-water mark on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -44,7 +44,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted:
-    """What the run should need at its peak, in bytes; None where it was not predicted."""
+    """What the run should need at its peak, in bytes; None where it was not asked."""
 
     allocated_bytes: int
     reserved_bytes: int | None
@@ -54,34 +54,34 @@ class Predicted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Peaks until now, in bytes; None where the device has no such figure."""
+    """What was taken at most so far, in bytes; None where the device cannot tell."""
 
     allocated_bytes: int | None
     reserved_bytes: int | None
-    #: GPU memory of this process, if the other programs use as much as before.
+    #: What this process took of the card, other programs as they were.
     on_card_bytes: int | None
-    #: Resident memory of the process, where there is no GPU.
+    #: Resident memory of the process, where there is no card.
     process_bytes: int | None
-    #: Category -> bytes, of what lasts from step to step.
+    #: Tenant -> bytes, of what lasts from step to step.
     categories: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictionCheck:
-    """A prediction and the measurement that checks it."""
+    """A prediction and what came of it."""
 
     predicted: Predicted | None
     measured: Measured
 
     @property
     def error(self) -> float | None:
-        """Signed share by which the predicted allocated bytes were too high; None where one of the two is not known."""
+        """Signed share by which the prediction of what is allocated was too high; None where one of the two is not known."""
         if self.predicted is None or not self.measured.allocated_bytes:
             return None
         return self.predicted.allocated_bytes / self.measured.allocated_bytes - 1
 
     def line(self) -> str:
-        """Prediction and measurement in one line."""
+        """For people."""
         parts = [] if self.predicted is None else [f"predicted {format_gib(self.predicted.allocated_bytes)} of tensors"]
         if self.measured.allocated_bytes:
             parts.append(f"measured {format_gib(self.measured.allocated_bytes)}")
@@ -93,12 +93,12 @@ class PredictionCheck:
         return ", ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
-        """As report.json holds it."""
+        """For report.json."""
         predicted = None if self.predicted is None else asdict(self.predicted)
         return {"predicted": predicted, "measured": asdict(self.measured), "error": self.error}
 
     def remember(self, card: Gpu | None) -> None:
-        """Save the error for this GPU; it widens the margin of later plans."""
+        """Keep the error of this card; it widens the margin of later plans there."""
         predicted = self.predicted and self.predicted.on_card_bytes
         if card is not None and predicted and self.measured.on_card_bytes:
             record_error(card.name, predicted, self.measured.on_card_bytes)
@@ -107,10 +107,10 @@ class PredictionCheck:
 def measure_memory(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, device: torch.device, card: Gpu | None
 ) -> Measured:
-    """Measure the peaks of this process's memory until now.
+    """What this process took at most until now.
 
     Args:
-        card: the GPU as it was before the run; None on a CPU.
+        card: as it was before; None on a CPU.
     """
     on_cuda = device.type == "cuda"
     return Measured(
@@ -132,7 +132,7 @@ def _taken_since(card: Gpu | None) -> int | None:
 
 
 def _lasting(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
-    """Category -> bytes, under the names of the simulation."""
+    """As the simulation names them."""
     categories = {"4-bit weights": 0, "quantization state": 0, "adapter": 0, "other weights": 0}
     for parameter in {parameter.data_ptr(): parameter for parameter in model.parameters()}.values():
         packed = parameter.dtype == torch.uint8

@@ -42,7 +42,12 @@ from qlora_phi3.training.report import peak_memory_bytes
 
 
 def build_trainer(context: RunContext, execution: ExecutionPlan, model: PeftModel, folder: RunFolder) -> "Phi3Trainer":
-    """Apply an execution plan to the model, and build the Trainer of a run; its records go to metrics.jsonl."""
+    """Apply an execution plan to the model, and build the Trainer of a run.
+
+    Args:
+        execution: of this session, lowered by the out-of-memory errors of earlier ones.
+        folder: gets checkpoints, and a record of each step in metrics.jsonl.
+    """
     training = context.recipe.training
     apply_execution_plan(model, execution)
     arguments = build_arguments(

@@ -97,11 +97,7 @@ def run(
             _dry_run(trainer, context, planned)
         _train(trainer, context, folder, checkpoint)
         save_adapter(model, context.tokenizer, recipe.model, folder, sample=context.data.train)
-        measured = measure_memory(model, trainer.optimizer, device, context.gpu)
-        check = PredictionCheck(predicted=planned.predicted, measured=measured)
-        if check.predicted is not None:
-            reporter.info(f"Memory: {check.line()}")
-            check.remember(context.gpu)
+        check = _check_prediction(trainer, context, planned)
         report = last_report(folder, report, check, steps=int(trainer.state.global_step), started=started)
         write_report(folder, report)
     return RunResult(
@@ -214,6 +210,16 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
     is_evaluated = evaluated[-1:] == [state.global_step] and not context.recipe.training.load_best_model_at_end
     if context.data.evaluation is not None and not is_evaluated:
         trainer.evaluate()
+
+
+def _check_prediction(trainer: Phi3Trainer, context: RunContext, planned: PlannedRun) -> PredictionCheck:
+    """Compare the peaks of the run with the prediction, and save the error for the margin of later plans on this GPU."""
+    measured = measure_memory(trainer.model, trainer.optimizer, context.device, context.gpu)
+    check = PredictionCheck(predicted=planned.predicted, measured=measured)
+    if check.predicted is not None:
+        context.reporter.info(f"Memory: {check.line()}")
+        check.remember(context.gpu)
+    return check
 
 
 @contextmanager

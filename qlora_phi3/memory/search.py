@@ -25,7 +25,6 @@ from qlora_phi3.memory.plan import (
     step_shape,
 )
 from qlora_phi3.memory.predict import Prediction, Predictor, estimate_allocated, estimate_reserved
-from qlora_phi3.model.optimizer import default_optimizer
 from qlora_phi3.units import parse_size
 
 if TYPE_CHECKING:
@@ -222,8 +221,8 @@ class _Search:
         return smallest and max(self._phases(execution).values()) * NEARLY_FULL > self._most_allocated()
 
     def _optimizers(self) -> tuple[str, ...]:
-        usual = default_optimizer(self.training, is_cuda=True)
-        return (usual, f"paged_{usual}") if self.training.optim == "auto" else (usual,)
+        wanted = self.training.optim
+        return ("adamw_8bit", "paged_adamw_8bit") if wanted == "auto" else (wanted,)
 
     def _setup(self, every: int, offload: bool, tokens: int, tiles: _Tiles) -> ExecutionPlan:
         return ExecutionPlan(

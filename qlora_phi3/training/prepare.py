@@ -250,9 +250,8 @@ def default_execution_plan(
 
     Without a fixed size, a micro-batch has DEFAULT_MICRO_BATCH_TOKENS tokens or one row.
     """
-    tokens = memory.micro_batch_tokens
-    if tokens == "auto":
-        tokens = max(DEFAULT_MICRO_BATCH_TOKENS, training.max_length)
+    wanted = memory.micro_batch_tokens
+    tokens = max(DEFAULT_MICRO_BATCH_TOKENS, training.max_length) if wanted == "auto" else wanted
 
     def micro_batch(rows: int | str | None) -> MicroBatchPlan:
         fixed = rows if isinstance(rows, int) else None

@@ -145,6 +145,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         self, model: PeftModel, args: SFTConfig, context: RunContext, execution: ExecutionPlan, reporter: MetricsWriter
     ) -> None:
         self.control: TrainerControl
+        self.optimizer: torch.optim.Optimizer | None
         self.training = context.recipe.training
         self.compute_dtype = context.precision.compute_dtype
         self.reporter = reporter

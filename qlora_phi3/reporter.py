@@ -1,18 +1,27 @@
-"""What a run tells while it goes on; who shows it is not known here."""
+"""What a run reports while it trains: the records of metrics.jsonl, and the protocol of the objects that show them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.units import format_count, format_gib
 
+#: Called with what is being done, how much is done, and the total (None where it is not known). `done == total` ends it.
+Progress = Callable[[str, int, int | None], None]
+Phase = Literal["training", "evaluation"]
+#: What is done about an out-of-memory error. "again": empty the cache and compute the batch again. The others also change all
+#: later batches: "split" makes micro-batches smaller, "offload" recomputes every layer from inputs in the computer's memory,
+#: "tile" computes the MLPs in tiles.
+Remedy = Literal["again", "split", "offload", "tile"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """One optimizer step, as it stands in metrics.jsonl."""
+    """One optimizer step."""
 
+    kind: ClassVar[str] = "train"
     step: int
     epoch: float
     #: Mean negative log-likelihood over the step's supervised tokens, nats.
@@ -25,18 +34,15 @@ class StepRecord:
     supervised_tokens: int
     step_seconds: float
     tokens_per_second: float
-    #: Highest device memory allocated so far (CUDA), or highest resident memory of the process (CPU).
+    #: Peak of the allocated GPU memory until now; on a CPU, peak of the process's resident memory.
     peak_memory_bytes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"kind": "train", **asdict(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalRecord:
-    """One evaluation, as it stands in metrics.jsonl."""
+    """One evaluation."""
 
+    kind: ClassVar[str] = "eval"
     step: int
     #: Mean negative log-likelihood over all supervised tokens of the held-out rows, nats.
     eval_loss: float
@@ -44,64 +50,75 @@ class EvalRecord:
     supervised_tokens: int
     seconds: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"kind": "eval", **asdict(self)}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OomRecord:
-    """One out-of-memory that was survived, as it stands in metrics.jsonl."""
+    """One out-of-memory error that the run recovered from."""
 
-    #: The step it happened in; of an evaluation, the step it came after.
+    kind: ClassVar[str] = "oom"
+    #: The step that was computed; of an evaluation, the step it follows.
     step: int
-    phase: Literal["training", "evaluation"]
-    #: What was done before the batch was computed again: nothing but the cache emptied; micro-batches made smaller from here
-    #: on; or, from here on, every layer recomputed with its input kept in the computer's memory; or the MLPs in tiles.
-    remedy: Literal["again", "split", "offload", "tile"]
-    #: Rows of the micro-batch, and their tokens without padding.
+    phase: Phase
+    remedy: Remedy
+    #: Rows of the micro-batch that failed, and their tokens without padding.
     rows: int
     tokens: int
-    #: The layout it happened under, and that from here on.
+    #: The micro-batch plan that failed, and the one that is used from now on.
     before: MicroBatchPlan
     after: MicroBatchPlan
-    #: What this process had allocated on the card, and what was free there (None on a CPU).
+    #: Bytes that this process had allocated on the GPU, and bytes that were free there (None on a CPU).
     allocated_bytes: int | None
     free_bytes: int | None
     reason: str
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"kind": "oom", **asdict(self)}
-
     def as_line(self) -> str:
-        """For people."""
+        """The record in two sentences: where memory ran out, and what is done about it."""
         where = f"Step {self.step}" if self.phase == "training" else f"Evaluation after step {self.step}"
-        held = "" if self.allocated_bytes is None else f" with {format_gib(self.allocated_bytes)} allocated"
-        done = {
-            "again": "The cache is emptied and it is computed again",
-            "split": f"It is computed again in micro-batches of at most {self.after.max_tokens:,} tokens, as are those to come",
-            "offload": "It is computed again, as are those to come, with every layer recomputed from the computer's memory",
-            "tile": "It is computed again, as are those to come, with the MLPs in tiles",
-        }[self.remedy]
         rows = format_count(self.rows, "row")
-        return f"{where}: memory ran out{held}, in {rows} of {self.tokens:,} tokens. {done}; nothing is lost."
+        held = "" if self.allocated_bytes is None else f", with {format_gib(self.allocated_bytes)} allocated"
+        remedy = {
+            "again": "The batch is computed again with an empty cache; nothing is lost.",
+            "split": f"It and all later batches use at most {self.after.max_tokens:,} tokens at once; nothing is lost.",
+            "offload": "It and all later batches recompute every layer from the computer's memory; nothing is lost.",
+            "tile": "It and all later batches compute the MLPs in tiles; nothing is lost.",
+        }[self.remedy]
+        return f"{where}: memory ran out in {rows} of {self.tokens:,} tokens{held}. {remedy}"
+
+
+Record = StepRecord | EvalRecord | OomRecord
+
+
+def record_as_json(record: Record) -> dict[str, Any]:
+    """A record as one line of metrics.jsonl holds it, its `kind` first."""
+    return {"kind": record.kind, **asdict(record)}
 
 
 class Reporter(Protocol):
-    """Someone who watches a run."""
+    """Shows or writes what a run reports."""
 
     def info(self, line: str) -> None:
-        """One fact, one line."""
+        """Show one fact in one line."""
 
     def warning(self, line: str) -> None:
-        """Something a person should look at, one line."""
+        """Show one line that a person should look at."""
 
     def progress(self, what: str, done: int, total: int | None) -> None:
-        """How far a part of the work is; `done == total` ends it. `total` is None where it is not known."""
+        """Show how far a part of the work is.
+
+        Args:
+            what: the part, in words; one bar or line for each.
+            done: how much is done; `done == total` ends the part.
+            total: None where it is not known.
+        """
 
     def begin(self, first_step: int, total_steps: int, earlier: Sequence[float] = ()) -> None:
-        """Training starts after `first_step`; `earlier` are the losses of the steps before, where they are known."""
+        """Training starts.
+
+        Args:
+            first_step: the optimizer step it starts after; 0 unless the run is resumed.
+            total_steps: the number of the last step.
+            earlier: losses of the steps of earlier sessions.
+        """
 
     def step(self, record: StepRecord) -> None:
         """An optimizer step is done."""

@@ -1,4 +1,4 @@
-"""Memory that runs out where a test wants it to: at an operator call, or where more bytes are alive than a card has."""
+"""Memory that runs out where a test wants it to: at an operator call, or where more bytes are alive than a GPU has."""
 
 import weakref
 from collections.abc import Container
@@ -26,11 +26,11 @@ class RunOutAt(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class SmallCard(TorchDispatchMode):
+class SmallGpu(TorchDispatchMode):
     """While entered, follows every new storage from birth to death, and fails the operator that takes more than there is.
 
     Args:
-        num_bytes: the card's; None for one that never runs out.
+        num_bytes: of the GPU; None for one that never runs out.
     """
 
     def __init__(self, num_bytes: int | None = None) -> None:

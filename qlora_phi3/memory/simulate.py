@@ -35,6 +35,7 @@ from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.tracker import ROUNDING, MemoryTracker, NullTracker
 from qlora_phi3.model.attention import register_attention
 from qlora_phi3.model.lora import attach_adapter
+from qlora_phi3.model.optimizer import build_optimizer
 from qlora_phi3.model.phi3 import (
     Phi3ForChunkedLoss,
     Precision,
@@ -302,7 +303,7 @@ def run_one_step(
         accumulates: gradients of earlier micro-batches lie there while this one runs.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = _update(trained, recipe, execution, tracker, on_cuda=on_cuda)
+    optimizer = _update(model, trained, recipe, execution, tracker, on_cuda=on_cuda)
     if not accumulates:
         optimizer.zero_grad()
     model.train()
@@ -325,7 +326,13 @@ def run_one_step(
 
 
 def _update(
-    trained: list[nn.Parameter], recipe: Recipe, execution: ExecutionPlan, tracker: NullTracker, *, on_cuda: bool
+    model: PeftModel,
+    trained: list[nn.Parameter],
+    recipe: Recipe,
+    execution: ExecutionPlan,
+    tracker: NullTracker,
+    *,
+    on_cuda: bool,
 ) -> torch.optim.Optimizer:
     """Clip and update once on gradients of nothing, which makes the optimizer's state."""
     tracker.enter("update")
@@ -333,24 +340,9 @@ def _update(
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
     with tracker.attribute_to("optimizer state"):
-        optimizer = build_optimizer(execution.optim, trained, on_cuda=on_cuda)
+        optimizer = build_optimizer(execution.optim, model, recipe.training, is_cuda=on_cuda)
         tracker.page(optimizer)
         if recipe.training.max_grad_norm:
             clip_grad_norm_(trained, recipe.training.max_grad_norm, foreach=on_cuda)
         optimizer.step()
     return optimizer
-
-
-def build_optimizer(name: str, trained: list[nn.Parameter], *, on_cuda: bool) -> torch.optim.Optimizer:
-    """The optimizer that transformers builds for a name; on a CPU bitsandbytes' paged ones do not page."""
-    if name.startswith("adamw_torch"):
-        fused = name == "adamw_torch_fused"
-        return torch.optim.AdamW(trained, fused=fused or None, foreach=on_cuda and not fused)
-    kind = {
-        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
-        "paged_adamw_32bit": bnb.optim.PagedAdamW,
-        "adamw_8bit": bnb.optim.AdamW8bit,
-        "adamw_bnb_8bit": bnb.optim.AdamW8bit,
-    }[name]
-    built: torch.optim.Optimizer = kind(trained)
-    return built

@@ -1,7 +1,4 @@
-"""The folder people take away: adapter, and a tokenizer that gives the very ids that were trained on.
-
-What a run keeps for the export that comes later: which base it was trained on, to the bit, and rows to prove it with.
-"""
+"""What a run saves: the adapter with a tokenizer that gives the ids it was trained on, and the inputs of a later export."""
 
 import json
 import shutil
@@ -17,64 +14,55 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_phi3.adapters.peft_io import TOKENIZER_FILES
 from qlora_phi3.data.prepare import PreparedData
-from qlora_phi3.data.template import ChatTemplate
 from qlora_phi3.errors import RunError
-from qlora_phi3.files import atomic_write
+from qlora_phi3.files import atomic_dir, atomic_write, disk_errors, read_json_object
 from qlora_phi3.model.quantized import tensor_record
-from qlora_phi3.recipe.schema import Quantization, Recipe
+from qlora_phi3.recipe.schema import Model, Quantization
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.training.checkpoint import removed_on_error
 
-#: Rows whose ids are made again with the copied tokenizer.
+#: Rows whose ids are computed again with the copied tokenizer.
 CHECKED_ROWS = 20
+#: Held-out rows that are saved, and their tokens: enough for a held-out loss, little on the disk.
+KEPT_ROWS, KEPT_TOKENS = 64, 16_384
 
 
 def save_adapter(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    recipe: Recipe,
-    target: Path,
+    base: Model,
+    folder: RunFolder,
     *,
     sample: Sequence[dict[str, Any]],
 ) -> None:
-    """Write adapter and tokenizer whole: into a neighbour first, checked, then renamed.
+    """Write adapter and tokenizer files; an earlier adapter stands until the new one is complete.
 
     Args:
-        sample: trained rows; their text must give the same ids through the copied tokenizer.
+        base: the recipe's [model]; its tokenizer files are copied from the commit that base.json records.
+        sample: rows that were trained on; their text must give the same ids through the copied tokenizer.
 
     Raises:
         RunError: the disk is full, or the copied tokenizer gives other ids.
     """
-    draft = target.with_name(f".{target.name}.partial")
-    with removed_on_error(draft):
-        shutil.rmtree(draft, ignore_errors=True)
-        model.save_pretrained(draft)
-        (draft / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
-        _sort_names(draft / "adapter_config.json")
-        for path in _tokenizer_files(recipe):
-            shutil.copyfile(path, draft / path.name)
-    _check_ids(tokenizer, draft, sample)
-    with removed_on_error(draft):
-        shutil.rmtree(target, ignore_errors=True)
-        draft.replace(target)
-
-
-def _sort_names(path: Path) -> None:
-    """Order the names in adapter_config.json: PEFT 0.21 writes sets, whose order is another in every process."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(key), list):
-            config[key].sort()
-    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def _tokenizer_files(recipe: Recipe) -> list[Path]:
-    folder = Path(recipe.model.name)
-    if not folder.is_dir():
-        folder = Path(
-            snapshot_download(recipe.model.name, revision=recipe.model.revision, allow_patterns=list(TOKENIZER_FILES))
-        )
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    source = Path(base.name)
+    if not source.is_dir():
+        recorded = read_json_object(folder.base, RunError, "Start a new run.").get("revision")
+        revision = recorded or base.revision
+        source = Path(snapshot_download(base.name, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
+    hint = "{cause}, then go on with --resume; earlier checkpoints remain."
+    with disk_errors(folder.adapter, hint=hint), atomic_dir(folder.adapter) as staging:
+        model.save_pretrained(staging)
+        (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
+        # PEFT 0.21 writes sets, whose order differs from process to process.
+        config = json.loads((staging / "adapter_config.json").read_text(encoding="utf-8"))
+        for key in ("target_modules", "exclude_modules"):
+            if isinstance(config.get(key), list):
+                config[key].sort()
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (staging / "adapter_config.json").write_text(text, encoding="utf-8")
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, staging / name)
+        _check_ids(tokenizer, staging, sample)
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase, folder: Path, sample: Sequence[dict[str, Any]]) -> None:
@@ -84,38 +72,50 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, folder: Path, sample: Sequenc
         if copied(text).input_ids != tokenizer(text).input_ids:
             raise RunError(
                 f"The tokenizer copied to {folder} gives other ids than the one that was trained with.",
-                "Keep the base's own tokenizer files with the adapter.",
+                "Use the base's own tokenizer files with the adapter.",
             )
-
-
-#: Held-out rows that are kept, and their tokens: enough for a held-out loss, little on the disk.
-KEPT_ROWS, KEPT_TOKENS = 64, 16_384
 
 
 def record_base(
     model: PeftModel, folder: RunFolder, *, name: str, quantization: Quantization, compute_dtype: torch.dtype
 ) -> None:
-    """Write base.json; where the run had one, hold the loaded base against it.
+    """Write base.json; where the run has one already, compare the loaded base with it.
 
     Args:
-        compute_dtype: the dtype the weights had when they were quantized.
+        name: of the base, as the recipe names it.
+        compute_dtype: the dtype of the weights when they were quantized.
 
     Raises:
-        RunError: the base is another than the one the run began with.
+        RunError: the base is not the one that the run started with.
     """
     base = model.get_base_model()
+    four_bit = {"quant_type": quantization.bnb_4bit_quant_type, "double_quant": quantization.bnb_4bit_use_double_quant}
     record = {
         "name": name,
         "revision": getattr(base.config, "_commit_hash", None),
         "dtype": str(compute_dtype).removeprefix("torch."),
-        "quantization": _as_trained(quantization),
+        "quantization": four_bit if quantization.load_in_4bit else None,
         "device": base.device.type,
         "tensors": {tensor_name: tensor_record(parameter) for tensor_name, parameter in base_parameters(model)},
     }
-    if folder.base.is_file():
-        _compare(json.loads(folder.base.read_text(encoding="utf-8")), record, folder)
-    else:
+    if not folder.base.is_file():
         atomic_write(folder.base, json.dumps(record, indent=1) + "\n")
+        return
+    was = read_json_object(folder.base, RunError, "Start a new run.")
+    if (was["device"], was["dtype"]) != (record["device"], record["dtype"]):
+        return  # other hardware may quantize to other bits
+    # Of a 4-bit tensor compare the codes: the mean of its scales depends on the number of threads.
+    before, now = (
+        {key: tensor.get("codes", tensor.get("sha256")) for key, tensor in tensors.items()}
+        for tensors in (was["tensors"], record["tensors"])
+    )
+    differing = [key for key in before if before[key] != now.get(key)]
+    if differing:
+        raise RunError(
+            f"The base {name} is not the one {folder.path} started with: {len(differing)} of {len(before)} tensors differ, "
+            f"first {differing[0]}.",
+            "Restore the former weights, or start a new run.",
+        )
 
 
 def base_parameters(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
@@ -125,40 +125,8 @@ def base_parameters(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
             yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
 
 
-def _as_trained(quantization: Quantization) -> dict[str, Any] | None:
-    if not quantization.load_in_4bit:
-        return None
-    return {"quant_type": quantization.bnb_4bit_quant_type, "double_quant": quantization.bnb_4bit_use_double_quant}
-
-
-def _compare(was: dict[str, Any], now: dict[str, Any], folder: RunFolder) -> None:
-    """Other hardware may quantize to other bits; everything else that differs is another base."""
-    if (was["device"], was["dtype"]) != (now["device"], now["dtype"]):
-        return
-    differing = [
-        name for name, tensor in was["tensors"].items() if _bits(tensor) != _bits(now["tensors"].get(name, {}))
-    ]
-    if differing:
-        raise RunError(
-            f"The base {now['name']} is not the one {folder.path} began with: {len(differing)} of {len(was['tensors'])} "
-            f"tensors differ, first {differing[0]}.",
-            "Put the former weights back, or start a new run.",
-        )
-
-
-def _bits(tensor: dict[str, Any]) -> Any:
-    """What the same weights give with any number of threads: of a 4-bit tensor the codes, as a mean depends on the threads."""
-    return tensor.get("codes", tensor.get("sha256"))
-
-
-def save_template(template: ChatTemplate, folder: RunFolder) -> None:
-    """Write a chat template that the recipe names by its file, which may be changed or gone when the run is exported."""
-    if template.name.endswith(".jinja"):
-        atomic_write(folder.chat_template, template.source)
-
-
 def save_held_out(data: PreparedData, folder: RunFolder) -> None:
-    """Write rows for the proof of an export, spread over the held-out ones; training rows, marked, where none are held out."""
+    """Write held-out rows for the proof of an export, spread over all of them; where none are held out, marked training rows."""
     rows = data.train if data.evaluation is None else data.evaluation
     step = max(1, len(rows) // KEPT_ROWS)
     lines: list[str] = []
@@ -168,6 +136,6 @@ def save_held_out(data: PreparedData, folder: RunFolder) -> None:
         tokens += len(row["input_ids"])
         if len(lines) == KEPT_ROWS or (lines and tokens > KEPT_TOKENS):
             break
-        kept = {"input_ids": row["input_ids"], "labels": row["labels"]}
-        lines.append(json.dumps(kept if data.evaluation is not None else {**kept, "trained": True}))
+        saved = {"input_ids": row["input_ids"], "labels": row["labels"]}
+        lines.append(json.dumps(saved if data.evaluation is not None else {**saved, "trained": True}))
     atomic_write(folder.held_out, "\n".join(lines) + "\n")

@@ -1,74 +1,69 @@
-"""The heaviest step, once, before the first: what does not fit shows now and not at hour three.
+"""The heaviest step, once before the first one, so that what does not fit in memory shows at once and not after hours.
 
 The longest rows that can meet in one optimizer step are trained on, the longest held-out rows are scored, and a checkpoint is
-written. Then weights, optimizer, random numbers and gradients are as if nothing had been, bit for bit; the order of the data is
-not touched, since the rows are taken by their length and not from the loader. Where memory runs out, `oom.py` lowers the plan,
-and the run begins with the lowered one.
+written. Then weights, optimizer, random numbers and gradients are restored bit for bit. The order of the data does not change,
+since the rows are selected by length and not drawn from the loader. Where memory runs out, `oom.py` lowers the execution plan,
+and the run starts with the lowered one.
 """
 
 import gc
-import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 from qlora_phi3.hardware.gpu import Gpu
+from qlora_phi3.training.oom import RngState
 from qlora_phi3.training.report import Measured, measure_memory
 from qlora_phi3.training.trainer import Phi3Trainer
 
 
-def dry_run_heaviest_step(trainer: Phi3Trainer, card: Gpu | None, *, max_grad_norm: float) -> Measured:
-    """Run the heaviest step, evaluation and checkpoint of a trainer that has not begun, and undo them.
+def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> Measured:
+    """Run the heaviest step, evaluation and checkpoint of a trainer that has not started, and undo them.
 
     Args:
-        card: as it was before the run.
+        gpu: as it was before the run.
+
+    Returns:
+        The peak of the memory, in bytes.
 
     Raises:
         RunError: a single row does not fit.
     """
+    device = trainer.args.device
     with _undone(trainer):
-        if trainer.args.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(trainer.args.device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         trainer.run_heaviest("training")
         trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
         optimizer = trainer.create_optimizer()
-        if max_grad_norm:
-            clip_grad_norm_(trained, max_grad_norm)
+        if trainer.args.max_grad_norm:
+            clip_grad_norm_(trained, trainer.args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        trainer.run_heaviest("training")  # now beside the optimizer's state
+        trainer.run_heaviest("training")  # now with the optimizer's state in memory
         for parameter in trained:
             parameter.grad = None
         if trainer.eval_dataset is not None:
             trainer.run_heaviest("evaluation")
-        _write_checkpoint(trainer, optimizer)
-        return measure_memory(trainer.model, optimizer, trainer.args.device, card)
-
-
-def _write_checkpoint(trainer: Phi3Trainer, optimizer: torch.optim.Optimizer) -> None:
-    folder = Path(trainer.args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=folder) as target:
-        trainer.model.save_pretrained(target)
-        torch.save(optimizer.state_dict(), Path(target) / "optimizer.pt")
+        checkpoints = Path(trainer.args.output_dir)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=checkpoints) as target:
+            trainer.model.save_pretrained(target)
+            torch.save(optimizer.state_dict(), Path(target) / "optimizer.pt")
+        return measure_memory(trainer.model, optimizer, device, gpu)
 
 
 @contextmanager
 def _undone(trainer: Phi3Trainer) -> Iterator[None]:
-    """Put weights, random numbers and modes back, and let the optimizer go."""
+    """Restore weights, random numbers and the training mode at the end, and drop the optimizer."""
     device, model = trainer.args.device, trainer.model
-    weights = {
-        name: parameter.detach().to("cpu", copy=True)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    rng_state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-    drawn_on_card = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
+    rng_state = RngState.read(device)
     was_training = model.training
     try:
         yield
@@ -76,14 +71,10 @@ def _undone(trainer: Phi3Trainer) -> Iterator[None]:
         trainer.optimizer = trainer.lr_scheduler = None
         model.train(was_training)
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in weights:
-                    parameter.copy_(weights[name])
-                    parameter.grad = None
+            for name, parameter in trained.items():
+                parameter.copy_(weights[name])
+                parameter.grad = None
         gc.collect()
-        random.setstate(rng_state[0])
-        numpy.random.set_state(rng_state[1])
-        torch.set_rng_state(rng_state[2])
-        if drawn_on_card is not None:
-            torch.cuda.set_rng_state(drawn_on_card, device)
+        rng_state.restore()
+        if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,67 +1,78 @@
-"""An out-of-memory that costs nothing: the batch is computed again, in smaller pieces where it must be, and teaches the same.
+"""Recovery from out-of-memory errors: the batch is computed again, in smaller pieces where necessary, with the same gradients.
 
-Nothing of a failed pass stays. Its tensors are let go with the traceback that held them, all gradients of the batch are dropped,
-the allocator's cache is given back, and the random numbers are rewound to where the batch began; then the whole batch is
-computed again. Redoing the batch and not only the micro-batch that failed needs no copy of the gradients, so that no memory is
-held ready for an accident. What comes after the backward pass, clipping and the optimizer's update, is not redone: it changes
+Nothing of a failed pass stays. Its tensors are released with the traceback that held them, all gradients of the batch are
+dropped, the allocator's cache is emptied, and the random numbers are rewound to the start of the batch; then the batch is
+computed again. Repeating the batch, and not only the micro-batch that failed, needs no copy of the gradients, so that no memory
+is reserved for the case. What follows the backward pass, clipping and the optimizer's update, is not repeated: it changes
 gradients and weights in place.
 
-What is tried, in this order:
+The remedies, in this order:
 
-1. the same again: an emptied cache cures fragmentation. Where that was needed a short while ago, it is left out, or a run that
-   fragments at every step would compute every step twice;
-2. micro-batches of fewer tokens, so that the one that failed is cut in two; down to single rows;
-3. for a single row, every layer recomputed, on a card with its input kept in the computer's memory;
-4. for a single row of many tokens, the MLPs computed in tiles;
+1. "again": an empty cache removes fragmentation. It is left out where it was needed a few steps ago, or a run that fragments at
+   every step would compute every step twice;
+2. "split": micro-batches of fewer tokens, so that the one that failed is cut in two; down to single rows;
+3. "offload", for a single row: every layer recomputed, on a GPU with its input in the computer's memory;
+4. "tile", for a single row of many tokens: the MLPs computed in tiles;
 5. then the run stops and names the row.
 
-The lowered plan stays, and a resumed run begins with it (`restore_execution_plan`). The normalizer is that of the whole batch
-whatever the pieces, so that without dropout a split changes only the order in which numbers are added.
+The lowered plan stays, and a resumed run starts with it (`restore_execution_plan`). The loss is always divided by the supervised
+tokens of the complete batch, so that without dropout a split changes only the order in which numbers are added.
 
-With dropout, the same again draws the same masks: it is equal to the bit. A split cannot keep them: masks are drawn micro-batch
-by micro-batch, each in the shape of its tensors, so that other pieces get other masks. They are as independent and of the same
-probability as the ones they replace, as if the run had another seed from that step on.
+With dropout, "again" draws the same masks and gives equal bits. A split cannot: masks are drawn for each micro-batch in the
+shape of its tensors. The new masks are as independent and as probable as the old ones, as if the run had another seed from
+that step on.
 """
 
 import gc
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Self
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 from qlora_phi3.data.batching import split_plan
 from qlora_phi3.errors import RunError
 from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan, smaller_mlp_tile
-from qlora_phi3.reporter import OomRecord, Reporter
+from qlora_phi3.reporter import OomRecord, Phase, Remedy, Reporter
 from qlora_phi3.step import Batch, MicroBatchMemoryError, StepResult, collate
 from qlora_phi3.training.report import describe_device
 
-Phase = Literal["training", "evaluation"]
-
-
-Remedy = Literal["again", "split", "offload", "tile"]
-
-
-#: Steps within which a second out-of-memory of the same phase is no accident any more: a plan that cannot hold is lowered.
+#: Within so many steps, a second out-of-memory error of the same phase means that the plan is too large.
 RETRY_COOLDOWN_STEPS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class _When:
-    """What a batch is computed for; the step as the record has it."""
+class RngState:
+    """The state of every random number generator of this process."""
 
-    phase: Phase
-    step: int
+    device: torch.device
+    python: Any
+    numpy: Any
+    cpu: Tensor
+    #: None on a CPU.
+    cuda: Tensor | None
 
-    def __str__(self) -> str:
-        return f"step {self.step}" if self.phase == "training" else f"the evaluation after step {self.step}"
+    @classmethod
+    def read(cls, device: torch.device) -> Self:
+        """The present state, with CUDA's generator if `device` is one."""
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(device, random.getstate(), numpy.random.get_state(), torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Put every generator back to this state."""
+        random.setstate(self.python)
+        numpy.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Failure:
-    """Where memory ran out, and how much there was then, in bytes (None on a CPU)."""
+    """The micro-batch that ran out of memory, and the bytes that were allocated then (None on a CPU)."""
 
     micro_batch: int
     reason: str
@@ -69,13 +80,15 @@ class _Failure:
 
 
 class MemoryGuard:
-    """Computes batches, whatever memory allows; holds the plans they are laid out by, which it lowers.
+    """Computes batches until memory suffices, and lowers the execution plan where it does not.
 
     Args:
-        model: whose gradients are dropped.
-        setup: what the run begins with.
-        sources: names of the data's sources, so that a row can be named.
-        apply: gives the model a leaner set-up.
+        model: the owner of the gradients that a failed pass leaves.
+        execution: the plan that the run starts with.
+        device: of the model.
+        reporter: gets a record of every recovery.
+        sources: names of the data's sources, to name a row that does not fit.
+        apply: applies a lowered plan to the model.
     """
 
     def __init__(
@@ -92,144 +105,137 @@ class MemoryGuard:
             "training": execution.micro_batch,
             "evaluation": execution.evaluation,
         }
-        #: Out-of-memory errors of this session that were survived.
+        #: Recoveries of this session.
         self.num_recovered = 0
-        self._model = model
-        self._device = device
-        self._listener = reporter
-        self._sources = sources
-        self._setup, self._apply = execution, apply
+        self._model, self._device, self._reporter, self._sources = model, device, reporter, sources
+        self._execution, self._apply = execution, apply
         self._last_again: dict[Phase, int] = {}
 
     def compute(
         self, rows: Sequence[Mapping[str, Any]], run_pass: Callable[[Batch], StepResult], *, phase: Phase, step: int
     ) -> tuple[Batch, StepResult]:
-        """Lay rows out and pass over them, until memory suffices.
+        """Collate rows and run a pass over them, again until memory suffices.
 
         Args:
             rows: of one batch, as `collate` takes them.
-            pass_over: forward, and in training backward; raises MicroBatchMemoryError.
-            step: for the record.
+            run_pass: forward, and in training backward; raises MicroBatchMemoryError.
+            phase: selects the plan.
+            step: for the record; of an evaluation, the step it follows.
 
         Returns:
-            The batch as it was laid out at last, and the result of the pass that succeeded.
+            The batch in its last layout, and the result of the pass that succeeded.
 
         Raises:
             RunError: a single row does not fit; gradients are dropped, weights and random numbers are those of before.
         """
-        rng_state = _read_rng_state(self._device)
-        failures: list[tuple[int, ...]] = []
+        rng_state = RngState.read(self._device)
+        failed: list[tuple[int, ...]] = []
         while True:
             batch = collate(rows, self.plans[phase])
             outcome = self._attempt(run_pass, batch)
             if isinstance(outcome, StepResult):
                 return batch, outcome
-            self._forget(rng_state)
-            group, when = batch.row_indices[outcome.micro_batch], _When(phase, step)
-            lengths = [len(rows[index]["input_ids"]) for index in group]
-            remedy = self._choose(lengths, when, first=not failures, repeated=group in failures)
-            failures.append(group)
+            for parameter in self._model.parameters():
+                parameter.grad = None
+            gc.collect()  # an error and the frames of its traceback may hold each other
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            rng_state.restore()
+            indices = batch.row_indices[outcome.micro_batch]
+            lengths = [len(rows[index]["input_ids"]) for index in indices]
+            remedy = self._choose_remedy(lengths, phase, step, is_first=not failed, is_repeated=indices in failed)
+            failed.append(indices)
             if remedy is None:
-                raise self._does_not_fit(rows[group[0]], outcome, len(failures), when)
-            self._make_room(lengths, outcome, remedy, when)
+                raise self._row_does_not_fit(rows[indices[0]], outcome, len(failed), phase, step)
+            self._recover(lengths, outcome, remedy, phase, step)
 
     def _attempt(self, run_pass: Callable[[Batch], StepResult], batch: Batch) -> StepResult | _Failure:
-        """The error, and with it every tensor its traceback holds, is gone when this returns."""
+        """Run a pass. The error, and with it every tensor that its traceback holds, is released when this returns."""
         try:
             return run_pass(batch)
         except MicroBatchMemoryError as error:
-            return _Failure(
-                micro_batch=error.micro_batch,
-                reason=error.reason,
-                allocated_bytes=torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None,
-            )
+            allocated_bytes = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None
+            return _Failure(micro_batch=error.micro_batch, reason=error.reason, allocated_bytes=allocated_bytes)
 
-    def _forget(self, rng_state: "_RngState") -> None:
-        for parameter in self._model.parameters():
-            parameter.grad = None
-        gc.collect()  # an error and the frames of its traceback may hold each other
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        _restore_rng_state(rng_state, self._device)
-
-    def _choose(self, lengths: Sequence[int], when: _When, *, first: bool, repeated: bool) -> Remedy | None:
-        """What to do about a micro-batch of rows of these lengths; None: nothing is left.
+    def _choose_remedy(
+        self, lengths: Sequence[int], phase: Phase, step: int, *, is_first: bool, is_repeated: bool
+    ) -> Remedy | None:
+        """The remedy for a micro-batch of rows of these lengths; None where nothing is left to try.
 
         Args:
-            first: nothing failed in this batch before.
-            repeated: this micro-batch did.
+            is_first: nothing failed in this batch before.
+            is_repeated: this micro-batch failed before.
         """
-        recent = when.step - self._last_again.get(when.phase, -RETRY_COOLDOWN_STEPS - 1) <= RETRY_COOLDOWN_STEPS
-        if first and not recent:
+        is_recent = step - self._last_again.get(phase, -RETRY_COOLDOWN_STEPS - 1) <= RETRY_COOLDOWN_STEPS
+        if is_first and not is_recent:
             return "again"
         if len(lengths) > 1:
             return "split"
-        if when.phase == "training" and _offloaded(self._setup, self._device) != self._setup:
+        if phase == "training" and _offloaded(self._execution, self._device) != self._execution:
             return "offload"
-        if lengths[0] > smaller_mlp_tile(lengths[0]) and _tiled(self._setup, lengths[0]) != self._setup:
+        if lengths[0] > smaller_mlp_tile(lengths[0]) and _tiled(self._execution, lengths[0]) != self._execution:
             return "tile"
-        return None if repeated else "again"
+        return None if is_repeated else "again"
 
-    def _make_room(self, lengths: Sequence[int], failure: _Failure, remedy: Remedy, when: _When) -> None:
-        """Take the measure against a micro-batch of rows of these lengths, and tell of it."""
-        before = self.plans[when.phase]
+    def _recover(self, lengths: Sequence[int], failure: _Failure, remedy: Remedy, phase: Phase, step: int) -> None:
+        """Apply a remedy to the plan, and report it."""
+        before = self.plans[phase]
         if remedy == "split":
-            self.plans[when.phase] = split_plan(before, lengths)
+            self.plans[phase] = split_plan(before, lengths)
         elif remedy == "again":
-            self._last_again[when.phase] = when.step
+            self._last_again[phase] = step
         else:
-            offloaded, tiled = _offloaded(self._setup, self._device), _tiled(self._setup, lengths[0])
-            self._setup = offloaded if remedy == "offload" else tiled
-            self._apply(self._setup)
+            offloaded, tiled = _offloaded(self._execution, self._device), _tiled(self._execution, lengths[0])
+            self._execution = offloaded if remedy == "offload" else tiled
+            self._apply(self._execution)
         self.num_recovered += 1
-        self._listener.oom(
+        self._reporter.oom(
             OomRecord(
-                step=when.step,
-                phase=when.phase,
+                step=step,
+                phase=phase,
                 remedy=remedy,
                 rows=len(lengths),
                 tokens=sum(lengths),
                 before=before,
-                after=self.plans[when.phase],
+                after=self.plans[phase],
                 allocated_bytes=failure.allocated_bytes,
                 free_bytes=torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else None,
                 reason=failure.reason,
             )
         )
 
-    def _does_not_fit(self, row: Mapping[str, Any], failure: _Failure, times: int, when: _When) -> RunError:
-        length = len(row["input_ids"])
-        offloaded = " and every layer recomputed from the computer's memory" if when.phase == "training" else ""
+    def _row_does_not_fit(
+        self, row: Mapping[str, Any], failure: _Failure, times: int, phase: Phase, step: int
+    ) -> RunError:
+        length, device, reason = len(row["input_ids"]), describe_device(self._device), failure.reason.rstrip(".")
+        name = "A row"
+        if "source" in row and row["source"] < len(self._sources):
+            name = f"{self._sources[row['source']]}:{row['source_row']}"
+        where = f"step {step}" if phase == "training" else f"the evaluation after step {step}"
         return RunError(
-            f"{name_row(row, self._sources)} with its {length:,} tokens does not fit in the memory of "
-            f"{describe_device(self._device)}: in {when} it ran out {times} times, at last with this row alone, "
-            f"the cache emptied{offloaded} ({failure.reason.rstrip('.')}).",
+            f"{name} with its {length:,} tokens does not fit in the memory of {device}: "
+            f"{where} ran out of memory {times} times, the last time with this row alone ({reason}).",
             "Close other programs that use this memory and go on with --resume; or start a new run with a smaller "
             f"[training] max_length than {length}.",
         )
 
 
-def name_row(row: Mapping[str, Any], sources: Sequence[str]) -> str:
-    """`file:line` of a row of `prepare_datasets`; "a row" where it does not say."""
-    if "source" not in row or row["source"] >= len(sources):
-        return "A row"
-    return f"{sources[row['source']]}:{row['source_row']}"
-
-
 def restore_execution_plan(
     execution: ExecutionPlan, records: Sequence[Mapping[str, Any]], device: torch.device
 ) -> ExecutionPlan:
-    """`execution`, as far as memory ran out in earlier sessions of the run lowered to what they had come to.
+    """Lower a plan as the out-of-memory errors of earlier sessions lowered theirs.
 
     Args:
+        execution: the plan of this session.
         records: of the run's metrics.jsonl.
-        device: on a CPU there is nothing to offload to.
+        device: on a CPU nothing is offloaded.
     """
-    num_recovered = [record for record in records if record["kind"] == "oom"]
     plans: dict[Phase, MicroBatchPlan] = {"training": execution.micro_batch, "evaluation": execution.evaluation}
-    for record in num_recovered:
+    for record in records:
+        if record["kind"] != OomRecord.kind:
+            continue
         plan = plans[record["phase"]]
-        remedy = record.get("remedy", record.get("measure"))  # runs before version 0.2 wrote "measure"
+        remedy = record.get("remedy", record.get("measure"))  # version 0.1 wrote "measure"
         if remedy == "split":
             plans[record["phase"]] = replace(plan, max_tokens=min(plan.max_tokens, record["after"]["max_tokens"]))
         elif remedy == "offload":
@@ -240,31 +246,13 @@ def restore_execution_plan(
 
 
 def _offloaded(execution: ExecutionPlan, device: torch.device) -> ExecutionPlan:
-    """Every layer recomputed; on a card from the computer's memory."""
+    """The plan with every layer recomputed, on a GPU from inputs in the computer's memory."""
     return replace(
         execution, checkpoint_every=1, activation_offloading=execution.activation_offloading or device.type != "cpu"
     )
 
 
 def _tiled(execution: ExecutionPlan, tokens: int) -> ExecutionPlan:
-    """The MLPs in tiles for a row of so many tokens, unless they are in smaller ones already."""
+    """The plan with the MLPs in tiles for a row of so many tokens, unless they are in smaller tiles already."""
     tile = smaller_mlp_tile(tokens)
     return replace(execution, mlp_tile_tokens=min(execution.mlp_tile_tokens or tile, tile))
-
-
-@dataclass(frozen=True, slots=True)
-class _RngState:
-    """Where torch's random numbers stand; a pass draws from no other generator."""
-
-    cpu: Tensor
-    device: Tensor | None
-
-
-def _read_rng_state(device: torch.device) -> _RngState:
-    return _RngState(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
-
-
-def _restore_rng_state(rng_state: _RngState, device: torch.device) -> None:
-    torch.set_rng_state(rng_state.cpu)
-    if rng_state.device is not None:
-        torch.cuda.set_rng_state(rng_state.device, device)

@@ -1,12 +1,11 @@
-"""How a CUDA device is set up before its first allocation.
+"""What comes before the first step: data, tokenizer and device (`prepare`), the execution plan (`plan_run`), model and adapter.
 
-The set-up a run takes, and what it should need: planned for the card, or the usual one of a CPU.
-
-What stands before the first step: data, tokenizer, device, and the model with its adapter.
+Everything that can fail cheaply is in `prepare`, before any weight is read.
 """
 
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,42 +25,125 @@ from qlora_phi3.family import Architecture, parse_architecture, read_config
 from qlora_phi3.hardware.gpu import Gpu, read_gpu
 from qlora_phi3.memory.allocator import expandable_segments_work
 from qlora_phi3.memory.margin import budget_of, limit_of
-from qlora_phi3.memory.plan import GpuLimits, Plan, RowLengths, read_lengths, step_shape
+from qlora_phi3.memory.plan import GpuLimits, RowLengths, read_lengths, step_shape
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.search import find_plan
 from qlora_phi3.memory.simulate import simulate
 from qlora_phi3.memory.vram_check import prepare_data
 from qlora_phi3.model.lora import attach_adapter, measure_coverage
+from qlora_phi3.model.optimizer import default_optimizer
 from qlora_phi3.model.phi3 import Precision, choose_precision, load_base, load_tokenizer
 from qlora_phi3.recipe.load import check_model_limits
-from qlora_phi3.recipe.schema import Recipe, Training
+from qlora_phi3.recipe.schema import Memory, Recipe, Training
 from qlora_phi3.reporter import Reporter
 from qlora_phi3.training.callbacks import cap_to_free_memory
 from qlora_phi3.training.report import Predicted, describe_device
 from qlora_phi3.units import format_gib, parse_size
 
+#: Tokens of a micro-batch where there is no plan and neither the recipe nor a longer row requires more: enough to keep the
+#: matmuls busy next to the dequantization, which costs the same whatever the micro-batch holds. On CPU (SmolLM2-135M, bf16,
+#: Zen 5) 512 is as fast as 1,024, at a peak of 1.06-1.10 GiB instead of 1.11-1.35.
+DEFAULT_MICRO_BATCH_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunContext:
+    """All that is known of a run before any weight is read."""
+
+    recipe: Recipe
+    #: The contents of the model's config.json.
+    config: dict[str, Any]
+    architecture: Architecture
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    data: PreparedData
+    device: torch.device
+    #: The GPU before this process used any of its memory; None on a CPU, or where NVML cannot be read.
+    gpu: Gpu | None
+    precision: Precision
+    reporter: Reporter
+
+    @property
+    def row_lengths(self) -> RowLengths:
+        """Tokens of the rows that are trained on and evaluated."""
+        held_out = [] if self.data.evaluation is None else list(self.data.evaluation["length"])
+        return read_lengths(list(self.data.train["length"]), held_out, self.recipe.training.batch_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRun:
+    """How a run is executed, and the memory it should need (None where nothing was simulated)."""
+
+    execution: ExecutionPlan
+    predicted: Predicted | None
+
+
+def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
+    """Check the recipe against the libraries and the model, choose the device, and tokenize the data.
+
+    Args:
+        recipe: with absolute paths.
+        recipe_dir: directory of the recipe file, for the names of the data's files.
+
+    Raises:
+        UserError: something in the recipe, the data or the model cannot be used.
+    """
+    check_trackers(recipe.training)
+    check_schedule(recipe.training)
+    config = read_config(recipe.model.name, recipe.model.revision)
+    architecture = parse_architecture(config, recipe.model.name)
+    check_model_limits(recipe, architecture)
+    if recipe.model.adapter is not None:
+        check_start(Path(recipe.model.adapter), recipe.lora)
+    gpu, device = None, torch.device("cpu")
+    if torch.cuda.is_available():
+        with suppress(DeviceError):  # without NVML there is no plan, and the default one is used
+            gpu = read_gpu()  # before this process uses any of its memory
+        prepare_cuda()
+        device = torch.device("cuda", torch.cuda.current_device())
+    precision = choose_precision(recipe.compute_dtype, device)
+    tokenizer = load_tokenizer(recipe.model)
+    template = choose_template(tokenizer, recipe.data.chat_template)
+    data = prepare_data(recipe, recipe_dir, tokenizer, template, reporter.progress)
+    for line in data.report.summary_lines():
+        reporter.info(line)
+    for line in data.report.warning_lines():
+        reporter.warning(line)
+    return RunContext(
+        recipe=recipe,
+        config=config,
+        architecture=architecture,
+        tokenizer=tokenizer,
+        template=template,
+        data=data,
+        device=device,
+        gpu=gpu,
+        precision=precision,
+        reporter=reporter,
+    )
+
 
 def check_trackers(training: Training) -> None:
-    """Refuse a tracker whose library is not installed, before a model is loaded for it.
+    """Refuse a tracker that is not installed.
 
     Raises:
         RecipeError: with its name.
     """
-    asked = [training.report_to] if isinstance(training.report_to, str) else training.report_to
+    wanted = [training.report_to] if isinstance(training.report_to, str) else training.report_to
     installed = {*get_available_reporting_integrations(), *(["flyte"] if is_flytekit_available() else [])}
-    for name in asked:
+    for name in wanted:
         if name not in ("all", "none") and name not in installed:
             raise RecipeError(
                 f"[training] report_to names {name}, which is not installed.",
-                "Install it beside qlora-phi3, or delete it: metrics.jsonl holds every figure.",
+                "Install it in the environment of qlora-phi3, or delete it: metrics.jsonl holds every figure.",
             )
 
 
 def check_schedule(training: Training) -> None:
-    """Refuse settings the learning rate's schedule does not know, by making one for an optimizer of nothing.
+    """Refuse settings that the learning rate's schedule does not have, by building it for an optimizer without a model.
 
     Raises:
-        RecipeError: with what transformers says of them.
+        RecipeError: with the message of transformers.
     """
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate)
     try:
@@ -75,247 +157,139 @@ def check_schedule(training: Training) -> None:
     except (TypeError, ValueError) as error:
         raise RecipeError(
             f'[training] lr_scheduler_kwargs does not fit lr_scheduler_type = "{training.lr_scheduler_type}": {error}.',
-            "Mend or delete it.",
+            "Correct or delete it.",
         ) from error
 
 
-def choose_optimizer(training: Training, device: torch.device) -> str:
-    """The optimizer's name in transformers: the recipe's, or 8-bit paged AdamW on CUDA and plain AdamW on a CPU."""
-    if training.optim != "auto":
-        return training.optim
-    return "paged_adamw_8bit" if device.type == "cuda" else "adamw_torch"
-
-
 def prepare_cuda() -> None:
-    """Let segments grow instead of leaving holes, and keep to the attention kernels whose memory is known.
+    """Configure CUDA before its first allocation: expandable segments, and only attention kernels whose memory is known.
 
-    A setting of the user's in PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF stands. cuDNN's attention, which torch prefers on
-    compute capability 9 and 10, takes a workspace that nobody states.
+    A setting of the user in PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF has priority. cuDNN's attention, which torch prefers on
+    compute capability 9 and 10, is off: its workspace is not documented.
     """
-    chosen = any(name in os.environ for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
-    if not chosen and expandable_segments_work(platform.system(), platform.release()):
+    is_set = any(name in os.environ for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
+    if not is_set and expandable_segments_work(platform.system(), platform.release()):
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-#: Tokens of a micro-batch where there is no plan and neither the recipe nor a longer row asks for more: enough to keep the
-#: matmuls busy beside the dequantization, which costs the same whatever the micro-batch holds. On CPU (SmolLM2-135M, bf16,
-#: Zen 5) 512 is as fast as 1,024, at a peak of 1.06-1.10 GiB instead of 1.11-1.35.
-DEFAULT_MICRO_BATCH_TOKENS = 512
+def wants_dry_run(memory: Memory, device: torch.device) -> bool:
+    """Whether the heaviest step runs once before the first; `[memory] rehearsal = "auto"`: on a GPU."""
+    return device.type == "cuda" if memory.rehearsal == "auto" else memory.rehearsal
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedRun:
-    """How a run is laid out, and what that should need; `predicted` is None where nobody asked."""
-
-    execution: ExecutionPlan
-    predicted: Predicted | None
-
-
-def choose_execution_plan(
-    recipe: Recipe,
-    config: dict[str, Any],
-    architecture: Architecture,
-    data: PreparedData,
-    card: Gpu | None,
-    *,
-    device: torch.device,
-    compute_dtype: torch.dtype,
-    reporter: Reporter,
-) -> PlannedRun:
-    """The plan for a card; where there is none the usual set-up, simulated if the recipe wants a rehearsal.
-
-    Args:
-        card: as it was before this process took anything of it.
-    """
-    if card is not None:
-        plan = plan_for_card(recipe, config, architecture, data, card, compute_dtype=compute_dtype, reporter=reporter)
-        return PlannedRun(execution=plan.execution, predicted=predicted_by(plan))
+def plan_run(context: RunContext) -> PlannedRun:
+    """Plan the execution: the fastest plan that fits the GPU, or the default plan, simulated on a CPU if there is a dry run."""
+    recipe, device = context.recipe, context.device
+    if context.gpu is not None:
+        return _plan_for_gpu(context, context.gpu)
     if device.type == "cpu" and recipe.memory.budget != "auto":
-        reporter.warning("[memory] budget is for graphics cards: a run on a CPU does not heed it.")
-    execution = default_execution_plan(recipe, architecture, device)
-    if not wants_rehearsal(recipe, device) or device.type != "cpu":
+        context.reporter.warning("[memory] budget is for GPUs; a run on a CPU ignores it.")
+    execution = default_execution_plan(recipe.training, recipe.memory, context.architecture, device)
+    if device.type != "cpu" or not wants_dry_run(recipe.memory, device):
         return PlannedRun(execution=execution, predicted=None)
-    predicted = predict_on_cpu(recipe, config, architecture, data, execution, compute_dtype=compute_dtype)
+    memory = simulate(
+        recipe,
+        context.config,
+        context.architecture,
+        execution,
+        step_shape(context.row_lengths, execution),
+        compute_dtype=context.precision.compute_dtype,
+        path="cpu",
+    )
+    predicted = Predicted(
+        allocated_bytes=memory.peak_bytes, reserved_bytes=None, on_card_bytes=None, categories=dict(memory.categories)
+    )
     return PlannedRun(execution=execution, predicted=predicted)
 
 
-def wants_rehearsal(recipe: Recipe, device: torch.device) -> bool:
-    """As the recipe says; "auto": on a GPU."""
-    wanted = recipe.memory.rehearsal
-    return device.type == "cuda" if wanted == "auto" else wanted
-
-
-def measured_lengths(data: PreparedData, batch_size: int) -> RowLengths:
-    """The lengths of the rows a run trains and measures on."""
-    held_out = [] if data.evaluation is None else data.evaluation["length"]
-    return read_lengths(list(data.train["length"]), list(held_out), batch_size)
-
-
-def plan_for_card(
-    recipe: Recipe,
-    config: dict[str, Any],
-    architecture: Architecture,
-    data: PreparedData,
-    device: Gpu,
-    *,
-    compute_dtype: torch.dtype,
-    reporter: Reporter,
-) -> Plan:
-    """The fastest set-up that fits; told as one line, and as a warning where nothing does."""
+def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
+    """The fastest plan that fits a GPU, reported in one line; a warning where none fits."""
+    reporter = context.reporter
     predictor = Predictor(
-        recipe, config, architecture, compute_dtype=compute_dtype, capability=device.compute_capability
+        context.recipe,
+        context.config,
+        context.architecture,
+        compute_dtype=context.precision.compute_dtype,
+        capability=gpu.compute_capability,
     )
-    card = GpuLimits(
-        limit_bytes=limit_of(device, budget_of(recipe, device)),
-        tflops_16bit=device.tflops_16bit,
-        bandwidth_bytes_per_second=device.bandwidth_bytes_per_second,
+    limits = GpuLimits(
+        limit_bytes=limit_of(gpu, budget_of(context.recipe, gpu)),
+        tflops_16bit=gpu.tflops_16bit,
+        bandwidth_bytes_per_second=gpu.bandwidth_bytes_per_second,
     )
-    lengths = measured_lengths(data, recipe.training.batch_size)
     reporter.progress("Planning the memory", 0, None)
-    plan = find_plan(predictor, lengths, card, progress=lambda _: None)
+    plan = find_plan(predictor, context.row_lengths, limits, progress=lambda _: None)
     reporter.progress("Planning the memory", 1, 1)
-    needed = format_gib(plan.prediction.on_card_bytes)
-    reporter.info(f"Plan: {in_words(plan.execution)}; {needed} of {format_gib(card.limit_bytes)} on the card")
-    if not plan.fits:
-        reporter.warning(
-            "That should not fit; qlora-phi3 vram-check says what to change. The run tries it nevertheless: nothing is lost."
-        )
-    return plan
-
-
-def in_words(execution: ExecutionPlan) -> str:
-    """A set-up as a person reads it."""
+    execution, prediction = plan.execution, plan.prediction
     every = execution.checkpoint_every
     recomputed = {0: "nothing recomputed", 1: "every layer recomputed"}.get(every, f"one layer in {every} recomputed")
     offloaded = ", activations offloaded" if execution.activation_offloading else ""
     tiled = f", MLPs in tiles of {execution.mlp_tile_tokens:,} tokens" if execution.mlp_tile_tokens else ""
-    return f"{execution.micro_batch.max_tokens:,} tokens at once, {recomputed}{offloaded}{tiled}, {execution.optim}"
+    reporter.info(
+        f"Plan: {execution.micro_batch.max_tokens:,} tokens at once, {recomputed}{offloaded}{tiled}, {execution.optim}; "
+        f"{format_gib(prediction.on_card_bytes)} of {format_gib(limits.limit_bytes)} on the GPU"
+    )
+    if not plan.fits:
+        reporter.warning("This should not fit; qlora-phi3 vram-check suggests what to change. The run tries it anyway.")
+    return PlannedRun(
+        execution=execution,
+        predicted=Predicted(
+            allocated_bytes=prediction.allocated_bytes,
+            reserved_bytes=prediction.reserved_bytes,
+            on_card_bytes=prediction.on_card_bytes,
+            categories=dict(prediction.profile.categories),
+        ),
+    )
 
 
-def default_execution_plan(recipe: Recipe, architecture: Architecture, device: torch.device) -> ExecutionPlan:
-    """The set-up of a CPU, and of a card nothing is known of: all layers recomputed, no more tokens than keep it busy."""
-    training, memory = recipe.training, recipe.memory
+def default_execution_plan(
+    training: Training, memory: Memory, architecture: Architecture, device: torch.device
+) -> ExecutionPlan:
+    """The plan of a CPU, and of a GPU that NVML cannot read: what the recipe fixes, else all layers recomputed.
+
+    Without a fixed size, a micro-batch has DEFAULT_MICRO_BATCH_TOKENS tokens or one row.
+    """
+    wanted = memory.micro_batch_tokens
+    tokens = max(DEFAULT_MICRO_BATCH_TOKENS, training.max_length) if wanted == "auto" else wanted
+
+    def micro_batch(rows: int | str | None) -> MicroBatchPlan:
+        fixed = rows if isinstance(rows, int) else None
+        return MicroBatchPlan(
+            max_tokens=fixed * training.max_length if fixed else tokens,
+            max_rows=fixed or training.batch_size,
+            packing=training.packing,
+            longrope_boundary=architecture.longrope_boundary,
+        )
+
     every = 1 if memory.checkpoint_every_n_layers == "auto" else memory.checkpoint_every_n_layers
-    tile = memory.logits_tile
     return ExecutionPlan(
-        micro_batch=_layout(recipe, architecture, training.micro_batch_size),
-        evaluation=_layout(recipe, architecture, training.per_device_eval_batch_size),
+        micro_batch=micro_batch(training.micro_batch_size),
+        evaluation=micro_batch(training.per_device_eval_batch_size),
         checkpoint_every=every if training.gradient_checkpointing else 0,
-        activation_offloading=training.activation_offloading is True and device.type != "cpu",  # it is there already
-        optim=choose_optimizer(training, device),
-        logits_tile_bytes=DEFAULT_LOGITS_TILE_BYTES if tile == "auto" else parse_size(tile),
+        activation_offloading=training.activation_offloading is True and device.type != "cpu",
+        optim=default_optimizer(training, is_cuda=device.type == "cuda"),
+        logits_tile_bytes=DEFAULT_LOGITS_TILE_BYTES if memory.logits_tile == "auto" else parse_size(memory.logits_tile),
         mlp_tile_tokens=0 if memory.mlp_tile_tokens == "auto" else memory.mlp_tile_tokens,
     )
 
 
-def _layout(recipe: Recipe, architecture: Architecture, rows: int | str | None) -> MicroBatchPlan:
-    """`rows` a micro-batch where the recipe fixes them, else as many as fit the wanted or usual tokens."""
-    training, wanted = recipe.training, recipe.memory.micro_batch_tokens
-    usual = max(DEFAULT_MICRO_BATCH_TOKENS, training.max_length) if wanted == "auto" else wanted
-    fixed = rows if isinstance(rows, int) else None
-    return MicroBatchPlan(
-        max_tokens=fixed * training.max_length if fixed else usual,
-        max_rows=fixed or training.batch_size,
-        packing=training.packing,
-        longrope_boundary=architecture.longrope_boundary,
-    )
-
-
-def predict_on_cpu(
-    recipe: Recipe,
-    config: dict[str, Any],
-    architecture: Architecture,
-    data: PreparedData,
-    execution: ExecutionPlan,
-    *,
-    compute_dtype: torch.dtype,
-) -> Predicted:
-    """What the tensors of a run on a CPU should hold."""
-    load = step_shape(measured_lengths(data, recipe.training.batch_size), execution)
-    profile = simulate(recipe, config, architecture, execution, load, compute_dtype=compute_dtype, path="cpu")
-    return Predicted(
-        allocated_bytes=profile.peak_bytes, reserved_bytes=None, on_card_bytes=None, categories=dict(profile.categories)
-    )
-
-
-def predicted_by(plan: Plan) -> Predicted:
-    """The figures of a plan."""
-    prediction = plan.prediction
-    return Predicted(
-        allocated_bytes=prediction.allocated_bytes,
-        reserved_bytes=prediction.reserved_bytes,
-        on_card_bytes=prediction.on_card_bytes,
-        categories=dict(prediction.profile.categories),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunContext:
-    """Everything that can be known without a weight."""
-
-    #: The contents of the model's config.json.
-    config: dict[str, Any]
-    architecture: Architecture
-    tokenizer: PreTrainedTokenizerBase
-    template: ChatTemplate
-    data: PreparedData
-    device: torch.device
-    #: The card before this process took anything of it; None on a CPU.
-    card: Gpu | None
-    precision: Precision
-
-
-def prepare(recipe: Recipe, base_folder: Path, reporter: Reporter) -> RunContext:
-    """Everything that can fail cheaply, before any weight is read."""
-    check_trackers(recipe.training)
-    check_schedule(recipe.training)
-    config = read_config(recipe.model.name, recipe.model.revision)
-    architecture = parse_architecture(config, recipe.model.name)
-    check_model_limits(recipe, architecture)
-    if recipe.model.adapter is not None:
-        check_start(Path(recipe.model.adapter), recipe.lora)
-    card = read_card() if torch.cuda.is_available() else None  # before this process takes anything of it
-    if torch.cuda.is_available():
-        prepare_cuda()
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    precision = choose_precision(recipe.compute_dtype, device)
-    tokenizer = load_tokenizer(recipe.model)
-    template = choose_template(tokenizer, recipe.data.chat_template)
-    data = prepare_data(recipe, base_folder, tokenizer, template, reporter.progress)
-    for line in data.report.summary_lines():
-        reporter.info(line)
-    for line in data.report.warning_lines():
-        reporter.warning(line)
-    return RunContext(
-        config=config,
-        architecture=architecture,
-        tokenizer=tokenizer,
-        template=template,
-        data=data,
-        device=device,
-        card=card,
-        precision=precision,
-    )
-
-
-def read_card() -> Gpu | None:
-    """The card as NVML shows it; None where NVML cannot tell, and the usual set-up must do."""
-    try:
-        return read_gpu()
-    except DeviceError:
-        return None
-
-
-def load_model(recipe: Recipe, context: RunContext, reporter: Reporter, *, is_first_session: bool = True) -> PeftModel:
-    """The base and its adapter.
+def load_model(context: RunContext, *, is_first_session: bool = True) -> PeftModel:
+    """Load the base, in 4-bit where the recipe says so, and attach its adapter.
 
     Args:
-        begins: whether the run is at its first step; else a checkpoint fills the adapter.
+        is_first_session: the run starts at its first step, and with the weights of `[model] adapter` if there is one; else a
+            checkpoint provides the adapter's weights.
+
+    Raises:
+        ModelError: the weights cannot be read, or the adapter does not fit them.
     """
-    room = cap_to_free_memory(context.device)
-    if room is not None:
-        reporter.info(f"Memory: at most {format_gib(room)}, what is free on the card; more would spill and crawl")
+    recipe, reporter = context.recipe, context.reporter
+    limit_bytes = cap_to_free_memory(context.device)
+    if limit_bytes is not None:
+        reporter.info(
+            f"Memory: at most {format_gib(limit_bytes)}, what is free on the GPU; with more the driver would spill"
+        )
     reporter.progress("Loading the base model", 0, None)
     base = load_base(
         recipe.model,
@@ -331,31 +305,15 @@ def load_model(recipe: Recipe, context: RunContext, reporter: Reporter, *, is_fi
         trained_on = start_from(model, Path(recipe.model.adapter))
         reporter.info(f"Starting from the adapter {recipe.model.adapter}")
         if Path(trained_on).name not in ("", Path(recipe.model.name).name):
-            reporter.warning(
-                f"That adapter says it was trained on {trained_on}, and this run is on {recipe.model.name}."
-            )
+            reporter.warning(f"That adapter was trained on {trained_on}, and this run is on {recipe.model.name}.")
     coverage = measure_coverage(model)
     reporter.progress("Loading the base model", 1, 1)
     kind = recipe.quantization.bnb_4bit_quant_type.upper() if recipe.quantization.load_in_4bit else "unquantized"
     dtype = str(context.precision.compute_dtype).removeprefix("torch.")
-    where = f"{describe_device(context.device)} ({context.precision.reason})"
-    reporter.info(f"Model: {recipe.model.name}, {kind}, computing in {dtype} on {where}")
+    device = f"{describe_device(context.device)} ({context.precision.reason})"
+    reporter.info(f"Model: {recipe.model.name}, {kind}, computing in {dtype} on {device}")
     reporter.info(
         f"Adapter: {coverage.trainable_parameters:,} parameters in fp32 on {', '.join(coverage.targets)}; "
         f"covers {coverage.share:.0%} of the linear weights"
     )
     return model
-
-
-def plan_run(recipe: Recipe, context: RunContext, reporter: Reporter) -> PlannedRun:
-    """How the run is laid out on its device."""
-    return choose_execution_plan(
-        recipe,
-        context.config,
-        context.architecture,
-        context.data,
-        context.card,
-        device=context.device,
-        compute_dtype=context.precision.compute_dtype,
-        reporter=reporter,
-    )

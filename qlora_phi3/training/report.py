@@ -1,9 +1,4 @@
-"""How much memory has been used at most, in bytes.
-
-Predicted and measured memory of a run, side by side.
-
-report.json: what is known of a run before its first step, and what is added when it ends.
-"""
+"""Predicted and measured memory of a run, and report.json: what is known before the first step, and what is added at the end."""
 
 import contextlib
 import hashlib
@@ -25,8 +20,10 @@ from qlora_phi3.data.prepare import DataReport
 from qlora_phi3.errors import DeviceError, Interrupted, RunError
 from qlora_phi3.hardware.gpu import Gpu, read_gpu
 from qlora_phi3.memory.margin import record_error
+from qlora_phi3.memory.report import read_versions
 from qlora_phi3.recipe.load import recipe_as_toml
 from qlora_phi3.recipe.schema import Recipe
+from qlora_phi3.reporter import EvalRecord, OomRecord, StepRecord
 from qlora_phi3.runfolder import RunFolder, read_metrics, write_report
 from qlora_phi3.units import format_count, format_gib
 
@@ -158,9 +155,6 @@ def _scales_bytes(state: Any) -> int:
     return own + _scales_bytes(state.state2)
 
 
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "qlora-phi3")
-
-
 def first_report(
     recipe: Recipe,
     data: DataReport,
@@ -170,43 +164,51 @@ def first_report(
     compute_dtype: torch.dtype,
     resume: RunFolder | None,
 ) -> dict[str, Any]:
-    """The report of a run that is about to start, or to go on: then its name, start and seconds so far are kept.
+    """The report of a run that starts; of one that is resumed, with its name, start and seconds until now.
 
     Args:
-        name: what the run is filed under.
+        name: of the recipe, as the run's directory has it.
+        resume: the run that is resumed.
 
     Raises:
-        RunError: the data are not those the resumed run began with.
+        RunError: the data are not those the resumed run started with.
     """
-    was = resume.read_report() if resume is not None else {}
-    if resume is not None and (before := was.get("data", {}).get("sha256")) != data.sha256:
-        raise RunError(
-            f"The data changed since {resume.path} began (sha256 {str(before)[:12]} -> {data.sha256[:12]}).",
-            "Start a new run.",
-        )
+    was: dict[str, Any] = {}
+    seconds = 0.0
+    if resume is not None:
+        was = resume.read_report()
+        before = was.get("data", {}).get("sha256")
+        if before != data.sha256:
+            raise RunError(
+                f"The data changed since {resume.path} began (sha256 {str(before)[:12]} -> {data.sha256[:12]}).",
+                "Start a new run.",
+            )
+        # A session that was killed could not report its seconds; its steps and evaluations are in metrics.jsonl.
+        records = read_metrics(resume)
+        measured = float(sum(record.get("step_seconds", record.get("seconds", 0.0)) for record in records))
+        seconds = max(was.get("seconds", 0.0), measured)
     return {
         "status": "running",
         "name": was.get("name", name),
         "started": was.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
-        "seconds": max(was.get("seconds", 0.0), 0.0 if resume is None else _measured_seconds(resume)),
+        "seconds": seconds,
         "recipe": recipe.model_dump(mode="json"),
         "recipe_sha256": hashlib.sha256(recipe_as_toml(recipe).encode()).hexdigest(),
         "data": asdict(data),
         "seed": recipe.training.seed,
         "device": describe_device(device),
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "versions": run_versions(),
     }
 
 
-def _measured_seconds(folder: RunFolder) -> float:
-    """What the steps and evaluations took that are written down: a session that was killed could not report its own."""
-    seconds = (record.get("step_seconds", record.get("seconds", 0.0)) for record in read_metrics(folder))
-    return float(sum(seconds))
+def run_versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that a run depends on."""
+    return {**read_versions(), "trl": version("trl")}
 
 
 def describe_load() -> str | None:
-    """What to say where others keep the processor busy that is to train; None where there is nothing to say."""
+    """A warning where other programs keep the processor busy that is to train; None where there is nothing to warn of."""
     cores, load = psutil.cpu_count() or 1, psutil.getloadavg()[0]
     if torch.cuda.is_available() or torch.get_num_threads() == 1 or load <= cores:
         return None
@@ -214,7 +216,7 @@ def describe_load() -> str | None:
 
 
 def describe_device(device: torch.device) -> str:
-    """The card's name, or the processor's."""
+    """The GPU's name, or the processor's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()} CPU, {format_count(torch.get_num_threads(), 'thread')}"
@@ -222,14 +224,18 @@ def describe_device(device: torch.device) -> str:
 
 @contextmanager
 def failure_reported(folder: RunFolder, report: Mapping[str, Any], started: float) -> Iterator[None]:
-    """Write down how a run ended that does not reach its end; `started` is its time.perf_counter()."""
+    """Write into report.json how a run ended if it fails or is interrupted.
+
+    Args:
+        started: time.perf_counter() at the start of this session.
+    """
     try:
         yield
     except BaseException as error:
         status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         reason = str(error) or type(error).__name__
         seconds = report["seconds"] + time.perf_counter() - started
-        with contextlib.suppress(RunError):  # the disk may still be full; the error itself is what to tell
+        with contextlib.suppress(RunError):  # the disk may still be full, and the first error is the one to report
             write_report(folder, {**report, "status": status, "error": reason, "seconds": seconds})
         raise
 
@@ -239,11 +245,11 @@ def last_report(
 ) -> dict[str, Any]:
     """The report of a finished run, whose adapter is written.
 
-    What was measured is taken from metrics.jsonl, which earlier sessions wrote too.
+    Measurements come from metrics.jsonl, which earlier sessions of the run wrote too.
     """
     records = read_metrics(folder)
-    losses = [(record["step"], record["eval_loss"]) for record in records if record["kind"] == "eval"]
-    peaks = [record["peak_memory_bytes"] for record in records if record["kind"] == "train"]
+    losses = [(record["step"], record["eval_loss"]) for record in records if record["kind"] == EvalRecord.kind]
+    peaks = [record["peak_memory_bytes"] for record in records if record["kind"] == StepRecord.kind]
     return {
         **report,
         "status": "done",
@@ -254,5 +260,5 @@ def last_report(
         "seconds": report["seconds"] + time.perf_counter() - started,
         "peak_memory_bytes": max(peaks, default=0),
         "memory": prediction_check.as_dict(),
-        "out_of_memory": sum(record["kind"] == "oom" for record in records),
+        "out_of_memory": sum(record["kind"] == OomRecord.kind for record in records),
     }

@@ -1,8 +1,6 @@
-"""TRL's SFTTrainer, given whole optimizer batches: `step.py` splits them, and the loss is our own.
+"""TRL's SFTTrainer with complete optimizer batches: `step.py` splits them into micro-batches and computes our own loss.
 
-A batch travels as its rows and is laid out in tensors only at its step, by the plan of that moment: `oom.py` may lower it.
-
-The recipe's [training] as TRL's SFTConfig reads it.
+A batch travels as rows. It is collated at its step, by the execution plan of that moment, which `oom.py` may have lowered.
 """
 
 import logging
@@ -22,99 +20,170 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import (
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerControl
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from qlora_phi3.errors import RunError
 from qlora_phi3.execution import ExecutionPlan
+from qlora_phi3.files import disk_errors, remove
+from qlora_phi3.model.optimizer import build_optimizer
 from qlora_phi3.model.phi3 import apply_execution_plan
 from qlora_phi3.recipe.schema import Training
-from qlora_phi3.reporter import EvalRecord, Reporter, StepRecord
+from qlora_phi3.reporter import EvalRecord, Phase, StepRecord
+from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.step import Batch, StepResult, evaluate, forward_backward
-from qlora_phi3.training.callbacks import GradientGuard, SpillWatch, check_loss
-from qlora_phi3.training.checkpoint import is_complete, removed_on_error, write_manifest
-from qlora_phi3.training.oom import MemoryGuard, Phase
+from qlora_phi3.training.callbacks import GradientGuard, MetricsWriter, SpillWatch, check_loss
+from qlora_phi3.training.checkpoint import is_complete, write_manifest
+from qlora_phi3.training.oom import MemoryGuard
+from qlora_phi3.training.prepare import RunContext
 from qlora_phi3.training.report import peak_memory_bytes
+
+
+def build_trainer(context: RunContext, execution: ExecutionPlan, model: PeftModel, folder: RunFolder) -> "Phi3Trainer":
+    """Apply an execution plan to the model, and build the Trainer of a run.
+
+    Args:
+        execution: of this session, lowered by the out-of-memory errors of earlier ones.
+        folder: gets checkpoints, and a record of each step in metrics.jsonl.
+    """
+    training = context.recipe.training
+    apply_execution_plan(model, execution)
+    arguments = build_arguments(
+        training,
+        folder.checkpoints,
+        device=context.device,
+        compute_dtype=context.precision.compute_dtype,
+        optim=execution.optim,
+        evaluates=context.data.evaluation is not None,
+    )
+    context.reporter.info(f"Optimizer: {execution.optim}, {training.batch_size} rows a step")
+    return Phi3Trainer(model, arguments, context, execution, MetricsWriter(context.reporter, folder))
+
+
+#: Keys of [training] that TrainingArguments has under the same name and with the same meaning.
+SAME_ARGUMENTS = (
+    "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "weight_decay", "max_grad_norm", "seed", "data_seed", "eval_steps", "save_strategy", "save_steps",
+    "save_total_limit", "load_best_model_at_end", "log_level", "report_to",
+)  # fmt: skip
+
+
+def build_arguments(
+    training: Training,
+    checkpoints: Path,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    optim: str,
+    evaluates: bool,
+) -> SFTConfig:
+    """Translate [training] into TRL's SFTConfig; what `step.py` and the model do themselves is off.
+
+    Args:
+        checkpoints: directory for the checkpoints.
+        optim: transformers' name of the optimizer.
+        evaluates: whether there are held-out rows.
+    """
+    logging.getLogger("transformers.trainer_utils").addFilter(is_not_share_warning)
+    arguments = SFTConfig(
+        **{name: getattr(training, name) for name in SAME_ARGUMENTS},
+        output_dir=str(checkpoints),
+        # One batch of the Trainer is one optimizer step; step.py splits it into micro-batches.
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        gradient_accumulation_steps=1,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        max_length=None,
+        gradient_checkpointing=False,  # model.set_checkpointing: the Trainer's way makes the embedding need gradients
+        use_cpu=device.type == "cpu",
+        bf16=False,  # step.py runs autocast; fp16 stays with the Trainer for its GradScaler
+        fp16=compute_dtype == torch.float16,
+        lr_scheduler_kwargs=training.lr_scheduler_kwargs or None,
+        optim=optim,
+        eval_strategy=training.eval_strategy if evaluates else "no",
+        metric_for_best_model="eval_loss",
+        logging_steps=1,  # every step is measured; [training] logging_steps decides which are shown
+        logging_nan_inf_filter=False,  # it replaces a loss that is not finite by an average
+        disable_tqdm=True,
+    )
+    # The model is on one GPU: with more visible the Trainer would wrap it in DataParallel, and TRL 1.16 raises.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+def is_not_share_warning(record: logging.LogRecord) -> bool:
+    """Log filter: False for the warning that 0.2 of all steps differs from the 5 steps that it became.
+
+    transformers 5.23 logs it at every resumed run whose eval_steps or save_steps is a share. To be removed when it compares
+    them after `compute_steps`.
+    """
+    message = record.getMessage()
+    values = re.findall(r"\n\t\w+: (\S+) \(from args\)", message) if "`trainer_state.json`" in message else []
+    return not values or any(float(value) >= 1 for value in values)
 
 
 @dataclass(frozen=True, slots=True)
 class RowBatch:
-    """The rows of one optimizer batch, as the data set holds them; a class of our own, which nobody moves to a device."""
+    """The rows of one optimizer batch, as the data set holds them. The Trainer moves no such object to a device."""
 
-    rows: tuple[Mapping[str, Any], ...]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-def gather_rows(rows: Sequence[Mapping[str, Any]]) -> RowBatch:
-    """What the DataLoader makes of a batch."""
-    return RowBatch(tuple(rows))
+    rows: Sequence[Mapping[str, Any]]
 
 
 class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
-    """Trains on `RowBatch`: one training step of the Trainer is one optimizer step, whatever the micro-batches.
+    """Trains on `RowBatch`: one training step of the Trainer is one optimizer step, with any number of micro-batches.
 
     Args:
         args: with the rows of an optimizer step as per_device_train_batch_size and no accumulation.
-        setup: how batches are laid out in tensors, until memory runs out.
-        compute_dtype: of the matmuls; the adapter stays in fp32.
-        sources: names of the data's sources, for messages on a row.
+        execution: the plan that batches are collated by, until memory runs out.
+        reporter: gets a record of each step, evaluation and out-of-memory error.
     """
 
     def __init__(
-        self,
-        model: PeftModel,
-        args: SFTConfig,
-        *,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None,
-        tokenizer: PreTrainedTokenizerBase,
-        execution: ExecutionPlan,
-        compute_dtype: torch.dtype,
-        reporter: Reporter,
-        sources: Sequence[str],
+        self, model: PeftModel, args: SFTConfig, context: RunContext, execution: ExecutionPlan, reporter: MetricsWriter
     ) -> None:
         self.control: TrainerControl
-        self.compute_dtype = compute_dtype
+        self.optimizer: torch.optim.Optimizer | None
+        self.training = context.recipe.training
+        self.compute_dtype = context.precision.compute_dtype
         self.reporter = reporter
         self.guard = MemoryGuard(
             model,
             execution=execution,
             device=args.device,
             reporter=reporter,
-            sources=sources,
+            sources=context.data.report.sources,
             apply=partial(apply_execution_plan, model),
         )
-        self._spill = SpillWatch()
+        self._spill_watch = SpillWatch()
         self._num_recovered = 0  # out-of-memory errors, up to the last step
         self._last: tuple[Batch, float, float] | None = None  # batch, its loss, its token accuracy
         self._step_started = time.perf_counter()
-        base = model.get_base_model()
-        with _undo_trl_changes(model, base):
+        with _undo_trl_changes(model):
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=gather_rows,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=tokenizer,
-                callbacks=[_Announce(reporter), GradientGuard(scaled=args.fp16)],
+                data_collator=RowBatch,
+                train_dataset=context.data.train,
+                eval_dataset=context.data.evaluation,
+                processing_class=context.tokenizer,
+                callbacks=[reporter, GradientGuard(scaled=args.fp16)],
             )
-        # A tokenizer re-saved beside an adapter gives other ids in transformers 5; the run copies the base's own files.
+        # A tokenizer re-saved with an adapter gives other ids in transformers 5; the run copies the base's own files.
         self.processing_class = None
         self.remove_callback(PrinterCallback)
         if self.accelerator.scaler is not None:
-            # It makes its two tensors at its first use; memory that ran out between them would leave it broken.
+            # The scaler creates its two tensors at its first use; an out-of-memory error between them would break it.
             self.accelerator.scaler.scale(torch.zeros((), device=args.device))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the optimizer, by the function that the memory simulation calls too."""
+        if self.optimizer is None:
+            is_cuda = self.args.device.type == "cuda"
+            self.optimizer = build_optimizer(self.args.optim, model or self.model, self.training, is_cuda=is_cuda)
+        return self.optimizer
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[RowBatch], num_batches: int, device: torch.device
@@ -123,22 +192,29 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         return list(islice(epoch_iterator, num_batches)), None
 
     def training_step(self, model: nn.Module, inputs: RowBatch, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of all micro-batches, until memory suffices; returns the loss of the batch.
+        """Forward and backward of all micro-batches, until memory suffices.
+
+        Args:
+            model: as the Trainer wrapped it.
+            inputs: the rows of the optimizer batch.
+
+        Returns:
+            The mean loss over the supervised tokens of the batch, fp32 scalar.
 
         Raises:
-            RunError: one row alone does not fit; everything up to the step before is saved.
+            RunError: one row alone does not fit; a checkpoint of the step before is saved.
+            DivergedError: the loss is not finite.
         """
         self._step_started = time.perf_counter()
         step = self.state.global_step + 1
-        with self._saved_if_stopped():
-            batch, result = self._train_on(inputs.rows, step)
+        batch, result = self._compute(model, inputs.rows, "training", step)
         loss = float(result.loss)
         check_loss(loss, step)
         self._last = batch, loss, float(result.num_correct) / max(1, batch.num_supervised)
         return result.loss
 
     def run_heaviest(self, phase: Phase) -> None:
-        """Pass over the longest rows that can meet in one batch; gradients stay, nothing is recorded.
+        """Run a pass over the longest rows that can meet in one batch; gradients stay, nothing is recorded.
 
         Raises:
             RunError: one row alone does not fit.
@@ -147,67 +223,63 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         lengths = numpy.asarray(dataset.with_format("numpy")["length"])
         longest = numpy.argsort(-lengths, kind="stable")[: self.args.per_device_train_batch_size]
         rows = [dataset[int(number)] for number in longest]
-        _ = self._train_on(rows, 0) if phase == "training" else self._measure_on(rows, 0)
+        self._compute(self.model, rows, phase, 0)
 
-    def _train_on(self, rows: Sequence[Mapping[str, Any]], step: int) -> tuple[Batch, StepResult]:
-        self.model.train()
+    def _compute(
+        self, model: nn.Module, rows: Sequence[Mapping[str, Any]], phase: Phase, step: int
+    ) -> tuple[Batch, StepResult]:
+        """Forward, and in training backward, of all micro-batches, until memory suffices.
+
+        Raises:
+            RunError: one row alone does not fit; a checkpoint of the last complete step is saved.
+        """
 
         def run_pass(batch: Batch) -> StepResult:
-            return forward_backward(
-                self.model, batch, compute_dtype=self.compute_dtype, backward=self.accelerator.backward
-            )
-
-        return self.guard.compute(rows, run_pass, phase="training", step=step)
-
-    def _measure_on(self, rows: Sequence[Mapping[str, Any]], step: int) -> tuple[Batch, StepResult]:
-        def run_pass(batch: Batch) -> StepResult:
-            [(_, result)] = evaluate(self.model, [batch], compute_dtype=self.compute_dtype)
+            if phase == "training":
+                backward = self.accelerator.backward
+                return forward_backward(model, batch, compute_dtype=self.compute_dtype, backward=backward)
+            [(_, result)] = evaluate(model, [batch], compute_dtype=self.compute_dtype)
             return result
 
-        return self.guard.compute(rows, run_pass, phase="evaluation", step=step)
-
-    @contextmanager
-    def _saved_if_stopped(self) -> Iterator[None]:
-        """Write a checkpoint of the last whole step, unless there is one, when a row is too long for the memory."""
+        if phase == "training":
+            model.train()
         try:
-            yield
+            return self.guard.compute(rows, run_pass, phase=phase, step=step)
         except RunError:
-            if self.state.global_step > 0 and not is_complete(self._checkpoint_path()):
+            if self.state.global_step > 0:
                 self._save_checkpoint(self.model, None)
             raise
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Pass an optimizer step on to the listener, with what only the Trainer knows of it."""
+        """Report an optimizer step, with the learning rate and the gradient norm that only the Trainer knows."""
         if self._last is not None and "grad_norm" in logs:
             batch, loss, accuracy = self._last
             self._last = None
             seconds = time.perf_counter() - self._step_started
             logs["loss"] = loss
-            record = StepRecord(
-                step=self.state.global_step,
-                epoch=round(self.state.epoch or 0.0, 4),
-                loss=loss,
-                token_accuracy=accuracy,
-                learning_rate=logs["learning_rate"],
-                grad_norm=logs["grad_norm"],
-                rows=batch.num_rows,
-                tokens=batch.num_tokens,
-                supervised_tokens=batch.num_supervised,
-                step_seconds=seconds,
-                tokens_per_second=batch.num_tokens / seconds,
-                peak_memory_bytes=peak_memory_bytes(self.args.device),
+            self.reporter.step(
+                StepRecord(
+                    step=self.state.global_step,
+                    epoch=round(self.state.epoch or 0.0, 4),
+                    loss=loss,
+                    token_accuracy=accuracy,
+                    learning_rate=logs["learning_rate"],
+                    grad_norm=logs["grad_norm"],
+                    rows=batch.num_rows,
+                    tokens=batch.num_tokens,
+                    supervised_tokens=batch.num_supervised,
+                    step_seconds=seconds,
+                    tokens_per_second=batch.num_tokens / seconds,
+                    peak_memory_bytes=peak_memory_bytes(self.args.device),
+                )
             )
-            self.reporter.step(record)
-            self._watch(record)
+            # A step that was computed several times is no measure of the GPU's speed.
+            if self.args.device.type == "cuda" and self._num_recovered == self.guard.num_recovered:
+                line = self._spill_watch.observe(batch.num_tokens, seconds)
+                if line is not None:
+                    self.reporter.warning(line)
+            self._num_recovered = self.guard.num_recovered
         super().log(logs, start_time)
-
-    def _watch(self, record: StepRecord) -> None:
-        """Warn of a card that spills; steps that were computed several times are no measure."""
-        if self.args.device.type == "cuda" and self._num_recovered == self.guard.num_recovered:
-            line = self._spill.look(record.tokens, record.step_seconds)
-            if line is not None:
-                self.reporter.warning(line)
-        self._num_recovered = self.guard.num_recovered
 
     def evaluate(
         self,
@@ -215,14 +287,13 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         ignore_keys: Sequence[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Mean loss over the supervised tokens of all held-out rows, each token counting the same."""
+        """Mean loss over the supervised tokens of all held-out rows, with equal weight for each token."""
         started = time.perf_counter()
         step = self.state.global_step
         loader = self.get_eval_dataloader(eval_dataset)
         total_loss = correct = tokens = 0.0
         for done, inputs in enumerate(loader, start=1):
-            with self._saved_if_stopped():
-                batch, result = self._measure_on(inputs.rows, step)
+            batch, result = self._compute(self.model, inputs.rows, "evaluation", step)
             total_loss += float(result.loss) * batch.num_supervised
             correct += float(result.num_correct)
             tokens += batch.num_supervised
@@ -236,13 +307,13 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         return metrics
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader[RowBatch]:
-        """The held-out rows in their own order, as many at a time as an optimizer step takes."""
+        """The held-out rows in their own order, as many at a time as an optimizer step has."""
         rows: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         return DataLoader(
             rows,
             batch_size=self.args.per_device_eval_batch_size,
             sampler=SequentialSampler(rows),
-            collate_fn=gather_rows,
+            collate_fn=RowBatch,
             generator=torch.Generator(),  # else it draws from the generator that dropout draws from
         )
 
@@ -250,40 +321,34 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         """Not counted: the Trainer would look for tensors in the batch."""
         return 0
 
-    def _checkpoint_path(self) -> Path:
-        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the checkpoint, seal it, and only then let older ones go."""
-        target = self._checkpoint_path()
+        """Write the checkpoint of this step and its manifest unless it is there, and only then remove older checkpoints.
+
+        Raises:
+            RunError: the disk is full or refuses; the new checkpoint is removed.
+        """
+        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if is_complete(target):
+            return
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with removed_on_error(target):
+            with disk_errors(target, hint="{cause}, then go on with --resume; earlier checkpoints remain."):
                 super()._save_checkpoint(model, trial)
                 write_manifest(target)
+        except RunError:
+            remove(target)
+            raise
         finally:
             self.args.save_total_limit = limit
         rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
         self.reporter.checkpoint_saved(target)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Left to the export: a checkpoint is no model to publish."""
-
-
-class _Announce(TrainerCallback):  # type: ignore[misc]
-    """Tells the listener where training begins and ends, which the Trainer knows first."""
-
-    def __init__(self, reporter: Reporter) -> None:
-        self.reporter = reporter
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.reporter.begin(state.global_step, state.max_steps)
+        """Nothing: the export writes a model card, a checkpoint needs none."""
 
 
 @contextmanager
-def _undo_trl_changes(model: PeftModel, base: nn.Module) -> Iterator[None]:
+def _undo_trl_changes(model: PeftModel) -> Iterator[None]:
     """Undo what TRL 1.16's constructor does to a 4-bit model.
 
     It casts every trainable tensor to bf16, whose step is coarser than most updates, and replaces the forward by its own
@@ -291,75 +356,7 @@ def _undo_trl_changes(model: PeftModel, base: nn.Module) -> Iterator[None]:
     """
     tensors = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
     yield
-    base.__dict__.pop("forward", None)
+    model.get_base_model().__dict__.pop("forward", None)
     for name, parameter in model.named_parameters():
         if name in tensors:
             parameter.data = tensors[name]
-
-
-def build_arguments(
-    training: Training,
-    checkpoints: Path,
-    *,
-    device: torch.device,
-    compute_dtype: torch.dtype,
-    optim: str,
-    evaluates: bool,
-) -> SFTConfig:
-    """Translate; what `step.py` and `model.py` do themselves is switched off here.
-
-    Args:
-        evaluates: whether there are held-out rows to measure on.
-    """
-    logging.getLogger("transformers.trainer_utils").addFilter(_tells_more_than_shares)
-    return SFTConfig(
-        output_dir=str(checkpoints),
-        # One batch of the Trainer is one optimizer step; step.py splits it into micro-batches.
-        per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=training.batch_size,
-        gradient_accumulation_steps=1,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-        max_length=None,
-        gradient_checkpointing=False,  # model.set_checkpointing: the Trainer's way makes the embedding need gradients
-        use_cpu=device.type == "cpu",
-        bf16=False,  # step.py runs autocast; fp16 stays with the Trainer for its GradScaler
-        fp16=compute_dtype == torch.float16,
-        num_train_epochs=training.num_train_epochs,
-        max_steps=training.max_steps,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=training.lr_scheduler_type,
-        lr_scheduler_kwargs=training.lr_scheduler_kwargs or None,
-        warmup_steps=training.warmup_steps,
-        optim=optim,
-        adam_beta1=training.adam_beta1,
-        adam_beta2=training.adam_beta2,
-        adam_epsilon=training.adam_epsilon,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        seed=training.seed,
-        data_seed=training.data_seed,
-        eval_strategy=training.eval_strategy if evaluates else "no",
-        eval_steps=training.eval_steps,
-        save_strategy=training.save_strategy,
-        save_steps=training.save_steps,
-        save_total_limit=training.save_total_limit,
-        load_best_model_at_end=training.load_best_model_at_end,
-        metric_for_best_model="eval_loss",
-        logging_steps=1,  # every step is measured; [training] logging_steps decides which are shown
-        logging_nan_inf_filter=False,  # it hides a loss that is no number behind an average
-        log_level=training.log_level,
-        disable_tqdm=True,
-        report_to=training.report_to,
-    )
-
-
-def _tells_more_than_shares(record: logging.LogRecord) -> bool:
-    """Whether a log line is other than the warning that 0.2 of all steps is not the 5 steps which that came to.
-
-    transformers 5.23 says so at every resumed run whose eval_steps or save_steps is a share. To be removed when it compares
-    them after `compute_steps`.
-    """
-    told = record.getMessage()
-    values = re.findall(r"\n\t\w+: (\S+) \(from args\)", told) if "`trainer_state.json`" in told else []
-    return not values or any(float(value) >= 1 for value in values)

@@ -1,4 +1,4 @@
-"""What a person can get wrong: one clear line, exit code 2, no traceback, nothing written."""
+"""What a person can get wrong: one line on stderr, exit code 2, no traceback, nothing written."""
 
 import errno
 import json
@@ -86,58 +86,50 @@ def a_file_for_the_recipe_name(shop):
     return {}
 
 
-#: What is wrong -> (how it is made, as tables of the recipe; what the line must say).
+#: What is wrong -> (how it is made, as tables of the recipe; the places and values that the line must name).
 CASES = {
-    "unknown key": (lambda shop: {"lora": {"rnk": 4}}, ["mine.toml", "[lora] has no key 'rnk'", "Did you mean 'r'?"]),
-    "wrong type": (lambda shop: {"training": {"learning_rate": "2e-4"}}, ["mine.toml", "[training] learning_rate", "must be"]),
-    "missing data file": (lambda shop: {"data": {"train": "nowhere.jsonl"}}, ["nowhere.jsonl", "[data]"]),
-    "missing evaluation file": (lambda shop: {"data": {"eval": "nowhere.jsonl"}}, ["nowhere.jsonl", "[data]"]),
-    "empty data file": (lambda shop: write_rows(shop, ""), ["rows.jsonl", "is empty"]),
-    "bad JSON line": (lambda shop: write_rows(shop, CHAT, CHAT, '{"messages": [}'), ["rows.jsonl:3", "not valid JSON"]),
-    "rows of mixed shape": (lambda shop: write_rows(shop, CHAT, ALPACA), ["rows.jsonl:2", "alpaca", "rows.jsonl:1", "messages"]),
+    "unknown key": (lambda shop: {"lora": {"rnk": 4}}, ["mine.toml", "rnk"]),
+    "wrong type": (lambda shop: {"training": {"learning_rate": "2e-4"}}, ["mine.toml", "learning_rate"]),
+    "missing data file": (lambda shop: {"data": {"train": "nowhere.jsonl"}}, ["nowhere.jsonl"]),
+    "missing evaluation file": (lambda shop: {"data": {"eval": "nowhere.jsonl"}}, ["nowhere.jsonl"]),
+    "empty data file": (lambda shop: write_rows(shop, ""), ["rows.jsonl"]),
+    "bad JSON line": (lambda shop: write_rows(shop, CHAT, CHAT, '{"messages": [}'), ["rows.jsonl:3"]),
+    "rows of mixed shape": (lambda shop: write_rows(shop, CHAT, ALPACA), ["rows.jsonl:2", "rows.jsonl:1"]),
     "unknown role": (
         lambda shop: write_rows(shop, CHAT, {"messages": [{"role": "wizard", "content": "a"}, *CHAT["messages"]]}),
         ["rows.jsonl:2", "wizard"],
     ),
     "no supervised token": (
-        lambda shop: write_rows(shop, {"messages": CHAT["messages"][:1]}, {"messages": CHAT["messages"][:1]}),
-        ["None of the 2 rows", "no assistant turn"],
+        lambda shop: write_rows(shop, {"messages": CHAT["messages"][:1]}, {"messages": CHAT["messages"][:1]}), ["2 rows"],
     ),
-    "everything cut off": (
-        lambda shop: write_rows(shop, {"instruction": "word " * 300, "output": "b"}), ["Raise [training] max_length, now 128"],
-    ),
-    "nothing left to train on": (lambda shop: {"data": {"eval_size": 48}}, ["eval_size", "48 of 48", "none is left"]),
-    "no such template": (lambda shop: {"data": {"chat_template": "chatml"}}, ["chat_template", "chatml", "phi3"]),
-    "no such model folder": (lambda shop: {"model": {"name": "./nowhere"}}, ["There is no model folder ./nowhere"]),
-    "hub out of reach": (lambda shop: {"model": {"name": "owner/nowhere"}}, ["owner/nowhere", "hub"]),
-    "no config": (lambda shop: without(shop, "config.json"), ["copy has no config.json"]),
-    "config that is no JSON": (config_that_is_no_json, ["config.json is not JSON", "line 1"]),
-    "config without a value": (lambda shop: spoil_config(shop, hidden_size=None), ["config.json", "copy", "hidden_size"]),
-    "not phi3": (lambda shop: spoil_config(shop, model_type="llama"), ["'llama', not phi3", "Phi-3-mini"]),
-    "no tokenizer": (lambda shop: without(shop, "tokenizer.json"), ["tokenizer", "copy"]),
-    "weights cut short": (weights_cut_short, ["weights of", "copy", "Download the checkpoint again"]),
-    "weights missing a tensor": (weights_missing_a_tensor, ["incomplete", "model.layers.1.mlp.down_proj.weight"]),
+    "everything cut off": (lambda shop: write_rows(shop, {"instruction": "word " * 300, "output": "b"}), ["128"]),
+    "nothing left to train on": (lambda shop: {"data": {"eval_size": 48}}, ["48"]),
+    "no such template": (lambda shop: {"data": {"chat_template": "chatml"}}, ["chatml"]),
+    "no such model directory": (lambda shop: {"model": {"name": "./nowhere"}}, ["./nowhere"]),
+    "hub out of reach": (lambda shop: {"model": {"name": "owner/nowhere"}}, ["owner/nowhere"]),
+    "no config": (lambda shop: without(shop, "config.json"), ["copy", "config.json"]),
+    "config that is no JSON": (config_that_is_no_json, ["config.json"]),
+    "config without a value": (lambda shop: spoil_config(shop, hidden_size=None), ["copy", "hidden_size"]),
+    "not phi3": (lambda shop: spoil_config(shop, model_type="llama"), ["llama"]),
+    "no tokenizer": (lambda shop: without(shop, "tokenizer.json"), ["copy"]),
+    "weights cut short": (weights_cut_short, ["copy"]),
+    "weights missing a tensor": (weights_missing_a_tensor, ["model.layers.1.mlp.down_proj.weight"]),
     "a shard missing": (one_shard_missing, ["copy", "model-0000"]),
-    "only a pickle": (only_a_pickle, ["only as a pickle (pytorch_model.bin)"]),
-    "no weights": (lambda shop: without(shop, "model.safetensors"), ["weights of", "copy"]),
-    "weights of another shape": (lambda shop: spoil_config(shop, intermediate_size=512), ["copy", "of another shape"]),
-    "Llama's layer names": (
-        lambda shop: {"lora": {"target_modules": ["q_proj", "o_proj"]}},
-        ["'q_proj' matches no layer", "down_proj, gate_up_proj, o_proj, qkv_proj", "all-linear"],
-    ),
-    "a pattern that matches nothing": (lambda shop: {"lora": {"target_modules": ".*q_proj"}}, ["target_modules", "q_proj"]),
-    "the output head as a target": (lambda shop: {"lora": {"target_modules": ["lm_head"]}}, ["lm_head", "modules_to_save"]),
+    "only a pickle": (only_a_pickle, ["pytorch_model.bin"]),
+    "no weights": (lambda shop: without(shop, "model.safetensors"), ["copy"]),
+    "weights of another shape": (lambda shop: spoil_config(shop, intermediate_size=512), ["copy"]),
+    "Llama's layer names": (lambda shop: {"lora": {"target_modules": ["q_proj", "o_proj"]}}, ["q_proj", "qkv_proj"]),
+    "a pattern that matches nothing": (lambda shop: {"lora": {"target_modules": ".*q_proj"}}, ["q_proj"]),
+    "the output head as a target": (lambda shop: {"lora": {"target_modules": ["lm_head"]}}, ["lm_head"]),
     "everything excluded": (lambda shop: {"lora": {"exclude_modules": ".*"}}, ["exclude_modules"]),
-    "a module to save that is not there": (lambda shop: {"lora": {"modules_to_save": ["nose"]}}, ["modules_to_save", "nose"]),
+    "a module to save that is not there": (lambda shop: {"lora": {"modules_to_save": ["nose"]}}, ["nose"]),
     "a layer that is not there": (lambda shop: {"lora": {"layers_to_transform": [7]}}, ["layers_to_transform", "7"]),
-    "a rank pattern that matches nothing": (lambda shop: {"lora": {"rank_pattern": {"nose": 4}}}, ["rank_pattern", "nose"]),
-    "longer rows than positions": (lambda shop: {"training": {"max_length": 513}}, ["max_length = 513", "512 positions"]),
-    "a tracker that is not installed": (lambda shop: {"training": {"report_to": "neptune"}}, ["neptune", "not installed"]),
-    "a scheduler's unknown setting": (
-        lambda shop: {"training": {"lr_scheduler_kwargs": {"nose": 1}}}, ["lr_scheduler_kwargs", "nose"],
-    ),
-    "output folder is a file": (a_folder_in_the_way, ["taken"]),
-    "the recipe's folder is a file": (a_file_for_the_recipe_name, ["runs/mine"]),
+    "a rank pattern that matches nothing": (lambda shop: {"lora": {"rank_pattern": {"nose": 4}}}, ["nose"]),
+    "longer rows than positions": (lambda shop: {"training": {"max_length": 513}}, ["513", "512"]),
+    "a tracker that is not installed": (lambda shop: {"training": {"report_to": "neptune"}}, ["neptune"]),
+    "a scheduler's unknown setting": (lambda shop: {"training": {"lr_scheduler_kwargs": {"nose": 1}}}, ["nose"]),
+    "output directory is a file": (a_folder_in_the_way, ["taken"]),
+    "the recipe's directory is a file": (a_file_for_the_recipe_name, ["runs/mine"]),
 }  # fmt: skip
 
 
@@ -146,8 +138,8 @@ def snapshot(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def told(result, *words):
-    """The one line on stderr, which says all of these; exit code 2."""
+def refused(result, *words):
+    """The one line on stderr, which holds all of these; exit code 2."""
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
     (line,) = result.stderr.splitlines()
@@ -158,36 +150,35 @@ def told(result, *words):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_told_in_one_line_and_nothing_is_written(shop, case):
+def test_it_is_refused_in_one_line_and_nothing_is_written(shop, case):
     make, words = CASES[case]
     shop.default_tables()
     shop.write(**make(shop))
     before = snapshot(shop.path)
-    assert told(shop.run(), *words)
+    assert refused(shop.run(), *words)
     assert snapshot(shop.path) == before
-    assert shop.runs() == [] or case == "the recipe's folder is a file"
+    assert shop.runs() == [] or case == "the recipe's directory is a file"
 
 
 def test_a_recipe_that_is_not_toml(shop):
     shop.write("[model\nname = 1")
-    assert told(shop.run(), "mine.toml is not TOML", "line 1")
+    assert refused(shop.run(), "mine.toml", "line 1")
 
 
 def test_every_problem_of_a_recipe_is_listed_at_once(shop):
     shop.write(lora={"rnk": 4}, training={"batch_size": "many", "warmup_ratio": 0.1})
     result = shop.run()
     assert result.exit_code == 2
-    assert result.stderr.splitlines()[0] == "Error: mine.toml has 3 problems:"
     assert len(result.stderr.splitlines()) == 4
 
 
 def test_debug_shows_the_traceback(shop):
     shop.write(lora={"rnk": 4})
-    program = shutil.which("qlora-phi3", path=Path(sys.executable).parent)
-    ended = subprocess.run([program, "run", "mine.toml", "--debug"], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "qlora_phi3", "run", "mine.toml", "--debug"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode != 0
     assert "Traceback" in ended.stderr
-    assert "RecipeError: mine.toml: [lora] has no key 'rnk'" in ended.stderr
+    assert "RecipeError: mine.toml: " in ended.stderr
 
 
 def test_an_output_folder_that_is_not_writable(shop, monkeypatch):
@@ -201,7 +192,7 @@ def test_an_output_folder_that_is_not_writable(shop, monkeypatch):
 
     shop.write()
     monkeypatch.setattr(Path, "mkdir", refuse)
-    assert told(shop.run(), "runs/mine", "Permission denied", "output_dir")
+    assert refused(shop.run(), "runs/mine", "Permission denied")
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -222,13 +213,13 @@ def fail_at(place, function, error):
 
 @pytest.mark.parametrize(
     ("error", "words"),
-    [(FULL, "No space left on device"), (FULL_TO_TORCH, "as a full one does")],
+    [(FULL, "No space left on device"), (FULL_TO_TORCH, "fewer bytes")],
     ids=["OSError", "RuntimeError"],
 )
 def test_a_full_disk_at_a_checkpoint_ends_the_run_and_leaves_the_earlier_ones(shop, monkeypatch, error, words):
     shop.write()
     monkeypatch.setattr(torch, "save", fail_at("checkpoint-6", torch.save, error))
-    assert told(shop.run(), "checkpoint-6 cannot be written", words, "--resume")
+    assert refused(shop.run(), "checkpoint-6", words)
     (folder,) = shop.runs()
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-4"]
     assert not (folder / "adapter").exists()
@@ -246,7 +237,7 @@ def test_a_full_disk_at_the_adapter_keeps_the_checkpoints_and_resuming_writes_it
     shop.write(training={"save_steps": 10})
     writer = fail_at(".adapter.partial", peft.peft_model.safe_save_file, FULL)
     monkeypatch.setattr(peft.peft_model, "safe_save_file", writer)
-    assert told(shop.run(), "adapter", "No space left on device", "--resume")
+    assert refused(shop.run(), "adapter", "No space left on device")
     (folder,) = shop.runs()
     assert sorted(path.name for path in folder.iterdir()) == [
         "base.json",
@@ -266,20 +257,21 @@ def test_a_full_disk_at_the_adapter_keeps_the_checkpoints_and_resuming_writes_it
 
 
 def test_a_full_disk_at_the_metrics_ends_in_one_line(shop, monkeypatch):
-    import qlora_phi3.reporter as reporter
-    from qlora_phi3.errors import RunError
+    opened = Path.open
 
-    def full(folder, record):
-        raise RunError(f"{folder.metrics} cannot be written: {FULL.strerror}.", "Free the disk.")
+    def full(path, mode="r", *args, **kwargs):
+        if mode == "a":
+            raise FULL
+        return opened(path, mode, *args, **kwargs)
 
     shop.write()
-    monkeypatch.setattr(reporter, "append_metrics", full)
-    assert told(shop.run(), "metrics.jsonl cannot be written: No space left on device")
+    monkeypatch.setattr(Path, "open", full)
+    assert refused(shop.run(), "metrics.jsonl", "No space left on device")
     assert read_json(shop.runs()[0] / "report.json")["status"] == "failed"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
-def test_a_true_limit_on_file_size_is_told_in_one_line(shop):
+def test_a_true_limit_on_file_size_is_reported_in_one_line(shop):
     """As a full disk: the operating system itself refuses the write (EFBIG), in a process of its own."""
     shop.write(lora={"r": 64})
     write_chats(shop.path / "chats.jsonl", rows=48)
@@ -294,7 +286,7 @@ def test_a_true_limit_on_file_size_is_told_in_one_line(shop):
     assert ended.returncode == 2, ended.stderr
     (line,) = ended.stderr.splitlines()
     assert line.startswith("Error: ")
-    assert "checkpoint-2 cannot be written" in line
+    assert "checkpoint-2" in line
     assert "ulimit -f" in line or "Free the disk" in line  # safetensors passes the reason on as text alone
     (folder,) = shop.runs()
     assert list((folder / "checkpoints").iterdir()) == []
@@ -303,22 +295,22 @@ def test_a_true_limit_on_file_size_is_told_in_one_line(shop):
 
 def test_recipe_check_refuses_in_the_same_words(shop):
     shop.write(lora={"rnk": 4})
-    assert told(call("recipe", "check", "mine.toml"), "[lora] has no key 'rnk'")
+    assert refused(call("recipe", "check", "mine.toml")) == refused(shop.run())
 
 
-def test_recipe_check_tells_of_missing_files_and_otherwise_that_all_is_fine(shop):
+def test_recipe_check_names_missing_files_and_otherwise_prints_the_recipe(shop):
     shop.write(data={"train": "nowhere.jsonl"}, model={"name": "./nowhere"})
     result = call("recipe", "check", "mine.toml")
     assert (result.exit_code, len(result.stderr.splitlines())) == (2, 3)
-    assert "There is no model folder ./nowhere" in result.stderr
-    assert "There is no file nowhere.jsonl" in result.stderr
+    assert "./nowhere" in result.stderr
+    assert "nowhere.jsonl" in result.stderr
     shop.write()
     result = call("recipe", "check", "mine.toml")
-    assert (result.exit_code, result.stderr) == (0, "mine.toml is fine.\n")
+    assert (result.exit_code, len(result.stderr.splitlines())) == (0, 1)
     assert tomllib.loads(result.stdout)["lora"]["r"] == 4
 
 
-def test_missing_files_are_told_before_torch_is_imported(shop):
+def test_missing_files_are_reported_before_torch_is_imported(shop):
     shop.write(data={"train": "nowhere.jsonl"})
     code = (
         "import sys; from qlora_phi3.cli.main import main\n"
@@ -327,7 +319,34 @@ def test_missing_files_are_told_before_torch_is_imported(shop):
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout == "set()\n"
-    assert "There is no file nowhere.jsonl" in ended.stderr
+    assert "nowhere.jsonl" in ended.stderr
+
+
+def test_one_of_several_processes_is_refused_before_anything_is_read(shop, monkeypatch):
+    """Under torchrun each process would train its own model into its own run directory."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = snapshot(shop.path)
+    assert refused(shop.run(recipe="no-such-recipe.toml"), "WORLD_SIZE=2")
+    assert snapshot(shop.path) == before
+
+
+def test_a_single_process_of_a_launcher_is_not_refused(shop, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "WORLD_SIZE" not in refused(shop.run(recipe="no-such-recipe.toml"), "no-such-recipe.toml")
+
+
+def test_the_gpu_is_chosen_and_the_others_hidden_before_torch_is_imported(shop):
+    shop.write(memory={"gpu": 1})
+    code = (
+        "import sys; from qlora_phi3.cli.main import main; from qlora_phi3.errors import DeviceError\n"
+        "from qlora_phi3.hardware import gpu\n"
+        "def hide(chosen): print(chosen, {'torch', 'transformers'} & sys.modules.keys()); raise DeviceError('stop')\n"
+        "gpu.choose_gpu, gpu.hide_other_gpus = (lambda wanted: f'chosen {wanted}'), hide\n"
+        "main(['run', 'mine.toml'])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (2, "chosen 1 set()\n")
+    assert shop.runs() == []
 
 
 def test_run_without_a_recipe_says_that_it_is_missing(shop):
@@ -338,9 +357,9 @@ def test_run_without_a_recipe_says_that_it_is_missing(shop):
 
 def test_data_given_as_the_recipe(shop):
     shop.write()
-    assert told(shop.run(recipe="chats.jsonl"), "chats.jsonl is data, not a recipe", '[data] train = "chats.jsonl"')
+    assert refused(shop.run(recipe="chats.jsonl"), "chats.jsonl")
 
 
 def test_a_missing_recipe_names_the_one_beside_it(shop):
     shop.write()
-    assert told(shop.run(recipe="mime.toml"), "mime.toml: there is no such recipe", "Did you mean mine.toml?")
+    assert refused(shop.run(recipe="mime.toml"), "mime.toml", "mine.toml")

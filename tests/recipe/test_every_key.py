@@ -69,7 +69,7 @@ class Lab:
         """The model with its adapter: every trained tensor, how it is scaled, what is dropped."""
         from qlora_phi3.training.prepare import load_model, prepare
 
-        model = load_model(recipe, prepare(recipe, self.shop.path, Silent()), Silent())
+        model = load_model(prepare(recipe, self.shop.path, Silent()))
         seen = {
             name: (tuple(p.shape), p.detach().sum().item()) for name, p in model.named_parameters() if p.requires_grad
         }
@@ -87,11 +87,11 @@ class Lab:
         """The trainer of a recipe, its first batch drawn."""
         from qlora_phi3.runfolder import RunFolder
         from qlora_phi3.training.prepare import load_model, plan_run, prepare
-        from qlora_phi3.training.run import build_trainer
+        from qlora_phi3.training.trainer import build_trainer
 
         context = prepare(recipe, self.shop.path, Silent())
-        execution, model = plan_run(recipe, context, Silent()).execution, load_model(recipe, context, Silent())
-        return build_trainer(recipe, context, execution, model, RunFolder(self.shop.path / "run"), Silent())
+        execution, model = plan_run(context).execution, load_model(context)
+        return build_trainer(context, execution, model, RunFolder(self.shop.path / "run"))
 
     def recomputed(self, recipe):
         """Whether layers are computed a second time in the backward pass."""
@@ -102,15 +102,16 @@ class Lab:
         from qlora_phi3.family import read_architecture
         from qlora_phi3.training.prepare import default_execution_plan
 
-        return default_execution_plan(recipe, read_architecture(str(self.shop.base)), torch.device("cuda"))
+        architecture = read_architecture(str(self.shop.base))
+        return default_execution_plan(recipe.training, recipe.memory, architecture, torch.device("cuda"))
 
     def room(self, recipe):
         """What the run may take of a card, and whether the heaviest step is tried first."""
         from qlora_phi3.hardware.gpu import gpu_of_size
         from qlora_phi3.memory.margin import budget_of
-        from qlora_phi3.training.prepare import wants_rehearsal
+        from qlora_phi3.training.prepare import wants_dry_run
 
-        return budget_of(recipe, gpu_of_size(4 * 2**30)), wants_rehearsal(recipe, CPU)
+        return budget_of(recipe, gpu_of_size(4 * 2**30)), wants_dry_run(recipe.memory, CPU)
 
     def chosen_gpu(self, recipe):
         """The only GPU that CUDA sees on a computer with two."""
@@ -165,7 +166,7 @@ def argument(name):
     """What the Trainer reads under this name."""
 
     def see(lab, recipe):
-        from qlora_phi3.training.prepare import choose_optimizer
+        from qlora_phi3.model.optimizer import default_optimizer
         from qlora_phi3.training.trainer import build_arguments
 
         arguments = build_arguments(
@@ -173,7 +174,7 @@ def argument(name):
             Path("checkpoints"),
             device=CPU,
             compute_dtype=torch.float32,
-            optim=choose_optimizer(recipe.training, CPU),
+            optim=default_optimizer(recipe.training, is_cuda=False),
             evaluates=True,
         )
         return str(getattr(arguments, name))
@@ -311,7 +312,7 @@ def leave_adapter(shop):
     from qlora_phi3.training.prepare import load_model, prepare
 
     recipe = load_recipe(shop.write())
-    model = load_model(recipe, prepare(recipe, shop.path, Silent()), Silent())
+    model = load_model(prepare(recipe, shop.path, Silent()))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.ones_(parameter)

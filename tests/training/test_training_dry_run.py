@@ -1,19 +1,12 @@
-"""The heaviest step before the first: tried, measured, and undone to the bit."""
+"""The heaviest step before the first: run once, measured, and undone bit for bit."""
 
 import pytest
-import torch
 from out_of_memory import RunOutAt
 from workshop import Workshop, read_json, read_lines
 
 import qlora_phi3.training.run as training_run
 
 DROPOUT = {"lora": {"r": 4, "lora_dropout": 0.2}, "training": {"batch_size": 4, "max_steps": 4, "save_strategy": "no"}}
-
-
-@pytest.fixture
-def shop(tmp_path, base, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return Workshop(tmp_path, base)
 
 
 def train(shop, *, rehearsal, **tables):
@@ -31,17 +24,26 @@ def losses_of(folder):
     return [record["loss"] for record in read_lines(folder / "metrics.jsonl") if record["kind"] == "train"]
 
 
-def test_a_rehearsed_run_is_the_same_to_the_bit_with_dropout_too(shop):
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory, base):
+    """A run with dropout and a rehearsal: the workshop, what the command printed, and the run's directory."""
+    shop = Workshop(tmp_path_factory.mktemp("rehearsed"), base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(shop.path)
+        result, folder = train(shop, rehearsal=True)
+    return shop, result, folder
+
+
+def test_a_rehearsed_run_is_the_same_to_the_bit_with_dropout_too(shop, rehearsed):
     _, without = train(shop, rehearsal=False)
-    result, rehearsed = train(shop, rehearsal=True)
+    _, result, folder = rehearsed
     assert "Rehearsal: predicted" in result.stdout
-    assert adapter_of(rehearsed) == adapter_of(without)
-    assert losses_of(rehearsed) == losses_of(without)
+    assert adapter_of(folder) == adapter_of(without)
+    assert losses_of(folder) == losses_of(without)
 
 
-def test_predicted_and_measured_stand_side_by_side_in_the_report(shop):
-    _, folder = train(shop, rehearsal=True)
-    memory = read_json(folder / "report.json")["memory"]
+def test_predicted_and_measured_stand_side_by_side_in_the_report(rehearsed):
+    memory = read_json(rehearsed[2] / "report.json")["memory"]
     predicted, measured = memory["predicted"], memory["measured"]
     for category in ("4-bit weights", "adapter", "optimizer state"):
         assert predicted["categories"][category] == pytest.approx(measured["categories"][category], rel=0.01)
@@ -56,9 +58,8 @@ def test_no_rehearsal_on_the_command_line_skips_it(shop):
     assert "Rehearsal" not in result.stdout
 
 
-def test_a_rehearsal_leaves_nothing_in_the_run_folder(shop):
-    _, folder = train(shop, rehearsal=True)
-    assert not [path for path in folder.rglob("*") if "rehearsal" in path.name]
+def test_a_rehearsal_leaves_nothing_in_the_run_folder(rehearsed):
+    assert not [path for path in rehearsed[2].rglob("*") if "rehearsal" in path.name]
 
 
 def test_what_does_not_fit_is_split_before_the_first_step(shop, monkeypatch):
@@ -75,18 +76,3 @@ def test_what_does_not_fit_is_split_before_the_first_step(shop, monkeypatch):
     assert events
     assert {event["step"] for event in events} == {0}
     assert losses_of(folder) == pytest.approx(losses_of(undisturbed), rel=1e-5)
-
-
-def test_random_numbers_are_put_back(shop, monkeypatch):
-    seen = []
-    dry_run_heaviest_step = training_run.dry_run_heaviest_step
-
-    def watch(*args, **kwargs):
-        seen.append(torch.get_rng_state())
-        measured = dry_run_heaviest_step(*args, **kwargs)
-        seen.append(torch.get_rng_state())
-        return measured
-
-    monkeypatch.setattr(training_run, "dry_run_heaviest_step", watch)
-    train(shop, rehearsal=True)
-    assert torch.equal(*seen)

@@ -1,0 +1,67 @@
+"""The optimizer of a run. Training and the memory simulation both build it here, so that what is simulated is what trains."""
+
+import re
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.optim import GlobalOptimManager
+from torch import nn
+
+from qlora_phi3.recipe.schema import Training
+
+#: Parameters without weight decay, by name: Trainer.get_decay_parameter_names of transformers 5.23.
+NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+def default_optimizer(training: Training, *, is_cuda: bool) -> str:
+    """Name of the optimizer that a run uses: the recipe's, or for "auto" 8-bit AdamW on CUDA and torch's AdamW on a CPU.
+
+    Where GPU memory is tight, the execution plan takes the paged variant of the same optimizer.
+    """
+    if training.optim != "auto":
+        return training.optim
+    return "adamw_8bit" if is_cuda else "adamw_torch"
+
+
+def build_optimizer(name: str, model: nn.Module, training: Training, *, is_cuda: bool) -> torch.optim.Optimizer:
+    """Build the optimizer that transformers builds for a name, over the trainable parameters of a model.
+
+    Args:
+        name: transformers' name, one of those that `[training] optim` allows.
+        model: its parameters without gradient are left out. Two groups, with and without weight decay, as in the Trainer.
+        training: learning rate, betas, epsilon and weight decay.
+        is_cuda: take the multi-tensor path of torch's AdamW, which torch takes for CUDA tensors only. The simulation follows
+            the CUDA path on CPU tensors, so that it must be said.
+    """
+    trained = [(key, parameter) for key, parameter in model.named_parameters() if parameter.requires_grad]
+    without_decay = [bool(NO_DECAY.search(key.lower())) for key, _ in trained]
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [
+                parameter for (_, parameter), excluded in zip(trained, without_decay, strict=True) if excluded is skip
+            ],
+            "weight_decay": 0.0 if skip else training.weight_decay,
+        }
+        for skip in (False, True)
+    ]
+    betas, eps = (training.adam_beta1, training.adam_beta2), training.adam_epsilon
+    if name in ("adamw_torch", "adamw_torch_fused"):
+        fused = name == "adamw_torch_fused"
+        return torch.optim.AdamW(
+            groups, lr=training.learning_rate, betas=betas, eps=eps, fused=fused or None, foreach=is_cuda and not fused
+        )
+    bits = 8 if "8bit" in name else 32
+    optimizer: torch.optim.Optimizer = bnb.optim.AdamW(
+        groups, lr=training.learning_rate, betas=betas, eps=eps, optim_bits=bits, is_paged=name.startswith("paged")
+    )
+    if bits == 8:
+        # The Trainer keeps the state of trained embeddings in 32 bit. It says so to bitsandbytes' global manager, which holds
+        # every module for ever and applies the setting by index to optimizers that are built later; ours has its own manager.
+        manager = GlobalOptimManager.__new__(GlobalOptimManager)
+        manager.initialize()
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.weight.requires_grad:
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
+        optimizer.mng = manager  # type: ignore[attr-defined]
+    return optimizer

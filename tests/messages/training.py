@@ -1,0 +1,257 @@
+"""Messages of a run: what it refuses before its first step, what stops it, and what it writes."""
+
+import errno
+import json
+import os
+from types import SimpleNamespace
+
+import torch
+from message_table import Message
+
+from qlora_phi3.errors import RecipeError, RunError
+from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan
+from qlora_phi3.files import disk_errors
+from qlora_phi3.recipe.load import load_recipe
+from qlora_phi3.recipe.schema import Training
+from qlora_phi3.runfolder import RunFolder, create_run_folder, find_run, write_report
+from qlora_phi3.step import MicroBatchMemoryError
+from qlora_phi3.training.callbacks import DivergedError, GradientGuard, check_loss
+from qlora_phi3.training.oom import MemoryGuard
+from qlora_phi3.training.prepare import check_schedule, check_trackers
+from qlora_phi3.training.report import first_report
+from qlora_phi3.training.run import _optimizer_memory_errors, check_resumable
+
+CPU = torch.device("cpu")
+
+
+def gradient_of(value):
+    """Show the guard a first gradient of this value."""
+    layer = torch.nn.Linear(1, 1, bias=False)
+    layer.weight.grad = torch.full_like(layer.weight, value)
+    GradientGuard(scaled=False).on_pre_optimizer_step(None, SimpleNamespace(global_step=0), None, model=layer)
+
+
+def resume(shop, status="interrupted", **changes):
+    """Resume a run whose [lora] was changed."""
+    recipe = load_recipe(shop.write())
+    tables = recipe.model_dump(mode="json")
+    tables["lora"].update(changes)
+    write_report(RunFolder(shop.path), {"status": status, "recipe": tables})
+    check_resumable(RunFolder(shop.path), recipe, SimpleNamespace(warning=print))
+
+
+def resume_with_other_data(shop):
+    write_report(RunFolder(shop.path), {"data": {"sha256": "a" * 64}})
+    first_report(
+        load_recipe(shop.write()),
+        SimpleNamespace(sha256="b" * 64),
+        name="mine",
+        device=CPU,
+        compute_dtype=torch.float32,
+        resume=RunFolder(shop.path),
+    )
+
+
+def row_that_does_not_fit(phase):
+    """Run out of memory with one row, whatever is tried."""
+    plan = MicroBatchPlan(max_tokens=100, max_rows=8, packing=True, longrope_boundary=None)
+    execution = ExecutionPlan(
+        micro_batch=plan, evaluation=plan, checkpoint_every=0, activation_offloading=False, optim="adamw_torch"
+    )
+    guard = MemoryGuard(
+        torch.nn.Linear(1, 1),
+        execution=execution,
+        device=CPU,
+        reporter=SimpleNamespace(oom=lambda record: None),
+        sources=("chats.jsonl",),
+        apply=lambda execution: None,
+    )
+
+    def run_pass(batch):
+        raise MicroBatchMemoryError(0, "CUDA out of memory.")
+
+    rows = [{"input_ids": [1] * 70, "labels": [1] * 70, "source": 0, "source_row": 3}]
+    guard.compute(rows, run_pass, phase=phase, step=5)
+
+
+def optimizer_without_memory():
+    with _optimizer_memory_errors(CPU, lambda: 7):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def full_disk(shop):
+    with disk_errors(shop.path / "checkpoint-6", hint="{cause}, then go on with --resume; earlier checkpoints remain."):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def file_in_place_of(shop, *names):
+    path = shop.path.joinpath(*names)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine", encoding="utf-8")
+    return shop.path / "runs"
+
+
+def run_without_report(shop):
+    (shop.path / "recipe.toml").write_text("", encoding="utf-8")
+    find_run(shop.path, "mine", str(shop.path))
+
+
+def report_that_holds(shop, value):
+    (shop.path / "report.json").write_text(json.dumps(value), encoding="utf-8")
+    find_run(shop.path, "mine", str(shop.path))
+
+
+MESSAGES = [
+    Message(
+        name="tracker-not-installed",
+        trigger=lambda shop: check_trackers(Training(report_to="neptune")),
+        error=RecipeError,
+        exit_code=2,
+        says=("[training] report_to", "neptune"),
+        hint="metrics.jsonl",
+    ),
+    Message(
+        name="schedule-settings-do-not-fit",
+        trigger=lambda shop: check_schedule(Training(lr_scheduler_kwargs={"nose": 1})),
+        error=RecipeError,
+        exit_code=2,
+        says=("[training] lr_scheduler_kwargs", "cosine", "nose"),
+        hint="Correct or delete it",
+    ),
+    Message(
+        name="loss-not-finite",
+        trigger=lambda shop: check_loss(float("nan"), 7),
+        error=DivergedError,
+        exit_code=2,
+        says=("step 7", "nan"),
+        hint="[training] learning_rate",
+    ),
+    Message(
+        name="gradient-not-finite",
+        trigger=lambda shop: gradient_of(float("inf")),
+        error=DivergedError,
+        exit_code=2,
+        says=("step 1", "inf"),
+        hint="[training] learning_rate",
+    ),
+    Message(
+        name="gradient-zero",
+        trigger=lambda shop: gradient_of(0.0),
+        error=DivergedError,
+        exit_code=2,
+        says=("step 1", "zero"),
+        hint="answers",
+    ),
+    Message(
+        name="row-does-not-fit",
+        trigger=lambda shop: row_that_does_not_fit("training"),
+        error=RunError,
+        exit_code=2,
+        says=("chats.jsonl:3", "70 tokens", "step 5", "CUDA out of memory"),
+        hint="smaller [training] max_length than 70",
+    ),
+    Message(
+        name="evaluation-row-does-not-fit",
+        trigger=lambda shop: row_that_does_not_fit("evaluation"),
+        error=RunError,
+        exit_code=2,
+        says=("chats.jsonl:3", "the evaluation after step 5"),
+        hint="--resume",
+    ),
+    Message(
+        name="optimizer-out-of-memory",
+        trigger=lambda shop: optimizer_without_memory(),
+        error=RunError,
+        exit_code=2,
+        says=("optimizer's update", "step 7"),
+        hint="[lora] r",
+    ),
+    Message(
+        name="checkpoint-disk-full",
+        trigger=full_disk,
+        error=RunError,
+        exit_code=2,
+        says=("checkpoint-6", "No space left on device"),
+        hint="Free the disk, then go on with --resume",
+    ),
+    Message(
+        name="run-done",
+        trigger=lambda shop: resume(shop, status="done"),
+        error=RunError,
+        exit_code=2,
+        says=("is done",),
+        hint="--resume",
+    ),
+    Message(
+        name="resume-other-recipe",
+        trigger=lambda shop: resume(shop, r=9, lora_alpha=3),
+        error=RunError,
+        exit_code=2,
+        says=("[lora] r, [lora] lora_alpha",),
+        hint="qlora-phi3 run",
+    ),
+    Message(
+        name="resume-unreadable-recipe",
+        trigger=lambda shop: resume(shop, r="many"),
+        error=RunError,
+        exit_code=2,
+        says=("report.json", "lora.r"),
+        hint="Start a new run",
+    ),
+    Message(
+        name="resume-other-data",
+        trigger=resume_with_other_data,
+        error=RunError,
+        exit_code=2,
+        says=("aaaaaaaaaaaa -> bbbbbbbbbbbb",),
+        hint="Start a new run",
+    ),
+    Message(
+        name="no-run-to-resume",
+        trigger=lambda shop: find_run(shop.path / "runs", "mine", None),
+        error=RunError,
+        exit_code=2,
+        says=("mine", "runs"),
+        hint="--resume",
+    ),
+    Message(
+        name="no-such-run",
+        trigger=lambda shop: find_run(shop.path / "runs", "mine", "nowhere"),
+        error=RunError,
+        exit_code=2,
+        says=("nowhere",),
+        hint="--resume",
+    ),
+    Message(
+        name="run-without-report",
+        trigger=run_without_report,
+        error=RunError,
+        exit_code=2,
+        says=("report.json",),
+        hint="qlora-phi3 run",
+    ),
+    Message(
+        name="report-no-object",
+        trigger=lambda shop: report_that_holds(shop, [1]),
+        error=RunError,
+        exit_code=2,
+        says=("report.json",),
+        hint="runs/<recipe>/<time>",
+    ),
+    Message(
+        name="run-directory-in-the-way-of-a-file",
+        trigger=lambda shop: create_run_folder(file_in_place_of(shop, "runs", "mine"), "mine"),
+        error=RunError,
+        exit_code=2,
+        says=("mine",),
+        hint="[training] output_dir",
+    ),
+    Message(
+        name="output-directory-is-a-file",
+        trigger=lambda shop: create_run_folder(file_in_place_of(shop, "runs"), "mine"),
+        error=RunError,
+        exit_code=2,
+        says=("runs",),
+        hint="[training] output_dir",
+    ),
+]

@@ -1,0 +1,82 @@
+"""What is chosen and reported before the first step."""
+
+import pytest
+import torch
+
+from qlora_phi3.errors import NoDeviceError
+from qlora_phi3.family import read_architecture
+from qlora_phi3.model.optimizer import default_optimizer
+from qlora_phi3.recipe.load import load_recipe
+from qlora_phi3.recipe.schema import Memory, Training
+from qlora_phi3.training import prepare as prepare_module
+from qlora_phi3.training.prepare import (
+    DEFAULT_MICRO_BATCH_TOKENS,
+    default_execution_plan,
+    load_model,
+    plan_run,
+    prepare,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+class Lines:
+    """A reporter that collects facts and warnings."""
+
+    def __init__(self):
+        self.facts, self.warnings = [], []
+        self.info, self.warning = self.facts.append, self.warnings.append
+
+    def progress(self, what, done, total):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_run_names_the_kind_of_4_bit_that_it_trains_on(shop, kind):
+    reporter = Lines()
+    recipe = load_recipe(shop.write(quantization={"bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": "float32"}))
+    load_model(prepare(recipe, shop.path, reporter))
+    (line,) = [line for line in reporter.facts if line.startswith("Model: ")]
+    assert f", {kind.upper()}, " in line
+
+
+def test_a_budget_for_gpus_gives_a_warning_on_a_cpu(shop):
+    reporter = Lines()
+    context = prepare(load_recipe(shop.write(memory={"budget": "4GiB"})), shop.path, reporter)
+    planned = plan_run(context)
+    assert planned.predicted is None
+    assert [line for line in reporter.warnings if "budget" in line]
+
+
+def test_without_nvml_a_gpu_gets_the_default_plan_and_the_default_optimizer(shop, monkeypatch):
+    def no_nvml():
+        raise NoDeviceError("no driver")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(prepare_module, "prepare_cuda", lambda: None)
+    monkeypatch.setattr(prepare_module, "read_gpu", no_nvml)
+    context = prepare(load_recipe(shop.write()), shop.path, Lines())
+    assert (context.gpu, context.device) == (None, torch.device("cuda", 0))
+    planned = plan_run(context)
+    assert planned.execution.optim == default_optimizer(context.recipe.training, is_cuda=True) == "adamw_8bit"
+
+
+def test_the_default_plan_takes_what_the_recipe_fixes_and_else_512_tokens_or_one_row(base):
+    architecture = read_architecture(str(base))
+    training = Training(batch_size=8, max_length=128)
+    plan = default_execution_plan(training, Memory(), architecture, CPU)
+    assert (plan.micro_batch.max_tokens, plan.micro_batch.max_rows) == (DEFAULT_MICRO_BATCH_TOKENS, 8)
+    long = default_execution_plan(Training(max_length=2048), Memory(), architecture, CPU)
+    assert long.micro_batch.max_tokens == 2048
+    fixed = default_execution_plan(
+        Training(batch_size=8, max_length=128, per_device_train_batch_size=2), Memory(), architecture, CPU
+    )
+    assert (fixed.micro_batch.max_tokens, fixed.micro_batch.max_rows) == (256, 2)
+    assert fixed.evaluation == plan.evaluation
+
+
+def test_activations_are_offloaded_only_where_the_computers_memory_is_another(base):
+    training = Training(activation_offloading=True)
+    plans = [default_execution_plan(training, Memory(), read_architecture(str(base)), device) for device in (CPU, CUDA)]
+    assert [plan.activation_offloading for plan in plans] == [False, True]

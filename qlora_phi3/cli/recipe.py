@@ -35,8 +35,7 @@ def schema() -> None:
 @debug_option
 def check(path: Path, overrides: tuple[str, ...]) -> None:
     """Check RECIPE and its files, and print it with every default written out."""
-    from qlora_phi3.data.sources import is_local
-    from qlora_phi3.recipe.load import load_recipe, recipe_as_toml
+    from qlora_phi3.recipe.load import is_local_data, load_recipe, recipe_as_toml
 
-    click.echo(recipe_as_toml(load_recipe(path, overrides, is_file=is_local)), nl=False)
+    click.echo(recipe_as_toml(load_recipe(path, overrides, is_file=is_local_data)), nl=False)
     click.echo(f"{path} is fine.", err=True)

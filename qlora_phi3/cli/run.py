@@ -50,12 +50,11 @@ def run(
     """
     recipe, resume = _sort_out(ctx, recipe, resume)
 
-    from qlora_phi3.data.sources import is_local
-    from qlora_phi3.recipe.load import load_recipe
+    from qlora_phi3.recipe.load import is_local_data, load_recipe
 
     if no_rehearsal:
         overrides = (*overrides, "memory.rehearsal=false")
-    loaded = load_recipe(recipe, overrides, is_file=is_local)
+    loaded = load_recipe(recipe, overrides, is_file=is_local_data)
 
     from qlora_phi3.runfolder import find_run, run_group_name
 

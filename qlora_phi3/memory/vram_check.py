@@ -19,13 +19,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_phi3.data.sources import is_local
 from qlora_phi3.errors import CannotTellError, DataError, ModelError, UserError
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.hardware.gpu_table import CARDS, NATIVE_BFLOAT16, GpuSpec
 from qlora_phi3.memory.margin import Margin, read_margin
 from qlora_phi3.memory.plan import RowLengths, assume_lengths, read_lengths
 from qlora_phi3.memory.report import RowSummary, VramReport, merge_categories, read_versions
+from qlora_phi3.recipe.load import is_local_data
 
 if TYPE_CHECKING:
     from qlora_phi3.data.prepare import PreparedData
@@ -265,7 +265,7 @@ def read_rows(recipe: "Recipe", base_folder: Path, progress: Progress) -> Length
         _find_tokenizer(recipe)
         data = _prepare(recipe, base_folder, progress)
     except DataError as error:
-        if all(is_local(name, base_folder) for name in _sources(recipe)):
+        if all(is_local_data(name, base_folder) for name in _sources(recipe)):
             return _assume(recipe, "The data cannot be used.", str(error))
         return _assume(recipe, error.message)  # a run may fetch what is not here
     except UserError as error:

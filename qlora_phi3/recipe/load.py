@@ -67,9 +67,23 @@ def resolve_paths(recipe: "Recipe", base_folder: Path) -> "Recipe":
     return recipe.model_copy(update={"data": data, "model": model})
 
 
-def candidate_paths(name: str, base_folder: Path) -> tuple[Path, Path]:
-    """Where a relative path of a recipe may lie, in the order in which it is looked for."""
-    return base_folder / name, Path(name).expanduser()
+def candidate_paths(name: str, base_dir: Path) -> tuple[Path, ...]:
+    """The paths that a name of a recipe can mean, in the order of the search: the recipe's directory, the working directory."""
+    path = Path(name).expanduser()
+    return (base_dir / path).absolute(), path.absolute()
+
+
+#: A name with such a suffix means a file even where there is none, so that a typo is never looked up on the hub.
+FILE_SUFFIXES = frozenset(
+    [".json", ".jsonl", ".csv", ".parquet", ".txt", ".tsv", ".md", ".xml", ".arrow", ".xlsx", ".gz", ".zip", ".zst"]
+)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def is_local_data(name: str, base_dir: Path) -> bool:
+    """Whether a name in [data] means a file: it exists, or it cannot be the id of a data set on the hub."""
+    looks_like_file = Path(name).suffix.lower() in FILE_SUFFIXES or not HUB_ID.fullmatch(name)
+    return looks_like_file or any(path.exists() for path in candidate_paths(name, base_dir))
 
 
 def as_list(places: str | list[str] | None) -> Sequence[str]:

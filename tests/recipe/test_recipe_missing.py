@@ -2,9 +2,8 @@
 
 import pytest
 
-from qlora_phi3.data.sources import is_local
 from qlora_phi3.errors import RecipeError
-from qlora_phi3.recipe.load import load_recipe
+from qlora_phi3.recipe.load import is_local_data, load_recipe
 
 
 @pytest.fixture
@@ -20,7 +19,7 @@ def problems_of(tmp_path, monkeypatch):
         path = tmp_path / "recipes" / "mine.toml"
         path.write_text(text, encoding="utf-8")
         try:
-            load_recipe(path, overrides, is_file=is_local)
+            load_recipe(path, overrides, is_file=is_local_data)
         except RecipeError as error:
             return str(error).replace(f"{path}", "mine.toml")
         return ""

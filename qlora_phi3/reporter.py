@@ -1,6 +1,6 @@
 """What a run tells while it goes on; who shows it is not known here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -86,6 +86,10 @@ class OomRecord:
         }[self.remedy]
         rows = format_count(self.rows, "row")
         return f"{where}: memory ran out{held}, in {rows} of {self.tokens:,} tokens. {done}; nothing is lost."
+
+
+#: `Reporter.progress` by itself: called with the activity, what is done of it, and the total (None: not known).
+Progress = Callable[[str, int, int | None], None]
 
 
 class Reporter(Protocol):

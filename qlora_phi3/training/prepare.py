@@ -18,7 +18,7 @@ from transformers.integrations import get_available_reporting_integrations, is_f
 from transformers.trainer_utils import set_seed
 
 from qlora_phi3.adapters.start import check_start, start_from
-from qlora_phi3.data.prepare import PreparedData
+from qlora_phi3.data.prepare import PreparedData, prepare_datasets, row_lengths
 from qlora_phi3.data.template import ChatTemplate, choose_template
 from qlora_phi3.errors import DeviceError, RecipeError
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan
@@ -30,7 +30,6 @@ from qlora_phi3.memory.plan import GpuLimits, Plan, RowLengths, read_lengths, st
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.search import find_plan
 from qlora_phi3.memory.simulate import simulate
-from qlora_phi3.memory.vram_check import prepare_data
 from qlora_phi3.model.lora import attach_adapter, measure_coverage
 from qlora_phi3.model.phi3 import Precision, choose_precision, load_base, load_tokenizer
 from qlora_phi3.recipe.load import check_limits
@@ -148,8 +147,8 @@ def wants_rehearsal(recipe: Recipe, device: torch.device) -> bool:
 
 def measured_lengths(data: PreparedData, batch_size: int) -> RowLengths:
     """The lengths of the rows a run trains and measures on."""
-    held_out = [] if data.evaluation is None else data.evaluation["length"]
-    return read_lengths(list(data.train["length"]), list(held_out), batch_size)
+    held_out = [] if data.evaluation is None else row_lengths(data.evaluation).tolist()
+    return read_lengths(row_lengths(data.train).tolist(), held_out, batch_size)
 
 
 def plan_for_card(
@@ -282,7 +281,15 @@ def prepare(recipe: Recipe, base_folder: Path, reporter: Reporter) -> RunContext
     precision = choose_precision(recipe.compute_dtype, device)
     tokenizer = load_tokenizer(recipe.model)
     template = choose_template(tokenizer, recipe.data.chat_template)
-    data = prepare_data(recipe, base_folder, tokenizer, template, reporter.progress)
+    data = prepare_datasets(
+        recipe.data,
+        max_length=recipe.training.max_length,
+        evaluate=recipe.training.do_eval,
+        tokenizer=tokenizer,
+        template=template,
+        base_dir=base_folder,
+        progress=reporter.progress,
+    )
     for line in data.report.summary_lines():
         reporter.info(line)
     for line in data.report.warning_lines():

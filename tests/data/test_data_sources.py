@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from qlora_phi3.data.sources import is_local, open_file
+from qlora_phi3.data.sources import open_file
 from qlora_phi3.errors import DataError
 
 
@@ -115,27 +115,15 @@ def test_a_missing_file_an_unknown_ending_and_a_folder_are_refused(tmp_path):
         open_file(str(tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["gone.jsonl", "./gone", "data/sub/gone", "~/gone", "C:\\gone", "gone.txt", "/gone"])
-def test_a_name_that_looks_like_a_file_never_goes_to_the_hub(tmp_path, name):
-    assert is_local(name, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["HuggingFaceH4/ultrachat_200k", "teknium/OpenHermes-2.5", "imdb"])
-def test_an_id_of_the_hub_is_no_file_unless_it_exists(tmp_path, name):
-    assert not is_local(name, tmp_path)
-    (tmp_path / name).mkdir(parents=True)
-    assert is_local(name, tmp_path)
-
-
-def test_a_relative_path_is_found_here_first_then_beside_the_recipe(tmp_path, monkeypatch):
+def test_a_relative_path_is_found_beside_the_recipe_first_then_in_the_working_directory(tmp_path, monkeypatch):
     here, recipes = tmp_path / "here", tmp_path / "recipes"
-    for folder in (here, recipes):
-        folder.mkdir()
-        write(folder / "both.jsonl", json.dumps({"text": folder.name}))
-    write(recipes / "one.jsonl", json.dumps({"text": "recipes"}))
+    for directory in (here, recipes):
+        directory.mkdir()
+        write(directory / "both.jsonl", json.dumps({"text": directory.name}))
+    write(here / "one.jsonl", json.dumps({"text": "here"}))
     monkeypatch.chdir(here)
-    assert list(open_file("both.jsonl", recipes).rows()) == [(1, {"text": "here"})]
-    assert list(open_file("one.jsonl", recipes).rows()) == [(1, {"text": "recipes"})]
+    assert list(open_file("both.jsonl", recipes).rows()) == [(1, {"text": "recipes"})]
+    assert list(open_file("one.jsonl", recipes).rows()) == [(1, {"text": "here"})]
 
 
 def test_the_digest_follows_the_content(tmp_path):

@@ -97,12 +97,8 @@ def guess_mapping(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
     They are a column that holds a list of messages, or the likeliest question and the likeliest answer.
     """
     for column, value in row.items():
-        if (
-            isinstance(value, Sequence)
-            and value
-            and isinstance(value[0], Mapping)
-            and {"role", "from"} & value[0].keys()
-        ):
+        first = value[0] if isinstance(value, Sequence) and value else None
+        if isinstance(first, Mapping) and {"role", "from"} & first.keys():
             return "messages", {"messages": column}
     names = {column.lower(): column for column in row}
     question = next((names[name] for name in QUESTION_COLUMNS if name in names), None)
@@ -111,8 +107,8 @@ def guess_mapping(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
         return None
     if question == "prompt":
         return "prompt_completion", {"completion": answer}
-    mapped = {"instruction": question, "output": answer, "input": names.get("context", "input")}
-    return "alpaca", {ours: theirs for ours, theirs in mapped.items() if ours != theirs}
+    fields = {"instruction": question, "output": answer, "input": names.get("context", "input")}
+    return "alpaca", {ours: theirs for ours, theirs in fields.items() if ours != theirs}
 
 
 def check_fields(fields: Mapping[str, str], format_name: str) -> None:
@@ -194,10 +190,6 @@ def _read_prompt_completion(row: Mapping[str, Any], where: str) -> Chat:
     return Chat((*context, *_read_turns(completion, "completion", where)))
 
 
-def _read_text(row: Mapping[str, Any], where: str) -> Document:
-    return Document(_text(row["text"], "text"))
-
-
 def _read_turns(messages: Any, column: str, where: str) -> tuple[Turn, ...]:
     """The turns of a list of messages, or of the JSON text of one (a .csv has no other way)."""
     if isinstance(messages, str):
@@ -273,5 +265,5 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format(("conversations",), ("system", "tools"), partial(_read_conversation, "conversations")),
     "alpaca": Format(("instruction", "output"), ("input", "system", "history", "tools"), _read_alpaca),
     "prompt_completion": Format(("prompt", "completion"), (), _read_prompt_completion),
-    "text": Format(("text",), (), _read_text),
+    "text": Format(("text",), (), lambda row, where: Document(_text(row["text"], "text"))),
 }

@@ -40,13 +40,9 @@ class SourceReport:
     """What became of the rows of one source. It counts while the source is read; its size does not grow with the rows.
 
     Args:
-        name: as rows are named in messages.
+        name: a row is named `name:number`.
         format: the format that the rows were read as; empty where none was read.
-        rows_read, rows_kept: the number of rows.
-        truncated: rows kept that were cut at `max_length`.
-        fully_truncated: rows dropped because the cut left nothing supervised.
-        skipped: rows that cannot be used, by reason.
-        notes: rows that are used, but changed or remarkable, by reason.
+        truncated, fully_truncated, skipped, notes: see `DataReport`; the last two by reason.
     """
 
     name: str
@@ -74,10 +70,7 @@ class DataReport:
     Args:
         sources: their names; the column `source` is an index into it.
         formats: of each source, the format it was read as.
-        chat_template: name of the template.
-        max_length: in tokens, as the recipe sets it.
-        rows_read, rows_kept: of all sources.
-        train_rows, evaluation_rows: the kept rows of each part.
+        rows_read, rows_kept: of all sources; the kept rows are divided into `train_rows` and `evaluation_rows`.
         skipped: rows that cannot be used, by reason, the most frequent first.
         notes: rows that are used, but changed or remarkable.
         truncated: rows kept that were cut at `max_length`.
@@ -85,7 +78,6 @@ class DataReport:
         tokens, supervised_tokens: of the training rows.
         longest_row: in tokens, training and evaluation.
         sha256: of the content of all sources, in their order.
-        split_seed: seed of the draw of the held-out rows.
         eval_indices: which of the kept rows (0 is the first) are held out; empty where evaluation has its own sources.
     """
 

@@ -108,22 +108,18 @@ def open_hub(name: str, *, split: str, subset: str | None, revision: str | None)
 
 @contextmanager
 def _silent_downloads() -> Iterator[None]:
-    """Hide the progress bars and warnings of the datasets and hub libraries: what matters is reported as one error."""
+    """Hide the datasets library's progress bars, and every warning: what matters is reported as one error."""
     import datasets
-    from huggingface_hub.utils import logging as hub_logging
 
-    had_bars = not datasets.are_progress_bars_disabled()
-    level, hub_level = datasets.logging.get_verbosity(), hub_logging.get_verbosity()
+    had_bars, disabled_level = not datasets.are_progress_bars_disabled(), logging.root.manager.disable
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    hub_logging.set_verbosity(logging.ERROR)
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
+        logging.disable(disabled_level)
         if had_bars:
             datasets.enable_progress_bars()
-        datasets.logging.set_verbosity(level)
-        hub_logging.set_verbosity(hub_level)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 from qlora_phi3.data.formats import Chat, SkipRow, Turn
 from qlora_phi3.errors import DataError
+from qlora_phi3.units import format_count
 
 TEMPLATE_DIR = Path(__file__).parent.parent / "templates"
 
@@ -72,34 +73,25 @@ def choose_template(tokenizer: Any, name: str = "auto") -> ChatTemplate:
         DataError: none renders the same text; no such name or file; no marks in it; or it writes special tokens that
             the tokenizer does not have.
     """
-    if name in FAMILY:
-        return _inspect(name, _family_source(name), tokenizer)
-    if name != "auto":
-        path = Path(name).expanduser()
-        if path.suffix != ".jinja" or not path.is_file():
-            raise DataError(
-                f"[data] chat_template = {name!r} is neither a name nor a .jinja file.",
-                f"The names: {', '.join(FAMILY)}.",
-            )
-        source = path.read_text(encoding="utf-8")
-        if not MARK.search(source):
-            raise DataError(
-                f"[data] chat_template = {name!r} has no {{% generation %}} marks around what is supervised.", MARK_HINT
-            )
-        return _inspect(name, source, tokenizer)
-    if tokenizer.chat_template:
+    if name == "auto" and tokenizer.chat_template:
         own = tokenizer.get_chat_template()
         return _inspect("the model's own", own, tokenizer) if MARK.search(own) else _match_own(own, tokenizer)
-    vocabulary = tokenizer.get_vocab()
-    if "<|im_sep|>" in vocabulary:
-        name = "phi4"
-    elif {"<|user|>", "<|assistant|>", "<|end|>"} <= vocabulary.keys():
-        name = "phi4-mini" if "<|tool_call|>" in vocabulary else "phi3"
-    else:
-        raise DataError(
-            "The tokenizer has neither a chat template nor the special tokens of the Phi-3 family.", SET_TEMPLATE_HINT
-        )
-    return _inspect(name, _family_source(name), tokenizer)
+    if name == "auto":
+        vocabulary = tokenizer.get_vocab()
+        if not {"<|user|>", "<|assistant|>", "<|end|>"} <= vocabulary.keys() and "<|im_sep|>" not in vocabulary:
+            message = "The tokenizer has neither a chat template nor the special tokens of the Phi-3 family."
+            raise DataError(message, SET_TEMPLATE_HINT)
+        name = "phi4" if "<|im_sep|>" in vocabulary else "phi4-mini" if "<|tool_call|>" in vocabulary else "phi3"
+    if name in FAMILY:
+        return _inspect(name, _family_source(name), tokenizer)
+    path = Path(name).expanduser()
+    if path.suffix != ".jinja" or not path.is_file():
+        names = ", ".join(FAMILY)
+        raise DataError(f"[data] chat_template = {name!r} is neither a name nor a .jinja file.", f"The names: {names}.")
+    source = path.read_text(encoding="utf-8")
+    if not MARK.search(source):
+        raise DataError(f"[data] chat_template = {name!r} has no {{% generation %}} marks.", MARK_HINT)
+    return _inspect(name, source, tokenizer)
 
 
 @cache
@@ -219,8 +211,8 @@ def render_chat(chat: Chat, template: ChatTemplate, tokenizer: Any) -> tuple[str
         return text, spans, notes
     if len(spans) != len(supervised):
         raise DataError(
-            f"The chat template {template.name!r} marks {len(spans)} spans in a conversation of {len(supervised)} "
-            "assistant turns, so that a turn cannot be left out of the loss.",
+            f"The chat template {template.name!r} marks {format_count(len(spans), 'span')} in a conversation of "
+            f"{len(supervised)} assistant turns, so that a turn cannot be left out of the loss.",
             "Mark each assistant turn once in the template of [data] chat_template.",
         )
     return text, [span for span, is_supervised in zip(spans, supervised, strict=True) if is_supervised], notes
@@ -260,14 +252,11 @@ def _move_system_turns(turns: Sequence[Turn]) -> Iterator[Turn]:
     for turn in turns:
         if turn.role == "system":
             waiting = _join(waiting, turn.text)
-        elif turn.role == "user":
-            yield Turn("user", _join(waiting, turn.text))
-            waiting = ""
-        else:
-            if waiting:
-                yield Turn("user", waiting)
-            yield turn
-            waiting = ""
+            continue
+        if waiting and turn.role != "user":
+            yield Turn("user", waiting)
+        yield Turn("user", _join(waiting, turn.text)) if turn.role == "user" else turn
+        waiting = ""
     if waiting:
         yield Turn("user", waiting)
 

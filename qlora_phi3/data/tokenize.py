@@ -71,7 +71,9 @@ def tokenize_source(source: Source, config: TokenizeConfig, max_rows: int | None
     entry = config.cache_dir / _cache_key(source, config, max_rows)
     if (found := _read_entry(entry)) is not None:
         return found
-    with disk_errors(config.cache_dir, DataError, hint="{cause}, or set HF_DATASETS_CACHE to a directory on another disk."):
+    with disk_errors(
+        config.cache_dir, DataError, hint="{cause}, or set HF_DATASETS_CACHE to a directory on another disk."
+    ):
         config.cache_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(entry.with_suffix(".lock")):
             if _read_entry(entry) is None:
@@ -123,30 +125,33 @@ def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: in
     """Write the usable rows of a source as an Arrow stream, `BATCH_ROWS` at a time."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
-    ids = pa.list_(pa.int32())
+    tokens, count = pa.list_(pa.int32()), pa.int32()
     schema = pa.schema(
-        {"input_ids": ids, "labels": ids, "length": pa.int32(), "supervised": pa.int32(), "source_row": pa.int64()}
+        {"input_ids": tokens, "labels": tokens, "length": count, "supervised": count, "source_row": pa.int64()}
     )
-    report, columns, activity = SourceReport(source.name), set(), f"Reading {Path(source.name).name}"
-    examples = read_examples(source, config.data, report, columns)
+    report, names, activity = SourceReport(source.name), set[str](), f"Reading {Path(source.name).name}"
+    examples = read_examples(source, config.data, report, names)
     pattern = special_token_pattern(config.tokenizer)
     most = float("inf") if max_rows is None else max_rows
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         while batch := list(islice(examples, int(min(BATCH_ROWS, most - report.rows_kept)))):
             rows = list(_truncate_rows(_tokenize_batch(batch, config, pattern, report), config.max_length, report))
             if rows:
-                writer.write_batch(_to_arrow(rows, schema))
+                numbers, ids, labels = zip(*rows, strict=True)
+                supervised = [int(np.count_nonzero(row != IGNORE_INDEX)) for row in labels]
+                lengths = [len(row) for row in ids]
+                writer.write_batch(pa.record_batch([ids, labels, lengths, supervised, numbers], schema=schema))
             report.rows_kept += len(rows)
             if config.progress is not None:
                 config.progress(activity, report.rows_read, None)
     if config.progress is not None and report.rows_read:
         config.progress(activity, report.rows_read, report.rows_read)
-    missing = sorted(theirs for theirs in config.data.fields.values() if theirs not in columns)
-    if missing and columns:
+    missing = sorted(theirs for theirs in config.data.fields.values() if theirs not in names)
+    if missing and names:
         raise DataError(
             f"[data] fields names {', '.join(map(repr, missing))}, which is a column of none of the "
             f"{format_count(report.rows_read, 'row')} of {source.name}.",
-            f"Its columns are: {', '.join(sorted(columns))}.",
+            f"Its columns are: {', '.join(sorted(names))}.",
         )
     return report
 
@@ -273,10 +278,9 @@ def tokenize_documents(texts: Sequence[str], tokenizer: Any) -> list[tuple[Ids, 
         For each text its ids and its labels (every token but the first), int32 of shape (length,) both.
     """
     batch = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False)
-    rows = []
+    end, rows = [tokenizer.eos_token_id], []
     for ids in batch["input_ids"]:
-        closing = [] if ids and ids[-1] == tokenizer.eos_token_id else [tokenizer.eos_token_id]
-        row = np.asarray([*ids, *closing], dtype=np.int32)
+        row = np.asarray(ids if ids[-1:] == end else ids + end, dtype=np.int32)
         labels = row.copy()
         labels[:1] = IGNORE_INDEX
         rows.append((row, labels))
@@ -303,18 +307,3 @@ def _truncate_rows(
             report.add_fully_truncated(number)
         else:
             report.add(report.skipped, "the chat template marks nothing to learn", number)
-
-
-def _to_arrow(rows: Sequence[tuple[int, Ids, Ids]], schema: Any) -> Any:
-    import pyarrow as pa
-
-    lengths = np.array([len(ids) for _, ids, _ in rows], dtype=np.int32)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    columns = [
-        pa.ListArray.from_arrays(offsets, np.concatenate([ids for _, ids, _ in rows])),
-        pa.ListArray.from_arrays(offsets, np.concatenate([labels for _, _, labels in rows])),
-        pa.array(lengths),
-        pa.array([int((labels != IGNORE_INDEX).sum()) for _, _, labels in rows], type=pa.int32()),
-        pa.array([number for number, _, _ in rows], type=pa.int64()),
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)

@@ -26,6 +26,25 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def every_prepared_row_is_checked():
+    """Check the ids and the labels of every row that a test prepares in this process."""
+    from row_checks import check_rows
+
+    from qlora_phi3.data import prepare
+
+    tokenize_source = prepare.tokenize_source
+
+    def tokenize_and_check(*arguments):
+        rows, report = tokenize_source(*arguments)
+        check_rows(rows)
+        return rows, report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "tokenize_source", tokenize_and_check)
+        yield
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """The folder of a tiny Phi-3 with its tokenizer; read only."""

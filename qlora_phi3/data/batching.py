@@ -1,7 +1,6 @@
-"""Which rows of one optimizer step go through the model together: a plan on lengths alone, in tokens, without torch.
+"""Which rows of one optimizer step share a micro-batch: a plan on lengths in tokens alone, without torch.
 
-The batch of the optimizer step is the recipe's; how it is split into micro-batches is a matter of memory and speed and
-changes nothing that is learned. What a plan means for the tensors is left to the collator.
+The recipe sets the batch of the optimizer step. How it is split decides memory and speed, and changes nothing that is learned.
 """
 
 from bisect import bisect_left, insort
@@ -12,7 +11,7 @@ from qlora_phi3.execution import MicroBatchPlan
 
 
 def split_plan(plan: MicroBatchPlan, lengths: Sequence[int]) -> MicroBatchPlan:
-    """`plan` with the tokens of a micro-batch lowered just so far that these rows no longer share one.
+    """Lower the tokens of a micro-batch just enough that the rows of one no longer share it.
 
     Args:
         lengths: tokens of the rows of one micro-batch that `plan` made, at least two rows.
@@ -47,18 +46,18 @@ def plan_micro_batches(
 
 
 def _pack(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Best-fit decreasing: each row goes where it leaves the least room, or into a micro-batch of its own."""
+    """Best-fit decreasing: each row goes where it leaves the fewest tokens free, or into a micro-batch of its own."""
     packs: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (tokens left, number of the pack), sorted
+    free: list[tuple[int, int]] = []  # (tokens left, number of the pack), sorted
     for row in order:
-        fit = bisect_left(rooms, (lengths[row], 0))
-        if fit < len(rooms):
-            room, pack = rooms.pop(fit)
+        fit = bisect_left(free, (lengths[row], 0))
+        if fit < len(free):
+            left, pack = free.pop(fit)
         else:
-            room, pack = max_tokens, len(packs)
+            left, pack = max_tokens, len(packs)
             packs.append([])
         packs[pack].append(row)
-        insort(rooms, (room - lengths[row], pack))
+        insort(free, (left - lengths[row], pack))
     return packs
 
 

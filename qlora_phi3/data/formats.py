@@ -1,51 +1,37 @@
-"""Rows as people keep them, read into one shape: a `Chat` of turns, or a `Document` of raw text.
+"""Rows of the usual formats, read into one shape: a `Chat` of turns, or a `Document` of raw text.
 
 | format | columns | becomes |
 |---|---|---|
-| `messages` | `messages` (OpenAI: role, content), `system`, `tools` | the turns; one of `weight` 0 is not learned |
+| `messages` | `messages` (OpenAI: role, content), `system`, `tools` | the turns; one of `weight` 0 is not supervised |
 | `sharegpt` | `conversations` (from/value or role/content), `system`, `tools` | the turns |
 | `alpaca` | `instruction`, `output`, `input`, `system`, `history` | history, then one question and one answer |
-| `prompt_completion` | `prompt`, `completion` (strings or message lists) | as turns; only the completion is learned |
-| `text` | `text` | raw text without a template; every token is learned |
+| `prompt_completion` | `prompt`, `completion` (strings or message lists) | turns; only the completion is supervised |
+| `text` | `text` | raw text without a template; every token is supervised |
 
 Every role is mapped and none is dropped: an unknown one is an error. A row that cannot be used raises `SkipRow`,
-which the caller counts with its reason. Templates and tokens are left to `render.py`.
+which the caller counts with its reason.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from qlora_phi3.errors import DataError
 
 Role = Literal["system", "user", "assistant", "tool"]
 
-
-#: Names of roles in the wild (OpenAI, ShareGPT, LLaMA-Factory, Gemini exports) and what they are here.
+#: Names of roles in published data (OpenAI, ShareGPT, LLaMA-Factory, Gemini exports), and the role each stands for.
 ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response"), "tool"),
 }
 
-
-#: What a question and an answer are called in the wild, the likelier names first.
+#: Names of columns in published data that hold a question or an answer, the likelier names first.
 QUESTION_COLUMNS = ("instruction", "question", "prompt", "query", "input", "user", "human", "problem", "source", "src")
-
-
 ANSWER_COLUMNS = (
     "output",
     "answer",
@@ -61,12 +47,12 @@ ANSWER_COLUMNS = (
 
 
 class SkipRow(Exception):  # noqa: N818 - not a fault of the program: the caller counts it and goes on
-    """This row cannot be trained on; the message is the reason, the same words for the same reason."""
+    """This row cannot be trained on. The message is the reason: the same words for the same reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of a conversation; `supervised` says whether an assistant's turn is supervised."""
+    """One turn of a conversation; `supervised` is about an assistant's turn."""
 
     role: Role
     text: str
@@ -75,7 +61,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation, and the definitions of the tools it may call, as text (JSON as a rule)."""
+    """A conversation, and the definitions of the tools it may call, as text (usually JSON)."""
 
     turns: tuple[Turn, ...]
     tools: str = ""
@@ -83,14 +69,14 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Raw text, learned as a whole."""
+    """Raw text; every token is supervised."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """The columns that make up a format, and how its rows are read. `read` is given the row and where it stands."""
+    """The columns of a format, and the function that reads its rows, called with the row and its `file:line`."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
@@ -99,41 +85,37 @@ class Format:
 
 def detect_format(row: Mapping[str, Any]) -> str | None:
     """Name of the first format whose required columns the row has (a null counts as absent), or None."""
-    return next(
-        (name for name, form in FORMATS.items() if all(row.get(key) is not None for key in form.required)), None
-    )
+    for name, form in FORMATS.items():
+        if all(row.get(column) is not None for column in form.required):
+            return name
+    return None
 
 
 def guess_mapping(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
-    """Format and `fields` that would fit a row of foreign columns, guessed from their names; None where nothing is likely.
+    """Guess from the names of a row's columns the format and the `fields` that fit it; None where no column has a likely name.
 
-    The first likely question and the first likely answer, or a column that holds a list of messages.
+    They are a column that holds a list of messages, or the likeliest question and the likeliest answer.
     """
     for column, value in row.items():
-        if (
-            isinstance(value, Sequence)
-            and value
-            and isinstance(value[0], Mapping)
-            and {"role", "from"} & value[0].keys()
-        ):
+        first = value[0] if isinstance(value, Sequence) and value else None
+        if isinstance(first, Mapping) and {"role", "from"} & first.keys():
             return "messages", {"messages": column}
     names = {column.lower(): column for column in row}
-    question, answer = (
-        next((names[name] for name in choice if name in names), None) for choice in (QUESTION_COLUMNS, ANSWER_COLUMNS)
-    )
+    question = next((names[name] for name in QUESTION_COLUMNS if name in names), None)
+    answer = next((names[name] for name in ANSWER_COLUMNS if name in names), None)
     if question is None or answer is None:
         return None
     if question == "prompt":
         return "prompt_completion", {"completion": answer}
-    mapped = {"instruction": question, "output": answer, "input": names.get("context", "input")}
-    return "alpaca", {ours: theirs for ours, theirs in mapped.items() if ours != theirs}
+    fields = {"instruction": question, "output": answer, "input": names.get("context", "input")}
+    return "alpaca", {ours: theirs for ours, theirs in fields.items() if ours != theirs}
 
 
 def check_fields(fields: Mapping[str, str], format_name: str) -> None:
-    """Refuse a field map that names a column no format (or not this one) has.
+    """Check the left side of [data] fields.
 
     Raises:
-        DataError: names the column and those that exist.
+        DataError: the format (or, for "auto", every format) has no such column.
     """
     forms = FORMATS.values() if format_name == "auto" else [FORMATS[format_name]]
     known = sorted({column for form in forms for column in form.required + form.optional})
@@ -141,17 +123,17 @@ def check_fields(fields: Mapping[str, str], format_name: str) -> None:
         if ours not in known:
             raise DataError(
                 f"[data] fields maps {ours!r}, which is no column of format {format_name!r}.",
-                f"The left side is our name, the right side yours. Ours are: {', '.join(known)}.",
+                f"The left side is the format's name, the right side yours. The format's names are: {', '.join(known)}.",
             )
 
 
 def rename_columns(row: Mapping[str, Any], fields: Mapping[str, str]) -> Mapping[str, Any]:
-    """The row with the mapped columns under our names: `fields` maps our name to theirs."""
+    """The row with the mapped columns under the format's names: `fields` maps the format's name to the file's."""
     return {**row, **{ours: row.get(theirs) for ours, theirs in fields.items()}} if fields else row
 
 
 def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Document:
-    """Read one row whose columns have our names.
+    """Read one row whose columns have the format's names.
 
     Args:
         row: column -> value.
@@ -159,37 +141,30 @@ def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Doc
         where: `file:line`, for errors.
 
     Raises:
-        UnusableRow: the row has nothing to learn or a field of the wrong type.
-        DataError: a role nobody knows.
+        SkipRow: the row has nothing to learn or a field of the wrong type.
+        DataError: an unknown role.
     """
     form = FORMATS[format_name]
     for column in form.required:
         if row.get(column) is None:
             raise SkipRow(f"no {column!r}")
     example = form.read(row, where)
-    if isinstance(example, Chat):
-        _check_chat(example)
-    elif not example.text.strip():
-        raise SkipRow("the text is empty")
-    return example
-
-
-def _check_chat(chat: Chat) -> None:
-    if not chat.turns:
+    if isinstance(example, Document):
+        if not example.text.strip():
+            raise SkipRow("the text is empty")
+        return example
+    if not example.turns:
         raise SkipRow("the conversation is empty")
-    answers = [turn for turn in chat.turns if turn.role == "assistant" and turn.supervised]
+    answers = [turn for turn in example.turns if turn.role == "assistant" and turn.supervised]
     if not answers:
         raise SkipRow("no assistant turn to learn from")
     if not all(turn.text.strip() for turn in answers):
         raise SkipRow("an assistant turn is empty")
+    return example
 
 
-def _read_messages(row: Mapping[str, Any], where: str) -> Chat:
-    return _with_system_and_tools(_read_turns(row["messages"], "messages", where), row)
-
-
-def _read_sharegpt(row: Mapping[str, Any], where: str) -> Chat:
-    return _with_system_and_tools(_read_turns(row["conversations"], "conversations", where), row)
+def _read_conversation(column: str, row: Mapping[str, Any], where: str) -> Chat:
+    return _with_system_and_tools(_read_turns(row[column], column, where), row)
 
 
 def _read_alpaca(row: Mapping[str, Any], where: str) -> Chat:
@@ -207,21 +182,16 @@ def _read_alpaca(row: Mapping[str, Any], where: str) -> Chat:
 
 def _read_prompt_completion(row: Mapping[str, Any], where: str) -> Chat:
     prompt, completion = row["prompt"], row["completion"]
-    asked = (Turn("user", prompt),) if isinstance(prompt, str) else _read_turns(prompt, "prompt", where)
-    answered = (
-        (Turn("assistant", completion),)
-        if isinstance(completion, str)
-        else _read_turns(completion, "completion", where)
-    )
-    return Chat((*(Turn(turn.role, turn.text, supervised=False) for turn in asked), *answered))
-
-
-def _read_text(row: Mapping[str, Any], where: str) -> Document:
-    return Document(_text(row["text"], "text"))
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    context = [replace(turn, supervised=False) for turn in _read_turns(prompt, "prompt", where)]
+    return Chat((*context, *_read_turns(completion, "completion", where)))
 
 
 def _read_turns(messages: Any, column: str, where: str) -> tuple[Turn, ...]:
-    """A list of messages, or the JSON text of one (a .csv has no other way)."""
+    """The turns of a list of messages, or of the JSON text of one (a .csv has no other way)."""
     if isinstance(messages, str):
         try:
             messages = json.loads(messages)
@@ -240,10 +210,11 @@ def _read_turn(message: Any, column: str, where: str) -> Turn:
     role = ROLES.get(name.strip().lower())
     if role is None:
         raise DataError(
-            f"{where}: nobody knows the role {name!r}.",
-            f"Rename it in the data; the known roles are {', '.join(ROLES)}.",
+            f"{where}: unknown role {name!r}.", f"Rename it in the data; the known roles are {', '.join(ROLES)}."
         )
-    return Turn(role, _join_text(_content(content), _tool_calls(message)), supervised=message.get("weight") != 0)
+    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
+    texts = [_content(content), _text(json.dumps(calls, ensure_ascii=False), "tool_calls") if calls else ""]
+    return Turn(role, "\n".join(text for text in texts if text), supervised=message.get("weight") != 0)
 
 
 def _content(content: Any) -> str:
@@ -257,16 +228,9 @@ def _content(content: Any) -> str:
     return "\n".join(_text(part.get("text"), "content") for part in content)
 
 
-def _tool_calls(message: Mapping[str, Any]) -> str:
-    """The calls of an assistant's message as JSON text, or an empty string."""
-    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
-    return json.dumps(calls, ensure_ascii=False) if calls else ""
-
-
 def _with_system_and_tools(turns: tuple[Turn, ...], row: Mapping[str, Any]) -> Chat:
     system, tools = _text(row.get("system"), "system"), row.get("tools") or ""
-    if not isinstance(tools, str):
-        tools = json.dumps(tools, ensure_ascii=False)
+    tools = _text(tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False), "tools")
     return Chat((Turn("system", system), *turns) if system.strip() else turns, tools)
 
 
@@ -290,20 +254,16 @@ def _list(value: Any, column: str) -> Sequence[Any]:
     return value
 
 
-def _join_text(*parts: str) -> str:
-    return "\n".join(part for part in parts if part)
-
-
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", int: "a number", float: "a number"}
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     return names.get(type(value), type(value).__name__)
 
 
-#: In the order of detection: ultrachat_200k has `prompt` beside `messages`, Alpaca sets have `text` beside `output`.
+#: In the order of detection: ultrachat_200k has `prompt` next to `messages`, Alpaca sets have `text` next to `output`.
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), ("system", "tools"), _read_messages),
-    "sharegpt": Format(("conversations",), ("system", "tools"), _read_sharegpt),
+    "messages": Format(("messages",), ("system", "tools"), partial(_read_conversation, "messages")),
+    "sharegpt": Format(("conversations",), ("system", "tools"), partial(_read_conversation, "conversations")),
     "alpaca": Format(("instruction", "output"), ("input", "system", "history", "tools"), _read_alpaca),
     "prompt_completion": Format(("prompt", "completion"), (), _read_prompt_completion),
-    "text": Format(("text",), (), _read_text),
+    "text": Format(("text",), (), lambda row, where: Document(_text(row["text"], "text"))),
 }

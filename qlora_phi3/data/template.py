@@ -1,54 +1,52 @@
-"""Which chat template a model is trained with: the family's own, with the assistant's words marked.
+"""The chat template of a model, and conversations rendered with it.
 
-The templates in `qlora_phi3/templates/` are the models' own with `{% generation %}` marks around the assistant's
-words and its end token. They render to the very same text, which `choose_template` checks against the tokenizer's own
-template before it takes one. Marks, because the difference of two rendered prefixes leaks the next turn's header into
-the loss. What is done with the marks, and with turns a template does not have, is left to `render.py`.
+The templates in `qlora_phi3/templates/` are the models' own, with `{% generation %}` marks around the assistant's words and its
+end token. They render to exactly the same text: `choose_template` compares them with the tokenizer's own template. The marks are
+needed because the difference of two rendered prefixes would put the next turn's header into the loss.
 """
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from qlora_phi3.data.formats import Chat, SkipRow, Turn
 from qlora_phi3.errors import DataError
+from qlora_phi3.units import format_count
 
-TEMPLATE_FOLDER = Path(__file__).parent.parent / "templates"
+TEMPLATE_DIR = Path(__file__).parent.parent / "templates"
 
+#: In the order of comparison: of two that render alike, the first is taken.
+FAMILY = ("phi3", "phi35", "phi3-medium", "phi4", "phi4-mini", "phi4-first", "phi4-reasoning", "phi4-mini-reasoning")
 
-#: In the order they are compared: of two that render alike, the first is taken.
-FAMILY = (
-    "phi3",
-    "phi35",
-    "phi3-medium",
-    "phi4",
-    "phi4-mini",
-    "phi4-first",
-    "phi4-reasoning",
-    "phi4-mini-reasoning",
-)
-
-
-HOW_TO_SET = (
+SET_TEMPLATE_HINT = (
     f"Set [data] chat_template to one of {', '.join(FAMILY)}, or to a .jinja file with {{% generation %}} marks."
 )
-
+MARK_HINT = "Put {% generation %} and {% endgeneration %} around the assistant's words and its end token."
 
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+SYSTEM_MOVED = "system turn put ahead of the user's words: the model's template has none"
+TOOL_AS_USER = "tool turn rendered as a user turn: the model's template has none"
+TOOLS_AS_TEXT = "tool definitions put into the system turn as text: the model's template has no place for them"
 
+#: What a template is rendered with: role and content; in the system turn of Phi-4-mini also `tools`.
 Message = dict[str, str]
+
+#: Characters [start, end) of a rendered text.
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """A chat template with its assistant spans marked.
+    """A chat template with marks around the assistant's words.
 
     Args:
         name: of the family, `the model's own`, or the path it was read from.
         source: jinja with `{% generation %}` marks.
-        bos_token, eos_token: what those variables of the template stand for; empty where the model's own writes none.
+        bos_token, eos_token: values of these variables of the template; empty where the model's own writes none.
         roles: those that it renders.
         has_tools: whether the system turn has a place for tool definitions.
         end_of_turn: the text that ends an assistant's turn, `<|end|>` or `<|im_end|>`.
@@ -67,54 +65,38 @@ def choose_template(tokenizer: Any, name: str = "auto") -> ChatTemplate:
     """The marked template that a model is trained with.
 
     Args:
-        tokenizer: a fast tokenizer of transformers; read, not changed.
+        tokenizer: a fast tokenizer of transformers; it is not changed.
         name: `auto` for the one that renders as the tokenizer's own does; a name of `FAMILY`; or the path of a .jinja
             file.
 
     Raises:
-        DataError: none renders alike; no such name or file; no marks in it; its special tokens are not the tokenizer's.
+        DataError: none renders the same text; no such name or file; no marks in it; or it writes special tokens that
+            the tokenizer does not have.
     """
+    if name == "auto" and tokenizer.chat_template:
+        own = tokenizer.get_chat_template()
+        return _inspect("the model's own", own, tokenizer) if MARK.search(own) else _match_own(own, tokenizer)
+    if name == "auto":
+        vocabulary = tokenizer.get_vocab()
+        if not {"<|user|>", "<|assistant|>", "<|end|>"} <= vocabulary.keys() and "<|im_sep|>" not in vocabulary:
+            message = "The tokenizer has neither a chat template nor the special tokens of the Phi-3 family."
+            raise DataError(message, SET_TEMPLATE_HINT)
+        name = "phi4" if "<|im_sep|>" in vocabulary else "phi4-mini" if "<|tool_call|>" in vocabulary else "phi3"
     if name in FAMILY:
         return _inspect(name, _family_source(name), tokenizer)
-    if name != "auto":
-        return _inspect(name, _read_template(name), tokenizer)
-    if not tokenizer.chat_template:
-        guess = _guess_by_tokens(tokenizer)
-        return _inspect(guess, _family_source(guess), tokenizer)
-    own = tokenizer.get_chat_template()
-    return _inspect("the model's own", own, tokenizer) if MARK.search(own) else _match_own(own, tokenizer)
-
-
-def _read_template(name: str) -> str:
     path = Path(name).expanduser()
     if path.suffix != ".jinja" or not path.is_file():
-        raise DataError(
-            f"[data] chat_template = {name!r} is neither a name nor a .jinja file.", f"The names: {', '.join(FAMILY)}."
-        )
+        names = ", ".join(FAMILY)
+        raise DataError(f"[data] chat_template = {name!r} is neither a name nor a .jinja file.", f"The names: {names}.")
     source = path.read_text(encoding="utf-8")
     if not MARK.search(source):
-        raise DataError(
-            f"[data] chat_template = {name!r} has no {{% generation %}} marks, so that nobody knows what to learn.",
-            "Put {% generation %} and {% endgeneration %} around the assistant's words and its end token.",
-        )
-    return source
+        raise DataError(f"[data] chat_template = {name!r} has no {{% generation %}} marks.", MARK_HINT)
+    return _inspect(name, source, tokenizer)
 
 
-def template_variables(tokenizer: Any, bos_token: str, eos_token: str) -> dict[str, Any]:
-    """What `apply_chat_template` hands to a template, with the two tokens that a template may write itself."""
-    return {**tokenizer.special_tokens_map, "bos_token": bos_token, "eos_token": eos_token}
-
-
-def render_template(
-    source: str, messages: list[Message], variables: dict[str, Any]
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation and the character spans [start, end) inside the marks. Raises jinja2.TemplateError."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    texts, spans = render_jinja_template(
-        [messages], chat_template=source, return_assistant_tokens_mask=True, **variables
-    )
-    return texts[0], spans[0]
+@cache
+def _family_source(name: str) -> str:
+    return (TEMPLATE_DIR / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def _chat(*turns: str) -> list[Message]:
@@ -127,73 +109,50 @@ PROBES = (
     _chat("user one", "assistant one", "user two", "assistant two"),
     _chat("user one", "assistant one", "user two", "assistant two", "user three"),
 )
-
-
-#: What tells templates apart that agree so far, and which turns one has.
+#: What distinguishes templates that render those alike, and shows which turns one has.
 SYSTEM_PROBES = (
     _chat("system one", "user one", "assistant one"),
     [{"role": "system", "content": ""}, *_chat("user one", "assistant one")],
 )
-
-
 TOOL_PROBE = _chat("user one", "assistant one", "tool one", "assistant two")
-
-
 TOOLS_PROBE = [{"role": "system", "content": "system one", "tools": "tools one"}, *_chat("user one", "assistant one")]
 
 
-@cache
-def _family_source(name: str) -> str:
-    return (TEMPLATE_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
-
-
 def _match_own(own: str, tokenizer: Any) -> ChatTemplate:
-    """The family's template that renders as the tokenizer's own does, be it with or without its bos and eos tokens."""
-    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-    variables = template_variables(tokenizer, bos, eos)
-    theirs = [_try_render(own, probe, variables) for probe in (*PROBES, *SYSTEM_PROBES)]
+    """The family's template that renders as the tokenizer's own does, with or without its bos and eos tokens."""
+    own_bos, own_eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    variables = _template_variables(tokenizer, own_bos, own_eos)
+    expected = [_try_render(own, probe, variables) for probe in (*PROBES, *SYSTEM_PROBES)]
     best, most = None, 0
     for name in FAMILY:
-        for tokens in dict.fromkeys((b, e) for b in (bos, "") for e in (eos, "")):
-            variables = template_variables(tokenizer, *tokens)
-            ours = [_try_render(_family_source(name), probe, variables) for probe in (*PROBES, *SYSTEM_PROBES)]
-            agreed = sum(a == b for a, b in zip(ours, theirs, strict=True))
-            if ours[: len(PROBES)] == theirs[: len(PROBES)] and agreed > most:
-                best, most = (name, *tokens), agreed
+        for bos, eos in dict.fromkeys((bos, eos) for bos in (own_bos, "") for eos in (own_eos, "")):
+            variables = _template_variables(tokenizer, bos, eos)
+            texts = [_try_render(_family_source(name), probe, variables) for probe in (*PROBES, *SYSTEM_PROBES)]
+            agreed = sum(a == b for a, b in zip(texts, expected, strict=True))
+            if texts[: len(PROBES)] == expected[: len(PROBES)] and agreed > most:
+                best, most = (name, bos, eos), agreed
     if best is None:
         raise DataError(
             "The tokenizer's chat template renders like none of the Phi-3 family, so that the assistant's words in it "
             "are not known.",
-            HOW_TO_SET,
+            SET_TEMPLATE_HINT,
         )
     name, bos, eos = best
     return _inspect(name, _family_source(name), tokenizer, bos=bos, eos=eos, own=own)
 
 
-def _guess_by_tokens(tokenizer: Any) -> str:
-    """A tokenizer without a template: the special tokens say whose it is."""
-    vocabulary = tokenizer.get_vocab()
-    if "<|im_sep|>" in vocabulary:
-        return "phi4"
-    if {"<|user|>", "<|assistant|>", "<|end|>"} <= vocabulary.keys():
-        return "phi4-mini" if "<|tool_call|>" in vocabulary else "phi3"
-    raise DataError(
-        "The tokenizer has neither a chat template nor the special tokens of the Phi-3 family.",
-        HOW_TO_SET,
-    )
-
-
 def _inspect(
     name: str, source: str, tokenizer: Any, *, bos: str | None = None, eos: str | None = None, own: str | None = None
 ) -> ChatTemplate:
-    """Learn by rendering what a template can say; beside the model's own, a turn counts only where both agree."""
-    all_bos, all_eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-    bos, eos = all_bos if bos is None else bos, all_eos if eos is None else eos
+    """Find out by rendering which turns a template has; with `own` given, a turn counts only where both render it alike."""
+    own_bos, own_eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    bos, eos = own_bos if bos is None else bos, own_eos if eos is None else eos
+    variables = _template_variables(tokenizer, bos, eos)
 
-    def says(probe: list[Message], words: str) -> bool:
-        text = _try_render(source, probe, template_variables(tokenizer, bos, eos)) or ""
-        alike = own is None or text == _try_render(own, probe, template_variables(tokenizer, all_bos, all_eos))
-        return alike and words in text
+    def renders(probe: list[Message], words: str) -> bool:
+        text = _try_render(source, probe, variables) or ""
+        is_alike = own is None or text == _try_render(own, probe, _template_variables(tokenizer, own_bos, own_eos))
+        return is_alike and words in text
 
     return ChatTemplate(
         name=name,
@@ -202,29 +161,26 @@ def _inspect(
         eos_token=eos,
         roles=frozenset(
             {"user", "assistant"}
-            | ({"system"} if says(SYSTEM_PROBES[0], "system one") else set())
-            | ({"tool"} if says(TOOL_PROBE, "tool one") else set())
+            | ({"system"} if renders(SYSTEM_PROBES[0], "system one") else set())
+            | ({"tool"} if renders(TOOL_PROBE, "tool one") else set())
         ),
-        has_tools=says(TOOLS_PROBE, "tools one"),
-        end_of_turn=_check_marks(name, source, tokenizer, template_variables(tokenizer, bos, eos)),
+        has_tools=renders(TOOLS_PROBE, "tools one"),
+        end_of_turn=_check_marks(name, source, tokenizer, variables),
     )
 
 
 def _check_marks(name: str, source: str, tokenizer: Any, variables: dict[str, Any]) -> str:
-    """The end of turn after the marked words. Raises DataError where the marks or the tokens are not in order."""
+    """The end of turn after the marked words. Raises DataError where a mark is missing or a token is unknown."""
     from jinja2 import TemplateError
 
     try:
-        text, spans = render_template(source, PROBES[0], variables)
+        text, spans = _render(source, PROBES[0], variables)
     except TemplateError as error:
-        raise DataError(f"The chat template {name!r} cannot be rendered: {error}.", HOW_TO_SET) from error
+        raise DataError(f"The chat template {name!r} cannot be rendered: {error}.", SET_TEMPLATE_HINT) from error
     answer = PROBES[0][1]["content"]
     marked = text[slice(*spans[0])] if len(spans) == 1 else ""
     if answer not in marked:
-        raise DataError(
-            f"The chat template {name!r} does not mark the assistant's words, once a turn.",
-            "Put {% generation %} and {% endgeneration %} around the words and their end token.",
-        )
+        raise DataError(f"The chat template {name!r} does not mark the assistant's words once a turn.", MARK_HINT)
     vocabulary = tokenizer.get_vocab()
     for token in re.findall(r"<\|[^|>]+\|>", text):
         if token not in vocabulary:
@@ -235,8 +191,97 @@ def _check_marks(name: str, source: str, tokenizer: Any, variables: dict[str, An
     return marked.split(answer, 1)[1].strip()
 
 
+def render_chat(chat: Chat, template: ChatTemplate, tokenizer: Any) -> tuple[str, list[Span], list[str]]:
+    """A conversation as text, the spans of characters to supervise, and the notes of `fit_turns`.
+
+    Raises:
+        SkipRow: the template refuses the conversation.
+        DataError: a turn is not to be supervised, and the template's marks do not separate the turns.
+    """
+    from jinja2 import TemplateError
+
+    messages, notes = fit_turns(chat, template)
+    variables = _template_variables(tokenizer, template.bos_token, template.eos_token)
+    try:
+        text, spans = _render(template.source, messages, variables)
+    except TemplateError as error:
+        raise SkipRow(f"the chat template refuses it: {error}") from error
+    supervised = [turn.supervised for turn in chat.turns if turn.role == "assistant"]
+    if all(supervised):
+        return text, spans, notes
+    if len(spans) != len(supervised):
+        raise DataError(
+            f"The chat template {template.name!r} marks {format_count(len(spans), 'span')} in a conversation of "
+            f"{len(supervised)} assistant turns, so that a turn cannot be left out of the loss.",
+            "Mark each assistant turn once in the template of [data] chat_template.",
+        )
+    return text, [span for span, is_supervised in zip(spans, supervised, strict=True) if is_supervised], notes
+
+
+def fit_turns(chat: Chat, template: ChatTemplate) -> tuple[list[Message], list[str]]:
+    """The messages to render, and a note for each kind of turn that the template does not have.
+
+    - A system turn, where the template has none (Phi-3-medium, the first Phi-3-mini, Phi-4-reasoning), is put ahead of
+      the next user turn's text with a blank line between. Where no user turn follows at once, it becomes a user turn.
+    - A tool's result becomes a user turn (Phi-4-mini has a turn for it); a function call is the assistant's.
+    - Tool definitions stand in the system turn: in Phi-4-mini's own place for them, else as text after a blank line.
+    """
+    notes: list[str] = []
+    turns = list(chat.turns)
+    tools = chat.tools if template.has_tools else ""
+    if chat.tools:
+        head = turns.pop(0).text if turns and turns[0].role == "system" else ""
+        if not template.has_tools:
+            head = _join(head, chat.tools)
+            notes.append(TOOLS_AS_TEXT)
+        turns.insert(0, Turn("system", head))
+    if any(turn.role == "tool" for turn in turns) and "tool" not in template.roles:
+        turns = [Turn("user", turn.text) if turn.role == "tool" else turn for turn in turns]
+        notes.append(TOOL_AS_USER)
+    if any(turn.role == "system" for turn in turns) and "system" not in template.roles:
+        turns = list(_move_system_turns(turns))
+        notes.append(SYSTEM_MOVED)
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    if tools:
+        messages[0]["tools"] = tools
+    return messages, notes
+
+
+def _move_system_turns(turns: Sequence[Turn]) -> Iterator[Turn]:
+    waiting = ""
+    for turn in turns:
+        if turn.role == "system":
+            waiting = _join(waiting, turn.text)
+            continue
+        if waiting and turn.role != "user":
+            yield Turn("user", waiting)
+        yield Turn("user", _join(waiting, turn.text)) if turn.role == "user" else turn
+        waiting = ""
+    if waiting:
+        yield Turn("user", waiting)
+
+
+def _join(before: str, after: str) -> str:
+    return f"{before}\n\n{after}" if before and after else before or after
+
+
+def _template_variables(tokenizer: Any, bos_token: str, eos_token: str) -> dict[str, Any]:
+    """What `apply_chat_template` passes to a template, with the two tokens that a template may write itself."""
+    return {**tokenizer.special_tokens_map, "bos_token": bos_token, "eos_token": eos_token}
+
+
+def _render(source: str, messages: list[Message], variables: dict[str, Any]) -> tuple[str, list[Span]]:
+    """The text of a conversation and the spans inside the marks. Raises jinja2.TemplateError."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, spans = render_jinja_template(
+        [messages], chat_template=source, return_assistant_tokens_mask=True, **variables
+    )
+    return texts[0], spans[0]
+
+
 def _try_render(source: str, messages: list[Message], variables: dict[str, Any]) -> str | None:
-    """The rendered text; None where the template refuses the conversation (an unknown role, say)."""
+    """The text of a conversation; None where the template refuses it (for example because of its role)."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -19,13 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_phi3.data.sources import is_local
 from qlora_phi3.errors import CannotTellError, DataError, ModelError, UserError
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.hardware.gpu_table import CARDS, NATIVE_BFLOAT16, GpuSpec
 from qlora_phi3.memory.margin import Margin, read_margin
 from qlora_phi3.memory.plan import RowLengths, assume_lengths, read_lengths
 from qlora_phi3.memory.report import RowSummary, VramReport, merge_categories, read_versions
+from qlora_phi3.recipe.load import is_local_data
+from qlora_phi3.reporter import Progress
 
 if TYPE_CHECKING:
     from qlora_phi3.data.prepare import PreparedData
@@ -230,9 +231,6 @@ def alike(compute_capability: tuple[int, int]) -> tuple[int, int]:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 
 
-Progress = Callable[[str, int, int | None], None]
-
-
 @dataclass(frozen=True, slots=True)
 class LengthsReport:
     """The lengths, one line that says where they come from, and one why a run would stop at them, if it would."""
@@ -258,6 +256,8 @@ def hub_offline() -> Iterator[None]:
 
 def read_rows(recipe: "Recipe", base_folder: Path, progress: Progress) -> LengthsReport:
     """Tokenise the data as the run does, or take every row for `max_length` tokens."""
+    from qlora_phi3.data.prepare import row_lengths
+
     training, problem = recipe.training, _find_problem(recipe, base_folder)
     if problem:
         return _assume(recipe, "The data cannot be used.", problem)
@@ -265,13 +265,13 @@ def read_rows(recipe: "Recipe", base_folder: Path, progress: Progress) -> Length
         _find_tokenizer(recipe)
         data = _prepare(recipe, base_folder, progress)
     except DataError as error:
-        if all(is_local(name, base_folder) for name in _sources(recipe)):
+        if all(is_local_data(name, base_folder) for name in _sources(recipe)):
             return _assume(recipe, "The data cannot be used.", str(error))
         return _assume(recipe, error.message)  # a run may fetch what is not here
     except UserError as error:
         return _assume(recipe, error.message)
-    evaluation = [] if data.evaluation is None else _lengths(data.evaluation)
-    lengths = read_lengths(_lengths(data.train), evaluation, training.batch_size)
+    evaluation = [] if data.evaluation is None else row_lengths(data.evaluation).tolist()
+    lengths = read_lengths(row_lengths(data.train).tolist(), evaluation, training.batch_size)
     measured = f" and {len(evaluation):,} to measure on" if evaluation else ""
     return LengthsReport(
         lengths, f"{len(lengths.training):,} to train on{measured}, the longest {lengths.longest:,} tokens"
@@ -298,15 +298,10 @@ def _find_problem(recipe: "Recipe", base_folder: Path) -> str:
     from qlora_phi3.data.prepare import check_files
 
     try:
-        check_files(_sources(recipe), base_folder, format=recipe.data.format, fields=recipe.data.fields)
+        check_files(recipe.data, base_folder, evaluate=recipe.training.do_eval)
     except DataError as error:
         return str(error)
     return ""
-
-
-def _lengths(rows: Any) -> list[int]:
-    lengths: list[int] = rows.select_columns(["length"]).with_format("numpy")[:]["length"].tolist()
-    return lengths
 
 
 def _find_tokenizer(recipe: "Recipe") -> None:
@@ -326,44 +321,19 @@ def _find_tokenizer(recipe: "Recipe") -> None:
 
 
 def _prepare(recipe: "Recipe", base_folder: Path, progress: Progress) -> "PreparedData":
+    from qlora_phi3.data.prepare import prepare_datasets
     from qlora_phi3.data.template import choose_template
     from qlora_phi3.model.phi3 import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model)
     template = choose_template(tokenizer, recipe.data.chat_template)
-    return prepare_data(recipe, base_folder, tokenizer, template, progress)
-
-
-def prepare_data(
-    recipe: "Recipe", base_folder: Path, tokenizer: Any, template: Any, progress: Progress
-) -> "PreparedData":
-    """The rows of a recipe, tokenised, as a run trains on them.
-
-    Raises:
-        DataError: they cannot be read or used.
-    """
-    from qlora_phi3.data.prepare import prepare_datasets
-    from qlora_phi3.recipe.load import as_list
-
-    table, measures = recipe.data, recipe.training.do_eval
     return prepare_datasets(
-        train=as_list(table.train),
-        evaluation=as_list(table.eval) if measures else (),
-        eval_size=table.eval_size if measures else 0,
-        split_seed=table.split_seed,
-        split=table.split,
-        eval_split=table.eval_split if measures else None,
-        subset=table.subset,
-        revision=table.revision,
-        format=table.format,
-        fields=table.fields,
-        loss_on=table.loss_on,
+        recipe.data,
         max_length=recipe.training.max_length,
-        max_rows=table.max_rows,
-        max_eval_rows=table.max_eval_rows,
+        evaluate=recipe.training.do_eval,
         tokenizer=tokenizer,
         template=template,
-        base_folder=base_folder,
+        base_dir=base_folder,
         progress=progress,
     )
 

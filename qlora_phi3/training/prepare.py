@@ -17,7 +17,7 @@ from transformers.integrations import get_available_reporting_integrations, is_f
 from transformers.trainer_utils import set_seed
 
 from qlora_phi3.adapters.start import check_start, start_from
-from qlora_phi3.data.prepare import PreparedData
+from qlora_phi3.data.prepare import PreparedData, prepare_datasets, row_lengths
 from qlora_phi3.data.template import ChatTemplate, choose_template
 from qlora_phi3.errors import DeviceError, RecipeError
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan
@@ -29,7 +29,6 @@ from qlora_phi3.memory.plan import GpuLimits, RowLengths, read_lengths, step_sha
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.search import find_plan
 from qlora_phi3.memory.simulate import simulate
-from qlora_phi3.memory.vram_check import prepare_data
 from qlora_phi3.model.lora import attach_adapter, measure_coverage
 from qlora_phi3.model.optimizer import default_optimizer
 from qlora_phi3.model.phi3 import Precision, choose_precision, load_base, load_tokenizer
@@ -66,8 +65,8 @@ class RunContext:
     @property
     def row_lengths(self) -> RowLengths:
         """Tokens of the rows that are trained on and evaluated."""
-        held_out = [] if self.data.evaluation is None else list(self.data.evaluation["length"])
-        return read_lengths(list(self.data.train["length"]), held_out, self.recipe.training.batch_size)
+        held_out = [] if self.data.evaluation is None else row_lengths(self.data.evaluation).tolist()
+        return read_lengths(row_lengths(self.data.train).tolist(), held_out, self.recipe.training.batch_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +103,15 @@ def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
     precision = choose_precision(recipe.compute_dtype, device)
     tokenizer = load_tokenizer(recipe.model)
     template = choose_template(tokenizer, recipe.data.chat_template)
-    data = prepare_data(recipe, recipe_dir, tokenizer, template, reporter.progress)
+    data = prepare_datasets(
+        recipe.data,
+        max_length=recipe.training.max_length,
+        evaluate=recipe.training.do_eval,
+        tokenizer=tokenizer,
+        template=template,
+        base_dir=recipe_dir,
+        progress=reporter.progress,
+    )
     for line in data.report.summary_lines():
         reporter.info(line)
     for line in data.report.warning_lines():

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from qlora_phi3.adapters.peft_io import adapter_record
-from qlora_phi3.data.prepare import DataReport
+from qlora_phi3.data.report import DataReport
 from qlora_phi3.errors import DeviceError, Interrupted, RunError
 from qlora_phi3.hardware.gpu import Gpu, read_gpu
 from qlora_phi3.memory.margin import record_error

@@ -25,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
+from qlora_phi3.data.prepare import row_lengths
 from qlora_phi3.errors import RunError
 from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.files import disk_errors, remove
@@ -220,8 +221,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             RunError: one row alone does not fit.
         """
         dataset: Any = self.train_dataset if phase == "training" else self.eval_dataset
-        lengths = numpy.asarray(dataset.with_format("numpy")["length"])
-        longest = numpy.argsort(-lengths, kind="stable")[: self.args.per_device_train_batch_size]
+        longest = numpy.argsort(-row_lengths(dataset), kind="stable")[: self.args.per_device_train_batch_size]
         rows = [dataset[int(number)] for number in longest]
         self._compute(self.model, rows, phase, 0)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from workshop import Workshop, build_base, call, read_json
 
-from qlora_phi3.data.template import TEMPLATE_FOLDER
+from qlora_phi3.data.template import TEMPLATE_DIR
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
@@ -268,7 +268,7 @@ def test_a_config_that_only_loads_otherwise_is_taken_and_so_is_a_run_that_kept_n
 
 @pytest.mark.parametrize("later", ["edited", "gone"])
 def test_a_chat_template_of_a_file_is_exported_as_it_was_trained_with(shop, later):
-    marked = (TEMPLATE_FOLDER / "phi3.jinja").read_text(encoding="utf-8")
+    marked = (TEMPLATE_DIR / "phi3.jinja").read_text(encoding="utf-8")
     (shop.path / "own.jinja").write_text(marked.replace("<|user|>", "<|user|> Q:"), encoding="utf-8")
     shop.write(data={"chat_template": "own.jinja"}, training={"max_steps": 1})
     assert shop.run().exit_code == 0

@@ -20,7 +20,7 @@ def turns(row: dict[str, object]) -> list[tuple[str, str]]:
     return [(turn.role, turn.text) for turn in chat.turns]
 
 
-QUESTION_COLUMNS = [("user", "q"), ("assistant", "a")]
+QUESTION_AND_ANSWER = [("user", "q"), ("assistant", "a")]
 
 
 @pytest.mark.parametrize(
@@ -38,12 +38,17 @@ QUESTION_COLUMNS = [("user", "q"), ("assistant", "a")]
     ],
 )
 def test_every_format_reads_a_question_and_an_answer(row):
-    assert turns(row) == QUESTION_COLUMNS
+    assert turns(row) == QUESTION_AND_ANSWER
 
 
 def test_alpaca_puts_the_input_below_the_instruction_as_microsofts_samples_do():
     row = {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be brief.", "history": [["q", "a"]]}
-    assert turns(row) == [("system", "Be brief."), *QUESTION_COLUMNS, ("user", "Add.\n Input: 1 2"), ("assistant", "3")]
+    assert turns(row) == [
+        ("system", "Be brief."),
+        *QUESTION_AND_ANSWER,
+        ("user", "Add.\n Input: 1 2"),
+        ("assistant", "3"),
+    ]
 
 
 def test_sharegpt_roles_are_mapped_and_none_is_dropped():
@@ -118,6 +123,11 @@ USER = {"role": "user", "content": "q"}
         ({"instruction": ["q"], "output": "a"}, "'instruction' is a list, not text"),
         ({"instruction": "q", "output": "a", "history": ["q"]}, "'history' is not a list of [question, answer] pairs"),
         ({"prompt": "q", "completion": ""}, "an assistant turn is empty"),
+        ({"prompt": "\ud800", "completion": "a"}, "'content' holds half a Unicode surrogate pair"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "a"}], "tools": "\ud800"},
+            "'tools' holds half a Unicode surrogate pair",
+        ),
         ({"text": "  "}, "the text is empty"),
     ],
 )
@@ -132,15 +142,13 @@ def test_a_missing_column_of_a_named_format_makes_a_row_unusable():
         read_row({"instruction": "q"}, "alpaca", "a.csv:2")
 
 
-def test_a_role_nobody_knows_is_an_error_with_the_place_and_the_known_roles():
-    with pytest.raises(
-        DataError, match=r"a\.jsonl:7: nobody knows the role 'narrator'\. .*system, developer, user"
-    ) as caught:
+def test_an_unknown_role_is_an_error_with_the_place_and_the_known_roles():
+    with pytest.raises(DataError, match=r"a\.jsonl:7: .*'narrator'") as caught:
         read({"messages": [{"role": "narrator", "content": "Once."}]})
     assert all(role in str(caught.value) for role in ROLES)
 
 
 def test_a_field_map_of_an_unknown_column_is_refused():
     check_fields({"instruction": "question"}, "alpaca")
-    with pytest.raises(DataError, match=r"fields maps 'question', which is no column of format 'alpaca'.*instruction"):
+    with pytest.raises(DataError, match="'question'"):
         check_fields({"question": "instruction"}, "alpaca")

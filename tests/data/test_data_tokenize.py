@@ -5,18 +5,8 @@ import pytest
 from tiny import TEMPLATE_FOLDER, build_byte_tokenizer, build_tokenizer, hub_template
 
 from qlora_phi3.data.formats import Chat, Turn
-from qlora_phi3.data.template import choose_template
-from qlora_phi3.data.tokenize import (
-    IGNORE_INDEX,
-    SYSTEM_MOVED,
-    TOOL_AS_USER,
-    TOOLS_AS_TEXT,
-    fit_turns,
-    render_chat,
-    special_token_pattern,
-    tokenize_chats,
-    tokenize_documents,
-)
+from qlora_phi3.data.template import SYSTEM_MOVED, TOOL_AS_USER, TOOLS_AS_TEXT, choose_template, fit_turns, render_chat
+from qlora_phi3.data.tokenize import IGNORE_INDEX, special_token_pattern, tokenize_chats, tokenize_documents
 
 MODELS = sorted(path.stem for path in TEMPLATE_FOLDER.glob("*.jinja"))
 WORDS = [

@@ -1,0 +1,132 @@
+"""What became of every row: counts by reason while a source is read, the report on a source, and the report on a run's data."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from qlora_phi3.units import format_count
+
+#: Rows that a count names, and rows that are named when truncation left nothing supervised in them.
+EXAMPLES, NAMED = 3, 1000
+
+#: With fewer held-out rows than this their loss is a rough figure, and the summary says so.
+FEW_ROWS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class RowCount:
+    """How many rows something happened to, and the first of them as `file:line`."""
+
+    reason: str
+    rows: int = 0
+    where: tuple[str, ...] = ()
+
+    def plus(self, rows: int, where: Sequence[str], *, named: int = EXAMPLES) -> "RowCount":
+        """Add rows; `where` names the first of them, and the sum names its first `named` rows."""
+        return RowCount(self.reason, self.rows + rows, (*self.where, *where[: named - len(self.where)]))
+
+
+def merge_counts(counts: Iterable[RowCount], *, named: int = EXAMPLES) -> tuple[RowCount, ...]:
+    """Add up the counts of each reason; the most frequent reason first, each with its first `named` rows."""
+    merged: dict[str, RowCount] = {}
+    for count in counts:
+        merged[count.reason] = merged.get(count.reason, RowCount(count.reason)).plus(
+            count.rows, count.where, named=named
+        )
+    return tuple(sorted(merged.values(), key=lambda count: -count.rows))
+
+
+@dataclass(slots=True)
+class SourceReport:
+    """What became of the rows of one source. It counts while the source is read; its size does not grow with the rows.
+
+    Args:
+        name: a row is named `name:number`.
+        format: the format that the rows were read as; empty where none was read.
+        truncated, fully_truncated, skipped, notes: see `DataReport`; the last two by reason.
+    """
+
+    name: str
+    format: str = ""
+    rows_read: int = 0
+    rows_kept: int = 0
+    truncated: int = 0
+    fully_truncated: RowCount = RowCount("nothing left to learn after truncation")
+    skipped: dict[str, RowCount] = field(default_factory=dict)
+    notes: dict[str, RowCount] = field(default_factory=dict)
+
+    def add(self, counts: dict[str, RowCount], reason: str, number: int) -> None:
+        """Count a row, by its number in the source, in `skipped` or `notes`."""
+        counts[reason] = counts.get(reason, RowCount(reason)).plus(1, [f"{self.name}:{number}"])
+
+    def add_fully_truncated(self, number: int) -> None:
+        """Count a row in which truncation left nothing supervised."""
+        self.fully_truncated = self.fully_truncated.plus(1, [f"{self.name}:{number}"], named=NAMED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataReport:
+    """What became of a run's data, row by row where it matters.
+
+    Args:
+        sources: their names; the column `source` is an index into it.
+        formats: of each source, the format it was read as.
+        rows_read, rows_kept: of all sources; the kept rows are divided into `train_rows` and `evaluation_rows`.
+        skipped: rows that cannot be used, by reason, the most frequent first.
+        notes: rows that are used, but changed or remarkable.
+        truncated: rows kept that were cut at `max_length`.
+        fully_truncated: rows dropped because the cut left nothing supervised; the first 1,000 are named.
+        tokens, supervised_tokens: of the training rows.
+        longest_row: in tokens, training and evaluation.
+        sha256: of the content of all sources, in their order.
+        eval_indices: which of the kept rows (0 is the first) are held out; empty where evaluation has its own sources.
+    """
+
+    sources: tuple[str, ...]
+    formats: tuple[str, ...]
+    chat_template: str
+    max_length: int
+    rows_read: int
+    rows_kept: int
+    train_rows: int
+    evaluation_rows: int
+    skipped: tuple[RowCount, ...]
+    notes: tuple[RowCount, ...]
+    truncated: int
+    fully_truncated: RowCount
+    tokens: int
+    supervised_tokens: int
+    longest_row: int
+    sha256: str
+    split_seed: int
+    eval_indices: tuple[int, ...]
+
+    def summary_lines(self) -> list[str]:
+        """What the run trains and measures on, one fact a line."""
+        origin = ", ".join(f"{name} ({form})" for name, form in zip(self.sources, self.formats, strict=True) if form)
+        measured = f" and {self.evaluation_rows:,} to measure on" if self.evaluation_rows else ""
+        drawn = f" (drawn with seed {self.split_seed})" if self.eval_indices else ""
+        lines = [f"Data: {format_count(self.train_rows, 'row')} to train on{measured}{drawn}, from {origin}"]
+        if 0 < self.evaluation_rows < FEW_ROWS:
+            rows = format_count(self.evaluation_rows, "row")
+            lines.append(f"Held-out loss: from {rows} only, so a rough figure")
+        lines.append(
+            f"Tokens: {self.tokens:,}, of which {self.supervised_tokens:,} are learned; the longest row has "
+            f"{self.longest_row:,}; chat template {self.chat_template}"
+        )
+        return lines
+
+    def warning_lines(self) -> list[str]:
+        """What was left out or changed, one reason a line."""
+        lines = [f"{format_count(count.rows, 'row')} skipped: {_with_places(count)}" for count in self.skipped]
+        if self.truncated:
+            kept = format_count(self.rows_kept, "row")
+            lines.append(f"{self.truncated:,} of {kept} cut at max_length = {self.max_length}")
+        if self.fully_truncated.rows:
+            rows = format_count(self.fully_truncated.rows, "row")
+            lines.append(f"{rows} dropped, {_with_places(self.fully_truncated)}")
+        return lines + [f"{format_count(count.rows, 'row')}, {_with_places(count)}" for count in self.notes]
+
+
+def _with_places(count: RowCount) -> str:
+    named = count.where[:EXAMPLES]
+    return f"{count.reason} ({', '.join(named)}{', …' if count.rows > len(named) else ''})"

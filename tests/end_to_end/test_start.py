@@ -46,11 +46,11 @@ def test_without_a_step_the_adapter_comes_out_as_it_went_in(trained):
     [
         (
             {"r": 2},
-            r"was trained with r = 4, and \[lora\] says 2\. Write what it was trained with: r = 4, lora_alpha = ",
+            r"was trained with r = 4, and \[lora\] has 2\. Write what it was trained with: r = 4, lora_alpha = ",
         ),
-        ({"lora_alpha": 99}, r"was trained with lora_alpha = 16, and \[lora\] says 99"),
-        ({"target_modules": ["qkv_proj"]}, "for which \\[lora\\] leaves no place"),
-        ({"use_dora": True}, "was trained with use_dora = False, and \\[lora\\] says True"),
+        ({"lora_alpha": 99}, r"was trained with lora_alpha = 16, and \[lora\] has 99"),
+        ({"target_modules": ["qkv_proj"]}, "for which \\[lora\\] has no place"),
+        ({"use_dora": True}, "was trained with use_dora = False, and \\[lora\\] has True"),
     ],
     ids=["rank", "strength", "layers", "kind"],
 )
@@ -68,7 +68,7 @@ def test_an_adapter_that_is_not_there_is_told_before_anything_starts(shop):
     shop.write(model={"adapter": "nowhere"})
     result = shop.run()
     assert result.exit_code == 2
-    assert "[model] adapter: There is no folder nowhere." in result.stderr
+    assert "[model] adapter: There is no directory nowhere." in result.stderr
 
 
 def test_an_adapter_that_is_no_number_is_refused(trained):

@@ -109,9 +109,7 @@ def read_deltas(folder: Path, config: Mapping[str, Any]) -> AdapterDeltas:
         )
     for key in stored.info:
         if not all(torch.stack(chunk.aminmax()).isfinite().all() for chunk in stored.iter_row_chunks(key)):
-            raise ExportError(
-                f"{path}: {key} holds NaN or infinity.", "The training diverged: train again at a lower learning_rate."
-            )
+            raise ExportError(f"{path}: {key} holds NaN or infinity.", "Train again at a lower learning_rate.")
     replaced = {names[0]: f"{PREFIX}{names[0]}" for names in trained.values()}
     are_tied = any({EMBEDDING, HEAD} <= set(names) for names in trained.values())
     was_tied = bool(base_model.config.tie_word_embeddings)

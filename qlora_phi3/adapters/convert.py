@@ -101,31 +101,21 @@ def find_base(given: str | None, folder: Path) -> Base:
 def check_target(source: Path, target: Path, *, force: bool, is_folder: bool = True) -> None:
     """Refuse a target that would damage something, before any work is done.
 
-    Args:
-        source: what is converted.
-        target: what will be written.
-        force: whether an adapter at the target may be replaced.
-        is_folder: whether the target will be a PEFT directory; else it will be a loralib file.
-
     Raises:
-        ExportError: the target exists and `force` is not set, is of the other kind or not an adapter, is inside the source,
-            or the source is inside it.
+        ExportError: the target exists and `force` is not set, is of the other kind (`is_folder`: a PEFT directory) or not an
+            adapter, or overlaps with the source.
     """
     inner, outer = target.resolve(), source.resolve()
     if target.name in ("", ".."):
         raise ExportError(f"{target} cannot be the name of a new adapter.", "Name a new directory or file.")
-    if inner == outer or outer in inner.parents:
-        raise ExportError(f"{target} is inside {source}, which is read.", "Choose another place.")
-    if inner in outer.parents:
-        raise ExportError(f"{target} contains {source}, which is read.", "Choose another place.")
+    if inner == outer or outer in inner.parents or inner in outer.parents:
+        raise ExportError(f"{target} overlaps with {source}, which is read.", "Choose another place.")
     if not target.exists():
         return
     if is_folder and target.is_file():
-        raise ExportError(f"{target} is a file, and a PEFT adapter is a directory.", "Name a new directory.")
+        raise ExportError(f"{target} is a file, not a directory.", "Name a new directory for the PEFT adapter.")
     if not is_folder and target.is_dir():
-        raise ExportError(
-            f"{target} is a directory, and a loralib state dict is a file.", "Name a file that ends in .pt."
-        )
+        raise ExportError(f"{target} is a directory, not a file.", "Name a file that ends in .pt.")
     if target.is_dir() and any(target.iterdir()) and not (target / CONFIG_NAME).is_file():
         raise ExportError(f"{target} is a directory that holds other things than an adapter.", "Choose another place.")
     if not force:
@@ -241,7 +231,7 @@ def change_fusion(
         fused: whether the new adapter is fused; else it is split, for an unfused Phi-3.
         base: the model that the new adapter is for, where the adapter does not lead to it.
         force: replace an adapter at the target.
-        progress: called for every layer that was compared.
+        progress: as in `loralib_to_peft`.
 
     Raises:
         ExportError: the adapter cannot be read, fits no layer of the base, or cannot be converted without loss.
@@ -277,15 +267,11 @@ def _read_grouped(folder: Path, config: Mapping[str, Any], base: Base, *, fused:
     adapter = read_peft(read_weights(folder), config, folder)
     for name in adapter.full_tensors:
         if last_name(name.rpartition(".")[0]) in (*PARTS, *FUSED):
-            raise ExportError(
-                f"{folder}: {name} is trained in full (modules_to_save, bias).", "Merge that adapter instead."
-            )
+            raise ExportError(f"{folder}: {name} is trained in full.", "Merge that adapter instead.")
     names = {last_name(name) for name in adapter.deltas}
     whole, parts = sorted(names & PARTS.keys()), sorted(names & FUSED.keys())
     if whole and parts:
-        raise ExportError(
-            f"{folder} has {whole[0]} and {parts[0]}, fused and split.", "No model has layers of both kinds."
-        )
+        raise ExportError(f"{folder} has {whole[0]} and {parts[0]}.", "No model has both fused and split layers.")
     if whole if fused else parts:
         check_layers(adapter, layer_shapes(base.architecture, fused=fused), base.name, folder)
     return adapter
@@ -324,9 +310,7 @@ def compare(expected: Adapter, written: Adapter, progress: Progress | None = Non
     full, written_full = expected.full_tensors, written.full_tensors
     same_names = expected.deltas.keys() == written.deltas.keys() and full.keys() == written_full.keys()
     if not same_names or not all(torch.equal(tensor, written_full[name]) for name, tensor in full.items()):
-        raise ExportError(
-            "What was written holds other tensors than what was read.", "Nothing was saved; please report this."
-        )
+        raise ExportError("The written tensors differ from those read.", "Nothing was saved; please report this.")
     largest, worst = 0.0, next(iter(expected.deltas))
     for number, (name, delta) in enumerate(expected.deltas.items()):
         difference = relative_difference(delta, written.deltas[name])

@@ -19,11 +19,8 @@ from qlora_phi3.family import FUSED, PARTS, Architecture, part_rows
 def check_layers(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], base: str, where: object) -> None:
     """Check that every delta fits a layer of the base.
 
-    Args:
-        adapter: its deltas are checked.
-        shapes: (out_features, in_features) of the base's layers, by name.
-        base: the base's name, for the messages.
-        where: the adapter's place, for the messages.
+    `shapes` are the (out_features, in_features) of the base's layers. Its name `base` and the adapter's place `where` are for the
+    messages.
 
     Raises:
         ExportError: the base has no such layer, or has it in another size.
@@ -148,9 +145,7 @@ def read_enable(texts: Sequence[str], find: Callable[[], Architecture]) -> dict[
         elif name and set(words) <= {"1", "0", "true", "false"}:
             enable[name] = tuple(word in ("1", "true") for word in words)
         else:
-            raise ExportError(
-                f"--enable {text} names no groups.", "Write q,v or gate,up or NAME=1,0,1, one digit a group."
-            )
+            raise ExportError(f"--enable {text} names no groups.", "Write q,v or gate,up or NAME=1,0,1.")
     return enable
 
 
@@ -168,10 +163,7 @@ def groups_of(layer: str, words: Sequence[str], architecture: Architecture) -> t
     sizes = {part: part_rows(architecture)[part] for part in PARTS[layer]}
     smallest = min(sizes.values())
     if any(size % smallest for size in sizes.values()):
-        raise ExportError(
-            f"The parts of {layer} have {list(sizes.values())} rows, which cannot be divided into equal groups.",
-            "Leave --enable out.",
-        )
+        raise ExportError(f"The rows of {layer}, {list(sizes.values())}, have no equal groups.", "Leave --enable out.")
     enable: list[bool] = []
     for part, size in sizes.items():
         enable += [part.removesuffix("_proj") in words] * (size // smallest)

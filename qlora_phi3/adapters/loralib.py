@@ -65,12 +65,7 @@ def check_spec(spec: Spec, layers: Sequence[str]) -> None:
 
 
 def read_loralib(tensors: Mapping[str, Tensor], spec: Spec, where: object) -> Adapter:
-    """The deltas of a loralib state dict.
-
-    Args:
-        tensors: of the state dict.
-        spec: what the state dict does not hold.
-        where: its place, for the messages.
+    """The deltas of a loralib state dict, with the `spec` of what it does not hold; `where` is its place, for the messages.
 
     Raises:
         ExportError: an unknown key, a missing alpha, or shapes that do not fit the spec.
@@ -80,9 +75,7 @@ def read_loralib(tensors: Mapping[str, Tensor], spec: Spec, where: object) -> Ad
         if match := LORA_TENSOR.fullmatch(key):
             pairs[match[1]][match[2]] = tensor
     if not pairs:
-        raise ExportError(
-            f"{where} holds no 'x.lora_A' and 'x.lora_B', loralib's names.", "Give a PEFT adapter as its directory."
-        )
+        raise ExportError(f"{where} holds no 'x.lora_A' and 'x.lora_B'.", "Give a PEFT adapter as its directory.")
     check_spec(spec, list(pairs))
     deltas = {}
     for layer, pair in pairs.items():
@@ -121,7 +114,7 @@ def _read_layer(layer: str, lora_A: Tensor, lora_B: Tensor, spec: Spec, where: o
     if kernel is not None:
         if kernel < 1 or any(size % kernel for size in (rows, rank, columns)) or stacked_rank != rank:
             raise ExportError(
-                f"{where}: {layer} has {shapes}, not those of a Conv2d of kernel_size {kernel}.", "Correct --conv2d."
+                f"{where}: {layer} has {shapes}, not a Conv2d's with kernel_size {kernel}.", "Correct --conv2d."
             )
         # loralib views B A, (out k, in k), as (out, in, k, k): row o k + t is the t-th part of the weight of output o.
         scaling = alpha / (rank // kernel)
@@ -137,7 +130,7 @@ def _read_layer(layer: str, lora_A: Tensor, lora_B: Tensor, spec: Spec, where: o
         count, places = sum(enable), [number for number, enabled in enumerate(enable) if enabled]
         if count == 0 or stacked_rank != rank * count or rows % count:
             raise ExportError(
-                f"{where}: {layer} has {shapes}, not those of a MergedLinear with {count} of {len(enable)} groups enabled.",
+                f"{where}: {layer} has {shapes}, not a MergedLinear's with {count} of {len(enable)} groups enabled.",
                 "lora_A has rank times enabled groups rows; correct --enable.",
             )
         # Each enabled group has r rows of A and its own rows of B.
@@ -173,9 +166,7 @@ def build_loralib_layers(adapter: Adapter, spec: Spec, where: object) -> dict[st
     for name in adapter.full_tensors:
         layer, _, kind = name.rpartition(".")
         if kind != "bias" and layer not in adapter.deltas:
-            raise ExportError(
-                f"{where}: loralib cannot hold '{name}' (modules_to_save).", "Use it as a PEFT adapter, or merge it."
-            )
+            raise ExportError(f"{where}: loralib cannot hold '{name}'.", "Use it as a PEFT adapter, or merge it.")
     layers = {}
     for name, delta in adapter.deltas.items():
         if delta.magnitude is not None:
@@ -189,9 +180,7 @@ def _build_layer(name: str, delta: LoraDelta, spec: Spec, where: object) -> Laye
     enable, alpha = look_up(spec.enable, name), look_up(spec.alpha, name)
     if enable is not None:
         if delta.kind != "linear":
-            raise ExportError(
-                f"{where}: {name} is not linear, and only linear layers have groups.", "Correct --enable."
-            )
+            raise ExportError(f"{where}: {name} is not linear and has no groups.", "Correct --enable.")
         lora_A, lora_B = _as_merged(name, lora_A, lora_B, enable, where)
     elif delta.kind == "conv2d":
         lora_A, lora_B = _as_conv2d(lora_A, lora_B, delta.kernel_size)
@@ -220,9 +209,7 @@ def _as_merged(
     """
     count, places = sum(enable), [number for number, enabled in enumerate(enable) if enabled]
     if len(lora_B) % len(enable) or not count:
-        raise ExportError(
-            f"{where}: {name} has {len(lora_B)} rows, not {len(enable)} equal groups.", "Correct --enable."
-        )
+        raise ExportError(f"{where}: {name} has {len(lora_B)} rows, not {len(enable)} groups.", "Correct --enable.")
     groups = lora_B.reshape(len(enable), -1, len(lora_A))
     for number, enabled in enumerate(enable):
         if not enabled and groups[number].any():

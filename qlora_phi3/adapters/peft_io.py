@@ -39,17 +39,9 @@ NESTED_KEYS = ("model_state_dict", "state_dict")
 #: Copied byte for byte wherever an adapter or an export goes. config.json is one of them: without it in the same directory
 #: transformers 5 reads the tokenizer files as another class, which gives other ids.
 TOKENIZER_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
 
 #: Values of init_lora_weights that leave the base unchanged; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change it.
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
@@ -96,10 +88,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def check_config(config: Mapping[str, Any], where: object, *, also_understood: Collection[str] = ()) -> None:
     """Refuse an adapter that does more than add a low-rank matrix to weights of an unchanged base.
 
-    Args:
-        config: the contents of adapter_config.json.
-        where: the adapter's place, for the messages.
-        also_understood: keys that the caller handles, in addition to `UNDERSTOOD_KEYS`.
+    `where` is its place, for the messages; the caller handles the keys `also_understood` in addition to `UNDERSTOOD_KEYS`.
 
     Raises:
         ExportError: not a LoRA, a start that changed the base, or a setting that is not understood, named.
@@ -110,16 +99,14 @@ def check_config(config: Mapping[str, Any], where: object, *, also_understood: C
         raise ExportError(f"{where} is a {config.get('peft_type')} adapter.", "Only LoRA can be converted or merged.")
     if config.get("init_lora_weights", True) not in PLAIN_INITS:
         raise ExportError(
-            f"{where}: init_lora_weights = {config['init_lora_weights']!r} changed the weights of the base, so the adapter "
-            "does not fit the published ones.",
+            f"{where}: init_lora_weights = {config['init_lora_weights']!r} changed the base that the adapter is for.",
             "Save it with PEFT's path_initial_model_for_weight_conversion first.",
         )
     defaults = LoraConfig().to_dict()
     for key in sorted(config.keys() - UNDERSTOOD_KEYS - set(also_understood)):
         if config[key] and config[key] != defaults.get(key):
             raise ExportError(
-                f"{where}: {key} = {config[key]!r} adds more to the base than a low-rank matrix, which can be neither "
-                "converted nor merged.",
+                f"{where}: {key} = {config[key]!r} is not a plain LoRA, and can be neither converted nor merged.",
                 "Use the adapter with PEFT.",
             )
 
@@ -146,9 +133,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         try:
             tensors: dict[str, Any] = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise ExportError(
-                f"{path} cannot be read as safetensors: {error}.", "Copy or download it again."
-            ) from error
+            raise ExportError(f"{path} cannot be read: {error}.", "Copy or download it again.") from error
     else:
         tensors = _read_pickle(path)
     for name, tensor in tensors.items():
@@ -169,8 +154,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ExportError(
-            f"{path} is refused: it is a pickle that holds more than tensors (or not a pickle at all), and opening a pickle "
-            "can run any program.",
+            f"{path} holds more than tensors, or is not a pickle; opening such a file could run any program.",
             "Save the state dict alone, torch.save(loralib.lora_state_dict(model), path), or as safetensors.",
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
@@ -187,12 +171,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 
 def read_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: object) -> Adapter:
-    """The deltas of a PEFT LoRA.
-
-    Args:
-        tensors: of adapter_model.safetensors.
-        config: of adapter_config.json.
-        where: the adapter's place, for the messages.
+    """The deltas of a PEFT LoRA, from its tensors and adapter_config.json; `where` is its place, for the messages.
 
     Raises:
         ExportError: a tensor or a setting that is not understood, named, or shapes that do not fit each other.
@@ -220,9 +199,7 @@ def read_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: o
         is_copy = own.endswith(".weight") and layer in deltas and deltas[layer].kind == "embedding"
         is_saved = any(f".{module}." in f".{name}" for module in config.get("modules_to_save") or ())
         if not (is_bias or is_copy or is_saved):
-            raise ExportError(
-                f"{where}: the tensor '{PREFIX}{name}' is not known.", "Save the adapter with PEFT again."
-            )
+            raise ExportError(f"{where}: '{PREFIX}{name}' is not known.", "Save the adapter with PEFT again.")
         full_tensors[own] = tensor
     return Adapter(deltas=deltas, full_tensors=full_tensors)
 
@@ -250,14 +227,11 @@ def _read_layer(layer: str, parts: Mapping[str, Tensor], config: Mapping[str, An
 
     if resolve("rank_pattern", "r") != rank:
         raise ExportError(
-            f"{where}: adapter_config.json says rank {resolve('rank_pattern', 'r')} for {layer}, which has {shapes}.",
-            "Correct r in adapter_config.json.",
+            f"{where}: r = {resolve('rank_pattern', 'r')} of {layer}, which has {shapes}.", f"Correct {CONFIG_NAME}."
         )
     alpha = resolve("alpha_pattern", "lora_alpha")
     if not alpha > 0:
-        raise ExportError(
-            f"{where}: lora_alpha = {alpha} of {layer} is not positive.", "Correct it in adapter_config.json."
-        )
+        raise ExportError(f"{where}: lora_alpha = {alpha} of {layer} is not positive.", f"Correct it in {CONFIG_NAME}.")
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return LoraDelta(
         out_features=len(lora_B),

@@ -29,9 +29,7 @@ def check_start(place: Path, table: Lora) -> None:
         ExportError: there is no adapter, its projections are split, or its settings are not those of the table.
     """
     if not place.exists():
-        raise ExportError(
-            f"[model] adapter: There is no directory {place}.", "Give a run's directory, or an adapter's."
-        )
+        raise ExportError(f"[model] adapter: There is no directory {place}.", "Give that of a run or an adapter.")
     folder = find_adapter(place)
     config = read_config(folder)
     targets = config.get("target_modules") or ()
@@ -75,9 +73,7 @@ def start_from(model: PeftModel, place: Path) -> str:
             raise ExportError(f"[model] adapter: {folder} has no {name}, which [lora] requires.", hint)
         if tensors[name].shape != tensor.shape:
             found, wanted = tuple(tensors[name].shape), tuple(tensor.shape)
-            raise ExportError(
-                f"[model] adapter: {folder} has {name} of shape {found}, and [lora] requires {wanted}.", hint
-            )
+            raise ExportError(f"[model] adapter: {folder} has {name} of shape {found}, [lora] has {wanted}.", hint)
     more = sorted(tensors.keys() - expected.keys())
     if more:
         raise ExportError(f"[model] adapter: {folder} has {more[0]}, for which [lora] has no place.", hint)
@@ -87,7 +83,7 @@ def start_from(model: PeftModel, place: Path) -> str:
             trained, wanted = deltas[name.removeprefix(PREFIX)].scaling, layer.scaling["default"]
             if trained != wanted:
                 raise ExportError(
-                    f"[model] adapter: {folder} scales {name} by {trained:g}, and [lora] by {wanted:g}.", hint
+                    f"[model] adapter: {folder} scales {name} by {trained:g}, [lora] by {wanted:g}.", hint
                 )
     with torch.no_grad():
         set_peft_model_state_dict(model, tensors)

@@ -101,7 +101,7 @@ MESSAGES = [
     row("loralib-without-lora", lambda shop: read_state({}), "lora.pt", "'x.lora_A'", hint="directory"),
     row("no-such-file", lambda shop: read_tensors(shop.path / "bad.pt"), "bad.pt", hint="name"),
     row(
-        "pickle-with-more-than-tensors", lambda shop: read_tensors(save(shop, shop)), "refused", hint="lora_state_dict"
+        "pickle-with-more-than-tensors", lambda shop: read_tensors(save(shop, shop)), "lora.pt", hint="lora_state_dict"
     ),
     row("pickle-without-state-dict", lambda shop: read_tensors(save(shop, [A])), "a list", hint="lora_state_dict"),
     row("not-a-tensor", lambda shop: read_tensors(save(shop, {"r": 16})), "'r'", "int", hint="lora_state_dict"),
@@ -138,7 +138,7 @@ MESSAGES = [
         "x has a kernel",
         hint="loralib",
     ),
-    row("rank-differs-from-config", lambda shop: read_peft_pair(r=8), "rank 8", "lora_A (4, 8)", hint="r in"),
+    row("rank-differs-from-config", lambda shop: read_peft_pair(r=8), "r = 8", "lora_A (4, 8)", hint="adapter_config"),
     row("alpha-not-positive", lambda shop: read_peft_pair(lora_alpha=0), "lora_alpha = 0 of x", hint="adapter_config"),
     row(
         "unknown-tensor",
@@ -235,15 +235,9 @@ MESSAGES = [
     row("base-not-found", lambda shop: find_base(None, folder(shop)), "The base of", hint="--base"),
     row("target-without-name", lambda shop: check_target(shop.path, shop.path / "..", force=True), "..", hint="new"),
     row(
-        "target-inside-source",
+        "target-overlaps-with-source",
         lambda shop: check_target(shop.path, shop.path / "new", force=True),
-        "inside",
-        hint="place",
-    ),
-    row(
-        "target-contains-source",
-        lambda shop: check_target(shop.path / "split", shop.path, force=True),
-        "contains",
+        "overlaps",
         hint="place",
     ),
     row(

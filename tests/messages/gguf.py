@@ -38,6 +38,8 @@ def read_changed(folder: Path, *, sentencepiece: bool, rows: int = 832, **change
     """Read a vocabulary after changes to its tokenizer.json; those of `model` are merged."""
     tokenizer = build_tokenizer(None) if sentencepiece else build_byte_tokenizer(hub_template("phi-4"), strip=True)
     source = json.loads(tokenizer.backend_tokenizer.to_str())
+    if not sentencepiece:
+        source["model"]["vocab"]["th"], source["model"]["merges"] = 300, [["t", "h"]]
     source |= {**changes, "model": {**source["model"], **changes.get("model", {})}}
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(source))
     return read_vocabulary(folder, tokenizer, rows)

@@ -44,9 +44,7 @@ POLL_SECONDS = 0.5
 def check_quantizer(quant: str) -> None:
     """Raise ExportError where llama.cpp's quantizer is not installed."""
     if importlib.util.find_spec(LIBRARY) is None:
-        raise ExportError(
-            f"--quant {quant} is made by llama.cpp's own quantizer, which is not installed.", f"Install it: {INSTALL}"
-        )
+        raise ExportError(f"--quant {quant} needs llama.cpp's own quantizer.", f"Install it: {INSTALL}")
 
 
 def quantize_file(source: Path, target: Path, quant: str, progress: Callable[[str, int, int | None], None]) -> None:

@@ -143,7 +143,5 @@ def encode(plan: TensorPlan, weights: Weights) -> Iterator[bytes]:
         cast = chunk.to(dtype)
         if dtype is torch.float16 and not torch.isfinite(cast).all():
             largest = float(chunk.abs().max())
-            raise ExportError(
-                f"{plan.source} has a value of size {largest:.4g}; fp16 ends at 65,504.", "Choose bf16, f32 or q8_0."
-            )
+            raise ExportError(f"{plan.source} reaches {largest:.4g}; fp16 ends at 65,504.", "Choose bf16, f32 or q8_0.")
         yield cast.view(torch.uint8).numpy().tobytes()

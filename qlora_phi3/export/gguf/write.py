@@ -72,11 +72,7 @@ class GgufPlan:
 def plan_gguf(folder: Path, info: Mapping[str, TensorInfo], *, quant: str, name: str) -> GgufPlan:
     """Plan a .gguf file; whatever llama.cpp cannot hold is found here.
 
-    Args:
-        folder: with the checkpoint's config and tokenizer files; its weights need not be there yet.
-        info: shape and dtype of those weights.
-        quant: of `QUANTS`.
-        name: of the model.
+    The arguments are those of `convert_to_gguf`. Of the weights only shapes and dtypes (`info`) need to be known.
 
     Raises:
         ExportError, ModelError: as `convert_to_gguf`.

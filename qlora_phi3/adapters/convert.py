@@ -202,7 +202,8 @@ def peft_to_loralib(
     with disk_errors(target, ExportError):
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(target) as staging:
-            torch.save(build_state_dict(adapter, layers), staging)
+            with staging.open("wb") as file:  # given a path, torch writes its name into the file
+                torch.save(build_state_dict(adapter, layers), file)
             largest, worst = compare(adapter, read_loralib(read_tensors(staging), written_spec, staging), progress)
     # How to build the layers: a line for all layers of a name, or one for each where they are not all alike.
     alike: dict[str, list[str]] = defaultdict(list)

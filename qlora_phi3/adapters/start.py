@@ -28,8 +28,6 @@ def check_start(place: Path, table: Lora) -> None:
     Raises:
         ExportError: there is no adapter, its projections are split, or its settings are not those of the table.
     """
-    if not place.exists():
-        raise ExportError(f"[model] adapter: There is no directory {place}.", "Give that of a run or an adapter.")
     folder = find_adapter(place)
     config = read_config(folder)
     targets = config.get("target_modules") or ()

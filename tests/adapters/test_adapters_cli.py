@@ -67,6 +67,8 @@ def test_a_loralib_file_becomes_a_peft_adapter_and_again_a_loralib_file(place, b
     )
     first, second = (torch.load(place / name, weights_only=True) for name in ("lora.pt", "back.pt"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    converted("peft", "again.pt", "--to", "loralib", "--enable", "q,v")
+    assert (place / "again.pt").read_bytes() == (place / "back.pt").read_bytes()
 
 
 def test_alphas_given_by_name_are_printed_by_name(place):

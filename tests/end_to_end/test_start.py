@@ -68,7 +68,7 @@ def test_an_adapter_that_is_not_there_is_told_before_anything_starts(shop):
     shop.write(model={"adapter": "nowhere"})
     result = shop.run()
     assert result.exit_code == 2
-    assert "[model] adapter: There is no directory nowhere." in result.stderr
+    assert "[model] adapter: There is no folder nowhere." in result.stderr
 
 
 def test_an_adapter_that_is_no_number_is_refused(trained):

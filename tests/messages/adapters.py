@@ -290,7 +290,7 @@ MESSAGES = [
         f"{QKV}.lora_B.weight holds NaN or infinity",
         hint="learning_rate",
     ),
-    row("start-without-adapter", lambda shop: check_start(shop.path / "nowhere", Lora()), "nowhere", hint="run"),
+    row("start-without-adapter", lambda shop: check_start(shop.path / "nowhere", Lora()), "nowhere", hint="name"),
     row("start-from-split", lambda shop: start(shop, target_modules=["a.q_proj"]), "q_proj", hint="--to fused"),
     row("start-of-another-rank", lambda shop: start(shop, r=8), "r = 8", "has 4", hint="r = 8, lora_alpha = 16"),
 ]

@@ -58,6 +58,7 @@ class Vocabulary:
         pre: llama.cpp's name for the way that text is split before the merges.
         types: gguf.TokenType of each token.
         scores: for `llama` only.
+        special: of bos, eos, unk and pad, those that the tokenizer has.
     """
 
     model: str
@@ -65,6 +66,7 @@ class Vocabulary:
     tokens: tuple[str, ...]
     types: tuple[int, ...]
     scores: tuple[float, ...] | None
+    special: tuple[str, ...]
 
 
 def read_vocabulary(folder: Path, tokenizer: Any, rows: int) -> Vocabulary:
@@ -104,6 +106,9 @@ def read_vocabulary(folder: Path, tokenizer: Any, rows: int) -> Vocabulary:
         tokens=tuple(text for text, _, _ in all_rows),
         types=tuple(kind for _, _, kind in all_rows),
         scores=tuple(score for _, score, _ in all_rows) if is_sentencepiece else None,
+        special=tuple(
+            kind for kind in ("bos", "eos", "unk", "pad") if getattr(tokenizer, f"{kind}_token_id") is not None
+        ),
     )
 
 

@@ -258,11 +258,11 @@ def _add_vocabulary(writer: Any, plan: GgufPlan) -> None:
     special = gguf.SpecialVocab(
         plan.folder,
         load_merges=vocabulary.model == "gpt2",
-        special_token_types=("bos", "eos", "unk", "pad"),
+        special_token_types=vocabulary.special,  # gguf takes the id of a token that the tokenizer lacks from config.json
         n_vocab=plan.config.vocab_size,
     )
-    # What gguf reads from the tokenizer files is replaced: the chat template decides whether a conversation begins with bos and
-    # which token ends a turn, and `plan_prompting` changes the template so that llama.cpp reads the ids of the training.
+    # The rest of what gguf reads does not fit a fine-tuned Phi-3: its chat template decides whether a conversation begins with
+    # bos and which token ends a turn, and `plan_prompting` changes the template so that llama.cpp reads the ids of the training.
     special.add_special_token = {"bos": prompting.add_bos, "eos": False}  # a prompt is continued, so it has no eos
     special.chat_template = prompting.template
     if prompting.end_of_turn is not None:

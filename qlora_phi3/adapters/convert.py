@@ -270,10 +270,10 @@ def _read_grouped(folder: Path, config: Mapping[str, Any], base: Base, *, fused:
         if last_name(name.rpartition(".")[0]) in (*PARTS, *FUSED):
             raise ExportError(f"{folder}: {name} is trained in full.", "Merge that adapter instead.")
     names = {last_name(name) for name in adapter.deltas}
-    whole, parts = sorted(names & PARTS.keys()), sorted(names & FUSED.keys())
-    if whole and parts:
-        raise ExportError(f"{folder} has {whole[0]} and {parts[0]}.", "No model has both fused and split layers.")
-    if whole if fused else parts:
+    fused_ones, parts = sorted(names & PARTS.keys()), sorted(names & FUSED.keys())
+    if fused_ones and parts:
+        raise ExportError(f"{folder} has {fused_ones[0]} and {parts[0]}.", "No model has both fused and split layers.")
+    if fused_ones if fused else parts:
         check_layers(adapter, layer_shapes(base.architecture, fused=fused), base.name, folder)
     return adapter
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from workshop import call
 
 from qlora_phi3.adapters import convert
-from qlora_phi3.adapters.delta import Adapter, LoraDelta, LowRankBlock, relative_difference, stack
+from qlora_phi3.adapters.delta import Adapter
 from qlora_phi3.cli.main import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
@@ -100,7 +100,7 @@ def test_the_adapter_of_a_real_run_travels_apart_and_back_with_its_tokenizer(sho
     assert {path.name for path in Path("apart").iterdir()} == names
     assert {"config.json", "tokenizer.json", "tokenizer_config.json"} < names
     assert (Path("apart") / "tokenizer.json").read_bytes() == (shop.base / "tokenizer.json").read_bytes()
-    converted("apart", "again", "--to", "fused")  # the config.json beside it has the heads
+    converted("apart", "again", "--to", "fused")  # the config.json next to it has the heads
     converted(str(run), "lora.pt", "--to", "loralib")
     converted("lora.pt", "third", "--to", "peft", "--alpha", "16", "--base", str(shop.base))
     first, *others = (
@@ -263,40 +263,6 @@ def test_a_nan_in_a_peft_adapter_is_refused_by_name(place, base):
     tensors[name][0, 0] = float("inf")
     save_file(tensors, path)
     assert f"'{name}'" in refused("split", "new", "--to", "fused", "--base", str(base))
-
-
-def random_delta(draw: torch.Generator, *scalings: float) -> LoraDelta:
-    """Three blocks one below the other, of ranks 1, 2 and 3."""
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=draw)
-
-    blocks = [
-        LowRankBlock(lora_A=random(rank, 7), lora_B=random(4, rank), scaling=scaling, first_row=4 * (rank - 1))
-        for rank, scaling in zip((1, 2, 3), scalings, strict=True)
-    ]
-    return LoraDelta(out_features=12, in_features=7, blocks=tuple(blocks))
-
-
-def test_the_printed_difference_is_that_of_the_full_matrices():
-    draw = torch.Generator().manual_seed(0)
-    first, second = random_delta(draw, 1.0, 0.5, 3.0), random_delta(draw, 2.0, 1.0, 0.25)
-    dense = [
-        torch.cat([block.scaling * block.lora_B.double() @ block.lora_A.double() for block in delta.blocks])
-        for delta in (first, second)
-    ]
-    expected = float((dense[0] - dense[1]).norm() / dense[0].norm())
-    assert relative_difference(first, second) == pytest.approx(expected, rel=1e-12)
-
-
-def test_stacked_blocks_are_the_same_update_and_different_scalings_are_folded():
-    delta = random_delta(torch.Generator().manual_seed(0), 1.0, 0.3, 3.0)
-    lora_A, lora_B, scaling = stack(delta)
-    assert (lora_A.shape, lora_B.shape, scaling) == ((6, 7), (12, 6), 3.0)
-    whole = LoraDelta(
-        out_features=12, in_features=7, blocks=(LowRankBlock(lora_A=lora_A, lora_B=lora_B, scaling=scaling),)
-    )
-    assert 0 < relative_difference(delta, whole) < 1e-7
 
 
 @pytest.mark.parametrize("line", re.findall(r"^qlora-phi3 .*", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE))

@@ -18,7 +18,7 @@ from qlora_phi3.family import part_rows, read_architecture
 
 lora = pytest.importorskip("loralib", reason="the real loralib is needed: pip install loralib==0.1.2")
 
-#: PEFT says so of every embedding that is adapted.
+#: PEFT warns of every embedding that is adapted.
 pytestmark = pytest.mark.filterwarnings("ignore:.*embedding layer:UserWarning")
 
 MASKS = [[True, True, True], [True, False, True], [False, True, False], [False, True, True]]
@@ -31,7 +31,7 @@ def spec_of(enable: list[bool], kernel: int = 3) -> Spec:
 
 
 def build_as_noted(notes: tuple[str, ...], layer: str) -> nn.Module:
-    """The loralib layer that a conversion says to build."""
+    """The loralib layer that a conversion describes."""
     (line,) = [line for line in notes if line.strip().startswith(f"{layer}: ")]
     return eval(line.partition(": ")[2].partition("   ")[0], NAMES)
 

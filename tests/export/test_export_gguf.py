@@ -203,19 +203,19 @@ def test_each_type_is_as_near_as_its_bits_allow(quant, largest_error, folders, t
 
 @pytest.mark.parametrize("quant", ["f16", "q8_0"])
 def test_small_pieces_give_the_same_file(quant, folders, tmp_path, monkeypatch):
-    whole = convert(folders["plain"], tmp_path / "whole.gguf", quant)
+    single = convert(folders["plain"], tmp_path / "single.gguf", quant)
     monkeypatch.setattr(weights, "PIECE_BYTES", 1)
     calls = []
     pieces = tmp_path / "pieces.gguf"
     convert_to_gguf(folders["plain"], pieces, quant=quant, name="my-model", progress=lambda *call: calls.append(call))
-    assert pieces.read_bytes() == whole.path.read_bytes()
-    assert len(calls) > 2 * whole.num_tensors
+    assert pieces.read_bytes() == single.path.read_bytes()
+    assert len(calls) > 2 * single.num_tensors
     assert calls[-1][1] == calls[-1][2]
     assert {what for what, *_ in calls} == {"Writing the .gguf file"}
 
 
 def test_before_llama_cpps_quantizer_every_tensor_is_in_its_own_type(copy, tmp_path, monkeypatch):
-    """As an export has them: fp16 where it was merged, beside the base's bf16."""
+    """As an export has them: merged tensors in fp16, the others in the base's bf16."""
     rewrite(copy, halve)
     first = tmp_path / "first.gguf"
 

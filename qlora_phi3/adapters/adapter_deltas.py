@@ -19,7 +19,14 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.initialization import no_init_weights
 
 from qlora_phi3.adapters.delta import LoraDelta, LowRankBlock
-from qlora_phi3.adapters.peft_io import CONFIG_NAME, PICKLE_NAME, PREFIX, WEIGHTS_NAME, check_config, read_config
+from qlora_phi3.adapters.peft_io import (
+    ADAPTER_CONFIG,
+    ADAPTER_PICKLE,
+    ADAPTER_WEIGHTS,
+    PREFIX,
+    check_config,
+    read_config,
+)
 from qlora_phi3.errors import ExportError
 from qlora_phi3.model.weights import StoredWeights, open_file, read_tensor
 from qlora_phi3.units import format_count
@@ -83,10 +90,10 @@ def read_deltas(folder: Path, config: Mapping[str, Any]) -> AdapterDeltas:
             the adapter has something that a merge would lose: LoRA on embedding or head, biases, unknown tensors or settings.
     """
     settings = load_lora_config(folder)
-    path = folder / WEIGHTS_NAME
-    if not path.is_file() and (folder / PICKLE_NAME).is_file():
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file() and (folder / ADAPTER_PICKLE).is_file():
         raise ExportError(
-            f"{folder} holds its adapter only as a pickle ({PICKLE_NAME}), which can run code when it is read.",
+            f"{folder} holds its adapter only as a pickle ({ADAPTER_PICKLE}), which can run code when it is read.",
             "Save it again as safetensors.",
         )
     stored = open_file(path, error=ExportError)
@@ -128,7 +135,7 @@ def load_lora_config(folder: Path) -> LoraConfig:
     try:
         settings = LoraConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{folder / CONFIG_NAME} cannot be read: {error}.", "Save the adapter again.") from error
+        raise ExportError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}.", "Save the adapter again.") from error
     settings.init_lora_weights = True
     return settings
 

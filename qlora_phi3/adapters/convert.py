@@ -17,7 +17,7 @@ from qlora_phi3.adapters.delta import Adapter, Progress, relative_difference
 from qlora_phi3.adapters.fused import check_layers, fuse, split
 from qlora_phi3.adapters.loralib import Spec, build_loralib_layers, build_state_dict, read_loralib
 from qlora_phi3.adapters.peft_io import (
-    CONFIG_NAME,
+    ADAPTER_CONFIG,
     build_peft_config,
     build_peft_tensors,
     find_adapter,
@@ -116,7 +116,7 @@ def check_target(source: Path, target: Path, *, force: bool, is_folder: bool = T
         raise ExportError(f"{target} is a file, not a directory.", "Name a new directory for the PEFT adapter.")
     if not is_folder and target.is_dir():
         raise ExportError(f"{target} is a directory, not a file.", "Name a file that ends in .pt.")
-    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG_NAME).is_file():
+    if target.is_dir() and any(target.iterdir()) and not (target / ADAPTER_CONFIG).is_file():
         raise ExportError(f"{target} is a directory that holds other things than an adapter.", "Choose another place.")
     if not force:
         raise ExportError(f"{target} exists already.", "Choose another place, or replace it with --force.")

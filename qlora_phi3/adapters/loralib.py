@@ -151,13 +151,10 @@ def _read_layer(layer: str, lora_A: Tensor, lora_B: Tensor, spec: Spec, where: o
 
 
 def build_loralib_layers(adapter: Adapter, spec: Spec, where: object) -> dict[str, Layer]:
-    """The loralib layers with the same deltas.
+    """The loralib layers with the same deltas; `where` is the adapter's place, for the messages.
 
-    Args:
-        adapter: the deltas.
-        spec: `enable` makes MergedLinears of the layers it names. `alpha`, where given, is multiplied into B; else every
-            layer gets the alpha that leaves its B unchanged.
-        where: the adapter's place, for the messages.
+    `spec.enable` makes MergedLinears of the layers it names. `spec.alpha`, where given, is multiplied into B; else every layer
+    gets the alpha that leaves its B unchanged.
 
     Raises:
         ExportError: something that loralib cannot hold, named.
@@ -288,12 +285,8 @@ def load_loralib(
             shapes[name] = (len(layer.weight), layer.weight[0].numel())
             if layer.kernel_size[0] == layer.kernel_size[1] and layer.groups == 1:
                 kernels[name] = layer.kernel_size[0]
-    spec = Spec(
-        alpha=alpha if isinstance(alpha, Mapping) else {"": alpha},
-        enable=enable or {},
-        embedding=frozenset(embeddings),
-        conv2d=kernels,
-    )
+    alphas = alpha if isinstance(alpha, Mapping) else {"": alpha}
+    spec = Spec(alpha=alphas, enable=enable or {}, embedding=frozenset(embeddings), conv2d=kernels)
     adapter = read_loralib(read_tensors(path), spec, path)
     check_layers(adapter, shapes, type(model).__name__, path)
     config = LoraConfig(**build_peft_config(adapter, all_layers=shapes), lora_dropout=lora_dropout)

@@ -23,9 +23,9 @@ from qlora_phi3.adapters.delta import Adapter, Kind, LoraDelta, LowRankBlock, st
 from qlora_phi3.errors import ExportError
 from qlora_phi3.files import read_json_object, sha256_file
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_PICKLE = "adapter_model.bin"
 
 #: PEFT writes it before every name of the base.
 PREFIX = "base_model.model."
@@ -68,20 +68,20 @@ def find_adapter(path: Path) -> Path:
             f"{path} is a file, and a PEFT adapter is a directory.",
             "From loralib: qlora-phi3 adapter convert FILE NEW --to peft --alpha ALPHA",
         )
-    is_run = not (path / CONFIG_NAME).is_file() and (path / "adapter" / CONFIG_NAME).is_file()
+    is_run = not (path / ADAPTER_CONFIG).is_file() and (path / "adapter" / ADAPTER_CONFIG).is_file()
     return path / "adapter" if is_run else path
 
 
 def adapter_record(folder: Path) -> dict[str, str]:
     """SHA-256 of the adapter's files by name; a run records it so that an export can verify the adapter."""
-    return {name: sha256_file(folder / name) for name in (WEIGHTS_NAME, CONFIG_NAME)}
+    return {name: sha256_file(folder / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The adapter_config.json of a PEFT directory; ExportError where there is none or it is not a JSON object."""
-    path = folder / CONFIG_NAME
+    path = folder / ADAPTER_CONFIG
     if not path.is_file():
-        raise ExportError(f"{folder} holds no {CONFIG_NAME}.", "Give the directory of a PEFT adapter, or of a run.")
+        raise ExportError(f"{folder} holds no {ADAPTER_CONFIG}.", "Give the directory of a PEFT adapter, or of a run.")
     return read_json_object(path, ExportError, "Copy the adapter again.")
 
 
@@ -113,8 +113,8 @@ def check_config(config: Mapping[str, Any], where: object, *, also_understood: C
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of a PEFT directory, as `read_tensors`; safetensors are preferred to an old adapter_model.bin."""
-    pickled = (folder / PICKLE_NAME).is_file() and not (folder / WEIGHTS_NAME).is_file()
-    return read_tensors(folder / (PICKLE_NAME if pickled else WEIGHTS_NAME))
+    pickled = (folder / ADAPTER_PICKLE).is_file() and not (folder / ADAPTER_WEIGHTS).is_file()
+    return read_tensors(folder / (ADAPTER_PICKLE if pickled else ADAPTER_WEIGHTS))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -227,11 +227,13 @@ def _read_layer(layer: str, parts: Mapping[str, Tensor], config: Mapping[str, An
 
     if resolve("rank_pattern", "r") != rank:
         raise ExportError(
-            f"{where}: r = {resolve('rank_pattern', 'r')} of {layer}, which has {shapes}.", f"Correct {CONFIG_NAME}."
+            f"{where}: r = {resolve('rank_pattern', 'r')} of {layer}, which has {shapes}.", f"Correct {ADAPTER_CONFIG}."
         )
     alpha = resolve("alpha_pattern", "lora_alpha")
     if not alpha > 0:
-        raise ExportError(f"{where}: lora_alpha = {alpha} of {layer} is not positive.", f"Correct it in {CONFIG_NAME}.")
+        raise ExportError(
+            f"{where}: lora_alpha = {alpha} of {layer} is not positive.", f"Correct it in {ADAPTER_CONFIG}."
+        )
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return LoraDelta(
         out_features=len(lora_B),
@@ -337,9 +339,9 @@ def write_peft(
 ) -> None:
     """Write tensors and config into a PEFT directory, and copy the tokenizer files and config.json of `tokenizer_from`."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(contiguous, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
-    (folder / CONFIG_NAME).write_text(text, encoding="utf-8", newline="\n")
+    (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8", newline="\n")
     for name in TOKENIZER_FILES:
         if tokenizer_from is not None and (tokenizer_from / name).is_file():
             shutil.copyfile(tokenizer_from / name, folder / name)

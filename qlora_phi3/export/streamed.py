@@ -24,7 +24,7 @@ from transformers import Phi3Config
 from transformers.initialization import no_init_weights
 
 from qlora_phi3.adapters.adapter_deltas import EMBEDDING, HEAD, load_lora_config
-from qlora_phi3.adapters.peft_io import PREFIX, WEIGHTS_NAME
+from qlora_phi3.adapters.peft_io import ADAPTER_WEIGHTS, PREFIX
 from qlora_phi3.errors import ExportError, ModelError
 from qlora_phi3.export.base import RecordedBase
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
@@ -163,7 +163,7 @@ def stream_live(
     device = device or torch.device("cpu")
     model = _build_hollow(config, device)
     slots = _find_slots(model, base)
-    weights = _WithSaved(base, open_file(adapter / WEIGHTS_NAME, error=ExportError))
+    weights = _WithSaved(base, open_file(adapter / ADAPTER_WEIGHTS, error=ExportError))
     adapted = _attach(model, weights, adapter)
     for module in adapted.modules():
         if isinstance(module, ModulesToSaveWrapper):

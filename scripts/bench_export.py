@@ -37,7 +37,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import BitsAndBytesConfig, Phi3Config, Phi3ForCausalLM
 
-from qlora_phi3.adapters.merging import read_deltas
+from qlora_phi3.adapters.adapter_deltas import read_deltas
 from qlora_phi3.export.base import RecordedBase, read_record, summarise
 from qlora_phi3.export.merge import MergedWeights
 from qlora_phi3.export.writer import plan_shards, write_shards

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from tiny_model import FP32
 
-from qlora_phi3.adapters.merging import read_deltas
+from qlora_phi3.adapters.adapter_deltas import read_deltas
 from qlora_phi3.export.base import RecordedBase, read_record
 from qlora_phi3.export.merge import MergedWeights
 from qlora_phi3.family import parse_architecture, read_config

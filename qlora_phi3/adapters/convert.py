@@ -1,4 +1,8 @@
-"""Adapters from one form to another: lossless or refused, and held against each other layer by layer before anything is kept."""
+"""Adapters from one form to another.
+
+A conversion is lossless or refused: what was written is read again and compared with what was read, layer by layer, before it
+replaces anything.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -11,30 +15,28 @@ from peft import LoraConfig
 
 from qlora_phi3.adapters.delta import Adapter, Progress, relative_difference
 from qlora_phi3.adapters.fused import check_layers, fuse, split
-from qlora_phi3.adapters.loralib import Layer, Spec, loralib_layers, loralib_tensors, read_loralib
+from qlora_phi3.adapters.loralib import Spec, build_loralib_layers, build_state_dict, read_loralib
 from qlora_phi3.adapters.peft_io import (
-    check_target,
-    drafted,
+    ADAPTER_CONFIG,
+    build_peft_config,
+    build_peft_tensors,
     find_adapter,
     last_name,
-    peft_settings,
-    peft_tensors,
     read_config,
     read_peft,
     read_tensors,
     read_weights,
-    write_folder,
-    write_state_dict,
+    write_peft,
 )
 from qlora_phi3.errors import ExportError, ModelError
 from qlora_phi3.family import FUSED, PARTS, Architecture, layer_shapes, parse_architecture
 from qlora_phi3.family import read_config as read_model_config
+from qlora_phi3.files import atomic_dir, atomic_file, disk_errors
 
-#: Largest relative difference of an update that is still called lossless; one rounding to fp32 makes 3e-8.
+#: Largest relative difference of a delta that counts as lossless; one rounding to fp32 makes 3e-8.
 TOLERANCE = 1e-6
 
-
-#: What transformers calls the model whose layers an unfused Phi-3 has.
+#: model_type of the models whose layers an unfused Phi-3 has.
 UNFUSED = ("llama", "mistral")
 
 
@@ -47,22 +49,30 @@ class Base:
     #: Whether q, k, v, gate and up are layers of their own.
     unfused: bool
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of every layer that can have a delta, by name."""
+        return layer_shapes(self.architecture, fused=not self.unfused)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True)
 class Converted:
-    """What was written, and how far its updates are from those that were read."""
+    """What was written, and how far its deltas are from those that were read.
+
+    Args:
+        worst_layer: the one with the largest difference.
+        notes: lines for a person: what the file does not hold, or what to do with it.
+    """
 
     target: Path
     num_layers: int
     largest_difference: float
-    #: Layer with that difference.
     worst_layer: str
-    #: For people: what the file does not say, or what to do with it.
-    told: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def read_base(name: str, *, label: str | None = None) -> Base:
-    """The base of a folder or hub id; a Llama or Mistral is taken for an unfused Phi-3. ModelError where it is neither."""
+    """The base of a directory or hub id; a Llama or Mistral counts as an unfused Phi-3. ModelError where it is neither."""
     config = read_model_config(name, prefer_shipped=True)
     unfused = config.get("model_type") in UNFUSED
     architecture = parse_architecture({**config, "model_type": "phi3"} if unfused else config, name)
@@ -70,23 +80,46 @@ def read_base(name: str, *, label: str | None = None) -> Base:
 
 
 def find_base(given: str | None, folder: Path) -> Base:
-    """The base of a PEFT adapter: the one named, else the config.json beside it, else the one its adapter_config.json names.
+    """The base of a PEFT adapter: the one given, else the config.json next to it, else what its adapter_config.json names.
 
     Raises:
-        ModelError: the one named is no phi3 model.
-        ExportError: none is named, and the adapter's own cannot be looked up.
+        ModelError: the one given is not a phi3 model.
+        ExportError: none is given, and the adapter's own cannot be found.
     """
     if given:
         return read_base(given)
     own = read_config(folder).get("base_model_name_or_path")
-    place = str(folder) if (folder / "config.json").is_file() else own
     try:
-        return read_base(place or "", label=own)
+        return read_base(str(folder) if (folder / "config.json").is_file() else own or "", label=own)
     except ModelError as error:
         raise ExportError(
-            f"The base of {folder} cannot be looked up: {error.message}",
+            f"The base of {folder} cannot be found: {error.message}",
             "Name it: --base microsoft/Phi-3-mini-4k-instruct",
         ) from error
+
+
+def check_target(source: Path, target: Path, *, force: bool, is_folder: bool = True) -> None:
+    """Refuse a target that would damage something, before any work is done.
+
+    Raises:
+        ExportError: the target exists and `force` is not set, is of the other kind (`is_folder`: a PEFT directory) or not an
+            adapter, or overlaps with the source.
+    """
+    inner, outer = target.resolve(), source.resolve()
+    if target.name in ("", ".."):
+        raise ExportError(f"{target} cannot be the name of a new adapter.", "Name a new directory or file.")
+    if inner == outer or outer in inner.parents or inner in outer.parents:
+        raise ExportError(f"{target} overlaps with {source}, which is read.", "Choose another place.")
+    if not target.exists():
+        return
+    if is_folder and target.is_file():
+        raise ExportError(f"{target} is a file, not a directory.", "Name a new directory for the PEFT adapter.")
+    if not is_folder and target.is_dir():
+        raise ExportError(f"{target} is a directory, not a file.", "Name a file that ends in .pt.")
+    if target.is_dir() and any(target.iterdir()) and not (target / ADAPTER_CONFIG).is_file():
+        raise ExportError(f"{target} is a directory that holds other things than an adapter.", "Choose another place.")
+    if not force:
+        raise ExportError(f"{target} exists already.", "Choose another place, or replace it with --force.")
 
 
 def loralib_to_peft(
@@ -102,42 +135,37 @@ def loralib_to_peft(
 
     Args:
         source: .pt, .bin or .safetensors.
-        target: the new folder.
-        spec: what the file does not say.
+        target: the new directory.
+        spec: what the file does not hold.
         base: the model it was trained on; with it, every name and shape is checked.
-        force: replace an adapter that is there.
-        progress: told of every layer that was checked.
+        force: replace an adapter at the target.
+        progress: called for every layer that was compared.
 
     Raises:
-        ExportError: the file or the target cannot be used, or something in it cannot be held.
+        ExportError: the file or the target cannot be used, or PEFT cannot hold something in it.
     """
     if source.is_dir():
         raise ExportError(
-            f"{source} is a folder, and a loralib state dict is a file.",
+            f"{source} is a directory, and a loralib state dict is a file.",
             "For a PEFT adapter write --to loralib, fused or split.",
         )
     check_target(source, target, force=force)
     adapter = read_loralib(read_tensors(source), spec, source)
-    shapes = layer_shapes(base.architecture, fused=not base.unfused) if base else {}
+    shapes = base.shapes if base else {}
     if base:
         check_layers(adapter, shapes, base.name, source)
+    every = "every other layer" if len(spec.alpha) > 1 else "every layer"
+    alphas = ", ".join(f"{alpha:g} for {name or every}" for name, alpha in spec.alpha.items())
+    # The comparison cannot find a wrong alpha: both sides have it from the command line.
+    notes = [f"With alpha {alphas}, as given: the file holds none to check it against."]
+    if not base:
+        notes.append("Names and shapes were not checked against a base; --base does that.")
     config = LoraConfig(
         task_type="CAUSAL_LM" if base else None,
         base_model_name_or_path=base.name if base else None,
         inference_mode=True,
-    ).to_dict()
-    unchecked = () if base else ("Names and shapes were not held against a base; --base does that.",)
-    told = (_tell_alpha(spec), *unchecked)
-    return _write_peft(adapter, config, target, beside=None, all_layers=shapes, told=told, progress=progress)
-
-
-def _tell_alpha(spec: Spec) -> str:
-    """That the comparison cannot see a wrong alpha: both sides have it from the command line."""
-    given = [
-        f"{alpha:g} for {name or ('every other layer' if len(spec.alpha) > 1 else 'every layer')}"
-        for name, alpha in spec.alpha.items()
-    ]
-    return f"With alpha {', '.join(given)}, as given: the file holds none to check it against."
+    )
+    return _write_peft(adapter, config.to_dict(), target, None, all_layers=shapes, notes=notes, progress=progress)
 
 
 def peft_to_loralib(
@@ -151,13 +179,8 @@ def peft_to_loralib(
 ) -> Converted:
     """Write a PEFT adapter as a loralib state dict, for `model.load_state_dict(torch.load(target), strict=False)`.
 
-    Args:
-        source: PEFT folder, or a run's.
-        target: the new file.
-        spec: `enable` for MergedLinears, `alpha` to fold another one in.
-        base: the model it is for; with it, every name and shape is checked.
-        force: replace a file that is there.
-        progress: told of every layer that was checked.
+    The arguments are those of `loralib_to_peft`, but for `source`, a PEFT directory or a run's, `target`, the new file, and
+    `spec`: `enable` makes MergedLinears, `alpha` multiplies another one in.
 
     Raises:
         ExportError: the adapter or the target cannot be used, or loralib cannot hold something, which is named.
@@ -168,152 +191,127 @@ def peft_to_loralib(
         raise ExportError(f"{target} would be written by torch.save.", "Name a file that ends in .pt.")
     adapter = read_peft(read_weights(folder), read_config(folder), folder)
     if base:
-        check_layers(adapter, layer_shapes(base.architecture, fused=not base.unfused), base.name, folder)
-    layers = loralib_layers(adapter, spec, folder)
-    with drafted(target) as draft:
-        write_state_dict(draft, loralib_tensors(adapter, layers))
-        again = Spec(
-            alpha={name: layer.lora_alpha for name, layer in layers.items()},
-            enable=spec.enable,
-            embedding=frozenset(name for name, delta in adapter.deltas.items() if delta.kind == "embedding"),
-            conv2d={name: delta.kernel_size for name, delta in adapter.deltas.items() if delta.kind == "conv2d"},
-        )
-        largest, worst = compare(adapter, read_loralib(read_tensors(draft), again, draft), progress)
-    told = ("The file holds no alpha; build the layers as", *(f"  {line}" for line in describe_layers(layers)))
-    return Converted(
-        target=target, num_layers=len(adapter.deltas), largest_difference=largest, worst_layer=worst, told=told
+        check_layers(adapter, base.shapes, base.name, folder)
+    layers = build_loralib_layers(adapter, spec, folder)
+    written_spec = Spec(
+        alpha={name: layer.lora_alpha for name, layer in layers.items()},
+        enable=spec.enable,
+        embedding=frozenset(name for name, delta in adapter.deltas.items() if delta.kind == "embedding"),
+        conv2d={name: delta.kernel_size for name, delta in adapter.deltas.items() if delta.kind == "conv2d"},
     )
-
-
-def describe_layers(layers: Mapping[str, Layer]) -> list[str]:
-    """How loralib layers must be built: a line for all of a name, or one for each where they are not all alike."""
+    with disk_errors(target, ExportError):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(target) as staging:
+            with staging.open("wb") as file:  # given a path, torch writes its name into the file
+                torch.save(build_state_dict(adapter, layers), file)
+            largest, worst = compare(adapter, read_loralib(read_tensors(staging), written_spec, staging), progress)
+    # How to build the layers: a line for all layers of a name, or one for each where they are not all alike.
     alike: dict[str, list[str]] = defaultdict(list)
     for name, layer in layers.items():
         alike[last_name(name)].append(layer.built_as)
-    lines = [f"{last}: {kinds[0]}   ({len(kinds)} of them)" for last, kinds in alike.items() if len(set(kinds)) == 1]
-    others = [name for name in layers if len(set(alike[last_name(name)])) > 1]
-    return [*lines, *(f"{name}: {layers[name].built_as}" for name in others)]
+    notes = ["The file holds no alpha; build the layers as"]
+    notes += [f"  {last}: {kinds[0]}   ({len(kinds)} of them)" for last, kinds in alike.items() if len(set(kinds)) == 1]
+    notes += [f"  {name}: {layer.built_as}" for name, layer in layers.items() if len(set(alike[last_name(name)])) > 1]
+    return Converted(target, len(adapter.deltas), largest, worst, tuple(notes))
 
 
-def split_to_fused(
-    source: Path, target: Path, *, base: str | None = None, force: bool = False, progress: Progress | None = None
+def change_fusion(
+    source: Path,
+    target: Path,
+    *,
+    fused: bool,
+    base: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> Converted:
-    """Write a PEFT adapter of q, k, v, gate and up apart as one of qkv_proj and gate_up_proj.
+    """Write a PEFT adapter of q, k, v, gate and up as one of qkv_proj and gate_up_proj, or the other way.
 
     Args:
-        source: PEFT folder, or a run's.
-        target: the new folder.
-        base: the fused model, where the adapter does not lead to it.
-        force: replace an adapter that is there.
-        progress: told of every layer that was checked.
+        source: a PEFT directory, or a run's.
+        target: the new directory.
+        fused: whether the new adapter is fused; else it is split, for an unfused Phi-3.
+        base: the model that the new adapter is for, where the adapter does not lead to it.
+        force: replace an adapter at the target.
+        progress: as in `loralib_to_peft`.
 
     Raises:
-        ExportError: it cannot be read, fits no layer of the base, or cannot be held.
+        ExportError: the adapter cannot be read, fits no layer of the base, or cannot be converted without loss.
     """
     folder = find_adapter(source)
     check_target(folder, target, force=force)
     found = find_base(base, folder)
-    if found.unfused:
+    if fused and found.unfused:
         raise ExportError(
-            f"{found.name} is an unfused model, and the fused adapter is for another.",
-            "Name that: --base microsoft/Phi-3-mini-4k-instruct",
+            f"{found.name} is an unfused model, and the fused adapter is for another one.",
+            "Name that one: --base microsoft/Phi-3-mini-4k-instruct",
         )
-    adapter, config = _read_checked(folder, found, fused=False)
-    config |= _based_on(base or config.get("base_model_name_or_path"), config)
-    converted = fuse(adapter, found.architecture, folder)
-    shapes = layer_shapes(found.architecture, fused=True)
-    return _write_peft(converted, config, target, beside=folder, all_layers=shapes, progress=progress)
-
-
-def fused_to_split(
-    source: Path, target: Path, *, base: str | None = None, force: bool = False, progress: Progress | None = None
-) -> Converted:
-    """Write a PEFT adapter of qkv_proj and gate_up_proj as one of q, k, v, gate and up apart, for an unfused Phi-3.
-
-    The arguments are those of `split_to_fused`; `base` is the unfused model.
-    """
-    folder = find_adapter(source)
-    check_target(folder, target, force=force)
-    found = find_base(base, folder)
-    adapter, config = _read_checked(folder, found, fused=True)
-    config |= _based_on(base if found.unfused else None, config)
-    told = () if found.unfused else ("It names no base: load it onto an unfused Phi-3, or name that one with --base.",)
-    converted = split(adapter, found.architecture, folder)
-    shapes = layer_shapes(found.architecture, fused=False)
-    return _write_peft(converted, config, target, beside=folder, all_layers=shapes, told=told, progress=progress)
-
-
-def _read_checked(folder: Path, base: Base, *, fused: bool) -> tuple[Adapter, dict[str, Any]]:
-    """An adapter of that kind, every layer held against the base; one of the other kind is left to `fuse` and `split`."""
     config = read_config(folder)
+    adapter = _read_grouped(folder, config, found, fused=not fused)
+    old_name, notes = config.get("base_model_name_or_path"), []
+    if fused:
+        new_name = base or old_name
+        converted = fuse(adapter, found.architecture, folder)
+    else:
+        new_name = base if found.unfused else None
+        converted = split(adapter, found.architecture, folder)
+        if not found.unfused:
+            notes.append("It names no base: load it onto an unfused Phi-3, or name one with --base.")
+    config |= {"base_model_name_or_path": new_name, "auto_mapping": None}
+    if new_name is None or new_name != old_name:
+        config["revision"] = None
+    shapes = layer_shapes(found.architecture, fused=fused)
+    return _write_peft(converted, config, target, folder, all_layers=shapes, notes=notes, progress=progress)
+
+
+def _read_grouped(folder: Path, config: Mapping[str, Any], base: Base, *, fused: bool) -> Adapter:
+    """An adapter whose fused or split layers fit the base's; `fuse` and `split` refuse one of the other kind."""
     adapter = read_peft(read_weights(folder), config, folder)
-    for name in adapter.whole:
-        layer = last_name(name.rpartition(".")[0])
-        if layer in PARTS or layer in FUSED:
-            raise ExportError(
-                f"{folder}: {name} is trained whole (modules_to_save, bias).", "Merge that adapter instead."
-            )
+    for name in adapter.full_tensors:
+        if last_name(name.rpartition(".")[0]) in (*PARTS, *FUSED):
+            raise ExportError(f"{folder}: {name} is trained in full.", "Merge that adapter instead.")
     names = {last_name(name) for name in adapter.deltas}
-    whole, parts = sorted(names & PARTS.keys()), sorted(names & FUSED.keys())
-    if whole and parts:
-        raise ExportError(
-            f"{folder} has {whole[0]} and {parts[0]}, fused and split.", "No model has layers of both kinds."
-        )
-    if whole if fused else parts:
+    fused_ones, parts = sorted(names & PARTS.keys()), sorted(names & FUSED.keys())
+    if fused_ones and parts:
+        raise ExportError(f"{folder} has {fused_ones[0]} and {parts[0]}.", "No model has both fused and split layers.")
+    if fused_ones if fused else parts:
         check_layers(adapter, layer_shapes(base.architecture, fused=fused), base.name, folder)
-    return adapter, config
-
-
-def _based_on(name: str | None, config: Mapping[str, Any]) -> dict[str, Any]:
-    same = name is not None and name == config.get("base_model_name_or_path")
-    return {
-        "base_model_name_or_path": name,
-        "revision": config.get("revision") if same else None,
-        "auto_mapping": None,
-    }
+    return adapter
 
 
 def _write_peft(
     adapter: Adapter,
     config: Mapping[str, Any],
     target: Path,
+    tokenizer_from: Path | None,
     *,
-    beside: Path | None,
     all_layers: Iterable[str],
-    told: tuple[str, ...] = (),
+    notes: Iterable[str],
     progress: Progress | None,
 ) -> Converted:
-    """Write a PEFT folder, read it again, and hold every update against what it was made of."""
-    settings = {**config, **peft_settings(adapter, all_layers=all_layers)}
-    with drafted(target) as draft:
-        write_folder(draft, peft_tensors(adapter), settings, beside)
-        largest, worst = compare(adapter, read_peft(read_weights(draft), read_config(draft), draft), progress)
-    line = f"PEFT's r = {settings['r']}, lora_alpha = {settings['lora_alpha']}"
-    pattern = {**settings["rank_pattern"], **settings["alpha_pattern"]}
-    others = f"; others by pattern: {', '.join(sorted({last_name(name) for name in pattern}))}" if pattern else ""
-    return Converted(
-        target=target,
-        num_layers=len(adapter.deltas),
-        largest_difference=largest,
-        worst_layer=worst,
-        told=(line + others, *told),
-    )
+    """Write a PEFT directory, read it again, and compare every delta with what it was made of."""
+    config = {**config, **build_peft_config(adapter, all_layers=all_layers)}
+    with disk_errors(target, ExportError), atomic_dir(target) as staging:
+        write_peft(staging, build_peft_tensors(adapter), config, tokenizer_from)
+        largest, worst = compare(adapter, read_peft(read_weights(staging), read_config(staging), staging), progress)
+    strength = f"PEFT's r = {config['r']}, lora_alpha = {config['lora_alpha']}"
+    if pattern := {**config["rank_pattern"], **config["alpha_pattern"]}:
+        strength += f"; others by pattern: {', '.join(sorted({last_name(name) for name in pattern}))}"
+    return Converted(target, len(adapter.deltas), largest, worst, (strength, *notes))
 
 
 def compare(expected: Adapter, written: Adapter, progress: Progress | None = None) -> tuple[float, str]:
-    """Hold scaling * B A of every layer from both sides against each other.
+    """Compare scaling * B A of every layer.
 
     Returns:
         The largest relative difference (`relative_difference`), and the layer that has it.
 
     Raises:
-        ExportError: it is past `TOLERANCE`, or a tensor that is held whole is another.
+        ExportError: it is larger than `TOLERANCE`, or the tensors stored in full differ.
     """
-    same_names = expected.deltas.keys() == written.deltas.keys() and expected.whole.keys() == written.whole.keys()
-    if not same_names or any(not torch.equal(tensor, written.whole[name]) for name, tensor in expected.whole.items()):
-        raise ExportError(
-            "What was written holds other tensors than what was read.", "Nothing is kept; please report this."
-        )
+    full, written_full = expected.full_tensors, written.full_tensors
+    same_names = expected.deltas.keys() == written.deltas.keys() and full.keys() == written_full.keys()
+    if not same_names or not all(torch.equal(tensor, written_full[name]) for name, tensor in full.items()):
+        raise ExportError("The written tensors differ from those read.", "Nothing was saved; please report this.")
     largest, worst = 0.0, next(iter(expected.deltas))
     for number, (name, delta) in enumerate(expected.deltas.items()):
         difference = relative_difference(delta, written.deltas[name])

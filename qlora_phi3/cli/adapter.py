@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,18 +29,18 @@ OPTIONS = {
 
 @click.group()
 def adapter() -> None:
-    """Turn adapters into other forms of themselves."""
+    """Turn adapters into other forms."""
 
 
 @adapter.command()
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
-@click.option("--to", "form", type=click.Choice(list(OPTIONS)), required=True, help="The form DST gets.")
+@click.option("--to", "form", type=click.Choice(list(OPTIONS)), required=True, help="The form of DST.")
 @click.option(
     "--alpha",
     multiple=True,
     metavar="[NAME=]ALPHA",
-    help="lora_alpha of loralib's layers, of all or of those called NAME. Its files do not hold it; its default is 1.",
+    help="lora_alpha of loralib's layers, of all or of those named NAME. The file does not hold it; loralib's default is 1.",
 )
 @click.option(
     "--enable",
@@ -47,28 +48,17 @@ def adapter() -> None:
     metavar="[NAME=]GROUPS",
     help="Enabled groups of a MergedLinear: q,v (of qkv_proj) or NAME=1,0,1.",
 )
-@click.option("--embedding", multiple=True, metavar="NAME", help="A loralib Embedding, besides embed_tokens.")
+@click.option("--embedding", multiple=True, metavar="NAME", help="A loralib Embedding, in addition to embed_tokens.")
 @click.option("--conv2d", multiple=True, metavar="NAME=K", help="A loralib Conv2d with kernel size K.")
-@click.option("--base", metavar="MODEL", help="Folder or hub id of the model DST is for.")
+@click.option("--base", metavar="MODEL", help="Directory or hub id of the model that DST is for.")
 @click.option("--force", is_flag=True, help="Replace the adapter at DST.")
 @debug_option
 @click.pass_context
-def convert(
-    ctx: click.Context,
-    source: Path,
-    target: Path,
-    form: str,
-    alpha: tuple[str, ...],
-    enable: tuple[str, ...],
-    embedding: tuple[str, ...],
-    conv2d: tuple[str, ...],
-    base: str | None,
-    force: bool,
-) -> None:
-    """Convert the adapter SRC to another form, lossless or not at all.
+def convert(ctx: click.Context, /, source: Path, target: Path, form: str, force: bool, **given: Any) -> None:
+    """Convert the adapter SRC to another form, without loss or not at all.
 
-    SRC is a PEFT folder or a run's, or a loralib state dict (.pt, .safetensors). fused and split are PEFT's: with Phi-3's own
-    qkv_proj and gate_up_proj, or with q, k, v, gate and up apart, as Unsloth has them.
+    SRC is a PEFT directory or a run's, or a loralib state dict (.pt, .safetensors). fused and split are PEFT's: with Phi-3's own
+    qkv_proj and gate_up_proj, or with separate q, k, v, gate and up, as Unsloth has them.
 
     \b
     Examples:
@@ -78,56 +68,48 @@ def convert(
       qlora-phi3 adapter convert unsloth-adapter my-adapter --to fused --base microsoft/Phi-3-mini-4k-instruct
       qlora-phi3 adapter convert my-adapter for-unsloth --to split
 
-    The updates of all layers, as read and as written, are held against each other; DST is kept where they are the same.
+    scaling * B A of every layer is compared as read and as written; DST is written only if they agree.
     """
-    given = {"alpha": alpha, "enable": enable, "embedding": embedding, "conv2d": conv2d, "base": base}
     for name, value in given.items():
         if value and name not in OPTIONS[form]:
             raise UserError(f"--{name} has no meaning for --to {form}.", "Leave it out.")
-
-    converted = _convert(ctx, source, target, form, given, force=force)
+    converted = _convert(source, target, form, given, force=force, debug=bool(ctx.meta.get("debug")))
     click.echo(
         f"Checked: scaling * B A of {converted.num_layers} layers, as read and as written: largest relative difference "
         f"{converted.largest_difference:.1e} ({converted.worst_layer})"
     )
-    for line in converted.told:
+    for line in converted.notes:
         click.echo(line)
     click.echo(f"Written: {converted.target}")
 
 
 def _convert(
-    ctx: click.Context, source: Path, target: Path, form: str, given: Mapping[str, Any], *, force: bool
+    source: Path, target: Path, form: str, given: Mapping[str, Any], *, force: bool, debug: bool
 ) -> "Converted":
-    """Call the conversion; what is worked on is shown on stderr."""
+    """Call the conversion, with its progress on stderr."""
     from qlora_phi3.cli.options import libraries_silenced
     from qlora_phi3.ui.console import Watcher
 
     watcher = Watcher()
-
-    def progress(done: int, total: int) -> None:
-        watcher.progress("Comparing layers", done, total)
-
+    common: dict[str, Any] = {"force": force, "progress": partial(watcher.progress, "Comparing layers")}
     try:
-        with nullcontext() if ctx.meta.get("debug") else libraries_silenced():
+        with nullcontext() if debug else libraries_silenced():
             watcher.info("Starting torch and peft")
             os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as in cli/run.py
             from qlora_phi3.adapters import convert as conversions
 
             watcher.info(f"Reading {source}")
-            if form == "fused":
-                return conversions.split_to_fused(source, target, base=given["base"], force=force, progress=progress)
-            if form == "split":
-                return conversions.fused_to_split(source, target, base=given["base"], force=force, progress=progress)
+            if form in ("fused", "split"):
+                return conversions.change_fusion(source, target, fused=form == "fused", base=given["base"], **common)
             base = conversions.read_base(given["base"]) if given["base"] else None
-            spec = _read_spec(source, form, given, base)
-            to_other = conversions.loralib_to_peft if form == "peft" else conversions.peft_to_loralib
-            return to_other(source, target, spec, base=base, force=force, progress=progress)
+            translate = conversions.loralib_to_peft if form == "peft" else conversions.peft_to_loralib
+            return translate(source, target, _read_spec(source, form, given, base), base=base, **common)
     finally:
         watcher.close()
 
 
 def _read_spec(source: Path, form: str, given: Mapping[str, Any], base: "Base | None") -> "Spec":
-    """What a loralib file does not say, from the options."""
+    """What a loralib file does not hold, from the options."""
     from qlora_phi3.adapters.convert import find_base
     from qlora_phi3.adapters.fused import read_enable
     from qlora_phi3.adapters.loralib import Spec
@@ -135,7 +117,7 @@ def _read_spec(source: Path, form: str, given: Mapping[str, Any], base: "Base | 
 
     def architecture() -> "Architecture":
         if base is None and form == "peft":
-            raise UserError("How many groups --enable's letters are depends on the base's heads.", "Add --base.")
+            raise UserError("How many groups --enable's letters stand for depends on the base's heads.", "Add --base.")
         return (base or find_base(None, find_adapter(source))).architecture
 
     return Spec(
@@ -154,8 +136,8 @@ def _read_numbers(option: str, texts: Sequence[str], kind: Callable[[str], T]) -
         try:
             value = kind(number)
         except ValueError:
-            value = None
-        if value is None or not 0 < float(value) < float("inf") or (option == "conv2d" and not name):
+            value = kind("0")
+        if not 0 < float(value) < float("inf") or (option == "conv2d" and not name):
             example = "conv1=3" if option == "conv2d" else "16 or qkv_proj=32"
             raise UserError(f"--{option} {text} cannot be read.", f"Write --{option} {example}, above 0.")
         values[name] = value

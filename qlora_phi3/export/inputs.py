@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
 from transformers import Phi3Config
 
-from qlora_phi3.adapters.merging import EMBEDDING, HEAD, AdapterDeltas, read_deltas
+from qlora_phi3.adapters.adapter_deltas import EMBEDDING, HEAD, AdapterDeltas, read_deltas
 from qlora_phi3.data.template import ChatTemplate, choose_template
 from qlora_phi3.errors import DataError, ExportError, ModelError
 from qlora_phi3.export.base import BaseRecord, RecordedBase, read_record, summarise

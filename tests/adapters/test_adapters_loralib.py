@@ -1,7 +1,6 @@
 """loralib's state dicts as PEFT adapters and back, held against the real loralib 0.1.2."""
 
 import json
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,13 @@ from torch import nn
 
 from qlora_phi3.adapters.convert import loralib_to_peft, peft_to_loralib, read_base
 from qlora_phi3.adapters.fused import groups_of
-from qlora_phi3.adapters.loralib import Spec, load_loralib, read_loralib
+from qlora_phi3.adapters.loralib import Spec, load_loralib
 from qlora_phi3.errors import ExportError
 from qlora_phi3.family import part_rows, read_architecture
 
 lora = pytest.importorskip("loralib", reason="the real loralib is needed: pip install loralib==0.1.2")
 
-#: PEFT says so of every embedding that is adapted.
+#: PEFT warns of every embedding that is adapted.
 pytestmark = pytest.mark.filterwarnings("ignore:.*embedding layer:UserWarning")
 
 MASKS = [[True, True, True], [True, False, True], [False, True, False], [False, True, True]]
@@ -31,9 +30,9 @@ def spec_of(enable: list[bool], kernel: int = 3) -> Spec:
     return Spec(alpha={"": ALPHA}, enable={"merged": enable}, conv2d={"conv": kernel})
 
 
-def build_as_told(told: tuple[str, ...], layer: str) -> nn.Module:
-    """The loralib layer that a conversion says to build."""
-    (line,) = [line for line in told if line.strip().startswith(f"{layer}: ")]
+def build_as_noted(notes: tuple[str, ...], layer: str) -> nn.Module:
+    """The loralib layer that a conversion describes."""
+    (line,) = [line for line in notes if line.strip().startswith(f"{layer}: ")]
     return eval(line.partition(": ")[2].partition("   ")[0], NAMES)
 
 
@@ -54,11 +53,11 @@ def test_loralib_to_peft_and_back_gives_the_same_bits(tmp_path, enable):
     torch.manual_seed(0)
     torch.save(lora.lora_state_dict(loralib_layers(enable)), tmp_path / "lora.pt")
     loralib_to_peft(tmp_path / "lora.pt", tmp_path / "peft", spec_of(enable))
-    told = peft_to_loralib(tmp_path / "peft", tmp_path / "back.pt", Spec(enable={"merged": enable})).told
+    notes = peft_to_loralib(tmp_path / "peft", tmp_path / "back.pt", Spec(enable={"merged": enable})).notes
     first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("lora.pt", "back.pt"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert {build_as_told(told, layer).lora_alpha for layer in ("plain", "merged", "conv", "embed_tokens")} == {ALPHA}
+    assert {build_as_noted(notes, layer).lora_alpha for layer in ("plain", "merged", "conv", "embed_tokens")} == {ALPHA}
 
 
 @pytest.mark.parametrize("alpha", [None, 1, 7])
@@ -74,16 +73,16 @@ def test_the_real_loralib_loads_a_peft_adapter_with_strict_false(tmp_path, alpha
     adapted = get_peft_model(base, config).double()
     adapted.save_pretrained(tmp_path / "peft")
     spec = Spec(alpha={} if alpha is None else {"": alpha}, enable={"merged": [True, True, True]})
-    told = peft_to_loralib(tmp_path / "peft", tmp_path / "lora.pt", spec).told
+    notes = peft_to_loralib(tmp_path / "peft", tmp_path / "lora.pt", spec).notes
     model = loralib_layers([True, True, True])
     for name in names:
-        setattr(model, name, build_as_told(told, name).double())
+        setattr(model, name, build_as_noted(notes, name).double())
     model.load_state_dict({name.replace("conv.", "conv.conv."): tensor for name, tensor in state.items()}, strict=False)
     result = model.load_state_dict(torch.load(tmp_path / "lora.pt", weights_only=True), strict=False)
     assert not result.unexpected_keys
     # alpha given: B is folded, to float64 here as the adapter is.
     assert relative(adapted(some_ids()), model(some_ids())) < 1e-12
-    assert alpha is None or build_as_told(told, "conv").lora_alpha == alpha
+    assert alpha is None or build_as_noted(notes, "conv").lora_alpha == alpha
 
 
 @pytest.mark.parametrize("kind", ["all", "lora_only"])
@@ -199,72 +198,26 @@ def test_a_checkpoint_goes_onto_a_4_bit_base_in_fp32(tmp_path, base):
     assert torch.equal(trainable[0], saved["model.layers.0.self_attn.qkv_proj.lora_A"])
 
 
-def test_load_loralib_refuses_what_does_not_fit_the_model(tmp_path):
+@pytest.mark.parametrize("enable", [{}, {"qkv_proj": [True] * 3}], ids=str)
+def test_load_loralib_refuses_what_does_not_fit_the_model(tmp_path, enable):
     fused, _ = build_pair()
     model = with_merged_linear(build_pair()[0], (True, True, False, True))
     torch.save(lora.lora_state_dict(model), tmp_path / "lora.pt")
-    with pytest.raises(ExportError, match=r"has lora_A \(12, 128\) and lora_B \(192, 4\), .* 3 groups enabled"):
-        load_loralib(fused, tmp_path / "lora.pt", alpha=8)
-    with pytest.raises(ExportError, match=r"qkv_proj is 192 x 128 .* and that of Phi3ForCausalLM 256 x 128"):
-        load_loralib(fused, tmp_path / "lora.pt", alpha=8, enable={"qkv_proj": [True] * 3})
-    with pytest.raises(ExportError, match="has an adapter already"):
-        load_loralib(get_peft_model(fused, LoraConfig(target_modules=["o_proj"])), tmp_path / "lora.pt", alpha=8)
-
-
-A, B = torch.ones(4, 8), torch.ones(6, 4)
+    with pytest.raises(ExportError, match="192"):
+        load_loralib(fused, tmp_path / "lora.pt", alpha=8, enable=enable)
 
 
 @pytest.mark.parametrize(
-    ("tensors", "spec", "text"),
+    ("settings", "enable", "named"),
     [
-        ({"x.lora_A": A, "x.lora_B": B}, {"alpha": {}}, "the lora_alpha of x is not known.*--alpha 16"),
-        (
-            {"x.lora_A": A, "x.lora_B": B},
-            {"alpha": {"y": 1.0}},
-            "alpha names 'y', and no layer is called that. There are x.",
-        ),
-        (
-            {"x.lora_A": A, "x.lora_B": B[:, :2]},
-            {},
-            r"the ranks differ. It looks like a MergedLinear with 2 .*--enable x=1,0,1",
-        ),
-        ({"x.lora_A": A[:2], "x.lora_B": B}, {}, "the ranks differ"),
-        (
-            {"x.lora_A": A, "x.lora_B": B},
-            {"enable": {"x": [True, True]}},
-            "no MergedLinear's with 2 of 2 groups enabled",
-        ),
-        ({"x.lora_A": A, "x.lora_B": B}, {"enable": {"x": [False, False]}}, "no MergedLinear's with 0 of 2"),
-        ({"x.lora_A": A, "x.lora_B": B}, {"conv2d": {"x": 3}}, "no Conv2d's with kernel_size 3"),
-        ({"x.lora_A": A}, {}, "x has lora_A alone"),
-        ({"x.lora_A": A[0], "x.lora_B": B}, {}, r"lora_A \(8,\).*loralib's are matrices"),
-        ({"x.lora_A": A, "x.lora_B": B, "x.weight": B}, {}, "'x.weight' is neither a LoRA matrix nor a bias"),
-        ({"base_model.model.x.lora_A.weight": A}, {}, "A PEFT adapter is given as its folder"),
-        ({}, {}, "holds no 'x.lora_A' and 'x.lora_B'"),
+        ({"use_dora": True}, {}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, {}, "lm_head.weight"),
+        ({}, {"qkv_proj": [True, True, False, True]}, "group 3 of 4"),
     ],
 )
-def test_a_state_dict_that_cannot_be_read_is_refused_with_the_reason(tensors, spec, text):
-    with pytest.raises(ExportError, match=text):
-        read_loralib(tensors, Spec(**{"alpha": {"": 16}, **spec}), "lora.pt")
-
-
-@pytest.mark.parametrize(
-    ("settings", "enable", "text"),
-    [
-        ({"use_dora": True}, {}, r"qkv_proj is DoRA \(use_dora\), and loralib has none"),
-        ({"modules_to_save": ["lm_head"]}, {}, r"loralib holds no 'lm_head.weight' \(modules_to_save\)"),
-        (
-            {},
-            {"qkv_proj": [True, True, False, True]},
-            "qkv_proj is trained in group 3 of 4 too, which --enable leaves out",
-        ),
-        ({}, {"qkv_proj": [True] * 3}, "qkv_proj has 256 rows, not 3 equal groups"),
-        ({}, {"q_proj": [True] * 3}, "enable names 'q_proj', and no layer is called that. There are qkv_proj."),
-    ],
-)
-def test_what_loralib_cannot_hold_is_refused_by_name(tmp_path, settings, enable, text):
+def test_what_loralib_cannot_hold_is_refused_by_name_and_nothing_is_written(tmp_path, settings, enable, named):
     save_trained(build_pair()[0], tmp_path / "peft", target_modules=["qkv_proj"], **settings)
-    with pytest.raises(ExportError, match=text):
+    with pytest.raises(ExportError, match=named):
         peft_to_loralib(tmp_path / "peft", tmp_path / "lora.pt", Spec(enable=enable))
     assert [path.name for path in tmp_path.iterdir()] == ["peft"]
 
@@ -299,21 +252,3 @@ def test_a_state_dict_is_found_inside_a_checkpoint_and_in_safetensors(tmp_path: 
         loralib_to_peft(tmp_path / name, tmp_path / f"{name}-peft", Spec(alpha={"": 16}))
         saved = load_file(tmp_path / f"{name}-peft" / "adapter_model.safetensors")
         assert torch.equal(saved["base_model.model.x.lora_A.weight"], tensors["x.lora_A"])
-
-
-@pytest.mark.parametrize(
-    ("layers", "told"),
-    [
-        ({"one": nn.Linear(8, 8)}, r"Its layers are called as one\."),
-        ({"one": nn.Linear(8, 8), "two": nn.Linear(8, 8)}, r"Its layers are called as one\."),
-        (
-            {"one": nn.Linear(8, 8), "two": nn.Linear(8, 8), "three": nn.Linear(8, 8)},
-            "Its layers are called as one and three",
-        ),
-        ({"norm": nn.LayerNorm(8)}, "It has none to adapt"),
-    ],
-)
-def test_a_layer_that_a_small_model_does_not_have_is_named(tmp_path, layers, told):
-    torch.save({"other.lora_A": torch.ones(4, 8), "other.lora_B": torch.ones(8, 4)}, tmp_path / "lora.pt")
-    with pytest.raises(ExportError, match=f"has no layer other\\. {told}"):
-        load_loralib(nn.Sequential(OrderedDict(layers)), tmp_path / "lora.pt", alpha=8)

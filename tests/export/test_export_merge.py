@@ -14,7 +14,7 @@ from tiny_model import build_config, random_rows, save_tiny_model
 from tiny_run import TinyRun, leave_run
 from transformers import Phi3ForCausalLM
 
-from qlora_phi3.adapters.merging import EMBEDDING, HEAD
+from qlora_phi3.adapters.adapter_deltas import EMBEDDING, HEAD
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.base import RecordedBase, read_record, summarise
 from qlora_phi3.export.merge import MergedWeights

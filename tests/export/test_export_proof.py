@@ -12,7 +12,7 @@ from tiny_run import TinyRun, leave_run
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import Phi3ForCausalLM
 
-from qlora_phi3.adapters.merging import read_deltas
+from qlora_phi3.adapters.adapter_deltas import read_deltas
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export import proof as proving
 from qlora_phi3.export.merge import live_model, make_candidates

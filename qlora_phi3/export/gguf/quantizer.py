@@ -1,7 +1,7 @@
 """llama.cpp's own quantizer, for the types that the gguf package cannot write.
 
-It runs in a process of its own (`python -m qlora_phi3.export.gguf_quantizer`): it writes to the terminal on its own, ends
-the process where it fails, and does not hear Ctrl-C.
+It runs in its own process (`python -m qlora_phi3.export.gguf.quantizer`), because it writes to the terminal, ends the process
+where it fails, and ignores Ctrl-C.
 """
 
 import importlib
@@ -18,9 +18,8 @@ from qlora_phi3.errors import ExportError
 #: Types that the gguf package itself can write, largest first.
 PLAIN = ("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
-
-#: llama.cpp's file types that need no importance matrix, and the bits a weight takes, embedding and head among them, in
-#: Llama-3.1-8B (the table in llama.cpp's tools/quantize/README.md).
+#: llama.cpp's file types that need no importance matrix, and the bits of a weight, averaged over all weights of Llama-3.1-8B
+#: with its embedding and head (the table in llama.cpp's tools/quantize/README.md).
 QUANTIZED = {
     "q2_k": 3.16,
     "q3_k_s": 3.64,
@@ -35,41 +34,41 @@ QUANTIZED = {
     "q6_k": 6.56,
 }
 
-
 LIBRARY = "llama_cpp"
-
-
 INSTALL = "pip install llama-cpp-python"
 
-
-#: Seconds between two looks at how far it is.
-LOOK_SECONDS = 0.5
+#: Seconds between two reports of progress.
+POLL_SECONDS = 0.5
 
 
 def check_quantizer(quant: str) -> None:
     """Raise ExportError where llama.cpp's quantizer is not installed."""
     if importlib.util.find_spec(LIBRARY) is None:
-        raise ExportError(
-            f"--quant {quant} is made by llama.cpp's own quantizer, which is not installed.", f"Install it: {INSTALL}"
-        )
+        raise ExportError(f"--quant {quant} needs llama.cpp's own quantizer.", f"Install it: {INSTALL}")
 
 
 def quantize_file(source: Path, target: Path, quant: str, progress: Callable[[str, int, int | None], None]) -> None:
     """Quantize a .gguf file of 16 or 32 bit.
 
     Args:
-        progress: told the bytes written so far; nobody knows how many they will be before the end.
+        source: the file to read.
+        target: the file to write.
+        quant: of `QUANTIZED`.
+        progress: called with the bytes written so far; how many they will be is known only at the end.
 
     Raises:
         ExportError: the quantizer failed; the message ends with its last line.
     """
     command = [sys.executable, "-m", "qlora_phi3.export.gguf.quantizer", str(source), str(target), quant]
-    what = f"Quantizing to {quant}"
+    what, code = f"Quantizing to {quant}", None
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
-            while (code := _wait(process)) is None:
-                progress(what, target.stat().st_size if target.exists() else 0, None)
+            while code is None:
+                try:
+                    code = process.wait(POLL_SECONDS)
+                except subprocess.TimeoutExpired:
+                    progress(what, target.stat().st_size if target.exists() else 0, None)
         finally:
             process.kill()
             process.wait()
@@ -81,15 +80,8 @@ def quantize_file(source: Path, target: Path, quant: str, progress: Callable[[st
     progress(what, target.stat().st_size, target.stat().st_size)
 
 
-def _wait(process: "subprocess.Popen[bytes]") -> int | None:
-    try:
-        return process.wait(LOOK_SECONDS)
-    except subprocess.TimeoutExpired:
-        return None
-
-
 def main(source: str, target: str, quant: str) -> int:
-    """What runs in the process of its own."""
+    """What runs in the quantizer's process; returns its exit code."""
     llama_cpp = importlib.import_module(LIBRARY)
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quant.upper()}")

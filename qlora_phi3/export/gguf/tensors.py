@@ -1,25 +1,22 @@
-"""The tensors of a .gguf file: which ones, in which type, and their bytes, a few rows at a time."""
+"""The tensors of a .gguf file: their names, types and bytes, a few rows at a time."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import Phi3Config
 
 from qlora_phi3.errors import ExportError
 from qlora_phi3.model.weights import TensorInfo, Weights
 
-#: Buffers that old checkpoints carry beside their weights.
+#: Buffers that old checkpoints hold in addition to their weights.
 COMPUTED = "rotary_emb.inv_freq"
 
-
-#: Types that hold a tensor as it is.
+#: Types that hold a tensor without rounding.
 LOSSLESS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
-
-SAME_MODEL = "Convert a whole export of the model that its config.json describes."
+SAME_MODEL = "Convert a complete export of the model that its config.json describes."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,14 +41,15 @@ class TensorPlan:
 
 
 def plan_tensors(config: Phi3Config, info: Mapping[str, TensorInfo], quant: str | None) -> list[TensorPlan]:
-    """Every tensor of a phi3 model in llama.cpp's names.
+    """Every tensor of a phi3 model under llama.cpp's name.
 
     Args:
-        info: of the checkpoint.
+        config: of the checkpoint.
+        info: shape and dtype of the checkpoint's tensors.
         quant: of `PLAIN`; None for each tensor in the type it has.
 
     Raises:
-        ExportError: the checkpoint lacks a tensor, has one of another shape, or one more than llama.cpp knows.
+        ExportError: the checkpoint lacks a tensor, has one of another shape, or one that llama.cpp does not know.
     """
     import gguf
 
@@ -65,12 +63,9 @@ def plan_tensors(config: Phi3Config, info: Mapping[str, TensorInfo], quant: str 
     for name in sorted(given - shapes.keys()):
         raise ExportError(f"The checkpoint has a tensor {name}, which llama.cpp's phi3 models do not have.", SAME_MODEL)
     plans = [
-        _plan(name, (len(values),), "f32", values=values)
-        for name, values in (
-            ("rope_factors_long.weight", tuple(config.rope_parameters.get("long_factor") or ())),
-            ("rope_factors_short.weight", tuple(config.rope_parameters.get("short_factor") or ())),
-        )
-        if values
+        _plan(f"rope_factors_{kind}.weight", (len(values),), "f32", values=tuple(values))
+        for kind in ("long", "short")
+        if (values := config.rope_parameters.get(f"{kind}_factor"))
     ]
     for name, shape in shapes.items():
         if info[name].shape != shape:
@@ -81,16 +76,16 @@ def plan_tensors(config: Phi3Config, info: Mapping[str, TensorInfo], quant: str 
 
 
 def expected_shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
-    """The tensors of a phi3 checkpoint, in the order they are written."""
-    hidden, wide = config.hidden_size, config.intermediate_size
+    """Shapes of the tensors of a phi3 checkpoint, rows first, in the order in which they are written."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
     head = hidden // config.num_attention_heads
     layer = {
         "input_layernorm": (hidden,),
         "self_attn.qkv_proj": (hidden + 2 * config.num_key_value_heads * head, hidden),
         "self_attn.o_proj": (hidden, hidden),
         "post_attention_layernorm": (hidden,),
-        "mlp.gate_up_proj": (2 * wide, hidden),
-        "mlp.down_proj": (hidden, wide),
+        "mlp.gate_up_proj": (2 * intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
     }
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for number in range(config.num_hidden_layers):
@@ -102,54 +97,51 @@ def expected_shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
 
 
 def _plan(name: str, shape: tuple[int, ...], quant: str, **rest: Any) -> TensorPlan:
+    """Choose the type of one tensor.
+
+    Vectors stay in fp32, and rows that blocks of 32 do not fill in fp16, as in llama.cpp's converter. Embedding and head stay
+    in 8 bit where the others have 4 or 5; llama.cpp's quantizer gives the head 6, in a type that the gguf package cannot write.
+    """
     import gguf
 
-    chosen = _choose_type(name, shape, quant)
-    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[chosen]]
-    count = torch.Size(shape).numel()
-    return TensorPlan(name=name, shape=shape, type=chosen, num_bytes=count // block * block_bytes, **rest)
-
-
-def _choose_type(name: str, shape: tuple[int, ...], quant: str) -> str:
-    """The type of one tensor.
-
-    Vectors stay in fp32, and rows that no blocks of 32 fill in fp16, as in llama.cpp's converter. Embedding and head stay
-    in 8 bit where the rest has 4 or 5; llama.cpp's quantizer gives the head 6, in a type that the gguf package cannot write.
-    """
+    chosen = quant.upper()
     if len(shape) == 1:
-        return "F32"
-    if quant.startswith("q") and shape[-1] % 32:
-        return "F16"
-    if quant.startswith(("q4", "q5")) and name in ("token_embd.weight", "output.weight"):
-        return "Q8_0"
-    return quant.upper()
+        chosen = "F32"
+    elif quant.startswith("q") and shape[-1] % 32:
+        chosen = "F16"
+    elif quant.startswith(("q4", "q5")) and name in ("token_embd.weight", "output.weight"):
+        chosen = "Q8_0"
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[chosen]]
+    num_bytes = torch.Size(shape).numel() // block * block_bytes
+    return TensorPlan(name=name, shape=shape, type=chosen, num_bytes=num_bytes, **rest)
 
 
 def encode(plan: TensorPlan, weights: Weights) -> Iterator[bytes]:
-    """The bytes of a tensor, piece by piece.
+    """The bytes of a tensor, some rows at a time, in the plan's type.
+
+    Args:
+        plan: the tensor.
+        weights: the checkpoint; its floating-point tensors may have any dtype.
 
     Raises:
-        ExportError: a value is not finite, or too large for 16 bit.
+        ExportError: a value is not finite, or too large for fp16.
     """
-    if plan.source is None:
-        yield _bytes(torch.tensor(plan.values, dtype=torch.float32), plan)
-        return
-    for piece in weights.iter_row_chunks(plan.source):
-        if not torch.isfinite(piece).all():
-            raise ExportError(f"{plan.source} holds values that are no numbers.", "Export the run again.")
-        yield _bytes(piece, plan)
-
-
-def _bytes(piece: Tensor, plan: TensorPlan) -> bytes:
     import gguf
 
+    chunks = (
+        iter([torch.tensor(plan.values, dtype=torch.float32)])
+        if plan.source is None
+        else weights.iter_row_chunks(plan.source)
+    )
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(plan.type)
-    if dtype is not None:
-        cast = piece.to(dtype)
+    for chunk in chunks:
+        if not torch.isfinite(chunk).all():
+            raise ExportError(f"{plan.source} holds NaN or infinity.", "Export the run again.")
+        if dtype is None:
+            yield gguf.quantize(chunk.float().numpy(), gguf.GGMLQuantizationType[plan.type]).tobytes()
+            continue
+        cast = chunk.to(dtype)
         if dtype is torch.float16 and not torch.isfinite(cast).all():
-            largest = float(piece.abs().max())
-            raise ExportError(
-                f"{plan.source} has a value of size {largest:.4g}; fp16 ends at 65,504.", "Choose bf16, f32 or q8_0."
-            )
-        return cast.view(torch.uint8).numpy().tobytes()
-    return bytes(gguf.quantize(piece.float().numpy(), gguf.GGMLQuantizationType[plan.type]).tobytes())
+            largest = float(chunk.abs().max())
+            raise ExportError(f"{plan.source} reaches {largest:.4g}; fp16 ends at 65,504.", "Choose bf16, f32 or q8_0.")
+        yield cast.view(torch.uint8).numpy().tobytes()

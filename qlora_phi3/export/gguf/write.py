@@ -1,11 +1,9 @@
-"""A finished export as one .gguf file, for llama.cpp and Ollama; tensor by tensor, a few rows at a time."""
+"""A finished export as one .gguf file, for llama.cpp and Ollama; written tensor by tensor, a few rows at a time."""
 
 import importlib.util
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +18,18 @@ from qlora_phi3.export.gguf.quantizer import PLAIN, QUANTIZED, check_quantizer, 
 from qlora_phi3.export.gguf.tensors import TensorPlan, encode, plan_tensors
 from qlora_phi3.export.gguf.vocab import LIMITS, Vocabulary, read_vocabulary
 from qlora_phi3.family import parse_architecture, read_config
+from qlora_phi3.files import atomic_file, disk_errors
 from qlora_phi3.model.phi3 import load_tokenizer
 from qlora_phi3.model.weights import TensorInfo, Weights, open_weights
 from qlora_phi3.recipe.schema import Model
-from qlora_phi3.units import format_gib
+from qlora_phi3.units import MIB, format_gib
 
 QUANTS = (*PLAIN, *QUANTIZED)
 
+#: Bytes on the disk for what is not a tensor: header, vocabulary, padding.
+HEADER_BYTES = 32 * MIB
 
-#: Room on the disk for what is not a tensor: header, vocabulary, padding.
-HEADER_BYTES = 32 * 2**20
-
-
+#: Called with what is done, the bytes so far, and the bytes in all, where they are known.
 Progress = Callable[[str, int, int | None], None]
 
 
@@ -54,25 +52,27 @@ class GgufResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufPlan:
-    """A .gguf file before it is written."""
+    """A .gguf file before it is written.
 
+    Args:
+        folder: with the checkpoint's tokenizer files.
+        file_type: of the file written first: the quant, or 16 or 32 bit for llama.cpp's quantizer.
+        num_bytes: needed on the disk while it is written.
+    """
+
+    folder: Path
     config: Phi3Config
-    tokenizer: Any
     vocabulary: Vocabulary
     prompting: Prompting
     tensors: Sequence[TensorPlan]
-    #: Of the file written first: what was asked for, or 16 or 32 bit for llama.cpp's quantizer.
     file_type: str
-    #: Of disk, while it is written.
     num_bytes: int
 
 
 def plan_gguf(folder: Path, info: Mapping[str, TensorInfo], *, quant: str, name: str) -> GgufPlan:
-    """What is to be written; all that llama.cpp has no way to hold shows here.
+    """Plan a .gguf file; whatever llama.cpp cannot hold is found here.
 
-    Args:
-        folder: with the checkpoint's config and tokenizer files; its weights need not be there yet.
-        info: of those weights.
+    The arguments are those of `convert_to_gguf`. Of the weights only shapes and dtypes (`info`) need to be known.
 
     Raises:
         ExportError, ModelError: as `convert_to_gguf`.
@@ -80,57 +80,60 @@ def plan_gguf(folder: Path, info: Mapping[str, TensorInfo], *, quant: str, name:
     config = read_phi3_config(folder)
     tokenizer = load_tokenizer(Model(name=str(folder)))
     tensors = plan_tensors(config, info, None if quant in QUANTIZED else quant)
-    weights = sum(math.prod(tensor.shape) for tensor in tensors)
+    num_weights = sum(math.prod(tensor.shape) for tensor in tensors)
+    quantized_bytes = int(num_weights * QUANTIZED.get(quant, 0) / 8)
     return GgufPlan(
+        folder=folder,
         config=config,
-        tokenizer=tokenizer,
         vocabulary=read_vocabulary(folder, tokenizer, config.vocab_size),
         prompting=plan_prompting(tokenizer, name),
         tensors=tensors,
         file_type="f16" if quant in QUANTIZED else quant,
-        num_bytes=sum(plan.num_bytes for plan in tensors) + int(weights * QUANTIZED.get(quant, 0) / 8) + HEADER_BYTES,
+        num_bytes=sum(plan.num_bytes for plan in tensors) + quantized_bytes + HEADER_BYTES,
     )
 
 
 def convert_to_gguf(
     folder: Path, target: Path, *, quant: str, name: str, progress: Progress, force: bool = False
 ) -> GgufResult:
-    """Write a checkpoint as a .gguf file; it stands under its name only when it is whole.
+    """Write a checkpoint as a .gguf file, completely or not at all.
 
     Args:
         folder: a Phi-3 checkpoint in safetensors with its tokenizer files.
+        target: the .gguf file.
         quant: of `QUANTS`.
-        name: of the model; see `GgufResult.name` for what became of it.
-        progress: told what is done, the bytes so far and those in all, where they are known.
-        force: replace a file that is there.
+        name: of the model; `GgufResult.name` is the name that was written.
+        progress: called after every few rows.
+        force: replace a file at the target.
 
     Raises:
-        ExportError: no such quant, a library is missing, the target exists, the disk is too small, or llama.cpp has no way
-            to hold this model or its vocabulary.
-        ModelError: the folder is no whole checkpoint.
+        ExportError: there is no such quant, a library is missing, the target exists, the disk is too small, or llama.cpp
+            cannot hold this model or its vocabulary.
+        ModelError: the directory is not a complete checkpoint.
     """
     check_quant(quant)
     if target.exists() and not force:
         raise ExportError(f"{target} exists.", "Give another place, or --force.")
     weights = open_weights(folder)
     plan = plan_gguf(folder, weights.info, quant=quant, name=name)
-    part, whole = (target.with_name(f"{target.name}.{ending}") for ending in ("part", "whole.part"))
-    try:
+    with disk_errors(target, ExportError):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _check_disk(target.parent, plan.num_bytes)
-        _write(part, plan, weights, progress)
-        if quant in QUANTIZED:
-            quantize_file(part, whole, quant, progress)
-            whole.replace(part)
-        part.replace(target)
-    except OSError as error:
-        raise ExportError(
-            f"{target} cannot be written: {error}.", "Give another place, or make room on the disk."
-        ) from error
-    finally:
-        for path in (part, whole):
-            with suppress(FileNotFoundError):
-                path.unlink()
+        free_bytes = shutil.disk_usage(target.parent).free
+        if plan.num_bytes > free_bytes:
+            raise ExportError(
+                f"The .gguf file needs {format_gib(plan.num_bytes)}, and {target.parent} has {format_gib(free_bytes)} free.",
+                "Free some, choose a smaller --quant, or write it elsewhere.",
+            )
+        with atomic_file(target) as staging:
+            if quant in QUANTIZED:
+                unquantized = staging.with_suffix(".unquantized")
+                try:
+                    _write(unquantized, plan, weights, progress)
+                    quantize_file(unquantized, staging, quant, progress)
+                finally:
+                    unquantized.unlink(missing_ok=True)
+            else:
+                _write(staging, plan, weights, progress)
     return GgufResult(
         path=target,
         num_bytes=target.stat().st_size,
@@ -142,7 +145,7 @@ def convert_to_gguf(
 
 
 def check_quant(quant: str) -> None:
-    """Raise ExportError for a type that nobody knows, or whose library is not installed."""
+    """Raise ExportError for an unknown type, or one whose library is not installed."""
     if quant not in QUANTS:
         raise ExportError(f"There is no --quant '{quant}'.", f"The names: {', '.join(QUANTS)}.")
     if importlib.util.find_spec("gguf") is None:
@@ -152,22 +155,23 @@ def check_quant(quant: str) -> None:
 
 
 def read_phi3_config(folder: Path) -> Phi3Config:
-    """The config of a checkpoint whose arithmetic llama.cpp's phi3 models can do.
+    """The config of a checkpoint that llama.cpp's phi3 models can compute.
 
     Raises:
-        ExportError: they cannot; ModelError: there is no config of a phi3 model.
+        ExportError: they cannot.
+        ModelError: there is no config of a phi3 model.
     """
     config = read_config(str(folder))
     parse_architecture(config, str(folder))
     head_size = config["hidden_size"] // config["num_attention_heads"]
-    for key, value, wanted in (
+    for key, value, supported in (
         ("hidden_act", config.get("hidden_act", "silu"), "silu"),
         ("head_dim", config.get("head_dim") or head_size, head_size),
         ("quantization_config", config.get("quantization_config"), None),
     ):
-        if value != wanted:
+        if value != supported:
             raise ExportError(
-                f"The config.json of {folder} has {key} = {value!r}; llama.cpp's phi3 models have {wanted!r}.",
+                f"The config.json of {folder} has {key} = {value!r}; llama.cpp's phi3 models have {supported!r}.",
                 "Convert a plain 16- or 32-bit checkpoint of the Phi-3 family.",
             )
     return Phi3Config.from_dict(config)
@@ -180,48 +184,50 @@ def describe_limits(config: Phi3Config) -> tuple[str, ...]:
         notes.append(
             f"llama.cpp does not apply the sliding window: past {config.sliding_window:,} tokens it attends to everything."
         )
-    if _is_longrope(config):
+    if config.rope_parameters["rope_type"] == "longrope":
         original = config.rope_parameters["original_max_position_embeddings"]
         notes.append(
             f"llama.cpp takes the long rotary factors as soon as its context (-c, num_ctx) is larger than {original:,}, "
-            "however short the prompt; transformers goes by the prompt."
+            "however short the prompt; transformers decides by the prompt."
         )
     return tuple(notes)
 
 
-def _is_longrope(config: Phi3Config) -> bool:
-    return bool(config.rope_parameters["rope_type"] == "longrope")
-
-
-def _check_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ExportError(
-            f"The .gguf file needs {format_gib(needed)}, and {folder} has {format_gib(free)} free.",
-            "Free some, choose a smaller --quant, or write it elsewhere.",
-        )
-
-
-def _fill_header(plan: GgufPlan) -> Any:
-    """A GGUFWriter that knows all but the tensors."""
+def _write(path: Path, plan: GgufPlan, weights: Weights, progress: Progress) -> None:
+    """Write the header, then every tensor."""
     import gguf
 
     writer = gguf.GGUFWriter(path=None, arch=gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3])
+    _add_architecture(writer, plan)
+    _add_vocabulary(writer, plan)
+    for tensor in plan.tensors:
+        raw_dtype = gguf.GGMLQuantizationType[tensor.type]
+        writer.add_tensor_info(tensor.name, tensor.shape, None, tensor.num_bytes, raw_dtype=raw_dtype)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    done, total = 0, sum(tensor.num_bytes for tensor in plan.tensors)
+    with path.open("ab") as file:
+        for tensor in plan.tensors:
+            writer.write_padding(file, file.tell())
+            for chunk in encode(tensor, weights):
+                file.write(chunk)
+                done += len(chunk)
+                progress("Writing the .gguf file", done, total)
+        writer.write_padding(file, file.tell())
+
+
+def _add_architecture(writer: Any, plan: GgufPlan) -> None:
+    import gguf
+
+    config, rope = plan.config, plan.config.rope_parameters
+    head_size = config.hidden_size // config.num_attention_heads
     writer.add_type("model")
     writer.add_name(plan.prompting.name)
-    writer.add_file_type(
-        gguf.LlamaFileType["ALL_F32" if plan.file_type == "f32" else f"MOSTLY_{plan.file_type.upper()}"]
-    )
+    file_type = "ALL_F32" if plan.file_type == "f32" else f"MOSTLY_{plan.file_type.upper()}"
+    writer.add_file_type(gguf.LlamaFileType[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_architecture(writer, plan.config)
-    _add_vocabulary(writer, plan.vocabulary)
-    _add_prompting(writer, plan.prompting, plan.tokenizer)
-    return writer
-
-
-def _add_architecture(writer: Any, config: Phi3Config) -> None:
-    rope = config.rope_parameters
-    head_size = config.hidden_size // config.num_attention_heads
     writer.add_context_length(config.max_position_embeddings)
     writer.add_vocab_size(config.vocab_size)
     writer.add_embedding_length(config.hidden_size)
@@ -232,64 +238,33 @@ def _add_architecture(writer: Any, config: Phi3Config) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(int(head_size * rope["partial_rotary_factor"]))
     writer.add_rope_freq_base(rope["rope_theta"])
-    # 0 says that there is none: without the key, llama.cpp of 2024 guesses a window from the context length.
+    # 0 means that there is none: without the key, llama.cpp of 2024 guesses a window from the context length.
     writer.add_sliding_window(config.sliding_window or 0)
-    if _is_longrope(config):
+    if rope["rope_type"] == "longrope":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         writer.add_rope_scaling_attn_factors(ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))[1])
 
 
-def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+def _add_vocabulary(writer: Any, plan: GgufPlan) -> None:
+    import gguf
+
+    vocabulary, prompting = plan.vocabulary, plan.prompting
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(list(vocabulary.tokens))
     writer.add_token_types(list(vocabulary.types))
     if vocabulary.scores is not None:
         writer.add_token_scores(list(vocabulary.scores))
-    if vocabulary.merges is not None:
-        writer.add_token_merges(list(vocabulary.merges))
-
-
-def _add_prompting(writer: Any, prompting: Prompting, tokenizer: Any) -> None:
-    for add, number in (
-        (writer.add_bos_token_id, tokenizer.bos_token_id),
-        (writer.add_eos_token_id, tokenizer.eos_token_id),
-        (writer.add_eot_token_id, prompting.end_of_turn),
-        (writer.add_unk_token_id, tokenizer.unk_token_id),
-        (writer.add_pad_token_id, tokenizer.pad_token_id),
-    ):
-        if number is not None:
-            add(number)
-    writer.add_add_bos_token(prompting.add_bos)
-    writer.add_add_eos_token(False)  # a prompt is there to be gone on with
-    if prompting.template is not None:
-        writer.add_chat_template(prompting.template)
-
-
-def _write(path: Path, whole: GgufPlan, weights: Weights, progress: Progress) -> None:
-    """Header, then every tensor; `path` is written over."""
-    writer, plans = _fill_header(whole), whole.tensors
-    for plan in plans:
-        writer.add_tensor_info(plan.name, plan.shape, None, plan.num_bytes, raw_dtype=_type(plan))
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    total = sum(plan.num_bytes for plan in plans)
-    done = 0
-    with path.open("ab") as file:
-        for plan in plans:
-            writer.write_padding(file, file.tell())
-            for piece in encode(plan, weights):
-                file.write(piece)
-                done += len(piece)
-                progress("Writing the .gguf file", done, total)
-        writer.write_padding(file, file.tell())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _type(plan: TensorPlan) -> Any:
-    import gguf
-
-    return gguf.GGMLQuantizationType[plan.type]
+    special = gguf.SpecialVocab(
+        plan.folder,
+        load_merges=vocabulary.model == "gpt2",
+        special_token_types=vocabulary.special,  # gguf takes the id of a token that the tokenizer lacks from config.json
+        n_vocab=plan.config.vocab_size,
+    )
+    # The rest of what gguf reads does not fit a fine-tuned Phi-3: its chat template decides whether a conversation begins with
+    # bos and which token ends a turn, and `plan_prompting` changes the template so that llama.cpp reads the ids of the training.
+    special.add_special_token = {"bos": prompting.add_bos, "eos": False}  # a prompt is continued, so it has no eos
+    special.chat_template = prompting.template
+    if prompting.end_of_turn is not None:
+        special.special_token_ids["eot"] = prompting.end_of_turn
+    special.add_to_gguf(writer, quiet=True)

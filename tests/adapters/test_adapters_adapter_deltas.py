@@ -14,7 +14,8 @@ from tiny_model import build_config, save_tiny_model
 from tiny_run import TinyRun, leave_run
 from transformers import Phi3ForCausalLM
 
-from qlora_phi3.adapters.merging import EMBEDDING, HEAD, read_deltas
+from qlora_phi3.adapters.adapter_deltas import EMBEDDING, HEAD, read_deltas
+from qlora_phi3.adapters.peft_io import read_config, read_peft
 from qlora_phi3.errors import ExportError
 from qlora_phi3.recipe.schema import Lora
 
@@ -106,100 +107,87 @@ def test_embedding_and_head_come_apart_only_where_one_of_them_is_trained(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "named"),
     [
-        ({"target_modules": ["qkv_proj", "lm_head"]}, "a LoRA on lm_head"),
-        ({"target_modules": ["qkv_proj", "embed_tokens"]}, "a LoRA on model.embed_tokens"),
-        ({"lora_bias": True}, "a trained bias of the adapter on model.layers.0.self_attn.qkv_proj"),
+        ({"target_modules": ["qkv_proj", "lm_head"]}, "lm_head"),
+        ({"target_modules": ["qkv_proj", "embed_tokens"]}, "model.embed_tokens"),
+        ({"lora_bias": True}, "lora_bias"),
         ({"trainable_token_indices": [5, 6]}, "trainable_token_indices"),
         ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),
     ],
 )
-def test_what_cannot_be_merged_is_refused_by_name(tmp_path, settings, said):
-    with pytest.raises(ExportError, match=re.escape(said)):
+def test_what_cannot_be_merged_is_refused_by_name(tmp_path, settings, named):
+    with pytest.raises(ExportError, match=named):
         read_deltas(save_adapter(tmp_path / "a", **settings), CONFIG)
 
 
-def test_an_adapter_trained_on_a_changed_base_is_refused(run, tmp_path):
-    folder = spoil(run.adapter, tmp_path / "a")
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    (folder / "adapter_config.json").write_text(
-        json.dumps({**settings, "init_lora_weights": "pissa"}), encoding="utf-8"
-    )
-    with pytest.raises(ExportError, match='init_lora_weights = "pissa", which trains on a base that it has changed'):
-        read_deltas(folder, CONFIG)
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
 
 
-def test_another_kind_of_adapter_is_refused(run, tmp_path):
+@pytest.mark.parametrize("changes", [{"init_lora_weights": "pissa"}, {"peft_type": "IA3"}], ids=str)
+def test_export_and_conversion_refuse_the_same_settings_of_an_adapter(run, tmp_path, changes):
     folder = spoil(run.adapter, tmp_path / "a")
-    settings = {"peft_type": "IA3", "target_modules": ["qkv_proj"], "feedforward_modules": []}
-    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    with pytest.raises(ExportError, match="an adapter of another kind than LoRA"):
-        read_deltas(folder, CONFIG)
+    change_config(folder, **changes)
+    for read in (lambda: read_deltas(folder, CONFIG), lambda: read_peft({}, read_config(folder), folder)):
+        with pytest.raises(ExportError, match=next(iter(changes.values()))):
+            read()
 
 
 @pytest.mark.parametrize(
     "key", ["model.layers.0.self_attn.qkv_proj.bias", "model.layers.9.mlp.down_proj.lora_A.weight"]
 )
-def test_a_tensor_that_belongs_nowhere_is_named(run, tmp_path, key):
+def test_a_tensor_without_a_place_in_the_base_is_named(run, tmp_path, key):
     folder = spoil(run.adapter, tmp_path / "a", **{f"{PREFIX}{key}": torch.zeros(4)})
-    with pytest.raises(ExportError, match=rf"1 tensor without a place in this base, first {PREFIX}{re.escape(key)}"):
+    with pytest.raises(ExportError, match=rf"1 tensor .*{PREFIX}{re.escape(key)}"):
         read_deltas(folder, CONFIG)
 
 
-def test_a_missing_part_is_named(run, tmp_path):
+def test_a_missing_tensor_is_named(run, tmp_path):
     folder = spoil(run.adapter, tmp_path / "a", **{f"{PREFIX}{QKV}.lora_B.weight": None})
-    with pytest.raises(ExportError, match=rf"has no {PREFIX}{re.escape(QKV)}\.lora_B\.weight"):
+    with pytest.raises(ExportError, match=rf"{PREFIX}{re.escape(QKV)}\.lora_B\.weight"):
         read_deltas(folder, CONFIG)
 
 
-def test_an_adapter_of_another_base_is_told_by_both_shapes(run):
+def test_an_adapter_of_another_base_is_refused_with_both_shapes(run):
     wider = build_config(hidden_size=256).to_dict()
-    with pytest.raises(ExportError, match=r"lora_A\.weight is \(\d, 128\), and this base needs \(\d, 256\)"):
+    with pytest.raises(ExportError, match=r"\(\d, 128\).*\(\d, 256\)"):
         read_deltas(run.adapter, wider)
 
 
-@pytest.mark.parametrize("wrong", ["r", "part"])
-def test_where_the_files_of_an_adapter_do_not_fit_each_other_both_reasons_are_named(run, tmp_path, wrong):
-    part = f"{PREFIX}{QKV}.lora_B.weight"
-    folder = spoil(run.adapter, tmp_path / "a", **({part: None} if wrong == "part" else {}))
-    path = folder / "adapter_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(settings if wrong == "part" else {**settings, "r": 6}), encoding="utf-8")
-    with pytest.raises(ExportError) as caught:
+def test_an_adapter_whose_config_was_changed_is_refused(run, tmp_path):
+    folder = spoil(run.adapter, tmp_path / "a")
+    change_config(folder, r=6)
+    with pytest.raises(ExportError, match="lora_A"):
         read_deltas(folder, CONFIG)
-    assert "trained on another base" in caught.value.hint
-    assert "adapter_config.json was changed" in caught.value.hint
 
 
 def test_an_adapter_of_a_base_with_fewer_layers_names_what_is_left_over(run):
-    with pytest.raises(ExportError, match=r"without a place in this base, first .*layers\.1\."):
+    with pytest.raises(ExportError, match=r"layers\.1\."):
         read_deltas(run.adapter, build_config(num_hidden_layers=1).to_dict())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_tensor_without_a_number_is_named(run, tmp_path, value):
+def test_a_tensor_that_is_not_finite_is_named(run, tmp_path, value):
     key = f"{PREFIX}{QKV}.lora_B.weight"
     tensor = load_file(run.adapter / "adapter_model.safetensors")[key]
     tensor[5, 1] = value
-    said = (
-        rf"{re.escape(key)} holds NaN or infinity\. The training went astray: train again at a lower learning_rate\.$"
-    )
-    with pytest.raises(ExportError, match=said):
+    with pytest.raises(ExportError, match=re.escape(key)):
         read_deltas(spoil(run.adapter, tmp_path / "a", **{key: tensor}), CONFIG)
 
 
-def test_a_cut_file_is_named(run, tmp_path):
+def test_an_incomplete_file_is_named(run, tmp_path):
     path = spoil(run.adapter, tmp_path / "a") / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ExportError, match=r"adapter_model\.safetensors is cut short"):
+    with pytest.raises(ExportError, match=r"adapter_model\.safetensors"):
         read_deltas(path.parent, CONFIG)
 
 
-def test_a_pickled_adapter_is_refused_with_the_reason(run, tmp_path):
+def test_a_pickled_adapter_is_refused(run, tmp_path):
     folder = spoil(run.adapter, tmp_path / "a")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(ExportError, match="only as a pickle"):
+    with pytest.raises(ExportError, match="pickle"):
         read_deltas(folder, CONFIG)
 
 

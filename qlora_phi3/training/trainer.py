@@ -6,6 +6,7 @@ The recipe's [training] as TRL's SFTConfig reads it.
 """
 
 import logging
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from trl import SFTConfig, SFTTrainer
 from qlora_phi3.errors import RunError
 from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.model.phi3 import apply_execution_plan
+from qlora_phi3.objectives import Objective, sft
 from qlora_phi3.recipe.schema import Training
 from qlora_phi3.reporter import EvalRecord, Reporter, StepRecord
 from qlora_phi3.step import Batch, StepResult, evaluate, forward_backward
@@ -82,7 +84,9 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         compute_dtype: torch.dtype,
         reporter: Reporter,
         sources: Sequence[str],
+        objective: Objective = sft,
     ) -> None:
+        self.objective = objective
         self.control: TrainerControl
         self.compute_dtype = compute_dtype
         self.reporter = reporter
@@ -134,7 +138,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             batch, result = self._train_on(inputs.rows, step)
         loss = float(result.loss)
         check_loss(loss, step)
-        self._last = batch, loss, float(result.num_correct) / max(1, batch.num_supervised)
+        self._last = batch, loss, _num_correct(result) / max(1, batch.num_supervised)
         return result.loss
 
     def run_heaviest(self, phase: Phase) -> None:
@@ -154,14 +158,18 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
 
         def run_pass(batch: Batch) -> StepResult:
             return forward_backward(
-                self.model, batch, compute_dtype=self.compute_dtype, backward=self.accelerator.backward
+                self.model,
+                batch,
+                objective=self.objective,
+                compute_dtype=self.compute_dtype,
+                backward=self.accelerator.backward,
             )
 
         return self.guard.compute(rows, run_pass, phase="training", step=step)
 
     def _measure_on(self, rows: Sequence[Mapping[str, Any]], step: int) -> tuple[Batch, StepResult]:
         def run_pass(batch: Batch) -> StepResult:
-            [(_, result)] = evaluate(self.model, [batch], compute_dtype=self.compute_dtype)
+            [(_, result)] = evaluate(self.model, [batch], objective=self.objective, compute_dtype=self.compute_dtype)
             return result
 
         return self.guard.compute(rows, run_pass, phase="evaluation", step=step)
@@ -224,7 +232,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             with self._saved_if_stopped():
                 batch, result = self._measure_on(inputs.rows, step)
             total_loss += float(result.loss) * batch.num_supervised
-            correct += float(result.num_correct)
+            correct += _num_correct(result)
             tokens += batch.num_supervised
             self.reporter.progress("Measuring on held-out rows", done, len(loader))
         check_loss(total_loss, step)
@@ -268,6 +276,11 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Left to the export: a checkpoint is no model to publish."""
+
+
+def _num_correct(result: StepResult) -> float:
+    """How many supervised tokens were predicted correctly; NaN if the objective does not count them."""
+    return float(result.metrics.get("num_correct", math.nan))
 
 
 class _Announce(TrainerCallback):  # type: ignore[misc]

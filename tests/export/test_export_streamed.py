@@ -171,7 +171,7 @@ def test_progress_counts_the_layers_of_every_micro_batch(tmp_path):
 def test_a_missing_tensor_and_one_of_another_shape_are_named(tmp_path):
     base = save_tiny_model(tmp_path / "base")
     stored, config = open_weights(base), read_config(str(base))
-    places = {name: place for name, place in stored.places.items() if name != "model.norm.weight"}
+    places = {name: place for name, place in stored.locations.items() if name != "model.norm.weight"}
     with pytest.raises(ModelError, match=r"hold no model\.norm\.weight"):
         stream_plain(StoredWeights(places), config)
     with pytest.raises(ModelError, match=r"gate_up_proj\.weight is of shape \(512, 128\), .* \(1024, 128\)"):

@@ -30,7 +30,7 @@ def run_step(model, plan, rows=None):
     model.train()
     batch = collate(rows or random_rows(LENGTHS), plan)
     result = forward_backward(model, batch, compute_dtype=torch.float32, backward=torch.Tensor.backward)
-    return float(result.loss), int(result.num_correct), gradients(model), batch
+    return float(result.loss), int(result.metrics["num_correct"]), gradients(model), batch
 
 
 @pytest.mark.parametrize("four_bit", [True, False])
@@ -199,7 +199,7 @@ def test_the_evaluated_loss_is_the_training_loss_of_the_same_rows(folder):
     loss, correct, _, batch = run_step(model, PACKED)
     ((_, result),) = evaluate(model, [batch], compute_dtype=torch.float32)
     assert float(result.loss) == pytest.approx(loss, rel=1e-6)
-    assert int(result.num_correct) == correct
+    assert int(result.metrics["num_correct"]) == correct
 
 
 @pytest.mark.parametrize("key_heads", [4, 2, 1])

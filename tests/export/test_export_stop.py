@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from tiny import build_tokenizer, hub_template
 from tiny_model import build_config, save_tiny_model
 from transformers import GenerationConfig, Phi3ForCausalLM
 
@@ -19,7 +20,7 @@ from qlora_phi3.export.stop import (
     choose_dtype,
     choose_prompts,
     measure_stops,
-    tell_runaway,
+    runaway_warning,
 )
 
 CPU = torch.device("cpu")
@@ -43,6 +44,7 @@ def counter(tmp_path_factory: Any) -> Path:
     model.generation_config = GenerationConfig(eos_token_id=[STOP, OTHER_STOP], pad_token_id=STOP)
     folder = tmp_path_factory.mktemp("counter")
     model.save_pretrained(folder)
+    build_tokenizer(hub_template("Phi-3-mini-4k-instruct")).save_pretrained(folder)
     return folder
 
 
@@ -113,8 +115,8 @@ def test_without_a_prompt_or_a_turn_that_ends_there_is_no_share(counter):
 @pytest.mark.parametrize(
     ("stopped", "turns", "told"),
     [
-        (0, 4, "never ended its turn by itself: answers will run on"),
-        (7, 16, "ended its turn by itself in only 7 of 16: answers will run on"),
+        (0, 4, "never"),
+        (7, 16, "only 7 of 16"),
         (8, 16, None),
         (0, 3, None),
         (0, 0, None),
@@ -122,7 +124,7 @@ def test_without_a_prompt_or_a_turn_that_ends_there_is_no_share(counter):
 )
 def test_a_model_that_seldom_ends_its_turn_is_told(stopped, turns, told):
     stops = StopTest(method="generated", turns=turns, stopped=stopped, live_share=None).as_dict()
-    assert (told in tell_runaway(stops)) if told else tell_runaway(stops) is None
+    assert (told in runaway_warning(stops)) if told else runaway_warning(stops) is None
 
 
 def test_prompts_end_where_the_first_turn_begins_and_the_shortest_go_first():

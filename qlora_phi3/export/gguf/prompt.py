@@ -20,6 +20,7 @@ from qlora_phi3.errors import ExportError
 from qlora_phi3.export.bundle import GENERATION_CONFIG, read_object
 from qlora_phi3.export.stop import PROBES, Message, Turns, chat, read_turns
 from qlora_phi3.family import read_architecture
+from qlora_phi3.inference import stop_ids
 from qlora_phi3.model.phi3 import load_tokenizer
 from qlora_phi3.recipe.schema import Model
 
@@ -185,8 +186,9 @@ def write_modelfile(folder: Path, gguf: Path, target: Path, *, force: bool = Fal
         raise ExportError(f"{target} exists.", "Give another place, or --force.")
     tokenizer = load_tokenizer(Model(name=str(folder)))
     prompting = plan_prompting(tokenizer, gguf.stem)
-    stop_ids = {*read_stops(folder), *([] if prompting.end_of_turn is None else [prompting.end_of_turn])}
-    stops = tokenizer.convert_ids_to_tokens(sorted(stop_ids))
+    path = folder / GENERATION_CONFIG
+    eos_token_id = read_object(path).get("eos_token_id") if path.is_file() else None
+    stops = tokenizer.convert_ids_to_tokens(sorted(stop_ids(eos_token_id, prompting.end_of_turn)))
     beside = gguf.resolve().parent == target.resolve().parent
     text = build_modelfile(
         f"./{gguf.name}" if beside else str(gguf.resolve()),
@@ -238,13 +240,6 @@ def _around(before: str, after: str) -> str:
 def _literal(text: str) -> str:
     """A text as an action of Go's templates; JSON's escapes are Go's too."""
     return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
-
-
-def read_stops(folder: Path) -> list[int]:
-    """The ids that generation stops at, by generation_config.json; none where it is not there."""
-    path = folder / GENERATION_CONFIG
-    stops: Any = read_object(path).get("eos_token_id") if path.is_file() else None
-    return [] if stops is None else list(stops) if isinstance(stops, list) else [stops]
 
 
 def choose_context(folder: Path) -> int:

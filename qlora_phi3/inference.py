@@ -8,10 +8,11 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
@@ -185,12 +186,11 @@ def read_end_of_turn(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> 
             f"The chat template ends a turn with '{trained.end_of_turn}', which is not a single token of this model.",
             "Train with the family's own template.",
         )
-    is_own = bool(tokenizer.chat_template) and chat_template == "auto"
-    if tokenizer.chat_template and not is_own:
-        try:
-            is_own = choose_template(tokenizer).name == trained.name
-        except DataError:  # the tokenizer's own template is not of the family
+    is_own = bool(tokenizer.chat_template)
+    if is_own and chat_template != "auto":
+        with suppress(DataError):  # the tokenizer's own template is not of the family
             is_own = False
+            is_own = choose_template(tokenizer).name == trained.name
     return EndOfTurn(token_id, None if is_own else MARKS.sub("", trained.source))
 
 
@@ -205,56 +205,6 @@ def stop_ids(eos_token_id: int | Sequence[int] | None, end_of_turn: int | None =
     return tuple(dict.fromkeys([*ids, *([] if end_of_turn is None else [end_of_turn])]))
 
 
-class _TextQueue:
-    """A streamer for `generate`: decodes all new tokens at every step, and queues the text that was added.
-
-    transformers' TextIteratorStreamer decodes each line by itself; Phi-3's tokenizer then drops a space of the line's
-    indentation.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] | None = None
-        self.num_sent = 0
-        #: Pieces of text; None at the end.
-        self.pieces: Queue[str | None] = Queue()
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt, which is skipped, or the next id: int64 of any shape."""
-        if self.ids is None:
-            self.ids = []
-            return
-        self.ids += value.flatten().tolist()
-        text = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
-        if len(text) > self.num_sent and not text.endswith("\ufffd"):  # the first bytes of a character
-            self.pieces.put(text[self.num_sent :])
-            self.num_sent = len(text)
-
-    def end(self) -> None:
-        """Queue what is left."""
-        text = str(self.tokenizer.decode(self.ids or [], skip_special_tokens=True))
-        self.pieces.put(text[self.num_sent :])
-        self.pieces.put(None)
-
-
-@overload
-def generate(
-    inference: InferenceModel,
-    messages_or_prompt: str | Sequence[Mapping[str, Any]],
-    *,
-    max_new_tokens: int = ...,
-    temperature: float = ...,
-    stream: Literal[False] = ...,
-) -> str: ...
-@overload
-def generate(
-    inference: InferenceModel,
-    messages_or_prompt: str | Sequence[Mapping[str, Any]],
-    *,
-    max_new_tokens: int = ...,
-    temperature: float = ...,
-    stream: Literal[True],
-) -> Iterator[str]: ...
 def generate(
     inference: InferenceModel,
     messages_or_prompt: str | Sequence[Mapping[str, Any]],
@@ -297,34 +247,44 @@ def generate(
 
 
 def _stream(inference: InferenceModel, ids: Tensor, options: Mapping[str, Any]) -> Iterator[str]:
-    """Generate in a thread, and yield the text as it comes. `ids` is (1, length) int64."""
-    model, streamer, closed = inference.model, _TextQueue(inference.tokenizer), threading.Event()
+    """Generate in a thread, and yield the text as it comes. `ids` is (1, length) int64.
+
+    Each step decodes all new tokens. transformers' TextIteratorStreamer decodes each line alone, and Phi-3's tokenizer then drops
+    a space of the line's indentation.
+    """
+    model, texts, closed = inference.model, Queue[str | None](), threading.Event()
+    device, dtype = model.device, find_base(model).model.norm.weight.dtype
+    mixed = isinstance(model, PeftModel) and dtype != torch.float32  # an fp32 adapter on a 16-bit base, as in training
+
+    def after_token(all_ids: Tensor, _: Tensor, **__: Any) -> Tensor:
+        texts.put(str(inference.tokenizer.decode(all_ids[0, ids.shape[1] :], skip_special_tokens=True)))
+        return torch.full((1,), closed.is_set(), device=device)
 
     def run() -> None:
-        device, dtype = model.device, find_base(model).model.norm.weight.dtype
-        # As in training: an fp32 adapter on a 16-bit base.
-        autocast = isinstance(model, PeftModel) and dtype != torch.float32
         try:
-            with torch.autocast(device.type, dtype=dtype if autocast else None, enabled=autocast):
+            with torch.autocast(device.type, dtype=dtype if mixed else None, enabled=mixed):
                 model.generate(
                     input_ids=ids.to(device),
                     attention_mask=torch.ones_like(ids, device=device),
                     eos_token_id=list(inference.stop_ids) or None,
                     pad_token_id=(*inference.stop_ids, 0)[0],
                     use_cache=True,
-                    streamer=streamer,
-                    stopping_criteria=[
-                        lambda new, _, **__: torch.full((len(new),), closed.is_set(), device=new.device)
-                    ],
+                    stopping_criteria=[after_token],
                     **options,
                 )
         finally:
-            streamer.pieces.put(None)  # also after an error
+            texts.put(None)  # also after an error
 
     with ThreadPoolExecutor(1) as pool:
         generation = pool.submit(run)
         try:
-            yield from iter(streamer.pieces.get, None)
+            text, sent = "", 0
+            for text in iter(texts.get, None):
+                if len(text) > sent and not text.endswith("\ufffd"):  # the first bytes of a character
+                    yield text[sent:]
+                    sent = len(text)
+            if text[sent:]:
+                yield text[sent:]
         finally:
             closed.set()
         generation.result()

@@ -1,6 +1,7 @@
 """A run, an adapter and an export are loaded as what they are, and generate the same text in one piece and in many."""
 
 import shutil
+from dataclasses import replace
 
 import bitsandbytes as bnb
 import pytest
@@ -9,7 +10,7 @@ from tiny_run import leave_run
 
 from qlora_phi3.adapters.peft_io import TOKENIZER_FILES
 from qlora_phi3.errors import DataError
-from qlora_phi3.inference import MARKS, _TextQueue, generate, load_for_inference, stop_ids
+from qlora_phi3.inference import MARKS, generate, load_for_inference, stop_ids
 from qlora_phi3.model.phi3 import find_base
 from qlora_phi3.recipe.load import recipe_as_toml
 from qlora_phi3.recipe.schema import Recipe
@@ -156,20 +157,21 @@ def test_an_error_while_generating_reaches_the_reader(loaded):
         handle.remove()
 
 
-def test_a_streamed_line_keeps_its_indentation(loaded):
-    tokenizer = loaded.tokenizer
+def test_a_streamed_text_keeps_indentation_and_whole_characters(loaded, monkeypatch):
     text = "if x:\n    return 1\n        # ä"
-    queue = _TextQueue(tokenizer)
-    queue.put(IDS)
-    for number in tokenizer(text, add_special_tokens=False).input_ids:
-        queue.put(torch.tensor([number]))
-    queue.end()
-    assert "".join(iter(queue.pieces.get, None)) == text
+
+    def generate_text(input_ids, stopping_criteria, **_):
+        for number in loaded.tokenizer(text, add_special_tokens=False).input_ids:
+            input_ids = torch.cat([input_ids, torch.tensor([[number]])], 1)
+            stopping_criteria[0](input_ids, None)
+
+    monkeypatch.setattr(loaded.model, "generate", generate_text)
+    pieces = list(generate(loaded, QUESTION, stream=True))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_a_stop_id_ends_the_answer(loaded):
-    from dataclasses import replace
-
     first = generate(loaded, QUESTION, max_new_tokens=1)
     ids = loaded.tokenizer(first, add_special_tokens=False).input_ids
     every = replace(loaded, stop_ids=tuple(range(len(loaded.tokenizer))))

@@ -89,8 +89,8 @@ def runaway_warning(stops: Mapping[str, Any]) -> str | None:
         return None
     if not stopped:
         return (
-            "The model never ended its turn by itself: answers will run on until a limit. It was trained too little for that, or on "
-            "answers whose end was cut off (max_length)."
+            "The model never ended its turn by itself: answers will run on until a limit. It was trained too little for that, or "
+            "on answers whose end was cut off (max_length)."
         )
     return (
         f"The model ended its turn by itself in only {stopped} of {turns} answers: the others will run on until a limit. It was "

@@ -167,5 +167,5 @@ class _TiledLogprobs(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[rows] = grad_logits @ head
                 if grad_weight is not None:
-                    grad_weight += grad_logits.T @ hidden[rows]
+                    grad_weight += (grad_logits.T @ hidden[rows]).to(grad.dtype)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None

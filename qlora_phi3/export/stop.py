@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import Phi3Config, StoppingCriteria, StoppingCriteriaList
+from transformers import Phi3Config
 
 from qlora_phi3.export.inputs import free_ram
 from qlora_phi3.export.proof import LIVE, Proof
@@ -129,16 +129,15 @@ def measure_stops(
         if batches[-1] and (len(batches[-1]) + 1) * prompt.length > CACHED_TOKENS:
             batches.append([])
         batches[-1].append(prompt)
-    steps = [max(prompt.limit for prompt in batch) for batch in batches]
-    stopped = 0
-    for index, batch in enumerate(batches):
-        before = sum(steps[:index])
-        stopped += _count_stopped(
-            inference,
-            batch,
-            lambda new, before=before: progress(STAGE, before + new, sum(steps)),  # type: ignore[misc]
-        )
-    progress(STAGE, sum(steps), sum(steps))
+    total, done, stopped = sum(max(prompt.limit for prompt in batch) for batch in batches), 0, 0
+
+    def report(new: int) -> None:
+        progress(STAGE, done + new, total)
+
+    for batch in batches:
+        stopped += _count_stopped(inference, batch, report)
+        done += max(prompt.limit for prompt in batch)
+    report(0)
     return StopTest(method="generated", turns=len(prompts), stopped=stopped, live_share=None)
 
 
@@ -170,28 +169,20 @@ def choose_dtype(folder: Path, device: torch.device, max_ram_bytes: int | None) 
     return None
 
 
-class _Limits(StoppingCriteria):  # type: ignore[misc]
-    """Ends each answer of a batch at its own limit, and reports the number of new tokens."""
-
-    def __init__(self, batch: Sequence[Prompt], start: int, report: Callable[[int], None]) -> None:
-        self.limits = torch.tensor([prompt.limit for prompt in batch])
-        self.start, self.report = start, report
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        """(rows, length) int64 -> (rows,) bool: whether the answer is complete."""
-        new = input_ids.shape[1] - self.start
-        self.report(new)
-        return (self.limits <= new).to(input_ids.device)
-
-
 def _count_stopped(inference: InferenceModel, batch: Sequence[Prompt], report: Callable[[int], None]) -> int:
-    """Answer a batch of prompts greedily; count the answers that reach a stop id within their limit."""
+    """Answer a batch of prompts greedily; count the answers that reach a stop id within their own limit."""
     model, stops = inference.model, list(inference.stop_ids)
-    start = max(len(prompt.ids) for prompt in batch)
+    start, limits = max(len(prompt.ids) for prompt in batch), torch.tensor([prompt.limit for prompt in batch])
     ids, mask = torch.full((len(batch), start), stops[0]), torch.zeros((len(batch), start), dtype=torch.int64)
     for row, prompt in enumerate(batch):
         ids[row, start - len(prompt.ids) :] = torch.tensor(prompt.ids)
         mask[row, start - len(prompt.ids) :] = 1
+
+    def at_limit(all_ids: Tensor, _: Tensor, **__: Any) -> Tensor:
+        new = all_ids.shape[1] - start
+        report(new)
+        return (limits <= new).to(all_ids.device)
+
     output = model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -200,10 +191,10 @@ def _count_stopped(inference: InferenceModel, batch: Sequence[Prompt], report: C
         top_p=None,
         top_k=None,
         use_cache=True,
-        max_new_tokens=max(prompt.limit for prompt in batch),
+        max_new_tokens=int(limits.max()),
         eos_token_id=stops,
         pad_token_id=stops[0],
-        stopping_criteria=StoppingCriteriaList([_Limits(batch, start, report)]),
+        stopping_criteria=[at_limit],
     )
     answers = [row[start : start + prompt.limit] for row, prompt in zip(output.cpu(), batch, strict=True)]
     return sum(bool(torch.isin(answer, torch.tensor(stops)).any()) for answer in answers)

@@ -83,8 +83,7 @@ def disable_cpu_repacking(model: nn.Module) -> None:
     """Stop bitsandbytes 0.50 from repacking 4-bit weights in place at the first evaluation on CPUs with AVX512-BF16.
 
     bitsandbytes never undoes it, and training afterwards is silently wrong: the first layer's gradient norm fell to 15 %. Remove
-        this when
-    bitsandbytes restores the weights in `train()`.
+    this when bitsandbytes restores the weights in `train()`.
     """
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):

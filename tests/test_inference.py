@@ -11,7 +11,7 @@ from tiny_run import leave_run
 from qlora_phi3.adapters.peft_io import TOKENIZER_FILES
 from qlora_phi3.errors import DataError
 from qlora_phi3.inference import MARKS, generate, load_for_inference, stop_ids
-from qlora_phi3.model.phi3 import find_base
+from qlora_phi3.model.phi3 import choose_precision, find_base
 from qlora_phi3.recipe.load import recipe_as_toml
 from qlora_phi3.recipe.schema import Recipe
 
@@ -29,7 +29,8 @@ def leave_trained(folder, base, *, chat_template="auto", **quantization):
             "quantization": {"bnb_4bit_compute_dtype": "float32", **quantization},
         }
     )
-    run = leave_run(folder, base, quantization=recipe.quantization)
+    precision = choose_precision(recipe.compute_dtype, CPU)
+    run = leave_run(folder, base, quantization=recipe.quantization, precision=precision)
     (folder / "recipe.toml").write_text(recipe_as_toml(recipe), encoding="utf-8")
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
@@ -79,6 +80,14 @@ def test_a_run_that_was_not_quantized_is_not_quantized(tmp_path, base):
     model = load_for_inference(tmp_path, device=CPU).model
     assert linear_4bit(model) == []
     assert torch.equal(logits(model), logits(run.live))
+
+
+def test_a_run_in_bf16_keeps_its_adapter_in_fp32_and_generates(tmp_path, base):
+    leave_trained(tmp_path, base, bnb_4bit_compute_dtype="bfloat16")
+    inference = load_for_inference(tmp_path, device=CPU)
+    assert inference.model.lm_head.weight.dtype == torch.bfloat16
+    assert {p.dtype for name, p in inference.model.named_parameters() if "lora_" in name} == {torch.float32}
+    assert generate(inference, QUESTION, max_new_tokens=4)
 
 
 def test_an_export_is_loaded_in_its_own_dtype_or_the_one_given(tmp_path, base):

@@ -37,13 +37,13 @@ def run_step(model, plan, rows=None):
 @pytest.mark.parametrize("plan", [ONE_BY_ONE, PACKED, PACKED_IN_TWO])
 def test_accumulation_and_packing_change_neither_loss_nor_gradient(folder, plan, four_bit):
     model = load_tiny(folder, four_bit=four_bit)
-    loss, correct, expected, whole = run_step(model, ALL_AT_ONCE)
+    loss, correct, expected, together = run_step(model, ALL_AT_ONCE)
     other_loss, other_correct, other, split = run_step(model, plan)
-    assert len(whole.micro_batches) == 1
+    assert len(together.micro_batches) == 1
     assert other_loss == pytest.approx(loss, rel=1e-5)
     assert other_correct == correct
     assert relative_difference(expected, other) < 1e-5
-    assert (split.num_tokens, split.num_supervised) == (whole.num_tokens, whole.num_supervised)
+    assert (split.num_tokens, split.num_supervised) == (together.num_tokens, together.num_supervised)
 
 
 def test_eight_micro_batches_of_one_row_are_really_eight():
@@ -155,10 +155,10 @@ def test_packing_keeps_documents_apart_under_a_sliding_window(tmp_path, window):
 def test_a_sliding_window_no_row_reaches_is_dropped_without_changing_the_loss(tmp_path):
     folder = save_tiny_model(tmp_path, sliding_window=100)
     dropped = load_tiny(folder, longest_row=100)
-    kept = load_tiny(folder, longest_row=101)
+    with_window = load_tiny(folder, longest_row=101)
     assert dropped.config.sliding_window is None
-    assert kept.config.sliding_window == 100
-    assert run_step(dropped, PACKED)[0] == pytest.approx(run_step(kept, PACKED)[0], rel=1e-6)
+    assert with_window.config.sliding_window == 100
+    assert run_step(dropped, PACKED)[0] == pytest.approx(run_step(with_window, PACKED)[0], rel=1e-6)
 
 
 def test_longrope_rows_keep_their_factors_whatever_they_share_a_batch_with(tmp_path):

@@ -1,3 +1,5 @@
+"""The adapter covers the layers it names, and its fused forward is PEFT's."""
+
 import pytest
 import torch
 from tiny_model import FP32, gradients, load_tiny, relative_difference

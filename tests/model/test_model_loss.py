@@ -1,3 +1,5 @@
+"""Losses in tiles are the losses on the full logits, and the full logits never exist."""
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
@@ -40,11 +42,11 @@ def test_loss_of_two_tokens_worked_out_by_hand():
 
 def test_the_normalizer_divides_loss_and_gradient():
     states, weight, targets = sample(torch.float32)
-    whole, _ = tiled_cross_entropy(states, weight, targets, normalizer=1)
-    (gradient,) = torch.autograd.grad(whole, states)
+    undivided, _ = tiled_cross_entropy(states, weight, targets, normalizer=1)
+    (gradient,) = torch.autograd.grad(undivided, states)
     tenth, _ = tiled_cross_entropy(states, weight, targets, normalizer=10)
     (smaller,) = torch.autograd.grad(tenth, states)
-    assert float(whole) == pytest.approx(10 * float(tenth), rel=1e-6)
+    assert float(undivided) == pytest.approx(10 * float(tenth), rel=1e-6)
     torch.testing.assert_close(gradient, 10 * smaller)
 
 
@@ -59,7 +61,7 @@ def test_a_loss_scale_as_for_fp16_reaches_the_gradient_before_it_is_rounded():
     assert float((scaled.float() - true).norm() / true.norm()) < 5e-3
 
 
-def test_no_gradient_is_made_where_none_is_asked_for():
+def test_no_gradient_is_computed_under_no_grad():
     states, weight, targets = sample(torch.float32)
     with torch.no_grad():
         loss, _ = tiled_cross_entropy(states, weight, targets, normalizer=37)

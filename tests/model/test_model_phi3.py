@@ -1,3 +1,5 @@
+"""The base is loaded as the recipe says, or refused in one line."""
+
 import shutil
 
 import bitsandbytes as bnb
@@ -73,7 +75,7 @@ def test_a_cpu_computes_in_bf16_only_where_it_is_native(monkeypatch, native, exp
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((8, 6), torch.bfloat16), ((7, 5), torch.float16)])
-def test_a_card_computes_in_bf16_from_compute_capability_8(monkeypatch, capability, expected):
+def test_a_gpu_computes_in_bf16_from_compute_capability_8(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert choose_precision("auto", torch.device("cuda", 0)).compute_dtype == expected
 

@@ -105,19 +105,19 @@ def test_a_recorded_offset_is_taken_as_it_is(base):
 @pytest.mark.parametrize("double", [True, False])
 def test_a_kept_4bit_base_gives_back_its_bits(base, tmp_path, double):
     model = load(base, torch.bfloat16, double=double)
-    save_quantized(model, tmp_path / "kept")
-    stored = open_weights(tmp_path / "kept")
+    save_quantized(model, tmp_path / "saved")
+    stored = open_weights(tmp_path / "saved")
     for name, parameter in quantized_weights(model).items():
-        kept = read_quantized(stored, name, CPU)
-        assert quantized_record(kept.packed, kept.state) == tensor_record(parameter)
-        assert kept.state.dtype is torch.bfloat16
-        assert torch.equal(kept.state.code, parameter.quant_state.code)
+        saved = read_quantized(stored, name, CPU)
+        assert quantized_record(saved.packed, saved.state) == tensor_record(parameter)
+        assert saved.state.dtype is torch.bfloat16
+        assert torch.equal(saved.state.code, parameter.quant_state.code)
         assert logical_info(stored)[name] == TensorInfo(tuple(parameter.quant_state.shape), torch.bfloat16)
 
 
 def test_a_kept_4bit_base_that_misses_a_part_is_refused(base, tmp_path):
-    save_quantized(load(base, torch.bfloat16), tmp_path / "kept")
-    stored = open_weights(tmp_path / "kept")
+    save_quantized(load(base, torch.bfloat16), tmp_path / "saved")
+    stored = open_weights(tmp_path / "saved")
     name = "model.layers.0.mlp.down_proj.weight"
     stored.info = {key: info for key, info in stored.info.items() if key != f"{name}.absmax"}
     with pytest.raises(ModelError, match="down_proj"):
@@ -203,8 +203,8 @@ def test_of_a_tensor_with_few_codes_all_are_the_sample():
 
 def test_every_4bit_weight_is_kept_under_its_name_in_the_checkpoint(tmp_path, folder):
     model = load_tiny(folder)
-    save_quantized(model, tmp_path / "kept")
-    stored = open_weights(tmp_path / "kept")
+    save_quantized(model, tmp_path / "saved")
+    stored = open_weights(tmp_path / "saved")
     live = quantized_weights(model)
     assert len(live) == 8
     assert "model.layers.0.self_attn.qkv_proj.weight" in live
@@ -219,21 +219,21 @@ def test_every_4bit_weight_is_kept_under_its_name_in_the_checkpoint(tmp_path, fo
 def test_a_large_base_is_kept_in_several_files(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(quantize_module, "_FILE_BYTES", 40_000)
     model = load_tiny(folder)
-    save_quantized(model, tmp_path / "kept")
-    assert len(list((tmp_path / "kept").glob("*.safetensors"))) > 1
-    stored = open_weights(tmp_path / "kept")
+    save_quantized(model, tmp_path / "saved")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
+    stored = open_weights(tmp_path / "saved")
     assert all(torch.equal(read_tensor(stored, name), weight.data) for name, weight in quantized_weights(model).items())
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, folder, monkeypatch):
     model = load_tiny(folder)
-    save_quantized(model, tmp_path / "kept")
+    save_quantized(model, tmp_path / "saved")
 
     def fill_up(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(quantize_module, "save_torch_state_dict", fill_up)
     with pytest.raises(RunError, match="No space left on device"):
-        save_quantized(model, tmp_path / "kept")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept"]
-    assert "model.layers.0.self_attn.qkv_proj.weight" in open_weights(tmp_path / "kept").info
+        save_quantized(model, tmp_path / "saved")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+    assert "model.layers.0.self_attn.qkv_proj.weight" in open_weights(tmp_path / "saved").info

@@ -1,0 +1,290 @@
+"""Load a run, an adapter or an export for generation, and generate text with it.
+
+`stop_ids` and `read_end_of_turn` decide where generation stops; the export writes the same ids into its files.
+"""
+
+import re
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from typing import Any, Literal
+
+import torch
+from jinja2 import TemplateError
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from qlora_phi3.data.template import choose_template
+from qlora_phi3.errors import DataError, ModelError
+from qlora_phi3.family import parse_architecture, read_config
+from qlora_phi3.files import read_json_object
+from qlora_phi3.model.lora import fuse_lora_forward
+from qlora_phi3.model.phi3 import (
+    PackedPhi3ForCausalLM,
+    choose_precision,
+    find_base,
+    load_base,
+    load_tokenizer,
+    quiet_transformers,
+)
+from qlora_phi3.recipe.load import load_recipe
+from qlora_phi3.recipe.schema import Model, Quantization
+from qlora_phi3.runfolder import RunFolder
+
+#: The marks of the assistant's words in a chat template, which only training reads.
+MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceModel:
+    """A model that can generate; `stop_ids` are the ids of its end-of-text and end-of-turn tokens."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """What a directory says about the model in it; `dtype` is a torch dtype's name, or "auto"."""
+
+    base: Model
+    quantization: Quantization
+    dtype: str
+    adapter: Path | None
+    chat_template: str
+
+
+def load_for_inference(
+    run_or_export: Path, *, device: torch.device | None = None, dtype: torch.dtype | Literal["auto"] = "auto"
+) -> InferenceModel:
+    """Load a model for generation, in 4-bit if it was trained in 4-bit.
+
+    Args:
+        run_or_export: the directory of a run (its base, its adapter and its chat template are loaded), of a PEFT adapter (its
+            base is loaded in 4-bit), or of an export.
+        device: None for the GPU if there is one.
+        dtype: of the matmuls. "auto": for a run the dtype of its recipe, for an adapter bf16 if the device has it, for an export
+            the dtype of its files.
+
+    Raises:
+        UserError: the directory holds none of the three, or something in it is missing, damaged, or does not fit the rest.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = _read_source(run_or_export)
+    architecture = parse_architecture(read_config(source.base.name, source.base.revision), source.base.name)
+    adapter = source.adapter
+    # A copy of the tokenizer without config.json gives other ids in transformers 5.
+    has_tokenizer = adapter and (adapter / "config.json").is_file() and (adapter / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(Model(name=str(adapter)) if has_tokenizer else source.base)
+    wanted = source.dtype if dtype == "auto" else str(dtype).removeprefix("torch.")
+    base = load_base(
+        source.base,
+        source.quantization,
+        architecture,
+        precision=choose_precision(wanted, device),
+        device=device,
+        longest_row=architecture.max_position_embeddings,
+    )
+    eos_token_id = base.generation_config.eos_token_id
+    if adapter is None:
+        return InferenceModel(base.eval(), tokenizer, stop_ids(eos_token_id))
+    ending = read_end_of_turn(tokenizer, source.chat_template)
+    if ending.template is not None:
+        tokenizer.chat_template = ending.template
+    return InferenceModel(_load_adapter(base, adapter).eval(), tokenizer, stop_ids(eos_token_id, ending.token_id))
+
+
+def _read_source(path: Path) -> _Source:
+    """Find out what a directory holds."""
+    run = RunFolder(path.parent if path.name == "adapter" and RunFolder(path.parent).recipe.is_file() else path)
+    if run.recipe.is_file():
+        if not (run.adapter / "adapter_config.json").is_file():
+            raise ModelError(f"The run {run.path} has no adapter.", "Finish its training first, with --resume.")
+        recipe = load_recipe(run.recipe)
+        record = read_json_object(run.base, ModelError, "Train the run again.") if run.base.is_file() else {}
+        kept = run.chat_template
+        return _Source(
+            base=recipe.model.model_copy(update={"revision": record.get("revision") or recipe.model.revision}),
+            quantization=recipe.quantization,
+            dtype=recipe.compute_dtype,
+            adapter=run.adapter,
+            chat_template=str(kept) if kept.is_file() else recipe.data.chat_template,
+        )
+    if (path / "adapter_config.json").is_file():
+        config = read_json_object(path / "adapter_config.json", ModelError, "Copy the adapter again.")
+        name = config.get("base_model_name_or_path")
+        if not isinstance(name, str) or not name:
+            raise ModelError(
+                f"{path / 'adapter_config.json'} names no base model.",
+                "Set base_model_name_or_path in it to the base's folder or hub id.",
+            )
+        base = Model(name=name, revision=config.get("revision"))
+        return _Source(base=base, quantization=Quantization(), dtype="auto", adapter=path, chat_template="auto")
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"{path} is not the directory of a run, of a PEFT adapter, or of an exported model.",
+            "Give a run, such as runs/<recipe>/<time>, or the directory that an export or an adapter was written to.",
+        )
+    config = read_json_object(path / "config.json", ModelError, "Export the model again.")
+    return _Source(
+        base=Model(name=str(path)),
+        quantization=Quantization(load_in_4bit=False),
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or "auto"),
+        adapter=None,
+        chat_template="auto",
+    )
+
+
+def _load_adapter(base: PackedPhi3ForCausalLM, adapter: Path) -> PeftModel:
+    """Attach a trained adapter as it is stored."""
+    try:
+        with warnings.catch_warnings(), quiet_transformers():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT 0.21 only warns
+            model = PeftModel.from_pretrained(base, str(adapter))
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, UserWarning) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        raise ModelError(
+            f"The adapter {adapter} cannot be loaded onto its base: {reason}.",
+            "Copy the adapter again, or set base_model_name_or_path in its adapter_config.json to the base it was trained on.",
+        ) from error
+    fuse_lora_forward(model)
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class EndOfTurn:
+    """The id that ends an assistant's turn; and the chat template that was trained with, None if it is the tokenizer's own."""
+
+    token_id: int
+    template: str | None
+
+
+def read_end_of_turn(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> EndOfTurn:
+    """Read what ends a turn from the template that a run was trained with.
+
+    Args:
+        tokenizer: the base's own.
+        chat_template: the recipe's [data] chat_template, or the path of the run's copy of that file.
+
+    Raises:
+        DataError: there is no such template, or the end of its turn is not a single token.
+    """
+    trained = choose_template(tokenizer, chat_template)
+    token_id = tokenizer.convert_tokens_to_ids(trained.end_of_turn)
+    if not isinstance(token_id, int) or tokenizer.decode([token_id]).strip() != trained.end_of_turn:
+        raise DataError(
+            f"The chat template ends a turn with '{trained.end_of_turn}', which is not a single token of this model.",
+            "Train with the family's own template.",
+        )
+    is_own = bool(tokenizer.chat_template)
+    if is_own and chat_template != "auto":
+        with suppress(DataError):  # the tokenizer's own template is not of the family
+            is_own = False
+            is_own = choose_template(tokenizer).name == trained.name
+    return EndOfTurn(token_id, None if is_own else MARKS.sub("", trained.source))
+
+
+def stop_ids(eos_token_id: int | Sequence[int] | None, end_of_turn: int | None = None) -> tuple[int, ...]:
+    """The ids at which generation stops.
+
+    Args:
+        eos_token_id: the value in a generation config, or in config.json.
+        end_of_turn: the id that ends an assistant's turn.
+    """
+    ids = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+    return tuple(dict.fromkeys([*ids, *([] if end_of_turn is None else [end_of_turn])]))
+
+
+def generate(
+    inference: InferenceModel,
+    messages_or_prompt: str | Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    stream: bool = False,
+) -> str | Iterator[str]:
+    """Generate text up to a stop id or `max_new_tokens`.
+
+    Args:
+        messages_or_prompt: a conversation, rendered with the chat template up to the assistant's turn; or plain text, continued
+            as it is.
+        temperature: 0 for the most likely token at each step; else tokens are sampled.
+        stream: return an iterator of pieces of text, which generates while it is read. Closing it stops the generation.
+
+    Raises:
+        DataError: the chat template cannot render the messages, or the prompt leaves no position for a new token.
+    """
+    tokenizer, limit = inference.tokenizer, inference.model.config.max_position_embeddings
+    if isinstance(messages_or_prompt, str):
+        ids = tokenizer(messages_or_prompt, return_tensors="pt").input_ids
+    else:
+        try:
+            ids = tokenizer.apply_chat_template(
+                list(messages_or_prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )["input_ids"]
+        except (TemplateError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"The chat template cannot render these messages: {error}.",
+                "Give each message a role that the model knows, and a content.",
+            ) from error
+    if ids.shape[1] >= limit:
+        raise DataError(f"The prompt has {ids.shape[1]:,} tokens, and the model {limit:,} positions.", "Shorten it.")
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    pieces = _stream(inference, ids, {**sampling, "max_new_tokens": min(max_new_tokens, limit - ids.shape[1])})
+    return pieces if stream else "".join(pieces)
+
+
+def _stream(inference: InferenceModel, ids: Tensor, options: Mapping[str, Any]) -> Iterator[str]:
+    """Generate in a thread, and yield the text as it comes. `ids` is (1, length) int64.
+
+    Each step decodes all new tokens. transformers' TextIteratorStreamer decodes each line alone, and Phi-3's tokenizer then drops
+    a space of the line's indentation.
+    """
+    model, texts, closed = inference.model, Queue[str | None](), threading.Event()
+    device, dtype = model.device, find_base(model).model.norm.weight.dtype
+    mixed = isinstance(model, PeftModel) and dtype != torch.float32  # an fp32 adapter on a 16-bit base, as in training
+
+    def after_token(all_ids: Tensor, _: Tensor, **__: Any) -> Tensor:
+        texts.put(str(inference.tokenizer.decode(all_ids[0, ids.shape[1] :], skip_special_tokens=True)))
+        return torch.full((1,), closed.is_set(), device=device)
+
+    def run() -> None:
+        try:
+            with torch.autocast(device.type, dtype=dtype if mixed else None, enabled=mixed):
+                model.generate(
+                    input_ids=ids.to(device),
+                    attention_mask=torch.ones_like(ids, device=device),
+                    eos_token_id=list(inference.stop_ids) or None,
+                    pad_token_id=(*inference.stop_ids, 0)[0],
+                    use_cache=True,
+                    stopping_criteria=[after_token],
+                    **options,
+                )
+        finally:
+            texts.put(None)  # also after an error
+
+    with ThreadPoolExecutor(1) as pool:
+        generation = pool.submit(run)
+        try:
+            text, sent = "", 0
+            for text in iter(texts.get, None):
+                if len(text) > sent and not text.endswith("\ufffd"):  # the first bytes of a character
+                    yield text[sent:]
+                    sent = len(text)
+            if text[sent:]:
+                yield text[sent:]
+        finally:
+            closed.set()
+        generation.result()

@@ -1,30 +1,31 @@
-"""One optimizer step's forward and backward: the only place that knows how we train.
+"""One optimizer step's forward and backward passes, shared by training, the memory simulation and the dry run.
 
-The rows of an optimizer batch are the recipe's. They are split into micro-batches to fit memory, and every micro-batch is
-divided by the supervised tokens of the whole batch, so that the split changes no gradient.
+The rows of an optimizer batch are the recipe's. They are split into micro-batches to fit memory. The objective divides every
+micro-batch by the supervised tokens of the complete batch, so the split changes no gradient.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from qlora_phi3.data.batching import plan_micro_batches
 from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.model.loss import IGNORE_INDEX
+from qlora_phi3.objectives import Objective, ObjectiveOutput, sft
 
-#: Packed sequences are as long as a multiple of this. oneDNN keeps a compiled kernel for every shape it meets: over 20 steps of
-#: 4 rows, SmolLM2-135M in bf16 on CPU peaked at 1,413 MiB without, 1,121 with 64, 1,075 with 128, at equal speed. On CUDA
-#: fewer sizes leave the allocator's cache in fewer pieces.
+#: Packed sequences are padded to a multiple of this. oneDNN caches a compiled kernel for every shape: over 20 steps of 4 rows,
+#: SmolLM2-135M in bf16 on CPU peaked at 1,413 MiB without padding, 1,121 with 64, 1,075 with 128, at equal speed. On CUDA fewer
+#: sizes fragment the allocator's cache less.
 PACKED_MULTIPLE = 64
 
-
-#: What the libraries below torch, and its own CPU allocator, write where memory ran out: they raise a plain RuntimeError. cuBLAS
-#: says either of its two codes where it finds no memory for its handle.
+#: The text of a RuntimeError that means out of memory: libraries below torch, and torch's own CPU allocator, raise no other
+#: class. cuBLAS reports either of its two status codes if it finds no memory for its handle.
 OUT_OF_MEMORY = re.compile(
     r"out of memory|_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|(can't|cannot) allocate memory|not enough memory"
     r"|bad[_ ]alloc",
@@ -34,36 +35,41 @@ OUT_OF_MEMORY = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """The rows of one optimizer step (or of one slice of the evaluation), as the model takes them."""
+    """The rows of one optimizer step (or of one slice of the evaluation), as micro-batches of tensors."""
 
-    #: Keyword arguments of the model: input_ids, position_ids, labels (int64), and attention_mask where rows are padded or
-    #: document_lengths where they are packed.
+    #: Keyword arguments of the model, and labels: input_ids, position_ids, labels, each (rows, length) int64; attention_mask of
+    #: the same shape if rows are padded, document_lengths (a tuple of int) if they are packed.
     micro_batches: tuple[dict[str, Any], ...]
-    #: Which of the batch's rows each micro-batch holds.
+    #: The indices of the batch's rows in each micro-batch.
     row_indices: tuple[tuple[int, ...], ...]
     num_rows: int
     #: Tokens without padding.
     num_tokens: int
-    #: Positions whose next token is learned; the normalizer of the loss.
+    #: Positions whose next token is supervised; the default normalizer of the loss.
     num_supervised: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What a pass over a batch gave: the mean loss over its supervised tokens, and how many were predicted right."""
+    """The result of a pass over a batch.
+
+    Args:
+        loss: 0-dim fp32, summed over the micro-batches; for `sft` the mean over the supervised tokens.
+        metrics: the objective's metrics, each summed over the micro-batches.
+    """
 
     loss: Tensor
-    num_correct: Tensor
+    metrics: Mapping[str, Tensor]
 
 
 class MicroBatchMemoryError(Exception):
-    """Memory ran out in one micro-batch; the gradients of its batch are half done.
+    """Memory ran out in one micro-batch; the gradients of its batch are incomplete.
 
-    Until it is let go, its cause holds the tensors of that micro-batch.
+    While this error is alive, its cause holds the tensors of that micro-batch.
 
     Args:
-        micro_batch: its number in the batch.
-        reason: what torch or the library said.
+        micro_batch: the index of the micro-batch in the batch.
+        reason: the first line of the original error.
     """
 
     def __init__(self, micro_batch: int, reason: str) -> None:
@@ -73,26 +79,14 @@ class MicroBatchMemoryError(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this error says that memory ran out."""
+    """Whether this error means that memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
 
 
-@contextmanager
-def _in_micro_batch(number: int) -> Iterator[None]:
-    """Say in which micro-batch memory ran out."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise MicroBatchMemoryError(number, reason) from error
-
-
 def collate(rows: Sequence[Mapping[str, Any]], plan: MicroBatchPlan) -> Batch:
-    """Turn tokenised rows (`input_ids`, `labels`) into the micro-batches of one optimizer step."""
+    """Build the micro-batches of one optimizer step from tokenized rows (`input_ids`, `labels`)."""
     lengths = [len(row["input_ids"]) for row in rows]
     row_indices = plan_micro_batches(
         lengths,
@@ -101,8 +95,17 @@ def collate(rows: Sequence[Mapping[str, Any]], plan: MicroBatchPlan) -> Batch:
         packing=plan.packing,
         boundary=plan.longrope_boundary,
     )
-    lay_out = _pack_rows if plan.packing else _pad
-    micro_batches = tuple(lay_out([rows[index] for index in group]) for group in row_indices)
+    tensors = [
+        (
+            torch.as_tensor(row["input_ids"], dtype=torch.int64),
+            torch.as_tensor(row["labels"], dtype=torch.int64).clone(),
+        )
+        for row in rows
+    ]
+    for _, labels in tensors:
+        labels[0] = IGNORE_INDEX  # nothing predicts a document's first token
+    build = _pack_rows if plan.packing else _pad_rows
+    micro_batches = tuple(build([tensors[index] for index in indices]) for indices in row_indices)
     return Batch(
         micro_batches=micro_batches,
         row_indices=tuple(map(tuple, row_indices)),
@@ -112,82 +115,87 @@ def collate(rows: Sequence[Mapping[str, Any]], plan: MicroBatchPlan) -> Batch:
     )
 
 
-def _row_tensors(row: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    labels = torch.as_tensor(row["labels"], dtype=torch.int64).clone()
-    labels[0] = IGNORE_INDEX  # nothing precedes a document's first token
-    return torch.as_tensor(row["input_ids"], dtype=torch.int64), labels
+def _pack_rows(rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """Concatenate rows into one sequence. `document_lengths`, and for transformers' attention `position_ids`, mark the documents.
 
-
-def _pack_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One sequence; document_lengths, and for transformers' own attention the reset position_ids, tell where a document ends.
-
-    A last document of nothing to learn, at position 0 throughout, fills it up to a multiple of `PACKED_MULTIPLE`.
+    A last document without supervised tokens, at position 0 throughout, pads it to a multiple of `PACKED_MULTIPLE`.
     """
-    pairs = [_row_tensors(row) for row in rows]
-    lengths = [len(ids) for ids, _ in pairs]
+    lengths = [len(ids) for ids, _ in rows]
     padding = torch.zeros(-sum(lengths) % PACKED_MULTIPLE, dtype=torch.int64)
     return {
-        "input_ids": torch.cat([*(ids for ids, _ in pairs), padding])[None],
-        "labels": torch.cat([*(labels for _, labels in pairs), torch.full_like(padding, IGNORE_INDEX)])[None],
+        "input_ids": torch.cat([*(ids for ids, _ in rows), padding])[None],
+        "labels": torch.cat([*(labels for _, labels in rows), torch.full_like(padding, IGNORE_INDEX)])[None],
         "position_ids": torch.cat([*(torch.arange(length) for length in lengths), padding])[None],
         "document_lengths": (*lengths, len(padding)) if len(padding) else tuple(lengths),
     }
 
 
-def _pad(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    pairs = [_row_tensors(row) for row in rows]
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids = pad([ids for ids, _ in pairs], batch_first=True, padding_value=0)
+def _pad_rows(rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    ids = pad_sequence([ids for ids, _ in rows], batch_first=True, padding_value=0)
     micro = {
         "input_ids": ids,
-        "labels": pad([labels for _, labels in pairs], batch_first=True, padding_value=IGNORE_INDEX),
+        "labels": pad_sequence([labels for _, labels in rows], batch_first=True, padding_value=IGNORE_INDEX),
         "position_ids": torch.arange(ids.shape[1]).expand_as(ids).contiguous(),
     }
-    if len({len(ids) for ids, _ in pairs}) > 1:
-        micro["attention_mask"] = pad([torch.ones_like(ids) for ids, _ in pairs], batch_first=True, padding_value=0)
+    if len({len(ids) for ids, _ in rows}) > 1:
+        micro["attention_mask"] = pad_sequence(
+            [torch.ones_like(ids) for ids, _ in rows], batch_first=True, padding_value=0
+        )
     return micro
 
 
 def forward_backward(
-    model: nn.Module, batch: Batch, *, compute_dtype: torch.dtype, backward: Callable[[Tensor], None]
+    model: nn.Module,
+    batch: Batch,
+    *,
+    objective: Objective = sft,
+    compute_dtype: torch.dtype,
+    backward: Callable[[Tensor], None],
+    normalizer: int | None = None,
 ) -> StepResult:
-    """Add the gradients of a whole optimizer batch to the model's parameters, micro-batch by micro-batch.
+    """Add the gradients of a complete optimizer batch to the model's parameters, micro-batch by micro-batch.
 
     Args:
-        backward: what runs the backward pass of a loss (the Trainer's, which scales it for fp16; or `Tensor.backward`).
+        model: may be wrapped. If it has `no_sync` (DistributedDataParallel), only the last micro-batch synchronizes gradients.
+        compute_dtype: the dtype of the matmuls, through autocast unless it is fp32.
+        backward: runs the backward pass of a loss: `Tensor.backward`, or the Trainer's, which scales the loss for fp16.
+        normalizer: the number of supervised tokens that the loss is divided by; by default the batch's own. With several
+            processes it is the number in the batches of all of them.
 
     Raises:
-        MicroBatchMemoryError: memory ran out; what gradients there are must be thrown away.
+        MicroBatchMemoryError: memory ran out; the caller must discard the gradients.
     """
-    results: list[StepResult] = []
-    for number, micro in enumerate(batch.micro_batches):
-        with _in_micro_batch(number):
-            result = _forward(model, micro, batch.num_supervised, compute_dtype)
-            backward(result.loss)
-            results.append(StepResult(loss=result.loss.detach(), num_correct=result.num_correct))
-    return _sum(results)
+    last = len(batch.micro_batches) - 1
+    outputs: list[ObjectiveOutput] = []
+    for index, micro_batch in enumerate(batch.micro_batches):
+        synchronized = nullcontext() if index == last else getattr(model, "no_sync", nullcontext)()
+        with _in_micro_batch(index), synchronized:
+            output = _forward(model, micro_batch, objective, compute_dtype, normalizer or batch.num_supervised)
+            backward(output.loss)
+            outputs.append(ObjectiveOutput(loss=output.loss.detach(), metrics=output.metrics))
+    return _sum(outputs)
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], *, compute_dtype: torch.dtype
+    model: nn.Module, batches: Iterable[Batch], *, objective: Objective = sft, compute_dtype: torch.dtype
 ) -> Iterator[tuple[Batch, StepResult]]:
-    """Score batches without gradients, one at a time; every loss is the mean over its own batch's supervised tokens.
+    """Evaluate batches without gradients, one at a time; every loss is normalized by its own batch's supervised tokens.
 
     Raises:
         MicroBatchMemoryError: memory ran out.
     """
     with evaluating(model), torch.no_grad():
         for batch in batches:
-            results: list[StepResult] = []
-            for number, micro in enumerate(batch.micro_batches):
-                with _in_micro_batch(number):
-                    results.append(_forward(model, micro, batch.num_supervised, compute_dtype))
-            yield batch, _sum(results)
+            outputs: list[ObjectiveOutput] = []
+            for index, micro_batch in enumerate(batch.micro_batches):
+                with _in_micro_batch(index):
+                    outputs.append(_forward(model, micro_batch, objective, compute_dtype, batch.num_supervised))
+            yield batch, _sum(outputs)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` for a while; the mode it had before comes back."""
+    """Set `model.eval()`, and restore the previous mode at the end."""
     was_training = model.training
     model.eval()
     try:
@@ -196,20 +204,35 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _forward(model: nn.Module, micro: dict[str, Any], normalizer: int, compute_dtype: torch.dtype) -> StepResult:
+@contextmanager
+def _in_micro_batch(index: int) -> Iterator[None]:
+    """Raise an out-of-memory error as a MicroBatchMemoryError with the index of the micro-batch."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise MicroBatchMemoryError(index, reason) from error
+
+
+def _forward(
+    model: nn.Module, micro_batch: Mapping[str, Any], objective: Objective, compute_dtype: torch.dtype, normalizer: int
+) -> ObjectiveOutput:
     device = next(model.parameters()).device
     inputs = {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in micro.items()
+        for name, value in micro_batch.items()
     }
     with torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
-        output = model(**inputs, num_items_in_batch=max(1, normalizer))
-    return StepResult(loss=output.loss, num_correct=output.num_correct)
+        return objective(model, inputs, max(1, normalizer))
 
 
-def _sum(results: Sequence[StepResult]) -> StepResult:
-    with _in_micro_batch(len(results) - 1):
+def _sum(outputs: Sequence[ObjectiveOutput]) -> StepResult:
+    with _in_micro_batch(len(outputs) - 1):
         return StepResult(
-            loss=torch.stack([result.loss for result in results]).sum(),
-            num_correct=torch.stack([result.num_correct for result in results]).sum(),
+            loss=torch.stack([output.loss for output in outputs]).sum(),
+            metrics={
+                name: torch.stack([output.metrics[name] for output in outputs]).sum() for name in outputs[0].metrics
+            },
         )

@@ -8,7 +8,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from qlora_phi3.family import parse_architecture
 from qlora_phi3.model.lora import attach_adapter
-from qlora_phi3.model.phi3 import Phi3ForChunkedLoss, Precision, load_base
+from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM, Precision, load_base
 from qlora_phi3.recipe.schema import Lora, Model, Quantization
 
 FP32 = Precision(compute_dtype=torch.float32, reason="the test asks for it")
@@ -97,7 +97,7 @@ def relative_difference(first: dict[str, torch.Tensor], second: dict[str, torch.
 
 __all__ = [
     "FP32",
-    "Phi3ForChunkedLoss",
+    "PackedPhi3ForCausalLM",
     "build_config",
     "gradients",
     "load_tiny",

@@ -16,6 +16,7 @@ from yaml import YAMLError
 from qlora_phi3.adapters.peft_io import TOKENIZER_FILES
 from qlora_phi3.errors import ExportError
 from qlora_phi3.files import sha256_file
+from qlora_phi3.inference import stop_ids
 from qlora_phi3.recipe.load import as_list
 from qlora_phi3.recipe.messages import format_toml
 from qlora_phi3.recipe.schema import Recipe
@@ -134,9 +135,7 @@ def _write_generation_config(base: Path, target: Path, end_of_turn: int) -> list
     source = base / GENERATION_CONFIG
     config = read_object(source) if source.is_file() else {}
     stops = config.get("eos_token_id", read_object(base / CONFIG).get("eos_token_id"))
-    stops = [] if stops is None else list(stops) if isinstance(stops, list) else [stops]
-    if end_of_turn not in stops:
-        stops.append(end_of_turn)
+    stops = list(stop_ids(stops, end_of_turn))
     if config.get("eos_token_id") == stops:
         shutil.copyfile(source, target)
         return []

@@ -8,7 +8,6 @@ What an export is made from: the run, its base and its adapter, held against one
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,14 +21,14 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Stri
 from transformers import Phi3Config
 
 from qlora_phi3.adapters.adapter_deltas import EMBEDDING, HEAD, AdapterDeltas, read_deltas
-from qlora_phi3.data.template import ChatTemplate, choose_template
-from qlora_phi3.errors import DataError, ExportError, ModelError
+from qlora_phi3.errors import ExportError, ModelError
 from qlora_phi3.export.base import BaseRecord, RecordedBase, read_record, summarise
 from qlora_phi3.export.bundle import COMPANIONS, CONFIG, check_trained_with, public_name, read_object
 from qlora_phi3.export.merge import MergedWeights, Onto
 from qlora_phi3.export.request import Request
 from qlora_phi3.family import parse_architecture
 from qlora_phi3.files import sha256_file
+from qlora_phi3.inference import EndOfTurn, read_end_of_turn
 from qlora_phi3.model.phi3 import load_tokenizer
 from qlora_phi3.model.quantized import is_stored_quantized
 from qlora_phi3.model.weights import TensorInfo, open_weights
@@ -94,50 +93,6 @@ def _free_in(group: Path, files: tuple[str, str, str]) -> int | None:
         return most - held + int(statistics.get(cached, 0))
     except (OSError, ValueError):  # no such group, or "max"
         return None
-
-
-#: Marks of the assistant's words, which only training reads.
-MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-
-
-@dataclass(frozen=True, slots=True)
-class EndOfTurn:
-    """The id that ends a turn; and the template that was trained with, None where it is the base's own."""
-
-    token_id: int
-    template: str | None
-
-
-def read_end_of_turn(base: Path, chat_template: str) -> EndOfTurn:
-    """Read it off the template that the run trained with.
-
-    Args:
-        chat_template: the recipe's [data] chat_template, or the file that the run kept of it.
-
-    Raises:
-        ExportError: the end of a turn is no single token.
-    """
-    tokenizer = load_tokenizer(Model(name=str(base)))
-    trained = choose_template(tokenizer, chat_template)
-    token_id = tokenizer.convert_tokens_to_ids(trained.end_of_turn)
-    if not isinstance(token_id, int) or tokenizer.decode([token_id]).strip() != trained.end_of_turn:
-        raise ExportError(
-            f"The chat template ends a turn with '{trained.end_of_turn}', which is no single token of {base}.",
-            "Train with the family's own template.",
-        )
-    is_own = bool(tokenizer.chat_template) and (chat_template == "auto" or _own_name(tokenizer) == trained.name)
-    return EndOfTurn(token_id, None if is_own else _without_marks(trained))
-
-
-def _own_name(tokenizer: object) -> str | None:
-    try:
-        return choose_template(tokenizer).name
-    except DataError:
-        return None
-
-
-def _without_marks(template: ChatTemplate) -> str:
-    return MARKS.sub("", template.source)
 
 
 #: README.md: its front matter states the licence.
@@ -278,7 +233,8 @@ def _read_ending(folder: Path, run: RunFolder, recipe: Recipe) -> EndOfTurn:
     """As `read_end_of_turn`, with a cure for those who export."""
     kept = run.chat_template
     try:
-        return read_end_of_turn(folder, str(kept) if kept.is_file() else recipe.data.chat_template)
+        tokenizer = load_tokenizer(Model(name=str(folder)))
+        return read_end_of_turn(tokenizer, str(kept) if kept.is_file() else recipe.data.chat_template)
     except ModelError as error:
         raise ExportError(
             error.message, "Give the folder of the whole base that was trained on with --base."

@@ -29,7 +29,7 @@ from qlora_phi3.errors import ExportError, ModelError
 from qlora_phi3.export.base import RecordedBase
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
 from qlora_phi3.model.loss import select_supervised
-from qlora_phi3.model.phi3 import Phi3ForChunkedLoss
+from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM
 from qlora_phi3.model.weights import StoredWeights, TensorInfo, Weights, open_file, read_tensor, split_rows
 from qlora_phi3.step import Batch, evaluating
 
@@ -60,7 +60,7 @@ class StreamedModel:
     """The real model, filled layer by layer from `weights` while it runs."""
 
     def __init__(
-        self, model: Phi3ForChunkedLoss, slots: Sequence[_Slot], weights: Weights, device: torch.device
+        self, model: PackedPhi3ForCausalLM, slots: Sequence[_Slot], weights: Weights, device: torch.device
     ) -> None:
         self.model, self.weights, self.device = model, weights, device
         # One for all layers: where a page fault is dear, fresh memory for each took as long as the layer's own matmul.
@@ -194,7 +194,7 @@ class _WithSaved:
         return self.base.iter_row_chunks(name if name in self.base.info else EMBEDDING)
 
 
-def _attach(model: Phi3ForChunkedLoss, weights: _WithSaved, adapter: Path) -> PeftModel:
+def _attach(model: PackedPhi3ForCausalLM, weights: _WithSaved, adapter: Path) -> PeftModel:
     """PEFT's layers around a hollow model, with the adapter's weights but those that `weights` reads in pieces."""
     settings, stored = load_lora_config(adapter), weights.adapter
     read_here = [name.removesuffix(".weight") for name in weights.saved]
@@ -235,13 +235,13 @@ class TrainedBase:
         return split_rows(dequantize_4bit(quantized.packed, quantized.state))
 
 
-def _build_hollow(config: dict[str, Any], device: torch.device) -> Phi3ForChunkedLoss:
+def _build_hollow(config: dict[str, Any], device: torch.device) -> PackedPhi3ForCausalLM:
     """The model with parameters that have shape and no weight."""
     register_attention()
     with no_init_weights(), torch.device("meta"):
         settings = Phi3Config(**{**config, "dtype": torch.float32})
         settings._attn_implementation = BY_DOCUMENT
-        model = Phi3ForChunkedLoss(settings)
+        model = PackedPhi3ForCausalLM(settings)
     model.model.rotary_emb = type(model.model.rotary_emb)(settings).to(device)  # computed from the config, not stored
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not model.lm_head:
@@ -255,7 +255,7 @@ def _placeholder(shape: torch.Size, device: torch.device) -> Tensor:
     return torch.tensor(float("nan"), device=device).expand(shape)
 
 
-def _find_slots(model: Phi3ForChunkedLoss, weights: Weights) -> list[_Slot]:
+def _find_slots(model: PackedPhi3ForCausalLM, weights: Weights) -> list[_Slot]:
     """The parameters between embedding and head; must be asked before PEFT moves them about."""
     slots = []
     for path, module in model.model.named_modules(prefix="model"):

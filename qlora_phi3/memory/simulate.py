@@ -37,13 +37,13 @@ from qlora_phi3.model.attention import register_attention
 from qlora_phi3.model.lora import attach_adapter
 from qlora_phi3.model.optimizer import build_optimizer
 from qlora_phi3.model.phi3 import (
-    Phi3ForChunkedLoss,
-    Precision,
+    PackedPhi3ForCausalLM,
     apply_execution_plan,
     attention_name,
     configure_base,
-    quantization_config,
 )
+from qlora_phi3.model.quantized import quantization_config
+from qlora_phi3.objectives import Objective, sft
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.step import Batch, collate, evaluate, forward_backward
 
@@ -52,7 +52,7 @@ BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256  # bitsandbytes' own for 4 bit, and of the
 
 def build_skeleton(
     config: dict[str, Any], architecture: Architecture, recipe: Recipe, *, compute_dtype: torch.dtype, longest_row: int
-) -> Phi3ForChunkedLoss:
+) -> PackedPhi3ForCausalLM:
     """The base as `load_base` makes it, without a single weight.
 
     Args:
@@ -62,8 +62,8 @@ def build_skeleton(
     with no_init_weights(), torch.device("meta"):
         settings = Phi3Config(**{**config, "dtype": compute_dtype})
         settings._attn_implementation = attention_name(recipe.model)
-        model: Phi3ForChunkedLoss = Phi3ForChunkedLoss(settings).to(compute_dtype)
-    kind = quantization_config(recipe.quantization, Precision(compute_dtype=compute_dtype, reason=""))
+        model: PackedPhi3ForCausalLM = PackedPhi3ForCausalLM(settings).to(compute_dtype)
+    kind = quantization_config(recipe.quantization, compute_dtype)
     if kind is not None:
         replace_with_bnb_linear(model, ["lm_head"], kind)
         model.is_loaded_in_4bit = True
@@ -71,7 +71,7 @@ def build_skeleton(
     return model
 
 
-def fill_without_storage(model: Phi3ForChunkedLoss) -> None:
+def fill_without_storage(model: PackedPhi3ForCausalLM) -> None:
     """Put tensors without storage into a skeleton, in the order in which the real weights are read; under FakeTensorMode."""
     tied = model.lm_head if model.config.tie_word_embeddings else None
     for module in model.modules():
@@ -157,6 +157,7 @@ def simulate(
     compute_dtype: torch.dtype,
     path: Literal["cuda", "cpu"] = "cuda",
     capability: tuple[int, int] = (8, 6),
+    objective: Objective = sft,
 ) -> MemoryReport:
     """Load, train one step, evaluate and save, without storage.
 
@@ -196,6 +197,7 @@ def simulate(
             on_cuda=path == "cuda",
             accumulates=load.accumulates,
             tracker=tracker,
+            objective=objective,
         )
     phase, (peak, at) = max(tracker.peaks.items(), key=lambda item: item[1][0])
     return MemoryReport(
@@ -235,7 +237,9 @@ def _without_storage(batch: Batch) -> Batch:
     return replace(batch, micro_batches=(micro,))
 
 
-def _load(skeleton: Phi3ForChunkedLoss, recipe: Recipe, execution: ExecutionPlan, tracker: MemoryTracker) -> PeftModel:
+def _load(
+    skeleton: PackedPhi3ForCausalLM, recipe: Recipe, execution: ExecutionPlan, tracker: MemoryTracker
+) -> PeftModel:
     """The base with its adapter; every lasting storage gets its tenant."""
     fill_without_storage(skeleton)
     with _staying(), warnings.catch_warnings():
@@ -295,6 +299,7 @@ def run_one_step(
     on_cuda: bool,
     accumulates: bool,
     tracker: NullTracker,
+    objective: Objective = sft,
 ) -> None:
     """All that a step holds at some time, once: the update first, since its state stays, then a micro-batch, save, evaluation.
 
@@ -313,7 +318,7 @@ def run_one_step(
         loss.backward()  # type: ignore[no-untyped-call]
 
     tracker.enter("forward")
-    forward_backward(model, batch, compute_dtype=compute_dtype, backward=backward)
+    forward_backward(model, batch, objective=objective, compute_dtype=compute_dtype, backward=backward)
     for parameter in trained:
         tracker.tag(parameter.grad, "gradients")
     optimizer.zero_grad()
@@ -321,7 +326,7 @@ def run_one_step(
     if held_out is not None:
         tracker.num_supervised = held_out.num_supervised
         tracker.enter("evaluation")
-        list(evaluate(model, [held_out], compute_dtype=compute_dtype))
+        list(evaluate(model, [held_out], objective=objective, compute_dtype=compute_dtype))
     tracker.enter("end")
 
 

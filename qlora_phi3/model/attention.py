@@ -1,8 +1,8 @@
-"""Attention over documents laid end to end, one document at a time.
+"""Causal attention over packed documents, computed one document at a time.
 
-transformers' own SDPA path computes the whole square of a packed sequence under a [1, 1, S, S] mask: 64 MB at 8,192 tokens,
-and no flash kernel on CUDA. Here each document is causal by itself: the same logits, no mask, the sum of the squares instead of
-the square of the sum. On CPU (SmolLM2-135M, 800 tokens of 5 documents, torch 2.13) the masked square was a third of the step.
+transformers' SDPA attention computes the complete square of a packed sequence under a [1, 1, S, S] mask: 64 MB at 8,192 tokens,
+and no flash kernel on CUDA. Attention for each document alone gives the same logits without a mask and without the blocks between
+documents. On CPU (SmolLM2-135M, 800 tokens of 5 documents, torch 2.13) the masked square took a third of the step.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,24 +13,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-#: Scores of one document up to which a CPU computes them at once in 16 bit: 32 MiB, 724 tokens of Phi-3-mini's 32 heads.
-#: PyTorch 2.13's CPU flash kernel takes 5.7 ms forward and backward for 190 tokens (9 heads of 64, bf16, one Zen 5 core),
+#: The name under which `register_attention` registers `attend_by_document`.
+BY_DOCUMENT = "sdpa_by_document"
+
+#: Largest size of one document's scores for which a CPU uses plain matmuls in 16 bit: 32 MiB, 724 tokens of Phi-3-mini's 32
+#: heads. PyTorch 2.13's CPU flash kernel takes 5.7 ms forward and backward for 190 tokens (9 heads of 64, bf16, one Zen 5 core),
 #: its math path 4.4, plain matmuls 1.5; at 800 tokens 34, 83 and 18.
 CPU_SCORES_BYTES = 32 * 2**20
 
-
+#: Lengths are padded to a multiple of this for the plain matmuls: oneDNN caches a compiled kernel for every shape.
 CPU_LENGTH_MULTIPLE = 32
 
 
-#: The name under which transformers finds `attend_by_document`.
-BY_DOCUMENT = "sdpa_by_document"
-
-
 def register_attention() -> None:
-    """Make `BY_DOCUMENT` known to transformers; without documents it is its plain "sdpa"."""
+    """Register `BY_DOCUMENT` with transformers. Without document lengths it behaves as transformers' "sdpa"."""
     AttentionInterface.register(BY_DOCUMENT, attend_by_document)
     AttentionMaskInterface.register(BY_DOCUMENT, sdpa_mask)
 
@@ -46,26 +45,28 @@ def attend_by_document(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """SDPA, document by document where `document_lengths` is given.
+    """Compute SDPA, separately for each document if `document_lengths` is given.
 
     Args:
-        query, key, value: (1, heads, length, head_size); key and value may have fewer heads.
-        attention_mask: used only where there are no documents (padded rows, generation).
-        document_lengths: tokens of each document, in order, summing to length.
-        window_masks: what `build_window_masks` made of them.
-        sliding_window: known by the masks.
+        query: (1, heads, length, head_size), in the dtype of the forward pass.
+        key, value: (1, key_value_heads, length, head_size), same dtype; key_value_heads divides heads.
+        attention_mask: used only without documents (padded rows, generation).
+        document_lengths: tokens of each document, in order; they sum to length.
+        window_masks: the result of `build_window_masks`.
+        sliding_window: ignored; `window_masks` contain it.
 
     Returns:
-        (1, length, heads, head_size), and None for the attention weights.
+        The attention output (1, length, heads, head_size) in the dtype of `query`, and None for the attention weights.
     """
     if document_lengths is None:
         return _attend(module, query, key, value, attention_mask, **kwargs), None
-    lengths = list(document_lengths)
     outputs = []
-    split = (torch.split(tensor, lengths, 2) for tensor in (query, key, value))
-    for one_query, one_key, one_value in zip(*split, strict=True):
-        mask = (window_masks or {}).get(one_query.shape[2])
-        if mask is None and _suits_matmul(one_query):
+    documents = (torch.split(tensor, list(document_lengths), 2) for tensor in (query, key, value))
+    for one_query, one_key, one_value in zip(*documents, strict=True):
+        heads, length = one_query.shape[1:3]
+        mask = (window_masks or {}).get(length)
+        is_16_bit_on_cpu = one_query.device.type == "cpu" and one_query.element_size() == 2
+        if mask is None and is_16_bit_on_cpu and heads * length**2 * 2 <= CPU_SCORES_BYTES:
             outputs.append(_attend_by_matmul(one_query, one_key, one_value, scaling=kwargs["scaling"]))
         else:
             outputs.append(_attend(module, one_query, one_key, one_value, mask, **kwargs))
@@ -73,16 +74,21 @@ def attend_by_document(
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
-    """transformers' SDPA; below compute capability 8.0 with the key and value heads repeated.
+    """transformers' SDPA; below compute capability 8.0 with repeated key and value heads.
 
-    There transformers 5.23 passes grouped queries on to torch 2.13, whose memory-efficient kernel takes none: the math path would
-    build all scores in fp32. To be removed when it does (pytorch pull request 191085).
+    On these GPUs transformers 5.23 passes grouped queries to torch 2.13, whose memory-efficient kernel does not support them, and
+    the math path builds all scores in fp32. Remove this when torch supports them (pytorch pull request 191085).
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and mask is None and not _takes_groups(query.device):
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        key, value = (tensor[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for tensor in (key, value))
         output = functional.scaled_dot_product_attention(
-            query, key, value, dropout_p=kwargs.get("dropout", 0.0), is_causal=True, scale=kwargs["scaling"]
+            query,
+            key,
+            value,
+            dropout_p=kwargs.get("dropout", 0.0),
+            is_causal=query.shape[2] > 1,  # one query with a cache attends to every key
+            scale=kwargs["scaling"],
         )
         return output.transpose(1, 2).contiguous()
     attended: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
@@ -90,18 +96,14 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
 
 
 def _takes_groups(device: torch.device) -> bool:
+    """Whether SDPA's efficient kernels support grouped queries. The memory simulation replaces this function."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _suits_matmul(query: Tensor) -> bool:
-    scores_bytes = query.shape[1] * query.shape[2] ** 2 * query.element_size()
-    return query.device.type == "cpu" and query.element_size() == 2 and scores_bytes <= CPU_SCORES_BYTES
-
-
 def _attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:
-    """Causal attention of one document as two batched matmuls; the queries that share a key head are stacked under it."""
+    """Causal attention of one document as two batched matmuls; queries that share a key head are stacked."""
     real_length = query.shape[2]
-    # oneDNN keeps a compiled kernel for every shape it meets; causality hides the padding from the real queries.
+    # The causal mask hides the padding from the real queries.
     query, key, value = (pad(tensor, (0, 0, 0, -real_length % CPU_LENGTH_MULTIPLE)) for tensor in (query, key, value))
     heads, length, size = query.shape[1:]
     groups = heads // key.shape[1]
@@ -115,9 +117,15 @@ def _attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, *, scaling: flo
 def build_window_masks(
     document_lengths: Iterable[int], window: int | None, *, device: torch.device, dtype: torch.dtype
 ) -> dict[int, Tensor]:
-    """Length -> (1, 1, length, length) for the documents longer than the window: 0 where a position looks, else -inf.
+    """Build the sliding-window masks of the documents longer than the window, one for each length, shared by all layers.
 
-    One for all layers, in the type of the scores: a boolean one would be turned into such a one, and kept, by every layer.
+    Args:
+        document_lengths: tokens of each document.
+        window: tokens that a position can attend to; None for full attention.
+        dtype: the dtype of the scores. Every layer would convert a boolean mask to it and store the result for the backward pass.
+
+    Returns:
+        length -> (1, 1, length, length) in `dtype`: 0 where a position attends, else -inf.
     """
     masks: dict[int, Tensor] = {}
     if window is None:
@@ -125,13 +133,12 @@ def build_window_masks(
     for length in {length for length in document_lengths if length > window}:
         position = torch.arange(length, device=device)
         distance = position[:, None] - position[None, :]
-        unseen = (distance < 0) | (distance >= window)
-        masks[length] = torch.zeros(unseen.shape, device=device, dtype=dtype).masked_fill_(unseen, float("-inf"))[
-            None, None
-        ]
+        hidden = (distance < 0) | (distance >= window)
+        mask = torch.zeros(hidden.shape, device=device, dtype=dtype).masked_fill_(hidden, float("-inf"))
+        masks[length] = mask[None, None]
     return masks
 
 
 def without_mask(device: torch.device) -> Tensor:
-    """A 4-dimensional stand-in that transformers passes on as it is, so that it builds no mask of its own."""
+    """Build an empty fp32 (1, 1, 1, 1) mask: transformers passes a 4-dimensional mask on and builds none of its own."""
     return torch.empty((1, 1, 1, 1), device=device)

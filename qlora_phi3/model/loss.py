@@ -1,44 +1,114 @@
-"""Cross-entropy over the supervised positions, in tiles, with the gradient made in the forward pass.
+"""Losses on the supervised positions, computed in tiles so that the full logits never exist.
 
-The full logits of Phi-3-mini take 0.31 MiB a token; here at most one tile of them is alive. The gradient with respect to the
-hidden states is computed from the same tile, so that the backward pass needs neither the logits nor a second matmul.
+The full logits of Phi-3-mini take 0.31 MiB a token. `tiled_cross_entropy` computes the gradient with respect to the hidden states
+from the same tile in the forward pass, so its backward pass needs neither logits nor a second matmul. `token_logprobs` recomputes
+each tile in the backward pass, because the gradient of a general loss on log-probabilities is known only then.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES
 
+#: The label of a position that is not supervised, as in `torch.nn.functional.cross_entropy`.
 IGNORE_INDEX = -100
 
 
+def select_supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Select the hidden states that predict a supervised token, and those tokens.
+
+    Args:
+        hidden: (rows, length, hidden_size), any dtype.
+        labels: (rows, length), int64, unshifted: position t holds the token at t, or -100 if it is not supervised. The first
+            token of a document has no predecessor and must be -100.
+
+    Returns:
+        (positions, hidden_size) in the dtype of `hidden`, and (positions,) int64.
+    """
+    predicting = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    return hidden[:, :-1][predicting], labels[:, 1:][predicting]
+
+
+def tiled_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, normalizer: float, tile_bytes: int = DEFAULT_LOGITS_TILE_BYTES
+) -> tuple[Tensor, Tensor]:
+    """Compute the summed negative log-likelihood of `targets`, divided by `normalizer`.
+
+    Args:
+        hidden: (positions, hidden_size), floating point: the final hidden states of the supervised positions.
+        weight: (vocabulary, hidden_size), the output head; it is cast to the dtype of `hidden`.
+        targets: (positions,), int64 token ids.
+        normalizer: the number of supervised tokens of the complete optimizer batch.
+        tile_bytes: bytes of fp32 logits alive at once; a tile has at least one position.
+
+    Returns:
+        The loss, an fp32 scalar, differentiable with respect to `hidden` and `weight`; and the number of targets that were the
+        most likely token, an int64 scalar.
+    """
+    rows = max(1, tile_bytes // (4 * weight.shape[0]))
+    loss, num_correct = _TiledCrossEntropy.apply(hidden, weight, targets, normalizer, rows)  # type: ignore[no-untyped-call]
+    return loss, num_correct
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, tile_bytes: int = DEFAULT_LOGITS_TILE_BYTES
+) -> Tensor:
+    """Compute the log-probability of each target.
+
+    Args:
+        hidden: (positions, hidden_size), floating point: the final hidden states of the positions before the targets.
+        weight: (vocabulary, hidden_size), the output head; it is cast to the dtype of `hidden`.
+        targets: (positions,), int64 token ids.
+        tile_bytes: bytes of fp32 logits alive at once; a tile has at least one position.
+
+    Returns:
+        (positions,), fp32 (fp64 for fp64 inputs), differentiable once with respect to `hidden` and `weight`.
+    """
+    rows = max(1, tile_bytes // (4 * weight.shape[0]))
+    logprobs: Tensor = _TiledLogprobs.apply(hidden, weight, targets, rows)  # type: ignore[no-untyped-call]
+    return logprobs
+
+
+def _iter_logits(hidden: Tensor, head: Tensor, tile_rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Compute `hidden @ head.T` tile by tile, in two buffers that every tile reuses; call it with autocast disabled.
+
+    Yields:
+        The positions of the tile; its logits (tile_rows, vocabulary) in the dtype of `hidden`; the same in at least fp32. Both
+        are one tensor where `hidden` is fp32 or fp64.
+    """
+    logits_16 = hidden.new_empty((min(tile_rows, len(hidden)), len(head)))
+    dtype_32 = torch.promote_types(logits_16.dtype, torch.float32)
+    logits_32 = logits_16 if logits_16.dtype == dtype_32 else torch.empty_like(logits_16, dtype=dtype_32)
+    for start in range(0, len(hidden), tile_rows):
+        tile = hidden[start : start + tile_rows]
+        low = torch.mm(tile, head.T, out=logits_16[: len(tile)])
+        yield slice(start, start + tile_rows), low, low if logits_32 is logits_16 else logits_32[: len(tile)].copy_(low)
+
+
 class _TiledCrossEntropy(torch.autograd.Function):
-    """loss = sum(nll) / normalizer; saves d loss / d hidden (and d loss / d weight where the head is trained)."""
+    """loss = sum(nll) / normalizer; saves d loss / d hidden, and d loss / d weight if the head is trained."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, normalizer: float, tile_rows: int
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        # fp16 has no room for gradients divided by thousands of tokens; GradScaler's factor arrives only in backward.
-        held_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-        grad_hidden = torch.empty_like(hidden, dtype=held_dtype) if needs_hidden else None
+        # Gradients divided by thousands of tokens underflow in fp16; GradScaler's factor arrives only in the backward pass.
+        saved_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+        grad_hidden = torch.empty_like(hidden, dtype=saved_dtype) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         head = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        logits_16 = hidden.new_empty((min(tile_rows, len(hidden)), len(head)))
-        logits_32 = logits_16 if logits_16.dtype == torch.float32 else torch.empty_like(logits_16, dtype=torch.float32)
+        num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, hidden.shape[0], tile_rows):
-                rows = slice(start, start + tile_rows)
-                tile, target = hidden[rows], targets[rows, None]
-                grad_logits = torch.mm(tile, head.T, out=logits_16[: len(tile)])
-                logits = grad_logits if logits_32 is logits_16 else logits_32[: len(tile)].copy_(grad_logits)
+            for rows, grad_logits, logits in _iter_logits(hidden, head, tile_rows):
+                target = targets[rows, None]
                 max_logits, top = logits.max(dim=-1, keepdim=True)
-                correct += (top == target).sum()
+                num_correct += (top == target).sum()
                 target_logits = logits.gather(1, target)
                 sum_exp = logits.sub_(max_logits).exp_().sum(dim=-1, keepdim=True)
                 total += (sum_exp.log() + max_logits - target_logits).sum()
@@ -49,53 +119,53 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[rows] = (grad_logits @ head).float() / normalizer
                 if grad_weight is not None:
-                    grad_weight += (grad_logits.T @ tile).float() / normalizer
-        ctx.mark_non_differentiable(correct)
+                    grad_weight += (grad_logits.T @ hidden[rows]).float() / normalizer
+        ctx.mark_non_differentiable(num_correct)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
-        return total / normalizer, correct
+        return total / normalizer, num_correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_loss = grads[0]
         scaled = [
-            None if held is None else (held * grad_loss).to(dtype)
-            for held, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if saved is None else (saved * grad_loss).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return scaled[0], scaled[1], None, None, None
 
 
-def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, normalizer: float, tile_bytes: int = DEFAULT_LOGITS_TILE_BYTES
-) -> tuple[Tensor, Tensor]:
-    """Summed negative log-likelihood of `targets`, divided by `normalizer`.
+class _TiledLogprobs(torch.autograd.Function):
+    """logprobs[i] = log_softmax(hidden[i] @ weight.T)[targets[i]]; saves its inputs only."""
 
-    Args:
-        hidden: (positions, hidden_size), the final hidden states of the supervised positions only.
-        weight: (vocabulary, hidden_size), the output head; cast to the dtype of `hidden`.
-        targets: (positions,), int64, every one a token id.
-        normalizer: what the sum is divided by; the supervised tokens of the whole optimizer batch.
-        tile_bytes: fp32 logits alive at once; at least one position's.
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, tile_rows: int) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.tile_rows = tile_rows
+        logprobs = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows, _, logits in _iter_logits(hidden, weight.to(hidden.dtype), tile_rows):
+                max_logits = logits.amax(dim=-1, keepdim=True)
+                target_logits = logits.gather(1, targets[rows, None]) - max_logits
+                logprobs[rows] = (target_logits - logits.sub_(max_logits).exp_().sum(dim=-1, keepdim=True).log())[:, 0]
+        return logprobs
 
-    Returns:
-        The loss, fp32 scalar, differentiable with respect to `hidden` and `weight`; and how many targets were the most
-        likely token, int64 scalar.
-    """
-    rows = max(1, tile_bytes // (4 * weight.shape[0]))
-    loss, correct = _TiledCrossEntropy.apply(hidden, weight, targets, normalizer, rows)  # type: ignore[no-untyped-call]
-    return loss, correct
-
-
-def select_supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The hidden states that predict a supervised token, and those tokens.
-
-    Args:
-        hidden: (rows, length, hidden_size).
-        labels: (rows, length), int64, unshifted: position t holds the token at t, or -100 where it is not supervised. The
-            first token of a document has no predecessor and must be -100.
-
-    Returns:
-        (positions, hidden_size) and (positions,).
-    """
-    predicting = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-    return hidden[:, :-1][predicting], labels[:, 1:][predicting]
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if needs_weight else None
+        head = weight.to(hidden.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows, grad_logits, logits in _iter_logits(hidden, head, ctx.tile_rows):
+                logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
+                logits.div_(logits.sum(dim=-1, keepdim=True)).mul_(-grad[rows, None])
+                logits.scatter_add_(1, targets[rows, None], grad[rows, None])
+                grad_logits.copy_(logits)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = grad_logits @ head
+                if grad_weight is not None:
+                    grad_weight += (grad_logits.T @ hidden[rows]).to(grad.dtype)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None

@@ -1,9 +1,8 @@
-"""The second half of a decoder layer, norm and MLP, in tiles along the tokens.
+"""The norm and the MLP of a decoder layer, computed in tiles along the tokens.
 
-The MLP's inner tensors are the widest of a layer: in Phi-3-mini 96 KiB a token in the backward pass, of 176. Every position
-goes through norm and MLP by itself, so that they can be computed tile by tile, each recomputed when its own backward pass
-comes: what is wide then exists for one tile at a time. The norm goes along because its backward pass takes five fp32 copies
-of its input, which would be the next to stand in the way.
+The MLP's inner tensors are the widest of a layer: in Phi-3-mini 96 of the 176 KiB a token in the backward pass. Norm and MLP
+compute every position independently. Each tile is recomputed in its own backward pass, so the wide tensors exist for one tile at
+a time. The norm is part of the tile because its backward pass takes five fp32 copies of its input.
 """
 
 from collections.abc import Callable
@@ -15,35 +14,42 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 
-def set_mlp_tiles(model: nn.Module, tokens: int) -> None:
-    """Compute norm and MLP of every decoder layer in tiles of so many tokens, 0 whole; may be called again at any time."""
-    for layer in model.modules():
-        if not isinstance(layer, Phi3DecoderLayer):
-            continue
-        norm, mlp = layer.post_attention_layernorm, layer.mlp
-        if isinstance(mlp.forward, _InTiles):
-            norm.forward, mlp.forward = mlp.forward.norm, mlp.forward.mlp
-        if tokens:
-            norm.forward, mlp.forward = _pass_on, _InTiles(norm.forward, mlp.forward, tokens)
-
-
-def _pass_on(hidden: Tensor) -> Tensor:
-    """The forward of a norm that is computed with the MLP."""
-    return hidden
-
-
 @dataclass(frozen=True, slots=True)
-class _InTiles:
-    """The forward of an MLP: its norm's and its own, tile by tile."""
+class _TiledForward:
+    """Replaces the forward of an MLP: its norm, then the MLP, tile by tile.
+
+    Args:
+        norm, mlp: the original forwards of the norm and the MLP.
+        tokens: tokens of a tile.
+    """
 
     norm: Callable[[Tensor], Tensor]
     mlp: Callable[[Tensor], Tensor]
     tokens: int
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """(rows, length, hidden_size) -> the same shape."""
-        tiles = torch.split(hidden.flatten(0, 1), self.tokens)
-        return torch.cat([checkpoint(self._compute, tile, use_reentrant=False) for tile in tiles]).view_as(hidden)
+        """(rows, length, hidden_size) -> same shape and dtype."""
 
-    def _compute(self, tile: Tensor) -> Tensor:
-        return self.mlp(self.norm(tile))
+        def compute(tile: Tensor) -> Tensor:
+            return self.mlp(self.norm(tile))
+
+        tiles = torch.split(hidden.flatten(0, 1), self.tokens)
+        return torch.cat([checkpoint(compute, tile, use_reentrant=False) for tile in tiles]).view_as(hidden)
+
+
+def set_mlp_tiles(model: nn.Module, tokens: int) -> None:
+    """Compute norm and MLP of every decoder layer in tiles; it may be called again at any time.
+
+    Args:
+        model: a Phi-3, with or without an adapter.
+        tokens: tokens of a tile; 0 restores the untiled forward.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, Phi3DecoderLayer):
+            continue
+        norm, mlp = layer.post_attention_layernorm, layer.mlp
+        if isinstance(mlp.forward, _TiledForward):
+            norm.forward, mlp.forward = mlp.forward.norm, mlp.forward.mlp
+        if tokens:
+            mlp.forward = _TiledForward(norm.forward, mlp.forward, tokens)
+            norm.forward = lambda hidden: hidden  # the tiles compute the norm

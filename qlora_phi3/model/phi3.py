@@ -1,4 +1,7 @@
-"""The 4-bit base, its adapter, and what must hold for both: precision, coverage, no cache, no repacking."""
+"""The base model: loading it, its precision, and the model class whose forward accepts packed documents.
+
+Every loaded base is frozen, has no cache, and never repacks its 4-bit weights (`configure_base`).
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,95 +9,84 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, Phi3ForCausalLM, PreTrainedTokenizerBase
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import AutoTokenizer, Phi3ForCausalLM, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from qlora_phi3.errors import ModelError
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan
 from qlora_phi3.family import Architecture
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
-from qlora_phi3.model.loss import chunked_cross_entropy, select_supervised
 from qlora_phi3.model.mlp import set_mlp_tiles
+from qlora_phi3.model.quantized import disable_cpu_repacking, find_wrong_shapes, quantization_config
 from qlora_phi3.recipe.schema import Model, Quantization
 
 
-@dataclass
-class Phi3Output(CausalLMOutputWithPast):  # type: ignore[misc]
-    """A forward's output; with labels, `loss` and `num_correct` are set and `logits` is not."""
+class PackedPhi3ForCausalLM(Phi3ForCausalLM):  # type: ignore[misc]
+    """Phi-3 that accepts packed documents, and can return its final hidden states in place of logits."""
 
-    num_correct: Tensor | None = None
-
-
-class Phi3ForChunkedLoss(Phi3ForCausalLM):  # type: ignore[misc]
-    """Phi-3 whose forward, given labels, returns the chunked loss and never the logits."""
-
-    #: fp32 logits alive at once in the loss.
+    #: Bytes of fp32 logits that an objective may hold at once.
     logits_tile_bytes = DEFAULT_LOGITS_TILE_BYTES
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         *,
-        labels: Tensor | None = None,
-        num_items_in_batch: int | None = None,
         document_lengths: tuple[int, ...] | None = None,
+        return_final_hidden: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """As `Phi3ForCausalLM.forward`; `labels` are unshifted, and the summed loss is divided by `num_items_in_batch`.
+    ) -> CausalLMOutputWithPast | BaseModelOutputWithPast:
+        """As `Phi3ForCausalLM.forward`.
 
-        Without `num_items_in_batch` the loss is the mean over the supervised positions. `document_lengths` says where the
-        documents of a packed sequence end.
+        Args:
+            input_ids: (rows, length), int64.
+            document_lengths: tokens of each document of a packed sequence, in order; they sum to length.
+            return_final_hidden: return (rows, length, hidden_size) as `last_hidden_state`, without computing logits.
         """
-        if labels is None:
-            return super().forward(input_ids, **kwargs)
         if document_lengths is not None and self.config._attn_implementation == BY_DOCUMENT:
-            kwargs |= self._by_document(document_lengths)
-        hidden = self.model(input_ids, **{**kwargs, "use_cache": False}).last_hidden_state
-        hidden, targets = select_supervised(hidden, labels)
-        loss, num_correct = chunked_cross_entropy(
-            hidden,
-            _trained_weight(self.lm_head),
-            targets,
-            normalizer=num_items_in_batch or max(1, len(targets)),
-            tile_bytes=self.logits_tile_bytes,
-        )
-        return Phi3Output(loss=loss, num_correct=num_correct)
+            device = self.device
+            autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else self.model.embed_tokens.weight.dtype
+            window = self.config.sliding_window
+            kwargs["document_lengths"] = document_lengths
+            kwargs["attention_mask"] = without_mask(device)
+            kwargs["window_masks"] = build_window_masks(document_lengths, window, device=device, dtype=dtype)
+        if not return_final_hidden:
+            return super().forward(input_ids, **kwargs)
+        kwargs.pop("labels", None)  # PeftModelForCausalLM always passes it
+        return self.model(input_ids, **{**kwargs, "use_cache": False})
 
-    def _by_document(self, lengths: tuple[int, ...]) -> dict[str, Any]:
-        """What attention over documents laid end to end is told."""
-        device = self.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.model.embed_tokens.weight.dtype
-        masks = build_window_masks(lengths, self.config.sliding_window, device=device, dtype=dtype)
-        return {"document_lengths": lengths, "attention_mask": without_mask(device), "window_masks": masks}
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head (vocabulary, hidden_size); PEFT's trained copy if `modules_to_save` names the head."""
+        head = self.lm_head
+        trained = head.modules_to_save[head.active_adapters[0]] if isinstance(head, ModulesToSaveWrapper) else head
+        return cast(Tensor, trained.weight)
 
 
-def _trained_weight(head: nn.Module) -> Tensor:
-    """The output head's weight; PEFT's trained copy where `modules_to_save` names the head."""
-    chosen = head.modules_to_save[head.active_adapters[0]] if isinstance(head, ModulesToSaveWrapper) else head
-    return cast(Tensor, chosen.weight)
+def find_base(model: nn.Module) -> PackedPhi3ForCausalLM:
+    """Find the base inside its wrappers: PEFT's, DistributedDataParallel, or none."""
+    return next(module for module in model.modules() if isinstance(module, PackedPhi3ForCausalLM))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
-    """In which dtype the matmuls run, and the one line that says why."""
+    """The dtype of the matmuls, and the reason in one line."""
 
     compute_dtype: torch.dtype
     reason: str
 
 
 def choose_precision(wanted: str, device: torch.device) -> Precision:
-    """The compute dtype for a device: what the recipe asks for, or for "auto" bf16 where it is native.
+    """Choose the compute dtype for a device: the recipe's, or for "auto" bf16 where the hardware has it.
 
-    `torch.cuda.is_bf16_supported()` is True under emulation, so the compute capability is asked for. On CPU bf16 is native
-    with AVX512-BF16 or AMX.
+    `torch.cuda.is_bf16_supported()` is True under emulation, so we read the compute capability. A CPU has bf16 with AVX512-BF16
+    or AMX.
     """
     if wanted != "auto":
         return Precision(compute_dtype=getattr(torch, wanted), reason="the recipe asks for it")
@@ -109,10 +101,10 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
 
 
 def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
-    """The base's own fast tokenizer.
+    """Load the base's own fast tokenizer.
 
     Raises:
-        ModelError: there is none, or its files cannot be read.
+        ModelError: the base has none, or its files cannot be read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
@@ -120,7 +112,7 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(" :.")
         raise ModelError(
             f"The tokenizer of {config.name} cannot be read: {reason}.",
-            "Point [model] name at a whole checkpoint, its tokenizer files among it.",
+            "Point [model] name at a complete checkpoint that includes its tokenizer files.",
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(f"{config.name} has no fast tokenizer (tokenizer.json).", "Use a checkpoint that has one.")
@@ -135,36 +127,34 @@ def load_base(
     precision: Precision,
     device: torch.device,
     longest_row: int,
-) -> Phi3ForChunkedLoss:
-    """Load the frozen base, in 4-bit where the recipe says so.
+) -> PackedPhi3ForCausalLM:
+    """Load the frozen base, in 4-bit if the recipe says so.
 
     Args:
-        longest_row: tokens of the longest row the model will see; the sliding window is dropped where no row reaches it,
-            which is the same model without an explicit attention mask.
+        longest_row: tokens of the longest row that the model will process. The sliding window is removed if no row reaches it:
+            the model is the same, and needs no explicit attention mask.
 
     Raises:
-        ModelError: weights missing, cut short, of the wrong shape, or given only as a pickle.
+        ModelError: weights are missing, truncated, of another shape than the config's, or stored only as a pickle.
     """
     register_attention()
     with quiet_transformers():
         try:
-            model, info = Phi3ForChunkedLoss.from_pretrained(
+            model, info = PackedPhi3ForCausalLM.from_pretrained(
                 config.name,
                 revision=config.revision,
                 dtype=precision.compute_dtype,
-                quantization_config=quantization_config(quantization, precision),
+                quantization_config=quantization_config(quantization, precision.compute_dtype),
                 attn_implementation=attention_name(config),
                 device_map={"": device},
                 use_safetensors=True,
                 output_loading_info=True,
             )
+        except torch.OutOfMemoryError:
+            raise
         except (OSError, SafetensorError, EOFError, RuntimeError, ValueError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise ModelError(
-                _why_not_loaded(config.name, error), "Download the checkpoint again, whole, as safetensors."
-            ) from error
-    absent = [*sorted(info["missing_keys"]), *sorted(map(str, info["mismatched_keys"]))] or _of_another_shape(model)
+            raise _loading_error(config.name, error) from error
+    absent = [*sorted(info["missing_keys"]), *sorted(map(str, info["mismatched_keys"]))] or find_wrong_shapes(model)
     if absent:
         raise ModelError(
             f"The weights of {config.name} are incomplete: {len(absent)} tensors are missing or of another shape, "
@@ -172,70 +162,42 @@ def load_base(
             "Download the checkpoint again.",
         )
     configure_base(model, architecture, longest_row=longest_row)
-    return cast(Phi3ForChunkedLoss, model)
+    return cast(PackedPhi3ForCausalLM, model)
 
 
-def configure_base(model: Phi3ForChunkedLoss, architecture: Architecture, *, longest_row: int) -> None:
-    """What every loaded base gets: frozen, no cache, no window that no row reaches, no repacking."""
+def _loading_error(name: str, error: Exception) -> ModelError:
+    pickles = sorted(Path(name).glob("*.bin")) if Path(name).is_dir() else []
+    if pickles and not list(Path(name).glob("*.safetensors")):
+        return ModelError(
+            f"{name} holds its weights only as a pickle ({pickles[0].name}), which can run code when it is read.",
+            "Download the checkpoint as safetensors.",
+        )
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return ModelError(
+        f"The weights of {name} cannot be read: {reason}.", "Download the checkpoint again, complete, as safetensors."
+    )
+
+
+def configure_base(model: PackedPhi3ForCausalLM, architecture: Architecture, *, longest_row: int) -> None:
+    """Prepare a loaded base: frozen, no cache, no sliding window that no row reaches, no repacking of 4-bit weights."""
     model.config.use_cache = False
     if architecture.sliding_window is not None and longest_row <= architecture.sliding_window:
         model.config.sliding_window = None
         for module in model.modules():
             if getattr(module, "sliding_window", None) is not None:
                 module.sliding_window = None
-    _disable_cpu_repacking(model)
+    disable_cpu_repacking(model)
     model.requires_grad_(False)
 
 
 def attention_name(config: Model) -> str:
-    """The attention's name in transformers."""
+    """The name in transformers of the recipe's attention implementation."""
     return BY_DOCUMENT if config.attn_implementation == "sdpa" else config.attn_implementation
-
-
-def quantization_config(config: Quantization, precision: Precision) -> BitsAndBytesConfig | None:
-    """The recipe's [quantization] as transformers reads it; None where the base stays in 16 or 32 bit."""
-    if not config.load_in_4bit:
-        return None
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=precision.compute_dtype,
-    )
-
-
-def _why_not_loaded(name: str, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    pickles = sorted(Path(name).glob("*.bin")) if Path(name).is_dir() else []
-    if pickles and not list(Path(name).glob("*.safetensors")):
-        return f"{name} holds its weights only as a pickle ({pickles[0].name}), which can run code when it is read."
-    return f"The weights of {name} cannot be read: {first_line.rstrip('.')}."
-
-
-def _of_another_shape(model: nn.Module) -> list[str]:
-    """The 4-bit layers whose weights have not the shape of the config; transformers 5.23 compares only unquantized ones."""
-    return [
-        f"{name}.weight"
-        for name, layer in model.named_modules()
-        if isinstance(layer, bnb.nn.Linear4bit)
-        and tuple(layer.weight.quant_state.shape) != (layer.out_features, layer.in_features)
-    ]
-
-
-def _disable_cpu_repacking(model: nn.Module) -> None:
-    """Stop bitsandbytes 0.50 from repacking 4-bit weights in place at the first evaluation on CPUs with AVX512-BF16.
-
-    It never undoes that, and training afterwards is silently wrong: the first layer's gradient norm fell to 15 %. To be
-    removed when bitsandbytes restores the weights in `train()`.
-    """
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' warnings and bars while its loading report is read from the return value instead."""
+    """Silence transformers' warnings and progress bars; `load_base` reads the loading report from the return value."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -248,14 +210,21 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def set_checkpointing(model: PeftModel, every: int, *, offload: bool = False) -> None:
-    """Recompute every `every`-th decoder layer in the backward pass, 0 none; may be called again at any time.
+def apply_execution_plan(model: PeftModel, execution: ExecutionPlan) -> None:
+    """Apply a plan to the model: recomputation, offloading, the tiles of the MLP and of the loss."""
+    set_checkpointing(model, execution.checkpoint_every, offload=execution.activation_offloading)
+    set_mlp_tiles(model, execution.mlp_tile_tokens)
+    model.get_base_model().logits_tile_bytes = execution.logits_tile_bytes
 
-    transformers makes the embedding's output need a gradient, for the reentrant kind; the non-reentrant one does without,
-    and saves the backward pass through the first layer's own input.
+
+def set_checkpointing(model: PeftModel, every: int, *, offload: bool = False) -> None:
+    """Recompute every `every`-th decoder layer in the backward pass, 0 none; it may be called again at any time.
+
+    For reentrant checkpointing transformers makes the embedding's output require a gradient. Non-reentrant checkpointing does not
+    need this, and without it the backward pass skips the input of the first layer.
 
     Args:
-        offload: keep what recomputation starts from in the computer's memory.
+        offload: store the inputs of recomputed layers in host memory.
     """
     base = model.get_base_model()
     if every:
@@ -263,10 +232,3 @@ def set_checkpointing(model: PeftModel, every: int, *, offload: bool = False) ->
         base.disable_input_require_grads()
     else:
         base.activation_checkpointing_disable()
-
-
-def apply_execution_plan(model: PeftModel, execution: ExecutionPlan) -> None:
-    """Give the model what a plan chose: recomputation, offloading, the tiles of the MLP and of the loss."""
-    set_checkpointing(model, execution.checkpoint_every, offload=execution.activation_offloading)
-    set_mlp_tiles(model, execution.mlp_tile_tokens)
-    model.get_base_model().logits_tile_bytes = execution.logits_tile_bytes

@@ -4,6 +4,7 @@ A batch travels as rows. It is collated at its step, by the execution plan of th
 """
 
 import logging
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.files import disk_errors, remove
 from qlora_phi3.model.optimizer import build_optimizer
 from qlora_phi3.model.phi3 import apply_execution_plan
+from qlora_phi3.objectives import Objective, sft
 from qlora_phi3.recipe.schema import Training
 from qlora_phi3.reporter import EvalRecord, Phase, StepRecord
 from qlora_phi3.runfolder import RunFolder
@@ -143,8 +145,16 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
     """
 
     def __init__(
-        self, model: PeftModel, args: SFTConfig, context: RunContext, execution: ExecutionPlan, reporter: MetricsWriter
+        self,
+        model: PeftModel,
+        args: SFTConfig,
+        context: RunContext,
+        execution: ExecutionPlan,
+        reporter: MetricsWriter,
+        *,
+        objective: Objective = sft,
     ) -> None:
+        self.objective = objective
         self.control: TrainerControl
         self.optimizer: torch.optim.Optimizer | None
         self.training = context.recipe.training
@@ -211,7 +221,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         batch, result = self._compute(model, inputs.rows, "training", step)
         loss = float(result.loss)
         check_loss(loss, step)
-        self._last = batch, loss, float(result.num_correct) / max(1, batch.num_supervised)
+        self._last = batch, loss, _num_correct(result) / max(1, batch.num_supervised)
         return result.loss
 
     def run_heaviest(self, phase: Phase) -> None:
@@ -237,8 +247,10 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         def run_pass(batch: Batch) -> StepResult:
             if phase == "training":
                 backward = self.accelerator.backward
-                return forward_backward(model, batch, compute_dtype=self.compute_dtype, backward=backward)
-            [(_, result)] = evaluate(model, [batch], compute_dtype=self.compute_dtype)
+                return forward_backward(
+                    model, batch, objective=self.objective, compute_dtype=self.compute_dtype, backward=backward
+                )
+            [(_, result)] = evaluate(model, [batch], objective=self.objective, compute_dtype=self.compute_dtype)
             return result
 
         if phase == "training":
@@ -295,7 +307,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         for done, inputs in enumerate(loader, start=1):
             batch, result = self._compute(self.model, inputs.rows, "evaluation", step)
             total_loss += float(result.loss) * batch.num_supervised
-            correct += float(result.num_correct)
+            correct += _num_correct(result)
             tokens += batch.num_supervised
             self.reporter.progress("Measuring on held-out rows", done, len(loader))
         check_loss(total_loss, step)
@@ -345,6 +357,11 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the export writes a model card, a checkpoint needs none."""
+
+
+def _num_correct(result: StepResult) -> float:
+    """How many supervised tokens were predicted correctly; NaN if the objective does not count them."""
+    return float(result.metrics.get("num_correct", math.nan))
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from typing import Any
 
 from qlora_phi3.export.bundle import is_measured, tell_other_bits
 from qlora_phi3.export.run import Exported
-from qlora_phi3.export.stop import tell_runaway
+from qlora_phi3.export.stop import runaway_warning
 from qlora_phi3.ui.console import ConsoleReporter
 from qlora_phi3.units import format_count
 
@@ -24,7 +24,7 @@ def show_export(view: ConsoleReporter, exported: Exported) -> None:
         view.warning("Not held against the trained model (--no-verify).")
     if stops := report["stop_test"]:
         view.info(_stop_line(stops))
-        if told := tell_runaway(stops):
+        if told := runaway_warning(stops):
             view.warning(told)
     if exported.fault is not None:
         return

@@ -225,7 +225,7 @@ def test_a_file_that_differs_from_what_was_scored_in_one_bit_is_named(tmp_path):
     merged, scored = run.merged(dtype=torch.float16), candidates[0].checksums
     write_shards(merged, tmp_path / "out", plan_shards(merged.info, 2**18), key="")
     assert find_difference(scored, open_weights(tmp_path / "out"), quiet) is None
-    place = open_weights(tmp_path / "out").places["model.layers.1.mlp.down_proj.weight"]
+    place = open_weights(tmp_path / "out").locations["model.layers.1.mlp.down_proj.weight"]
     held = bytearray(place.path.read_bytes())
     held[place.offset + 1] ^= 1
     place.path.write_bytes(held)

@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from tiny import build_tokenizer, hub_template
 from tiny_model import build_config, save_tiny_model
 from transformers import GenerationConfig, Phi3ForCausalLM
 
@@ -19,7 +20,7 @@ from qlora_phi3.export.stop import (
     choose_dtype,
     choose_prompts,
     measure_stops,
-    tell_runaway,
+    runaway_warning,
 )
 
 CPU = torch.device("cpu")
@@ -27,7 +28,7 @@ STOP, OTHER_STOP = 300, 450
 
 
 def quiet(what: str, done: int, total: int | None) -> None:
-    """Progress that nobody watches."""
+    """Progress that is not shown."""
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,7 @@ def counter(tmp_path_factory: Any) -> Path:
     model.generation_config = GenerationConfig(eos_token_id=[STOP, OTHER_STOP], pad_token_id=STOP)
     folder = tmp_path_factory.mktemp("counter")
     model.save_pretrained(folder)
+    build_tokenizer(hub_template("Phi-3-mini-4k-instruct")).save_pretrained(folder)
     return folder
 
 
@@ -93,11 +95,11 @@ def test_the_stop_ids_are_those_of_the_exports_generation_config(counter, tmp_pa
 
 
 def test_progress_never_goes_back_and_ends_at_its_total(counter):
-    told: list[tuple[int, int | None]] = []
+    calls: list[tuple[int, int | None]] = []
     rows = [row(STOP - 20, prompt=500, answer=3) for _ in range(6)]
-    measure_stops(counter, rows, proof(), "nf4", progress=lambda _, done, total: told.append((done, total)))
-    assert told == sorted(told)
-    assert told[-1] == (64, 64)  # two batches
+    measure_stops(counter, rows, proof(), "nf4", progress=lambda _, done, total: calls.append((done, total)))
+    assert calls == sorted(calls)
+    assert calls[-1] == (64, 64)  # two batches
 
 
 def test_a_model_that_does_not_fit_is_looked_up_in_the_proof(counter):
@@ -111,18 +113,18 @@ def test_without_a_prompt_or_a_turn_that_ends_there_is_no_share(counter):
 
 
 @pytest.mark.parametrize(
-    ("stopped", "turns", "told"),
+    ("stopped", "turns", "part"),
     [
-        (0, 4, "never ended its turn by itself: answers will run on"),
-        (7, 16, "ended its turn by itself in only 7 of 16: answers will run on"),
+        (0, 4, "never"),
+        (7, 16, "only 7 of 16"),
         (8, 16, None),
         (0, 3, None),
         (0, 0, None),
     ],
 )
-def test_a_model_that_seldom_ends_its_turn_is_told(stopped, turns, told):
+def test_a_model_that_rarely_ends_its_turn_gets_a_warning(stopped, turns, part):
     stops = StopTest(method="generated", turns=turns, stopped=stopped, live_share=None).as_dict()
-    assert (told in tell_runaway(stops)) if told else tell_runaway(stops) is None
+    assert (part in runaway_warning(stops)) if part else runaway_warning(stops) is None
 
 
 def test_prompts_end_where_the_first_turn_begins_and_the_shortest_go_first():

@@ -14,8 +14,9 @@ from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.export.streamed import StreamedModel, TrainedBase, stream_live, stream_plain
 from qlora_phi3.family import parse_architecture, read_config
 from qlora_phi3.model.loss import select_supervised
-from qlora_phi3.model.phi3 import Precision, load_base
+from qlora_phi3.model.phi3 import Precision, find_base, load_base
 from qlora_phi3.model.weights import StoredWeights, open_weights, read_tensor
+from qlora_phi3.objectives import compute_supervised
 from qlora_phi3.recipe.schema import Lora, Model, Quantization
 from qlora_phi3.step import Batch, collate, evaluating
 
@@ -37,16 +38,9 @@ def lay_out(lengths: list[int], boundary: int | None = None, max_tokens: int = 1
 
 def whole_logits(model: Any, batch: Batch) -> torch.Tensor:
     """Logits of the supervised positions, from a model that is loaded whole."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    logits = []
+    head = find_base(model).lm_head
     with evaluating(model), torch.no_grad():
-        for micro in batch.micro_batches:
-            told = base._by_document(micro["document_lengths"])
-            hidden = base.model(
-                micro["input_ids"], position_ids=micro["position_ids"], use_cache=False, **told
-            ).last_hidden_state
-            logits.append(base.lm_head(select_supervised(hidden, micro["labels"])[0]))
-    return torch.cat(logits)
+        return torch.cat([head(compute_supervised(model, micro)[0]) for micro in batch.micro_batches])
 
 
 def streamed_logits(model: StreamedModel, batch: Batch) -> torch.Tensor:
@@ -171,7 +165,7 @@ def test_progress_counts_the_layers_of_every_micro_batch(tmp_path):
 def test_a_missing_tensor_and_one_of_another_shape_are_named(tmp_path):
     base = save_tiny_model(tmp_path / "base")
     stored, config = open_weights(base), read_config(str(base))
-    places = {name: place for name, place in stored.places.items() if name != "model.norm.weight"}
+    places = {name: place for name, place in stored.locations.items() if name != "model.norm.weight"}
     with pytest.raises(ModelError, match=r"hold no model\.norm\.weight"):
         stream_plain(StoredWeights(places), config)
     with pytest.raises(ModelError, match=r"gate_up_proj\.weight is of shape \(512, 128\), .* \(1024, 128\)"):

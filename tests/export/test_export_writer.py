@@ -69,7 +69,7 @@ def test_the_library_reads_one_file_back(tmp_path, tensors):
 
 def test_every_tensor_is_aligned_to_its_type(tmp_path, tensors):
     write(Held(tensors), tmp_path, shard_bytes=10**9)
-    for place in open_weights(tmp_path).places.values():
+    for place in open_weights(tmp_path).locations.values():
         assert place.offset % place.info.dtype.itemsize == 0
 
 

@@ -7,7 +7,7 @@ from tiny_model import gradients, load_tiny, random_rows, relative_difference, s
 from torch.autograd.graph import save_on_cpu
 
 from qlora_phi3.execution import MicroBatchPlan
-from qlora_phi3.model.attention import _attend_by_matmul, _suits_matmul
+from qlora_phi3.model import attention
 from qlora_phi3.model.mlp import set_mlp_tiles
 from qlora_phi3.model.phi3 import Precision, set_checkpointing
 from qlora_phi3.recipe.schema import Lora
@@ -30,20 +30,20 @@ def run_step(model, plan, rows=None):
     model.train()
     batch = collate(rows or random_rows(LENGTHS), plan)
     result = forward_backward(model, batch, compute_dtype=torch.float32, backward=torch.Tensor.backward)
-    return float(result.loss), int(result.num_correct), gradients(model), batch
+    return float(result.loss), int(result.metrics["num_correct"]), gradients(model), batch
 
 
 @pytest.mark.parametrize("four_bit", [True, False])
 @pytest.mark.parametrize("plan", [ONE_BY_ONE, PACKED, PACKED_IN_TWO])
 def test_accumulation_and_packing_change_neither_loss_nor_gradient(folder, plan, four_bit):
     model = load_tiny(folder, four_bit=four_bit)
-    loss, correct, expected, whole = run_step(model, ALL_AT_ONCE)
+    loss, correct, expected, together = run_step(model, ALL_AT_ONCE)
     other_loss, other_correct, other, split = run_step(model, plan)
-    assert len(whole.micro_batches) == 1
+    assert len(together.micro_batches) == 1
     assert other_loss == pytest.approx(loss, rel=1e-5)
     assert other_correct == correct
     assert relative_difference(expected, other) < 1e-5
-    assert (split.num_tokens, split.num_supervised) == (whole.num_tokens, whole.num_supervised)
+    assert (split.num_tokens, split.num_supervised) == (together.num_tokens, together.num_supervised)
 
 
 def test_eight_micro_batches_of_one_row_are_really_eight():
@@ -155,10 +155,10 @@ def test_packing_keeps_documents_apart_under_a_sliding_window(tmp_path, window):
 def test_a_sliding_window_no_row_reaches_is_dropped_without_changing_the_loss(tmp_path):
     folder = save_tiny_model(tmp_path, sliding_window=100)
     dropped = load_tiny(folder, longest_row=100)
-    kept = load_tiny(folder, longest_row=101)
+    with_window = load_tiny(folder, longest_row=101)
     assert dropped.config.sliding_window is None
-    assert kept.config.sliding_window == 100
-    assert run_step(dropped, PACKED)[0] == pytest.approx(run_step(kept, PACKED)[0], rel=1e-6)
+    assert with_window.config.sliding_window == 100
+    assert run_step(dropped, PACKED)[0] == pytest.approx(run_step(with_window, PACKED)[0], rel=1e-6)
 
 
 def test_longrope_rows_keep_their_factors_whatever_they_share_a_batch_with(tmp_path):
@@ -199,20 +199,20 @@ def test_the_evaluated_loss_is_the_training_loss_of_the_same_rows(folder):
     loss, correct, _, batch = run_step(model, PACKED)
     ((_, result),) = evaluate(model, [batch], compute_dtype=torch.float32)
     assert float(result.loss) == pytest.approx(loss, rel=1e-6)
-    assert int(result.num_correct) == correct
+    assert int(result.metrics["num_correct"]) == correct
 
 
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
-def test_attention_by_matmul_on_a_cpu_is_that_of_sdpa(key_heads):
+def test_attention_by_matmul_on_a_cpu_is_that_of_sdpa(key_heads, monkeypatch):
+    monkeypatch.setattr(attention, "_attend", None)  # only the matmuls run
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(1, heads, 50, 32, generator=generator, dtype=torch.bfloat16).requires_grad_()
         for heads in (4, key_heads, key_heads)
     )
-    ours = _attend_by_matmul(query, key, value, scaling=0.2)
+    ours, _ = attention.attend_by_document(torch.nn.Module(), query, key, value, None, (50,), scaling=0.2)
     wide = [tensor.float().repeat_interleave(4 // tensor.shape[1], 1) for tensor in (query, key, value)]
     expected = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True, scale=0.2).transpose(1, 2)
-    assert _suits_matmul(query)
     torch.testing.assert_close(ours.float(), expected, rtol=0.02, atol=0.02)
     weight = torch.randn(ours.shape, generator=generator)
     ours_gradients = torch.autograd.grad((ours.float() * weight).sum(), (query, key, value))

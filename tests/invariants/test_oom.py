@@ -246,7 +246,7 @@ def test_an_evaluation_that_ran_out_of_memory_counts_every_token_once(trials, pa
             return result
 
         batch, result = guard.compute(rows, run_pass, phase="evaluation", step=3)
-        return float(result.loss), int(result.num_correct), batch.num_supervised, [r.remedy for r in records]
+        return float(result.loss), int(result.metrics["num_correct"]), batch.num_supervised, [r.remedy for r in records]
 
     loss, *counts, _ = remedy(())
     for call in range(0, 200, 40):

@@ -1,4 +1,4 @@
-"""Whole runs that must end in the same adapter, byte for byte (fp32, CPU)."""
+"""Complete runs that must end in the same adapter, byte for byte (fp32, CPU)."""
 
 import pytest
 

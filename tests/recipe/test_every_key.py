@@ -53,7 +53,7 @@ class Lab:
         def load(*args, **kwargs):
             raise Enough(args, {**kwargs, "quantization_config": str(kwargs["quantization_config"])})
 
-        self.monkeypatch.setattr(model.Phi3ForChunkedLoss, "from_pretrained", load)
+        self.monkeypatch.setattr(model.PackedPhi3ForCausalLM, "from_pretrained", load)
         with pytest.raises(Enough) as caught:
             model.load_base(
                 recipe.model,

@@ -16,7 +16,7 @@ from workshop import build_base, read_json, read_lines
 
 from qlora_phi3.data.prepare import PreparedData
 from qlora_phi3.errors import RunError
-from qlora_phi3.model.quantized import tensor_checksum
+from qlora_phi3.model.quantized import tensor_record
 from qlora_phi3.recipe.schema import Lora, Model, Quantization
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.training import artifacts
@@ -114,7 +114,7 @@ def test_the_record_names_every_tensor_of_the_base_and_no_other(shop):
         name for name in stored if name.endswith("_proj.weight")
     }
     plain = "model.embed_tokens.weight"
-    assert record["tensors"][plain]["sha256"] == tensor_checksum(stored[plain])
+    assert record["tensors"][plain]["sha256"] == tensor_record(stored[plain])["sha256"]
 
 
 def test_a_run_is_not_resumed_on_another_base(shop):
@@ -168,7 +168,7 @@ def test_where_nothing_is_held_out_training_rows_are_kept_and_marked(tmp_path):
 
 def test_the_same_bits_give_the_same_checksum_wherever_they_lie_and_one_bit_another():
     tensor = torch.arange(12.0).reshape(3, 4)
-    assert tensor_checksum(tensor) == tensor_checksum(tensor.T.contiguous().T)
+    assert tensor_record(tensor) == tensor_record(tensor.T.contiguous().T)
     changed = tensor.clone()
     changed[2, 3] += 1e-6
-    assert tensor_checksum(changed) != tensor_checksum(tensor)
+    assert tensor_record(changed) != tensor_record(tensor)

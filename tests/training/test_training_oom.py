@@ -86,7 +86,7 @@ class Bench:
             self.passes.append(batch.row_indices)
             if micro is not None:
                 raise MicroBatchMemoryError(micro, MESSAGE)
-            return StepResult(loss=torch.zeros(()), num_correct=torch.zeros(()))
+            return StepResult(loss=torch.zeros(()), metrics={})
 
         rows = [
             {"input_ids": [1] * length, "labels": [1] * length, "source": 1, "source_row": 10 + row}

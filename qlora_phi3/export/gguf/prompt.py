@@ -18,6 +18,7 @@ from qlora_phi3.errors import ExportError
 from qlora_phi3.export.stop import PROBES, Message, Turns, chat, read_turns
 from qlora_phi3.family import read_architecture
 from qlora_phi3.files import atomic_file, disk_errors, read_json_object
+from qlora_phi3.inference import stop_ids
 from qlora_phi3.model.phi3 import load_tokenizer
 from qlora_phi3.recipe.schema import Model
 
@@ -156,11 +157,11 @@ def write_modelfile(folder: Path, gguf: Path, target: Path, *, force: bool = Fal
         raise ExportError(f"{target} exists.", "Give another place, or --force.")
     tokenizer = load_tokenizer(Model(name=str(folder)))
     prompting = plan_prompting(tokenizer, gguf.stem)
-    generation_config, stop_ids = folder / "generation_config.json", set()
+    generation_config, eos_token_id = folder / "generation_config.json", None
     if generation_config.is_file():
-        found = read_json_object(generation_config, ExportError, "Download the checkpoint again.").get("eos_token_id")
-        stop_ids |= set(found if isinstance(found, list) else [found])
-    stops = tokenizer.convert_ids_to_tokens(sorted({*stop_ids, prompting.end_of_turn} - {None}))
+        config = read_json_object(generation_config, ExportError, "Download the checkpoint again.")
+        eos_token_id = config.get("eos_token_id")
+    stops = tokenizer.convert_ids_to_tokens(sorted(stop_ids(eos_token_id, prompting.end_of_turn)))
     architecture = read_architecture(str(folder))
     # With longrope no more than the short factors serve, because llama.cpp decides by this number.
     limits = (architecture.longrope_boundary, architecture.max_position_embeddings, LARGEST_CONTEXT)

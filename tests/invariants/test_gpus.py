@@ -1,4 +1,4 @@
-"""The plans of different cards for one recipe train the same (fp32, CPU, no dropout)."""
+"""The plans of different GPUs for one recipe train the same (fp32, CPU, no dropout)."""
 
 import json
 
@@ -17,8 +17,8 @@ from qlora_phi3.step import collate, forward_backward
 SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
 LENGTHS = [150, 61, 123, 40, 212, 90, 233, 18, 77, 140, 201, 99, 64, 30, 180, 111]
 BATCH_SIZE, STEPS = 8, 4
-#: Of the cards, beside what every process takes.
-ROOM_MIB = (60, 76, 100, 400)
+#: Memory of each GPU, in addition to what every process takes.
+GPU_MIB = (60, 76, 100, 400)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plans(folder):
-    """The plan of each card, smallest first."""
+    """The plan of each GPU, smallest first."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     recipe = Recipe.model_validate(
         {
@@ -42,11 +42,11 @@ def plans(folder):
         recipe, config, parse_architecture(config, "tiny"), compute_dtype=torch.float32, capability=(8, 6)
     )
     rows = read_lengths(LENGTHS, [], BATCH_SIZE)
-    cards = [
+    gpus = [
         GpuLimits(limit_bytes=predictor.on_card(mib * 2**20), tflops_16bit=50.0, bandwidth_bytes_per_second=4e11)
-        for mib in ROOM_MIB
+        for mib in GPU_MIB
     ]
-    return [find_plan(predictor, rows, card, progress=lambda _: None) for card in cards]
+    return [find_plan(predictor, rows, gpu, progress=lambda _: None) for gpu in gpus]
 
 
 def train(folder, execution):
@@ -68,7 +68,7 @@ def train(folder, execution):
     return losses, weights
 
 
-def test_changing_the_card_changes_neither_the_losses_nor_the_weights(folder, plans):
+def test_changing_the_gpu_changes_neither_the_losses_nor_the_weights(folder, plans):
     assert all(plan.fits for plan in plans)
     execution_plans = [plan.execution for plan in plans]
     assert len({(execution.checkpoint_every, execution.micro_batch.max_tokens) for execution in execution_plans}) >= 3
@@ -80,6 +80,6 @@ def test_changing_the_card_changes_neither_the_losses_nor_the_weights(folder, pl
         assert relative_difference(weights, other_weights) < 1e-5
 
 
-def test_a_larger_card_is_never_slower(plans):
+def test_a_larger_gpu_is_never_slower(plans):
     seconds = [plan.step_time.seconds for plan in plans]
     assert seconds == sorted(seconds, reverse=True)

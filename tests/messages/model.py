@@ -1,0 +1,266 @@
+"""Messages about the base's files, the adapter's targets, 4-bit bases, and models loaded for generation."""
+
+import errno
+import json
+from unittest.mock import patch
+
+import torch
+from message_table import Message
+from safetensors.torch import load_file, save_file
+
+from qlora_phi3.errors import DataError, ModelError, RunError
+from qlora_phi3.family import read_architecture
+from qlora_phi3.inference import InferenceModel, generate, load_for_inference, read_end_of_turn
+from qlora_phi3.model.lora import attach_adapter
+from qlora_phi3.model.phi3 import Precision, load_base, load_tokenizer
+from qlora_phi3.model.quantized import read_quantized, save_quantized
+from qlora_phi3.model.weights import open_file, open_weights, read_tensor
+from qlora_phi3.recipe.schema import Lora, Model, Quantization
+
+CPU = torch.device("cpu")
+HALF = "model.layers.0.mlp.down_proj.weight"
+
+
+def load(folder, *, in_4bit=True):
+    return load_base(
+        Model(name=str(folder)),
+        Quantization(load_in_4bit=in_4bit),
+        read_architecture(str(folder)),
+        precision=Precision(compute_dtype=torch.float32, reason="the test asks for it"),
+        device=CPU,
+        longest_row=100,
+    )
+
+
+def with_base(shop, change):
+    """A copy of the base whose model.safetensors is changed."""
+    copy = shop.copy_base()
+    change(copy / "model.safetensors")
+    return copy
+
+
+def truncate(path, num_bytes=1000):
+    path.write_bytes(path.read_bytes()[:-num_bytes])
+
+
+def without_a_tensor(path):
+    tensors = load_file(path)
+    del tensors[HALF]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def as_pickle(path):
+    path.rename(path.with_name("pytorch_model.bin"))
+
+
+def adapted(shop, **lora):
+    return attach_adapter(load(shop.base, in_4bit=False), Lora(r=4, **lora))
+
+
+def with_index(shop, weight_map):
+    copy = shop.copy_base()
+    (copy / "model.safetensors").rename(copy / "a.safetensors")
+    text = weight_map if isinstance(weight_map, str) else json.dumps({"weight_map": weight_map})
+    (copy / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    return open_weights(copy)
+
+
+def read_truncated(shop):
+    copy = shop.copy_base()
+    weights = open_weights(copy)
+    truncate(copy / "model.safetensors", 10**6)
+    for name in weights.info:
+        read_tensor(weights, name)
+
+
+def write_file(shop, content):
+    (shop.path / "x.safetensors").write_bytes(content)
+    return open_file(shop.path / "x.safetensors")
+
+
+def of_unknown_dtype(shop):
+    save_file({"small": torch.zeros(4, dtype=torch.float8_e4m3fn)}, shop.path / "x.safetensors")
+    return open_file(shop.path / "x.safetensors")
+
+
+def on_a_full_disk(shop):
+    model = load(shop.base)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with patch("qlora_phi3.model.quantized.save_torch_state_dict", side_effect=full):
+        save_quantized(model, shop.path / "kept")
+
+
+def without_absmax(shop):
+    save_quantized(load(shop.base), shop.path / "kept")
+    stored = open_weights(shop.path / "kept")
+    stored.info = {key: info for key, info in stored.info.items() if key != f"{HALF}.absmax"}
+    return read_quantized(stored, HALF, CPU)
+
+
+def adapter_with(shop, **config):
+    folder = shop.path / "an-adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}), encoding="utf-8")
+    return load_for_inference(folder, device=CPU)
+
+
+def run_without_adapter(shop):
+    (shop.path / "a-run").mkdir()
+    shop.write(name="a-run/recipe.toml")
+    return load_for_inference(shop.path / "a-run", device=CPU)
+
+
+def template_with_end(shop, end):
+    tokenizer = load_tokenizer(Model(name=str(shop.base)))
+    path = shop.path / "own.jinja"
+    path.write_text(
+        "{% for m in messages %}{{ m['role'] }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '"
+        + end
+        + "' }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}",
+        encoding="utf-8",
+    )
+    return read_end_of_turn(tokenizer, str(path))
+
+
+def ask(shop, messages):
+    model = load(shop.base, in_4bit=False)
+    return generate(InferenceModel(model, load_tokenizer(Model(name=str(shop.base))), (0,)), messages)
+
+
+def row(name, trigger, says, hint, error=ModelError):
+    return Message(name=name, trigger=trigger, error=error, exit_code=2, says=says, hint=hint)
+
+
+MESSAGES = [
+    row(
+        "base-weights-cut-short",
+        lambda shop: load(with_base(shop, truncate)),
+        ("copy", "cannot be read"),
+        "Download the checkpoint again",
+    ),
+    row(
+        "base-weights-missing-tensor",
+        lambda shop: load(with_base(shop, without_a_tensor)),
+        (HALF, "incomplete"),
+        "Download the checkpoint again",
+    ),
+    row("base-weights-pickle", lambda shop: load(with_base(shop, as_pickle)), ("pytorch_model.bin",), "as safetensors"),
+    row(
+        "tokenizer-unreadable",
+        lambda shop: load_tokenizer(Model(name=str(shop.path))),
+        ("tokenizer",),
+        "complete checkpoint",
+    ),
+    row(
+        "lora-target-matches-nothing",
+        lambda shop: adapted(shop, target_modules=["q_proj", "o_proj"]),
+        ("'q_proj'", "down_proj, gate_up_proj, o_proj, qkv_proj"),
+        "all-linear",
+    ),
+    row(
+        "lora-pattern-matches-nothing",
+        lambda shop: adapted(shop, target_modules=".*q_proj"),
+        ("'.*q_proj'",),
+        'target_modules = [".*q_proj"]',
+    ),
+    row(
+        "lora-module-to-save-matches-nothing",
+        lambda shop: adapted(shop, modules_to_save=["nose"]),
+        ("modules_to_save", "'nose'"),
+        "lm_head",
+    ),
+    row(
+        "lora-rank-pattern-matches-nothing",
+        lambda shop: adapted(shop, rank_pattern={"nose": 4}),
+        ("rank_pattern", "'nose'"),
+        "Correct rank_pattern",
+    ),
+    row(
+        "lora-target-is-the-head",
+        lambda shop: adapted(shop, target_modules=["lm_head"]),
+        ("lm_head",),
+        'modules_to_save = ["lm_head"]',
+    ),
+    row(
+        "lora-layer-out-of-range",
+        lambda shop: adapted(shop, layers_to_transform=7),
+        ("layers_to_transform = 7", "2 layers"),
+        "0 to 1",
+    ),
+    row(
+        "lora-refused-by-peft",
+        lambda shop: adapted(shop, exclude_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+        ("PEFT", "[lora]"),
+        "Change [lora]",
+    ),
+    row(
+        "safetensors-none",
+        lambda shop: open_weights(shop.path),
+        ("model.safetensors.index.json",),
+        "complete checkpoint",
+    ),
+    row(
+        "safetensors-only-pickle",
+        lambda shop: open_weights(with_base(shop, as_pickle)),
+        ("pytorch_model.bin",),
+        "safetensors",
+    ),
+    row("index-unreadable", lambda shop: with_index(shop, "[]"), ("index.json",), "Download the checkpoint again"),
+    row(
+        "index-names-another-kind-of-file",
+        lambda shop: with_index(shop, {"x": "../a.bin"}),
+        ("'../a.bin'", "x"),
+        "safetensors",
+    ),
+    row(
+        "index-names-missing-shard",
+        lambda shop: with_index(shop, {"x": "b.safetensors"}),
+        ("b.safetensors", "x"),
+        "Download the checkpoint again",
+    ),
+    row(
+        "index-names-tensor-that-its-shard-lacks",
+        lambda shop: with_index(shop, {"lost": "a.safetensors"}),
+        ("a.safetensors", "lost"),
+        "Download the checkpoint again",
+    ),
+    row(
+        "safetensors-cut-short",
+        lambda shop: open_weights(with_base(shop, truncate)),
+        ("cut short", "incomplete"),
+        "Download or write the file again",
+    ),
+    row("safetensors-header-cut-short", lambda shop: write_file(shop, b"\x09"), ("1 bytes",), "Download or write"),
+    row(
+        "safetensors-other-content", lambda shop: write_file(shop, b"\0" * 20), ("x.safetensors",), "Download or write"
+    ),
+    row("safetensors-unknown-dtype", of_unknown_dtype, ("small", "F8_E4M3"), "BF16"),
+    row("safetensors-cut-short-while-read", read_truncated, ("bytes are missing",), "Download the checkpoint again"),
+    row(
+        "quantized-base-on-a-full-disk", on_a_full_disk, ("kept", "No space left on device"), "Free the disk", RunError
+    ),
+    row("quantized-tensor-incomplete", without_absmax, (HALF,), "16-bit weights"),
+    row(
+        "inference-of-nothing",
+        lambda shop: load_for_inference(shop.path / "nothing", device=CPU),
+        ("nothing",),
+        "runs/<recipe>/<time>",
+    ),
+    row("inference-run-without-adapter", run_without_adapter, ("a-run",), "--resume"),
+    row("inference-adapter-without-base", adapter_with, ("adapter_config.json",), "base_model_name_or_path"),
+    row(
+        "inference-adapter-without-weights",
+        lambda shop: adapter_with(shop, base_model_name_or_path=str(shop.base), target_modules=["o_proj"]),
+        ("an-adapter",),
+        "base_model_name_or_path",
+    ),
+    row(
+        "template-end-of-turn-is-no-token",
+        lambda shop: template_with_end(shop, "STOP"),
+        ("'STOP'",),
+        "the family's own template",
+        DataError,
+    ),
+    row("prompt-longer-than-the-model", lambda shop: ask(shop, "a " * 600), ("512 positions",), "Shorten", DataError),
+    row("messages-without-content", lambda shop: ask(shop, [{"role": "user"}]), ("messages",), "content", DataError),
+]

@@ -1,0 +1,101 @@
+"""The adapter covers the layers it names, and its fused forward is PEFT's."""
+
+import pytest
+import torch
+from tiny_model import FP32, gradients, load_tiny, relative_difference
+
+from qlora_phi3.errors import ModelError
+from qlora_phi3.family import read_architecture
+from qlora_phi3.model.lora import _FusedLoraForward, attach_adapter, linear_layers, measure_coverage
+from qlora_phi3.model.phi3 import load_base
+from qlora_phi3.objectives import sft
+from qlora_phi3.recipe.schema import Lora, Model, Quantization
+
+
+def load_base_of(folder):
+    return load_base(
+        Model(name=str(folder)),
+        Quantization(),
+        read_architecture(str(folder)),
+        precision=FP32,
+        device=torch.device("cpu"),
+        longest_row=100,
+    )
+
+
+def fused_layers(model):
+    return [module for module in model.modules() if isinstance(getattr(module, "forward", None), _FusedLoraForward)]
+
+
+def loss_and_gradients(model):
+    model.zero_grad()
+    ids = torch.randint(3, 512, (1, 40), generator=torch.Generator().manual_seed(0))
+    loss = sft(model, {"input_ids": ids, "labels": ids}, 39).loss
+    loss.backward()
+    return float(loss.detach()), gradients(model)
+
+
+@pytest.mark.parametrize("four_bit", [True, False])
+@pytest.mark.parametrize(
+    "lora", [Lora(r=8, lora_alpha=24), Lora(r=8, use_rslora=True), Lora(r=8, rank_pattern={"o_proj": 4})]
+)
+def test_the_update_in_one_matmul_is_pefts(folder, four_bit, lora):
+    model = load_tiny(folder, four_bit=four_bit, lora=lora)
+    layers = fused_layers(model)
+    assert len(layers) == 8
+    loss, ours = loss_and_gradients(model)
+    for layer in layers:
+        del layer.forward
+    peft_loss, theirs = loss_and_gradients(model)
+    assert loss == pytest.approx(peft_loss, rel=1e-6)
+    assert relative_difference(theirs, ours) < 1e-5
+
+
+@pytest.mark.parametrize("lora", [Lora(r=8, lora_dropout=0.1), Lora(r=8, use_dora=True)])
+def test_dropout_and_dora_keep_pefts_own_forward(folder, lora):
+    assert fused_layers(load_tiny(folder, lora=lora)) == []
+
+
+def test_a_disabled_adapter_leaves_the_base(folder):
+    model = load_tiny(folder)
+    ids = torch.randint(3, 512, (1, 20))
+    with torch.no_grad(), model.disable_adapter():
+        base = model(input_ids=ids).logits
+    with torch.no_grad():
+        adapted = model(input_ids=ids).logits
+        for layer in fused_layers(model):
+            layer.lora_B["default"].weight.zero_()
+        torch.testing.assert_close(model(input_ids=ids).logits, base)
+    assert float((adapted - base).abs().max()) > 1e-3
+
+
+def test_all_linear_covers_every_linear_weight_and_the_adapter_is_fp32(folder):
+    model = attach_adapter(load_base_of(folder), Lora(r=4))
+    coverage = measure_coverage(model)
+    assert coverage.share == 1.0
+    assert coverage.targets == ("down_proj", "gate_up_proj", "o_proj", "qkv_proj")
+    # by hand: in + out of qkv (128, 256), o (128, 128), gate_up (128, 512), down (256, 128), x rank 4 x 2 layers
+    assert coverage.trainable_parameters == 4 * 2 * (384 + 256 + 640 + 384)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_two_of_the_fused_layers_cover_their_share(folder):
+    model = attach_adapter(load_base_of(folder), Lora(r=4, target_modules=["o_proj", "down_proj"]))
+    # 128*128 + 256*128 of 128*256 + 128*128 + 128*512 + 256*128
+    assert measure_coverage(model).share == pytest.approx(49152 / 147456)
+
+
+def test_a_llama_name_that_matches_nothing_is_refused_with_the_models_own_layers(folder):
+    with pytest.raises(ModelError):
+        attach_adapter(load_base_of(folder), Lora(target_modules=["q_proj", "o_proj"]))
+
+
+def test_an_adapter_on_the_head_is_refused(folder):
+    with pytest.raises(ModelError):
+        attach_adapter(load_base_of(folder), Lora(target_modules=["lm_head"]))
+
+
+def test_linear_layers_leave_out_the_head(folder):
+    names = linear_layers(load_base_of(folder))
+    assert len(names) == 8
+    assert not any("lm_head" in name for name in names)

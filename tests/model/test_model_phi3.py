@@ -1,0 +1,106 @@
+"""The base is loaded as the recipe says, or refused in one line."""
+
+import shutil
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from tiny_model import FP32, load_tiny
+
+from qlora_phi3.errors import ModelError
+from qlora_phi3.family import read_architecture
+from qlora_phi3.model.phi3 import choose_precision, load_base, set_checkpointing
+from qlora_phi3.objectives import sft
+from qlora_phi3.recipe.schema import Model, Quantization
+
+CPU = torch.device("cpu")
+
+
+def load(folder, **quantization):
+    return load_base(
+        Model(name=str(folder)),
+        Quantization(**quantization),
+        read_architecture(str(folder)),
+        precision=FP32,
+        device=CPU,
+        longest_row=100,
+    )
+
+
+def test_the_base_is_nf4_with_double_quantization_and_frozen(folder):
+    model = load(folder)
+    layer = model.model.layers[0].mlp.down_proj
+    assert layer.weight.quant_state.quant_type == "nf4"
+    assert layer.weight.quant_state.nested
+    assert layer.weight.dtype == torch.uint8
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.config.use_cache is False
+
+
+def test_the_head_and_the_embedding_are_not_quantized(folder):
+    model = load(folder)
+    assert model.lm_head.weight.dtype == torch.float32
+    assert model.model.embed_tokens.weight.dtype == torch.float32
+
+
+def test_bitsandbytes_repacking_is_off_in_every_layer_on_a_cpu_that_has_it(folder, monkeypatch):
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    assert bnb.nn.Linear4bit(64, 64).support_avx512bf16_for_cpu
+    layers = [module for module in load(folder).modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    assert len(layers) == 8
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+def test_checkpointing_needs_no_gradient_of_the_embedding(folder):
+    model = load_tiny(folder)
+    set_checkpointing(model, 1)
+    model.train()
+    seen = []
+    model.base_model.model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].requires_grad))
+    ids = torch.randint(3, 512, (1, 30))
+    sft(model, {"input_ids": ids, "labels": ids}, 29).loss.backward()
+    assert seen[0] is False
+
+
+@pytest.mark.parametrize("wanted", ["bfloat16", "float16", "float32"])
+def test_a_named_precision_is_taken(wanted):
+    assert choose_precision(wanted, CPU).compute_dtype == getattr(torch, wanted)
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_cpu_computes_in_bf16_only_where_it_is_native(monkeypatch, native, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert choose_precision("auto", CPU).compute_dtype == expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((8, 6), torch.bfloat16), ((7, 5), torch.float16)])
+def test_a_gpu_computes_in_bf16_from_compute_capability_8(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert choose_precision("auto", torch.device("cuda", 0)).compute_dtype == expected
+
+
+def test_weights_cut_short_are_one_clear_error(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "cut")
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ModelError):
+        load(copy)
+
+
+def test_missing_tensors_are_refused_and_never_made_up(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(folder, tmp_path / "holes")
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError):
+        load(copy)
+
+
+def test_a_pickle_is_refused_with_the_reason(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "pickle")
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(ModelError):
+        load(copy)

@@ -1,0 +1,198 @@
+"""A run, an adapter and an export are loaded as what they are, and generate the same text in one piece and in many."""
+
+import shutil
+from dataclasses import replace
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from tiny_run import leave_run
+
+from qlora_phi3.adapters.peft_io import TOKENIZER_FILES
+from qlora_phi3.errors import DataError
+from qlora_phi3.inference import MARKS, generate, load_for_inference, stop_ids
+from qlora_phi3.model.phi3 import choose_precision, find_base
+from qlora_phi3.recipe.load import recipe_as_toml
+from qlora_phi3.recipe.schema import Recipe
+
+CPU = torch.device("cpu")
+QUESTION = [{"role": "user", "content": "What is red?"}]
+IDS = torch.randint(3, 500, (1, 20), generator=torch.Generator().manual_seed(0))
+
+
+def leave_trained(folder, base, *, chat_template="auto", **quantization):
+    """A run folder of an adapter that changes the base, and the live model."""
+    recipe = Recipe.model_validate(
+        {
+            "model": {"name": str(base)},
+            "data": {"train": "rows.jsonl", "chat_template": chat_template},
+            "quantization": {"bnb_4bit_compute_dtype": "float32", **quantization},
+        }
+    )
+    precision = choose_precision(recipe.compute_dtype, CPU)
+    run = leave_run(folder, base, quantization=recipe.quantization, precision=precision)
+    (folder / "recipe.toml").write_text(recipe_as_toml(recipe), encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, run.adapter / name)
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, base):
+    return leave_trained(tmp_path_factory.mktemp("trained"), base)
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    return load_for_inference(run.adapter.parent, device=CPU)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def linear_4bit(model):
+    return [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+
+
+def test_a_run_is_loaded_in_4bit_and_computes_what_was_trained(run, loaded):
+    assert len(linear_4bit(loaded.model)) == 8
+    assert not any(layer.support_avx512bf16_for_cpu for layer in linear_4bit(loaded.model))
+    assert torch.equal(logits(loaded.model), logits(run.live))
+
+
+def test_the_adapter_inside_a_run_is_loaded_as_the_run(run, loaded):
+    assert torch.equal(logits(load_for_inference(run.adapter, device=CPU).model), logits(loaded.model))
+
+
+def test_an_adapter_by_itself_is_loaded_onto_its_base_in_4bit(run, loaded, tmp_path):
+    adapter = shutil.copytree(run.adapter, tmp_path / "copied")
+    alone = load_for_inference(adapter, device=CPU, dtype=torch.float32)
+    assert len(linear_4bit(alone.model)) == 8
+    assert torch.equal(logits(alone.model), logits(loaded.model))
+    assert alone.stop_ids == loaded.stop_ids
+
+
+def test_a_run_that_was_not_quantized_is_not_quantized(tmp_path, base):
+    run = leave_trained(tmp_path, base, load_in_4bit=False)
+    model = load_for_inference(tmp_path, device=CPU).model
+    assert linear_4bit(model) == []
+    assert torch.equal(logits(model), logits(run.live))
+
+
+def test_a_run_in_bf16_keeps_its_adapter_in_fp32_and_generates(tmp_path, base):
+    leave_trained(tmp_path, base, bnb_4bit_compute_dtype="bfloat16")
+    inference = load_for_inference(tmp_path, device=CPU)
+    assert inference.model.lm_head.weight.dtype == torch.bfloat16
+    assert {p.dtype for name, p in inference.model.named_parameters() if "lora_" in name} == {torch.float32}
+    assert generate(inference, QUESTION, max_new_tokens=4)
+
+
+def test_an_export_is_loaded_in_its_own_dtype_or_the_one_given(tmp_path, base):
+    inference = load_for_inference(base, device=CPU)
+    assert linear_4bit(inference.model) == []
+    assert inference.model.lm_head.weight.dtype == torch.float32
+    assert load_for_inference(base, device=CPU, dtype=torch.bfloat16).model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_the_stop_ids_of_a_run_are_end_of_text_and_end_of_turn(loaded):
+    tokenizer = loaded.tokenizer
+    assert loaded.stop_ids == (find_base(loaded.model).config.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>"))
+
+
+@pytest.mark.parametrize(
+    ("eos", "end", "expected"),
+    [(None, None, ()), (2, None, (2,)), (2, 7, (2, 7)), ([5, 2], 2, (5, 2)), ([5, 2], 9, (5, 2, 9)), (None, 3, (3,))],
+)
+def test_stop_ids_are_each_listed_once(eos, end, expected):
+    assert stop_ids(eos, end) == expected
+
+
+def test_a_run_with_another_template_generates_with_it(tmp_path, base):
+    leave_trained(tmp_path, base, chat_template="phi4-mini")
+    tokenizer = load_for_inference(tmp_path, device=CPU).tokenizer
+    text = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
+    assert text == "<|user|>What is red?<|end|><|assistant|>"
+    assert not MARKS.search(tokenizer.chat_template)
+
+
+def test_a_greedy_answer_is_that_of_transformers(loaded):
+    prompt = "<|user|>\nWhat is red?<|end|>\n<|assistant|>\n"
+    ids = loaded.tokenizer(prompt, return_tensors="pt").input_ids
+    output = loaded.model.generate(
+        input_ids=ids, max_new_tokens=12, do_sample=False, use_cache=True, eos_token_id=list(loaded.stop_ids)
+    )
+    expected = loaded.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert expected
+    assert generate(loaded, prompt, max_new_tokens=12) == expected
+    assert generate(loaded, QUESTION, max_new_tokens=12) == expected
+
+
+def test_the_pieces_of_a_stream_make_the_text(loaded):
+    pieces = list(generate(loaded, QUESTION, max_new_tokens=12, stream=True))
+    assert len(pieces) > 2
+    assert "".join(pieces) == generate(loaded, QUESTION, max_new_tokens=12)
+
+
+def test_a_sampled_answer_depends_on_the_seed_alone(loaded):
+    texts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        texts.append(generate(loaded, QUESTION, max_new_tokens=12, temperature=2.0))
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_stream_that_is_closed_stops_generating(loaded):
+    calls = []
+    handle = find_base(loaded.model).register_forward_pre_hook(lambda *_: calls.append(1))
+    stream = generate(loaded, QUESTION, max_new_tokens=200, stream=True)
+    next(stream)
+    stream.close()
+    handle.remove()
+    assert len(calls) < 200
+
+
+def test_an_error_while_generating_reaches_the_reader(loaded):
+    def fail(*_):
+        raise RuntimeError("from the model")
+
+    handle = find_base(loaded.model).register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="from the model"):
+            generate(loaded, QUESTION)
+    finally:
+        handle.remove()
+
+
+def test_a_streamed_text_keeps_indentation_and_whole_characters(loaded, monkeypatch):
+    text = "if x:\n    return 1\n        # ä"
+
+    def generate_text(input_ids, stopping_criteria, **_):
+        for number in loaded.tokenizer(text, add_special_tokens=False).input_ids:
+            input_ids = torch.cat([input_ids, torch.tensor([[number]])], 1)
+            stopping_criteria[0](input_ids, None)
+
+    monkeypatch.setattr(loaded.model, "generate", generate_text)
+    pieces = list(generate(loaded, QUESTION, stream=True))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_stop_id_ends_the_answer(loaded):
+    first = generate(loaded, QUESTION, max_new_tokens=1)
+    ids = loaded.tokenizer(first, add_special_tokens=False).input_ids
+    every = replace(loaded, stop_ids=tuple(range(len(loaded.tokenizer))))
+    assert len(ids) >= 1
+    assert generate(every, QUESTION, max_new_tokens=50) == first
+
+
+def test_a_prompt_that_fills_every_position_is_refused(loaded):
+    with pytest.raises(DataError, match="512"):
+        generate(loaded, "word " * 600)
+
+
+def test_a_message_without_content_is_refused(loaded):
+    with pytest.raises(DataError):
+        generate(loaded, [{"role": "user"}])

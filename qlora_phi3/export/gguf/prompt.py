@@ -17,9 +17,10 @@ from typing import Any
 from jinja2 import TemplateError
 
 from qlora_phi3.errors import ExportError
-from qlora_phi3.export.bundle import GENERATION_CONFIG, read_object
+from qlora_phi3.export.bundle import DOWNLOAD_AGAIN, GENERATION_CONFIG
 from qlora_phi3.export.stop import PROBES, Message, Turns, chat, read_turns
 from qlora_phi3.family import read_architecture
+from qlora_phi3.files import read_json_object
 from qlora_phi3.model.phi3 import load_tokenizer
 from qlora_phi3.recipe.schema import Model
 
@@ -243,7 +244,7 @@ def _literal(text: str) -> str:
 def read_stops(folder: Path) -> list[int]:
     """The ids that generation stops at, by generation_config.json; none where it is not there."""
     path = folder / GENERATION_CONFIG
-    stops: Any = read_object(path).get("eos_token_id") if path.is_file() else None
+    stops: Any = read_json_object(path, ExportError, DOWNLOAD_AGAIN).get("eos_token_id") if path.is_file() else None
     return [] if stops is None else list(stops) if isinstance(stops, list) else [stops]
 
 

@@ -83,3 +83,8 @@ def disk_error_hint(error: BaseException) -> str:
         return "Raise the limit on a file's size (ulimit -f)"
     refused = isinstance(told, OSError) and told.errno not in FULL
     return "See that it is there and may be written" if refused else "Free the disk"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text without its full stop; the name of its class where it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

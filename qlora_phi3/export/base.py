@@ -16,18 +16,8 @@ import torch
 from torch import Tensor
 
 from qlora_phi3.errors import ExportError
-from qlora_phi3.model.quantized import (
-    Quantized,
-    Scheme,
-    add_bytes,
-    count_different_codes,
-    is_stored_quantized,
-    logical_info,
-    quantize,
-    quantized_record,
-    read_quantized,
-    sample_codes,
-)
+from qlora_phi3.model import quantized as four_bit
+from qlora_phi3.model.quantized import Quantized, Scheme, is_stored_quantized, quantized_record
 from qlora_phi3.model.weights import StoredWeights, TensorInfo
 
 #: Two means of the same absmax, summed in other orders, differ in fp32's last bits (6e-8 each); 1 and 2 threads gave 1e-7.
@@ -97,10 +87,8 @@ def read_record(path: Path) -> BaseRecord:
             tensors=tensors,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(
-            f"{path} does not describe the base that was trained on: {error!r}.",
-            "Export a run that this version trained.",
-        ) from error
+        message = f"{path} does not describe the base that was trained on: {error!r}."
+        raise ExportError(message, "Export a run that this version trained.") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,13 +165,11 @@ class RecordedBase:
         self.device = device or torch.device("cpu")
         #: Filled as tensors are read to their end.
         self.compared: dict[str, Compared] = {}
-        info = logical_info(stored)
+        info = four_bit.logical_info(stored)
         missing = next((name for name in record.tensors if name not in info), None)
         if missing is not None:
-            raise ExportError(
-                f"The base has no {missing}, which {record.name} had when the run was trained.",
-                "Give the base that the run names.",
-            )
+            message = f"The base has no {missing}, which {record.name} had when the run was trained."
+            raise ExportError(message, "Give the base that the run names.")
         self.info: Mapping[str, TensorInfo] = {name: info[name] for name in info if name in record.tensors}
         #: What the files hold and the trained model did not: the buffers of old checkpoints, a second copy of a tied head.
         self.left_out = tuple(sorted(info.keys() - record.tensors.keys()))
@@ -198,10 +184,8 @@ class RecordedBase:
             ExportError: the base holds this tensor in 4 bit only; raised by the call itself.
         """
         if is_stored_quantized(self.stored, name):
-            raise ExportError(
-                f"{self.record.name} holds {name} in 4 bit only: there is no original to merge onto.",
-                "Export with --onto nf4.",
-            )
+            message = f"{self.record.name} holds {name} in 4 bit only: there is no original to merge onto."
+            raise ExportError(message, "Export with --onto nf4.")
         recorded = self.record.tensors.get(name)
         rows = self.stored.iter_row_chunks(name)
         if recorded is None or recorded["kind"] != "plain":
@@ -211,7 +195,7 @@ class RecordedBase:
     def _compare_rows(self, name: str, recorded: str, rows: Iterator[Tensor]) -> Iterator[Tensor]:
         digest = hashlib.sha256()
         for chunk in rows:
-            add_bytes(digest, chunk.to(self.record.dtype))  # a cast gives the same bits on all hardware
+            four_bit.add_bytes(digest, chunk.to(self.record.dtype))  # a cast gives the same bits on all hardware
             yield chunk
         differs = digest.hexdigest() != recorded
         self.compared[name] = Compared(kind="plain", differs=differs, other_weights=differs)
@@ -233,37 +217,47 @@ class RecordedBase:
             other_weights=_are_other_weights(found, recorded),
         )
         if compared.differs and self.cached is not None:
-            saved = read_quantized(self.cached, name, self.device)
+            saved = four_bit.read_quantized(self.cached, name, self.device)
             if quantized_record(saved.packed, saved.state)["sha256"] != recorded["sha256"]:
                 raise ExportError(
                     f"The 4-bit base that the run saved holds another {name} than its record.",
                     "Remove the run's folder quantized_base; weights are then quantized again.",
                 )
-            count = count_different_codes(saved, found)
+            count = four_bit.count_different_codes(saved, found)
             compared, found = replace(compared, differs=False, from_cache=True, different_codes=count), saved
         self.compared[name] = compared
         return found
 
     def _quantize(self, name: str) -> Quantized:
         if is_stored_quantized(self.stored, name):
-            found = read_quantized(self.stored, name, self.device)
+            found = four_bit.read_quantized(self.stored, name, self.device)
             found.state.dtype = self.record.dtype  # bitsandbytes dequantizes to the dtype of a layer's input
             return found
         scheme, offset = self.record.scheme, self.record.tensors[name]["mean_absmax"]
         if scheme is None:
             raise ExportError(f"The run recorded {name} as 4-bit, but no quantization type.", "Train the run again.")
-        return quantize(self.stored, name, dtype=self.record.dtype, scheme=scheme, device=self.device, offset=offset)
+        return four_bit.quantize(
+            self.stored, name, dtype=self.record.dtype, scheme=scheme, device=self.device, offset=offset
+        )
 
-    def compare_plain(self) -> tuple[str, ...]:
-        """Compare every tensor that the run did not quantize: one or two seconds for a full Phi-3.
+    def compare_plain(self) -> None:
+        """Compare every tensor that the run did not quantize: one or two seconds for a full Phi-3."""
+        for name, recorded in self.record.tensors.items():
+            if recorded["kind"] == "plain":
+                deque(self.iter_row_chunks(name), maxlen=0)
 
-        Returns:
-            The names of those that differ. If there is one, these are other weights than the run's.
+    def check_weights(self, folder: Path) -> None:
+        """Refuse a base of which a tensor compared so far has other weights; `folder` is for the message.
+
+        Raises:
+            ExportError: other weights, which are not the run's quantized by other hardware.
         """
-        plain = [name for name, recorded in self.record.tensors.items() if recorded["kind"] == "plain"]
-        for name in plain:
-            deque(self.iter_row_chunks(name), maxlen=0)
-        return tuple(name for name in plain if self.compared[name].differs)
+        if others := summarise(self.compared).other_weights:
+            raise ExportError(
+                f"{folder} is not the base that was trained on: at least {len(others)} of {len(self.record.tensors)} tensors "
+                f"differ from the run's record, first {others[0]}.",
+                "Give the folder of the right one with --base.",
+            )
 
     def notes(self, names: Sequence[str]) -> dict[str, Any]:
         """The comparison of these tensors for JSON, so that an interrupted export does not need to read them again."""
@@ -278,6 +272,6 @@ def _are_other_weights(found: Quantized, recorded: Mapping[str, Any]) -> bool:
     """Whether these are other weights than the recorded ones, and not the same ones rounded by other hardware."""
     if not isclose(found.mean_absmax, recorded["mean_absmax"], rel_tol=MEAN_TOLERANCE):
         return True
-    was, now = recorded["sampled_codes"], sample_codes(found.packed)
+    was, now = recorded["sampled_codes"], four_bit.sample_codes(found.packed)
     changed = [one ^ other for one, other in zip(was, now, strict=False)]  # each byte holds two codes
     return sum(bool(byte & 0x0F) + bool(byte & 0xF0) for byte in changed) > MAX_ROUNDED_SHARE * 2 * len(was)

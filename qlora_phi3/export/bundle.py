@@ -37,6 +37,14 @@ PRIVATE_KEYS = ("output_dir", "report_to", "run_name")
 EXACT_QUANTS = {"f16": "float16", "bf16": "bfloat16"}
 
 
+@dataclass(frozen=True, slots=True)
+class EndOfTurn:
+    """The id that ends an assistant's turn, and the chat template of the training where the base has another one."""
+
+    token_id: int
+    template: str | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Companions:
     """What was written next to the weights."""
@@ -48,7 +56,7 @@ class Companions:
 
 
 def write_companions(
-    base: Path, adapter: Path, target: Path, *, dtype: str, untied: bool, end_of_turn: int, template: str | None
+    base: Path, adapter: Path, target: Path, *, dtype: str, untied: bool, ending: EndOfTurn
 ) -> Companions:
     """Copy the base's tokenizer, licence and configs into a directory.
 
@@ -56,8 +64,7 @@ def write_companions(
         adapter: the run's, with copies of the tokenizer files that were trained with.
         dtype: of the exported weights, as torch names it.
         untied: the output head has weights of its own, and the base's had not.
-        end_of_turn: id that ends an assistant's turn; generation stops at it too.
-        template: chat template that was trained with, where it is not the base's own.
+        ending: its id is added to the stop ids of the generation config; its chat template replaces the base's.
 
     Raises:
         ExportError: a tokenizer file of the base is not the one that was trained with, or a config is not a JSON object.
@@ -70,10 +77,10 @@ def write_companions(
             shutil.copyfile(base / name, target / name)
     changed = [
         *_write_config(base / CONFIG, target / CONFIG, dtype=dtype, untied=untied),
-        *_write_generation_config(base, target / GENERATION_CONFIG, end_of_turn),
+        *_write_generation_config(base, target / GENERATION_CONFIG, ending.token_id),
     ]
-    if template is not None:
-        (target / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")
+    if ending.template is not None:
+        (target / "chat_template.jinja").write_text(ending.template, encoding="utf-8", newline="\n")
         copied.pop("chat_template.jinja", None)
         changed.append("chat_template.jinja: the template that the recipe names")
     return Companions(copied=copied, changed=tuple(changed))
@@ -90,22 +97,16 @@ def check_trained_with(base: Path, adapter: Path) -> None:
     for name in TOKENIZER_FILES:
         file, trained = base / name, adapter / name
         if trained.is_file() and not file.is_file():
-            raise ExportError(
-                f"{file} is missing, and the run trained with it.",
-                f"Copy {trained} there, or give the right base with --base.",
-            )
+            hint = f"Copy {trained} there, or give the right base with --base."
+            raise ExportError(f"{file} is missing, and the run trained with it.", hint)
         if name in (CONFIG, GENERATION_CONFIG) or not file.is_file():
             continue
         if not trained.is_file():
-            raise ExportError(
-                f"{file} was not there when the run was trained.",
-                "Move it away, or give the folder of the right base with --base.",
-            )
+            hint = "Move it away, or give the folder of the right base with --base."
+            raise ExportError(f"{file} was not there when the run was trained.", hint)
         if sha256_file(trained) != sha256_file(file):
-            raise ExportError(
-                f"{file} is not the file that was trained with, which is in {trained.parent}.",
-                "Put it back, or give the folder of the right base with --base.",
-            )
+            hint = "Put it back, or give the folder of the right base with --base."
+            raise ExportError(f"{file} is not the file that was trained with, which is in {trained.parent}.", hint)
 
 
 def _write_config(source: Path, target: Path, *, dtype: str, untied: bool) -> list[str]:

@@ -1,6 +1,7 @@
 """Publish an export on the hub. The token comes from the environment or the hub's own store, and is sent to the hub only."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from glob import escape
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from qlora_phi3.errors import ExportError
+from qlora_phi3.errors import ExportError, first_line
 
 #: Raised when the hub refuses or cannot be reached: the hub's own errors are both, those of its HTTP library (httpx, then httpx2)
 #: are not OSErrors.
@@ -36,14 +37,12 @@ def check_push(repository: str, *, private: bool) -> None:
     except HfHubHTTPError as error:
         raise ExportError("The hub refuses your token.", "Run `hf auth login` again.") from error
     except HUB_ERRORS as error:
-        raise ExportError(f"The hub cannot be reached: {_first_line(error)}.", "Export without --push.") from error
-    if private:
-        try:
-            _check_private(api, repository)
-        except RepositoryNotFoundError:
-            pass  # it will be created
-        except HUB_ERRORS as error:
-            raise ExportError(f"{repository} cannot be looked up: {_first_line(error)}.", "Try again later.") from error
+        raise ExportError(f"The hub cannot be reached: {first_line(error)}.", "Export without --push.") from error
+    try:
+        with suppress(RepositoryNotFoundError):  # it will be created
+            _check_private(api, repository, private=private)
+    except HUB_ERRORS as error:
+        raise ExportError(f"{repository} cannot be looked up: {first_line(error)}.", "Try again later.") from error
 
 
 def push(folder: Path, names: Sequence[str], repository: str, *, private: bool) -> str:
@@ -58,8 +57,7 @@ def push(folder: Path, names: Sequence[str], repository: str, *, private: bool) 
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        if private:
-            _check_private(api, repository)  # an existing repository keeps its setting
+        _check_private(api, repository, private=private)  # an existing repository keeps its setting
         info = api.upload_folder(
             repo_id=repository,
             folder_path=folder,
@@ -69,19 +67,13 @@ def push(folder: Path, names: Sequence[str], repository: str, *, private: bool) 
     except HUB_ERRORS as error:
         options = "".join(f" --include '{name}'" for name in names) + (" --private" if private else "")
         raise ExportError(
-            f"{repository} could not be pushed: {_first_line(error)}.",
+            f"{repository} could not be pushed: {first_line(error)}.",
             f"The export is complete in {folder}; push it with: hf upload {repository} {folder} .{options}",
         ) from error
     return str(info.repo_url)
 
 
-def _check_private(api: HfApi, repository: str) -> None:
-    if not api.repo_info(repository).private:
-        raise ExportError(
-            f"--private: {repository} exists and is public.",
-            "Push to another name, or make it private in its settings.",
-        )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _check_private(api: HfApi, repository: str, *, private: bool) -> None:
+    if private and not api.repo_info(repository).private:
+        hint = "Push to another name, or make it private in its settings."
+        raise ExportError(f"--private: {repository} exists and is public.", hint)

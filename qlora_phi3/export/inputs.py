@@ -20,9 +20,9 @@ from transformers import Phi3Config
 
 from qlora_phi3.adapters.merging import EMBEDDING, HEAD, AdapterDeltas, read_deltas
 from qlora_phi3.data.template import choose_template
-from qlora_phi3.errors import DataError, ExportError, ModelError
+from qlora_phi3.errors import DataError, ExportError, ModelError, first_line
 from qlora_phi3.export.base import BaseRecord, RecordedBase, read_record, summarise
-from qlora_phi3.export.bundle import COMPANIONS, CONFIG, DOWNLOAD_AGAIN, check_trained_with, public_name
+from qlora_phi3.export.bundle import COMPANIONS, CONFIG, DOWNLOAD_AGAIN, EndOfTurn, check_trained_with, public_name
 from qlora_phi3.export.merge import MergedWeights, Onto
 from qlora_phi3.export.request import Request
 from qlora_phi3.family import parse_architecture
@@ -52,14 +52,6 @@ LOADING_KEYS = frozenset(
 )
 #: Marks of the assistant's words in a chat template, which only training reads.
 GENERATION_MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-
-
-@dataclass(frozen=True, slots=True)
-class EndOfTurn:
-    """The id that ends an assistant's turn, and the chat template of the training where the base has another one."""
-
-    token_id: int
-    template: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +89,7 @@ def open_sources(request: Request, reporter: Reporter) -> Sources:
     """
     run = request.run
     recipe, record = load_recipe(run.recipe), read_record(run.base)
-    folder = request.base or find_base(record, reporter.progress)
+    folder = request.options.base or find_base(record, reporter.progress)
     config = read_json_object(folder / CONFIG, ExportError, DOWNLOAD_AGAIN)
     parse_architecture(config, str(folder))
     _check_config(folder, config, run.adapter)
@@ -105,10 +97,9 @@ def open_sources(request: Request, reporter: Reporter) -> Sources:
     cached = open_weights(run.quantized_base) if run.quantized_base.is_dir() else None
     base = RecordedBase(open_weights(folder), record, cached=cached, device=device)
     reporter.progress("Comparing the base with the run's record", 0, None)
-    differing = base.compare_plain()
+    base.compare_plain()
     reporter.progress("Comparing the base with the run's record", 1, 1)
-    if differing:
-        raise _other_base(folder, differing, record)
+    base.check_weights(folder)
     check_trained_with(folder, run.adapter)
     if base.left_out:
         count = format_count(len(base.left_out), "tensor")
@@ -125,7 +116,7 @@ def open_sources(request: Request, reporter: Reporter) -> Sources:
         base=base,
         adapter=run.adapter,
         deltas=read_deltas(run.adapter, config),
-        rows=_read_rows(run.held_out) if request.verify else (),
+        rows=_read_rows(run.held_out) if request.options.verify else (),
         ending=ending,
         device=device,
     )
@@ -145,16 +136,11 @@ def find_base(record: BaseRecord, progress: Callable[[str, int, int | None], Non
     try:
         folder = snapshot_download(record.name, revision=record.revision, allow_patterns=list(PATTERNS))
     except LocalEntryNotFoundError as error:
-        raise ExportError(
-            f"The base {record.name} at commit {record.revision} is not on this computer, and the hub cannot be reached.",
-            "Check the connection, or give its folder with --base.",
-        ) from error
+        message = f"The base {record.name} at commit {record.revision} is not on this computer, and the hub cannot be reached."
+        raise ExportError(message, "Check the connection, or give its folder with --base.") from error
     except (HfHubHTTPError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ExportError(
-            f"The base {record.name} at commit {record.revision} cannot be downloaded: {reason}.",
-            "Give its folder with --base.",
-        ) from error
+        message = f"The base {record.name} at commit {record.revision} cannot be downloaded: {first_line(error)}."
+        raise ExportError(message, "Give its folder with --base.") from error
     progress("Downloading the base", 1, 1)
     return Path(folder)
 
@@ -182,10 +168,9 @@ def _check_config(folder: Path, config: dict[str, Any], adapter: Path) -> None:
     was, now = settings
     for key in sorted(was | now):
         if was.get(key) != now.get(key):
-            raise ExportError(
-                f"{folder / CONFIG} is not what was trained with: {key} is {repr(now.get(key))}, and was {repr(was.get(key))}.",
-                "Put it back, or give the folder of the right base with --base.",
-            )
+            path, value, trained_value = folder / CONFIG, repr(now.get(key)), repr(was.get(key))
+            message = f"{path} is not what was trained with: {key} is {value}, and was {trained_value}."
+            raise ExportError(message, "Put it back, or give the folder of the right base with --base.")
 
 
 def read_end_of_turn(base: Path, chat_template: str) -> EndOfTurn:
@@ -201,10 +186,8 @@ def read_end_of_turn(base: Path, chat_template: str) -> EndOfTurn:
     trained = choose_template(tokenizer, chat_template)
     token_id = tokenizer.convert_tokens_to_ids(trained.end_of_turn)
     if not isinstance(token_id, int) or tokenizer.decode([token_id]).strip() != trained.end_of_turn:
-        raise ExportError(
-            f"The chat template ends a turn with '{trained.end_of_turn}', which is not a single token of {base}.",
-            "Train with the family's own template.",
-        )
+        message = f"The chat template ends a turn with '{trained.end_of_turn}', which is not a single token of {base}."
+        raise ExportError(message, "Train with the family's own template.")
     is_own = bool(tokenizer.chat_template) and chat_template == "auto"
     if tokenizer.chat_template and not is_own:
         with suppress(DataError):  # the base's own template is not a known one
@@ -218,7 +201,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         return [{**row, "input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExportError(
-            f"The held-out rows of the run in {path} cannot be read: {error!r}.", "Export with --no-verify."
+            f"The held-out rows in {path} cannot be read: {error!r}.", "Export with --no-verify."
         ) from error
 
 
@@ -237,25 +220,6 @@ def check_adapter(run: RunFolder, report: Mapping[str, Any]) -> None:
         if copies:
             raise ExportError(message, f"Copy {copies[0]} there, or train again: qlora-phi3 run {run.recipe}")
         raise ExportError(message, f"Put the run's own back, or train again: qlora-phi3 run {run.recipe}")
-
-
-def check_base(sources: Sources) -> None:
-    """Compare the tensors read so far with the run's record.
-
-    Raises:
-        ExportError: they are other weights, and not the same ones quantized by other hardware.
-    """
-    others = summarise(sources.base.compared).other_weights
-    if others:
-        raise _other_base(sources.folder, others, sources.base.record)
-
-
-def _other_base(folder: Path, differing: Sequence[str], record: BaseRecord) -> ExportError:
-    return ExportError(
-        f"{folder} is not the base that was trained on: at least {len(differing)} of {len(record.tensors)} tensors differ from "
-        f"the run's record, first {differing[0]}.",
-        "Give the folder of the right one with --base.",
-    )
 
 
 def proved_status(sources: Sources) -> str:

@@ -24,7 +24,8 @@ from qlora_phi3.model.weights import TensorInfo, Weights
 
 #: The name in reports and options; "nf4" stands for the 4-bit weights that were trained, whatever their type.
 Onto = Literal["nf4", "original"]
-Opener = Callable[[], StreamedModel]
+#: Name of the model as it was trained: the 4-bit base with the adapter.
+LIVE = "live"
 
 
 class MergedWeights:
@@ -51,10 +52,8 @@ class MergedWeights:
         for name, shape in shapes.items():
             found = base.info[name].shape if name in base.info else "missing"
             if found != shape:
-                raise ExportError(
-                    f"{name} is {found} in the base, and the adapter was trained on {shape}.",
-                    "Give the base that the run names.",
-                )
+                message = f"{name} is {found} in the base, and the adapter was trained on {shape}."
+                raise ExportError(message, "Give the base that the run names.")
         quantized = next((name for name in base.info if is_stored_quantized(base.stored, name)), None)
         if onto == "original" and quantized is not None:
             base.iter_row_chunks(quantized)  # raises: there is no original
@@ -136,45 +135,30 @@ def _cast(name: str, chunk: Tensor, dtype: torch.dtype) -> Tensor:
         raise ExportError(f"{name} of the merged model holds NaN or infinity.", "Check the base's files and the run.")
     if not ends.to(dtype).isfinite().all():
         largest, dtype_name = float(ends.abs().max()), str(dtype).removeprefix("torch.")
-        raise ExportError(
-            f"{name} of the merged model reaches {largest:g}; {dtype_name} ends at {torch.finfo(dtype).max:g}.",
-            "Export with --dtype bf16.",
-        )
+        message = f"{name} of the merged model reaches {largest:g}; {dtype_name} ends at {torch.finfo(dtype).max:g}."
+        raise ExportError(message, "Export with --dtype bf16.")
     return chunk.to(dtype).cpu()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A merge to be scored.
+class ScoredModel:
+    """A model that a proof scores: the live one, a merge, or the base of a merge with the adapter unmerged.
 
     Args:
-        label: what people read for `onto`.
-        open: builds the merged model.
-        checksums: tensor -> SHA-256, filled as the tensors are read.
-        origin: builds the same base with the adapter unmerged, which the merge must agree with; None where this is the live
-            model.
-        checked: whether the merge is compared with its origin, which may be a pass of its own.
+        name: "live", "nf4" or "original", which are reported; or "nf4, unmerged" and so on, which merges are compared with.
+        label: what people read for it.
+        origin: the model that it must agree with; None where that is not checked.
+        checksums: of a merge, tensor -> SHA-256, filled as the tensors are read.
     """
 
-    onto: Onto
+    name: str
     label: str
-    open: Opener
-    checksums: Mapping[str, str]
-    origin: Opener | None = None
-    checked: bool = True
+    open: Callable[[], StreamedModel]
+    origin: str | None = None
+    checksums: Mapping[str, str] | None = None
 
 
-def live_model(base: RecordedBase, config: dict[str, Any], adapter: Path) -> Opener:
-    """The model as it was trained.
-
-    Args:
-        config: contents of the base's config.json.
-        adapter: the run's PEFT directory.
-    """
-    return partial(stream_live, TrainedBase(base), config, adapter, device=base.device)
-
-
-def make_candidates(
+def build_models(
     base: RecordedBase,
     deltas: AdapterDeltas,
     config: dict[str, Any],
@@ -183,33 +167,30 @@ def make_candidates(
     dtype: torch.dtype,
     ontos: Sequence[Onto] = ("nf4", "original"),
     checked: Sequence[Onto] = ("nf4", "original"),
-) -> list[Candidate]:
-    """The merges to be scored; their tensors are computed while they are scored.
+) -> list[ScoredModel]:
+    """The models of a proof, the live one first; a merge is computed while it is scored.
 
     Args:
         config: contents of the base's config.json.
         adapter: the run's PEFT directory.
         dtype: of the export.
-        checked: those that are compared with base and adapter unmerged.
+        ontos: the merges to score.
+        checked: those that are compared with base and adapter unmerged, which may be a pass of its own.
     """
     merged_config = {**config, "tie_word_embeddings": False} if deltas.unties else config
-    candidates = []
+    live = partial(stream_live, TrainedBase(base), config, adapter, device=base.device)
+    models = [ScoredModel(name=LIVE, label=LIVE, open=live, origin=LIVE)]
     for onto in ontos:
-        weights = _ChecksummedWeights(MergedWeights(base, deltas, onto=onto, dtype=dtype))
-        unmerged = _UnmergedBase(base, deltas, onto)
-        candidates.append(
-            Candidate(
-                onto=onto,
-                label=base.record.label(onto),
-                open=partial(stream_plain, weights, merged_config, device=base.device),
-                checksums=weights.checksums,
-                origin=None
-                if unmerged.is_live()
-                else partial(stream_live, unmerged, config, adapter, device=base.device),
-                checked=onto in checked,
-            )
-        )
-    return candidates
+        weights, label, origin = MergedWeights(base, deltas, onto=onto, dtype=dtype), base.record.label(onto), None
+        checksummed, unmerged = _ChecksummedWeights(weights), _UnmergedBase(base, deltas, onto)
+        if onto in checked:
+            origin = LIVE if unmerged.is_live() else f"{onto}, unmerged"
+        build = partial(stream_plain, checksummed, merged_config, device=base.device)
+        models.append(ScoredModel(name=onto, label=label, open=build, origin=origin, checksums=checksummed.checksums))
+        if origin not in (None, LIVE):
+            build = partial(stream_live, unmerged, config, adapter, device=base.device)
+            models.append(ScoredModel(name=f"{onto}, unmerged", label=f"{label}, unmerged", open=build))
+    return models
 
 
 class _ChecksummedWeights:

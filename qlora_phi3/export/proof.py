@@ -6,7 +6,6 @@ the weights are written, saved until the export is complete, and the files are t
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,13 +18,13 @@ from torch import Tensor
 from qlora_phi3.errors import ExportError
 from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.export.bundle import DOWNLOAD_AGAIN, GENERATION_CONFIG
-from qlora_phi3.export.inputs import Sources, check_base
-from qlora_phi3.export.merge import Candidate, Onto, Opener, live_model, make_candidates
+from qlora_phi3.export.inputs import Sources
+from qlora_phi3.export.merge import LIVE, Onto, ScoredModel, build_models
 from qlora_phi3.export.request import Request
 from qlora_phi3.export.streamed import Final, Progress
 from qlora_phi3.export.writer import DISK_HINT
 from qlora_phi3.family import Architecture, parse_architecture
-from qlora_phi3.files import atomic_file, disk_errors, read_json_object
+from qlora_phi3.files import atomic_file, disk_errors, read_json_object, remove
 from qlora_phi3.model.loss import IGNORE_INDEX
 from qlora_phi3.model.quantized import checksum_of
 from qlora_phi3.model.weights import Weights, open_weights
@@ -36,27 +35,19 @@ from qlora_phi3.step import collate
 CPU_TOKENS, CUDA_TOKENS = 1024, 16384
 #: A tile of logits: words of the vocabulary, and positions; 8 MiB in float64, of which about four exist for each model.
 TILE_VOCABULARY, TILE_POSITIONS = 2048, 512
-LIVE = "live"
 #: In the staging directory: the finished proof.
 SCORED = ".scored.json"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tolerance:
-    """Largest KL divergence of a merge from base and adapter unmerged, nats: on average and at the worst position."""
-
-    mean_kl: float
-    max_kl: float
-
-
-#: By the export's dtype. A faithful merge was off by 7e-7 to 2e-6 on average in fp16, and by less than 1e-9 in fp32 (SmolLM2-135M
+#: Largest KL divergence of a merge from base and adapter unmerged, nats, by the export's dtype: mean, and at the worst position.
+#: A faithful merge was off by 7e-7 to 2e-6 on average in fp16, and by less than 1e-9 in fp32 (SmolLM2-135M
 #: as a Phi-3, run in bf16, LoRA r = 16, 511 positions). bf16 loses updates of less than half its step, 1/512 of their weight, and
 #: they all point where the adapter points: 3e-4 after 60 steps of training; after 12 steps 8e-3, and 0.04 nats of loss, which is
 #: not faithful. There the distance between both merges was 0.2 to 0.3, and of a base without its adapter 1.1.
 TOLERANCES = {
-    torch.float32: Tolerance(mean_kl=1e-6, max_kl=1e-4),
-    torch.float16: Tolerance(mean_kl=1e-4, max_kl=1e-2),
-    torch.bfloat16: Tolerance(mean_kl=1e-3, max_kl=1e-1),
+    torch.float32: (1e-6, 1e-4),
+    torch.float16: (1e-4, 1e-2),
+    torch.bfloat16: (1e-3, 1e-1),
 }
 
 
@@ -132,23 +123,22 @@ def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: O
     Raises:
         ExportError: the base has other weights than the run's, or no held-out row has a supervised token.
     """
-    key = f"{key} {request.onto} {sources.device.type}"
+    key = f"{key} {request.options.onto} {sources.device.type}"
     if (scored := _read_scored(draft / SCORED, key, sources)) is not None:
         reporter.info("The proof was made before the interruption and is used again")
         return scored
     ontos: list[Onto] = [each for each in ("nf4", "original") if sources.can_merge(each)]
-    candidates = make_candidates(
+    models = build_models(
         sources.base,
         sources.deltas,
         sources.config,
         sources.adapter,
         dtype=getattr(torch, request.dtype),
         ontos=ontos,
-        checked=ontos if request.onto == "auto" else (onto,),
+        checked=ontos if request.options.onto == "auto" else (onto,),
     )
     proof = prove(
-        live_model(sources.base, sources.config, sources.adapter),
-        candidates,
+        models,
         sources.rows,
         parse_architecture(sources.config, str(sources.folder)),
         stop_ids=read_json_object(draft / GENERATION_CONFIG, ExportError, DOWNLOAD_AGAIN)["eos_token_id"],
@@ -156,7 +146,8 @@ def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: O
         progress=reporter.progress,
         check=partial(refuse_other_base, sources, draft),
     )
-    scored = Scored(proof=proof, checksums={each.onto: dict(each.checksums) for each in candidates})
+    checksums = {model.name: dict(model.checksums) for model in models if model.checksums is not None}
+    scored = Scored(proof=proof, checksums=checksums)
     notes = sources.base.notes(list(sources.base.compared))
     with disk_errors(draft, ExportError, hint=DISK_HINT), atomic_file(draft / SCORED) as staging:
         staging.write_text(json.dumps({"key": key, **asdict(scored), "notes": notes}), encoding="utf-8")
@@ -182,21 +173,16 @@ def _read_scored(path: Path, key: str, sources: Sources) -> Scored | None:
 
 
 def refuse_other_base(sources: Sources, draft: Path) -> None:
-    """Check the tensors read so far, and remove the draft of an export that began with other weights than the run's.
-
-    Raises:
-        ExportError: as `inputs.check_base`.
-    """
+    """As `RecordedBase.check_weights`; removes the draft, of which nothing can be used with the right base."""
     try:
-        check_base(sources)
+        sources.base.check_weights(sources.folder)
     except ExportError:
-        shutil.rmtree(draft, ignore_errors=True)
+        remove(draft)
         raise
 
 
 def prove(
-    live: Opener,
-    candidates: Sequence[Candidate],
+    models: Sequence[ScoredModel],
     rows: Sequence[Mapping[str, Any]],
     architecture: Architecture,
     *,
@@ -205,9 +191,10 @@ def prove(
     progress: Progress,
     check: Callable[[], None] = lambda: None,
 ) -> Proof:
-    """Score the live model and the candidates, one after the other.
+    """Score models one after the other.
 
     Args:
+        models: `build_models`.
         rows: `input_ids`, `labels` (unshifted, -100 where not supervised); "trained": true in rows that were trained on.
         stop_ids: tokens that end a turn.
         max_tokens: of the rows together; see `choose_rows`.
@@ -217,37 +204,28 @@ def prove(
         ExportError: no row has a supervised token.
     """
     chosen = choose_rows(rows, max_tokens)
-    plan = MicroBatchPlan(
-        max_tokens=max_tokens, max_rows=len(chosen), packing=True, longrope_boundary=architecture.longrope_boundary
-    )
+    boundary = architecture.longrope_boundary
+    plan = MicroBatchPlan(max_tokens=max_tokens, max_rows=len(chosen), packing=True, longrope_boundary=boundary)
     batch = collate(chosen, plan)
     targets = torch.cat([micro["labels"][micro["labels"] != IGNORE_INDEX] for micro in batch.micro_batches])
-    openers: dict[str, tuple[str, Opener]] = {LIVE: (LIVE, live)}
-    origins = {LIVE: LIVE}
-    for each in candidates:
-        openers[each.onto] = each.label, each.open
-        if each.checked:
-            origins[each.onto] = LIVE if each.origin is None else f"{each.onto}, unmerged"
-        if each.checked and each.origin is not None:
-            openers[origins[each.onto]] = f"{each.label}, unmerged", each.origin
     finals = {}
-    for number, (name, (label, opener)) in enumerate(openers.items(), 1):
-        model = opener()
-        finals[name] = model.run(batch, f"Proof {number} of {len(openers)}: scoring {label}, layers", progress)
-        model.model.to("meta")  # frees the adapter now: modules and their hooks refer to each other
-        del model
+    for number, model in enumerate(models, 1):
+        streamed, what = model.open(), f"Proof {number} of {len(models)}: scoring {model.label}, layers"
+        finals[model.name] = streamed.run(batch, what, progress)
+        streamed.model.to("meta")  # frees the adapter now: modules and their hooks refer to each other
+        del streamed
         check()
-    names = [LIVE, *(each.onto for each in candidates)]
-    pairs = {*((LIVE, name) for name in names), *((origin, name) for name, origin in origins.items())}
+    reported = {model.name: model.origin for model in models if model.name == LIVE or model.checksums is not None}
+    pairs = {(origin, name) for name, own in reported.items() for origin in (LIVE, own) if origin is not None}
     sums = _sum_tiles(finals, pairs, targets, vocab_size=architecture.vocab_size, progress=progress)
     ends = torch.isin(targets, torch.tensor(list(stop_ids), dtype=targets.dtype))
-    both = {"nf4", "original"} <= set(names)
+    both = {"nf4", "original"} <= reported.keys()
     return Proof(
         rows=len(chosen),
         tokens=len(targets),
         turns=int(ends.sum()),
         trained=any(bool(row.get("trained")) for row in chosen),
-        scores=tuple(_score(name, origins.get(name), sums, ends, stop_ids) for name in names),
+        scores=tuple(_score(name, origin, sums, ends, stop_ids) for name, origin in reported.items()),
         loss_difference=compare_losses(sums.losses("nf4"), sums.losses("original")) if both else None,
     )
 
@@ -266,9 +244,8 @@ def choose_rows(rows: Sequence[Mapping[str, Any]], max_tokens: int) -> list[Mapp
             chosen.append(cut)
             left -= len(cut["input_ids"])
     if not chosen:
-        raise ExportError(
-            f"None of the {len(rows)} held-out rows has a supervised token to score.", "Export with --no-verify."
-        )
+        message = f"None of the {len(rows)} held-out rows has a supervised token to score."
+        raise ExportError(message, "Export with --no-verify.")
     return chosen
 
 
@@ -397,8 +374,8 @@ def compare_losses(quantized: Tensor, original: Tensor) -> LossDifference:
 def choose_onto(proof: Proof) -> Onto:
     """What `--onto auto` merges onto: the original only where its loss is lower by more than two standard errors.
 
-    The 4-bit weights are what was trained on. On the run of the demo (README) the merge onto the original was better by 0.025 nats
-    over 494 tokens, and had another most likely token than the trained model at 18 % of the positions.
+    The 4-bit weights are what was trained on. In the demo of the README the merge onto the original was better by 0.025 nats over
+    494 tokens, and had another most likely token than the trained model at 18 % of the positions.
     """
     if proof.loss_difference is None:  # there is only one merge
         return cast(Onto, next(score.name for score in proof.scores if score.name != LIVE))
@@ -416,7 +393,7 @@ def find_difference(scored: Mapping[str, str], written: Weights, progress: Progr
     """The first tensor whose bytes in the files are not those that were scored; None where there is none.
 
     Args:
-        scored: `Candidate.checksums` after the proof.
+        scored: `ScoredModel.checksums` after the proof.
     """
     names = sorted({*scored, *written.info})
     for done, name in enumerate(names):
@@ -433,11 +410,8 @@ def find_fault(score: Score, dtype: torch.dtype) -> str | None:
     A merge onto the original differs from the live model by what quantization changed, which is shown and is not a fault. It is
     compared with the adapter on the unquantized base instead.
     """
-    limit = TOLERANCES[dtype]
-    for what, value, most in (
-        ("mean", score.fault_mean_kl, limit.mean_kl),
-        ("largest", score.fault_max_kl, limit.max_kl),
-    ):
+    values = {"mean": score.fault_mean_kl, "largest": score.fault_max_kl}
+    for (what, value), most in zip(values.items(), TOLERANCES[dtype], strict=True):
         if value is not None and not value <= most:  # so that NaN is a fault
             return f"the {what} KL divergence from base and adapter unmerged is {value:.1e}, and {most:.0e} is allowed"
     return None

@@ -6,6 +6,7 @@ An export lists every file it wrote in its report (`export_report.json`). Only f
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ DEFAULT_ONTO, DEFAULT_DTYPE = "auto", "fp16"
 MIN_SIZE_BYTES = 2**20
 
 OTHER_PLACE = "Move it away, or give --out another folder."
+FORCE = "Give --out another folder, or --force to replace it."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +53,9 @@ class ExportOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A checked export: its run, its targets, and its options with sizes in bytes and torch's name of the dtype."""
+    """An export whose options, run and targets are checked."""
 
+    options: ExportOptions
     run: RunFolder
     #: Contents of the run's report.json.
     report: dict[str, Any]
@@ -60,27 +63,14 @@ class Request:
     name: str
     #: `merge_key` of the merged model.
     key: str
-    #: Directory of the merged model; a GGUF is made from it and written to `gguf_target`.
+    #: Directory of the merged model; a GGUF is made from it and written to `gguf_file`.
     target: Path
-    gguf_target: Path | None
-    #: llama.cpp's name of the GGUF type.
+    gguf_file: Path | None
+    #: llama.cpp's name of the GGUF type, and torch's name of the dtype of the merged model.
     quant: str
-    #: torch's name.
     dtype: str
-    onto: str
-    #: Directory of the base, where it is not the one that the run names.
-    base: Path | None
     shard_bytes: int
     max_ram_bytes: int | None
-    verify: bool
-    force: bool
-    push: str | None
-    private: bool
-
-    @property
-    def gguf_file(self) -> Path | None:
-        """The .gguf file to write."""
-        return self.gguf_target and self.gguf_target / f"{self.name}-{self.quant}.gguf"
 
 
 def make_request(run: Path, options: ExportOptions) -> Request:
@@ -95,56 +85,41 @@ def make_request(run: Path, options: ExportOptions) -> Request:
             that must not be written.
     """
     folder, report = find_finished_run(run, verify=options.verify)
-    if (base := options.base) is not None and not (base / "config.json").is_file():
-        hint = "Give the folder of the checkpoint that was trained on."
-        if not base.is_dir():
-            raise ExportError(f"--base {base} is not a folder.", hint)
-        raise ExportError(f"--base {base} has no config.json.", hint)
-    default_quant = DEFAULT_QUANTS[options.dtype]
+    if options.base is not None and not (options.base / "config.json").is_file():
+        raise ExportError(
+            f"--base {options.base} has no config.json.", "Give the folder of the base that was trained on."
+        )
+    name = str(report.get("name") or f"phi3-{str(report.get('started'))[:10]}")  # never a path, which is private
+    default_quant, dtype = DEFAULT_QUANTS[options.dtype], DTYPES[options.dtype]
     quant = (options.quant or default_quant).lower()
     suffix = "" if options.onto == DEFAULT_ONTO else f"-{options.onto}"
     suffix += "" if options.dtype == DEFAULT_DTYPE else f"-{options.dtype}"
-    target, gguf_target = folder.path / f"merged{suffix}", None
+    target, gguf_file = folder.path / f"merged{suffix}", None
     if options.kind == "gguf":
         quant_suffix = "" if quant == default_quant else f"-{quant}"
-        gguf_target = (options.out or folder.path / f"gguf{suffix}{quant_suffix}").resolve()
+        gguf_folder = (options.out or folder.path / f"gguf{suffix}{quant_suffix}").resolve()
+        gguf_file = gguf_folder / f"{name}-{quant}.gguf"
     elif options.out is not None:
         target = options.out
-    dtype = DTYPES[options.dtype]
     request = Request(
+        options=options,
         run=folder,
         report=report,
-        name=str(report.get("name") or f"phi3-{str(report.get('started'))[:10]}"),  # a path is private
+        name=name,
         key=merge_key(folder, dtype=dtype, onto=options.onto),
         target=target.resolve(),  # of a link, the directory it leads to is replaced, and the link stays
-        gguf_target=gguf_target,
+        gguf_file=gguf_file,
         quant=quant,
         dtype=dtype,
-        onto=options.onto,
-        base=base,
         shard_bytes=_parse_size_option("--shard-size", options.shard_size),
         max_ram_bytes=None if options.max_ram is None else _parse_size_option("--max-ram", options.max_ram),
-        verify=options.verify,
-        force=options.force,
-        push=options.push,
-        private=options.private,
     )
-    if request.push is not None:
+    if options.push is not None:
         from qlora_phi3.export.hub import check_push  # not at the top: `--help` reads this module
 
-        check_push(request.push, private=request.private)
+        check_push(options.push, private=options.private)
     check_targets(request)
     return request
-
-
-def _parse_size_option(option: str, text: str) -> int:
-    try:
-        size = parse_size(text)
-    except ValueError as error:
-        raise ExportError(f"{option} {error}", "Write a size such as 5GB.") from error
-    if size < MIN_SIZE_BYTES:
-        raise ExportError(f"{option} {text} is too small.", f"Give at least {MIN_SIZE_BYTES // 2**20} MiB.")
-    return size
 
 
 def find_finished_run(path: Path, *, verify: bool) -> tuple[RunFolder, dict[str, Any]]:
@@ -159,20 +134,17 @@ def find_finished_run(path: Path, *, verify: bool) -> tuple[RunFolder, dict[str,
     if not path.is_dir():
         raise RunError(f"There is no folder {path}.", "Give the folder of a finished run, such as runs/chat/TIME.")
     if not (path / "report.json").is_file():
-        reports = [report for depth in ("*", "*/*") for report in path.glob(f"{depth}/report.json")]
+        runs = [report.parent for depth in ("*", "*/*") for report in path.glob(f"{depth}/report.json")]
         if path.name == "adapter" and (path.parent / "report.json").is_file():
             path = path.parent
-        elif reports:
-            path = max((report.parent for report in reports), key=lambda run: run.name)
+        elif runs:
+            path = max(runs, key=lambda run: run.name)
     run = RunFolder(path)
     report = run.read_report()
     if report.get("status") != "done":
-        raise ExportError(
-            f"The run {path} is not finished: its status is {report.get('status')}.",
-            f"Finish it: qlora-phi3 run {run.recipe} --resume {path}",
-        )
-    adapter = (run.adapter / "adapter_config.json", run.adapter / "adapter_model.safetensors")
-    for needed in (*adapter, run.base, run.recipe):
+        hint = f"Finish it: qlora-phi3 run {run.recipe} --resume {path}"
+        raise ExportError(f"The run {path} is not finished: its status is {report.get('status')}.", hint)
+    for needed in (*_adapter_files(run), run.base, run.recipe):
         if not needed.is_file():
             raise ExportError(f"{needed} is missing.", "Put it back, or train again.")
     if verify and not run.held_out.is_file():
@@ -180,16 +152,29 @@ def find_finished_run(path: Path, *, verify: bool) -> tuple[RunFolder, dict[str,
     return run, report
 
 
+def _adapter_files(run: RunFolder) -> tuple[Path, Path]:
+    return run.adapter / "adapter_config.json", run.adapter / "adapter_model.safetensors"
+
+
 def merge_key(run: RunFolder, *, dtype: str, onto: str) -> str:
     """A hash of everything that decides the bytes of a merged model: two exports with one key have the same weights."""
     from importlib.metadata import version  # not at the top: `--help` reads this module and has 0.1 s
 
     digest = hashlib.sha256()
-    adapter = (run.adapter / "adapter_config.json", run.adapter / "adapter_model.safetensors")
-    for path in (run.base, *adapter, run.held_out, run.chat_template):
+    for path in (run.base, *_adapter_files(run), run.held_out, run.chat_template):
         if path.is_file():
             digest.update(path.name.encode() + bytes.fromhex(sha256_file(path)))
     return hashlib.sha256(digest.digest() + f"{dtype} {onto} {version('qlora-phi3')}".encode()).hexdigest()
+
+
+def _parse_size_option(option: str, text: str) -> int:
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise ExportError(f"{option} {error}", "Write a size such as 5GB.") from error
+    if size < MIN_SIZE_BYTES:
+        raise ExportError(f"{option} {text} is too small.", f"Give at least {MIN_SIZE_BYTES // 2**20} MiB.")
+    return size
 
 
 def check_targets(request: Request) -> None:
@@ -198,74 +183,52 @@ def check_targets(request: Request) -> None:
     Raises:
         ExportError: the target that must not be written, and why.
     """
-    sources = _find_sources(request.run, request.base)
-    _check_target(request, sources)
-    if (gguf := request.gguf_file) is None:
-        return
-    folder = gguf.parent
-    _check_outside(folder, [*sources, request.target])
-    if folder == request.run.path.resolve():
-        raise ExportError(f"--out {folder} is the run itself.", "Choose another folder.")
-    if any(folder.glob("*.safetensors")):
-        raise ExportError(
-            f"--out {folder} holds a model, and a GGUF would replace its model card.", "Choose another folder."
-        )
-    _check_gguf_replaceable(gguf, request)
+    options, target, gguf, run = request.options, request.target, request.gguf_file, request.run.path.resolve()
+    sources = _find_sources(request.run, options.base)
+    _check_outside(target, sources)
+    for source in (run, *sources, Path.cwd()):
+        if source.is_relative_to(target):
+            raise ExportError(f"--out {target} is or holds {source}, which must stay.", "Choose another folder.")
+    if options.verify:
+        check_replaceable(failed_path(target))
+    if target.exists() and find_reusable(request) is None:
+        reason = reuse_blocker(target, request.key, verify=options.verify)
+        if gguf is not None and not options.force and (target / REPORT).is_file():
+            hint = "Give --force to make it again, or move it away."
+            raise ExportError(f"{target}, from which the GGUF would be made, {reason}.", hint)
+        check_replaceable(target)
+        if not options.force and gguf is None:
+            raise ExportError(f"{target} exists and {reason}." if options.push else f"{target} exists.", FORCE)
+    if gguf is not None:
+        _check_outside(gguf.parent, [*sources, target])
+        if gguf.parent == run:
+            raise ExportError(f"--out {run} is the run itself.", "Choose another folder.")
+        if any(gguf.parent.glob("*.safetensors")):
+            raise ExportError(
+                f"--out {gguf.parent} holds a model, whose card a GGUF would replace.", "Choose another folder."
+            )
+        _check_gguf_replaceable(gguf, request)
 
 
 def _find_sources(run: RunFolder, base: Path | None) -> list[Path]:
-    """The directories that an export reads."""
+    """The directories that an export reads, links resolved."""
     sources = [run.adapter, run.checkpoints, run.quantized_base, *([base] if base else [])]
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):  # `base.read_record` reports a damaged file
         name = str(json.loads(run.base.read_text(encoding="utf-8"))["name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return sources  # `base.read_record` reports the damaged file
-    if Path(name).is_dir():
-        return [*sources, Path(name)]
-    from huggingface_hub.constants import HF_HUB_CACHE  # not at the top: `--help` reads this module
+        from huggingface_hub.constants import HF_HUB_CACHE  # not at the top: `--help` reads this module
 
-    return [*sources, Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}")]
-
-
-def _check_target(request: Request, sources: Sequence[Path]) -> None:
-    target, run = request.target, request.run.path.resolve()
-    _check_outside(target, sources)
-    if _contains(target, run):
-        raise ExportError(f"--out {target} holds the run itself.", "Choose another folder.")
-    for source in sources:
-        if _contains(target, source.resolve()):
-            raise ExportError(f"--out {target} holds {source.resolve()}, which is read.", "Choose another folder.")
-    if _contains(target, Path.cwd()):
-        raise ExportError(f"--out {target} is or holds the current directory.", "Choose another folder.")
-    if request.verify:
-        check_replaceable(failed_path(target))
-    if not target.exists() or find_reusable(request) is not None:
-        return
-    reason = reuse_blocker(target, request.key, verify=request.verify)
-    is_gguf = request.gguf_target is not None
-    if is_gguf and not request.force and (target / REPORT).is_file():
-        raise ExportError(
-            f"{target}, the model for the GGUF, {reason}.", "Give --force to make it again, or move it away."
-        )
-    check_replaceable(target)
-    if not request.force and not is_gguf:
-        hint = "Give --out another folder, or --force to replace it."
-        if request.push:
-            raise ExportError(f"{target} exists and {reason}.", hint)
-        raise ExportError(f"{target} exists.", hint)
+        is_folder = Path(name).is_dir()
+        sources.append(Path(name) if is_folder else Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}"))
+    return [source.resolve() for source in sources]
 
 
 def _check_outside(target: Path, sources: Sequence[Path]) -> None:
     for source in sources:
-        if _contains(source.resolve(), target):
+        if target.is_relative_to(source):
             raise ExportError(f"--out {target} is inside {source}, which is read.", "Choose another folder.")
     existing = next(path for path in (target, *target.parents) if path.exists())
     if not existing.is_dir():
         raise ExportError(f"--out {target}: {existing} is a file.", "Choose a folder.")
-
-
-def _contains(folder: Path, path: Path) -> bool:
-    return folder == path or folder in path.parents
 
 
 def check_replaceable(folder: Path) -> None:
@@ -274,11 +237,9 @@ def check_replaceable(folder: Path) -> None:
     Raises:
         ExportError: the directory holds a file that no export wrote, or a GGUF.
     """
-    if not folder.is_dir():
-        return
     report = read_existing_report(folder)
     written = written_files(report)
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.name not in written or (path.is_dir() and not path.is_symlink()):
             raise ExportError(f"{folder} holds {path.name}, which no export wrote.", OTHER_PLACE)
     if "gguf" in report:
@@ -292,18 +253,17 @@ def _check_gguf_replaceable(gguf: Path, request: Request) -> None:
     """
     report = read_existing_report(gguf.parent)
     for path in (gguf, *(gguf.with_name(name) for name in (MODELFILE, CARD, REPORT))):
-        if not path.exists():
-            continue
-        if path.name not in written_files(report):
+        if path.exists() and path.name not in written_files(report):
             raise ExportError(f"{path} exists, and no export wrote it.", OTHER_PLACE)
-        if not request.force and (path == gguf or report.get("key") != request.key):
-            raise ExportError(f"{path} exists.", "Give --out another folder, or --force to replace it.")
+        if path.exists() and not request.options.force and (path == gguf or report.get("key") != request.key):
+            raise ExportError(f"{path} exists.", FORCE)
 
 
 def find_reusable(request: Request) -> dict[str, Any] | None:
     """The report of an existing merged model that a GGUF can be made from, or that can be pushed; None where there is none."""
-    is_wanted = request.gguf_target is not None or (request.push is not None and not request.force)
-    if not is_wanted or reuse_blocker(request.target, request.key, verify=request.verify) is not None:
+    options = request.options
+    is_wanted = request.gguf_file is not None or (options.push is not None and not options.force)
+    if not is_wanted or reuse_blocker(request.target, request.key, verify=options.verify) is not None:
         return None
     return read_existing_report(request.target)
 

@@ -17,48 +17,19 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from qlora_phi3.errors import ExportError, ProofError
+from qlora_phi3.export import inputs, writer
+from qlora_phi3.export import request as requests
+from qlora_phi3.export.base import summarise
 from qlora_phi3.export.bundle import is_measured, render_card, write_companions
 from qlora_phi3.export.gguf.prompt import write_modelfile
 from qlora_phi3.export.gguf.write import GgufResult, check_quant, convert_to_gguf, plan_gguf
 from qlora_phi3.export.hub import push
-from qlora_phi3.export.inputs import (
-    MERGE_BYTES,
-    PROVED,
-    Sources,
-    check_adapter,
-    check_memory,
-    describe_base,
-    open_sources,
-    proved_status,
-)
+from qlora_phi3.export.inputs import MERGE_BYTES, PROVED, Sources, open_sources
 from qlora_phi3.export.merge import Onto
 from qlora_phi3.export.proof import SCORED, Proof, choose_onto, find_fault_of, refuse_other_base, score_all
-from qlora_phi3.export.request import (
-    CARD,
-    MODELFILE,
-    REPORT,
-    Request,
-    check_replaceable,
-    check_targets,
-    failed_path,
-    find_reusable,
-    read_existing_report,
-    written_files,
-)
+from qlora_phi3.export.request import CARD, MODELFILE, REPORT, Request, check_replaceable, find_reusable, written_files
 from qlora_phi3.export.stop import measure_stops
-from qlora_phi3.export.writer import (
-    DISK_HINT,
-    PROGRESS_NAME,
-    check_disk,
-    clear_draft,
-    ensure_dir,
-    forget_progress,
-    locked,
-    missing_bytes,
-    plan_shards,
-    staging_dir,
-    write_shards,
-)
+from qlora_phi3.export.writer import DISK_HINT, PROGRESS_NAME
 from qlora_phi3.files import disk_errors, replace_dir
 from qlora_phi3.model.phi3 import quiet_transformers
 from qlora_phi3.recipe.load import load_recipe
@@ -92,101 +63,79 @@ def export_run(request: Request, reporter: Reporter) -> Exported:
     Raises:
         UserError: anything a person can fix; nothing incomplete has the target's name.
     """
-    check_adapter(request.run, request.report)
-    if request.gguf_file is not None:
+    inputs.check_adapter(request.run, request.report)
+    gguf_file, folder, gguf, page = request.gguf_file, request.target, None, None
+    if gguf_file is not None:
         check_quant(request.quant)
-    targets = [target for target in (request.target, request.gguf_target) if target is not None]
-    with locked(targets), ExitStack() as stack:
-        check_targets(request)  # what exists may have changed before the locks were taken
-        if request.gguf_target is not None:
-            stack.enter_context(ensure_dir(request.gguf_target))
-        report, fault = find_reusable(request), None
-        is_new = report is None
+    with writer.locked([folder, *([gguf_file.parent] if gguf_file else [])]), ExitStack() as stack:
+        requests.check_targets(request)  # what exists may have changed before the locks were taken
+        if gguf_file is not None:
+            stack.enter_context(writer.ensure_dir(gguf_file.parent))
+        report = reused = find_reusable(request)
         if report is not None:
-            if request.gguf_file is not None:
+            reporter.info(f"Merged model: {folder}, made before")
+            if gguf_file is not None:
                 _check_memory_of_gguf(request)
-            reporter.info(f"Merged model: {request.target}, made before")
         else:
-            draft = request.target.with_name(f".{request.target.name}.partial")
-            stack.enter_context(staging_dir(draft, reusable=[SCORED]))
+            draft = folder.with_name(f".{folder.name}.partial")
+            stack.enter_context(writer.staging_dir(draft, reusable=[SCORED]))
             report, fault = _export_merged(request, draft, reporter)
-        if fault is not None:
-            return Exported(folder=failed_path(request.target), report=report, fault=fault)
-        folder, names, gguf = request.target, written_files(report), None
-        if request.gguf_file is not None:
-            gguf = _export_gguf(request, request.gguf_file, report, reporter)
-            if is_new:
-                size = sum((folder / name).stat().st_size for name in names)
-                reporter.info(f"Merged model, which other exports can use: {folder} ({format_gib(size)})")
-            folder, names = gguf.path.parent, [gguf.path.name, CARD, MODELFILE, REPORT]
-        page = None
-        if request.push is not None:
-            reporter.info(f"Pushing {folder} to {request.push}")
-            page = push(folder, sorted(names), request.push, private=request.private)
+            if fault is not None:
+                return Exported(folder=requests.failed_path(folder), report=report, fault=fault)
+        names = written_files(report)
+        if gguf_file is not None:
+            gguf = _export_gguf(request, gguf_file, report, reporter)
+            if reused is None:
+                size = format_gib(sum((folder / name).stat().st_size for name in names))
+                reporter.info(f"Merged model, which other exports can use: {folder} ({size})")
+            folder, names = gguf_file.parent, [gguf_file.name, CARD, MODELFILE, REPORT]
+        if request.options.push is not None:
+            reporter.info(f"Pushing {folder} to {request.options.push}")
+            page = push(folder, sorted(names), request.options.push, private=request.options.private)
     return Exported(folder=folder, report=report, gguf=gguf, page=page)
 
 
 def _export_merged(request: Request, draft: Path, reporter: Reporter) -> tuple[dict[str, Any], ProofError | None]:
-    """Write the merged model at the request's target.
+    """Write the merged model into `draft`, prove it, and rename it to the request's target.
 
     Returns:
         Its report; and where the proof failed, the error to raise.
     """
-    started = time.perf_counter()
+    started, auto = time.perf_counter(), request.options.onto == "auto"
     sources = open_sources(request, reporter)
     if request.max_ram_bytes is not None:
-        check_memory(sources, request.max_ram_bytes, verify=request.verify)
+        inputs.check_memory(sources, request.max_ram_bytes, verify=request.options.verify)
     onto = _first_onto(request, sources)
     key = f"{request.key} {_base_state(sources.folder)}"
     with disk_errors(draft, ExportError, hint=DISK_HINT):
-        clear_draft(draft, reusable=[SCORED])
+        writer.clear_draft(draft, reusable=[SCORED])
+        untied, ending = sources.deltas.unties, sources.ending
         companions = write_companions(
-            sources.folder,
-            sources.adapter,
-            draft,
-            dtype=request.dtype,
-            untied=sources.deltas.unties,
-            end_of_turn=sources.ending.token_id,
-            template=sources.ending.template,
+            sources.folder, sources.adapter, draft, dtype=request.dtype, untied=untied, ending=ending
         )
-    _check_space(request, sources, draft, f"{key} {onto}", onto)
-    scored, stops, fault = None, None, None
-    if request.verify:
+    _check_space(request, sources, draft, key, onto)
+    scored = stops = fault = None
+    if request.options.verify:
         scored = score_all(request, sources, draft, key, onto, reporter)
-        if request.onto == "auto":
-            onto = _choose_onto(sources, scored.proof, onto, reporter)
-    elif request.onto == "auto" and onto == "nf4":
+        onto = _choose_onto(sources, scored.proof, onto, reporter) if auto else onto
+    elif auto and onto == "nf4":
         label = sources.base.record.label(onto)
         reporter.info(f"Without the proof it is not known which merge is better: onto {label}, which was trained")
-    _write_weights(request, sources, draft, f"{key} {onto}", onto, reporter)
+    _write_weights(request, sources, draft, key, onto, reporter)
     if scored is not None:
         fault = find_fault_of(request, scored, draft, onto, reporter)
-        if fault is None:
-            with quiet_transformers():
-                stops = measure_stops(
-                    draft,
-                    sources.rows,
-                    scored.proof,
-                    onto,
-                    device=sources.device,
-                    max_ram_bytes=request.max_ram_bytes,
-                    progress=reporter.progress,
-                )
-    base = describe_base(sources)
-    if base["compared"]["from_cache"]:
-        tensors = format_count(len(base["compared"]["from_cache"]), "tensor")
-        codes = format_count(base["compared"]["different_codes"] or 0, "code")
-        reporter.info(
-            f"Taken from the 4-bit base that the run saved: {tensors}, of which {codes} came out otherwise here"
-        )
+    if scored is not None and fault is None:
+        rows, device, ram, progress = sources.rows, sources.device, request.max_ram_bytes, reporter.progress
+        with quiet_transformers():
+            stops = measure_stops(draft, rows, scored.proof, onto, device=device, max_ram_bytes=ram, progress=progress)
     report = {
         "key": request.key,
-        "status": "unproved" if scored is None else "failed" if fault else proved_status(sources),
+        "status": "unproved" if scored is None else "failed" if fault else inputs.proved_status(sources),
         "fault": fault,
         "run": request.run.path.name,
-        "base": base,
+        "base": inputs.describe_base(sources),
         "onto": onto,
-        "onto_asked": request.onto,
+        "onto_asked": request.options.onto,
         "dtype": request.dtype,
         "proof": scored and scored.proof.as_dict(),
         "stop_test": stops and stops.as_dict(),
@@ -206,13 +155,11 @@ def _export_merged(request: Request, draft: Path, reporter: Reporter) -> tuple[d
 
 def _first_onto(request: Request, sources: Sources) -> Onto:
     """What is merged onto before the proof: for "auto" the 4-bit weights, which are what was trained on."""
-    if request.onto == "original":
+    if request.options.onto == "original" or not sources.can_merge("nf4"):
+        if request.options.onto == "nf4":
+            raise ExportError("--onto nf4: the run did not quantize its base.", "Leave --onto out.")
         return "original"
-    if sources.can_merge("nf4"):
-        return "nf4"
-    if request.onto == "nf4":
-        raise ExportError("--onto nf4: the run did not quantize its base.", "Leave --onto out.")
-    return "original"
+    return "nf4"
 
 
 def _choose_onto(sources: Sources, proof: Proof, first: Onto, reporter: Reporter) -> Onto:
@@ -227,48 +174,49 @@ def _choose_onto(sources: Sources, proof: Proof, first: Onto, reporter: Reporter
     return chosen
 
 
-def _check_space(request: Request, sources: Sources, draft: Path, key: str, onto: Onto) -> None:
-    """Refuse what the disk cannot hold, and what llama.cpp cannot, before hours are spent on it."""
-    weights = sources.merged(onto, request.dtype)
-    merge = missing_bytes(plan_shards(weights.info, request.shard_bytes), draft, key) + COMPANION_BYTES
-    check_disk(draft.parent, merge)
-    if request.gguf_file is not None:
-        gguf = plan_gguf(draft, weights.info, quant=request.quant, name=request.name).num_bytes
-        folder = next(path for path in request.gguf_file.parents if path.is_dir())
-        check_disk(folder, gguf + (merge if folder.stat().st_dev == draft.stat().st_dev else 0))
-
-
 def _base_state(base: Path) -> str:
     """The size and time of a base's files: a draft is continued only from the files that it was started from."""
     files = ((path.name, path.stat()) for path in sorted(base.glob("*.safetensors")))
     return str([str(base.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)])
 
 
-def _write_weights(request: Request, sources: Sources, draft: Path, key: str, onto: Onto, reporter: Reporter) -> None:
+def _check_space(request: Request, sources: Sources, draft: Path, key: str, onto: Onto) -> None:
+    """Refuse what the disk cannot hold, and what llama.cpp cannot, before hours are spent on it."""
     weights = sources.merged(onto, request.dtype)
-    shards = plan_shards(weights.info, request.shard_bytes)
-    written = write_shards(
-        weights,
-        draft,
-        shards,
-        key=key,
-        progress=partial(_report_megabytes, reporter, f"Merging onto {sources.base.record.label(onto)}"),
-        notes=sources.base.notes,
-    )
+    shards = writer.plan_shards(weights.info, request.shard_bytes)
+    merge = writer.missing_bytes(shards, draft, f"{key} {onto}") + COMPANION_BYTES
+    writer.check_disk(draft.parent, merge)
+    if request.gguf_file is not None:
+        gguf = plan_gguf(draft, weights.info, quant=request.quant, name=request.name).num_bytes
+        folder = next(path for path in request.gguf_file.parents if path.is_dir())
+        writer.check_disk(folder, gguf + (merge if folder.stat().st_dev == draft.stat().st_dev else 0))
+
+
+def _write_weights(request: Request, sources: Sources, draft: Path, key: str, onto: Onto, reporter: Reporter) -> None:
+    base, weights = sources.base, sources.merged(onto, request.dtype)
+    shards = writer.plan_shards(weights.info, request.shard_bytes)
+    progress = partial(_report_megabytes, reporter, f"Merging onto {base.record.label(onto)}")
+    written = writer.write_shards(weights, draft, shards, key=f"{key} {onto}", progress=progress, notes=base.notes)
     if written.num_resumed:
         reporter.info(f"Continued after {written.num_resumed} of {len(shards)} files that were complete")
-    sources.base.restore(written.notes)
-    if not request.verify:  # the proof has checked it already
+    base.restore(written.notes)
+    if not request.options.verify:  # the proof has checked it already
         refuse_other_base(sources, draft)
+    compared = summarise(base.compared)
+    if compared.from_cache:
+        tensors, codes = len(compared.from_cache), format_count(compared.different_codes or 0, "code")
+        reporter.info(
+            f"Taken from the 4-bit base that the run saved: {format_count(tensors, 'tensor')}, of which {codes} came out "
+            "otherwise here"
+        )
 
 
 def _report_megabytes(reporter: Reporter, what: str, done: int, total: int | None) -> None:
     megabytes = None if total is None else max(1, total // 10**6)
-    if megabytes is None:
-        reporter.progress(f"{what}, MB", done // 10**6, None)
-    else:  # only the end may equal the total, which ends the progress
-        most = megabytes if done == total else megabytes - 1
-        reporter.progress(f"{what}, MB", min(done // 10**6, most), megabytes)
+    done_megabytes = done // 10**6
+    if megabytes is not None:  # only the end may equal the total, which ends the progress
+        done_megabytes = min(done_megabytes, megabytes if done == total else megabytes - 1)
+    reporter.progress(f"{what}, MB", done_megabytes, megabytes)
 
 
 def _write_report(folder: Path, card: str, report: Mapping[str, Any]) -> None:
@@ -282,17 +230,19 @@ def _publish(request: Request, draft: Path, fault: str | None) -> ProofError | N
     Returns:
         The error of the failed proof.
     """
-    target = request.target if fault is None else failed_path(request.target)
+    target = request.target if fault is None else requests.failed_path(request.target)
     check_replaceable(target)
-    if fault is None and not request.force and target.exists() and any(target.iterdir()):
+    if fault is None and not request.options.force and target.exists() and any(target.iterdir()):
         raise ExportError(f"{target} was created during the export.", "Move it away and give the same command again.")
-    forget_progress(draft)
+    writer.forget_progress(draft)
     (draft / SCORED).unlink(missing_ok=True)
     replace_dir(draft, target)
     if fault is None:
         return None
-    hint = "bf16 rounds small updates away: try --dtype fp16. " if request.dtype == "bfloat16" else ""
-    return ProofError(f"The export is not what was trained: {fault}.", f"{hint}It is in {target}, to be examined.")
+    hint = f"Examine it in {target}."
+    if request.dtype == "bfloat16":
+        hint = f"bf16 rounds small updates away: try --dtype fp16. The export is in {target}."
+    return ProofError(f"The export is not what was trained: {fault}.", hint)
 
 
 def _check_memory_of_gguf(request: Request) -> None:
@@ -307,16 +257,15 @@ def _check_memory_of_gguf(request: Request) -> None:
 
 def _export_gguf(request: Request, target: Path, report: Mapping[str, Any], reporter: Reporter) -> GgufResult:
     """Write the merged model as a GGUF, with Modelfile, model card and report in place of those of an earlier GGUF."""
-    result = convert_to_gguf(
-        request.target,
-        target,
-        quant=request.quant,
-        name=request.name,
-        progress=partial(_report_megabytes, reporter),
-        force=request.force,
+    quant, name, force, progress = (
+        request.quant,
+        request.name,
+        request.options.force,
+        partial(_report_megabytes, reporter),
     )
+    result = convert_to_gguf(request.target, target, quant=quant, name=name, progress=progress, force=force)
     folder = target.parent
-    earlier = [name for name in written_files(read_existing_report(folder)) if (folder / name).is_file()]
+    earlier = [name for name in written_files(requests.read_existing_report(folder)) if (folder / name).is_file()]
     measured = is_measured(request.quant, report["dtype"]) or not report["status"].startswith(PROVED)
     gguf_report = {
         **report,

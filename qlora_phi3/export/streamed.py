@@ -24,7 +24,7 @@ from transformers import Phi3Config
 from transformers.initialization import no_init_weights
 
 from qlora_phi3.adapters.merging import ADAPTER_NAME, EMBEDDING, HEAD, PREFIX, read_settings
-from qlora_phi3.errors import ExportError, ModelError
+from qlora_phi3.errors import ExportError, ModelError, first_line
 from qlora_phi3.export.base import RecordedBase
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
 from qlora_phi3.model.loss import select_supervised
@@ -34,6 +34,7 @@ from qlora_phi3.step import Batch, evaluating
 
 #: What is being done, how much of it is done, and out of how much (None: unknown).
 Progress = Callable[[str, int, int | None], None]
+OTHER_BASE = "Give the base that the adapter was trained on."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,10 +179,8 @@ def stream_live(
             module.modules_to_save.to(device)
     for module in (model.model.embed_tokens, model.lm_head):
         if isinstance(module, LoraLayer):
-            raise ExportError(
-                "The adapter has a LoRA on the embedding or on the output head, which an export cannot merge.",
-                "Use it with PEFT, unmerged.",
-            )
+            message = "The adapter has a LoRA on the embedding or on the output head, which cannot be merged."
+            raise ExportError(message, "Use it with PEFT, unmerged.")
     return StreamedModel(model, slots, weights, device)
 
 
@@ -219,15 +218,10 @@ def _attach_adapter(model: Phi3ForChunkedLoss, weights: _WithReplacements, adapt
             adapted = get_peft_model(model, settings, low_cpu_mem_usage=True)
             result = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ExportError(
-            f"The adapter {adapter} does not fit the model: {reason}.", "Give the adapter's base."
-        ) from error
+        raise ExportError(f"The adapter {adapter} does not fit the model: {first_line(error)}.", OTHER_BASE) from error
     wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]
     if wrong:
-        raise ExportError(
-            f"The adapter {adapter} does not fit the model: {wrong[0]} has no counterpart.", "Give the adapter's base."
-        )
+        raise ExportError(f"The adapter {adapter} does not fit the model: it has no {wrong[0]}.", OTHER_BASE)
     return adapted
 
 
@@ -243,7 +237,7 @@ class TrainedBase:
         self.info = {name: TensorInfo(info.shape, base.record.dtype) for name, info in base.info.items()}
 
     def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
-        """As `Weights.iter_row_chunks`, on the base's device; a 4-bit tensor is dequantized at once, a merge does it in chunks."""
+        """As `Weights.iter_row_chunks`, on the base's device; a 4-bit tensor is dequantized at once, not in chunks."""
         quantized = self.base.quantized(name)
         if quantized is None:
             return (chunk.to(self.base.record.dtype) for chunk in self.base.iter_row_chunks(name))
@@ -277,8 +271,7 @@ def _find_slots(model: Phi3ForChunkedLoss, weights: Weights) -> list[_Slot]:
             if name not in weights.info:
                 raise ModelError(f"The weights hold no {name}.", "Use a complete checkpoint.")
             if (shape := weights.info[name].shape) != expected:
-                raise ModelError(
-                    f"{name} has the shape {shape}, and the config says {expected}.", "Use a complete checkpoint."
-                )
+                message = f"{name} has the shape {shape}, and the config says {expected}."
+                raise ModelError(message, "Use a complete checkpoint.")
             slots.append(_Slot(module, attribute, name))
     return slots

@@ -1,9 +1,8 @@
 """Write a checkpoint as its tensors are computed: safetensors files of a chosen size, each complete or absent, and their index.
 
-safetensors' own writer needs all tensors of a file in memory. The format is a header of names, dtypes and offsets, which are known
-before, and then the bytes: we write them a chunk at a time, and the tests read them back with the library.
-
-Also here: the staging directory of an export, in which an interrupted one continues, and the locks against a second export.
+safetensors' own writer needs all tensors of a file in memory. The format is a header of names, dtypes and offsets, which are
+known before, and then the bytes: we write them a chunk at a time, and the tests read them back with the library. Also here: the
+staging directory of an export, in which an interrupted one continues, and the locks against a second export.
 """
 
 import hashlib
@@ -117,10 +116,10 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
     existing = next(path for path in [folder, *folder.resolve().parents] if path.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        raise ExportError(
-            f"The export needs {format_gib(needed_bytes)} on the disk of {existing}, and {format_gib(free)} are free.",
-            "Free the disk, or choose another --out.",
+        message = (
+            f"The export needs {format_gib(needed_bytes)} on the disk of {existing}, and {format_gib(free)} are free."
         )
+        raise ExportError(message, "Free disk space, or choose another --out.")
 
 
 def write_shards(
@@ -129,8 +128,8 @@ def write_shards(
     shards: Sequence[Shard],
     *,
     key: str,
-    progress: Progress | None = None,
-    notes: Notes | None = None,
+    progress: Progress = lambda done, total: None,
+    notes: Notes = lambda names: {},
 ) -> Written:
     """Write the planned shards and, where there are several, their index; complete shards of an earlier attempt stay.
 
@@ -159,14 +158,13 @@ def write_shards(
             if shard.file_name in complete:
                 resumed += 1
             else:
-                _write_shard(weights, folder, shard, _offset(progress, written, total))
-                done[shard.file_name] = {"num_bytes": shard.num_bytes, "notes": notes(shard.names) if notes else {}}
+                _write_shard(weights, folder, shard, progress, written, total)
+                done[shard.file_name] = {"num_bytes": shard.num_bytes, "notes": notes(shard.names)}
                 with atomic_file(folder / PROGRESS_NAME) as staging:
                     staging.write_text(json.dumps({"key": full_key, "shards": done}), encoding="utf-8")
             written += shard.num_bytes
             collected |= done[shard.file_name]["notes"]
-            if progress:
-                progress(written, total)
+            progress(written, total)
         files = [folder / shard.file_name for shard in shards]
         if len(shards) > 1:
             files.append(folder / INDEX_NAME)
@@ -176,10 +174,6 @@ def write_shards(
             with atomic_file(folder / INDEX_NAME) as staging:
                 staging.write_text(index, encoding="utf-8", newline="\n")
     return Written(files=tuple(files), num_resumed=resumed, notes=collected)
-
-
-def _offset(progress: Progress | None, before: int, total: int) -> Callable[[int], None]:
-    return (lambda count: progress(before + count, total)) if progress else (lambda count: None)
 
 
 def _shards_key(shards: Sequence[Shard], key: str) -> str:
@@ -210,22 +204,25 @@ def _leftovers(folder: Path, complete: Collection[str]) -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern) if path.name not in complete]
 
 
-def _write_shard(weights: Weights, folder: Path, shard: Shard, progress: Callable[[int], None]) -> None:
+def _write_shard(weights: Weights, folder: Path, shard: Shard, progress: Progress, before: int, total: int) -> None:
     """Write one file; each chunk is written while the next one is computed."""
-    with atomic_file(folder / shard.file_name) as staging:
-        with staging.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-            _write_all(file.write, shard.header)
-            writing: Future[None] | None = None
-            for name in shard.names:
-                for chunk in weights.iter_row_chunks(name):
-                    if writing is not None:
-                        writing.result()
-                        progress(file.tell())
-                    writing = pool.submit(_write_all, file.write, _bytes_of(chunk))
-            if writing is not None:
-                writing.result()
-            if file.tell() != shard.num_bytes:
-                raise ValueError(f"{shard.file_name} took {file.tell()} bytes, and {shard.num_bytes} were planned")
+    with (
+        atomic_file(folder / shard.file_name) as staging,
+        staging.open("wb", buffering=0) as file,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        _write_all(file.write, shard.header)
+        writing: Future[None] | None = None
+        for name in shard.names:
+            for chunk in weights.iter_row_chunks(name):
+                if writing is not None:
+                    writing.result()
+                    progress(before + file.tell(), total)
+                writing = pool.submit(_write_all, file.write, _bytes_of(chunk))
+        if writing is not None:
+            writing.result()
+        if file.tell() != shard.num_bytes:
+            raise ValueError(f"{shard.file_name} took {file.tell()} bytes, and {shard.num_bytes} were planned")
 
 
 def _write_all(write: Callable[[Any], int | None], data: Any) -> None:
@@ -311,6 +308,6 @@ def locked(places: Iterable[Path]) -> Iterator[None]:
                 try:
                     held.enter_context(FileLock(folder / f"{name}.lock", timeout=0))
                 except Timeout as error:
-                    hint = "Wait for it, or give --out another folder."
-                    raise ExportError(f"Another export is writing {place}.", hint) from error
+                    message = f"Another export is writing {place}."
+                    raise ExportError(message, "Wait for it, or give --out another folder.") from error
         yield

@@ -9,27 +9,20 @@ from qlora_phi3.cli.options import debug_option, silence_libraries
 from qlora_phi3.errors import Interrupted, UserError
 from qlora_phi3.export.request import DEFAULT_DTYPE, DEFAULT_ONTO, DTYPES, ExportOptions, make_request
 
+KIND_HELP = "hf: safetensors for transformers, vLLM and others; gguf: one file for llama.cpp and Ollama."
+QUANT_HELP = "With --format gguf: q8_0, q4_k_m and others; docs/gguf.md lists them. [default: the type of --dtype]"
+ONTO_HELP = (
+    "Weights that the adapter is added to. nf4: the 4-bit weights it was trained on (NF4 or FP4). original: the base's own. "
+    "auto: original where its held-out loss is lower by more than two standard errors, else nf4."
+)
+FOLDER = click.Path(path_type=Path)
+
 
 @click.command()
-@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder to write; by default RUN/merged, RUN/gguf-q8_0 and so on."
-)
-@click.option(
-    "--format",
-    "kind",
-    type=click.Choice(["hf", "gguf"]),
-    default="hf",
-    show_default=True,
-    help="hf: safetensors for transformers, vLLM and others; gguf: one file for llama.cpp and Ollama.",
-)
-@click.option(
-    "--quant",
-    "quants",
-    multiple=True,
-    metavar="NAME",
-    help="With --format gguf: q8_0, q4_k_m and others; docs/gguf.md lists them. [default: the type of --dtype]",
-)
+@click.argument("run", metavar="RUN", type=FOLDER)
+@click.option("--out", type=FOLDER, help="Folder to write; by default RUN/merged, RUN/gguf-q8_0 and so on.")
+@click.option("--format", "kind", type=click.Choice(["hf", "gguf"]), default="hf", show_default=True, help=KIND_HELP)
+@click.option("--quant", "quants", multiple=True, metavar="NAME", help=QUANT_HELP)
 @click.option(
     "--dtype",
     type=click.Choice(list(DTYPES)),
@@ -38,33 +31,18 @@ from qlora_phi3.export.request import DEFAULT_DTYPE, DEFAULT_ONTO, DTYPES, Expor
     help="Of the merged weights, and of a GGUF without --quant.",
 )
 @click.option(
-    "--onto",
-    type=click.Choice(["auto", "nf4", "original"]),
-    default=DEFAULT_ONTO,
-    show_default=True,
-    help="Weights that the adapter is added to. nf4: the 4-bit weights it was trained on (NF4 or FP4). original: the base's own. "
-    "auto: original where its held-out loss is lower by more than two standard errors, else nf4.",
+    "--onto", type=click.Choice(["auto", "nf4", "original"]), default=DEFAULT_ONTO, show_default=True, help=ONTO_HELP
 )
-@click.option("--base", type=click.Path(path_type=Path), help="Folder of the base, if it has moved.")
+@click.option("--base", type=FOLDER, help="Folder of the base, if it has moved.")
 @click.option("--shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file of weights.")
-@click.option(
-    "--max-ram", metavar="SIZE", help="Memory that this command may use; give it in a container with a memory limit."
-)
+@click.option("--max-ram", metavar="SIZE", help="Memory to stay within; give it in a container with a memory limit.")
 @click.option("--no-verify", is_flag=True, help="Skip the proof (minutes for a full-size model on a CPU).")
-@click.option("--force", is_flag=True, help="Replace an earlier export; files that no export wrote are never replaced.")
+@click.option("--force", is_flag=True, help="Replace an earlier export; files that no export wrote always stay.")
 @click.option("--push", metavar="USER/NAME", help="Then upload to the hub, with a model card.")
 @click.option("--private", is_flag=True, help="With --push: only you can see it.")
 @debug_option
 @click.pass_context
-def export(
-    ctx: click.Context,
-    run: Path,
-    quants: tuple[str, ...],
-    push: str | None,
-    private: bool,
-    no_verify: bool,
-    **options: Any,
-) -> None:
+def export(ctx: click.Context, run: Path, quants: tuple[str, ...], no_verify: bool, **options: Any) -> None:
     """Merge the adapter of RUN into its base, write the model, and compare it with the model that was trained.
 
     \b
@@ -76,14 +54,13 @@ def export(
     RUN is the folder of a run; of a folder with several runs the newest is exported. The same command continues an interrupted
     export. Exit codes: 0 proved, 5 written but not what was trained, 2 bad input.
     """
-    quant = next(iter(quants), None)
     if len(quants) > 1:
         raise UserError(f"--quant is given {len(quants)} times ({', '.join(quants)}).", "Give one type a command.")
-    if quant and options["kind"] != "gguf":
-        raise UserError(f"--quant {quant} is for GGUF.", "Add --format gguf, or use --dtype for safetensors.")
-    if private and not push:
+    if quants and options["kind"] != "gguf":
+        raise UserError(f"--quant {quants[0]} is for GGUF.", "Add --format gguf, or use --dtype for safetensors.")
+    if options["private"] and not options["push"]:
         raise UserError("--private is given without --push.", "Add --push user/name.")
-    request = make_request(run, ExportOptions(quant=quant, verify=not no_verify, push=push, private=private, **options))
+    request = make_request(run, ExportOptions(quant=next(iter(quants), None), verify=not no_verify, **options))
 
     from qlora_phi3.ui.console import LogInterval, open_console
 
@@ -99,9 +76,7 @@ def export(
             exported = export_run(request, view)
             show_export(view, exported)
         except KeyboardInterrupt as interrupt:
-            raise Interrupted(
-                "Stopped. Complete files and a complete proof are kept for the next attempt.",
-                "Continue with the same command.",
-            ) from interrupt
+            message = "Stopped. Complete files and a complete proof are used again."
+            raise Interrupted(message, "Continue with the same command.") from interrupt
     if exported.fault is not None:
         raise exported.fault

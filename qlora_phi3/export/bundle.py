@@ -205,10 +205,8 @@ def _describe_training(recipe: Recipe, run: Mapping[str, Any]) -> str:
     if before is not None and after is not None:
         rows = format_count(data["evaluation_rows"], "held-out row")
         sentences.append(f"Loss on all {rows}: {before:.4f} before, {after:.4f} after.")
-    return (
-        f"Data: {names}, {data['train_rows']:,} rows, {data['supervised_tokens']:,} supervised tokens "
-        f"(SHA-256 of the content `{data['sha256']}`).\n\n" + " ".join(sentences)
-    )
+    rows, tokens = f"{data['train_rows']:,} rows", f"{data['supervised_tokens']:,} supervised tokens"
+    return f"Data: {names}, {rows}, {tokens} (SHA-256 of the content `{data['sha256']}`).\n\n{' '.join(sentences)}"
 
 
 def _describe_proof(run: Mapping[str, Any], export: Mapping[str, Any]) -> str:
@@ -224,11 +222,8 @@ def _describe_proof(run: Mapping[str, Any], export: Mapping[str, Any]) -> str:
     if gguf is not None and not is_measured(gguf["quant"], export["dtype"]):
         title += f" (the file itself was not measured; the table does not show what {gguf['quant']} costs)"
         mark = " (from which this file was made)"
-    lines = [
-        f"{title}:\n",
-        f"| | {loss} | mean KL from the trained model | largest KL | same top token |",
-        "|---|--:|--:|--:|--:|",
-    ]
+    header = f"| | {loss} | mean KL from the trained model | largest KL | same top token |"
+    lines = [f"{title}:", "", header, "|---|--:|--:|--:|--:|"]
     for score in proof["scores"]:
         row = score_label(score["name"], export) + (mark if score["name"] == export["onto"] else "")
         figures = "|  |  |  |"  # the trained model is what the others are compared with
@@ -255,10 +250,10 @@ def score_label(name: str, report: Mapping[str, Any]) -> str:
     Args:
         report: contents of export_report.json, which has the type of the run's quantization.
     """
-    if name != "live":
-        return f"merged onto {onto_label(name, quant_type(report))}"
     quant = quant_type(report)
-    return "base + adapter" if quant is None else f"{quant.upper()} base + adapter"
+    if name == "live":
+        return "base + adapter" if quant is None else "4-bit base + adapter"
+    return "merged onto the original" if name == "original" else f"merged onto {onto_label(name, quant)}"
 
 
 def quant_type(report: Mapping[str, Any]) -> str | None:
@@ -279,10 +274,10 @@ def other_bits_warning(report: Mapping[str, Any]) -> str | None:
         report: contents of export_report.json.
     """
     compared = report["base"]["compared"]
-    if not compared["differing"]:
+    bits, codes, total = len(compared["differing"]), len(compared["codes_differing"]), compared["num_tensors"]
+    if not bits:
         return None
     return (
-        f"{len(compared['differing'])} of {compared['num_tensors']} tensors of the base quantize to other bits here than where "
-        f"the run was trained ({len(compared['codes_differing'])} to other codes), and the export is made of these "
-        f"({report['status']}). A run with [model] save_quantized = true in its recipe saves its own."
+        f"{bits} of {total} tensors of the base quantize to other bits here than where the run was trained ({codes} to other "
+        f"codes), and the export is made of these ({report['status']}). A run with [model] save_quantized = true saves its own."
     )

@@ -27,7 +27,7 @@ from qlora_phi3.family import Architecture, parse_architecture
 from qlora_phi3.files import atomic_file, disk_errors, read_json_object, remove
 from qlora_phi3.model.loss import IGNORE_INDEX
 from qlora_phi3.model.quantized import checksum_of
-from qlora_phi3.model.weights import Weights, open_weights
+from qlora_phi3.model.weights import Weights
 from qlora_phi3.reporter import Reporter
 from qlora_phi3.step import collate
 
@@ -37,18 +37,12 @@ CPU_TOKENS, CUDA_TOKENS = 1024, 16384
 TILE_VOCABULARY, TILE_POSITIONS = 2048, 512
 #: In the staging directory: the finished proof.
 SCORED = ".scored.json"
-
-
 #: Largest KL divergence of a merge from base and adapter unmerged, nats, by the export's dtype: mean, and at the worst position.
-#: A faithful merge was off by 7e-7 to 2e-6 on average in fp16, and by less than 1e-9 in fp32 (SmolLM2-135M
-#: as a Phi-3, run in bf16, LoRA r = 16, 511 positions). bf16 loses updates of less than half its step, 1/512 of their weight, and
-#: they all point where the adapter points: 3e-4 after 60 steps of training; after 12 steps 8e-3, and 0.04 nats of loss, which is
-#: not faithful. There the distance between both merges was 0.2 to 0.3, and of a base without its adapter 1.1.
-TOLERANCES = {
-    torch.float32: (1e-6, 1e-4),
-    torch.float16: (1e-4, 1e-2),
-    torch.bfloat16: (1e-3, 1e-1),
-}
+#: A faithful merge was off by 7e-7 to 2e-6 on average in fp16, and by less than 1e-9 in fp32 (SmolLM2-135M as a Phi-3, run in
+#: bf16, LoRA r = 16, 511 positions). bf16 loses updates of less than half its step, 1/512 of their weight, and they all point
+#: where the adapter points: 3e-4 after 60 steps of training; after 12 steps 8e-3, and 0.04 nats of loss, which is not faithful.
+#: There the distance between both merges was 0.2 to 0.3, and of a base without its adapter 1.1.
+TOLERANCES = {torch.float32: (1e-6, 1e-4), torch.float16: (1e-4, 1e-2), torch.bfloat16: (1e-3, 1e-1)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,10 +74,6 @@ class LossDifference:
     standard_error: float | None
     tokens: int
 
-    def favours_original(self) -> bool:
-        """Whether the original is better by more than two standard errors."""
-        return self.standard_error is not None and self.mean > 2 * self.standard_error
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
@@ -103,10 +93,6 @@ class Proof:
     def of(self, name: str) -> Score:
         """The score of that name."""
         return next(score for score in self.scores if score.name == name)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,15 +114,9 @@ def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: O
         reporter.info("The proof was made before the interruption and is used again")
         return scored
     ontos: list[Onto] = [each for each in ("nf4", "original") if sources.can_merge(each)]
-    models = build_models(
-        sources.base,
-        sources.deltas,
-        sources.config,
-        sources.adapter,
-        dtype=getattr(torch, request.dtype),
-        ontos=ontos,
-        checked=ontos if request.options.onto == "auto" else (onto,),
-    )
+    checked, dtype = ontos if request.options.onto == "auto" else [onto], getattr(torch, request.dtype)
+    parts = sources.base, sources.deltas, sources.config, sources.adapter
+    models = build_models(*parts, dtype=dtype, ontos=ontos, checked=checked)
     proof = prove(
         models,
         sources.rows,
@@ -163,11 +143,9 @@ def _read_scored(path: Path, key: str, sources: Sources) -> Scored | None:
         proof, difference = saved["proof"], saved["proof"]["loss_difference"]
         scores = tuple(Score(**score) for score in proof["scores"])
         difference = difference and LossDifference(**difference)
-        scored = Scored(
-            proof=Proof(**{**proof, "scores": scores, "loss_difference": difference}), checksums=saved["checksums"]
-        )
         sources.base.restore(saved["notes"])
-        return scored
+        proof = Proof(**{**proof, "scores": scores, "loss_difference": difference})
+        return Scored(proof=proof, checksums=saved["checksums"])
     except (OSError, ValueError, KeyError, TypeError):  # absent, damaged, or of another version: scored again
         return None
 
@@ -217,7 +195,7 @@ def prove(
         check()
     reported = {model.name: model.origin for model in models if model.name == LIVE or model.checksums is not None}
     pairs = {(origin, name) for name, own in reported.items() for origin in (LIVE, own) if origin is not None}
-    sums = _sum_tiles(finals, pairs, targets, vocab_size=architecture.vocab_size, progress=progress)
+    sums = _sum_tiles(finals, pairs, targets, architecture.vocab_size, progress)
     ends = torch.isin(targets, torch.tensor(list(stop_ids), dtype=targets.dtype))
     both = {"nf4", "original"} <= reported.keys()
     return Proof(
@@ -226,7 +204,7 @@ def prove(
         turns=int(ends.sum()),
         trained=any(bool(row.get("trained")) for row in chosen),
         scores=tuple(_score(name, origin, sums, ends, stop_ids) for name, origin in reported.items()),
-        loss_difference=compare_losses(sums.losses("nf4"), sums.losses("original")) if both else None,
+        loss_difference=compare_losses(sums.losses["nf4"], sums.losses["original"]) if both else None,
     )
 
 
@@ -290,27 +268,20 @@ class _Sums:
                 if origin == name:
                     weighted[rows] = weighted[rows] * rescale + exp.mul(tile - logits[other]).sum(dim=1)
 
-    def log_sum_exp(self, name: str) -> Tensor:
-        """(positions,): log sum exp of the logits."""
-        return self.max_logits[name] + self.sum_exp[name].log()
-
-    def losses(self, name: str) -> Tensor:
-        """(positions,): negative log-likelihood of the targets."""
-        return self.log_sum_exp(name) - self.target_logits[name]
-
-    def divergence(self, origin: str, name: str) -> Tensor:
-        """(positions,): KL(origin || name)."""
-        mean = self.weighted[origin, name] / self.sum_exp[origin]
-        return (mean - self.log_sum_exp(origin) + self.log_sum_exp(name)).clamp_min(0)
+    def finish(self) -> None:
+        """Compute, once all tiles are added, the losses of each model and the divergence of each pair."""
+        log_sum_exp = {name: self.max_logits[name] + self.sum_exp[name].log() for name in self.max_logits}
+        #: Negative log-likelihood of the targets.
+        self.losses = {name: log_sum_exp[name] - self.target_logits[name] for name in log_sum_exp}
+        #: KL(origin || name).
+        self.divergence = {
+            (origin, name): (weighted / self.sum_exp[origin] - log_sum_exp[origin] + log_sum_exp[name]).clamp_min(0)
+            for (origin, name), weighted in self.weighted.items()
+        }
 
 
 def _sum_tiles(
-    finals: Mapping[str, Final],
-    pairs: Iterable[tuple[str, str]],
-    targets: Tensor,
-    *,
-    vocab_size: int,
-    progress: Progress,
+    finals: Mapping[str, Final], pairs: Iterable[tuple[str, str]], targets: Tensor, vocab_size: int, progress: Progress
 ) -> _Sums:
     """Compute the logits of all models, a tile of the vocabulary at a time, and sum them up."""
     device = next(iter(finals.values())).hidden.device
@@ -321,13 +292,13 @@ def _sum_tiles(
         heads = [tile.to(device=device, dtype=torch.float32) for tile in tiles]
         for row in range(0, len(targets), TILE_POSITIONS):
             rows = slice(row, row + TILE_POSITIONS)
-            logits = {
-                name: (final.hidden[rows] @ head.T).double()
-                for (name, final), head in zip(finals.items(), heads, strict=True)
-            }
-            sums.add(rows, start, logits)
+            logits = [
+                (final.hidden[rows] @ head.T).double() for final, head in zip(finals.values(), heads, strict=True)
+            ]
+            sums.add(rows, start, dict(zip(finals, logits, strict=True)))
         start += len(heads[0])
     progress("Comparing the next tokens, words", start, vocab_size)
+    sums.finish()
     return sums
 
 
@@ -344,12 +315,12 @@ def _tiles(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
 
 
 def _score(name: str, origin: str | None, sums: _Sums, ends: Tensor, stop_ids: Sequence[int]) -> Score:
-    divergence, fault = sums.divergence(LIVE, name), None if origin is None else sums.divergence(origin, name)
+    divergence, fault = sums.divergence[LIVE, name], None if origin is None else sums.divergence[origin, name]
     top = sums.top[name].cpu()
     stops = torch.isin(top[ends], torch.tensor(list(stop_ids), dtype=top.dtype))
     return Score(
         name=name,
-        loss=float(sums.losses(name).mean()),
+        loss=float(sums.losses[name].mean()),
         mean_kl=float(divergence.mean()),
         max_kl=float(divergence.max()),
         top_agreement=float((top == sums.top[LIVE].cpu()).double().mean()),
@@ -377,20 +348,15 @@ def choose_onto(proof: Proof) -> Onto:
     The 4-bit weights are what was trained on. In the demo of the README the merge onto the original was better by 0.025 nats over
     494 tokens, and had another most likely token than the trained model at 18 % of the positions.
     """
-    if proof.loss_difference is None:  # there is only one merge
+    difference = proof.loss_difference
+    if difference is None:  # there is only one merge
         return cast(Onto, next(score.name for score in proof.scores if score.name != LIVE))
-    return "original" if proof.loss_difference.favours_original() else "nf4"
-
-
-def find_fault_of(request: Request, scored: Scored, draft: Path, onto: Onto, reporter: Reporter) -> str | None:
-    """Why the written files are not what was trained; None where they are."""
-    if (name := find_difference(scored.checksums[onto], open_weights(draft), reporter.progress)) is not None:
-        return f"{name} in the files is not what was scored"
-    return find_fault(scored.proof.of(onto), getattr(torch, request.dtype))
+    error = difference.standard_error
+    return "original" if error is not None and difference.mean > 2 * error else "nf4"
 
 
 def find_difference(scored: Mapping[str, str], written: Weights, progress: Progress) -> str | None:
-    """The first tensor whose bytes in the files are not those that were scored; None where there is none.
+    """Why the files are not what was scored, with the first tensor whose bytes differ; None where they are.
 
     Args:
         scored: `ScoredModel.checksums` after the proof.
@@ -399,7 +365,7 @@ def find_difference(scored: Mapping[str, str], written: Weights, progress: Progr
     for done, name in enumerate(names):
         progress("Reading the files back", done, len(names))
         if name not in written.info or checksum_of(written.iter_row_chunks(name)) != scored.get(name):
-            return name
+            return f"{name} in the files is not what was scored"
     progress("Reading the files back", len(names), len(names))
     return None
 

@@ -8,16 +8,18 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+import torch
 
 from qlora_phi3.errors import ExportError, ProofError
 from qlora_phi3.export import inputs, writer
+from qlora_phi3.export import proof as proofs
 from qlora_phi3.export import request as requests
 from qlora_phi3.export.base import summarise
 from qlora_phi3.export.bundle import is_measured, render_card, write_companions
@@ -26,12 +28,13 @@ from qlora_phi3.export.gguf.write import GgufResult, check_quant, convert_to_ggu
 from qlora_phi3.export.hub import push
 from qlora_phi3.export.inputs import MERGE_BYTES, PROVED, Sources, open_sources
 from qlora_phi3.export.merge import Onto
-from qlora_phi3.export.proof import SCORED, Proof, choose_onto, find_fault_of, refuse_other_base, score_all
+from qlora_phi3.export.proof import SCORED, Proof
 from qlora_phi3.export.request import CARD, MODELFILE, REPORT, Request, check_replaceable, find_reusable, written_files
 from qlora_phi3.export.stop import measure_stops
 from qlora_phi3.export.writer import DISK_HINT, PROGRESS_NAME
 from qlora_phi3.files import disk_errors, replace_dir
 from qlora_phi3.model.phi3 import quiet_transformers
+from qlora_phi3.model.weights import open_weights
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.reporter import Reporter
 from qlora_phi3.units import format_count, format_gib
@@ -110,20 +113,20 @@ def _export_merged(request: Request, draft: Path, reporter: Reporter) -> tuple[d
     with disk_errors(draft, ExportError, hint=DISK_HINT):
         writer.clear_draft(draft, reusable=[SCORED])
         untied, ending = sources.deltas.unties, sources.ending
-        companions = write_companions(
-            sources.folder, sources.adapter, draft, dtype=request.dtype, untied=untied, ending=ending
-        )
+        places = sources.folder, sources.adapter, draft
+        companions = write_companions(*places, dtype=request.dtype, untied=untied, ending=ending)
     _check_space(request, sources, draft, key, onto)
     scored = stops = fault = None
     if request.options.verify:
-        scored = score_all(request, sources, draft, key, onto, reporter)
+        scored = proofs.score_all(request, sources, draft, key, onto, reporter)
         onto = _choose_onto(sources, scored.proof, onto, reporter) if auto else onto
     elif auto and onto == "nf4":
         label = sources.base.record.label(onto)
         reporter.info(f"Without the proof it is not known which merge is better: onto {label}, which was trained")
     _write_weights(request, sources, draft, key, onto, reporter)
     if scored is not None:
-        fault = find_fault_of(request, scored, draft, onto, reporter)
+        fault = proofs.find_difference(scored.checksums[onto], open_weights(draft), reporter.progress)
+        fault = fault or proofs.find_fault(scored.proof.of(onto), getattr(torch, request.dtype))
     if scored is not None and fault is None:
         rows, device, ram, progress = sources.rows, sources.device, request.max_ram_bytes, reporter.progress
         with quiet_transformers():
@@ -137,7 +140,7 @@ def _export_merged(request: Request, draft: Path, reporter: Reporter) -> tuple[d
         "onto": onto,
         "onto_asked": request.options.onto,
         "dtype": request.dtype,
-        "proof": scored and scored.proof.as_dict(),
+        "proof": scored and asdict(scored.proof),
         "stop_test": stops and stops.as_dict(),
         "files": {
             "written": sorted({path.name for path in draft.iterdir()} - {SCORED, PROGRESS_NAME} | {CARD, REPORT}),
@@ -164,7 +167,7 @@ def _first_onto(request: Request, sources: Sources) -> Onto:
 
 def _choose_onto(sources: Sources, proof: Proof, first: Onto, reporter: Reporter) -> Onto:
     """Decide `--onto auto` by the proof, and print the reason where the original has the lower loss."""
-    chosen, difference, label = choose_onto(proof), proof.loss_difference, sources.base.record.label(first)
+    chosen, difference, label = proofs.choose_onto(proof), proof.loss_difference, sources.base.record.label(first)
     if difference is not None and difference.standard_error is not None and difference.mean > 0:
         better, limit = f"{difference.mean:.4f} nats", f"{2 * difference.standard_error:.4f}"
         if chosen == "original":
@@ -201,13 +204,13 @@ def _write_weights(request: Request, sources: Sources, draft: Path, key: str, on
         reporter.info(f"Continued after {written.num_resumed} of {len(shards)} files that were complete")
     base.restore(written.notes)
     if not request.options.verify:  # the proof has checked it already
-        refuse_other_base(sources, draft)
+        proofs.refuse_other_base(sources, draft)
     compared = summarise(base.compared)
     if compared.from_cache:
-        tensors, codes = len(compared.from_cache), format_count(compared.different_codes or 0, "code")
+        tensors = format_count(len(compared.from_cache), "tensor")
+        codes = format_count(compared.different_codes or 0, "code")
         reporter.info(
-            f"Taken from the 4-bit base that the run saved: {format_count(tensors, 'tensor')}, of which {codes} came out "
-            "otherwise here"
+            f"Taken from the 4-bit base that the run saved: {tensors}, of which {codes} came out otherwise here"
         )
 
 
@@ -234,8 +237,8 @@ def _publish(request: Request, draft: Path, fault: str | None) -> ProofError | N
     check_replaceable(target)
     if fault is None and not request.options.force and target.exists() and any(target.iterdir()):
         raise ExportError(f"{target} was created during the export.", "Move it away and give the same command again.")
-    writer.forget_progress(draft)
-    (draft / SCORED).unlink(missing_ok=True)
+    for name in (PROGRESS_NAME, SCORED):
+        (draft / name).unlink(missing_ok=True)
     replace_dir(draft, target)
     if fault is None:
         return None
@@ -249,21 +252,15 @@ def _check_memory_of_gguf(request: Request) -> None:
     """As `inputs.check_memory`; a conversion was measured to take 119 to 224 MiB."""
     needed = psutil.Process().memory_info().rss + MERGE_BYTES
     if request.max_ram_bytes is not None and request.max_ram_bytes < needed:
-        raise ExportError(
-            f"--max-ram {format_gib(request.max_ram_bytes)} is too little: a .gguf file needs about {format_gib(needed)}.",
-            "Give that much.",
-        )
+        given = format_gib(request.max_ram_bytes)
+        message = f"--max-ram {given} is too little: a .gguf file needs about {format_gib(needed)}."
+        raise ExportError(message, "Give that much.")
 
 
 def _export_gguf(request: Request, target: Path, report: Mapping[str, Any], reporter: Reporter) -> GgufResult:
     """Write the merged model as a GGUF, with Modelfile, model card and report in place of those of an earlier GGUF."""
-    quant, name, force, progress = (
-        request.quant,
-        request.name,
-        request.options.force,
-        partial(_report_megabytes, reporter),
-    )
-    result = convert_to_gguf(request.target, target, quant=quant, name=name, progress=progress, force=force)
+    quant, force, progress = request.quant, request.options.force, partial(_report_megabytes, reporter)
+    result = convert_to_gguf(request.target, target, quant=quant, name=request.name, progress=progress, force=force)
     folder = target.parent
     earlier = [name for name in written_files(requests.read_existing_report(folder)) if (folder / name).is_file()]
     measured = is_measured(request.quant, report["dtype"]) or not report["status"].startswith(PROVED)

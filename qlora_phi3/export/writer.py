@@ -20,7 +20,6 @@ from typing import Any, cast
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from qlora_phi3.errors import ExportError
 from qlora_phi3.files import atomic_file, disk_errors, remove, user_state_dir
@@ -99,9 +98,30 @@ def _plan_shard(file_name: str, names: Sequence[str], info: Mapping[str, TensorI
 
 def missing_bytes(shards: Sequence[Shard], folder: Path, key: str) -> int:
     """Bytes of disk that `write_shards` will take: all shards, less those that are complete and what it removes."""
-    complete = _complete_shards(shards, folder, _read_progress(folder, _shards_key(shards, key)))
-    removed = sum(path.stat().st_size for path in _leftovers(folder, complete))
-    return max(0, sum(shard.num_bytes for shard in shards if shard.file_name not in complete) - removed)
+    _, done, leftovers = _find_progress(shards, folder, key)
+    removed = sum(path.stat().st_size for path in leftovers)
+    return max(0, sum(shard.num_bytes for shard in shards if shard.file_name not in done) - removed)
+
+
+def _find_progress(shards: Sequence[Shard], folder: Path, key: str) -> tuple[str, dict[str, Any], list[Path]]:
+    """What an earlier attempt left in a directory.
+
+    Returns:
+        A key of the shards and their content; the progress of the shards that are complete under it, by file name; and all other
+        weights, which a reader would find first and a push would upload.
+    """
+    digest, done = hashlib.sha256(key.encode()), {}
+    for shard in shards:
+        digest.update(f"\n{shard.file_name}\n".encode() + shard.header)
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    with suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged: nothing is complete
+        saved = json.loads((folder / PROGRESS_NAME).read_text(encoding="utf-8"))
+        complete = {shard.file_name for shard in shards if sizes.get(shard.file_name) == shard.num_bytes}
+        if saved["key"] == digest.hexdigest():
+            done = {name: saved["shards"][name] for name in complete & saved["shards"].keys()}
+    patterns = (WEIGHTS_NAME, "model-*-of-*.safetensors", INDEX_NAME, ".model*.partial")
+    leftovers = [path for pattern in patterns for path in folder.glob(pattern) if path.name not in done]
+    return digest.hexdigest(), done, leftovers
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
@@ -116,9 +136,8 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
     existing = next(path for path in [folder, *folder.resolve().parents] if path.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        message = (
-            f"The export needs {format_gib(needed_bytes)} on the disk of {existing}, and {format_gib(free)} are free."
-        )
+        needed, free_text = format_gib(needed_bytes), format_gib(free)
+        message = f"The export needs {needed} on the disk of {existing}, and {free_text} are free."
         raise ExportError(message, "Free disk space, or choose another --out.")
 
 
@@ -133,7 +152,7 @@ def write_shards(
 ) -> Written:
     """Write the planned shards and, where there are several, their index; complete shards of an earlier attempt stay.
 
-    Any other weights in the directory are removed. The progress file stays until `forget_progress`.
+    Any other weights in the directory are removed. The progress file stays: remove it when the directory is complete.
 
     Args:
         shards: `plan_shards(weights.info, ...)`.
@@ -143,21 +162,17 @@ def write_shards(
     Raises:
         ExportError: the disk is full or refuses; complete shards stay. Or what `weights.iter_row_chunks` raises.
     """
-    full_key = _shards_key(shards, key)
-    done = _read_progress(folder, full_key)
-    total, written, resumed = sum(shard.num_bytes for shard in shards), 0, 0
+    full_key, done, leftovers = _find_progress(shards, folder, key)
+    total, written, num_resumed = sum(shard.num_bytes for shard in shards), 0, len(done)
     collected: dict[str, Any] = {}
     with disk_errors(folder, ExportError, hint=DISK_HINT):
         folder.mkdir(parents=True, exist_ok=True)
-        complete = _complete_shards(shards, folder, done)
         if not done:
-            forget_progress(folder)  # after a kill its old key would vouch for the first shard of this one
-        for path in _leftovers(folder, complete):
+            (folder / PROGRESS_NAME).unlink(missing_ok=True)  # after a kill its old key would vouch for new shards
+        for path in leftovers:
             path.unlink()
         for shard in shards:
-            if shard.file_name in complete:
-                resumed += 1
-            else:
+            if shard.file_name not in done:
                 _write_shard(weights, folder, shard, progress, written, total)
                 done[shard.file_name] = {"num_bytes": shard.num_bytes, "notes": notes(shard.names)}
                 with atomic_file(folder / PROGRESS_NAME) as staging:
@@ -173,35 +188,7 @@ def write_shards(
             index = json.dumps({"metadata": {"total_size": size}, "weight_map": names}, indent=2) + "\n"
             with atomic_file(folder / INDEX_NAME) as staging:
                 staging.write_text(index, encoding="utf-8", newline="\n")
-    return Written(files=tuple(files), num_resumed=resumed, notes=collected)
-
-
-def _shards_key(shards: Sequence[Shard], key: str) -> str:
-    digest = hashlib.sha256(key.encode())
-    for shard in shards:
-        digest.update(f"\n{shard.file_name}\n".encode() + shard.header)
-    return digest.hexdigest()
-
-
-def _read_progress(folder: Path, key: str) -> dict[str, dict[str, Any]]:
-    """The shards that were finished under this key, by file name."""
-    try:
-        saved = json.loads((folder / PROGRESS_NAME).read_text(encoding="utf-8"))
-        return dict(saved["shards"]) if saved["key"] == key else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _complete_shards(shards: Sequence[Shard], folder: Path, done: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """Names of the shards that were finished and have their size."""
-    sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
-    return {shard.file_name for shard in shards if sizes.get(shard.file_name) == shard.num_bytes} & done.keys()
-
-
-def _leftovers(folder: Path, complete: Collection[str]) -> list[Path]:
-    """Weights of an attempt with other shards: a reader would find them first, and a push would upload them."""
-    patterns = (WEIGHTS_NAME, "model-*-of-*.safetensors", INDEX_NAME, ".model*.partial")
-    return [path for pattern in patterns for path in folder.glob(pattern) if path.name not in complete]
+    return Written(files=tuple(files), num_resumed=num_resumed, notes=collected)
 
 
 def _write_shard(weights: Weights, folder: Path, shard: Shard, progress: Progress, before: int, total: int) -> None:
@@ -218,7 +205,8 @@ def _write_shard(weights: Weights, folder: Path, shard: Shard, progress: Progres
                 if writing is not None:
                     writing.result()
                     progress(before + file.tell(), total)
-                writing = pool.submit(_write_all, file.write, _bytes_of(chunk))
+                data = cast(Any, chunk.contiguous().view(-1).view(torch.uint8).numpy())
+                writing = pool.submit(_write_all, file.write, data)
         if writing is not None:
             writing.result()
         if file.tell() != shard.num_bytes:
@@ -230,10 +218,6 @@ def _write_all(write: Callable[[Any], int | None], data: Any) -> None:
     view = memoryview(data)
     while view:
         view = view[write(view) or 0 :]
-
-
-def _bytes_of(chunk: Tensor) -> Any:
-    return cast(Any, chunk.contiguous().view(-1).view(torch.uint8).numpy())
 
 
 @contextmanager
@@ -269,11 +253,6 @@ def staging_dir(draft: Path, reusable: Collection[str] = ()) -> Iterator[None]:
         finally:
             if not any((draft / name).is_file() for name in (PROGRESS_NAME, *reusable)):
                 remove(draft)
-
-
-def forget_progress(folder: Path) -> None:
-    """Remove the progress file: the directory is then complete, or has to be written from the start."""
-    (folder / PROGRESS_NAME).unlink(missing_ok=True)
 
 
 def clear_draft(folder: Path, reusable: Collection[str] = ()) -> None:

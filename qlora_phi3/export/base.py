@@ -20,6 +20,7 @@ from qlora_phi3.model import quantized as four_bit
 from qlora_phi3.model.quantized import Quantized, Scheme, is_stored_quantized, quantized_record
 from qlora_phi3.model.weights import StoredWeights, TensorInfo
 
+CPU = torch.device("cpu")
 #: Two means of the same absmax, summed in other orders, differ in fp32's last bits (6e-8 each); 1 and 2 threads gave 1e-7.
 MEAN_TOLERANCE = 2e-6
 #: Share of a tensor's codes that another quantizer may give for the same weights. On normal weights of 4096 x 3072, bitsandbytes
@@ -149,20 +150,19 @@ class RecordedBase:
         record: BaseRecord,
         *,
         cached: StoredWeights | None = None,
-        device: torch.device | None = None,
+        device: torch.device = CPU,
     ) -> None:
         """Read nothing but headers.
 
         Args:
             cached: the 4-bit base that the run saved (`quantized.save_quantized`); its bits are used where quantizing again
                 gives others.
-            device: where weights are quantized; None for the CPU. The kind of device that the run used gives the run's bits.
+            device: where weights are quantized. The kind of device that the run used gives the run's bits.
 
         Raises:
             ExportError: the files lack a tensor that the run was trained on.
         """
-        self.stored, self.record, self.cached = stored, record, cached
-        self.device = device or torch.device("cpu")
+        self.stored, self.record, self.cached, self.device = stored, record, cached, device
         #: Filled as tensors are read to their end.
         self.compared: dict[str, Compared] = {}
         info = four_bit.logical_info(stored)
@@ -186,11 +186,9 @@ class RecordedBase:
         if is_stored_quantized(self.stored, name):
             message = f"{self.record.name} holds {name} in 4 bit only: there is no original to merge onto."
             raise ExportError(message, "Export with --onto nf4.")
-        recorded = self.record.tensors.get(name)
-        rows = self.stored.iter_row_chunks(name)
-        if recorded is None or recorded["kind"] != "plain":
-            return rows
-        return self._compare_rows(name, recorded["sha256"], rows)
+        rows, recorded = self.stored.iter_row_chunks(name), self.record.tensors.get(name, {})
+        is_plain = recorded.get("kind") == "plain"
+        return self._compare_rows(name, recorded["sha256"], rows) if is_plain else rows
 
     def _compare_rows(self, name: str, recorded: str, rows: Iterator[Tensor]) -> Iterator[Tensor]:
         digest = hashlib.sha256()
@@ -219,10 +217,8 @@ class RecordedBase:
         if compared.differs and self.cached is not None:
             saved = four_bit.read_quantized(self.cached, name, self.device)
             if quantized_record(saved.packed, saved.state)["sha256"] != recorded["sha256"]:
-                raise ExportError(
-                    f"The 4-bit base that the run saved holds another {name} than its record.",
-                    "Remove the run's folder quantized_base; weights are then quantized again.",
-                )
+                hint = "Remove the run's folder quantized_base; weights are then quantized again."
+                raise ExportError(f"The 4-bit base that the run saved holds another {name} than its record.", hint)
             count = four_bit.count_different_codes(saved, found)
             compared, found = replace(compared, differs=False, from_cache=True, different_codes=count), saved
         self.compared[name] = compared
@@ -236,9 +232,8 @@ class RecordedBase:
         scheme, offset = self.record.scheme, self.record.tensors[name]["mean_absmax"]
         if scheme is None:
             raise ExportError(f"The run recorded {name} as 4-bit, but no quantization type.", "Train the run again.")
-        return four_bit.quantize(
-            self.stored, name, dtype=self.record.dtype, scheme=scheme, device=self.device, offset=offset
-        )
+        dtype, device = self.record.dtype, self.device
+        return four_bit.quantize(self.stored, name, dtype=dtype, scheme=scheme, device=device, offset=offset)
 
     def compare_plain(self) -> None:
         """Compare every tensor that the run did not quantize: one or two seconds for a full Phi-3."""
@@ -247,17 +242,12 @@ class RecordedBase:
                 deque(self.iter_row_chunks(name), maxlen=0)
 
     def check_weights(self, folder: Path) -> None:
-        """Refuse a base of which a tensor compared so far has other weights; `folder` is for the message.
-
-        Raises:
-            ExportError: other weights, which are not the run's quantized by other hardware.
-        """
-        if others := summarise(self.compared).other_weights:
-            raise ExportError(
-                f"{folder} is not the base that was trained on: at least {len(others)} of {len(self.record.tensors)} tensors "
-                f"differ from the run's record, first {others[0]}.",
-                "Give the folder of the right one with --base.",
-            )
+        """Raise ExportError where a tensor compared so far has other weights than the run's; `folder` is for the message."""
+        others, total = summarise(self.compared).other_weights, len(self.record.tensors)
+        if others:
+            count = f"at least {len(others)} of {total} tensors differ from the run's record, first {others[0]}"
+            message = f"{folder} is not the base that was trained on: {count}."
+            raise ExportError(message, "Give the folder of the right one with --base.")
 
     def notes(self, names: Sequence[str]) -> dict[str, Any]:
         """The comparison of these tensors for JSON, so that an interrupted export does not need to read them again."""

@@ -58,14 +58,12 @@ class MergedWeights:
         if onto == "original" and quantized is not None:
             base.iter_row_chunks(quantized)  # raises: there is no original
         info = dict(base.info)
+        self.cast = {*deltas.targets, *deltas.replaced, *filter(base.record.is_quantized, info)}
         if deltas.unties:
             info[HEAD] = info[EMBEDDING]
         self.info: Mapping[str, TensorInfo] = {
-            name: TensorInfo(own.shape, dtype if self._is_cast(name) else own.dtype) for name, own in info.items()
+            name: TensorInfo(own.shape, dtype if name in self.cast else own.dtype) for name, own in info.items()
         }
-
-    def _is_cast(self, name: str) -> bool:
-        return name in self.deltas.targets or name in self.deltas.replaced or self.base.record.is_quantized(name)
 
     def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
         """The rows of a merged tensor.
@@ -81,7 +79,7 @@ class MergedWeights:
         rows = self._base_rows(name) if replacement is None else self.deltas.stored.iter_row_chunks(replacement)
         if name in self.deltas.targets:
             rows = _add_delta(rows, self.deltas.read(name), self.base.device)
-        return (_cast(name, chunk, self.dtype) for chunk in rows) if self._is_cast(name) else rows
+        return (_cast(name, chunk, self.dtype) for chunk in rows) if name in self.cast else rows
 
     def _base_rows(self, name: str) -> Iterator[Tensor]:
         """The rows of the base to which the update is added."""

@@ -25,7 +25,7 @@ from transformers.initialization import no_init_weights
 
 from qlora_phi3.adapters.merging import ADAPTER_NAME, EMBEDDING, HEAD, PREFIX, read_settings
 from qlora_phi3.errors import ExportError, ModelError, first_line
-from qlora_phi3.export.base import RecordedBase
+from qlora_phi3.export.base import CPU, RecordedBase
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
 from qlora_phi3.model.loss import select_supervised
 from qlora_phi3.model.phi3 import Phi3ForChunkedLoss
@@ -139,38 +139,31 @@ def _set_parameter(slot: _Slot, parameter: nn.Parameter, *_: Any) -> None:
     setattr(slot.module, slot.attribute, parameter)
 
 
-def stream_plain(weights: Weights, config: dict[str, Any], *, device: torch.device | None = None) -> StreamedModel:
+def stream_plain(weights: Weights, config: dict[str, Any], *, device: torch.device = CPU) -> StreamedModel:
     """A model of plain linear layers.
 
     Args:
         weights: every tensor of a checkpoint, of any floating dtype.
         config: contents of its config.json.
-        device: where the model computes; None for the CPU.
 
     Raises:
         ModelError: a tensor is missing or has another shape than the config says.
     """
-    device = device or torch.device("cpu")
     model = _build_empty_model(config, device)
     return StreamedModel(model, _find_slots(model, weights), weights, device)
 
 
-def stream_live(
-    base: Weights, config: dict[str, Any], adapter: Path, *, device: torch.device | None = None
-) -> StreamedModel:
+def stream_live(base: Weights, config: dict[str, Any], adapter: Path, *, device: torch.device = CPU) -> StreamedModel:
     """A base with PEFT's own layers and the trained adapter around it.
 
     Args:
         base: `TrainedBase` for the model as it was trained; `RecordedBase` for the base as its files hold it.
         config: contents of the base's config.json.
         adapter: the PEFT directory.
-        device: where the model computes; None for the CPU.
 
     Raises:
-        ModelError: as `stream_plain`.
-        ExportError: the adapter does not fit the model.
+        ModelError: as `stream_plain`. ExportError: the adapter does not fit the model.
     """
-    device = device or torch.device("cpu")
     model = _build_empty_model(config, device)
     slots = _find_slots(model, base)
     weights = _WithReplacements(base, open_file(adapter / ADAPTER_NAME, error=ExportError))

@@ -24,8 +24,6 @@ from qlora_phi3.model.weights import TensorInfo, Weights
 
 #: The name in reports and options; "nf4" stands for the 4-bit weights that were trained, whatever their type.
 Onto = Literal["nf4", "original"]
-#: Name of the model as it was trained: the 4-bit base with the adapter.
-LIVE = "live"
 
 
 class MergedWeights:
@@ -177,15 +175,15 @@ def build_models(
     """
     merged_config = {**config, "tie_word_embeddings": False} if deltas.unties else config
     live = partial(stream_live, TrainedBase(base), config, adapter, device=base.device)
-    models = [ScoredModel(name=LIVE, label=LIVE, open=live, origin=LIVE)]
+    models = [ScoredModel(name="live", label="live", open=live, origin="live")]
     for onto in ontos:
         weights, label, origin = MergedWeights(base, deltas, onto=onto, dtype=dtype), base.record.label(onto), None
         checksummed, unmerged = _ChecksummedWeights(weights), _UnmergedBase(base, deltas, onto)
         if onto in checked:
-            origin = LIVE if unmerged.is_live() else f"{onto}, unmerged"
+            origin = "live" if unmerged.is_live() else f"{onto}, unmerged"
         build = partial(stream_plain, checksummed, merged_config, device=base.device)
         models.append(ScoredModel(name=onto, label=label, open=build, origin=origin, checksums=checksummed.checksums))
-        if origin not in (None, LIVE):
+        if origin not in (None, "live"):
             build = partial(stream_live, unmerged, config, adapter, device=base.device)
             models.append(ScoredModel(name=f"{onto}, unmerged", label=f"{label}, unmerged", open=build))
     return models

@@ -19,7 +19,7 @@ from qlora_phi3.errors import ExportError
 from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.export.bundle import DOWNLOAD_AGAIN, GENERATION_CONFIG
 from qlora_phi3.export.inputs import Sources
-from qlora_phi3.export.merge import LIVE, Onto, ScoredModel, build_models
+from qlora_phi3.export.merge import Onto, ScoredModel, build_models
 from qlora_phi3.export.request import Request
 from qlora_phi3.export.streamed import Final, Progress
 from qlora_phi3.export.writer import DISK_HINT
@@ -35,6 +35,8 @@ from qlora_phi3.step import collate
 CPU_TOKENS, CUDA_TOKENS = 1024, 16384
 #: A tile of logits: words of the vocabulary, and positions; 8 MiB in float64, of which about four exist for each model.
 TILE_VOCABULARY, TILE_POSITIONS = 2048, 512
+#: Name of the model as it was trained, in scores and `build_models`.
+LIVE = "live"
 #: In the staging directory: the finished proof.
 SCORED = ".scored.json"
 #: Largest KL divergence of a merge from base and adapter unmerged, nats, by the export's dtype: mean, and at the worst position.

@@ -21,8 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Phi3Config, StoppingCriteria, StoppingCriteriaList
 
 from qlora_phi3.export.inputs import free_ram
-from qlora_phi3.export.merge import LIVE
-from qlora_phi3.export.proof import Proof
+from qlora_phi3.export.proof import LIVE, Proof
 from qlora_phi3.export.streamed import Progress
 from qlora_phi3.model.loss import IGNORE_INDEX
 from qlora_phi3.model.weights import open_weights

@@ -87,3 +87,8 @@ def disk_error_hint(error: BaseException) -> str:
     if cause.errno == errno.EFBIG:
         return "Raise the limit on a file's size (ulimit -f)"
     return "Check that the directory exists and that you may write to it"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text without its full stop; the name of its class where it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

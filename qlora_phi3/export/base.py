@@ -1,9 +1,12 @@
-"""What a run noted down of its base (base.json), and how another reading of that base compares with it."""
+"""The base as a run recorded it (base.json), and the comparison of a copy of that base with the record.
+
+A tensor is compared while it is read for the merge or the proof; nothing is read only to be compared, except `compare_plain`.
+"""
 
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isclose
 from pathlib import Path
@@ -13,88 +16,92 @@ import torch
 from torch import Tensor
 
 from qlora_phi3.errors import ExportError
-from qlora_phi3.model.quantized import (
-    Quantized,
-    Scheme,
-    add_bytes,
-    count_different_codes,
-    is_stored_quantized,
-    logical_info,
-    quantize,
-    quantized_record,
-    read_quantized,
-    sample_codes,
-)
+from qlora_phi3.model import quantized as four_bit
+from qlora_phi3.model.quantized import Quantized, Scheme, is_stored_quantized, quantized_record
 from qlora_phi3.model.weights import StoredWeights, TensorInfo
 
+CPU = torch.device("cpu")
 #: Two means of the same absmax, summed in other orders, differ in fp32's last bits (6e-8 each); 1 and 2 threads gave 1e-7.
-_MEAN_TOLERANCE = 2e-6
-
-
+MEAN_TOLERANCE = 2e-6
 #: Share of a tensor's codes that another quantizer may give for the same weights. On normal weights of 4096 x 3072, bitsandbytes
 #: 0.50: none with other threads or a reciprocal for a division, 0.04 % in fp16, 0.2 to 0.6 % in bf16 arithmetic. Weights moved
 #: by 1 % of their standard deviation give 3 %, by 5 % 15 %; how often each code occurs hardly changes then (0.03 %).
-_MOST_ROUNDED = 0.02
+MAX_ROUNDED_SHARE = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseRecord:
-    """base.json: the base as a run loaded it.
+    """base.json: the base as a run loaded it."""
 
-    `dtype` is the dtype it was loaded in, before 4-bit weights were quantized; `scheme` is None where nothing was. `tensors`
-    holds what `checksum.tensor_record` gives, by the base's own names; a tied head is left out.
-    """
-
+    #: Hub id or directory.
     name: str
+    #: Commit on the hub.
     revision: str | None
+    #: The dtype the base was loaded in, before 4-bit weights were quantized.
     dtype: torch.dtype
+    #: None where nothing was quantized.
     scheme: Scheme | None
     device: str
+    #: Tensor -> `quantized.tensor_record`, by the base's own names; without a tied head.
     tensors: Mapping[str, Mapping[str, Any]]
 
     def is_quantized(self, name: str) -> bool:
         """Whether the run held that tensor in 4 bit."""
         return bool(self.tensors.get(name, {}).get("kind") == "4bit")
 
+    def label(self, onto: str) -> str:
+        """What people read for "nf4" and "original"."""
+        return onto_label(onto, self.scheme and self.scheme.quant_type)
+
+
+def onto_label(onto: str, quant_type: str | None) -> str:
+    """The name of the weights that an adapter is merged onto: "NF4", "FP4" or "original".
+
+    Args:
+        onto: "nf4", which stands for 4-bit weights of either type, or "original".
+        quant_type: of the run's quantization; None where nothing was quantized.
+    """
+    return (quant_type or onto).upper() if onto == "nf4" else onto
+
 
 def read_record(path: Path) -> BaseRecord:
     """Read base.json.
 
     Raises:
-        ExportError: it is missing or no such record.
+        ExportError: it is missing, or a part of it is.
     """
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        scheme = held["quantization"]
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        tensors = {}
+        for name, tensor in stored["tensors"].items():
+            is_4bit = tensor["kind"] == "4bit"
+            keys = ("kind", "sha256", "codes", "mean_absmax") if is_4bit else ("kind", "sha256")
+            tensors[name] = {key: tensor[key] for key in keys}
+            if is_4bit:
+                tensors[name]["sampled_codes"] = bytes.fromhex(tensor.get("sampled_codes", ""))  # older runs: none
         return BaseRecord(
-            name=held["name"],
-            revision=held["revision"],
-            dtype=getattr(torch, held["dtype"]),
-            scheme=None if scheme is None else Scheme(**scheme),
-            device=held["device"],
-            tensors={name: _check_noted(tensor) for name, tensor in held["tensors"].items()},
+            name=stored["name"],
+            revision=stored["revision"],
+            dtype=getattr(torch, stored["dtype"]),
+            scheme=None if stored["quantization"] is None else Scheme(**stored["quantization"]),
+            device=stored["device"],
+            tensors=tensors,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(
-            f"{path} does not say what the run was trained on: {error!r}.", "Export a run that this version trained."
-        ) from error
-
-
-def _check_noted(tensor: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A tensor's record with nothing missing, else a KeyError; older ones have no sample."""
-    if tensor["kind"] != "4bit":
-        return {part: tensor[part] for part in ("kind", "sha256")}
-    sample = bytes.fromhex(tensor.get("sampled_codes", ""))
-    return {part: tensor[part] for part in ("kind", "sha256", "codes", "mean_absmax")} | {"sampled_codes": sample}
+        message = f"{path} does not describe the base that was trained on: {error!r}."
+        raise ExportError(message, "Export a run that this version trained.") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """One tensor held against the record.
+    """One tensor compared with the record.
 
-    `differs`: the bits in use are not those that were trained on. `codes_differ`: the 4-bit codes that the base's files gave are
-    other ones; `different_codes`: how many, where the run kept its own (`from_cache`). `other_weights`: the files hold other
-    weights than the run's, and not the same ones that were only rounded otherwise.
+    Args:
+        differs: the bits in use are not those that were trained on.
+        other_weights: the files hold other weights, and not the same ones quantized by other hardware.
+        codes_differ: quantizing the base's files gave other 4-bit codes than the run's.
+        from_cache: the trained bits were then taken from the 4-bit base that the run saved.
+        different_codes: how many codes differ from those of the saved base.
     """
 
     kind: str
@@ -107,50 +114,34 @@ class Compared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """All tensors held against the record, by the base's own names; the fields of `Compared`.
-
-    `codes_differing` came out with other codes when they were quantized again, whether or not the trained ones were then taken
-    from the 4-bit base that the run kept; `different_codes` of those, None where it kept none.
-    """
+    """All tensors compared with the record: the names for which each field of `Compared` holds."""
 
     num_tensors: int
     differing: tuple[str, ...]
     other_weights: tuple[str, ...]
     codes_differing: tuple[str, ...]
     from_cache: tuple[str, ...]
+    #: Sum over `from_cache`; None where the run saved no 4-bit base.
     different_codes: int | None
 
 
 def summarise(compared: Mapping[str, Compared]) -> Comparison:
-    """Count what `RecordedBase.compared` holds."""
-
-    def names(holds: Callable[[Compared], bool]) -> tuple[str, ...]:
-        return tuple(name for name, tensor in compared.items() if holds(tensor))
-
+    """Sum up `RecordedBase.compared`."""
     counts = [tensor.different_codes for tensor in compared.values() if tensor.different_codes is not None]
     return Comparison(
         num_tensors=len(compared),
-        differing=names(lambda tensor: tensor.differs),
-        other_weights=names(lambda tensor: tensor.other_weights),
-        codes_differing=names(lambda tensor: tensor.codes_differ),
-        from_cache=names(lambda tensor: tensor.from_cache),
+        differing=tuple(name for name, tensor in compared.items() if tensor.differs),
+        other_weights=tuple(name for name, tensor in compared.items() if tensor.other_weights),
+        codes_differing=tuple(name for name, tensor in compared.items() if tensor.codes_differ),
+        from_cache=tuple(name for name, tensor in compared.items() if tensor.from_cache),
         different_codes=sum(counts) if counts else None,
     )
 
 
-def _are_others(found: Quantized, noted: Mapping[str, Any]) -> bool:
-    """Whether these are other weights than the noted ones, and not the same ones, only rounded otherwise."""
-    if not isclose(found.mean_absmax, noted["mean_absmax"], rel_tol=_MEAN_TOLERANCE):
-        return True
-    was, now = noted["sampled_codes"], sample_codes(found.packed)
-    changed = [one ^ other for one, other in zip(was, now, strict=False)]
-    return sum(bool(byte & 0x0F) + bool(byte & 0xF0) for byte in changed) > _MOST_ROUNDED * 2 * len(was)
-
-
 class RecordedBase:
-    """The files of a base, each tensor held against what the run noted; a `Weights` of the files' own values.
+    """The files of a base, each tensor compared with the run's record; a `Weights` of the values in the files.
 
-    Tensors that the trained model did not have are left out of it.
+    Tensors that the trained model did not have are left out.
     """
 
     def __init__(
@@ -159,114 +150,118 @@ class RecordedBase:
         record: BaseRecord,
         *,
         cached: StoredWeights | None = None,
-        device: torch.device | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        """Nothing but headers is read.
+        """Read nothing but headers.
 
         Args:
-            cached: the 4-bit base that the run kept (`quantized.save_quantized`); its bits are taken where quantizing again
+            cached: the 4-bit base that the run saved (`quantized.save_quantized`); its bits are used where quantizing again
                 gives others.
-            device: where weights are quantized; None for the CPU. The run's own kind of device gives the run's own bits.
+            device: where weights are quantized. The kind of device that the run used gives the run's bits.
 
         Raises:
             ExportError: the files lack a tensor that the run was trained on.
         """
-        self.stored, self.record, self.cached = stored, record, cached
-        self.device = device or torch.device("cpu")
-        #: How each tensor compares, once it has been read to its end.
+        self.stored, self.record, self.cached, self.device = stored, record, cached, device
+        #: Filled as tensors are read to their end.
         self.compared: dict[str, Compared] = {}
-        held = logical_info(stored)
-        self.info: Mapping[str, TensorInfo] = {name: info for name, info in held.items() if name in record.tensors}
+        info = four_bit.logical_info(stored)
+        missing = next((name for name in record.tensors if name not in info), None)
+        if missing is not None:
+            message = f"The base has no {missing}, which {record.name} had when the run was trained."
+            raise ExportError(message, "Give the base that the run names.")
+        self.info: Mapping[str, TensorInfo] = {name: info[name] for name in info if name in record.tensors}
         #: What the files hold and the trained model did not: the buffers of old checkpoints, a second copy of a tied head.
-        self.left_out = tuple(sorted(held.keys() - record.tensors.keys()))
-        for name in record.tensors:
-            if name not in self.info:
-                raise ExportError(
-                    f"The base has no {name}, which {record.name} had when the run was trained.",
-                    "Give the base that the run names.",
-                )
+        self.left_out = tuple(sorted(info.keys() - record.tensors.keys()))
 
     def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
-        """As `Weights.pieces`: the values in the files; a plain tensor is held against the record on the way.
+        """The rows of a tensor as the files hold them; the end of a plain tensor compares it with the record.
+
+        Returns:
+            Chunks of `Weights.iter_row_chunks`: (rows, ...) in the dtype of the file, on the CPU.
 
         Raises:
-            ExportError: the base holds this tensor in 4 bit only.
+            ExportError: the base holds this tensor in 4 bit only; raised by the call itself.
         """
         if is_stored_quantized(self.stored, name):
-            raise ExportError(
-                f"{self.record.name} holds {name} in 4 bit only: there is no original to merge onto.",
-                "Export with --onto nf4.",
-            )
-        noted = self.record.tensors.get(name)
-        pieces = self.stored.iter_row_chunks(name)
-        return pieces if noted is None or noted["kind"] != "plain" else self._checked(name, noted["sha256"], pieces)
+            message = f"{self.record.name} holds {name} in 4 bit only: there is no original to merge onto."
+            raise ExportError(message, "Export with --onto nf4.")
+        rows, recorded = self.stored.iter_row_chunks(name), self.record.tensors.get(name, {})
+        is_plain = recorded.get("kind") == "plain"
+        return self._compare_rows(name, recorded["sha256"], rows) if is_plain else rows
 
-    def _checked(self, name: str, noted: str, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+    def _compare_rows(self, name: str, recorded: str, rows: Iterator[Tensor]) -> Iterator[Tensor]:
         digest = hashlib.sha256()
-        for piece in pieces:
-            add_bytes(digest, piece.to(self.record.dtype))
-            yield piece
-        differs = digest.hexdigest() != noted  # a cast, which all hardware does alike
+        for chunk in rows:
+            four_bit.add_bytes(digest, chunk.to(self.record.dtype))  # a cast gives the same bits on all hardware
+            yield chunk
+        differs = digest.hexdigest() != recorded
         self.compared[name] = Compared(kind="plain", differs=differs, other_weights=differs)
 
     def quantized(self, name: str) -> Quantized | None:
-        """A tensor as the run held it in 4 bit; None for one that it did not quantize.
+        """A tensor as the run held it in 4 bit, on `device`, compared with the record; None where the run did not quantize it.
 
         Raises:
-            ExportError: the kept 4-bit base is not the one that was noted.
+            ExportError: the 4-bit base that the run saved is not the one in its record.
         """
         if not self.record.is_quantized(name):
             return None
-        noted, again = self.record.tensors[name], self._quantize(name)
-        made = quantized_record(again.packed, again.state)
-        found = Compared(
+        recorded, found = self.record.tensors[name], self._quantize(name)
+        made = quantized_record(found.packed, found.state)
+        compared = Compared(
             kind="4bit",
-            differs=made["sha256"] != noted["sha256"],
-            codes_differ=made["codes"] != noted["codes"],
-            other_weights=_are_others(again, noted),
+            differs=made["sha256"] != recorded["sha256"],
+            codes_differ=made["codes"] != recorded["codes"],
+            other_weights=_are_other_weights(found, recorded),
         )
-        used = again
-        if found.differs and self.cached is not None:
-            used = self._kept(self.cached, name, noted["sha256"])
-            count = count_different_codes(used, again)
-            found = replace(found, differs=False, from_cache=True, different_codes=count)
-        self.compared[name] = found
-        return used
-
-    def _kept(self, cached: StoredWeights, name: str, noted: str) -> Quantized:
-        kept = read_quantized(cached, name, self.device)
-        if quantized_record(kept.packed, kept.state)["sha256"] != noted:
-            raise ExportError(
-                f"The 4-bit base that the run kept holds another {name} than the run noted.",
-                "Remove the run's folder quantized_base; weights are then quantized again.",
-            )
-        return kept
+        if compared.differs and self.cached is not None:
+            saved = four_bit.read_quantized(self.cached, name, self.device)
+            if quantized_record(saved.packed, saved.state)["sha256"] != recorded["sha256"]:
+                hint = "Remove the run's folder quantized_base; weights are then quantized again."
+                raise ExportError(f"The 4-bit base that the run saved holds another {name} than its record.", hint)
+            count = four_bit.count_different_codes(saved, found)
+            compared, found = replace(compared, differs=False, from_cache=True, different_codes=count), saved
+        self.compared[name] = compared
+        return found
 
     def _quantize(self, name: str) -> Quantized:
         if is_stored_quantized(self.stored, name):
-            found = read_quantized(self.stored, name, self.device)
+            found = four_bit.read_quantized(self.stored, name, self.device)
             found.state.dtype = self.record.dtype  # bitsandbytes dequantizes to the dtype of a layer's input
             return found
         scheme, offset = self.record.scheme, self.record.tensors[name]["mean_absmax"]
         if scheme is None:
-            raise ExportError(f"The run noted {name} as 4-bit, and not of which kind.", "Train the run again.")
-        return quantize(self.stored, name, dtype=self.record.dtype, scheme=scheme, device=self.device, offset=offset)
+            raise ExportError(f"The run recorded {name} as 4-bit, but no quantization type.", "Train the run again.")
+        dtype, device = self.record.dtype, self.device
+        return four_bit.quantize(self.stored, name, dtype=dtype, scheme=scheme, device=device, offset=offset)
+
+    def compare_plain(self) -> None:
+        """Compare every tensor that the run did not quantize: one or two seconds for a full Phi-3."""
+        for name, recorded in self.record.tensors.items():
+            if recorded["kind"] == "plain":
+                deque(self.iter_row_chunks(name), maxlen=0)
+
+    def check_weights(self, folder: Path) -> None:
+        """Raise ExportError where a tensor compared so far has other weights than the run's; `folder` is for the message."""
+        others, total = summarise(self.compared).other_weights, len(self.record.tensors)
+        if others:
+            count = f"at least {len(others)} of {total} tensors differ from the run's record, first {others[0]}"
+            message = f"{folder} is not the base that was trained on: {count}."
+            raise ExportError(message, "Give the folder of the right one with --base.")
 
     def notes(self, names: Sequence[str]) -> dict[str, Any]:
-        """How these tensors compare, as JSON keeps it; for `writer.write_shards`."""
+        """The comparison of these tensors for JSON, so that an interrupted export does not need to read them again."""
         return {name: asdict(self.compared[name]) for name in names if name in self.compared}
 
-    def recall(self, notes: Mapping[str, Any]) -> None:
-        """Take up notes of tensors that an earlier attempt compared."""
+    def restore(self, notes: Mapping[str, Any]) -> None:
+        """Take the `notes` of an earlier attempt."""
         self.compared |= {name: Compared(**noted) for name, noted in notes.items()}
 
-    def compare_plain(self) -> tuple[str, ...]:
-        """Hold every tensor that the run did not quantize against the record: a second or two for a whole Phi-3.
 
-        Returns:
-            The names of those that differ. If there is one, these are other weights than the run's.
-        """
-        plain = [name for name, noted in self.record.tensors.items() if noted["kind"] == "plain"]
-        for name in plain:
-            deque(self.iter_row_chunks(name), maxlen=0)
-        return tuple(name for name in plain if self.compared[name].differs)
+def _are_other_weights(found: Quantized, recorded: Mapping[str, Any]) -> bool:
+    """Whether these are other weights than the recorded ones, and not the same ones rounded by other hardware."""
+    if not isclose(found.mean_absmax, recorded["mean_absmax"], rel_tol=MEAN_TOLERANCE):
+        return True
+    was, now = recorded["sampled_codes"], four_bit.sample_codes(found.packed)
+    changed = [one ^ other for one, other in zip(was, now, strict=False)]  # each byte holds two codes
+    return sum(bool(byte & 0x0F) + bool(byte & 0xF0) for byte in changed) > MAX_ROUNDED_SHARE * 2 * len(was)

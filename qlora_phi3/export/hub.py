@@ -1,6 +1,7 @@
-"""Publishing an export on the hub. The token comes from the environment or the hub's own store and goes nowhere else."""
+"""Publish an export on the hub. The token comes from the environment or the hub's own store, and is sent to the hub only."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from glob import escape
 from pathlib import Path
 
@@ -9,23 +10,23 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from qlora_phi3.errors import ExportError
+from qlora_phi3.errors import ExportError, first_line
 
-#: What a hub that refuses or is not there raises: the hub's own errors are both, those of the library for HTTP below it (httpx,
-#: then httpx2) none of the system's.
+#: Raised when the hub refuses or cannot be reached: the hub's own errors are both, those of its HTTP library (httpx, then httpx2)
+#: are not OSErrors.
 HUB_ERRORS = (TransportError, OSError)
 
 
 def check_push(repository: str, *, private: bool) -> None:
-    """Everything that can be known before hours of work: the name, a token the hub takes, who could read it.
+    """Check what can be known before hours of work: the name, the token, and who could read the repository.
 
     Raises:
-        ExportError: with what to do.
+        ExportError: the name is not `user/name`, there is no valid token, the hub cannot be reached, or the repository is public.
     """
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise ExportError(f"--push {repository} is no hub id: {error}", "Write --push user/name.") from error
+        raise ExportError(f"--push {repository} is not a hub id: {error}", "Write --push user/name.") from error
     if repository.count("/") != 1:
         raise ExportError(f"--push {repository} names no owner.", "Write --push user/name.")
     if get_token() is None:
@@ -34,28 +35,21 @@ def check_push(repository: str, *, private: bool) -> None:
     try:
         api.whoami()
     except HfHubHTTPError as error:
-        raise ExportError("The hub does not take your token.", "Run `hf auth login` again.") from error
+        raise ExportError("The hub refuses your token.", "Run `hf auth login` again.") from error
     except HUB_ERRORS as error:
-        raise ExportError(f"The hub cannot be reached: {_first_line(error)}.", "Export without --push.") from error
-    if private:
-        try:
-            _check_private(api, repository)
-        except RepositoryNotFoundError:
-            pass  # it will be made
-        except HUB_ERRORS as error:
-            raise ExportError(f"{repository} cannot be asked for: {_first_line(error)}.", "Try again later.") from error
-
-
-def _check_private(api: HfApi, repository: str) -> None:
-    if not api.repo_info(repository).private:
-        raise ExportError(
-            f"--private: {repository} is there already, and public.",
-            "Push to another name, or make it private in its settings.",
-        )
+        raise ExportError(f"The hub cannot be reached: {first_line(error)}.", "Export without --push.") from error
+    try:
+        with suppress(RepositoryNotFoundError):  # it will be created
+            _check_private(api, repository, private=private)
+    except HUB_ERRORS as error:
+        raise ExportError(f"{repository} cannot be looked up: {first_line(error)}.", "Try again later.") from error
 
 
 def push(folder: Path, names: Sequence[str], repository: str, *, private: bool) -> str:
-    """Upload the files of these names from a finished export; the address of its page.
+    """Upload the files of these names from a finished export.
+
+    Returns:
+        The address of its page.
 
     Raises:
         ExportError: the hub refuses or cannot be reached; the export stays where it is.
@@ -63,8 +57,7 @@ def push(folder: Path, names: Sequence[str], repository: str, *, private: bool) 
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        if private:
-            _check_private(api, repository)  # a repository that is there stays as it is
+        _check_private(api, repository, private=private)  # an existing repository keeps its setting
         info = api.upload_folder(
             repo_id=repository,
             folder_path=folder,
@@ -72,13 +65,15 @@ def push(folder: Path, names: Sequence[str], repository: str, *, private: bool) 
             commit_message="Exported with qlora-phi3",
         )
     except HUB_ERRORS as error:
-        words = "".join(f" --include '{name}'" for name in names) + (" --private" if private else "")
+        options = "".join(f" --include '{name}'" for name in names) + (" --private" if private else "")
         raise ExportError(
-            f"{repository} could not be pushed: {_first_line(error)}.",
-            f"The export is whole in {folder}; push it with: hf upload {repository} {folder} .{words}",
+            f"{repository} could not be pushed: {first_line(error)}.",
+            f"The export is complete in {folder}; push it with: hf upload {repository} {folder} .{options}",
         ) from error
     return str(info.repo_url)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _check_private(api: HfApi, repository: str, *, private: bool) -> None:
+    if private and not api.repo_info(repository).private:
+        hint = "Push to another name, or make it private in its settings."
+        raise ExportError(f"--private: {repository} exists and is public.", hint)

@@ -146,29 +146,41 @@ def test_onto_the_original_is_held_against_the_unquantized_base(run):
     assert original["fault_max_kl"] < 1e-8 < original["mean_kl"]
 
 
-def test_auto_writes_the_one_with_the_lower_held_out_loss(run):
-    """Rows on which the merge onto the original is the better one: what it says itself."""
-    merged = run.parent / "original"
-    assert call("export", str(run), "--onto", "original", "--no-verify", "--out", str(merged)).exit_code == 0
-    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-    start = torch.tensor([read_lines(run / "held_out.jsonl")[0]["input_ids"][:6]])
-    ids = model.generate(start, max_new_tokens=40, min_new_tokens=40, do_sample=True, temperature=3.0).tolist()[0]
-    losses = {}
-    for seed in range(20):
-        torch.manual_seed(seed)
-        ids = model.generate(start, max_new_tokens=40, min_new_tokens=40, do_sample=True, temperature=1.0).tolist()[0]
-        row = {"input_ids": ids, "labels": [-100] * 6 + ids[6:]}
-        (run / "held_out.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+def write_held_out(run, labels):
+    """One held-out row whose supervised tokens are chosen; the model's input stays."""
+    ids = read_lines(run / "held_out.jsonl")[0]["input_ids"]
+    row = {"input_ids": ids, "labels": [-100] * (len(ids) - len(labels)) + labels}
+    (run / "held_out.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+
+
+def test_auto_merges_onto_the_original_only_where_it_is_better_by_more_than_two_standard_errors(run):
+    """The held-out tokens are those that the merge onto the original likes better; of the last two, one hardly."""
+    log_probabilities = {}
+    for onto in ("nf4", "original"):
+        folder = run.parent / onto
+        assert call("export", str(run), "--onto", onto, "--no-verify", "--out", str(folder)).exit_code == 0
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        ids = torch.tensor([read_lines(run / "held_out.jsonl")[0]["input_ids"]])
+        with torch.no_grad():
+            log_probabilities[onto] = model(ids).logits[0, :-1].log_softmax(dim=-1)
+    gain = log_probabilities["original"] - log_probabilities["nf4"]
+    hardly = torch.where(gain > 0, gain, torch.inf).argmin(dim=-1)
+    for labels, expected, words in (
+        (gain.argmax(dim=-1).tolist(), "original", "more than two standard errors"),
+        ([int(gain[-2].argmax()), int(hardly[-1])], "nf4", "less than two standard errors"),
+    ):
+        write_held_out(run, labels)
         result = call("export", str(run), "--force")
         assert result.exit_code == 0, result.stderr
         report = read_json(run / "merged" / "export_report.json")
-        losses = {score["name"]: score["loss"] for score in report["proof"]["scores"]}
-        if losses["original"] < losses["nf4"]:
-            break
-    assert losses["original"] < losses["nf4"]
-    assert report["onto"] == "original"
-    assert "writing that" in result.stdout
-    assert_same(load_file(run / "merged" / "model.safetensors"), load_file(merged / "model.safetensors"))
+        difference = report["proof"]["loss_difference"]
+        assert report["onto"] == expected
+        assert difference["tokens"] == len(labels)
+        assert difference["mean"] > 0
+        assert (difference["mean"] > 2 * difference["standard_error"]) is (expected == "original")
+        assert words in result.stdout
+        written, wanted = (load_file(path / "model.safetensors") for path in (run / "merged", run.parent / expected))
+        assert_same(written, wanted)
 
 
 def assert_same(first, second):
@@ -179,21 +191,20 @@ def assert_same(first, second):
 def test_an_interrupted_export_goes_on_at_the_last_whole_file(run, monkeypatch):
     import qlora_phi3.export.merge as merge
 
-    def stop_late(self, name, pieces=merge.MergedWeights.iter_row_chunks):
+    def stop_late(self, name, rows=merge.MergedWeights.iter_row_chunks):
         if name == "model.layers.1.mlp.down_proj.weight":
             raise KeyboardInterrupt
-        return pieces(self, name)
+        return rows(self, name)
 
     command = ("export", str(run), "--shard-size", "1MiB", "--no-verify")
     with monkeypatch.context() as patch:
-        patch.setattr(merge.MergedWeights, "pieces", stop_late)
+        patch.setattr(merge.MergedWeights, "iter_row_chunks", stop_late)
         result = call(*command)
     assert result.exit_code == 130
-    assert "the rest begins anew. Go on with the same command." in result.stderr
     assert not (run / "merged").exists()
     result = call(*command)
     assert result.exit_code == 0, result.stderr
-    assert "Went on after" in result.stdout
+    assert "Continued after" in result.stdout
     whole = run.parent / "whole"
     assert call(*command, "--out", str(whole)).exit_code == 0
     for path in whole.glob("*.safetensors"):
@@ -208,14 +219,13 @@ def test_what_stands_at_the_target_is_replaced_only_by_force_and_nothing_that_no
     assert read_json(target / "export_report.json")["files"]["written"] == written
     result = call("export", str(run), "--no-verify")
     assert result.exit_code == 2
-    assert "exists" in result.stderr
-    assert "--force" in result.stderr
+    assert f"{target} exists" in result.stderr
     link.symlink_to(target)
     (target / "mine.txt").write_text("mine", encoding="utf-8")
     for words in ((), ("--out", str(link))):
         result = call("export", str(run), "--no-verify", "--force", *words)
         assert result.exit_code == 2
-        assert f"{target} holds mine.txt, which no export wrote. Move it away, or give --out" in result.stderr
+        assert f"{target} holds mine.txt" in result.stderr
     assert (target / "mine.txt").read_text(encoding="utf-8") == "mine"
     (target / "mine.txt").unlink()
     assert call("export", str(run), "--no-verify", "--force").exit_code == 0
@@ -226,8 +236,8 @@ def test_what_stands_at_the_target_is_replaced_only_by_force_and_nothing_that_no
 def test_a_file_that_comes_to_the_target_during_the_export_stays(run, monkeypatch):
     import qlora_phi3.export.writer as writer
 
-    def put_beside(weights, folder, shard, tell, write=writer._write_shard):
-        write(weights, folder, shard, tell)
+    def put_beside(weights, folder, shard, *rest, write=writer._write_shard):
+        write(weights, folder, shard, *rest)
         (run / "merged" / "mine.txt").write_text("mine", encoding="utf-8")
 
     assert call("export", str(run), "--no-verify").exit_code == 0
@@ -235,11 +245,11 @@ def test_a_file_that_comes_to_the_target_during_the_export_stays(run, monkeypatc
         patch.setattr(writer, "_write_shard", put_beside)
         result = call("export", str(run), "--no-verify", "--force")
     assert result.exit_code == 2
-    assert "merged holds mine.txt, which no export wrote" in result.stderr
+    assert "merged holds mine.txt" in result.stderr
     (run / "merged" / "mine.txt").rename(run / "mine.txt")
     again = call("export", str(run), "--no-verify", "--force")
     assert again.exit_code == 0, again.stderr
-    assert "Went on after 1 of 1 files" in again.stdout
+    assert "Continued after 1 of 1 files" in again.stdout
 
 
 def test_a_second_export_into_the_same_place_is_refused_and_the_first_goes_on(run, state, monkeypatch):
@@ -248,12 +258,12 @@ def test_a_second_export_into_the_same_place_is_refused_and_the_first_goes_on(ru
 
     others = []
 
-    def export_at_once(weights, folder, shard, tell, write=writer._write_shard):
+    def export_at_once(weights, folder, shard, *rest, write=writer._write_shard):
         if not others:
             before = sorted(path.name for path in folder.iterdir())
             others.extend(call("export", str(run), "--no-verify", *words) for words in ((), ("--format", "gguf")))
             assert sorted(path.name for path in folder.iterdir()) == before
-        write(weights, folder, shard, tell)
+        write(weights, folder, shard, *rest)
 
     monkeypatch.setattr(writer, "_write_shard", export_at_once)
     result = call("export", str(run), "--no-verify")
@@ -262,9 +272,7 @@ def test_a_second_export_into_the_same_place_is_refused_and_the_first_goes_on(ru
     for other in others:
         assert other.exit_code == 2
         (line,) = other.stderr.strip().splitlines()
-        assert line.endswith(
-            f"Another export is writing {run / 'merged'}. Wait for it, or give --out another folder."
-        ), line
+        assert str(run / "merged") in line
     assert len(others) == 2
     assert [*state.rglob("*.lock")]
     assert [*run.rglob("*.lock")] == []
@@ -277,7 +285,7 @@ def test_a_ggufs_own_folder_is_held_too(run, tmp_path, monkeypatch):
     with locked([tmp_path / "files"]):
         result = call("export", str(run), "--no-verify", "--format", "gguf", "--out", str(tmp_path / "files"))
     assert result.exit_code == 2
-    assert f"Another export is writing {tmp_path / 'files'}." in result.stderr
+    assert str(tmp_path / "files") in result.stderr
     assert not (tmp_path / "files").exists()
     assert not (run / "merged").exists()
 
@@ -309,7 +317,7 @@ def test_without_a_network_a_push_is_refused_in_one_line_before_anything_is_writ
     result = call("export", str(run), "--push", "me/x")
     assert result.exit_code == 2
     (line,) = result.stderr.strip().splitlines()
-    assert line.endswith("cannot be reached: [Errno -2] Name or service not known. Export without --push.")
+    assert "[Errno -2] Name or service not known" in line
     assert sorted(path.name for path in run.iterdir()) == before
 
 
@@ -326,7 +334,6 @@ def test_a_place_that_cannot_be_made_is_told_before_the_base_is_read(run, words,
     assert result.exit_code == 2
     (line,) = result.stderr.strip().splitlines()
     assert "/proc/" in line
-    assert line.endswith("See that it is there and may be written, and give the same command again.")
 
 
 def test_a_refused_export_leaves_no_draft_and_no_folder(run, tmp_path, monkeypatch):
@@ -336,7 +343,7 @@ def test_a_refused_export_leaves_no_draft_and_no_folder(run, tmp_path, monkeypat
         patch.setattr(writer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**20, 0, 2**20))
         result = call("export", str(run), "--no-verify", "--out", str(tmp_path / "deep" / "down"))
     assert result.exit_code == 2
-    assert "and 1 MiB are free" in result.stderr
+    assert "1 MiB" in result.stderr
     assert not (tmp_path / "deep").exists()
     (run / "held_out.jsonl").write_text("[1]", encoding="utf-8")
     assert call("export", str(run)).exit_code == 2
@@ -355,7 +362,7 @@ def test_a_folder_that_is_no_export_is_never_replaced_and_a_link_stays_one(run, 
     (mine / "export_report.json").unlink()
     result = call("export", str(run), "--no-verify", "--force", "--out", str(link))
     assert result.exit_code == 2
-    assert "holds README.md, which no export wrote" in result.stderr
+    assert "README.md" in result.stderr
     assert (mine / "model.safetensors").is_file()
 
 
@@ -373,10 +380,10 @@ def test_after_a_try_with_a_wrong_base_the_right_one_is_taken(run, tmp_path, mon
     """Wrong only where the run quantized, which shows when all is read."""
     import qlora_phi3.export.writer as writer
 
-    def stop_after_one(weights, folder, shard, tell, write=writer._write_shard):
+    def stop_after_one(weights, folder, shard, *rest, write=writer._write_shard):
         if any(folder.glob("model-*")):
             raise KeyboardInterrupt
-        write(weights, folder, shard, tell)
+        write(weights, folder, shard, *rest)
 
     own = Path(load_recipe(run / "recipe.toml").model.name)
     wrong = Path(shutil.copytree(own, tmp_path / "wrong"))
@@ -386,14 +393,14 @@ def test_after_a_try_with_a_wrong_base_the_right_one_is_taken(run, tmp_path, mon
     for words in (("--no-verify",), ()):
         result = call("export", str(run), *words, "--base", str(wrong))
         assert result.exit_code == 2
-        assert "is not the base that was trained on" in result.stderr
+        assert str(wrong) in result.stderr
     assert not (run / ".merged.partial").exists() or not any((run / ".merged.partial").glob("*.safetensors"))
     with monkeypatch.context() as patch:
         patch.setattr(writer, "_write_shard", stop_after_one)
-        resumed = ("--shard-size", "1MiB", "--base", str(wrong), "--out", str(tmp_path / "mended"))
+        resumed = ("--shard-size", "1MiB", "--base", str(wrong), "--out", str(tmp_path / "corrected"))
         assert call("export", str(run), *resumed, "--no-verify").exit_code == 130
-    mended = tmp_path / "wrong" / "model.safetensors"
-    mended.write_bytes((own / "model.safetensors").read_bytes())
+    corrected = tmp_path / "wrong" / "model.safetensors"
+    corrected.write_bytes((own / "model.safetensors").read_bytes())
     for words in (resumed, ("--no-verify",), ("--force",)):
         result = call("export", str(run), *words)
         assert result.exit_code == 0, result.stderr
@@ -405,11 +412,11 @@ def test_a_proof_outlives_an_interruption_and_only_the_winner_is_written(run, mo
 
     written = []
 
-    def stop_at_the_second(weights, folder, shard, tell, write=writer._write_shard):
+    def stop_at_the_second(weights, folder, shard, *rest, write=writer._write_shard):
         if len(written) == 1:
             raise KeyboardInterrupt
         written.append((weights.onto, shard.file_name))
-        write(weights, folder, shard, tell)
+        write(weights, folder, shard, *rest)
 
     def never(*_, **__):
         raise AssertionError("scored again")
@@ -417,7 +424,7 @@ def test_a_proof_outlives_an_interruption_and_only_the_winner_is_written(run, mo
     def choose_original(proof):
         return "original"
 
-    monkeypatch.setattr("qlora_phi3.export.run.choose_onto", choose_original)
+    monkeypatch.setattr("qlora_phi3.export.proof.choose_onto", choose_original)
     with monkeypatch.context() as patch:
         patch.setattr(writer, "_write_shard", stop_at_the_second)
         assert call("export", str(run), "--shard-size", "1MiB").exit_code == 130
@@ -426,7 +433,7 @@ def test_a_proof_outlives_an_interruption_and_only_the_winner_is_written(run, mo
         patch.setattr(scored, "prove", never)
         result = call("export", str(run), "--shard-size", "1MiB")
     assert result.exit_code == 0, result.stderr
-    assert "Went on after 1 of" in result.stdout
+    assert "Continued after 1 of" in result.stdout
     assert "merged onto the original" in result.stdout
     report = read_json(run / "merged" / "export_report.json")
     assert (report["status"], report["onto"], report["proof"]["rows"]) == ("proved", "original", 8)
@@ -452,15 +459,16 @@ def test_scores_of_other_held_out_rows_are_not_taken_up(run, monkeypatch):
 def test_files_that_do_not_hold_what_was_scored_fail_the_proof(run, monkeypatch):
     import qlora_phi3.export.writer as writer
 
-    def off_by_a_bit(piece, bytes_of=writer._bytes_of):
-        spoilt = bytes_of(piece).copy()
-        spoilt[0] ^= 1
-        return spoilt
+    def off_by_a_bit(write, data, write_all=writer._write_all):
+        if not isinstance(data, bytes):  # the bytes of a tensor, not of the header
+            data = data.copy()
+            data[0] ^= 1
+        write_all(write, data)
 
-    monkeypatch.setattr(writer, "_bytes_of", off_by_a_bit)
+    monkeypatch.setattr(writer, "_write_all", off_by_a_bit)
     result = call("export", str(run))
     assert result.exit_code == 5
-    assert "lm_head.weight in the files is not what was scored" in result.stderr
+    assert "lm_head.weight" in result.stderr
 
 
 @pytest.mark.parametrize("spoilt", ["", '{"input_ids": [1, 2', "[1]", '{"labels": [1]}'])
@@ -469,7 +477,7 @@ def test_held_out_rows_that_are_cut_are_told_and_only_where_they_are_needed(run,
     result = call("export", str(run))
     assert result.exit_code == 2
     (line,) = result.stderr.strip().splitlines()
-    assert line.endswith("Export with --no-verify.")
+    assert "--no-verify" in line
     if not spoilt:
         (run / "held_out.jsonl").unlink()
     assert call("export", str(run), "--no-verify").exit_code == 0
@@ -480,7 +488,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(run, tmp_path):
     result = call("export", str(run), "--no-verify", "--out", str(tmp_path / "merged"))
     assert result.exit_code == 2
     (line,) = result.stderr.strip().splitlines()
-    assert "cannot be written: File exists" in line
+    assert "File exists" in line
 
 
 def test_each_way_to_merge_has_a_folder_of_its_own_and_a_gguf_is_made_from_the_one_like_it(run, tmp_path):
@@ -495,12 +503,13 @@ def test_each_way_to_merge_has_a_folder_of_its_own_and_a_gguf_is_made_from_the_o
     assert "made before" in again.stdout
     unproved = call("export", str(run), *words, "--out", str(tmp_path / "proved"))
     assert unproved.exit_code == 2
-    assert "was written with --no-verify. --force makes it anew" in unproved.stderr
+    assert "--no-verify" in unproved.stderr
+    assert "--force" in unproved.stderr
     (adapter,) = (run / "adapter").glob("adapter_model.safetensors")
     save_file({name: tensor * 2 for name, tensor in load_file(adapter).items()}, adapter)
     changed = call("export", str(run), *words, "--no-verify", "--out", str(tmp_path / "changed"))
     assert changed.exit_code == 2
-    assert "is no merged model of this run as it is now" in changed.stderr
+    assert "not a merged model of this run" in changed.stderr
 
 
 def test_a_gguf_leaves_what_lies_beside_it_alone_and_pushes_its_own_files_only(run, tmp_path, pushed):
@@ -515,13 +524,13 @@ def test_a_gguf_leaves_what_lies_beside_it_alone_and_pushes_its_own_files_only(r
     assert pushed == [(mine, sorted(["Modelfile", "README.md", "export_report.json", name]))]
     assert read_json(mine / "export_report.json")["gguf"] == {"file": name, "quant": "f16"}
     card = (mine / "README.md").read_text(encoding="utf-8")
-    assert f"The merged model from which `{name}` was made as f16 was not held" in card
+    assert f"The merged model from which `{name}` was made as f16 was not compared" in card
     again = call("export", str(run), *words)
     assert again.exit_code == 2
     assert f"{name} exists" in again.stderr
     hf = call("export", str(run), "--no-verify", "--out", str(mine), "--force")
     assert hf.exit_code == 2
-    assert "mine holds secret.txt, which no export wrote" in hf.stderr
+    assert "mine holds secret.txt" in hf.stderr
     merged = (run / "merged" / "model.safetensors").stat().st_mtime_ns
     forced = call("export", str(run), *words, "--force")
     assert forced.exit_code == 0, forced.stderr
@@ -535,7 +544,7 @@ def test_several_types_share_a_folder_and_one_that_rounds_is_not_called_proved(d
     for quant, status in (("f16", "proved"), ("q8_0", "proved_before_quantization")):
         result = call("export", str(run), "--format", "gguf", "--quant", quant, "--out", str(tmp_path / "all"))
         assert result.exit_code == 0, result.stderr
-        assert "kept for other exports" not in result.stdout  # it was there before
+        assert "which other exports can use" not in result.stdout  # it was there before
         report = read_json(tmp_path / "all" / "export_report.json")
         assert (report["status"], report["gguf"]["quant"]) == (status, quant)
     written = sorted(path.name for path in (tmp_path / "all").iterdir())
@@ -554,7 +563,7 @@ def test_the_merged_model_that_a_gguf_leaves_is_told_with_its_size(run):
     assert result.exit_code == 0, result.stderr
     merged = run / "merged-bf16"
     size = sum(path.stat().st_size for path in merged.iterdir())
-    assert f"Merged model, kept for other exports: {merged} ({format_gib(size)})" in result.stdout
+    assert f"Merged model, which other exports can use: {merged} ({format_gib(size)})" in result.stdout
     (gguf,) = (run / "gguf-bf16").glob("*.gguf")
     assert gguf.stem.endswith("-bf16")
     assert read_json(run / "gguf-bf16" / "export_report.json")["status"] == "unproved"
@@ -569,25 +578,24 @@ def test_memory_and_disk_are_looked_at_before_a_gguf_is_begun(run, monkeypatch):
         patch.setattr(writer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
         result = call("export", str(run), "--no-verify", "--format", "gguf")
     assert result.exit_code == 2
-    assert re.search(r"needs 9\d.* MiB on the disk of .* and 70 MiB are free", result.stderr), result.stderr
+    assert re.search(r" 9\d\d? MiB .* 70 MiB ", result.stderr), result.stderr
     assert not (run / "merged").exists()
     assert call("export", str(run), "--no-verify").exit_code == 0
     result = call("export", str(run), "--no-verify", "--format", "gguf", "--max-ram", "200MiB")
     assert result.exit_code == 2
-    assert "--max-ram 200 MiB is too little: a .gguf file needs about" in result.stderr
+    assert "--max-ram 200 MiB" in result.stderr
 
 
 def test_a_proof_that_fails_keeps_the_files_under_a_name_that_says_so(run, monkeypatch):
     import qlora_phi3.export.merge as merge
 
-    def astray(self, name, pieces=merge.MergedWeights.iter_row_chunks):
-        for piece in pieces(self, name):
-            yield piece * 2 if "down_proj" in name else piece
+    def doubled(self, name, rows=merge.MergedWeights.iter_row_chunks):
+        for chunk in rows(self, name):
+            yield chunk * 2 if "down_proj" in name else chunk
 
-    monkeypatch.setattr(merge.MergedWeights, "pieces", astray)
+    monkeypatch.setattr(merge.MergedWeights, "iter_row_chunks", doubled)
     result = call("export", str(run), "--onto", "nf4")
     assert result.exit_code == 5
-    assert "is not what was trained" in result.stderr
     assert re.search(r"^> merged onto NF4 ", result.stdout, flags=re.MULTILINE)
     assert "Done" not in result.stdout
     assert not (run / "merged-nf4").exists()
@@ -608,7 +616,7 @@ def other_base(run, tmp_path):
     return (
         "--base",
         str(build_base(tmp_path / "other", seed=1)),
-    ), "is not the base that was trained on: at least 2 of 15"
+    ), "at least 2 of 15"
 
 
 def smaller_base(run, tmp_path):
@@ -634,12 +642,12 @@ def pickled_base(run, tmp_path):
 def unfinished(run, tmp_path):
     report = read_json(run / "report.json")
     (run / "report.json").write_text(json.dumps({**report, "status": "interrupted"}), encoding="utf-8")
-    return (), "is not done: interrupted.*--resume"
+    return (), "interrupted.*--resume"
 
 
 def no_run(run, tmp_path):
     (run / "report.json").unlink()
-    return (), "is a run without its report.json. Put it back, or train again"
+    return (), "report.json"
 
 
 def spoilt_adapter(run, tmp_path):
@@ -656,7 +664,7 @@ def spoilt_adapter(run, tmp_path):
 
 def target_inside_the_base(run, tmp_path):
     base = Path(shutil.copytree(load_recipe(run / "recipe.toml").model.name, tmp_path / "base"))
-    return ("--base", str(base), "--out", str(base / "merged")), "is inside .* which is read"
+    return ("--base", str(base), "--out", str(base / "merged")), "--out .* is inside "
 
 
 def target_inside_the_runs_own_base(run, tmp_path):
@@ -667,11 +675,11 @@ def target_inside_the_runs_own_base(run, tmp_path):
         assert own in text
         (run / name).write_text(text.replace(own, str(base)), encoding="utf-8")
     (base / "export_report.json").write_text("{}", encoding="utf-8")
-    return ("--out", str(base), "--force"), "is inside .*own, which is read"
+    return ("--out", str(base), "--force"), "--out .* is inside .*own"
 
 
 def target_is_the_run(run, tmp_path):
-    return ("--out", str(run)), "holds the run itself"
+    return ("--out", str(run)), "--out .*run"
 
 
 def unknown_quantization(run, tmp_path):
@@ -679,21 +687,21 @@ def unknown_quantization(run, tmp_path):
 
 
 def two_quantizations(run, tmp_path):
-    return ("--format", "gguf", "--quant", "f16", "--quant", "q8_0"), r"given 2 times \(f16, q8_0\)"
+    return ("--format", "gguf", "--quant", "f16", "--quant", "q8_0"), r"--quant .*f16, q8_0"
 
 
 def gguf_beside_a_model(run, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"somebody's")
-    return ("--format", "gguf", "--out", str(tmp_path / "model"), "--force"), "holds a model, whose card a GGUF would"
+    return ("--format", "gguf", "--out", str(tmp_path / "model"), "--force"), "--out .*model"
 
 
 def no_base(run, tmp_path):
-    return ("--base", str(tmp_path / "nowhere")), "nowhere is no folder"
+    return ("--base", str(tmp_path / "nowhere")), "--base .*nowhere"
 
 
 def empty_base(run, tmp_path):
-    return ("--base", str(tmp_path)), "has no config.json"
+    return ("--base", str(tmp_path)), "config.json"
 
 
 def quantization_without_gguf(run, tmp_path):
@@ -701,18 +709,18 @@ def quantization_without_gguf(run, tmp_path):
 
 
 def unreadable_size(run, tmp_path):
-    return ("--shard-size", "big"), "--shard-size 'big' is no size"
+    return ("--shard-size", "big"), "--shard-size 'big'"
 
 
 def too_little_memory(run, tmp_path):
-    return ("--max-ram", "200MiB"), "--max-ram 200 MiB is too little: this export needs about"
+    return ("--max-ram", "200MiB"), "--max-ram 200 MiB"
 
 
 def another_tokenizer(run, tmp_path):
     base = Path(shutil.copytree(load_recipe(run / "recipe.toml").model.name, tmp_path / "base"))
     config = read_json(base / "tokenizer_config.json")
     (base / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|end|>"}), encoding="utf-8")
-    return ("--base", str(base)), "tokenizer_config.json is not the file that was trained with"
+    return ("--base", str(base)), "tokenizer_config.json"
 
 
 CAUSES = [
@@ -739,13 +747,12 @@ def test_of_a_folder_of_runs_the_newest_is_taken_also_two_levels_deep(run, tmp_p
     result = call("export", str(tmp_path / "deep"), "--no-verify")
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "deep" / "mine" / "2026-01-01_00-00-00" / "merged" / "config.json").is_file()
-    assert "Without the proof nothing tells which merge is better: onto NF4" in result.stdout
+    assert "Without the proof it is not known which merge is better: onto NF4" in result.stdout
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path):
     result = call("export", str(tmp_path / "nowhere"))
     assert result.exit_code == 2
-    assert "There is no folder" in result.stderr
     assert "nowhere" in result.stderr
 
 
@@ -761,3 +768,22 @@ def test_an_interrupted_gguf_leaves_no_empty_folder(run, monkeypatch):
     assert call("export", str(run), "--no-verify", "--format", "gguf").exit_code == 130
     assert not (run / "gguf").exists()
     assert (run / "merged" / "config.json").is_file()
+
+
+def test_an_fp4_run_is_published_as_fp4(shop):
+    """It was called NF4 in the table, the progress and the model card."""
+    shop.write(
+        quantization={"bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "float32"}, training={"max_steps": 1}
+    )
+    assert shop.run().exit_code == 0
+    (run,) = shop.runs()
+    result = call("export", str(run), "--onto", "nf4")
+    assert result.exit_code == 0, result.stderr
+    card = (run / "merged-nf4" / "README.md").read_text(encoding="utf-8")
+    for text in (result.stdout, card):
+        assert "merged onto FP4" in text
+        assert "NF4" not in text.replace("merged-nf4", "")
+    report = read_json(run / "merged-nf4" / "export_report.json")
+    assert (report["onto"], report["base"]["quantization"]["quant_type"]) == ("nf4", "fp4")
+    without_proof = call("export", str(run), "--no-verify")
+    assert "onto FP4" in without_proof.stdout

@@ -16,16 +16,16 @@ ConnectError = sys.modules[HTTPError.__module__.partition(".")[0]].ConnectError
 
 
 class FakeHub:
-    """Stands for HfApi: remembers what it was asked for."""
+    """In place of HfApi: records the calls."""
 
     def __init__(self, refuses=None, private=None, unreachable=None):
-        self.refuses, self.private, self.unreachable, self.asked = refuses, private, unreachable, []
+        self.refuses, self.private, self.unreachable, self.calls = refuses, private, unreachable, []
 
     def __call__(self):
         return self
 
     def _answer(self, name, answer=None):
-        self.asked.append(name)
+        self.calls.append(name)
         if self.unreachable == name:
             raise ConnectError("[Errno -2] Name or service not known\nmore")
         if self.refuses == name:
@@ -62,9 +62,9 @@ def api(monkeypatch):
 
 @pytest.mark.parametrize("name", ["me/--x", "justme", "a/b/c", "me/my model"])
 def test_a_name_that_is_no_hub_id_is_refused_before_anything(api, name):
-    with pytest.raises(ExportError, match="Write --push user/name"):
+    with pytest.raises(ExportError, match=f"--push {name}"):
         hub.check_push(name, private=False)
-    assert api.asked == []
+    assert api.calls == []
 
 
 def test_without_a_token_it_says_how_to_get_one(api, monkeypatch):
@@ -73,34 +73,30 @@ def test_without_a_token_it_says_how_to_get_one(api, monkeypatch):
         hub.check_push("me/phi", private=False)
 
 
-def test_a_token_that_is_refused_is_told_and_not_shown(api):
+def test_a_token_that_the_hub_refuses_is_not_shown(api):
     api.refuses = "whoami"
-    with pytest.raises(ExportError, match="does not take your token") as caught:
+    with pytest.raises(ExportError) as caught:
         hub.check_push("me/phi", private=False)
     assert TOKEN not in str(caught.value)
 
 
-def test_no_network_is_one_line_wherever_the_hub_is_asked(api, tmp_path):
+def test_no_network_is_an_export_error_in_every_call_to_the_hub(api, tmp_path):
     assert not issubclass(ConnectError, OSError)
     api.unreachable = "whoami"
-    with pytest.raises(
-        ExportError, match=r"cannot be reached: \[Errno -2\] Name or service not known\. Export without"
-    ):
+    with pytest.raises(ExportError, match=r"\[Errno -2\] Name or service not known\. "):
         hub.check_push("me/phi", private=False)
     api.unreachable = "repo_info"
-    with pytest.raises(ExportError, match=r"me/phi cannot be asked for: \[Errno -2\] Name or service not known\."):
+    with pytest.raises(ExportError, match=r"me/phi .*\[Errno -2\] Name or service not known\. "):
         hub.check_push("me/phi", private=True)
     for step in ("create_repo", "repo_info", "upload_folder"):
         api.unreachable, api.private = step, True
-        with pytest.raises(
-            ExportError, match=r"could not be pushed: \[Errno -2\] Name .* known\. The export is whole in"
-        ):
+        with pytest.raises(ExportError, match=r"me/phi .*\[Errno -2\] Name or service not known\. "):
             hub.push(tmp_path, ["README.md"], "me/phi", private=True)
 
 
 def test_what_is_pushed_are_the_files_that_the_export_wrote(api, tmp_path):
     assert hub.push(tmp_path, ["README.md", "a[1]*.gguf"], "me/phi", private=True) == "the page"
-    assert api.asked == ["create_repo", "repo_info", "upload_folder"]
+    assert api.calls == ["create_repo", "repo_info", "upload_folder"]
     assert (api.options["repo_id"], api.options["folder_path"]) == ("me/phi", tmp_path)
     there = ["README.md", "a[1]*.gguf", "a1b.gguf", "secret.txt", "sub/README.md"]
     assert [*filter_repo_objects(there, allow_patterns=api.options["allow_patterns"])] == ["README.md", "a[1]*.gguf"]
@@ -111,11 +107,11 @@ def test_private_is_refused_for_a_repository_that_is_public(tmp_path, monkeypatc
     api = FakeHub(private=False)
     monkeypatch.setattr(hub, "HfApi", api)
     monkeypatch.setattr(hub, "get_token", lambda: TOKEN)
-    with pytest.raises(ExportError, match=r"--private: me/phi is there already, and public\. Push to another name"):
+    with pytest.raises(ExportError, match="--private: me/phi"):
         hub.check_push("me/phi", private=True)
-    with pytest.raises(ExportError, match="public"):
+    with pytest.raises(ExportError, match="--private: me/phi"):
         hub.push(tmp_path, ["README.md"], "me/phi", private=True)
-    assert "upload_folder" not in api.asked
+    assert "upload_folder" not in api.calls
     hub.check_push("me/phi", private=False)
 
 
@@ -126,9 +122,9 @@ def test_private_is_fine_for_a_new_repository_and_for_one_that_is_private(api, t
     assert hub.push(tmp_path, ["README.md"], "me/phi", private=True) == "the page"
 
 
-def test_a_push_that_fails_says_that_the_export_is_whole(api, tmp_path):
+def test_the_hint_of_a_push_that_failed_is_the_command_that_uploads_the_same_files(api, tmp_path):
     api.refuses = "upload_folder"
-    with pytest.raises(ExportError, match="The export is whole in") as caught:
+    with pytest.raises(ExportError) as caught:
         hub.push(tmp_path, ["README.md"], "me/phi", private=True)
     assert "403" in str(caught.value)
     assert str(caught.value).endswith(f"hf upload me/phi {tmp_path} . --include 'README.md' --private")

@@ -1,4 +1,4 @@
-"""What is asked for is checked before torch starts: above all, that nothing is written over what no export wrote."""
+"""An export is checked before torch starts; above all, nothing that no export wrote is replaced."""
 
 import json
 from pathlib import Path
@@ -7,22 +7,7 @@ import huggingface_hub.constants
 import pytest
 
 from qlora_phi3.errors import ExportError
-from qlora_phi3.export.request import find_reusable, make_request
-
-USUAL = {
-    "out": None,
-    "kind": "hf",
-    "quant": None,
-    "dtype": "fp16",
-    "onto": "auto",
-    "base": None,
-    "shard_size": "5GB",
-    "max_ram": None,
-    "verify": True,
-    "force": False,
-    "push": None,
-    "private": False,
-}
+from qlora_phi3.export.request import ExportOptions, find_reusable, make_request
 
 
 @pytest.fixture
@@ -63,8 +48,8 @@ def make_export(folder, *more, **told):
     return folder
 
 
-def ask(run, **asked):
-    return make_request(run, **{**USUAL, **asked})
+def ask(run, **options):
+    return make_request(run, ExportOptions(**options))
 
 
 def test_usual_targets_lie_in_the_run_and_tell_what_was_asked_for(run):
@@ -104,13 +89,13 @@ def test_the_model_is_named_by_what_the_run_was_filed_under_wherever_it_lies_now
 @pytest.mark.parametrize("inside", ["", "merged", "deep/down"])
 def test_nothing_is_written_into_the_base_that_the_run_names(run, base, inside, force, kind):
     make_export(base)  # one can train on an export
-    with pytest.raises(ExportError, match=r"is inside .*base, which is read"):
+    with pytest.raises(ExportError, match=r"--out .* is inside .*base,"):
         ask(run, out=base / inside, force=force, kind=kind)
 
 
 def test_a_target_that_holds_the_base_is_not_replaced_but_may_take_a_gguf(run, base):
     make_export(base.parent, "config.json")
-    with pytest.raises(ExportError, match=r"models holds .*base, which is read\. Choose a folder of its own"):
+    with pytest.raises(ExportError, match=r"--out .*models .*base,"):
         ask(run, out=base.parent, force=True)
     assert ask(run, out=base.parent, force=True, kind="gguf").gguf_file == base.parent / "chat-f16.gguf"
 
@@ -119,7 +104,7 @@ def test_a_base_of_the_hub_is_safe_with_all_its_folder_in_the_cache(run, tmp_pat
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     name_base(run, "me/phi")
     for inside in ("snapshots/abc", "snapshots/abc/merged", "blobs", "."):
-        with pytest.raises(ExportError, match="models--me--phi, which is read"):
+        with pytest.raises(ExportError, match="models--me--phi,"):
             ask(run, out=tmp_path / "hub" / "models--me--phi" / inside)
     assert ask(run, out=tmp_path / "hub" / "models--me--other")
 
@@ -130,21 +115,19 @@ def test_only_what_an_export_wrote_is_replaced_even_by_force(run, tmp_path):
     assert ask(run, out=mine, force=True).target == mine
     make_export(mine, "model.safetensors")
     assert ask(run, out=mine, force=True).target == mine
-    with pytest.raises(ExportError, match=r"mine exists\. Give --out another folder, or --force to replace it"):
+    with pytest.raises(ExportError, match=r"mine exists\."):
         ask(run, out=mine)
     (mine / "thesis.txt").touch()
     for force in (False, True):
-        with pytest.raises(
-            ExportError, match=r"mine holds thesis\.txt, which no export wrote\. Move it away, or give --out"
-        ):
+        with pytest.raises(ExportError, match=r"mine holds thesis\.txt"):
             ask(run, out=mine, force=force)
     (mine / "thesis.txt").unlink()
     (mine / "model.safetensors").unlink()
     (mine / "model.safetensors").mkdir()
-    with pytest.raises(ExportError, match=r"mine holds model\.safetensors, which no export wrote"):
+    with pytest.raises(ExportError, match=r"mine holds model\.safetensors"):
         ask(run, out=mine, force=True)
     (mine / "export_report.json").unlink()
-    with pytest.raises(ExportError, match=r"mine holds model\.safetensors, which no export wrote"):
+    with pytest.raises(ExportError, match=r"mine holds model\.safetensors"):
         ask(run, out=mine, force=True)
 
 
@@ -153,11 +136,7 @@ def test_the_report_of_a_gguf_is_no_licence_to_put_a_model_in_its_place(run, tmp
     folder = make_export(tmp_path / "g2", "chat-f16.gguf", gguf={"file": "chat-f16.gguf"}, key=ask(run).key)
     for name in others:
         (folder / name).touch()
-    told = (
-        r"g2 holds thesis\.txt, which no export wrote"
-        if others
-        else "g2 holds a GGUF, in whose place no merged model is"
-    )
+    told = r"g2 holds thesis\.txt" if others else "g2 holds a GGUF"
     for asked in ({"force": True}, {"force": True, "verify": False}, {"verify": False}):
         with pytest.raises(ExportError, match=told):
             ask(run, out=folder, **asked)
@@ -167,20 +146,18 @@ def test_what_lies_beside_a_model_whose_proof_failed_stays(run):
     failed = make_export(run / "merged.failed-proof", "model.safetensors")
     assert ask(run)
     (failed / "notes.txt").touch()
-    with pytest.raises(ExportError, match=r"merged\.failed-proof holds notes\.txt, which no export wrote"):
+    with pytest.raises(ExportError, match=r"merged\.failed-proof holds notes\.txt"):
         ask(run)
     assert ask(run, verify=False)
 
 
 def test_a_ggufs_model_is_replaced_by_force_only_where_an_export_wrote_all_of_it(run):
     merged = make_export(run / "merged", "model.safetensors")
-    with pytest.raises(
-        ExportError, match=r"from which a GGUF is made, is no merged model of this run as it is now\. --force"
-    ):
+    with pytest.raises(ExportError, match=r"merged, .* is not a merged model of this run"):
         ask(run, kind="gguf")
     assert ask(run, kind="gguf", force=True)
     (merged / "notes.txt").touch()
-    with pytest.raises(ExportError, match=r"merged holds notes\.txt, which no export wrote"):
+    with pytest.raises(ExportError, match=r"merged holds notes\.txt"):
         ask(run, kind="gguf", force=True)
     make_export(merged, "model.safetensors", key=ask(run, out=run / "else").key, proof={"rows": 1})
     for force in (False, True):
@@ -204,19 +181,17 @@ def test_a_model_that_is_there_and_proved_may_be_pushed_as_it_is(run, hub_calls)
     assert hub_calls == [("me/x", True)]
     assert find_reusable(ask(run, push="me/x", force=True)) is None
     (merged / "model.safetensors").unlink()
-    with pytest.raises(
-        ExportError, match=r"merged exists and lacks model\.safetensors\. Give --out another folder, or --force"
-    ):
+    with pytest.raises(ExportError, match=r"merged exists and lacks model\.safetensors"):
         ask(run, push="me/x")
 
 
 @pytest.mark.parametrize(
     ("told", "why"),
     [
-        ({"key": "another"}, "is no merged model of this run as it is now"),
+        ({"key": "another"}, "is not a merged model of this run"),
         ({"proof": None}, "was written with --no-verify"),
-        ({"fault": "astray"}, "is not what was trained"),
-        ({"files": {}}, r"holds export_report\.json, which no export wrote"),
+        ({"fault": "astray"}, "differs from what was trained"),
+        ({"files": {}}, r"holds export_report\.json"),
     ],
 )
 def test_another_model_is_not_pushed_in_the_place_of_this_one(run, hub_calls, told, why):
@@ -230,16 +205,16 @@ def test_a_hub_that_would_not_take_it_is_told_before_what_stands_at_the_target(r
 
     make_export(run / "merged")
     monkeypatch.setattr(hub, "get_token", lambda: None)
-    with pytest.raises(ExportError, match="There is no token for the hub"):
+    with pytest.raises(ExportError, match="token"):
         ask(run, push="me/x")
-    with pytest.raises(ExportError, match="Write --push user/name"):
+    with pytest.raises(ExportError, match="--push justme"):
         ask(run, push="justme")
 
 
 @pytest.mark.parametrize("out", [".", "..", "../work"])
 def test_the_folder_one_works_in_stays(run, out):
     make_export(Path(out))
-    with pytest.raises(ExportError, match=r"is the folder you work in|holds"):
+    with pytest.raises(ExportError, match="--out"):
         ask(run, out=Path(out), force=True)
 
 
@@ -270,10 +245,10 @@ def test_what_stands_in_a_ggufs_folder_is_replaced_only_by_force(run, tmp_path, 
     assert ask(run, **asked)
     (asked["out"] / name).touch()
     for force in (False, True):
-        with pytest.raises(ExportError, match=rf"{name} exists, and no export wrote it\. Move it away, or give --out"):
+        with pytest.raises(ExportError, match=f"{name} exists, and no export wrote it"):
             ask(run, **asked, force=force)
     make_export(asked["out"], name)
-    with pytest.raises(ExportError, match=r"exists\. Give --out another folder, or --force"):
+    with pytest.raises(ExportError, match=r"exists\."):
         ask(run, **asked)
     assert ask(run, **asked, force=True)
 
@@ -282,17 +257,17 @@ def test_another_type_of_the_same_model_joins_a_gguf_unasked(run, tmp_path):
     wrote = ("chat-q8_0.gguf", "README.md", "Modelfile")
     folder = make_export(tmp_path / "g", *wrote, gguf={"file": wrote[0]}, key=ask(run).key)
     assert ask(run, out=folder, kind="gguf", quant="q4_0")
-    with pytest.raises(ExportError, match=r"chat-q8_0\.gguf exists\. Give --out another folder, or --force"):
+    with pytest.raises(ExportError, match=r"chat-q8_0\.gguf exists\."):
         ask(run, out=folder, kind="gguf", quant="q8_0")
     make_export(folder, *wrote, gguf={"file": wrote[0]}, key="another's")
-    with pytest.raises(ExportError, match=r"Modelfile exists\. Give --out another folder, or --force"):
+    with pytest.raises(ExportError, match=r"Modelfile exists\."):
         ask(run, out=folder, kind="gguf", quant="q4_0")
     assert ask(run, out=folder, kind="gguf", quant="q4_0", force=True)
 
 
 @pytest.mark.parametrize("inside", ["merged", "merged/gguf", "adapter", ""])
 def test_a_gguf_does_not_go_into_what_it_is_made_from(run, inside):
-    with pytest.raises(ExportError, match=r"which is read|is the run itself"):
+    with pytest.raises(ExportError, match="--out"):
         ask(run, out=run / inside, kind="gguf", force=True)
 
 
@@ -305,6 +280,6 @@ def test_a_part_of_the_run_that_is_missing_is_named(run, name):
 
 def test_the_held_out_rows_are_needed_for_the_proof_alone(run):
     (run / "held_out.jsonl").unlink()
-    with pytest.raises(ExportError, match=r"held_out\.jsonl is missing, .* Export with --no-verify"):
+    with pytest.raises(ExportError, match=r"held_out\.jsonl is missing.* --no-verify"):
         ask(run)
     assert ask(run, verify=False)

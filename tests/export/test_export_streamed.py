@@ -166,14 +166,14 @@ def test_a_missing_tensor_and_one_of_another_shape_are_named(tmp_path):
     base = save_tiny_model(tmp_path / "base")
     stored, config = open_weights(base), read_config(str(base))
     places = {name: place for name, place in stored.locations.items() if name != "model.norm.weight"}
-    with pytest.raises(ModelError, match=r"hold no model\.norm\.weight"):
+    with pytest.raises(ModelError, match=r"model\.norm\.weight"):
         stream_plain(StoredWeights(places), config)
-    with pytest.raises(ModelError, match=r"gate_up_proj\.weight is of shape \(512, 128\), .* \(1024, 128\)"):
+    with pytest.raises(ModelError, match=r"gate_up_proj\.weight .*\(512, 128\), .* \(1024, 128\)"):
         stream_plain(stored, {**config, "intermediate_size": 512})
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     base, other = save_tiny_model(tmp_path / "base"), save_tiny_model(tmp_path / "other", intermediate_size=384)
     adapter = leave_run(tmp_path, other).adapter
-    with pytest.raises(ExportError, match="adapter does not fit the model"):
+    with pytest.raises(ExportError, match="does not fit the model"):
         stream_live(open_weights(base), read_config(str(base)), adapter)

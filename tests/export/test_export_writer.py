@@ -19,7 +19,6 @@ from qlora_phi3.export.writer import (
     check_disk,
     clear_draft,
     ensure_dir,
-    forget_progress,
     missing_bytes,
     plan_shards,
     staging_dir,
@@ -140,10 +139,12 @@ def test_a_kill_before_the_first_note_of_another_key_leaves_no_shard_of_it_behin
     write(Held(tensors), tmp_path)
     others = {name: tensor + 1 for name, tensor in tensors.items()}
 
-    def kill(path: Path, text: str) -> None:
-        raise KeyboardInterrupt
+    def kill(path: Path, atomic_file: Any = writer.atomic_file) -> Any:
+        if path.name == writer.PROGRESS_NAME:
+            raise KeyboardInterrupt
+        return atomic_file(path)
 
-    monkeypatch.setattr(writer, "atomic_write", kill)
+    monkeypatch.setattr(writer, "atomic_file", kill)
     with pytest.raises(KeyboardInterrupt):
         write(Held(others), tmp_path, key="two")
     monkeypatch.undo()
@@ -157,7 +158,7 @@ def test_a_draft_is_emptied_but_for_what_can_be_gone_on_with(tmp_path, tensors):
     for name in ("tokenizer.model", "..shards.json.123", ".scored.json"):
         (tmp_path / name).write_text("former", encoding="utf-8")
     (tmp_path / "figures" / "more").mkdir(parents=True)
-    clear_draft(tmp_path, kept=[".scored.json"])
+    clear_draft(tmp_path, reusable=[".scored.json"])
     shards = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".scored.json", ".shards.json", *shards]
     assert write(Held(tensors), tmp_path).num_resumed == 3
@@ -165,7 +166,7 @@ def test_a_draft_is_emptied_but_for_what_can_be_gone_on_with(tmp_path, tensors):
 
 def test_weights_of_an_attempt_with_other_shards_are_taken_away(tmp_path, tensors):
     write(Held(tensors), tmp_path, shard_bytes=10**9)
-    (tmp_path / ".model-00002-of-00003.safetensors.partial").write_bytes(b"half")
+    (tmp_path / ".model-00002-of-00003.safetensors.123.partial").write_bytes(b"half")
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     write(Held(tensors), tmp_path)
     names = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
@@ -176,7 +177,7 @@ def test_weights_of_an_attempt_with_other_shards_are_taken_away(tmp_path, tensor
     assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
 
 
-def test_a_full_disk_is_one_line_and_what_is_whole_stays(tmp_path, tensors, monkeypatch):
+def test_after_a_full_disk_the_complete_shards_stay(tmp_path, tensors, monkeypatch):
     written, write_all = [], writer._write_all
 
     def fill_up(write: Any, data: Any) -> None:
@@ -186,7 +187,7 @@ def test_a_full_disk_is_one_line_and_what_is_whole_stays(tmp_path, tensors, monk
         write_all(write, data)
 
     monkeypatch.setattr(writer, "_write_all", fill_up)
-    with pytest.raises(ExportError, match=r"cannot be written: No space left on device\. Free the disk, .* goes on"):
+    with pytest.raises(ExportError, match="No space left on device"):
         write(Held(tensors), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".shards.json", "model-00001-of-00003.safetensors"]
     monkeypatch.undo()
@@ -224,17 +225,10 @@ def test_progress_ends_at_all_bytes(tmp_path, tensors):
     assert told[-1] == (total, total)
 
 
-def test_the_progress_file_is_gone_when_all_is_done(tmp_path, tensors):
-    write(Held(tensors), tmp_path)
-    forget_progress(tmp_path)
-    assert not (tmp_path / writer.PROGRESS_NAME).exists()
-    forget_progress(tmp_path)
-
-
 def test_a_draft_stays_only_where_there_is_something_to_go_on_with(tmp_path, tensors):
     draft = tmp_path / "deep" / ".model.partial"
     for name in ("config.json", "model-00001-of-00003.safetensors"):
-        with staging_dir(draft, kept=[".scored.json"]):
+        with staging_dir(draft, reusable=[".scored.json"]):
             (draft / name).touch()
         assert not (tmp_path / "deep").exists()
     with pytest.raises(KeyboardInterrupt), staging_dir(draft):
@@ -243,7 +237,7 @@ def test_a_draft_stays_only_where_there_is_something_to_go_on_with(tmp_path, ten
         raise KeyError
     assert sorted(path.name for path in draft.iterdir()) == [".shards.json", "model-00001-of-00003.safetensors"]
     other = tmp_path / ".other.partial"
-    with staging_dir(other, kept=[".scored.json"]):
+    with staging_dir(other, reusable=[".scored.json"]):
         (other / ".scored.json").touch()
     assert other.is_dir()
     with staging_dir(other):
@@ -263,16 +257,7 @@ def test_a_folder_is_made_at_once_and_goes_again_where_nothing_came_into_it(tmp_
     assert (tmp_path / "a" / "b" / "file").is_file()
 
 
-def test_that_it_goes_on_is_said_only_where_something_whole_stands(tmp_path):
-    for stands in (False, True):
-        if stands:
-            (tmp_path / writer.PROGRESS_NAME).touch()
-        with pytest.raises(ExportError) as caught, writer.disk_errors(tmp_path):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        assert ("it goes on at the last whole file" in str(caught.value)) is stands
-
-
-def test_a_disk_that_is_too_small_is_told_beforehand(tmp_path):
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path):
     check_disk(tmp_path / "not" / "yet", 1)
-    with pytest.raises(ExportError, match=r"needs 931322574\.62 GiB on the disk of .* are free"):
+    with pytest.raises(ExportError, match=r"931322574\.62 GiB"):
         check_disk(tmp_path / "not" / "yet", 10**18)

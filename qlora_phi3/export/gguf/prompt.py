@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from qlora_phi3.errors import ExportError
+from qlora_phi3.export.bundle import DOWNLOAD_AGAIN, GENERATION_CONFIG
 from qlora_phi3.export.stop import PROBES, Message, Turns, chat, read_turns
 from qlora_phi3.family import read_architecture
 from qlora_phi3.files import atomic_file, disk_errors, read_json_object
@@ -157,9 +158,9 @@ def write_modelfile(folder: Path, gguf: Path, target: Path, *, force: bool = Fal
         raise ExportError(f"{target} exists.", "Give another place, or --force.")
     tokenizer = load_tokenizer(Model(name=str(folder)))
     prompting = plan_prompting(tokenizer, gguf.stem)
-    generation_config, eos_token_id = folder / "generation_config.json", None
+    generation_config, eos_token_id = folder / GENERATION_CONFIG, None
     if generation_config.is_file():
-        config = read_json_object(generation_config, ExportError, "Download the checkpoint again.")
+        config = read_json_object(generation_config, ExportError, DOWNLOAD_AGAIN)
         eos_token_id = config.get("eos_token_id")
     stops = tokenizer.convert_ids_to_tokens(sorted(stop_ids(eos_token_id, prompting.end_of_turn)))
     architecture = read_architecture(str(folder))

@@ -1,4 +1,4 @@
-"""What the end of an export says on the terminal."""
+"""The last lines of an export on the terminal."""
 
 from pathlib import Path
 from typing import Any
@@ -11,26 +11,29 @@ from qlora_phi3.ui.export import show_export
 
 
 class Lines:
-    """A view that keeps what it is told."""
+    """A view that records its lines."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
-        self.warned: list[str] = []
+        self.infos: list[str] = []
+        self.warnings: list[str] = []
 
     def info(self, line: str) -> None:
-        self.said.append(line)
+        self.infos.append(line)
 
     def warning(self, line: str) -> None:
-        self.warned.append(line)
+        self.warnings.append(line)
 
 
-def shown(*, dtype: str = "float16", quant: str | None = None, stopped: int = 8) -> Lines:
+def shown(*, dtype: str = "float16", quant: str | None = None, stopped: int = 8, quant_type: str = "nf4") -> Lines:
     """The end of an export of which so many of 8 answers stopped, or of a GGUF made of it."""
     score = {"loss": 2.0, "mean_kl": 1e-8, "max_kl": 1e-7, "top_agreement": 1.0}
     report: dict[str, Any] = {
         "onto": "nf4",
         "dtype": dtype,
-        "base": {"compared": {"differing": []}},
+        "base": {
+            "quantization": {"quant_type": quant_type, "double_quant": True},
+            "compared": {"differing": [], "codes_differing": [], "num_tensors": 15},
+        },
         "proof": {
             "tokens": 9,
             "rows": 2,
@@ -47,23 +50,31 @@ def shown(*, dtype: str = "float16", quant: str | None = None, stopped: int = 8)
     return view
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_the_table_names_the_quantization_of_the_run(quant_type):
+    lines = shown(quant_type=quant_type).infos
+    assert [line.split("  ")[0] for line in lines if line.startswith("> merged")] == [
+        f"> merged onto {quant_type.upper()}"
+    ]
+
+
 @pytest.mark.parametrize(("quant", "dtype"), [(None, "float16"), ("f16", "float16"), ("f32", "bfloat16")])
 def test_the_mark_stands_at_what_is_written_where_the_files_hold_those_weights(quant, dtype):
-    (line,) = [line for line in shown(quant=quant, dtype=dtype).said if line.startswith("> ") and "KL from" in line]
+    (line,) = [line for line in shown(quant=quant, dtype=dtype).infos if line.startswith("> ") and "KL from" in line]
     assert line.startswith("> what is written. KL from the live model")
 
 
 @pytest.mark.parametrize(("quant", "dtype"), [("q4_k_m", "float16"), ("q8_0", "float32"), ("f16", "bfloat16")])
 def test_the_mark_stands_at_what_a_gguf_of_other_weights_was_made_from(quant, dtype):
     view = shown(quant=quant, dtype=dtype)
-    assert not any("what is written" in line for line in view.said)
-    (line,) = [line for line in view.said if "KL from" in line]
+    assert not any("what is written" in line for line in view.infos)
+    (line,) = [line for line in view.infos if "KL from" in line]
     assert line.startswith(f"> what {quant} was made from; the file itself was not measured. KL from the live model")
 
 
 @pytest.mark.parametrize(("stopped", "warned"), [(0, ["never ended its turn"]), (3, ["in only 3 of 8"]), (4, [])])
 def test_a_model_that_does_not_end_its_turns_is_warned_of(stopped, warned):
     view = shown(stopped=stopped)
-    assert f"Stop test: {stopped} of 8 answers to held-out prompts ended by themselves." in view.said
-    assert len(view.warned) == len(warned)
-    assert all(words in line for words, line in zip(warned, view.warned, strict=True))
+    assert f"Stop test: {stopped} of 8 answers to held-out prompts ended by themselves." in view.infos
+    assert len(view.warnings) == len(warned)
+    assert all(words in line for words, line in zip(warned, view.warnings, strict=True))

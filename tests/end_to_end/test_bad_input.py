@@ -183,8 +183,8 @@ def test_every_problem_of_a_recipe_is_listed_at_once(shop):
 
 def test_debug_shows_the_traceback(shop):
     shop.write(lora={"rnk": 4})
-    program = shutil.which("qlora-phi3", path=Path(sys.executable).parent)
-    ended = subprocess.run([program, "run", "mine.toml", "--debug"], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "qlora_phi3", "run", "mine.toml", "--debug"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode != 0
     assert "Traceback" in ended.stderr
     assert "RecipeError: mine.toml: [lora] has no key 'rnk'" in ended.stderr

@@ -2,10 +2,8 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -144,8 +142,7 @@ def test_the_tokenizer_beside_the_adapter_gives_the_ids_of_the_base(done, base):
 
 def test_a_true_process_does_the_same_and_prints_plain_lines(done):
     shop, _, folder = done
-    program = shutil.which("qlora-phi3", path=Path(sys.executable).parent)
-    command = [program, "run", "mine.toml", "--set", "training.output_dir=elsewhere"]
+    command = [sys.executable, "-m", "qlora_phi3", "run", "mine.toml", "--set", "training.output_dir=elsewhere"]
     surroundings = {**os.environ, "PYTHONHASHSEED": "12"}  # sets are ordered by it
     ended = subprocess.run(command, cwd=shop.path, env=surroundings, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr

@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from tiny_model import FP32, load_tiny, save_tiny_model
@@ -47,7 +48,9 @@ def test_the_head_and_the_embedding_are_not_quantized(folder):
     assert model.model.embed_tokens.weight.dtype == torch.float32
 
 
-def test_bitsandbytes_repacking_is_off_in_every_layer(folder):
+def test_bitsandbytes_repacking_is_off_in_every_layer(folder, monkeypatch):
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    assert bnb.nn.Linear4bit(64, 64).support_avx512bf16_for_cpu
     layers = [module for module in load(folder).modules() if hasattr(module, "support_avx512bf16_for_cpu")]
     assert len(layers) == 8
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)

@@ -121,9 +121,9 @@ class ConsoleReporter:
 
     def _move(self, what: str, done: int, total: int | None, figures: str = "") -> None:
         count = f"{done:,}/{total:,}" if total is not None else f"{done:,}" if done else ""
-        fields = {"figures": f"{count}  {figures}".rstrip(), "left": "" if total is None else "left"}
+        fields: dict[str, Any] = {"figures": f"{count}  {figures}".rstrip(), "left": "" if total is None else "left"}
         if what in self._tasks:
-            self._bars.update(self._tasks[what], completed=done, total=total, **fields)  # type: ignore[arg-type]
+            self._bars.update(self._tasks[what], completed=done, total=total, **fields)
         else:
             self._tasks[what] = self._bars.add_task(what, completed=done, total=total, **fields)
 

@@ -1,4 +1,4 @@
-"""Bytes and counts as people write and read them."""
+"""Bytes, counts and durations as people write and read them."""
 
 import re
 
@@ -47,3 +47,10 @@ def format_gib(num_bytes: int) -> str:
 def format_count(number: int, noun: str) -> str:
     """A count for people: `1 row`, `1,200 rows`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def format_duration(seconds: float) -> str:
+    """A duration for a person: `0:07`, `12:30`, `3:05:00`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

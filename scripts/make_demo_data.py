@@ -1,8 +1,8 @@
 """Make the demo's data: questions and answers about the Python standard library, from its own docstrings.
 
-The modules' sources are read with `ast` and never imported. One object (module, class, function, method) becomes one
-conversation, and whole modules are held out, so that neither a docstring of the held-out part nor its neighbour's is
-trained on. The same Python gives the same files. Standard library only.
+The modules are parsed with `ast` and never imported. One object (module, class, function, method) becomes one
+conversation. Complete modules are held out, so that no docstring of a held-out module is trained on. The same Python gives
+the same files. Standard library only.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_OUT = REPOSITORY / "demo"
 
-ANSWER_LENGTHS = range(15, 401)  # characters of the docstring's first paragraph
-SIGNATURE_LENGTH = 120  # characters; a longer one is no answer to "how is it called?"
+ANSWER_LENGTHS = range(15, 401)  # characters of a docstring's first paragraph
+SIGNATURE_LENGTH = 120  # characters; a longer signature is not used as an answer
 SEED = 20240423
 #: One module in this many is held out.
 HELD_OUT_SHARE = 10
-#: Programs, tests and tables that come with Python rather than modules to program with.
+#: Programs, tests and tables of Python's distribution, which are not modules to program with.
 SKIPPED_MODULES = {"antigravity", "encodings", "idlelib", "lib2to3", "test", "this", "turtledemo"}
 SKIPPED_PARTS = {"test", "tests", "__main__", "idle_test"}
 
@@ -48,12 +48,12 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Documented:
-    """One public object of the standard library and what its docstring says first."""
+    """One public object of the standard library with the first paragraph of its docstring."""
 
-    name: str  # dotted, from the module's own name on
+    name: str  # dotted, starting with the module
     kind: str  # module, class, function, method or property
     text: str
-    signature: str  # `name(arguments)`, empty where there is none worth showing
+    signature: str  # `name(arguments)`, empty for other objects and long signatures
 
     @property
     def module(self) -> str:
@@ -76,9 +76,9 @@ def find_sources(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def clean_paragraph(docstring: str) -> str:
-    """Return a docstring's first paragraph as one line, or nothing when it is no sentence to answer with.
+    """Return a docstring's first paragraph as one line, or "" if it cannot be an answer.
 
-    Left out: what is too short or too long, a bare signature, an interactive session, a line that introduces a list.
+    Not an answer: a paragraph that is too short or too long, a signature, an interactive session, the title of a list.
     """
     paragraph = " ".join(re.split(r"\n\s*\n", inspect.cleandoc(docstring), maxsplit=1)[0].split())
     is_sentence = len(paragraph) in ANSWER_LENGTHS and " " in paragraph and not paragraph.endswith(":")
@@ -87,7 +87,7 @@ def clean_paragraph(docstring: str) -> str:
 
 
 def read_signature(node: Function, name: str, *, is_method: bool) -> str:
-    """Write down how a function is called, without annotations and a method's `self`; nothing when that is long."""
+    """Return a function's signature without annotations and a method's `self`; "" if it is too long."""
     for argument in ast.walk(node.args):
         if isinstance(argument, ast.arg):
             argument.annotation = None
@@ -99,13 +99,13 @@ def read_signature(node: Function, name: str, *, is_method: bool) -> str:
 
 
 def is_property(node: ast.AST) -> bool:
-    """Say whether a method is read like an attribute, not called."""
+    """Whether a method is a property."""
     decorators = node.decorator_list if isinstance(node, Function) else []
     return any(ast.unparse(decorator).endswith("property") for decorator in decorators)
 
 
 def read_objects(source: str, module: str) -> Iterator[Documented]:
-    """Yield a module's documented public objects: itself, its functions and classes, and their methods."""
+    """Yield a module's documented public objects: the module, its functions and classes, and their methods."""
     tree = ast.parse(source)
     yield from describe(tree, module, "module")
     for node in select_public(tree.body):
@@ -128,7 +128,7 @@ def select_public(body: list[ast.stmt]) -> Iterator[ast.ClassDef | Function]:
 
 
 def describe(node: ast.Module | ast.ClassDef | Function, name: str, kind: str) -> Iterator[Documented]:
-    """Yield the object, if its docstring gives an answer."""
+    """Yield the object if its docstring gives an answer."""
     text = clean_paragraph(ast.get_docstring(node, clean=False) or "")
     if text:
         signature = ""
@@ -138,7 +138,7 @@ def describe(node: ast.Module | ast.ClassDef | Function, name: str, kind: str) -
 
 
 def read_standard_library(folder: Path) -> list[Documented]:
-    """Read all documented public objects, the first of those that share a text, in a fixed order."""
+    """Read all documented public objects in a fixed order; of objects with equal texts only the first."""
     found: dict[str, Documented] = {}
     for module, path in find_sources(folder):
         for item in read_objects(path.read_text(encoding="utf-8"), module):
@@ -160,7 +160,7 @@ FOLLOW_UPS = ("How is it called?", "Which arguments does it take?", "And how do 
 
 
 def build_chat(item: Documented, draw: random.Random) -> list[Message]:
-    """Build one conversation about an object; where its signature is known, a third ask for it, in one turn or two."""
+    """Build one conversation about an object; if its signature is known, one in three asks for it, in one turn or two."""
     form = draw.choice(("what", "what", "what", "what", "call", "both")) if item.signature else "what"
     call = f"Call it as `{item.signature}`."
     if form == "call":
@@ -175,7 +175,7 @@ def build_turn(question: str, answer: str) -> list[Message]:
 
 
 def is_held_out(module: str) -> bool:
-    """Say whether a top-level module is held out; its name alone decides, whatever else a Python has."""
+    """Whether a top-level module is held out. Only its name decides, so that it is the same for every Python version."""
     return int.from_bytes(hashlib.sha256(module.encode()).digest()[:8], "big") % HELD_OUT_SHARE == 0
 
 
@@ -192,7 +192,7 @@ def build_chats(items: list[Documented]) -> tuple[list[list[Message]], list[list
 
 
 def write_chats(path: Path, chats: list[list[Message]]) -> None:
-    """Write conversations, one a line; the file appears whole or not at all."""
+    """Write conversations, one a line, under a temporary name that is renamed at the end."""
     lines = [json.dumps({"messages": chat}, ensure_ascii=False) for chat in chats]
     partial = path.with_name(path.name + ".partial")
     partial.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
@@ -202,13 +202,13 @@ def write_chats(path: Path, chats: list[list[Message]]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and make the data."""
     parser = argparse.ArgumentParser(description="Make the demo's conversations from Python's own docstrings.")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="the folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="the directory (default: %(default)s)")
     out: Path = parser.parse_args(arguments).out
     folder = Path(sysconfig.get_paths()["stdlib"])
     print(f"Reading the docstrings of Python {platform.python_version()} in {folder}", flush=True)
     items = read_standard_library(folder)
     if not items:
-        raise SystemExit(f"{folder} holds no sources with docstrings. Use a Python installed with its .py files.")
+        raise SystemExit(f"{folder} has no sources with docstrings. Use a Python that is installed with its .py files.")
     training, held_out = build_chats(items)
     out.mkdir(parents=True, exist_ok=True)
     write_chats(out / "chats.jsonl", training)

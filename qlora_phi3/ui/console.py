@@ -1,6 +1,7 @@
-"""What a run looks like on the terminal while it goes on; plain lines where the output is no terminal.
+"""What commands show on the terminal while they work: rich's progress bars, or plain lines where the output is no terminal.
 
-A line on stderr that says what is being worked on, and goes away at the end.
+`ConsoleReporter` shows a run or an export. `Watcher` shows one temporary line on stderr, for commands that print a result on
+stdout. rich is imported only where something is shown: an answer from the cache starts without it.
 """
 
 import math
@@ -11,206 +12,197 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
-from rich.table import Column
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.errors import Interrupted
 from qlora_phi3.reporter import EvalRecord, OomRecord, StepRecord
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.units import format_count
+from qlora_phi3.units import format_count, format_duration
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
-#: Heights of the loss curve's characters.
-BARS = "▁▂▃▄▅▆▇█"
-
-
+#: Characters of the loss curve, lowest first. cli/main.py writes others where the output's encoding lacks them.
+CURVE_BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 24
-
-
-#: A terminal needs this many columns to show the curve beside the figures, and this many for the speed.
-WIDE, NARROW = 110, 70
-
-
+#: Columns that a terminal needs to show the speed next to the loss, and the curve next to both.
+MIN_WIDTH_SPEED, MIN_WIDTH_CURVE = 70, 110
+#: Name of the training bar.
 TRAINING = "Training"
-
-
-#: Seconds between two plain lines about the same part of the work.
-PLAIN_EVERY_SECONDS = 10.0
+#: Seconds between two plain lines about the same work.
+PLAIN_INTERVAL_SECONDS = 10.0
+#: Seconds of steps that an estimate of the remaining time is based on. rich's default of 30 s gives no estimate at all for
+#: steps that are longer, as on small GPUs.
+SPEED_PERIOD_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class LogInterval:
-    """Which steps get a line of their own, as [training] logging_strategy and logging_steps say; and which are warm-up."""
+    """Which steps get a plain line, and how many steps are warm-up.
+
+    Args:
+        strategy: [training] logging_strategy: "no", "steps" or "epoch".
+        steps: steps between two lines; below 1 a share of all steps.
+        warmup_steps: steps until the learning rate is reached; below 1 a share of all steps.
+    """
 
     strategy: str
-    #: Steps between lines; below 1 a share of all steps.
     steps: float
-    #: Steps up to the learning rate; below 1 a share of all steps.
     warmup_steps: float = 0
 
     def shows(self, step: int, epoch: float, total: int) -> bool:
-        """Whether this step is one of them."""
+        """Whether this step gets a line; with "steps" the first and the last one always do."""
         if self.strategy == "no":
             return False
         if self.strategy == "epoch":
             return math.isclose(epoch, round(epoch), abs_tol=1e-9) or step == total
-        return step % _whole(self.steps, total) == 0 or step in (1, total)
+        return step % _count_steps(self.steps, total) == 0 or step in (1, total)
 
     def only_warms_up(self, total: int) -> bool:
-        """Whether the learning rate is never reached in so many steps."""
-        return _whole(self.warmup_steps, total) >= total
+        """Whether a run of `total` steps ends before the learning rate is reached."""
+        return _count_steps(self.warmup_steps, total) >= total
 
 
-def _whole(steps: float, total: int) -> int:
+def _count_steps(steps: float, total: int) -> int:
     return math.ceil(steps * total) if steps < 1 else int(steps)
 
 
-@dataclass(slots=True)
-class EtaEstimator:
-    """When a part of the work began and how far it was then, from which its end is estimated."""
-
-    began: float
-    first: int
-    #: When it will end, by time.perf_counter(); None while nothing tells.
-    ends: float | None = None
-
-    def reach(self, done: int, total: int | None) -> None:
-        """Estimate the end anew."""
-        self.ends = None
-        if total is not None and self.first < done < total:
-            now = time.perf_counter()
-            self.ends = now + (now - self.began) / (done - self.first) * (total - done)
-
-    def seconds_left(self) -> float | None:
-        """Until the end; None while nothing tells."""
-        return None if self.ends is None else max(0.0, self.ends - time.perf_counter())
-
-
 class ConsoleReporter:
-    """Shows a run: facts above, one progress line below (terminal), or lines only."""
+    """Shows a run: lines above, and on a terminal one progress bar below them.
 
-    def __init__(self, console: Console, errors: Console, log_interval: LogInterval, progress: Progress | None) -> None:
+    Args:
+        console: for facts.
+        errors: for warnings.
+        log_interval: which steps get a line where there are no bars.
+        bars: from `build_progress`; disabled where the output is plain lines.
+    """
+
+    def __init__(self, console: "Console", errors: "Console", log_interval: LogInterval, bars: "Progress") -> None:
         self._console = console
         self._errors = errors
         self._log_interval = log_interval
-        self._bar = progress
+        self._bars = bars
         self._tasks: dict[str, TaskID] = {}
-        self._paces: dict[str, EtaEstimator] = {}
-        self._spoken: dict[str, float] = {}
+        self._last_line: dict[str, float] = {}
         self._losses: list[float] = []
         self._total = 0
         self._step = 0
         self._saved: tuple[int, RunFolder] | None = None
 
     def info(self, line: str) -> None:
-        """Print a fact."""
+        """Print a fact on stdout."""
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def warning(self, line: str) -> None:
-        """Print what should be looked at, on stderr."""
+        """Print on stderr what the user should look at."""
         self._errors.print(f"Note: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def progress(self, what: str, done: int, total: int | None) -> None:
-        """Move a bar, or say now and then how far it is."""
-        finished = total is not None and done >= total
-        if self._bar is None:
-            self._speak(what, done, total, finished)
-            return
-        if what not in self._tasks:
-            self._open(what, done, total)
+        """Move the bar of `what`; without bars print a line when it starts, then at most one every 10 s.
+
+        Args:
+            what: the work; also the key of its bar.
+            done: units done so far.
+            total: units in all, None while unknown. `done >= total` removes the bar.
+        """
+        now, finished = time.perf_counter(), total is not None and done >= total
+        if self._bars.disable and what not in self._tasks:
+            self._last_line[what] = now
+            self.info(f"{what} ...")
+        elif self._bars.disable and not finished and now - self._last_line[what] > PLAIN_INTERVAL_SECONDS:
+            self._last_line[what] = now
+            self.info(f"{what}: {done:,} of {total:,}" if total else f"{what}: {done:,}")
         self._move(what, done, total)
         if finished:
-            self._bar.remove_task(self._tasks.pop(what))
-        if TRAINING in self._tasks and self._console.width < WIDE:  # both lines together would be cut
-            self._bar.update(self._tasks[TRAINING], visible=finished)
-
-    def _speak(self, what: str, done: int, total: int | None, finished: bool) -> None:
-        now = time.perf_counter()
-        if what not in self._spoken:
-            self._spoken[what] = now
-            self.info(f"{what} ...")
-        elif not finished and now - self._spoken[what] > PLAIN_EVERY_SECONDS:
-            self._spoken[what] = now
-            self.info(f"{what}: {done:,} of {total:,}" if total else f"{what}: {done:,}")
-        if finished:
-            self._spoken.pop(what)
-
-    def _open(self, what: str, done: int, total: int | None) -> None:
-        self._paces[what] = EtaEstimator(time.perf_counter(), done)
-        if self._bar is not None:
-            task = self._bar.add_task(what, total=total, completed=done, figures="", pace=self._paces[what])
-            self._tasks[what] = task
+            self._bars.remove_task(self._tasks.pop(what))
+        if TRAINING in self._tasks and self._console.width < MIN_WIDTH_CURVE:  # two bars would both be cut
+            self._bars.update(self._tasks[TRAINING], visible=finished)
 
     def _move(self, what: str, done: int, total: int | None, figures: str = "") -> None:
-        self._paces[what].reach(done, total)
-        if self._bar is not None:
-            self._bar.update(self._tasks[what], completed=done, total=total, figures=figures)
+        count = f"{done:,}/{total:,}" if total is not None else f"{done:,}" if done else ""
+        fields: dict[str, Any] = {"figures": f"{count}  {figures}".rstrip(), "left": "" if total is None else "left"}
+        if what in self._tasks:
+            self._bars.update(self._tasks[what], completed=done, total=total, **fields)
+        else:
+            self._tasks[what] = self._bars.add_task(what, completed=done, total=total, **fields)
 
     def begin(self, first_step: int, total_steps: int, earlier: Sequence[float] = ()) -> None:
-        """Open the training bar; `earlier` are the losses of the steps that an earlier session took."""
+        """Open the training bar.
+
+        Args:
+            first_step: steps that earlier sessions took; they do not count for the speed.
+            total_steps: of the complete run.
+            earlier: losses of the first `first_step` steps, nats.
+        """
         self._total, self._step = total_steps, first_step
         self._losses = list(earlier)
         if self._log_interval.only_warms_up(total_steps):
             self.warning(
-                f"The whole run, {format_count(total_steps, 'step')}, is warm-up: the learning rate is never reached. "
+                f"All of the run's {format_count(total_steps, 'step')} is warm-up: the learning rate is never reached. "
                 "Write [training] warmup_steps = 0."
             )
-        self._open(TRAINING, first_step, total_steps)
+        self._move(TRAINING, first_step, total_steps)
 
     def step(self, record: StepRecord) -> None:
-        """Move the training bar; a line of its own where the recipe's cadence says so and there is no bar."""
+        """Move the training bar; without bars print a line for the steps that the recipe's logging keys name."""
         self._losses.append(record.loss)
         self._step = record.step
-        loss, speed = f"loss {record.loss:.4f}", f"{record.tokens_per_second:,.0f} tokens/s"
-        width = self._console.width
-        shown = [loss, *([speed] if width >= NARROW else []), *([draw_curve(self._losses)] if width >= WIDE else [])]
-        self._move(TRAINING, record.step, self._total, "  ".join(shown))
-        if self._bar is None and self._log_interval.shows(record.step, record.epoch, self._total):
-            left = format_duration(self._paces[TRAINING].seconds_left() or 0.0)
-            self.info(f"step {record.step}/{self._total}  {loss}  {speed}  {left} left")
+        figures, width = f"loss {record.loss:.4f}", self._console.width
+        speed = f"{record.tokens_per_second:,.0f} tokens/s"
+        figures += f"  {speed}" if width >= MIN_WIDTH_SPEED else ""
+        figures += f"  {draw_curve(self._losses)}" if width >= MIN_WIDTH_CURVE else ""
+        self._move(TRAINING, record.step, self._total, figures)
+        if self._bars.disable and self._log_interval.shows(record.step, record.epoch, self._total):
+            (remaining,) = (task.time_remaining for task in self._bars.tasks if task.id == self._tasks[TRAINING])
+            left = "" if remaining is None else f"  {format_duration(remaining)} left"
+            self.info(f"step {record.step}/{self._total}  loss {record.loss:.4f}  {speed}{left}")
 
     def evaluation(self, record: EvalRecord) -> None:
-        """Print the held-out loss."""
+        """Print the loss and the token accuracy on the held-out rows."""
         when = "Before training" if record.step == 0 else f"After step {record.step}"
         self.info(f"{when}: held-out loss {record.eval_loss:.4f}, token accuracy {record.eval_token_accuracy:.1%}")
 
     def checkpoint_saved(self, checkpoint: Path) -> None:
-        """Print where a checkpoint lies."""
+        """Print the path of a checkpoint; `interruption` names the step it was saved at."""
         self._saved = self._step, RunFolder(checkpoint.parent.parent)
         self.info(f"Saved {checkpoint}")
 
     def oom(self, record: OomRecord) -> None:
-        """Print that memory ran out, and what was done."""
+        """Print that memory ran out, and how the run goes on."""
         self.warning(record.as_line())
 
     def interruption(self, resumed: RunFolder | None) -> Interrupted:
-        """What a Ctrl-C that stopped everything at once has cost, and how to go on.
+        """The error for a Ctrl-C that stopped a run without saving: what is lost, and the command that goes on.
 
         Args:
-            resumed: the run that this session went on with.
+            resumed: the run that this session resumed, if any.
         """
-        if not self._total and resumed is None:
-            return Interrupted("Stopped before the first step: nothing is lost.", "Start again with the same command.")
         step, folder = self._saved or (None, resumed)
-        if folder is None:
-            return Interrupted(
-                f"Stopped at once after step {self._step} of {self._total}, before any checkpoint was saved.",
-                "Start again with the same command.",
+        if not self._total:
+            message = "Stopped before the first step: nothing is lost."
+        elif folder is None:
+            message = f"Stopped at once after step {self._step} of {self._total}, before any checkpoint was saved."
+        elif step in (None, self._step):
+            message = f"Stopped at once after step {self._step} of {self._total}."
+        else:
+            message = (
+                f"Stopped at once after step {self._step} of {self._total}; the newest checkpoint is of step {step}."
             )
-        where = f"after step {self._step} of {self._total}" if self._total else "before the first step"
-        kept = f"; the newest checkpoint is of step {step}" if step is not None and step != self._step else ""
-        return Interrupted(
-            f"Stopped at once {where}{kept}.", f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
-        )
+        if folder is None:
+            return Interrupted(message, "Start again with the same command.")
+        return Interrupted(message, f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}")
 
     def finish(self, steps: int, before: float | None, after: float | None, seconds: float, adapter: Path) -> None:
-        """Print the end of a run: the curve, before and after, and where the adapter is."""
+        """Print the end of a run.
+
+        Args:
+            steps: of the complete run.
+            before: held-out loss before training, nats; None where nothing was held out.
+            after: held-out loss at the end, nats.
+            seconds: duration of this session.
+            adapter: directory of the trained adapter.
+        """
         if self._losses:
             first, last, count = mean_ends(self._losses)
             ends = f"first and last {format_count(count, 'step')}" if count > 1 else "first and last step"
@@ -219,71 +211,63 @@ class ConsoleReporter:
             self.info(f"Held-out loss  {before:.4f} -> {after:.4f}")
             if after > before:
                 self.warning(
-                    "On the held-out rows it is worse than before training. Try a smaller [training] learning_rate."
+                    "The held-out loss is higher than before training. Try a smaller [training] learning_rate."
                 )
-        done = f"Done: {format_count(steps, 'step')} in {format_duration(seconds)}."
-        self.info(f"{done} The adapter: {adapter.absolute()}")
-
-
-class _Count(ProgressColumn):
-    """How much is done, and of how much where that is known."""
-
-    def render(self, task: Task) -> Text:
-        """For example 7/75, or 1,280 where nobody knows the end."""
-        done = f"{task.completed:,.0f}" if task.completed else ""
-        return Text(done if task.total is None else f"{task.completed:,.0f}/{task.total:,.0f}", "progress.download")
-
-
-class _Time(ProgressColumn):
-    """How long it has taken, and how long it will still take where that can be told."""
-
-    def render(self, task: Task) -> Text:
-        """For example 0:19, 1:13 left."""
-        left = task.fields["pace"].seconds_left()
-        rest = "" if left is None else f", {format_duration(left)} left"
-        return Text(f"{format_duration(task.elapsed or 0.0)}{rest}", "progress.remaining")
+        self.info(
+            f"Done: {format_count(steps, 'step')} in {format_duration(seconds)}. The adapter: {adapter.absolute()}"
+        )
 
 
 @contextmanager
 def open_console(log_interval: LogInterval, *, plain: bool) -> Iterator[ConsoleReporter]:
-    """A view on this terminal; plain lines where it is none, or `plain` asks for them."""
+    """A reporter on this terminal, whose bars end with the block.
+
+    Args:
+        log_interval: which steps get a line where there are no bars.
+        plain: lines instead of bars even on a terminal ([training] disable_tqdm).
+    """
+    from rich.console import Console
+
     console, errors = Console(), Console(stderr=True)
-    if plain or not console.is_terminal:
-        yield ConsoleReporter(console, errors, log_interval, None)
-        return
-    with open_bars(console) as progress:
-        yield ConsoleReporter(console, progress.console, log_interval, progress)
+    with build_progress(console, disable=plain or not console.is_terminal) as bars:
+        yield ConsoleReporter(console, errors if bars.disable else console, log_interval, bars)
 
 
-def open_bars(console: Console) -> Progress:
-    """The bars of a terminal: where it is narrow, the bar itself gives way and no figure is cut."""
-
-    def whole() -> Column:
-        return Column(no_wrap=True)
+def build_progress(console: "Console", *, disable: bool = False) -> "Progress":
+    """Progress bars that disappear when they end. On a narrow terminal the bar shrinks and no figure is cut."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.table import Column
 
     return Progress(
-        SpinnerColumn(table_column=whole()),
-        TextColumn("{task.description}", table_column=whole(), markup=False),
+        SpinnerColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True), markup=False),
         BarColumn(bar_width=CURVE_WIDTH),
-        _Count(table_column=whole()),
-        TextColumn("{task.fields[figures]}", table_column=whole(), markup=False),
-        _Time(table_column=whole()),
+        TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True), markup=False),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True), style="progress.remaining"),
         console=console,
         transient=True,
+        disable=disable,
+        speed_estimate_period=SPEED_PERIOD_SECONDS,
     )
 
 
 def mean_ends(losses: Sequence[float]) -> tuple[float, float, int]:
-    """The mean loss of the first tenth of the steps and of the last, and of how many steps each is: 1 to 10.
+    """Mean loss of the first tenth of the steps and of the last tenth. The loss of one batch depends mostly on its rows.
 
-    One batch alone says more of its rows than of what was learned.
+    Returns:
+        First mean, last mean, and the steps in each: 1 to 10.
     """
     count = min(10, max(1, len(losses) // 10))
     return sum(losses[:count]) / count, sum(losses[-count:]) / count, count
 
 
 def draw_curve(losses: Sequence[float]) -> str:
-    """The losses as a line of bars, averaged into at most `CURVE_WIDTH` of them; highest loss, highest bar."""
+    """The finite losses as a line of at most `CURVE_WIDTH` characters.
+
+    Each character is the mean of equally many steps; the highest mean is a full block, the lowest the smallest one.
+    """
     finite = [loss for loss in losses if math.isfinite(loss)]
     width = min(CURVE_WIDTH, len(finite))
     if not width:
@@ -291,65 +275,43 @@ def draw_curve(losses: Sequence[float]) -> str:
     edges = [round(index * len(finite) / width) for index in range(width + 1)]
     means = [sum(finite[start:end]) / (end - start) for start, end in pairwise(edges)]
     low, high = min(means), max(means)
-    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BARS[round((mean - low) * scale)] for mean in means)
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds as people read them: 0:07, 12:30, 3:05:00."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+    scale = (len(CURVE_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(CURVE_BARS[round((mean - low) * scale)] for mean in means)
 
 
 class Watcher:
-    """Opens its line when there is something to say: an answer that was kept needs none, nor rich's progress bars.
-
-    Silent where stderr is no terminal.
-    """
+    """One temporary line on stderr that names the current work; opened at the first call, silent where stderr is no terminal."""
 
     def __init__(self) -> None:
-        self._bar: Progress | None = None
-        self._card = ""
+        self._bars: Progress | None = None
+        self._gpu = ""
 
     def info(self, what: str) -> None:
-        """Name what is being done now."""
-        self._update(description=f"{self._card}{what}")
+        """Name the current work."""
+        self._update(description=f"{self._gpu}{what}")
 
     def progress(self, what: str, done: int, total: int | None) -> None:
-        """Say how far the data have been read."""
-        self.info(f"{what}: {done:,}" + (f" of {total:,}" if total else ""))
+        """Name the current work with its units done, of `total` where that is known."""
+        self.info(f"{what}: {done:,} of {total:,}" if total else f"{what}: {done:,}")
 
     def card(self, name: str, done: int, total: int) -> None:
-        """Say which card is looked at, of how many."""
-        self._card = f"{name}: " if name else ""
+        """Name the GPU that is being computed, and move the bar to `done` of `total` GPUs."""
+        self._gpu = f"{name}: " if name else ""
         self._update(completed=done, total=total)
 
     def close(self) -> None:
-        """Take the line away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Remove the line."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
 
-    def _update(self, **changes: object) -> None:
+    def _update(self, **changes: Any) -> None:
         if not sys.stderr.isatty():
             return
-        if self._bar is None:
-            self._bar = _open_bar()
-        self._bar.update(self._bar.task_ids[0], **changes)  # type: ignore[arg-type]
+        if self._bars is None:
+            from rich.console import Console
 
-
-def _open_bar() -> "Progress":
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        TimeElapsedColumn(),
-    )
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    bar.add_task("", total=None)
-    bar.start()
-    return bar
+            self._bars = build_progress(Console(stderr=True))
+            self._bars.add_task("", total=None, figures="", left="")
+            self._bars.start()
+        self._bars.update(self._bars.task_ids[0], **changes)

@@ -1,4 +1,4 @@
-"""Ctrl-C in `scripts/demo.py`: the program it runs saves in peace, and the way to go on is named."""
+"""Ctrl-C in `scripts/demo.py`: the program that it runs can save, and the command that resumes is printed."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import demo
 
 SCRIPTS = Path(demo.__file__).parent
 
-#: What the training does at Ctrl-C, in small: it takes a while to save, then ends with 130.
+#: What the training does at Ctrl-C: it saves for a second, then exits with 130.
 SAVING = """
 import signal, sys, time
 def save(*_):
@@ -39,7 +39,7 @@ def test_ctrl_c_waits_until_the_program_has_saved():
     )
     assert program.stdout is not None
     assert program.stdout.readline() == "ready\n"
-    for _ in range(2):  # one after the other: impatience must not kill it either
+    for _ in range(2):  # a second Ctrl-C must not kill it either
         os.killpg(program.pid, signal.SIGINT)
         time.sleep(0.1)
     assert program.communicate(timeout=30)[0].split()[-1] == "saved"
@@ -47,7 +47,7 @@ def test_ctrl_c_waits_until_the_program_has_saved():
 
 
 @pytest.mark.parametrize(
-    ("status", "arguments", "told"),
+    ("status", "arguments", "command"),
     [
         ("interrupted", [], "python3 scripts/demo.py --resume\n"),
         ("failed", ["--set", "lora.r=8"], "python3 scripts/demo.py --resume --set lora.r=8\n"),
@@ -55,12 +55,14 @@ def test_ctrl_c_waits_until_the_program_has_saved():
         ("done", [], ""),
     ],
 )
-def test_the_way_to_go_on_is_named_where_a_run_is_not_done(tmp_path, monkeypatch, capsys, status, arguments, told):
+def test_the_command_that_resumes_is_printed_if_a_run_is_not_done(
+    tmp_path, monkeypatch, capsys, status, arguments, command
+):
     monkeypatch.setattr(demo, "REPOSITORY", tmp_path)
     folder = tmp_path / "runs" / "demo" / "now"
     folder.mkdir(parents=True)
     (folder / "report.json").write_text(json.dumps({"status": status}), encoding="utf-8")
-    demo.tell_how_to_go_on(arguments, time.time())
-    assert capsys.readouterr().err.endswith(told)
-    demo.tell_how_to_go_on(arguments, time.time() + 60)
+    demo.print_resume_command(arguments, time.time())
+    assert capsys.readouterr().err.endswith(command)
+    demo.print_resume_command(arguments, time.time() + 60)
     assert capsys.readouterr().err == ""

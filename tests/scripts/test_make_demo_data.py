@@ -164,6 +164,6 @@ def test_reading_imports_no_module_it_reads_about():
 
 def test_a_python_without_sources_is_told_what_it_lacks(tmp_path, monkeypatch):
     monkeypatch.setattr(make_demo_data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    with pytest.raises(SystemExit, match="holds no sources with docstrings"):
+    with pytest.raises(SystemExit, match="has no sources with docstrings"):
         main(["--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -234,7 +234,7 @@ def test_a_finished_model_is_kept_without_loading_a_library(tmp_path):
     folder = make_demo_model.REPOSITORY / "scripts"
     command = [sys.executable, "-c", code, str(out)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    assert done.stdout == f"The model is ready in {out}\n[]\n"
+    assert done.stdout == f"The model is in {out}\n[]\n"
 
 
 @pytest.fixture(scope="module")

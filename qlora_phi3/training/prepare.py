@@ -24,7 +24,7 @@ from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, Micro
 from qlora_phi3.family import Architecture, parse_architecture, read_config
 from qlora_phi3.hardware.gpu import Gpu, read_gpu
 from qlora_phi3.memory.allocator import expandable_segments_work
-from qlora_phi3.memory.margin import budget_of, limit_of
+from qlora_phi3.memory.margin import budget_of, read_margin
 from qlora_phi3.memory.plan import GpuLimits, RowLengths, read_lengths, step_shape
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.search import find_plan
@@ -221,7 +221,7 @@ def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
         capability=gpu.compute_capability,
     )
     limits = GpuLimits(
-        limit_bytes=limit_of(gpu, budget_of(context.recipe, gpu)),
+        limit_bytes=read_margin(gpu.name).limit(budget_of(context.recipe, gpu)),
         tflops_16bit=gpu.tflops_16bit,
         bandwidth_bytes_per_second=gpu.bandwidth_bytes_per_second,
     )

@@ -239,7 +239,7 @@ MESSAGES = [
         hint="runs/<recipe>/<time>",
     ),
     Message(
-        name="run-directory-in-the-way-of-a-file",
+        name="recipe-directory-is-a-file",
         trigger=lambda shop: create_run_folder(file_in_place_of(shop, "runs", "mine"), "mine"),
         error=RunError,
         exit_code=2,

@@ -47,7 +47,7 @@ def every_prepared_row_is_checked():
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """The folder of a tiny Phi-3 with its tokenizer; read only."""
+    """The directory of a tiny Phi-3 with its tokenizer; read only."""
     from workshop import build_base
 
     return build_base(tmp_path_factory.mktemp("models") / "tiny-phi3")
@@ -55,7 +55,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def shop(tmp_path, base, monkeypatch):
-    """A folder to work in, with a recipe `mine.toml` on the tiny base and its data."""
+    """A directory to work in, with a recipe `mine.toml` on the tiny base and its data."""
     from workshop import Workshop
 
     monkeypatch.chdir(tmp_path)

@@ -127,11 +127,6 @@ def check_fields(fields: Mapping[str, str], format_name: str) -> None:
             )
 
 
-def rename_columns(row: Mapping[str, Any], fields: Mapping[str, str]) -> Mapping[str, Any]:
-    """The row with the mapped columns under the format's names: `fields` maps the format's name to the file's."""
-    return {**row, **{ours: row.get(theirs) for ours, theirs in fields.items()}} if fields else row
-
-
 def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Document:
     """Read one row whose columns have the format's names.
 

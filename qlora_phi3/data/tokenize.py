@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_phi3.data.formats import Chat, Document, SkipRow, detect_format, read_row, rename_columns
+from qlora_phi3.data.formats import Chat, Document, SkipRow, detect_format, read_row
 from qlora_phi3.data.report import SourceReport
 from qlora_phi3.data.sources import Source
 from qlora_phi3.data.template import ChatTemplate, Span, render_chat
@@ -176,7 +176,7 @@ def read_examples(
                 raise SkipRow("the row is no object with columns")
             if data.fields:
                 columns.update(row)
-            row = rename_columns(row, data.fields)
+                row = {**row, **{ours: row.get(theirs) for ours, theirs in data.fields.items()}}
             name = data.format if data.format != "auto" else detect_format(row)
             if name is None:
                 raise SkipRow(f"its columns ({', '.join(sorted(map(str, row)))[:100]}) fit no format")

@@ -51,7 +51,7 @@ def test_alpaca_puts_the_input_below_the_instruction_as_microsofts_samples_do():
     ]
 
 
-def test_sharegpt_roles_are_mapped_and_none_is_dropped():
+def test_sharegpt_roles_are_mapped_and_no_turn_is_dropped():
     row = {
         "system": "s",
         "tools": '[{"name": "add"}]',
@@ -82,7 +82,7 @@ def test_a_tool_call_is_kept_as_json_text():
     assert turns(row) == [("user", "q"), ("assistant", json.dumps([call]))]
 
 
-def test_a_message_of_weight_0_and_the_answers_of_a_prompt_are_not_learned():
+def test_a_message_of_weight_0_and_the_answers_of_a_prompt_are_not_supervised():
     answers = [{"role": "assistant", "content": "a", "weight": 0}, {"role": "assistant", "content": "b", "weight": 1}]
     assert read({"messages": answers}) == Chat((Turn("assistant", "a", False), Turn("assistant", "b", True)))
     row = {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "completion": "b"}

@@ -1,9 +1,18 @@
-"""Which template is chosen, for each model's own as it stands on the hub."""
+"""Which template is chosen for each model's own on the hub, and what becomes of turns that it does not have."""
 
 import pytest
 from tiny import build_tokenizer, hub_template
 
-from qlora_phi3.data.template import FAMILY, TEMPLATE_DIR, choose_template
+from qlora_phi3.data.formats import Chat, Turn
+from qlora_phi3.data.template import (
+    FAMILY,
+    SYSTEM_MOVED,
+    TEMPLATE_DIR,
+    TOOL_AS_USER,
+    TOOLS_AS_TEXT,
+    choose_template,
+    fit_turns,
+)
 from qlora_phi3.errors import DataError
 
 CHOSEN = {
@@ -104,3 +113,45 @@ def test_a_template_is_chosen_by_name_or_read_from_a_file_with_marks(tmp_path):
     path.write_text("{% for m in messages %}{% generation %}", encoding="utf-8")
     with pytest.raises(DataError):
         choose_template(tokenizer, str(path))
+
+
+SYSTEM, USER, ANSWER, TOOL = Turn("system", "s"), Turn("user", "u"), Turn("assistant", "a"), Turn("tool", "t")
+
+
+@pytest.mark.parametrize(
+    ("model", "turns", "tools", "expected", "notes"),
+    [
+        ("Phi-3-mini-4k-instruct", (SYSTEM, USER, ANSWER), "", "system:s user:u assistant:a", []),
+        ("Phi-3-medium-4k-instruct", (SYSTEM, USER, ANSWER), "", "user:s\n\nu assistant:a", [SYSTEM_MOVED]),
+        (
+            "Phi-3-medium-4k-instruct",
+            (USER, ANSWER, SYSTEM, ANSWER),
+            "",
+            "user:u assistant:a user:s assistant:a",
+            [SYSTEM_MOVED],
+        ),
+        (
+            "Phi-3-mini-4k-instruct",
+            (USER, ANSWER, TOOL, ANSWER),
+            "",
+            "user:u assistant:a user:t assistant:a",
+            [TOOL_AS_USER],
+        ),
+        ("Phi-4-mini-instruct", (USER, ANSWER, TOOL, ANSWER), "", "user:u assistant:a tool:t assistant:a", []),
+        ("Phi-4-mini-instruct", (SYSTEM, USER, ANSWER), "[]", "system:s+[] user:u assistant:a", []),
+        ("Phi-3-mini-4k-instruct", (USER, ANSWER), "[]", "system:[] user:u assistant:a", [TOOLS_AS_TEXT]),
+        (
+            "Phi-3-medium-4k-instruct",
+            (SYSTEM, USER, ANSWER),
+            "[]",
+            "user:s\n\n[]\n\nu assistant:a",
+            [TOOLS_AS_TEXT, SYSTEM_MOVED],
+        ),
+    ],
+)
+def test_what_a_template_has_no_turn_for_is_moved_and_noted_never_dropped(model, turns, tools, expected, notes):
+    template = choose_template(build_tokenizer(hub_template(model)))
+    messages, noted = fit_turns(Chat(turns, tools), template)
+    rendered = [f"{m['role']}:{m['content']}" + (f"+{m['tools']}" if "tools" in m else "") for m in messages]
+    assert " ".join(rendered) == expected
+    assert noted == notes

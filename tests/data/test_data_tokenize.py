@@ -5,7 +5,7 @@ import pytest
 from tiny import TEMPLATE_FOLDER, build_byte_tokenizer, build_tokenizer, hub_template
 
 from qlora_phi3.data.formats import Chat, Turn
-from qlora_phi3.data.template import SYSTEM_MOVED, TOOL_AS_USER, TOOLS_AS_TEXT, choose_template, fit_turns, render_chat
+from qlora_phi3.data.template import choose_template, render_chat
 from qlora_phi3.data.tokenize import IGNORE_INDEX, special_token_pattern, tokenize_chats, tokenize_documents
 
 MODELS = sorted(path.stem for path in TEMPLATE_FOLDER.glob("*.jinja"))
@@ -83,7 +83,7 @@ def test_decoding_the_supervised_tokens_gives_the_words_and_the_end_token():
         assert tokenizer.decode(ids[labels != IGNORE_INDEX]).replace("> b", ">b") == words.lstrip() + "<|end|>"
 
 
-def test_the_end_token_in_the_words_of_the_assistant_does_not_end_what_is_learned():
+def test_the_end_token_in_the_words_of_the_assistant_does_not_end_the_supervised_span():
     tokenizer = build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))
     ids, labels, _ = tokenize(chat_of("q", "a<|end|>b"), choose_template(tokenizer), tokenizer)
     assert tokenizer.decode(ids[labels != IGNORE_INDEX]) == "a<|end|> b<|end|>"
@@ -91,14 +91,14 @@ def test_the_end_token_in_the_words_of_the_assistant_does_not_end_what_is_learne
     assert not special_token_pattern(tokenizer).search("a <|other|> b")
 
 
-def test_a_turn_that_is_not_to_be_learned_is_left_out_of_the_labels():
+def test_an_unsupervised_turn_has_no_labels():
     tokenizer = build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))
     chat = Chat((Turn("user", "q"), Turn("assistant", "one", supervised=False), Turn("assistant", "two")))
     ids, labels, _ = tokenize(chat, choose_template(tokenizer), tokenizer)
     assert tokenizer.decode(ids[labels != IGNORE_INDEX]) == "two<|end|>"
 
 
-def test_learning_all_leaves_out_only_the_first_position():
+def test_without_spans_every_position_but_the_first_is_supervised():
     tokenizer = build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))
     text, _, _ = render_chat(chat_of("q", "a"), choose_template(tokenizer), tokenizer)
     ((ids, labels),) = tokenize_chats([text], None, tokenizer)
@@ -106,7 +106,7 @@ def test_learning_all_leaves_out_only_the_first_position():
     assert labels[1:].tolist() == ids[1:].tolist()
 
 
-def test_raw_text_is_learned_whole_and_ends_once():
+def test_raw_text_is_supervised_and_ends_once():
     tokenizer = build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))
     (ids, labels), (same, _) = tokenize_documents(["some words", "some words<|endoftext|>"], tokenizer)
     assert tokenizer.decode(ids) == "some words<|endoftext|>"
@@ -114,49 +114,7 @@ def test_raw_text_is_learned_whole_and_ends_once():
     assert labels.tolist() == [IGNORE_INDEX, *ids[1:].tolist()]
 
 
-SYSTEM, USER, ANSWER, TOOL = Turn("system", "s"), Turn("user", "u"), Turn("assistant", "a"), Turn("tool", "t")
-
-
-@pytest.mark.parametrize(
-    ("model", "turns", "tools", "expected", "notes"),
-    [
-        ("Phi-3-mini-4k-instruct", (SYSTEM, USER, ANSWER), "", "system:s user:u assistant:a", []),
-        ("Phi-3-medium-4k-instruct", (SYSTEM, USER, ANSWER), "", "user:s\n\nu assistant:a", [SYSTEM_MOVED]),
-        (
-            "Phi-3-medium-4k-instruct",
-            (USER, ANSWER, SYSTEM, ANSWER),
-            "",
-            "user:u assistant:a user:s assistant:a",
-            [SYSTEM_MOVED],
-        ),
-        (
-            "Phi-3-mini-4k-instruct",
-            (USER, ANSWER, TOOL, ANSWER),
-            "",
-            "user:u assistant:a user:t assistant:a",
-            [TOOL_AS_USER],
-        ),
-        ("Phi-4-mini-instruct", (USER, ANSWER, TOOL, ANSWER), "", "user:u assistant:a tool:t assistant:a", []),
-        ("Phi-4-mini-instruct", (SYSTEM, USER, ANSWER), "[]", "system:s+[] user:u assistant:a", []),
-        ("Phi-3-mini-4k-instruct", (USER, ANSWER), "[]", "system:[] user:u assistant:a", [TOOLS_AS_TEXT]),
-        (
-            "Phi-3-medium-4k-instruct",
-            (SYSTEM, USER, ANSWER),
-            "[]",
-            "user:s\n\n[]\n\nu assistant:a",
-            [TOOLS_AS_TEXT, SYSTEM_MOVED],
-        ),
-    ],
-)
-def test_what_a_template_has_no_turn_for_is_moved_and_noted_never_dropped(model, turns, tools, expected, notes):
-    template = choose_template(build_tokenizer(hub_template(model)))
-    messages, noted = fit_turns(Chat(turns, tools), template)
-    said = [f"{m['role']}:{m['content']}" + (f"+{m['tools']}" if "tools" in m else "") for m in messages]
-    assert " ".join(said) == expected
-    assert noted == notes
-
-
-def test_a_character_of_several_tokens_at_the_end_of_a_span_is_learned_whole():
+def test_a_character_of_several_tokens_at_the_end_of_a_span_is_supervised():
     tokenizer = build_byte_tokenizer(hub_template("phi-4"), strip=False)
     ((ids, labels),) = tokenize_chats(["ab🎉c"], [[(1, 3)]], tokenizer)
     assert tokenizer.decode(ids[labels != IGNORE_INDEX]) == "b🎉"

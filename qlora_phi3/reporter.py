@@ -93,10 +93,6 @@ def record_as_json(record: Record) -> dict[str, Any]:
     return {"kind": record.kind, **asdict(record)}
 
 
-#: `Reporter.progress` by itself: called with the activity, what is done of it, and the total (None: not known).
-Progress = Callable[[str, int, int | None], None]
-
-
 class Reporter(Protocol):
     """Shows or writes what a run reports."""
 

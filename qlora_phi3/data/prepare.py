@@ -75,7 +75,8 @@ def prepare_datasets(
     cache_dir = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "qlora-phi3"
     config = TokenizeConfig(data, max_length, template, tokenizer, cache_dir, progress)
     train, reports = _read_all(train_sources, config, data.max_rows)
-    evaluation, indices = None, ()
+    evaluation: Any | None = None
+    indices: tuple[int, ...] = ()
     if eval_sources:
         evaluation, eval_reports = _read_all(eval_sources, config, data.max_eval_rows, first=len(reports))
         reports += eval_reports

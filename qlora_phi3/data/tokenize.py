@@ -87,7 +87,7 @@ def tokenize_source(source: Source, config: TokenizeConfig, max_rows: int | None
 
 def _read_entry(entry: Path) -> tuple[Any, SourceReport] | None:
     """The rows and the report of a cache entry; None where either is missing or damaged."""
-    import pyarrow
+    import pyarrow  # type: ignore[import-untyped]
     from datasets import Dataset
     from pydantic import TypeAdapter
 
@@ -123,7 +123,7 @@ def _cache_key(source: Source, config: TokenizeConfig, max_rows: int | None) -> 
 
 def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: int | None) -> SourceReport:
     """Write the usable rows of a source as an Arrow stream, `BATCH_ROWS` at a time."""
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
 
     tokens, count = pa.list_(pa.int32()), pa.int32()
     schema = pa.schema(

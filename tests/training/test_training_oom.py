@@ -1,5 +1,6 @@
 """The remedies for memory that runs out, and their order; and complete runs that recover."""
 
+import gc
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -22,6 +23,15 @@ SETUP = ExecutionPlan(
     micro_batch=PLAN, evaluation=PLAN, checkpoint_every=0, activation_offloading=False, optim="adamw_torch"
 )
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_objects_to_collect():
+    """Each retry collects garbage; the objects of the libraries are left out, which takes most of the time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize(

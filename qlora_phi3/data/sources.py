@@ -63,7 +63,7 @@ def open_file(name: str, base_dir: Path) -> Source:
     candidates = candidate_paths(name, base_dir)
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
-        looked = " or ".join(dict.fromkeys(str(candidate.parent) for candidate in candidates))
+        looked = " or ".join(dict.fromkeys(str(candidate.absolute().parent) for candidate in candidates))
         raise DataError(f"There is no data file {name!r} in {looked}.", "Check the path in [data].")
     if path.is_dir():
         raise DataError(

@@ -6,36 +6,15 @@ from dataclasses import replace
 import bitsandbytes as bnb
 import pytest
 import torch
-from tiny_run import leave_run
+from trained_run import leave_trained
 
-from qlora_phi3.adapters.peft_io import TOKENIZER_FILES
 from qlora_phi3.errors import DataError
 from qlora_phi3.inference import MARKS, generate, load_for_inference, stop_ids
-from qlora_phi3.model.phi3 import choose_precision, find_base
-from qlora_phi3.recipe.load import recipe_as_toml
-from qlora_phi3.recipe.schema import Recipe
+from qlora_phi3.model.phi3 import find_base
 
 CPU = torch.device("cpu")
 QUESTION = [{"role": "user", "content": "What is red?"}]
 IDS = torch.randint(3, 500, (1, 20), generator=torch.Generator().manual_seed(0))
-
-
-def leave_trained(folder, base, *, chat_template="auto", **quantization):
-    """A run folder of an adapter that changes the base, and the live model."""
-    recipe = Recipe.model_validate(
-        {
-            "model": {"name": str(base)},
-            "data": {"train": "rows.jsonl", "chat_template": chat_template},
-            "quantization": {"bnb_4bit_compute_dtype": "float32", **quantization},
-        }
-    )
-    precision = choose_precision(recipe.compute_dtype, CPU)
-    run = leave_run(folder, base, quantization=recipe.quantization, precision=precision)
-    (folder / "recipe.toml").write_text(recipe_as_toml(recipe), encoding="utf-8")
-    for name in TOKENIZER_FILES:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, run.adapter / name)
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -45,27 +45,22 @@ class Commands(click.Group):
         return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; with `--debug` a user error keeps its traceback."""
+        """Run a command; turn what the user can fix into one line and its exit code. `--debug` shows the traceback instead."""
         try:
             return super().invoke(ctx)
         except (UserError, KeyboardInterrupt, OSError) as error:
-            user_error = as_user_error(error)
-            if user_error is None or ctx.meta.get("debug"):
+            if ctx.meta.get("debug") or (isinstance(error, OSError) and error.errno not in FULL_OR_REFUSED):
                 raise
+            if isinstance(error, UserError):
+                user_error = error
+            elif isinstance(error, KeyboardInterrupt):
+                user_error = Interrupted("Stopped.")
+            else:
+                where = f" ({error.filename})" if error.filename else ""
+                hint = f"{disk_error_hint(error)}, or choose another folder."
+                user_error = UserError(f"{error.strerror}{where}.", hint)
             click.echo(user_error if isinstance(user_error, Interrupted) else f"Error: {user_error}", err=True)
             ctx.exit(user_error.exit_code)
-
-
-def as_user_error(error: BaseException) -> UserError | None:
-    """The user error that an exception stands for; None where it is a defect of the program."""
-    if isinstance(error, UserError):
-        return error
-    if isinstance(error, KeyboardInterrupt):
-        return Interrupted("Stopped.")
-    if isinstance(error, OSError) and error.errno in FULL_OR_REFUSED:
-        where = f" ({error.filename})" if error.filename else ""
-        return UserError(f"{error.strerror}{where}.", f"{disk_error_hint(error)}, or choose another folder.")
-    return None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -57,15 +57,8 @@ class LogInterval:
             return False
         if self.strategy == "epoch":
             return math.isclose(epoch, round(epoch), abs_tol=1e-9) or step == total
-        return step % _count_steps(self.steps, total) == 0 or step in (1, total)
-
-    def only_warms_up(self, total: int) -> bool:
-        """Whether a run of `total` steps ends before the learning rate is reached."""
-        return _count_steps(self.warmup_steps, total) >= total
-
-
-def _count_steps(steps: float, total: int) -> int:
-    return math.ceil(steps * total) if steps < 1 else int(steps)
+        interval = math.ceil(self.steps * total) if self.steps < 1 else int(self.steps)
+        return step % interval == 0 or step in (1, total)
 
 
 class ConsoleReporter:
@@ -137,7 +130,8 @@ class ConsoleReporter:
         """
         self._total, self._step = total_steps, first_step
         self._losses = list(earlier)
-        if self._log_interval.only_warms_up(total_steps):
+        warmup = self._log_interval.warmup_steps
+        if (math.ceil(warmup * total_steps) if warmup < 1 else warmup) >= total_steps:
             self.warning(
                 f"All of the run's {format_count(total_steps, 'step')} is warm-up: the learning rate is never reached. "
                 "Write [training] warmup_steps = 0."
@@ -238,14 +232,15 @@ def build_progress(console: "Console", *, disable: bool = False) -> "Progress":
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Column
 
+    fixed = Column(no_wrap=True)  # as TextColumn has it by default
     return Progress(
-        SpinnerColumn(table_column=Column(no_wrap=True)),
-        TextColumn("{task.description}", table_column=Column(no_wrap=True), markup=False),
+        SpinnerColumn(table_column=fixed),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=CURVE_WIDTH),
-        TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True), markup=False),
-        TimeElapsedColumn(table_column=Column(no_wrap=True)),
-        TimeRemainingColumn(table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True), style="progress.remaining"),
+        TextColumn("{task.fields[figures]}", markup=False),
+        TimeElapsedColumn(table_column=fixed),
+        TimeRemainingColumn(table_column=fixed),
+        TextColumn("{task.fields[left]}", style="progress.remaining"),
         console=console,
         transient=True,
         disable=disable,

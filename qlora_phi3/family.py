@@ -33,6 +33,11 @@ OTHERS = {
     "microsoft/phi-4-multimodal-instruct": "phi4mm",
     "microsoft/phi-4-mini-flash-reasoning": "phi4flash",
 }
+#: Keys of config.json that must be positive integers.
+SIZES = (
+    "num_attention_heads", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "vocab_size",
+    "max_position_embeddings",
+)  # fmt: skip
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", flags=re.ASCII)
 #: Fused linear layers and their parts, in the order of their rows; and the fused layer of each part.
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -55,7 +60,7 @@ class Architecture:
     vocab_size: int
     max_position_embeddings: int
     #: Rows longer than this use longrope's long factors; None where one set of factors serves all lengths.
-    longrope_boundary: int | None
+    longrope_boundary: int | None = None
     #: Tokens that a position can look back; None where attention is full.
     sliding_window: int | None
     tie_word_embeddings: bool
@@ -143,26 +148,22 @@ def _fetch_config(name: str, revision: str | None) -> Path:
             f"Give an existing folder or a hub id, such as {nearest_known(name) or 'microsoft/Phi-3-mini-4k-instruct'}.",
         )
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except HFValidationError as error:
         raise ModelError(f"'{name}' is neither a folder nor a hub id.", "Hub ids look like owner/name.") from error
-    except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"There is no folder {name}, and the hub could not be reached for the model {name}.",
-            "Check the connection, or download the model and give its folder.",
-        ) from error
-    except (EntryNotFoundError, HfHubHTTPError) as error:
-        raise ModelError(
-            f"There is no folder {name}, and the hub has no such model or needs a login: {str(error).splitlines()[0]}",
-            "Check the name; for gated models run: hf auth login",
-        ) from error
     except OSError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
+            raise ModelError(
+                f"There is no folder {name}, and the hub has no such model or needs a login: {reason}.",
+                "Check the name; for gated models run: hf auth login",
+            ) from error
         raise ModelError(
-            f"There is no folder {name}, and the hub could not be reached: {error}.",
-            "Check the connection, or give a local folder.",
+            f"There is no folder {name}, and the hub could not be reached for the model {name}: {reason}.",
+            "Check the connection, or download the model and give its folder.",
         ) from error
 
 
@@ -190,28 +191,23 @@ def parse_architecture(config: dict[str, Any], name: str) -> Architecture:
     if config.get("model_type") != "phi3":
         raise _other_model(name, config.get("model_type"))
 
-    def size(key: str, default: Any = None) -> int:
-        value = config.get(key) or default
+    rope, boundary = (
+        config.get("rope_parameters") or config.get("rope_scaling") or {},
+        "original_max_position_embeddings",
+    )
+    sizes = {key: config.get(key) for key in SIZES}
+    sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
+    # Phi-3's first configs call it "su"; transformers reads both names as longrope.
+    if (rope.get("rope_type") or rope.get("type")) in ("longrope", "su") and config.get(boundary):
+        sizes["longrope_boundary"] = config[boundary]
+    for key, value in sizes.items():
         if not isinstance(value, int) or value < 1:
             raise ModelError(
                 f"The config.json of {name} has {key} = {value!r}, which is not a positive integer.",
                 "Download the checkpoint again.",
             )
-        return value
-
-    heads, original = size("num_attention_heads"), "original_max_position_embeddings"
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    # Phi-3's first configs call it "su"; transformers reads both names as longrope.
-    uses_longrope = (rope.get("rope_type") or rope.get("type")) in ("longrope", "su")
     return Architecture(
-        hidden_size=size("hidden_size"),
-        intermediate_size=size("intermediate_size"),
-        num_hidden_layers=size("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=size("num_key_value_heads", heads),
-        vocab_size=size("vocab_size"),
-        max_position_embeddings=size("max_position_embeddings"),
-        longrope_boundary=size(original) if uses_longrope and config.get(original) else None,
+        **sizes,
         sliding_window=config.get("sliding_window"),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
     )

@@ -1,4 +1,4 @@
-"""Write docs/recipe.md from the recipe's own tables: `python scripts/make_recipe_docs.py`."""
+"""Write docs/recipe.md from the schema of the recipe: `python scripts/make_recipe_docs.py`."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from qlora_phi3.recipe.schema import TABLES
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
 HEAD = """# Every key of a recipe
 
-Made from the program by `scripts/make_recipe_docs.py`; `qlora-phi3 recipe schema` gives the same to an editor. Names are those
-of LoraConfig (`[lora]`), BitsAndBytesConfig (`[quantization]`), TrainingArguments and SFTConfig (`[training]`); `batch_size`,
-the rows of an optimizer step, is ours.
+Made from the program by `scripts/make_recipe_docs.py`; `qlora-phi3 recipe schema` prints the same for an editor. Names are those
+of LoraConfig (`[lora]`), BitsAndBytesConfig (`[quantization]`), TrainingArguments and SFTConfig (`[training]`). `batch_size`, the
+rows of an optimizer step, and the keys of `[data]` and `[memory]` are our own.
 
-A relative path in `[model]` or `[data]` is looked for beside the recipe, then in the folder you work in. `output_dir` is relative
-to the folder you work in.
+A relative path in `[model]` or `[data]` is looked for in the folder of the recipe, then in the working directory. `output_dir` is
+relative to the working directory.
 """
 
 

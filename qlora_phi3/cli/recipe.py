@@ -38,4 +38,4 @@ def check(path: Path, overrides: tuple[str, ...]) -> None:
     from qlora_phi3.recipe.load import load_recipe, recipe_as_toml
 
     click.echo(recipe_as_toml(load_recipe(path, overrides, check_files=True)), nl=False)
-    click.echo(f"{path} has no problems.", err=True)
+    click.echo(f"{path} is fine.", err=True)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import PureWindowsPath
 from statistics import median
 from typing import Any
@@ -139,9 +140,11 @@ def hide_other_gpus(chosen: ChosenGpu | None) -> None:
     Args:
         chosen: of `choose_gpu`; None leaves the first GPU of CUDA_VISIBLE_DEVICES, or the first of the computer.
     """
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    os.environ["CUDA_VISIBLE_DEVICES"] = chosen.visible_devices if chosen else first
-    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # numbers mean what they mean to NVML
+    if chosen is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = chosen.visible_devices
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the numbers of NVML and nvidia-smi
 
 
 def read_gpu(index: int = 0, *, nvml: Any = None) -> Gpu:
@@ -168,14 +171,13 @@ def read_gpu(index: int = 0, *, nvml: Any = None) -> Gpu:
 @contextmanager
 def _nvml_session(nvml: Any) -> Iterator[Any]:
     """Initialise NVML and shut it down; its errors become NoDeviceError."""
-    if nvml is None:
-        try:
-            import pynvml as nvml
-        except ImportError as error:
-            raise NoDeviceError(
-                "The GPU cannot be read: the package nvidia-ml-py is not installed.",
-                f"Install it (pip install nvidia-ml-py). {OTHER_GPU_HINT}",
-            ) from error
+    try:
+        nvml = nvml or import_module("pynvml")
+    except ImportError as error:
+        raise NoDeviceError(
+            "The GPU cannot be read: the package nvidia-ml-py is not installed.",
+            f"Install it (pip install nvidia-ml-py). {OTHER_GPU_HINT}",
+        ) from error
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
@@ -275,7 +277,8 @@ def _read_speed(
         memory_mhz = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM)
         core_mhz = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)
     except nvml.NVMLError:
-        return _median_speed(_specs_of_nearest_size(total_bytes))
+        similar = smallest_of(_specs_of_nearest_size(total_bytes), name)
+        return similar.bandwidth_bytes_per_second, similar.tflops_16bit
     return bits / 8 * memory_mhz * 2e6, cores * core_mhz * 2e6 * operations / 1e12
 
 
@@ -288,18 +291,14 @@ def find_gpu(name: str) -> Gpu:
     """
     specs = _find_specs(name)
     if not specs:
-        words, brand = _words(name), re.match(r"(?:nvidia )?(?:geforce )?([gr]tx)", name.lower())
+        words, brand = " ".join(sorted(_words(name))), re.search(r"[gr]tx", name.lower())
         names = {
             " ".join(sorted(_words(spec.name))): spec.name
             for spec in CARDS
-            if brand is None or spec.name.lower().startswith(brand[1])
+            if brand is None or spec.name.lower().startswith(brand[0])
         }
-        similar = [names[key] for key in difflib.get_close_matches(" ".join(sorted(words)), names, n=3, cutoff=0.6)]
-        shorter = [spec.name for spec in CARDS if _words(spec.name) < words and spec.name in names.values()]
-        similar = list(dict.fromkeys([*similar[:1], *shorter, *similar[1:]]))[:3]
-        listed = (
-            f"Similar names are {', '.join(similar)}." if similar else "It has GTX 16, RTX 20 to 50, and some more."
-        )
+        similar = [names[match] for match in difflib.get_close_matches(words, names, n=3, cutoff=0.6)]
+        listed = f"Similar names: {', '.join(similar)}." if similar else "It has GTX 16, RTX 20 to 50, and some more."
         raise DeviceError(f"The table has no GPU '{name}'. {listed}", "Or give the memory size: --vram 12GB.")
     size = re.search(r"\b(\d+) ?gi?b?\b", name.lower())
     of_size = [spec for spec in specs if size is None or spec.nominal_gb == int(size[1])]
@@ -358,14 +357,13 @@ def gpu_of_size(num_bytes: int) -> Gpu:
 def smallest_of(specs: Sequence[GpuSpec], name: str) -> Gpu:
     """A GPU that stands for several of the table: what fits it fits each of them; its speed is their median."""
     smallest = min(specs, key=lambda spec: spec.usable_bytes)
-    bandwidth, tflops = _median_speed(specs)
     return Gpu(
         name=name,
         total_bytes=smallest.usable_bytes,
         free_bytes=smallest.usable_bytes,
         compute_capability=max(spec.compute_capability for spec in specs),
-        bandwidth_bytes_per_second=bandwidth,
-        tflops_16bit=tflops,
+        bandwidth_bytes_per_second=median(spec.bandwidth_gb for spec in specs) * 1e9,
+        tflops_16bit=median(spec.tflops_16bit for spec in specs),
         is_local=False,
         estimated=smallest.estimated,
         represents=tuple(spec.label for spec in specs),
@@ -375,7 +373,3 @@ def smallest_of(specs: Sequence[GpuSpec], name: str) -> Gpu:
 def _specs_of_nearest_size(num_bytes: int) -> list[GpuSpec]:
     distance = min(abs(spec.nominal_gb * GIB - num_bytes) for spec in CARDS)
     return [spec for spec in CARDS if abs(spec.nominal_gb * GIB - num_bytes) == distance]
-
-
-def _median_speed(specs: Sequence[GpuSpec]) -> tuple[float, float]:
-    return median(spec.bandwidth_gb for spec in specs) * 1e9, median(spec.tflops_16bit for spec in specs)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tomlkit
-from tomlkit.items import InlineTable, Item, Table
+from tomlkit.items import InlineTable, Item, Key, Table
 
 from qlora_phi3.errors import RecipeError
 from qlora_phi3.recipe.messages import format_toml, toml_item
@@ -80,7 +80,8 @@ def _set(document: tomlkit.TOMLDocument, choice: Choice) -> None:
         value = current
     elif current is None and isinstance(table, Table):
         # Comments and blank lines before the next header belong to the table that ends there; the key goes above them.
-        body, trailing = table.value.body, []
+        body = table.value.body
+        trailing: list[tuple[Key | None, Item]] = []
         while body and body[-1][0] is None:
             trailing.insert(0, body.pop())
         table.append(choice.key, value)

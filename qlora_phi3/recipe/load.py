@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from qlora_phi3.errors import RecipeError, UserError
 from qlora_phi3.family import Architecture, is_hub_id
 from qlora_phi3.recipe.messages import Problem, find_nearest, find_problems, format_toml
-from qlora_phi3.recipe.schema import TABLES, Recipe
+from qlora_phi3.recipe.schema import TABLES, Data, Model, Recipe
 
 #: Python syntax in place of TOML: True, None, "key": value, or a comma at the end of the line.
 PYTHON_IN_TOML = re.compile(r"\b(True|False|None)\b|^\s*[\"']\w+[\"']\s*:|,\s*$")
@@ -126,18 +126,12 @@ def _find_contradictions(raw: Mapping[str, Any], problems: Sequence[Problem]) ->
 
 def _find_missing_files(raw: Mapping[str, Any], base_dir: Path) -> Iterator[Problem]:
     """Yield a problem for each model folder, adapter and data file that does not exist; values of a wrong type are skipped."""
-
-    def read_keys(table: str, *keys: str) -> Iterator[tuple[str, str]]:
-        values = raw.get(table)
-        for key in keys if isinstance(values, dict) else ():
-            names = values.get(key)
-            yield from ((key, name) for name in (names if isinstance(names, list) else [names]) if name)
-
-    training = raw.get("training")
-    evaluates = not isinstance(training, dict) or training.get("do_eval") is not False
-    for table, keys in (("model", ("name", "adapter")), ("data", ("train", "eval") if evaluates else ("train",))):
-        for key, name in read_keys(table, *keys):
-            if not isinstance(name, str) or any(path.exists() for path in candidate_paths(name, base_dir)):
+    sections = {table: section for table, section in raw.items() if isinstance(section, dict)}
+    evaluates = sections.get("training", {}).get("do_eval") is not False
+    for table, key in (("model", "name"), ("model", "adapter"), ("data", "train"), ("data", "eval")):
+        names = sections.get(table, {}).get(key) if key != "eval" or evaluates else None
+        for name in names if isinstance(names, list) else [names]:
+            if not (isinstance(name, str) and name) or any(p.exists() for p in candidate_paths(name, base_dir)):
                 continue
             if key == "name" and not is_hub_id(name):
                 hint = "Give a folder that exists, or a hub id such as microsoft/Phi-3-mini-4k-instruct."
@@ -179,20 +173,17 @@ def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
         base_dir: the directory of the recipe; see `candidate_paths`.
     """
 
-    def resolve(name: str) -> str:
-        found = next((path for path in candidate_paths(name, base_dir) if path.exists()), None)
-        return str(found.resolve()) if found else name
+    def resolve(table: Model | Data, *keys: str) -> Model | Data:
+        update: dict[str, Any] = {}
+        for key in keys:
+            names = getattr(table, key)
+            found = [next((p for p in candidate_paths(name, base_dir) if p.exists()), None) for name in as_list(names)]
+            paths = [str(path.resolve()) if path else name for name, path in zip(as_list(names), found, strict=True)]
+            update[key] = paths if isinstance(names, list) else next(iter(paths), None)
+        return table.model_copy(update=update)
 
-    def resolve_all(names: str | list[str] | None) -> str | list[str] | None:
-        return [resolve(name) for name in names] if isinstance(names, list) else names and resolve(names)
-
-    data, model = recipe.data, recipe.model
-    return recipe.model_copy(
-        update={
-            "data": data.model_copy(update={"train": resolve_all(data.train), "eval": resolve_all(data.eval)}),
-            "model": model.model_copy(update={"name": resolve(model.name), "adapter": resolve_all(model.adapter)}),
-        }
-    )
+    update = {"model": resolve(recipe.model, "name", "adapter"), "data": resolve(recipe.data, "train", "eval")}
+    return recipe.model_copy(update=update)
 
 
 def as_list(names: str | list[str] | None) -> Sequence[str]:

@@ -82,10 +82,7 @@ ALIASES = {
 }
 #: Reasons for the keys that have one value only, or no value that people expect.
 REASONS = {
-    (
-        "training",
-        "gradient_checkpointing_kwargs",
-    ): "Reentrant checkpointing needs inputs with a gradient; those of a 4-bit model have none.",
+    ("training", "gradient_checkpointing_kwargs"): "Reentrant checkpointing needs inputs with a gradient.",
     ("training", "remove_unused_columns"): "Only token ids reach the model.",
     ("lora", "task_type"): "The Phi-3 family generates text.",
     ("lora", "init_lora_weights"): "Other initializations change the base, and their adapter fits that base only.",

@@ -354,21 +354,16 @@ class Training(Table):
                 yield f'{name}_steps = 0 is not an interval: write at least 1, or {name}_strategy = "no".'
         if not self.do_eval and self.eval_strategy != "no":
             yield f'do_eval = false and eval_strategy = "{self.eval_strategy}" contradict each other: delete one.'
-        if self.load_best_model_at_end and not self._evaluates_every_checkpoint():
+        # The rule of TrainingArguments.__post_init__ (transformers 5.23), checked before torch is imported.
+        if self.eval_strategy == "steps" and self.eval_steps and (self.eval_steps < 1) == (self.save_steps < 1):
+            evaluated = round(self.save_steps * 10**6) % round(self.eval_steps * 10**6) == 0
+        else:
+            evaluated = self.eval_strategy == "epoch"
+        if self.load_best_model_at_end and not (evaluated and self.eval_strategy == self.save_strategy):
             yield (
                 "load_best_model_at_end needs an evaluation loss for every checkpoint: the same eval_strategy and "
                 "save_strategy (steps or epoch), and save_steps a multiple of eval_steps."
             )
-
-    def _evaluates_every_checkpoint(self) -> bool:
-        """The rule of TrainingArguments.__post_init__ (transformers 5.23), checked before torch is imported."""
-        if self.eval_strategy != self.save_strategy or self.eval_strategy == "no":
-            return False
-        if self.eval_strategy == "epoch":
-            return True
-        if not self.eval_steps or (self.eval_steps < 1) != (self.save_steps < 1):
-            return False
-        return round(self.save_steps * 10**6) % round(self.eval_steps * 10**6) == 0
 
 
 class Memory(Table):
@@ -402,8 +397,10 @@ class Recipe(Table):
 
     @property
     def compute_dtype(self) -> ComputeDtype:
-        """Data type of the computation, from `bnb_4bit_compute_dtype`, `bf16` or `fp16`."""
-        return self._training_dtype() or self.quantization.bnb_4bit_compute_dtype
+        """Data type of the computation, from `bf16`, `fp16` or `bnb_4bit_compute_dtype`."""
+        if self.training.bf16:
+            return "bfloat16"
+        return "float16" if self.training.fp16 else self.quantization.bnb_4bit_compute_dtype
 
     def contradictions(self) -> Iterator[str]:
         """Two data types, two sizes of a micro-batch, and checkpointing both on and off."""
@@ -414,13 +411,10 @@ class Recipe(Table):
             )
         if self.memory.checkpoint_every_n_layers != "auto" and self.training.gradient_checkpointing is False:
             yield "[memory] checkpoint_every_n_layers needs [training] gradient_checkpointing: delete one."
-        dtype, named = self._training_dtype(), self.quantization.bnb_4bit_compute_dtype
-        if dtype and named not in ("auto", dtype):
+        named = self.quantization.bnb_4bit_compute_dtype
+        if named not in ("auto", self.compute_dtype):
             key = "bf16" if self.training.bf16 else "fp16"
             yield f'[training] {key} = true and [quantization] bnb_4bit_compute_dtype = "{named}" differ: delete one.'
-
-    def _training_dtype(self) -> ComputeDtype | None:
-        return "bfloat16" if self.training.bf16 else "float16" if self.training.fp16 else None
 
 
 TABLES: dict[str, type[Table]] = {

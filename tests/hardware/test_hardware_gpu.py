@@ -178,8 +178,8 @@ def test_without_a_measured_total_the_drivers_reserve_is_subtracted_and_the_gpu_
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("RTX 4075", "'RTX 4075'. Similar names are RTX 4070"),
-        ("RTX 4070 Laptp", "Similar names are RTX 4070 Laptop"),
+        ("RTX 4075", "'RTX 4075'. Similar names: RTX 4070"),
+        ("RTX 4070 Laptp", "Similar names: RTX 4070 Laptop"),
         ("GTX 1080", "'GTX 1080'. It has GTX 16"),
         ("", "''. It has GTX 16"),
         ("Radeon RX 7900 XTX", "'Radeon RX 7900 XTX'"),

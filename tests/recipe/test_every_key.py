@@ -1,4 +1,4 @@
-"""Every key of a recipe has an effect: each is changed, and the change is seen where it works."""
+"""Every key of a recipe has an effect: each is changed, and the change is seen where the key is used."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +18,14 @@ CPU = torch.device("cpu")
 
 
 class Silent:
-    """A listener that hears nothing."""
+    """A reporter that prints nothing."""
 
     def __getattr__(self, name):
         return lambda *args: None
 
 
 class Lab:
-    """A workshop, and what is seen of a recipe in it, by the names used in `EFFECTS`."""
+    """A workshop, and the effects of a recipe in it, by the names used in `EFFECTS`."""
 
     def __init__(self, shop, monkeypatch):
         self.shop, self.monkeypatch = shop, monkeypatch
@@ -34,7 +34,7 @@ class Lab:
         return load_recipe(self.shop.write(**tables))
 
     def data(self, recipe):
-        """The rows that are trained and measured on."""
+        """The training and evaluation rows."""
         from qlora_phi3.training.prepare import prepare
 
         prepared = prepare(recipe, self.shop.path, Silent()).data
@@ -43,12 +43,12 @@ class Lab:
         ]
 
     def loading(self, recipe):
-        """What the base is loaded with."""
+        """The arguments with which the base is loaded."""
         import qlora_phi3.model.phi3 as model
         from qlora_phi3.family import read_architecture
 
-        class Enough(Exception):  # noqa: N818 - no error: what was asked is known
-            """Nothing need be loaded."""
+        class Enough(Exception):  # noqa: N818 - no error: the arguments are known
+            """Nothing needs to be loaded."""
 
         def load(*args, **kwargs):
             raise Enough(args, {**kwargs, "quantization_config": str(kwargs["quantization_config"])})
@@ -66,7 +66,7 @@ class Lab:
         return str(caught.value.args)
 
     def loaded(self, recipe):
-        """The model with its adapter: every trained tensor, how it is scaled, what is dropped."""
+        """The model with its adapter: every trained tensor, its scaling and its dropout."""
         from qlora_phi3.training.prepare import load_model, prepare
 
         model = load_model(prepare(recipe, self.shop.path, Silent()))
@@ -78,13 +78,13 @@ class Lab:
                 seen[name] = module.scaling["default"], module.use_dora, str(module.lora_dropout["default"])
         return seen, model.peft_config["default"].bias
 
-    def kept(self, recipe):
-        """What lies in the run's folder at its end; the recipe is the one written last."""
+    def run_files(self, recipe):
+        """The files in the run folder at the end; the recipe is the one written last."""
         assert self.shop.run("--set", "training.max_steps=1").exit_code == 0
         return sorted(path.name for path in self.shop.runs()[-1].iterdir())
 
     def trainer(self, recipe):
-        """The trainer of a recipe, its first batch drawn."""
+        """The trainer of a recipe."""
         from qlora_phi3.runfolder import RunFolder
         from qlora_phi3.training.prepare import load_model, plan_run, prepare
         from qlora_phi3.training.trainer import build_trainer
@@ -97,16 +97,16 @@ class Lab:
         """Whether layers are computed a second time in the backward pass."""
         return [getattr(module, "gradient_checkpointing", None) for module in self.trainer(recipe).model.modules()]
 
-    def setup_on_a_card(self, recipe):
-        """How the run is laid out on a card of which no more is known."""
+    def execution_on_a_gpu(self, recipe):
+        """The execution plan for a GPU of which nothing else is known."""
         from qlora_phi3.family import read_architecture
         from qlora_phi3.training.prepare import default_execution_plan
 
         architecture = read_architecture(str(self.shop.base))
         return default_execution_plan(recipe.training, recipe.memory, architecture, torch.device("cuda"))
 
-    def room(self, recipe):
-        """What the run may take of a card, and whether the heaviest step is tried first."""
+    def budget(self, recipe):
+        """The GPU memory that the run may use, and whether the heaviest step is tried first."""
         from qlora_phi3.hardware.gpu import gpu_of_size
         from qlora_phi3.memory.margin import budget_of
         from qlora_phi3.training.prepare import wants_dry_run
@@ -119,25 +119,25 @@ class Lab:
         return choose_gpu(recipe.memory.gpu, nvml=two_gpus()).visible_devices
 
     def first_batch(self, recipe):
-        """How the rows of the first optimizer step lie in tensors."""
+        """The tensors of the first optimizer step."""
         trainer = self.trainer(recipe)
         batch = collate(next(iter(trainer.get_train_dataloader())).rows, trainer.guard.plans["training"])
         return batch.num_rows, [micro["input_ids"].tolist() for micro in batch.micro_batches]
 
     def eval_batch(self, recipe):
-        """The same of the held-out rows."""
+        """The tensors of the first evaluation step."""
         trainer = self.trainer(recipe)
         batch = collate(next(iter(trainer.get_eval_dataloader())).rows, trainer.guard.plans["evaluation"])
         return [micro["input_ids"].tolist() for micro in batch.micro_batches]
 
     def dtype(self, recipe):
-        """The type of the arithmetic."""
+        """The data type of the computation."""
         from qlora_phi3.model.phi3 import choose_precision
 
         return choose_precision(recipe.compute_dtype, CPU)
 
     def shown(self, recipe):
-        """What the terminal is told of a run, and where the run lies: seen from the command line."""
+        """What the command line shows of a run, and the folder of the run."""
         import qlora_phi3.cli.run as command
         import qlora_phi3.training.run as run
         import qlora_phi3.ui.console as live
@@ -163,7 +163,7 @@ class Lab:
 
 
 def argument(name):
-    """What the Trainer reads under this name."""
+    """The Trainer's argument of this name."""
 
     def see(lab, recipe):
         from qlora_phi3.model.optimizer import default_optimizer
@@ -188,7 +188,7 @@ EFFECTS = {
     "model.revision": ("main", Lab.loading),
     "model.attn_implementation": ("eager", Lab.loading),
     "model.adapter": ("trained", Lab.loaded),
-    "model.save_quantized": (True, Lab.kept),
+    "model.save_quantized": (True, Lab.run_files),
     "quantization.load_in_4bit": (False, Lab.loading),
     "quantization.bnb_4bit_quant_type": ("fp4", Lab.loading),
     "quantization.bnb_4bit_use_double_quant": (False, Lab.loading),
@@ -198,7 +198,7 @@ EFFECTS = {
     "lora.lora_dropout": (0.5, Lab.loaded),
     "lora.target_modules": (["qkv_proj"], Lab.loaded),
     "lora.exclude_modules": (["down_proj"], Lab.loaded),
-    "lora.bias": ("all", Lab.loaded),  # the family has none; the adapter's config says what was asked for
+    "lora.bias": ("all", Lab.loaded),  # the family has none; the adapter's config has the value
     "lora.use_rslora": (True, Lab.loaded),
     "lora.use_dora": (True, Lab.loaded),
     "lora.modules_to_save": (["lm_head"], Lab.loaded),
@@ -239,7 +239,7 @@ EFFECTS = {
     "training.weight_decay": (0.1, argument("weight_decay")),
     "training.max_grad_norm": (0.3, argument("max_grad_norm")),
     "training.gradient_checkpointing": (False, Lab.recomputed),
-    "training.activation_offloading": (True, Lab.setup_on_a_card),
+    "training.activation_offloading": (True, Lab.execution_on_a_gpu),
     "training.bf16": (True, Lab.dtype),
     "training.fp16": (True, Lab.dtype),
     "training.seed": (1, Lab.loaded),
@@ -257,15 +257,15 @@ EFFECTS = {
     "training.disable_tqdm": (True, Lab.shown),
     "training.report_to": ("tensorboard", argument("report_to")),
     "training.output_dir": ("elsewhere", Lab.shown),
-    "memory.budget": ("1GiB", Lab.room),
+    "memory.budget": ("1GiB", Lab.budget),
     "memory.micro_batch_tokens": (64, Lab.first_batch),
     "memory.checkpoint_every_n_layers": (2, Lab.recomputed),
-    "memory.logits_tile": ("1MiB", Lab.setup_on_a_card),
-    "memory.mlp_tile_tokens": (2048, Lab.setup_on_a_card),
+    "memory.logits_tile": ("1MiB", Lab.execution_on_a_gpu),
+    "memory.mlp_tile_tokens": (2048, Lab.execution_on_a_gpu),
     "memory.gpu": (1, Lab.chosen_gpu),
-    "memory.rehearsal": (True, Lab.room),
+    "memory.rehearsal": (True, Lab.budget),
 }
-#: Keys that samples carry and that have one value only -> another value, which is refused.
+#: Keys of samples that have one valid value only -> another value, which is refused.
 FIXED = {
     "lora.task_type": "SEQ_CLS",
     "training.gradient_checkpointing_kwargs": {"use_reentrant": True},
@@ -273,7 +273,7 @@ FIXED = {
 }
 HUB = {"data": {"train": "owner/chats"}}
 SHORT = {"training": {"max_length": 32}}  # packed, a forward pass of n rows holds what n rows of max_length do
-#: What else the recipe says, where a key alone says nothing.
+#: The other keys of the recipe that a key needs to have an effect.
 GIVEN = {
     "data.split": HUB,
     "data.eval_split": HUB,
@@ -295,7 +295,7 @@ OWN_TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, base):
-    """A workshop with all the data and bases that the values above name."""
+    """A workshop with all the data and bases in the values above."""
     shop = Workshop(tmp_path_factory.mktemp("keys"), base)
     build_base(shop.path / "other")
     write_chats(shop.path / "others.jsonl", rows=10, seed=9)
@@ -303,12 +303,12 @@ def workplace(tmp_path_factory, base):
         '{"prompt": "a", "completion": "b", "text": "one and", "other": "two or"}\n' * 4, encoding="utf-8"
     )
     (shop.path / "own.jinja").write_text(OWN_TEMPLATE, encoding="utf-8")
-    leave_adapter(shop)
+    save_adapter(shop)
     return shop
 
 
-def leave_adapter(shop):
-    """A trained adapter of the usual settings."""
+def save_adapter(shop):
+    """Save a trained adapter with the default settings."""
     from qlora_phi3.training.prepare import load_model, prepare
 
     recipe = load_recipe(shop.write())
@@ -321,13 +321,13 @@ def leave_adapter(shop):
 
 @pytest.fixture
 def lab(workplace, tmp_path, monkeypatch):
-    """The workshop with a hub whose rows tell what was asked of it."""
+    """The workshop with a hub whose rows hold the arguments of the request."""
     import datasets
 
     def load_dataset(name, subset, *, split, revision):
         answers = [{"prompt": str(row), "completion": f"{subset} {split} {revision}"} for row in range(40)]
         place = str(tmp_path / f"{subset}-{split}-{revision}")
-        datasets.Dataset.from_list(answers).save_to_disk(place)  # the hub's data lie on the disk too
+        datasets.Dataset.from_list(answers).save_to_disk(place)  # the hub's data are on the disk as well
         return datasets.load_from_disk(place)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -335,7 +335,7 @@ def lab(workplace, tmp_path, monkeypatch):
     return Lab(workplace, monkeypatch)
 
 
-def test_the_list_below_names_every_key_there_is_and_no_other():
+def test_the_lists_above_name_every_key_and_no_other():
     keys = {f"{name}.{key}" for name, table in TABLES.items() for key in table.model_fields}
     assert keys == EFFECTS.keys() | FIXED.keys()
 
@@ -349,7 +349,7 @@ def test_a_key_has_an_effect(lab, key):
     before = see(lab, lab.read(given))
     again = see(lab, lab.read(given))
     after = see(lab, lab.read({**given, table: {**given.get(table, {}), name: value}}))
-    assert same(before, again), "what is seen changes by itself"
+    assert same(before, again), "the effect changes by itself"
     assert not same(before, after)
 
 
@@ -360,5 +360,5 @@ def same(one, other):
 @pytest.mark.parametrize("key", FIXED)
 def test_a_key_of_one_value_refuses_another(lab, key):
     table, name = key.split(".")
-    with pytest.raises(RecipeError, match=rf"\[{table}\] {name} = .* must be"):
+    with pytest.raises(RecipeError, match=rf"\[{table}\] {name} = .*: "):
         lab.read({table: {name: FIXED[key]}})

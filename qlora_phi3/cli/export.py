@@ -42,7 +42,7 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--private", is_flag=True, help="With --push: only you can see it.")
 @debug_option
 @click.pass_context
-def export(ctx: click.Context, run: Path, quants: tuple[str, ...], no_verify: bool, **options: Any) -> None:
+def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify: bool, **options: Any) -> None:
     """Merge the adapter of RUN into its base, write the model, and compare it with the model that was trained.
 
     \b

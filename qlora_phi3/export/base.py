@@ -51,7 +51,7 @@ class BaseRecord:
 
     def label(self, onto: str) -> str:
         """What people read for "nf4" and "original"."""
-        return onto_label(onto, self.scheme and self.scheme.quant_type)
+        return onto_label(onto, None if self.scheme is None else self.scheme.quant_type)
 
 
 def onto_label(onto: str, quant_type: str | None) -> str:

@@ -265,7 +265,7 @@ def find_reusable(request: Request) -> dict[str, Any] | None:
 def reuse_blocker(folder: Path, key: str, *, verify: bool) -> str | None:
     """Why a directory is not the complete merged model of this key, proved where `verify` asks for it; None where it is."""
     report = read_existing_report(folder)
-    if report.get("key") != key or "gguf" in report:
+    if report.get("key") != key or "gguf" in report or not report["files"]["written"]:
         return "is not a merged model of this run in its present state"
     if verify and not report.get("proof"):
         return "was written with --no-verify"

@@ -136,7 +136,7 @@ def _export_merged(request: Request, draft: Path, reporter: Reporter) -> tuple[d
         rows, device, ram, progress = sources.rows, sources.device, request.max_ram_bytes, reporter.progress
         with quiet_transformers():
             stops = measure_stops(draft, rows, scored.proof, onto, device=device, max_ram_bytes=ram, progress=progress)
-    report = {
+    report: dict[str, Any] = {
         **_describe_export(request, sources, draft, companions),
         "onto": onto,
         "fault": fault,

@@ -1,17 +1,17 @@
-"""Time and memory of an export at Phi-3-mini's real sizes, beside PEFT's merge and beside what its parts cost on their own.
+"""Time and memory of an export at Phi-3-mini's real sizes, compared with PEFT's merge and with its parts alone.
 
     python scripts/bench_export.py --scratch FOLDER [--layers 32] [--contenders nf4 original peft-nf4 peft-16bit]
 
 Makes a base of random bf16 weights and an adapter of rank 16 (7.6 GB at 32 layers, written piece by piece), and merges them in
-fp16. FOLDER needs room for the base and one merged model, and is emptied afterwards. The parts, each alone:
+fp16. FOLDER needs disk space for the base and one merged model, and is emptied afterwards. The parts, each alone:
 
     read      every byte of the base, 4 MiB at a time
     quantize  bitsandbytes quantizes (NF4, double quantization) and dequantizes every linear layer
     write     as many bytes as the merged model has, 4 MiB at a time, flushed to the disk at the end of every shard
 
 "peft-nf4" loads the base in 4 bit, dequantizes it, merges and saves: the same model as ours onto NF4. "peft-16bit" merges onto
-the unquantized base. Each contender is a process of its own; files are dropped from the cache before it starts. Memory is the
-rise of the process's high-water mark over its resident memory after all imports. Linux only.
+the unquantized base. Each contender runs in its own process; files are dropped from the page cache before it starts. Memory is
+the rise of the process's peak resident memory over its resident memory after all imports. Linux only.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def linears(layers: int) -> dict[str, tuple[int, int]]:
 
 
 def make_input(folder: Path, layers: int) -> None:
-    """The base, the adapter, and a base.json whose checksums are none: they cost the same to compare."""
+    """Write the base, the adapter, and a base.json with empty checksums, which cost the same to compare."""
     shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "lm_head.weight": (VOCABULARY, HIDDEN)}
     shapes |= {f"{name}.weight": shape for name, shape in linears(layers).items()}
     plain = [f"model.layers.{n}.{norm}_layernorm.weight" for n in range(layers) for norm in ("input", "post_attention")]
@@ -194,7 +194,7 @@ CONTENDERS: dict[str, Callable[[Path, Path], None]] = {
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """Run one contender in this process."""
     before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     started, used = time.perf_counter(), time.process_time()
     CONTENDERS[name](folder, folder / "target")
     seconds, processor = time.perf_counter() - started, time.process_time() - used
@@ -214,7 +214,7 @@ def _memory(field: str) -> int:
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
-    """Run one contender in a process of its own, on files that are not in memory yet."""
+    """Run one contender in its own process, on files that are not in the page cache."""
     shutil.rmtree(folder / "target", ignore_errors=True)
     for path in (folder / "base").glob("*.safetensors"):
         with path.open("rb") as file:

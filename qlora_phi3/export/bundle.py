@@ -179,10 +179,7 @@ def _describe_base(name: str, export: Mapping[str, Any], licence: str | None) ->
     terms = "Its licence applies to this model too; the base's folder does not state it."
     if licence:
         terms = f"Its licence, `{licence}`, applies to this model too."
-    if export["onto"] == "original":
-        return f"{base} {terms} The adapter is merged onto the base's own weights ({export['dtype']})."
-    label = onto_label("nf4", quant_type(export))
-    return f"{base} {terms} The adapter is merged onto the {label} weights that it was trained on ({export['dtype']})."
+    return f"{base} {terms} The adapter is {score_label(export['onto'], export)} weights ({export['dtype']})."
 
 
 def _describe_training(recipe: Recipe, run: Mapping[str, Any]) -> str:
@@ -240,16 +237,10 @@ def score_label(name: str, report: Mapping[str, Any]) -> str:
     Args:
         report: contents of export_report.json, which has the type of the run's quantization.
     """
-    quant = quant_type(report)
+    quant = (report["base"].get("quantization") or {}).get("quant_type")
     if name == "live":
         return "base + adapter" if quant is None else "4-bit base + adapter"
     return "merged onto the original" if name == "original" else f"merged onto {onto_label(name, quant)}"
-
-
-def quant_type(report: Mapping[str, Any]) -> str | None:
-    """The quantization type of the run ("nf4", "fp4") in an export_report.json; None where nothing was quantized."""
-    found: str | None = (report["base"].get("quantization") or {}).get("quant_type")
-    return found
 
 
 def is_measured(quant: str, dtype: str) -> bool:

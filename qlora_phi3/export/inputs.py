@@ -40,8 +40,6 @@ MARGIN_BYTES = 512 * MIB
 #: twice the largest matrix in fp32 (with DoRA four times): measured were 533 to 681 MiB for Phi-3-mini, 1,058 with DoRA, 1,465
 #: for Phi-3-medium.
 MERGE_BYTES, PROOF_BYTES = 300 * MIB, 300 * MIB
-#: Status in the report of an export that passed.
-PROVED, PROVED_ON_OTHER_BITS = "proved", "proved_on_other_bits"
 #: Files of the base that are fetched from the hub; README.md states the licence in its front matter.
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "README.md", *COMPANIONS)
 #: Keys of a config.json that change how a model is loaded, and nothing of what it computes.
@@ -195,11 +193,6 @@ def check_adapter(run: RunFolder, report: Mapping[str, Any]) -> None:
         if copies:
             raise ExportError(message, f"Copy {copies[0]} there, or train again: qlora-phi3 run {run.recipe}")
         raise ExportError(message, f"Put the run's own back, or train again: qlora-phi3 run {run.recipe}")
-
-
-def proved_status(sources: Sources) -> str:
-    """Status of an export that passed: whether the live model of the proof had all the bits that were trained on."""
-    return PROVED_ON_OTHER_BITS if summarise(sources.base.compared).differing else PROVED
 
 
 def describe_base(sources: Sources) -> dict[str, Any]:

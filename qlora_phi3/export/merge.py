@@ -181,7 +181,7 @@ def build_models(
         weights, label, origin = MergedWeights(base, deltas, onto=onto, dtype=dtype), base.record.label(onto), None
         checksummed, unmerged = _ChecksummedWeights(weights), _UnmergedBase(base, deltas, onto)
         if onto in checked:
-            origin = "live" if unmerged.is_live() else f"{onto}, unmerged"
+            origin = "live" if unmerged.is_live else f"{onto}, unmerged"
         build = partial(stream_plain, checksummed, merged_config, device=base.device)
         models.append(ScoredModel(name=onto, label=label, open=build, origin=origin, checksums=checksummed.checksums))
         if origin not in (None, "live"):
@@ -215,16 +215,14 @@ class _UnmergedBase:
 
     def __init__(self, base: RecordedBase, deltas: AdapterDeltas, onto: Onto) -> None:
         self.base, self.trained, self.info = base, TrainedBase(base), base.info
-        record = base.record
+        record, info = base.record, base.info
         #: Tensors that have the values they had in training.
         self.as_trained = {
-            name for name in base.info if (onto == "nf4" if record.is_quantized(name) else name in deltas.targets)
+            name for name in info if (onto == "nf4" if record.is_quantized(name) else name in deltas.targets)
         }
-
-    def is_live(self) -> bool:
-        """Whether the live model has the same values."""
-        record, others = self.base.record, self.info.keys() - self.as_trained
-        return not any(record.is_quantized(name) or self.info[name].dtype != record.dtype for name in others)
+        others = info.keys() - self.as_trained
+        #: Whether the live model has the same values.
+        self.is_live = not any(record.is_quantized(name) or info[name].dtype != record.dtype for name in others)
 
     def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
         """As `Weights.iter_row_chunks`."""

@@ -5,7 +5,7 @@ An export lists every file it wrote in its report (`export_report.json`). Only f
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.units import parse_size
 
 CARD, REPORT, MODELFILE = "README.md", "export_report.json", "Modelfile"
-
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 #: The values of --dtype, and torch's names for them.
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 #: The GGUF type that holds each of them bit for bit.
@@ -25,7 +25,6 @@ DEFAULT_QUANTS = {"fp16": "f16", "bf16": "bf16", "fp32": "f32"}
 DEFAULT_ONTO, DEFAULT_DTYPE = "auto", "fp16"
 #: A smaller shard size would make thousands of files.
 MIN_SIZE_BYTES = 2**20
-
 OTHER_PLACE = "Move it away, or give --out another folder."
 FORCE = "Give --out another folder, or --force to replace it."
 
@@ -144,7 +143,7 @@ def find_finished_run(path: Path, *, verify: bool) -> tuple[RunFolder, dict[str,
     if report.get("status") != "done":
         hint = f"Finish it: qlora-phi3 run {run.recipe} --resume {path}"
         raise ExportError(f"The run {path} is not finished: its status is {report.get('status')}.", hint)
-    for needed in (*_adapter_files(run), run.base, run.recipe):
+    for needed in (*(run.adapter / name for name in ADAPTER_FILES), run.base, run.recipe):
         if not needed.is_file():
             raise ExportError(f"{needed} is missing.", "Put it back, or train again.")
     if verify and not run.held_out.is_file():
@@ -152,16 +151,12 @@ def find_finished_run(path: Path, *, verify: bool) -> tuple[RunFolder, dict[str,
     return run, report
 
 
-def _adapter_files(run: RunFolder) -> tuple[Path, Path]:
-    return run.adapter / "adapter_config.json", run.adapter / "adapter_model.safetensors"
-
-
 def merge_key(run: RunFolder, *, dtype: str, onto: str) -> str:
     """A hash of everything that decides the bytes of a merged model: two exports with one key have the same weights."""
     from importlib.metadata import version  # not at the top: `--help` reads this module and has 0.1 s
 
     digest = hashlib.sha256()
-    for path in (run.base, *_adapter_files(run), run.held_out, run.chat_template):
+    for path in (run.base, *(run.adapter / name for name in ADAPTER_FILES), run.held_out, run.chat_template):
         if path.is_file():
             digest.update(path.name.encode() + bytes.fromhex(sha256_file(path)))
     return hashlib.sha256(digest.digest() + f"{dtype} {onto} {version('qlora-phi3')}".encode()).hexdigest()
@@ -238,9 +233,8 @@ def check_replaceable(folder: Path) -> None:
         ExportError: the directory holds a file that no export wrote, or a GGUF.
     """
     report = read_existing_report(folder)
-    written = written_files(report)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.name not in written or (path.is_dir() and not path.is_symlink()):
+        if path.name not in report["files"]["written"] or (path.is_dir() and not path.is_symlink()):
             raise ExportError(f"{folder} holds {path.name}, which no export wrote.", OTHER_PLACE)
     if "gguf" in report:
         raise ExportError(f"{folder} holds a GGUF, which a merged model does not replace.", OTHER_PLACE)
@@ -253,7 +247,7 @@ def _check_gguf_replaceable(gguf: Path, request: Request) -> None:
     """
     report = read_existing_report(gguf.parent)
     for path in (gguf, *(gguf.with_name(name) for name in (MODELFILE, CARD, REPORT))):
-        if path.exists() and path.name not in written_files(report):
+        if path.exists() and path.name not in report["files"]["written"]:
             raise ExportError(f"{path} exists, and no export wrote it.", OTHER_PLACE)
         if path.exists() and not request.options.force and (path == gguf or report.get("key") != request.key):
             raise ExportError(f"{path} exists.", FORCE)
@@ -271,32 +265,22 @@ def find_reusable(request: Request) -> dict[str, Any] | None:
 def reuse_blocker(folder: Path, key: str, *, verify: bool) -> str | None:
     """Why a directory is not the complete merged model of this key, proved where `verify` asks for it; None where it is."""
     report = read_existing_report(folder)
-    if report.get("key") != key or "gguf" in report:
+    if report.get("key") != key or "gguf" in report or not report["files"]["written"]:
         return "is not a merged model of this run in its present state"
     if verify and not report.get("proof"):
         return "was written with --no-verify"
     if report.get("fault"):
         return "differs from what was trained"
-    written = written_files(report)
-    if not written:
-        return "does not list its files"
-    return next((f"lacks {name}" for name in written if not (folder / name).is_file()), None)
+    return next((f"lacks {name}" for name in report["files"]["written"] if not (folder / name).is_file()), None)
 
 
 def read_existing_report(folder: Path) -> dict[str, Any]:
-    """The report of the export in a directory; empty where there is none that can be read."""
+    """The report of the export in a directory; where there is none that can be read, one that lists no written files."""
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return report if isinstance(report, dict) else {}
-
-
-def written_files(report: Mapping[str, Any]) -> list[str]:
-    """Names of all files that an export wrote into its directory, by its report."""
-    files = report.get("files")
-    written = files.get("written") if isinstance(files, dict) else None
-    return [str(name) for name in written] if isinstance(written, list) else []
+        return {**report, "files": {**report["files"], "written": [str(name) for name in report["files"]["written"]]}}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"files": {"written": []}}
 
 
 def failed_path(target: Path) -> Path:

@@ -22,14 +22,14 @@ from qlora_phi3.export import inputs, writer
 from qlora_phi3.export import proof as proofs
 from qlora_phi3.export import request as requests
 from qlora_phi3.export.base import summarise
-from qlora_phi3.export.bundle import is_measured, render_card, write_companions
+from qlora_phi3.export.bundle import Companions, is_measured, render_card, write_companions
 from qlora_phi3.export.gguf.prompt import write_modelfile
 from qlora_phi3.export.gguf.write import GgufResult, check_quant, convert_to_gguf, plan_gguf
 from qlora_phi3.export.hub import push
-from qlora_phi3.export.inputs import MERGE_BYTES, PROVED, Sources, open_sources
+from qlora_phi3.export.inputs import MERGE_BYTES, Sources, open_sources
 from qlora_phi3.export.merge import Onto
 from qlora_phi3.export.proof import SCORED, Proof
-from qlora_phi3.export.request import CARD, MODELFILE, REPORT, Request, check_replaceable, find_reusable, written_files
+from qlora_phi3.export.request import CARD, MODELFILE, REPORT, Request, check_replaceable, find_reusable
 from qlora_phi3.export.stop import measure_stops
 from qlora_phi3.export.writer import DISK_HINT, PROGRESS_NAME
 from qlora_phi3.files import disk_errors, replace_dir
@@ -41,6 +41,8 @@ from qlora_phi3.units import format_count, format_gib
 
 #: Disk for the files next to the weights.
 COMPANION_BYTES = 64 * 2**20
+#: Status of an export that passed: the live model of the proof had all the bits that were trained on, or not.
+PROVED, PROVED_ON_OTHER_BITS = "proved", "proved_on_other_bits"
 #: Status of a GGUF whose type rounds: the model it was made from was proved, and the file itself was not measured.
 PROVED_BEFORE_QUANTIZATION = "proved_before_quantization"
 LIBRARIES = ("qlora-phi3", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
@@ -85,7 +87,7 @@ def export_run(request: Request, reporter: Reporter) -> Exported:
             report, fault = _export_merged(request, draft, reporter)
             if fault is not None:
                 return Exported(folder=requests.failed_path(folder), report=report, fault=fault)
-        names = written_files(report)
+        names = report["files"]["written"]
         if gguf_file is not None:
             gguf = _export_gguf(request, gguf_file, report, reporter)
             if reused is None:
@@ -109,7 +111,10 @@ def _export_merged(request: Request, draft: Path, reporter: Reporter) -> tuple[d
     if request.max_ram_bytes is not None:
         inputs.check_memory(sources, request.max_ram_bytes, verify=request.options.verify)
     onto = _first_onto(request, sources)
-    key = f"{request.key} {_base_state(sources.folder)}"
+    # A draft is continued only with the files of the base that it was started from.
+    files = ((path.name, path.stat()) for path in sorted(sources.folder.glob("*.safetensors")))
+    state = [str(sources.folder.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)]
+    key = f"{request.key} {state}"
     with disk_errors(draft, ExportError, hint=DISK_HINT):
         writer.clear_draft(draft, reusable=[SCORED])
         untied, ending = sources.deltas.unties, sources.ending
@@ -131,29 +136,39 @@ def _export_merged(request: Request, draft: Path, reporter: Reporter) -> tuple[d
         rows, device, ram, progress = sources.rows, sources.device, request.max_ram_bytes, reporter.progress
         with quiet_transformers():
             stops = measure_stops(draft, rows, scored.proof, onto, device=device, max_ram_bytes=ram, progress=progress)
-    report = {
-        "key": request.key,
-        "status": "unproved" if scored is None else "failed" if fault else inputs.proved_status(sources),
-        "fault": fault,
-        "run": request.run.path.name,
-        "base": inputs.describe_base(sources),
+    report: dict[str, Any] = {
+        **_describe_export(request, sources, draft, companions),
         "onto": onto,
-        "onto_asked": request.options.onto,
-        "dtype": request.dtype,
+        "fault": fault,
         "proof": scored and asdict(scored.proof),
         "stop_test": stops and stops.as_dict(),
+        "seconds": time.perf_counter() - started,
+    }
+    if scored is None or fault is not None:
+        report["status"] = "unproved" if scored is None else "failed"
+    with disk_errors(draft, ExportError, hint=DISK_HINT):
+        _write_report(draft, render_card(sources.recipe, request.report, report, base=sources.folder), report)
+        return report, _publish(request, draft, fault)
+
+
+def _describe_export(request: Request, sources: Sources, draft: Path, companions: Companions) -> dict[str, Any]:
+    """The part of the report that does not depend on the proof; the status is that of an export that passed."""
+    base = inputs.describe_base(sources)
+    return {
+        "key": request.key,
+        "status": PROVED_ON_OTHER_BITS if base["compared"]["differing"] else PROVED,
+        "run": request.run.path.name,
+        "base": base,
+        "onto_asked": request.options.onto,
+        "dtype": request.dtype,
         "files": {
             "written": sorted({path.name for path in draft.iterdir()} - {SCORED, PROGRESS_NAME} | {CARD, REPORT}),
             "copied": dict(companions.copied),
             "changed": list(companions.changed),
         },
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "seconds": time.perf_counter() - started,
         "versions": {name: version(name) for name in LIBRARIES},
     }
-    with disk_errors(draft, ExportError, hint=DISK_HINT):
-        _write_report(draft, render_card(sources.recipe, request.report, report, base=sources.folder), report)
-        return report, _publish(request, draft, fault)
 
 
 def _first_onto(request: Request, sources: Sources) -> Onto:
@@ -175,12 +190,6 @@ def _choose_onto(sources: Sources, proof: Proof, first: Onto, reporter: Reporter
         else:
             reporter.info(f"original is better by {better}, less than two standard errors ({limit}): {label}")
     return chosen
-
-
-def _base_state(base: Path) -> str:
-    """The size and time of a base's files: a draft is continued only from the files that it was started from."""
-    files = ((path.name, path.stat()) for path in sorted(base.glob("*.safetensors")))
-    return str([str(base.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)])
 
 
 def _check_space(request: Request, sources: Sources, draft: Path, key: str, onto: Onto) -> None:
@@ -262,13 +271,14 @@ def _export_gguf(request: Request, target: Path, report: Mapping[str, Any], repo
     quant, force, progress = request.quant, request.options.force, partial(_report_megabytes, reporter)
     result = convert_to_gguf(request.target, target, quant=quant, name=request.name, progress=progress, force=force)
     folder = target.parent
-    earlier = [name for name in written_files(requests.read_existing_report(folder)) if (folder / name).is_file()]
+    earlier = requests.read_existing_report(folder)["files"]["written"]
     measured = is_measured(request.quant, report["dtype"]) or not report["status"].startswith(PROVED)
+    written = {name for name in earlier if (folder / name).is_file()} | {target.name, CARD, MODELFILE, REPORT}
     gguf_report = {
         **report,
         "status": report["status"] if measured else PROVED_BEFORE_QUANTIZATION,
         "gguf": {"file": target.name, "quant": request.quant},
-        "files": {**report["files"], "written": sorted({*earlier, target.name, CARD, MODELFILE, REPORT})},
+        "files": {**report["files"], "written": sorted(written)},
     }
     with disk_errors(folder, ExportError, hint=DISK_HINT):
         recipe = load_recipe(request.run.recipe)

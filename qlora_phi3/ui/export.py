@@ -21,7 +21,15 @@ def show_export(view: ConsoleReporter, exported: Exported) -> None:
     else:
         view.warning("Not compared with the trained model (--no-verify).")
     if stops := report["stop_test"]:
-        view.info(_stop_line(stops))
+        if not stops["turns"]:
+            view.info("Stop test: no turn to test.")
+        elif stops["method"] == "generated":
+            view.info(
+                f"Stop test: {stops['stopped']} of {stops['turns']} answers to held-out prompts ended by themselves."
+            )
+        else:
+            count = f"{stops['stopped']} of {stops['turns']}"
+            view.info(f"Stop test: at {count} ends of held-out turns a stop id is the most likely token.")
         if warning := runaway_warning(stops):
             view.warning(warning)
     if exported.fault is not None:
@@ -62,12 +70,3 @@ def proof_lines(report: Mapping[str, Any], *, quant: str | None = None) -> list[
     )
     lines.append(f"> {written} KL from the live model, in nats; {tokens} of {proof['rows']} {kind}.")
     return lines
-
-
-def _stop_line(stops: Mapping[str, Any]) -> str:
-    turns, stopped = stops["turns"], stops["stopped"]
-    if not turns:
-        return "Stop test: no turn to test."
-    if stops["method"] == "generated":
-        return f"Stop test: {stopped} of {turns} answers to held-out prompts ended by themselves."
-    return f"Stop test: at {stopped} of {turns} ends of held-out turns a stop id is the most likely token."

@@ -154,7 +154,7 @@ def test_the_card_states_base_data_recipe_loss_proof_and_licence(shop):
         "`c0ffee`",
         "4.4098 before, 2.4032 after",
         "r = 32",
-        "The adapter is merged onto the NF4 weights that it was trained on (float16).",
+        "The adapter is merged onto NF4 weights (float16).",
     ):
         assert words in text
     assert "| merged onto NF4 (this model) | 2.3872 | 9.0e-09 | 2.0e-07 | 100.00% |" in text
@@ -225,7 +225,7 @@ def test_the_quantization_of_the_run_is_named_in_table_and_card(shop):
     export = {**EXPORT, "base": fp4}
     text, _ = card(shop, export=export)
     assert "| merged onto FP4 (this model) |" in text
-    assert "merged onto the FP4 weights that it was trained on" in text
+    assert "merged onto FP4 weights (float16)" in text
     assert "NF4" not in text
     names = ("live", "nf4", "original")
     assert [score_label(name, export) for name in names] == [

@@ -1,4 +1,4 @@
-"""The README's commands and the generated page, held against the program."""
+"""The commands of the README, the generated page of recipe keys, and the pinned versions, compared with the program."""
 
 import re
 import shlex
@@ -22,7 +22,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("qlora-phi3 ")])
-def test_a_command_of_the_readme_is_one_the_program_takes(line):
+def test_the_program_accepts_every_command_of_the_readme(line):
     arguments, command = shlex.split(line)[1:], main
     while isinstance(command, click.Group):
         command = command.commands[arguments.pop(0)]
@@ -30,7 +30,7 @@ def test_a_command_of_the_readme_is_one_the_program_takes(line):
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python3 ")])
-def test_a_script_of_the_readme_is_there(line):
+def test_every_script_of_the_readme_exists(line):
     assert (ROOT / shlex.split(line)[1]).is_file()
 
 
@@ -53,7 +53,7 @@ def test_the_python_of_the_readme_compiles():
     compile(text, "README.md", "exec")
 
 
-def test_the_page_of_recipe_keys_is_fresh(monkeypatch):
+def test_the_page_of_recipe_keys_is_up_to_date(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from make_recipe_docs import PAGE, render_page
 
@@ -65,7 +65,7 @@ def test_the_tested_set_satisfies_the_ranges_of_the_project():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     pins = dict(line.lower().split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split())
-    wanted = chain(project["dependencies"], *project["optional-dependencies"].values())
-    for requirement in map(Requirement, wanted):
+    requirements = chain(project["dependencies"], *project["optional-dependencies"].values())
+    for requirement in map(Requirement, requirements):
         assert requirement.specifier.contains(pins[requirement.name]), requirement
     assert sys.version_info >= (3, 11)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_phi3.units import format_count, format_gib, parse_size
+from qlora_phi3.units import format_count, format_duration, format_gib, parse_size
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,11 @@ def test_a_size_is_written_in_gib_or_when_small_in_mib(num_bytes, text):
 @pytest.mark.parametrize(("number", "text"), [(0, "0 rows"), (1, "1 row"), (1200, "1,200 rows")])
 def test_one_thing_is_not_several(number, text):
     assert format_count(number, "row") == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0:00"), (7, "0:07"), (59.6, "1:00"), (750, "12:30"), (3599.5, "1:00:00"), (11100, "3:05:00")],
+)
+def test_a_duration_is_read_as_on_a_clock(seconds, text):
+    assert format_duration(seconds) == text

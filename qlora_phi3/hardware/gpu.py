@@ -339,3 +339,27 @@ def _usual_speed(cards: Sequence[GpuSpec]) -> tuple[float, float]:
 
 def _with_article(words: str) -> str:
     return f"an {words}" if words.startswith(("8", "11 ", "11.", "18 ", "18.")) else f"a {words}"
+
+
+def read_own_bytes(index: int = 0, *, nvml: Any = None) -> int | None:
+    """GPU memory of this process as the driver shows it, its CUDA context included; None where the driver does not show it.
+
+    Args:
+        index: as for `read_gpu`.
+        nvml: the module `pynvml`, or a replacement.
+    """
+    try:
+        nvml = nvml or _import_nvml()
+    except NoDeviceError:
+        return None
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return None
+    try:
+        processes = nvml.nvmlDeviceGetComputeRunningProcesses(_find_handle(nvml, index))
+        return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
+    except (nvml.NVMLError, DeviceError):
+        return None
+    finally:
+        nvml.nvmlShutdown()

@@ -18,11 +18,12 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from qlora_phi3.hardware.gpu import Gpu
-from qlora_phi3.training.report import Measured, measure_memory
+from qlora_phi3.memory.report import MemoryReport
+from qlora_phi3.training.report import measure_memory
 from qlora_phi3.training.trainer import Phi3Trainer
 
 
-def dry_run_heaviest_step(trainer: Phi3Trainer, card: Gpu | None, *, max_grad_norm: float) -> Measured:
+def dry_run_heaviest_step(trainer: Phi3Trainer, card: Gpu | None, *, max_grad_norm: float) -> MemoryReport:
     """Run the heaviest step, evaluation and checkpoint of a trainer that has not begun, and undo them.
 
     Args:

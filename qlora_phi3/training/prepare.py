@@ -7,7 +7,7 @@ What stands before the first step: data, tokenizer, device, and the model with i
 
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from qlora_phi3.memory.allocator import expandable_segments_work
 from qlora_phi3.memory.margin import budget_of, limit_of
 from qlora_phi3.memory.plan import GpuLimits, Plan, RowLengths, read_lengths, step_shape
 from qlora_phi3.memory.predict import Predictor
+from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.search import find_plan
 from qlora_phi3.memory.simulate import simulate
 from qlora_phi3.memory.vram_check import prepare_data
@@ -37,7 +38,7 @@ from qlora_phi3.recipe.load import check_limits
 from qlora_phi3.recipe.schema import Recipe, Training
 from qlora_phi3.reporter import Reporter
 from qlora_phi3.training.callbacks import cap_to_free_memory
-from qlora_phi3.training.report import Predicted, describe_device
+from qlora_phi3.training.report import describe_device
 from qlora_phi3.units import format_gib, parse_size
 
 
@@ -109,7 +110,7 @@ class PlannedRun:
     """How a run is laid out, and what that should need; `predicted` is None where nobody asked."""
 
     execution: ExecutionPlan
-    predicted: Predicted | None
+    predicted: MemoryReport | None
 
 
 def choose_execution_plan(
@@ -130,7 +131,7 @@ def choose_execution_plan(
     """
     if card is not None:
         plan = plan_for_card(recipe, config, architecture, data, card, compute_dtype=compute_dtype, reporter=reporter)
-        return PlannedRun(execution=plan.execution, predicted=predicted_by(plan))
+        return PlannedRun(execution=plan.execution, predicted=replace(plan.prediction.memory, trace=()))
     if device.type == "cpu" and recipe.memory.budget != "auto":
         reporter.warning("[memory] budget is for graphics cards: a run on a CPU does not heed it.")
     execution = default_execution_plan(recipe, architecture, device)
@@ -175,7 +176,7 @@ def plan_for_card(
     reporter.progress("Planning the memory", 0, None)
     plan = find_plan(predictor, lengths, card, progress=lambda _: None)
     reporter.progress("Planning the memory", 1, 1)
-    needed = format_gib(plan.prediction.on_card_bytes)
+    needed = format_gib(plan.prediction.memory.on_gpu_bytes)
     reporter.info(f"Plan: {in_words(plan.execution)}; {needed} of {format_gib(card.limit_bytes)} on the card")
     if not plan.fits:
         reporter.warning(
@@ -230,24 +231,11 @@ def predict_on_cpu(
     execution: ExecutionPlan,
     *,
     compute_dtype: torch.dtype,
-) -> Predicted:
+) -> MemoryReport:
     """What the tensors of a run on a CPU should hold."""
     load = step_shape(measured_lengths(data, recipe.training.batch_size), execution)
-    profile = simulate(recipe, config, architecture, execution, load, compute_dtype=compute_dtype, path="cpu")
-    return Predicted(
-        allocated_bytes=profile.peak_bytes, reserved_bytes=None, on_card_bytes=None, categories=dict(profile.categories)
-    )
-
-
-def predicted_by(plan: Plan) -> Predicted:
-    """The figures of a plan."""
-    prediction = plan.prediction
-    return Predicted(
-        allocated_bytes=prediction.allocated_bytes,
-        reserved_bytes=prediction.reserved_bytes,
-        on_card_bytes=prediction.on_card_bytes,
-        categories=dict(prediction.profile.categories),
-    )
+    memory = simulate(recipe, config, architecture, execution, load, compute_dtype=compute_dtype, path="cpu")
+    return replace(memory, trace=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

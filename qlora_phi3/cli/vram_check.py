@@ -3,8 +3,8 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,8 @@ def vram_check(ctx: click.Context, **options: Any) -> None:
     Nothing is loaded, downloaded or put on the GPU. Exit codes: 0 it fits, 3 it does not, 2 bad input, 4 cannot tell (no GPU
     here, or the shapes of a model of the hub are not).
     """
+    from qlora_phi3.memory.cached import CachedVramCheck
+
     chosen = _Options(**options)
     if (
         chosen.recipe is None
@@ -86,10 +88,9 @@ def vram_check(ctx: click.Context, **options: Any) -> None:
         if chosen.recipe is None:
             _show_gpu(_find_device(chosen), wants_json=chosen.wants_json)
             return
-        compute = _max_lengths if chosen.max_length else _gpu_table if chosen.every_gpu else _report
-        with _cached_check(ctx, chosen.recipe, chosen.overrides) as check:
-            show = compute(check, chosen)
-        ctx.exit(FITS if show() else DOES_NOT_FIT)
+        check = CachedVramCheck(chosen.recipe, chosen.overrides, _progress)
+        show = _show_max_lengths if chosen.max_length else _show_gpu_table if chosen.every_gpu else _show_report
+        ctx.exit(FITS if show(check, chosen) else DOES_NOT_FIT)
 
 
 def _check_options(options: _Options) -> None:
@@ -132,7 +133,7 @@ def _find_device(options: _Options) -> "Gpu":
     try:
         num_bytes = parse_size(options.vram, binary=True)
     except ValueError as error:
-        raise DeviceError(f"--vram: {error}") from error
+        raise DeviceError(f"--vram: {error}", "Write what the box says, such as --vram 12GB.") from error
     return gpu_of_size(num_bytes)
 
 
@@ -161,22 +162,17 @@ def _errors_as_json(*, wants_json: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _cached_check(ctx: click.Context, recipe: Path, overrides: tuple[str, ...]) -> Iterator["CachedVramCheck"]:
-    """A check whose progress is shown on stderr; a saved result needs none, and no import of rich."""
-    from qlora_phi3.memory.cached import CachedVramCheck
+def _progress() -> "Iterator[Watcher]":
+    """What is being computed, on stderr; without the libraries' warnings."""
+    from qlora_phi3.ui.console import Watcher
 
-    with ExitStack() as stack:
-
-        def open_progress() -> "Watcher":
-            from qlora_phi3.ui.console import Watcher
-
-            watcher = Watcher()
-            stack.callback(watcher.close)
-            return watcher
-
-        if not ctx.meta.get("debug"):
-            stack.enter_context(libraries_silenced())
-        yield CachedVramCheck(recipe, overrides, open_progress)
+    watcher = Watcher()
+    debug = click.get_current_context().meta.get("debug")
+    with nullcontext() if debug else libraries_silenced():
+        try:
+            yield watcher
+        finally:
+            watcher.close()
 
 
 def _show_gpu(device: "Gpu", *, wants_json: bool) -> None:
@@ -189,27 +185,23 @@ def _show_gpu(device: "Gpu", *, wants_json: bool) -> None:
         show_gpu(console, device)
 
 
-def _report(check: "CachedVramCheck", options: _Options) -> Callable[[], bool]:
-    """Check for one GPU; what is returned shows the report, writes --fit, and returns whether the recipe fits."""
+def _show_report(check: "CachedVramCheck", options: _Options) -> bool:
+    """The report for one GPU, and --fit; returns whether the recipe fits."""
     device = _find_device(options)
     target = None if options.fit is None else _fit_target(check.path, device, options.fit)
     report = check.report(device)
+    if options.wants_json:
+        from qlora_phi3.memory.report import as_json
 
-    def show() -> bool:
-        if options.wants_json:
-            from qlora_phi3.memory.report import as_json
+        _print_json(as_json(report))
+    else:
+        from qlora_phi3.ui.vram import show_report
 
-            _print_json(as_json(report))
-        else:
-            from qlora_phi3.ui.vram import show_report
-
-            with _console() as console:
-                show_report(console, report)
-        if target is not None:
-            _write_fit(check, report, target)
-        return report.fits
-
-    return show
+        with _console() as console:
+            show_report(console, report)
+    if target is not None:
+        _write_fit(check, report, target)
+    return report.fits
 
 
 def _fit_target(recipe: Path, device: "Gpu", fit: str) -> Path:
@@ -218,16 +210,14 @@ def _fit_target(recipe: Path, device: "Gpu", fit: str) -> Path:
     if fit == NEXT_TO_RECIPE:
         path = recipe.with_name(f"{recipe.stem}-{math.ceil(device.total_bytes / 2**30)}gb.toml")
     if path.exists():
-        raise _already_there(path)
+        raise UserError(
+            f"{path} exists already, and --fit overwrites nothing.", "Name another file, or delete it first."
+        )
     if not path.absolute().parent.is_dir():
         raise UserError(
             f"--fit {path}: there is no directory {path.absolute().parent}.", "Make it, or name another file."
         )
     return path
-
-
-def _already_there(path: Path) -> UserError:
-    return UserError(f"{path} exists already, and --fit overwrites nothing.", "Name another file, or delete it first.")
 
 
 def _write_fit(check: "CachedVramCheck", report: "VramReport", target: Path) -> None:
@@ -240,51 +230,41 @@ def _write_fit(check: "CachedVramCheck", report: "VramReport", target: Path) -> 
     text = check.path.read_text(encoding="utf-8-sig")
     try:
         write_fitted(check.recipe, text, check.overrides, report, source=check.path, target=target)
-    except FileExistsError as error:
-        raise _already_there(target) from error
-    except OSError as error:
+    except OSError as error:  # also where the file was made meanwhile
         raise UserError(f"{target} cannot be written: {error.strerror}.", "Name another file.") from error
     click.echo(f"Written: {target}. Train it with: qlora-phi3 run {target}", err=True)
 
 
-def _gpu_table(check: "CachedVramCheck", options: _Options) -> Callable[[], bool]:
-    """The table of --all, as `_report` does it; whether the recipe fits any GPU."""
+def _show_gpu_table(check: "CachedVramCheck", options: _Options) -> bool:
+    """The table of --all; returns whether the recipe fits any GPU."""
     from qlora_phi3.memory.tables import gpu_table_as_json, group_gpus, group_of_one
 
     rows = check.gpu_table([*map(group_of_one, _local_gpus()), *group_gpus()])
+    if options.wants_json:
+        _print_json({"gpus": gpu_table_as_json(rows)})
+    else:
+        from qlora_phi3.ui.vram import show_gpu_table
 
-    def show() -> bool:
-        if options.wants_json:
-            _print_json({"gpus": gpu_table_as_json(rows)})
-        else:
-            from qlora_phi3.ui.vram import show_gpu_table
-
-            with _console() as console:
-                show_gpu_table(console, rows)
-        return any(row.report.fits for row in rows)
-
-    return show
+        with _console() as console:
+            show_gpu_table(console, rows)
+    return any(row.report.fits for row in rows)
 
 
-def _max_lengths(check: "CachedVramCheck", options: _Options) -> Callable[[], bool]:
-    """The table of --max-length, as `_report` does it; whether any row fits."""
+def _show_max_lengths(check: "CachedVramCheck", options: _Options) -> bool:
+    """The table of --max-length; returns whether any row fits."""
     from qlora_phi3.memory.tables import group_gpus
 
     one = options.gpu or options.vram
     devices = [_find_device(options)] if one else [*_local_gpus(), *(group.device for group in group_gpus())]
     rows = check.max_lengths(devices)
+    if options.wants_json:
+        _print_json({"gpus": [asdict(row) for row in rows]})
+    else:
+        from qlora_phi3.ui.vram import show_max_lengths
 
-    def show() -> bool:
-        if options.wants_json:
-            _print_json({"gpus": [asdict(row) for row in rows]})
-        else:
-            from qlora_phi3.ui.vram import show_max_lengths
-
-            with _console() as console:
-                show_max_lengths(console, rows)
-        return any(row.max_length for row in rows)
-
-    return show
+        with _console() as console:
+            show_max_lengths(console, rows)
+    return any(row.max_length for row in rows)
 
 
 @contextmanager

@@ -10,9 +10,9 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -23,6 +23,7 @@ from qlora_phi3.memory.margin import budget_of, read_margin
 from qlora_phi3.memory.report import VramReport, as_json, from_json, read_versions
 from qlora_phi3.memory.tables import (
     GpuGroup,
+    GpuProgress,
     GpuTableRow,
     MaxLengthRow,
     build_gpu_table,
@@ -31,7 +32,7 @@ from qlora_phi3.memory.tables import (
     gpu_table_from_json,
     max_lengths_from_json,
 )
-from qlora_phi3.memory.vram_check import VramChecker, files_of, read_recipe_context
+from qlora_phi3.memory.vram_check import Progress, VramChecker, files_of, read_recipe_context
 
 if TYPE_CHECKING:
     from qlora_phi3.recipe.schema import Recipe
@@ -44,16 +45,11 @@ Result = TypeVar("Result")
 
 
 class CheckProgress(Protocol):
-    """Shows how far the work is."""
+    """Shows what is being done, how far the data have been read, and which GPU is computed, of how many."""
 
-    def info(self, what: str) -> None:
-        """Name what is being done now."""
-
-    def progress(self, what: str, done: int, total: int | None) -> None:
-        """How far the data have been read."""
-
-    def card(self, name: str, done: int, total: int) -> None:
-        """Which GPU is computed, of how many."""
+    info: Callable[[str], None]
+    progress: Progress
+    card: GpuProgress
 
 
 @dataclass(frozen=True)
@@ -65,13 +61,8 @@ class CachedVramCheck:
 
     path: Path
     overrides: tuple[str, ...]
-    #: Called only where something must be computed.
-    open_progress: Callable[[], CheckProgress]
-
-    @cached_property
-    def progress(self) -> CheckProgress:
-        """Shows how far the work is."""
-        return self.open_progress()
+    #: Entered only where something must be computed.
+    open_progress: Callable[[], AbstractContextManager[CheckProgress]]
 
     @cached_property
     def recipe(self) -> "Recipe":
@@ -83,52 +74,49 @@ class CachedVramCheck:
     def report(self, device: Gpu) -> VramReport:
         """Whether the recipe fits a GPU."""
 
-        def compute() -> VramReport:
-            budget_bytes = budget_of(self.recipe, device)
-            return self._checker().report(device, budget_bytes)
+        def compute(progress: CheckProgress) -> VramReport:
+            budget_bytes = budget_of(self.recipe, device)  # refused before torch is started
+            return self._checker(progress).report(device, budget_bytes)
 
         report = self._cached("report", [device], compute, as_json, from_json)
         return replace(report, device=device)  # the processes on it may have other sizes by now
 
     def gpu_table(self, groups: Sequence[GpuGroup]) -> list[GpuTableRow]:
         """The plan on each group of GPUs."""
-        devices = [group.device for group in groups]
-
-        def compute() -> list[GpuTableRow]:
-            return build_gpu_table(self._checker(), groups, self.progress.card)
-
-        return self._cached("gpu table", devices, compute, gpu_table_as_json, gpu_table_from_json)
+        return self._cached(
+            "gpu table",
+            [group.device for group in groups],
+            lambda progress: build_gpu_table(self._checker(progress), groups, progress.card),
+            gpu_table_as_json,
+            gpu_table_from_json,
+        )
 
     def max_lengths(self, devices: Sequence[Gpu]) -> list[MaxLengthRow]:
         """The longest row on each GPU."""
+        return self._cached(
+            "max lengths",
+            devices,
+            lambda progress: find_max_lengths(self._checker(progress), devices, progress.card),
+            lambda rows: [asdict(row) for row in rows],
+            max_lengths_from_json,
+        )
 
-        def compute() -> list[MaxLengthRow]:
-            return find_max_lengths(self._checker(), devices, self.progress.card)
-
-        def encode(rows: list[MaxLengthRow]) -> list[dict[str, Any]]:
-            return [asdict(row) for row in rows]
-
-        return self._cached("max lengths", devices, compute, encode, max_lengths_from_json)
-
-    def _checker(self) -> VramChecker:
+    def _checker(self, progress: CheckProgress) -> VramChecker:
         recipe = self.recipe
         if "torch" not in sys.modules:
-            self.progress.info("Starting torch, transformers and peft")
-        return VramChecker(read_recipe_context(recipe, self.path.parent, self.progress.progress), self.progress.info)
+            progress.info("Starting torch, transformers and peft")
+        return VramChecker(read_recipe_context(recipe, self.path.parent, progress.progress), progress.info)
 
     def _cached(
         self,
         kind: str,
         devices: Sequence[Gpu],
-        compute: Callable[[], Result],
+        compute: Callable[[CheckProgress], Result],
         encode: Callable[[Result], Any],
         decode: Callable[[Any], Result],
     ) -> Result:
         """The saved result of the same question, else the computed one, which is saved."""
-        try:
-            text = self.path.read_bytes()
-        except OSError:
-            return compute()  # which says why the recipe cannot be read
+        text = self.path.read_bytes() if self.path.is_file() else b""  # computing says why there is no recipe
         key = cache_key(
             {
                 "kind": kind,
@@ -139,53 +127,45 @@ class CachedVramCheck:
                 "margins": [read_margin(device.name).share for device in devices],
             }
         )
-        saved = find_cached(key)
+        path = user_cache_dir() / "vram-check" / f"{key}.json"
+        saved = find_cached(path)
         with suppress(ValueError):  # somebody edited the cache
             if saved is not None:
                 return decode(saved)
-        result = compute()
-        save_cached(key, encode(result), files_of(self.recipe, self.path.parent))
+        with self.open_progress() as progress:
+            result = compute(progress)
+        save_cached(path, encode(result), files_of(self.recipe, self.path.parent))
         return result
 
 
 def cache_key(parts: Mapping[str, Any]) -> str:
     """The name of a question; `parts` is all that it states, as JSON takes it."""
+    code = hashlib.sha256()
+    for path in sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".json", ".jinja")):
+        code.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
     system = [platform.system(), platform.release()]
-    complete = {**parts, "versions": read_versions(), "code": _own_code(), "system": system}
+    complete = {**parts, "versions": read_versions(), "code": code.hexdigest(), "system": system}
     return hashlib.sha256(json.dumps(complete, sort_keys=True).encode()).hexdigest()[:40]
 
 
-@lru_cache(maxsize=1)
-def _own_code() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".json", ".jinja")):
-        digest.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def find_cached(key: str) -> Any:
-    """The result saved under a key; None where there is none, it is damaged, or a file that it was read from has changed."""
+def find_cached(path: Path) -> Any:
+    """The result saved in a file; None where there is none, it is damaged, or a file that it was read from has changed."""
     try:
-        saved = json.loads(_cache_path(key).read_text(encoding="utf-8"))
-        unchanged = all(_file_state(path) == state for path, state in saved["files"].items())
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        unchanged = all(_file_state(file) == state for file, state in saved["files"].items())
         return saved["result"] if unchanged else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
-def save_cached(key: str, result: Any, files: Iterable[Path]) -> None:
+def save_cached(path: Path, result: Any, files: Iterable[Path]) -> None:
     """Save a result and the state of the files that it was read from; a directory that cannot be written is ignored."""
-    path = _cache_path(key)
     with suppress(OSError, RunError):
         path.parent.mkdir(parents=True, exist_ok=True)
         states = {str(file): _file_state(file) for file in files}
         atomic_write(path, json.dumps({"result": result, "files": states}))
         for old in sorted(path.parent.glob("*.json"), key=lambda path: -path.stat().st_mtime_ns)[MAX_RESULTS:]:
             old.unlink(missing_ok=True)
-
-
-def _cache_path(key: str) -> Path:
-    return user_cache_dir() / "vram-check" / f"{key}.json"
 
 
 def _file_state(path: str | Path) -> list[int] | None:

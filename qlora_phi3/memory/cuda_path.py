@@ -150,14 +150,13 @@ def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> It
         # CUDA's saves one byte an element for the backward pass; the CPU's saves the scaled mask.
         return torch.native_dropout(values, p, True)[0] if training and p else values
 
-    def save_on_cpu(**_: Any) -> saved_tensors_hooks:
-        return saved_tensors_hooks(offload, torch.empty_like)
-
     tracker.track_bytes(matmul_workspace_bytes(capability), CUBLAS_WORKSPACE)
     with (
         replaced(qlora_phi3.model.attention, "CPU_SCORES_BYTES", 0),
         replaced(qlora_phi3.model.attention, "_takes_groups", lambda _: capability >= (8, 0)),
-        replaced(transformers.modeling_utils, "save_on_cpu", save_on_cpu),
+        replaced(
+            transformers.modeling_utils, "save_on_cpu", lambda **_: saved_tensors_hooks(offload, torch.empty_like)
+        ),
         replaced(functional, "scaled_dot_product_attention", _attention_on(tracker, capability)),
         replaced(functional, "dropout", dropout),
     ):

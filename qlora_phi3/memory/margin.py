@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.errors import DeviceError, RunError
@@ -29,6 +28,7 @@ SAFETY_FACTOR = 1.5
 DECAY = 0.9
 #: Runs that are recorded for each GPU, the latest ones.
 MAX_RECORDS = 50
+RECORDS_NAME = "prediction-errors.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,6 @@ class Margin:
     share: float
     #: Runs on this GPU whose prediction was compared with what they took.
     runs: int = 0
-
-    @property
-    def widened(self) -> bool:
-        """Whether the runs on this GPU ask for more than the default."""
-        return self.share > DEFAULT_SHARE
 
     def bytes_for(self, predicted_bytes: int) -> int:
         """The margin of a prediction, in bytes."""
@@ -88,11 +83,6 @@ def read_margin(gpu_name: str) -> Margin:
     return Margin(max(DEFAULT_SHARE, SAFETY_FACTOR * median), len(errors))
 
 
-def limit_of(device: Gpu, budget_bytes: int) -> int:
-    """The most that may be predicted on a GPU for a run to count as fitting a budget, in bytes."""
-    return read_margin(device.name).limit(budget_bytes)
-
-
 def record_error(gpu_name: str, predicted_bytes: int, measured_bytes: int) -> None:
     """Record what a run took on a GPU and what was predicted; a directory that cannot be written is ignored."""
     record = {
@@ -103,18 +93,15 @@ def record_error(gpu_name: str, predicted_bytes: int, measured_bytes: int) -> No
     records = _read_records()
     records = {**records, gpu_name: [*records.get(gpu_name, ()), record][-MAX_RECORDS:]}
     with suppress(OSError, RunError):
-        _records_path().parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(_records_path(), json.dumps(records, indent=1) + "\n")
-
-
-def _records_path() -> Path:
-    return user_state_dir() / "prediction-errors.json"
+        path = user_state_dir() / RECORDS_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, json.dumps(records, indent=1) + "\n")
 
 
 def _read_records() -> Mapping[str, Sequence[Mapping[str, Any]]]:
     """GPU -> records, the oldest first; entries that are no records are ignored, as somebody may have edited the file."""
     try:
-        saved = json.loads(_records_path().read_text(encoding="utf-8"))
+        saved = json.loads((user_state_dir() / RECORDS_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     found: dict[str, list[Mapping[str, Any]]] = {}

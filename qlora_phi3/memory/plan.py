@@ -29,10 +29,6 @@ class RowLengths:
         """Tokens of the longest training row."""
         return self.training[0]
 
-    def heaviest_step(self) -> tuple[int, ...]:
-        """The longest rows that can meet in one optimizer step."""
-        return self.training[: self.batch_size]
-
     def typical_step(self) -> tuple[int, ...]:
         """As many rows as a step has, spread evenly over all lengths."""
         number, total = min(self.batch_size, len(self.training)), len(self.training)
@@ -87,8 +83,8 @@ def step_shape(rows: RowLengths, execution: ExecutionPlan) -> StepShape:
     A packed micro-batch is taken as filled to its last token where a step has that many: with rows of the longest length, and a
     shorter one.
     """
-    step, plan = rows.heaviest_step(), execution.micro_batch
-    groups = _micro_batches(step, plan)
+    step, plan = rows.training[: rows.batch_size], execution.micro_batch  # the longest rows that can meet in a step
+    groups = split_rows(step, plan)
     if plan.packing:
         num_full, rest = divmod(max(rows.longest, min(plan.max_tokens, sum(step))), rows.longest)
         lengths = (rows.longest,) * num_full + ((rest,) if rest else ())
@@ -101,12 +97,8 @@ def step_shape(rows: RowLengths, execution: ExecutionPlan) -> StepShape:
     return StepShape(lengths=lengths, evaluation_lengths=(longest,) * num_held_out, accumulates=len(groups) > 1)
 
 
-def count_micro_batches(lengths: Sequence[int], plan: MicroBatchPlan) -> int:
-    """Number of micro-batches of a step with rows of these lengths, in tokens."""
-    return len(_micro_batches(lengths, plan))
-
-
-def _micro_batches(lengths: Sequence[int], plan: MicroBatchPlan) -> list[list[int]]:
+def split_rows(lengths: Sequence[int], plan: MicroBatchPlan) -> list[list[int]]:
+    """The micro-batches of a step with rows of these lengths, in tokens, as indices of rows."""
     return plan_micro_batches(
         lengths,
         max_tokens=plan.max_tokens,

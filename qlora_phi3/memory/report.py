@@ -74,11 +74,6 @@ class MemoryReport:
         unknown = dict.fromkeys(("allocated_bytes", "reserved_bytes", "on_gpu_bytes", "process_bytes"))
         return saved | {name: saved[name] or None for name in unknown}
 
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> "MemoryReport":
-        """The report that `as_dict` wrote; TypeError where it is something else."""
-        return cls(**{name: 0 if value is None else value for name, value in saved.items()})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suggestion:
@@ -176,7 +171,9 @@ def from_json(saved: Mapping[str, Any]) -> VramReport:
         device = fields["device"] | {key: tuple(fields["device"][key]) for key in ("compute_capability", "represents")}
         processes = tuple(GpuProcess(**process) for process in saved["processes"])
         fields["device"] = Gpu(**device, processes=processes)
-        fields["memory"] = MemoryReport.from_dict(fields["memory"])
+        fields["memory"] = MemoryReport(
+            **{name: 0 if value is None else value for name, value in fields["memory"].items()}
+        )
         fields["suggestions"] = tuple(Suggestion(**suggestion) for suggestion in fields["suggestions"])
         fields["rows"] = RowSummary(**fields["rows"])
         return VramReport(**fields)

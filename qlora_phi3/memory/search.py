@@ -16,9 +16,9 @@ from qlora_phi3.memory.plan import (
     GpuLimits,
     Plan,
     RowLengths,
-    count_micro_batches,
     describe_kind,
     explain_choices,
+    split_rows,
     step_shape,
 )
 from qlora_phi3.memory.predict import Prediction, Predictor, estimate_allocated, estimate_reserved
@@ -50,13 +50,13 @@ def find_plan(predictor: Predictor, rows: RowLengths, limits: GpuLimits, *, prog
     for kinds in search.stages():
         if (plan := search.fastest(kinds)) is not None:
             return plan
-    return search.verify_full_model(search.minimal())
+    return search.verify_full_model(search.minimal)
 
 
 def minimal_memory_plan(predictor: Predictor, rows: RowLengths) -> ExecutionPlan:
     """The plan that needs least memory of all that the recipe allows, on any GPU."""
     no_limits = GpuLimits(limit_bytes=0, tflops_16bit=1, bandwidth_bytes_per_second=1)
-    return _Search(predictor, rows, no_limits, progress=lambda _: None).minimal()
+    return _Search(predictor, rows, no_limits, progress=lambda _: None).minimal
 
 
 def estimate_minimal_allocated(predictor: Predictor, rows: RowLengths) -> int:
@@ -87,7 +87,7 @@ class _Search:
         self.predictor, self.rows, self.limits, self.progress = predictor, rows, limits, progress
         recipe = predictor.recipe
         self.training, self.pinned_tokens = recipe.training, recipe.memory.micro_batch_tokens != "auto"
-        step = rows.heaviest_step()
+        step = rows.training[: rows.batch_size]
         fewest, most = rows.longest, sum(step) if recipe.training.packing else len(step) * rows.longest
         if recipe.memory.micro_batch_tokens != "auto":
             fewest = most = recipe.memory.micro_batch_tokens
@@ -100,6 +100,9 @@ class _Search:
         self.optimizers = (
             ("adamw_8bit", "paged_adamw_8bit") if self.training.optim == "auto" else (self.training.optim,)
         )
+        every, offload = self.kinds[-1]
+        #: The plan that needs least memory of all that the recipe allows.
+        self.minimal = self._smallest(every, offload, self.tiles[-1])
         #: Kinds that would be faster and do not fit, and what each would need on the GPU.
         self.refused: dict[ExecutionPlan, int] = {}
 
@@ -144,11 +147,6 @@ class _Search:
             else:
                 self.refused[kind] = plan.prediction.memory.on_gpu_bytes
         return None
-
-    def minimal(self) -> ExecutionPlan:
-        """The plan that needs least memory of all that the recipe allows."""
-        every, offload = self.kinds[-1]
-        return self._smallest(every, offload, self.tiles[-1])
 
     def verify_full_model(self, execution: ExecutionPlan) -> Plan:
         """Simulate every layer, at the limit; with the optimizer whose state is not paged where enough memory is left."""
@@ -255,7 +253,7 @@ class _Search:
         lengths = self.rows.typical_step()
         workload = StepWorkload(
             lengths=lengths,
-            num_micro_batches=count_micro_batches(lengths, execution.micro_batch),
+            num_micro_batches=len(split_rows(lengths, execution.micro_batch)),
             rank=self.predictor.recipe.lora.r,
             quantized=self.predictor.recipe.quantization.load_in_4bit,
         )

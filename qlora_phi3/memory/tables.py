@@ -7,12 +7,11 @@ GPUs without bfloat16 (GTX 16, RTX 20) are a group of their own: they compute in
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.hardware.gpu import Gpu, smallest_of
 from qlora_phi3.hardware.gpu_table import CARDS, NATIVE_BFLOAT16, GpuSpec, name_series
-from qlora_phi3.memory.margin import budget_of, limit_of
+from qlora_phi3.memory.margin import budget_of, read_margin
 from qlora_phi3.memory.report import VramReport, as_json, from_json
 from qlora_phi3.memory.vram_check import VramChecker, compute_dtype_on
 from qlora_phi3.units import MIB
@@ -68,14 +67,12 @@ class MaxLengthRow:
 
 def group_gpus() -> list[GpuGroup]:
     """The consumer GPUs of the table from 4 to 24 GB, smallest first."""
-
-    def size_and_kind(gpu: GpuSpec) -> tuple[int, bool]:
-        return gpu.nominal_gb, gpu.compute_capability >= NATIVE_BFLOAT16
-
-    chosen = [gpu for gpu in CARDS if SMALLEST_GB <= gpu.nominal_gb <= LARGEST_GB and gpu.consumer]
+    members: dict[tuple[int, bool], list[GpuSpec]] = {}
+    for gpu in CARDS:
+        if SMALLEST_GB <= gpu.nominal_gb <= LARGEST_GB and gpu.consumer:
+            members.setdefault((gpu.nominal_gb, gpu.compute_capability >= NATIVE_BFLOAT16), []).append(gpu)
     groups = []
-    for (nominal_gb, _), members in groupby(sorted(chosen, key=size_and_kind), key=size_and_kind):
-        gpus = tuple(members)
+    for (nominal_gb, _), gpus in sorted(members.items()):
         series = name_series(gpus)
         device = smallest_of(gpus, f"{nominal_gb} GB, {series}")
         groups.append(GpuGroup(nominal_gb=nominal_gb, series=series, device=device))
@@ -135,7 +132,7 @@ class _MaxLengths:
             return length if length == self._search.at_most else round_length(length)
 
         recipe, predictor = self._checker.context.recipe, self._predictor
-        limit_bytes = limit_of(device, budget_of(recipe, device, strict=False))
+        limit_bytes = read_margin(device.name).limit(budget_of(recipe, device, strict=False))
         reservable = limit_bytes - predictor.on_gpu_bytes(0)
         length = longest_within(estimate_allocated(reservable)) or STEP
         fitting, too_long, memory = 0, self._search.at_most + STEP, None

@@ -75,9 +75,9 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         self._count = 0
 
     def enter(self, phase: str) -> None:
-        """From here on peaks belong to `phase`."""
         self.phase = phase
-        self._update_peak()
+        if self.live_bytes > self.peaks.get(phase, (-1, 0))[0]:
+            self.peaks[phase] = self.live_bytes, len(self.events)
 
     @contextmanager
     def attribute_to(self, category: str) -> Iterator[None]:
@@ -89,7 +89,6 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
             self._category = before
 
     def tag(self, tensor: Tensor | None, category: str) -> None:
-        """The storage of `tensor` belongs to `category`, whatever it was allocated as."""
         number = None if tensor is None else self._ids.get(tensor.untyped_storage()._cdata)
         if number is not None:
             self.categories[number] = category
@@ -119,7 +118,7 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         self.events.append((number, num_bytes))
         self.categories[number] = category
         self.live_bytes += num_bytes
-        self._update_peak()
+        self.enter(self.phase)
 
         def release() -> None:
             self.events.append((number, 0))
@@ -196,10 +195,6 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         if self.phase == "backward" and torch.is_grad_enabled():
             return report.RECOMPUTED_LAYER
         return PHASE_CATEGORIES.get(self.phase, report.OTHER)
-
-    def _update_peak(self) -> None:
-        if self.live_bytes > self.peaks.get(self.phase, (-1, 0))[0]:
-            self.peaks[self.phase] = self.live_bytes, len(self.events)
 
 
 def parameter_category(name: str, parameter: Tensor) -> str:

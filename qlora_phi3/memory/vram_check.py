@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_phi3.errors import CannotTellError, DataError, ModelError, UserError
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.hardware.gpu_table import CARDS, NATIVE_BFLOAT16
-from qlora_phi3.memory.margin import read_margin
+from qlora_phi3.memory.margin import DEFAULT_SHARE, read_margin
 from qlora_phi3.memory.report import RowSummary, VramReport, read_versions
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ class VramChecker:
             budget_bytes=budget_bytes,
             margin_bytes=margin.bytes_for(memory.on_gpu_bytes),
             margin_share=margin.share,
-            margin_runs=margin.runs if margin.widened else 0,
+            margin_runs=margin.runs if margin.share > DEFAULT_SHARE else 0,
             memory=replace(memory, trace=()),
             compute_dtype=compute_dtype_on(self.context.recipe, device),
             batch_size=training.batch_size,

@@ -25,7 +25,7 @@ from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, Micro
 from qlora_phi3.family import Architecture, parse_architecture, read_config
 from qlora_phi3.hardware.gpu import Gpu, read_gpu
 from qlora_phi3.memory.allocator import expandable_segments_work
-from qlora_phi3.memory.margin import budget_of, limit_of
+from qlora_phi3.memory.margin import budget_of, read_margin
 from qlora_phi3.memory.plan import GpuLimits, Plan, RowLengths, read_lengths, step_shape
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.report import MemoryReport
@@ -168,7 +168,7 @@ def plan_for_card(
         recipe, config, architecture, compute_dtype=compute_dtype, capability=device.compute_capability
     )
     card = GpuLimits(
-        limit_bytes=limit_of(device, budget_of(recipe, device)),
+        limit_bytes=read_margin(device.name).limit(budget_of(recipe, device)),
         tflops_16bit=device.tflops_16bit,
         bandwidth_bytes_per_second=device.bandwidth_bytes_per_second,
     )

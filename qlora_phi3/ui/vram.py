@@ -40,7 +40,7 @@ def show_gpu(console: Console, device: Gpu) -> None:
     _print(console, "")
     parts = [(known, "█", "yellow"), (unnamed, "▓", "dim yellow")]
     console.print(_draw_bar(min(WIDEST_BAR, console.width), parts, device.total_bytes))
-    table = _plain_table()
+    table = _table("", "", "")
     for process in device.processes:
         used = format_gib(process.used_bytes) if process.used_bytes is not None else "not known to the driver"
         table.add_row(escape(process.name), f"[dim]process {process.pid}[/]", used)
@@ -78,8 +78,7 @@ def show_report(console: Console, report: VramReport) -> None:
     _print(console, "")
     _show_bar(console, report, categories)
     _print(console, "")
-    table = _plain_table()
-    table.columns[1].justify = "right"
+    table = _table("", ">", "")
     largest = max(size for _, size, _ in categories)
     for name, size, colour in categories:
         table.add_row(name, format_gib(size), Text("█" * max(1, round(CATEGORY_BAR * size / largest)), style=colour))
@@ -95,7 +94,7 @@ def show_report(console: Console, report: VramReport) -> None:
     _print(console, "")
     if not report.fits:
         _print(console, "The plan that needs least memory:")
-    plan = _plain_table()
+    plan = _table("", "")
     for table_name, key, value, reason in planned_keys(report):
         if key != "mlp_tile_tokens" or value:
             pair = escape(f"[{table_name}] {key} = {json.dumps(value)}")
@@ -210,16 +209,15 @@ def _speed_lines(report: VramReport) -> Iterator[str]:
     """One speed, or those of the slowest and the fastest of the GPUs that the report is about."""
     low, high = report.slowest_tokens_per_second, report.fastest_tokens_per_second
     tokens = report.seconds_per_step * report.tokens_per_second
-
-    def duration(seconds: float) -> str:
-        return f"{seconds:,.1f} s" if seconds >= 1 else f"{seconds * 1000:,.0f} ms"
-
+    slow, fast = (
+        f"{tokens / each:,.1f} s" if tokens >= each else f"{1000 * tokens / each:,.0f} ms" for each in (low, high)
+    )
     if round(low) == round(high):
-        yield f"About {duration(tokens / low)} an optimizer step, {low:,.0f} tokens a second:"
+        yield f"About {slow} an optimizer step, {low:,.0f} tokens a second:"
         yield "estimated from the GPU's stated rates, not measured."
     else:
-        yield f"About {duration(tokens / low)} an optimizer step, {low:,.0f} tokens a second, on the slowest of these GPUs;"
-        yield f"{duration(tokens / high)}, {high:,.0f} on the fastest: estimated from their stated rates, not measured."
+        yield f"About {slow} an optimizer step, {low:,.0f} tokens a second, on the slowest of these GPUs;"
+        yield f"{fast}, {high:,.0f} on the fastest: estimated from their stated rates, not measured."
 
 
 def show_gpu_table(console: Console, rows: Sequence[GpuTableRow]) -> None:
@@ -228,7 +226,7 @@ def show_gpu_table(console: Console, rows: Sequence[GpuTableRow]) -> None:
     _print(console, f"{first.model}; {first.batch_size} rows an optimizer step of at most {first.max_length:,} tokens")
     _print(console, f"Rows: {first.rows.origin}")
     _print(console, "")
-    table = _headed_table("GPU", "usable>", "needed>", "fits", "tokens at once>", "recomputed", "tokens/s>")
+    table = _table("GPU", "usable>", "needed>", "fits", "tokens at once>", "recomputed", "tokens/s>")
     for row in rows:
         report = row.report
         name = row.series if report.device.is_local else f"{row.nominal_gb:>2} GB  {row.series}"
@@ -265,7 +263,7 @@ def show_max_lengths(console: Console, rows: Sequence[MaxLengthRow]) -> None:
         console, f"{rows[0].model}: the longest row that fits, alone in its step, with the plan that needs least memory"
     )
     _print(console, "")
-    table = _headed_table("GPU", "usable>", "longest row>", "on the GPU>", "in host memory>")
+    table = _table("GPU", "usable>", "longest row>", "on the GPU>", "in host memory>")
     for row in rows:
         length = f"{row.max_length:,}{'*' if row.is_model_limit else ' '}" if row.max_length else "none "
         host = format_gib(row.host_bytes) if row.host_bytes else ""
@@ -281,18 +279,12 @@ def show_max_lengths(console: Console, rows: Sequence[MaxLengthRow]) -> None:
         _print(console, "* all the positions the model has", "dim")
 
 
-def _headed_table(*headings: str) -> Table:
-    """A table without borders; a heading that ends in `>` is of a column of numbers."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+def _table(*headings: str) -> Table:
+    """A table without borders; a heading that ends in `>` is of a column of numbers. Without any heading none is shown."""
+    has_headings = any(heading.rstrip(">") for heading in headings)
+    table = Table(box=None, show_header=has_headings, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for heading in headings:
         table.add_column(heading.rstrip(">"), justify="right" if heading.endswith(">") else "left", no_wrap=True)
-    return table
-
-
-def _plain_table() -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for number in range(3):
-        table.add_column(no_wrap=number < 2)
     return table
 
 

@@ -15,10 +15,9 @@ EXECUTION = ExecutionPlan(
 )
 
 
-def test_a_typical_step_has_rows_of_all_lengths_and_the_heaviest_the_longest():
+def test_a_typical_step_has_rows_of_all_lengths():
     rows = read_lengths(range(1, 9), [3, 5], 4)
     assert rows.typical_step() == (7, 5, 3, 1)
-    assert rows.heaviest_step() == (8, 7, 6, 5)
     assert (rows.longest, rows.longest_evaluation) == (8, 5)
 
 

@@ -39,8 +39,8 @@ def test_a_whole_run_takes_what_it_predicts(tmp_path, monkeypatch, packing):
             "max_length": 400,
             "max_steps": 2,
             "packing": packing,
-            "save_steps": 1,
-            "eval_steps": 1,
+            "save_steps": 2,
+            "eval_steps": 2,
         },
         memory={"rehearsal": True, "micro_batch_tokens": 4096},
     )

@@ -82,7 +82,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         )
         command.add_argument("--csv", type=Path, default=TABLE, help="the table to add rows to")
     cuda.add_argument(
-        "--budget-seconds", type=float, default=float("inf"), help="stop in time; what was measured is kept"
+        "--budget-seconds", type=float, default=float("inf"), help="stop in time; what was measured is in the table"
     )
     cuda.add_argument("--caps", type=int, nargs="*", default=CAPS_GIB, metavar="GIB", help="limits to try")
     cuda.add_argument("--plain-segments", action="store_true", help="without expandable segments")
@@ -150,13 +150,13 @@ def compare_on_cpu(case: Case) -> Row:
 @contextmanager
 def silenced() -> Iterator[None]:
     """Nothing on standard error: torch's profiler writes there past Python."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved, 2)
+        os.close(saved)
         os.close(nowhere)
 
 

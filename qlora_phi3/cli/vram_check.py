@@ -59,7 +59,7 @@ class _Options:
 @set_option
 @debug_option
 @click.pass_context
-def vram_check(ctx: click.Context, **options: Any) -> None:
+def vram_check(ctx: click.Context, /, **options: Any) -> None:
     """Check whether RECIPE fits a GPU, and with which plan it is fastest; without RECIPE, show the memory of the GPU here.
 
     \b

@@ -261,7 +261,9 @@ def _nothing_to_learn(sources: Sequence[Source], reports: Sequence[SourceReport]
     reasons = [*([fully_truncated] if fully_truncated.rows else []), *_merge_all(report.skipped for report in reports)]
     as_list = "; ".join(f"{count.rows} x {count.reason} (first: {count.where[0]})" for count in reasons[:5])
     read = sum(report.rows_read for report in reports)
-    _, first_row = next(sources[0].rows())
+    if not read:
+        return DataError(f"There is no row in {names}.", "Give it at least one row.")
+    first_row = next(row for source in sources for _, row in source.rows())
     return DataError(
         f"None of the {format_count(read, 'row')} of {names} can be trained on: {as_list}.",
         f"Raise [training] max_length, now {max_length}." if fully_truncated.rows else _shape_cure(first_row, read),

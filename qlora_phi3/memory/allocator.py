@@ -206,7 +206,8 @@ class _Pool:
         """The lowest block without memory, or the cached one right before it, from which on `size` bytes are not in use."""
         for unmapped in self.unmapped:
             start = unmapped.before if unmapped.before is not None and not unmapped.before.in_use else unmapped
-            block, missing = start, size
+            block: _Block | None = start
+            missing = size
             while block is not None and not block.in_use and missing > 0:
                 missing -= block.size
                 block = block.after
@@ -286,6 +287,7 @@ class _Allocator:
         return True
 
     def _grow(self, pool: _Pool, size: int) -> _Block | None:
+        """A block of at least `size` at the end of an expandable segment, or in a gap of it; None where that is refused."""
         block = pool.find_growable(size)
         while not block.mapped or block.size < size:
             missing = block if not block.mapped else block.after

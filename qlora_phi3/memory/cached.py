@@ -1,4 +1,4 @@
-"""`vram-check` of a recipe, with results saved on disk, so that the same question is answered again without torch.
+"""`vram-check` of a recipe, with results saved on disk, so that the same result is shown again without torch.
 
 The key of a result is all that the question states: the recipe's text, the options, the GPU as it is now, the margin, the
 versions of the libraries and of our own code. Size and time of every file that was read are saved with the result, which is
@@ -23,7 +23,6 @@ from qlora_phi3.memory.margin import budget_of, read_margin
 from qlora_phi3.memory.report import VramReport, as_json, from_json, read_versions
 from qlora_phi3.memory.tables import (
     GpuGroup,
-    GpuProgress,
     GpuTableRow,
     MaxLengthRow,
     build_gpu_table,
@@ -32,7 +31,7 @@ from qlora_phi3.memory.tables import (
     gpu_table_from_json,
     max_lengths_from_json,
 )
-from qlora_phi3.memory.vram_check import Progress, VramChecker, files_of, read_recipe_context
+from qlora_phi3.memory.vram_check import VramChecker, files_of, read_recipe_context
 
 if TYPE_CHECKING:
     from qlora_phi3.recipe.schema import Recipe
@@ -47,9 +46,9 @@ Result = TypeVar("Result")
 class CheckProgress(Protocol):
     """Shows what is being done, how far the data have been read, and which GPU is computed, of how many."""
 
-    info: Callable[[str], None]
-    progress: Progress
-    card: GpuProgress
+    def info(self, what: str) -> None: ...
+    def progress(self, what: str, done: int, total: int | None) -> None: ...
+    def card(self, name: str, done: int, total: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,11 @@ class CachedVramCheck:
 
 
 def cache_key(parts: Mapping[str, Any]) -> str:
-    """The name of a question; `parts` is all that it states, as JSON takes it."""
+    """The name of a question, which changes with the system, the versions of the libraries, and our own code.
+
+    Args:
+        parts: all that the question states, as JSON takes it.
+    """
     code = hashlib.sha256()
     for path in sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".json", ".jinja")):
         code.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
@@ -149,7 +152,11 @@ def cache_key(parts: Mapping[str, Any]) -> str:
 
 
 def find_cached(path: Path) -> Any:
-    """The result saved in a file; None where there is none, it is damaged, or a file that it was read from has changed."""
+    """The result that `save_cached` wrote.
+
+    Returns:
+        None where there is no such file, it is damaged, or a file that the result was read from has changed.
+    """
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         unchanged = all(_file_state(file) == state for file, state in saved["files"].items())
@@ -159,7 +166,11 @@ def find_cached(path: Path) -> Any:
 
 
 def save_cached(path: Path, result: Any, files: Iterable[Path]) -> None:
-    """Save a result and the state of the files that it was read from; a directory that cannot be written is ignored."""
+    """Save a result; a directory that cannot be written is ignored.
+
+    Args:
+        files: what the result was read from, whether it exists or not.
+    """
     with suppress(OSError, RunError):
         path.parent.mkdir(parents=True, exist_ok=True)
         states = {str(file): _file_state(file) for file in files}

@@ -98,7 +98,11 @@ def step_shape(rows: RowLengths, execution: ExecutionPlan) -> StepShape:
 
 
 def split_rows(lengths: Sequence[int], plan: MicroBatchPlan) -> list[list[int]]:
-    """The micro-batches of a step with rows of these lengths, in tokens, as indices of rows."""
+    """The micro-batches of a step, as indices of its rows.
+
+    Args:
+        lengths: tokens of each row.
+    """
     return plan_micro_batches(
         lengths,
         max_tokens=plan.max_tokens,

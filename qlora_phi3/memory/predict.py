@@ -157,7 +157,11 @@ def estimate_allocated(reserved_bytes: int) -> int:
 
 
 def least_reserved_bytes(memory: MemoryReport) -> int:
-    """The least that the allocator must be allowed to hold, to half a percent: near a limit it returns and regroups segments."""
+    """The least that the allocator must be allowed to hold, to half a percent: near a limit it returns and regroups segments.
+
+    Args:
+        memory: with its trace.
+    """
     least, enough = memory.allocated_bytes, max(memory.allocated_bytes, memory.reserved_bytes)
     while enough - least > least // 200:
         middle = (least + enough) // 2

@@ -171,9 +171,8 @@ def from_json(saved: Mapping[str, Any]) -> VramReport:
         device = fields["device"] | {key: tuple(fields["device"][key]) for key in ("compute_capability", "represents")}
         processes = tuple(GpuProcess(**process) for process in saved["processes"])
         fields["device"] = Gpu(**device, processes=processes)
-        fields["memory"] = MemoryReport(
-            **{name: 0 if value is None else value for name, value in fields["memory"].items()}
-        )
+        known: dict[str, Any] = {name: value for name, value in fields["memory"].items() if value is not None}
+        fields["memory"] = MemoryReport(**known)
         fields["suggestions"] = tuple(Suggestion(**suggestion) for suggestion in fields["suggestions"])
         fields["rows"] = RowSummary(**fields["rows"])
         return VramReport(**fields)

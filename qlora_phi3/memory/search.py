@@ -8,7 +8,7 @@ replayed in the allocator's model at the exact limit.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan, smaller_mlp_tile
 from qlora_phi3.memory.cost import StepTime, StepWorkload, estimate_step_time
@@ -142,7 +142,7 @@ class _Search:
             if plan.fits:
                 return plan
             tokens = execution.micro_batch.max_tokens
-            if tokens > self.fewest:  # the full simulation found less room than the estimate
+            if tokens > self.fewest:  # the full simulation found that it needs more than the estimate
                 waiting.append((self._with_tokens(execution, max(self.fewest, int(tokens * 0.9))), True))
             else:
                 self.refused[kind] = plan.prediction.memory.on_gpu_bytes
@@ -225,7 +225,7 @@ class _Search:
             tokens = tokens // longest * longest
         return replace(execution, **self._layouts(tokens))
 
-    def _layouts(self, tokens: int) -> dict[str, MicroBatchPlan]:
+    def _layouts(self, tokens: int) -> dict[str, Any]:
         """Micro-batches of so many tokens, or of as many rows as the recipe sets; evaluation as training, unless it is set."""
         training = self.training
         eval_rows = training.per_device_eval_batch_size

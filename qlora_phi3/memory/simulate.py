@@ -7,7 +7,7 @@ fake CPU tensors, as a CPU build of torch aborts on fake CUDA ones; `cuda_path.p
 
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -86,22 +86,16 @@ def simulate(
     """
     longest = max(*shape.lengths, *shape.evaluation_lengths, 0)
     skeleton = build_skeleton(config, architecture, recipe, compute_dtype=compute_dtype, longest_row=longest)
-    batch = _heaviest_micro_batch(shape.lengths, execution.micro_batch)
-    held_out = None
-    if shape.evaluation_lengths:
-        held_out = _heaviest_micro_batch(shape.evaluation_lengths, execution.evaluation)
+    batch = _heaviest(shape.lengths, execution.micro_batch)
+    held_out = _heaviest(shape.evaluation_lengths, execution.evaluation) if shape.evaluation_lengths else None
     tracker = MemoryTracker(
         num_supervised=batch.num_supervised,
         vocabulary=architecture.vocab_size,
         rounding=ROUNDING if path == "cuda" else 1,
     )
-    with ExitStack() as stack:
-        stack.enter_context(_SharedFakeMode())
-        stack.enter_context(tracker)
-        # PEFT 0.21's DoRA knows 4-bit weights by their class, which is FakeTensor here.
-        stack.enter_context(replaced(dora, "dequantize_module_weight", _dequantize))
-        if path == "cuda":
-            stack.enter_context(following_cuda(tracker, capability=capability))
+    kernels = following_cuda(tracker, capability=capability) if path == "cuda" else nullcontext()
+    # PEFT 0.21's DoRA knows 4-bit weights by their class, which is FakeTensor here.
+    with _SharedFakeMode(), tracker, replaced(dora, "dequantize_module_weight", _dequantize), kernels:
         model = _load(skeleton, recipe, execution, tracker)
         run_one_step(
             model,
@@ -230,7 +224,7 @@ def _dequantize(layer: Any) -> Tensor:
     return weight
 
 
-def _heaviest_micro_batch(lengths: Sequence[int], plan: MicroBatchPlan) -> Batch:
+def _heaviest(lengths: Sequence[int], plan: MicroBatchPlan) -> Batch:
     """The batch of rows of these lengths with its largest micro-batch alone; every token is supervised."""
     batch = collate([{"input_ids": [0] * length, "labels": [0] * length} for length in lengths], plan)
     micro = max(batch.micro_batches, key=lambda micro: micro["input_ids"].numel())

@@ -164,7 +164,7 @@ class _Path:
             return predictor.on_gpu_bytes(estimate_minimal_allocated(predictor, cut(length)) + self.slack_bytes)
 
         search = MaxLengthSearch(needed_bytes, all_rows.longest - STEP)
-        for _ in range(3):  # the full simulation may find a little less room than the estimate
+        for _ in range(3):  # the full simulation may need a little more than the estimate
             length = search.within(limit_bytes)
             if not length:
                 return

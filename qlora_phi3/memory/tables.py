@@ -85,7 +85,11 @@ def group_of_one(device: Gpu) -> GpuGroup:
 
 
 def build_gpu_table(checker: VramChecker, groups: Sequence[GpuGroup], progress: GpuProgress) -> list[GpuTableRow]:
-    """Plan for each group."""
+    """Plan for each group; a budget of the recipe that a GPU does not have is cut to what it has.
+
+    Raises:
+        ModelError: the recipe's adapter does not fit the model.
+    """
     rows = []
     for number, group in enumerate(groups):
         progress(group.device.name, number, len(groups))
@@ -97,7 +101,11 @@ def build_gpu_table(checker: VramChecker, groups: Sequence[GpuGroup], progress: 
 
 
 def find_max_lengths(checker: VramChecker, devices: Sequence[Gpu], progress: GpuProgress) -> list[MaxLengthRow]:
-    """The longest row for each GPU, alone in its step, with the plan that needs least memory."""
+    """The longest row for each GPU, alone in its step, with the plan that needs least memory.
+
+    Raises:
+        ModelError: the recipe's adapter does not fit the model.
+    """
     searches: dict[int, _MaxLengths] = {}
     rows = []
     for number, device in enumerate(devices):
@@ -183,7 +191,11 @@ def gpu_table_as_json(rows: Sequence[GpuTableRow]) -> list[dict[str, Any]]:
 
 
 def gpu_table_from_json(saved: Sequence[Mapping[str, Any]]) -> list[GpuTableRow]:
-    """What `gpu_table_as_json` wrote; ValueError where it is something else."""
+    """The rows that `gpu_table_as_json` wrote.
+
+    Raises:
+        ValueError: it is something else.
+    """
     rows = []
     try:
         for row in saved:
@@ -195,7 +207,11 @@ def gpu_table_from_json(saved: Sequence[Mapping[str, Any]]) -> list[GpuTableRow]
 
 
 def max_lengths_from_json(saved: Sequence[Mapping[str, Any]]) -> list[MaxLengthRow]:
-    """Rows that `asdict` wrote; ValueError where they are something else."""
+    """The rows that `asdict` wrote.
+
+    Raises:
+        ValueError: it is something else.
+    """
     try:
         return [MaxLengthRow(**row) for row in saved]
     except TypeError as error:

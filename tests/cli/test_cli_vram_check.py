@@ -67,7 +67,7 @@ def check(*words, recipe="mine.toml"):
 def test_a_recipe_that_fits_shows_its_plan_and_its_categories(home):
     result = call("vram-check", "mine.toml", "--vram", "8GB")
     assert result.exit_code == 0, result.stderr
-    for text in ("8 GB", "It fits", "4-bit weights", "CUDA context", "micro_batch_tokens", "not measured"):
+    for text in ("8 GB", "It fits", "activations", "CUDA context", "micro_batch_tokens", "not measured"):
         assert text in result.stdout
     assert "█" in result.stdout
     assert result.stderr == ""

@@ -195,7 +195,7 @@ def parse_architecture(config: dict[str, Any], name: str) -> Architecture:
         config.get("rope_parameters") or config.get("rope_scaling") or {},
         "original_max_position_embeddings",
     )
-    sizes = {key: config.get(key) for key in SIZES}
+    sizes: dict[str, Any] = {key: config.get(key) for key in SIZES}
     sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
     # Phi-3's first configs call it "su"; transformers reads both names as longrope.
     if (rope.get("rope_type") or rope.get("type")) in ("longrope", "su") and config.get(boundary):

@@ -1,14 +1,14 @@
-"""Hold predicted memory against measured memory.
+"""Compare predicted memory with measured memory.
 
     python scripts/bench_memory.py cpu                        # mid-size models on the CPU, about 10 minutes of a free core
-    python scripts/bench_memory.py cuda                       # Phi-3-mini and -medium with random weights, on the card
+    python scripts/bench_memory.py cuda                       # Phi-3-mini and -medium with random weights, on the GPU
     python scripts/bench_memory.py cuda --budget-seconds 540  # stop in time; the next call goes on from there
     python scripts/bench_memory.py cuda --dry                 # the same program on small models and the CPU, without figures
-    python scripts/bench_memory.py table                      # write the tables of docs/memory.md anew
+    python scripts/bench_memory.py table                      # write the tables of docs/memory.md again
 
 Every configuration runs in a process of its own, and its row goes to benchmarks/memory.csv at once. The `cpu` half follows the
-CPU's path and the `cuda` half the card's, through the same code. On a card each configuration runs without a limit first, and
-then from the start under each of several: what torch's allocator may reserve there, the CUDA context apart.
+CPU's path and the `cuda` half the GPU's, through the same code. On a GPU each configuration runs without a limit first, and
+then from the start under each of several: what torch's allocator may reserve there, without the CUDA context.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from memory_bench.rows import (
     error_percent,
     read_rows,
     refresh_page,
-    rows_of_card,
+    rows_of_gpu,
     side_by_side,
     start_row,
     summary,
@@ -73,27 +73,27 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("table", help="write the tables of docs/memory.md anew")
+    commands.add_parser("table", help="write the tables of docs/memory.md again")
     cpu = commands.add_parser("cpu", help="measure on the CPU")
-    cuda = commands.add_parser("cuda", help="measure on the first graphics card")
+    cuda = commands.add_parser("cuda", help="measure on the first GPU")
     for command in (cpu, cuda):
         command.add_argument(
             "--only", nargs="+", default=[], metavar="TEXT", help="configurations whose name holds this"
         )
         command.add_argument("--csv", type=Path, default=TABLE, help="the table to add rows to")
     cuda.add_argument(
-        "--budget-seconds", type=float, default=float("inf"), help="stop in time; what was measured is kept"
+        "--budget-seconds", type=float, default=float("inf"), help="stop in time; what was measured is in the table"
     )
     cuda.add_argument("--caps", type=int, nargs="*", default=CAPS_GIB, metavar="GIB", help="limits to try")
     cuda.add_argument("--plain-segments", action="store_true", help="without expandable segments")
-    cuda.add_argument("--dry", action="store_true", help="without a card: everything on small models and the CPU")
+    cuda.add_argument("--dry", action="store_true", help="without a GPU: everything on small models and the CPU")
     cuda.add_argument("--measure", help=argparse.SUPPRESS)  # the measuring process: the name of a configuration
     cuda.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(words)
 
 
 def chosen(grid: Sequence[Case], only: Sequence[str]) -> list[Case]:
-    """The configurations that were asked for."""
+    """The configurations whose name contains one of the texts; without texts, all."""
     return [case for case in grid if not only or any(text.lower() in case.name.lower() for text in only)]
 
 
@@ -126,12 +126,12 @@ def compare_on_cpu(case: Case) -> Row:
     with silenced():
         rise = measure_rise(case)
         measured = measure_phases(case)
-        profile, seconds = predict(case, path="cpu")
+        memory, seconds = predict(case, path="cpu")
     process = None if rise is None else measured["loaded"] + rise
-    # On a CPU bitsandbytes quantizes by way of 64-bit tables that no card has: loading is not compared.
-    both = [name for name in profile.phases if name in measured and name != "load"]
-    predicted_phase, measured_phase = max(both, key=profile.phases.__getitem__), max(both, key=measured.__getitem__)
-    peak = profile.phases[predicted_phase]
+    # On a CPU bitsandbytes quantizes by way of 64-bit tables that no GPU has: loading is not compared.
+    both = [name for name in memory.by_phase if name in measured and name != "load"]
+    predicted_phase, measured_phase = max(both, key=memory.by_phase.__getitem__), max(both, key=measured.__getitem__)
+    peak = memory.by_phase[predicted_phase]
     return {
         **start_row(case, "cpu", processor_name()),
         "parameters": count_parameters(case),
@@ -140,7 +140,7 @@ def compare_on_cpu(case: Case) -> Row:
         "error_percent": error_percent(peak, measured[measured_phase]),
         "predicted_phase": predicted_phase,
         "measured_phase": measured_phase,
-        "phases": side_by_side({name: profile.phases[name] for name in both}, measured),
+        "phases": side_by_side({name: memory.by_phase[name] for name in both}, measured),
         "process_bytes": process,
         "process_error_percent": error_percent(peak, process),
         "simulation_seconds": round(seconds, 2),
@@ -150,13 +150,13 @@ def compare_on_cpu(case: Case) -> Row:
 @contextmanager
 def silenced() -> Iterator[None]:
     """Nothing on standard error: torch's profiler writes there past Python."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved, 2)
+        os.close(saved)
         os.close(nowhere)
 
 
@@ -168,7 +168,7 @@ def predict(case: Case, **where: Any) -> tuple[MemoryReport, float]:
     from qlora_phi3.memory.simulate import simulate
 
     started = time.perf_counter()
-    profile = simulate(
+    memory = simulate(
         case.recipe,
         dict(case.config),
         case.architecture,
@@ -177,21 +177,21 @@ def predict(case: Case, **where: Any) -> tuple[MemoryReport, float]:
         compute_dtype=getattr(torch, case.compute),
         **where,
     )
-    return profile, time.perf_counter() - started
+    return memory, time.perf_counter() - started
 
 
 def bench_cuda(arguments: argparse.Namespace) -> None:
-    """Compare on the card what the table does not have yet, cheapest first, until the time is up.
+    """Compare on the GPU what the table does not have yet, cheapest first, until the time is up.
 
-    While one process measures, this one predicts. It hides the card from itself, so that it takes nothing of it.
+    While one process measures, this one predicts. It hides the GPU from itself, so that it uses none of its memory.
     """
     deadline = time.perf_counter() + arguments.budget_seconds
-    card = about_card(dry=arguments.dry)
-    caps = [gib for gib in arguments.caps if gib * GIB < card.total_bytes]
+    gpu = about_gpu(dry=arguments.dry)
+    caps = [gib for gib in arguments.caps if gib * GIB < gpu.total_bytes]
     segments = f"expandable_segments:{not arguments.plain_segments}"
     environment = {**os.environ, **dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), segments)}
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    done = limits_done(read_rows(arguments.csv), card.name, expandable=not arguments.plain_segments)
+    done = limits_done(read_rows(arguments.csv), gpu.name, expandable=not arguments.plain_segments)
     waiting = [
         case for case in chosen(CUDA_GRID, arguments.only) if not done[case.name].issuperset(["", *map(str, caps)])
     ]
@@ -201,14 +201,14 @@ def bench_cuda(arguments: argparse.Namespace) -> None:
         started = time.perf_counter()
         compared = None
         if deadline - started > 1.5 * longest:
-            compared = compare_on_card(case, card, caps, environment, deadline, dry=arguments.dry)
+            compared = compare_on_gpu(case, gpu, caps, environment, deadline, dry=arguments.dry)
         if compared is None:
             print(
                 f"The time is up: {len(waiting) - number} configurations are left for the next call, first {case.name}."
             )
             break
         for row in compared:
-            print(told(row), flush=True)
+            print(as_line(row), flush=True)
             if not arguments.dry:
                 append_row(arguments.csv, row)
         rows += compared
@@ -217,7 +217,7 @@ def bench_cuda(arguments: argparse.Namespace) -> None:
 
 
 def limits_done(rows: Sequence[Row], machine: str, *, expandable: bool) -> dict[str, set[str]]:
-    """Configuration -> the limits under which the table has it, on this card and with these versions; "" is none."""
+    """Configuration -> the limits under which the table has it, on this GPU and with these versions; "" is none."""
     found: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         if (row["machine"], row["versions"], row["expandable_segments"]) == (machine, versions(), yes_no(expandable)):
@@ -225,8 +225,8 @@ def limits_done(rows: Sequence[Row], machine: str, *, expandable: bool) -> dict[
     return found
 
 
-def about_card(*, dry: bool) -> Gpu:
-    """The card here, or one that a dry run pretends to have.
+def about_gpu(*, dry: bool) -> Gpu:
+    """The GPU here, or one that a dry run pretends to have.
 
     Raises:
         SystemExit: there is none.
@@ -247,25 +247,25 @@ def work_of(case: Case) -> float:
     return sum(length * (parameters + attention * length) for length in case.lengths)
 
 
-def settled(case: Case, capability: tuple[int, int], *, dry: bool) -> Case:
-    """As this card can run it: in float16 where it has no bfloat16; small in a dry run."""
+def runnable(case: Case, capability: tuple[int, int], *, dry: bool) -> Case:
+    """As this GPU can run it: in float16 where it has no bfloat16; small in a dry run."""
     if capability < (8, 0) and case.compute == "bfloat16":
         case = replace(case, compute="float16")
     return shrink(case) if dry else case
 
 
-def compare_on_card(
-    case: Case, card: Gpu, caps: Sequence[int], environment: Mapping[str, str], deadline: float, *, dry: bool
+def compare_on_gpu(
+    case: Case, gpu: Gpu, caps: Sequence[int], environment: Mapping[str, str], deadline: float, *, dry: bool
 ) -> list[Row] | None:
     """The rows of one configuration, the one without a limit first; None where the time is up before it is measured."""
-    settled_case = settled(case, card.compute_capability, dry=dry)
+    runnable_case = runnable(case, gpu.compute_capability, dry=dry)
     with tempfile.TemporaryDirectory(prefix="bench-memory-") as scratch:
         out = Path(scratch) / "truth.json"
         command = [sys.executable, str(Path(__file__).resolve()), "cuda", "--measure", case.name, "--out", str(out)]
         command += ["--dry"] if dry else []
         with subprocess.Popen([*command, "--caps", *map(str, caps)], env=dict(environment)) as child:
             try:
-                profile, seconds = predict(settled_case, capability=card.compute_capability)
+                memory, seconds = predict(runnable_case, capability=gpu.compute_capability)
                 child.wait(min(max(1.0, deadline - time.perf_counter()), 10**6))
             except subprocess.TimeoutExpired:
                 return None
@@ -274,22 +274,22 @@ def compare_on_card(
         if child.returncode:
             raise SystemExit(f"Measuring {case.name} ended with code {child.returncode}.")
         truth = json.loads(out.read_text(encoding="utf-8"))
-    return rows_of_card(settled_case, card, profile, truth, seconds)
+    return rows_of_gpu(runnable_case, gpu, memory, truth, seconds)
 
 
 def measure_in_this_process(name: str, caps: Sequence[int], out: Path, *, dry: bool) -> None:
     """Measure one configuration and write down what was seen."""
-    device = about_card(dry=dry)  # before anything makes a CUDA context
-    from memory_bench.card import CudaCard, DryCard, measure_on_card
+    device = about_gpu(dry=dry)  # before anything makes a CUDA context
+    from memory_bench.gpu import CudaGpu, DryGpu, measure_on_gpu
 
     (case,) = [case for case in CUDA_GRID if case.name == name]
-    case = settled(case, device.compute_capability, dry=dry)
+    case = runnable(case, device.compute_capability, dry=dry)
     limits = [gib * GIB for gib in caps]
-    truth = measure_on_card(case, DryCard() if dry else CudaCard(), limits, idle_bytes=device.other_processes_bytes)
+    truth = measure_on_gpu(case, DryGpu() if dry else CudaGpu(), limits, idle_bytes=device.other_processes_bytes)
     out.write_text(json.dumps(asdict(truth)), encoding="utf-8")
 
 
-def told(row: Row) -> str:
+def as_line(row: Row) -> str:
     """A row as one line."""
     name = f"{row['configuration']:45}"
     if row.get("limit_gib"):
@@ -297,7 +297,7 @@ def told(row: Row) -> str:
         return f"{name} at {row['limit_gib']:2} GiB {verdicts}"
     figures = ", ".join(
         f"{words} {row[f'predicted_{kind}'] / MIB:.0f} predicted, {(row[f'measured_{kind}'] or 0) / MIB:.0f} measured"
-        for words, kind in (("allocated", "bytes"), ("reserved", "reserved_bytes"), ("on the card", "on_card_bytes"))
+        for words, kind in (("allocated", "bytes"), ("reserved", "reserved_bytes"), ("on the GPU", "on_card_bytes"))
     )
     return f"{name} MiB: {figures}"
 

@@ -1,17 +1,17 @@
-"""`qlora-phi3 vram-check`: whether a recipe fits a card, and how, before a byte of it is spent."""
+"""`qlora-phi3 vram-check`: whether a recipe fits a GPU, and with which plan, before anything is loaded."""
 
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_phi3.cli.options import debug_option, set_option
+from qlora_phi3.cli.options import debug_option, libraries_silenced, set_option
 from qlora_phi3.errors import CannotTellError, DeviceError, UserError
 
 if TYPE_CHECKING:
@@ -20,42 +20,47 @@ if TYPE_CHECKING:
     from qlora_phi3.hardware.gpu import Gpu
     from qlora_phi3.memory.cached import CachedVramCheck
     from qlora_phi3.memory.report import VramReport
+    from qlora_phi3.ui.console import Watcher
 
-BESIDE = "beside the recipe"
+NEXT_TO_RECIPE = "next to the recipe"
 FITS, DOES_NOT_FIT = 0, 3
-#: Columns of what is no terminal, unless the variable COLUMNS says otherwise.
+#: Columns where stdout is no terminal, unless the variable COLUMNS says otherwise.
 PIPED_WIDTH = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """The command line."""
+
+    recipe: Path | None
+    gpu: str | None
+    vram: str | None
+    every_gpu: bool
+    max_length: bool
+    fit: str | None
+    wants_json: bool
+    overrides: tuple[str, ...]
 
 
 @click.command("vram-check")
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
-@click.option("--gpu", metavar="NAME", help="Ask about a card that is not here: --gpu 'RTX 4070 Laptop'.")
-@click.option("--vram", metavar="SIZE", help="Ask about any card of a size: --vram 12GB.")
-@click.option("--all", "every_card", is_flag=True, help="A table of all consumer cards from 4 to 24 GB.")
-@click.option("--max-length", "longest", is_flag=True, help="The longest row that still fits each card.")
+@click.option("--gpu", metavar="NAME", help="Check for a GPU that is not here: --gpu 'RTX 4070 Laptop'.")
+@click.option("--vram", metavar="SIZE", help="Check for any GPU of a size: --vram 12GB.")
+@click.option("--all", "every_gpu", is_flag=True, help="A table of all consumer GPUs from 4 to 24 GB.")
+@click.option("--max-length", is_flag=True, help="The longest row that still fits each GPU.")
 @click.option(
     "--fit",
     is_flag=False,
-    flag_value=BESIDE,
+    flag_value=NEXT_TO_RECIPE,
     metavar="[FILE]",
-    help="Write the set-up that was found as a recipe: to FILE, or beside RECIPE.",
+    help="Write the plan that was found as a recipe: to FILE, or next to RECIPE.",
 )
 @click.option("--json", "wants_json", is_flag=True, help="Print JSON, for programs.")
 @set_option
 @debug_option
 @click.pass_context
-def vram_check(
-    ctx: click.Context,
-    recipe: Path | None,
-    gpu: str | None,
-    vram: str | None,
-    every_card: bool,
-    longest: bool,
-    fit: str | None,
-    wants_json: bool,
-    overrides: tuple[str, ...],
-) -> None:
-    """Say whether RECIPE fits a card, and with which set-up it is fastest; without RECIPE, what the card here has free.
+def vram_check(ctx: click.Context, /, **options: Any) -> None:
+    """Check whether RECIPE fits a GPU, and with which plan it is fastest; without RECIPE, show the memory of the GPU here.
 
     \b
     Examples:
@@ -64,212 +69,202 @@ def vram_check(
       qlora-phi3 vram-check recipes/chat.toml --vram 12GB
       qlora-phi3 vram-check recipes/chat.toml --all
 
-    Nothing is loaded, downloaded or put on the card. Exit codes: 0 it fits, 3 it does not, 2 bad input, 4 cannot tell (no card
+    Nothing is loaded, downloaded or put on the GPU. Exit codes: 0 it fits, 3 it does not, 2 bad input, 4 cannot tell (no GPU
     here, or the shapes of a model of the hub are not).
     """
-    if recipe is None and fit is not None and Path(fit).suffix == ".toml" and Path(fit).is_file():
-        recipe, fit = Path(fit), BESIDE  # --fit RECIPE.toml: the recipe was taken for the option's value
-    _check_options(recipe, gpu, vram, every_card=every_card, longest=longest, fit=fit, overrides=overrides)
-    if recipe is None:
-        with _for_programs_too(wants_json=wants_json):
-            _tell_card(_find_device(gpu, vram), wants_json=wants_json)
-        return
-    with _for_programs_too(wants_json=wants_json), _asking(ctx, recipe, overrides) as question:
-        if longest:
-            code = _tell_longest(question, gpu, vram, wants_json=wants_json)
-        elif every_card:
-            code = _tell_survey(question, wants_json=wants_json)
-        else:
-            code = _tell_answer(question, _find_device(gpu, vram), fit, wants_json=wants_json)
-    ctx.exit(code)
+    from qlora_phi3.memory.cached import CachedVramCheck
+
+    chosen = _Options(**options)
+    if (
+        chosen.recipe is None
+        and chosen.fit is not None
+        and Path(chosen.fit).suffix == ".toml"
+        and Path(chosen.fit).is_file()
+    ):
+        # --fit RECIPE.toml: the recipe was taken for the option's value
+        chosen = replace(chosen, recipe=Path(chosen.fit), fit=NEXT_TO_RECIPE)
+    _check_options(chosen)
+    with _errors_as_json(wants_json=chosen.wants_json):
+        if chosen.recipe is None:
+            _show_gpu(_find_device(chosen), wants_json=chosen.wants_json)
+            return
+        check = CachedVramCheck(chosen.recipe, chosen.overrides, _progress)
+        show = _show_max_lengths if chosen.max_length else _show_gpu_table if chosen.every_gpu else _show_report
+        ctx.exit(FITS if show(check, chosen) else DOES_NOT_FIT)
 
 
-def _check_options(
-    recipe: Path | None,
-    gpu: str | None,
-    vram: str | None,
-    *,
-    every_card: bool,
-    longest: bool,
-    fit: str | None,
-    overrides: Sequence[str],
-) -> None:
-    """Refuse what cannot go together."""
-    if gpu is not None and vram is not None:
-        raise UserError(f"--gpu {gpu!r} and --vram {vram} both name a card.", "Keep one.")
-    about_recipe = {"--all": every_card, "--max-length": longest, "--fit": fit, "--set": overrides}
+def _check_options(options: _Options) -> None:
+    """Refuse options that cannot be combined."""
+    fit = options.fit
+    if options.gpu is not None and options.vram is not None:
+        raise UserError(f"--gpu {options.gpu!r} and --vram {options.vram} both name a GPU.", "Keep one.")
+    about_recipe = {
+        "--all": options.every_gpu,
+        "--max-length": options.max_length,
+        "--fit": fit,
+        "--set": options.overrides,
+    }
     for option, given in about_recipe.items():
-        if given and recipe is None:
-            raise UserError(f"{option} asks about a recipe, and none is given.", "Name one, such as recipes/chat.toml.")
-    if every_card and (gpu or vram):
-        raise UserError("--all asks about every card, --gpu and --vram about one.", "Keep one of them.")
-    if every_card and longest:
-        raise UserError("--all and --max-length are two tables.", "Ask for one after the other.")
-    if fit and (every_card or longest):
-        raise UserError("--fit writes the set-up for one card.", "Leave --all and --max-length out.")
-    if fit not in (None, BESIDE) and Path(str(fit)).suffix != ".toml":
+        if given and options.recipe is None:
+            raise UserError(f"{option} is about a recipe, and none is given.", "Name one, such as recipes/chat.toml.")
+    if options.every_gpu and (options.gpu or options.vram):
+        raise UserError("--all is about every GPU, --gpu and --vram about one.", "Keep one of them.")
+    if options.every_gpu and options.max_length:
+        raise UserError("--all and --max-length are two tables.", "Run one after the other.")
+    if fit and (options.every_gpu or options.max_length):
+        raise UserError("--fit writes the plan for one GPU.", "Leave --all and --max-length out.")
+    if fit not in (None, NEXT_TO_RECIPE) and Path(str(fit)).suffix != ".toml":
         raise UserError(f"--fit {fit}: it writes a recipe, whose name ends in .toml.", "Name it so.")
 
 
-def _find_device(gpu: str | None, vram: str | None) -> "Gpu":
-    """The card that is asked about.
+def _find_device(options: _Options) -> "Gpu":
+    """The GPU that is meant.
 
     Raises:
-        DeviceError: nobody knows it, or its size cannot be read; NoDeviceError where there is none here.
+        DeviceError: it is not in the table, or its size cannot be read; NoDeviceError where there is none here.
     """
     from qlora_phi3.hardware.gpu import find_gpu, gpu_of_size, read_gpu
     from qlora_phi3.units import parse_size
 
-    if gpu is not None:
-        return find_gpu(gpu)
-    if vram is None:
+    if options.gpu is not None:
+        return find_gpu(options.gpu)
+    if options.vram is None:
         return read_gpu()
     try:
-        num_bytes = parse_size(vram, binary=True)
+        num_bytes = parse_size(options.vram, binary=True)
     except ValueError as error:
-        raise DeviceError(f"--vram: {error}") from error
+        raise DeviceError(f"--vram: {error}", "Write what the box says, such as --vram 12GB.") from error
     return gpu_of_size(num_bytes)
 
 
-def _card_here() -> "Gpu | None":
-    """The card of this computer, if it has one that answers."""
+def _local_gpus() -> "list[Gpu]":
+    """The GPU of this computer, if it has one that answers."""
     from qlora_phi3.hardware.gpu import read_gpu
 
     try:
-        return read_gpu()
+        return [read_gpu()]
     except DeviceError:
-        return None
+        return []
 
 
 @contextmanager
-def _for_programs_too(*, wants_json: bool) -> Iterator[None]:
-    """For a program, "cannot tell" is an answer as well."""
+def _errors_as_json(*, wants_json: bool) -> Iterator[None]:
+    """For a program, "cannot tell" is a result as well."""
     try:
         yield
     except CannotTellError as error:
         if wants_json:
-            _print_json({**_nothing_known(), "verdict": "cannot_tell", "reason": str(error)})
+            from qlora_phi3.memory.report import VramReport
+
+            names = [*(field.name for field in fields(VramReport)), "processes", "other_processes_bytes"]
+            _print_json({**dict.fromkeys(names), "verdict": "cannot_tell", "reason": str(error)})
         raise
 
 
 @contextmanager
-def _asking(ctx: click.Context, recipe: Path, overrides: tuple[str, ...]) -> Iterator["CachedVramCheck"]:
-    """A question whose work is shown on stderr."""
-    from qlora_phi3.cli.options import libraries_silenced
-    from qlora_phi3.memory.cached import CachedVramCheck
+def _progress() -> "Iterator[Watcher]":
+    """What is being computed, on stderr; without the libraries' warnings."""
     from qlora_phi3.ui.console import Watcher
 
     watcher = Watcher()
-    try:
-        with nullcontext() if ctx.meta.get("debug") else libraries_silenced():
-            yield CachedVramCheck(recipe, overrides, watcher)
-    finally:
-        watcher.close()
+    debug = click.get_current_context().meta.get("debug")
+    with nullcontext() if debug else libraries_silenced():
+        try:
+            yield watcher
+        finally:
+            watcher.close()
 
 
-def _nothing_known() -> dict[str, None]:
-    from qlora_phi3.memory.report import VramReport
-
-    return dict.fromkeys([*(field.name for field in fields(VramReport)), "others", "other_processes_bytes"])
-
-
-def _tell_card(device: "Gpu", *, wants_json: bool) -> None:
+def _show_gpu(device: "Gpu", *, wants_json: bool) -> None:
     if wants_json:
         _print_json({"device": asdict(device), "other_processes_bytes": device.other_processes_bytes})
         return
-    from qlora_phi3.ui.vram import show_card
+    from qlora_phi3.ui.vram import show_gpu
 
     with _console() as console:
-        show_card(console, device)
+        show_gpu(console, device)
 
 
-def _tell_answer(question: "CachedVramCheck", device: "Gpu", fit: str | None, *, wants_json: bool) -> int:
-    target = None if fit is None else _fit_target(question, device, fit)
-    report = question.about_card(device)
-    question.teller.close()
-    if wants_json:
+def _show_report(check: "CachedVramCheck", options: _Options) -> bool:
+    """The report for one GPU, and --fit; returns whether the recipe fits."""
+    device = _find_device(options)
+    target = None if options.fit is None else _fit_target(check.path, device, options.fit)
+    report = check.report(device)
+    if options.wants_json:
         from qlora_phi3.memory.report import as_json
 
         _print_json(as_json(report))
     else:
-        from qlora_phi3.ui.vram import show_answer
+        from qlora_phi3.ui.vram import show_report
 
         with _console() as console:
-            show_answer(console, report)
+            show_report(console, report)
     if target is not None:
-        _write_fit(question, report, target)
-    return FITS if report.fits else DOES_NOT_FIT
+        _write_fit(check, report, target)
+    return report.fits
 
 
-def _fit_target(question: "CachedVramCheck", device: "Gpu", fit: str) -> Path:
-    """Where --fit writes; refused before the work begins where something is there already."""
+def _fit_target(recipe: Path, device: "Gpu", fit: str) -> Path:
+    """Where --fit writes; refused before the work begins where a file exists already."""
     path = Path(fit)
-    if fit == BESIDE:
-        size = math.ceil(device.total_bytes / 2**30)
-        path = question.path.with_name(f"{question.path.stem}-{size}gb.toml")
+    if fit == NEXT_TO_RECIPE:
+        path = recipe.with_name(f"{recipe.stem}-{math.ceil(device.total_bytes / 2**30)}gb.toml")
     if path.exists():
-        raise _is_there(path)
+        raise UserError(
+            f"{path} exists already, and --fit overwrites nothing.", "Name another file, or delete it first."
+        )
     if not path.absolute().parent.is_dir():
-        raise UserError(f"--fit {path}: there is no folder {path.absolute().parent}.", "Make it, or name another file.")
+        raise UserError(
+            f"--fit {path}: there is no directory {path.absolute().parent}.", "Make it, or name another file."
+        )
     return path
 
 
-def _is_there(path: Path) -> UserError:
-    return UserError(
-        f"{path} is there already, and --fit overwrites nothing.", "Name another file, or delete it first."
-    )
-
-
-def _write_fit(question: "CachedVramCheck", report: "VramReport", target: Path) -> None:
-    """Write the recipe of the plan; say so on stderr, where a program that reads JSON is not disturbed."""
+def _write_fit(check: "CachedVramCheck", report: "VramReport", target: Path) -> None:
+    """Write the recipe of the plan, and report it on stderr, where a program that reads JSON is not disturbed."""
     from qlora_phi3.memory.fit import write_fitted
 
     if not report.fits:
         click.echo(f"{target} is not written, as nothing fits.", err=True)
         return
+    text = check.path.read_text(encoding="utf-8-sig")
     try:
-        write_fitted(question.recipe, question.text, question.overrides, report, source=question.path, target=target)
-    except FileExistsError as error:
-        raise _is_there(target) from error
-    except OSError as error:
+        write_fitted(check.recipe, text, check.overrides, report, source=check.path, target=target)
+    except OSError as error:  # also where the file was made meanwhile
         raise UserError(f"{target} cannot be written: {error.strerror}.", "Name another file.") from error
     click.echo(f"Written: {target}. Train it with: qlora-phi3 run {target}", err=True)
 
 
-def _tell_survey(question: "CachedVramCheck", *, wants_json: bool) -> int:
+def _show_gpu_table(check: "CachedVramCheck", options: _Options) -> bool:
+    """The table of --all; returns whether the recipe fits any GPU."""
     from qlora_phi3.memory.tables import gpu_table_as_json, group_gpus, group_of_one
 
-    is_local = _card_here()
-    rows = question.about_every_card([*([group_of_one(is_local)] if is_local else []), *group_gpus()])
-    question.teller.close()
-    if wants_json:
-        _print_json({"cards": gpu_table_as_json(rows)})
+    rows = check.gpu_table([*map(group_of_one, _local_gpus()), *group_gpus()])
+    if options.wants_json:
+        _print_json({"gpus": gpu_table_as_json(rows)})
     else:
         from qlora_phi3.ui.vram import show_gpu_table
 
         with _console() as console:
             show_gpu_table(console, rows)
-    return FITS if any(row.report.fits for row in rows) else DOES_NOT_FIT
+    return any(row.report.fits for row in rows)
 
 
-def _tell_longest(question: "CachedVramCheck", gpu: str | None, vram: str | None, *, wants_json: bool) -> int:
+def _show_max_lengths(check: "CachedVramCheck", options: _Options) -> bool:
+    """The table of --max-length; returns whether any row fits."""
     from qlora_phi3.memory.tables import group_gpus
 
-    if gpu or vram:
-        devices = [_find_device(gpu, vram)]
-    else:
-        is_local = _card_here()
-        devices = [*([is_local] if is_local else []), *(group.device for group in group_gpus())]
-    rows = question.about_length(devices)
-    question.teller.close()
-    if wants_json:
-        _print_json({"cards": [asdict(row) for row in rows]})
+    one = options.gpu or options.vram
+    devices = [_find_device(options)] if one else [*_local_gpus(), *(group.device for group in group_gpus())]
+    rows = check.max_lengths(devices)
+    if options.wants_json:
+        _print_json({"gpus": [asdict(row) for row in rows]})
     else:
         from qlora_phi3.ui.vram import show_max_lengths
 
         with _console() as console:
             show_max_lengths(console, rows)
-    return FITS if any(row.max_length for row in rows) else DOES_NOT_FIT
+    return any(row.max_length for row in rows)
 
 
 @contextmanager

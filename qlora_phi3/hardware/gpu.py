@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from qlora_phi3.errors import DeviceError, NoDeviceError
-from qlora_phi3.hardware.gpu_table import CARDS, NATIVE_BFLOAT16, GpuSpec
+from qlora_phi3.hardware.gpu_table import GPU_TABLE, NATIVE_BFLOAT16, GpuSpec
 from qlora_phi3.units import GIB, format_gib
 
 OTHER_GPU_HINT = "To check another GPU, write --gpu 'RTX 4070', --vram 12GB, or --all."
@@ -294,7 +294,7 @@ def find_gpu(name: str) -> Gpu:
         words, brand = " ".join(sorted(_words(name))), re.search(r"[gr]tx", name.lower())
         names = {
             " ".join(sorted(_words(spec.name))): spec.name
-            for spec in CARDS
+            for spec in GPU_TABLE
             if brand is None or spec.name.lower().startswith(brand[0])
         }
         similar = [names[match] for match in difflib.get_close_matches(words, names, n=3, cutoff=0.6)]
@@ -312,8 +312,8 @@ def find_gpu(name: str) -> Gpu:
 def _find_specs(name: str) -> list[GpuSpec]:
     """The rows of the table that a name can mean; `laptop` may be left out where there is no desktop GPU of that name."""
     words = _words(name)
-    exact = [spec for spec in CARDS if _words(spec.name) == words]
-    return exact or [spec for spec in CARDS if _words(spec.name) == words | {"laptop"}]
+    exact = [spec for spec in GPU_TABLE if _words(spec.name) == words]
+    return exact or [spec for spec in GPU_TABLE if _words(spec.name) == words | {"laptop"}]
 
 
 def _words(name: str) -> set[str]:
@@ -347,7 +347,7 @@ def gpu_of_size(num_bytes: int) -> Gpu:
     gpu = replace(smallest_of(specs, f"{article} {size} GB GPU"), estimated=True)
     if specs[0].nominal_gb * GIB == num_bytes:
         return gpu
-    measured = [spec for spec in CARDS if not spec.ecc and not spec.estimated]
+    measured = [spec for spec in GPU_TABLE if not spec.ecc and not spec.estimated]
     sizes = {spec.nominal_gb * GIB for spec in measured}
     limit = min((size for size in sizes if size > num_bytes), default=max(sizes))
     reserve = max(spec.nominal_gb * GIB - spec.usable_bytes for spec in measured if spec.nominal_gb * GIB <= limit)
@@ -371,5 +371,21 @@ def smallest_of(specs: Sequence[GpuSpec], name: str) -> Gpu:
 
 
 def _specs_of_nearest_size(num_bytes: int) -> list[GpuSpec]:
-    distance = min(abs(spec.nominal_gb * GIB - num_bytes) for spec in CARDS)
-    return [spec for spec in CARDS if abs(spec.nominal_gb * GIB - num_bytes) == distance]
+    distance = min(abs(spec.nominal_gb * GIB - num_bytes) for spec in GPU_TABLE)
+    return [spec for spec in GPU_TABLE if abs(spec.nominal_gb * GIB - num_bytes) == distance]
+
+
+def read_own_bytes(index: int = 0, *, nvml: Any = None) -> int | None:
+    """GPU memory of this process as the driver shows it, its CUDA context included; None where the driver does not show it.
+
+    Args:
+        index: as for `read_gpu`.
+        nvml: the module `pynvml`, or a replacement.
+    """
+    try:
+        with _nvml_session(nvml) as session:
+            handle = _visible_gpus(session)[index][2]
+            processes = session.nvmlDeviceGetComputeRunningProcesses(handle)
+            return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
+    except (DeviceError, IndexError):
+        return None

@@ -67,7 +67,7 @@ class GpuSpec:
 
 
 TURING, AMPERE, ADA, BLACKWELL = (7, 5), (8, 6), (8, 9), (12, 0)
-CARDS = (
+GPU_TABLE = (
     # name, GB, nvidia-smi MiB, observed MiB, compute capability, GB/s, TFLOPS
     GpuSpec("GTX 1650", 4, 4096, 3712, TURING, 128, 6.0),
     GpuSpec("GTX 1650 SUPER", 4, 4096, None, TURING, 192, 8.8),

@@ -1,74 +1,54 @@
-"""What PyTorch's CUDA caching allocator reserves on the card for a sequence of allocations, in bytes.
+"""What PyTorch's CUDA caching allocator reserves on the GPU for a sequence of allocations, in bytes.
 
 A model of c10/cuda/CUDACachingAllocator.cpp as of torch 2.13 with its default settings. Its rules, one stream, no CUDA graphs:
 
 - A request is rounded up to 512 bytes. Up to 1 MiB it belongs to the small pool, else to the large one; blocks never change pool.
 - The smallest cached block that is large enough serves it, of equal ones the one at the lowest address. The rest of the block is
   split off and stays cached; in the large pool without expandable segments only a rest of more than 1 MiB is, so that a block in
-  use can be up to 1 MiB larger than the request, and counts whole as allocated.
+  use can be up to 1 MiB larger than the request, and counts in full as allocated.
 - Where no block fits, a segment is reserved: 2 MiB for the small pool, 20 MiB for requests under 10 MiB, else the request
   rounded up to 2 MiB. With expandable segments each pool is one segment that grows at its end, in pages of 2 MiB (small) or
   20 MiB (large); a cached block at that end counts, for best fit, as large as it could grow, so it is used last.
 - A freed block merges with cached neighbours of its segment and stays reserved.
-- Nothing is given back until a reservation is refused. Then every segment (every whole page) that holds nothing in use is
+- Nothing is returned until a reservation is refused. Then every segment (every complete page) that holds nothing in use is
   returned, and the reservation is tried once more; refused again it is the OutOfMemoryError that a program sees.
 
-Sizes are whole bytes. Where `cudaMalloc` puts its segments is not known: they are taken to lie one after the other, which decides
-only between cached blocks of equal size.
+Where `cudaMalloc` puts its segments is not known. They are assumed to follow one another, which decides only between cached
+blocks of equal size.
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-MIB = 2**20
-
+from qlora_phi3.units import MIB
 
 ROUNDING_BYTES = 512
-
-
 SMALL_REQUEST_BYTES = MIB
-
-
-SMALL_PAGE_BYTES = 2 * MIB
-
-
-LARGE_PAGE_BYTES = 20 * MIB
-
-
-#: From here on a request has a segment of its own, rounded up to `LARGE_ROUNDING_BYTES`.
+SMALL_PAGE_BYTES, LARGE_PAGE_BYTES = 2 * MIB, 20 * MIB
+#: From this size on a request has a segment of its own, rounded up to `LARGE_ROUNDING_BYTES`.
 OWN_SEGMENT_BYTES = 10 * MIB
-
-
 LARGE_ROUNDING_BYTES = 2 * MIB
-
-
 #: A rest up to this size is not split off in the large pool (without expandable segments).
 UNSPLIT_BYTES = MIB
-
-
 #: In a trace, frees every cached segment, as `torch.cuda.empty_cache()` does.
 EMPTY_CACHE = (-1, 0)
-
-
-#: torch reserves addresses for 9/8 of the card's memory; here they never run out.
+#: torch reserves addresses for 9/8 of the GPU's memory; here there are always enough.
 ADDRESS_SPACE_BYTES = LARGE_PAGE_BYTES * 2**20
-
-
 ADDRESS_BITS = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """What a trace took."""
+    """What the allocator held for a trace, in bytes."""
 
-    #: Bytes of the blocks in use, as `torch.cuda.max_memory_allocated()` and `memory_allocated()` count them.
+    #: Of the blocks in use, as `torch.cuda.max_memory_allocated()` and `memory_allocated()` count them.
     peak_allocated_bytes: int
     final_allocated_bytes: int
-    #: Bytes reserved on the card, as `torch.cuda.max_memory_reserved()` and `memory_reserved()` count them.
+    #: Reserved on the GPU, as `torch.cuda.max_memory_reserved()` and `memory_reserved()` count them.
     peak_reserved_bytes: int
     final_reserved_bytes: int
-    #: Times a refused reservation emptied the cache, `num_alloc_retries` in `torch.cuda.memory_stats()`; the card waits for it.
+    #: Times a refused reservation emptied the cache, `num_alloc_retries` in `torch.cuda.memory_stats()`; the GPU waits for it.
     cache_flushes: int
     #: The event that was refused even then; the trace ends there. None where everything fitted.
     out_of_memory_event: int | None
@@ -85,14 +65,15 @@ def replay(
     limit_bytes: int | None = None,
     allowed_bytes: int | None = None,
 ) -> Footprint:
-    """Let the allocator serve a trace, from an empty card on.
+    """Let the allocator serve a trace, starting from an empty GPU.
 
     Args:
         trace: (storage id, bytes > 0) allocates, (storage id, 0) frees, `EMPTY_CACHE` empties the cache.
         expandable_segments: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; see `expandable_segments_work`.
-        limit_bytes: what the card can give this process, its CUDA context not counted.
-        allowed_bytes: what torch allows itself, as `torch.cuda.set_per_process_memory_fraction` sets it. torch asks whether a
-            whole new segment would stay below, also where an expandable one would grow by less, or by up to a page more.
+        limit_bytes: what the GPU can give this process, its CUDA context not counted.
+        allowed_bytes: what torch allows itself, as `torch.cuda.set_per_process_memory_fraction` sets it. torch checks
+            whether a complete new segment would stay below it, also where an expandable one would grow by less, or by up to a
+            page more.
 
     Raises:
         ValueError: the trace allocates a storage that is alive, or frees one that is not.
@@ -129,14 +110,14 @@ def expandable_segments_work(system: str, release: str) -> bool:
     """Whether torch's expandable segments can be switched on, from `platform.system()` and `platform.release()`.
 
     Linux only: torch 2.13 for Windows ignores the setting with a warning (CUDAAllocatorConfig.h). Under WSL the driver refuses
-    to map memory on some cards, such as an RTX A4000 (pytorch issue 192330), and so it does on Jetson boards, whose kernels
+    to map memory on some GPUs, such as an RTX A4000 (pytorch issue 192330), and so it does on Jetson boards, whose kernels
     are called "...-tegra" (unsloth-zoo pull request 1235).
     """
     return system == "Linux" and not any(word in release.lower() for word in ("microsoft", "tegra"))
 
 
 class _Block:
-    """A stretch of one segment: in use, cached, or (expandable segments) addresses without memory behind them."""
+    """A part of one segment: in use, cached, or (expandable segments) addresses without memory."""
 
     __slots__ = ("address", "after", "before", "in_use", "mapped", "pool", "size")
 
@@ -155,6 +136,11 @@ class _Block:
         self.after = rest
         self.size = size
         return rest
+
+    def growable_size(self) -> int:
+        """The size that a cached block could grow to in place."""
+        after = self.after
+        return self.size if after is None or after.mapped else self.size + after.size
 
     def absorb_neighbours(self) -> None:
         """Merge with the blocks before and after it that are in the same state."""
@@ -205,44 +191,29 @@ class _Pool:
             self.unmapped.remove(block)
 
     def take_best_fit(self, size: int) -> _Block | None:
-        """The smallest cached block of at least `size`, taken out of the cache."""
+        """Take the smallest cached block of at least `size`; an expandable one counts as large as it can grow."""
         keys = self.cached_keys
         index = bisect_left(keys, size << ADDRESS_BITS)
         if index == len(keys):
             return None
         if self.expandable:
-            index = self._avoid_growing_end(index)
+            least = self.cached[keys[index]].growable_size()
+            while index + 1 < len(keys) and (larger := self.cached[keys[index + 1]].growable_size()) < least:
+                index, least = index + 1, larger
         return self.cached.pop(keys.pop(index))
-
-    def _avoid_growing_end(self, index: int) -> int:
-        room = _buffer(self.cached[self.cached_keys[index]])
-        while index + 1 < len(self.cached_keys):
-            next_room = _buffer(self.cached[self.cached_keys[index + 1]])
-            if next_room >= room:
-                break
-            index, room = index + 1, next_room
-        return index
 
     def find_growable(self, size: int) -> _Block:
         """The lowest block without memory, or the cached one right before it, from which on `size` bytes are not in use."""
-        starts = (
-            block.before if block.before is not None and not block.before.in_use else block for block in self.unmapped
-        )
-        return next(start for start in starts if _has_addresses(start, size))  # the last one always has
-
-
-def _has_addresses(start: _Block, size: int) -> bool:
-    step: _Block | None = start
-    while step is not None and not step.in_use and size > 0:
-        size -= step.size
-        step = step.after
-    return size <= 0
-
-
-def _buffer(block: _Block) -> int:
-    """The size a cached block could grow to in place."""
-    after = block.after
-    return block.size if after is None or after.mapped else block.size + after.size
+        for unmapped in self.unmapped:
+            start = unmapped.before if unmapped.before is not None and not unmapped.before.in_use else unmapped
+            block: _Block | None = start
+            missing = size
+            while block is not None and not block.in_use and missing > 0:
+                missing -= block.size
+                block = block.after
+            if missing <= 0:
+                return start
+        raise AssertionError("The last unmapped block is larger than any request.")
 
 
 class _Allocator:
@@ -254,12 +225,16 @@ class _Allocator:
         self.allocated = self.peak_allocated = self.reserved = self.peak_reserved = self.flushes = 0
 
     def allocate(self, num_bytes: int) -> _Block | None:
-        """A block of at least `num_bytes`, or None where the card has no room for it."""
+        """A block of at least `num_bytes`; None where the GPU has not that much memory."""
         size = -(-num_bytes // ROUNDING_BYTES) * ROUNDING_BYTES
         pool = self.small if size <= SMALL_REQUEST_BYTES else self.large
         block = pool.take_best_fit(size)
         if block is None:
-            block = self._reserve(pool, size) or self._reserve_after_flush(pool, size)
+            block = self._reserve(pool, size)
+        if block is None:
+            self.flushes += 1
+            self.release_cached()
+            block = self._reserve(pool, size)
             if block is None:
                 return None
         if block.size - size >= pool.smallest_rest:
@@ -277,7 +252,7 @@ class _Allocator:
         block.pool.add(block)
 
     def release_cached(self) -> None:
-        """Return every segment, or whole page of an expandable one, that holds nothing in use."""
+        """Return every segment, or complete page of an expandable one, that holds nothing in use."""
         for pool in (self.large, self.small):
             for block in list(pool.cached.values()):
                 if pool.expandable:
@@ -286,26 +261,25 @@ class _Allocator:
                     pool.remove(block)
                     self.reserved -= block.size
 
-    def _reserve_after_flush(self, pool: _Pool, size: int) -> _Block | None:
-        self.flushes += 1
-        self.release_cached()
-        return self._reserve(pool, size)
-
     def _reserve(self, pool: _Pool, size: int) -> _Block | None:
-        """A block of at least `size` that takes more memory from the card; None where that is refused."""
-        segment = _segment_bytes(size)
+        """A block of at least `size` that takes more memory from the GPU; None where that is refused."""
+        if size <= SMALL_REQUEST_BYTES:
+            segment = SMALL_PAGE_BYTES
+        elif size < OWN_SEGMENT_BYTES:
+            segment = LARGE_PAGE_BYTES
+        else:
+            segment = -(-size // LARGE_ROUNDING_BYTES) * LARGE_ROUNDING_BYTES
         if self.allowed_bytes is not None and self.reserved + segment > self.allowed_bytes:
             return None
         if pool.expandable:
             return self._grow(pool, size)
         if not self._count(segment):
             return None
-        block = _Block(pool, self.next_address, segment)
         self.next_address += segment
-        return block
+        return _Block(pool, self.next_address - segment, segment)
 
     def _count(self, num_bytes: int) -> bool:
-        """Add to what is reserved, unless the card cannot give it."""
+        """Add to what is reserved, unless the GPU cannot give it."""
         if self.limit_bytes is not None and self.reserved + num_bytes > self.limit_bytes:
             return False
         self.reserved += num_bytes
@@ -313,6 +287,7 @@ class _Allocator:
         return True
 
     def _grow(self, pool: _Pool, size: int) -> _Block | None:
+        """A block of at least `size` at the end of an expandable segment, or in a gap of it; None where that is refused."""
         block = pool.find_growable(size)
         while not block.mapped or block.size < size:
             missing = block if not block.mapped else block.after
@@ -324,7 +299,7 @@ class _Allocator:
         return block
 
     def _map(self, block: _Block, size: int) -> bool:
-        """Put memory behind the first `size` bytes of a block, in whole pages, and cache it."""
+        """Map memory to the first `size` bytes of a block, in complete pages, and cache it."""
         pages = -(-size // block.pool.page) * block.pool.page
         if not self._count(pages):
             return False
@@ -337,7 +312,7 @@ class _Allocator:
         return True
 
     def _unmap(self, block: _Block) -> None:
-        """Take the memory away from the whole pages inside a cached block; what is left of it stays cached."""
+        """Return the complete pages inside a cached block; what is left of it stays cached."""
         pool = block.pool
         begin = -(-block.address // pool.page) * pool.page
         end = (block.address + block.size) // pool.page * pool.page
@@ -353,11 +328,3 @@ class _Allocator:
         block.mapped = False
         block.absorb_neighbours()
         pool.add(block)
-
-
-def _segment_bytes(size: int) -> int:
-    if size <= SMALL_REQUEST_BYTES:
-        return SMALL_PAGE_BYTES
-    if size < OWN_SEGMENT_BYTES:
-        return LARGE_PAGE_BYTES
-    return -(-size // LARGE_ROUNDING_BYTES) * LARGE_ROUNDING_BYTES

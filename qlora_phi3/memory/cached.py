@@ -1,10 +1,8 @@
-"""Answers that were worked out before, found again without torch: keyed on all that an answer depends on.
+"""`vram-check` of a recipe, with results saved on disk, so that the same result is shown again without torch.
 
-What the question says is in the key: the recipe's text, the options, the card as it is now, the margin, the versions of the
-libraries and of our own code. What was read on the way, the model's files and the data, is watched: each file's size and
-time lie beside the answer, and an answer whose files changed is none. A file of the cache that cannot be read is none either.
-
-A question about a recipe, and its answer: the one that was kept, or one worked out now and kept.
+The key of a result is all that the question states: the recipe's text, the options, the GPU as it is now, the margin, the
+versions of the libraries and of our own code. Size and time of every file that was read are saved with the result, which is
+valid while they are unchanged.
 """
 
 import hashlib
@@ -12,9 +10,9 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -33,101 +31,37 @@ from qlora_phi3.memory.tables import (
     gpu_table_from_json,
     max_lengths_from_json,
 )
-from qlora_phi3.memory.vram_check import VramChecker, read_recipe_context
+from qlora_phi3.memory.vram_check import VramChecker, files_of, read_recipe_context
 
 if TYPE_CHECKING:
     from qlora_phi3.recipe.schema import Recipe
 
-
-#: Answers that are kept; of more, the oldest go.
-KEPT = 200
-
-
+#: Results that are saved; of more, the oldest are removed.
+MAX_RESULTS = 200
 PACKAGE = Path(__file__).parents[1]
-
-
-def cache_key(parts: Mapping[str, Any]) -> str:
-    """A name for a question; `parts` is all that it depends on, as JSON takes it."""
-    whole = {
-        **parts,
-        "versions": read_versions(),
-        "code": _own_code(),
-        "system": [platform.system(), platform.release()],
-    }
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:40]
-
-
-@lru_cache(maxsize=1)
-def _own_code() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".json", ".jinja")):
-        digest.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def watch(paths: Iterable[Path]) -> dict[str, list[int] | None]:
-    """Size and time of each file or folder; None where there is none."""
-    return {str(path): _file_state(path) for path in paths}
-
-
-def _file_state(path: Path) -> list[int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return [found.st_size, found.st_mtime_ns]
-
-
-def find_cached(key: str) -> Any:
-    """What was kept under a key; None where nothing was, or what it was read from has changed."""
-    try:
-        kept = json.loads(_cache_path(key).read_text(encoding="utf-8"))
-        unchanged = all(_file_state(Path(path)) == state for path, state in kept["watched"].items())
-        return kept["answer"] if unchanged else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-
-
-def store(key: str, report: Any, watched: Mapping[str, Sequence[int] | None]) -> None:
-    """Keep an answer; where the folder cannot be written, it is worked out again next time."""
-    with suppress(OSError, RunError):
-        folder = _cache_path(key).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(_cache_path(key), json.dumps({"answer": report, "watched": watched}))
-        for old in sorted(folder.glob("*.json"), key=lambda path: -path.stat().st_mtime_ns)[KEPT:]:
-            old.unlink(missing_ok=True)
-
-
-def _cache_path(key: str) -> Path:
-    return user_cache_dir() / "vram-check" / f"{key}.json"
-
 
 Result = TypeVar("Result")
 
 
-class Teller(Protocol):
-    """Whom to tell how far the work is."""
+class CheckProgress(Protocol):
+    """Shows what is being done, how far the data have been read, and which GPU is computed, of how many."""
 
-    def info(self, what: str) -> None:
-        """Name what is being done now."""
-
-    def progress(self, what: str, done: int, total: int | None) -> None:
-        """Say how far the data have been read."""
-
-    def card(self, name: str, done: int, total: int) -> None:
-        """Say which card is looked at, of how many."""
-
-    def close(self) -> None:
-        """The work is done."""
+    def info(self, what: str) -> None: ...
+    def progress(self, what: str, done: int, total: int | None) -> None: ...
+    def card(self, name: str, done: int, total: int) -> None: ...
 
 
 @dataclass(frozen=True)
 class CachedVramCheck:
-    """A recipe file with what the command line changes in it."""
+    """A recipe file with what the command line changes in it.
+
+    The methods raise UserError: see `read_recipe_context`, `budget_of` and `VramChecker.report`.
+    """
 
     path: Path
     overrides: tuple[str, ...]
-    teller: Teller
+    #: Entered only where something must be computed.
+    open_progress: Callable[[], AbstractContextManager[CheckProgress]]
 
     @cached_property
     def recipe(self) -> "Recipe":
@@ -136,88 +70,119 @@ class CachedVramCheck:
 
         return load_recipe(self.path, self.overrides)
 
-    @property
-    def text(self) -> str:
-        """The file's."""
-        return self.path.read_text(encoding="utf-8-sig")
+    def report(self, device: Gpu) -> VramReport:
+        """Whether the recipe fits a GPU."""
 
-    def about_card(self, device: Gpu) -> VramReport:
-        """Whether the recipe fits a card.
+        def compute(progress: CheckProgress) -> VramReport:
+            budget_bytes = budget_of(self.recipe, device)  # refused before torch is started
+            return self._checker(progress).report(device, budget_bytes)
 
-        Raises:
-            UserError: see `read_recipe_context`, `budget_of` and `Bench.report`.
-        """
+        report = self._cached("report", [device], compute, as_json, from_json)
+        return replace(report, device=device)  # the processes on it may have other sizes by now
 
-        def compute() -> VramReport:
-            budget_bytes = budget_of(self.recipe, device)
-            return self._checker().report(device, budget_bytes)
-
-        report = self._cached("card", [device], compute, as_json, from_json)
-        return replace(report, device=device)  # who else is on it may have other numbers by now
-
-    def about_every_card(self, groups: Sequence[GpuGroup]) -> list[GpuTableRow]:
-        """The plan on each group of cards."""
-        devices = [group.device for group in groups]
+    def gpu_table(self, groups: Sequence[GpuGroup]) -> list[GpuTableRow]:
+        """The plan on each group of GPUs."""
         return self._cached(
-            "every card",
-            devices,
-            lambda: build_gpu_table(self._checker(), groups, self.teller.card),
+            "gpu table",
+            [group.device for group in groups],
+            lambda progress: build_gpu_table(self._checker(progress), groups, progress.card),
             gpu_table_as_json,
             gpu_table_from_json,
         )
 
-    def about_length(self, devices: Sequence[Gpu]) -> list[MaxLengthRow]:
-        """The longest row on each card."""
+    def max_lengths(self, devices: Sequence[Gpu]) -> list[MaxLengthRow]:
+        """The longest row on each GPU."""
         return self._cached(
-            "length",
+            "max lengths",
             devices,
-            lambda: find_max_lengths(self._checker(), devices, self.teller.card),
+            lambda progress: find_max_lengths(self._checker(progress), devices, progress.card),
             lambda rows: [asdict(row) for row in rows],
             max_lengths_from_json,
         )
 
-    def _checker(self) -> VramChecker:
-        """Ready to work answers out."""
+    def _checker(self, progress: CheckProgress) -> VramChecker:
         recipe = self.recipe
         if "torch" not in sys.modules:
-            self.teller.info("Starting torch, transformers and peft")
-        return VramChecker(read_recipe_context(recipe, self.path.parent, self.teller.progress), self.teller.info)
+            progress.info("Starting torch, transformers and peft")
+        return VramChecker(read_recipe_context(recipe, self.path.parent, progress.progress), progress.info)
 
     def _cached(
         self,
         kind: str,
         devices: Sequence[Gpu],
-        compute: Callable[[], Result],
+        compute: Callable[[CheckProgress], Result],
         encode: Callable[[Result], Any],
         decode: Callable[[Any], Result],
     ) -> Result:
-        key = self._key(kind, devices)
-        kept = find_cached(key) if key else None
-        if kept is not None:
-            try:
-                return decode(kept)
-            except ValueError:
-                pass  # somebody edited the cache
-        result = compute()
-        if key:
-            from qlora_phi3.memory.vram_check import files_of
-
-            store(key, encode(result), watch(files_of(self.recipe, self.path.parent)))
-        return result
-
-    def _key(self, kind: str, devices: Sequence[Gpu]) -> str | None:
-        """None for a recipe that cannot be read: loading it will say why."""
-        try:
-            text = self.path.read_bytes()
-        except OSError:
-            return None
-        return cache_key(
+        """The saved result of the same question, else the computed one, which is saved."""
+        text = self.path.read_bytes() if self.path.is_file() else b""  # computing says why there is no recipe
+        key = cache_key(
             {
                 "kind": kind,
                 "recipe": hashlib.sha256(text).hexdigest(),
                 "overrides": self.overrides,
-                "folders": [str(self.path.absolute().parent), str(Path.cwd())],
+                "directories": [str(self.path.absolute().parent), str(Path.cwd())],
                 "devices": [asdict(replace(device, processes=())) for device in devices],
                 "margins": [read_margin(device.name).share for device in devices],
             }
         )
+        path = user_cache_dir() / "vram-check" / f"{key}.json"
+        saved = find_cached(path)
+        with suppress(ValueError):  # somebody edited the cache
+            if saved is not None:
+                return decode(saved)
+        with self.open_progress() as progress:
+            result = compute(progress)
+        save_cached(path, encode(result), files_of(self.recipe, self.path.parent))
+        return result
+
+
+def cache_key(parts: Mapping[str, Any]) -> str:
+    """The name of a question, which changes with the system, the versions of the libraries, and our own code.
+
+    Args:
+        parts: all that the question states, as JSON takes it.
+    """
+    code = hashlib.sha256()
+    for path in sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".json", ".jinja")):
+        code.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
+    system = [platform.system(), platform.release()]
+    complete = {**parts, "versions": read_versions(), "code": code.hexdigest(), "system": system}
+    return hashlib.sha256(json.dumps(complete, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def find_cached(path: Path) -> Any:
+    """The result that `save_cached` wrote.
+
+    Returns:
+        None where there is no such file, it is damaged, or a file that the result was read from has changed.
+    """
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        unchanged = all(_file_state(file) == state for file, state in saved["files"].items())
+        return saved["result"] if unchanged else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def save_cached(path: Path, result: Any, files: Iterable[Path]) -> None:
+    """Save a result; a directory that cannot be written is ignored.
+
+    Args:
+        files: what the result was read from, whether it exists or not.
+    """
+    with suppress(OSError, RunError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        states = {str(file): _file_state(file) for file in files}
+        atomic_write(path, json.dumps({"result": result, "files": states}))
+        for old in sorted(path.parent.glob("*.json"), key=lambda path: -path.stat().st_mtime_ns)[MAX_RESULTS:]:
+            old.unlink(missing_ok=True)
+
+
+def _file_state(path: str | Path) -> list[int] | None:
+    """Size and time of a file or directory; None where there is none."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]

@@ -1,10 +1,7 @@
-"""How long an optimizer step takes on a card, in seconds: a model to compare set-ups with, no promise.
+"""How long an optimizer step takes on a GPU, in seconds: a model to compare execution plans with, not a promise.
 
-A step is arithmetic (recomputation counted), the dequantization of every 4-bit weight once in each pass of each micro-batch, and
-what offloading moves. Arithmetic and memory traffic are added up, as the dequantization runs by itself before each matmul.
-
-In tiles the MLP is computed once more, its last tile excepted where the whole layer is recomputed (that recomputation stops where
-the last tile begins), and its weights are dequantized for every tile in each of its passes.
+A step is arithmetic (recomputation included), the dequantization of every 4-bit weight once in each pass of each micro-batch, and
+what offloading moves. Arithmetic and memory traffic are added, as the dequantization runs by itself before each matmul.
 """
 
 import math
@@ -14,18 +11,12 @@ from dataclasses import dataclass
 from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.family import Architecture
 
-#: Shares of the card's stated rates that such a step reaches: assumptions, until benchmarks/ has figures of real cards.
+#: Shares of the GPU's stated rates that such a step reaches: assumptions, until benchmarks/ has figures of real GPUs.
 ARITHMETIC_SHARE, BANDWIDTH_SHARE = 0.5, 0.8
-
-
-#: Bytes a second between computer and card, pinned memory, PCIe 4.0 x8 (16 GB/s stated): an assumption as well.
+#: Bytes a second between host and GPU, pinned memory, PCIe 4.0 x8 (16 GB/s stated): an assumption as well.
 OFFLOAD_BYTES_PER_SECOND = 12e9
-
-
 #: Starting the kernels of one decoder layer, forward or backward: about 60 of them at 5 microseconds. An assumption.
 LAYER_LAUNCH_SECONDS = 3e-4
-
-
 #: Bytes read and written when one weight is dequantized to 16 bit: NF4 with double quantization is 4.127 bit (QLoRA, section 3).
 DEQUANTIZED_BYTES_PER_WEIGHT = 4.127 / 8 + 2
 
@@ -34,7 +25,7 @@ DEQUANTIZED_BYTES_PER_WEIGHT = 4.127 / 8 + 2
 class StepWorkload:
     """What one optimizer step of a recipe works on."""
 
-    #: Tokens of each row of a usual step.
+    #: Tokens of each row of a typical step.
     lengths: Sequence[int]
     num_micro_batches: int
     rank: int
@@ -52,23 +43,27 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        """All of them."""
+        """The sum of the parts."""
         return self.arithmetic + self.dequantization + self.offloading + self.launching
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recomputation:
-    """What is computed more often than forward and backward ask for."""
+    """What is computed more often than once forward and once backward."""
 
     #: Share of the layers that are computed twice.
     layers: float
-    #: Tiles of the MLP in a usual micro-batch, and the share of all MLPs that they have computed once more on top.
+    #: Tiles of the MLP in a typical micro-batch, and the share of all MLPs that are computed once more for them.
     mlp_tiles: int = 1
     extra_mlp_passes: float = 0.0
 
 
 def recomputation_of(architecture: Architecture, execution: ExecutionPlan, workload: StepWorkload) -> Recomputation:
-    """What a set-up has computed again."""
+    """What an execution plan computes again.
+
+    In tiles the MLP is computed once more, except its last tile where the complete layer is recomputed: that recomputation stops
+    where the last tile begins.
+    """
     every, number = execution.checkpoint_every, architecture.num_hidden_layers
     layers = math.ceil(number / every) / number if every else 0.0
     if not execution.mlp_tile_tokens:
@@ -78,13 +73,13 @@ def recomputation_of(architecture: Architecture, execution: ExecutionPlan, workl
 
 
 def attention_weights(architecture: Architecture) -> int:
-    """Weights of the linear layers around the decoder's attention."""
+    """Number of weights in the linear layers around the decoder's attention."""
     groups = architecture.num_key_value_heads / architecture.num_attention_heads
     return int(architecture.num_hidden_layers * architecture.hidden_size**2 * (2 + 2 * groups))
 
 
 def mlp_weights(architecture: Architecture) -> int:
-    """Weights of the decoder's MLPs."""
+    """Number of weights in the decoder's MLPs."""
     return architecture.num_hidden_layers * 3 * architecture.hidden_size * architecture.intermediate_size
 
 
@@ -98,9 +93,7 @@ def step_flops(architecture: Architecture, workload: StepWorkload, again: Recomp
     hidden, layers = architecture.hidden_size, architecture.num_hidden_layers
     weights = attention_weights(architecture) * 2 * (2 + again.layers)
     weights += mlp_weights(architecture) * 2 * (2 + again.layers + again.extra_mlp_passes)
-    widths = (
-        9 * hidden + 3 * architecture.intermediate_size
-    )  # of the inputs and outputs of a layer's four matmuls, about
+    widths = 9 * hidden + 3 * architecture.intermediate_size  # inputs and outputs of a layer's four matmuls, about
     adapter = layers * workload.rank * widths * 2 * (3 + again.layers)
     attention = 2 * layers * hidden * squares * (3.5 + again.layers)
     head = 4 * architecture.vocab_size * hidden
@@ -115,7 +108,7 @@ def estimate_step_time(
     tflops_16bit: float,
     bandwidth_bytes_per_second: float,
 ) -> StepTime:
-    """The time of one optimizer step."""
+    """The time of one optimizer step; the MLP's weights are dequantized for every tile in each of its passes."""
     again = recomputation_of(architecture, execution, workload)
     layers, passes = architecture.num_hidden_layers, 2 + again.layers
     mlp_passes = again.mlp_tiles * (passes + again.extra_mlp_passes)

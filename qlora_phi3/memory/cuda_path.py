@@ -1,14 +1,13 @@
-"""Device memory that operators take inside themselves, and the process beside its tensors; in bytes.
+"""What CUDA allocates that a CPU does not, as torch 2.13 does it for the operators of our step; in bytes.
 
-A dispatch mode sees what an operator is given and what it returns. This module holds what it does not see, as torch 2.13
-allocates it on CUDA for the operators of our step: cuBLAS and scaled dot product attention.
+A dispatch mode sees what an operator is given and what it returns. The first part of this module computes what it does not see:
+the workspaces of cuBLAS and of scaled dot product attention, and the CUDA context. The second part replaces operators whose
+CUDA kernels allocate in another way than the CPU's.
 
 Left out, as too small or never at the peak: softmax, norms, sums and maxima (under 1 MiB); choosing the supervised positions (16
 bytes a position, 64 in the backward pass); the copy of a mask whose rows are not multiples of 8 (as large as the mask, before
 the attention runs); the flash kernel's forward pass, which divides the keys of sequences under about 500 tokens among several
-blocks on cards of more than 100 multiprocessors (at most 25 MiB).
-
-Where the CUDA path parts from the CPU path: stand-ins that allocate what the CUDA kernels do, on any machine.
+blocks on GPUs of more than 100 multiprocessors (at most 25 MiB).
 """
 
 from collections.abc import Callable, Iterator
@@ -23,28 +22,22 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qlora_phi3.model.attention
-from qlora_phi3.memory.tracker import MemoryTracker
+from qlora_phi3.memory.report import ATTENTION_MASK, ATTENTION_WORKSPACE, CUBLAS_WORKSPACE
+from qlora_phi3.memory.tracker import HOST, MemoryTracker
+from qlora_phi3.units import MIB
 
 Kernel = Literal["cudnn", "flash", "efficient", "math"]
 
-
-MIB = 2**20
-
-
 #: Blocks of (queries, keys) of the memory-efficient backward kernels, mem_eff_attention/kernels/cutlassB.h, at their largest.
 EFFICIENT_QUERIES, EFFICIENT_KEYS = 128, 64
-
-
-#: Multiprocessors of a card of which only the compute capability is known: a middling one of its generation.
+#: Multiprocessors of a GPU of which only the compute capability is known: a typical one of its generation.
 TYPICAL_MULTIPROCESSORS = {(7, 5): 40, (8, 0): 108, (8, 6): 46, (8, 9): 46, (9, 0): 132, (10, 0): 148, (12, 0): 48}
-
-
 #: How far `context_bytes` may be off either way, once the multiprocessors are known.
 CONTEXT_SPREAD_BYTES = 64 * MIB
 
 
 def matmul_workspace_bytes(compute_capability: tuple[int, int]) -> int:
-    """What cuBLAS keeps from the first matrix product to the end of a training process.
+    """What cuBLAS holds from the first matrix product to the end of a training process.
 
     One workspace for each thread that multiplies: the forward pass runs in one, the backward pass and its recomputation in
     another. They come from the caching allocator, and cublasLt shares them. ATen/cuda/CublasHandlePool.cpp: `:4096:2:16:8`, and
@@ -71,8 +64,8 @@ def attention_kernel(
     Args:
         has_mask: an explicit mask is given, not `is_causal`.
         grouped: key and value are passed with fewer heads than the query (`enable_gqa`).
-        dtype: "float16", "bfloat16" or "float32"; None for the 16 bit that the card computes natively.
-        cudnn: whether cuDNN's kernel may be used. torch prefers it on compute capability 9.x and 10.x, no consumer card;
+        dtype: "float16", "bfloat16" or "float32"; None for the 16 bit that the GPU computes natively.
+        cudnn: whether cuDNN's kernel may be used. torch prefers it on compute capability 9.x and 10.x, no consumer GPU;
             `torch.backends.cuda.enable_cudnn_sdp(False)` rules it out.
     """
     major, minor = compute_capability
@@ -90,7 +83,14 @@ def attention_kernel(
 
 
 def attention_backward_bytes(kernel: str, query_shape: tuple[int, ...], *, kv_heads: int, itemsize: int = 2) -> int:
-    """What the attention's backward pass takes over and above the gradients it returns, until it returns.
+    """What the attention's backward pass allocates in addition to the gradients it returns, until it returns.
+
+    flash: `mha_bwd` in flash_attn/flash_api.cpp: softmax_d and dq_accum in fp32; of grouped queries, dk and dv of every head.
+
+    efficient: `_efficient_attention_backward` in cuda/attention_backward.cu: delta, and the workspace of its kernel
+    (kernel_backward.h), which holds dq in fp32 and, where a kernel cannot hold dk and dv in registers (heads over 64 on some
+    GPUs, fp32 always), the blocks of them that are worked on. Which kernel it is depends on the GPU's shared memory; the larger
+    case is assumed, 13 MiB over the smaller one.
 
     Args:
         kernel: of `attention_kernel`.
@@ -99,45 +99,30 @@ def attention_backward_bytes(kernel: str, query_shape: tuple[int, ...], *, kv_he
         itemsize: bytes of an element of the query.
 
     Raises:
-        ValueError: for the math kernel, whose scores are operators of their own, and for cuDNN's, which tells its workspace
-            only on the card.
+        ValueError: for the math kernel, whose scores are operators of their own, and for cuDNN's, whose workspace is known
+            only on the GPU.
     """
     batch, heads, length, head_size = query_shape
     if kernel == "flash":
-        return _flash_backward_bytes(batch, heads, kv_heads, length, head_size, itemsize)
+        rows = batch * heads * _round_up(length, 128)
+        padded = _round_up(head_size, 8)
+        accumulator = rows * _round_up(padded, 32 if padded <= 128 else 64) * 4
+        expanded = 2 * batch * length * heads * padded * itemsize if kv_heads != heads else 0
+        return rows * 4 + accumulator + expanded
     if kernel == "efficient":
-        return _efficient_backward_bytes(batch * heads, length, head_size, itemsize)
-    raise ValueError(f"What the {kernel} attention kernel takes in its backward pass is not known.")
-
-
-def _flash_backward_bytes(batch: int, heads: int, kv_heads: int, length: int, head_size: int, itemsize: int) -> int:
-    """`mha_bwd` in flash_attn/flash_api.cpp: softmax_d and dq_accum in fp32; of grouped queries, dk and dv of every head."""
-    rows = batch * heads * _round_up(length, 128)
-    padded = _round_up(head_size, 8)
-    accumulator = rows * _round_up(padded, 32 if padded <= 128 else 64) * 4
-    expanded = 2 * batch * length * heads * padded * itemsize if kv_heads != heads else 0
-    return rows * 4 + accumulator + expanded
-
-
-def _efficient_backward_bytes(sequences: int, length: int, head_size: int, itemsize: int) -> int:
-    """`_efficient_attention_backward` in cuda/attention_backward.cu: delta, and the workspace of its kernel (kernel_backward.h).
-
-    The workspace holds dq in fp32 and, where a kernel cannot keep dk and dv in registers (heads over 64 on some cards, fp32
-    always), the blocks of them that are worked on. Which kernel it is depends on the card's shared memory; the larger case is
-    assumed, 13 MiB over the smaller one.
-    """
-    delta = length * 4
-    tiles = -(-length // EFFICIENT_QUERIES) * -(-head_size // EFFICIENT_KEYS)
-    grad_query = tiles * (EFFICIENT_QUERIES * EFFICIENT_KEYS * 4 + 16)
-    grad_key_value = 0
-    if head_size > 64 or itemsize == 4:
-        splits = max(1, min(-(-length // EFFICIENT_KEYS), 200 // sequences))
-        grad_key_value = 2 * splits * EFFICIENT_KEYS * _round_up(head_size, EFFICIENT_QUERIES) * 4
-    return sequences * (delta + grad_query + grad_key_value)
+        sequences = batch * heads
+        tiles = -(-length // EFFICIENT_QUERIES) * -(-head_size // EFFICIENT_KEYS)
+        grad_query = tiles * (EFFICIENT_QUERIES * EFFICIENT_KEYS * 4 + 16)
+        grad_key_value = 0
+        if head_size > 64 or itemsize == 4:
+            splits = max(1, min(-(-length // EFFICIENT_KEYS), 200 // sequences))
+            grad_key_value = 2 * splits * EFFICIENT_KEYS * _round_up(head_size, EFFICIENT_QUERIES) * 4
+        return sequences * (length * 4 + grad_query + grad_key_value)
+    raise ValueError(f"The memory of the {kernel} attention kernel in its backward pass is not known.")
 
 
 def context_bytes(compute_capability: tuple[int, int], multiprocessors: int | None = None) -> int:
-    """What a training process holds on the card beside the allocator's segments: the CUDA context and the kernels it loaded.
+    """What a training process holds on the GPU in addition to the allocator's segments: the CUDA context and loaded kernels.
 
     The bare context follows the number of multiprocessors, whatever the generation: 8 MiB and 2.92 MiB for each is within 4 % of
     107 MiB on an RTX 4060 Ti (34 multiprocessors), 256 on an RTX 3090 (82), 426 on an RTX 6000 Ada (142) and 555 on an RTX PRO
@@ -154,44 +139,44 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 @contextmanager
-def following_cuda(
-    tracker: MemoryTracker, *, compute_dtype: torch.dtype, capability: tuple[int, int]
-) -> Iterator[None]:
-    """Run the CUDA path on fake CPU tensors: its kernels for attention and dropout, its offloading, its workspaces."""
-    tracker.track_bytes(matmul_workspace_bytes(capability), "cuBLAS workspace")
+def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> Iterator[None]:
+    """Run CUDA's path on fake CPU tensors: its kernels for attention and dropout, its offloading, its workspaces."""
+
+    def offload(tensor: Tensor) -> Tensor:
+        with tracker.attribute_to(HOST):
+            return torch.empty_like(tensor)
+
+    def dropout(values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        # CUDA's saves one byte an element for the backward pass; the CPU's saves the scaled mask.
+        return torch.native_dropout(values, p, True)[0] if training and p else values
+
+    tracker.track_bytes(matmul_workspace_bytes(capability), CUBLAS_WORKSPACE)
     with (
-        _replaced(qlora_phi3.model.attention, "CPU_SCORES_BYTES", 0),
-        _replaced(qlora_phi3.model.attention, "_takes_groups", lambda _: capability >= (8, 0)),
-        _replaced(transformers.modeling_utils, "save_on_cpu", _offloading_to(tracker)),
-        _replaced(functional, "scaled_dot_product_attention", _attention_on(tracker, capability)),
-        _replaced(functional, "dropout", _dropout),
+        replaced(qlora_phi3.model.attention, "CPU_SCORES_BYTES", 0),
+        replaced(qlora_phi3.model.attention, "_takes_groups", lambda _: capability >= (8, 0)),
+        replaced(
+            transformers.modeling_utils, "save_on_cpu", lambda **_: saved_tensors_hooks(offload, torch.empty_like)
+        ),
+        replaced(functional, "scaled_dot_product_attention", _attention_on(tracker, capability)),
+        replaced(functional, "dropout", dropout),
     ):
         yield
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    usual = getattr(owner, name)
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute of a module or a class until the end of the block."""
+    before = getattr(owner, name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, usual)
-
-
-def _offloading_to(tracker: MemoryTracker) -> Any:
-    """`save_on_cpu` whose copies lie on the meter's host side."""
-
-    def pack(tensor: Tensor) -> Tensor:
-        with tracker.on_host():
-            return torch.empty_like(tensor)
-
-    return lambda **_: saved_tensors_hooks(pack, torch.empty_like)
+        setattr(owner, name, before)
 
 
 def _attention_on(tracker: MemoryTracker, capability: tuple[int, int]) -> Callable[..., Tensor]:
     """`scaled_dot_product_attention` as CUDA's kernels allocate it."""
-    usual = functional.scaled_dot_product_attention
+    original = functional.scaled_dot_product_attention
 
     def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **settings: Any) -> Tensor:
         kernel = attention_kernel(
@@ -203,24 +188,19 @@ def _attention_on(tracker: MemoryTracker, capability: tuple[int, int]) -> Callab
         )
         if kernel == "math":
             with sdpa_kernel(SDPBackend.MATH):
-                return usual(query, key, value, attn_mask, **settings)
+                return original(query, key, value, attn_mask, **settings)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            with tracker.attribute_to("attention mask"):
-                attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype)  # added to the scores, in their type
-        tracker.tag(attn_mask, "attention mask")
+            with tracker.attribute_to(ATTENTION_MASK):
+                attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype)  # added to the scores, in their dtype
+        tracker.tag(attn_mask, ATTENTION_MASK)
         result: Tensor = _FusedAttention.apply(query, key, value, attn_mask, kernel, tracker)  # type: ignore[no-untyped-call]
         return result
 
     return attend
 
 
-def _dropout(values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """CUDA's keeps one byte an element for the backward pass; the CPU's keeps the scaled mask."""
-    return torch.native_dropout(values, p, True)[0] if training and p else values
-
-
 class _FusedAttention(torch.autograd.Function):
-    """What a flash or memory-efficient kernel leaves behind, and what its backward takes for a moment."""
+    """What a flash or memory-efficient kernel saves for its backward pass, and what that allocates until it returns."""
 
     @staticmethod
     def forward(
@@ -239,7 +219,7 @@ class _FusedAttention(torch.autograd.Function):
         workspace = attention_backward_bytes(
             ctx.kernel, tuple(query.shape), kv_heads=key.shape[1], itemsize=query.element_size()
         )
-        release = ctx.tracker.track_bytes(workspace, "attention workspace")
+        release = ctx.tracker.track_bytes(workspace, ATTENTION_WORKSPACE)
         gradients = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
         release()
         return *gradients, None, None, None

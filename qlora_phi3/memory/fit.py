@@ -1,7 +1,7 @@
-"""The plan as a recipe: what it chose written into the user's own text, so that the same plan is made again."""
+"""Writes the plan of `vram-check --fit` into the user's own recipe text, so that a run makes the same plan again."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_phi3.memory.report import VramReport, planned_keys
@@ -26,64 +26,44 @@ def write_fitted(
     Raises:
         FileExistsError: there is such a file; it stays as it is.
     """
-    choices = [
-        *_given(recipe, overrides),
-        *_moved(recipe, source.absolute().parent, target.absolute().parent),
-        *_planned(recipe, report),
-    ]
-    fitted, written = fit_recipe(recipe, text, choices, _heading(report))
+    choices = _moved_paths(recipe, source.absolute().parent, target.absolute().parent)
+    for override in overrides:
+        table, key = override.partition("=")[0].strip().split(".")[:2]
+        value = getattr(recipe, table).model_dump(exclude_none=True).get(key)
+        if value is not None:
+            choices.append(Choice(table, key, value, "from --set"))
+    for planned in planned_keys(report):
+        fixed = planned.key == "micro_batch_tokens" and recipe.training.micro_batch_size is not None
+        if getattr(getattr(recipe, planned.table), planned.key) == "auto" and not fixed:
+            choices.append(Choice(planned.table, planned.key, planned.value, planned.reason))
+    heading = (
+        f"Fitted to {report.device.name} by qlora-phi3 {report.versions['qlora-phi3']} on {report.created[:10]}: predicted "
+        f"{format_gib(report.memory.on_gpu_bytes)} and a margin of {format_gib(report.margin_bytes)}, of "
+        f"{format_gib(report.budget_bytes)} on the GPU. What is learned is the same on every GPU; the keys with a reason decide "
+        "memory and speed."
+    )
+    fitted, written = fit_recipe(recipe, text, choices, heading)
     with target.open("x", encoding="utf-8", newline="\n") as file:
         file.write(written)
     return fitted
 
 
-def _heading(report: VramReport) -> str:
-    needs, budget = format_gib(report.peak_on_card_bytes), format_gib(report.budget_bytes)
-    return (
-        f"Set up for {report.device.name} by qlora-phi3 {report.versions['qlora-phi3']} on {report.created[:10]}: predicted "
-        f"{needs}, and {format_gib(report.margin_bytes)} of margin, of {budget} on the card. What is learned is the same "
-        "on every card; the keys with a reason beside them decide memory and speed."
-    )
+def _moved_paths(recipe: Recipe, old: Path, new: Path) -> list[Choice]:
+    """Local paths as they are written from another directory."""
 
-
-def _given(recipe: Recipe, overrides: Sequence[str]) -> Iterator[Choice]:
-    """What --set changed."""
-    for override in overrides:
-        table, key = override.partition("=")[0].strip().split(".")[:2]
-        value = getattr(recipe, table).model_dump(exclude_none=True).get(key)
-        if value is not None:
-            yield Choice(table, key, value, "from --set")
-
-
-def _moved(recipe: Recipe, old: Path, new: Path) -> Iterator[Choice]:
-    """Local paths as they are written from another folder."""
-    if old == new:
-        return
-
-    def move(place: str) -> str:
-        beside = candidate_paths(place, old)[0]
-        if Path(place).is_absolute() or not beside.exists():
-            return place
+    def move(name: str) -> str:
+        path = candidate_paths(name, old)[0]
+        if old == new or Path(name).is_absolute() or not path.exists():
+            return name
         try:
-            return Path(os.path.relpath(beside, new)).as_posix()
+            return Path(os.path.relpath(path, new)).as_posix()
         except ValueError:  # another drive, on Windows
-            return beside.as_posix()
+            return path.as_posix()
 
-    data = recipe.data
-    for table, key, value in (
-        ("model", "name", recipe.model.name),
-        ("model", "adapter", recipe.model.adapter),
-        ("data", "train", data.train),
-        ("data", "eval", data.eval),
-    ):
-        moved = [move(place) for place in as_list(value)]
+    choices = []
+    for table, key in (("model", "name"), ("model", "adapter"), ("data", "train"), ("data", "eval")):
+        value = getattr(getattr(recipe, table), key)
+        moved = [move(name) for name in as_list(value)]
         if moved != list(as_list(value)):
-            yield Choice(table, key, moved[0] if isinstance(value, str) else moved, "")
-
-
-def _planned(recipe: Recipe, report: VramReport) -> Iterator[Choice]:
-    """The keys that the recipe leaves to the plan."""
-    for planned in planned_keys(report):
-        fixed = planned.key == "micro_batch_tokens" and recipe.training.micro_batch_size is not None
-        if getattr(getattr(recipe, planned.table), planned.key) == "auto" and not fixed:
-            yield Choice(planned.table, planned.key, planned.value, planned.reason)
+            choices.append(Choice(table, key, moved[0] if isinstance(value, str) else moved, ""))
+    return choices

@@ -1,7 +1,4 @@
-"""The rows a plan must carry, as lengths in tokens: the usual step, and the heaviest micro-batch; no torch.
-
-Why a plan is as it is, in the words that `vram-check` shows and `--fit` writes beside each key.
-"""
+"""The plan of a run on a GPU, the row lengths it must carry, and the reasons that `vram-check` and `--fit` show for it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +10,8 @@ from qlora_phi3.memory.predict import Prediction
 from qlora_phi3.memory.simulate import StepShape
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import format_gib
+
+PINNED = "the recipe sets it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,167 +26,20 @@ class RowLengths:
 
     @property
     def longest(self) -> int:
-        """Of the training rows."""
+        """Tokens of the longest training row."""
         return self.training[0]
 
-    def heaviest_step(self) -> tuple[int, ...]:
-        """The longest rows that can meet in one optimizer step."""
-        return self.training[: self.batch_size]
-
-    def usual_step(self) -> tuple[int, ...]:
+    def typical_step(self) -> tuple[int, ...]:
         """As many rows as a step has, spread evenly over all lengths."""
         number, total = min(self.batch_size, len(self.training)), len(self.training)
         return tuple(self.training[(2 * index + 1) * total // (2 * number)] for index in range(number))
 
 
-def read_lengths(training: Sequence[int], evaluation: Sequence[int], batch_size: int) -> RowLengths:
-    """Of rows that were tokenised."""
-    return RowLengths(tuple(sorted(training, reverse=True)), max(evaluation, default=0), batch_size)
-
-
-def assume_lengths(max_length: int, batch_size: int) -> RowLengths:
-    """The worst case: every row as long as a row may be."""
-    return RowLengths((max_length,) * batch_size, max_length, batch_size, assumed=True)
-
-
-def heaviest_micro_batch(rows: RowLengths, plan: MicroBatchPlan) -> tuple[tuple[int, ...], bool]:
-    """Tokens of each row of the fullest micro-batch that any step can have, and whether a step can have several.
-
-    A packed micro-batch is taken as filled to its last token where a step has that many.
-    """
-    step = rows.heaviest_step()
-    groups = plan_micro_batches(
-        step, max_tokens=plan.max_tokens, max_rows=plan.max_rows, packing=plan.packing, boundary=plan.longrope_boundary
-    )
-    several = len(groups) > 1
-    if not plan.packing:
-        heaviest = max(groups, key=lambda group: len(group) * max(step[row] for row in group))
-        return tuple(step[row] for row in heaviest), several
-    filled = max(rows.longest, min(plan.max_tokens, sum(step)))
-    return _fill_rows(rows.longest, filled), several
-
-
-def _fill_rows(longest: int, tokens: int) -> tuple[int, ...]:
-    """Rows of `longest` tokens, and a shorter one, that make so many tokens."""
-    whole, rest = divmod(tokens, longest)
-    return (longest,) * whole + ((rest,) if rest else ())
-
-
-def count_micro_batches(lengths: Sequence[int], plan: MicroBatchPlan) -> int:
-    """Micro-batches of a step with rows of these lengths."""
-    return len(
-        plan_micro_batches(
-            lengths,
-            max_tokens=plan.max_tokens,
-            max_rows=plan.max_rows,
-            packing=plan.packing,
-            boundary=plan.longrope_boundary,
-        )
-    )
-
-
-QUESTION_COLUMNS = "the recipe asks for it"
-
-
-def explain_choices(
-    recipe: Recipe,
-    execution: ExecutionPlan,
-    *,
-    num_passes: int,
-    longest: int,
-    refused: Mapping[ExecutionPlan, int],
-    limit_bytes: int,
-) -> dict[str, str]:
-    """Key of the recipe -> why the plan gives it this value.
-
-    Args:
-        num_passes: forward passes of a usual step.
-        longest: tokens of the longest row.
-        refused: kinds of set-up that would be faster and do not fit, and what each would take on the card, in bytes.
-        limit_bytes: what may be predicted on the card.
-    """
-    pinned = _pinned(recipe)
-    reasons = {
-        "micro_batch_tokens": _of_micro_batch(execution, num_passes, longest),
-        "gradient_checkpointing": _of_recomputing(execution),
-        "checkpoint_every_n_layers": _of_every(execution) + _next_faster(refused, limit_bytes),
-        "activation_offloading": "recomputation alone does not make enough room"
-        if execution.activation_offloading
-        else "there is room on the card",
-        "optim": "its state may leave the card where that is full; where it is not, this is as fast as adamw_8bit"
-        if execution.optim.startswith("paged")
-        else "its state fits beside everything else",
-        "logits_tile": "the fastest size"
-        if execution.logits_tile_bytes >= DEFAULT_LOGITS_TILE_BYTES
-        else "less memory",
-        "mlp_tile_tokens": _of_mlp_tiles(execution),
-    }
-    return {key: QUESTION_COLUMNS if pinned[key] else reason for key, reason in reasons.items()}
-
-
-def in_words(execution: ExecutionPlan) -> str:
-    """What is kept of a step, and where."""
-    every = execution.checkpoint_every
-    kept = {0: "keeping all activations", 1: "recomputing all layers"}.get(every, f"recomputing one layer in {every}")
-    tiled = ", the MLPs in tiles" if execution.mlp_tile_tokens else ""
-    return kept + (", offloaded" if execution.activation_offloading else "") + tiled
-
-
-def _pinned(recipe: Recipe) -> dict[str, bool]:
-    training, memory = recipe.training, recipe.memory
-    return {
-        "micro_batch_tokens": bool(training.micro_batch_size or memory.micro_batch_tokens != "auto"),
-        "gradient_checkpointing": training.gradient_checkpointing != "auto",
-        "checkpoint_every_n_layers": memory.checkpoint_every_n_layers != "auto",
-        "activation_offloading": training.activation_offloading != "auto",
-        "optim": training.optim != "auto",
-        "logits_tile": memory.logits_tile != "auto",
-        "mlp_tile_tokens": memory.mlp_tile_tokens != "auto",
-    }
-
-
-def _of_micro_batch(execution: ExecutionPlan, num_passes: int, longest: int) -> str:
-    if num_passes == 1:
-        return "a whole step at once"
-    if execution.micro_batch.max_tokens <= longest:
-        return "the longest row alone; more at once would gain under 2%, not fit, or ask for more recomputation"
-    return f"{num_passes} forward passes a step; more tokens at once would gain under 2% or not fit"
-
-
-def _of_recomputing(execution: ExecutionPlan) -> str:
-    if execution.checkpoint_every:
-        return "makes room"
-    if execution.mlp_tile_tokens:
-        return "no whole layer is computed twice; the MLPs alone are (mlp_tile_tokens)"
-    return "there is room to keep every activation"
-
-
-def _of_every(execution: ExecutionPlan) -> str:
-    every = execution.checkpoint_every
-    return {0: "none", 1: "all of them, the leanest"}.get(every, f"recomputing one layer in {every} makes enough room")
-
-
-def _of_mlp_tiles(execution: ExecutionPlan) -> str:
-    if not execution.mlp_tile_tokens:
-        return "0: not needed"
-    if execution.checkpoint_every == 1:
-        return "the last resort: without it the longest row does not fit"
-    return "the MLPs of all layers are computed twice; nothing as fast fits without"
-
-
-def _next_faster(refused: Mapping[ExecutionPlan, int], limit_bytes: int) -> str:
-    """The leanest kind that would be faster and does not fit."""
-    if not refused:
-        return ""
-    kind, needed = min(refused.items(), key=lambda item: item[1])
-    room = format_gib(limit_bytes)
-    return f"; {in_words(kind)} would take about {format_gib(needed)} for the longest row alone, of {room} beside the margin"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuLimits:
-    """What the plan needs to know of a device, in bytes and a second."""
+    """What the plan needs to know of a GPU."""
 
+    #: Most that may be predicted for the process.
     limit_bytes: int
     tflops_16bit: float
     bandwidth_bytes_per_second: float
@@ -195,10 +47,10 @@ class GpuLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What was chosen, and why."""
+    """What was chosen for a GPU, and why."""
 
     prediction: Prediction
-    #: Of a usual step, as its cost.
+    #: Of a typical step, as its time is.
     workload: StepWorkload
     step_time: StepTime
     #: Key of the recipe -> why it has this value.
@@ -215,9 +67,112 @@ class Plan:
         return self.prediction.fits
 
 
+def read_lengths(training: Sequence[int], evaluation: Sequence[int], batch_size: int) -> RowLengths:
+    """The lengths of tokenized rows, in tokens."""
+    return RowLengths(tuple(sorted(training, reverse=True)), max(evaluation, default=0), batch_size)
+
+
+def assume_lengths(max_length: int, batch_size: int) -> RowLengths:
+    """The worst case: every row as long as a row may be."""
+    return RowLengths((max_length,) * batch_size, max_length, batch_size, assumed=True)
+
+
 def step_shape(rows: RowLengths, execution: ExecutionPlan) -> StepShape:
-    """The heaviest that a run with this set-up must carry."""
-    lengths, several = heaviest_micro_batch(rows, execution.micro_batch)
-    longest, plan = rows.longest_evaluation, execution.evaluation
-    again = max(1, min(plan.max_tokens // longest, rows.batch_size, plan.max_rows)) if longest else 0
-    return StepShape(lengths=lengths, evaluation_lengths=(longest,) * again, accumulates=several)
+    """The heaviest micro-batches, of training and of evaluation, that a run with this plan can have.
+
+    A packed micro-batch is taken as filled to its last token where a step has that many: with rows of the longest length, and a
+    shorter one.
+    """
+    step, plan = rows.training[: rows.batch_size], execution.micro_batch  # the longest rows that can meet in a step
+    groups = split_rows(step, plan)
+    if plan.packing:
+        num_full, rest = divmod(max(rows.longest, min(plan.max_tokens, sum(step))), rows.longest)
+        lengths = (rows.longest,) * num_full + ((rest,) if rest else ())
+    else:
+        lengths = tuple(
+            step[row] for row in max(groups, key=lambda group: len(group) * max(step[row] for row in group))
+        )
+    longest, held_out = rows.longest_evaluation, execution.evaluation
+    num_held_out = max(1, min(held_out.max_tokens // longest, rows.batch_size, held_out.max_rows)) if longest else 0
+    return StepShape(lengths=lengths, evaluation_lengths=(longest,) * num_held_out, accumulates=len(groups) > 1)
+
+
+def split_rows(lengths: Sequence[int], plan: MicroBatchPlan) -> list[list[int]]:
+    """The micro-batches of a step, as indices of its rows.
+
+    Args:
+        lengths: tokens of each row.
+    """
+    return plan_micro_batches(
+        lengths,
+        max_tokens=plan.max_tokens,
+        max_rows=plan.max_rows,
+        packing=plan.packing,
+        boundary=plan.longrope_boundary,
+    )
+
+
+def describe_kind(execution: ExecutionPlan) -> str:
+    """What a plan does with activations, in a few words."""
+    every = execution.checkpoint_every
+    recomputed = {0: "no recomputation", 1: "recomputing all layers"}.get(every, f"recomputing one layer in {every}")
+    offloaded = ", offloading" if execution.activation_offloading else ""
+    return f"{recomputed}{offloaded}{', MLPs in tiles' if execution.mlp_tile_tokens else ''}"
+
+
+def explain_choices(
+    recipe: Recipe,
+    execution: ExecutionPlan,
+    *,
+    num_passes: int,
+    longest: int,
+    refused: Mapping[ExecutionPlan, int],
+    limit_bytes: int,
+) -> dict[str, str]:
+    """Key of the recipe -> why the plan gives it this value.
+
+    Args:
+        num_passes: forward passes of a typical step.
+        longest: tokens of the longest row.
+        refused: kinds of plan that would be faster and do not fit, and what each would need on the GPU, in bytes.
+        limit_bytes: most that may be predicted on the GPU.
+    """
+    every, tile = execution.checkpoint_every, execution.mlp_tile_tokens
+    if num_passes == 1:
+        micro_batch = "the complete optimizer step in one forward pass"
+    elif execution.micro_batch.max_tokens <= longest:
+        micro_batch = "the longest row alone; more would gain under 2%, not fit, or need more recomputation"
+    else:
+        micro_batch = f"{num_passes} forward passes a step; more tokens at once would gain under 2% or not fit"
+    checkpointing = "saves memory" if every else "every activation fits"
+    if tile and not every:
+        checkpointing = "no layer is recomputed, only the MLPs (mlp_tile_tokens)"
+    every_n = f"recomputing one layer in {every} saves enough memory" if every > 1 else "all layers: least memory"
+    if refused:
+        kind, needed = min(refused.items(), key=lambda item: item[1])
+        every_n = (
+            f"{every_n}; {describe_kind(kind)} would need about {format_gib(needed)} for the longest row alone, "
+            f"more than the {format_gib(limit_bytes)} available"
+        )
+    if not tile:
+        mlp_tile = "not needed"
+    elif every == 1:
+        mlp_tile = "the last resort: without it the longest row does not fit"
+    else:
+        mlp_tile = "the MLPs of all layers are computed twice; nothing as fast fits without"
+    paged = "its state can leave a full GPU; otherwise it is as fast as adamw_8bit"
+    chosen_offloading = (
+        "recomputation alone does not save enough memory" if execution.activation_offloading else "not needed"
+    )
+    fastest_tile = execution.logits_tile_bytes >= DEFAULT_LOGITS_TILE_BYTES
+    training, memory = recipe.training, recipe.memory
+    choices = {
+        "micro_batch_tokens": (training.micro_batch_size or memory.micro_batch_tokens != "auto", micro_batch),
+        "gradient_checkpointing": (training.gradient_checkpointing != "auto", checkpointing),
+        "checkpoint_every_n_layers": (memory.checkpoint_every_n_layers != "auto", every_n),
+        "activation_offloading": (training.activation_offloading != "auto", chosen_offloading),
+        "optim": (training.optim != "auto", paged if execution.optim.startswith("paged") else "its state fits"),
+        "logits_tile": (memory.logits_tile != "auto", "the fastest size" if fastest_tile else "less memory"),
+        "mlp_tile_tokens": (memory.mlp_tile_tokens != "auto", mlp_tile),
+    }
+    return {key: PINNED if pinned else reason for key, (pinned, reason) in choices.items()}

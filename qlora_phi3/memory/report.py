@@ -1,61 +1,86 @@
-"""What a simulated step needs, as plain numbers; no torch.
+"""The memory of a training step, predicted or measured, and the result of `vram-check` as plain data; no torch.
 
-The plan of an answer as keys of a recipe, as a person would write them.
+`MemoryReport` goes unchanged from the simulation to the tables, to JSON, and to a run's report.json.
 """
 
 import platform
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from qlora_phi3.hardware.gpu import Gpu, GpuProcess
 from qlora_phi3.units import MIB
 
+#: Categories of memory. Those of the first group exist from step to step, so that they can be measured as well as predicted.
+QUANTIZED_WEIGHTS = "4-bit weights"
+QUANTIZATION_STATE = "quantization state"
+UNQUANTIZED_WEIGHTS = "unquantized weights"
+EMBEDDING_AND_HEAD = "embedding and head"
+ADAPTER = "adapter"
+OPTIMIZER_STATE = "optimizer state"
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryReport:
-    """The memory of one optimizer step with everything around it, in bytes."""
+GRADIENTS = "gradients"
+ACTIVATIONS = "activations"
+CHECKPOINTED_INPUTS = "checkpointed layer inputs"
+RECOMPUTED_LAYER = "layer being recomputed"
+ACTIVATION_GRADIENTS = "gradients of activations"
+DEQUANTIZED_WEIGHT = "dequantized weight"
+LOGITS_TILE = "logits tile"
+ATTENTION_MASK = "attention mask"
+ATTENTION_WORKSPACE = "attention workspace"
+CUBLAS_WORKSPACE = "cuBLAS workspace"
+OTHER = "other"
 
-    #: Most bytes alive at once, and in which phase.
-    peak_bytes: int
-    peak_phase: str
-    #: What lived at the peak, largest first.
-    categories: Mapping[str, int]
-    #: The peak of each phase: load, update, forward, backward, save, evaluation.
-    phases: Mapping[str, int]
-    #: Alive between two steps.
-    resident_bytes: int
-    #: Optimizer state in managed memory, which the driver moves between card and computer; not in the figures above.
-    paged_bytes: int
-    #: Most bytes of the computer's memory that stand in for the card's: paged state and offloaded activations.
-    host_bytes: int
-    #: (storage id, bytes) for an allocation, (storage id, 0) for its end, in order.
-    trace: tuple[tuple[int, int], ...]
-
+#: Versions of these decide what is predicted.
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 
 Verdict = Literal["fits", "does_not_fit", "cannot_tell"]
 
 
-#: The meter's names for what belongs to a phase and to nobody else, in the words of the field.
-CATEGORY_NAMES = {
-    "load": "unquantized weights",
-    "other weights": "unquantized weights",
-    "update": "optimizer's temporaries",
-    "forward": "activations",
-    "backward": "layer in the backward pass",
-    "evaluation": "activations",
-    "save": "other",
-    "end": "other",
-}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryReport:
+    """The memory of one optimizer step with loading, saving and evaluation, in bytes.
+
+    A size of 0 among the first three and the last is not known, and null in JSON.
+    """
+
+    #: Most bytes that tensors hold at once.
+    allocated_bytes: int = 0
+    #: Most bytes that PyTorch's allocator holds for them.
+    reserved_bytes: int = 0
+    #: The same with the CUDA context and what the kernels load: the process as NVML shows it.
+    on_gpu_bytes: int = 0
+    #: Category -> bytes at the peak, largest first; of a measurement, the categories that exist from step to step.
+    by_category: Mapping[str, int]
+    #: Phase (load, update, forward, backward, save, evaluation) -> most bytes allocated; empty for a measurement.
+    by_phase: Mapping[str, int]
+    peak_phase: str = ""
+    #: Allocated between two steps.
+    resident_bytes: int
+    #: Optimizer state in managed memory, which the driver moves between GPU and host; in none of the figures above.
+    paged_bytes: int = 0
+    #: Most bytes of host memory that replace GPU memory: paged state and offloaded activations.
+    host_bytes: int = 0
+    #: Most resident bytes of the process, measured on a CPU.
+    process_bytes: int = 0
+    #: (storage id, bytes) for an allocation, (storage id, 0) for its end, in order; not in JSON.
+    trace: tuple[tuple[int, int], ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the trace, for JSON."""
+        saved = asdict(replace(self, trace=()))
+        del saved["trace"]
+        unknown = dict.fromkeys(("allocated_bytes", "reserved_bytes", "on_gpu_bytes", "process_bytes"))
+        return saved | {name: saved[name] or None for name in unknown}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suggestion:
-    """A change that lets the recipe take less, made after all those listed before it."""
+    """A change that makes the recipe need less, on top of all those listed before it."""
 
     text: str
-    #: What the recipe takes less; or where `widens`, what it may take more.
+    #: What the recipe needs less; or where `widens`, what it may take more.
     saved_bytes: int
     #: Whether the recipe fits with this change and those before it.
     fits: bool
@@ -64,7 +89,7 @@ class Suggestion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowSummary:
-    """What was planned for."""
+    """The rows that a plan was made for."""
 
     #: Every row counts as `max_length` tokens, as the data could not be read.
     assumed: bool
@@ -73,13 +98,13 @@ class RowSummary:
     longest_evaluation: int
     #: Where the lengths come from, in one line.
     origin: str
-    #: Why a run would stop at its data, in one line; empty where nothing is known against them.
+    #: Why a run would stop at its data, in one line; empty where no reason is known.
     problem: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VramReport:
-    """One recipe on one card."""
+    """The result of `vram-check` for one recipe on one GPU."""
 
     verdict: Verdict
     model: str
@@ -87,26 +112,17 @@ class VramReport:
     budget_bytes: int
     margin_bytes: int
     margin_share: float
-    #: The margin is wider than usual, as this many runs on the card were held against their prediction; else 0.
+    #: Runs on this GPU that the margin was computed from, where it is wider than the default; else 0.
     margin_runs: int
-    #: Bytes in tensors; what PyTorch's allocator holds for them; that and the CUDA context, as NVML shows this process.
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    peak_on_card_bytes: int
-    peak_phase: str
-    #: What lives at the peak, largest first; they add up to the allocated bytes.
-    categories: Mapping[str, int]
-    phases: Mapping[str, int]
-    #: Optimizer state in managed memory, and all that lies in the computer's memory instead of the card's.
-    paged_bytes: int
-    host_bytes: int
+    #: Without its trace.
+    memory: MemoryReport
     compute_dtype: str
     batch_size: int
     #: Rows of `max_length` tokens in one forward pass, and such passes in an optimizer step.
     micro_batch_size: int
     gradient_accumulation_steps: int
     micro_batch_tokens: int
-    #: Forward passes of a usual step with its real rows.
+    #: Forward passes of a typical step with its real rows.
     num_micro_batches: int
     max_length: int
     packing: bool
@@ -117,14 +133,14 @@ class VramReport:
     mlp_tile_tokens: int
     #: Key of the recipe -> why the plan gives it this value.
     reasons: Mapping[str, str]
-    suggestions: tuple[Suggestion, ...]
-    #: Why no cure helps, where none does.
-    no_fix_reason: str
+    suggestions: tuple[Suggestion, ...] = ()
+    #: Why no suggestion makes it fit, where none does.
+    no_fix_reason: str = ""
     rows: RowSummary
-    #: By the cost model: an estimate to compare set-ups with, never measured.
+    #: By the cost model: an estimate to compare plans with, never measured.
     seconds_per_step: float
     tokens_per_second: float
-    #: On the slowest and the fastest of the cards that the device stands for; on a single card the same three times.
+    #: On the slowest and the fastest of the GPUs that `device` represents; for a single GPU the same three times.
     slowest_tokens_per_second: float
     fastest_tokens_per_second: float
     versions: Mapping[str, str]
@@ -137,40 +153,35 @@ class VramReport:
 
 
 def as_json(report: VramReport) -> dict[str, Any]:
-    """The answer as JSON takes it; `processes` and `other_processes_bytes` stand beside `device`."""
+    """A report for JSON; `processes` and `other_processes_bytes` are next to `device`."""
     saved = asdict(report)
     processes = saved["device"].pop("processes")
+    saved["memory"] = report.memory.as_dict()
     return {**saved, "processes": processes, "other_processes_bytes": report.device.other_processes_bytes}
 
 
 def from_json(saved: Mapping[str, Any]) -> VramReport:
-    """The answer that `as_json` wrote; ValueError where it is none."""
+    """The report that `as_json` wrote.
+
+    Raises:
+        ValueError: it is something else.
+    """
     try:
         fields = {key: value for key, value in saved.items() if key not in ("processes", "other_processes_bytes")}
-        facts = dict(fields.pop("device"))
-        facts.update({key: tuple(facts[key]) for key in ("compute_capability", "represents")})
-        device = Gpu(**facts, processes=tuple(GpuProcess(**process) for process in saved["processes"]))
-        suggestions, rows = (
-            tuple(Suggestion(**hint) for hint in fields.pop("suggestions")),
-            RowSummary(**fields.pop("rows")),
-        )
-        return VramReport(**fields, device=device, suggestions=suggestions, rows=rows)
+        device = fields["device"] | {key: tuple(fields["device"][key]) for key in ("compute_capability", "represents")}
+        processes = tuple(GpuProcess(**process) for process in saved["processes"])
+        fields["device"] = Gpu(**device, processes=processes)
+        known: dict[str, Any] = {name: value for name, value in fields["memory"].items() if value is not None}
+        fields["memory"] = MemoryReport(**known)
+        fields["suggestions"] = tuple(Suggestion(**suggestion) for suggestion in fields["suggestions"])
+        fields["rows"] = RowSummary(**fields["rows"])
+        return VramReport(**fields)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"no answer: {error}") from error
+        raise ValueError(f"no report of vram-check: {error}") from error
 
 
-def merge_categories(categories: Mapping[str, int]) -> dict[str, int]:
-    """Largest first, in the words of the field."""
-    named: dict[str, int] = {}
-    for name, num_bytes in categories.items():
-        word = CATEGORY_NAMES.get(name, name)
-        named[word] = named.get(word, 0) + num_bytes
-    return dict(sorted(named.items(), key=lambda item: -item[1]))
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedKey:
-    """A key, its value, and why it has it."""
+class PlannedKey(NamedTuple):
+    """A key of the recipe, the value that the plan gives it, and why."""
 
     table: str
     key: str
@@ -178,8 +189,8 @@ class PlannedKey:
     reason: str
 
 
-def planned_keys(report: VramReport) -> Iterator[PlannedKey]:
-    """All that the plan decides."""
+def planned_keys(report: VramReport) -> list[PlannedKey]:
+    """All keys that the plan decides, as a person would write them into a recipe."""
     every, tile = report.checkpoint_every_n_layers, report.logits_tile_bytes
     chosen: list[tuple[str, str, int | bool | str]] = [
         ("memory", "micro_batch_tokens", report.micro_batch_tokens),
@@ -190,21 +201,15 @@ def planned_keys(report: VramReport) -> Iterator[PlannedKey]:
         ("memory", "mlp_tile_tokens", report.mlp_tile_tokens),
         ("memory", "logits_tile", f"{tile // 1024}KiB" if tile % MIB else f"{tile // MIB}MiB"),
     ]
-    for table, key, value in chosen:
-        yield PlannedKey(table, key, value, report.reasons[key])
-
-
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
+    return [PlannedKey(table, key, value, report.reasons[key]) for table, key, value in chosen]
 
 
 def read_versions() -> dict[str, str]:
-    """The versions that an answer depends on, our own among them, read without importing anything."""
-    found = {"qlora-phi3": _installed_version("qlora-phi3")} | {name: _installed_version(name) for name in LIBRARIES}
-    return {"python": platform.python_version(), **found}
-
-
-def _installed_version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"
+    """The versions that a prediction depends on, our own among them, read without importing a library."""
+    versions = {"python": platform.python_version()}
+    for name in ("qlora-phi3", *LIBRARIES):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "unknown"
+    return versions

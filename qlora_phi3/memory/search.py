@@ -1,17 +1,14 @@
-"""The fastest set-up of a recipe that fits a card, and where none does, what to change.
+"""Searches for the fastest execution plan of a recipe that fits a GPU, and for the longest row that fits.
 
-What the optimizer sees is the recipe's on every card; the plan chooses only how it is computed. Kinds of set-up (which layers
-are recomputed, whether their inputs are offloaded, the MLPs in tiles) are looked at in the order of the speed that `cost.py`
-gives them at best. Each is given the largest micro-batch that seems to fit; the fastest is simulated whole and served by the
-allocator's model at the very limit. Where nothing fits, the tiles of the loss are made smaller, and as the last resort whole
-layers recomputed with their MLPs in tiles. A pinned key of the recipe is never overruled.
-
-The longest row that fits, in tokens.
+What the optimizer sees is the recipe's on every GPU; the plan chooses only how it is computed, and never overrules a key that the
+recipe sets. Kinds of plan (which layers are recomputed, offloading, the MLPs in tiles) are tried in the order of the speed that
+`cost.py` gives them at best. Each is given the largest micro-batch that seems to fit; the fastest is simulated in full and
+replayed in the allocator's model at the exact limit.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan, smaller_mlp_tile
 from qlora_phi3.memory.cost import StepTime, StepWorkload, estimate_step_time
@@ -19,57 +16,59 @@ from qlora_phi3.memory.plan import (
     GpuLimits,
     Plan,
     RowLengths,
-    count_micro_batches,
+    describe_kind,
     explain_choices,
-    in_words,
+    split_rows,
     step_shape,
 )
 from qlora_phi3.memory.predict import Prediction, Predictor, estimate_allocated, estimate_reserved
+from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import parse_size
-
-if TYPE_CHECKING:
-    from qlora_phi3.memory.plan import Plan, RowLengths
-    from qlora_phi3.memory.predict import Prediction, Predictor
 
 #: Kinds of recomputation that are tried: none, one layer in sixteen, in eight and so on, all.
 CHECKPOINTING = (0, 16, 8, 6, 4, 3, 2, 1)
-
-
 SMALL_LOGITS_TILE_BYTES = 8 * 2**20
-
-
 #: What the small tile saves at most: fp32 logits, their exponentials and gradient, and the 16-bit ones.
 SMALL_LOGITS_SAVE_BYTES = 4 * (DEFAULT_LOGITS_TILE_BYTES - SMALL_LOGITS_TILE_BYTES)
-
-
 #: A larger micro-batch must make a step this much faster to be worth its memory.
 WORTH = 1.02
-
-
-#: A kind that seems to miss by no more than this is simulated whole before it is given up.
+#: A kind that seems to miss by no more than this is simulated in full before it is given up.
 NEARLY_FITS = 1.015
-
-
-#: So near to the limit the 8-bit state of Phi-3-mini's adapter (1.6 % of all) decides.
+#: So near to the limit the 8-bit state of Phi-3-mini's adapter (1.6 % of the total) decides.
 NEARLY_FULL = 1.04
-
-
 ROUNDING_TOKENS = 64
 
+#: Lengths of a row are tried in multiples of this many tokens, and to this share of their length.
+STEP, PRECISION = 64, 1 / 128
+#: Lengths that a row is reported in: as many to each doubling, so that the next is 1.6 to 3.1 % longer.
+STEPS_TO_DOUBLE = 32
 
-def find_plan(predictor: Predictor, rows: RowLengths, card: GpuLimits, *, progress: Callable[[str], None]) -> Plan:
-    """The fastest set-up that fits; where none fits, the leanest one, whose forecast says so."""
-    search = _Search(predictor, rows, card, progress)
+
+def find_plan(predictor: Predictor, rows: RowLengths, limits: GpuLimits, *, progress: Callable[[str], None]) -> Plan:
+    """The fastest plan that fits; where none fits, the one that needs least memory, with `fits` False."""
+    search = _Search(predictor, rows, limits, progress)
     for kinds in search.stages():
         if (plan := search.fastest(kinds)) is not None:
             return plan
-    return search.verify_full_model(search.leanest())
+    return search.verify_full_model(search.minimal)
 
 
 def minimal_memory_plan(predictor: Predictor, rows: RowLengths) -> ExecutionPlan:
-    """What takes least of all that the recipe allows, on any card."""
-    anywhere = GpuLimits(limit_bytes=0, tflops_16bit=1, bandwidth_bytes_per_second=1)
-    return _Search(predictor, rows, anywhere, progress=lambda _: None).leanest()
+    """The plan that needs least memory of all that the recipe allows, on any GPU."""
+    no_limits = GpuLimits(limit_bytes=0, tflops_16bit=1, bandwidth_bytes_per_second=1)
+    return _Search(predictor, rows, no_limits, progress=lambda _: None).minimal
+
+
+def estimate_minimal_allocated(predictor: Predictor, rows: RowLengths) -> int:
+    """Bytes that the plan with least memory allocates at its peak, from a few layers."""
+    execution = minimal_memory_plan(predictor, rows)
+    return max(predictor.phases(execution, step_shape(rows, execution)).values())
+
+
+def predict_minimal(predictor: Predictor, rows: RowLengths, *, limit_bytes: int) -> Prediction:
+    """The plan with least memory, simulated in full."""
+    execution = minimal_memory_plan(predictor, rows)
+    return predictor.predict(execution, step_shape(rows, execution), limit_bytes=limit_bytes)
 
 
 class _Tiles(NamedTuple):
@@ -80,59 +79,61 @@ class _Tiles(NamedTuple):
 
 
 class _Search:
-    """One plan in the making."""
+    """The search for one plan."""
 
     def __init__(
-        self, predictor: Predictor, rows: RowLengths, card: GpuLimits, progress: Callable[[str], None]
+        self, predictor: Predictor, rows: RowLengths, limits: GpuLimits, progress: Callable[[str], None]
     ) -> None:
-        self.predictor, self.rows, self.card, self.progress = predictor, rows, card, progress
-        self.training = predictor.recipe.training
-        #: Kinds that would be faster and do not fit, and what each would show on the card.
-        self._refused: dict[ExecutionPlan, int] = {}
-
-    def tiles(self) -> list[_Tiles]:
-        """All that the recipe allows, the fastest first."""
-        memory, fewest = self.predictor.recipe.memory, self._fewest_tokens()
-        logits: tuple[int, ...] = (DEFAULT_LOGITS_TILE_BYTES, SMALL_LOGITS_TILE_BYTES)
-        if memory.logits_tile != "auto":
-            logits = (parse_size(memory.logits_tile),)
-        if memory.mlp_tile_tokens != "auto":
-            return [_Tiles(size, memory.mlp_tile_tokens) for size in logits]
-        tile = smaller_mlp_tile(fewest)
-        return [_Tiles(size, tokens) for tokens in ((0, tile) if fewest > tile else (0,)) for size in logits]
+        self.predictor, self.rows, self.limits, self.progress = predictor, rows, limits, progress
+        recipe = predictor.recipe
+        self.training, self.pinned_tokens = recipe.training, recipe.memory.micro_batch_tokens != "auto"
+        step = rows.training[: rows.batch_size]
+        fewest, most = rows.longest, sum(step) if recipe.training.packing else len(step) * rows.longest
+        if recipe.memory.micro_batch_tokens != "auto":
+            fewest = most = recipe.memory.micro_batch_tokens
+        #: Tokens of the smallest and of the largest micro-batch.
+        self.fewest, self.most = (self._layouts(tokens)["micro_batch"].max_tokens for tokens in (fewest, most))
+        self.most_allocated = estimate_allocated(limits.limit_bytes - predictor.on_gpu_bytes(0))
+        self.kinds = _allowed_kinds(recipe, predictor.architecture.num_hidden_layers)
+        self.tiles = _allowed_tiles(recipe, self.fewest)
+        #: The one that needs least memory last.
+        self.optimizers = (
+            ("adamw_8bit", "paged_adamw_8bit") if self.training.optim == "auto" else (self.training.optim,)
+        )
+        every, offload = self.kinds[-1]
+        #: The plan that needs least memory of all that the recipe allows.
+        self.minimal = self._smallest(every, offload, self.tiles[-1])
+        #: Kinds that would be faster and do not fit, and what each would need on the GPU.
+        self.refused: dict[ExecutionPlan, int] = {}
 
     def stages(self) -> Iterator[list[ExecutionPlan]]:
-        """Kinds of set-up, each with its smallest micro-batch: where nothing of one stage fits, the next is tried.
+        """Kinds of plan, each with its smallest micro-batch: where nothing of one stage fits, the next is tried.
 
-        Offloading, which costs more than larger micro-batches gain, comes where nothing fits without it.
+        Offloading, which costs more than larger micro-batches gain, comes where nothing fits without it. The MLPs in tiles while
+        all layers are recomputed are the last resort.
         """
-        tiles, fewest, choices = self.tiles(), self._fewest_tokens(), self._kinds()
-        for each in tiles:
-            kept = [self._setup(every, False, fewest, each) for every, offload in choices if not offload]
-            if (
-                len(kept) > 1 and tiles[-1].mlp_tokens > each.mlp_tokens == 0
-            ):  # fewer layers, and the MLPs of all others
-                in_tiles = _Tiles(each.logits_bytes, tiles[-1].mlp_tokens)
-                kept += [self._setup(kind.checkpoint_every, False, fewest, in_tiles) for kind in kept[:-1]]
-            moved = [self._setup(every, True, fewest, each) for every, offload in choices if offload]
-            if each.logits_bytes == tiles[0].logits_bytes or self._nearly_fitted(each):
-                yield kept
-                yield moved
-
-    def _nearly_fitted(self, tiles: _Tiles) -> bool:
-        """Whether a smaller tile of the loss may decide; simulating its many tiles takes its time."""
-        alike = [needed for kind, needed in self._refused.items() if kind.mlp_tile_tokens == tiles.mlp_tokens]
-        return min(alike, default=0) <= self.card.limit_bytes + SMALL_LOGITS_SAVE_BYTES
+        for tiles in self.tiles:
+            on_gpu = [self._smallest(every, False, tiles) for every, offload in self.kinds if not offload]
+            if len(on_gpu) > 1 and self.tiles[-1].mlp_tokens > tiles.mlp_tokens == 0:
+                # fewer layers, and the MLPs of all others
+                in_tiles = _Tiles(tiles.logits_bytes, self.tiles[-1].mlp_tokens)
+                on_gpu += [self._smallest(kind.checkpoint_every, False, in_tiles) for kind in on_gpu[:-1]]
+            offloaded = [self._smallest(every, True, tiles) for every, offload in self.kinds if offload]
+            # A smaller tile of the loss is tried only where it may decide: simulating its many tiles takes time.
+            alike = [needed for kind, needed in self.refused.items() if kind.mlp_tile_tokens == tiles.mlp_tokens]
+            nearly_fitted = min(alike, default=0) <= self.limits.limit_bytes + SMALL_LOGITS_SAVE_BYTES
+            if tiles.logits_bytes == self.tiles[0].logits_bytes or nearly_fitted:
+                yield on_gpu
+                yield offloaded
 
     def fastest(self, kinds: Sequence[ExecutionPlan]) -> Plan | None:
         """The fastest that fits, None where none does; a kind is sized only when nothing faster is left."""
-        most, fewest = self._most_tokens(), self._fewest_tokens()
-        #: Set-ups, and whether they were sized; else they stand for the best that their kind could do.
-        waiting = [(self._with_tokens(kind, most), False) for kind in kinds]
+        #: Plans, and whether they were sized; else they stand for the best that their kind could do.
+        waiting = [(self._with_tokens(kind, self.most), False) for kind in kinds]
         while waiting:
-            execution, is_sized = best = min(waiting, key=lambda each: self.seconds(each[0]))
+            execution, is_sized = best = min(waiting, key=lambda each: self._step_time(each[0])[1].seconds)
             waiting.remove(best)
-            kind = self._with_tokens(execution, fewest)
+            kind = self._with_tokens(execution, self.fewest)
             if not is_sized:
                 if self._may_fit(kind):
                     waiting.append((self._smallest_within_2_percent(self._largest_that_fits(kind)), True))
@@ -140,267 +141,204 @@ class _Search:
             plan = self.verify_full_model(execution)
             if plan.fits:
                 return plan
-            smaller = self.smaller(execution)
-            waiting += [(each, True) for each in smaller]
-            if not smaller:
-                self._refused[kind] = plan.prediction.on_card_bytes
+            tokens = execution.micro_batch.max_tokens
+            if tokens > self.fewest:  # the full simulation found that it needs more than the estimate
+                waiting.append((self._with_tokens(execution, max(self.fewest, int(tokens * 0.9))), True))
+            else:
+                self.refused[kind] = plan.prediction.memory.on_gpu_bytes
         return None
+
+    def verify_full_model(self, execution: ExecutionPlan) -> Plan:
+        """Simulate every layer, at the limit; with the optimizer whose state is not paged where enough memory is left."""
+        self.progress("Simulating every layer")
+        shape, optim = step_shape(self.rows, execution), self.optimizers[0]
+        is_smallest = execution.micro_batch.max_tokens == self.fewest
+        if is_smallest and max(self._phases(execution).values()) * NEARLY_FULL > self.most_allocated:
+            optim = self.optimizers[-1]
+        limit_bytes = self.limits.limit_bytes
+        prediction = self.predictor.predict(replace(execution, optim=optim), shape, limit_bytes=limit_bytes)
+        if optim != self.optimizers[-1] and not prediction.fits:
+            smallest = replace(execution, optim=self.optimizers[-1])
+            prediction = self.predictor.predict(smallest, shape, limit_bytes=limit_bytes)
+        chosen = prediction.execution
+        workload, step_time = self._step_time(chosen)
+        reasons = explain_choices(
+            self.predictor.recipe,
+            chosen,
+            num_passes=workload.num_micro_batches,
+            longest=self.rows.longest,
+            refused=self.refused,
+            limit_bytes=limit_bytes,
+        )
+        return Plan(prediction=prediction, workload=workload, step_time=step_time, reasons=reasons)
 
     def _may_fit(self, kind: ExecutionPlan) -> bool:
         """Whether a kind seems to fit with the smallest micro-batch, or to miss by little."""
-        self.progress(f"Trying {in_words(kind)}")
-        if (
-            kind.mlp_tile_tokens
-            and kind.checkpoint_every != 1
-            and self.predictor.recipe.memory.mlp_tile_tokens == "auto"
-        ):
-            leaner = replace(kind, checkpoint_every=1, mlp_tile_tokens=0)  # keeps less of every layer
-            if max(self._phases(leaner).values()) > self._most_allocated() * NEARLY_FITS:
+        self.progress(f"Trying {describe_kind(kind)}")
+        enough = self.most_allocated * NEARLY_FITS
+        chooses_tile = self.predictor.recipe.memory.mlp_tile_tokens == "auto"
+        if kind.mlp_tile_tokens and kind.checkpoint_every != 1 and chooses_tile:
+            smaller = replace(kind, checkpoint_every=1, mlp_tile_tokens=0)  # saves less of every layer
+            if max(self._phases(smaller).values()) > enough:
                 return False
-        most = max(self._phases(kind).values())
-        if most <= self._most_allocated() * NEARLY_FITS:
-            return True
-        self._refused[kind] = self.predictor.on_card(estimate_reserved(most))
-        return False
-
-    def leanest(self) -> ExecutionPlan:
-        """What takes least of all the recipe allows."""
-        every, offload = self._kinds()[-1]
-        return self._setup(every, offload, self._fewest_tokens(), self.tiles()[-1])
-
-    def verify_full_model(self, execution: ExecutionPlan) -> Plan:
-        """Simulate the whole model, at the limit; the optimizer whose state is not paged where there is plenty of room."""
-        self.progress("Simulating every layer")
-        *usual, leanest = self._optimizers()
-        prediction = self._predict(execution, leanest if self._is_tight(execution) else (*usual, leanest)[0])
-        if prediction.execution.optim != leanest and not prediction.fits:
-            prediction = self._predict(execution, leanest)
-        chosen = prediction.execution
-        return Plan(
-            prediction=prediction,
-            workload=self._workload(chosen),
-            step_time=self._step_time(chosen),
-            reasons=explain_choices(
-                self.predictor.recipe,
-                chosen,
-                num_passes=self._count(chosen),
-                longest=self.rows.longest,
-                refused=self._refused,
-                limit_bytes=self.card.limit_bytes,
-            ),
-        )
-
-    def smaller(self, execution: ExecutionPlan) -> list[ExecutionPlan]:
-        """A tenth fewer tokens, where the whole simulation found less room than the estimate; none below the longest row."""
-        tokens, fewest = execution.micro_batch.max_tokens, self._fewest_tokens()
-        return [self._with_tokens(execution, max(fewest, int(tokens * 0.9)))] if tokens > fewest else []
-
-    def _kinds(self) -> list[tuple[int, bool]]:
-        """(checkpoint_every, activation_offloading), all that the recipe allows, the leanest last."""
-        pinned = self.predictor.recipe.memory.checkpoint_every_n_layers
-        wanted, offloading = self.training.gradient_checkpointing, self.training.activation_offloading
-        if wanted is False:
-            every: tuple[int, ...] = (0,)
-        elif pinned != "auto":
-            every = (pinned,)
-        else:
-            layers = self.predictor.architecture.num_hidden_layers
-            every = (1,) if wanted is True else tuple(each for each in CHECKPOINTING if each < max(2, layers))
-        if offloading is True:
-            return [(number, True) for number in every]
-        kinds = [(number, False) for number in every]
-        return [*kinds, (every[-1], True)] if offloading == "auto" and every[-1] else kinds
-
-    def _predict(self, execution: ExecutionPlan, optim: str) -> Prediction:
-        shape = step_shape(self.rows, execution)
-        return self.predictor.prediction(replace(execution, optim=optim), shape, limit_bytes=self.card.limit_bytes)
-
-    def _is_tight(self, execution: ExecutionPlan) -> bool:
-        """Whether hardly anything is free with the leanest optimizer and the smallest micro-batch."""
-        smallest = execution.micro_batch.max_tokens == self._fewest_tokens()
-        return smallest and max(self._phases(execution).values()) * NEARLY_FULL > self._most_allocated()
-
-    def _optimizers(self) -> tuple[str, ...]:
-        wanted = self.training.optim
-        return ("adamw_8bit", "paged_adamw_8bit") if wanted == "auto" else (wanted,)
-
-    def _setup(self, every: int, offload: bool, tokens: int, tiles: _Tiles) -> ExecutionPlan:
-        return ExecutionPlan(
-            micro_batch=self._layout(tokens, self.training.micro_batch_size),
-            evaluation=self._evaluation(tokens),
-            checkpoint_every=every,
-            activation_offloading=offload,
-            optim=self._optimizers()[-1],
-            logits_tile_bytes=tiles.logits_bytes,
-            mlp_tile_tokens=tiles.mlp_tokens,
-        )
-
-    def _evaluation(self, tokens: int) -> MicroBatchPlan:
-        """As in training, unless the recipe fixes it."""
-        rows = self.training.per_device_eval_batch_size
-        return self._layout(tokens, self.training.micro_batch_size if rows == "auto" else rows)
-
-    def _layout(self, tokens: int, rows: int | None) -> MicroBatchPlan:
-        return MicroBatchPlan(
-            max_tokens=rows * self.training.max_length if rows else tokens,
-            max_rows=rows or self.training.batch_size,
-            packing=self.training.packing,
-            longrope_boundary=self.predictor.architecture.longrope_boundary,
-        )
-
-    def _with_tokens(self, execution: ExecutionPlan, tokens: int) -> ExecutionPlan:
-        tokens = self._fillable(tokens)
-        layout = self._layout(tokens, self.training.micro_batch_size)
-        return replace(execution, micro_batch=layout, evaluation=self._evaluation(tokens))
-
-    def _fillable(self, tokens: int) -> int:
-        """What rows can fill of so many tokens: whole rows, where all are of one length."""
-        longest, pinned = self.rows.longest, self.predictor.recipe.memory.micro_batch_tokens != "auto"
-        alike = self.rows.training[-1] == longest
-        return tokens // longest * longest if alike and not pinned and tokens >= longest else tokens
-
-    def _most_tokens(self) -> int:
-        """All rows of the heaviest step at once."""
-        pinned = self.predictor.recipe.memory.micro_batch_tokens
-        step = self.rows.heaviest_step()
-        whole = sum(step) if self.training.packing else len(step) * self.rows.longest
-        return self._tokens(max(whole, self.rows.longest) if pinned == "auto" else pinned)
-
-    def _fewest_tokens(self) -> int:
-        pinned = self.predictor.recipe.memory.micro_batch_tokens
-        return self._tokens(self.rows.longest if pinned == "auto" else pinned)
-
-    def _tokens(self, wanted: int) -> int:
-        return self._layout(wanted, self.training.micro_batch_size).max_tokens
+        needed = max(self._phases(kind).values())
+        if needed > enough:
+            self.refused[kind] = self.predictor.on_gpu_bytes(estimate_reserved(needed))
+        return needed <= enough
 
     def _largest_that_fits(self, kind: ExecutionPlan) -> ExecutionPlan:
-        """As if all that is not there between two steps grew with the tokens: a little too careful, and needs no simulation.
+        """As if all that is not resident grew with the tokens: a little too careful, and needs no simulation.
 
         Args:
             kind: with the smallest micro-batch, which fits.
         """
-        low, high, phases = kind.micro_batch.max_tokens, self._most_tokens(), self._phases(kind)
+        low, phases = kind.micro_batch.max_tokens, self._phases(kind)
         resident = phases["save"]
         growing = max(1, max(phases.values()) - resident)
-        fitting = low * (self._most_allocated() - resident) // growing
-        return self._with_tokens(kind, max(low, min(high, fitting)))
-
-    def _phases(self, execution: ExecutionPlan) -> Mapping[str, int]:
-        shape = step_shape(self.rows, execution)
-        return self.predictor.estimate(
-            execution, replace(shape, evaluation_lengths=())
-        )  # never the peak; settle() has it
-
-    def _most_allocated(self) -> int:
-        return estimate_allocated(self.card.limit_bytes - self.predictor.on_card(0))
+        fitting = low * (self.most_allocated - resident) // growing
+        return self._with_tokens(kind, max(low, min(self.most, fitting)))
 
     def _smallest_within_2_percent(self, execution: ExecutionPlan) -> ExecutionPlan:
         """The smallest micro-batch that is nearly as fast: the last tokens cost memory and gain little."""
-        most, fewest = execution.micro_batch.max_tokens, self._fewest_tokens()
-        for tokens in range(fewest, most, max(ROUNDING_TOKENS, (most - fewest) // 32)):
-            leaner = self._with_tokens(execution, tokens)
-            if self.seconds(leaner) <= self.seconds(execution) * WORTH:
-                return leaner
+        most = execution.micro_batch.max_tokens
+        slowest = self._step_time(execution)[1].seconds * WORTH
+        for tokens in range(self.fewest, most, max(ROUNDING_TOKENS, (most - self.fewest) // 32)):
+            smaller = self._with_tokens(execution, tokens)
+            if self._step_time(smaller)[1].seconds <= slowest:
+                return smaller
         return execution
 
-    def _count(self, execution: ExecutionPlan) -> int:
-        return count_micro_batches(self.rows.usual_step(), execution.micro_batch)
+    def _smallest(self, every: int, offload: bool, tiles: _Tiles) -> ExecutionPlan:
+        return ExecutionPlan(
+            **self._layouts(self.fewest),
+            checkpoint_every=every,
+            activation_offloading=offload,
+            optim=self.optimizers[-1],
+            logits_tile_bytes=tiles.logits_bytes,
+            mlp_tile_tokens=tiles.mlp_tokens,
+        )
 
-    def seconds(self, execution: ExecutionPlan) -> float:
-        """Of an optimizer step, by the cost model."""
-        return self._step_time(execution).seconds
+    def _with_tokens(self, execution: ExecutionPlan, tokens: int) -> ExecutionPlan:
+        """With micro-batches of so many tokens; of complete rows, where all rows are of one length."""
+        longest = self.rows.longest
+        if self.rows.training[-1] == longest <= tokens and not self.pinned_tokens:
+            tokens = tokens // longest * longest
+        return replace(execution, **self._layouts(tokens))
 
-    def _workload(self, execution: ExecutionPlan) -> StepWorkload:
-        return StepWorkload(
-            lengths=self.rows.usual_step(),
-            num_micro_batches=self._count(execution),
+    def _layouts(self, tokens: int) -> dict[str, Any]:
+        """Micro-batches of so many tokens, or of as many rows as the recipe sets; evaluation as training, unless it is set."""
+        training = self.training
+        eval_rows = training.per_device_eval_batch_size
+        rows_by_name = {
+            "micro_batch": training.micro_batch_size,
+            "evaluation": training.micro_batch_size if eval_rows == "auto" else eval_rows,
+        }
+        return {
+            name: MicroBatchPlan(
+                max_tokens=rows * training.max_length if rows else tokens,
+                max_rows=rows or training.batch_size,
+                packing=training.packing,
+                longrope_boundary=self.predictor.architecture.longrope_boundary,
+            )
+            for name, rows in rows_by_name.items()
+        }
+
+    def _phases(self, execution: ExecutionPlan) -> Mapping[str, int]:
+        """Estimated without evaluation, which is never the peak; `verify_full_model` includes it."""
+        shape = replace(step_shape(self.rows, execution), evaluation_lengths=())
+        return self.predictor.estimate(execution, shape)
+
+    def _step_time(self, execution: ExecutionPlan) -> tuple[StepWorkload, StepTime]:
+        """A typical step, and its time by the cost model."""
+        lengths = self.rows.typical_step()
+        workload = StepWorkload(
+            lengths=lengths,
+            num_micro_batches=len(split_rows(lengths, execution.micro_batch)),
             rank=self.predictor.recipe.lora.r,
             quantized=self.predictor.recipe.quantization.load_in_4bit,
         )
-
-    def _step_time(self, execution: ExecutionPlan) -> StepTime:
-        return estimate_step_time(
+        step_time = estimate_step_time(
             self.predictor.architecture,
             execution,
-            self._workload(execution),
-            tflops_16bit=self.card.tflops_16bit,
-            bandwidth_bytes_per_second=self.card.bandwidth_bytes_per_second,
+            workload,
+            tflops_16bit=self.limits.tflops_16bit,
+            bandwidth_bytes_per_second=self.limits.bandwidth_bytes_per_second,
         )
+        return workload, step_time
 
 
-#: Rows are looked for in multiples of this many tokens, and to this share of their length.
-STEP, PRECISION = 64, 1 / 128
+def _allowed_kinds(recipe: Recipe, num_layers: int) -> list[tuple[int, bool]]:
+    """(checkpoint_every, activation_offloading): all that the recipe allows, the one with least memory last."""
+    pinned = recipe.memory.checkpoint_every_n_layers
+    wanted, offloading = recipe.training.gradient_checkpointing, recipe.training.activation_offloading
+    if wanted is False:
+        every: tuple[int, ...] = (0,)
+    elif pinned != "auto":
+        every = (pinned,)
+    else:
+        every = (1,) if wanted is True else tuple(each for each in CHECKPOINTING if each < max(2, num_layers))
+    if offloading is True:
+        return [(number, True) for number in every]
+    kinds = [(number, False) for number in every]
+    return [*kinds, (every[-1], True)] if offloading == "auto" and every[-1] else kinds
 
 
-#: Lengths that a row is reported in: as many to each doubling, so that the next is 1.6 to 3.1 % longer.
-STEPS_TO_DOUBLE = 32
+def _allowed_tiles(recipe: Recipe, fewest_tokens: int) -> list[_Tiles]:
+    """All tiles that the recipe allows, the fastest first."""
+    memory = recipe.memory
+    logits: tuple[int, ...] = (DEFAULT_LOGITS_TILE_BYTES, SMALL_LOGITS_TILE_BYTES)
+    if memory.logits_tile != "auto":
+        logits = (parse_size(memory.logits_tile),)
+    if memory.mlp_tile_tokens != "auto":
+        return [_Tiles(size, memory.mlp_tile_tokens) for size in logits]
+    tile = smaller_mlp_tile(fewest_tokens)
+    return [_Tiles(size, tokens) for tokens in ((0, tile) if fewest_tokens > tile else (0,)) for size in logits]
 
 
 def round_length(length: int) -> int:
-    """The largest reported length that is no longer."""
+    """The largest reported length, in tokens, that is no longer."""
     step = max(STEP, (1 << length.bit_length() - 1) // STEPS_TO_DOUBLE) if length else STEP
     return length // step * step
 
 
 class MaxLengthSearch:
-    """Searches along one curve of memory over length; what was computed for one card helps the next.
+    """Searches for the longest row along one curve of memory over length; what was computed for one GPU is known for the next.
 
     Args:
-        needs: bytes for a row of so many tokens; never falls.
+        compute_bytes: bytes for a row of so many tokens; never falls.
         at_most: tokens.
     """
 
-    def __init__(self, needs: Callable[[int], int], at_most: int) -> None:
-        self._needs, self.at_most = needs, max(STEP, at_most // STEP * STEP)
+    def __init__(self, compute_bytes: Callable[[int], int], at_most: int) -> None:
+        self._compute_bytes, self.at_most = compute_bytes, max(STEP, at_most // STEP * STEP)
         self._known: dict[int, int] = {}
 
-    def within(self, room_bytes: int) -> int:
-        """The longest row that needs no more than this; 0 where not even the shortest does.
+    def bytes_for(self, length: int) -> int:
+        """Bytes for a row of so many tokens."""
+        if length not in self._known:
+            self._known[length] = self._compute_bytes(length)
+        return self._known[length]
 
-        The curve is nearly a line, so that the place where a line between two known points crosses the room is nearly the
-        answer already.
+    def within(self, limit_bytes: int) -> int:
+        """The longest row, in tokens, that needs no more than this; 0 where not even the shortest fits.
+
+        The curve is nearly a line: where the line between two known points crosses the limit is nearly the answer.
         """
         low, high = STEP, self.at_most
-        if self._need(low) > room_bytes:
+        if self.bytes_for(low) > limit_bytes:
             return 0
-        if self._need(high) <= room_bytes:
+        if self.bytes_for(high) <= limit_bytes:
             return high
-        low = max(length for length, need in self._known.items() if need <= room_bytes)
-        high = min(length for length, need in self._known.items() if need > room_bytes)
+        low = max(length for length, needed in self._known.items() if needed <= limit_bytes)
+        high = min(length for length, needed in self._known.items() if needed > limit_bytes)
         while True:
-            share = (room_bytes - self._known[low]) / (self._known[high] - self._known[low])
+            share = (limit_bytes - self._known[low]) / (self._known[high] - self._known[low])
             guess = min(low + int((high - low) * share) // STEP * STEP, high - STEP)
-            if guess - low <= low * PRECISION:  # nearly there, unless the curve bends upwards: a look beyond
+            if guess - low <= low * PRECISION:  # nearly there, unless the curve bends upwards: try further on
                 guess = low + max(STEP, int(4 * PRECISION * low) // STEP * STEP)
                 if guess >= high:
                     return low
-            if self._need(guess) <= room_bytes:
+            if self.bytes_for(guess) <= limit_bytes:
                 low = guess
             else:
                 high = guess
-
-    @property
-    def least_bytes(self) -> int:
-        """What the shortest row needs."""
-        return self._need(STEP)
-
-    def _need(self, length: int) -> int:
-        if length not in self._known:
-            self._known[length] = self._needs(length)
-        return self._known[length]
-
-
-def allocated_estimate(predictor: "Predictor", rows: "RowLengths") -> int:
-    """What the leanest set-up of a recipe allocates at its peak, from few layers."""
-    from qlora_phi3.memory.plan import step_shape
-
-    execution = minimal_memory_plan(predictor, rows)
-    return max(predictor.phases(execution, step_shape(rows, execution)).values())
-
-
-def minimal_prediction(predictor: "Predictor", rows: "RowLengths", *, limit_bytes: int) -> "Prediction":
-    """The same, simulated whole."""
-    from qlora_phi3.memory.plan import step_shape
-
-    execution = minimal_memory_plan(predictor, rows)
-    return predictor.prediction(execution, step_shape(rows, execution), limit_bytes=limit_bytes)

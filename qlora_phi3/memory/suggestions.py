@@ -1,44 +1,34 @@
-"""What to change in a recipe that does not fit, in order of least harm, with the bytes each change saves.
+"""What to change in a recipe that does not fit, the least harmful change first, with the bytes that each saves.
 
-Each change comes on top of those before it, so that the list is a way to a recipe that fits and ends there. Sizes are simulated
-on a few layers of the leanest set-up that the changed recipe allows; the last step is planned whole before it counts.
+Each change comes on top of those before it, so that the list leads to a recipe that fits and ends there. Sizes are estimated from
+a few layers of the plan with least memory; the last change is simulated in full before it counts.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from qlora_phi3.execution import SMALLEST_MLP_TILE_TOKENS
-from qlora_phi3.hardware.gpu import Gpu
-from qlora_phi3.hardware.gpu_table import CARDS
+from qlora_phi3.hardware.gpu_table import GPU_TABLE
 from qlora_phi3.memory.margin import Margin
-from qlora_phi3.memory.search import STEP, MaxLengthSearch, allocated_estimate, minimal_prediction
-from qlora_phi3.units import format_gib
-
-if TYPE_CHECKING:
-    from qlora_phi3.memory.plan import Plan, RowLengths
-    from qlora_phi3.memory.predict import Predictor
-    from qlora_phi3.memory.report import Suggestion
-    from qlora_phi3.recipe.schema import Recipe
+from qlora_phi3.memory.plan import RowLengths
+from qlora_phi3.memory.predict import Predictor
+from qlora_phi3.memory.report import Suggestion, VramReport
+from qlora_phi3.memory.search import STEP, MaxLengthSearch, estimate_minimal_allocated, predict_minimal
+from qlora_phi3.recipe.schema import Recipe
+from qlora_phi3.units import MIB, format_gib
 
 #: A change that saves less is not worth a line.
-WORTH_BYTES = 16 * 2**20
-
-
+WORTH_BYTES = 16 * MIB
 #: Changes that are simulated at most.
 MOST_TRIED = 6
-
-
-#: Reserved over allocated at the very least, with expandable segments: below it a change is not simulated whole.
+#: Reserved over allocated at the very least, with expandable segments: below it a change is not simulated in full.
 LEAST_RATIO = 1.01
-
-
 SMALLEST_RANK = 4
 
 
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """A change of the recipe, and how to make it."""
+class _Change(NamedTuple):
+    """A change of keys in one table of the recipe."""
 
     text: str
     table: str
@@ -46,60 +36,34 @@ class _Change:
 
 
 def find_suggestions(
-    predictor: "Predictor",
-    rows: "RowLengths",
-    device: Gpu,
-    plan: "Plan",
-    margin: Margin,
-    budget_bytes: int,
-    *,
-    info: Callable[[str], None],
-) -> tuple[tuple["Suggestion", ...], str]:
-    """The way to a recipe that fits, and where none leads there, why."""
-    way = _Way(predictor, rows, device, plan, margin, budget_bytes, info=info)
-    for widen in (way.raise_budget, way.close_programs):
-        if widen():
-            return tuple(way.suggestions), ""
+    predictor: Predictor, rows: RowLengths, report: VramReport, *, info: Callable[[str], None]
+) -> tuple[tuple[Suggestion, ...], str]:
+    """The changes that lead to a recipe that fits, and where none do, why.
+
+    Args:
+        report: of the recipe as it is, which does not fit.
+        info: called with what is being done.
+    """
+    path = _Path(predictor, rows, report, info)
+    path.widen_budget()
     for tried, change in enumerate(_changes(predictor.recipe)):
-        if tried == MOST_TRIED or way.make(change):
+        if tried == MOST_TRIED or path.fits:
             break
-    if not way.arrived:
-        way.shorten()
-    if not way.arrived:
-        way.lower_rank()
-    if not way.arrived:
-        way.shorten()
-    return tuple(way.suggestions), "" if way.arrived else way.no_fix_reason()
+        path.apply(change)
+    path.shorten_rows()
+    path.lower_rank()
+    path.shorten_rows()
+    return tuple(path.suggestions), "" if path.fits else path.no_fix_reason()
 
 
-def _changes(recipe: "Recipe") -> Iterator[_Change]:
-    """What may be given back to the plan, or learned in a slightly other way; the harmless first."""
-    yield from _unpinned(recipe)
-    if not recipe.quantization.load_in_4bit:
-        yield _Change(
-            "Write [quantization] load_in_4bit = true: the frozen base in 4 bit (QLoRA)",
-            "quantization",
-            {"load_in_4bit": True},
-        )
-    elif not recipe.quantization.bnb_4bit_use_double_quant:
-        text = "Write [quantization] bnb_4bit_use_double_quant = true: 4.127 instead of 4.5 bit a weight"
-        yield _Change(text, "quantization", {"bnb_4bit_use_double_quant": True})
-    if recipe.lora.use_dora:
-        yield _Change("Write [lora] use_dora = false: plain LoRA", "lora", {"use_dora": False})
-    if recipe.lora.modules_to_save:
-        names = ", ".join(recipe.lora.modules_to_save)
-        text = f"Delete [lora] modules_to_save: {names} stays as it is instead of being trained in full"
-        yield _Change(text, "lora", {"modules_to_save": None})
-
-
-def _unpinned(recipe: "Recipe") -> Iterator[_Change]:
-    """The keys that decide memory alone, left to the plan."""
-    training, memory = recipe.training, recipe.memory
+def _changes(recipe: Recipe) -> Iterator[_Change]:
+    """The keys that decide memory alone, left to the plan; then what is learned in a slightly different way."""
+    training, memory, quantization = recipe.training, recipe.memory, recipe.quantization
     if training.gradient_checkpointing is False:
-        text = 'Write [training] gradient_checkpointing = "auto": activations are computed twice instead of kept'
+        text = 'Write [training] gradient_checkpointing = "auto": activations may be computed twice instead of saved'
         yield _Change(text, "training", {"gradient_checkpointing": "auto"})
     if memory.checkpoint_every_n_layers not in ("auto", 1):
-        text = 'Write [memory] checkpoint_every_n_layers = "auto": every layer is computed twice if need be'
+        text = 'Write [memory] checkpoint_every_n_layers = "auto": every layer may be computed twice'
         yield _Change(text, "memory", {"checkpoint_every_n_layers": "auto"})
     if (training.micro_batch_size or 1) > 1:
         text = (
@@ -112,7 +76,7 @@ def _unpinned(recipe: "Recipe") -> Iterator[_Change]:
         text = 'Write [memory] micro_batch_tokens = "auto": the same update from fewer tokens at a time'
         yield _Change(text, "memory", {"micro_batch_tokens": "auto"})
     if training.activation_offloading is False:
-        text = 'Write [training] activation_offloading = "auto": what is kept of the layers may lie in the computer\'s memory'
+        text = 'Write [training] activation_offloading = "auto": layer inputs may be in host memory'
         yield _Change(text, "training", {"activation_offloading": "auto"})
     if memory.mlp_tile_tokens != "auto" and not 0 < memory.mlp_tile_tokens <= SMALLEST_MLP_TILE_TOKENS:
         text = 'Write [memory] mlp_tile_tokens = "auto": the MLPs may be computed in tiles'
@@ -120,134 +84,117 @@ def _unpinned(recipe: "Recipe") -> Iterator[_Change]:
     if memory.logits_tile != "auto":
         yield _Change('Write [memory] logits_tile = "auto"', "memory", {"logits_tile": "auto"})
     if training.optim not in ("auto", "paged_adamw_8bit"):
-        text = 'Write [training] optim = "auto": Adam keeps 8-bit notes, which may leave the card'
+        text = 'Write [training] optim = "auto": Adam with 8-bit state, which can leave the GPU'
         yield _Change(text, "training", {"optim": "auto"})
+    if not quantization.load_in_4bit:
+        text = "Write [quantization] load_in_4bit = true: the frozen base in 4 bit (QLoRA)"
+        yield _Change(text, "quantization", {"load_in_4bit": True})
+    elif not quantization.bnb_4bit_use_double_quant:
+        text = "Write [quantization] bnb_4bit_use_double_quant = true: 4.127 instead of 4.5 bit a weight"
+        yield _Change(text, "quantization", {"bnb_4bit_use_double_quant": True})
+    if recipe.lora.use_dora:
+        yield _Change("Write [lora] use_dora = false: plain LoRA", "lora", {"use_dora": False})
+    if recipe.lora.modules_to_save:
+        names = ", ".join(recipe.lora.modules_to_save)
+        text = f"Delete [lora] modules_to_save: {names} stays as it is instead of being trained in full"
+        yield _Change(text, "lora", {"modules_to_save": None})
 
 
-class _Way:
-    """The changes so far, and what the recipe takes with them."""
+class _Path:
+    """The changes so far, and what the recipe needs with them."""
 
-    def __init__(
-        self,
-        predictor: "Predictor",
-        rows: "RowLengths",
-        device: Gpu,
-        plan: "Plan",
-        margin: Margin,
-        budget_bytes: int,
-        *,
-        info: Callable[[str], None],
-    ) -> None:
-        self.predictor, self.rows = predictor, rows
-        self.device, self.margin, self.budget_bytes, self.info = device, margin, budget_bytes, info
-        prediction = plan.prediction
-        self.needed = self.needed_unchanged = prediction.on_card_bytes
-        #: What the allocator reserves over what is allocated, taken to stay the same.
-        self.slack_bytes = prediction.reserved_bytes - prediction.allocated_bytes
+    def __init__(self, predictor: Predictor, rows: RowLengths, report: VramReport, info: Callable[[str], None]) -> None:
+        self.predictor, self.rows, self.info = predictor, rows, info
+        self.device, self.budget_bytes, self.margin = report.device, report.budget_bytes, Margin(report.margin_share)
+        self.needed = self.needed_unchanged = report.memory.on_gpu_bytes
+        #: What the allocator reserves over what is allocated, assumed to stay the same.
+        self.slack_bytes = report.memory.reserved_bytes - report.memory.allocated_bytes
         self.suggestions: list[Suggestion] = []
+        self.fits = False
 
-    @property
-    def room(self) -> int:
-        return self.margin.limit(self.budget_bytes)
-
-    @property
-    def arrived(self) -> bool:
-        return bool(self.suggestions) and self.suggestions[-1].fits
-
-    def raise_budget(self) -> bool:
-        """Give the run all that is free."""
-        more = self.device.free_bytes - self.budget_bytes
-        return more >= WORTH_BYTES and self._widen('Write [memory] budget = "auto": all that is free on the card', more)
-
-    def close_programs(self) -> bool:
-        """Take back what other programs hold."""
-        more = self.device.other_processes_bytes
-        if not self.device.is_local or more < WORTH_BYTES:
-            return False
+    def widen_budget(self) -> None:
+        """Give the run all that is free, then what other programs hold."""
         names = ", ".join(dict.fromkeys(process.name for process in self.device.processes[:4]))
-        return self._widen(f"Close other programs on the card{f' ({names})' if names else ''}", more)
+        close = f"Close other programs on the GPU ({names})" if names else "Close other programs on the GPU"
+        held = self.device.other_processes_bytes if self.device.is_local else 0
+        widenings = (
+            ('Write [memory] budget = "auto": all that is free on the GPU', self.device.free_bytes - self.budget_bytes),
+            (close, held),
+        )
+        for text, more_bytes in widenings:
+            if more_bytes >= WORTH_BYTES and not self.fits:
+                self.budget_bytes += more_bytes
+                self.fits = self.needed <= self.margin.limit(self.budget_bytes)
+                self.suggestions.append(Suggestion(text=text, saved_bytes=more_bytes, fits=self.fits, widens=True))
 
-    def _widen(self, text: str, more_bytes: int) -> bool:
-        self.budget_bytes += more_bytes
-        return self._note(text, more_bytes, fits=self.needed <= self.room, widens=True)
+    def apply(self, change: _Change, rows: RowLengths | None = None, *, only_if_it_fits: bool = False) -> None:
+        """Make a change, if it is worth a line.
 
-    def make(self, change: _Change) -> bool:
-        """Make a change, if it is worth a line; whether the recipe fits now."""
-        recipe = _changed(self.predictor.recipe, change.table, change.keys)
-        return self._take(change.text, self.predictor.with_recipe(recipe), self.rows)
+        Args:
+            rows: the rows after the change; None: as they are.
+        """
+        self.info("Looking for what would help")
+        recipe, rows = self.predictor.recipe, rows or self.rows
+        table = getattr(recipe, change.table).model_copy(update=change.keys)
+        predictor = self.predictor.with_recipe(recipe.model_copy(update={change.table: table}))
+        allocated, limit_bytes = estimate_minimal_allocated(predictor, rows), self.margin.limit(self.budget_bytes)
+        needed, fits, slack_bytes = predictor.on_gpu_bytes(allocated + self.slack_bytes), False, self.slack_bytes
+        if predictor.on_gpu_bytes(int(allocated * LEAST_RATIO)) <= limit_bytes:
+            prediction = predict_minimal(predictor, rows, limit_bytes=limit_bytes)
+            memory, fits = prediction.memory, prediction.fits
+            needed, slack_bytes = memory.on_gpu_bytes, memory.reserved_bytes - memory.allocated_bytes
+        self.slack_bytes = slack_bytes
+        saved_bytes = self.needed - needed
+        if fits or (saved_bytes >= WORTH_BYTES and not only_if_it_fits):
+            self.predictor, self.rows, self.needed, self.fits = predictor, rows, needed, fits
+            self.suggestions.append(Suggestion(text=change.text, saved_bytes=saved_bytes, fits=fits))
 
-    def shorten(self) -> None:
+    def shorten_rows(self) -> None:
         """Cut the rows to the longest that fits."""
-        if self.rows.longest <= STEP:
+        if self.fits or self.rows.longest <= STEP:
             return
-        predictor, room = self.predictor, self.room
+        predictor, all_rows, limit_bytes = self.predictor, self.rows, self.margin.limit(self.budget_bytes)
 
-        def needs(length: int) -> int:
+        def cut(length: int) -> RowLengths:
+            training = tuple(min(row, length) for row in all_rows.training)
+            return replace(all_rows, training=training, longest_evaluation=min(all_rows.longest_evaluation, length))
+
+        def needed_bytes(length: int) -> int:
             self.info(f"Looking for what would help: rows of {length:,} tokens")
-            return predictor.on_card(allocated_estimate(predictor, _cut(self.rows, length)) + self.slack_bytes)
+            return predictor.on_gpu_bytes(estimate_minimal_allocated(predictor, cut(length)) + self.slack_bytes)
 
-        search = MaxLengthSearch(needs, self.rows.longest - STEP)
-        for _ in range(3):  # the whole simulation may find a little less room than the estimate
-            length = search.within(room)
+        search = MaxLengthSearch(needed_bytes, all_rows.longest - STEP)
+        for _ in range(3):  # the full simulation may need a little more than the estimate
+            length = search.within(limit_bytes)
             if not length:
                 return
-            rows = _cut(self.rows, length)
-            recipe = _changed(self.predictor.recipe, "training", {"max_length": length})
             text = f"Write [training] max_length = {length}, the longest that fits: longer rows are cut there"
-            if self._take(text, self.predictor.with_recipe(recipe), rows, only_if_it_fits=True):
+            self.apply(_Change(text, "training", {"max_length": length}), cut(length), only_if_it_fits=True)
+            if self.fits:
                 return
-            room -= room // 50
+            limit_bytes -= limit_bytes // 50
 
     def lower_rank(self) -> None:
-        """Make the adapter smaller, on rows as they are: a quarter, a sixteenth and so on, until it fits."""
+        """Make the adapter smaller, with the rows as they are: a quarter, a sixteenth and so on, until it fits."""
         given = rank = self.predictor.recipe.lora.r
-        while rank > SMALLEST_RANK and not self.arrived:
+        while rank > SMALLEST_RANK and not self.fits:
             rank = max(SMALLEST_RANK, rank // 4)
-            recipe = _changed(self.predictor.recipe, "lora", {"r": rank})
             text = f"Write [lora] r = {rank} instead of {given}: a smaller adapter, which learns less"
-            last = rank == SMALLEST_RANK
-            self._take(text, self.predictor.with_recipe(recipe), self.rows, only_if_it_fits=not last)
+            self.apply(_Change(text, "lora", {"r": rank}), only_if_it_fits=rank > SMALLEST_RANK)
 
     def no_fix_reason(self) -> str:
-        """Why no change helps, and which card would do."""
-        wanted = self.needed + self.margin.bytes_for(self.needed)
+        """Why no change helps, and which GPU would be large enough."""
+        needed = format_gib(self.needed + self.margin.bytes_for(self.needed))
         length = self.rows.longest
         unchanged = self.needed_unchanged + self.margin.bytes_for(self.needed_unchanged)
-        enough = min(
-            (card for card in CARDS if card.usable_bytes >= unchanged), key=lambda card: card.usable_bytes, default=None
-        )
-        told = f"With all of that, one row of {length:,} tokens needs {format_gib(wanted)}"
-        if not self.suggestions:
-            told = f"One row of {length:,} tokens needs {format_gib(wanted)} however it is computed"
-        if enough is None:
-            return f"{told}: no card of the table holds it. Take a smaller model or shorter rows."
-        return f"{told}. A card of {enough.nominal_gb} GB would do for the recipe as it is; or take a smaller model."
-
-    def _take(self, text: str, predictor: "Predictor", rows: "RowLengths", *, only_if_it_fits: bool = False) -> bool:
-        self.info("Looking for what would help")
-        allocated = allocated_estimate(predictor, rows)
-        needed, fits = predictor.on_card(allocated + self.slack_bytes), False
-        if predictor.on_card(int(allocated * LEAST_RATIO)) <= self.room:
-            prediction = minimal_prediction(predictor, rows, limit_bytes=self.room)
-            fits, needed = prediction.fits, prediction.on_card_bytes
-            self.slack_bytes = prediction.reserved_bytes - prediction.allocated_bytes
-        saved = self.needed - needed
-        if not fits and (only_if_it_fits or saved < WORTH_BYTES):
-            return False
-        self.predictor, self.rows, self.needed = predictor, rows, needed
-        return self._note(text, saved, fits=fits)
-
-    def _note(self, text: str, saved_bytes: int, *, fits: bool, widens: bool = False) -> bool:
-        from qlora_phi3.memory.report import Suggestion
-
-        self.suggestions.append(Suggestion(text=text, saved_bytes=saved_bytes, fits=fits, widens=widens))
-        return fits
-
-
-def _changed(recipe: "Recipe", table: str, keys: dict[str, Any]) -> "Recipe":
-    return recipe.model_copy(update={table: getattr(recipe, table).model_copy(update=keys)})
-
-
-def _cut(rows: "RowLengths", length: int) -> "RowLengths":
-    cut = tuple(min(row, length) for row in rows.training)
-    return replace(rows, training=cut, longest_evaluation=min(rows.longest_evaluation, length))
+        sizes = [
+            gpu.nominal_gb
+            for gpu in sorted(GPU_TABLE, key=lambda gpu: gpu.usable_bytes)
+            if gpu.usable_bytes >= unchanged
+        ]
+        reason = f"One row of {length:,} tokens needs {needed}, whatever the plan."
+        if self.suggestions:
+            reason = f"With all of these changes, one row of {length:,} tokens needs {needed}."
+        if not sizes:
+            return f"{reason} No GPU of the table has that much: take a smaller model or shorter rows."
+        return f"{reason} A GPU with {sizes[0]} GB fits the recipe as it is; or take a smaller model."

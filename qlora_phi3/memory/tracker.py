@@ -1,44 +1,38 @@
-"""Follows every storage from birth to death while code runs on tensors that hold nothing."""
+"""Follows every storage from its allocation to its end while code runs on tensors without storage (`FakeTensorMode`)."""
 
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
+import bitsandbytes  # noqa: F401  # registers torch.ops.bitsandbytes
 import torch
-from bitsandbytes.backends.cpu import ops as cpu_ops
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-#: c10::cuda::CUDACachingAllocator hands out multiples of this.
+from qlora_phi3.memory import report
+
+#: c10::cuda::CUDACachingAllocator rounds requests up to multiples of this.
 ROUNDING = 512
-
-
 #: bitsandbytes pages no smaller state than this (`Optimizer8bit.get_state_buffer`, 0.50).
 SMALLEST_PAGED_ELEMENTS = 100_000
+#: As a category: what is allocated is in host memory, not on the GPU.
+HOST = "host memory"
+#: Phase -> category of a storage that nothing else identifies.
+PHASE_CATEGORIES = {
+    "forward": report.ACTIVATIONS,
+    "backward": report.ACTIVATION_GRADIENTS,
+    "evaluation": report.ACTIVATIONS,
+}
 
-
-#: Phase -> whose a storage is that nothing else tells of.
-LEFT_OVER = {"forward": "activations", "backward": "gradients of activations", "evaluation": "activations"}
-
-
-#: How the operators of 4-bit weights are taken apart: bitsandbytes runs them as one, and what they hold inside is seen by nobody.
 _aten, _bnb = torch.ops.aten, torch.ops.bitsandbytes
-
-
 _device_of = torch.ops.prim.device.default
 
 
-#: On a CPU its updates are Python code, with tensors of its own; on a card they are kernels without.
-_CPU_UPDATES = {
-    _bnb.optimizer_update_8bit_blockwise.default: cpu_ops._optimizer_update_8bit_blockwise_cpu,
-    _bnb.optimizer_update_32bit.default: cpu_ops._optimizer_update_32bit_cpu,
-}
-
-
 class NullTracker:
-    """Told where a step is and whose tensor is whose; this one takes no notice."""
+    """The interface by which a step reports its phases and whose tensor is whose; this one ignores it all."""
 
     num_supervised = 0
 
@@ -46,71 +40,61 @@ class NullTracker:
         """From here on peaks belong to `phase`."""
 
     def attribute_to(self, category: str) -> AbstractContextManager[None]:
-        """What is born inside belongs to `category`."""
+        """What is allocated inside belongs to `category`."""
         return nullcontext()
 
     def tag(self, tensor: Tensor | None, category: str) -> None:
-        """Say whose storage this is."""
+        """The storage of `tensor` belongs to `category`, whatever it was allocated as."""
 
     def page(self, optimizer: Any) -> None:
-        """Look after an optimizer that keeps its state in managed memory."""
+        """Allocate the paged state of `optimizer` in host memory."""
 
 
 class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of live storages under `FakeTensorMode`.
 
     Args:
-        num_supervised: what `nonzero` finds; the one shape of a step that depends on the data.
-        vocabulary: a storage whose last dimension is this long belongs to the logits' tile.
-        rounding: bytes a storage is rounded up to.
+        num_supervised: what `nonzero` finds; the only shape of a step that depends on the data.
+        vocabulary: a storage whose last dimension is this long belongs to the logits tile.
+        rounding: bytes that a storage is rounded up to; 1 follows the CPU's allocator and kernels.
     """
 
     def __init__(self, *, num_supervised: int, vocabulary: int, rounding: int = ROUNDING) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.num_supervised, self.vocabulary, self.rounding = num_supervised, vocabulary, rounding
-        #: (storage id, bytes) for a birth, (storage id, 0) for a death.
+        #: (storage id, bytes) for an allocation, (storage id, 0) for its end.
         self.events: list[tuple[int, int]] = []
         self.categories: dict[int, str] = {}
-        #: Phase -> (live bytes, number of events) when it held most.
+        #: Phase -> (live bytes, number of events) when most was allocated.
         self.peaks: dict[str, tuple[int, int]] = {}
         self.phase, self.live_bytes, self.host_bytes, self.peak_host_bytes, self.paged_bytes = "load", 0, 0, 0, 0
-        self._tenant: str | None = None
+        self._category: str | None = None
+        #: By the storage's address: its id, and the reference whose callback sees it end.
         self._ids: dict[int, int] = {}
         self._watched: dict[int, weakref.ref[Any]] = {}
         self._count = 0
-        self._on_host = False
 
     def enter(self, phase: str) -> None:
-        """From here on peaks belong to `phase`."""
         self.phase = phase
-        self._note_peak()
+        if self.live_bytes > self.peaks.get(phase, (-1, 0))[0]:
+            self.peaks[phase] = self.live_bytes, len(self.events)
 
     @contextmanager
     def attribute_to(self, category: str) -> Iterator[None]:
-        """What is born inside belongs to `category`."""
-        before, self._tenant = self._tenant, category
+        """What is allocated inside belongs to `category`; with `HOST`, to host memory."""
+        before, self._category = self._category, category
         try:
             yield
         finally:
-            self._tenant = before
-
-    @contextmanager
-    def on_host(self) -> Iterator[None]:
-        """What is born inside lies in the computer's memory, not on the card."""
-        self._on_host, before = True, self._on_host
-        try:
-            yield
-        finally:
-            self._on_host = before
+            self._category = before
 
     def tag(self, tensor: Tensor | None, category: str) -> None:
-        """Say whose storage this is."""
         number = None if tensor is None else self._ids.get(tensor.untyped_storage()._cdata)
         if number is not None:
             self.categories[number] = category
 
     def page(self, optimizer: Any) -> None:
-        """Let paged state be made on the host: `cudaMallocManaged` counts in none of the allocator's figures."""
+        """Allocate paged state in host memory: `cudaMallocManaged` counts in none of the allocator's figures."""
         if not getattr(optimizer, "is_paged", False) or self.rounding == 1:
             return
 
@@ -118,103 +102,132 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
             if parameter.numel() < SMALLEST_PAGED_ELEMENTS:
                 return torch.zeros_like(parameter, dtype=dtype)
             self.paged_bytes += parameter.numel() * dtype.itemsize
-            with self.on_host():
+            with self.attribute_to(HOST):
                 return torch.zeros_like(parameter, dtype=dtype)
 
         optimizer.get_state_buffer = buffer
 
     def track_bytes(self, num_bytes: int, category: str) -> Callable[[], None]:
-        """Bytes that no tensor stands for, such as a kernel's workspace; returns what frees them."""
+        """Count bytes as allocated, also where no tensor has them, such as a kernel's workspace.
+
+        Returns:
+            A function that ends the allocation.
+        """
         self._count += 1
         number = self._count
-        self._born(number, num_bytes, category)
-        return lambda: self._died(number, num_bytes)
+        self.events.append((number, num_bytes))
+        self.categories[number] = category
+        self.live_bytes += num_bytes
+        self.enter(self.phase)
 
-    def live_at(self, num_events: int) -> Counter[str]:
-        """Tenant -> bytes alive after so many events."""
-        alive: dict[int, int] = {}
+        def release() -> None:
+            self.events.append((number, 0))
+            self.live_bytes -= num_bytes
+
+        return release
+
+    def live_at(self, num_events: int) -> dict[str, int]:
+        """Category -> bytes allocated after so many events, largest first."""
+        live: dict[int, int] = {}
         for number, num_bytes in self.events[:num_events]:
             if num_bytes:
-                alive[number] = num_bytes
+                live[number] = num_bytes
             else:
-                del alive[number]
-        held: Counter[str] = Counter()
-        for number, num_bytes in alive.items():
-            held[self.categories[number]] += num_bytes
-        return held
+                del live[number]
+        by_category: Counter[str] = Counter()
+        for number, num_bytes in live.items():
+            by_category[self.categories[number]] += num_bytes
+        return dict(by_category.most_common())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operator and look at what it gives."""
-        if func is _device_of:
-            return args[0].fake_device  # asked thousands of times; the way through FakeTensorMode is long
-        if func is torch.ops.prim.device.default:  # three in five calls: a fake tensor is asked where it is
+        """Run one operator and follow the tensors that it returns."""
+        if func is _device_of:  # three in five calls, and the way through FakeTensorMode is long
             return args[0].fake_device
         kwargs = kwargs or {}
         if func is _bnb.gemm_4bit.default:
             with self:
                 return _dequantize_then_multiply(*args, **kwargs)
-        if self.rounding == 1 and func in _CPU_UPDATES:
+        if self.rounding == 1 and func in _cpu_updates():
             with self:
-                return _CPU_UPDATES[func](*args, **kwargs)
+                return _cpu_updates()[func](*args, **kwargs)
         if func is _aten._local_scalar_dense.default:
-            return 1  # longrope asks whether a row is long; the memory is the same
+            return 1  # longrope reads whether a row is long; the memory is the same
         if func is _aten.nonzero.default:
             result = args[0].new_empty((self.num_supervised, args[0].dim()), dtype=torch.int64)
         else:
             result = func(*args, **kwargs)
-        category = "dequantized weight" if func is _bnb.dequantize_4bit.default else None
+        category = report.DEQUANTIZED_WEIGHT if func is _bnb.dequantize_4bit.default else None
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
-                self._look_at(tensor, category)
+                self._follow(tensor, category)
         return result
 
-    def _look_at(self, tensor: Tensor, category: str | None) -> None:
+    def _follow(self, tensor: Tensor, category: str | None) -> None:
+        """Count a storage that is new, until it ends."""
         storage = tensor.untyped_storage()
         key, num_bytes = storage._cdata, storage.nbytes()
-        if key in self._ids or not num_bytes:
+        if key in self._watched or not num_bytes:
             return
-        self._count += 1
-        number = self._ids[key] = self._count
-        if self._on_host:
+        if self._category == HOST:
             self.host_bytes += num_bytes
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
-        else:
-            num_bytes = -(-num_bytes // self.rounding) * self.rounding
-            self._born(number, num_bytes, category or self._tenant or self._guess(tensor))
-        on_host = self._on_host
 
-        def gone(_: object) -> None:
-            del self._ids[key], self._watched[number]
-            if on_host:
+            def release() -> None:
                 self.host_bytes -= num_bytes
-            else:
-                self._died(number, num_bytes)
+        else:
+            rounded = -(-num_bytes // self.rounding) * self.rounding
+            release = self.track_bytes(rounded, category or self._category or self._guess_category(tensor))
+            self._ids[key] = self._count
 
-        self._watched[number] = weakref.ref(storage, gone)
+        def ended(_: object) -> None:
+            del self._watched[key]
+            self._ids.pop(key, None)
+            release()
 
-    def _guess(self, tensor: Tensor) -> str:
+        self._watched[key] = weakref.ref(storage, ended)
+
+    def _guess_category(self, tensor: Tensor) -> str:
         shape = tensor.shape
         if self.phase != "load" and len(shape) == 2 and shape[1] == self.vocabulary:
-            return "logits tile"
+            return report.LOGITS_TILE
         if tensor.dtype == torch.bool and len(shape) > 1 and shape[-1] == shape[-2]:
-            return "attention mask"
+            return report.ATTENTION_MASK
         if self.phase == "backward" and torch.is_grad_enabled():
-            return "layer being recomputed"
-        return LEFT_OVER.get(self.phase, "other")
+            return report.RECOMPUTED_LAYER
+        return PHASE_CATEGORIES.get(self.phase, report.OTHER)
 
-    def _born(self, number: int, num_bytes: int, category: str) -> None:
-        self.events.append((number, num_bytes))
-        self.categories[number] = category
-        self.live_bytes += num_bytes
-        self._note_peak()
 
-    def _died(self, number: int, num_bytes: int) -> None:
-        self.events.append((number, 0))
-        self.live_bytes -= num_bytes
+def parameter_category(name: str, parameter: Tensor) -> str:
+    """The category of a model's parameter, simulated or real.
 
-    def _note_peak(self) -> None:
-        if self.live_bytes > self.peaks.get(self.phase, (-1, 0))[0]:
-            self.peaks[self.phase] = self.live_bytes, len(self.events)
+    Args:
+        name: as `named_parameters` gives it.
+    """
+    if parameter.requires_grad:
+        return report.ADAPTER
+    if parameter.dtype == torch.uint8:
+        return report.QUANTIZED_WEIGHTS
+    is_outer = "embed_tokens" in name or "lm_head" in name
+    return report.EMBEDDING_AND_HEAD if is_outer else report.UNQUANTIZED_WEIGHTS
+
+
+def quantization_tensors(parameter: Tensor) -> Iterator[Tensor]:
+    """The tensors of a 4-bit parameter's quantization state, nested states included; none of another parameter."""
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        yield from (tensor for tensor in (state.absmax, state.code, state.offset) if tensor is not None)
+        state = state.state2
+
+
+@cache
+def _cpu_updates() -> dict[Any, Callable[..., Any]]:
+    """On a CPU bitsandbytes' updates are Python code with tensors of its own; on a GPU they are kernels without."""
+    from bitsandbytes.backends.cpu import ops
+
+    return {
+        _bnb.optimizer_update_8bit_blockwise.default: ops._optimizer_update_8bit_blockwise_cpu,
+        _bnb.optimizer_update_32bit.default: ops._optimizer_update_32bit_cpu,
+    }
 
 
 def _dequantize_then_multiply(

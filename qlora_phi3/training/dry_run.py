@@ -16,12 +16,13 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from qlora_phi3.hardware.gpu import Gpu
+from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.training.oom import RngState
-from qlora_phi3.training.report import Measured, measure_memory
+from qlora_phi3.training.report import measure_memory
 from qlora_phi3.training.trainer import Phi3Trainer
 
 
-def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> Measured:
+def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> MemoryReport:
     """Run the heaviest step, evaluation and checkpoint of a trainer that has not started, and undo them.
 
     Args:

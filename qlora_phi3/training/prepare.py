@@ -6,7 +6,7 @@ Everything that can fail cheaply is in `prepare`, before any weight is read.
 import os
 import platform
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from qlora_phi3.memory.allocator import expandable_segments_work
 from qlora_phi3.memory.margin import budget_of, read_margin
 from qlora_phi3.memory.plan import GpuLimits, RowLengths, read_lengths, step_shape
 from qlora_phi3.memory.predict import Predictor
+from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.search import find_plan
 from qlora_phi3.memory.simulate import simulate
 from qlora_phi3.model.lora import attach_adapter, measure_coverage
@@ -36,7 +37,7 @@ from qlora_phi3.recipe.load import check_model_limits
 from qlora_phi3.recipe.schema import Memory, Recipe, Training
 from qlora_phi3.reporter import Reporter
 from qlora_phi3.training.callbacks import cap_to_free_memory
-from qlora_phi3.training.report import Predicted, describe_device
+from qlora_phi3.training.report import describe_device
 from qlora_phi3.units import format_gib, parse_size
 
 #: Tokens of a micro-batch where there is no plan and neither the recipe nor a longer row requires more: enough to keep the
@@ -74,7 +75,7 @@ class PlannedRun:
     """How a run is executed, and the memory it should need (None where nothing was simulated)."""
 
     execution: ExecutionPlan
-    predicted: Predicted | None
+    predicted: MemoryReport | None
 
 
 def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
@@ -204,10 +205,7 @@ def plan_run(context: RunContext) -> PlannedRun:
         compute_dtype=context.precision.compute_dtype,
         path="cpu",
     )
-    predicted = Predicted(
-        allocated_bytes=memory.peak_bytes, reserved_bytes=None, on_card_bytes=None, categories=dict(memory.categories)
-    )
-    return PlannedRun(execution=execution, predicted=predicted)
+    return PlannedRun(execution=execution, predicted=replace(memory, trace=()))
 
 
 def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
@@ -228,26 +226,18 @@ def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
     reporter.progress("Planning the memory", 0, None)
     plan = find_plan(predictor, context.row_lengths, limits, progress=lambda _: None)
     reporter.progress("Planning the memory", 1, 1)
-    execution, prediction = plan.execution, plan.prediction
+    execution = plan.execution
     every = execution.checkpoint_every
     recomputed = {0: "nothing recomputed", 1: "every layer recomputed"}.get(every, f"one layer in {every} recomputed")
     offloaded = ", activations offloaded" if execution.activation_offloading else ""
     tiled = f", MLPs in tiles of {execution.mlp_tile_tokens:,} tokens" if execution.mlp_tile_tokens else ""
     reporter.info(
         f"Plan: {execution.micro_batch.max_tokens:,} tokens at once, {recomputed}{offloaded}{tiled}, {execution.optim}; "
-        f"{format_gib(prediction.on_card_bytes)} of {format_gib(limits.limit_bytes)} on the GPU"
+        f"{format_gib(plan.prediction.memory.on_gpu_bytes)} of {format_gib(limits.limit_bytes)} on the GPU"
     )
     if not plan.fits:
         reporter.warning("This should not fit; qlora-phi3 vram-check suggests what to change. The run tries it anyway.")
-    return PlannedRun(
-        execution=execution,
-        predicted=Predicted(
-            allocated_bytes=prediction.allocated_bytes,
-            reserved_bytes=prediction.reserved_bytes,
-            on_card_bytes=prediction.on_card_bytes,
-            categories=dict(prediction.profile.categories),
-        ),
-    )
+    return PlannedRun(execution=execution, predicted=replace(plan.prediction.memory, trace=()))
 
 
 def default_execution_plan(

@@ -5,6 +5,7 @@ import hashlib
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,10 +18,12 @@ from torch import nn
 
 from qlora_phi3.adapters.peft_io import adapter_record
 from qlora_phi3.data.report import DataReport
-from qlora_phi3.errors import DeviceError, Interrupted, RunError
-from qlora_phi3.hardware.gpu import Gpu, read_gpu
+from qlora_phi3.errors import Interrupted, RunError
+from qlora_phi3.hardware.gpu import Gpu, read_own_bytes
+from qlora_phi3.memory.cuda_path import context_bytes
 from qlora_phi3.memory.margin import record_error
-from qlora_phi3.memory.report import read_versions
+from qlora_phi3.memory.report import OPTIMIZER_STATE, QUANTIZATION_STATE, MemoryReport, read_versions
+from qlora_phi3.memory.tracker import parameter_category, quantization_tensors
 from qlora_phi3.recipe.load import recipe_as_toml
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.reporter import EvalRecord, OomRecord, StepRecord
@@ -43,35 +46,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Predicted:
-    """What the run should need at its peak, in bytes; None where it was not asked."""
-
-    allocated_bytes: int
-    reserved_bytes: int | None
-    on_card_bytes: int | None
-    categories: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """What was taken at most so far, in bytes; None where the device cannot tell."""
-
-    allocated_bytes: int | None
-    reserved_bytes: int | None
-    #: What this process took of the card, other programs as they were.
-    on_card_bytes: int | None
-    #: Resident memory of the process, where there is no card.
-    process_bytes: int | None
-    #: Tenant -> bytes, of what lasts from step to step.
-    categories: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class PredictionCheck:
     """A prediction and what came of it."""
 
-    predicted: Predicted | None
-    measured: Measured
+    predicted: MemoryReport | None
+    measured: MemoryReport
 
     @property
     def error(self) -> float | None:
@@ -85,7 +64,7 @@ class PredictionCheck:
         parts = [] if self.predicted is None else [f"predicted {format_gib(self.predicted.allocated_bytes)} of tensors"]
         if self.measured.allocated_bytes:
             parts.append(f"measured {format_gib(self.measured.allocated_bytes)}")
-            parts.append(f"reserved {format_gib(self.measured.reserved_bytes or 0)}")
+            parts.append(f"reserved {format_gib(self.measured.reserved_bytes)}")
         if self.measured.process_bytes:
             parts.append(f"the process took {format_gib(self.measured.process_bytes)}, libraries included")
         if self.error is not None:
@@ -94,65 +73,60 @@ class PredictionCheck:
 
     def as_dict(self) -> dict[str, Any]:
         """For report.json."""
-        predicted = None if self.predicted is None else asdict(self.predicted)
-        return {"predicted": predicted, "measured": asdict(self.measured), "error": self.error}
+        predicted = None if self.predicted is None else self.predicted.as_dict()
+        return {"predicted": predicted, "measured": self.measured.as_dict(), "error": self.error}
 
-    def remember(self, card: Gpu | None) -> None:
-        """Keep the error of this card; it widens the margin of later plans there."""
-        predicted = self.predicted and self.predicted.on_card_bytes
-        if card is not None and predicted and self.measured.on_card_bytes:
-            record_error(card.name, predicted, self.measured.on_card_bytes)
+    def remember(self, gpu: Gpu | None) -> None:
+        """Record the error on this GPU; the errors decide the margin of later plans there."""
+        if (
+            gpu is not None
+            and self.predicted is not None
+            and self.predicted.on_gpu_bytes
+            and self.measured.on_gpu_bytes
+        ):
+            record_error(gpu.name, self.predicted.on_gpu_bytes, self.measured.on_gpu_bytes)
 
 
 def measure_memory(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, device: torch.device, card: Gpu | None
-) -> Measured:
-    """What this process took at most until now.
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, device: torch.device, gpu: Gpu | None
+) -> MemoryReport:
+    """What this process took at most until now, and what its model and optimizer hold, by category.
 
     Args:
-        card: as it was before; None on a CPU.
+        gpu: None where nothing is recorded of the GPU, and on a CPU.
     """
+    sizes: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        sizes[parameter_category(name, parameter)] += parameter.nbytes
+        sizes[QUANTIZATION_STATE] += sum(tensor.nbytes for tensor in quantization_tensors(parameter))
+    states = [state for held in optimizer.state.values() for state in held.values()] if optimizer is not None else []
+    tensors = {state.data_ptr(): state for state in states if isinstance(state, torch.Tensor)}
+    paged_bytes = sum(state.nbytes for state in tensors.values() if getattr(state, "is_paged", False))
+    sizes[OPTIMIZER_STATE] += sum(state.nbytes for state in tensors.values()) - paged_bytes
     on_cuda = device.type == "cuda"
-    return Measured(
-        allocated_bytes=torch.cuda.max_memory_allocated(device) if on_cuda else None,
-        reserved_bytes=torch.cuda.max_memory_reserved(device) if on_cuda else None,
-        on_card_bytes=_taken_since(card),
-        process_bytes=None if on_cuda else peak_memory_bytes(device),
-        categories=_lasting(model, optimizer),
+    return MemoryReport(
+        allocated_bytes=torch.cuda.max_memory_allocated(device) if on_cuda else 0,
+        reserved_bytes=torch.cuda.max_memory_reserved(device) if on_cuda else 0,
+        on_gpu_bytes=_own_gpu_bytes(device) if on_cuda and gpu is not None else 0,
+        by_category={name: size for name, size in sizes.most_common() if size},
+        by_phase={},
+        resident_bytes=sizes.total(),
+        paged_bytes=paged_bytes,
+        process_bytes=0 if on_cuda else peak_memory_bytes(device),
     )
 
 
-def _taken_since(card: Gpu | None) -> int | None:
-    if card is None:
-        return None
-    try:
-        return card.free_bytes - read_gpu().free_bytes
-    except DeviceError:
-        return None
+def _own_gpu_bytes(device: torch.device) -> int:
+    """The peak of this process alone, as NVML shows it: other programs take and free memory meanwhile.
 
-
-def _lasting(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
-    """As the simulation names them."""
-    categories = {"4-bit weights": 0, "quantization state": 0, "adapter": 0, "other weights": 0}
-    for parameter in {parameter.data_ptr(): parameter for parameter in model.parameters()}.values():
-        packed = parameter.dtype == torch.uint8
-        name = "adapter" if parameter.requires_grad else "4-bit weights" if packed else "other weights"
-        categories[name] += parameter.nbytes
-        categories["quantization state"] += _scales_bytes(getattr(parameter, "quant_state", None))
-    held = (value for state in optimizer.state.values() for value in state.values()) if optimizer is not None else ()
-    state = {value.data_ptr(): value.nbytes for value in held if isinstance(value, torch.Tensor)}
-    return {
-        name: num_bytes
-        for name, num_bytes in {**categories, "optimizer state": sum(state.values())}.items()
-        if num_bytes
-    }
-
-
-def _scales_bytes(state: Any) -> int:
-    if state is None:
-        return 0
-    own: int = sum(value.nbytes for value in (state.absmax, state.code, state.offset) if value is not None)
-    return own + _scales_bytes(state.state2)
+    What the driver shows for the process in addition to the allocator's segments is its context; where the driver does not show
+    it (Windows, containers), the context is computed.
+    """
+    properties, reserved = torch.cuda.get_device_properties(device), torch.cuda.memory_reserved(device)
+    used = read_own_bytes()
+    if used is None or used <= reserved:
+        used = reserved + context_bytes((properties.major, properties.minor), properties.multi_processor_count)
+    return torch.cuda.max_memory_reserved(device) + used - reserved
 
 
 def first_report(

@@ -1,4 +1,4 @@
-"""What scripts/bench_memory.py measures: models, rows, adapters and set-ups, each configuration with a name."""
+"""What scripts/bench_memory.py measures: models, rows, adapters and execution plans, each configuration with a name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One configuration; what is not said is the usual."""
+    """One configuration; fields that are not given have the defaults of a recipe, or typical values."""
 
     name: str
     config: Mapping[str, Any]
@@ -22,7 +22,7 @@ class Case:
     #: Tokens of each held-out row; None: as in training.
     evaluation_lengths: tuple[int, ...] | None = None
     packing: bool = True
-    #: Gradients of earlier micro-batches lie there already.
+    #: Gradients of earlier micro-batches are there already.
     accumulates: bool = True
     compute: str = "bfloat16"
     attention: str = "sdpa"
@@ -34,7 +34,7 @@ class Case:
     optim: str = "adamw_torch"
     tile_mib: int = DEFAULT_LOGITS_TILE_BYTES // MIB
     mlp_tile_tokens: int = 0
-    #: The simulation was written, or mended, with an eye on this one's figures.
+    #: The simulation was written, or corrected, by this one's figures.
     tuned: bool = False
 
     @property

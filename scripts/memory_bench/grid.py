@@ -1,6 +1,6 @@
-"""The grids of scripts/bench_memory.py: on a CPU mid-size models through every option, on a card whole Phi-3s.
+"""The grids of scripts/bench_memory.py: on a CPU mid-size models with every option, on a GPU complete Phi-3s.
 
-Activation offloading is left to the card: torch pins the memory it copies to, and without a card there is none to pin.
+Activation offloading is left to the GPU: torch pins the memory it copies to, and without a GPU it cannot pin any.
 """
 
 from dataclasses import replace
@@ -126,59 +126,59 @@ MINI, MEDIUM, PHI_4_MINI = (
 MINI_4K, MEDIUM_4K = "microsoft/Phi-3-mini-4k-instruct", "microsoft/Phi-3-medium-4k-instruct"
 
 
-def _whole(name: str, model: str, *lengths: int, optim: str = "paged_adamw_8bit", **more: Any) -> Case:
+def _full(name: str, model: str, *lengths: int, optim: str = "paged_adamw_8bit", **more: Any) -> Case:
     return Case(name=name, config=known_config(model) or {}, lengths=lengths, optim=optim, **more)
 
 
 CUDA_GRID = (
-    _whole("mini 1 x 512", MINI, 512),
-    _whole("mini 1 x 1024", MINI, 1024),
-    _whole("mini 1 x 2048", MINI, 2048),
-    _whole("mini 1 x 4096", MINI, 4096),
-    _whole("mini 1 x 8192", MINI, 8192),
-    _whole("mini 1 x 16384", MINI, 16384),
-    _whole("mini 1 x 2048 offloading", MINI, 2048, offloading=True),
-    _whole("mini 1 x 8192 offloading", MINI, 8192, offloading=True),
-    _whole("mini 1 x 16384 offloading", MINI, 16384, offloading=True),
-    _whole("mini 1 x 40960 offloading", MINI, 40960, offloading=True),
-    _whole("mini 1 x 4096 offloading, MLP in tiles", MINI, 4096, offloading=True, mlp_tile_tokens=1024),
-    _whole("mini 1 x 16384 offloading, MLP in tiles", MINI, 16384, offloading=True, mlp_tile_tokens=1024),
-    _whole("mini 1 x 2048 without checkpointing", MINI, 2048, checkpoint_every=0),
-    _whole("mini 1 x 2048 every 2nd layer", MINI, 2048, checkpoint_every=2),
-    _whole("mini 1 x 2048 every 4th layer", MINI, 2048, checkpoint_every=4),
-    _whole("mini 4 x 512 packed", MINI, *[512] * 4),
-    _whole("mini 4 x 512 padded", MINI, *[512] * 4, packing=False),
-    _whole("mini 4 unequal padded", MINI, 1000, 700, 400, 100, packing=False),
-    _whole("mini 4 unequal packed", MINI, 1000, 700, 400, 100),
-    _whole("mini 16 x 512 packed", MINI, *[512] * 16),
-    _whole("mini 4k 1 x 2048, window reached", MINI_4K, 2048),
-    _whole("mini 4k 1 x 4096, window reached", MINI_4K, 4096),
-    _whole("mini 1 x 2048 rank 64", MINI, 2048, lora={"r": 64}),
-    _whole("mini 1 x 2048 rank 64 adamw_torch", MINI, 2048, lora={"r": 64}, optim="adamw_torch"),
-    _whole("mini 1 x 2048 adamw_8bit", MINI, 2048, optim="adamw_8bit"),
-    _whole("mini 1 x 2048 paged_adamw_32bit", MINI, 2048, optim="paged_adamw_32bit"),
-    _whole("mini 1 x 2048 dropout", MINI, 2048, lora={"lora_dropout": 0.05}),
-    _whole("mini 1 x 2048 DoRA", MINI, 2048, lora={"use_dora": True}),
-    _whole("mini 1 x 2048 head in full", MINI, 2048, lora={"modules_to_save": ["lm_head"]}),
-    _whole("mini 1 x 2048 no double quant", MINI, 2048, quantization={"bnb_4bit_use_double_quant": False}),
-    _whole("mini 1 x 2048 unquantized", MINI, 2048, quantization={"load_in_4bit": False}),
-    _whole("mini 1 x 2048 fp32", MINI, 2048, compute="float32"),
-    _whole("mini 1 x 2048 tile of 256 MiB", MINI, 2048, tile_mib=256),
-    _whole("Phi-4-mini 1 x 2048", PHI_4_MINI, 2048),
-    _whole("medium 1 x 512", MEDIUM, 512),
-    _whole("medium 1 x 2048", MEDIUM, 2048),
-    _whole("medium 1 x 2048 offloading", MEDIUM, 2048, offloading=True),
-    _whole("medium 1 x 4096 offloading", MEDIUM, 4096, offloading=True),
-    _whole("medium 1 x 2048 every 2nd layer", MEDIUM, 2048, checkpoint_every=2),
-    _whole("medium 1 x 2048 rank 64", MEDIUM, 2048, lora={"r": 64}),
-    _whole("medium 4 x 512 packed", MEDIUM, *[512] * 4),
-    _whole("medium 4 unequal padded", MEDIUM, 1000, 700, 400, 100, packing=False),
-    _whole("medium 4k 1 x 4096, window reached", MEDIUM_4K, 4096),
+    _full("mini 1 x 512", MINI, 512),
+    _full("mini 1 x 1024", MINI, 1024),
+    _full("mini 1 x 2048", MINI, 2048),
+    _full("mini 1 x 4096", MINI, 4096),
+    _full("mini 1 x 8192", MINI, 8192),
+    _full("mini 1 x 16384", MINI, 16384),
+    _full("mini 1 x 2048 offloading", MINI, 2048, offloading=True),
+    _full("mini 1 x 8192 offloading", MINI, 8192, offloading=True),
+    _full("mini 1 x 16384 offloading", MINI, 16384, offloading=True),
+    _full("mini 1 x 40960 offloading", MINI, 40960, offloading=True),
+    _full("mini 1 x 4096 offloading, MLP in tiles", MINI, 4096, offloading=True, mlp_tile_tokens=1024),
+    _full("mini 1 x 16384 offloading, MLP in tiles", MINI, 16384, offloading=True, mlp_tile_tokens=1024),
+    _full("mini 1 x 2048 without checkpointing", MINI, 2048, checkpoint_every=0),
+    _full("mini 1 x 2048 every 2nd layer", MINI, 2048, checkpoint_every=2),
+    _full("mini 1 x 2048 every 4th layer", MINI, 2048, checkpoint_every=4),
+    _full("mini 4 x 512 packed", MINI, *[512] * 4),
+    _full("mini 4 x 512 padded", MINI, *[512] * 4, packing=False),
+    _full("mini 4 unequal padded", MINI, 1000, 700, 400, 100, packing=False),
+    _full("mini 4 unequal packed", MINI, 1000, 700, 400, 100),
+    _full("mini 16 x 512 packed", MINI, *[512] * 16),
+    _full("mini 4k 1 x 2048, window reached", MINI_4K, 2048),
+    _full("mini 4k 1 x 4096, window reached", MINI_4K, 4096),
+    _full("mini 1 x 2048 rank 64", MINI, 2048, lora={"r": 64}),
+    _full("mini 1 x 2048 rank 64 adamw_torch", MINI, 2048, lora={"r": 64}, optim="adamw_torch"),
+    _full("mini 1 x 2048 adamw_8bit", MINI, 2048, optim="adamw_8bit"),
+    _full("mini 1 x 2048 paged_adamw_32bit", MINI, 2048, optim="paged_adamw_32bit"),
+    _full("mini 1 x 2048 dropout", MINI, 2048, lora={"lora_dropout": 0.05}),
+    _full("mini 1 x 2048 DoRA", MINI, 2048, lora={"use_dora": True}),
+    _full("mini 1 x 2048 head in full", MINI, 2048, lora={"modules_to_save": ["lm_head"]}),
+    _full("mini 1 x 2048 no double quant", MINI, 2048, quantization={"bnb_4bit_use_double_quant": False}),
+    _full("mini 1 x 2048 unquantized", MINI, 2048, quantization={"load_in_4bit": False}),
+    _full("mini 1 x 2048 fp32", MINI, 2048, compute="float32"),
+    _full("mini 1 x 2048 tile of 256 MiB", MINI, 2048, tile_mib=256),
+    _full("Phi-4-mini 1 x 2048", PHI_4_MINI, 2048),
+    _full("medium 1 x 512", MEDIUM, 512),
+    _full("medium 1 x 2048", MEDIUM, 2048),
+    _full("medium 1 x 2048 offloading", MEDIUM, 2048, offloading=True),
+    _full("medium 1 x 4096 offloading", MEDIUM, 4096, offloading=True),
+    _full("medium 1 x 2048 every 2nd layer", MEDIUM, 2048, checkpoint_every=2),
+    _full("medium 1 x 2048 rank 64", MEDIUM, 2048, lora={"r": 64}),
+    _full("medium 4 x 512 packed", MEDIUM, *[512] * 4),
+    _full("medium 4 unequal padded", MEDIUM, 1000, 700, 400, 100, packing=False),
+    _full("medium 4k 1 x 4096, window reached", MEDIUM_4K, 4096),
 )  # fmt: skip
 
 
 def shrink(case: Case) -> Case:
-    """The same for a dry run: two layers, four heads, rows of a 64th, nothing that needs a card's own memory."""
+    """The same for a dry run: two layers, four heads, rows of a 64th, nothing that needs a GPU's own memory."""
     config, heads = dict(case.config), 4
     head_size = config["hidden_size"] // config["num_attention_heads"]
     groups = max(1, heads * config["num_key_value_heads"] // config["num_attention_heads"])

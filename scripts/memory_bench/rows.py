@@ -1,4 +1,7 @@
-"""The table benchmarks/memory.csv, its rows, and what docs/memory.md shows of them; no torch."""
+"""The table benchmarks/memory.csv, its rows, and what docs/memory.md shows of them; no torch.
+
+The columns have the names of the published file: `on_card` is what the process takes on the GPU.
+"""
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +38,7 @@ COLUMNS = (
 FURTHER_ERRORS = {
     "Against the process": "process_error_percent",
     "Reserved": "reserved_error_percent",
-    "On the card": "on_card_error_percent",
+    "On the GPU": "on_card_error_percent",
 }
 Row = dict[str, Any]
 
@@ -53,7 +56,7 @@ def _version(name: str) -> str:
 
 
 def start_row(case: Case, path: str, machine: str) -> Row:
-    """What is known of a row before anything is measured."""
+    """The columns of a row that are known before anything is measured."""
     return {
         "date": date.today().isoformat(),
         "path": path,
@@ -74,29 +77,29 @@ def side_by_side(predicted: Mapping[str, int], measured: Mapping[str, int]) -> s
     return " ".join(f"{name}={size}/{measured[name]}" for name, size in predicted.items() if name in measured)
 
 
-def rows_of_card(case: Case, card: Gpu, profile: MemoryReport, truth: Mapping[str, Any], seconds: float) -> list[Row]:
-    """Prediction and measurement side by side: the run without a limit, and the verdict under each limit."""
+def rows_of_gpu(case: Case, gpu: Gpu, memory: MemoryReport, truth: Mapping[str, Any], seconds: float) -> list[Row]:
+    """Prediction and measurement of one configuration: the run without a limit, and the verdict under each limit."""
     expandable = truth["expandable"] or not truth["phases"]
-    served = replay(profile.trace, expandable_segments=expandable)
-    context = context_bytes(card.compute_capability, truth["multiprocessors"])
-    on_card = served.peak_reserved_bytes + context
-    start = {**start_row(case, "cuda", card.name), "parameters": count_parameters(case)}
+    served = replay(memory.trace, expandable_segments=expandable)
+    context = context_bytes(gpu.compute_capability, truth["multiprocessors"])
+    on_gpu = served.peak_reserved_bytes + context
+    start = {**start_row(case, "cuda", gpu.name), "parameters": count_parameters(case)}
     allocated = max(truth["phases"].values(), default=None)
-    rest = None if truth["on_card_bytes"] is None else truth["on_card_bytes"] - truth["reserved_then_bytes"]
+    rest = None if truth["on_gpu_bytes"] is None else truth["on_gpu_bytes"] - truth["reserved_then_bytes"]
     free = start | {
-        "predicted_bytes": profile.peak_bytes,
+        "predicted_bytes": memory.allocated_bytes,
         "measured_bytes": allocated,
-        "error_percent": error_percent(profile.peak_bytes, allocated),
-        "predicted_phase": profile.peak_phase,
+        "error_percent": error_percent(memory.allocated_bytes, allocated),
+        "predicted_phase": memory.peak_phase,
         "measured_phase": max(truth["phases"], key=truth["phases"].get, default=None),
-        "phases": side_by_side(profile.phases, truth["phases"]),
+        "phases": side_by_side(memory.by_phase, truth["phases"]),
         "predicted_reserved_bytes": served.peak_reserved_bytes,
         "measured_reserved_bytes": truth["reserved_bytes"],
         "reserved_error_percent": error_percent(served.peak_reserved_bytes, truth["reserved_bytes"]),
-        "predicted_on_card_bytes": on_card,
-        "measured_on_card_bytes": truth["on_card_bytes"],
-        "on_card_error_percent": error_percent(on_card, truth["on_card_bytes"]),
-        "paged_bytes": profile.paged_bytes,
+        "predicted_on_card_bytes": on_gpu,
+        "measured_on_card_bytes": truth["on_gpu_bytes"],
+        "on_card_error_percent": error_percent(on_gpu, truth["on_gpu_bytes"]),
+        "paged_bytes": memory.paged_bytes,
         "context_bytes": rest,
         "expandable_segments": "yes" if expandable else "no",
         "forward_backward_seconds": truth["forward_backward_seconds"],
@@ -108,7 +111,7 @@ def rows_of_card(case: Case, card: Gpu, profile: MemoryReport, truth: Mapping[st
             "limit_gib": int(limit) // GIB,
             "expandable_segments": free["expandable_segments"],
             "predicted_fits": yes_no(
-                replay(profile.trace, expandable_segments=expandable, allowed_bytes=int(limit)).fits
+                replay(memory.trace, expandable_segments=expandable, allowed_bytes=int(limit)).fits
             ),
             "measured_fits": yes_no(fits),
         }
@@ -191,12 +194,12 @@ def cpu_table(rows: Sequence[Row]) -> str:
 
 
 def cuda_table(rows: Sequence[Row]) -> str:
-    """The cards' rows as Markdown, those without a limit in full and the verdicts of the others beside them."""
+    """The GPUs' rows as Markdown, those without a limit in full, with the verdicts of the others."""
     free = [row for row in rows if not row["limit_gib"]]
     if not free:
         return "**No row has been measured on a GPU yet.** Every figure of this project for a GPU is a prediction."
     lines = [
-        "| card | configuration | rows | what differs | allocated | error | reserved | error | on the card | error | limits |",
+        "| GPU | configuration | rows | what differs | allocated | error | reserved | error | on the GPU | error | limits |",
         "|---|---|---|---|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in free:
@@ -253,7 +256,7 @@ def _differences(row: Row) -> str:
 
 
 def render_page(text: str, rows: Sequence[Row]) -> str:
-    """A page with its generated parts made anew."""
+    """A page with its generated parts made again."""
     for name, content in (("cpu", cpu_table(newest(rows, "cpu"))), ("cuda", cuda_table(newest(rows, "cuda")))):
         begin, end = BEGIN.format(name), END.format(name)
         before, _, rest = text.partition(begin)
@@ -263,5 +266,5 @@ def render_page(text: str, rows: Sequence[Row]) -> str:
 
 
 def refresh_page() -> None:
-    """Write the tables of docs/memory.md anew."""
+    """Write the tables of docs/memory.md again."""
     PAGE.write_text(render_page(PAGE.read_text(encoding="utf-8"), read_rows(TABLE)), encoding="utf-8", newline="\n")

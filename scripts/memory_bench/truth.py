@@ -1,6 +1,6 @@
-"""What a configuration really takes: the code of the simulation, run on random weights, measured from outside.
+"""What a configuration really takes: the code of the simulation, run on random weights.
 
-On a CPU every allocation is counted by torch's profiler, and the system tells the most that the process held at once.
+On a CPU torch's profiler counts every allocation, and the system knows the most that the process held at once.
 """
 
 import ctypes
@@ -55,9 +55,9 @@ def build_random(case: Case, device: torch.device) -> nn.Module:
 
 
 def _quantize_random(layer: bnb.nn.Linear4bit, device: torch.device) -> bnb.nn.Params4bit:
-    whole = torch.empty((layer.out_features, layer.in_features), dtype=layer.compute_dtype, device=device)
+    weight = torch.empty((layer.out_features, layer.in_features), dtype=layer.compute_dtype, device=device)
     return bnb.nn.Params4bit(
-        whole.normal_(std=0.02),
+        weight.normal_(std=0.02),
         requires_grad=False,
         compress_statistics=layer.weight.compress_statistics,
         quant_type=layer.weight.quant_type,
@@ -99,7 +99,7 @@ class Marks(NullTracker):
 
 
 def measure_phases(case: Case) -> dict[str, int]:
-    """Phase -> most bytes alive at once, by every allocation and release of torch's CPU allocator.
+    """Phase -> most bytes allocated at once, by every allocation and release of torch's CPU allocator.
 
     "loaded" is what the model takes before the first step.
     """
@@ -114,7 +114,7 @@ def measure_phases(case: Case) -> dict[str, int]:
 
 
 def peaks_of(watched: profile) -> dict[str, int]:
-    """Phase -> most bytes alive at once, above those alive when the profile began; what came before the first mark is "load"."""
+    """Phase -> most bytes allocated at once, above those when the profile began; before the first mark it is "load"."""
     events: list[tuple[int, str, int]] = []
     for event in watched.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -130,10 +130,10 @@ def peaks_of(watched: profile) -> dict[str, int]:
 
 
 def measure_rise(case: Case) -> int | None:
-    """What the process's high-water mark rose by during a step; None where the system does not tell (not Linux).
+    """What the process's high-water mark rose by during a step; None where the system does not know it (not Linux).
 
-    A first pass loads the kernels, and glibc is told to give every block of 64 KiB or more back to the system when it is freed.
-    For a process of its own, before the profiler ran there: what that holds would lie between the tensors.
+    A first pass loads the kernels, and glibc is set to return every block of 64 KiB or more to the system when it is freed.
+    For a process of its own, before the profiler ran there: its allocations would lie between the tensors.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "mallopt"):

@@ -17,7 +17,7 @@ from qlora_phi3.hardware.gpu import (
     hide_other_gpus,
     read_gpu,
 )
-from qlora_phi3.hardware.gpu_table import CARDS
+from qlora_phi3.hardware.gpu_table import GPU_TABLE
 from qlora_phi3.units import parse_size
 
 MIB, GIB = 2**20, 2**30
@@ -154,7 +154,7 @@ def test_a_gpu_is_found_by_the_names_people_write(name, found):
 
 
 def test_every_gpu_is_found_by_its_own_label():
-    assert [find_gpu(gpu.label).name for gpu in CARDS] == [gpu.label for gpu in CARDS]
+    assert [find_gpu(gpu.label).name for gpu in GPU_TABLE] == [gpu.label for gpu in GPU_TABLE]
 
 
 def test_a_gpu_of_the_table_is_idle_and_not_local():
@@ -222,7 +222,7 @@ def test_a_size_that_the_table_lacks_has_the_largest_reserve_of_its_neighbours()
 
 
 def test_a_gpu_of_a_size_has_the_median_speed():
-    speeds = sorted(gpu.bandwidth_gb for gpu in CARDS if gpu.label in gpu_of_size(12 * GIB).represents)
+    speeds = sorted(gpu.bandwidth_gb for gpu in GPU_TABLE if gpu.label in gpu_of_size(12 * GIB).represents)
     assert speeds[0] * 1e9 < gpu_of_size(12 * GIB).bandwidth_bytes_per_second < speeds[-1] * 1e9
 
 
@@ -233,7 +233,7 @@ def test_a_size_that_no_gpu_has_is_refused(num_bytes):
 
 
 def test_no_gpu_has_more_usable_memory_than_installed_or_much_less():
-    for gpu in CARDS:
+    for gpu in GPU_TABLE:
         assert gpu.nvidia_smi_mib <= gpu.nominal_gb * 1024
         assert 300 <= gpu.nvidia_smi_mib - gpu.usable_bytes // MIB <= 500, gpu.label
 

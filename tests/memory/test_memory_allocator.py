@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from qlora_phi3.memory.allocator import EMPTY_CACHE, MIB, expandable_segments_work, replay
+from qlora_phi3.memory.allocator import EMPTY_CACHE, expandable_segments_work, replay
+from qlora_phi3.units import MIB
 
 
 def classic(*trace, **limits):
@@ -43,7 +44,7 @@ def test_small_and_large_requests_never_share_a_segment():
     assert footprint.peak_reserved_bytes == 20 * MIB + 2 * MIB
 
 
-def test_a_rest_of_up_to_1_mib_stays_with_its_block_in_the_large_pool_and_counts_as_allocated():
+def test_a_rest_of_up_to_1_mib_remains_in_its_block_in_the_large_pool_and_counts_as_allocated():
     assert classic((1, 11 * MIB)).peak_allocated_bytes == 12 * MIB
     assert classic((1, 11 * MIB - 512)).peak_allocated_bytes == 11 * MIB - 512
     assert classic((1, 1024), (1, 0), (2, MIB - 512)).peak_allocated_bytes == MIB - 512
@@ -51,7 +52,7 @@ def test_a_rest_of_up_to_1_mib_stays_with_its_block_in_the_large_pool_and_counts
 
 
 def test_the_smallest_cached_block_that_fits_is_used():
-    # Cached: 30 and 12 MiB. 11.5 MiB takes the 12; a later 30 finds its segment whole.
+    # Cached: 30 and 12 MiB. 11.5 MiB takes the 12; a later 30 finds its segment complete.
     trace = [(1, 30 * MIB), (2, 12 * MIB), (1, 0), (2, 0), (3, 11 * MIB + MIB // 2), (4, 30 * MIB)]
     assert classic(*trace).peak_reserved_bytes == 42 * MIB
 
@@ -107,15 +108,15 @@ def test_the_free_end_of_an_expandable_segment_is_used_last():
     assert expandable(*trace).peak_reserved_bytes == 80 * MIB
 
 
-def test_emptying_the_cache_gives_back_the_whole_free_pages_of_an_expandable_segment():
-    # Pages of 20 MiB: 1 lies in 0-10, 2 in 10-70, 3 in 70-75 of 80 MiB. Freed, 2 holds the pages 20-40 and 40-60 whole.
+def test_emptying_the_cache_returns_the_complete_free_pages_of_an_expandable_segment():
+    # Pages of 20 MiB: 1 lies in 0-10, 2 in 10-70, 3 in 70-75 of 80 MiB. Freed, 2 has the pages 20-40 and 40-60 completely.
     trace = [(1, 10 * MIB), (2, 60 * MIB), (3, 5 * MIB), (2, 0), EMPTY_CACHE]
     assert expandable(*trace).final_reserved_bytes == 40 * MIB
     # 10-20 and 60-70 stayed; 60 MiB in that place take the two pages back, not three new ones.
     assert expandable(*trace, (4, 60 * MIB)).final_reserved_bytes == 80 * MIB
 
 
-def test_an_expandable_pool_can_be_given_back_whole():
+def test_an_expandable_pool_can_be_returned_completely():
     assert expandable((1, 70 * MIB), (2, 100), (1, 0), (2, 0), EMPTY_CACHE).final_reserved_bytes == 0
 
 
@@ -134,7 +135,7 @@ def test_what_does_not_fit_even_then_is_out_of_memory_at_its_event():
     assert footprint.final_allocated_bytes == 60 * MIB + 512
 
 
-def test_a_segment_with_a_small_leftover_cannot_be_given_back():
+def test_a_segment_with_a_small_block_in_use_cannot_be_returned():
     # 12 MiB of 20 are free, but 8 are in use: 90 more do not fit under 100, though only 98 would be in use.
     trace = [(1, 8 * MIB), (2, 90 * MIB)]
     assert not classic(*trace, limit_bytes=100 * MIB).fits
@@ -142,8 +143,8 @@ def test_a_segment_with_a_small_leftover_cannot_be_given_back():
     assert expandable(*trace, limit_bytes=100 * MIB).fits
 
 
-def test_the_card_counts_pages_and_torch_counts_whole_new_segments():
-    # The free end of 60 MiB has to grow by 10 MiB, one page: 80 MiB. torch asks for 60 + 70 before it looks.
+def test_the_gpu_counts_pages_and_torch_counts_complete_new_segments():
+    # The free end of 60 MiB has to grow by 10 MiB, one page: 80 MiB. torch adds 60 + 70 before it looks.
     trace = [(1, 50 * MIB), (1, 0), (2, 70 * MIB)]
     assert expandable(*trace, limit_bytes=80 * MIB).cache_flushes == 0
     assert expandable(*trace, allowed_bytes=110 * MIB).cache_flushes == 1

@@ -1,4 +1,4 @@
-"""A whole run of the program, its rehearsal, evaluations, checkpoints and all, against what it predicted for itself."""
+"""A complete run of the program, with its dry run, evaluations and checkpoints, against what it predicted for itself."""
 
 import json
 
@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from workshop import Workshop, build_base
 
 import qlora_phi3.training.run
+from qlora_phi3.memory.tracker import quantization_tensors
 
 #: Letters of the answers, a token each; the longest sixteen make the heaviest step.
 LETTERS = (150, 260, 40, 330, 90, 210, 300, 120, 70, 180, 240, 20, 280, 110, 310, 60, 130, 220, 50, 290)
@@ -17,11 +18,7 @@ SHAPES = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 
 def storages_bytes(model):
     """Everything a model holds, each storage once."""
     held = [*model.parameters(), *model.buffers()]
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        while state is not None:
-            held += [tensor for tensor in (state.absmax, state.code, state.offset) if tensor is not None]
-            state = state.state2
+    held += [tensor for parameter in model.parameters() for tensor in quantization_tensors(parameter)]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}.values())
 
 
@@ -42,8 +39,8 @@ def test_a_whole_run_takes_what_it_predicts(tmp_path, monkeypatch, packing):
             "max_length": 400,
             "max_steps": 2,
             "packing": packing,
-            "save_steps": 1,
-            "eval_steps": 1,
+            "save_steps": 2,
+            "eval_steps": 2,
         },
         memory={"rehearsal": True, "micro_batch_tokens": 4096},
     )

@@ -8,10 +8,11 @@ from memory_bench.cases import Case, longrope, mid_size
 from memory_bench.truth import measure_phases, step_shape
 
 from qlora_phi3.memory.predict import Predictor
+from qlora_phi3.memory.report import CHECKPOINTED_INPUTS
 from qlora_phi3.memory.simulate import simulate
 
 TINY = mid_size(2, 256, 512, heads=4, vocab_size=4096, bos_token_id=0, eos_token_id=0)
-#: What nobody sees on a CPU: the generator's state for each recomputed layer, and kilobytes that operators take inside.
+#: What is not counted on a CPU: the generator's state for each recomputed layer, and kilobytes that operators take inside.
 INSIDE_BYTES = 150_000
 SET_UPS = (
     Case(name="checkpointing", config=TINY),
@@ -39,7 +40,7 @@ def predict(case, **where):
 @pytest.mark.parametrize("case", SET_UPS, ids=lambda case: case.name)
 def test_every_phase_takes_what_it_is_predicted_to_take(case):
     case = replace(case, lengths=case.lengths if case.lengths != (512,) else (192,))
-    predicted, measured = predict(case).phases, measure_phases(case)
+    predicted, measured = predict(case).by_phase, measure_phases(case)
     for phase in ("update", "forward", "backward", "save", "evaluation"):
         if phase in measured:
             assert predicted[phase] == pytest.approx(measured[phase], abs=INSIDE_BYTES), phase
@@ -48,12 +49,12 @@ def test_every_phase_takes_what_it_is_predicted_to_take(case):
 
 
 @pytest.mark.parametrize("path", ["cpu", "cuda"])
-def test_the_tenants_at_the_peak_and_the_trace_add_up_to_the_peak(path):
-    profile = predict(SET_UPS[0], path=path)
-    assert sum(profile.categories.values()) == profile.peak_bytes == max(profile.phases.values())
-    assert profile.phases[profile.peak_phase] == profile.peak_bytes
+def test_the_categories_at_the_peak_and_the_trace_add_up_to_the_peak(path):
+    memory = predict(SET_UPS[0], path=path)
+    assert sum(memory.by_category.values()) == memory.allocated_bytes == max(memory.by_phase.values())
+    assert memory.by_phase[memory.peak_phase] == memory.allocated_bytes
     sizes, live, peak = {}, 0, 0
-    for storage, num_bytes in profile.trace:
+    for storage, num_bytes in memory.trace:
         if num_bytes:
             assert storage not in sizes
             sizes[storage] = num_bytes
@@ -61,7 +62,7 @@ def test_the_tenants_at_the_peak_and_the_trace_add_up_to_the_peak(path):
         else:
             live -= sizes.pop(storage)
         peak = max(peak, live)
-    assert peak == profile.peak_bytes
+    assert peak == memory.allocated_bytes
 
 
 def test_a_simulation_repeats_itself():
@@ -76,15 +77,15 @@ def test_tied_embeddings_are_loaded_once():
         for tie in (True, False)
     )
     table = 32768 * 256 * 2
-    assert table < tied.phases["load"] < 1.1 * table
-    assert untied.phases["save"] - tied.phases["save"] == table
+    assert table < tied.by_phase["load"] < 1.1 * table
+    assert untied.by_phase["save"] - tied.by_phase["save"] == table
 
 
 @pytest.mark.parametrize(
     ("every", "offloading", "tile"),
     [(1, False, 0), (1, True, 0), (2, False, 0), (0, False, 0), (1, True, 128), (0, False, 128)],
 )
-def test_few_layers_tell_every_phase_of_twelve_exactly(every, offloading, tile):
+def test_every_phase_of_twelve_layers_is_extrapolated_exactly_from_a_few(every, offloading, tile):
     case = Case(
         name="twelve layers",
         config=TINY | {"num_hidden_layers": 12},
@@ -99,16 +100,16 @@ def test_few_layers_tell_every_phase_of_twelve_exactly(every, offloading, tile):
     )
     assert (
         predictor.phases(case.execution, step_shape(case))
-        == predictor.profile(case.execution, step_shape(case), 12).phases
+        == predictor.simulate(case.execution, step_shape(case), 12).by_phase
     )
 
 
-def test_offloading_keeps_the_inputs_of_recomputed_layers_in_the_computer():
+def test_offloading_moves_the_inputs_of_recomputed_layers_to_host_memory():
     case = Case(name="offloaded", config=TINY | {"num_hidden_layers": 6}, lengths=(640,), offloading=True)
     kept, moved = predict(replace(case, offloading=False), path="cuda"), predict(case, path="cuda")
     inputs = 6 * 640 * 256 * 2
-    assert kept.categories["checkpointed layer inputs"] == inputs
-    assert moved.categories.get("checkpointed layer inputs", 0) <= inputs // 6
+    assert kept.by_category[CHECKPOINTED_INPUTS] == inputs
+    assert moved.by_category.get(CHECKPOINTED_INPUTS, 0) <= inputs // 6
     assert moved.host_bytes >= inputs
 
 
@@ -116,13 +117,13 @@ def test_an_mlp_in_tiles_holds_its_widest_tensors_for_one_tile_at_a_time():
     case = Case(name="whole", config=TINY | {"intermediate_size": 4096}, lengths=(2048,), offloading=True)
     whole, tiled = predict(case, path="cuda"), predict(replace(case, mlp_tile_tokens=512), path="cuda")
     inner_bytes = 6 * 4096 * 2  # a token: gate and up, their product and its two factors' gradients, in 16 bit
-    saved = whole.phases["backward"] - tiled.phases["backward"]
+    saved = whole.by_phase["backward"] - tiled.by_phase["backward"]
     assert 0.9 * 1536 * inner_bytes < saved < 1.2 * 1536 * inner_bytes
-    assert whole.phases["forward"] > tiled.phases["forward"]
-    assert whole.phases["evaluation"] > tiled.phases["evaluation"]
+    assert whole.by_phase["forward"] > tiled.by_phase["forward"]
+    assert whole.by_phase["evaluation"] > tiled.by_phase["evaluation"]
 
 
-def test_paged_state_lies_beside_the_allocator_figures():
+def test_paged_state_is_in_none_of_the_allocator_figures():
     lora = {"r": 256}  # matrices of over 100,000 elements, which bitsandbytes pages
     config = mid_size(2, 512, 1024, heads=4, vocab_size=2048)
     plain = predict(Case(name="plain", config=config, lora=lora, optim="adamw_8bit"), path="cuda")

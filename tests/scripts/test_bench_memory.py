@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from bench_memory import CPU_GRID, CUDA_GRID, chosen, compare_on_cpu, main, settled
+from bench_memory import CPU_GRID, CUDA_GRID, chosen, compare_on_cpu, main, runnable
 from memory_bench.cases import Case, mid_size
 from memory_bench.rows import (
     COLUMNS,
@@ -14,7 +14,7 @@ from memory_bench.rows import (
     newest,
     read_rows,
     render_page,
-    rows_of_card,
+    rows_of_gpu,
     summary,
 )
 
@@ -85,23 +85,22 @@ def test_a_table_keeps_every_row_and_the_newest_counts(tmp_path):
 
 
 MIB = 2**20
-CARD = find_gpu("RTX 4060")
+GPU = find_gpu("RTX 4060")
 #: 100 MiB of model, 60 MiB of step: 160 MiB allocated, served by segments that can grow in steps of 20 MiB.
 TRACE = ((1, 100 * MIB), (2, 60 * MIB), (2, 0))
-PROFILE = MemoryReport(
-    peak_bytes=160 * MIB,
+MEMORY = MemoryReport(
+    allocated_bytes=160 * MIB,
     peak_phase="forward",
-    categories={},
-    phases={"load": 100 * MIB, "forward": 160 * MIB},
+    by_category={},
+    by_phase={"load": 100 * MIB, "forward": 160 * MIB},
     resident_bytes=100 * MIB,
     paged_bytes=7,
-    host_bytes=0,
     trace=TRACE,
 )
 TRUTH = {
     "phases": {"load": 100 * MIB, "forward": 150 * MIB},
     "reserved_bytes": 160 * MIB,
-    "on_card_bytes": 300 * MIB,
+    "on_gpu_bytes": 300 * MIB,
     "reserved_then_bytes": 160 * MIB,
     "forward_backward_seconds": 0.5,
     "expandable": True,
@@ -110,8 +109,8 @@ TRUTH = {
 }
 
 
-def test_a_card_gives_one_row_of_figures_and_one_verdict_for_each_limit():
-    free, wide, narrow = rows_of_card(CUDA_GRID[0], CARD, PROFILE, TRUTH, 1.0)
+def test_a_gpu_gives_one_row_of_figures_and_one_verdict_for_each_limit():
+    free, wide, narrow = rows_of_gpu(CUDA_GRID[0], GPU, MEMORY, TRUTH, 1.0)
     assert (free["error_percent"], free["reserved_error_percent"]) == (6.667, 0.0)
     context = int((8 + 24 + 2.92 * 34) * MIB)
     assert free["predicted_on_card_bytes"] == 160 * MIB + context
@@ -121,34 +120,32 @@ def test_a_card_gives_one_row_of_figures_and_one_verdict_for_each_limit():
     assert (narrow["predicted_fits"], narrow["measured_fits"]) == ("no", "yes")
 
 
-def test_a_configuration_that_even_the_whole_card_cannot_hold_has_a_row_without_figures():
-    nothing = {"phases": {}, "reserved_bytes": 0, "on_card_bytes": None, "reserved_then_bytes": 0, "fits": {}}
+def test_a_configuration_that_does_not_fit_without_a_limit_has_a_row_without_figures():
+    nothing = {"phases": {}, "reserved_bytes": 0, "on_gpu_bytes": None, "reserved_then_bytes": 0, "fits": {}}
     nothing |= {"forward_backward_seconds": None, "expandable": False, "multiprocessors": None}
-    (row,) = rows_of_card(CUDA_GRID[0], CARD, PROFILE, nothing, 1.0)
+    (row,) = rows_of_gpu(CUDA_GRID[0], GPU, MEMORY, nothing, 1.0)
     assert (row["measured_bytes"], row["error_percent"], row["on_card_error_percent"]) == (None, None, None)
     assert row["predicted_bytes"] == 160 * MIB
 
 
-def test_a_card_without_bfloat16_computes_in_float16():
-    assert settled(CUDA_GRID[0], (7, 5), dry=False).compute == "float16"
-    assert settled(CUDA_GRID[0], (8, 6), dry=False) == CUDA_GRID[0]
+def test_a_gpu_without_bfloat16_computes_in_float16():
+    assert runnable(CUDA_GRID[0], (7, 5), dry=False).compute == "float16"
+    assert runnable(CUDA_GRID[0], (8, 6), dry=False) == CUDA_GRID[0]
 
 
-def test_without_a_card_the_benchmark_says_so(monkeypatch):
+def test_without_a_gpu_the_benchmark_stops_with_a_hint(monkeypatch):
     monkeypatch.setattr("sys.argv", ["bench_memory.py", "cuda"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(SystemExit, match=r"bench_memory\.py cuda --dry"):
         main()
 
 
-def test_a_dry_run_goes_the_whole_way_of_the_card_and_out_of_memory_under_the_lowest_limit(
-    tmp_path, monkeypatch, capfd
-):
+def test_a_dry_run_goes_the_way_of_the_gpu_and_runs_out_of_memory_under_the_lowest_limit(tmp_path, monkeypatch, capfd):
     name = "mini 4 unequal padded"
     assert [case.name for case in chosen(CUDA_GRID, [name])] == [name]
     table = tmp_path / "memory.csv"
     monkeypatch.setattr("sys.argv", ["bench_memory.py", "cuda", "--dry", "--only", name, "--csv", str(table)])
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the program hides the card from this process: to be undone
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the program hides the GPU from this process: to be undone
     main()
     shown = capfd.readouterr().out
     assert re.search(rf"{name} +at  4 GiB fits: yes predicted, no measured", shown)

@@ -46,8 +46,8 @@ def test_predicted_and_measured_stand_side_by_side_in_the_report(rehearsed):
     memory = read_json(rehearsed[2] / "report.json")["memory"]
     predicted, measured = memory["predicted"], memory["measured"]
     for category in ("4-bit weights", "adapter", "optimizer state"):
-        assert predicted["categories"][category] == pytest.approx(measured["categories"][category], rel=0.01)
-    assert predicted["allocated_bytes"] == sum(predicted["categories"].values())
+        assert predicted["by_category"][category] == pytest.approx(measured["by_category"][category], rel=0.01)
+    assert predicted["allocated_bytes"] == sum(predicted["by_category"].values())
     assert measured["process_bytes"] > predicted["allocated_bytes"]
 
 

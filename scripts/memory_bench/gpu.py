@@ -1,4 +1,4 @@
-"""What a configuration takes on a card, by torch's allocator and by the driver; every measurement in a process of its own."""
+"""What a configuration takes on a GPU, by torch's allocator and by the driver; every measurement in a process of its own."""
 
 import gc
 import sys
@@ -18,12 +18,12 @@ from qlora_phi3.hardware.gpu import read_gpu
 from qlora_phi3.memory.tracker import NullTracker
 from qlora_phi3.step import MicroBatchMemoryError, is_out_of_memory
 
-#: Left by the libraries in a process that holds no tensor of ours any more (bitsandbytes' code books); more than this is a leak.
+#: Left by the libraries in a process that has no tensor of ours any more (bitsandbytes' code books); more than this is a leak.
 REST_BYTES = 2**20
 
 
-class Card(Protocol):
-    """Where a configuration runs; the one seam to the allocator and the driver."""
+class BenchGpu(Protocol):
+    """Where a configuration runs: the only access to the allocator and the driver."""
 
     device: torch.device
 
@@ -37,27 +37,27 @@ class Card(Protocol):
         """Let torch reserve no more than this; None: no limit."""
 
     def clear(self) -> int:
-        """Give everything back that nothing uses; returns the bytes still allocated."""
+        """Return everything that nothing uses to the driver; returns the bytes still allocated."""
 
     def reserved_bytes(self) -> int:
         """Reserved now."""
 
     def used_bytes(self) -> int | None:
-        """Taken on the whole card, by whomever; None where the driver does not tell."""
+        """Used on the GPU by all processes; None where the driver does not show it."""
 
     def expandable(self) -> bool:
         """Whether the segments in use can grow."""
 
     def multiprocessors(self) -> int | None:
-        """How many the card has."""
+        """How many the GPU has."""
 
 
-class CudaCard:
-    """The first card that torch sees."""
+class CudaGpu:
+    """The first GPU that torch sees."""
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", 0)
-        # cuDNN's attention exists on data centre cards alone (compute capability 9 and 10); the simulation follows the others'.
+        # cuDNN's attention exists on data centre GPUs alone (compute capability 9 and 10); the simulation follows the others'.
         torch.backends.cuda.enable_cudnn_sdp(False)
 
     def forget_peaks(self) -> None:
@@ -77,7 +77,7 @@ class CudaCard:
         torch.cuda.set_per_process_memory_fraction(share, self.device)
 
     def clear(self) -> int:
-        """As the protocol says; cuBLAS' workspaces are given back as well."""
+        """As the protocol says; cuBLAS' workspaces are returned as well."""
         gc.collect()
         torch.cuda.synchronize(self.device)
         torch._C._cuda_clearCublasWorkspaces()
@@ -103,8 +103,8 @@ class CudaCard:
         return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
 
 
-class DryCard:
-    """A CPU in place of a card: no figures, and less than `needs_bytes` is too little. It shows that the script runs."""
+class DryGpu:
+    """A CPU in place of a GPU: no figures, and less than `needs_bytes` is too little. It shows that the script runs."""
 
     def __init__(self, needs_bytes: int = 5 * 2**30) -> None:
         self.device = torch.device("cpu")
@@ -120,7 +120,7 @@ class DryCard:
         return 0, 0
 
     def cap(self, num_bytes: int | None) -> None:
-        """Remembered."""
+        """Compared with `needs_bytes` where a phase begins."""
         self._cap = num_bytes
 
     def clear(self) -> int:
@@ -146,14 +146,14 @@ class DryCard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CardTruth:
-    """What was measured; bytes. Without a phase the configuration did not fit the whole card."""
+class GpuTruth:
+    """What was measured, in bytes. Without a phase the configuration did not fit the GPU without a limit."""
 
     #: Phase -> most allocated.
     phases: dict[str, int] = field(default_factory=dict)
     reserved_bytes: int = 0
-    #: What the card had less of after a step than before the process touched it: segments, context, paged state.
-    on_card_bytes: int | None = None
+    #: What the GPU had less free after a step than before this process used it: segments, context, paged state.
+    on_gpu_bytes: int | None = None
     #: Reserved at that moment.
     reserved_then_bytes: int = 0
     forward_backward_seconds: float | None = None
@@ -166,8 +166,8 @@ class CardTruth:
 class _Phases(NullTracker):
     """Reads the peaks where a phase ends, and the clock."""
 
-    def __init__(self, card: Card) -> None:
-        self.card = card
+    def __init__(self, gpu: BenchGpu) -> None:
+        self.gpu = gpu
         self.allocated: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self.reserved = 0
@@ -176,73 +176,73 @@ class _Phases(NullTracker):
     def enter(self, phase: str) -> None:
         """Called by the step as it goes."""
         if self._phase:
-            allocated, reserved = self.card.peaks()
+            allocated, reserved = self.gpu.peaks()
             self.seconds[self._phase] = time.perf_counter() - self._since
             self.allocated[self._phase] = max(allocated, self.allocated.get(self._phase, 0))
             self.reserved = max(reserved, self.reserved)
-        self.card.forget_peaks()
+        self.gpu.forget_peaks()
         self._phase, self._since = phase, time.perf_counter()
 
 
-def measure_on_card(case: Case, card: Card, caps: Sequence[int], *, idle_bytes: int | None) -> CardTruth:
+def measure_on_gpu(case: Case, gpu: BenchGpu, caps: Sequence[int], *, idle_bytes: int | None) -> GpuTruth:
     """Load and go through a step without a limit, once more for its time, and once from the start under each limit.
 
     Args:
         idle_bytes: `used_bytes` before this process made its CUDA context; importing bitsandbytes makes it.
     """
-    truth = _measure_freely(case, card, idle_bytes)
+    truth = _measure_freely(case, gpu, idle_bytes)
     fits = {}
     for cap in sorted(caps, reverse=True):
-        rest = card.clear()
+        rest = gpu.clear()
         if rest > REST_BYTES:
             print(
                 f"{case.name}: {rest} bytes of an earlier pass are still allocated; no limit is tried.", file=sys.stderr
             )
             break
-        fits[cap] = _fits(case, card, cap)
+        fits[cap] = _fits(case, gpu, cap)
     return replace(truth, fits=fits)
 
 
-def _measure_freely(case: Case, card: Card, idle_bytes: int | None) -> CardTruth:
-    """All figures but the verdicts; none where even the whole card is too small."""
-    phases, clock = _Phases(card), _Phases(card)
+def _measure_freely(case: Case, gpu: BenchGpu, idle_bytes: int | None) -> GpuTruth:
+    """All figures but the verdicts; none where even the GPU without a limit is too small."""
+    phases, clock = _Phases(gpu), _Phases(gpu)
     try:
-        model = _load_and_go(case, card, phases)
-        after, expandable, reserved_then = card.used_bytes(), card.expandable(), card.reserved_bytes()
+        model = _load_and_go(case, gpu, phases)
+        after, expandable, reserved_then = gpu.used_bytes(), gpu.expandable(), gpu.reserved_bytes()
         go_once(model, case, clock)
     except (RuntimeError, MemoryError, MicroBatchMemoryError) as error:
         if not _ran_out(error):
             raise
-        return CardTruth()
-    return CardTruth(
+        return GpuTruth()
+    return GpuTruth(
         phases=phases.allocated,
         reserved_bytes=phases.reserved,
-        on_card_bytes=None if idle_bytes is None or after is None else after - idle_bytes,
+        on_gpu_bytes=None if idle_bytes is None or after is None else after - idle_bytes,
         reserved_then_bytes=reserved_then,
         forward_backward_seconds=clock.seconds["forward"] + clock.seconds["backward"],
         expandable=expandable,
-        multiprocessors=card.multiprocessors(),
+        multiprocessors=gpu.multiprocessors(),
     )
 
 
-def _fits(case: Case, card: Card, cap: int) -> bool:
+def _fits(case: Case, gpu: BenchGpu, cap: int) -> bool:
     """Whether everything gets through under this limit."""
-    card.cap(cap)
+    gpu.cap(cap)
     try:
-        _load_and_go(case, card, _Phases(card))
+        _load_and_go(case, gpu, _Phases(gpu))
     except (RuntimeError, MemoryError, MicroBatchMemoryError) as error:
         if not _ran_out(error):
             raise
         return False
     finally:
-        card.cap(None)
+        gpu.cap(None)
     return True
 
 
-def _load_and_go(case: Case, card: Card, phases: _Phases) -> nn.Module:
+def _load_and_go(case: Case, gpu: BenchGpu, phases: _Phases) -> nn.Module:
     torch.manual_seed(0)
     phases.enter("load")
-    model = build_random(case, card.device)
+    model = build_random(case, gpu.device)
     go_once(model, case, phases)
     return model
 

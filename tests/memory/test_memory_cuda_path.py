@@ -4,12 +4,12 @@ import pytest
 
 from qlora_phi3.memory.cuda_path import (
     CONTEXT_SPREAD_BYTES,
-    MIB,
     attention_backward_bytes,
     attention_kernel,
     context_bytes,
     matmul_workspace_bytes,
 )
+from qlora_phi3.units import MIB
 
 PHI_3_MINI = {"head_size": 96, "grouped": False}
 PHI_4 = {"head_size": 128, "grouped": True}
@@ -23,7 +23,7 @@ def test_cublas_keeps_a_workspace_for_the_forward_and_one_for_the_backward_threa
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (12, 0)])
 @pytest.mark.parametrize("model", [PHI_3_MINI, PHI_4])
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
-def test_cards_from_ampere_on_take_the_flash_kernel_without_a_mask(capability, model, dtype):
+def test_gpus_from_ampere_on_take_the_flash_kernel_without_a_mask(capability, model, dtype):
     assert attention_kernel(capability, has_mask=False, dtype=dtype, **model) == "flash"
 
 
@@ -44,7 +44,7 @@ def test_heads_that_the_memory_efficient_kernel_cannot_align_take_the_math_kerne
     assert attention_kernel((7, 5), has_mask=False, head_size=20, grouped=False, dtype="float32") == "efficient"
 
 
-def test_cudnn_is_preferred_on_data_centre_cards_only_and_where_it_is_allowed():
+def test_cudnn_is_preferred_on_data_centre_gpus_only_and_where_it_is_allowed():
     assert attention_kernel((9, 0), has_mask=True, cudnn=True, **PHI_4) == "cudnn"
     assert attention_kernel((9, 0), has_mask=False, **PHI_4) == "flash"
     assert attention_kernel((12, 0), has_mask=False, cudnn=True, **PHI_4) == "flash"
@@ -66,7 +66,7 @@ def test_the_memory_efficient_kernel_holds_the_gradient_of_the_queries_in_tiles_
     assert attention_backward_bytes("efficient", (1, 32, 2048, 96), kv_heads=32) == 32 * 2048 * 4 + workspace
 
 
-def test_small_heads_need_no_room_for_the_gradient_of_the_keys_in_16_bit():
+def test_small_heads_need_no_memory_for_the_gradient_of_the_keys_in_16_bit():
     in_16_bit = 4 * (128 * 4 + 128 * 64 * 4 + 16)
     assert attention_backward_bytes("efficient", (1, 4, 128, 64), kv_heads=4) == in_16_bit
     # 128 keys are 2 blocks of 64, all held at once: 200 // 4 allows 50.
@@ -76,7 +76,7 @@ def test_small_heads_need_no_room_for_the_gradient_of_the_keys_in_16_bit():
 
 @pytest.mark.parametrize("kernel", ["math", "cudnn"])
 def test_a_kernel_whose_workspace_is_not_known_is_not_guessed(kernel):
-    with pytest.raises(ValueError, match=f"What the {kernel} attention kernel takes in its backward pass is not known"):
+    with pytest.raises(ValueError, match=f"{kernel} attention kernel"):
         attention_backward_bytes(kernel, (1, 40, 128, 128), kv_heads=10)
 
 
@@ -89,6 +89,6 @@ def test_the_context_is_within_its_spread_of_every_published_measurement(capabil
     assert abs(predicted - measured_mib * MIB) <= CONTEXT_SPREAD_BYTES
 
 
-def test_a_card_of_unknown_multiprocessors_is_taken_for_a_middling_one_of_its_generation():
+def test_a_gpu_of_unknown_multiprocessors_counts_as_a_typical_one_of_its_generation():
     assert context_bytes((8, 9)) == context_bytes((8, 9), 46)
     assert context_bytes((11, 0)) == context_bytes((8, 9))

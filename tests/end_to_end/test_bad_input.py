@@ -287,7 +287,7 @@ def test_a_true_limit_on_file_size_is_reported_in_one_line(shop):
     (line,) = ended.stderr.splitlines()
     assert line.startswith("Error: ")
     assert "checkpoint-2" in line
-    assert "ulimit -f" in line or "Free the disk" in line  # safetensors passes the reason on as text alone
+    assert "ulimit -f" in line or "Free disk space" in line  # safetensors passes the reason on as text alone
     (folder,) = shop.runs()
     assert list((folder / "checkpoints").iterdir()) == []
     assert read_json(folder / "report.json")["status"] == "failed"

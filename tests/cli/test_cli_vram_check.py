@@ -210,7 +210,7 @@ def no_gpu(monkeypatch):
     """A computer without a GPU."""
 
     def nothing_here():
-        raise NoDeviceError("No NVIDIA driver answers on this machine.", qlora_phi3.hardware.gpu.ELSEWHERE)
+        raise NoDeviceError("No NVIDIA driver answers on this machine.", qlora_phi3.hardware.gpu.OTHER_GPU_HINT)
 
     monkeypatch.setattr(qlora_phi3.hardware.gpu, "read_gpu", nothing_here)
 

@@ -46,7 +46,7 @@ MESSAGES = [
         trigger=write_config('{"model_type": "phi3", "num_attention_heads": 0}'),
         error=ModelError,
         exit_code=2,
-        says=("num_attention_heads = None",),
+        says=("num_attention_heads = 0",),
         hint="Download",
     ),
     Message(

@@ -27,7 +27,7 @@ from qlora_phi3.adapters.peft_io import (
     read_tensors,
     read_weights,
     write_peft,
-)
+)  # fmt: skip
 from qlora_phi3.errors import ExportError, ModelError
 from qlora_phi3.family import FUSED, PARTS, Architecture, layer_shapes, parse_architecture
 from qlora_phi3.family import read_config as read_model_config
@@ -57,17 +57,13 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What was written, and how far its deltas are from those that were read.
-
-    Args:
-        worst_layer: the one with the largest difference.
-        notes: lines for a person: what the file does not hold, or what to do with it.
-    """
+    """What was written, and how far its deltas are from those that were read."""
 
     target: Path
     num_layers: int
     largest_difference: float
     worst_layer: str
+    #: Lines for a person: what the file does not hold, or what to do with it.
     notes: tuple[str, ...]
 
 
@@ -160,12 +156,9 @@ def loralib_to_peft(
     notes = [f"With alpha {alphas}, as given: the file holds none to check it against."]
     if not base:
         notes.append("Names and shapes were not checked against a base; --base does that.")
-    config = LoraConfig(
-        task_type="CAUSAL_LM" if base else None,
-        base_model_name_or_path=base.name if base else None,
-        inference_mode=True,
-    )
-    return _write_peft(adapter, config.to_dict(), target, None, all_layers=shapes, notes=notes, progress=progress)
+    for_base = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base.name} if base else {}
+    config = LoraConfig(**for_base, inference_mode=True).to_dict()
+    return _write_peft(adapter, config, target, None, all_layers=shapes, notes=notes, progress=progress)
 
 
 def peft_to_loralib(
@@ -264,7 +257,7 @@ def change_fusion(
 
 
 def _read_grouped(folder: Path, config: Mapping[str, Any], base: Base, *, fused: bool) -> Adapter:
-    """An adapter whose fused or split layers fit the base's; `fuse` and `split` refuse one of the other kind."""
+
     adapter = read_peft(read_weights(folder), config, folder)
     for name in adapter.full_tensors:
         if last_name(name.rpartition(".")[0]) in (*PARTS, *FUSED):

@@ -26,9 +26,8 @@ from qlora_phi3.runfolder import (
     write_report,
 )
 from qlora_phi3.step import is_out_of_memory
-from qlora_phi3.training.artifacts import record_base, save_adapter, save_held_out
+from qlora_phi3.training.artifacts import find_checkpoint, record_base, save_adapter, save_held_out, step_of
 from qlora_phi3.training.callbacks import stop_on_interrupt
-from qlora_phi3.training.checkpoint import find_checkpoint, step_of
 from qlora_phi3.training.dry_run import dry_run_heaviest_step
 from qlora_phi3.training.oom import restore_execution_plan
 from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, plan_run, prepare, wants_dry_run

@@ -37,8 +37,8 @@ from qlora_phi3.recipe.schema import Training
 from qlora_phi3.reporter import EvalRecord, Phase, StepRecord
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.step import Batch, StepResult, evaluate, forward_backward
+from qlora_phi3.training.artifacts import is_complete, write_manifest
 from qlora_phi3.training.callbacks import GradientGuard, MetricsWriter, SpillWatch, check_loss
-from qlora_phi3.training.checkpoint import is_complete, write_manifest
 from qlora_phi3.training.oom import MemoryGuard
 from qlora_phi3.training.prepare import RunContext
 from qlora_phi3.training.report import peak_memory_bytes

@@ -1,9 +1,8 @@
 """A finished export as one .gguf file, for llama.cpp and Ollama; written tensor by tensor, a few rows at a time."""
 
-import importlib.util
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,57 +13,44 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.gguf.prompt import Prompting, plan_prompting
-from qlora_phi3.export.gguf.quantizer import PLAIN, QUANTIZED, check_quantizer, quantize_file
-from qlora_phi3.export.gguf.tensors import TensorPlan, encode, plan_tensors
+from qlora_phi3.export.gguf.tensors import QUANTIZED, TensorPlan, check_quant, encode, plan_tensors, quantize_file
 from qlora_phi3.export.gguf.vocab import LIMITS, Vocabulary, read_vocabulary
 from qlora_phi3.family import parse_architecture, read_config
 from qlora_phi3.files import atomic_file, disk_errors
 from qlora_phi3.model.phi3 import load_tokenizer
 from qlora_phi3.model.weights import TensorInfo, Weights, open_weights
 from qlora_phi3.recipe.schema import Model
+from qlora_phi3.reporter import Progress
 from qlora_phi3.units import MIB, format_gib
-
-QUANTS = (*PLAIN, *QUANTIZED)
 
 #: Bytes on the disk for what is not a tensor: header, vocabulary, padding.
 HEADER_BYTES = 32 * MIB
 
-#: Called with what is done, the bytes so far, and the bytes in all, where they are known.
-Progress = Callable[[str, int, int | None], None]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufResult:
-    """What was written.
-
-    Args:
-        name: `general.name`, which decides how llama.cpp reads prompts.
-        notes: what llama.cpp does differently from training, for a person to read.
-    """
+    """What was written."""
 
     path: Path
     num_bytes: int
     num_tensors: int
     quant: str
+    #: `general.name`, which decides how llama.cpp reads prompts.
     name: str
+    #: What llama.cpp does differently from training, for a person to read.
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufPlan:
-    """A .gguf file before it is written.
-
-    Args:
-        folder: with the checkpoint's tokenizer files.
-        file_type: of the file written first: the quant, or 16 or 32 bit for llama.cpp's quantizer.
-        num_bytes: needed on the disk while it is written.
-    """
+    """A .gguf file before it is written; `num_bytes` are needed on the disk meanwhile."""
 
     folder: Path
     config: Phi3Config
     vocabulary: Vocabulary
     prompting: Prompting
     tensors: Sequence[TensorPlan]
+    #: Of the file written first: the quant, or 16 bit for llama.cpp's quantizer.
     file_type: str
     num_bytes: int
 
@@ -101,7 +87,7 @@ def convert_to_gguf(
     Args:
         folder: a Phi-3 checkpoint in safetensors with its tokenizer files.
         target: the .gguf file.
-        quant: of `QUANTS`.
+        quant: of `tensors.QUANTS`.
         name: of the model; `GgufResult.name` is the name that was written.
         progress: called after every few rows.
         force: replace a file at the target.
@@ -144,23 +130,8 @@ def convert_to_gguf(
     )
 
 
-def check_quant(quant: str) -> None:
-    """Raise ExportError for an unknown type, or one whose library is not installed."""
-    if quant not in QUANTS:
-        raise ExportError(f"There is no --quant '{quant}'.", f"The names: {', '.join(QUANTS)}.")
-    if importlib.util.find_spec("gguf") is None:
-        raise ExportError("A .gguf file needs the gguf package.", "Install it: pip install 'qlora-phi3[gguf]'")
-    if quant in QUANTIZED:
-        check_quantizer(quant)
-
-
 def read_phi3_config(folder: Path) -> Phi3Config:
-    """The config of a checkpoint that llama.cpp's phi3 models can compute.
-
-    Raises:
-        ExportError: they cannot.
-        ModelError: there is no config of a phi3 model.
-    """
+    """The config of a checkpoint; ExportError where llama.cpp's phi3 models cannot compute it, ModelError where it is no phi3."""
     config = read_config(str(folder))
     parse_architecture(config, str(folder))
     head_size = config["hidden_size"] // config["num_attention_heads"]
@@ -194,7 +165,7 @@ def describe_limits(config: Phi3Config) -> tuple[str, ...]:
 
 
 def _write(path: Path, plan: GgufPlan, weights: Weights, progress: Progress) -> None:
-    """Write the header, then every tensor."""
+
     import gguf
 
     writer = gguf.GGUFWriter(path=None, arch=gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3])

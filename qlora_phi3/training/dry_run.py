@@ -1,9 +1,7 @@
 """The heaviest step, once before the first one, so that what does not fit in memory shows at once and not after hours.
 
-The longest rows that can meet in one optimizer step are trained on, the longest held-out rows are scored, and a checkpoint is
-written. Then weights, optimizer, random numbers and gradients are restored bit for bit. The order of the data does not change,
-since the rows are selected by length and not drawn from the loader. Where memory runs out, `oom.py` lowers the execution plan,
-and the run starts with the lowered one.
+Then weights, optimizer, random numbers and gradients are restored bit for bit. The order of the data does not change, since the
+rows are selected by length. Where memory runs out, `oom.py` lowers the execution plan, and the run starts with the lowered one.
 """
 
 import gc
@@ -25,11 +23,8 @@ from qlora_phi3.training.trainer import Phi3Trainer
 def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> MemoryReport:
     """Run the heaviest step, evaluation and checkpoint of a trainer that has not started, and undo them.
 
-    Args:
-        gpu: as it was before the run.
-
     Returns:
-        The peak of the memory, in bytes.
+        The peak of the memory; `gpu` is as it was before the run.
 
     Raises:
         RunError: a single row does not fit.

@@ -40,11 +40,11 @@ from qlora_phi3.training.report import (
     last_report,
     measure_memory,
     run_versions,
-)
+)  # fmt: skip
 from qlora_phi3.training.trainer import Phi3Trainer, build_trainer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class RunResult:
     """How a finished run ended; losses are in nats per token, None where nothing is held out."""
 
@@ -58,10 +58,9 @@ class RunResult:
 def run(
     recipe: Recipe, name: str, recipe_dir: Path, *, reporter: Reporter, resume: RunFolder | None = None
 ) -> RunResult:
-    """Train what a recipe describes.
+    """Train what a recipe describes, into `<output_dir>/<name>/`.
 
     Args:
-        name: of the recipe; its runs are in `<output_dir>/<name>/`.
         recipe_dir: directory of the recipe file; relative paths are looked for there, then in the working directory.
         resume: an unfinished run of the same recipe and data, to continue.
 
@@ -92,20 +91,13 @@ def run(
         cut_metrics(folder, step_of(checkpoint) if checkpoint else -1)
         execution = restore_execution_plan(planned.execution, read_metrics(folder), device)
         trainer = build_trainer(context, execution, model, folder)
-        if wants_dry_run(recipe.memory, device):
-            _dry_run(trainer, context, planned)
-        _train(trainer, context, folder, checkpoint)
+        _train(trainer, context, planned, folder, checkpoint)
         save_adapter(model, context.tokenizer, recipe.model, folder, sample=context.data.train)
         check = _check_prediction(trainer, context, planned)
         report = last_report(folder, report, check, steps=int(trainer.state.global_step), started=started)
         write_report(folder, report)
-    return RunResult(
-        folder=folder,
-        steps=report["steps"],
-        loss_before=report["eval_loss_before"],
-        loss_after=report["eval_loss_after"],
-        seconds=report["seconds"],
-    )
+    before, after = report["eval_loss_before"], report["eval_loss_after"]
+    return RunResult(folder, report["steps"], before, after, report["seconds"])
 
 
 def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> None:
@@ -127,10 +119,9 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
         was = Recipe.model_validate(known).model_dump(mode="json")
     except ValidationError as error:
         problem = error.errors()[0]
+        reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
         raise RunError(
-            f"{folder.report} holds a recipe that this version cannot read: "
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}.",
-            "Start a new run.",
+            f"{folder.report} holds a recipe that this version cannot read: {reason}.", "Start a new run."
         ) from error
     differing = [f"[{table}] {key}" for table in now for key in now[table] if now[table][key] != was[table][key]]
     if differing:
@@ -138,12 +129,8 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
             f"The recipe differs from the one {folder.path} began with in {', '.join(differing)}.",
             f"Go on with its own: qlora-phi3 run {folder.recipe} --resume {folder.path}",
         )
-    versions: Mapping[str, str] = report.get("versions", {})
-    changed = [
-        f"{name} {versions[name]} -> {version}"
-        for name, version in run_versions().items()
-        if versions.get(name, version) != version
-    ]
+    old, new = report.get("versions", {}), run_versions()
+    changed = [f"{key} {old[key]} -> {new[key]}" for key in new if old.get(key, new[key]) != new[key]]
     if changed:
         reporter.warning(f"Versions changed since the run began: {', '.join(changed)}.")
 
@@ -163,36 +150,30 @@ def _save_export_inputs(context: RunContext, model: PeftModel, folder: RunFolder
     """Write what an export needs to prove itself: checksums of the base, held-out rows, the chat template."""
     recipe, progress = context.recipe, context.reporter.progress
     progress("Computing the base's checksums", 0, None)
-    record_base(
-        model,
-        folder,
-        name=recipe.model.name,
-        quantization=recipe.quantization,
-        compute_dtype=context.precision.compute_dtype,
-    )
+    quantization, compute_dtype = recipe.quantization, context.precision.compute_dtype
+    record_base(model, folder, name=recipe.model.name, quantization=quantization, compute_dtype=compute_dtype)
     save_held_out(context.data, folder)
     if context.template.name.endswith(".jinja"):  # a file, which may be changed or gone when the run is exported
         atomic_write(folder.chat_template, context.template.source)
-    if recipe.model.save_quantized and recipe.quantization.load_in_4bit and not folder.quantized_base.is_dir():
+    if recipe.model.save_quantized and quantization.load_in_4bit and not folder.quantized_base.is_dir():
         save_quantized(model, folder.quantized_base)
     progress("Computing the base's checksums", 1, 1)
 
 
-def _dry_run(trainer: Phi3Trainer, context: RunContext, planned: PlannedRun) -> None:
-    """Run the heaviest step once and undo it; report the predicted and the measured memory."""
-    context.reporter.progress("Rehearsing the heaviest step", 0, None)
-    with _optimizer_memory_errors(context.device, lambda: 0):
-        measured = dry_run_heaviest_step(trainer, context.gpu)
-    context.reporter.progress("Rehearsing the heaviest step", 1, 1)
-    context.reporter.info(f"Rehearsal: {PredictionCheck(predicted=planned.predicted, measured=measured).line()}")
-
-
-def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpoint: Path | None) -> None:
-    """Evaluate, train to the last step, and evaluate the adapter that is saved.
+def _train(
+    trainer: Phi3Trainer, context: RunContext, planned: PlannedRun, folder: RunFolder, checkpoint: Path | None
+) -> None:
+    """Run the heaviest step once and undo it, evaluate, train to the last step, and evaluate the adapter that is saved.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; a checkpoint is saved.
     """
+    if wants_dry_run(context.recipe.memory, context.device):
+        context.reporter.progress("Rehearsing the heaviest step", 0, None)
+        with _optimizer_memory_errors(context.device, lambda: 0):
+            measured = dry_run_heaviest_step(trainer, context.gpu)
+        context.reporter.progress("Rehearsing the heaviest step", 1, 1)
+        context.reporter.info(f"Rehearsal: {PredictionCheck(predicted=planned.predicted, measured=measured).line()}")
     if context.data.evaluation is not None and checkpoint is None:
         trainer.evaluate()
     with stop_on_interrupt(context.reporter) as stop:

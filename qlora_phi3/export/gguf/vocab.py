@@ -19,10 +19,7 @@ NEVER = -1e9
 ADDED, FILLER = -1000.0, -10000.0
 
 #: What turns text into pieces in Phi-3's tokenizer.json: a mark before every stretch of text, and for each space.
-NORMALIZERS = (
-    {"type": "Prepend", "prepend": "▁"},
-    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-)
+NORMALIZERS = ({"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
 
 CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"

@@ -103,22 +103,10 @@ class Reporter(Protocol):
         """Show one line that a person should look at."""
 
     def progress(self, what: str, done: int, total: int | None) -> None:
-        """Show how far a part of the work is.
-
-        Args:
-            what: the part, in words; one bar or line for each.
-            done: how much is done; `done == total` ends the part.
-            total: None where it is not known.
-        """
+        """Show how far a part of the work, `what` in words, is; `done == total` ends it, a total of None is not known."""
 
     def begin(self, first_step: int, total_steps: int, earlier: Sequence[float] = ()) -> None:
-        """Training starts.
-
-        Args:
-            first_step: the optimizer step it starts after; 0 unless the run is resumed.
-            total_steps: the number of the last step.
-            earlier: losses of the steps of earlier sessions.
-        """
+        """Training starts after `first_step`, which is 0 unless the run is resumed; `earlier` are the losses until there."""
 
     def step(self, record: StepRecord) -> None:
         """An optimizer step is done."""

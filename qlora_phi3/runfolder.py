@@ -54,11 +54,7 @@ class RunFolder:
 
 
 def create_run_folder(root: Path, recipe_name: str) -> RunFolder:
-    """Create `root/recipe_name/<time>`, never one that exists.
-
-    Raises:
-        RunError: the directory cannot be created.
-    """
+    """Create `root/recipe_name/<time>`, never one that exists; RunError where that is impossible."""
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 100):
         path = root / recipe_name / (stamp if attempt == 1 else f"{stamp}-{attempt}")
@@ -70,10 +66,8 @@ def create_run_folder(root: Path, recipe_name: str) -> RunFolder:
                 raise RunError(f"{path.parent} is not a directory.", "Choose another [training] output_dir.") from None
             continue
         except OSError as error:
-            raise RunError(
-                f"The run directory {path} cannot be created: {error.strerror}.",
-                "Choose another [training] output_dir, or free the disk.",
-            ) from error
+            hint = "Choose another [training] output_dir, or free the disk."
+            raise RunError(f"The run directory {path} cannot be created: {error.strerror}.", hint) from error
         return RunFolder(path)
     raise RunError(f"{root / recipe_name} has 99 runs of this second.", "Try again.")
 
@@ -108,11 +102,7 @@ def find_run(root: Path, recipe_name: str, wanted: str | None) -> RunFolder:
 
 
 def run_group_name(recipe: Path) -> str:
-    """Name of the directory for the runs of a recipe.
-
-    Args:
-        recipe: the file. The runs of a run's own recipe.toml are in the same directory as that run.
-    """
+    """Name of the directory for the runs of a recipe file. The runs of a run's own recipe.toml are next to that run."""
     if recipe.name == "recipe.toml" and (recipe.parent / "report.json").is_file():
         return recipe.resolve().parent.parent.name
     return recipe.stem
@@ -124,15 +114,9 @@ def write_report(folder: RunFolder, report: Mapping[str, Any]) -> None:
 
 
 def append_metrics(folder: RunFolder, record: Mapping[str, Any]) -> None:
-    """Add one line to metrics.jsonl.
-
-    Raises:
-        RunError: the disk is full or refuses.
-    """
-    with (
-        disk_errors(folder.metrics, hint="{cause}, then go on with --resume."),
-        folder.metrics.open("a", encoding="utf-8", newline="\n") as file,
-    ):
+    """Add one line to metrics.jsonl; RunError where the disk is full or refuses."""
+    hint = "{cause}, then go on with --resume."
+    with disk_errors(folder.metrics, hint=hint), folder.metrics.open("a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(record) + "\n")
 
 

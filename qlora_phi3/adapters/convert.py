@@ -118,19 +118,11 @@ def check_target(source: Path, target: Path, *, force: bool, is_folder: bool = T
 
 
 def loralib_to_peft(
-    source: Path,
-    target: Path,
-    spec: Spec,
-    *,
-    base: Base | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
+    source: Path, target: Path, spec: Spec, *, base: Base | None = None, force: bool = False, progress: Progress = None
 ) -> Converted:
-    """Write a loralib state dict as a PEFT adapter.
+    """Write a loralib state dict (.pt, .bin or .safetensors) as a PEFT adapter.
 
     Args:
-        source: .pt, .bin or .safetensors.
-        target: the new directory.
         spec: what the file does not hold.
         base: the model it was trained on; with it, every name and shape is checked.
         force: replace an adapter at the target.
@@ -140,10 +132,8 @@ def loralib_to_peft(
         ExportError: the file or the target cannot be used, or PEFT cannot hold something in it.
     """
     if source.is_dir():
-        raise ExportError(
-            f"{source} is a directory, and a loralib state dict is a file.",
-            "For a PEFT adapter write --to loralib, fused or split.",
-        )
+        hint = "For a PEFT adapter write --to loralib, fused or split."
+        raise ExportError(f"{source} is a directory, and a loralib state dict is a file.", hint)
     check_target(source, target, force=force)
     adapter = read_loralib(read_tensors(source), spec, source)
     shapes = base.shapes if base else {}
@@ -161,18 +151,12 @@ def loralib_to_peft(
 
 
 def peft_to_loralib(
-    source: Path,
-    target: Path,
-    spec: Spec,
-    *,
-    base: Base | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
+    source: Path, target: Path, spec: Spec, *, base: Base | None = None, force: bool = False, progress: Progress = None
 ) -> Converted:
     """Write a PEFT adapter as a loralib state dict, for `model.load_state_dict(torch.load(target), strict=False)`.
 
-    The arguments are those of `loralib_to_peft`, but for `source`, a PEFT directory or a run's, `target`, the new file, and
-    `spec`: `enable` makes MergedLinears, `alpha` multiplies another one in.
+    The arguments are those of `loralib_to_peft`, but `source` is a PEFT directory or a run's, and of `spec` `enable` makes
+    MergedLinears and `alpha` multiplies another one in.
 
     Raises:
         ExportError: the adapter or the target cannot be used, or loralib cannot hold something, which is named.
@@ -208,23 +192,15 @@ def peft_to_loralib(
 
 
 def change_fusion(
-    source: Path,
-    target: Path,
-    *,
-    fused: bool,
-    base: str | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
+    source: Path, target: Path, *, fused: bool, base: str | None = None, force: bool = False, progress: Progress = None
 ) -> Converted:
     """Write a PEFT adapter of q, k, v, gate and up as one of qkv_proj and gate_up_proj, or the other way.
 
     Args:
         source: a PEFT directory, or a run's.
-        target: the new directory.
         fused: whether the new adapter is fused; else it is split, for an unfused Phi-3.
         base: the model that the new adapter is for, where the adapter does not lead to it.
-        force: replace an adapter at the target.
-        progress: as in `loralib_to_peft`.
+        force, progress: as in `loralib_to_peft`.
 
     Raises:
         ExportError: the adapter cannot be read, fits no layer of the base, or cannot be converted without loss.
@@ -233,10 +209,8 @@ def change_fusion(
     check_target(folder, target, force=force)
     found = find_base(base, folder)
     if fused and found.unfused:
-        raise ExportError(
-            f"{found.name} is an unfused model, and the fused adapter is for another one.",
-            "Name that one: --base microsoft/Phi-3-mini-4k-instruct",
-        )
+        hint = "Name that one: --base microsoft/Phi-3-mini-4k-instruct"
+        raise ExportError(f"{found.name} is an unfused model, and the fused adapter is for another one.", hint)
     config = read_config(folder)
     adapter = _read_grouped(folder, config, found, fused=not fused)
     old_name, notes = config.get("base_model_name_or_path"), []
@@ -278,7 +252,7 @@ def _write_peft(
     *,
     all_layers: Iterable[str],
     notes: Iterable[str],
-    progress: Progress | None,
+    progress: Progress,
 ) -> Converted:
     """Write a PEFT directory, read it again, and compare every delta with what it was made of."""
     config = {**config, **build_peft_config(adapter, all_layers=all_layers)}
@@ -291,11 +265,8 @@ def _write_peft(
     return Converted(target, len(adapter.deltas), largest, worst, (strength, *notes))
 
 
-def compare(expected: Adapter, written: Adapter, progress: Progress | None = None) -> tuple[float, str]:
-    """Compare scaling * B A of every layer.
-
-    Returns:
-        The largest relative difference (`relative_difference`), and the layer that has it.
+def compare(expected: Adapter, written: Adapter, progress: Progress = None) -> tuple[float, str]:
+    """Compare scaling * B A of every layer; returns the largest relative difference, and the layer that has it.
 
     Raises:
         ExportError: it is larger than `TOLERANCE`, or the tensors stored in full differ.
@@ -304,13 +275,13 @@ def compare(expected: Adapter, written: Adapter, progress: Progress | None = Non
     same_names = expected.deltas.keys() == written.deltas.keys() and full.keys() == written_full.keys()
     if not same_names or not all(torch.equal(tensor, written_full[name]) for name, tensor in full.items()):
         raise ExportError("The written tensors differ from those read.", "Nothing was saved; please report this.")
-    largest, worst = 0.0, next(iter(expected.deltas))
-    for number, (name, delta) in enumerate(expected.deltas.items()):
-        difference = relative_difference(delta, written.deltas[name])
-        if difference > largest:
-            largest, worst = difference, name
+    differences: dict[str, float] = {}
+    for name, delta in expected.deltas.items():
+        differences[name] = relative_difference(delta, written.deltas[name])
         if progress:
-            progress(number + 1, len(expected.deltas))
+            progress(len(differences), len(expected.deltas))
+    worst = max(differences, key=differences.__getitem__)
+    largest = differences[worst]
     if largest > TOLERANCE:
         raise ExportError(f"{worst} would change by {largest:.1e}, relative.", "Nothing was written.")
     return largest, worst

@@ -15,7 +15,7 @@ from torch import Tensor
 Kind = Literal["linear", "embedding", "conv2d"]
 
 #: Called with the number of layers done and of all layers.
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

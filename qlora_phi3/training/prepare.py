@@ -46,7 +46,7 @@ from qlora_phi3.units import format_gib, parse_size
 DEFAULT_MICRO_BATCH_TOKENS = 512
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class RunContext:
     """All that is known of a run before any weight is read."""
 
@@ -115,18 +115,7 @@ def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
         reporter.info(line)
     for line in data.report.warning_lines():
         reporter.warning(line)
-    return RunContext(
-        recipe=recipe,
-        config=config,
-        architecture=architecture,
-        tokenizer=tokenizer,
-        template=template,
-        data=data,
-        device=device,
-        gpu=gpu,
-        precision=precision,
-        reporter=reporter,
-    )
+    return RunContext(recipe, config, architecture, tokenizer, template, data, device, gpu, precision, reporter)
 
 
 def check_trackers(training: Training) -> None:

@@ -1,5 +1,7 @@
-"""A complete run: recipe -> data -> execution plan -> model -> training -> run directory."""
+"""A complete run: recipe -> data -> execution plan -> model -> dry run -> training -> run directory."""
 
+import gc
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -10,9 +12,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from pydantic import ValidationError
+from torch.nn.utils import clip_grad_norm_
 
 from qlora_phi3.errors import Interrupted, RunError
 from qlora_phi3.files import atomic_write
+from qlora_phi3.hardware.gpu import Gpu
+from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.model.quantized import save_quantized
 from qlora_phi3.recipe.load import recipe_as_toml, resolve_paths
 from qlora_phi3.recipe.schema import Recipe
@@ -28,8 +33,7 @@ from qlora_phi3.runfolder import (
 from qlora_phi3.step import is_out_of_memory
 from qlora_phi3.training.artifacts import find_checkpoint, record_base, save_adapter, save_held_out, step_of
 from qlora_phi3.training.callbacks import stop_on_interrupt
-from qlora_phi3.training.dry_run import dry_run_heaviest_step
-from qlora_phi3.training.oom import restore_execution_plan
+from qlora_phi3.training.oom import RngState, restore_execution_plan
 from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, plan_run, prepare, wants_dry_run
 from qlora_phi3.training.report import (
     PredictionCheck,
@@ -190,6 +194,65 @@ def _train(
     is_evaluated = evaluated[-1:] == [state.global_step] and not context.recipe.training.load_best_model_at_end
     if context.data.evaluation is not None and not is_evaluated:
         trainer.evaluate()
+
+
+def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> MemoryReport:
+    """Run the heaviest step, evaluation and checkpoint of a trainer that has not started, and undo them bit for bit.
+
+    The order of the data does not change, since the rows are selected by length. Where memory runs out, `oom.py` lowers the
+    execution plan, and the run starts with the lowered one.
+
+    Returns:
+        The peak of the memory; `gpu` is as it was before the run.
+
+    Raises:
+        RunError: a single row does not fit.
+    """
+    device = trainer.args.device
+    with _undone(trainer):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        trainer.run_heaviest("training")
+        trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        optimizer = trainer.create_optimizer()
+        if trainer.args.max_grad_norm:
+            clip_grad_norm_(trained, trainer.args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        trainer.run_heaviest("training")  # now with the optimizer's state in memory
+        for parameter in trained:
+            parameter.grad = None
+        if trainer.eval_dataset is not None:
+            trainer.run_heaviest("evaluation")
+        checkpoints = Path(trainer.args.output_dir)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=checkpoints) as target:
+            trainer.model.save_pretrained(target)
+            torch.save(optimizer.state_dict(), Path(target) / "optimizer.pt")
+        return measure_memory(trainer.model, optimizer, device, gpu)
+
+
+@contextmanager
+def _undone(trainer: Phi3Trainer) -> Iterator[None]:
+    """Restore weights, random numbers and the training mode at the end, and drop the optimizer."""
+    device, model = trainer.args.device, trainer.model
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
+    rng_state = RngState.read(device)
+    was_training = model.training
+    try:
+        yield
+    finally:
+        trainer.optimizer = trainer.lr_scheduler = None
+        model.train(was_training)
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(weights[name])
+                parameter.grad = None
+        gc.collect()
+        rng_state.restore()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _check_prediction(trainer: Phi3Trainer, context: RunContext, planned: PlannedRun) -> PredictionCheck:

@@ -45,12 +45,7 @@ from qlora_phi3.training.report import peak_memory_bytes
 
 
 def build_trainer(context: RunContext, execution: ExecutionPlan, model: PeftModel, folder: RunFolder) -> "Phi3Trainer":
-    """Apply an execution plan to the model, and build the Trainer of a run.
-
-    Args:
-        execution: of this session, lowered by the out-of-memory errors of earlier ones.
-        folder: gets checkpoints, and a record of each step in metrics.jsonl.
-    """
+    """Apply an execution plan to the model, and build the Trainer of a run, which writes into `folder`."""
     training = context.recipe.training
     apply_execution_plan(model, execution)
     arguments = build_arguments(
@@ -84,10 +79,7 @@ def build_arguments(
 ) -> SFTConfig:
     """Translate [training] into TRL's SFTConfig; what `step.py` and the model do themselves is off.
 
-    Args:
-        checkpoints: directory for the checkpoints.
-        optim: transformers' name of the optimizer.
-        evaluates: whether there are held-out rows.
+    `optim` is transformers' name of the optimizer; `evaluates`: there are held-out rows.
     """
     logging.getLogger("transformers.trainer_utils").addFilter(is_not_share_warning)
     arguments = SFTConfig(
@@ -203,11 +195,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         return list(islice(epoch_iterator, num_batches)), None
 
     def training_step(self, model: nn.Module, inputs: RowBatch, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of all micro-batches, until memory suffices.
-
-        Args:
-            model: as the Trainer wrapped it.
-            inputs: the rows of the optimizer batch.
+        """Forward and backward of all micro-batches of an optimizer batch, until memory suffices.
 
         Returns:
             The mean loss over the supervised tokens of the batch, fp32 scalar.
@@ -225,11 +213,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         return result.loss
 
     def run_heaviest(self, phase: Phase) -> None:
-        """Run a pass over the longest rows that can meet in one batch; gradients stay, nothing is recorded.
-
-        Raises:
-            RunError: one row alone does not fit.
-        """
+        """Run a pass over the longest rows that can meet in one batch; gradients stay, nothing is recorded."""
         dataset: Any = self.train_dataset if phase == "training" else self.eval_dataset
         longest = numpy.argsort(-row_lengths(dataset), kind="stable")[: self.args.per_device_train_batch_size]
         rows = [dataset[int(number)] for number in longest]
@@ -238,19 +222,13 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
     def _compute(
         self, model: nn.Module, rows: Sequence[Mapping[str, Any]], phase: Phase, step: int
     ) -> tuple[Batch, StepResult]:
-        """Forward, and in training backward, of all micro-batches, until memory suffices.
-
-        Raises:
-            RunError: one row alone does not fit; a checkpoint of the last complete step is saved.
-        """
+        """Forward, and in training backward, of all micro-batches; where one row does not fit, save a checkpoint and raise."""
+        options: dict[str, Any] = {"objective": self.objective, "compute_dtype": self.compute_dtype}
 
         def run_pass(batch: Batch) -> StepResult:
             if phase == "training":
-                backward = self.accelerator.backward
-                return forward_backward(
-                    model, batch, objective=self.objective, compute_dtype=self.compute_dtype, backward=backward
-                )
-            [(_, result)] = evaluate(model, [batch], objective=self.objective, compute_dtype=self.compute_dtype)
+                return forward_backward(model, batch, backward=self.accelerator.backward, **options)
+            [(_, result)] = evaluate(model, [batch], **options)
             return result
 
         if phase == "training":
@@ -336,8 +314,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint of this step and its manifest unless it is there, and only then remove older checkpoints.
 
-        Raises:
-            RunError: the disk is full or refuses; the new checkpoint is removed.
+        RunError where the disk is full or refuses; the new checkpoint is removed then.
         """
         target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if is_complete(target):

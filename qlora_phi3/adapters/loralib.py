@@ -110,10 +110,8 @@ def _read_layer(layer: str, lora_A: Tensor, lora_B: Tensor, spec: Spec, where: o
         raise ExportError(f"{where}: {layer} has {shapes}, which are not loralib's.", "Save the state dict again.")
     kernel, enable, alpha = look_up(spec.conv2d, layer), look_up(spec.enable, layer), look_up(spec.alpha, layer)
     if alpha is None:
-        raise ExportError(
-            f"{where}: the lora_alpha of {layer} is not known; loralib's files do not hold it.",
-            "Give the lora_alpha that the layers were built with, such as --alpha 16; loralib's default is 1.",
-        )
+        hint = "Give the lora_alpha that the layers were built with, such as --alpha 16; loralib's default is 1."
+        raise ExportError(f"{where}: the lora_alpha of {layer} is not known; loralib's files do not hold it.", hint)
     (stacked_rank, columns), (rows, rank) = lora_A.shape, lora_B.shape
     if kernel is not None:
         if kernel < 1 or any(size % kernel for size in (rows, rank, columns)) or stacked_rank != rank:
@@ -141,10 +139,8 @@ def _read_layer(layer: str, lora_A: Tensor, lora_B: Tensor, spec: Spec, where: o
         )
         return LoraDelta(out_features=size * len(enable), in_features=columns, blocks=blocks)
     if stacked_rank != rank:
-        raise ExportError(
-            f"{where}: {layer} has {shapes}: the ranks differ.",
-            f"For a MergedLinear give the enabled groups: --enable {last_name(layer)}=1,0,1",
-        )
+        hint = f"For a MergedLinear give the enabled groups: --enable {last_name(layer)}=1,0,1"
+        raise ExportError(f"{where}: {layer} has {shapes}: the ranks differ.", hint)
     block = LowRankBlock(lora_A=lora_A, lora_B=lora_B, scaling=alpha / rank)
     kind: Kind = "embedding" if look_up(dict.fromkeys(spec.embedding, True), layer) else "linear"
     return LoraDelta(out_features=rows, in_features=columns, blocks=(block,), kind=kind)

@@ -63,10 +63,8 @@ def find_adapter(path: Path) -> Path:
     if not path.exists():
         raise ExportError(f"There is no {path}.", "Check the name.")
     if path.is_file():
-        raise ExportError(
-            f"{path} is a file, and a PEFT adapter is a directory.",
-            "From loralib: qlora-phi3 adapter convert FILE NEW --to peft --alpha ALPHA",
-        )
+        hint = "From loralib: qlora-phi3 adapter convert FILE NEW --to peft --alpha ALPHA"
+        raise ExportError(f"{path} is a file, and a PEFT adapter is a directory.", hint)
     is_run = not (path / ADAPTER_CONFIG).is_file() and (path / "adapter" / ADAPTER_CONFIG).is_file()
     return path / "adapter" if is_run else path
 

@@ -30,10 +30,8 @@ def check_start(place: Path, table: Lora) -> None:
     names = set() if isinstance(targets, str) else {last_name(name) for name in targets}  # a string is a pattern
     parts = [part for part in FUSED if part in names]
     if parts:
-        raise ExportError(
-            f"[model] adapter: {folder} has {parts[0]}, which Phi-3 has fused with others.",
-            f"Convert it: qlora-phi3 adapter convert {folder} NEW --to fused",
-        )
+        hint = f"Convert it: qlora-phi3 adapter convert {folder} NEW --to fused"
+        raise ExportError(f"[model] adapter: {folder} has {parts[0]}, which Phi-3 has fused with others.", hint)
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         return  # compared layer by layer, in `start_from`
     for key in ("r", "lora_alpha", "use_rslora", "use_dora"):

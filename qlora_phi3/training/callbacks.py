@@ -57,10 +57,8 @@ class GradientGuard(TrainerCallback):  # type: ignore[misc]
                 f"The gradient of step {step} is {norm}.", "Lower [training] learning_rate and start a new run."
             )
         if norm == 0 and not self.found_gradient:
-            raise DivergedError(
-                f"The gradient of step {step} is exactly zero: nothing would be learned.",
-                "Check that the rows hold answers to learn and that [lora] reaches the model.",
-            )
+            hint = "Check that the rows hold answers to learn and that [lora] reaches the model."
+            raise DivergedError(f"The gradient of step {step} is exactly zero: nothing would be learned.", hint)
         self.found_gradient = True
 
 

@@ -129,10 +129,8 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
         ) from error
     differing = [f"[{table}] {key}" for table in now for key in now[table] if now[table][key] != was[table][key]]
     if differing:
-        raise RunError(
-            f"The recipe differs from the one {folder.path} began with in {', '.join(differing)}.",
-            f"Go on with its own: qlora-phi3 run {folder.recipe} --resume {folder.path}",
-        )
+        hint = f"Go on with its own: qlora-phi3 run {folder.recipe} --resume {folder.path}"
+        raise RunError(f"The recipe differs from the one {folder.path} began with in {', '.join(differing)}.", hint)
     old, new = report.get("versions", {}), run_versions()
     changed = [f"{key} {old[key]} -> {new[key]}" for key in new if old.get(key, new[key]) != new[key]]
     if changed:
@@ -186,10 +184,8 @@ def _train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     if stop.requested:
-        raise Interrupted(
-            f"Stopped after step {state.global_step} of {state.max_steps}; everything is saved.",
-            f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}",
-        )
+        hint = f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
+        raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; everything is saved.", hint)
     evaluated = [record["step"] for record in read_metrics(folder) if record["kind"] == "eval"]
     is_evaluated = evaluated[-1:] == [state.global_step] and not context.recipe.training.load_best_model_at_end
     if context.data.evaluation is not None and not is_evaluated:

@@ -169,10 +169,8 @@ def _rank_pieces(folder: Path, source: dict[str, Any]) -> dict[int, Piece]:
     problems += [f"there is no piece {text}" for text in sorted(byte_texts - vocabulary.keys())]
     problems += [f"it merges the byte {part}" for pair in ranks for part in pair if part in byte_texts]
     if problems:
-        raise ExportError(
-            f"The tokenizer.json of {folder} gives other ids than llama.cpp would: {problems[0]}.",
-            "Put the base's own tokenizer.model into the directory.",
-        )
+        hint = "Put the base's own tokenizer.model into the directory."
+        raise ExportError(f"The tokenizer.json of {folder} gives other ids than llama.cpp would: {problems[0]}.", hint)
     return pieces
 
 
@@ -207,10 +205,8 @@ def _check_byte_tokenizer(folder: Path, source: dict[str, Any]) -> str:
         ("pre_tokenizer", pre, steps in PRE_TOKENIZERS),
     ):
         if not is_supported:
-            raise ExportError(
-                f"The tokenizer of {folder} does not fit llama.cpp's phi3 models: {key} {value!r}.",
-                "Use the tokenizer files of the model's own base.",
-            )
+            hint = "Use the tokenizer files of the model's own base."
+            raise ExportError(f"The tokenizer of {folder} does not fit llama.cpp's phi3 models: {key} {value!r}.", hint)
     return PRE_TOKENIZERS[steps]
 
 

@@ -42,11 +42,7 @@ class RunFolder:
             object.__setattr__(self, name.partition(".")[0], self.path / name)
 
     def read_report(self) -> dict[str, Any]:
-        """The content of report.json.
-
-        Raises:
-            RunError: there is none, or it holds no JSON object.
-        """
+        """The content of report.json; RunError where there is none, or it holds no JSON object."""
         if self.recipe.is_file() and not self.report.exists():
             hint = f"Put it back, or train again: qlora-phi3 run {self.recipe}"
             raise RunError(f"{self.path} is a run without its report.json.", hint)
@@ -85,11 +81,7 @@ def removed_on_failure(folder: RunFolder) -> Iterator[None]:
 
 
 def find_run(root: Path, recipe_name: str, wanted: str | None) -> RunFolder:
-    """The run to resume: the directory `wanted`, or the newest run of the recipe that has a report.
-
-    Raises:
-        RunError: there is none, or its report cannot be read.
-    """
+    """The run to resume: the directory `wanted`, or the newest run of the recipe with a report; RunError where there is none."""
     runs = sorted(report.parent for report in (root / recipe_name).glob("*/report.json"))
     if wanted is None and not runs:
         raise RunError(f"There is no run of {recipe_name} under {root} to resume.", "Leave --resume out to start one.")

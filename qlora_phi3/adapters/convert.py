@@ -78,9 +78,7 @@ def read_base(name: str, *, label: str | None = None) -> Base:
 def find_base(given: str | None, folder: Path) -> Base:
     """The base of a PEFT adapter: the one given, else the config.json next to it, else what its adapter_config.json names.
 
-    Raises:
-        ModelError: the one given is not a phi3 model.
-        ExportError: none is given, and the adapter's own cannot be found.
+    Raises ModelError where the one given is not a phi3 model, ExportError where the adapter's own cannot be found.
     """
     if given:
         return read_base(given)

@@ -40,8 +40,7 @@ def check_layers(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], base: 
 def fuse(adapter: Adapter, architecture: Architecture, where: object) -> Adapter:
     """Turn deltas of the parts into deltas of the fused layers; rows of a part without a delta stay zero.
 
-    Raises:
-        ExportError: there are no parts, or some parts of a layer have DoRA and others do not.
+    Raises ExportError where there are no parts, or some parts of a layer have DoRA and others do not.
     """
     grouped, deltas = defaultdict[str, dict[str, LoraDelta]](dict), {}
     for name, delta in adapter.deltas.items():
@@ -86,10 +85,7 @@ def split(adapter: Adapter, architecture: Architecture, where: object) -> Adapte
     """Turn deltas of the fused layers into deltas of the parts: A unchanged, and the part's rows of B.
 
     Ranks that a part does not use (columns of its B that are all zero) are left out, and so is a part that uses none. All
-    ranks stay where the layer's B is zero, as before training.
-
-    Raises:
-        ExportError: there is no fused layer.
+    ranks stay where the layer's B is zero, as before training. Raises ExportError where there is no fused layer.
     """
     rows, deltas = part_rows(architecture), {}
     for name, delta in adapter.deltas.items():

@@ -63,7 +63,7 @@ class RngState:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Failure:
     """The micro-batch that ran out of memory, and the bytes that were allocated then (None on a CPU)."""
 
@@ -122,30 +122,25 @@ class MemoryGuard:
         failed: list[tuple[int, ...]] = []
         while True:
             batch = collate(rows, self.plans[phase])
-            outcome = self._attempt(run_pass, batch)
-            if isinstance(outcome, StepResult):
-                return batch, outcome
+            try:
+                return batch, run_pass(batch)
+            except MicroBatchMemoryError as error:
+                allocated_bytes = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None
+                failure = _Failure(error.micro_batch, error.reason, allocated_bytes)
+            # Here the error is released, and with it every tensor that its traceback held.
             for parameter in self._model.parameters():
                 parameter.grad = None
             gc.collect()  # an error and the frames of its traceback may hold each other
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             rng_state.restore()
-            indices = batch.row_indices[outcome.micro_batch]
+            indices = batch.row_indices[failure.micro_batch]
             lengths = [len(rows[index]["input_ids"]) for index in indices]
             remedy = self._choose_remedy(lengths, phase, step, is_first=not failed, is_repeated=indices in failed)
             failed.append(indices)
             if remedy is None:
-                raise self._row_does_not_fit(rows[indices[0]], outcome, len(failed), phase, step)
-            self._recover(lengths, outcome, remedy, phase, step)
-
-    def _attempt(self, run_pass: Callable[[Batch], StepResult], batch: Batch) -> StepResult | _Failure:
-        """Run a pass. The error, and with it every tensor that its traceback holds, is released when this returns."""
-        try:
-            return run_pass(batch)
-        except MicroBatchMemoryError as error:
-            allocated_bytes = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None
-            return _Failure(micro_batch=error.micro_batch, reason=error.reason, allocated_bytes=allocated_bytes)
+                raise self._row_does_not_fit(rows[indices[0]], failure, len(failed), phase, step)
+            self._recover(lengths, failure, remedy, phase, step)
 
     def _choose_remedy(
         self, lengths: Sequence[int], phase: Phase, step: int, *, is_first: bool, is_repeated: bool

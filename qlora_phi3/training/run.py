@@ -232,18 +232,17 @@ def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> MemoryReport
 def _undone(trainer: Phi3Trainer) -> Iterator[None]:
     """Restore weights, random numbers and the training mode at the end, and drop the optimizer."""
     device, model = trainer.args.device, trainer.model
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
-    rng_state = RngState.read(device)
-    was_training = model.training
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = [parameter.detach().to("cpu", copy=True) for parameter in trained]
+    rng_state, was_training = RngState.read(device), model.training
     try:
         yield
     finally:
         trainer.optimizer = trainer.lr_scheduler = None
         model.train(was_training)
         with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(weights[name])
+            for parameter, weight in zip(trained, weights, strict=True):
+                parameter.copy_(weight)
                 parameter.grad = None
         gc.collect()
         rng_state.restore()

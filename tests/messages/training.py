@@ -172,7 +172,7 @@ MESSAGES = [
         error=RunError,
         exit_code=2,
         says=("checkpoint-6", "No space left on device"),
-        hint="Free the disk, then go on with --resume",
+        hint="Free disk space, then go on with --resume",
     ),
     Message(
         name="run-done",

@@ -56,13 +56,7 @@ class GgufPlan:
 
 
 def plan_gguf(folder: Path, info: Mapping[str, TensorInfo], *, quant: str, name: str) -> GgufPlan:
-    """Plan a .gguf file; whatever llama.cpp cannot hold is found here.
-
-    The arguments are those of `convert_to_gguf`. Of the weights only shapes and dtypes (`info`) need to be known.
-
-    Raises:
-        ExportError, ModelError: as `convert_to_gguf`.
-    """
+    """Plan a .gguf file from shapes and dtypes; what llama.cpp cannot hold is found here. Else as `convert_to_gguf`."""
     config = read_phi3_config(folder)
     tokenizer = load_tokenizer(Model(name=str(folder)))
     tensors = plan_tensors(config, info, None if quant in QUANTIZED else quant)
@@ -86,7 +80,6 @@ def convert_to_gguf(
 
     Args:
         folder: a Phi-3 checkpoint in safetensors with its tokenizer files.
-        target: the .gguf file.
         quant: of `tensors.QUANTS`.
         name: of the model; `GgufResult.name` is the name that was written.
         progress: called after every few rows.
@@ -150,11 +143,9 @@ def read_phi3_config(folder: Path) -> Phi3Config:
 
 def describe_limits(config: Phi3Config) -> tuple[str, ...]:
     """What llama.cpp does differently with a model of this config."""
-    notes = []
-    if config.sliding_window is not None and config.sliding_window < config.max_position_embeddings:
-        notes.append(
-            f"llama.cpp does not apply the sliding window: past {config.sliding_window:,} tokens it attends to everything."
-        )
+    notes, window = [], config.sliding_window
+    if window is not None and window < config.max_position_embeddings:
+        notes.append(f"llama.cpp does not apply the sliding window: past {window:,} tokens it attends to everything.")
     if config.rope_parameters["rope_type"] == "longrope":
         original = config.rope_parameters["original_max_position_embeddings"]
         notes.append(

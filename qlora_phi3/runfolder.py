@@ -17,24 +17,15 @@ class RunFolder:
     """`runs/<recipe>/<time>/` and the paths in it."""
 
     path: Path
-    #: The recipe with all its defaults; `qlora-phi3 run` on it repeats the run.
-    recipe: Path = field(init=False)
-    #: One JSON object a line: an optimizer step, an evaluation, or an out-of-memory error.
-    metrics: Path = field(init=False)
-    #: Status, versions, hashes and results.
-    report: Path = field(init=False)
-    #: The trained adapter, as `PeftModel.from_pretrained` loads it.
-    adapter: Path = field(init=False)
-    #: The base: name, commit, and a checksum of every tensor as it was loaded.
-    base: Path = field(init=False)
-    #: The 4-bit base itself, where the recipe says save_quantized.
-    quantized_base: Path = field(init=False)
-    #: Tokenized rows on which an export is compared with what was trained.
-    held_out: Path = field(init=False)
-    #: The chat template, where the recipe names a file.
-    chat_template: Path = field(init=False)
-    #: Checkpoints that `--resume` continues from.
-    checkpoints: Path = field(init=False)
+    recipe: Path = field(init=False)  #: The recipe with all its defaults; `qlora-phi3 run` on it repeats the run.
+    metrics: Path = field(init=False)  #: One JSON object a line: a step, an evaluation, or an out-of-memory error.
+    report: Path = field(init=False)  #: Status, versions, hashes and results.
+    adapter: Path = field(init=False)  #: The trained adapter, as `PeftModel.from_pretrained` loads it.
+    base: Path = field(init=False)  #: The base: name, commit, and a checksum of every tensor as it was loaded.
+    quantized_base: Path = field(init=False)  #: The 4-bit base itself, where the recipe says save_quantized.
+    held_out: Path = field(init=False)  #: Tokenized rows on which an export is compared with what was trained.
+    chat_template: Path = field(init=False)  #: The chat template, where the recipe names a file.
+    checkpoints: Path = field(init=False)  #: Checkpoints that `--resume` continues from.
 
     def __post_init__(self) -> None:
         files = ("recipe.toml", "metrics.jsonl", "report.json", "base.json", "held_out.jsonl", "chat_template.jinja")

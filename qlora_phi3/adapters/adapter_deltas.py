@@ -44,8 +44,7 @@ class Target:
     shape: tuple[int, int]
     lora_A: str
     lora_B: str
-    #: Of DoRA's magnitude; None without DoRA.
-    magnitude: str | None
+    magnitude: str | None  #: Of DoRA's magnitude; None without DoRA.
     scaling: float
 
 
@@ -54,12 +53,10 @@ class AdapterDeltas:
     """An adapter on its base."""
 
     stored: StoredWeights
-    #: The weights with a delta, by their names in the base.
-    targets: Mapping[str, Target]
+    targets: Mapping[str, Target]  #: The weights with a delta, by their names in the base.
     #: Name in the base -> name in the adapter's file of the tensor that replaces it (`modules_to_save`).
     replaced: Mapping[str, str]
-    #: Embedding and head are one tensor in the base, and two in the trained model.
-    unties: bool
+    unties: bool  #: Embedding and head are one tensor in the base, and two in the trained model.
 
     def read(self, name: str) -> LoraDelta:
         """Read the delta of a target: a single block and DoRA's magnitude (out_features,), in fp32 on the CPU."""

@@ -46,8 +46,7 @@ class Base:
 
     name: str
     architecture: Architecture
-    #: Whether q, k, v, gate and up are layers of their own.
-    unfused: bool
+    unfused: bool  #: Whether q, k, v, gate and up are layers of their own.
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -63,8 +62,7 @@ class Converted:
     num_layers: int
     largest_difference: float
     worst_layer: str
-    #: Lines for a person: what the file does not hold, or what to do with it.
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  #: Lines for a person: what the file does not hold, or what to do with it.
 
 
 def read_base(name: str, *, label: str | None = None) -> Base:

@@ -44,8 +44,7 @@ class LoraDelta:
     blocks: tuple[LowRankBlock, ...]
     kind: Kind = "linear"
     kernel_size: int = 1
-    #: DoRA's length of every row of the adapted weight, (out_features,).
-    magnitude: Tensor | None = None
+    magnitude: Tensor | None = None  #: DoRA's length of every row of the adapted weight, (out_features,).
 
     @property
     def block(self) -> LowRankBlock:

@@ -38,11 +38,9 @@ class Spec:
     """What a loralib file does not hold, by layer name or its end (`qkv_proj` for all of them); "" is every layer."""
 
     alpha: Mapping[str, float] = field(default_factory=dict)
-    #: enable_lora of every MergedLinear.
-    enable: Mapping[str, Sequence[bool]] = field(default_factory=dict)
+    enable: Mapping[str, Sequence[bool]] = field(default_factory=dict)  #: enable_lora of every MergedLinear.
     embedding: frozenset[str] = frozenset({"embed_tokens"})
-    #: kernel_size of every Conv2d; groups must be 1.
-    conv2d: Mapping[str, int] = field(default_factory=dict)
+    conv2d: Mapping[str, int] = field(default_factory=dict)  #: kernel_size of every Conv2d; groups must be 1.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +50,7 @@ class Layer:
     lora_A: Tensor
     lora_B: Tensor
     lora_alpha: float
-    #: `lora.Linear(128, 256, r=4, lora_alpha=8)`
-    built_as: str
+    built_as: str  #: `lora.Linear(128, 256, r=4, lora_alpha=8)`
 
 
 def look_up(table: Mapping[str, T], layer: str) -> T | None:

@@ -45,8 +45,7 @@ class RngState:
     python: Any
     numpy: Any
     cpu: Tensor
-    #: None on a CPU.
-    cuda: Tensor | None
+    cuda: Tensor | None  #: None on a CPU.
 
     @classmethod
     def read(cls, device: torch.device) -> Self:

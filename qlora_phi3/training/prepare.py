@@ -51,8 +51,7 @@ class RunContext:
     """All that is known of a run before any weight is read."""
 
     recipe: Recipe
-    #: The contents of the model's config.json.
-    config: dict[str, Any]
+    config: dict[str, Any]  #: The contents of the model's config.json.
     architecture: Architecture
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
@@ -177,13 +176,8 @@ def plan_run(context: RunContext) -> PlannedRun:
 def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
     """The fastest plan that fits a GPU, reported in one line; a warning where none fits."""
     reporter = context.reporter
-    predictor = Predictor(
-        context.recipe,
-        context.config,
-        context.architecture,
-        compute_dtype=context.precision.compute_dtype,
-        capability=gpu.compute_capability,
-    )
+    model, compute_dtype = (context.recipe, context.config, context.architecture), context.precision.compute_dtype
+    predictor = Predictor(*model, compute_dtype=compute_dtype, capability=gpu.compute_capability)
     limits = GpuLimits(
         limit_bytes=read_margin(gpu.name).limit(budget_of(context.recipe, gpu)),
         tflops_16bit=gpu.tflops_16bit,

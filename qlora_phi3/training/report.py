@@ -121,13 +121,7 @@ def _own_gpu_bytes(device: torch.device) -> int:
 
 
 def first_report(
-    recipe: Recipe,
-    data: DataReport,
-    *,
-    name: str,
-    device: torch.device,
-    compute_dtype: torch.dtype,
-    resume: RunFolder | None,
+    recipe: Recipe, data: DataReport, *, name: str, device: str, compute_dtype: torch.dtype, resume: RunFolder | None
 ) -> dict[str, Any]:
     """The report of a run that starts; of one that is resumed, with its name, start and seconds until now.
 
@@ -154,7 +148,7 @@ def first_report(
         "recipe_sha256": hashlib.sha256(recipe_as_toml(recipe).encode()).hexdigest(),
         "data": asdict(data),
         "seed": recipe.training.seed,
-        "device": describe_device(device),
+        "device": device,
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "versions": run_versions(),
     }

@@ -80,7 +80,12 @@ def run(
     context = prepare(recipe, recipe_dir, reporter)
     device, compute_dtype = context.device, context.precision.compute_dtype
     report = first_report(
-        recipe, context.data.report, name=name, device=device, compute_dtype=compute_dtype, resume=resume
+        recipe,
+        context.data.report,
+        name=name,
+        device=describe_device(device),
+        compute_dtype=compute_dtype,
+        resume=resume,
     )
     planned = plan_run(context)
     folder = resume or create_run_folder(Path(recipe.training.output_dir), name)

@@ -48,13 +48,9 @@ def build_trainer(context: RunContext, execution: ExecutionPlan, model: PeftMode
     """Apply an execution plan to the model, and build the Trainer of a run, which writes into `folder`."""
     training = context.recipe.training
     apply_execution_plan(model, execution)
+    fp16, evaluates = context.precision.compute_dtype == torch.float16, context.data.evaluation is not None
     arguments = build_arguments(
-        training,
-        folder.checkpoints,
-        device=context.device,
-        compute_dtype=context.precision.compute_dtype,
-        optim=execution.optim,
-        evaluates=context.data.evaluation is not None,
+        training, folder.checkpoints, device=context.device, fp16=fp16, optim=execution.optim, evaluates=evaluates
     )
     context.reporter.info(f"Optimizer: {execution.optim}, {training.batch_size} rows a step")
     return Phi3Trainer(model, arguments, context, execution, MetricsWriter(context.reporter, folder))
@@ -69,13 +65,7 @@ SAME_ARGUMENTS = (
 
 
 def build_arguments(
-    training: Training,
-    checkpoints: Path,
-    *,
-    device: torch.device,
-    compute_dtype: torch.dtype,
-    optim: str,
-    evaluates: bool,
+    training: Training, checkpoints: Path, *, device: torch.device, fp16: bool, optim: str, evaluates: bool
 ) -> SFTConfig:
     """Translate [training] into TRL's SFTConfig; what `step.py` and the model do themselves is off.
 
@@ -95,7 +85,7 @@ def build_arguments(
         gradient_checkpointing=False,  # model.set_checkpointing: the Trainer's way makes the embedding need gradients
         use_cpu=device.type == "cpu",
         bf16=False,  # step.py runs autocast; fp16 stays with the Trainer for its GradScaler
-        fp16=compute_dtype == torch.float16,
+        fp16=fp16,
         lr_scheduler_kwargs=training.lr_scheduler_kwargs or None,
         optim=optim,
         eval_strategy=training.eval_strategy if evaluates else "no",
@@ -271,12 +261,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             self._num_recovered = self.guard.num_recovered
         super().log(logs, start_time)
 
-    def evaluate(
-        self,
-        eval_dataset: Dataset | None = None,
-        ignore_keys: Sequence[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean loss over the supervised tokens of all held-out rows, with equal weight for each token."""
         started = time.perf_counter()
         step = self.state.global_step

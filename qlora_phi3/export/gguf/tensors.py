@@ -55,10 +55,8 @@ class TensorPlan:
     """A tensor to write under a name of llama.cpp; `num_bytes` are without padding."""
 
     name: str
-    #: As in torch, rows first.
-    shape: tuple[int, ...]
-    #: gguf's name, `Q8_0`.
-    type: str
+    shape: tuple[int, ...]  #: As in torch, rows first.
+    type: str  #: gguf's name, `Q8_0`.
     num_bytes: int
     #: Its name in the checkpoint, or None and the values, for one that comes from the config.
     source: str | None = None

@@ -54,12 +54,9 @@ class Vocabulary:
     model: str
     pre: str
     tokens: tuple[str, ...]
-    #: gguf.TokenType of each token.
-    types: tuple[int, ...]
-    #: For `llama` only.
-    scores: tuple[float, ...] | None
-    #: Of bos, eos, unk and pad, those that the tokenizer has.
-    special: tuple[str, ...]
+    types: tuple[int, ...]  #: gguf.TokenType of each token.
+    scores: tuple[float, ...] | None  #: For `llama` only.
+    special: tuple[str, ...]  #: Of bos, eos, unk and pad, those that the tokenizer has.
 
 
 def read_vocabulary(folder: Path, tokenizer: Any, rows: int) -> Vocabulary:

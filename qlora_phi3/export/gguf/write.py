@@ -35,10 +35,8 @@ class GgufResult:
     num_bytes: int
     num_tensors: int
     quant: str
-    #: `general.name`, which decides how llama.cpp reads prompts.
-    name: str
-    #: What llama.cpp does differently from training, for a person to read.
-    notes: tuple[str, ...]
+    name: str  #: `general.name`, which decides how llama.cpp reads prompts.
+    notes: tuple[str, ...]  #: What llama.cpp does differently from training, for a person to read.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +48,7 @@ class GgufPlan:
     vocabulary: Vocabulary
     prompting: Prompting
     tensors: Sequence[TensorPlan]
-    #: Of the file written first: the quant, or 16 bit for llama.cpp's quantizer.
-    file_type: str
+    file_type: str  #: Of the file written first: the quant, or 16 bit for llama.cpp's quantizer.
     num_bytes: int
 
 

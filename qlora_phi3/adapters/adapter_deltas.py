@@ -78,10 +78,8 @@ def read_deltas(folder: Path, config: Mapping[str, Any]) -> AdapterDeltas:
     settings = load_lora_config(folder)
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file() and (folder / ADAPTER_PICKLE).is_file():
-        raise ExportError(
-            f"{folder} holds its adapter only as a pickle ({ADAPTER_PICKLE}), which can run code when it is read.",
-            "Save it again as safetensors.",
-        )
+        problem = f"{folder} holds its adapter only as a pickle ({ADAPTER_PICKLE}), which can run code when it is read."
+        raise ExportError(problem, "Save it again as safetensors.")
     stored = open_file(path, error=ExportError)
     base_model = _build_model(settings, config, folder).get_base_model()
     targets: dict[str, Target] = {}
@@ -96,10 +94,9 @@ def read_deltas(folder: Path, config: Mapping[str, Any]) -> AdapterDeltas:
     used = {key for target in targets.values() for key in (target.lora_A, target.lora_B, target.magnitude)}
     unknown = sorted(stored.info.keys() - used - {f"{PREFIX}{name}" for names in trained.values() for name in names})
     if unknown:
-        raise ExportError(
-            f"{path} has {format_count(len(unknown), 'tensor')} without a place in this base, first {unknown[0]}.",
-            "Give the base that the adapter was trained on.",
-        )
+        count = format_count(len(unknown), "tensor")
+        problem = f"{path} has {count} without a place in this base, first {unknown[0]}."
+        raise ExportError(problem, "Give the base that the adapter was trained on.")
     for key in stored.info:
         if not all(torch.stack(chunk.aminmax()).isfinite().all() for chunk in stored.iter_row_chunks(key)):
             raise ExportError(f"{path}: {key} holds NaN or infinity.", "Train again at a lower learning_rate.")
@@ -123,15 +120,13 @@ def load_lora_config(folder: Path) -> LoraConfig:
 
 
 def _build_model(settings: LoraConfig, config: Mapping[str, Any], folder: Path) -> PeftModel:
-
     try:
         with warnings.catch_warnings(), no_init_weights(), torch.device("meta"):
             warnings.simplefilter("ignore")  # PEFT's advice is for training
             return get_peft_model(Phi3ForCausalLM(Phi3Config(**config)), settings)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(
-            f"PEFT cannot put {folder} on its base: {first_line(error)}.", "Give the adapter's own base."
-        ) from error
+        problem = f"PEFT cannot put {folder} on its base: {first_line(error)}."
+        raise ExportError(problem, "Give the adapter's own base.") from error
 
 
 def _find_target(name: str, layer: Any, stored: StoredWeights, path: Path) -> Target:

@@ -226,7 +226,6 @@ def change_fusion(
 
 
 def _read_grouped(folder: Path, config: Mapping[str, Any], base: Base, *, fused: bool) -> Adapter:
-
     adapter = read_peft(read_weights(folder), config, folder)
     for name in adapter.full_tensors:
         if last_name(name.rpartition(".")[0]) in (*PARTS, *FUSED):

@@ -23,12 +23,10 @@ def check_layers(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], base: 
     `shapes` are those of the base's layers. Its name `base` and the adapter's place `where` are for the messages.
     """
     examples = " and ".join(name for number, name in enumerate(shapes) if number in (0, 2))
+    hint = f"Its layers have names such as {examples}." if examples else "It has no layers that can be adapted."
     for name, delta in adapter.deltas.items():
         if name not in shapes:
-            raise ExportError(
-                f"{where}: {base} has no layer {name}.",
-                f"Its layers have names such as {examples}." if examples else "It has no layers that can be adapted.",
-            )
+            raise ExportError(f"{where}: {base} has no layer {name}.", hint)
         (rows, columns), size = shapes[name], (delta.out_features, delta.in_features)
         if size != shapes[name]:
             raise ExportError(

@@ -74,10 +74,12 @@ def read_loralib(tensors: Mapping[str, Tensor], spec: Spec, where: object) -> Ad
     Raises:
         ExportError: an unknown key, a missing alpha, or shapes that do not fit the spec.
     """
-    pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    pairs, others = defaultdict[str, dict[str, Tensor]](dict), {}
     for key, tensor in tensors.items():
         if match := LORA_TENSOR.fullmatch(key):
             pairs[match[1]][match[2]] = tensor
+        else:
+            others[key] = tensor
     if not pairs:
         raise ExportError(f"{where} holds no 'x.lora_A' and 'x.lora_B'.", "Give a PEFT adapter as its directory.")
     check_spec(spec, list(pairs))
@@ -87,11 +89,9 @@ def read_loralib(tensors: Mapping[str, Tensor], spec: Spec, where: object) -> Ad
             raise ExportError(f"{where}: {layer} has lora_{min(pair)} alone.", "Save the state dict again.")
         deltas[layer] = _read_layer(layer, pair["A"], pair["B"], spec, where)
     full_tensors = {}
-    for key, tensor in tensors.items():
+    for key, tensor in others.items():
         layer, _, kind = key.rpartition(".")
         is_copy = kind == "weight" and layer in deltas and deltas[layer].kind == "embedding"
-        if LORA_TENSOR.fullmatch(key):
-            continue
         if kind != "bias" and not is_copy:
             raise ExportError(f"{where}: '{key}' is neither a LoRA matrix nor a bias.", SAVE_STATE_DICT)
         # loralib's Conv2d holds the convolution as its `conv`: x.conv.bias is the base's x.bias.

@@ -206,8 +206,7 @@ def _read_layer(layer: str, parts: Mapping[str, Tensor], config: Mapping[str, An
             raise ExportError(f"{where}: {layer} has no {name}.", "Copy the adapter again.")
     lora_A, lora_B = (parts[name] for name in names)
     rank, shapes = len(lora_A), f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}"
-    same_dim = lora_A.dim() == lora_B.dim() in (2, 4)
-    if not same_dim or lora_B.shape[1] != rank or lora_B[0, 0].numel() != 1:
+    if not lora_A.dim() == lora_B.dim() in (2, 4) or lora_B.shape[1] != rank or lora_B[0, 0].numel() != 1:
         raise ExportError(f"{where}: {layer} has {shapes}, which do not fit each other.", "Copy the adapter again.")
     kind: Kind = "embedding" if is_embedding else "linear" if lora_A.dim() == 2 else "conv2d"
     if kind == "conv2d" and lora_A.shape[2] != lora_A.shape[3]:

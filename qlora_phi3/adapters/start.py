@@ -37,10 +37,8 @@ def check_start(place: Path, table: Lora) -> None:
     for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
         trained, wanted = config.get(key) or False, getattr(table, key)
         if trained != wanted:
-            raise ExportError(
-                f"[model] adapter: {folder} was trained with {key} = {trained}, and [lora] has {wanted}.",
-                _describe_settings(config),
-            )
+            problem = f"[model] adapter: {folder} was trained with {key} = {trained}, and [lora] has {wanted}."
+            raise ExportError(problem, _describe_settings(config))
 
 
 def start_from(model: PeftModel, place: Path) -> str:

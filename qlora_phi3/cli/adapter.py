@@ -106,7 +106,6 @@ def _convert(
 
 
 def _read_spec(source: Path, form: str, given: Mapping[str, Any], base: "Base | None") -> "Spec":
-
     from qlora_phi3.adapters.convert import find_base
     from qlora_phi3.adapters.fused import read_enable
     from qlora_phi3.adapters.loralib import Spec

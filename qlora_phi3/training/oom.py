@@ -160,7 +160,6 @@ class MemoryGuard:
         return None if is_repeated else "again"
 
     def _recover(self, lengths: Sequence[int], failure: _Failure, remedy: Remedy, phase: Phase, step: int) -> None:
-
         before = self.plans[phase]
         if remedy == "split":
             self.plans[phase] = split_plan(before, lengths)

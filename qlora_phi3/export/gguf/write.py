@@ -153,7 +153,6 @@ def describe_limits(config: Phi3Config) -> tuple[str, ...]:
 
 
 def _write(path: Path, plan: GgufPlan, weights: Weights, progress: Progress) -> None:
-
     import gguf
 
     writer = gguf.GGUFWriter(path=None, arch=gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3])

@@ -115,12 +115,14 @@ def _read_layer(layer: str, lora_A: Tensor, lora_B: Tensor, spec: Spec, where: o
             problem = f"{where}: {layer} has {shapes}, not a Conv2d's with kernel_size {kernel}."
             raise ExportError(problem, "Correct --conv2d.")
         # loralib views B A, (out k, in k), as (out, in, k, k): row o k + t is the t-th part of the weight of output o.
-        scaling, sizes = alpha / (rank // kernel), {"out_features": rows // kernel, "in_features": columns * kernel}
+        scaling = alpha / (rank // kernel)
         blocks = tuple(
             LowRankBlock(lora_A=lora_A, lora_B=lora_B[part::kernel], scaling=scaling, first_column=part * columns)
             for part in range(kernel)
         )
-        return LoraDelta(**sizes, blocks=blocks, kind="conv2d", kernel_size=kernel)
+        return LoraDelta(
+            out_features=rows // kernel, in_features=columns * kernel, blocks=blocks, kind="conv2d", kernel_size=kernel
+        )
     if enable is not None:
         count, places = sum(enable), [number for number, enabled in enumerate(enable) if enabled]
         if count == 0 or stacked_rank != rank * count or rows % count:

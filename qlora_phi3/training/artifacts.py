@@ -68,11 +68,8 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-Rows = Sequence[dict[str, Any]]
-
-
 def save_adapter(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, base: Model, folder: RunFolder, *, sample: Rows
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, base: Model, folder: RunFolder, *, sample: Sequence[Any]
 ) -> None:
     """Write adapter and tokenizer files; an earlier adapter stands until the new one is complete.
 

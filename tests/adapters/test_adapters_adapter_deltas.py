@@ -70,7 +70,7 @@ def test_every_part_is_what_the_live_layer_holds(run):
         update = deltas.read(f"{name}.weight")
         assert torch.equal(update.block.lora_A, layer.lora_A["default"].weight)
         assert torch.equal(update.block.lora_B, layer.lora_B["default"].weight)
-        assert torch.equal(update.block.magnitude, layer.lora_magnitude_vector["default"].weight)
+        assert torch.equal(update.magnitude, layer.lora_magnitude_vector["default"].weight)
         assert update.block.scaling == layer.scaling["default"]
         assert deltas.targets[f"{name}.weight"].shape == (layer.out_features, layer.in_features)
 

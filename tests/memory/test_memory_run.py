@@ -46,11 +46,12 @@ def test_a_whole_run_takes_what_it_predicts(tmp_path, monkeypatch, packing):
     )
     train, seen = qlora_phi3.training.run._train, {}
 
-    def watched_train(trainer, context, planned, *rest):
-        before = storages_bytes(trainer.model)
+    def watched_train(recipe, context, chosen, model, *rest, **settings):
+        before = storages_bytes(model)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as tracker:
-            train(trainer, context, planned, *rest)
-        seen.update(predicted=planned.predicted.allocated_bytes, measured=before + peaks_of(tracker)["load"])
+            result = train(recipe, context, chosen, model, *rest, **settings)
+        seen.update(predicted=chosen.predicted.allocated_bytes, measured=before + peaks_of(tracker)["load"])
+        return result
 
     monkeypatch.setattr(qlora_phi3.training.run, "_train", watched_train)
     result = shop.run()

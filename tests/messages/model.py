@@ -237,7 +237,11 @@ MESSAGES = [
     row("safetensors-unknown-dtype", of_unknown_dtype, ("small", "F8_E4M3"), "BF16"),
     row("safetensors-cut-short-while-read", read_truncated, ("bytes are missing",), "Download the checkpoint again"),
     row(
-        "quantized-base-on-a-full-disk", on_a_full_disk, ("kept", "No space left on device"), "Free the disk", RunError
+        "quantized-base-on-a-full-disk",
+        on_a_full_disk,
+        ("kept", "No space left on device"),
+        "Free disk space",
+        RunError,
     ),
     row("quantized-tensor-incomplete", without_absmax, (HALF,), "16-bit weights"),
     row(

@@ -24,8 +24,7 @@ class StepRecord:
     kind: ClassVar[str] = "train"
     step: int
     epoch: float
-    #: Mean negative log-likelihood over the step's supervised tokens, nats.
-    loss: float
+    loss: float  #: Mean negative log-likelihood over the step's supervised tokens, nats.
     token_accuracy: float
     learning_rate: float
     grad_norm: float | None
@@ -34,8 +33,7 @@ class StepRecord:
     supervised_tokens: int
     step_seconds: float
     tokens_per_second: float
-    #: Peak of the allocated GPU memory until now; on a CPU, peak of the process's resident memory.
-    peak_memory_bytes: int
+    peak_memory_bytes: int  #: Of the allocated GPU memory until now; on a CPU, of the process's resident memory.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +42,7 @@ class EvalRecord:
 
     kind: ClassVar[str] = "eval"
     step: int
-    #: Mean negative log-likelihood over all supervised tokens of the held-out rows, nats.
-    eval_loss: float
+    eval_loss: float  #: Mean negative log-likelihood over all supervised tokens of the held-out rows, nats.
     eval_token_accuracy: float
     supervised_tokens: int
     seconds: float
@@ -56,19 +53,15 @@ class OomRecord:
     """One out-of-memory error that the run recovered from."""
 
     kind: ClassVar[str] = "oom"
-    #: The step that was computed; of an evaluation, the step it follows.
-    step: int
+    step: int  #: The step that was computed; of an evaluation, the step it follows.
     phase: Phase
     remedy: Remedy
-    #: Rows of the micro-batch that failed, and their tokens without padding.
-    rows: int
-    tokens: int
-    #: The micro-batch plan that failed, and the one that is used from now on.
-    before: MicroBatchPlan
-    after: MicroBatchPlan
-    #: Bytes that this process had allocated on the GPU, and bytes that were free there (None on a CPU).
-    allocated_bytes: int | None
-    free_bytes: int | None
+    rows: int  #: Of the micro-batch that failed.
+    tokens: int  #: Of these rows, without padding.
+    before: MicroBatchPlan  #: The plan that failed.
+    after: MicroBatchPlan  #: The plan that is used from now on.
+    allocated_bytes: int | None  #: By this process on the GPU; None on a CPU.
+    free_bytes: int | None  #: On the GPU.
     reason: str
 
     def as_line(self) -> str:
@@ -103,22 +96,10 @@ class Reporter(Protocol):
         """Show one line that a person should look at."""
 
     def progress(self, what: str, done: int, total: int | None) -> None:
-        """Show how far a part of the work is.
-
-        Args:
-            what: the part, in words; one bar or line for each.
-            done: how much is done; `done == total` ends the part.
-            total: None where it is not known.
-        """
+        """Show how far a part of the work, `what` in words, is; `done == total` ends it, a total of None is not known."""
 
     def begin(self, first_step: int, total_steps: int, earlier: Sequence[float] = ()) -> None:
-        """Training starts.
-
-        Args:
-            first_step: the optimizer step it starts after; 0 unless the run is resumed.
-            total_steps: the number of the last step.
-            earlier: losses of the steps of earlier sessions.
-        """
+        """Training starts after `first_step`, which is 0 unless the run is resumed; `earlier` are the losses until there."""
 
     def step(self, record: StepRecord) -> None:
         """An optimizer step is done."""

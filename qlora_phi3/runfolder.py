@@ -17,24 +17,15 @@ class RunFolder:
     """`runs/<recipe>/<time>/` and the paths in it."""
 
     path: Path
-    #: The recipe with all its defaults; `qlora-phi3 run` on it repeats the run.
-    recipe: Path = field(init=False)
-    #: One JSON object a line: an optimizer step, an evaluation, or an out-of-memory error.
-    metrics: Path = field(init=False)
-    #: Status, versions, hashes and results.
-    report: Path = field(init=False)
-    #: The trained adapter, as `PeftModel.from_pretrained` loads it.
-    adapter: Path = field(init=False)
-    #: The base: name, commit, and a checksum of every tensor as it was loaded.
-    base: Path = field(init=False)
-    #: The 4-bit base itself, where the recipe says save_quantized.
-    quantized_base: Path = field(init=False)
-    #: Tokenized rows on which an export is compared with what was trained.
-    held_out: Path = field(init=False)
-    #: The chat template, where the recipe names a file.
-    chat_template: Path = field(init=False)
-    #: Checkpoints that `--resume` continues from.
-    checkpoints: Path = field(init=False)
+    recipe: Path = field(init=False)  #: The recipe with all its defaults; `qlora-phi3 run` on it repeats the run.
+    metrics: Path = field(init=False)  #: One JSON object a line: a step, an evaluation, or an out-of-memory error.
+    report: Path = field(init=False)  #: Status, versions, hashes and results.
+    adapter: Path = field(init=False)  #: The trained adapter, as `PeftModel.from_pretrained` loads it.
+    base: Path = field(init=False)  #: The base: name, commit, and a checksum of every tensor as it was loaded.
+    quantized_base: Path = field(init=False)  #: The 4-bit base itself, where the recipe says save_quantized.
+    held_out: Path = field(init=False)  #: Tokenized rows on which an export is compared with what was trained.
+    chat_template: Path = field(init=False)  #: The chat template, where the recipe names a file.
+    checkpoints: Path = field(init=False)  #: Checkpoints that `--resume` continues from.
 
     def __post_init__(self) -> None:
         files = ("recipe.toml", "metrics.jsonl", "report.json", "base.json", "held_out.jsonl", "chat_template.jinja")
@@ -42,11 +33,7 @@ class RunFolder:
             object.__setattr__(self, name.partition(".")[0], self.path / name)
 
     def read_report(self) -> dict[str, Any]:
-        """The content of report.json.
-
-        Raises:
-            RunError: there is none, or it holds no JSON object.
-        """
+        """The content of report.json; RunError where there is none, or it holds no JSON object."""
         if self.recipe.is_file() and not self.report.exists():
             hint = f"Put it back, or train again: qlora-phi3 run {self.recipe}"
             raise RunError(f"{self.path} is a run without its report.json.", hint)
@@ -54,11 +41,7 @@ class RunFolder:
 
 
 def create_run_folder(root: Path, recipe_name: str) -> RunFolder:
-    """Create `root/recipe_name/<time>`, never one that exists.
-
-    Raises:
-        RunError: the directory cannot be created.
-    """
+    """Create `root/recipe_name/<time>`, never one that exists; RunError where that is impossible."""
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 100):
         path = root / recipe_name / (stamp if attempt == 1 else f"{stamp}-{attempt}")
@@ -70,10 +53,8 @@ def create_run_folder(root: Path, recipe_name: str) -> RunFolder:
                 raise RunError(f"{path.parent} is not a directory.", "Choose another [training] output_dir.") from None
             continue
         except OSError as error:
-            raise RunError(
-                f"The run directory {path} cannot be created: {error.strerror}.",
-                "Choose another [training] output_dir, or free the disk.",
-            ) from error
+            hint = "Choose another [training] output_dir, or free the disk."
+            raise RunError(f"The run directory {path} cannot be created: {error.strerror}.", hint) from error
         return RunFolder(path)
     raise RunError(f"{root / recipe_name} has 99 runs of this second.", "Try again.")
 
@@ -91,11 +72,7 @@ def removed_on_failure(folder: RunFolder) -> Iterator[None]:
 
 
 def find_run(root: Path, recipe_name: str, wanted: str | None) -> RunFolder:
-    """The run to resume: the directory `wanted`, or the newest run of the recipe that has a report.
-
-    Raises:
-        RunError: there is none, or its report cannot be read.
-    """
+    """The run to resume: the directory `wanted`, or the newest run of the recipe with a report; RunError where there is none."""
     runs = sorted(report.parent for report in (root / recipe_name).glob("*/report.json"))
     if wanted is None and not runs:
         raise RunError(f"There is no run of {recipe_name} under {root} to resume.", "Leave --resume out to start one.")
@@ -108,11 +85,7 @@ def find_run(root: Path, recipe_name: str, wanted: str | None) -> RunFolder:
 
 
 def run_group_name(recipe: Path) -> str:
-    """Name of the directory for the runs of a recipe.
-
-    Args:
-        recipe: the file. The runs of a run's own recipe.toml are in the same directory as that run.
-    """
+    """Name of the directory for the runs of a recipe file. The runs of a run's own recipe.toml are next to that run."""
     if recipe.name == "recipe.toml" and (recipe.parent / "report.json").is_file():
         return recipe.resolve().parent.parent.name
     return recipe.stem
@@ -124,15 +97,9 @@ def write_report(folder: RunFolder, report: Mapping[str, Any]) -> None:
 
 
 def append_metrics(folder: RunFolder, record: Mapping[str, Any]) -> None:
-    """Add one line to metrics.jsonl.
-
-    Raises:
-        RunError: the disk is full or refuses.
-    """
-    with (
-        disk_errors(folder.metrics, hint="{cause}, then go on with --resume."),
-        folder.metrics.open("a", encoding="utf-8", newline="\n") as file,
-    ):
+    """Add one line to metrics.jsonl; RunError where the disk is full or refuses."""
+    hint = "{cause}, then go on with --resume."
+    with disk_errors(folder.metrics, hint=hint), folder.metrics.open("a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(record) + "\n")
 
 

@@ -27,7 +27,7 @@ from qlora_phi3.adapters.peft_io import (
     check_config,
     read_config,
 )
-from qlora_phi3.errors import ExportError
+from qlora_phi3.errors import ExportError, first_line
 from qlora_phi3.model.weights import StoredWeights, open_file, read_tensor
 from qlora_phi3.units import format_count
 
@@ -44,46 +44,32 @@ class Target:
     shape: tuple[int, int]
     lora_A: str
     lora_B: str
-    #: Of DoRA's magnitude; None without DoRA.
-    magnitude: str | None
+    magnitude: str | None  #: Of DoRA's magnitude; None without DoRA.
     scaling: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterDeltas:
-    """An adapter on its base.
-
-    Args:
-        stored: the adapter's file.
-        targets: the weights with a delta, by their names in the base.
-        replaced: name in the base -> name in the adapter's file of the tensor that replaces it (`modules_to_save`).
-        unties: embedding and head are one tensor in the base, and two in the trained model.
-    """
+    """An adapter on its base."""
 
     stored: StoredWeights
-    targets: Mapping[str, Target]
+    targets: Mapping[str, Target]  #: The weights with a delta, by their names in the base.
+    #: Name in the base -> name in the adapter's file of the tensor that replaces it (`modules_to_save`).
     replaced: Mapping[str, str]
-    unties: bool
+    unties: bool  #: Embedding and head are one tensor in the base, and two in the trained model.
 
     def read(self, name: str) -> LoraDelta:
         """Read the delta of a target: a single block and DoRA's magnitude (out_features,), in fp32 on the CPU."""
         target = self.targets[name]
-        block = LowRankBlock(
-            lora_A=read_tensor(self.stored, target.lora_A).float(),
-            lora_B=read_tensor(self.stored, target.lora_B).float(),
-            scaling=target.scaling,
-        )
+        lora_A, lora_B = (read_tensor(self.stored, key).float() for key in (target.lora_A, target.lora_B))
         magnitude = None if target.magnitude is None else read_tensor(self.stored, target.magnitude).float()
         out_features, in_features = target.shape
+        block = LowRankBlock(lora_A=lora_A, lora_B=lora_B, scaling=target.scaling)
         return LoraDelta(out_features=out_features, in_features=in_features, blocks=(block,), magnitude=magnitude)
 
 
 def read_deltas(folder: Path, config: Mapping[str, Any]) -> AdapterDeltas:
-    """Resolve a PEFT LoRA for a base; its tensors are checked, and read later.
-
-    Args:
-        folder: holds adapter_config.json and adapter_model.safetensors.
-        config: the contents of the base's config.json.
+    """Resolve a PEFT LoRA for the base of this config.json; its tensors are checked, and read later.
 
     Raises:
         ExportError: a file is missing or incomplete, a tensor has another shape than the base's or holds NaN or infinity, or
@@ -92,10 +78,8 @@ def read_deltas(folder: Path, config: Mapping[str, Any]) -> AdapterDeltas:
     settings = load_lora_config(folder)
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file() and (folder / ADAPTER_PICKLE).is_file():
-        raise ExportError(
-            f"{folder} holds its adapter only as a pickle ({ADAPTER_PICKLE}), which can run code when it is read.",
-            "Save it again as safetensors.",
-        )
+        problem = f"{folder} holds its adapter only as a pickle ({ADAPTER_PICKLE}), which can run code when it is read."
+        raise ExportError(problem, "Save it again as safetensors.")
     stored = open_file(path, error=ExportError)
     base_model = _build_model(settings, config, folder).get_base_model()
     targets: dict[str, Target] = {}
@@ -110,10 +94,9 @@ def read_deltas(folder: Path, config: Mapping[str, Any]) -> AdapterDeltas:
     used = {key for target in targets.values() for key in (target.lora_A, target.lora_B, target.magnitude)}
     unknown = sorted(stored.info.keys() - used - {f"{PREFIX}{name}" for names in trained.values() for name in names})
     if unknown:
-        raise ExportError(
-            f"{path} has {format_count(len(unknown), 'tensor')} without a place in this base, first {unknown[0]}.",
-            "Give the base that the adapter was trained on.",
-        )
+        count = format_count(len(unknown), "tensor")
+        problem = f"{path} has {count} without a place in this base, first {unknown[0]}."
+        raise ExportError(problem, "Give the base that the adapter was trained on.")
     for key in stored.info:
         if not all(torch.stack(chunk.aminmax()).isfinite().all() for chunk in stored.iter_row_chunks(key)):
             raise ExportError(f"{path}: {key} holds NaN or infinity.", "Train again at a lower learning_rate.")
@@ -125,11 +108,7 @@ def read_deltas(folder: Path, config: Mapping[str, Any]) -> AdapterDeltas:
 
 
 def load_lora_config(folder: Path) -> LoraConfig:
-    """PEFT's own reading of adapter_config.json, with the plain start, as the trained weights replace it.
-
-    Raises:
-        ExportError: the file is missing, cannot be read, or is of an adapter that cannot be merged.
-    """
+    """PEFT's own reading of adapter_config.json, with the plain start; ExportError where that adapter cannot be merged."""
     # PEFT itself resolves ensure_weight_tying when the model is built.
     check_config(read_config(folder), folder, also_understood=("ensure_weight_tying",))
     try:
@@ -141,14 +120,13 @@ def load_lora_config(folder: Path) -> LoraConfig:
 
 
 def _build_model(settings: LoraConfig, config: Mapping[str, Any], folder: Path) -> PeftModel:
-    """The base with the adapter's layers, without storage."""
     try:
         with warnings.catch_warnings(), no_init_weights(), torch.device("meta"):
             warnings.simplefilter("ignore")  # PEFT's advice is for training
             return get_peft_model(Phi3ForCausalLM(Phi3Config(**config)), settings)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ExportError(f"PEFT cannot put {folder} on its base: {reason}.", "Give the adapter's own base.") from error
+        problem = f"PEFT cannot put {folder} on its base: {first_line(error)}."
+        raise ExportError(problem, "Give the adapter's own base.") from error
 
 
 def _find_target(name: str, layer: Any, stored: StoredWeights, path: Path) -> Target:

@@ -27,7 +27,7 @@ from qlora_phi3.adapters.peft_io import (
     read_tensors,
     read_weights,
     write_peft,
-)
+)  # fmt: skip
 from qlora_phi3.errors import ExportError, ModelError
 from qlora_phi3.family import FUSED, PARTS, Architecture, layer_shapes, parse_architecture
 from qlora_phi3.family import read_config as read_model_config
@@ -46,8 +46,7 @@ class Base:
 
     name: str
     architecture: Architecture
-    #: Whether q, k, v, gate and up are layers of their own.
-    unfused: bool
+    unfused: bool  #: Whether q, k, v, gate and up are layers of their own.
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -57,18 +56,13 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What was written, and how far its deltas are from those that were read.
-
-    Args:
-        worst_layer: the one with the largest difference.
-        notes: lines for a person: what the file does not hold, or what to do with it.
-    """
+    """What was written, and how far its deltas are from those that were read."""
 
     target: Path
     num_layers: int
     largest_difference: float
     worst_layer: str
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  #: Lines for a person: what the file does not hold, or what to do with it.
 
 
 def read_base(name: str, *, label: str | None = None) -> Base:
@@ -82,9 +76,7 @@ def read_base(name: str, *, label: str | None = None) -> Base:
 def find_base(given: str | None, folder: Path) -> Base:
     """The base of a PEFT adapter: the one given, else the config.json next to it, else what its adapter_config.json names.
 
-    Raises:
-        ModelError: the one given is not a phi3 model.
-        ExportError: none is given, and the adapter's own cannot be found.
+    Raises ModelError where the one given is not a phi3 model, ExportError where the adapter's own cannot be found.
     """
     if given:
         return read_base(given)
@@ -93,8 +85,7 @@ def find_base(given: str | None, folder: Path) -> Base:
         return read_base(str(folder) if (folder / "config.json").is_file() else own or "", label=own)
     except ModelError as error:
         raise ExportError(
-            f"The base of {folder} cannot be found: {error.message}",
-            "Name it: --base microsoft/Phi-3-mini-4k-instruct",
+            f"The base of {folder} cannot be found: {error.message}", "Name it: --base microsoft/Phi-3-mini-4k-instruct"
         ) from error
 
 
@@ -123,19 +114,11 @@ def check_target(source: Path, target: Path, *, force: bool, is_folder: bool = T
 
 
 def loralib_to_peft(
-    source: Path,
-    target: Path,
-    spec: Spec,
-    *,
-    base: Base | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
+    source: Path, target: Path, spec: Spec, *, base: Base | None = None, force: bool = False, progress: Progress = None
 ) -> Converted:
-    """Write a loralib state dict as a PEFT adapter.
+    """Write a loralib state dict (.pt, .bin or .safetensors) as a PEFT adapter.
 
     Args:
-        source: .pt, .bin or .safetensors.
-        target: the new directory.
         spec: what the file does not hold.
         base: the model it was trained on; with it, every name and shape is checked.
         force: replace an adapter at the target.
@@ -145,10 +128,8 @@ def loralib_to_peft(
         ExportError: the file or the target cannot be used, or PEFT cannot hold something in it.
     """
     if source.is_dir():
-        raise ExportError(
-            f"{source} is a directory, and a loralib state dict is a file.",
-            "For a PEFT adapter write --to loralib, fused or split.",
-        )
+        hint = "For a PEFT adapter write --to loralib, fused or split."
+        raise ExportError(f"{source} is a directory, and a loralib state dict is a file.", hint)
     check_target(source, target, force=force)
     adapter = read_loralib(read_tensors(source), spec, source)
     shapes = base.shapes if base else {}
@@ -160,27 +141,18 @@ def loralib_to_peft(
     notes = [f"With alpha {alphas}, as given: the file holds none to check it against."]
     if not base:
         notes.append("Names and shapes were not checked against a base; --base does that.")
-    config = LoraConfig(
-        task_type="CAUSAL_LM" if base else None,
-        base_model_name_or_path=base.name if base else None,
-        inference_mode=True,
-    )
-    return _write_peft(adapter, config.to_dict(), target, None, all_layers=shapes, notes=notes, progress=progress)
+    for_base = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base.name} if base else {}
+    config = LoraConfig(**for_base, inference_mode=True).to_dict()
+    return _write_peft(adapter, config, target, None, all_layers=shapes, notes=notes, progress=progress)
 
 
 def peft_to_loralib(
-    source: Path,
-    target: Path,
-    spec: Spec,
-    *,
-    base: Base | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
+    source: Path, target: Path, spec: Spec, *, base: Base | None = None, force: bool = False, progress: Progress = None
 ) -> Converted:
     """Write a PEFT adapter as a loralib state dict, for `model.load_state_dict(torch.load(target), strict=False)`.
 
-    The arguments are those of `loralib_to_peft`, but for `source`, a PEFT directory or a run's, `target`, the new file, and
-    `spec`: `enable` makes MergedLinears, `alpha` multiplies another one in.
+    The arguments are those of `loralib_to_peft`, but `source` is a PEFT directory or a run's, and of `spec` `enable` makes
+    MergedLinears and `alpha` multiplies another one in.
 
     Raises:
         ExportError: the adapter or the target cannot be used, or loralib cannot hold something, which is named.
@@ -216,23 +188,15 @@ def peft_to_loralib(
 
 
 def change_fusion(
-    source: Path,
-    target: Path,
-    *,
-    fused: bool,
-    base: str | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
+    source: Path, target: Path, *, fused: bool, base: str | None = None, force: bool = False, progress: Progress = None
 ) -> Converted:
     """Write a PEFT adapter of q, k, v, gate and up as one of qkv_proj and gate_up_proj, or the other way.
 
     Args:
         source: a PEFT directory, or a run's.
-        target: the new directory.
         fused: whether the new adapter is fused; else it is split, for an unfused Phi-3.
         base: the model that the new adapter is for, where the adapter does not lead to it.
-        force: replace an adapter at the target.
-        progress: as in `loralib_to_peft`.
+        force, progress: as in `loralib_to_peft`.
 
     Raises:
         ExportError: the adapter cannot be read, fits no layer of the base, or cannot be converted without loss.
@@ -241,10 +205,8 @@ def change_fusion(
     check_target(folder, target, force=force)
     found = find_base(base, folder)
     if fused and found.unfused:
-        raise ExportError(
-            f"{found.name} is an unfused model, and the fused adapter is for another one.",
-            "Name that one: --base microsoft/Phi-3-mini-4k-instruct",
-        )
+        hint = "Name that one: --base microsoft/Phi-3-mini-4k-instruct"
+        raise ExportError(f"{found.name} is an unfused model, and the fused adapter is for another one.", hint)
     config = read_config(folder)
     adapter = _read_grouped(folder, config, found, fused=not fused)
     old_name, notes = config.get("base_model_name_or_path"), []
@@ -264,7 +226,6 @@ def change_fusion(
 
 
 def _read_grouped(folder: Path, config: Mapping[str, Any], base: Base, *, fused: bool) -> Adapter:
-    """An adapter whose fused or split layers fit the base's; `fuse` and `split` refuse one of the other kind."""
     adapter = read_peft(read_weights(folder), config, folder)
     for name in adapter.full_tensors:
         if last_name(name.rpartition(".")[0]) in (*PARTS, *FUSED):
@@ -286,7 +247,7 @@ def _write_peft(
     *,
     all_layers: Iterable[str],
     notes: Iterable[str],
-    progress: Progress | None,
+    progress: Progress,
 ) -> Converted:
     """Write a PEFT directory, read it again, and compare every delta with what it was made of."""
     config = {**config, **build_peft_config(adapter, all_layers=all_layers)}
@@ -299,11 +260,8 @@ def _write_peft(
     return Converted(target, len(adapter.deltas), largest, worst, (strength, *notes))
 
 
-def compare(expected: Adapter, written: Adapter, progress: Progress | None = None) -> tuple[float, str]:
-    """Compare scaling * B A of every layer.
-
-    Returns:
-        The largest relative difference (`relative_difference`), and the layer that has it.
+def compare(expected: Adapter, written: Adapter, progress: Progress = None) -> tuple[float, str]:
+    """Compare scaling * B A of every layer; returns the largest relative difference, and the layer that has it.
 
     Raises:
         ExportError: it is larger than `TOLERANCE`, or the tensors stored in full differ.
@@ -312,13 +270,13 @@ def compare(expected: Adapter, written: Adapter, progress: Progress | None = Non
     same_names = expected.deltas.keys() == written.deltas.keys() and full.keys() == written_full.keys()
     if not same_names or not all(torch.equal(tensor, written_full[name]) for name, tensor in full.items()):
         raise ExportError("The written tensors differ from those read.", "Nothing was saved; please report this.")
-    largest, worst = 0.0, next(iter(expected.deltas))
-    for number, (name, delta) in enumerate(expected.deltas.items()):
-        difference = relative_difference(delta, written.deltas[name])
-        if difference > largest:
-            largest, worst = difference, name
+    differences: dict[str, float] = {}
+    for name, delta in expected.deltas.items():
+        differences[name] = relative_difference(delta, written.deltas[name])
         if progress:
-            progress(number + 1, len(expected.deltas))
+            progress(len(differences), len(expected.deltas))
+    worst = max(differences, key=differences.__getitem__)
+    largest = differences[worst]
     if largest > TOLERANCE:
         raise ExportError(f"{worst} would change by {largest:.1e}, relative.", "Nothing was written.")
     return largest, worst

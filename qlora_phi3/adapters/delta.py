@@ -15,7 +15,7 @@ from torch import Tensor
 Kind = Literal["linear", "embedding", "conv2d"]
 
 #: Called with the number of layers done and of all layers.
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,26 +44,13 @@ class LoraDelta:
     blocks: tuple[LowRankBlock, ...]
     kind: Kind = "linear"
     kernel_size: int = 1
-    #: DoRA's length of every row of the adapted weight, (out_features,).
-    magnitude: Tensor | None = None
+    magnitude: Tensor | None = None  #: DoRA's length of every row of the adapted weight, (out_features,).
 
     @property
-    def lora_A(self) -> Tensor:
-        """(r, in_features) of a delta of a single block."""
+    def block(self) -> LowRankBlock:
+        """The block of a delta of a single one, with lora_A (r, in_features) and lora_B (out_features, r)."""
         (block,) = self.blocks
-        return block.lora_A
-
-    @property
-    def lora_B(self) -> Tensor:
-        """(out_features, r) of a delta of a single block."""
-        (block,) = self.blocks
-        return block.lora_B
-
-    @property
-    def scaling(self) -> float:
-        """The factor of lora_B @ lora_A in a delta of a single block."""
-        (block,) = self.blocks
-        return block.scaling
+        return block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,12 +77,10 @@ def stack(delta: LoraDelta) -> tuple[Tensor, Tensor, float]:
     dtype = reduce(torch.promote_types, dtypes)
     rank, starts = 0, list[int]()
     for block in blocks:
-        equals = (
-            start
-            for start, earlier in zip(starts, blocks, strict=False)
-            if earlier.first_column == block.first_column and torch.equal(earlier.lora_A, block.lora_A)
+        same = (
+            other.first_column == block.first_column and torch.equal(other.lora_A, block.lora_A) for other in blocks
         )
-        starts.append(next(equals, rank))
+        starts.append(next((start for start, is_same in zip(starts, same, strict=False) if is_same), rank))
         rank = max(rank, starts[-1] + len(block.lora_A))
     lora_A = torch.zeros(rank, delta.in_features, dtype=dtype)
     lora_B = torch.zeros(delta.out_features, rank, dtype=dtype)
@@ -116,22 +101,15 @@ def scale_lora_b(lora_B: Tensor, factor: float) -> Tensor:
 
 
 def relative_difference(first: LoraDelta, second: LoraDelta) -> float:
-    """Norm of the difference of two deltas over the norm of the first, in float64.
-
-    The result is infinite where the sizes or DoRA's magnitudes differ.
-    """
-    if first.magnitude is None or second.magnitude is None:
-        alike = first.magnitude is second.magnitude
-    else:
-        alike = torch.equal(first.magnitude, second.magnitude)
-    if not alike or (first.out_features, first.in_features) != (second.out_features, second.in_features):
+    """Norm of the difference of two deltas over the norm of the first, in float64; infinite where sizes or magnitudes differ."""
+    magnitudes = [delta.magnitude for delta in (first, second) if delta.magnitude is not None]
+    if len(magnitudes) == 1 or (magnitudes and not torch.equal(*magnitudes)):
+        return float("inf")
+    if (first.out_features, first.in_features) != (second.out_features, second.in_features):
         return float("inf")
     negated = (replace(block, lora_A=-block.lora_A) for block in second.blocks)
-    difference = _norm(replace(first, blocks=(*first.blocks, *negated)))
-    if difference == 0:
-        return 0.0
-    norm = _norm(first)
-    return difference / norm if norm else float("inf")
+    difference, norm = _norm(replace(first, blocks=(*first.blocks, *negated))), _norm(first)
+    return difference / norm if norm else float("inf") if difference else 0.0
 
 
 def _norm(delta: LoraDelta) -> float:

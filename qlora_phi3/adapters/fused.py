@@ -7,6 +7,7 @@ in the layout of a Llama, as Unsloth makes it) has the parts as layers of their 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 
@@ -17,21 +18,15 @@ from qlora_phi3.family import FUSED, PARTS, Architecture, part_rows
 
 
 def check_layers(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], base: str, where: object) -> None:
-    """Check that every delta fits a layer of the base.
+    """Raise ExportError where the base has no layer of the (out_features, in_features) of a delta.
 
-    `shapes` are the (out_features, in_features) of the base's layers. Its name `base` and the adapter's place `where` are for the
-    messages.
-
-    Raises:
-        ExportError: the base has no such layer, or has it in another size.
+    `shapes` are those of the base's layers. Its name `base` and the adapter's place `where` are for the messages.
     """
     examples = " and ".join(name for number, name in enumerate(shapes) if number in (0, 2))
+    hint = f"Its layers have names such as {examples}." if examples else "It has no layers that can be adapted."
     for name, delta in adapter.deltas.items():
         if name not in shapes:
-            raise ExportError(
-                f"{where}: {base} has no layer {name}.",
-                f"Its layers have names such as {examples}." if examples else "It has no layers that can be adapted.",
-            )
+            raise ExportError(f"{where}: {base} has no layer {name}.", hint)
         (rows, columns), size = shapes[name], (delta.out_features, delta.in_features)
         if size != shapes[name]:
             raise ExportError(
@@ -43,8 +38,7 @@ def check_layers(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], base: 
 def fuse(adapter: Adapter, architecture: Architecture, where: object) -> Adapter:
     """Turn deltas of the parts into deltas of the fused layers; rows of a part without a delta stay zero.
 
-    Raises:
-        ExportError: there are no parts, or some parts of a layer have DoRA and others do not.
+    Raises ExportError where there are no parts, or some parts of a layer have DoRA and others do not.
     """
     grouped, deltas = defaultdict[str, dict[str, LoraDelta]](dict), {}
     for name, delta in adapter.deltas.items():
@@ -89,10 +83,7 @@ def split(adapter: Adapter, architecture: Architecture, where: object) -> Adapte
     """Turn deltas of the fused layers into deltas of the parts: A unchanged, and the part's rows of B.
 
     Ranks that a part does not use (columns of its B that are all zero) are left out, and so is a part that uses none. All
-    ranks stay where the layer's B is zero, as before training.
-
-    Raises:
-        ExportError: there is no fused layer.
+    ranks stay where the layer's B is zero, as before training. Raises ExportError where there is no fused layer.
     """
     rows, deltas = part_rows(architecture), {}
     for name, delta in adapter.deltas.items():
@@ -130,7 +121,7 @@ def read_enable(texts: Sequence[str], find: Callable[[], Architecture]) -> dict[
         find: gives the base's shapes; called only for letters, as the number of groups depends on the heads.
 
     Raises:
-        ExportError: the text is neither.
+        ExportError: the text is neither, or the rows of a part are not a multiple of the smallest part's.
     """
     enable = {}
     for text in texts:
@@ -138,30 +129,15 @@ def read_enable(texts: Sequence[str], find: Callable[[], Architecture]) -> dict[
         words = [word.strip().lower() for word in as_list.strip("[] ").split(",")]
         fused = next((layer for layer, parts in PARTS.items() if {f"{word}_proj" for word in words} <= set(parts)), "")
         if fused and name in ("", fused):
-            enable[fused] = groups_of(fused, words, find())
+            # Groups of the smallest part's size: with grouped queries q takes 4 of them in Phi-3-medium, 3 in Phi-4-mini.
+            rows = part_rows(find())
+            sizes = [rows[part] for part in PARTS[fused]]
+            if any(size % min(sizes) for size in sizes):
+                raise ExportError(f"The rows of {fused}, {sizes}, have no equal groups.", "Leave --enable out.")
+            groups = ([part.removesuffix("_proj") in words] * (rows[part] // min(sizes)) for part in PARTS[fused])
+            enable[fused] = tuple(chain.from_iterable(groups))
         elif name and set(words) <= {"1", "0", "true", "false"}:
             enable[name] = tuple(word in ("1", "true") for word in words)
         else:
             raise ExportError(f"--enable {text} names no groups.", "Write q,v or gate,up or NAME=1,0,1.")
     return enable
-
-
-def groups_of(layer: str, words: Sequence[str], architecture: Architecture) -> tuple[bool, ...]:
-    """enable_lora of a MergedLinear on a fused layer: groups of the smallest part's size.
-
-    Args:
-        layer: qkv_proj or gate_up_proj.
-        words: the trained parts, of q, k, v, or of gate, up.
-        architecture: of the base; with grouped queries q takes several groups: 4 in Phi-3-medium, 3 in Phi-4-mini.
-
-    Raises:
-        ExportError: the rows of a part are not a multiple of the smallest part's.
-    """
-    sizes = {part: part_rows(architecture)[part] for part in PARTS[layer]}
-    smallest = min(sizes.values())
-    if any(size % smallest for size in sizes.values()):
-        raise ExportError(f"The rows of {layer}, {list(sizes.values())}, have no equal groups.", "Leave --enable out.")
-    enable: list[bool] = []
-    for part, size in sizes.items():
-        enable += [part.removesuffix("_proj") in words] * (size // smallest)
-    return tuple(enable)

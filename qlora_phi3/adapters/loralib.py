@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from qlora_phi3.adapters.delta import Adapter, Kind, LoraDelta, LowRankBlock, scale_lora_b, stack
 from qlora_phi3.adapters.fused import check_layers
-from qlora_phi3.adapters.peft_io import build_peft_config, build_peft_tensors, last_name, read_tensors, snap_to_integer
+from qlora_phi3.adapters.peft_io import (
+    SAVE_STATE_DICT,
+    build_peft_config,
+    build_peft_tensors,
+    last_name,
+    read_tensors,
+    snap_to_integer,
+)  # fmt: skip
 from qlora_phi3.errors import ExportError
 
 T = TypeVar("T")
@@ -31,11 +38,9 @@ class Spec:
     """What a loralib file does not hold, by layer name or its end (`qkv_proj` for all of them); "" is every layer."""
 
     alpha: Mapping[str, float] = field(default_factory=dict)
-    #: enable_lora of every MergedLinear.
-    enable: Mapping[str, Sequence[bool]] = field(default_factory=dict)
+    enable: Mapping[str, Sequence[bool]] = field(default_factory=dict)  #: enable_lora of every MergedLinear.
     embedding: frozenset[str] = frozenset({"embed_tokens"})
-    #: kernel_size of every Conv2d; groups must be 1.
-    conv2d: Mapping[str, int] = field(default_factory=dict)
+    conv2d: Mapping[str, int] = field(default_factory=dict)  #: kernel_size of every Conv2d; groups must be 1.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +50,11 @@ class Layer:
     lora_A: Tensor
     lora_B: Tensor
     lora_alpha: float
-    #: `lora.Linear(128, 256, r=4, lora_alpha=8)`
-    built_as: str
+    built_as: str  #: `lora.Linear(128, 256, r=4, lora_alpha=8)`
 
 
 def look_up(table: Mapping[str, T], layer: str) -> T | None:
-    """The entry for a layer: that of the longest key which is its name or the end of it."""
+    """The entry of the longest key that is the name of a layer or its end."""
     keys = [key for key in table if not key or layer == key or layer.endswith(f".{key}")]
     return table[max(keys, key=len)] if keys else None
 
@@ -70,10 +74,12 @@ def read_loralib(tensors: Mapping[str, Tensor], spec: Spec, where: object) -> Ad
     Raises:
         ExportError: an unknown key, a missing alpha, or shapes that do not fit the spec.
     """
-    pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    pairs, others = defaultdict[str, dict[str, Tensor]](dict), {}
     for key, tensor in tensors.items():
         if match := LORA_TENSOR.fullmatch(key):
             pairs[match[1]][match[2]] = tensor
+        else:
+            others[key] = tensor
     if not pairs:
         raise ExportError(f"{where} holds no 'x.lora_A' and 'x.lora_B'.", "Give a PEFT adapter as its directory.")
     check_spec(spec, list(pairs))
@@ -83,16 +89,11 @@ def read_loralib(tensors: Mapping[str, Tensor], spec: Spec, where: object) -> Ad
             raise ExportError(f"{where}: {layer} has lora_{min(pair)} alone.", "Save the state dict again.")
         deltas[layer] = _read_layer(layer, pair["A"], pair["B"], spec, where)
     full_tensors = {}
-    for key, tensor in tensors.items():
+    for key, tensor in others.items():
         layer, _, kind = key.rpartition(".")
         is_copy = kind == "weight" and layer in deltas and deltas[layer].kind == "embedding"
-        if LORA_TENSOR.fullmatch(key):
-            continue
         if kind != "bias" and not is_copy:
-            raise ExportError(
-                f"{where}: '{key}' is neither a LoRA matrix nor a bias.",
-                "Save the LoRA alone: torch.save(loralib.lora_state_dict(model), path).",
-            )
+            raise ExportError(f"{where}: '{key}' is neither a LoRA matrix nor a bias.", SAVE_STATE_DICT)
         # loralib's Conv2d holds the convolution as its `conv`: x.conv.bias is the base's x.bias.
         outer = layer.removesuffix(".conv")
         is_convolution = outer != layer and outer in deltas and deltas[outer].kind == "conv2d"
@@ -106,25 +107,21 @@ def _read_layer(layer: str, lora_A: Tensor, lora_B: Tensor, spec: Spec, where: o
         raise ExportError(f"{where}: {layer} has {shapes}, which are not loralib's.", "Save the state dict again.")
     kernel, enable, alpha = look_up(spec.conv2d, layer), look_up(spec.enable, layer), look_up(spec.alpha, layer)
     if alpha is None:
-        raise ExportError(
-            f"{where}: the lora_alpha of {layer} is not known; loralib's files do not hold it.",
-            "Give the lora_alpha that the layers were built with, such as --alpha 16; loralib's default is 1.",
-        )
+        hint = "Give the lora_alpha that the layers were built with, such as --alpha 16; loralib's default is 1."
+        raise ExportError(f"{where}: the lora_alpha of {layer} is not known; loralib's files do not hold it.", hint)
     (stacked_rank, columns), (rows, rank) = lora_A.shape, lora_B.shape
     if kernel is not None:
         if kernel < 1 or any(size % kernel for size in (rows, rank, columns)) or stacked_rank != rank:
-            raise ExportError(
-                f"{where}: {layer} has {shapes}, not a Conv2d's with kernel_size {kernel}.", "Correct --conv2d."
-            )
+            problem = f"{where}: {layer} has {shapes}, not a Conv2d's with kernel_size {kernel}."
+            raise ExportError(problem, "Correct --conv2d.")
         # loralib views B A, (out k, in k), as (out, in, k, k): row o k + t is the t-th part of the weight of output o.
         scaling = alpha / (rank // kernel)
         blocks = tuple(
             LowRankBlock(lora_A=lora_A, lora_B=lora_B[part::kernel], scaling=scaling, first_column=part * columns)
             for part in range(kernel)
         )
-        out_features, in_features = rows // kernel, columns * kernel
         return LoraDelta(
-            out_features=out_features, in_features=in_features, blocks=blocks, kind="conv2d", kernel_size=kernel
+            out_features=rows // kernel, in_features=columns * kernel, blocks=blocks, kind="conv2d", kernel_size=kernel
         )
     if enable is not None:
         count, places = sum(enable), [number for number, enabled in enumerate(enable) if enabled]
@@ -141,10 +138,8 @@ def _read_layer(layer: str, lora_A: Tensor, lora_B: Tensor, spec: Spec, where: o
         )
         return LoraDelta(out_features=size * len(enable), in_features=columns, blocks=blocks)
     if stacked_rank != rank:
-        raise ExportError(
-            f"{where}: {layer} has {shapes}: the ranks differ.",
-            f"For a MergedLinear give the enabled groups: --enable {last_name(layer)}=1,0,1",
-        )
+        hint = f"For a MergedLinear give the enabled groups: --enable {last_name(layer)}=1,0,1"
+        raise ExportError(f"{where}: {layer} has {shapes}: the ranks differ.", hint)
     block = LowRankBlock(lora_A=lora_A, lora_B=lora_B, scaling=alpha / rank)
     kind: Kind = "embedding" if look_up(dict.fromkeys(spec.embedding, True), layer) else "linear"
     return LoraDelta(out_features=rows, in_features=columns, blocks=(block,), kind=kind)
@@ -154,25 +149,19 @@ def build_loralib_layers(adapter: Adapter, spec: Spec, where: object) -> dict[st
     """The loralib layers with the same deltas; `where` is the adapter's place, for the messages.
 
     `spec.enable` makes MergedLinears of the layers it names. `spec.alpha`, where given, is multiplied into B; else every layer
-    gets the alpha that leaves its B unchanged.
-
-    Raises:
-        ExportError: something that loralib cannot hold, named.
+    gets the alpha that leaves its B unchanged. Raises ExportError for what loralib cannot hold.
     """
     check_spec(spec, list(adapter.deltas))
     for name in adapter.full_tensors:
         layer, _, kind = name.rpartition(".")
         if kind != "bias" and layer not in adapter.deltas:
             raise ExportError(f"{where}: loralib cannot hold '{name}'.", "Use it as a PEFT adapter, or merge it.")
-    layers = {}
-    for name, delta in adapter.deltas.items():
-        if delta.magnitude is not None:
-            raise ExportError(f"{where}: {name} is DoRA (use_dora), which loralib lacks.", "Use it as a PEFT adapter.")
-        layers[name] = _build_layer(name, delta, spec, where)
-    return layers
+    return {name: _build_layer(name, delta, spec, where) for name, delta in adapter.deltas.items()}
 
 
 def _build_layer(name: str, delta: LoraDelta, spec: Spec, where: object) -> Layer:
+    if delta.magnitude is not None:
+        raise ExportError(f"{where}: {name} is DoRA (use_dora), which loralib lacks.", "Use it as a PEFT adapter.")
     lora_A, lora_B, scaling = stack(delta)
     enable, alpha = look_up(spec.enable, name), look_up(spec.alpha, name)
     if enable is not None:
@@ -200,20 +189,15 @@ def _build_layer(name: str, delta: LoraDelta, spec: Spec, where: object) -> Laye
 def _as_merged(
     name: str, lora_A: Tensor, lora_B: Tensor, enable: Sequence[bool], where: object
 ) -> tuple[Tensor, Tensor]:
-    """A (n r, in) and B (n s, r) of a MergedLinear: B's own blocks where it is block-diagonal, else A once for every group.
-
-    n is the number of enabled groups and s the rows of a group.
-    """
+    """A (n r, in), B (n s, r) of n groups of s rows: B's own blocks where it is block-diagonal, else A once for every group."""
     count, places = sum(enable), [number for number, enabled in enumerate(enable) if enabled]
     if len(lora_B) % len(enable) or not count:
         raise ExportError(f"{where}: {name} has {len(lora_B)} rows, not {len(enable)} groups.", "Correct --enable.")
     groups = lora_B.reshape(len(enable), -1, len(lora_A))
-    for number, enabled in enumerate(enable):
-        if not enabled and groups[number].any():
-            raise ExportError(
-                f"{where}: {name} is trained in group {number + 1} of {len(enable)} too, which --enable leaves out.",
-                "Enable every trained group.",
-            )
+    for number, enabled in enumerate(enable, start=1):
+        if not enabled and groups[number - 1].any():
+            problem = f"{where}: {name} is trained in group {number} of {len(enable)} too, which --enable leaves out."
+            raise ExportError(problem, "Enable every trained group.")
     trained = groups[places]
     if len(lora_A) % count == 0 and lora_B.any():
         blocks = trained.reshape(count, -1, count, len(lora_A) // count)  # (group, rows, group of ranks, r)

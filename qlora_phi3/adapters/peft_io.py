@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_phi3.adapters.delta import Adapter, Kind, LoraDelta, LowRankBlock, stack
-from qlora_phi3.errors import ExportError
+from qlora_phi3.errors import ExportError, first_line
 from qlora_phi3.files import read_json_object, sha256_file
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -32,6 +32,9 @@ PREFIX = "base_model.model."
 LORA_TENSOR = re.compile(
     r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
 )
+
+#: The hint for a file that is no state dict of LoRA tensors.
+SAVE_STATE_DICT = "Save the state dict alone: torch.save(loralib.lora_state_dict(model), path)."
 
 #: Where training scripts put the state dict in what they save; the first is that of loralib's own GPT-2 example.
 NESTED_KEYS = ("model_state_dict", "state_dict")
@@ -56,18 +59,12 @@ UNDERSTOOD_KEYS = {
 
 
 def find_adapter(path: Path) -> Path:
-    """The PEFT directory that is meant: the one given, or the `adapter` of a run's directory.
-
-    Raises:
-        ExportError: there is nothing at `path`, or a file.
-    """
+    """The PEFT directory that is meant: `path`, or the `adapter` of a run there; ExportError where there is no directory."""
     if not path.exists():
         raise ExportError(f"There is no {path}.", "Check the name.")
     if path.is_file():
-        raise ExportError(
-            f"{path} is a file, and a PEFT adapter is a directory.",
-            "From loralib: qlora-phi3 adapter convert FILE NEW --to peft --alpha ALPHA",
-        )
+        hint = "From loralib: qlora-phi3 adapter convert FILE NEW --to peft --alpha ALPHA"
+        raise ExportError(f"{path} is a file, and a PEFT adapter is a directory.", hint)
     is_run = not (path / ADAPTER_CONFIG).is_file() and (path / "adapter" / ADAPTER_CONFIG).is_file()
     return path / "adapter" if is_run else path
 
@@ -138,10 +135,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = _read_pickle(path)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise ExportError(
-                f"{path}: '{name}' is of type {type(tensor).__name__}, not a tensor.",
-                "Save the state dict alone: torch.save(loralib.lora_state_dict(model), path).",
-            )
+            raise ExportError(f"{path}: '{name}' is of type {type(tensor).__name__}, not a tensor.", SAVE_STATE_DICT)
         if not tensor.is_floating_point():
             raise ExportError(f"{path}: '{name}' holds {tensor.dtype}, not floating-point numbers.", "Save it again.")
         if not torch.isfinite(tensor).all():
@@ -155,18 +149,16 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     except UnpicklingError as error:
         raise ExportError(
             f"{path} holds more than tensors, or is not a pickle; opening such a file could run any program.",
-            "Save the state dict alone, torch.save(loralib.lora_state_dict(model), path), or as safetensors.",
+            SAVE_STATE_DICT,
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise ExportError(f"{path} cannot be read: {reason}.", "Copy it again; it may be incomplete.") from error
+        raise ExportError(
+            f"{path} cannot be read: {first_line(error)}.", "Copy it again; it may be incomplete."
+        ) from error
     if isinstance(content, dict):
         content = next((content[key] for key in NESTED_KEYS if key in content), content)
     if not isinstance(content, dict):
-        raise ExportError(
-            f"{path} holds a {type(content).__name__}, not a state dict.",
-            "Save one: torch.save(loralib.lora_state_dict(model), path).",
-        )
+        raise ExportError(f"{path} holds a {type(content).__name__}, not a state dict.", SAVE_STATE_DICT)
     return content
 
 
@@ -207,15 +199,14 @@ def read_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: o
 def _read_layer(layer: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], where: object) -> LoraDelta:
     from peft.utils.other import get_pattern_key
 
-    is_embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+    is_embedding = not parts.keys().isdisjoint(("lora_embedding_A", "lora_embedding_B"))
     names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
     for name in names:
         if name not in parts:
             raise ExportError(f"{where}: {layer} has no {name}.", "Copy the adapter again.")
     lora_A, lora_B = (parts[name] for name in names)
     rank, shapes = len(lora_A), f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}"
-    same_dim = lora_A.dim() == lora_B.dim() in (2, 4)
-    if not same_dim or lora_B.shape[1] != rank or lora_B[0, 0].numel() != 1:
+    if not lora_A.dim() == lora_B.dim() in (2, 4) or lora_B.shape[1] != rank or lora_B[0, 0].numel() != 1:
         raise ExportError(f"{where}: {layer} has {shapes}, which do not fit each other.", "Copy the adapter again.")
     kind: Kind = "embedding" if is_embedding else "linear" if lora_A.dim() == 2 else "conv2d"
     if kind == "conv2d" and lora_A.shape[2] != lora_A.shape[3]:
@@ -225,15 +216,11 @@ def _read_layer(layer: str, parts: Mapping[str, Tensor], config: Mapping[str, An
         patterns = config.get(patterns_key) or {}
         return patterns.get(get_pattern_key(list(patterns), layer), config.get(key, 8))
 
-    if resolve("rank_pattern", "r") != rank:
-        raise ExportError(
-            f"{where}: r = {resolve('rank_pattern', 'r')} of {layer}, which has {shapes}.", f"Correct {ADAPTER_CONFIG}."
-        )
-    alpha = resolve("alpha_pattern", "lora_alpha")
+    r, alpha, hint = resolve("rank_pattern", "r"), resolve("alpha_pattern", "lora_alpha"), f"Correct {ADAPTER_CONFIG}."
+    if r != rank:
+        raise ExportError(f"{where}: r = {r} of {layer}, which has {shapes}.", hint)
     if not alpha > 0:
-        raise ExportError(
-            f"{where}: lora_alpha = {alpha} of {layer} is not positive.", f"Correct it in {ADAPTER_CONFIG}."
-        )
+        raise ExportError(f"{where}: lora_alpha = {alpha} of {layer} is not positive.", hint)
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return LoraDelta(
         out_features=len(lora_B),
@@ -246,23 +233,18 @@ def _read_layer(layer: str, parts: Mapping[str, Tensor], config: Mapping[str, An
 
 
 def build_peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors of an adapter as PEFT names and shapes them.
-
-    Returns:
-        lora_A (r, in) and lora_B (out, r) of each layer, for a Conv2d (r, in, k, k) and (out, r, 1, 1); the magnitudes
-        (out,); and the tensors stored in full. The dtypes stay, see `stack`.
+    """The tensors of an adapter as PEFT names and shapes them: the magnitudes (out,), the tensors stored in full, and of each
+    layer lora_A (r, in) and lora_B (out, r), for a Conv2d (r, in, k, k) and (out, r, 1, 1). The dtypes stay, see `stack`.
     """
     tensors: dict[str, Tensor] = {}
     for layer, delta in adapter.deltas.items():
         lora_A, lora_B, _ = stack(delta)
         prefix = f"{PREFIX}{layer}."
-        if delta.kind == "embedding":
-            tensors |= {f"{prefix}lora_embedding_A": lora_A, f"{prefix}lora_embedding_B": lora_B}
-        elif delta.kind == "conv2d":
-            tensors[f"{prefix}lora_A.weight"] = lora_A.reshape(len(lora_A), -1, delta.kernel_size, delta.kernel_size)
-            tensors[f"{prefix}lora_B.weight"] = lora_B[:, :, None, None]
-        else:
-            tensors |= {f"{prefix}lora_A.weight": lora_A, f"{prefix}lora_B.weight": lora_B}
+        if delta.kind == "conv2d":
+            lora_A = lora_A.reshape(len(lora_A), -1, delta.kernel_size, delta.kernel_size)
+            lora_B = lora_B[:, :, None, None]
+        name = "lora_embedding_{}" if delta.kind == "embedding" else "lora_{}.weight"
+        tensors |= {prefix + name.format("A"): lora_A, prefix + name.format("B"): lora_B}
         if delta.magnitude is not None:
             tensors[f"{prefix}lora_magnitude_vector"] = delta.magnitude
     for name, tensor in adapter.full_tensors.items():
@@ -274,18 +256,15 @@ def build_peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
 def build_peft_config(adapter: Adapter, *, all_layers: Iterable[str] = ()) -> dict[str, Any]:
     """The keys of adapter_config.json that follow from the adapter itself.
 
-    Args:
-        adapter: what will be written.
-        all_layers: every layer of the base that could have a delta, where that is known: target_modules then names the
-            layers by their last name where all layers of that name have one. Without it every layer is listed.
+    With `all_layers`, every layer of the base that could have a delta, target_modules names the layers by their last name where
+    all layers of that name have one. Without it every layer is listed.
     """
     ranks, alphas = {}, {}
     for layer, delta in adapter.deltas.items():
         lora_A, _, scaling = stack(delta)
         ranks[layer] = len(lora_A)
         alphas[layer] = snap_to_integer(scaling * len(lora_A))
-    r, rank_pattern = _split_pattern(ranks)
-    alpha, alpha_pattern = _split_pattern(alphas)
+    (r, rank_pattern), (alpha, alpha_pattern) = _split_pattern(ranks), _split_pattern(alphas)
     targets, by_last = set(), defaultdict(set)
     for layer in all_layers:
         by_last[last_name(layer)].add(layer)
@@ -304,9 +283,7 @@ def build_peft_config(adapter: Adapter, *, all_layers: Iterable[str] = ()) -> di
         "target_modules": sorted(targets),
         "bias": "none" if not biased else "lora_only" if adapter.deltas.keys() >= biased else "all",
         "init_lora_weights": True,
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
+        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
     }
 
 
@@ -316,11 +293,11 @@ def _split_pattern(values: Mapping[str, float]) -> tuple[float, dict[str, float]
     by_last = defaultdict(set)
     for layer, value in values.items():
         by_last[last_name(layer)].add(value)
-    pattern = {}
-    for layer, value in values.items():
-        if value != common:
-            pattern[last_name(layer) if len(by_last[last_name(layer)]) == 1 else re.escape(layer)] = value
-    return common, pattern
+    return common, {
+        last_name(layer) if len(by_last[last_name(layer)]) == 1 else re.escape(layer): value
+        for layer, value in values.items()
+        if value != common
+    }
 
 
 def snap_to_integer(value: float) -> float:

@@ -19,11 +19,7 @@ SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_
 
 
 def check_start(place: Path, table: Lora) -> None:
-    """Check an adapter against [lora] before anything is loaded.
-
-    Args:
-        place: a PEFT directory, or a run's.
-        table: the recipe's [lora].
+    """Check an adapter, in a PEFT directory or a run's, against [lora] before anything is loaded.
 
     Raises:
         ExportError: there is no adapter, its projections are split, or its settings are not those of the table.
@@ -34,27 +30,19 @@ def check_start(place: Path, table: Lora) -> None:
     names = set() if isinstance(targets, str) else {last_name(name) for name in targets}  # a string is a pattern
     parts = [part for part in FUSED if part in names]
     if parts:
-        raise ExportError(
-            f"[model] adapter: {folder} has {parts[0]}, which Phi-3 has fused with others.",
-            f"Convert it: qlora-phi3 adapter convert {folder} NEW --to fused",
-        )
+        hint = f"Convert it: qlora-phi3 adapter convert {folder} NEW --to fused"
+        raise ExportError(f"[model] adapter: {folder} has {parts[0]}, which Phi-3 has fused with others.", hint)
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         return  # compared layer by layer, in `start_from`
     for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
         trained, wanted = config.get(key) or False, getattr(table, key)
         if trained != wanted:
-            raise ExportError(
-                f"[model] adapter: {folder} was trained with {key} = {trained}, and [lora] has {wanted}.",
-                _describe_settings(config),
-            )
+            problem = f"[model] adapter: {folder} was trained with {key} = {trained}, and [lora] has {wanted}."
+            raise ExportError(problem, _describe_settings(config))
 
 
 def start_from(model: PeftModel, place: Path) -> str:
-    """Replace the values of a new adapter by those of a trained one.
-
-    Args:
-        model: with a new adapter, as its [lora] table says.
-        place: a PEFT directory, or a run's.
+    """Replace the values of a new adapter by those of a trained one, in a PEFT directory or a run's.
 
     Returns:
         The name of the base that the adapter was trained on; empty where its config does not name one.
@@ -78,11 +66,9 @@ def start_from(model: PeftModel, place: Path) -> str:
     deltas = read_peft(tensors, config, folder).deltas
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            trained, wanted = deltas[name.removeprefix(PREFIX)].scaling, layer.scaling["default"]
-            if trained != wanted:
-                raise ExportError(
-                    f"[model] adapter: {folder} scales {name} by {trained:g}, [lora] by {wanted:g}.", hint
-                )
+            trained, own = deltas[name.removeprefix(PREFIX)].block.scaling, layer.scaling["default"]
+            if trained != own:
+                raise ExportError(f"[model] adapter: {folder} scales {name} by {trained:g}, [lora] by {own:g}.", hint)
     with torch.no_grad():
         set_peft_model_state_dict(model, tensors)
     return str(config.get("base_model_name_or_path") or "")

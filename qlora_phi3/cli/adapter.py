@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qlora_phi3.cli.options import debug_option
+from qlora_phi3.cli.options import debug_option, libraries_silenced
 from qlora_phi3.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,16 +78,13 @@ def convert(ctx: click.Context, /, source: Path, target: Path, form: str, force:
         f"Checked: scaling * B A of {converted.num_layers} layers, as read and as written: largest relative difference "
         f"{converted.largest_difference:.1e} ({converted.worst_layer})"
     )
-    for line in converted.notes:
-        click.echo(line)
-    click.echo(f"Written: {converted.target}")
+    click.echo("\n".join((*converted.notes, f"Written: {converted.target}")))
 
 
 def _convert(
     source: Path, target: Path, form: str, given: Mapping[str, Any], *, force: bool, debug: bool
 ) -> "Converted":
     """Call the conversion, with its progress on stderr."""
-    from qlora_phi3.cli.options import libraries_silenced
     from qlora_phi3.ui.console import Watcher
 
     watcher = Watcher()
@@ -109,7 +106,6 @@ def _convert(
 
 
 def _read_spec(source: Path, form: str, given: Mapping[str, Any], base: "Base | None") -> "Spec":
-    """What a loralib file does not hold, from the options."""
     from qlora_phi3.adapters.convert import find_base
     from qlora_phi3.adapters.fused import read_enable
     from qlora_phi3.adapters.loralib import Spec

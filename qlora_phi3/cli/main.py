@@ -26,11 +26,12 @@ def replace_symbols(error: UnicodeError) -> tuple[str, int]:
     """A codec error handler: symbols in ASCII, any other character as `\\uXXXX`, which TOML and JSON read."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    missing = error.object[error.start : error.end]
-    escaped = (f"\\u{ord(letter):04x}" if ord(letter) < 0x10000 else f"\\U{ord(letter):08x}" for letter in missing)
-    return "".join(
-        ASCII_SYMBOLS.get(letter, escape) for letter, escape in zip(missing, escaped, strict=True)
-    ), error.end
+    codes = ((letter, ord(letter)) for letter in error.object[error.start : error.end])
+    shown = (
+        ASCII_SYMBOLS.get(letter) or (f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}")
+        for letter, code in codes
+    )
+    return "".join(shown), error.end
 
 
 class Commands(click.Group):
@@ -51,16 +52,13 @@ class Commands(click.Group):
         except (UserError, KeyboardInterrupt, OSError) as error:
             if ctx.meta.get("debug") or (isinstance(error, OSError) and error.errno not in FULL_OR_REFUSED):
                 raise
-            if isinstance(error, UserError):
-                user_error = error
-            elif isinstance(error, KeyboardInterrupt):
-                user_error = Interrupted("Stopped.")
-            else:
+            if isinstance(error, KeyboardInterrupt):
+                error = Interrupted("Stopped.")
+            elif isinstance(error, OSError):
                 where = f" ({error.filename})" if error.filename else ""
-                hint = f"{disk_error_hint(error)}, or choose another folder."
-                user_error = UserError(f"{error.strerror}{where}.", hint)
-            click.echo(user_error if isinstance(user_error, Interrupted) else f"Error: {user_error}", err=True)
-            ctx.exit(user_error.exit_code)
+                error = UserError(f"{error.strerror}{where}.", f"{disk_error_hint(error)}, or choose another folder.")
+            click.echo(error if isinstance(error, Interrupted) else f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -2,33 +2,27 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import click
 
-
-def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--debug`: show the traceback of a user error, and the libraries' warnings. Stored as `ctx.meta["debug"]`."""
-    return click.option(
-        "--debug",
-        is_flag=True,
-        expose_value=False,
-        callback=lambda ctx, _, value: ctx.meta.update(debug=value),
-        help="Show tracebacks and library warnings.",
-    )(command)
-
-
-def set_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--set table.key=value`, any number of times; the command's argument is `overrides`, a tuple of strings."""
-    return click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="TABLE.KEY=VALUE",
-        help="Change a key of the recipe: --set lora.r=32",
-    )(command)
+#: `--debug`: show the traceback of a user error, and the libraries' warnings. Stored as `ctx.meta["debug"]`.
+debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda ctx, _, value: ctx.meta.update(debug=value),
+    help="Show tracebacks and library warnings.",
+)
+#: `--set table.key=value`, any number of times; the command's argument is `overrides`, a tuple of strings.
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="TABLE.KEY=VALUE",
+    help="Change a key of the recipe: --set lora.r=32",
+)
 
 
 def silence_libraries() -> None:

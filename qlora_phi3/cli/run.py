@@ -52,9 +52,8 @@ def run(
     if no_rehearsal:
         overrides = (*overrides, "memory.rehearsal=false")
     loaded = load_recipe(recipe, overrides, check_files=True)
-    name, training = run_group_name(recipe), loaded.training
-    wanted = None if resume == NEWEST else resume
-    folder = None if resume is None else find_run(Path(training.output_dir), name, wanted)
+    name, training, named = run_group_name(recipe), loaded.training, None if resume == NEWEST else resume
+    folder = None if resume is None else find_run(Path(training.output_dir), name, named)
     hide_other_gpus(choose_gpu(loaded.memory.gpu))
 
     from qlora_phi3.ui.console import LogInterval, open_console
@@ -89,9 +88,8 @@ def _recipe_and_run(ctx: click.Context, recipe: Path | None, resume: str | None)
         return path, NEWEST
     if (path / "recipe.toml").is_file():
         return path / "recipe.toml", resume
-    raise RunError(
-        f"There is no run directory {resume}, and no recipe is named.", "Write: qlora-phi3 run RECIPE.toml --resume"
-    )
+    hint = "Write: qlora-phi3 run RECIPE.toml --resume"
+    raise RunError(f"There is no run directory {resume}, and no recipe is named.", hint)
 
 
 @contextmanager

@@ -108,12 +108,12 @@ def _add_delta(rows: Iterator[Tensor], delta: LoraDelta, device: torch.device) -
     Yields:
         Chunks (rows, in_features) in fp32, on `device`.
     """
-    lora_A, lora_B = delta.lora_A.to(device), delta.lora_B.to(device)
+    lora_A, lora_B = delta.block.lora_A.to(device), delta.block.lora_B.to(device)
     start = 0
     for chunk in rows:
         weight = chunk.to(device=device, dtype=torch.float32)
         stop = start + len(weight)
-        weight.addmm_(lora_B[start:stop], lora_A, alpha=delta.scaling)
+        weight.addmm_(lora_B[start:stop], lora_A, alpha=delta.block.scaling)
         if delta.magnitude is not None:
             magnitude = delta.magnitude[start:stop].to(device)
             weight.mul_((magnitude / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1))

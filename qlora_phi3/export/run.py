@@ -24,7 +24,8 @@ from qlora_phi3.export import request as requests
 from qlora_phi3.export.base import summarise
 from qlora_phi3.export.bundle import Companions, is_measured, render_card, write_companions
 from qlora_phi3.export.gguf.prompt import write_modelfile
-from qlora_phi3.export.gguf.write import GgufResult, check_quant, convert_to_gguf, plan_gguf
+from qlora_phi3.export.gguf.tensors import check_quant
+from qlora_phi3.export.gguf.write import GgufResult, convert_to_gguf, plan_gguf
 from qlora_phi3.export.hub import push
 from qlora_phi3.export.inputs import MERGE_BYTES, Sources, open_sources
 from qlora_phi3.export.merge import Onto

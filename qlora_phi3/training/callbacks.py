@@ -27,24 +27,16 @@ class DivergedError(UserError):
 
 
 def check_loss(loss: float, step: int) -> None:
-    """Stop the run at a loss that is not finite, before the optimizer writes it into the weights.
-
-    Raises:
-        DivergedError: the loss is NaN or infinite.
-    """
+    """Raise DivergedError at a loss that is not finite, before the optimizer writes it into the weights."""
     if not math.isfinite(loss):
-        raise DivergedError(
-            f"The loss of step {step} is {loss}.",
-            "Lower [training] learning_rate or max_grad_norm and continue from the last checkpoint in a new run.",
-        )
+        hint = "Lower [training] learning_rate or max_grad_norm and continue from the last checkpoint in a new run."
+        raise DivergedError(f"The loss of step {step} is {loss}.", hint)
 
 
 class GradientGuard(TrainerCallback):  # type: ignore[misc]
     """Checks the gradients before the optimizer uses them; in fp16 the Trainer has unscaled them by then.
 
-    Args:
-        scaled: fp16's GradScaler is in use. It skips a step whose gradients overflow and lowers its scale, so that a norm that
-            is not finite is no error there.
+    `scaled`: fp16's GradScaler is in use, which skips a step whose gradients overflow; there such a norm is no error.
     """
 
     def __init__(self, *, scaled: bool) -> None:
@@ -54,11 +46,7 @@ class GradientGuard(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Stop before a step that would destroy the weights, and at a first step that would not change them.
-
-        Raises:
-            DivergedError: the norm of the gradients is not finite, or is zero at the first step that is not skipped.
-        """
+        """Raise DivergedError where the norm of the gradients is not finite, or zero at the first step that is not skipped."""
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = float(get_total_norm(gradients)) if gradients else 0.0
         step = state.global_step + 1
@@ -69,10 +57,8 @@ class GradientGuard(TrainerCallback):  # type: ignore[misc]
                 f"The gradient of step {step} is {norm}.", "Lower [training] learning_rate and start a new run."
             )
         if norm == 0 and not self.found_gradient:
-            raise DivergedError(
-                f"The gradient of step {step} is exactly zero: nothing would be learned.",
-                "Check that the rows hold answers to learn and that [lora] reaches the model.",
-            )
+            hint = "Check that the rows hold answers to learn and that [lora] reaches the model."
+            raise DivergedError(f"The gradient of step {step} is exactly zero: nothing would be learned.", hint)
         self.found_gradient = True
 
 
@@ -129,7 +115,7 @@ def cap_to_free_memory(device: torch.device) -> int | None:
     """Limit this process to the GPU memory that is free now, where the driver would spill.
 
     A run that spills does not fail, it becomes many times slower. Under the limit PyTorch's allocator raises, and `oom.py`
-    recovers. Other drivers fail by themselves; a limit there would only keep memory from the run that other programs free later.
+    recovers. Elsewhere a limit would only keep memory from the run that other programs free later.
 
     Returns:
         Bytes this process may allocate, including what it has already; None where there is no limit.
@@ -154,13 +140,11 @@ class SpillWatch:
 
         A short batch takes more time per token and a long one more time: a step is slow if it exceeds both medians.
         """
-        current = (seconds, seconds / max(1, tokens))
-        medians = [median(column) for column in zip(*self._steps, strict=True)]
-        num_earlier = len(self._steps)
+        current, earlier = (seconds, seconds / max(1, tokens)), list(self._steps)
         self._steps.append(current)
-        if self._warned or num_earlier < FEWEST_STEPS:
+        if self._warned or len(earlier) < FEWEST_STEPS:
             return None
-        factor = min(now / usual for now, usual in zip(current, medians, strict=True))
+        factor = min(now / median(usual) for now, *usual in zip(current, *earlier, strict=True))
         if factor <= SUSPICIOUS_FACTOR:
             return None
         self._warned = True

@@ -1,12 +1,8 @@
 """Recovery from out-of-memory errors: the batch is computed again, in smaller pieces where necessary, with the same gradients.
 
-Nothing of a failed pass stays. Its tensors are released with the traceback that held them, all gradients of the batch are
-dropped, the allocator's cache is emptied, and the random numbers are rewound to the start of the batch; then the batch is
-computed again. Repeating the batch, and not only the micro-batch that failed, needs no copy of the gradients, so that no memory
-is reserved for the case. What follows the backward pass, clipping and the optimizer's update, is not repeated: it changes
-gradients and weights in place.
-
-The remedies, in this order:
+Nothing of a failed pass stays: its tensors are released with the traceback, gradients are dropped, the allocator's cache is
+emptied, and the random numbers are rewound to the start of the batch. Repeating the batch, and not only the micro-batch that
+failed, needs no copy of the gradients. What follows the backward pass is not repeated: it changes weights in place. The remedies:
 
 1. "again": an empty cache removes fragmentation. It is left out where it was needed a few steps ago, or a run that fragments at
    every step would compute every step twice;
@@ -16,11 +12,8 @@ The remedies, in this order:
 5. then the run stops and names the row.
 
 The lowered plan stays, and a resumed run starts with it (`restore_execution_plan`). The loss is always divided by the supervised
-tokens of the complete batch, so that without dropout a split changes only the order in which numbers are added.
-
-With dropout, "again" draws the same masks and gives equal bits. A split cannot: masks are drawn for each micro-batch in the
-shape of its tensors. The new masks are as independent and as probable as the old ones, as if the run had another seed from
-that step on.
+tokens of the complete batch, so that without dropout a split changes only the order in which numbers are added. With dropout,
+"again" draws the same masks; a split draws others, as if the run had another seed from that step on.
 """
 
 import gc
@@ -52,8 +45,7 @@ class RngState:
     python: Any
     numpy: Any
     cpu: Tensor
-    #: None on a CPU.
-    cuda: Tensor | None
+    cuda: Tensor | None  #: None on a CPU.
 
     @classmethod
     def read(cls, device: torch.device) -> Self:
@@ -70,7 +62,7 @@ class RngState:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Failure:
     """The micro-batch that ran out of memory, and the bytes that were allocated then (None on a CPU)."""
 
@@ -83,9 +75,8 @@ class MemoryGuard:
     """Computes batches until memory suffices, and lowers the execution plan where it does not.
 
     Args:
-        model: the owner of the gradients that a failed pass leaves.
+        model: the owner of the gradients that a failed pass leaves, on `device`.
         execution: the plan that the run starts with.
-        device: of the model.
         reporter: gets a record of every recovery.
         sources: names of the data's sources, to name a row that does not fit.
         apply: applies a lowered plan to the model.
@@ -101,10 +92,8 @@ class MemoryGuard:
         sources: Sequence[str],
         apply: Callable[[ExecutionPlan], None],
     ) -> None:
-        self.plans: dict[Phase, MicroBatchPlan] = {
-            "training": execution.micro_batch,
-            "evaluation": execution.evaluation,
-        }
+        self.plans: dict[Phase, MicroBatchPlan]
+        self.plans = {"training": execution.micro_batch, "evaluation": execution.evaluation}
         #: Recoveries of this session.
         self.num_recovered = 0
         self._model, self._device, self._reporter, self._sources = model, device, reporter, sources
@@ -132,39 +121,32 @@ class MemoryGuard:
         failed: list[tuple[int, ...]] = []
         while True:
             batch = collate(rows, self.plans[phase])
-            outcome = self._attempt(run_pass, batch)
-            if isinstance(outcome, StepResult):
-                return batch, outcome
+            try:
+                return batch, run_pass(batch)
+            except MicroBatchMemoryError as error:
+                allocated_bytes = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None
+                failure = _Failure(error.micro_batch, error.reason, allocated_bytes)
+            # Here the error is released, and with it every tensor that its traceback held.
             for parameter in self._model.parameters():
                 parameter.grad = None
             gc.collect()  # an error and the frames of its traceback may hold each other
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             rng_state.restore()
-            indices = batch.row_indices[outcome.micro_batch]
+            indices = batch.row_indices[failure.micro_batch]
             lengths = [len(rows[index]["input_ids"]) for index in indices]
             remedy = self._choose_remedy(lengths, phase, step, is_first=not failed, is_repeated=indices in failed)
             failed.append(indices)
             if remedy is None:
-                raise self._row_does_not_fit(rows[indices[0]], outcome, len(failed), phase, step)
-            self._recover(lengths, outcome, remedy, phase, step)
-
-    def _attempt(self, run_pass: Callable[[Batch], StepResult], batch: Batch) -> StepResult | _Failure:
-        """Run a pass. The error, and with it every tensor that its traceback holds, is released when this returns."""
-        try:
-            return run_pass(batch)
-        except MicroBatchMemoryError as error:
-            allocated_bytes = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None
-            return _Failure(micro_batch=error.micro_batch, reason=error.reason, allocated_bytes=allocated_bytes)
+                raise self._row_does_not_fit(rows[indices[0]], failure, len(failed), phase, step)
+            self._recover(lengths, failure, remedy, phase, step)
 
     def _choose_remedy(
         self, lengths: Sequence[int], phase: Phase, step: int, *, is_first: bool, is_repeated: bool
     ) -> Remedy | None:
         """The remedy for a micro-batch of rows of these lengths; None where nothing is left to try.
 
-        Args:
-            is_first: nothing failed in this batch before.
-            is_repeated: this micro-batch failed before.
+        `is_first`: nothing failed in this batch before; `is_repeated`: this micro-batch did.
         """
         is_recent = step - self._last_again.get(phase, -RETRY_COOLDOWN_STEPS - 1) <= RETRY_COOLDOWN_STEPS
         if is_first and not is_recent:
@@ -178,7 +160,6 @@ class MemoryGuard:
         return None if is_repeated else "again"
 
     def _recover(self, lengths: Sequence[int], failure: _Failure, remedy: Remedy, phase: Phase, step: int) -> None:
-        """Apply a remedy to the plan, and report it."""
         before = self.plans[phase]
         if remedy == "split":
             self.plans[phase] = split_plan(before, lengths)
@@ -208,9 +189,8 @@ class MemoryGuard:
         self, row: Mapping[str, Any], failure: _Failure, times: int, phase: Phase, step: int
     ) -> RunError:
         length, device, reason = len(row["input_ids"]), describe_device(self._device), failure.reason.rstrip(".")
-        name = "A row"
-        if "source" in row and row["source"] < len(self._sources):
-            name = f"{self._sources[row['source']]}:{row['source_row']}"
+        is_named = "source" in row and row["source"] < len(self._sources)
+        name = f"{self._sources[row['source']]}:{row['source_row']}" if is_named else "A row"
         where = f"step {step}" if phase == "training" else f"the evaluation after step {step}"
         return RunError(
             f"{name} with its {length:,} tokens does not fit in the memory of {device}: "
@@ -223,13 +203,7 @@ class MemoryGuard:
 def restore_execution_plan(
     execution: ExecutionPlan, records: Sequence[Mapping[str, Any]], device: torch.device
 ) -> ExecutionPlan:
-    """Lower a plan as the out-of-memory errors of earlier sessions lowered theirs.
-
-    Args:
-        execution: the plan of this session.
-        records: of the run's metrics.jsonl.
-        device: on a CPU nothing is offloaded.
-    """
+    """Lower a plan as the out-of-memory errors in `records`, of the run's metrics.jsonl, lowered theirs."""
     plans: dict[Phase, MicroBatchPlan] = {"training": execution.micro_batch, "evaluation": execution.evaluation}
     for record in records:
         if record["kind"] != OomRecord.kind:

@@ -46,13 +46,12 @@ from qlora_phi3.units import format_gib, parse_size
 DEFAULT_MICRO_BATCH_TOKENS = 512
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class RunContext:
     """All that is known of a run before any weight is read."""
 
     recipe: Recipe
-    #: The contents of the model's config.json.
-    config: dict[str, Any]
+    config: dict[str, Any]  #: The contents of the model's config.json.
     architecture: Architecture
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
@@ -81,9 +80,7 @@ class PlannedRun:
 def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
     """Check the recipe against the libraries and the model, choose the device, and tokenize the data.
 
-    Args:
-        recipe: with absolute paths.
-        recipe_dir: directory of the recipe file, for the names of the data's files.
+    The recipe has absolute paths; in messages the data's files are named relative to `recipe_dir`.
 
     Raises:
         UserError: something in the recipe, the data or the model cannot be used.
@@ -117,51 +114,25 @@ def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
         reporter.info(line)
     for line in data.report.warning_lines():
         reporter.warning(line)
-    return RunContext(
-        recipe=recipe,
-        config=config,
-        architecture=architecture,
-        tokenizer=tokenizer,
-        template=template,
-        data=data,
-        device=device,
-        gpu=gpu,
-        precision=precision,
-        reporter=reporter,
-    )
+    return RunContext(recipe, config, architecture, tokenizer, template, data, device, gpu, precision, reporter)
 
 
 def check_trackers(training: Training) -> None:
-    """Refuse a tracker that is not installed.
-
-    Raises:
-        RecipeError: with its name.
-    """
+    """Raise RecipeError for a tracker that is not installed."""
     wanted = [training.report_to] if isinstance(training.report_to, str) else training.report_to
     installed = {*get_available_reporting_integrations(), *(["flyte"] if is_flytekit_available() else [])}
     for name in wanted:
         if name not in ("all", "none") and name not in installed:
-            raise RecipeError(
-                f"[training] report_to names {name}, which is not installed.",
-                "Install it in the environment of qlora-phi3, or delete it: metrics.jsonl holds every figure.",
-            )
+            hint = "Install it in the environment of qlora-phi3, or delete it: metrics.jsonl holds every figure."
+            raise RecipeError(f"[training] report_to names {name}, which is not installed.", hint)
 
 
 def check_schedule(training: Training) -> None:
-    """Refuse settings that the learning rate's schedule does not have, by building it for an optimizer without a model.
-
-    Raises:
-        RecipeError: with the message of transformers.
-    """
+    """Raise RecipeError for settings that the learning rate's schedule lacks: it is built for an optimizer without a model."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate)
+    settings = dict(training.lr_scheduler_kwargs)
     try:
-        get_scheduler(
-            training.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=0,
-            num_training_steps=10**6,
-            scheduler_specific_kwargs=dict(training.lr_scheduler_kwargs),
-        )
+        get_scheduler(training.lr_scheduler_type, optimizer, 0, 10**6, scheduler_specific_kwargs=settings)
     except (TypeError, ValueError) as error:
         raise RecipeError(
             f'[training] lr_scheduler_kwargs does not fit lr_scheduler_type = "{training.lr_scheduler_type}": {error}.',
@@ -196,28 +167,17 @@ def plan_run(context: RunContext) -> PlannedRun:
     execution = default_execution_plan(recipe.training, recipe.memory, context.architecture, device)
     if device.type != "cpu" or not wants_dry_run(recipe.memory, device):
         return PlannedRun(execution=execution, predicted=None)
-    memory = simulate(
-        recipe,
-        context.config,
-        context.architecture,
-        execution,
-        step_shape(context.row_lengths, execution),
-        compute_dtype=context.precision.compute_dtype,
-        path="cpu",
-    )
+    shape, compute_dtype = step_shape(context.row_lengths, execution), context.precision.compute_dtype
+    model = (recipe, context.config, context.architecture)
+    memory = simulate(*model, execution, shape, compute_dtype=compute_dtype, path="cpu")
     return PlannedRun(execution=execution, predicted=replace(memory, trace=()))
 
 
 def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
     """The fastest plan that fits a GPU, reported in one line; a warning where none fits."""
     reporter = context.reporter
-    predictor = Predictor(
-        context.recipe,
-        context.config,
-        context.architecture,
-        compute_dtype=context.precision.compute_dtype,
-        capability=gpu.compute_capability,
-    )
+    model, compute_dtype = (context.recipe, context.config, context.architecture), context.precision.compute_dtype
+    predictor = Predictor(*model, compute_dtype=compute_dtype, capability=gpu.compute_capability)
     limits = GpuLimits(
         limit_bytes=read_margin(gpu.name).limit(budget_of(context.recipe, gpu)),
         tflops_16bit=gpu.tflops_16bit,
@@ -274,9 +234,8 @@ def default_execution_plan(
 def load_model(context: RunContext, *, is_first_session: bool = True) -> PeftModel:
     """Load the base, in 4-bit where the recipe says so, and attach its adapter.
 
-    Args:
-        is_first_session: the run starts at its first step, and with the weights of `[model] adapter` if there is one; else a
-            checkpoint provides the adapter's weights.
+    In a run's first session the adapter starts with the weights of `[model] adapter` if there is one; later a checkpoint
+    provides them.
 
     Raises:
         ModelError: the weights cannot be read, or the adapter does not fit them.
@@ -284,9 +243,8 @@ def load_model(context: RunContext, *, is_first_session: bool = True) -> PeftMod
     recipe, reporter = context.recipe, context.reporter
     limit_bytes = cap_to_free_memory(context.device)
     if limit_bytes is not None:
-        reporter.info(
-            f"Memory: at most {format_gib(limit_bytes)}, what is free on the GPU; with more the driver would spill"
-        )
+        limit = format_gib(limit_bytes)
+        reporter.info(f"Memory: at most {limit}, what is free on the GPU; with more the driver would spill")
     reporter.progress("Loading the base model", 0, None)
     base = load_base(
         recipe.model,

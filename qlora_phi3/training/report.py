@@ -1,13 +1,12 @@
 """Predicted and measured memory of a run, and report.json: what is known before the first step, and what is added at the end."""
 
-import contextlib
 import hashlib
 import platform
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -36,8 +35,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
-        import psutil
-
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
@@ -78,13 +75,9 @@ class PredictionCheck:
 
     def remember(self, gpu: Gpu | None) -> None:
         """Record the error on this GPU; the errors decide the margin of later plans there."""
-        if (
-            gpu is not None
-            and self.predicted is not None
-            and self.predicted.on_gpu_bytes
-            and self.measured.on_gpu_bytes
-        ):
-            record_error(gpu.name, self.predicted.on_gpu_bytes, self.measured.on_gpu_bytes)
+        predicted_bytes = 0 if self.predicted is None else self.predicted.on_gpu_bytes
+        if gpu is not None and predicted_bytes and self.measured.on_gpu_bytes:
+            record_error(gpu.name, predicted_bytes, self.measured.on_gpu_bytes)
 
 
 def measure_memory(
@@ -92,14 +85,13 @@ def measure_memory(
 ) -> MemoryReport:
     """What this process took at most until now, and what its model and optimizer hold, by category.
 
-    Args:
-        gpu: None where nothing is recorded of the GPU, and on a CPU.
+    `gpu` is None where nothing is recorded of the GPU, and on a CPU.
     """
     sizes: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         sizes[parameter_category(name, parameter)] += parameter.nbytes
         sizes[QUANTIZATION_STATE] += sum(tensor.nbytes for tensor in quantization_tensors(parameter))
-    states = [state for held in optimizer.state.values() for state in held.values()] if optimizer is not None else []
+    states = [] if optimizer is None else [state for held in optimizer.state.values() for state in held.values()]
     tensors = {state.data_ptr(): state for state in states if isinstance(state, torch.Tensor)}
     paged_bytes = sum(state.nbytes for state in tensors.values() if getattr(state, "is_paged", False))
     sizes[OPTIMIZER_STATE] += sum(state.nbytes for state in tensors.values()) - paged_bytes
@@ -119,8 +111,7 @@ def measure_memory(
 def _own_gpu_bytes(device: torch.device) -> int:
     """The peak of this process alone, as NVML shows it: other programs take and free memory meanwhile.
 
-    What the driver shows for the process in addition to the allocator's segments is its context; where the driver does not show
-    it (Windows, containers), the context is computed.
+    The driver counts the segments and the context; where it shows no process (Windows, containers), the context is computed.
     """
     properties, reserved = torch.cuda.get_device_properties(device), torch.cuda.memory_reserved(device)
     used = read_own_bytes()
@@ -130,27 +121,14 @@ def _own_gpu_bytes(device: torch.device) -> int:
 
 
 def first_report(
-    recipe: Recipe,
-    data: DataReport,
-    *,
-    name: str,
-    device: torch.device,
-    compute_dtype: torch.dtype,
-    resume: RunFolder | None,
+    recipe: Recipe, data: DataReport, *, name: str, device: str, compute_dtype: torch.dtype, resume: RunFolder | None
 ) -> dict[str, Any]:
     """The report of a run that starts; of one that is resumed, with its name, start and seconds until now.
 
-    Args:
-        name: of the recipe, as the run's directory has it.
-        resume: the run that is resumed.
-
-    Raises:
-        RunError: the data are not those the resumed run started with.
+    `name` is the recipe's, as the run's directory has it. Raises RunError where the data are not those of the resumed run.
     """
-    was: dict[str, Any] = {}
-    seconds = 0.0
+    was, seconds = {} if resume is None else resume.read_report(), 0.0
     if resume is not None:
-        was = resume.read_report()
         before = was.get("data", {}).get("sha256")
         if before != data.sha256:
             raise RunError(
@@ -170,7 +148,7 @@ def first_report(
         "recipe_sha256": hashlib.sha256(recipe_as_toml(recipe).encode()).hexdigest(),
         "data": asdict(data),
         "seed": recipe.training.seed,
-        "device": describe_device(device),
+        "device": device,
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "versions": run_versions(),
     }
@@ -198,18 +176,14 @@ def describe_device(device: torch.device) -> str:
 
 @contextmanager
 def failure_reported(folder: RunFolder, report: Mapping[str, Any], started: float) -> Iterator[None]:
-    """Write into report.json how a run ended if it fails or is interrupted.
-
-    Args:
-        started: time.perf_counter() at the start of this session.
-    """
+    """Write into report.json how a run ended if it fails or is interrupted; `started` is of time.perf_counter()."""
     try:
         yield
     except BaseException as error:
         status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         reason = str(error) or type(error).__name__
         seconds = report["seconds"] + time.perf_counter() - started
-        with contextlib.suppress(RunError):  # the disk may still be full, and the first error is the one to report
+        with suppress(RunError):  # the disk may still be full, and the first error is the one to report
             write_report(folder, {**report, "status": status, "error": reason, "seconds": seconds})
         raise
 
@@ -217,10 +191,7 @@ def failure_reported(folder: RunFolder, report: Mapping[str, Any], started: floa
 def last_report(
     folder: RunFolder, report: Mapping[str, Any], prediction_check: PredictionCheck, *, steps: int, started: float
 ) -> dict[str, Any]:
-    """The report of a finished run, whose adapter is written.
-
-    Measurements come from metrics.jsonl, which earlier sessions of the run wrote too.
-    """
+    """The report of a finished run; its figures come from metrics.jsonl, which earlier sessions wrote too."""
     records = read_metrics(folder)
     losses = [(record["step"], record["eval_loss"]) for record in records if record["kind"] == EvalRecord.kind]
     peaks = [record["peak_memory_bytes"] for record in records if record["kind"] == StepRecord.kind]

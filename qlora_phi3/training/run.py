@@ -1,5 +1,7 @@
-"""A complete run: recipe -> data -> execution plan -> model -> training -> run directory."""
+"""A complete run: recipe -> data -> execution plan -> model -> dry run -> training -> run directory."""
 
+import gc
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -10,9 +12,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from pydantic import ValidationError
+from torch.nn.utils import clip_grad_norm_
 
 from qlora_phi3.errors import Interrupted, RunError
 from qlora_phi3.files import atomic_write
+from qlora_phi3.hardware.gpu import Gpu
+from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.model.quantized import save_quantized
 from qlora_phi3.recipe.load import recipe_as_toml, resolve_paths
 from qlora_phi3.recipe.schema import Recipe
@@ -26,11 +31,9 @@ from qlora_phi3.runfolder import (
     write_report,
 )
 from qlora_phi3.step import is_out_of_memory
-from qlora_phi3.training.artifacts import record_base, save_adapter, save_held_out
+from qlora_phi3.training.artifacts import find_checkpoint, record_base, save_adapter, save_held_out, step_of
 from qlora_phi3.training.callbacks import stop_on_interrupt
-from qlora_phi3.training.checkpoint import find_checkpoint, step_of
-from qlora_phi3.training.dry_run import dry_run_heaviest_step
-from qlora_phi3.training.oom import restore_execution_plan
+from qlora_phi3.training.oom import RngState, restore_execution_plan
 from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, plan_run, prepare, wants_dry_run
 from qlora_phi3.training.report import (
     PredictionCheck,
@@ -41,11 +44,11 @@ from qlora_phi3.training.report import (
     last_report,
     measure_memory,
     run_versions,
-)
+)  # fmt: skip
 from qlora_phi3.training.trainer import Phi3Trainer, build_trainer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class RunResult:
     """How a finished run ended; losses are in nats per token, None where nothing is held out."""
 
@@ -59,10 +62,9 @@ class RunResult:
 def run(
     recipe: Recipe, name: str, recipe_dir: Path, *, reporter: Reporter, resume: RunFolder | None = None
 ) -> RunResult:
-    """Train what a recipe describes.
+    """Train what a recipe describes, into `<output_dir>/<name>/`.
 
     Args:
-        name: of the recipe; its runs are in `<output_dir>/<name>/`.
         recipe_dir: directory of the recipe file; relative paths are looked for there, then in the working directory.
         resume: an unfinished run of the same recipe and data, to continue.
 
@@ -78,7 +80,12 @@ def run(
     context = prepare(recipe, recipe_dir, reporter)
     device, compute_dtype = context.device, context.precision.compute_dtype
     report = first_report(
-        recipe, context.data.report, name=name, device=device, compute_dtype=compute_dtype, resume=resume
+        recipe,
+        context.data.report,
+        name=name,
+        device=describe_device(device),
+        compute_dtype=compute_dtype,
+        resume=resume,
     )
     planned = plan_run(context)
     folder = resume or create_run_folder(Path(recipe.training.output_dir), name)
@@ -93,20 +100,13 @@ def run(
         cut_metrics(folder, step_of(checkpoint) if checkpoint else -1)
         execution = restore_execution_plan(planned.execution, read_metrics(folder), device)
         trainer = build_trainer(context, execution, model, folder)
-        if wants_dry_run(recipe.memory, device):
-            _dry_run(trainer, context, planned)
-        _train(trainer, context, folder, checkpoint)
+        _train(trainer, context, planned, folder, checkpoint)
         save_adapter(model, context.tokenizer, recipe.model, folder, sample=context.data.train)
         check = _check_prediction(trainer, context, planned)
         report = last_report(folder, report, check, steps=int(trainer.state.global_step), started=started)
         write_report(folder, report)
-    return RunResult(
-        folder=folder,
-        steps=report["steps"],
-        loss_before=report["eval_loss_before"],
-        loss_after=report["eval_loss_after"],
-        seconds=report["seconds"],
-    )
+    before, after = report["eval_loss_before"], report["eval_loss_after"]
+    return RunResult(folder, report["steps"], before, after, report["seconds"])
 
 
 def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> None:
@@ -128,23 +128,16 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
         was = Recipe.model_validate(known).model_dump(mode="json")
     except ValidationError as error:
         problem = error.errors()[0]
+        reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
         raise RunError(
-            f"{folder.report} holds a recipe that this version cannot read: "
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}.",
-            "Start a new run.",
+            f"{folder.report} holds a recipe that this version cannot read: {reason}.", "Start a new run."
         ) from error
     differing = [f"[{table}] {key}" for table in now for key in now[table] if now[table][key] != was[table][key]]
     if differing:
-        raise RunError(
-            f"The recipe differs from the one {folder.path} began with in {', '.join(differing)}.",
-            f"Go on with its own: qlora-phi3 run {folder.recipe} --resume {folder.path}",
-        )
-    versions: Mapping[str, str] = report.get("versions", {})
-    changed = [
-        f"{name} {versions[name]} -> {version}"
-        for name, version in run_versions().items()
-        if versions.get(name, version) != version
-    ]
+        hint = f"Go on with its own: qlora-phi3 run {folder.recipe} --resume {folder.path}"
+        raise RunError(f"The recipe differs from the one {folder.path} began with in {', '.join(differing)}.", hint)
+    old, new = report.get("versions", {}), run_versions()
+    changed = [f"{key} {old[key]} -> {new[key]}" for key in new if old.get(key, new[key]) != new[key]]
     if changed:
         reporter.warning(f"Versions changed since the run began: {', '.join(changed)}.")
 
@@ -164,36 +157,30 @@ def _save_export_inputs(context: RunContext, model: PeftModel, folder: RunFolder
     """Write what an export needs to prove itself: checksums of the base, held-out rows, the chat template."""
     recipe, progress = context.recipe, context.reporter.progress
     progress("Computing the base's checksums", 0, None)
-    record_base(
-        model,
-        folder,
-        name=recipe.model.name,
-        quantization=recipe.quantization,
-        compute_dtype=context.precision.compute_dtype,
-    )
+    quantization, compute_dtype = recipe.quantization, context.precision.compute_dtype
+    record_base(model, folder, name=recipe.model.name, quantization=quantization, compute_dtype=compute_dtype)
     save_held_out(context.data, folder)
     if context.template.name.endswith(".jinja"):  # a file, which may be changed or gone when the run is exported
         atomic_write(folder.chat_template, context.template.source)
-    if recipe.model.save_quantized and recipe.quantization.load_in_4bit and not folder.quantized_base.is_dir():
+    if recipe.model.save_quantized and quantization.load_in_4bit and not folder.quantized_base.is_dir():
         save_quantized(model, folder.quantized_base)
     progress("Computing the base's checksums", 1, 1)
 
 
-def _dry_run(trainer: Phi3Trainer, context: RunContext, planned: PlannedRun) -> None:
-    """Run the heaviest step once and undo it; report the predicted and the measured memory."""
-    context.reporter.progress("Rehearsing the heaviest step", 0, None)
-    with _optimizer_memory_errors(context.device, lambda: 0):
-        measured = dry_run_heaviest_step(trainer, context.gpu)
-    context.reporter.progress("Rehearsing the heaviest step", 1, 1)
-    context.reporter.info(f"Rehearsal: {PredictionCheck(predicted=planned.predicted, measured=measured).line()}")
-
-
-def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpoint: Path | None) -> None:
-    """Evaluate, train to the last step, and evaluate the adapter that is saved.
+def _train(
+    trainer: Phi3Trainer, context: RunContext, planned: PlannedRun, folder: RunFolder, checkpoint: Path | None
+) -> None:
+    """Run the heaviest step once and undo it, evaluate, train to the last step, and evaluate the adapter that is saved.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; a checkpoint is saved.
     """
+    if wants_dry_run(context.recipe.memory, context.device):
+        context.reporter.progress("Rehearsing the heaviest step", 0, None)
+        with _optimizer_memory_errors(context.device, lambda: 0):
+            measured = dry_run_heaviest_step(trainer, context.gpu)
+        context.reporter.progress("Rehearsing the heaviest step", 1, 1)
+        context.reporter.info(f"Rehearsal: {PredictionCheck(predicted=planned.predicted, measured=measured).line()}")
     if context.data.evaluation is not None and checkpoint is None:
         trainer.evaluate()
     with stop_on_interrupt(context.reporter) as stop:
@@ -202,14 +189,70 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     if stop.requested:
-        raise Interrupted(
-            f"Stopped after step {state.global_step} of {state.max_steps}; everything is saved.",
-            f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}",
-        )
+        hint = f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
+        raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; everything is saved.", hint)
     evaluated = [record["step"] for record in read_metrics(folder) if record["kind"] == "eval"]
     is_evaluated = evaluated[-1:] == [state.global_step] and not context.recipe.training.load_best_model_at_end
     if context.data.evaluation is not None and not is_evaluated:
         trainer.evaluate()
+
+
+def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> MemoryReport:
+    """Run the heaviest step, evaluation and checkpoint of a trainer that has not started, and undo them bit for bit.
+
+    The order of the data does not change, since the rows are selected by length. Where memory runs out, `oom.py` lowers the
+    execution plan, and the run starts with the lowered one.
+
+    Returns:
+        The peak of the memory; `gpu` is as it was before the run.
+
+    Raises:
+        RunError: a single row does not fit.
+    """
+    device = trainer.args.device
+    with _undone(trainer):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        trainer.run_heaviest("training")
+        trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        optimizer = trainer.create_optimizer()
+        if trainer.args.max_grad_norm:
+            clip_grad_norm_(trained, trainer.args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        trainer.run_heaviest("training")  # now with the optimizer's state in memory
+        for parameter in trained:
+            parameter.grad = None
+        if trainer.eval_dataset is not None:
+            trainer.run_heaviest("evaluation")
+        checkpoints = Path(trainer.args.output_dir)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=checkpoints) as target:
+            trainer.model.save_pretrained(target)
+            torch.save(optimizer.state_dict(), Path(target) / "optimizer.pt")
+        return measure_memory(trainer.model, optimizer, device, gpu)
+
+
+@contextmanager
+def _undone(trainer: Phi3Trainer) -> Iterator[None]:
+    """Restore weights, random numbers and the training mode at the end, and drop the optimizer."""
+    device, model = trainer.args.device, trainer.model
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = [parameter.detach().to("cpu", copy=True) for parameter in trained]
+    rng_state, was_training = RngState.read(device), model.training
+    try:
+        yield
+    finally:
+        trainer.optimizer = trainer.lr_scheduler = None
+        model.train(was_training)
+        with torch.no_grad():
+            for parameter, weight in zip(trained, weights, strict=True):
+                parameter.copy_(weight)
+                parameter.grad = None
+        gc.collect()
+        rng_state.restore()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _check_prediction(trainer: Phi3Trainer, context: RunContext, planned: PlannedRun) -> PredictionCheck:

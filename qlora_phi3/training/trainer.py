@@ -37,29 +37,20 @@ from qlora_phi3.recipe.schema import Training
 from qlora_phi3.reporter import EvalRecord, Phase, StepRecord
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.step import Batch, StepResult, evaluate, forward_backward
+from qlora_phi3.training.artifacts import is_complete, write_manifest
 from qlora_phi3.training.callbacks import GradientGuard, MetricsWriter, SpillWatch, check_loss
-from qlora_phi3.training.checkpoint import is_complete, write_manifest
 from qlora_phi3.training.oom import MemoryGuard
 from qlora_phi3.training.prepare import RunContext
 from qlora_phi3.training.report import peak_memory_bytes
 
 
 def build_trainer(context: RunContext, execution: ExecutionPlan, model: PeftModel, folder: RunFolder) -> "Phi3Trainer":
-    """Apply an execution plan to the model, and build the Trainer of a run.
-
-    Args:
-        execution: of this session, lowered by the out-of-memory errors of earlier ones.
-        folder: gets checkpoints, and a record of each step in metrics.jsonl.
-    """
+    """Apply an execution plan to the model, and build the Trainer of a run, which writes into `folder`."""
     training = context.recipe.training
     apply_execution_plan(model, execution)
+    fp16, evaluates = context.precision.compute_dtype == torch.float16, context.data.evaluation is not None
     arguments = build_arguments(
-        training,
-        folder.checkpoints,
-        device=context.device,
-        compute_dtype=context.precision.compute_dtype,
-        optim=execution.optim,
-        evaluates=context.data.evaluation is not None,
+        training, folder.checkpoints, device=context.device, fp16=fp16, optim=execution.optim, evaluates=evaluates
     )
     context.reporter.info(f"Optimizer: {execution.optim}, {training.batch_size} rows a step")
     return Phi3Trainer(model, arguments, context, execution, MetricsWriter(context.reporter, folder))
@@ -74,20 +65,11 @@ SAME_ARGUMENTS = (
 
 
 def build_arguments(
-    training: Training,
-    checkpoints: Path,
-    *,
-    device: torch.device,
-    compute_dtype: torch.dtype,
-    optim: str,
-    evaluates: bool,
+    training: Training, checkpoints: Path, *, device: torch.device, fp16: bool, optim: str, evaluates: bool
 ) -> SFTConfig:
     """Translate [training] into TRL's SFTConfig; what `step.py` and the model do themselves is off.
 
-    Args:
-        checkpoints: directory for the checkpoints.
-        optim: transformers' name of the optimizer.
-        evaluates: whether there are held-out rows.
+    `optim` is transformers' name of the optimizer; `evaluates`: there are held-out rows.
     """
     logging.getLogger("transformers.trainer_utils").addFilter(is_not_share_warning)
     arguments = SFTConfig(
@@ -103,7 +85,7 @@ def build_arguments(
         gradient_checkpointing=False,  # model.set_checkpointing: the Trainer's way makes the embedding need gradients
         use_cpu=device.type == "cpu",
         bf16=False,  # step.py runs autocast; fp16 stays with the Trainer for its GradScaler
-        fp16=compute_dtype == torch.float16,
+        fp16=fp16,
         lr_scheduler_kwargs=training.lr_scheduler_kwargs or None,
         optim=optim,
         eval_strategy=training.eval_strategy if evaluates else "no",
@@ -203,11 +185,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         return list(islice(epoch_iterator, num_batches)), None
 
     def training_step(self, model: nn.Module, inputs: RowBatch, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of all micro-batches, until memory suffices.
-
-        Args:
-            model: as the Trainer wrapped it.
-            inputs: the rows of the optimizer batch.
+        """Forward and backward of all micro-batches of an optimizer batch, until memory suffices.
 
         Returns:
             The mean loss over the supervised tokens of the batch, fp32 scalar.
@@ -225,11 +203,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         return result.loss
 
     def run_heaviest(self, phase: Phase) -> None:
-        """Run a pass over the longest rows that can meet in one batch; gradients stay, nothing is recorded.
-
-        Raises:
-            RunError: one row alone does not fit.
-        """
+        """Run a pass over the longest rows that can meet in one batch; gradients stay, nothing is recorded."""
         dataset: Any = self.train_dataset if phase == "training" else self.eval_dataset
         longest = numpy.argsort(-row_lengths(dataset), kind="stable")[: self.args.per_device_train_batch_size]
         rows = [dataset[int(number)] for number in longest]
@@ -238,19 +212,13 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
     def _compute(
         self, model: nn.Module, rows: Sequence[Mapping[str, Any]], phase: Phase, step: int
     ) -> tuple[Batch, StepResult]:
-        """Forward, and in training backward, of all micro-batches, until memory suffices.
-
-        Raises:
-            RunError: one row alone does not fit; a checkpoint of the last complete step is saved.
-        """
+        """Forward, and in training backward, of all micro-batches; where one row does not fit, save a checkpoint and raise."""
+        options: dict[str, Any] = {"objective": self.objective, "compute_dtype": self.compute_dtype}
 
         def run_pass(batch: Batch) -> StepResult:
             if phase == "training":
-                backward = self.accelerator.backward
-                return forward_backward(
-                    model, batch, objective=self.objective, compute_dtype=self.compute_dtype, backward=backward
-                )
-            [(_, result)] = evaluate(model, [batch], objective=self.objective, compute_dtype=self.compute_dtype)
+                return forward_backward(model, batch, backward=self.accelerator.backward, **options)
+            [(_, result)] = evaluate(model, [batch], **options)
             return result
 
         if phase == "training":
@@ -293,12 +261,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             self._num_recovered = self.guard.num_recovered
         super().log(logs, start_time)
 
-    def evaluate(
-        self,
-        eval_dataset: Dataset | None = None,
-        ignore_keys: Sequence[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean loss over the supervised tokens of all held-out rows, with equal weight for each token."""
         started = time.perf_counter()
         step = self.state.global_step
@@ -336,8 +299,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint of this step and its manifest unless it is there, and only then remove older checkpoints.
 
-        Raises:
-            RunError: the disk is full or refuses; the new checkpoint is removed.
+        RunError where the disk is full or refuses; the new checkpoint is removed then.
         """
         target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if is_complete(target):

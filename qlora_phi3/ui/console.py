@@ -39,12 +39,9 @@ SPEED_PERIOD_SECONDS = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class LogInterval:
-    """Which steps get a plain line, and how many steps are warm-up.
+    """Which steps get a plain line ([training] logging_strategy and logging_steps), and how many are warm-up.
 
-    Args:
-        strategy: [training] logging_strategy: "no", "steps" or "epoch".
-        steps: steps between two lines; below 1 a share of all steps.
-        warmup_steps: steps until the learning rate is reached; below 1 a share of all steps.
+    Numbers of steps below 1 are shares of all steps.
     """
 
     strategy: str
@@ -64,23 +61,15 @@ class LogInterval:
 class ConsoleReporter:
     """Shows a run: lines above, and on a terminal one progress bar below them.
 
-    Args:
-        console: for facts.
-        errors: for warnings.
-        log_interval: which steps get a line where there are no bars.
-        bars: from `build_progress`; disabled where the output is plain lines.
+    Warnings go to the console `errors`. The bars are from `build_progress`, disabled where the output is plain lines.
     """
 
     def __init__(self, console: "Console", errors: "Console", log_interval: LogInterval, bars: "Progress") -> None:
-        self._console = console
-        self._errors = errors
-        self._log_interval = log_interval
-        self._bars = bars
+        self._console, self._errors, self._log_interval, self._bars = console, errors, log_interval, bars
         self._tasks: dict[str, TaskID] = {}
         self._last_line: dict[str, float] = {}
         self._losses: list[float] = []
-        self._total = 0
-        self._step = 0
+        self._total = self._step = 0
         self._saved: tuple[int, RunFolder] | None = None
 
     def info(self, line: str) -> None:
@@ -92,13 +81,7 @@ class ConsoleReporter:
         self._errors.print(f"Note: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def progress(self, what: str, done: int, total: int | None) -> None:
-        """Move the bar of `what`; without bars print a line when it starts, then at most one every 10 s.
-
-        Args:
-            what: the work; also the key of its bar.
-            done: units done so far.
-            total: units in all, None while unknown. `done >= total` removes the bar.
-        """
+        """Move the bar of `what`, and remove it at `done >= total`; without bars print a line at the start and every 10 s."""
         now, finished = time.perf_counter(), total is not None and done >= total
         if self._bars.disable and what not in self._tasks:
             self._last_line[what] = now
@@ -121,15 +104,8 @@ class ConsoleReporter:
             self._tasks[what] = self._bars.add_task(what, completed=done, total=total, **fields)
 
     def begin(self, first_step: int, total_steps: int, earlier: Sequence[float] = ()) -> None:
-        """Open the training bar.
-
-        Args:
-            first_step: steps that earlier sessions took; they do not count for the speed.
-            total_steps: of the complete run.
-            earlier: losses of the first `first_step` steps, nats.
-        """
-        self._total, self._step = total_steps, first_step
-        self._losses = list(earlier)
+        """Open the training bar. Steps of earlier sessions, whose losses are `earlier`, do not count for the speed."""
+        self._total, self._step, self._losses = total_steps, first_step, list(earlier)
         warmup = self._log_interval.warmup_steps
         if (math.ceil(warmup * total_steps) if warmup < 1 else warmup) >= total_steps:
             self.warning(
@@ -169,34 +145,24 @@ class ConsoleReporter:
     def interruption(self, resumed: RunFolder | None) -> Interrupted:
         """The error for a Ctrl-C that stopped a run without saving: what is lost, and the command that goes on.
 
-        Args:
-            resumed: the run that this session resumed, if any.
+        `resumed` is the run that this session resumed, if any.
         """
-        step, folder = self._saved or (None, resumed)
-        if not self._total:
+        saved, folder = self._saved or (None, resumed)
+        step, total = self._step, self._total
+        if not total:
             message = "Stopped before the first step: nothing is lost."
         elif folder is None:
-            message = f"Stopped at once after step {self._step} of {self._total}, before any checkpoint was saved."
-        elif step in (None, self._step):
-            message = f"Stopped at once after step {self._step} of {self._total}."
+            message = f"Stopped at once after step {step} of {total}, before any checkpoint was saved."
+        elif saved in (None, step):
+            message = f"Stopped at once after step {step} of {total}."
         else:
-            message = (
-                f"Stopped at once after step {self._step} of {self._total}; the newest checkpoint is of step {step}."
-            )
+            message = f"Stopped at once after step {step} of {total}; the newest checkpoint is of step {saved}."
         if folder is None:
             return Interrupted(message, "Start again with the same command.")
         return Interrupted(message, f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}")
 
     def finish(self, steps: int, before: float | None, after: float | None, seconds: float, adapter: Path) -> None:
-        """Print the end of a run.
-
-        Args:
-            steps: of the complete run.
-            before: held-out loss before training, nats; None where nothing was held out.
-            after: held-out loss at the end, nats.
-            seconds: duration of this session.
-            adapter: directory of the trained adapter.
-        """
+        """Print the end of a run: its steps, held-out losses in nats (None: no rows), seconds, and the adapter's directory."""
         if self._losses:
             first, last, count = mean_ends(self._losses)
             ends = f"first and last {format_count(count, 'step')}" if count > 1 else "first and last step"
@@ -204,22 +170,15 @@ class ConsoleReporter:
         if before is not None and after is not None:
             self.info(f"Held-out loss  {before:.4f} -> {after:.4f}")
             if after > before:
-                self.warning(
-                    "The held-out loss is higher than before training. Try a smaller [training] learning_rate."
-                )
-        self.info(
-            f"Done: {format_count(steps, 'step')} in {format_duration(seconds)}. The adapter: {adapter.absolute()}"
-        )
+                line = "The held-out loss is higher than before training. Try a smaller [training] learning_rate."
+                self.warning(line)
+        done = f"{format_count(steps, 'step')} in {format_duration(seconds)}"
+        self.info(f"Done: {done}. The adapter: {adapter.absolute()}")
 
 
 @contextmanager
 def open_console(log_interval: LogInterval, *, plain: bool) -> Iterator[ConsoleReporter]:
-    """A reporter on this terminal, whose bars end with the block.
-
-    Args:
-        log_interval: which steps get a line where there are no bars.
-        plain: lines instead of bars even on a terminal ([training] disable_tqdm).
-    """
+    """A reporter on this terminal, whose bars end with the block; `plain`: lines instead of bars even on a terminal."""
     from rich.console import Console
 
     console, errors = Console(), Console(stderr=True)
@@ -249,10 +208,9 @@ def build_progress(console: "Console", *, disable: bool = False) -> "Progress":
 
 
 def mean_ends(losses: Sequence[float]) -> tuple[float, float, int]:
-    """Mean loss of the first tenth of the steps and of the last tenth. The loss of one batch depends mostly on its rows.
+    """Mean loss of the first tenth of the steps, of the last tenth, and the steps in each: 1 to 10.
 
-    Returns:
-        First mean, last mean, and the steps in each: 1 to 10.
+    The loss of one batch depends mostly on its rows.
     """
     count = min(10, max(1, len(losses) // 10))
     return sum(losses[:count]) / count, sum(losses[-count:]) / count, count

@@ -68,16 +68,16 @@ def test_every_part_is_what_the_live_layer_holds(run):
     assert deltas.targets.keys() == {f"{name}.weight" for name in layers}
     for name, layer in layers.items():
         update = deltas.read(f"{name}.weight")
-        assert torch.equal(update.lora_A, layer.lora_A["default"].weight)
-        assert torch.equal(update.lora_B, layer.lora_B["default"].weight)
+        assert torch.equal(update.block.lora_A, layer.lora_A["default"].weight)
+        assert torch.equal(update.block.lora_B, layer.lora_B["default"].weight)
         assert torch.equal(update.magnitude, layer.lora_magnitude_vector["default"].weight)
-        assert update.scaling == layer.scaling["default"]
+        assert update.block.scaling == layer.scaling["default"]
         assert deltas.targets[f"{name}.weight"].shape == (layer.out_features, layer.in_features)
 
 
 def test_patterns_and_rslora_decide_rank_and_scaling(run):
     deltas = read_deltas(run.adapter, CONFIG)
-    assert deltas.read(f"{QKV}.weight").lora_A.shape == (4, 128)
+    assert deltas.read(f"{QKV}.weight").block.lora_A.shape == (4, 128)
     assert deltas.targets[f"{QKV}.weight"].scaling == 12 / 4**0.5
     assert deltas.targets["model.layers.0.mlp.down_proj.weight"].scaling == pytest.approx(40 / 8**0.5)
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qlora_phi3.adapters.convert import loralib_to_peft, peft_to_loralib, read_base
-from qlora_phi3.adapters.fused import groups_of
+from qlora_phi3.adapters.fused import read_enable
 from qlora_phi3.adapters.loralib import Spec, load_loralib
 from qlora_phi3.errors import ExportError
 from qlora_phi3.family import part_rows, read_architecture
@@ -123,7 +123,8 @@ def with_merged_linear(model: nn.Module, enable: tuple[bool, ...]) -> nn.Module:
 
 @pytest.mark.parametrize(("words", "mask"), [("qv", (1, 1, 0, 1)), ("qkv", (1, 1, 1, 1)), ("k", (0, 0, 1, 0))])
 def test_groups_of_a_grouped_query_model_have_the_size_of_its_key_heads(tmp_path, base, words, mask):
-    enable = groups_of("qkv_proj", words, read_architecture(str(base)))  # 4 heads, 2 of them key-value heads
+    # 4 heads, 2 of them key-value heads
+    enable = read_enable([",".join(words)], lambda: read_architecture(str(base)))["qkv_proj"]
     assert enable == tuple(map(bool, mask))
     fused, _ = build_pair()
     model = with_merged_linear(build_pair()[0], enable)
@@ -150,8 +151,8 @@ def test_groups_of_a_grouped_query_model_have_the_size_of_its_key_heads(tmp_path
 )
 def test_q_and_v_are_these_groups_in_the_real_models(name, enable):
     architecture = read_architecture(name, prefer_shipped=True)
-    assert groups_of("qkv_proj", ["q", "v"], architecture) == tuple(map(bool, enable))
-    assert groups_of("gate_up_proj", ["up"], architecture) == (False, True)
+    groups = read_enable(["q,v", "up"], lambda: architecture)
+    assert groups == {"qkv_proj": tuple(map(bool, enable)), "gate_up_proj": (False, True)}
 
 
 def test_one_layer_of_phi_3_mini_agrees_with_loralib_to_1e_6_in_fp32(tmp_path):

@@ -11,7 +11,7 @@ from workshop import Workshop
 
 from qlora_phi3.adapters.adapter_deltas import read_deltas
 from qlora_phi3.adapters.convert import change_fusion, check_target, find_base, peft_to_loralib
-from qlora_phi3.adapters.fused import check_layers, fuse, groups_of, read_enable, split
+from qlora_phi3.adapters.fused import check_layers, fuse, read_enable, split
 from qlora_phi3.adapters.loralib import Spec, build_loralib_layers, load_loralib, read_loralib
 from qlora_phi3.adapters.peft_io import find_adapter, read_config, read_peft, read_tensors, read_weights
 from qlora_phi3.adapters.start import check_start
@@ -216,7 +216,7 @@ MESSAGES = [
     row("groups-unreadable", lambda shop: read_enable(["q,up"], lambda: tiny(shop)), "--enable q,up", hint="gate,up"),
     row(
         "parts-without-equal-groups",
-        lambda shop: groups_of("qkv_proj", ["q"], uneven()),
+        lambda shop: read_enable(["q"], uneven),
         "[192, 128, 128]",
         hint="Leave --enable out",
     ),

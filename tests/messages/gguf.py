@@ -13,10 +13,11 @@ from tokenizers import Tokenizer
 from workshop import Workshop
 
 from qlora_phi3.errors import ExportError
-from qlora_phi3.export.gguf import quantizer
+from qlora_phi3.export.gguf import tensors
 from qlora_phi3.export.gguf.prompt import write_modelfile
+from qlora_phi3.export.gguf.tensors import check_quant
 from qlora_phi3.export.gguf.vocab import read_vocabulary
-from qlora_phi3.export.gguf.write import check_quant, convert_to_gguf, read_phi3_config
+from qlora_phi3.export.gguf.write import convert_to_gguf, read_phi3_config
 
 HEAD = "lm_head.weight"
 
@@ -62,7 +63,7 @@ def check_without(library: str, quant: str) -> None:
         if library == "gguf":
             patch.setattr("importlib.util.find_spec", lambda name: None)
         else:
-            patch.setattr(quantizer, "LIBRARY", "llama_cpp_that_is_not_there")
+            patch.setattr(tensors, "LIBRARY", "llama_cpp_that_is_not_there")
         check_quant(quant)
 
 

@@ -46,7 +46,7 @@ def resume_with_other_data(shop):
         load_recipe(shop.write()),
         SimpleNamespace(sha256="b" * 64),
         name="mine",
-        device=CPU,
+        device="CPU",
         compute_dtype=torch.float32,
         resume=RunFolder(shop.path),
     )

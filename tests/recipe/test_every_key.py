@@ -173,7 +173,7 @@ def argument(name):
             recipe.training,
             Path("checkpoints"),
             device=CPU,
-            compute_dtype=torch.float32,
+            fp16=False,
             optim=default_optimizer(recipe.training, is_cuda=False),
             evaluates=True,
         )

@@ -76,7 +76,7 @@ def test_with_several_visible_gpus_the_trainer_uses_one(monkeypatch, tmp_path, n
         Training(batch_size=4),
         tmp_path,
         device=torch.device("cpu"),
-        compute_dtype=torch.float32,
+        fp16=False,
         optim="adamw_torch",
         evaluates=False,
     )

@@ -39,24 +39,15 @@ LARGEST_CONTEXT = 8192
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompting:
-    """How llama.cpp builds a prompt.
+    """How llama.cpp builds a prompt."""
 
-    Args:
-        name: `general.name`, which decides about white space.
-        template: the chat template to write: the model's own, without the white space that its tokens remove and llama.cpp's
-            would not. None where the model has none.
-        turns: the same as fixed text around the words; None where the template is not of that form.
-        add_bos: whether a conversation begins with the begin-of-text token.
-        end_of_turn: id of the token that ends an assistant's turn; None where it is unknown.
-        notes: what llama.cpp will do differently, for a person to read.
-    """
-
-    name: str
+    name: str  #: `general.name`, which decides about white space
+    #: The model's own, without the white space that its tokens remove and llama.cpp's would not; None where it has none.
     template: str | None
-    turns: Turns | None
-    add_bos: bool
-    end_of_turn: int | None
-    notes: tuple[str, ...]
+    turns: Turns | None  #: the same as fixed text around the words; None where the template is not of that form
+    add_bos: bool  #: whether a conversation begins with the begin-of-text token
+    end_of_turn: int | None  #: id of the token that ends an assistant's turn; None where it is unknown
+    notes: tuple[str, ...]  #: what llama.cpp will do differently, for a person to read
 
 
 def plan_prompting(tokenizer: Any, name: str) -> Prompting:
@@ -144,11 +135,7 @@ def _remove_white_space(text: str, left: list[str], right: list[str]) -> str:
 def write_modelfile(folder: Path, gguf: Path, target: Path, *, force: bool = False) -> Path:
     """Write the Modelfile with which `ollama create` takes a .gguf file that was made from a checkpoint.
 
-    Args:
-        folder: the checkpoint.
-        gguf: the file, named by its name alone where it is in the Modelfile's directory.
-        target: the file to write.
-        force: replace it.
+    The file is named by its name alone where it is in the Modelfile's directory, `target.parent`.
 
     Raises:
         ExportError: it exists, or generation_config.json cannot be read.

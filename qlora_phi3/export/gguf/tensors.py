@@ -1,7 +1,12 @@
-"""The tensors of a .gguf file: their names, types and bytes, a few rows at a time."""
+"""The tensors of a .gguf file: names, types and bytes, a few rows at a time; for some types by llama.cpp's own quantizer."""
 
+import importlib.util
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +14,32 @@ from transformers import Phi3Config
 
 from qlora_phi3.errors import ExportError
 from qlora_phi3.model.weights import TensorInfo, Weights
+from qlora_phi3.reporter import Progress
+
+#: Types that the gguf package itself can write, largest first.
+PLAIN = ("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+
+#: llama.cpp's file types that need no importance matrix, and the bits of a weight, averaged over all weights of Llama-3.1-8B
+#: with its embedding and head (the table in llama.cpp's tools/quantize/README.md).
+QUANTIZED = {
+    "q2_k": 3.16, "q3_k_s": 3.64, "q3_k_m": 4.00, "q3_k_l": 4.30, "iq4_xs": 4.46, "iq4_nl": 4.68,
+    "q4_k_s": 4.67, "q4_k_m": 4.89, "q5_k_s": 5.57, "q5_k_m": 5.70, "q6_k": 6.56,
+}  # fmt: skip
+QUANTS = (*PLAIN, *QUANTIZED)
+
+LIBRARY = "llama_cpp"
+INSTALL = "pip install llama-cpp-python"
+
+#: llama.cpp's quantizer writes to the terminal, ends the process where it fails, and ignores Ctrl-C: it has its own process.
+QUANTIZER_PROGRAM = """
+import importlib, os, sys
+library, source, target, quant = sys.argv[1:]
+llama_cpp = importlib.import_module(library)
+options = llama_cpp.llama_model_quantize_default_params()
+options.ftype = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + quant)
+options.nthread = os.cpu_count() or 1
+sys.exit(llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), options))
+"""
 
 #: Buffers that old checkpoints hold in addition to their weights.
 COMPUTED = "rotary_emb.inv_freq"
@@ -21,32 +52,19 @@ SAME_MODEL = "Convert a complete export of the model that its config.json descri
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlan:
-    """A tensor to write.
-
-    Args:
-        name: in the .gguf file.
-        shape: as in torch, rows first.
-        type: gguf's name, `Q8_0`.
-        num_bytes: in the file, without padding.
-        source: its name in the checkpoint; None for one that comes from the config.
-        values: of one that comes from the config.
-    """
+    """A tensor to write under a name of llama.cpp; `num_bytes` are without padding."""
 
     name: str
-    shape: tuple[int, ...]
-    type: str
+    shape: tuple[int, ...]  #: As in torch, rows first.
+    type: str  #: gguf's name, `Q8_0`.
     num_bytes: int
+    #: Its name in the checkpoint, or None and the values, for one that comes from the config.
     source: str | None = None
     values: tuple[float, ...] = ()
 
 
 def plan_tensors(config: Phi3Config, info: Mapping[str, TensorInfo], quant: str | None) -> list[TensorPlan]:
-    """Every tensor of a phi3 model under llama.cpp's name.
-
-    Args:
-        config: of the checkpoint.
-        info: shape and dtype of the checkpoint's tensors.
-        quant: of `PLAIN`; None for each tensor in the type it has.
+    """Every tensor of a phi3 checkpoint under llama.cpp's name; a `quant` of None keeps the type that each tensor has.
 
     Raises:
         ExportError: the checkpoint lacks a tensor, has one of another shape, or one that llama.cpp does not know.
@@ -117,22 +135,15 @@ def _plan(name: str, shape: tuple[int, ...], quant: str, **rest: Any) -> TensorP
 
 
 def encode(plan: TensorPlan, weights: Weights) -> Iterator[bytes]:
-    """The bytes of a tensor, some rows at a time, in the plan's type.
-
-    Args:
-        plan: the tensor.
-        weights: the checkpoint; its floating-point tensors may have any dtype.
+    """The bytes of a tensor, some rows at a time, in the plan's type; the checkpoint's tensors may have any float dtype.
 
     Raises:
         ExportError: a value is not finite, or too large for fp16.
     """
     import gguf
 
-    chunks = (
-        iter([torch.tensor(plan.values, dtype=torch.float32)])
-        if plan.source is None
-        else weights.iter_row_chunks(plan.source)
-    )
+    values = [torch.tensor(plan.values, dtype=torch.float32)]
+    chunks = iter(values) if plan.source is None else weights.iter_row_chunks(plan.source)
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(plan.type)
     for chunk in chunks:
         if not torch.isfinite(chunk).all():
@@ -145,3 +156,40 @@ def encode(plan: TensorPlan, weights: Weights) -> Iterator[bytes]:
             largest = float(chunk.abs().max())
             raise ExportError(f"{plan.source} reaches {largest:.4g}; fp16 ends at 65,504.", "Choose bf16, f32 or q8_0.")
         yield cast.view(torch.uint8).numpy().tobytes()
+
+
+def check_quant(quant: str) -> None:
+    """Raise ExportError for an unknown type, or one whose library is not installed."""
+    if quant not in QUANTS:
+        raise ExportError(f"There is no --quant '{quant}'.", f"The names: {', '.join(QUANTS)}.")
+    if importlib.util.find_spec("gguf") is None:
+        raise ExportError("A .gguf file needs the gguf package.", "Install it: pip install 'qlora-phi3[gguf]'")
+    if quant in QUANTIZED and importlib.util.find_spec(LIBRARY) is None:
+        raise ExportError(f"--quant {quant} needs llama.cpp's own quantizer.", f"Install it: {INSTALL}")
+
+
+def quantize_file(source: Path, target: Path, quant: str, progress: Progress) -> None:
+    """Quantize a .gguf file of 16 or 32 bit to a type of `QUANTIZED`; only at the end is it known how many bytes that makes.
+
+    Raises:
+        ExportError: the quantizer failed; the message ends with its last line.
+    """
+    command = [sys.executable, "-c", QUANTIZER_PROGRAM, LIBRARY, str(source), str(target), quant.upper()]
+    what, code = f"Quantizing to {quant}", None
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            while code is None:
+                try:
+                    code = process.wait(0.5)
+                except subprocess.TimeoutExpired:
+                    progress(what, target.stat().st_size if target.exists() else 0, None)
+        finally:
+            process.kill()
+            process.wait()
+        if code != 0:
+            log.seek(0)
+            lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+            last = lines[-1] if lines else f"exit code {code}"
+            raise ExportError(f"llama.cpp's quantizer failed on {source}: {last}", f"Update it: {INSTALL} --upgrade")
+    progress(what, target.stat().st_size, target.stat().st_size)

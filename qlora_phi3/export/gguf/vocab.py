@@ -19,10 +19,7 @@ NEVER = -1e9
 ADDED, FILLER = -1000.0, -10000.0
 
 #: What turns text into pieces in Phi-3's tokenizer.json: a mark before every stretch of text, and for each space.
-NORMALIZERS = (
-    {"type": "Prepend", "prepend": "▁"},
-    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-)
+NORMALIZERS = ({"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
 
 CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -51,31 +48,19 @@ Piece = tuple[str, float, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """Tokens by id, as many as the embedding has rows.
+    """Tokens by id, as many as the embedding has rows."""
 
-    Args:
-        model: llama.cpp's name for the kind: `llama` (sentencepiece) or `gpt2` (bytes, with merges).
-        pre: llama.cpp's name for the way that text is split before the merges.
-        types: gguf.TokenType of each token.
-        scores: for `llama` only.
-        special: of bos, eos, unk and pad, those that the tokenizer has.
-    """
-
+    #: llama.cpp's names: `llama` (sentencepiece) or `gpt2` (bytes, with merges), and how text is split before the merges.
     model: str
     pre: str
     tokens: tuple[str, ...]
-    types: tuple[int, ...]
-    scores: tuple[float, ...] | None
-    special: tuple[str, ...]
+    types: tuple[int, ...]  #: gguf.TokenType of each token.
+    scores: tuple[float, ...] | None  #: For `llama` only.
+    special: tuple[str, ...]  #: Of bos, eos, unk and pad, those that the tokenizer has.
 
 
 def read_vocabulary(folder: Path, tokenizer: Any, rows: int) -> Vocabulary:
-    """The vocabulary of a loaded tokenizer and its directory.
-
-    Args:
-        folder: with the tokenizer's files; tokenizer.model is used where there is one.
-        tokenizer: the fast tokenizer loaded from it.
-        rows: of the embedding.
+    """The vocabulary of a fast tokenizer that was loaded from `folder`; `rows` are the embedding's.
 
     Raises:
         ExportError: llama.cpp cannot do what this tokenizer does, or it has more tokens than the model.
@@ -100,15 +85,15 @@ def read_vocabulary(folder: Path, tokenizer: Any, rows: int) -> Vocabulary:
             "Use the tokenizer files of the model's own base.",
         )
     all_rows = [pieces.get(number, (f"[PAD{number}]", FILLER, TokenType.UNUSED)) for number in range(rows)]
+    tokens, scores, types = zip(*all_rows, strict=True)
+    special = (name for name in ("bos", "eos", "unk", "pad") if getattr(tokenizer, f"{name}_token_id") is not None)
     return Vocabulary(
         model="llama" if is_sentencepiece else "gpt2",
         pre=pre,
-        tokens=tuple(text for text, _, _ in all_rows),
-        types=tuple(kind for _, _, kind in all_rows),
-        scores=tuple(score for _, score, _ in all_rows) if is_sentencepiece else None,
-        special=tuple(
-            kind for kind in ("bos", "eos", "unk", "pad") if getattr(tokenizer, f"{kind}_token_id") is not None
-        ),
+        tokens=tokens,
+        types=types,
+        scores=scores if is_sentencepiece else None,
+        special=tuple(special),
     )
 
 
@@ -150,9 +135,9 @@ def read_pieces(folder: Path, source: dict[str, Any]) -> dict[int, Piece]:
 def _rank_pieces(folder: Path, source: dict[str, Any]) -> dict[int, Piece]:
     """Scores from the order of the merges, for which gguf has no class.
 
-    The text around a stretch of text matters to it only where a merge crosses its edge. So if two neighbours whose joint text
-    is a piece can occur anywhere, merging that piece's text alone ends with the same two: either they merge there, always at
-    that rank, which is then the piece's score, or they must not merge, and llama.cpp would merge them.
+    What surrounds a text matters only where a merge crosses its edge. So if two neighbours whose joint text is a piece can occur,
+    merging that piece's text alone ends with the same two: either they merge, always at that rank, which is then the piece's
+    score, or they must not merge, and llama.cpp would merge them.
     """
     from gguf import TokenType
 
@@ -172,10 +157,8 @@ def _rank_pieces(folder: Path, source: dict[str, Any]) -> dict[int, Piece]:
     problems += [f"there is no piece {text}" for text in sorted(byte_texts - vocabulary.keys())]
     problems += [f"it merges the byte {part}" for pair in ranks for part in pair if part in byte_texts]
     if problems:
-        raise ExportError(
-            f"The tokenizer.json of {folder} gives other ids than llama.cpp would: {problems[0]}.",
-            "Put the base's own tokenizer.model into the directory.",
-        )
+        hint = "Put the base's own tokenizer.model into the directory."
+        raise ExportError(f"The tokenizer.json of {folder} gives other ids than llama.cpp would: {problems[0]}.", hint)
     return pieces
 
 
@@ -210,10 +193,8 @@ def _check_byte_tokenizer(folder: Path, source: dict[str, Any]) -> str:
         ("pre_tokenizer", pre, steps in PRE_TOKENIZERS),
     ):
         if not is_supported:
-            raise ExportError(
-                f"The tokenizer of {folder} does not fit llama.cpp's phi3 models: {key} {value!r}.",
-                "Use the tokenizer files of the model's own base.",
-            )
+            hint = "Use the tokenizer files of the model's own base."
+            raise ExportError(f"The tokenizer of {folder} does not fit llama.cpp's phi3 models: {key} {value!r}.", hint)
     return PRE_TOKENIZERS[steps]
 
 
@@ -223,8 +204,7 @@ def _describe(step: dict[str, Any]) -> str:
             return "words and bytes" if use_regex else "bytes"
         case {"type": "Digits", "individual_digits": True}:
             return "digits"
-        case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Removed", "invert": True}:
-            return regex
-        case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated", "invert": False}:
-            return regex
+        case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": behavior, "invert": invert}:
+            if (behavior, invert) in (("Removed", True), ("Isolated", False)):
+                return regex
     return str(step)

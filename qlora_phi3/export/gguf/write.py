@@ -1,9 +1,8 @@
 """A finished export as one .gguf file, for llama.cpp and Ollama; written tensor by tensor, a few rows at a time."""
 
-import importlib.util
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,69 +13,47 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.gguf.prompt import Prompting, plan_prompting
-from qlora_phi3.export.gguf.quantizer import PLAIN, QUANTIZED, check_quantizer, quantize_file
-from qlora_phi3.export.gguf.tensors import TensorPlan, encode, plan_tensors
+from qlora_phi3.export.gguf.tensors import QUANTIZED, TensorPlan, check_quant, encode, plan_tensors, quantize_file
 from qlora_phi3.export.gguf.vocab import LIMITS, Vocabulary, read_vocabulary
 from qlora_phi3.family import parse_architecture, read_config
 from qlora_phi3.files import atomic_file, disk_errors
 from qlora_phi3.model.phi3 import load_tokenizer
 from qlora_phi3.model.weights import TensorInfo, Weights, open_weights
 from qlora_phi3.recipe.schema import Model
+from qlora_phi3.reporter import Progress
 from qlora_phi3.units import MIB, format_gib
-
-QUANTS = (*PLAIN, *QUANTIZED)
 
 #: Bytes on the disk for what is not a tensor: header, vocabulary, padding.
 HEADER_BYTES = 32 * MIB
 
-#: Called with what is done, the bytes so far, and the bytes in all, where they are known.
-Progress = Callable[[str, int, int | None], None]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufResult:
-    """What was written.
-
-    Args:
-        name: `general.name`, which decides how llama.cpp reads prompts.
-        notes: what llama.cpp does differently from training, for a person to read.
-    """
+    """What was written."""
 
     path: Path
     num_bytes: int
     num_tensors: int
     quant: str
-    name: str
-    notes: tuple[str, ...]
+    name: str  #: `general.name`, which decides how llama.cpp reads prompts.
+    notes: tuple[str, ...]  #: What llama.cpp does differently from training, for a person to read.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufPlan:
-    """A .gguf file before it is written.
-
-    Args:
-        folder: with the checkpoint's tokenizer files.
-        file_type: of the file written first: the quant, or 16 or 32 bit for llama.cpp's quantizer.
-        num_bytes: needed on the disk while it is written.
-    """
+    """A .gguf file before it is written; `num_bytes` are needed on the disk meanwhile."""
 
     folder: Path
     config: Phi3Config
     vocabulary: Vocabulary
     prompting: Prompting
     tensors: Sequence[TensorPlan]
-    file_type: str
+    file_type: str  #: Of the file written first: the quant, or 16 bit for llama.cpp's quantizer.
     num_bytes: int
 
 
 def plan_gguf(folder: Path, info: Mapping[str, TensorInfo], *, quant: str, name: str) -> GgufPlan:
-    """Plan a .gguf file; whatever llama.cpp cannot hold is found here.
-
-    The arguments are those of `convert_to_gguf`. Of the weights only shapes and dtypes (`info`) need to be known.
-
-    Raises:
-        ExportError, ModelError: as `convert_to_gguf`.
-    """
+    """Plan a .gguf file from shapes and dtypes; what llama.cpp cannot hold is found here. Else as `convert_to_gguf`."""
     config = read_phi3_config(folder)
     tokenizer = load_tokenizer(Model(name=str(folder)))
     tensors = plan_tensors(config, info, None if quant in QUANTIZED else quant)
@@ -100,8 +77,7 @@ def convert_to_gguf(
 
     Args:
         folder: a Phi-3 checkpoint in safetensors with its tokenizer files.
-        target: the .gguf file.
-        quant: of `QUANTS`.
+        quant: of `tensors.QUANTS`.
         name: of the model; `GgufResult.name` is the name that was written.
         progress: called after every few rows.
         force: replace a file at the target.
@@ -144,23 +120,8 @@ def convert_to_gguf(
     )
 
 
-def check_quant(quant: str) -> None:
-    """Raise ExportError for an unknown type, or one whose library is not installed."""
-    if quant not in QUANTS:
-        raise ExportError(f"There is no --quant '{quant}'.", f"The names: {', '.join(QUANTS)}.")
-    if importlib.util.find_spec("gguf") is None:
-        raise ExportError("A .gguf file needs the gguf package.", "Install it: pip install 'qlora-phi3[gguf]'")
-    if quant in QUANTIZED:
-        check_quantizer(quant)
-
-
 def read_phi3_config(folder: Path) -> Phi3Config:
-    """The config of a checkpoint that llama.cpp's phi3 models can compute.
-
-    Raises:
-        ExportError: they cannot.
-        ModelError: there is no config of a phi3 model.
-    """
+    """The config of a checkpoint; ExportError where llama.cpp's phi3 models cannot compute it, ModelError where it is no phi3."""
     config = read_config(str(folder))
     parse_architecture(config, str(folder))
     head_size = config["hidden_size"] // config["num_attention_heads"]
@@ -179,11 +140,9 @@ def read_phi3_config(folder: Path) -> Phi3Config:
 
 def describe_limits(config: Phi3Config) -> tuple[str, ...]:
     """What llama.cpp does differently with a model of this config."""
-    notes = []
-    if config.sliding_window is not None and config.sliding_window < config.max_position_embeddings:
-        notes.append(
-            f"llama.cpp does not apply the sliding window: past {config.sliding_window:,} tokens it attends to everything."
-        )
+    notes, window = [], config.sliding_window
+    if window is not None and window < config.max_position_embeddings:
+        notes.append(f"llama.cpp does not apply the sliding window: past {window:,} tokens it attends to everything.")
     if config.rope_parameters["rope_type"] == "longrope":
         original = config.rope_parameters["original_max_position_embeddings"]
         notes.append(
@@ -194,7 +153,6 @@ def describe_limits(config: Phi3Config) -> tuple[str, ...]:
 
 
 def _write(path: Path, plan: GgufPlan, weights: Weights, progress: Progress) -> None:
-    """Write the header, then every tensor."""
     import gguf
 
     writer = gguf.GGUFWriter(path=None, arch=gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3])

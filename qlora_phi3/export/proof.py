@@ -21,14 +21,14 @@ from qlora_phi3.export.bundle import DOWNLOAD_AGAIN, GENERATION_CONFIG
 from qlora_phi3.export.inputs import Sources
 from qlora_phi3.export.merge import Onto, ScoredModel, build_models
 from qlora_phi3.export.request import Request
-from qlora_phi3.export.streamed import Final, Progress
+from qlora_phi3.export.streamed import Final
 from qlora_phi3.export.writer import DISK_HINT
 from qlora_phi3.family import Architecture, parse_architecture
 from qlora_phi3.files import atomic_file, disk_errors, read_json_object, remove
 from qlora_phi3.model.loss import IGNORE_INDEX
 from qlora_phi3.model.quantized import checksum_of
 from qlora_phi3.model.weights import Weights
-from qlora_phi3.reporter import Reporter
+from qlora_phi3.reporter import Progress, Reporter
 from qlora_phi3.step import collate
 
 #: Most tokens that are scored, prompts included.

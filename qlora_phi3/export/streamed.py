@@ -31,10 +31,9 @@ from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register
 from qlora_phi3.model.loss import select_supervised
 from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM
 from qlora_phi3.model.weights import StoredWeights, TensorInfo, Weights, open_file, read_tensor, split_rows
+from qlora_phi3.reporter import Progress
 from qlora_phi3.step import Batch, evaluating
 
-#: What is being done, how much of it is done, and out of how much (None: unknown).
-Progress = Callable[[str, int, int | None], None]
 OTHER_BASE = "Give the base that the adapter was trained on."
 
 

@@ -3,7 +3,7 @@
 import importlib.util
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,13 @@ from qlora_phi3.files import atomic_file, disk_errors
 from qlora_phi3.model.phi3 import load_tokenizer
 from qlora_phi3.model.weights import TensorInfo, Weights, open_weights
 from qlora_phi3.recipe.schema import Model
+from qlora_phi3.reporter import Progress
 from qlora_phi3.units import MIB, format_gib
 
 QUANTS = (*PLAIN, *QUANTIZED)
 
 #: Bytes on the disk for what is not a tensor: header, vocabulary, padding.
 HEADER_BYTES = 32 * MIB
-
-#: Called with what is done, the bytes so far, and the bytes in all, where they are known.
-Progress = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

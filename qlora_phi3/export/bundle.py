@@ -1,6 +1,6 @@
 """The files next to the exported weights: the base's tokenizer and licence unchanged, two configs with changes, the model card.
 
-The model card says what was trained, on what, with which result, and what the export's proof found.
+The model card describes what was trained, on what, with which result, and what the export's proof found.
 """
 
 import json
@@ -42,10 +42,8 @@ EXACT_QUANTS = {"f16": "float16", "bf16": "bfloat16"}
 class Companions:
     """What was written next to the weights."""
 
-    #: File -> SHA-256, of those that are the base's own bytes.
-    copied: Mapping[str, str]
-    #: File and what was changed in it, one line each.
-    changed: tuple[str, ...]
+    copied: Mapping[str, str]  # file -> SHA-256, of those that are the base's own bytes
+    changed: tuple[str, ...]  # file and what was changed in it, one line each
 
 
 def write_companions(
@@ -68,10 +66,8 @@ def write_companions(
         if name not in (CONFIG, GENERATION_CONFIG) and (base / name).is_file():
             copied[name] = sha256_file(base / name)
             shutil.copyfile(base / name, target / name)
-    changed = [
-        *_write_config(base / CONFIG, target / CONFIG, dtype=dtype, untied=untied),
-        *_write_generation_config(base, target / GENERATION_CONFIG, ending.token_id),
-    ]
+    changed = _write_config(base / CONFIG, target / CONFIG, dtype=dtype, untied=untied)
+    changed += _write_generation_config(base, target / GENERATION_CONFIG, ending.token_id)
     if ending.template is not None:
         (target / "chat_template.jinja").write_text(ending.template, encoding="utf-8", newline="\n")
         copied.pop("chat_template.jinja", None)
@@ -138,8 +134,7 @@ def render_card(recipe: Recipe, run: Mapping[str, Any], export: Mapping[str, Any
         export: contents of export_report.json; for a GGUF its "gguf" names the file and its type.
         base: directory whose own model card states the licence: the base's, or for a GGUF the merged model's.
     """
-    name, gguf = public_name(recipe.model.name), "gguf" in export
-    licence = read_licence(base)
+    name, gguf, licence = public_name(recipe.model.name), "gguf" in export, read_licence(base)
     data = ModelCardData(
         base_model=name if "/" in name else None,
         license=licence,
@@ -148,14 +143,20 @@ def render_card(recipe: Recipe, run: Mapping[str, Any], export: Mapping[str, Any
         datasets=[source for source in as_list(recipe.data.train) if "/" in public_name(source)] or None,
         tags=["phi3", "qlora", "qlora-phi3", *(["gguf"] if gguf else [])],
     )
+    revision = export["base"].get("revision")
+    described = f"Base: `{name}` at commit `{revision}`." if revision else f"Base: `{name}`."
+    terms = "Its licence applies to this model too; the base's folder does not state it."
+    if licence:
+        terms = f"Its licence, `{licence}`, applies to this model too."
     parts = (
+        f"---\n{data.to_yaml()}\n---",
         f"# {name.rpartition('/')[2]}, fine-tuned with qlora-phi3",
-        _describe_base(name, export, licence),
+        f"{described} {terms} The adapter is {score_label(export['onto'], export)} weights ({export['dtype']}).",
         _describe_training(recipe, run),
         _describe_proof(run, export),
         _describe_recipe(recipe),
     )
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def public_name(name: str) -> str:
@@ -171,15 +172,6 @@ def read_licence(base: Path) -> str | None:
     except (ValueError, YAMLError):
         return None
     return licence if isinstance(licence, str) else None
-
-
-def _describe_base(name: str, export: Mapping[str, Any], licence: str | None) -> str:
-    revision = export["base"].get("revision")
-    base = f"Base: `{name}` at commit `{revision}`." if revision else f"Base: `{name}`."
-    terms = "Its licence applies to this model too; the base's folder does not state it."
-    if licence:
-        terms = f"Its licence, `{licence}`, applies to this model too."
-    return f"{base} {terms} The adapter is {score_label(export['onto'], export)} weights ({export['dtype']})."
 
 
 def _describe_training(recipe: Recipe, run: Mapping[str, Any]) -> str:
@@ -232,11 +224,7 @@ def _describe_recipe(recipe: Recipe) -> str:
 
 
 def score_label(name: str, report: Mapping[str, Any]) -> str:
-    """What people read for the name of a score in a proof's table.
-
-    Args:
-        report: contents of export_report.json, which has the type of the run's quantization.
-    """
+    """What people read for the name of a score in the proof of an export_report.json."""
     quant = (report["base"].get("quantization") or {}).get("quant_type")
     if name == "live":
         return "base + adapter" if quant is None else "4-bit base + adapter"
@@ -249,11 +237,7 @@ def is_measured(quant: str, dtype: str) -> bool:
 
 
 def other_bits_warning(report: Mapping[str, Any]) -> str | None:
-    """That the 4-bit base of an export does not have all bits that were trained on; None where it has.
-
-    Args:
-        report: contents of export_report.json.
-    """
+    """The warning of an export_report.json whose 4-bit base does not have all bits that were trained on; None where it has."""
     compared = report["base"]["compared"]
     bits, codes, total = len(compared["differing"]), len(compared["codes_differing"]), compared["num_tensors"]
     if not bits:

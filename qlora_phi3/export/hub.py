@@ -12,8 +12,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from qlora_phi3.errors import ExportError, first_line
 
-#: Raised when the hub refuses or cannot be reached: the hub's own errors are both, those of its HTTP library (httpx, then httpx2)
-#: are not OSErrors.
+#: Raised when the hub refuses or cannot be reached; the errors of its HTTP library (httpx, then httpx2) are not OSErrors.
 HUB_ERRORS = (TransportError, OSError)
 
 
@@ -66,10 +65,8 @@ def push(folder: Path, names: Sequence[str], repository: str, *, private: bool) 
         )
     except HUB_ERRORS as error:
         options = "".join(f" --include '{name}'" for name in names) + (" --private" if private else "")
-        raise ExportError(
-            f"{repository} could not be pushed: {first_line(error)}.",
-            f"The export is complete in {folder}; push it with: hf upload {repository} {folder} .{options}",
-        ) from error
+        hint = f"The export is complete in {folder}; push it with: hf upload {repository} {folder} .{options}"
+        raise ExportError(f"{repository} could not be pushed: {first_line(error)}.", hint) from error
     return str(info.repo_url)
 
 

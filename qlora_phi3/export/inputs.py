@@ -4,8 +4,9 @@ Nothing is in memory but headers; `Sources.merged` reads the tensors when they a
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from reprlib import repr
 from typing import Any
@@ -18,8 +19,8 @@ from transformers import Phi3Config
 
 from qlora_phi3.adapters.adapter_deltas import EMBEDDING, HEAD, AdapterDeltas, read_deltas
 from qlora_phi3.errors import ExportError, ModelError, first_line
-from qlora_phi3.export.base import BaseRecord, RecordedBase, read_record, summarise
-from qlora_phi3.export.bundle import COMPANIONS, CONFIG, DOWNLOAD_AGAIN, check_trained_with, public_name
+from qlora_phi3.export.base import BaseRecord, RecordedBase, read_record
+from qlora_phi3.export.bundle import COMPANIONS, CONFIG, DOWNLOAD_AGAIN, check_trained_with
 from qlora_phi3.export.merge import MergedWeights, Onto
 from qlora_phi3.export.request import Request
 from qlora_phi3.family import parse_architecture
@@ -29,8 +30,8 @@ from qlora_phi3.model.phi3 import load_tokenizer
 from qlora_phi3.model.quantized import is_stored_quantized
 from qlora_phi3.model.weights import open_weights
 from qlora_phi3.recipe.load import load_recipe
-from qlora_phi3.recipe.schema import Model, Recipe
-from qlora_phi3.reporter import Reporter
+from qlora_phi3.recipe.schema import Model
+from qlora_phi3.reporter import Progress, Reporter
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.units import MIB, format_count, format_gib
 
@@ -38,7 +39,7 @@ from qlora_phi3.units import MIB, format_count, format_gib
 MARGIN_BYTES = 512 * MIB
 #: Above the process after its imports, a merge of Phi-3-mini took at most this much, and a proof of 1,024 tokens this much plus
 #: twice the largest matrix in fp32 (with DoRA four times): measured were 533 to 681 MiB for Phi-3-mini, 1,058 with DoRA, 1,465
-#: for Phi-3-medium.
+#: for Phi-3-medium. A conversion to GGUF took 119 to 224 MiB.
 MERGE_BYTES, PROOF_BYTES = 300 * MIB, 300 * MIB
 #: Files of the base that are fetched from the hub; README.md states the licence in its front matter.
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "README.md", *COMPANIONS)
@@ -50,16 +51,18 @@ LOADING_KEYS = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """What an export is made from."""
+    """What an export is made from.
 
-    recipe: Recipe
+    Args:
+        folder: of the base; `config` are the contents of its config.json.
+        rows: the held-out rows; empty without a proof.
+    """
+
     folder: Path
-    #: Contents of the base's config.json.
     config: dict[str, Any]
     base: RecordedBase
     adapter: Path
     deltas: AdapterDeltas
-    #: The held-out rows; empty without a proof.
     rows: Sequence[dict[str, Any]]
     ending: EndOfTurn
     device: torch.device
@@ -98,14 +101,12 @@ def open_sources(request: Request, reporter: Reporter) -> Sources:
     if base.left_out:
         count = format_count(len(base.left_out), "tensor")
         reporter.info(f"Left out, because the model does not read it: {count} of the base, first {base.left_out[0]}")
-    template = run.chat_template
+    template = str(run.chat_template) if run.chat_template.is_file() else recipe.data.chat_template
     try:
-        tokenizer = load_tokenizer(Model(name=str(folder)))
-        ending = read_end_of_turn(tokenizer, str(template) if template.is_file() else recipe.data.chat_template)
+        ending = read_end_of_turn(load_tokenizer(Model(name=str(folder))), template)
     except ModelError as error:  # its hint names the recipe, which is not what an export can change
         raise ExportError(error.message, "Give the complete base that was trained on with --base.") from error
     return Sources(
-        recipe=recipe,
         folder=folder,
         config=config,
         base=base,
@@ -117,7 +118,7 @@ def open_sources(request: Request, reporter: Reporter) -> Sources:
     )
 
 
-def find_base(record: BaseRecord, progress: Callable[[str, int, int | None], None]) -> Path:
+def find_base(record: BaseRecord, progress: Progress) -> Path:
     """The directory of a run's base; a model of the hub is downloaded at the recorded commit if it is not in the cache.
 
     Raises:
@@ -173,9 +174,8 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [{**row, "input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(
-            f"The held-out rows in {path} cannot be read: {error!r}.", "Export with --no-verify."
-        ) from error
+        message = f"The held-out rows in {path} cannot be read: {error!r}."
+        raise ExportError(message, "Export with --no-verify.") from error
 
 
 def check_adapter(run: RunFolder, report: Mapping[str, Any]) -> None:
@@ -195,17 +195,6 @@ def check_adapter(run: RunFolder, report: Mapping[str, Any]) -> None:
         raise ExportError(message, f"Put the run's own back, or train again: qlora-phi3 run {run.recipe}")
 
 
-def describe_base(sources: Sources) -> dict[str, Any]:
-    """For the report: the base, and how its tensors compare with the run's record."""
-    record = sources.base.record
-    return {
-        "name": public_name(record.name),
-        "revision": record.revision,
-        "quantization": record.scheme and asdict(record.scheme),
-        "compared": asdict(summarise(sources.base.compared)),
-    }
-
-
 def free_ram(max_ram_bytes: int | None = None) -> int:
     """Bytes of memory that this process may take in addition to what it has.
 
@@ -220,18 +209,24 @@ def free_ram(max_ram_bytes: int | None = None) -> int:
     return max(0, free)
 
 
-def check_memory(sources: Sources, max_ram_bytes: int, *, verify: bool) -> None:
-    """Refuse an export that would need more memory than it may take; see `MERGE_BYTES` for the estimate.
+def check_memory(max_ram_bytes: int | None, proved: Sources | None = None) -> None:
+    """Refuse an export that would need more memory than --max-ram; see `MERGE_BYTES` for the estimate.
+
+    Args:
+        proved: what an export is made from, if it includes a proof.
 
     Raises:
         ExportError: with the memory it needs.
     """
-    info = sources.base.info
-    largest = max(info[name].num_bytes // info[name].dtype.itemsize for name in info if name not in (EMBEDDING, HEAD))
-    copies = 4 if any(target.magnitude for target in sources.deltas.targets.values()) else 2
+    if max_ram_bytes is None:
+        return
     used = psutil.Process().memory_info().rss
-    merge, proof = used + MERGE_BYTES, used + copies * 4 * largest + PROOF_BYTES
-    needed = max(merge, proof) if verify else merge
+    merge = needed = used + MERGE_BYTES
+    if proved is not None:
+        info = proved.base.info
+        largest = max(prod(info[name].shape) for name in info if name not in (EMBEDDING, HEAD))
+        copies = 4 if any(target.magnitude for target in proved.deltas.targets.values()) else 2
+        needed = max(merge, used + copies * 4 * largest + PROOF_BYTES)
     if max_ram_bytes >= needed:
         return
     message = f"--max-ram {format_gib(max_ram_bytes)} is too little: this export needs about {format_gib(needed)}."

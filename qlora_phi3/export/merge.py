@@ -81,19 +81,16 @@ class MergedWeights:
         return (_cast(name, chunk, self.dtype) for chunk in rows) if name in self.cast else rows
 
     def _base_rows(self, name: str) -> Iterator[Tensor]:
-        """The rows of the base to which the update is added."""
         record = self.base.record
         source = EMBEDDING if name == HEAD and self.deltas.unties else name  # a head that was tied is the embedding
         if not record.is_quantized(name):
             rows = self.base.iter_row_chunks(source)
             # A weight that was not quantized was trained on in the run's dtype.
             return (chunk.to(record.dtype) for chunk in rows) if name in self.deltas.targets else rows
-        if self.onto == "original" and name in self.base.compared:
-            return self.base.iter_row_chunks(name)
-        quantized = self.base.quantized(name)  # compared with the record, whatever is merged onto
-        if self.onto == "original" or quantized is None:
-            return self.base.iter_row_chunks(name)
-        return dequantize(quantized)
+        quantized = None
+        if self.onto == "nf4" or name not in self.base.compared:  # compared with the record, whatever is merged onto
+            quantized = self.base.quantized(name)
+        return dequantize(quantized) if quantized and self.onto == "nf4" else self.base.iter_row_chunks(name)
 
 
 def _add_delta(rows: Iterator[Tensor], delta: LoraDelta, device: torch.device) -> Iterator[Tensor]:
@@ -142,7 +139,7 @@ class ScoredModel:
     """A model that a proof scores: the live one, a merge, or the base of a merge with the adapter unmerged.
 
     Args:
-        name: "live", "nf4" or "original", which are reported; or "nf4, unmerged" and so on, which merges are compared with.
+        name: "live", "nf4" or "original", which are reported; "nf4, unmerged" and so on, which merges are compared with.
         label: what people read for it.
         origin: the model that it must agree with; None where that is not checked.
         checksums: of a merge, tensor -> SHA-256, filled as the tensors are read.
@@ -216,12 +213,11 @@ class _UnmergedBase:
     def __init__(self, base: RecordedBase, deltas: AdapterDeltas, onto: Onto) -> None:
         self.base, self.trained, self.info = base, TrainedBase(base), base.info
         record, info = base.record, base.info
-        #: Tensors that have the values they had in training.
+        #: Tensors with the values they had in training; whether the live model has all of the same values.
         self.as_trained = {
             name for name in info if (onto == "nf4" if record.is_quantized(name) else name in deltas.targets)
         }
         others = info.keys() - self.as_trained
-        #: Whether the live model has the same values.
         self.is_live = not any(record.is_quantized(name) or info[name].dtype != record.dtype for name in others)
 
     def iter_row_chunks(self, name: str) -> Iterator[Tensor]:

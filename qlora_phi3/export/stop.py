@@ -1,8 +1,7 @@
 """A test of whether the exported model ends its turns.
 
-The test answers held-out prompts greedily. If the exported model fits in memory, it generates until a stop id of its own
-generation_config.json, or a limit. Otherwise the proof's count is used: how often a stop id is the most likely token at the end
-of a held-out turn.
+If the exported model fits in memory, it answers held-out prompts greedily until a stop id of its own generation_config.json, or a
+limit. Otherwise the proof's count is used: how often a stop id is the most likely token at the end of a held-out turn.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,30 +36,19 @@ MIN_TURNS = 4
 #: Memory for loading and for activations, as a factor on the weights.
 OVERHEAD = 1.1
 
-STAGE = "Answering held-out prompts"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopTest:
-    """How many turns the model ended by itself.
-
-    Args:
-        live_share: the live model's share, 0 to 1, if the method is the proof's count; else None.
-    """
+    """How many turns the model ended by itself."""
 
     method: Literal["generated", "most likely token"]
     turns: int
     stopped: int
-    live_share: float | None
-
-    @property
-    def share(self) -> float | None:
-        """Share of turns that ended, 0 to 1; None if no turn was tested."""
-        return self.stopped / self.turns if self.turns else None
+    live_share: float | None  # the live model's share, 0 to 1, if the method is the proof's count
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields and `share`, for JSON."""
-        return {**asdict(self), "share": self.share}
+        """For JSON: the fields, and the share of turns that ended, 0 to 1 (None if no turn was tested)."""
+        return {**asdict(self), "share": self.stopped / self.turns if self.turns else None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +73,11 @@ def runaway_warning(stops: Mapping[str, Any]) -> str | None:
     turns, stopped = stops["turns"], stops["stopped"]
     if turns < MIN_TURNS or 2 * stopped >= turns:
         return None
+    reason = "It was trained too little for that, or on answers whose end was cut off (max_length)."
     if not stopped:
-        return (
-            "The model never ended its turn by itself: answers will run on until a limit. It was trained too little for that, or "
-            "on answers whose end was cut off (max_length)."
-        )
-    return (
-        f"The model ended its turn by itself in only {stopped} of {turns} answers: the others will run on until a limit. It was "
-        "trained too little for that, or on answers whose end was cut off (max_length)."
-    )
+        return f"The model never ended its turn by itself: answers will run on until a limit. {reason}"
+    few = f"The model ended its turn by itself in only {stopped} of {turns} answers: the others will run on until a limit."
+    return f"{few} {reason}"
 
 
 def measure_stops(
@@ -114,8 +98,7 @@ def measure_stops(
         name: the name of the export's score in the proof.
         max_ram_bytes: all that the process may hold, see `free_ram`.
     """
-    device = device or torch.device("cpu")
-    prompts = choose_prompts(rows)
+    device, prompts = device or torch.device("cpu"), choose_prompts(rows)
     dtype = choose_dtype(folder, device, max_ram_bytes) if prompts else None
     if dtype is None:
         share, live_share = proof.of(name).stop_share, proof.of(LIVE).stop_share
@@ -130,7 +113,7 @@ def measure_stops(
     total, done, stopped = sum(max(prompt.limit for prompt in batch) for batch in batches), 0, 0
 
     def report(new: int) -> None:
-        progress(STAGE, done + new, total)
+        progress("Answering held-out prompts", done + new, total)
 
     for batch in batches:
         stopped += _count_stopped(inference, batch, report)

@@ -62,11 +62,7 @@ def onto_label(onto: str, quant_type: str | None) -> str:
 
 
 def read_record(path: Path) -> BaseRecord:
-    """Read base.json.
-
-    Raises:
-        ExportError: it is missing, or a part of it is.
-    """
+    """Read base.json; ExportError if it, or a part of it, is missing."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         tensors = {}
@@ -169,10 +165,9 @@ class RecordedBase:
         self.left_out = tuple(sorted(info.keys() - record.tensors.keys()))
 
     def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
-        """The rows of a tensor as the files hold them; the end of a plain tensor compares it with the record.
+        """The rows of a tensor: chunks (rows, ...) in the dtype of the file, on the CPU.
 
-        Returns:
-            Chunks of `Weights.iter_row_chunks`: (rows, ...) in the dtype of the file, on the CPU.
+        At its end a plain tensor has been compared with the record.
 
         Raises:
             ExportError: the base holds this tensor in 4 bit only; raised by the call itself.

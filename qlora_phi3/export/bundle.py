@@ -6,7 +6,6 @@ The model card describes what was trained, on what, with which result, and what 
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from yaml import YAMLError
 from qlora_phi3.adapters.peft_io import TOKENIZER_FILES
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.base import onto_label
+from qlora_phi3.export.request import DTYPES
 from qlora_phi3.family import is_hub_id
 from qlora_phi3.files import read_json_object, sha256_file
 from qlora_phi3.inference import EndOfTurn, stop_ids
@@ -25,30 +25,18 @@ from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import format_count
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-#: Copied where the base has them: the licence of the base applies to the export.
-LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE.md", "NOTICE")
-#: What the directory of a base may hold in addition to its weights.
-COMPANIONS = (*TOKENIZER_FILES, *LICENCE_FILES)
+#: What the directory of a base may hold in addition to its weights; its licence applies to the export.
+COMPANIONS = (*TOKENIZER_FILES, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE.md", "NOTICE")
 #: Hint for a base whose JSON files cannot be read.
 DOWNLOAD_AGAIN = "Download the checkpoint again."
 #: Tables of the recipe that the model card shows; [memory], paths and run names are private.
 PUBLIC_TABLES = ("quantization", "lora", "training")
 PRIVATE_KEYS = ("output_dir", "report_to", "run_name")
-#: A GGUF type -> dtype of the merged model that it holds bit for bit; f32 holds every one.
-EXACT_QUANTS = {"f16": "float16", "bf16": "bfloat16"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Companions:
-    """What was written next to the weights."""
-
-    copied: Mapping[str, str]  # file -> SHA-256, of those that are the base's own bytes
-    changed: tuple[str, ...]  # file and what was changed in it, one line each
 
 
 def write_companions(
     base: Path, adapter: Path, target: Path, *, dtype: str, untied: bool, ending: EndOfTurn
-) -> Companions:
+) -> dict[str, Any]:
     """Copy the base's tokenizer, licence and configs into a directory.
 
     Args:
@@ -56,6 +44,9 @@ def write_companions(
         dtype: of the exported weights, as torch names it.
         untied: the output head has weights of its own, and the base's had not.
         ending: its id is added to the stop ids of the generation config; its chat template replaces the base's.
+
+    Returns:
+        "copied": file -> SHA-256, of those that are the base's own bytes; "changed": file and what was changed, one line each.
 
     Raises:
         ExportError: a tokenizer file of the base is not the one that was trained with, or a config is not a JSON object.
@@ -72,16 +63,13 @@ def write_companions(
         (target / "chat_template.jinja").write_text(ending.template, encoding="utf-8", newline="\n")
         copied.pop("chat_template.jinja", None)
         changed.append("chat_template.jinja: the template that the recipe names")
-    return Companions(copied=copied, changed=tuple(changed))
+    return {"copied": copied, "changed": changed}
 
 
 def check_trained_with(base: Path, adapter: Path) -> None:
-    """Compare the tokenizer files of a base with the run's copies before any of them is parsed.
+    """Raise ExportError for a tokenizer file of a base that is missing, additional, or another one than the run's copy.
 
     The two configs only have to exist: other versions write the same settings in another form, and `inputs` compares those.
-
-    Raises:
-        ExportError: a file is missing, additional, or another one.
     """
     for name in TOKENIZER_FILES:
         file, trained = base / name, adapter / name
@@ -233,7 +221,7 @@ def score_label(name: str, report: Mapping[str, Any]) -> str:
 
 def is_measured(quant: str, dtype: str) -> bool:
     """Whether a GGUF of that type has the very weights of a merged model of that dtype, so that its figures apply."""
-    return quant == "f32" or EXACT_QUANTS.get(quant) == dtype
+    return quant == "f32" or (dtype, quant) in DTYPES.values()
 
 
 def other_bits_warning(report: Mapping[str, Any]) -> str | None:

@@ -72,7 +72,7 @@ class Sources:
         return MergedWeights(self.base, self.deltas, onto=onto, dtype=getattr(torch, dtype))
 
     def can_merge(self, onto: Onto) -> bool:
-        """Whether there are such weights: "nf4" needs a run that quantized, "original" a base that is not stored in 4 bit."""
+        """Whether the run quantized its base ("nf4"), or the base is not stored in 4 bit ("original")."""
         if onto == "nf4":
             return self.base.record.scheme is not None
         return not any(is_stored_quantized(self.base.stored, name) for name in self.base.info)
@@ -142,11 +142,7 @@ def find_base(record: BaseRecord, progress: Progress) -> Path:
 
 
 def _check_config(folder: Path, config: dict[str, Any], adapter: Path) -> None:
-    """Compare a base's config.json with the run's copy, which older runs do not have, as the model reads both.
-
-    Raises:
-        ExportError: they differ in a key that the computation may depend on.
-    """
+    """Compare a base's config.json with the run's copy, which older runs do not have, as the model reads both."""
     if not (adapter / CONFIG).is_file():
         return
     trained = read_json_object(adapter / CONFIG, ExportError, DOWNLOAD_AGAIN)
@@ -179,14 +175,9 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def check_adapter(run: RunFolder, report: Mapping[str, Any]) -> None:
-    """Compare the adapter's files with the checksums in the run's report; older runs have none.
-
-    Raises:
-        ExportError: a file is not what the run wrote.
-    """
+    """Raise ExportError for an adapter file that has not the checksum in the run's report; older runs have none."""
     for name, recorded in (report.get("adapter") or {}).items():
-        path = run.adapter / name
-        if sha256_file(path) == recorded:
+        if sha256_file(path := run.adapter / name) == recorded:
             continue
         message = f"{path} is not the file that the run wrote: its SHA-256 is not the one in {run.report.name}."
         copies = [copy for copy in sorted(run.checkpoints.glob(f"*/{name}")) if sha256_file(copy) == recorded]
@@ -196,12 +187,9 @@ def check_adapter(run: RunFolder, report: Mapping[str, Any]) -> None:
 
 
 def free_ram(max_ram_bytes: int | None = None) -> int:
-    """Bytes of memory that this process may take in addition to what it has.
+    """Bytes of memory that this process may take in addition to what it has, if it may have `max_ram_bytes` in all.
 
     psutil does not know the memory limit of a container (control group): give it with --max-ram.
-
-    Args:
-        max_ram_bytes: all that the process may have; None for no limit.
     """
     free = int(psutil.virtual_memory().available) - MARGIN_BYTES
     if max_ram_bytes is not None:
@@ -210,14 +198,7 @@ def free_ram(max_ram_bytes: int | None = None) -> int:
 
 
 def check_memory(max_ram_bytes: int | None, proved: Sources | None = None) -> None:
-    """Refuse an export that would need more memory than --max-ram; see `MERGE_BYTES` for the estimate.
-
-    Args:
-        proved: what an export is made from, if it includes a proof.
-
-    Raises:
-        ExportError: with the memory it needs.
-    """
+    """Raise ExportError for an export that needs more memory than --max-ram; `proved` are the sources of one with a proof."""
     if max_ram_bytes is None:
         return
     used = psutil.Process().memory_info().rss

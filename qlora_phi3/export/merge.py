@@ -1,8 +1,7 @@
 """The tensors of the merged model, and the models that a proof compares.
 
 A merge adds the adapter's update to a weight in fp32, a few rows at a time, and casts once. Onto "nf4" the weight is the one that
-was trained on: quantized to 4 bit (NF4 or FP4) and dequantized. Onto "original" it is the number in the base's file, without the
-rounding of the run's dtype, for those who trust the published weights over any rounding.
+was trained on: quantized to 4 bit (NF4 or FP4) and dequantized. Onto "original" it is the one in the base's file.
 """
 
 import hashlib
@@ -65,14 +64,10 @@ class MergedWeights:
         }
 
     def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
-        """The rows of a merged tensor.
-
-        Returns:
-            Chunks of `Weights.iter_row_chunks`: (rows, ...) in `info[name].dtype`, on the CPU.
+        """The rows of a merged tensor: chunks (rows, ...) in `info[name].dtype`, on the CPU.
 
         Raises:
-            ExportError: a value is not finite, or beyond the range of `dtype`.
-            ModelError: the base's file cannot be read.
+            ExportError: a value is not finite, or beyond the range of `dtype`. ModelError: the base's file cannot be read.
         """
         replacement = self.deltas.replaced.get(name)
         rows = self._base_rows(name) if replacement is None else self.deltas.stored.iter_row_chunks(replacement)
@@ -94,19 +89,11 @@ class MergedWeights:
 
 
 def _add_delta(rows: Iterator[Tensor], delta: LoraDelta, device: torch.device) -> Iterator[Tensor]:
-    """Add the update of an adapter to the rows of a weight.
+    """Add the update of an adapter to chunks (rows, in_features) of a weight; yields them in fp32, on `device`.
 
     DoRA scales each row of the sum to its trained length; PEFT divides by the norm over in_features of base plus update.
-
-    Args:
-        rows: chunks (rows, in_features) of any dtype.
-        delta: lora_A (r, in_features), lora_B (out_features, r), magnitude (out_features,) or None, all fp32.
-
-    Yields:
-        Chunks (rows, in_features) in fp32, on `device`.
     """
-    lora_A, lora_B = delta.lora_A.to(device), delta.lora_B.to(device)
-    start = 0
+    lora_A, lora_B, start = delta.lora_A.to(device), delta.lora_B.to(device), 0
     for chunk in rows:
         weight = chunk.to(device=device, dtype=torch.float32)
         stop = start + len(weight)
@@ -119,11 +106,7 @@ def _add_delta(rows: Iterator[Tensor], delta: LoraDelta, device: torch.device) -
 
 
 def _cast(name: str, chunk: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a chunk of a merged tensor, and move it to the CPU.
-
-    Raises:
-        ExportError: NaN, infinity, or a value beyond the range of `dtype`.
-    """
+    """Cast a chunk of a merged tensor, and move it to the CPU; ExportError for a value beyond the range of `dtype`."""
     ends = torch.stack(chunk.aminmax())  # rounding keeps the order: no value between them overflows unless they do
     if not ends.isfinite().all():
         raise ExportError(f"{name} of the merged model holds NaN or infinity.", "Check the base's files and the run.")

@@ -201,11 +201,7 @@ def prove(
 
 
 def choose_rows(rows: Sequence[Mapping[str, Any]], max_tokens: int) -> list[Mapping[str, Any]]:
-    """The first rows that fit `max_tokens` together; of the first that does not, its end, which is supervised in every chat.
-
-    Raises:
-        ExportError: none of them has a supervised token.
-    """
+    """The first rows that fit `max_tokens` together; of the first that does not, its end, which is supervised in every chat."""
     chosen, left = list[Mapping[str, Any]](), max_tokens
     for row in rows:
         cut = {**row, "input_ids": row["input_ids"][-left:], "labels": row["labels"][-left:]}

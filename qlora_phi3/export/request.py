@@ -74,13 +74,13 @@ class Request:
 def make_request(run: Path, options: ExportOptions) -> Request:
     """Check the options of an export, its run and its targets.
 
+    Without `options.out` the export goes into the run, under a name that contains every option that changes the weights.
+
     Args:
-        run: directory of a finished run, or of several. Without `options.out` the export goes into the run, under a name that
-            contains every option that changes the weights.
+        run: directory of a finished run, or of several.
 
     Raises:
-        ExportError, RunError: there is no finished run, a size cannot be read, the hub refuses the push, or a target is a place
-            that must not be written.
+        ExportError, RunError: no finished run, an unreadable size, a refused push, or a target that must not be written.
     """
     folder, report = find_finished_run(run, verify=options.verify)
     if options.base is not None and not (options.base / "config.json").is_file():
@@ -121,11 +121,8 @@ def make_request(run: Path, options: ExportOptions) -> Request:
 def find_finished_run(path: Path, *, verify: bool) -> tuple[RunFolder, dict[str, Any]]:
     """The run in a directory, or the newest run below it, with its report.
 
-    Args:
-        verify: the held-out rows are needed too.
-
     Raises:
-        RunError: there is no run. ExportError: it did not finish, or a file that an export needs is missing.
+        RunError: there is no run. ExportError: it did not finish, or a file that an export (or `verify`) needs is missing.
     """
     if not path.is_dir():
         raise RunError(f"There is no folder {path}.", "Give the folder of a finished run, such as runs/chat/TIME.")
@@ -170,11 +167,7 @@ def _parse_size_option(option: str, text: str) -> int:
 
 
 def check_targets(request: Request) -> None:
-    """Refuse to write into or over anything that is read, and to replace what no export wrote.
-
-    Raises:
-        ExportError: the target that must not be written, and why.
-    """
+    """Raise ExportError for a target that is inside or over anything that is read, or holds what no export wrote."""
     options, target, gguf, run = request.options, request.target, request.gguf_file, request.run.path.resolve()
     sources = _find_sources(request.run, options.base)
     _check_outside(target, sources)
@@ -198,7 +191,13 @@ def check_targets(request: Request) -> None:
         if any(gguf.parent.glob("*.safetensors")):
             message = f"--out {gguf.parent} holds a model, whose card a GGUF would replace."
             raise ExportError(message, "Choose another folder.")
-        _check_gguf_replaceable(gguf, request)
+        # Files of another type of the same model are replaced without --force; other files of the directory stay.
+        existing = read_existing_report(gguf.parent)
+        for path in (gguf, *(gguf.with_name(name) for name in (MODELFILE, CARD, REPORT))):
+            if path.exists() and path.name not in existing["files"]["written"]:
+                raise ExportError(f"{path} exists, and no export wrote it.", OTHER_PLACE)
+            if path.exists() and not options.force and (path == gguf or existing.get("key") != request.key):
+                raise ExportError(f"{path} exists.", FORCE)
 
 
 def _find_sources(run: RunFolder, base: Path | None) -> list[Path]:
@@ -223,27 +222,13 @@ def _check_outside(target: Path, sources: Sequence[Path]) -> None:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse to replace anything but a merged model that an export wrote.
-
-    Raises:
-        ExportError: the directory holds a file that no export wrote, or a GGUF.
-    """
+    """Raise ExportError for a directory that holds a file that no export wrote, or a GGUF."""
     report = read_existing_report(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.name not in report["files"]["written"] or (path.is_dir() and not path.is_symlink()):
             raise ExportError(f"{folder} holds {path.name}, which no export wrote.", OTHER_PLACE)
     if "gguf" in report:
         raise ExportError(f"{folder} holds a GGUF, which a merged model does not replace.", OTHER_PLACE)
-
-
-def _check_gguf_replaceable(gguf: Path, request: Request) -> None:
-    """Refuse to replace a file that no export wrote; those of another type of the same model need no --force."""
-    report = read_existing_report(gguf.parent)
-    for path in (gguf, *(gguf.with_name(name) for name in (MODELFILE, CARD, REPORT))):
-        if path.exists() and path.name not in report["files"]["written"]:
-            raise ExportError(f"{path} exists, and no export wrote it.", OTHER_PLACE)
-        if path.exists() and not request.options.force and (path == gguf or report.get("key") != request.key):
-            raise ExportError(f"{path} exists.", FORCE)
 
 
 def find_reusable(request: Request) -> dict[str, Any] | None:

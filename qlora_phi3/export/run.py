@@ -21,7 +21,7 @@ from qlora_phi3.export import inputs, writer
 from qlora_phi3.export import proof as proofs
 from qlora_phi3.export import request as requests
 from qlora_phi3.export.base import summarise
-from qlora_phi3.export.bundle import Companions, is_measured, public_name, render_card, write_companions
+from qlora_phi3.export.bundle import is_measured, public_name, render_card, write_companions
 from qlora_phi3.export.gguf.prompt import write_modelfile
 from qlora_phi3.export.gguf.write import GgufResult, check_quant, convert_to_gguf, plan_gguf
 from qlora_phi3.export.hub import push
@@ -104,11 +104,7 @@ def export_run(request: Request, reporter: Reporter) -> Exported:
 
 
 def _export_merged(request: Request, draft: Path, reporter: Reporter) -> tuple[dict[str, Any], ProofError | None]:
-    """Write the merged model into `draft`, prove it, and rename it to the request's target.
-
-    Returns:
-        Its report; and where the proof failed, the error to raise.
-    """
+    """Write the merged model into `draft`, prove it, and rename it; return its report, and the error of a failed proof."""
     started, auto = time.perf_counter(), request.options.onto == "auto"
     sources = open_sources(request, reporter)
     inputs.check_memory(request.max_ram_bytes, sources if request.options.verify else None)
@@ -122,13 +118,13 @@ def _export_merged(request: Request, draft: Path, reporter: Reporter) -> tuple[d
     key = f"{request.key} {state}"
     with disk_errors(draft, ExportError, hint=DISK_HINT):
         writer.clear_draft(draft, reusable=[SCORED])
-        options = {"dtype": request.dtype, "untied": sources.deltas.unties, "ending": sources.ending}
-        companions = write_companions(sources.folder, sources.adapter, draft, **options)
+        folders, untied, ending = (sources.folder, sources.adapter, draft), sources.deltas.unties, sources.ending
+        companions = write_companions(*folders, dtype=request.dtype, untied=untied, ending=ending)
     _check_space(request, sources, draft, key, onto)
     scored = stops = fault = None
     if request.options.verify:
         scored = proofs.score_all(request, sources, draft, key, onto, reporter)
-        onto = _choose_onto(sources, scored.proof, onto, reporter) if auto else onto
+        onto = _choose_onto(sources, scored.proof, reporter) if auto else onto
     elif auto and onto == "nf4":
         label = sources.base.record.label(onto)
         reporter.info(f"Without the proof it is not known which merge is better: onto {label}, which was trained")
@@ -155,7 +151,7 @@ def _export_merged(request: Request, draft: Path, reporter: Reporter) -> tuple[d
         return report, _publish(request, draft, fault)
 
 
-def _describe_export(request: Request, sources: Sources, draft: Path, companions: Companions) -> dict[str, Any]:
+def _describe_export(request: Request, sources: Sources, draft: Path, companions: Mapping[str, Any]) -> dict[str, Any]:
     """The part of the report that does not depend on the proof; the status is that of an export that passed."""
     record, compared = sources.base.record, summarise(sources.base.compared)
     return {
@@ -172,23 +168,20 @@ def _describe_export(request: Request, sources: Sources, draft: Path, companions
         "dtype": request.dtype,
         "files": {
             "written": sorted({path.name for path in draft.iterdir()} - {SCORED, PROGRESS_NAME} | {CARD, REPORT}),
-            "copied": dict(companions.copied),
-            "changed": list(companions.changed),
+            **companions,
         },
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {name: version(name) for name in LIBRARIES},
     }
 
 
-def _choose_onto(sources: Sources, proof: Proof, first: Onto, reporter: Reporter) -> Onto:
+def _choose_onto(sources: Sources, proof: Proof, reporter: Reporter) -> Onto:
     """Decide `--onto auto` by the proof, and print the reason where the original has the lower loss."""
-    chosen, difference, label = proofs.choose_onto(proof), proof.loss_difference, sources.base.record.label(first)
+    chosen, difference = proofs.choose_onto(proof), proof.loss_difference
     if difference is not None and difference.standard_error is not None and difference.mean > 0:
         better, limit = f"{difference.mean:.4f} nats", f"{2 * difference.standard_error:.4f}"
-        if chosen == "original":
-            reporter.info(f"original is better by {better}, more than two standard errors ({limit}): original")
-        else:
-            reporter.info(f"original is better by {better}, less than two standard errors ({limit}): {label}")
+        how, label = "more" if chosen == "original" else "less", sources.base.record.label(chosen)
+        reporter.info(f"original is better by {better}, {how} than two standard errors ({limit}): {label}")
     return chosen
 
 

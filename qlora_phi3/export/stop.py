@@ -65,11 +65,7 @@ class Prompt:
 
 
 def runaway_warning(stops: Mapping[str, Any]) -> str | None:
-    """The warning about a model that rarely ends its turns; None if it does, or if too few turns were tested.
-
-    Args:
-        stops: the result of `StopTest.as_dict`.
-    """
+    """The warning about a model that rarely ends its turns (`StopTest.as_dict`); None without one, or with too few turns."""
     turns, stopped = stops["turns"], stops["stopped"]
     if turns < MIN_TURNS or 2 * stopped >= turns:
         return None
@@ -93,9 +89,8 @@ def measure_stops(
     """Let an exported model answer held-out prompts; if it does not fit in memory, use the proof's count.
 
     Args:
-        folder: a finished export.
+        folder: a finished export; `name` is the name of its score in the proof.
         rows: `input_ids` and `labels` (unshifted, -100 where not supervised).
-        name: the name of the export's score in the proof.
         max_ram_bytes: all that the process may hold, see `free_ram`.
     """
     device, prompts = device or torch.device("cpu"), choose_prompts(rows)

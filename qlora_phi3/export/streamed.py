@@ -71,11 +71,9 @@ class StreamedModel:
             owner.register_forward_hook(partial(_set_parameter, slot, placeholder))
 
     def run(self, batch: Batch, what: str, progress: Progress) -> Final:
-        """Compute the final hidden states of the supervised positions of a batch.
+        """Compute the final hidden states of the supervised positions of a batch; `progress` counts layers of `what`.
 
-        Args:
-            batch: packed micro-batches; the weights are read once for each of them.
-            what: for `progress`, which counts layers.
+        The weights are read once for each of the packed micro-batches.
         """
         layers = self.model.model.layers
         done, total = 0, len(layers) * len(batch.micro_batches)
@@ -136,14 +134,11 @@ def _set_parameter(slot: _Slot, parameter: nn.Parameter, *_: Any) -> None:
 
 
 def stream_plain(weights: Weights, config: dict[str, Any], *, device: torch.device = CPU) -> StreamedModel:
-    """A model of plain linear layers.
+    """A model of plain linear layers; ModelError for a tensor that is missing or has another shape than the config says.
 
     Args:
         weights: every tensor of a checkpoint, of any floating dtype.
         config: contents of its config.json.
-
-    Raises:
-        ModelError: a tensor is missing or has another shape than the config says.
     """
     model = _build_empty_model(config, device)
     return StreamedModel(model, _find_slots(model, weights), weights, device)

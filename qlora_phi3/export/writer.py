@@ -209,11 +209,7 @@ def _write_all(write: Callable[[Any], int | None], data: Any) -> None:
 
 @contextmanager
 def ensure_dir(folder: Path) -> Iterator[None]:
-    """Create a directory before any long work is done for it; it is removed again if it stays empty.
-
-    Raises:
-        ExportError: it cannot be created or written.
-    """
+    """Create a directory, or raise ExportError, before any long work is done; it is removed again if it stays empty."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with disk_errors(folder, ExportError, hint=DISK_HINT):
@@ -229,7 +225,7 @@ def ensure_dir(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def staging_dir(draft: Path, reusable: Collection[str] = ()) -> Iterator[None]:
-    """Create the staging directory of an export; `files.replace_dir` renames it, and otherwise it stays only to be continued.
+    """Create the staging directory of an export; unless it is renamed, it stays only to be continued.
 
     Args:
         reusable: names of files that a later attempt can use, in addition to complete shards.
@@ -253,12 +249,9 @@ def clear_draft(folder: Path, reusable: Collection[str] = ()) -> None:
 
 @contextmanager
 def locked(places: Iterable[Path]) -> Iterator[None]:
-    """Lock directories against other exports of this user; the system releases the locks when the process is killed.
+    """Lock directories against other exports of this user, or raise ExportError; a killed process releases its locks.
 
     The lock files are elsewhere, because a directory is renamed and uploaded.
-
-    Raises:
-        ExportError: another export holds one of them.
     """
     folder = user_state_dir() / "locks"
     with suppress(OSError):

@@ -31,20 +31,13 @@ MAX_ROUNDED_SHARE = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseRecord:
-    """base.json: the base as a run loaded it.
+    """base.json: the base as a run loaded it."""
 
-    Args:
-        name: hub id or directory.
-        revision: commit on the hub.
-        dtype: the base was loaded in it, before 4-bit weights were quantized.
-        scheme: None where nothing was quantized.
-        tensors: tensor -> `quantized.tensor_record`, by the base's own names; without a tied head.
-    """
-
-    name: str
-    revision: str | None
-    dtype: torch.dtype
-    scheme: Scheme | None
+    name: str  # hub id or directory
+    revision: str | None  # commit on the hub
+    dtype: torch.dtype  # the base was loaded in it, before 4-bit weights were quantized
+    scheme: Scheme | None  # None where nothing was quantized
+    #: Tensor -> `quantized.tensor_record`, by the base's own names; without a tied head.
     tensors: Mapping[str, Mapping[str, Any]]
 
     def is_quantized(self, name: str) -> bool:
@@ -84,36 +77,25 @@ def read_record(path: Path) -> BaseRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """One tensor compared with the record.
+    """One tensor compared with the record."""
 
-    Args:
-        differs: the bits in use are not those that were trained on.
-        other_weights: the files hold other weights, and not the same ones quantized by other hardware.
-        codes_differ: quantizing the base's files gave other 4-bit codes than the run's.
-        from_cache: the trained bits were then taken from the 4-bit base that the run saved.
-        different_codes: how many codes differ from those of the saved base.
-    """
-
-    differs: bool
-    other_weights: bool
-    codes_differ: bool = False
-    from_cache: bool = False
-    different_codes: int | None = None
+    differs: bool  # the bits in use are not those that were trained on
+    other_weights: bool  # the files hold other weights, and not the same ones quantized by other hardware
+    codes_differ: bool = False  # quantizing the base's files gave other 4-bit codes than the run's
+    from_cache: bool = False  # the trained bits were then taken from the 4-bit base that the run saved
+    different_codes: int | None = None  # how many codes differ from those of the saved base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """All tensors compared with the record: the names for which each field of `Compared` holds.
-
-    `different_codes` is the sum over `from_cache`; None where the run saved no 4-bit base.
-    """
+    """All tensors compared with the record: the names for which each field of `Compared` holds."""
 
     num_tensors: int
     differing: tuple[str, ...]
     other_weights: tuple[str, ...]
     codes_differing: tuple[str, ...]
     from_cache: tuple[str, ...]
-    different_codes: int | None
+    different_codes: int | None  # sum over `from_cache`; None where the run saved no 4-bit base
 
 
 def summarise(compared: Mapping[str, Compared]) -> Comparison:

@@ -51,19 +51,14 @@ LOADING_KEYS = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """What an export is made from.
+    """What an export is made from."""
 
-    Args:
-        folder: of the base; `config` are the contents of its config.json.
-        rows: the held-out rows; empty without a proof.
-    """
-
-    folder: Path
-    config: dict[str, Any]
+    folder: Path  # of the base
+    config: dict[str, Any]  # contents of its config.json
     base: RecordedBase
     adapter: Path
     deltas: AdapterDeltas
-    rows: Sequence[dict[str, Any]]
+    rows: Sequence[dict[str, Any]]  # the held-out rows; empty without a proof
     ending: EndOfTurn
     device: torch.device
 

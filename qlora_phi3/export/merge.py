@@ -119,20 +119,13 @@ def _cast(name: str, chunk: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredModel:
-    """A model that a proof scores: the live one, a merge, or the base of a merge with the adapter unmerged.
+    """A model that a proof scores: the live one, a merge, or the base of a merge with the adapter unmerged."""
 
-    Args:
-        name: "live", "nf4" or "original", which are reported; "nf4, unmerged" and so on, which merges are compared with.
-        label: what people read for it.
-        origin: the model that it must agree with; None where that is not checked.
-        checksums: of a merge, tensor -> SHA-256, filled as the tensors are read.
-    """
-
-    name: str
-    label: str
+    name: str  # "live", "nf4" or "original", which are reported; "nf4, unmerged" and so on, which merges are compared with
+    label: str  # what people read for it
     open: Callable[[], StreamedModel]
-    origin: str | None = None
-    checksums: Mapping[str, str] | None = None
+    origin: str | None = None  # the model that it must agree with; None where that is not checked
+    checksums: Mapping[str, str] | None = None  # of a merge, tensor -> SHA-256, filled as the tensors are read
 
 
 def build_models(

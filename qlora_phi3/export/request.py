@@ -47,26 +47,17 @@ class ExportOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """An export whose options, run and targets are checked.
-
-    Args:
-        report: contents of the run's report.json.
-        name: of the model: the recipe's name when the run started.
-        key: `merge_key` of the merged model.
-        target: directory of the merged model; a GGUF is made from it and written to `gguf_file`.
-        quant: llama.cpp's name of the GGUF type.
-        dtype: torch's name of the dtype of the merged model.
-    """
+    """An export whose options, run and targets are checked."""
 
     options: ExportOptions
     run: RunFolder
-    report: dict[str, Any]
-    name: str
-    key: str
-    target: Path
+    report: dict[str, Any]  # contents of the run's report.json
+    name: str  # of the model: the recipe's name when the run started
+    key: str  # `merge_key` of the merged model
+    target: Path  # directory of the merged model; a GGUF is made from it and written to `gguf_file`
     gguf_file: Path | None
-    quant: str
-    dtype: str
+    quant: str  # llama.cpp's name of the GGUF type
+    dtype: str  # torch's name of the dtype of the merged model
     shard_bytes: int
     max_ram_bytes: int | None
 

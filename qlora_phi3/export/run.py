@@ -49,20 +49,13 @@ LIBRARIES = ("qlora-phi3", "torch", "transformers", "peft", "bitsandbytes", "saf
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """What was written.
-
-    Args:
-        report: contents of export_report.json.
-        page: address on the hub.
-        fault: the proof failed: the name of `folder` says so, and nothing was made from it. To be raised after the figures are
-            shown.
-    """
+    """What was written. With a `fault`, the name of `folder` says that the proof failed, and nothing was made from it."""
 
     folder: Path
-    report: dict[str, Any]
+    report: dict[str, Any]  # contents of export_report.json
     gguf: GgufResult | None = None
-    page: str | None = None
-    fault: ProofError | None = None
+    page: str | None = None  # address on the hub
+    fault: ProofError | None = None  # to be raised after the figures are shown
 
 
 def export_run(request: Request, reporter: Reporter) -> Exported:
@@ -110,7 +103,7 @@ def _export_merged(request: Request, draft: Path, reporter: Reporter) -> tuple[d
     inputs.check_memory(request.max_ram_bytes, sources if request.options.verify else None)
     # What is merged onto before the proof: for "auto" the 4-bit weights, which are what was trained on.
     onto: Onto = "nf4" if request.options.onto != "original" and sources.can_merge("nf4") else "original"
-    if request.options.onto == "nf4" != onto:
+    if request.options.onto == "nf4" and onto == "original":
         raise ExportError("--onto nf4: the run did not quantize its base.", "Leave --onto out.")
     # A draft is continued only with the files of the base that it was started from.
     files = ((path.name, path.stat()) for path in sorted(sources.folder.glob("*.safetensors")))
@@ -201,10 +194,12 @@ def _write_weights(request: Request, sources: Sources, draft: Path, key: str, on
     base, weights = sources.base, sources.merged(onto, request.dtype)
     shards = writer.plan_shards(weights.info, request.shard_bytes)
     progress = partial(_report_megabytes, reporter, f"Merging onto {base.record.label(onto)}")
-    written = writer.write_shards(weights, draft, shards, key=f"{key} {onto}", progress=progress, notes=base.notes)
-    if written.num_resumed:
-        reporter.info(f"Continued after {written.num_resumed} of {len(shards)} files that were complete")
-    base.restore(written.notes)
+    num_resumed, notes = writer.write_shards(
+        weights, draft, shards, key=f"{key} {onto}", progress=progress, notes=base.notes
+    )
+    if num_resumed:
+        reporter.info(f"Continued after {num_resumed} of {len(shards)} files that were complete")
+    base.restore(notes)
     if not request.options.verify:  # the proof has checked it already
         proofs.refuse_other_base(sources, draft)
     compared = summarise(base.compared)

@@ -23,16 +23,12 @@ from qlora_phi3.reporter import Progress
 
 #: Prompts that are answered, at most, and tokens of a prompt with its answer.
 MAX_PROMPTS, MAX_LENGTH = 16, 1024
-
 #: New tokens of an answer: this many times the row's own answer, within these bounds. Rows with longer answers are skipped.
 ANSWER_FACTOR, MIN_NEW_TOKENS, MAX_NEW_TOKENS = 2, 32, 256
-
 #: Tokens in the cache of one batch, prompts and answers; Phi-3-mini's take 384 KiB each in 16 bit.
 CACHED_TOKENS = 2048
-
 #: With fewer turns the number of those that ended means nothing.
 MIN_TURNS = 4
-
 #: Memory for loading and for activations, as a factor on the weights.
 OVERHEAD = 1.1
 

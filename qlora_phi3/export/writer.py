@@ -42,14 +42,6 @@ class Shard:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
-    """A finished checkpoint: how many of its shards an earlier attempt had written, and the notes of all shards."""
-
-    num_resumed: int
-    notes: Mapping[str, Any]
-
-
 def plan_shards(info: Mapping[str, TensorInfo], shard_bytes: int) -> tuple[Shard, ...]:
     """Distribute tensors over files, in their order.
 
@@ -99,7 +91,7 @@ def _find_progress(shards: Sequence[Shard], folder: Path, key: str) -> tuple[str
     """What an earlier attempt left in a directory.
 
     Returns:
-        A key of the shards and their content; by file name the progress of the shards that are complete under it; and all other
+        A key of the shards and their content; by file name the notes of the shards that are complete under it; and all other
         weights, which a reader would find first and a push would upload.
     """
     digest, done = hashlib.sha256(key.encode()), {}
@@ -134,7 +126,7 @@ def write_shards(
     key: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
     notes: Callable[[Sequence[str]], dict[str, Any]] = lambda names: {},
-) -> Written:
+) -> tuple[int, dict[str, Any]]:
     """Write the planned shards and, where there are several, their index; complete shards of an earlier attempt stay.
 
     Any other weights in the directory are removed. The progress file stays: remove it when the directory is complete.
@@ -144,6 +136,9 @@ def write_shards(
         key: names everything that decides the bytes (base, adapter, dtype, ...); shards of another key are written again.
         progress: called after every chunk: bytes written, of all bytes.
         notes: what to save with a shard in the progress file, given its tensors' names.
+
+    Returns:
+        How many shards an earlier attempt had written, and the notes of all shards.
 
     Raises:
         ExportError: the disk is full or refuses; complete shards stay. Or what `weights.iter_row_chunks` raises.
@@ -163,7 +158,7 @@ def write_shards(
         for shard in shards:
             if shard.file_name not in done:
                 _write_shard(weights, folder, shard, report)
-                done[shard.file_name] = {"num_bytes": shard.num_bytes, "notes": notes(shard.names)}
+                done[shard.file_name] = notes(shard.names)
                 with atomic_file(folder / PROGRESS_NAME) as staging:
                     staging.write_text(json.dumps({"key": full_key, "shards": done}), encoding="utf-8")
             written += shard.num_bytes
@@ -174,8 +169,7 @@ def write_shards(
             index = json.dumps({"metadata": {"total_size": size}, "weight_map": names}, indent=2) + "\n"
             with atomic_file(folder / INDEX_NAME) as staging:
                 staging.write_text(index, encoding="utf-8", newline="\n")
-    notes_of_all = {name: note for shard in shards for name, note in done[shard.file_name]["notes"].items()}
-    return Written(num_resumed=num_resumed, notes=notes_of_all)
+    return num_resumed, {name: note for shard in shards for name, note in done[shard.file_name].items()}
 
 
 def _write_shard(weights: Weights, folder: Path, shard: Shard, progress: Callable[[int], None]) -> None:

@@ -136,13 +136,18 @@ def render_card(recipe: Recipe, run: Mapping[str, Any], export: Mapping[str, Any
     terms = "Its licence applies to this model too; the base's folder does not state it."
     if licence:
         terms = f"Its licence, `{licence}`, applies to this model too."
+    public_recipe = ["Recipe, where it differs from qlora-phi3's defaults:", "", "```toml"]
+    for table in PUBLIC_TABLES:
+        keys = getattr(recipe, table).model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+        public = [f"{key} = {format_toml(value)}" for key, value in keys.items() if key not in PRIVATE_KEYS]
+        public_recipe += [f"[{table}]", *public] if public else []
     parts = (
         f"---\n{data.to_yaml()}\n---",
         f"# {name.rpartition('/')[2]}, fine-tuned with qlora-phi3",
         f"{described} {terms} The adapter is {score_label(export['onto'], export)} weights ({export['dtype']}).",
         _describe_training(recipe, run),
         _describe_proof(run, export),
-        _describe_recipe(recipe),
+        "\n".join([*public_recipe, "```"]),
     )
     return "\n\n".join(parts) + "\n"
 
@@ -200,15 +205,6 @@ def _describe_proof(run: Mapping[str, Any], export: Mapping[str, Any]) -> str:
     if (warning := other_bits_warning(export)) is not None:
         lines += ["", warning]
     return "\n".join(lines)
-
-
-def _describe_recipe(recipe: Recipe) -> str:
-    lines = ["Recipe, where it differs from qlora-phi3's defaults:", "", "```toml"]
-    for table in PUBLIC_TABLES:
-        keys = getattr(recipe, table).model_dump(mode="json", exclude_defaults=True, exclude_none=True)
-        public = [f"{key} = {format_toml(value)}" for key, value in keys.items() if key not in PRIVATE_KEYS]
-        lines += [f"[{table}]", *public] if public else []
-    return "\n".join([*lines, "```"])
 
 
 def score_label(name: str, report: Mapping[str, Any]) -> str:

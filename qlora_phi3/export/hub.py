@@ -17,11 +17,7 @@ HUB_ERRORS = (TransportError, OSError)
 
 
 def check_push(repository: str, *, private: bool) -> None:
-    """Check what can be known before hours of work: the name, the token, and who could read the repository.
-
-    Raises:
-        ExportError: the name is not `user/name`, there is no valid token, the hub cannot be reached, or the repository is public.
-    """
+    """Raise ExportError for what can be known before hours of work: the name, the token, who could read the repository."""
     try:
         validate_repo_id(repository)
     except HFValidationError as error:

@@ -114,11 +114,7 @@ def open_sources(request: Request, reporter: Reporter) -> Sources:
 
 
 def find_base(record: BaseRecord, progress: Progress) -> Path:
-    """The directory of a run's base; a model of the hub is downloaded at the recorded commit if it is not in the cache.
-
-    Raises:
-        ExportError: the directory is gone, the hub cannot be reached, or it has that commit no longer.
-    """
+    """The directory of a run's base; a model of the hub that is not in the cache is downloaded at the recorded commit."""
     if Path(record.name).is_dir():
         return Path(record.name)
     if record.revision is None:

@@ -165,9 +165,7 @@ def prove(
     """Score models one after the other.
 
     Args:
-        models: `build_models`.
         rows: `input_ids`, `labels` (unshifted, -100 where not supervised); "trained": true in rows that were trained on.
-        stop_ids: tokens that end a turn.
         max_tokens: of the rows together; see `choose_rows`.
         check: called after each model has run; raises where the rest would be in vain.
 
@@ -266,7 +264,6 @@ def _sum_tiles(
     device, start = next(iter(finals.values())).hidden.device, 0
     sums = _Sums(finals, pairs, targets.to(device))
     for tiles in zip(*(_tiles(final.head()) for final in finals.values()), strict=True):
-        progress("Comparing the next tokens, words", start, vocab_size)
         heads = [tile.to(device=device, dtype=torch.float32) for tile in tiles]
         for row in range(0, len(targets), TILE_POSITIONS):
             rows = slice(row, row + TILE_POSITIONS)
@@ -274,7 +271,7 @@ def _sum_tiles(
             logits = {name: (final.hidden[rows] @ head.T).double() for (name, final), head in models}
             sums.add(rows, start, logits)
         start += len(heads[0])
-    progress("Comparing the next tokens, words", start, vocab_size)
+        progress("Comparing the next tokens, words", start, vocab_size)
     sums.finish()
     return sums
 
@@ -330,11 +327,10 @@ def choose_onto(proof: Proof) -> Onto:
 def find_difference(scored: Mapping[str, str], written: Weights, progress: Progress) -> str | None:
     """Why the files are not what was scored (`ScoredModel.checksums`), with the first such tensor; None where they are."""
     names = sorted({*scored, *written.info})
-    for done, name in enumerate(names):
-        progress("Reading the files back", done, len(names))
+    for done, name in enumerate(names, 1):
         if name not in written.info or checksum_of(written.iter_row_chunks(name)) != scored.get(name):
             return f"{name} in the files is not what was scored"
-    progress("Reading the files back", len(names), len(names))
+        progress("Reading the files back", done, len(names))
     return None
 
 

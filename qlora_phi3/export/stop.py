@@ -117,11 +117,11 @@ def choose_prompts(rows: Sequence[Mapping[str, Any]]) -> list[Prompt]:
     """The shortest conversations, up to where the assistant's first turn begins; shortest first."""
     prompts = []
     for row in rows:
-        supervised = [label != IGNORE_INDEX for label in row["labels"]]
+        supervised = [*(label != IGNORE_INDEX for label in row["labels"]), False]
         if not any(supervised[1:]):
             continue
         first = supervised.index(True, 1)
-        answer = next((end for end in range(first, len(supervised)) if not supervised[end]), len(supervised)) - first
+        answer = supervised.index(False, first) - first
         prompt = Prompt(list(row["input_ids"][:first]), max(MIN_NEW_TOKENS, answer * ANSWER_FACTOR))
         if prompt.limit <= MAX_NEW_TOKENS and prompt.length <= MAX_LENGTH:
             prompts.append(prompt)

@@ -149,7 +149,6 @@ def stream_live(base: Weights, config: dict[str, Any], adapter: Path, *, device:
 
     Args:
         base: `TrainedBase` for the model as it was trained; `RecordedBase` for the base as its files hold it.
-        config: contents of the base's config.json.
         adapter: the PEFT directory.
 
     Raises:

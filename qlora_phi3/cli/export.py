@@ -11,6 +11,8 @@ from qlora_phi3.export.request import DEFAULT_DTYPE, DEFAULT_ONTO, DTYPES, Expor
 
 KIND_HELP = "hf: safetensors for transformers, vLLM and others; gguf: one file for llama.cpp and Ollama."
 QUANT_HELP = "With --format gguf: q8_0, q4_k_m and others; docs/gguf.md lists them. [default: the type of --dtype]"
+DTYPE_HELP = "Of the merged weights, and of a GGUF without --quant."
+ONTO = ["auto", "nf4", "original"]
 ONTO_HELP = (
     "Weights that the adapter is added to. nf4: the 4-bit weights it was trained on (NF4 or FP4). original: the base's own. "
     "auto: original where its held-out loss is lower by more than two standard errors, else nf4."
@@ -23,16 +25,8 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--out", type=FOLDER, help="Folder to write; by default RUN/merged, RUN/gguf-q8_0 and so on.")
 @click.option("--format", "kind", type=click.Choice(["hf", "gguf"]), default="hf", show_default=True, help=KIND_HELP)
 @click.option("--quant", "quants", multiple=True, metavar="NAME", help=QUANT_HELP)
-@click.option(
-    "--dtype",
-    type=click.Choice(list(DTYPES)),
-    default=DEFAULT_DTYPE,
-    show_default=True,
-    help="Of the merged weights, and of a GGUF without --quant.",
-)
-@click.option(
-    "--onto", type=click.Choice(["auto", "nf4", "original"]), default=DEFAULT_ONTO, show_default=True, help=ONTO_HELP
-)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default=DEFAULT_DTYPE, show_default=True, help=DTYPE_HELP)
+@click.option("--onto", type=click.Choice(ONTO), default=DEFAULT_ONTO, show_default=True, help=ONTO_HELP)
 @click.option("--base", type=FOLDER, help="Folder of the base, if it has moved.")
 @click.option("--shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file of weights.")
 @click.option("--max-ram", metavar="SIZE", help="Memory to stay within; give it in a container with a memory limit.")

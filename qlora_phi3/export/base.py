@@ -33,15 +33,10 @@ MAX_ROUNDED_SHARE = 0.02
 class BaseRecord:
     """base.json: the base as a run loaded it."""
 
-    #: Hub id or directory.
-    name: str
-    #: Commit on the hub.
-    revision: str | None
-    #: The dtype the base was loaded in, before 4-bit weights were quantized.
-    dtype: torch.dtype
-    #: None where nothing was quantized.
-    scheme: Scheme | None
-    device: str
+    name: str  # hub id or directory
+    revision: str | None  # commit on the hub
+    dtype: torch.dtype  # the base was loaded in it, before 4-bit weights were quantized
+    scheme: Scheme | None  # None where nothing was quantized
     #: Tensor -> `quantized.tensor_record`, by the base's own names; without a tied head.
     tensors: Mapping[str, Mapping[str, Any]]
 
@@ -55,36 +50,24 @@ class BaseRecord:
 
 
 def onto_label(onto: str, quant_type: str | None) -> str:
-    """The name of the weights that an adapter is merged onto: "NF4", "FP4" or "original".
-
-    Args:
-        onto: "nf4", which stands for 4-bit weights of either type, or "original".
-        quant_type: of the run's quantization; None where nothing was quantized.
-    """
+    """The name of the weights that an adapter is merged onto: "NF4", "FP4" or "original"; "nf4" stands for either 4-bit type."""
     return (quant_type or onto).upper() if onto == "nf4" else onto
 
 
 def read_record(path: Path) -> BaseRecord:
-    """Read base.json.
-
-    Raises:
-        ExportError: it is missing, or a part of it is.
-    """
+    """Read base.json; ExportError if it, or a part of it, is missing."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         tensors = {}
         for name, tensor in stored["tensors"].items():
-            is_4bit = tensor["kind"] == "4bit"
-            keys = ("kind", "sha256", "codes", "mean_absmax") if is_4bit else ("kind", "sha256")
+            keys = ("kind", "sha256", "codes", "mean_absmax") if tensor["kind"] == "4bit" else ("kind", "sha256")
             tensors[name] = {key: tensor[key] for key in keys}
-            if is_4bit:
-                tensors[name]["sampled_codes"] = bytes.fromhex(tensor.get("sampled_codes", ""))  # older runs: none
+            tensors[name]["sampled_codes"] = bytes.fromhex(tensor.get("sampled_codes", ""))  # older runs: none
         return BaseRecord(
             name=stored["name"],
             revision=stored["revision"],
             dtype=getattr(torch, stored["dtype"]),
             scheme=None if stored["quantization"] is None else Scheme(**stored["quantization"]),
-            device=stored["device"],
             tensors=tensors,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -94,22 +77,13 @@ def read_record(path: Path) -> BaseRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """One tensor compared with the record.
+    """One tensor compared with the record."""
 
-    Args:
-        differs: the bits in use are not those that were trained on.
-        other_weights: the files hold other weights, and not the same ones quantized by other hardware.
-        codes_differ: quantizing the base's files gave other 4-bit codes than the run's.
-        from_cache: the trained bits were then taken from the 4-bit base that the run saved.
-        different_codes: how many codes differ from those of the saved base.
-    """
-
-    kind: str
-    differs: bool
-    other_weights: bool
-    codes_differ: bool = False
-    from_cache: bool = False
-    different_codes: int | None = None
+    differs: bool  # the bits in use are not those that were trained on
+    other_weights: bool  # the files hold other weights, and not the same ones quantized by other hardware
+    codes_differ: bool = False  # quantizing the base's files gave other 4-bit codes than the run's
+    from_cache: bool = False  # the trained bits were then taken from the 4-bit base that the run saved
+    different_codes: int | None = None  # how many codes differ from those of the saved base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,8 +95,7 @@ class Comparison:
     other_weights: tuple[str, ...]
     codes_differing: tuple[str, ...]
     from_cache: tuple[str, ...]
-    #: Sum over `from_cache`; None where the run saved no 4-bit base.
-    different_codes: int | None
+    different_codes: int | None  # sum over `from_cache`; None where the run saved no 4-bit base
 
 
 def summarise(compared: Mapping[str, Compared]) -> Comparison:
@@ -155,9 +128,8 @@ class RecordedBase:
         """Read nothing but headers.
 
         Args:
-            cached: the 4-bit base that the run saved (`quantized.save_quantized`); its bits are used where quantizing again
-                gives others.
-            device: where weights are quantized. The kind of device that the run used gives the run's bits.
+            cached: the 4-bit base that the run saved; its bits are used where quantizing again gives others.
+            device: where weights are quantized; the run's kind of device gives the run's bits.
 
         Raises:
             ExportError: the files lack a tensor that the run was trained on.
@@ -175,10 +147,9 @@ class RecordedBase:
         self.left_out = tuple(sorted(info.keys() - record.tensors.keys()))
 
     def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
-        """The rows of a tensor as the files hold them; the end of a plain tensor compares it with the record.
+        """The rows of a tensor: chunks (rows, ...) in the dtype of the file, on the CPU.
 
-        Returns:
-            Chunks of `Weights.iter_row_chunks`: (rows, ...) in the dtype of the file, on the CPU.
+        At its end a plain tensor has been compared with the record.
 
         Raises:
             ExportError: the base holds this tensor in 4 bit only; raised by the call itself.
@@ -196,7 +167,7 @@ class RecordedBase:
             four_bit.add_bytes(digest, chunk.to(self.record.dtype))  # a cast gives the same bits on all hardware
             yield chunk
         differs = digest.hexdigest() != recorded
-        self.compared[name] = Compared(kind="plain", differs=differs, other_weights=differs)
+        self.compared[name] = Compared(differs=differs, other_weights=differs)
 
     def quantized(self, name: str) -> Quantized | None:
         """A tensor as the run held it in 4 bit, on `device`, compared with the record; None where the run did not quantize it.
@@ -206,10 +177,17 @@ class RecordedBase:
         """
         if not self.record.is_quantized(name):
             return None
-        recorded, found = self.record.tensors[name], self._quantize(name)
+        recorded, dtype, scheme = self.record.tensors[name], self.record.dtype, self.record.scheme
+        if is_stored_quantized(self.stored, name):
+            found = four_bit.read_quantized(self.stored, name, self.device)
+            found.state.dtype = dtype  # bitsandbytes dequantizes to the dtype of a layer's input
+        elif scheme is None:
+            raise ExportError(f"The run recorded {name} as 4-bit, but no quantization type.", "Train the run again.")
+        else:
+            options = {"dtype": dtype, "scheme": scheme, "device": self.device, "offset": recorded["mean_absmax"]}
+            found = four_bit.quantize(self.stored, name, **options)
         made = quantized_record(found.packed, found.state)
         compared = Compared(
-            kind="4bit",
             differs=made["sha256"] != recorded["sha256"],
             codes_differ=made["codes"] != recorded["codes"],
             other_weights=_are_other_weights(found, recorded),
@@ -223,17 +201,6 @@ class RecordedBase:
             compared, found = replace(compared, differs=False, from_cache=True, different_codes=count), saved
         self.compared[name] = compared
         return found
-
-    def _quantize(self, name: str) -> Quantized:
-        if is_stored_quantized(self.stored, name):
-            found = four_bit.read_quantized(self.stored, name, self.device)
-            found.state.dtype = self.record.dtype  # bitsandbytes dequantizes to the dtype of a layer's input
-            return found
-        scheme, offset = self.record.scheme, self.record.tensors[name]["mean_absmax"]
-        if scheme is None:
-            raise ExportError(f"The run recorded {name} as 4-bit, but no quantization type.", "Train the run again.")
-        dtype, device = self.record.dtype, self.device
-        return four_bit.quantize(self.stored, name, dtype=dtype, scheme=scheme, device=device, offset=offset)
 
     def compare_plain(self) -> None:
         """Compare every tensor that the run did not quantize: one or two seconds for a full Phi-3."""
@@ -259,7 +226,7 @@ class RecordedBase:
 
 
 def _are_other_weights(found: Quantized, recorded: Mapping[str, Any]) -> bool:
-    """Whether these are other weights than the recorded ones, and not the same ones rounded by other hardware."""
+    """Whether these are other weights than the recorded ones, not the same ones rounded by other hardware."""
     if not isclose(found.mean_absmax, recorded["mean_absmax"], rel_tol=MEAN_TOLERANCE):
         return True
     was, now = recorded["sampled_codes"], four_bit.sample_codes(found.packed)

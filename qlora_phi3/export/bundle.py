@@ -1,12 +1,11 @@
 """The files next to the exported weights: the base's tokenizer and licence unchanged, two configs with changes, the model card.
 
-The model card says what was trained, on what, with which result, and what the export's proof found.
+The model card describes what was trained, on what, with which result, and what the export's proof found.
 """
 
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from yaml import YAMLError
 from qlora_phi3.adapters.peft_io import TOKENIZER_FILES
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.base import onto_label
+from qlora_phi3.export.request import DTYPES
 from qlora_phi3.family import is_hub_id
 from qlora_phi3.files import read_json_object, sha256_file
 from qlora_phi3.inference import EndOfTurn, stop_ids
@@ -25,32 +25,18 @@ from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import format_count
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-#: Copied where the base has them: the licence of the base applies to the export.
-LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE.md", "NOTICE")
-#: What the directory of a base may hold in addition to its weights.
-COMPANIONS = (*TOKENIZER_FILES, *LICENCE_FILES)
+#: What the directory of a base may hold in addition to its weights; its licence applies to the export.
+COMPANIONS = (*TOKENIZER_FILES, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE.md", "NOTICE")
 #: Hint for a base whose JSON files cannot be read.
 DOWNLOAD_AGAIN = "Download the checkpoint again."
 #: Tables of the recipe that the model card shows; [memory], paths and run names are private.
 PUBLIC_TABLES = ("quantization", "lora", "training")
 PRIVATE_KEYS = ("output_dir", "report_to", "run_name")
-#: A GGUF type -> dtype of the merged model that it holds bit for bit; f32 holds every one.
-EXACT_QUANTS = {"f16": "float16", "bf16": "bfloat16"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Companions:
-    """What was written next to the weights."""
-
-    #: File -> SHA-256, of those that are the base's own bytes.
-    copied: Mapping[str, str]
-    #: File and what was changed in it, one line each.
-    changed: tuple[str, ...]
 
 
 def write_companions(
     base: Path, adapter: Path, target: Path, *, dtype: str, untied: bool, ending: EndOfTurn
-) -> Companions:
+) -> dict[str, Any]:
     """Copy the base's tokenizer, licence and configs into a directory.
 
     Args:
@@ -58,6 +44,9 @@ def write_companions(
         dtype: of the exported weights, as torch names it.
         untied: the output head has weights of its own, and the base's had not.
         ending: its id is added to the stop ids of the generation config; its chat template replaces the base's.
+
+    Returns:
+        "copied": file -> SHA-256, of those that are the base's own bytes; "changed": file and what was changed, one line each.
 
     Raises:
         ExportError: a tokenizer file of the base is not the one that was trained with, or a config is not a JSON object.
@@ -68,24 +57,19 @@ def write_companions(
         if name not in (CONFIG, GENERATION_CONFIG) and (base / name).is_file():
             copied[name] = sha256_file(base / name)
             shutil.copyfile(base / name, target / name)
-    changed = [
-        *_write_config(base / CONFIG, target / CONFIG, dtype=dtype, untied=untied),
-        *_write_generation_config(base, target / GENERATION_CONFIG, ending.token_id),
-    ]
+    changed = _write_config(base / CONFIG, target / CONFIG, dtype=dtype, untied=untied)
+    changed += _write_generation_config(base, target / GENERATION_CONFIG, ending.token_id)
     if ending.template is not None:
         (target / "chat_template.jinja").write_text(ending.template, encoding="utf-8", newline="\n")
         copied.pop("chat_template.jinja", None)
         changed.append("chat_template.jinja: the template that the recipe names")
-    return Companions(copied=copied, changed=tuple(changed))
+    return {"copied": copied, "changed": changed}
 
 
 def check_trained_with(base: Path, adapter: Path) -> None:
-    """Compare the tokenizer files of a base with the run's copies before any of them is parsed.
+    """Raise ExportError for a tokenizer file of a base that is missing, additional, or another one than the run's copy.
 
     The two configs only have to exist: other versions write the same settings in another form, and `inputs` compares those.
-
-    Raises:
-        ExportError: a file is missing, additional, or another one.
     """
     for name in TOKENIZER_FILES:
         file, trained = base / name, adapter / name
@@ -138,8 +122,7 @@ def render_card(recipe: Recipe, run: Mapping[str, Any], export: Mapping[str, Any
         export: contents of export_report.json; for a GGUF its "gguf" names the file and its type.
         base: directory whose own model card states the licence: the base's, or for a GGUF the merged model's.
     """
-    name, gguf = public_name(recipe.model.name), "gguf" in export
-    licence = read_licence(base)
+    name, gguf, licence = public_name(recipe.model.name), "gguf" in export, read_licence(base)
     data = ModelCardData(
         base_model=name if "/" in name else None,
         license=licence,
@@ -148,14 +131,25 @@ def render_card(recipe: Recipe, run: Mapping[str, Any], export: Mapping[str, Any
         datasets=[source for source in as_list(recipe.data.train) if "/" in public_name(source)] or None,
         tags=["phi3", "qlora", "qlora-phi3", *(["gguf"] if gguf else [])],
     )
+    revision = export["base"].get("revision")
+    described = f"Base: `{name}` at commit `{revision}`." if revision else f"Base: `{name}`."
+    terms = "Its licence applies to this model too; the base's folder does not state it."
+    if licence:
+        terms = f"Its licence, `{licence}`, applies to this model too."
+    public_recipe = ["Recipe, where it differs from qlora-phi3's defaults:", "", "```toml"]
+    for table in PUBLIC_TABLES:
+        keys = getattr(recipe, table).model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+        public = [f"{key} = {format_toml(value)}" for key, value in keys.items() if key not in PRIVATE_KEYS]
+        public_recipe += [f"[{table}]", *public] if public else []
     parts = (
+        f"---\n{data.to_yaml()}\n---",
         f"# {name.rpartition('/')[2]}, fine-tuned with qlora-phi3",
-        _describe_base(name, export, licence),
+        f"{described} {terms} The adapter is {score_label(export['onto'], export)} weights ({export['dtype']}).",
         _describe_training(recipe, run),
         _describe_proof(run, export),
-        _describe_recipe(recipe),
+        "\n".join([*public_recipe, "```"]),
     )
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def public_name(name: str) -> str:
@@ -171,15 +165,6 @@ def read_licence(base: Path) -> str | None:
     except (ValueError, YAMLError):
         return None
     return licence if isinstance(licence, str) else None
-
-
-def _describe_base(name: str, export: Mapping[str, Any], licence: str | None) -> str:
-    revision = export["base"].get("revision")
-    base = f"Base: `{name}` at commit `{revision}`." if revision else f"Base: `{name}`."
-    terms = "Its licence applies to this model too; the base's folder does not state it."
-    if licence:
-        terms = f"Its licence, `{licence}`, applies to this model too."
-    return f"{base} {terms} The adapter is {score_label(export['onto'], export)} weights ({export['dtype']})."
 
 
 def _describe_training(recipe: Recipe, run: Mapping[str, Any]) -> str:
@@ -222,21 +207,8 @@ def _describe_proof(run: Mapping[str, Any], export: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _describe_recipe(recipe: Recipe) -> str:
-    lines = ["Recipe, where it differs from qlora-phi3's defaults:", "", "```toml"]
-    for table in PUBLIC_TABLES:
-        keys = getattr(recipe, table).model_dump(mode="json", exclude_defaults=True, exclude_none=True)
-        public = [f"{key} = {format_toml(value)}" for key, value in keys.items() if key not in PRIVATE_KEYS]
-        lines += [f"[{table}]", *public] if public else []
-    return "\n".join([*lines, "```"])
-
-
 def score_label(name: str, report: Mapping[str, Any]) -> str:
-    """What people read for the name of a score in a proof's table.
-
-    Args:
-        report: contents of export_report.json, which has the type of the run's quantization.
-    """
+    """What people read for the name of a score in the proof of an export_report.json."""
     quant = (report["base"].get("quantization") or {}).get("quant_type")
     if name == "live":
         return "base + adapter" if quant is None else "4-bit base + adapter"
@@ -245,15 +217,11 @@ def score_label(name: str, report: Mapping[str, Any]) -> str:
 
 def is_measured(quant: str, dtype: str) -> bool:
     """Whether a GGUF of that type has the very weights of a merged model of that dtype, so that its figures apply."""
-    return quant == "f32" or EXACT_QUANTS.get(quant) == dtype
+    return quant == "f32" or (dtype, quant) in DTYPES.values()
 
 
 def other_bits_warning(report: Mapping[str, Any]) -> str | None:
-    """That the 4-bit base of an export does not have all bits that were trained on; None where it has.
-
-    Args:
-        report: contents of export_report.json.
-    """
+    """The warning of an export_report.json whose 4-bit base does not have all bits that were trained on; None where it has."""
     compared = report["base"]["compared"]
     bits, codes, total = len(compared["differing"]), len(compared["codes_differing"]), compared["num_tensors"]
     if not bits:

@@ -12,17 +12,12 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from qlora_phi3.errors import ExportError, first_line
 
-#: Raised when the hub refuses or cannot be reached: the hub's own errors are both, those of its HTTP library (httpx, then httpx2)
-#: are not OSErrors.
+#: Raised when the hub refuses or cannot be reached; the errors of its HTTP library (httpx, then httpx2) are not OSErrors.
 HUB_ERRORS = (TransportError, OSError)
 
 
 def check_push(repository: str, *, private: bool) -> None:
-    """Check what can be known before hours of work: the name, the token, and who could read the repository.
-
-    Raises:
-        ExportError: the name is not `user/name`, there is no valid token, the hub cannot be reached, or the repository is public.
-    """
+    """Raise ExportError for what can be known before hours of work: the name, the token, who could read the repository."""
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
@@ -46,10 +41,7 @@ def check_push(repository: str, *, private: bool) -> None:
 
 
 def push(folder: Path, names: Sequence[str], repository: str, *, private: bool) -> str:
-    """Upload the files of these names from a finished export.
-
-    Returns:
-        The address of its page.
+    """Upload the files of these names from a finished export; return the address of its page.
 
     Raises:
         ExportError: the hub refuses or cannot be reached; the export stays where it is.
@@ -66,10 +58,8 @@ def push(folder: Path, names: Sequence[str], repository: str, *, private: bool) 
         )
     except HUB_ERRORS as error:
         options = "".join(f" --include '{name}'" for name in names) + (" --private" if private else "")
-        raise ExportError(
-            f"{repository} could not be pushed: {first_line(error)}.",
-            f"The export is complete in {folder}; push it with: hf upload {repository} {folder} .{options}",
-        ) from error
+        hint = f"The export is complete in {folder}; push it with: hf upload {repository} {folder} .{options}"
+        raise ExportError(f"{repository} could not be pushed: {first_line(error)}.", hint) from error
     return str(info.repo_url)
 
 

@@ -4,8 +4,9 @@ Nothing is in memory but headers; `Sources.merged` reads the tensors when they a
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from reprlib import repr
 from typing import Any
@@ -18,8 +19,8 @@ from transformers import Phi3Config
 
 from qlora_phi3.adapters.adapter_deltas import EMBEDDING, HEAD, AdapterDeltas, read_deltas
 from qlora_phi3.errors import ExportError, ModelError, first_line
-from qlora_phi3.export.base import BaseRecord, RecordedBase, read_record, summarise
-from qlora_phi3.export.bundle import COMPANIONS, CONFIG, DOWNLOAD_AGAIN, check_trained_with, public_name
+from qlora_phi3.export.base import BaseRecord, RecordedBase, read_record
+from qlora_phi3.export.bundle import COMPANIONS, CONFIG, DOWNLOAD_AGAIN, check_trained_with
 from qlora_phi3.export.merge import MergedWeights, Onto
 from qlora_phi3.export.request import Request
 from qlora_phi3.family import parse_architecture
@@ -29,8 +30,8 @@ from qlora_phi3.model.phi3 import load_tokenizer
 from qlora_phi3.model.quantized import is_stored_quantized
 from qlora_phi3.model.weights import open_weights
 from qlora_phi3.recipe.load import load_recipe
-from qlora_phi3.recipe.schema import Model, Recipe
-from qlora_phi3.reporter import Reporter
+from qlora_phi3.recipe.schema import Model
+from qlora_phi3.reporter import Progress, Reporter
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.units import MIB, format_count, format_gib
 
@@ -38,7 +39,7 @@ from qlora_phi3.units import MIB, format_count, format_gib
 MARGIN_BYTES = 512 * MIB
 #: Above the process after its imports, a merge of Phi-3-mini took at most this much, and a proof of 1,024 tokens this much plus
 #: twice the largest matrix in fp32 (with DoRA four times): measured were 533 to 681 MiB for Phi-3-mini, 1,058 with DoRA, 1,465
-#: for Phi-3-medium.
+#: for Phi-3-medium. A conversion to GGUF took 119 to 224 MiB.
 MERGE_BYTES, PROOF_BYTES = 300 * MIB, 300 * MIB
 #: Files of the base that are fetched from the hub; README.md states the licence in its front matter.
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "README.md", *COMPANIONS)
@@ -52,15 +53,12 @@ LOADING_KEYS = frozenset(
 class Sources:
     """What an export is made from."""
 
-    recipe: Recipe
-    folder: Path
-    #: Contents of the base's config.json.
-    config: dict[str, Any]
+    folder: Path  # of the base
+    config: dict[str, Any]  # contents of its config.json
     base: RecordedBase
     adapter: Path
     deltas: AdapterDeltas
-    #: The held-out rows; empty without a proof.
-    rows: Sequence[dict[str, Any]]
+    rows: Sequence[dict[str, Any]]  # the held-out rows; empty without a proof
     ending: EndOfTurn
     device: torch.device
 
@@ -69,7 +67,7 @@ class Sources:
         return MergedWeights(self.base, self.deltas, onto=onto, dtype=getattr(torch, dtype))
 
     def can_merge(self, onto: Onto) -> bool:
-        """Whether there are such weights: "nf4" needs a run that quantized, "original" a base that is not stored in 4 bit."""
+        """Whether the run quantized its base ("nf4"), or the base is not stored in 4 bit ("original")."""
         if onto == "nf4":
             return self.base.record.scheme is not None
         return not any(is_stored_quantized(self.base.stored, name) for name in self.base.info)
@@ -98,14 +96,12 @@ def open_sources(request: Request, reporter: Reporter) -> Sources:
     if base.left_out:
         count = format_count(len(base.left_out), "tensor")
         reporter.info(f"Left out, because the model does not read it: {count} of the base, first {base.left_out[0]}")
-    template = run.chat_template
+    template = str(run.chat_template) if run.chat_template.is_file() else recipe.data.chat_template
     try:
-        tokenizer = load_tokenizer(Model(name=str(folder)))
-        ending = read_end_of_turn(tokenizer, str(template) if template.is_file() else recipe.data.chat_template)
+        ending = read_end_of_turn(load_tokenizer(Model(name=str(folder))), template)
     except ModelError as error:  # its hint names the recipe, which is not what an export can change
         raise ExportError(error.message, "Give the complete base that was trained on with --base.") from error
     return Sources(
-        recipe=recipe,
         folder=folder,
         config=config,
         base=base,
@@ -117,12 +113,8 @@ def open_sources(request: Request, reporter: Reporter) -> Sources:
     )
 
 
-def find_base(record: BaseRecord, progress: Callable[[str, int, int | None], None]) -> Path:
-    """The directory of a run's base; a model of the hub is downloaded at the recorded commit if it is not in the cache.
-
-    Raises:
-        ExportError: the directory is gone, the hub cannot be reached, or it has that commit no longer.
-    """
+def find_base(record: BaseRecord, progress: Progress) -> Path:
+    """The directory of a run's base; a model of the hub that is not in the cache is downloaded at the recorded commit."""
     if Path(record.name).is_dir():
         return Path(record.name)
     if record.revision is None:
@@ -141,11 +133,7 @@ def find_base(record: BaseRecord, progress: Callable[[str, int, int | None], Non
 
 
 def _check_config(folder: Path, config: dict[str, Any], adapter: Path) -> None:
-    """Compare a base's config.json with the run's copy, which older runs do not have, as the model reads both.
-
-    Raises:
-        ExportError: they differ in a key that the computation may depend on.
-    """
+    """Compare a base's config.json with the run's copy, which older runs do not have, as the model reads both."""
     if not (adapter / CONFIG).is_file():
         return
     trained = read_json_object(adapter / CONFIG, ExportError, DOWNLOAD_AGAIN)
@@ -173,20 +161,14 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [{**row, "input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(
-            f"The held-out rows in {path} cannot be read: {error!r}.", "Export with --no-verify."
-        ) from error
+        message = f"The held-out rows in {path} cannot be read: {error!r}."
+        raise ExportError(message, "Export with --no-verify.") from error
 
 
 def check_adapter(run: RunFolder, report: Mapping[str, Any]) -> None:
-    """Compare the adapter's files with the checksums in the run's report; older runs have none.
-
-    Raises:
-        ExportError: a file is not what the run wrote.
-    """
+    """Raise ExportError for an adapter file that has not the checksum in the run's report; older runs have none."""
     for name, recorded in (report.get("adapter") or {}).items():
-        path = run.adapter / name
-        if sha256_file(path) == recorded:
+        if sha256_file(path := run.adapter / name) == recorded:
             continue
         message = f"{path} is not the file that the run wrote: its SHA-256 is not the one in {run.report.name}."
         copies = [copy for copy in sorted(run.checkpoints.glob(f"*/{name}")) if sha256_file(copy) == recorded]
@@ -195,24 +177,10 @@ def check_adapter(run: RunFolder, report: Mapping[str, Any]) -> None:
         raise ExportError(message, f"Put the run's own back, or train again: qlora-phi3 run {run.recipe}")
 
 
-def describe_base(sources: Sources) -> dict[str, Any]:
-    """For the report: the base, and how its tensors compare with the run's record."""
-    record = sources.base.record
-    return {
-        "name": public_name(record.name),
-        "revision": record.revision,
-        "quantization": record.scheme and asdict(record.scheme),
-        "compared": asdict(summarise(sources.base.compared)),
-    }
-
-
 def free_ram(max_ram_bytes: int | None = None) -> int:
-    """Bytes of memory that this process may take in addition to what it has.
+    """Bytes of memory that this process may take in addition to what it has, if it may have `max_ram_bytes` in all.
 
     psutil does not know the memory limit of a container (control group): give it with --max-ram.
-
-    Args:
-        max_ram_bytes: all that the process may have; None for no limit.
     """
     free = int(psutil.virtual_memory().available) - MARGIN_BYTES
     if max_ram_bytes is not None:
@@ -220,18 +188,17 @@ def free_ram(max_ram_bytes: int | None = None) -> int:
     return max(0, free)
 
 
-def check_memory(sources: Sources, max_ram_bytes: int, *, verify: bool) -> None:
-    """Refuse an export that would need more memory than it may take; see `MERGE_BYTES` for the estimate.
-
-    Raises:
-        ExportError: with the memory it needs.
-    """
-    info = sources.base.info
-    largest = max(info[name].num_bytes // info[name].dtype.itemsize for name in info if name not in (EMBEDDING, HEAD))
-    copies = 4 if any(target.magnitude for target in sources.deltas.targets.values()) else 2
+def check_memory(max_ram_bytes: int | None, proved: Sources | None = None) -> None:
+    """Raise ExportError for an export that needs more memory than --max-ram; `proved` are the sources of one with a proof."""
+    if max_ram_bytes is None:
+        return
     used = psutil.Process().memory_info().rss
-    merge, proof = used + MERGE_BYTES, used + copies * 4 * largest + PROOF_BYTES
-    needed = max(merge, proof) if verify else merge
+    merge = needed = used + MERGE_BYTES
+    if proved is not None:
+        info = proved.base.info
+        largest = max(prod(info[name].shape) for name in info if name not in (EMBEDDING, HEAD))
+        copies = 4 if any(target.magnitude for target in proved.deltas.targets.values()) else 2
+        needed = max(merge, used + copies * 4 * largest + PROOF_BYTES)
     if max_ram_bytes >= needed:
         return
     message = f"--max-ram {format_gib(max_ram_bytes)} is too little: this export needs about {format_gib(needed)}."

@@ -1,8 +1,7 @@
 """The tensors of the merged model, and the models that a proof compares.
 
 A merge adds the adapter's update to a weight in fp32, a few rows at a time, and casts once. Onto "nf4" the weight is the one that
-was trained on: quantized to 4 bit (NF4 or FP4) and dequantized. Onto "original" it is the number in the base's file, without the
-rounding of the run's dtype, for those who trust the published weights over any rounding.
+was trained on: quantized to 4 bit (NF4 or FP4) and dequantized. Onto "original" it is the one in the base's file.
 """
 
 import hashlib
@@ -65,14 +64,10 @@ class MergedWeights:
         }
 
     def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
-        """The rows of a merged tensor.
-
-        Returns:
-            Chunks of `Weights.iter_row_chunks`: (rows, ...) in `info[name].dtype`, on the CPU.
+        """The rows of a merged tensor: chunks (rows, ...) in `info[name].dtype`, on the CPU.
 
         Raises:
-            ExportError: a value is not finite, or beyond the range of `dtype`.
-            ModelError: the base's file cannot be read.
+            ExportError: a value is not finite, or beyond the range of `dtype`. ModelError: the base's file cannot be read.
         """
         replacement = self.deltas.replaced.get(name)
         rows = self._base_rows(name) if replacement is None else self.deltas.stored.iter_row_chunks(replacement)
@@ -81,35 +76,24 @@ class MergedWeights:
         return (_cast(name, chunk, self.dtype) for chunk in rows) if name in self.cast else rows
 
     def _base_rows(self, name: str) -> Iterator[Tensor]:
-        """The rows of the base to which the update is added."""
         record = self.base.record
         source = EMBEDDING if name == HEAD and self.deltas.unties else name  # a head that was tied is the embedding
         if not record.is_quantized(name):
             rows = self.base.iter_row_chunks(source)
             # A weight that was not quantized was trained on in the run's dtype.
             return (chunk.to(record.dtype) for chunk in rows) if name in self.deltas.targets else rows
-        if self.onto == "original" and name in self.base.compared:
-            return self.base.iter_row_chunks(name)
-        quantized = self.base.quantized(name)  # compared with the record, whatever is merged onto
-        if self.onto == "original" or quantized is None:
-            return self.base.iter_row_chunks(name)
-        return dequantize(quantized)
+        quantized = None
+        if self.onto == "nf4" or name not in self.base.compared:  # compared with the record, whatever is merged onto
+            quantized = self.base.quantized(name)
+        return dequantize(quantized) if quantized and self.onto == "nf4" else self.base.iter_row_chunks(name)
 
 
 def _add_delta(rows: Iterator[Tensor], delta: LoraDelta, device: torch.device) -> Iterator[Tensor]:
-    """Add the update of an adapter to the rows of a weight.
+    """Add the update of an adapter to chunks (rows, in_features) of a weight; yields them in fp32, on `device`.
 
     DoRA scales each row of the sum to its trained length; PEFT divides by the norm over in_features of base plus update.
-
-    Args:
-        rows: chunks (rows, in_features) of any dtype.
-        delta: lora_A (r, in_features), lora_B (out_features, r), magnitude (out_features,) or None, all fp32.
-
-    Yields:
-        Chunks (rows, in_features) in fp32, on `device`.
     """
-    lora_A, lora_B = delta.block.lora_A.to(device), delta.block.lora_B.to(device)
-    start = 0
+    lora_A, lora_B, start = delta.block.lora_A.to(device), delta.block.lora_B.to(device), 0
     for chunk in rows:
         weight = chunk.to(device=device, dtype=torch.float32)
         stop = start + len(weight)
@@ -122,11 +106,7 @@ def _add_delta(rows: Iterator[Tensor], delta: LoraDelta, device: torch.device) -
 
 
 def _cast(name: str, chunk: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a chunk of a merged tensor, and move it to the CPU.
-
-    Raises:
-        ExportError: NaN, infinity, or a value beyond the range of `dtype`.
-    """
+    """Cast a chunk of a merged tensor, and move it to the CPU; ExportError for a value beyond the range of `dtype`."""
     ends = torch.stack(chunk.aminmax())  # rounding keeps the order: no value between them overflows unless they do
     if not ends.isfinite().all():
         raise ExportError(f"{name} of the merged model holds NaN or infinity.", "Check the base's files and the run.")
@@ -139,20 +119,13 @@ def _cast(name: str, chunk: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredModel:
-    """A model that a proof scores: the live one, a merge, or the base of a merge with the adapter unmerged.
+    """A model that a proof scores: the live one, a merge, or the base of a merge with the adapter unmerged."""
 
-    Args:
-        name: "live", "nf4" or "original", which are reported; or "nf4, unmerged" and so on, which merges are compared with.
-        label: what people read for it.
-        origin: the model that it must agree with; None where that is not checked.
-        checksums: of a merge, tensor -> SHA-256, filled as the tensors are read.
-    """
-
-    name: str
-    label: str
+    name: str  # "live", "nf4" or "original", which are reported; "nf4, unmerged" and so on, which merges are compared with
+    label: str  # what people read for it
     open: Callable[[], StreamedModel]
-    origin: str | None = None
-    checksums: Mapping[str, str] | None = None
+    origin: str | None = None  # the model that it must agree with; None where that is not checked
+    checksums: Mapping[str, str] | None = None  # of a merge, tensor -> SHA-256, filled as the tensors are read
 
 
 def build_models(
@@ -216,12 +189,11 @@ class _UnmergedBase:
     def __init__(self, base: RecordedBase, deltas: AdapterDeltas, onto: Onto) -> None:
         self.base, self.trained, self.info = base, TrainedBase(base), base.info
         record, info = base.record, base.info
-        #: Tensors that have the values they had in training.
+        #: Tensors with the values they had in training; whether the live model has all of the same values.
         self.as_trained = {
             name for name in info if (onto == "nf4" if record.is_quantized(name) else name in deltas.targets)
         }
         others = info.keys() - self.as_trained
-        #: Whether the live model has the same values.
         self.is_live = not any(record.is_quantized(name) or info[name].dtype != record.dtype for name in others)
 
     def iter_row_chunks(self, name: str) -> Iterator[Tensor]:

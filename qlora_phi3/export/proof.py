@@ -1,8 +1,8 @@
 """The proof that the exported model is the model that was trained: both are scored on the same held-out rows.
 
 Everything is computed in fp32, so that the figures show the difference of the weights. Losses and divergences are in nats, over
-the supervised positions and the full distribution of the next token; its logits are computed in tiles. The proof is made before
-the weights are written, saved until the export is complete, and the files are then compared with what was scored.
+the supervised positions and the full distribution of the next token. The proof is made before the weights are written; the files
+are then compared with what was scored.
 """
 
 import json
@@ -21,14 +21,14 @@ from qlora_phi3.export.bundle import DOWNLOAD_AGAIN, GENERATION_CONFIG
 from qlora_phi3.export.inputs import Sources
 from qlora_phi3.export.merge import Onto, ScoredModel, build_models
 from qlora_phi3.export.request import Request
-from qlora_phi3.export.streamed import Final, Progress
+from qlora_phi3.export.streamed import Final
 from qlora_phi3.export.writer import DISK_HINT
 from qlora_phi3.family import Architecture, parse_architecture
 from qlora_phi3.files import atomic_file, disk_errors, read_json_object, remove
 from qlora_phi3.model.loss import IGNORE_INDEX
 from qlora_phi3.model.quantized import checksum_of
 from qlora_phi3.model.weights import Weights
-from qlora_phi3.reporter import Reporter
+from qlora_phi3.reporter import Progress, Reporter
 from qlora_phi3.step import collate
 
 #: Most tokens that are scored, prompts included.
@@ -49,20 +49,15 @@ TOLERANCES = {torch.float32: (1e-6, 1e-4), torch.float16: (1e-4, 1e-2), torch.bf
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """One model on the held-out rows; its name is "live", or what it is merged onto ("nf4", "original")."""
+    """One model on the held-out rows."""
 
-    name: str
-    #: Mean negative log-likelihood of the supervised tokens.
-    loss: float
-    #: KL(live || this), mean and largest over the positions.
-    mean_kl: float
+    name: str  # "live", or what it is merged onto ("nf4", "original")
+    loss: float  # mean negative log-likelihood of the supervised tokens
+    mean_kl: float  # KL(live || this), mean and largest over the positions
     max_kl: float
-    #: Share of the positions where its most likely token is the live model's.
-    top_agreement: float
-    #: Share of the ends of turns where its most likely token is a stop id; None if the rows contain no end of a turn.
-    stop_share: float | None
-    #: KL(base and adapter unmerged || this), mean and largest; None where that was not computed.
-    fault_mean_kl: float | None
+    top_agreement: float  # share of the positions where its most likely token is the live model's
+    stop_share: float | None  # share of the ends of turns where its most likely token is a stop id; None without ends
+    fault_mean_kl: float | None  # KL(base and adapter unmerged || this); None where that was not computed
     fault_max_kl: float | None
 
 
@@ -70,10 +65,8 @@ class Score:
 class LossDifference:
     """Loss of the merge onto the 4-bit weights minus that of the merge onto the original, paired token by token, nats."""
 
-    #: More than 0 where the original is better.
-    mean: float
-    #: Of the mean: sample standard deviation / sqrt(tokens); None for a single token.
-    standard_error: float | None
+    mean: float  # more than 0 where the original is better
+    standard_error: float | None  # of the mean: sample standard deviation / sqrt(tokens); None for a single token
     tokens: int
 
 
@@ -82,15 +75,11 @@ class Proof:
     """The scores of all models on the same rows, the live model's first."""
 
     rows: int
-    #: Supervised positions scored.
-    tokens: int
-    #: Ends of turns among them.
-    turns: int
-    #: Whether the rows were trained on, because the run had no others.
-    trained: bool
+    tokens: int  # supervised positions scored
+    turns: int  # ends of turns among them
+    trained: bool  # whether the rows were trained on, because the run had no others
     scores: tuple[Score, ...]
-    #: None where only one merge was scored.
-    loss_difference: LossDifference | None = None
+    loss_difference: LossDifference | None = None  # None where only one merge was scored
 
     def of(self, name: str) -> Score:
         """The score of that name."""
@@ -116,9 +105,12 @@ def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: O
         reporter.info("The proof was made before the interruption and is used again")
         return scored
     ontos: list[Onto] = [each for each in ("nf4", "original") if sources.can_merge(each)]
-    checked, dtype = ontos if request.options.onto == "auto" else [onto], getattr(torch, request.dtype)
-    parts = sources.base, sources.deltas, sources.config, sources.adapter
-    models = build_models(*parts, dtype=dtype, ontos=ontos, checked=checked)
+    models = build_models(
+        *(sources.base, sources.deltas, sources.config, sources.adapter),
+        dtype=getattr(torch, request.dtype),
+        ontos=ontos,
+        checked=ontos if request.options.onto == "auto" else [onto],
+    )
     proof = prove(
         models,
         sources.rows,
@@ -130,24 +122,23 @@ def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: O
     )
     checksums = {model.name: dict(model.checksums) for model in models if model.checksums is not None}
     scored = Scored(proof=proof, checksums=checksums)
-    notes = sources.base.notes(list(sources.base.compared))
+    saved = {"key": key, **asdict(scored), "notes": sources.base.notes(list(sources.base.compared))}
     with disk_errors(draft, ExportError, hint=DISK_HINT), atomic_file(draft / SCORED) as staging:
-        staging.write_text(json.dumps({"key": key, **asdict(scored), "notes": notes}), encoding="utf-8")
+        staging.write_text(json.dumps(saved), encoding="utf-8")
     return scored
 
 
 def _read_scored(path: Path, key: str, sources: Sources) -> Scored | None:
-    """The scores that an interrupted export saved under this key."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["key"] != key:
             return None
         proof, difference = saved["proof"], saved["proof"]["loss_difference"]
-        scores = tuple(Score(**score) for score in proof["scores"])
-        difference = difference and LossDifference(**difference)
+        proof["scores"] = tuple(Score(**score) for score in proof["scores"])
+        proof["loss_difference"] = difference and LossDifference(**difference)
+        scored = Scored(proof=Proof(**proof), checksums=saved["checksums"])
         sources.base.restore(saved["notes"])
-        proof = Proof(**{**proof, "scores": scores, "loss_difference": difference})
-        return Scored(proof=proof, checksums=saved["checksums"])
+        return scored
     except (OSError, ValueError, KeyError, TypeError):  # absent, damaged, or of another version: scored again
         return None
 
@@ -174,17 +165,14 @@ def prove(
     """Score models one after the other.
 
     Args:
-        models: `build_models`.
         rows: `input_ids`, `labels` (unshifted, -100 where not supervised); "trained": true in rows that were trained on.
-        stop_ids: tokens that end a turn.
         max_tokens: of the rows together; see `choose_rows`.
         check: called after each model has run; raises where the rest would be in vain.
 
     Raises:
         ExportError: no row has a supervised token.
     """
-    chosen = choose_rows(rows, max_tokens)
-    boundary = architecture.longrope_boundary
+    chosen, boundary = choose_rows(rows, max_tokens), architecture.longrope_boundary
     plan = MicroBatchPlan(max_tokens=max_tokens, max_rows=len(chosen), packing=True, longrope_boundary=boundary)
     batch = collate(chosen, plan)
     targets = torch.cat([micro["labels"][micro["labels"] != IGNORE_INDEX] for micro in batch.micro_batches])
@@ -211,13 +199,8 @@ def prove(
 
 
 def choose_rows(rows: Sequence[Mapping[str, Any]], max_tokens: int) -> list[Mapping[str, Any]]:
-    """The first rows that fit `max_tokens` together; of the first that does not, its end, which is supervised in every chat.
-
-    Raises:
-        ExportError: none of them has a supervised token.
-    """
-    chosen: list[Mapping[str, Any]] = []
-    left = max_tokens
+    """The first rows that fit `max_tokens` together; of the first that does not, its end, which is supervised in every chat."""
+    chosen, left = list[Mapping[str, Any]](), max_tokens
     for row in rows:
         cut = {**row, "input_ids": row["input_ids"][-left:], "labels": row["labels"][-left:]}
         if left > 1 and any(label != IGNORE_INDEX for label in cut["labels"][1:]):
@@ -247,13 +230,7 @@ class _Sums:
         self.weighted = {pair: zeros.clone() for pair in pairs}
 
     def add(self, rows: slice, start: int, logits: Mapping[str, Tensor]) -> None:
-        """Add a tile.
-
-        Args:
-            rows: the positions.
-            start: first word of the tile.
-            logits: model -> (positions, words), float64.
-        """
+        """Add a tile: the logits of these positions, model -> (positions, words), float64, from the word `start` on."""
         index = self.targets[rows, None] - start
         for name, tile in logits.items():
             highest, top = tile.max(dim=1)
@@ -261,8 +238,7 @@ class _Sums:
             self.top[name][rows] = torch.where(highest > before, top + start, self.top[name][rows])
             now = torch.maximum(before, highest)
             exp = (tile - now[:, None]).exp_()
-            rescale = (before - now).exp_()
-            self.max_logits[name][rows] = now
+            rescale, self.max_logits[name][rows] = (before - now).exp_(), now
             self.sum_exp[name][rows] = self.sum_exp[name][rows] * rescale + exp.sum(dim=1)
             target = tile.gather(1, index.clamp(0, tile.shape[1] - 1))
             self.target_logits[name][rows] += torch.where((index >= 0) & (index < tile.shape[1]), target, 0)[:, 0]
@@ -285,21 +261,17 @@ class _Sums:
 def _sum_tiles(
     finals: Mapping[str, Final], pairs: Iterable[tuple[str, str]], targets: Tensor, vocab_size: int, progress: Progress
 ) -> _Sums:
-    """Compute the logits of all models, a tile of the vocabulary at a time, and sum them up."""
-    device = next(iter(finals.values())).hidden.device
+    device, start = next(iter(finals.values())).hidden.device, 0
     sums = _Sums(finals, pairs, targets.to(device))
-    start = 0
     for tiles in zip(*(_tiles(final.head()) for final in finals.values()), strict=True):
-        progress("Comparing the next tokens, words", start, vocab_size)
         heads = [tile.to(device=device, dtype=torch.float32) for tile in tiles]
         for row in range(0, len(targets), TILE_POSITIONS):
             rows = slice(row, row + TILE_POSITIONS)
-            logits = [
-                (final.hidden[rows] @ head.T).double() for final, head in zip(finals.values(), heads, strict=True)
-            ]
-            sums.add(rows, start, dict(zip(finals, logits, strict=True)))
+            models = zip(finals.items(), heads, strict=True)
+            logits = {name: (final.hidden[rows] @ head.T).double() for (name, final), head in models}
+            sums.add(rows, start, logits)
         start += len(heads[0])
-    progress("Comparing the next tokens, words", start, vocab_size)
+        progress("Comparing the next tokens, words", start, vocab_size)
     sums.finish()
     return sums
 
@@ -333,12 +305,7 @@ def _score(name: str, origin: str | None, sums: _Sums, ends: Tensor, stop_ids: S
 
 
 def compare_losses(quantized: Tensor, original: Tensor) -> LossDifference:
-    """Compare the losses of two merges on the same tokens.
-
-    Args:
-        quantized: (tokens,) losses of the merge onto the 4-bit weights, nats, float64.
-        original: (tokens,) losses of the merge onto the original.
-    """
+    """Compare the losses (tokens,), nats, float64, of the merges onto the 4-bit weights and onto the original."""
     difference, tokens = quantized - original, len(quantized)
     error = float(difference.std(correction=1)) / tokens**0.5 if tokens > 1 else None
     return LossDifference(mean=float(difference.mean()), standard_error=error, tokens=tokens)
@@ -358,17 +325,12 @@ def choose_onto(proof: Proof) -> Onto:
 
 
 def find_difference(scored: Mapping[str, str], written: Weights, progress: Progress) -> str | None:
-    """Why the files are not what was scored, with the first tensor whose bytes differ; None where they are.
-
-    Args:
-        scored: `ScoredModel.checksums` after the proof.
-    """
+    """Why the files are not what was scored (`ScoredModel.checksums`), with the first such tensor; None where they are."""
     names = sorted({*scored, *written.info})
-    for done, name in enumerate(names):
-        progress("Reading the files back", done, len(names))
+    for done, name in enumerate(names, 1):
         if name not in written.info or checksum_of(written.iter_row_chunks(name)) != scored.get(name):
             return f"{name} in the files is not what was scored"
-    progress("Reading the files back", len(names), len(names))
+        progress("Reading the files back", done, len(names))
     return None
 
 

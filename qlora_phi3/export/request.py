@@ -1,6 +1,6 @@
 """What is exported and where to: everything that can be checked before torch starts.
 
-An export lists every file it wrote in its report (`export_report.json`). Only files that such a report lists are ever replaced.
+Only files that an earlier export lists in its report (`export_report.json`) are ever replaced.
 """
 
 import hashlib
@@ -18,10 +18,8 @@ from qlora_phi3.units import parse_size
 
 CARD, REPORT, MODELFILE = "README.md", "export_report.json", "Modelfile"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-#: The values of --dtype, and torch's names for them.
-DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-#: The GGUF type that holds each of them bit for bit.
-DEFAULT_QUANTS = {"fp16": "f16", "bf16": "bf16", "fp32": "f32"}
+#: The values of --dtype: torch's name, and the GGUF type that holds it bit for bit.
+DTYPES = {"fp16": ("float16", "f16"), "bf16": ("bfloat16", "bf16"), "fp32": ("float32", "f32")}
 DEFAULT_ONTO, DEFAULT_DTYPE = "auto", "fp16"
 #: A smaller shard size would make thousands of files.
 MIN_SIZE_BYTES = 2**20
@@ -34,12 +32,9 @@ class ExportOptions:
     """The options of `qlora-phi3 export`, as they are typed."""
 
     out: Path | None = None
-    #: "hf" or "gguf".
-    kind: str = "hf"
-    #: Type of the GGUF; None for the one that holds `dtype` bit for bit.
-    quant: str | None = None
-    #: A key of `DTYPES`.
-    dtype: str = DEFAULT_DTYPE
+    kind: str = "hf"  # or "gguf"
+    quant: str | None = None  # None: the GGUF type that holds `dtype` bit for bit
+    dtype: str = DEFAULT_DTYPE  # a key of `DTYPES`
     onto: str = DEFAULT_ONTO
     base: Path | None = None
     shard_size: str = "5GB"
@@ -56,18 +51,13 @@ class Request:
 
     options: ExportOptions
     run: RunFolder
-    #: Contents of the run's report.json.
-    report: dict[str, Any]
-    #: Name of the model: the recipe's name when the run started.
-    name: str
-    #: `merge_key` of the merged model.
-    key: str
-    #: Directory of the merged model; a GGUF is made from it and written to `gguf_file`.
-    target: Path
+    report: dict[str, Any]  # contents of the run's report.json
+    name: str  # of the model: the recipe's name when the run started
+    key: str  # `merge_key` of the merged model
+    target: Path  # directory of the merged model; a GGUF is made from it and written to `gguf_file`
     gguf_file: Path | None
-    #: llama.cpp's name of the GGUF type, and torch's name of the dtype of the merged model.
-    quant: str
-    dtype: str
+    quant: str  # llama.cpp's name of the GGUF type
+    dtype: str  # torch's name of the dtype of the merged model
     shard_bytes: int
     max_ram_bytes: int | None
 
@@ -75,29 +65,27 @@ class Request:
 def make_request(run: Path, options: ExportOptions) -> Request:
     """Check the options of an export, its run and its targets.
 
+    Without `options.out` the export goes into the run, under a name that contains every option that changes the weights.
+
     Args:
-        run: directory of a finished run, or of several. Without `options.out` the export goes into the run, under a name that
-            contains every option that changes the weights.
+        run: directory of a finished run, or of several.
 
     Raises:
-        ExportError, RunError: there is no finished run, a size cannot be read, the hub refuses the push, or a target is a place
-            that must not be written.
+        ExportError, RunError: no finished run, an unreadable size, a refused push, or a target that must not be written.
     """
     folder, report = find_finished_run(run, verify=options.verify)
     if options.base is not None and not (options.base / "config.json").is_file():
-        raise ExportError(
-            f"--base {options.base} has no config.json.", "Give the folder of the base that was trained on."
-        )
+        hint = "Give the folder of the base that was trained on."
+        raise ExportError(f"--base {options.base} has no config.json.", hint)
     name = str(report.get("name") or f"phi3-{str(report.get('started'))[:10]}")  # never a path, which is private
-    default_quant, dtype = DEFAULT_QUANTS[options.dtype], DTYPES[options.dtype]
+    dtype, default_quant = DTYPES[options.dtype]
     quant = (options.quant or default_quant).lower()
     suffix = "" if options.onto == DEFAULT_ONTO else f"-{options.onto}"
     suffix += "" if options.dtype == DEFAULT_DTYPE else f"-{options.dtype}"
     target, gguf_file = folder.path / f"merged{suffix}", None
     if options.kind == "gguf":
-        quant_suffix = "" if quant == default_quant else f"-{quant}"
-        gguf_folder = (options.out or folder.path / f"gguf{suffix}{quant_suffix}").resolve()
-        gguf_file = gguf_folder / f"{name}-{quant}.gguf"
+        suffix += "" if quant == default_quant else f"-{quant}"
+        gguf_file = (options.out or folder.path / f"gguf{suffix}").resolve() / f"{name}-{quant}.gguf"
     elif options.out is not None:
         target = options.out
     request = Request(
@@ -124,11 +112,8 @@ def make_request(run: Path, options: ExportOptions) -> Request:
 def find_finished_run(path: Path, *, verify: bool) -> tuple[RunFolder, dict[str, Any]]:
     """The run in a directory, or the newest run below it, with its report.
 
-    Args:
-        verify: the held-out rows are needed too.
-
     Raises:
-        RunError: there is no run. ExportError: it did not finish, or a file that an export needs is missing.
+        RunError: there is no run. ExportError: it did not finish, or a file that an export (or `verify`) needs is missing.
     """
     if not path.is_dir():
         raise RunError(f"There is no folder {path}.", "Give the folder of a finished run, such as runs/chat/TIME.")
@@ -173,11 +158,7 @@ def _parse_size_option(option: str, text: str) -> int:
 
 
 def check_targets(request: Request) -> None:
-    """Refuse to write into or over anything that is read, and to replace what no export wrote.
-
-    Raises:
-        ExportError: the target that must not be written, and why.
-    """
+    """Raise ExportError for a target that is inside or over anything that is read, or holds what no export wrote."""
     options, target, gguf, run = request.options, request.target, request.gguf_file, request.run.path.resolve()
     sources = _find_sources(request.run, options.base)
     _check_outside(target, sources)
@@ -199,10 +180,15 @@ def check_targets(request: Request) -> None:
         if gguf.parent == run:
             raise ExportError(f"--out {run} is the run itself.", "Choose another folder.")
         if any(gguf.parent.glob("*.safetensors")):
-            raise ExportError(
-                f"--out {gguf.parent} holds a model, whose card a GGUF would replace.", "Choose another folder."
-            )
-        _check_gguf_replaceable(gguf, request)
+            message = f"--out {gguf.parent} holds a model, whose card a GGUF would replace."
+            raise ExportError(message, "Choose another folder.")
+        # Files of another type of the same model are replaced without --force; other files of the directory stay.
+        existing = read_existing_report(gguf.parent)
+        for path in (gguf, *(gguf.with_name(name) for name in (MODELFILE, CARD, REPORT))):
+            if path.exists() and path.name not in existing["files"]["written"]:
+                raise ExportError(f"{path} exists, and no export wrote it.", OTHER_PLACE)
+            if path.exists() and not options.force and (path == gguf or existing.get("key") != request.key):
+                raise ExportError(f"{path} exists.", FORCE)
 
 
 def _find_sources(run: RunFolder, base: Path | None) -> list[Path]:
@@ -227,11 +213,7 @@ def _check_outside(target: Path, sources: Sequence[Path]) -> None:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse to replace anything but a merged model that an export wrote.
-
-    Raises:
-        ExportError: the directory holds a file that no export wrote, or a GGUF.
-    """
+    """Raise ExportError for a directory that holds a file that no export wrote, or a GGUF."""
     report = read_existing_report(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.name not in report["files"]["written"] or (path.is_dir() and not path.is_symlink()):
@@ -240,26 +222,12 @@ def check_replaceable(folder: Path) -> None:
         raise ExportError(f"{folder} holds a GGUF, which a merged model does not replace.", OTHER_PLACE)
 
 
-def _check_gguf_replaceable(gguf: Path, request: Request) -> None:
-    """The directory of a GGUF may hold other files: refuse to replace one that no export wrote.
-
-    Model card, Modelfile and report of another type of the same model are replaced without --force.
-    """
-    report = read_existing_report(gguf.parent)
-    for path in (gguf, *(gguf.with_name(name) for name in (MODELFILE, CARD, REPORT))):
-        if path.exists() and path.name not in report["files"]["written"]:
-            raise ExportError(f"{path} exists, and no export wrote it.", OTHER_PLACE)
-        if path.exists() and not request.options.force and (path == gguf or report.get("key") != request.key):
-            raise ExportError(f"{path} exists.", FORCE)
-
-
 def find_reusable(request: Request) -> dict[str, Any] | None:
     """The report of an existing merged model that a GGUF can be made from, or that can be pushed; None where there is none."""
-    options = request.options
+    options, folder = request.options, request.target
     is_wanted = request.gguf_file is not None or (options.push is not None and not options.force)
-    if not is_wanted or reuse_blocker(request.target, request.key, verify=options.verify) is not None:
-        return None
-    return read_existing_report(request.target)
+    is_reusable = is_wanted and reuse_blocker(folder, request.key, verify=options.verify) is None
+    return read_existing_report(folder) if is_reusable else None
 
 
 def reuse_blocker(folder: Path, key: str, *, verify: bool) -> str | None:

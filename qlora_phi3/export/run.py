@@ -1,7 +1,7 @@
 """An export from start to end: base and adapter -> proof -> merged weights -> a directory that other programs load.
 
-Everything is written into a hidden staging directory next to the target, which is renamed at the very end: an incomplete model
-never has the target's name. An interrupted export continues there.
+Everything is written into a hidden staging directory next to the target, in which an interrupted export continues and which is
+renamed at the very end: an incomplete model never has the target's name.
 """
 
 import json
@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 
 from qlora_phi3.errors import ExportError, ProofError
@@ -22,12 +21,12 @@ from qlora_phi3.export import inputs, writer
 from qlora_phi3.export import proof as proofs
 from qlora_phi3.export import request as requests
 from qlora_phi3.export.base import summarise
-from qlora_phi3.export.bundle import Companions, is_measured, render_card, write_companions
+from qlora_phi3.export.bundle import is_measured, public_name, render_card, write_companions
 from qlora_phi3.export.gguf.prompt import write_modelfile
 from qlora_phi3.export.gguf.tensors import check_quant
 from qlora_phi3.export.gguf.write import GgufResult, convert_to_gguf, plan_gguf
 from qlora_phi3.export.hub import push
-from qlora_phi3.export.inputs import MERGE_BYTES, Sources, open_sources
+from qlora_phi3.export.inputs import Sources, open_sources
 from qlora_phi3.export.merge import Onto
 from qlora_phi3.export.proof import SCORED, Proof
 from qlora_phi3.export.request import CARD, MODELFILE, REPORT, Request, check_replaceable, find_reusable
@@ -51,16 +50,13 @@ LIBRARIES = ("qlora-phi3", "torch", "transformers", "peft", "bitsandbytes", "saf
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """What was written."""
+    """What was written. With a `fault`, the name of `folder` says that the proof failed, and nothing was made from it."""
 
     folder: Path
-    #: Contents of export_report.json.
-    report: dict[str, Any]
+    report: dict[str, Any]  # contents of export_report.json
     gguf: GgufResult | None = None
-    #: Address on the hub.
-    page: str | None = None
-    #: The proof failed: the name of `folder` says so, and nothing was made from it. To be raised after the figures are shown.
-    fault: ProofError | None = None
+    page: str | None = None  # address on the hub
+    fault: ProofError | None = None  # to be raised after the figures are shown
 
 
 def export_run(request: Request, reporter: Reporter) -> Exported:
@@ -81,7 +77,7 @@ def export_run(request: Request, reporter: Reporter) -> Exported:
         if report is not None:
             reporter.info(f"Merged model: {folder}, made before")
             if gguf_file is not None:
-                _check_memory_of_gguf(request)
+                inputs.check_memory(request.max_ram_bytes)
         else:
             draft = folder.with_name(f".{folder.name}.partial")
             stack.enter_context(writer.staging_dir(draft, reusable=[SCORED]))
@@ -102,30 +98,27 @@ def export_run(request: Request, reporter: Reporter) -> Exported:
 
 
 def _export_merged(request: Request, draft: Path, reporter: Reporter) -> tuple[dict[str, Any], ProofError | None]:
-    """Write the merged model into `draft`, prove it, and rename it to the request's target.
-
-    Returns:
-        Its report; and where the proof failed, the error to raise.
-    """
+    """Write the merged model into `draft`, prove it, and rename it; return its report, and the error of a failed proof."""
     started, auto = time.perf_counter(), request.options.onto == "auto"
     sources = open_sources(request, reporter)
-    if request.max_ram_bytes is not None:
-        inputs.check_memory(sources, request.max_ram_bytes, verify=request.options.verify)
-    onto = _first_onto(request, sources)
+    inputs.check_memory(request.max_ram_bytes, sources if request.options.verify else None)
+    # What is merged onto before the proof: for "auto" the 4-bit weights, which are what was trained on.
+    onto: Onto = "nf4" if request.options.onto != "original" and sources.can_merge("nf4") else "original"
+    if request.options.onto == "nf4" and onto == "original":
+        raise ExportError("--onto nf4: the run did not quantize its base.", "Leave --onto out.")
     # A draft is continued only with the files of the base that it was started from.
     files = ((path.name, path.stat()) for path in sorted(sources.folder.glob("*.safetensors")))
     state = [str(sources.folder.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)]
     key = f"{request.key} {state}"
     with disk_errors(draft, ExportError, hint=DISK_HINT):
         writer.clear_draft(draft, reusable=[SCORED])
-        untied, ending = sources.deltas.unties, sources.ending
-        places = sources.folder, sources.adapter, draft
-        companions = write_companions(*places, dtype=request.dtype, untied=untied, ending=ending)
+        folders, untied, ending = (sources.folder, sources.adapter, draft), sources.deltas.unties, sources.ending
+        companions = write_companions(*folders, dtype=request.dtype, untied=untied, ending=ending)
     _check_space(request, sources, draft, key, onto)
     scored = stops = fault = None
     if request.options.verify:
         scored = proofs.score_all(request, sources, draft, key, onto, reporter)
-        onto = _choose_onto(sources, scored.proof, onto, reporter) if auto else onto
+        onto = _choose_onto(sources, scored.proof, reporter) if auto else onto
     elif auto and onto == "nf4":
         label = sources.base.record.label(onto)
         reporter.info(f"Without the proof it is not known which merge is better: onto {label}, which was trained")
@@ -148,48 +141,41 @@ def _export_merged(request: Request, draft: Path, reporter: Reporter) -> tuple[d
     if scored is None or fault is not None:
         report["status"] = "unproved" if scored is None else "failed"
     with disk_errors(draft, ExportError, hint=DISK_HINT):
-        _write_report(draft, render_card(sources.recipe, request.report, report, base=sources.folder), report)
+        _write_report(draft, request, report, base=sources.folder)
         return report, _publish(request, draft, fault)
 
 
-def _describe_export(request: Request, sources: Sources, draft: Path, companions: Companions) -> dict[str, Any]:
+def _describe_export(request: Request, sources: Sources, draft: Path, companions: Mapping[str, Any]) -> dict[str, Any]:
     """The part of the report that does not depend on the proof; the status is that of an export that passed."""
-    base = inputs.describe_base(sources)
+    record, compared = sources.base.record, summarise(sources.base.compared)
     return {
         "key": request.key,
-        "status": PROVED_ON_OTHER_BITS if base["compared"]["differing"] else PROVED,
+        "status": PROVED_ON_OTHER_BITS if compared.differing else PROVED,
         "run": request.run.path.name,
-        "base": base,
+        "base": {
+            "name": public_name(record.name),
+            "revision": record.revision,
+            "quantization": record.scheme and asdict(record.scheme),
+            "compared": asdict(compared),
+        },
         "onto_asked": request.options.onto,
         "dtype": request.dtype,
         "files": {
             "written": sorted({path.name for path in draft.iterdir()} - {SCORED, PROGRESS_NAME} | {CARD, REPORT}),
-            "copied": dict(companions.copied),
-            "changed": list(companions.changed),
+            **companions,
         },
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {name: version(name) for name in LIBRARIES},
     }
 
 
-def _first_onto(request: Request, sources: Sources) -> Onto:
-    """What is merged onto before the proof: for "auto" the 4-bit weights, which are what was trained on."""
-    if request.options.onto == "original" or not sources.can_merge("nf4"):
-        if request.options.onto == "nf4":
-            raise ExportError("--onto nf4: the run did not quantize its base.", "Leave --onto out.")
-        return "original"
-    return "nf4"
-
-
-def _choose_onto(sources: Sources, proof: Proof, first: Onto, reporter: Reporter) -> Onto:
+def _choose_onto(sources: Sources, proof: Proof, reporter: Reporter) -> Onto:
     """Decide `--onto auto` by the proof, and print the reason where the original has the lower loss."""
-    chosen, difference, label = proofs.choose_onto(proof), proof.loss_difference, sources.base.record.label(first)
+    chosen, difference = proofs.choose_onto(proof), proof.loss_difference
     if difference is not None and difference.standard_error is not None and difference.mean > 0:
         better, limit = f"{difference.mean:.4f} nats", f"{2 * difference.standard_error:.4f}"
-        if chosen == "original":
-            reporter.info(f"original is better by {better}, more than two standard errors ({limit}): original")
-        else:
-            reporter.info(f"original is better by {better}, less than two standard errors ({limit}): {label}")
+        how, label = "more" if chosen == "original" else "less", sources.base.record.label(chosen)
+        reporter.info(f"original is better by {better}, {how} than two standard errors ({limit}): {label}")
     return chosen
 
 
@@ -209,40 +195,38 @@ def _write_weights(request: Request, sources: Sources, draft: Path, key: str, on
     base, weights = sources.base, sources.merged(onto, request.dtype)
     shards = writer.plan_shards(weights.info, request.shard_bytes)
     progress = partial(_report_megabytes, reporter, f"Merging onto {base.record.label(onto)}")
-    written = writer.write_shards(weights, draft, shards, key=f"{key} {onto}", progress=progress, notes=base.notes)
-    if written.num_resumed:
-        reporter.info(f"Continued after {written.num_resumed} of {len(shards)} files that were complete")
-    base.restore(written.notes)
+    num_resumed, notes = writer.write_shards(
+        weights, draft, shards, key=f"{key} {onto}", progress=progress, notes=base.notes
+    )
+    if num_resumed:
+        reporter.info(f"Continued after {num_resumed} of {len(shards)} files that were complete")
+    base.restore(notes)
     if not request.options.verify:  # the proof has checked it already
         proofs.refuse_other_base(sources, draft)
     compared = summarise(base.compared)
     if compared.from_cache:
         tensors = format_count(len(compared.from_cache), "tensor")
         codes = format_count(compared.different_codes or 0, "code")
-        reporter.info(
-            f"Taken from the 4-bit base that the run saved: {tensors}, of which {codes} came out otherwise here"
-        )
+        message = f"Taken from the 4-bit base that the run saved: {tensors}, of which {codes} came out otherwise here"
+        reporter.info(message)
 
 
 def _report_megabytes(reporter: Reporter, what: str, done: int, total: int | None) -> None:
-    megabytes = None if total is None else max(1, total // 10**6)
-    done_megabytes = done // 10**6
+    done_megabytes, megabytes = done // 10**6, None if total is None else max(1, total // 10**6)
     if megabytes is not None:  # only the end may equal the total, which ends the progress
         done_megabytes = min(done_megabytes, megabytes if done == total else megabytes - 1)
     reporter.progress(f"{what}, MB", done_megabytes, megabytes)
 
 
-def _write_report(folder: Path, card: str, report: Mapping[str, Any]) -> None:
+def _write_report(folder: Path, request: Request, report: Mapping[str, Any], *, base: Path) -> None:
+    """Write report and model card; `base` as in `render_card`."""
+    card = render_card(load_recipe(request.run.recipe), request.report, report, base=base)
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8", newline="\n")
     (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
 
 
 def _publish(request: Request, draft: Path, fault: str | None) -> ProofError | None:
-    """Rename the staging directory to the target, or where the proof failed to a name that says so; the target then stays.
-
-    Returns:
-        The error of the failed proof.
-    """
+    """Rename the staging directory to the target; if the proof failed, to a name that says so, and return the error."""
     target = request.target if fault is None else requests.failed_path(request.target)
     check_replaceable(target)
     if fault is None and not request.options.force and target.exists() and any(target.iterdir()):
@@ -258,21 +242,11 @@ def _publish(request: Request, draft: Path, fault: str | None) -> ProofError | N
     return ProofError(f"The export is not what was trained: {fault}.", hint)
 
 
-def _check_memory_of_gguf(request: Request) -> None:
-    """As `inputs.check_memory`; a conversion was measured to take 119 to 224 MiB."""
-    needed = psutil.Process().memory_info().rss + MERGE_BYTES
-    if request.max_ram_bytes is not None and request.max_ram_bytes < needed:
-        given = format_gib(request.max_ram_bytes)
-        message = f"--max-ram {given} is too little: a .gguf file needs about {format_gib(needed)}."
-        raise ExportError(message, "Give that much.")
-
-
 def _export_gguf(request: Request, target: Path, report: Mapping[str, Any], reporter: Reporter) -> GgufResult:
     """Write the merged model as a GGUF, with Modelfile, model card and report in place of those of an earlier GGUF."""
     quant, force, progress = request.quant, request.options.force, partial(_report_megabytes, reporter)
     result = convert_to_gguf(request.target, target, quant=quant, name=request.name, progress=progress, force=force)
-    folder = target.parent
-    earlier = requests.read_existing_report(folder)["files"]["written"]
+    folder, earlier = target.parent, requests.read_existing_report(target.parent)["files"]["written"]
     measured = is_measured(request.quant, report["dtype"]) or not report["status"].startswith(PROVED)
     written = {name for name in earlier if (folder / name).is_file()} | {target.name, CARD, MODELFILE, REPORT}
     gguf_report = {
@@ -282,7 +256,6 @@ def _export_gguf(request: Request, target: Path, report: Mapping[str, Any], repo
         "files": {**report["files"], "written": sorted(written)},
     }
     with disk_errors(folder, ExportError, hint=DISK_HINT):
-        recipe = load_recipe(request.run.recipe)
-        _write_report(folder, render_card(recipe, request.report, gguf_report, base=request.target), gguf_report)
+        _write_report(folder, request, gguf_report, base=request.target)
         write_modelfile(request.target, target, folder / MODELFILE, force=True)
     return result

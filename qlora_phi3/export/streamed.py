@@ -1,9 +1,8 @@
 """A phi3 model whose weights are read from files layer by layer: at no time are all of them in memory.
 
-It is the real model class with the real PEFT layers, in fp32 whatever the weights are stored in: two such models differ by their
-weights alone, not by the rounding of the arithmetic. The largest layer and the activations are in memory at once; embedding and
-head are read in chunks. accelerate's hooks do this for 16-bit models, but take complete tensors by name, and empty the layer
-under a DoRA before PEFT has read its weight.
+It is the real model class with the real PEFT layers, computed in fp32: two such models differ by their weights alone. The largest
+layer and the activations are in memory at once. accelerate's hooks do this for 16-bit models, but take complete tensors by name,
+and empty the layer under a DoRA before PEFT has read its weight.
 """
 
 import warnings
@@ -31,10 +30,9 @@ from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register
 from qlora_phi3.model.loss import select_supervised
 from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM
 from qlora_phi3.model.weights import StoredWeights, TensorInfo, Weights, open_file, read_tensor, split_rows
+from qlora_phi3.reporter import Progress
 from qlora_phi3.step import Batch, evaluating
 
-#: What is being done, how much of it is done, and out of how much (None: unknown).
-Progress = Callable[[str, int, int | None], None]
 OTHER_BASE = "Give the base that the adapter was trained on."
 
 
@@ -42,10 +40,8 @@ OTHER_BASE = "Give the base that the adapter was trained on."
 class Final:
     """The output of a model before its head, for the supervised positions: enough to compute their logits in tiles."""
 
-    #: (positions, hidden_size), fp32.
-    hidden: Tensor
-    #: Reads the output head: chunks (words, hidden_size) of the vocabulary, in the dtype of the weights.
-    head: Callable[[], Iterator[Tensor]]
+    hidden: Tensor  # (positions, hidden_size), fp32
+    head: Callable[[], Iterator[Tensor]]  # reads the head: chunks (words, hidden_size), in the dtype of the weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +71,9 @@ class StreamedModel:
             owner.register_forward_hook(partial(_set_parameter, slot, placeholder))
 
     def run(self, batch: Batch, what: str, progress: Progress) -> Final:
-        """Compute the final hidden states of the supervised positions of a batch.
+        """Compute the final hidden states of the supervised positions of a batch; `progress` counts layers of `what`.
 
-        Args:
-            batch: packed micro-batches; the weights are read once for each of them.
-            what: for `progress`, which counts layers.
+        The weights are read once for each of the packed micro-batches.
         """
         layers = self.model.model.layers
         done, total = 0, len(layers) * len(batch.micro_batches)
@@ -98,14 +92,13 @@ class StreamedModel:
             self._buffer = torch.empty(0)
             for hook in hooks:
                 hook.remove()
-        # The reader of the head does not hold the model.
-        head = partial(self.weights.iter_row_chunks, HEAD if HEAD in self.weights.info else EMBEDDING)
-        return Final(hidden=hidden, head=head)
+        name = HEAD if HEAD in self.weights.info else EMBEDDING
+        return Final(hidden=hidden, head=partial(self.weights.iter_row_chunks, name))  # which does not hold the model
 
     def _run_micro_batch(self, micro: Mapping[str, Any]) -> Tensor:
         """(1, length) ids of packed rows -> (supervised positions, hidden_size), fp32."""
-        lengths, config = micro["document_lengths"], self.model.config
-        masks = build_window_masks(lengths, config.sliding_window, device=self.device, dtype=torch.float32)
+        lengths, window = micro["document_lengths"], self.model.config.sliding_window
+        masks = build_window_masks(lengths, window, device=self.device, dtype=torch.float32)
         output = self.model.model(
             inputs_embeds=self._embed(micro["input_ids"]),
             position_ids=micro["position_ids"].to(self.device),
@@ -141,14 +134,11 @@ def _set_parameter(slot: _Slot, parameter: nn.Parameter, *_: Any) -> None:
 
 
 def stream_plain(weights: Weights, config: dict[str, Any], *, device: torch.device = CPU) -> StreamedModel:
-    """A model of plain linear layers.
+    """A model of plain linear layers; ModelError for a tensor that is missing or has another shape than the config says.
 
     Args:
         weights: every tensor of a checkpoint, of any floating dtype.
         config: contents of its config.json.
-
-    Raises:
-        ModelError: a tensor is missing or has another shape than the config says.
     """
     model = _build_empty_model(config, device)
     return StreamedModel(model, _find_slots(model, weights), weights, device)
@@ -159,7 +149,6 @@ def stream_live(base: Weights, config: dict[str, Any], adapter: Path, *, device:
 
     Args:
         base: `TrainedBase` for the model as it was trained; `RecordedBase` for the base as its files hold it.
-        config: contents of the base's config.json.
         adapter: the PEFT directory.
 
     Raises:
@@ -202,9 +191,8 @@ def _attach_adapter(model: PackedPhi3ForCausalLM, weights: _WithReplacements, ad
     """Put PEFT's layers around an empty model, with the adapter's weights except those that `weights` reads in chunks."""
     settings, stored = load_lora_config(adapter), weights.adapter
     replaced = [name.removesuffix(".weight") for name in weights.replaced]
-    settings.modules_to_save = [
-        name for name in settings.modules_to_save or () if not any(path.endswith(name) for path in replaced)
-    ] or None
+    others = [name for name in settings.modules_to_save or () if not any(path.endswith(name) for path in replaced)]
+    settings.modules_to_save = others or None
     tensors = {key: read_tensor(stored, key).float() for key in stored.info if key not in weights.replaced.values()}
     try:
         with warnings.catch_warnings():
@@ -232,8 +220,7 @@ class TrainedBase:
 
     def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
         """As `Weights.iter_row_chunks`, on the base's device; a 4-bit tensor is dequantized at once, not in chunks."""
-        quantized = self.base.quantized(name)
-        if quantized is None:
+        if (quantized := self.base.quantized(name)) is None:
             return (chunk.to(self.base.record.dtype) for chunk in self.base.iter_row_chunks(name))
         return split_rows(dequantize_4bit(quantized.packed, quantized.state))
 
@@ -257,15 +244,14 @@ def _build_empty_model(config: dict[str, Any], device: torch.device) -> PackedPh
 def _find_slots(model: PackedPhi3ForCausalLM, weights: Weights) -> list[_Slot]:
     """The parameters between embedding and head; to be called before PEFT moves them."""
     slots = []
-    for path, module in model.model.named_modules(prefix="model"):
-        if module is model.model.embed_tokens:
+    for name, parameter in model.model.named_parameters(prefix="model"):
+        path, _, attribute = name.rpartition(".")
+        if (module := model.get_submodule(path)) is model.model.embed_tokens:
             continue
-        for attribute, parameter in module.named_parameters(recurse=False):
-            name, expected = f"{path}.{attribute}", tuple(parameter.shape)
-            if name not in weights.info:
-                raise ModelError(f"The weights hold no {name}.", "Use a complete checkpoint.")
-            if (shape := weights.info[name].shape) != expected:
-                message = f"{name} has the shape {shape}, and the config says {expected}."
-                raise ModelError(message, "Use a complete checkpoint.")
-            slots.append(_Slot(module, attribute, name))
+        if name not in weights.info:
+            raise ModelError(f"The weights hold no {name}.", "Use a complete checkpoint.")
+        if (shape := weights.info[name].shape) != tuple(parameter.shape):
+            message = f"{name} has the shape {shape}, and the config says {tuple(parameter.shape)}."
+            raise ModelError(message, "Use a complete checkpoint.")
+        slots.append(_Slot(module, attribute, name))
     return slots

@@ -1,8 +1,7 @@
 """Write a checkpoint as its tensors are computed: safetensors files of a chosen size, each complete or absent, and their index.
 
-safetensors' own writer needs all tensors of a file in memory. The format is a header of names, dtypes and offsets, which are
-known before, and then the bytes: we write them a chunk at a time, and the tests read them back with the library. Also here: the
-staging directory of an export, in which an interrupted one continues, and the locks against a second export.
+safetensors' own writer needs all tensors of a file in memory. We write the header, which is known before, and then the bytes, a
+chunk at a time. Also here: the staging directory in which an interrupted export continues, and the locks against a second one.
 """
 
 import hashlib
@@ -32,11 +31,6 @@ PROGRESS_NAME = ".shards.json"
 DISK_HINT = "{cause}, and give the same command again; complete files are used again."
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-#: Called after every chunk: bytes written, of all bytes.
-Progress = Callable[[int, int], None]
-#: What to save with a shard in the progress file, given its tensors' names.
-Notes = Callable[[Sequence[str]], dict[str, Any]]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
@@ -48,15 +42,6 @@ class Shard:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
-    """A finished checkpoint: its files, how many of them an earlier attempt had written, and the notes of all shards."""
-
-    files: tuple[Path, ...]
-    num_resumed: int
-    notes: Mapping[str, Any]
-
-
 def plan_shards(info: Mapping[str, TensorInfo], shard_bytes: int) -> tuple[Shard, ...]:
     """Distribute tensors over files, in their order.
 
@@ -66,8 +51,7 @@ def plan_shards(info: Mapping[str, TensorInfo], shard_bytes: int) -> tuple[Shard
     Returns:
         One `model.safetensors`, or `model-00001-of-0000N.safetensors` and so on, as transformers names them.
     """
-    groups: list[list[str]] = []
-    filled = 0
+    groups, filled = list[list[str]](), 0
     for name, tensor in info.items():
         if not groups or filled + tensor.num_bytes > shard_bytes:
             groups.append([])
@@ -107,7 +91,7 @@ def _find_progress(shards: Sequence[Shard], folder: Path, key: str) -> tuple[str
     """What an earlier attempt left in a directory.
 
     Returns:
-        A key of the shards and their content; the progress of the shards that are complete under it, by file name; and all other
+        A key of the shards and their content; by file name the notes of the shards that are complete under it; and all other
         weights, which a reader would find first and a push would upload.
     """
     digest, done = hashlib.sha256(key.encode()), {}
@@ -125,19 +109,12 @@ def _find_progress(shards: Sequence[Shard], folder: Path, key: str) -> tuple[str
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
-    """Refuse what does not fit on the disk.
-
-    Args:
-        folder: need not exist; the disk is that of the nearest directory above that does.
-
-    Raises:
-        ExportError: fewer bytes are free than are needed.
-    """
+    """Raise ExportError for what does not fit on the disk of a directory, or of the nearest one above that exists."""
     existing = next(path for path in [folder, *folder.resolve().parents] if path.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        needed, free_text = format_gib(needed_bytes), format_gib(free)
-        message = f"The export needs {needed} on the disk of {existing}, and {free_text} are free."
+        needed = format_gib(needed_bytes)
+        message = f"The export needs {needed} on the disk of {existing}, and {format_gib(free)} are free."
         raise ExportError(message, "Free disk space, or choose another --out.")
 
 
@@ -147,24 +124,31 @@ def write_shards(
     shards: Sequence[Shard],
     *,
     key: str,
-    progress: Progress = lambda done, total: None,
-    notes: Notes = lambda names: {},
-) -> Written:
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    notes: Callable[[Sequence[str]], dict[str, Any]] = lambda names: {},
+) -> tuple[int, dict[str, Any]]:
     """Write the planned shards and, where there are several, their index; complete shards of an earlier attempt stay.
 
     Any other weights in the directory are removed. The progress file stays: remove it when the directory is complete.
 
     Args:
         shards: `plan_shards(weights.info, ...)`.
-        key: names everything that decides the bytes (base, adapter, dtype, onto, ...); shards made under another key are written
-            again.
+        key: names everything that decides the bytes (base, adapter, dtype, ...); shards of another key are written again.
+        progress: called after every chunk: bytes written, of all bytes.
+        notes: what to save with a shard in the progress file, given its tensors' names.
+
+    Returns:
+        How many shards an earlier attempt had written, and the notes of all shards.
 
     Raises:
         ExportError: the disk is full or refuses; complete shards stay. Or what `weights.iter_row_chunks` raises.
     """
     full_key, done, leftovers = _find_progress(shards, folder, key)
     total, written, num_resumed = sum(shard.num_bytes for shard in shards), 0, len(done)
-    collected: dict[str, Any] = {}
+
+    def report(new: int) -> None:
+        progress(written + new, total)
+
     with disk_errors(folder, ExportError, hint=DISK_HINT):
         folder.mkdir(parents=True, exist_ok=True)
         if not done:
@@ -173,25 +157,22 @@ def write_shards(
             path.unlink()
         for shard in shards:
             if shard.file_name not in done:
-                _write_shard(weights, folder, shard, progress, written, total)
-                done[shard.file_name] = {"num_bytes": shard.num_bytes, "notes": notes(shard.names)}
+                _write_shard(weights, folder, shard, report)
+                done[shard.file_name] = notes(shard.names)
                 with atomic_file(folder / PROGRESS_NAME) as staging:
                     staging.write_text(json.dumps({"key": full_key, "shards": done}), encoding="utf-8")
             written += shard.num_bytes
-            collected |= done[shard.file_name]["notes"]
-            progress(written, total)
-        files = [folder / shard.file_name for shard in shards]
+            report(0)
         if len(shards) > 1:
-            files.append(folder / INDEX_NAME)
             size = sum(tensor.num_bytes for tensor in weights.info.values())
             names = dict(sorted((name, shard.file_name) for shard in shards for name in shard.names))
             index = json.dumps({"metadata": {"total_size": size}, "weight_map": names}, indent=2) + "\n"
             with atomic_file(folder / INDEX_NAME) as staging:
                 staging.write_text(index, encoding="utf-8", newline="\n")
-    return Written(files=tuple(files), num_resumed=num_resumed, notes=collected)
+    return num_resumed, {name: note for shard in shards for name, note in done[shard.file_name].items()}
 
 
-def _write_shard(weights: Weights, folder: Path, shard: Shard, progress: Progress, before: int, total: int) -> None:
+def _write_shard(weights: Weights, folder: Path, shard: Shard, progress: Callable[[int], None]) -> None:
     """Write one file; each chunk is written while the next one is computed."""
     with (
         atomic_file(folder / shard.file_name) as staging,
@@ -204,7 +185,7 @@ def _write_shard(weights: Weights, folder: Path, shard: Shard, progress: Progres
             for chunk in weights.iter_row_chunks(name):
                 if writing is not None:
                     writing.result()
-                    progress(before + file.tell(), total)
+                    progress(file.tell())
                 data = cast(Any, chunk.contiguous().view(-1).view(torch.uint8).numpy())
                 writing = pool.submit(_write_all, file.write, data)
         if writing is not None:
@@ -222,11 +203,7 @@ def _write_all(write: Callable[[Any], int | None], data: Any) -> None:
 
 @contextmanager
 def ensure_dir(folder: Path) -> Iterator[None]:
-    """Create a directory before any long work is done for it; it is removed again if it stays empty.
-
-    Raises:
-        ExportError: it cannot be created or written.
-    """
+    """Create a directory, or raise ExportError, before any long work is done; it is removed again if it stays empty."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with disk_errors(folder, ExportError, hint=DISK_HINT):
@@ -242,7 +219,7 @@ def ensure_dir(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def staging_dir(draft: Path, reusable: Collection[str] = ()) -> Iterator[None]:
-    """Create the staging directory of an export; `files.replace_dir` renames it, and otherwise it stays only to be continued.
+    """Create the staging directory of an export; unless it is renamed, it stays only to be continued.
 
     Args:
         reusable: names of files that a later attempt can use, in addition to complete shards.
@@ -258,22 +235,17 @@ def staging_dir(draft: Path, reusable: Collection[str] = ()) -> Iterator[None]:
 def clear_draft(folder: Path, reusable: Collection[str] = ()) -> None:
     """Empty a staging directory, except for what `write_shards` uses again or removes itself, and the files of these names."""
     for path in folder.iterdir():
-        if path.name in (PROGRESS_NAME, *reusable) or (path.suffix == ".safetensors" and path.is_file()):
-            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)  # not `files.remove`: what cannot be removed must not be exported
-        else:
+        elif path.name not in (PROGRESS_NAME, *reusable) and (path.suffix != ".safetensors" or not path.is_file()):
             path.unlink()
 
 
 @contextmanager
 def locked(places: Iterable[Path]) -> Iterator[None]:
-    """Lock directories against other exports of this user; the system releases the locks when the process is killed.
+    """Lock directories against other exports of this user, or raise ExportError; a killed process releases its locks.
 
     The lock files are elsewhere, because a directory is renamed and uploaded.
-
-    Raises:
-        ExportError: another export holds one of them.
     """
     folder = user_state_dir() / "locks"
     with suppress(OSError):

@@ -21,14 +21,12 @@ def show_export(view: ConsoleReporter, exported: Exported) -> None:
     else:
         view.warning("Not compared with the trained model (--no-verify).")
     if stops := report["stop_test"]:
+        count = f"{stops['stopped']} of {stops['turns']}"
         if not stops["turns"]:
             view.info("Stop test: no turn to test.")
         elif stops["method"] == "generated":
-            view.info(
-                f"Stop test: {stops['stopped']} of {stops['turns']} answers to held-out prompts ended by themselves."
-            )
+            view.info(f"Stop test: {count} answers to held-out prompts ended by themselves.")
         else:
-            count = f"{stops['stopped']} of {stops['turns']}"
             view.info(f"Stop test: at {count} ends of held-out turns a stop id is the most likely token.")
         if warning := runaway_warning(stops):
             view.warning(warning)
@@ -45,12 +43,7 @@ def show_export(view: ConsoleReporter, exported: Exported) -> None:
 
 
 def proof_lines(report: Mapping[str, Any], *, quant: str | None = None) -> list[str]:
-    """The table of an export's proof.
-
-    Args:
-        report: contents of export_report.json.
-        quant: type of the GGUF that was made from the model, if one was.
-    """
+    """The table of the proof in an export_report.json; `quant` is the type of the GGUF that was made, if one was."""
     proof = report["proof"]
     lines = [f"{'':28}{'held-out loss':>14}{'mean KL':>9}{'largest KL':>12}{'same top token':>16}"]
     for score in proof["scores"]:
@@ -64,9 +57,8 @@ def proof_lines(report: Mapping[str, Any], *, quant: str | None = None) -> list[
     written = "what is written."
     if quant is not None and not is_measured(quant, report["dtype"]):
         written = f"what {quant} was made from; the file itself was not measured."
-    tokens, kind = (
-        format_count(proof["tokens"], "token"),
-        "rows that were trained on" if proof["trained"] else "held-out rows",
-    )
+    tokens, kind = format_count(proof["tokens"], "token"), "held-out rows"
+    if proof["trained"]:
+        kind = "rows that were trained on"
     lines.append(f"> {written} KL from the live model, in nats; {tokens} of {proof['rows']} {kind}.")
     return lines

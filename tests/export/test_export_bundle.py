@@ -31,7 +31,7 @@ def change(path, **keys):
 
 def test_tokenizer_and_licence_are_the_bases_own_bytes(places):
     source, _, target = places
-    copied = write_companions(*places, **DEFAULTS).copied
+    copied = write_companions(*places, **DEFAULTS)["copied"]
     assert {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "LICENSE"} <= copied.keys()
     for name in copied:
         assert (target / name).read_bytes() == (source / name).read_bytes()
@@ -41,7 +41,7 @@ def test_the_config_says_the_new_dtype_and_keeps_all_the_rest(places):
     source, _, target = places
     change(source / "config.json", torch_dtype="bfloat16", auto_map={"AutoConfig": "configuration_phi3.Phi3Config"})
     before = read_json(source / "config.json")
-    changed = write_companions(*places, **DEFAULTS).changed
+    changed = write_companions(*places, **DEFAULTS)["changed"]
     after = read_json(target / "config.json")
     assert after == {
         **{key: value for key, value in before.items() if key != "auto_map"},

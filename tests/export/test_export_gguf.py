@@ -15,10 +15,16 @@ from tokenizers import Tokenizer
 
 from qlora_phi3.errors import ExportError, ModelError
 from qlora_phi3.export.gguf import write as converter
-from qlora_phi3.export.gguf.prompt import build_template, general_name, plan_prompting, write_modelfile
+from qlora_phi3.export.gguf.prompt import (
+    build_template,
+    chat,
+    general_name,
+    plan_prompting,
+    read_turns,
+    write_modelfile,
+)
 from qlora_phi3.export.gguf.vocab import CL100K, NEVER, O200K, read_pieces, read_vocabulary
 from qlora_phi3.export.gguf.write import GgufResult, convert_to_gguf
-from qlora_phi3.export.stop import chat, read_turns
 from qlora_phi3.model import weights
 
 gguf = pytest.importorskip("gguf", reason="the .gguf tests need: pip install 'qlora-phi3[gguf]'")

@@ -64,13 +64,13 @@ def changed_adapter(shop: Workshop) -> None:
 
 
 def other_weights(shop: Workshop) -> None:
-    compared = {"lm_head.weight": Compared(kind="plain", differs=True, other_weights=True)}
+    compared = {"lm_head.weight": Compared(differs=True, other_weights=True)}
     base: Any = SimpleNamespace(compared=compared, record=SimpleNamespace(tensors={"lm_head.weight": {}}))
     RecordedBase.check_weights(base, shop.path / "base")
 
 
 def record_of(name: str, revision: str | None) -> BaseRecord:
-    return BaseRecord(name=name, revision=revision, dtype=torch.float32, scheme=None, device="cpu", tensors={})
+    return BaseRecord(name=name, revision=revision, dtype=torch.float32, scheme=None, tensors={})
 
 
 def tokenizer_file(shop: Workshop, base: str | None, adapter: str | None) -> None:
@@ -83,7 +83,7 @@ def tokenizer_file(shop: Workshop, base: str | None, adapter: str | None) -> Non
 def little_memory(shop: Workshop) -> None:
     info = {"w": TensorInfo((64, 64), torch.float32)}
     sources: Any = SimpleNamespace(base=SimpleNamespace(info=info), deltas=SimpleNamespace(targets={}))
-    check_memory(sources, 2**20, verify=True)
+    check_memory(2**20, sources)
 
 
 def lock_twice(shop: Workshop) -> None:

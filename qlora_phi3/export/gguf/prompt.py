@@ -16,7 +16,6 @@ from jinja2 import TemplateError
 
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.bundle import DOWNLOAD_AGAIN, GENERATION_CONFIG
-from qlora_phi3.export.stop import PROBES, Message, Turns, chat, read_turns
 from qlora_phi3.family import read_architecture
 from qlora_phi3.files import atomic_file, disk_errors, read_json_object
 from qlora_phi3.inference import stop_ids
@@ -28,6 +27,25 @@ UNTOUCHED = ("<unk>", "<s>", "<|endoftext|>")
 REQUIRED = (*UNTOUCHED, "</s>")
 NAMED_PHI_3 = re.compile(r"phi-?3", re.IGNORECASE)
 
+#: A special token of the family, and the white space after it.
+ENDING = re.compile(r"<\|[^|>\s]+\|>\s*")
+
+Message = dict[str, str]
+
+
+def chat(*turns: str) -> list[Message]:
+    """A conversation of turns such as `user How are you?`."""
+    return [{"role": role, "content": content} for role, _, content in (turn.partition(" ") for turn in turns)]
+
+
+#: Conversations on which the pieces of a template are checked.
+PROBES = (
+    chat("user one"),
+    chat("system be kind", "user one"),
+    chat("user one", "assistant two", "user three"),
+    chat("system be kind", "user one", "assistant two", "user three", "assistant four", "user five"),
+)
+
 #: White space that people write and that a tokenizer with more rules of its own reads as other ids.
 PADDED = chat("user  one ", "assistant  two ", "user \nthree\n")
 
@@ -35,6 +53,40 @@ ENDS_OF_TURN = ("<|end|>", "<|im_end|>")
 
 #: Largest context in tokens for Ollama; Phi-4's cache then takes 1.6 GiB in 16 bit (40 layers, 10 heads of 128).
 LARGEST_CONTEXT = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turns:
+    """The fixed text around the content of each turn.
+
+    Args:
+        opening: before the first user turn if there is no system turn; a system prompt of the template's own.
+        system: before and after a system turn's content; None if the template has no such turn.
+        user: before a user's content, and after it up to the assistant's content.
+        after_assistant: the end of turn, and other text before the next turn.
+    """
+
+    opening: str
+    system: tuple[str, str] | None
+    user: tuple[str, str]
+    after_assistant: str
+
+    @property
+    def end_of_turn(self) -> str:
+        """The token that ends a turn: `<|end|>` or `<|im_end|>`."""
+        return self.after_assistant.rstrip()
+
+    def render(self, messages: list[Message]) -> str:
+        """Render the prompt of a conversation that ends with the user's turn."""
+        text = self.opening if messages[0]["role"] != "system" else ""
+        around = {"system": self.system or ("", ""), "user": self.user, "assistant": ("", self.after_assistant)}
+        for message in messages:
+            if message["role"] == "system" and self.system is None:
+                text += self.opening
+                continue
+            before, after = around[message["role"]]
+            text += before + message["content"] + after
+        return text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +100,53 @@ class Prompting:
     add_bos: bool  #: whether a conversation begins with the begin-of-text token
     end_of_turn: int | None  #: id of the token that ends an assistant's turn; None where it is unknown
     notes: tuple[str, ...]  #: what llama.cpp will do differently, for a person to read
+
+
+def read_turns(tokenizer: Any, template: str) -> Turns | None:
+    """Split a chat template into fixed pieces by rendering it; None if that fails on one of `PROBES`.
+
+    A begin-of-text token that the template itself writes is left out.
+    """
+
+    def render(messages: list[Message]) -> str:
+        text: str = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        return text.removeprefix(tokenizer.bos_token or "")
+
+    try:
+        before_user, between, after_answer, _ = _split(
+            render(chat("user (1)", "assistant (2)", "user (3)")), "(1)", "(2)", "(3)"
+        )
+        with_system = render(chat("system (1)", "user (2)"))
+        ending = ENDING.match(after_answer)
+        user = after_answer[ending.end() :] if ending else after_answer
+        if ending is None or not before_user.endswith(user):
+            return None
+        system = None
+        if "(1)" in with_system and "(2)" in with_system:
+            before_system, after_system, _ = _split(with_system, "(1)", "(2)")
+            system = (before_system, after_system.removesuffix(user))
+        turns = Turns(
+            opening=before_user.removesuffix(user),
+            system=system,
+            user=(user, between),
+            after_assistant=ending.group(),
+        )
+        probes = [probe for probe in PROBES if system is not None or probe[0]["role"] != "system"]
+        return turns if all(turns.render(probe) == render(probe) for probe in probes) else None
+    except (TemplateError, TypeError, ValueError):
+        return None
+
+
+def _split(text: str, *contents: str) -> list[str]:
+    """The text before, between and after contents that occur in it in this order; ValueError if one does not."""
+    pieces = []
+    for content in contents:
+        at = text.index(content)
+        pieces.append(text[:at])
+        text = text[at + len(content) :]
+    return [*pieces, text]
 
 
 def plan_prompting(tokenizer: Any, name: str) -> Prompting:

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from qlora_phi3.errors import ModelError
+from qlora_phi3.errors import ModelError, first_line
 from qlora_phi3.files import read_json_object
 
 SUPPORTED = (
@@ -155,7 +155,7 @@ def _fetch_config(name: str, revision: str | None) -> Path:
     except HFValidationError as error:
         raise ModelError(f"'{name}' is neither a folder nor a hub id.", "Hub ids look like owner/name.") from error
     except OSError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
             raise ModelError(
                 f"There is no folder {name}, and the hub has no such model or needs a login: {reason}.",
@@ -190,50 +190,29 @@ def parse_architecture(config: dict[str, Any], name: str) -> Architecture:
     """
     if config.get("model_type") != "phi3":
         raise _other_model(name, config.get("model_type"))
-
-    rope, boundary = (
-        config.get("rope_parameters") or config.get("rope_scaling") or {},
-        "original_max_position_embeddings",
-    )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    boundary = config.get("original_max_position_embeddings")
     sizes: dict[str, Any] = {key: config.get(key) for key in SIZES}
     sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
     # Phi-3's first configs call it "su"; transformers reads both names as longrope.
-    if (rope.get("rope_type") or rope.get("type")) in ("longrope", "su") and config.get(boundary):
-        sizes["longrope_boundary"] = config[boundary]
+    if (rope.get("rope_type") or rope.get("type")) in ("longrope", "su") and boundary:
+        sizes["longrope_boundary"] = boundary
     for key, value in sizes.items():
         if not isinstance(value, int) or value < 1:
             raise ModelError(
                 f"The config.json of {name} has {key} = {value!r}, which is not a positive integer.",
                 "Download the checkpoint again.",
             )
-    return Architecture(
-        **sizes,
-        sliding_window=config.get("sliding_window"),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-    )
+    tied = bool(config.get("tie_word_embeddings", False))
+    return Architecture(**sizes, sliding_window=config.get("sliding_window"), tie_word_embeddings=tied)
 
 
 def part_rows(architecture: Architecture) -> dict[str, int]:
     """Rows (out_features) of each part of the fused layers; k and v have those of the key-value heads."""
     head_size = architecture.hidden_size // architecture.num_attention_heads
-    return {
-        "q_proj": head_size * architecture.num_attention_heads,
-        "k_proj": head_size * architecture.num_key_value_heads,
-        "v_proj": head_size * architecture.num_key_value_heads,
-        "gate_proj": architecture.intermediate_size,
-        "up_proj": architecture.intermediate_size,
-    }
-
-
-def linear_shapes(architecture: Architecture) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of each linear layer of a decoder layer, in the order of the forward pass."""
-    hidden, rows = architecture.hidden_size, part_rows(architecture)
-    return {
-        "qkv_proj": (sum(rows[part] for part in PARTS["qkv_proj"]), hidden),
-        "o_proj": (hidden, rows["q_proj"]),
-        "gate_up_proj": (sum(rows[part] for part in PARTS["gate_up_proj"]), hidden),
-        "down_proj": (hidden, architecture.intermediate_size),
-    }
+    query, key = (head_size * count for count in (architecture.num_attention_heads, architecture.num_key_value_heads))
+    inner = architecture.intermediate_size
+    return {"q_proj": query, "k_proj": key, "v_proj": key, "gate_proj": inner, "up_proj": inner}
 
 
 def layer_shapes(architecture: Architecture, *, fused: bool) -> dict[str, tuple[int, int]]:
@@ -245,8 +224,10 @@ def layer_shapes(architecture: Architecture, *, fused: bool) -> dict[str, tuple[
     """
     hidden, rows = architecture.hidden_size, part_rows(architecture)
     shapes = {"model.embed_tokens": (hidden, architecture.vocab_size), "lm_head": (architecture.vocab_size, hidden)}
+    linear = {name: (sum(rows[part] for part in parts), hidden) for name, parts in PARTS.items()}
+    linear |= {"o_proj": (hidden, rows["q_proj"]), "down_proj": (hidden, architecture.intermediate_size)}
     for number in range(architecture.num_hidden_layers):
-        for layer, shape in linear_shapes(architecture).items():
+        for layer, shape in linear.items():
             module = f"model.layers.{number}.{'self_attn' if layer in ('qkv_proj', 'o_proj') else 'mlp'}"
             if fused or layer not in PARTS:
                 shapes[f"{module}.{layer}"] = shape

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from qlora_phi3.data.batching import plan_micro_batches
+from qlora_phi3.data.batching import IGNORE_INDEX, plan_micro_batches
+from qlora_phi3.errors import first_line
 from qlora_phi3.execution import MicroBatchPlan
-from qlora_phi3.model.loss import IGNORE_INDEX
 from qlora_phi3.objectives import Objective, ObjectiveOutput, sft
 
 #: Packed sequences are padded to a multiple of this. oneDNN caches a compiled kernel for every shape: over 20 steps of 4 rows,
@@ -49,17 +49,8 @@ class Batch:
     num_supervised: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """The result of a pass over a batch.
-
-    Args:
-        loss: 0-dim fp32, summed over the micro-batches; for `sft` the mean over the supervised tokens.
-        metrics: the objective's metrics, each summed over the micro-batches.
-    """
-
-    loss: Tensor
-    metrics: Mapping[str, Tensor]
+class StepResult(ObjectiveOutput):
+    """The result of a pass over a batch: loss and metrics, each summed over the micro-batches."""
 
 
 class MicroBatchMemoryError(Exception):
@@ -88,22 +79,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 def collate(rows: Sequence[Mapping[str, Any]], plan: MicroBatchPlan) -> Batch:
     """Build the micro-batches of one optimizer step from tokenized rows (`input_ids`, `labels`)."""
     lengths = [len(row["input_ids"]) for row in rows]
-    row_indices = plan_micro_batches(
-        lengths,
-        max_tokens=plan.max_tokens,
-        max_rows=plan.max_rows,
-        packing=plan.packing,
-        boundary=plan.longrope_boundary,
-    )
-    tensors = [
-        (
-            torch.as_tensor(row["input_ids"], dtype=torch.int64),
-            torch.as_tensor(row["labels"], dtype=torch.int64).clone(),
-        )
-        for row in rows
-    ]
-    for _, labels in tensors:
+    row_indices = plan_micro_batches(lengths, plan)
+    tensors = []
+    for row in rows:
+        ids, labels = (torch.as_tensor(row[name], dtype=torch.int64).clone() for name in ("input_ids", "labels"))
         labels[0] = IGNORE_INDEX  # nothing predicts a document's first token
+        tensors.append((ids, labels))
     build = _pack_rows if plan.packing else _pad_rows
     micro_batches = tuple(build([tensors[index] for index in indices]) for indices in row_indices)
     return Batch(
@@ -131,16 +112,14 @@ def _pack_rows(rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
 
 
 def _pad_rows(rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    ids = pad_sequence([ids for ids, _ in rows], batch_first=True, padding_value=0)
+    ids = pad_sequence([ids for ids, _ in rows], batch_first=True)
     micro = {
         "input_ids": ids,
         "labels": pad_sequence([labels for _, labels in rows], batch_first=True, padding_value=IGNORE_INDEX),
         "position_ids": torch.arange(ids.shape[1]).expand_as(ids).contiguous(),
     }
     if len({len(ids) for ids, _ in rows}) > 1:
-        micro["attention_mask"] = pad_sequence(
-            [torch.ones_like(ids) for ids, _ in rows], batch_first=True, padding_value=0
-        )
+        micro["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids, _ in rows], batch_first=True)
     return micro
 
 
@@ -166,7 +145,7 @@ def forward_backward(
         MicroBatchMemoryError: memory ran out; the caller must discard the gradients.
     """
     last = len(batch.micro_batches) - 1
-    outputs: list[ObjectiveOutput] = []
+    outputs = []
     for index, micro_batch in enumerate(batch.micro_batches):
         synchronized = nullcontext() if index == last else getattr(model, "no_sync", nullcontext)()
         with _in_micro_batch(index), synchronized:
@@ -186,7 +165,7 @@ def evaluate(
     """
     with evaluating(model), torch.no_grad():
         for batch in batches:
-            outputs: list[ObjectiveOutput] = []
+            outputs = []
             for index, micro_batch in enumerate(batch.micro_batches):
                 with _in_micro_batch(index):
                     outputs.append(_forward(model, micro_batch, objective, compute_dtype, batch.num_supervised))
@@ -212,8 +191,7 @@ def _in_micro_batch(index: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise MicroBatchMemoryError(index, reason) from error
+        raise MicroBatchMemoryError(index, first_line(error)) from error
 
 
 def _forward(
@@ -230,9 +208,6 @@ def _forward(
 
 def _sum(outputs: Sequence[ObjectiveOutput]) -> StepResult:
     with _in_micro_batch(len(outputs) - 1):
-        return StepResult(
-            loss=torch.stack([output.loss for output in outputs]).sum(),
-            metrics={
-                name: torch.stack([output.metrics[name] for output in outputs]).sum() for name in outputs[0].metrics
-            },
-        )
+        names = outputs[0].metrics
+        metrics = {name: torch.stack([output.metrics[name] for output in outputs]).sum() for name in names}
+        return StepResult(loss=torch.stack([output.loss for output in outputs]).sum(), metrics=metrics)

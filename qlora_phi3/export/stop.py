@@ -17,11 +17,11 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import Phi3Config
 
+from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.export.inputs import free_ram
 from qlora_phi3.export.proof import LIVE, Proof
 from qlora_phi3.export.streamed import Progress
 from qlora_phi3.inference import InferenceModel, load_for_inference
-from qlora_phi3.model.loss import IGNORE_INDEX
 from qlora_phi3.model.weights import open_weights
 
 #: Prompts that are answered, at most, and tokens of a prompt with its answer.

@@ -34,17 +34,13 @@ def build_optimizer(name: str, model: nn.Module, training: Training, *, is_cuda:
         is_cuda: take the multi-tensor path of torch's AdamW, which torch takes for CUDA tensors only. The simulation follows
             the CUDA path on CPU tensors, so that it must be said.
     """
-    trained = [(key, parameter) for key, parameter in model.named_parameters() if parameter.requires_grad]
-    without_decay = [bool(NO_DECAY.search(key.lower())) for key, _ in trained]
     groups: list[dict[str, Any]] = [
-        {
-            "params": [
-                parameter for (_, parameter), excluded in zip(trained, without_decay, strict=True) if excluded is skip
-            ],
-            "weight_decay": 0.0 if skip else training.weight_decay,
-        }
-        for skip in (False, True)
+        {"params": [], "weight_decay": training.weight_decay},
+        {"params": [], "weight_decay": 0.0},
     ]
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[NO_DECAY.search(key.lower()) is not None]["params"].append(parameter)
     betas, eps = (training.adam_beta1, training.adam_beta2), training.adam_epsilon
     if name in ("adamw_torch", "adamw_torch_fused"):
         fused = name == "adamw_torch_fused"

@@ -1,10 +1,9 @@
 """Everything that knows bitsandbytes' 4-bit storage: loading it, its checksums, its files, and quantizing again bit for bit.
 
 A 4-bit weight consists of codes, two in a byte, and of the largest absolute value (absmax) of each block of 64 weights. With
-double quantization the absmax of a tensor, minus their mean (the offset), are stored in 8 bit in blocks of 256. torch sums that
-mean in another order with another number of threads: 1 and 2 threads gave other last bits for Phi-3's larger layers (torch 2.13
-on CPU). The codes do not depend on it. A run therefore records a checksum of the codes, and the mean: with it `quantize` gives
-the same bits on any number of threads.
+double quantization the absmax of a tensor, minus their mean (the offset), are stored in 8 bit in blocks of 256. The last bits of
+that mean depend on the number of threads (torch 2.13 on CPU, Phi-3's larger layers); the codes do not. A run therefore records a
+checksum of the codes, and the mean: with it `quantize` gives the same bits on any number of threads.
 """
 
 import hashlib
@@ -50,11 +49,9 @@ SAMPLED_BYTES = 1024
 #: 2^32 / the golden ratio: its multiples modulo 2^32 are evenly spread, and in step with no row length.
 _GOLDEN = 2_654_435_769
 
-#: Bytes copied from the GPU at once for a checksum.
-_COPY_BYTES = 16 * 2**20
-
-#: Size of a file of a saved 4-bit base; its tensors are in host memory at once while it is written.
-_FILE_BYTES = 256 * 2**20
+#: Bytes copied from the GPU at once for a checksum; and the size of a file of a saved 4-bit base, whose tensors are in host
+#: memory at once while it is written.
+_COPY_BYTES, _FILE_BYTES = 16 * 2**20, 256 * 2**20
 
 
 def quantization_config(config: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -106,12 +103,9 @@ def tensor_record(parameter: Tensor) -> dict[str, Any]:
     Returns:
         {"kind": "plain", "sha256": hex} or, for a 4-bit parameter (it carries a `quant_state`), the result of `quantized_record`.
     """
-    state = getattr(parameter, "quant_state", None)
-    return (
-        quantized_record(parameter, state)
-        if state is not None
-        else {"kind": "plain", "sha256": checksum_of([parameter])}
-    )
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        return quantized_record(parameter, state)
+    return {"kind": "plain", "sha256": checksum_of([parameter])}
 
 
 def quantized_record(packed: Tensor, state: Any) -> dict[str, Any]:
@@ -286,9 +280,10 @@ def quantize(
 
     with _one_thread_each(device) as run_all:
         done = 0
-        for piece in weights.iter_row_chunks(name):
-            flat = piece.to(device=device, dtype=dtype).view(-1)
-            run_all(quantize_chunk, ((done + at, flat[at : at + step]) for at in range(0, len(flat), step)))
+        for rows in weights.iter_row_chunks(name):
+            flat = rows.to(device=device, dtype=dtype).view(-1)
+            chunks = ((done + at, flat[at : at + step]) for at in range(0, len(flat), step))
+            deque(run_all(quantize_chunk, chunks), maxlen=0)
             done += len(flat)
     mean = float(absmax.mean())
     nested: dict[str, Any] = {}
@@ -300,25 +295,21 @@ def quantize(
     return Quantized(packed, QuantState(absmax, shape, code, BLOCK, scheme.quant_type, dtype, **nested), mean)
 
 
-#: Runs a function on every item, and returns when all are done.
-RunAll = Callable[[Callable[[tuple[int, Tensor]], None], Iterable[tuple[int, Tensor]]], object]
-
-
 @contextmanager
-def _one_thread_each(device: torch.device) -> Iterator[RunAll]:
-    """Process as many chunks at once as torch may use threads, each chunk in one thread.
+def _one_thread_each(device: torch.device) -> Iterator[Callable[..., Iterable[None]]]:
+    """Yield a `map` that processes as many chunks at once as torch may use threads, each chunk in one thread.
 
     torch's own threads synchronize after each of the dozen operations on a chunk. On a processor that others use too, two threads
     were so three to ten times slower than one (torch 2.13).
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     if threads == 1:
-        yield lambda work, chunks: deque(map(work, chunks), maxlen=0)
+        yield map
         return
     torch.set_num_threads(1)  # new threads inherit it
     try:
         with ThreadPoolExecutor(threads) as pool:
-            yield lambda work, chunks: deque(pool.map(work, chunks), maxlen=0)
+            yield pool.map
     finally:
         torch.set_num_threads(threads)
 
@@ -336,22 +327,17 @@ def dequantize(quantized: Quantized) -> Iterator[Tensor]:
     rows, columns = state.shape
     step = rows_per_piece(TensorInfo((rows, columns), state.dtype))
     for row in range(0, rows, step):
-        first, last = row * columns, min(rows, row + step) * columns
-        part = QuantState(
-            absmax=absmax[first // state.blocksize : -(-last // state.blocksize)],
-            shape=torch.Size((min(rows, row + step) - row, columns)),
-            dtype=state.dtype,
-            blocksize=state.blocksize,
-            code=state.code,
-            quant_type=state.quant_type,
-        )
+        end = min(rows, row + step)
+        first, last = row * columns, end * columns
+        blocks, shape = slice(first // state.blocksize, -(-last // state.blocksize)), torch.Size((end - row, columns))
+        part = QuantState(absmax[blocks], shape, state.code, state.blocksize, state.quant_type, state.dtype)
         yield dequantize_4bit(quantized.packed[first // 2 : (last + 1) // 2], part)
 
 
 def count_different_codes(first: Quantized, second: Quantized) -> int:
     """Count the 4-bit codes that differ between two tensors of one shape; 0 if only their absmax differ."""
-    count, step = 0, GPU_CHUNK_WEIGHTS
-    for start in range(0, len(first.packed), step):
-        differing = first.packed[start : start + step].cpu() ^ second.packed[start : start + step].cpu()
+    count = 0
+    for one, other in zip(first.packed.split(GPU_CHUNK_WEIGHTS), second.packed.split(GPU_CHUNK_WEIGHTS), strict=True):
+        differing = one.cpu() ^ other.cpu()
         count += int(((differing & 0x0F) != 0).sum() + ((differing & 0xF0) != 0).sum())
     return count

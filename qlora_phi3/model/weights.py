@@ -1,7 +1,6 @@
 """Tensors by name, read in row chunks, from safetensors files or from whatever computes them (the `Weights` protocol).
 
-A file of its own because it knows nothing of models: quantization, the adapters, the merge and GGUF all read and write through
-it. Files are read, not mapped: mapped pages count as resident memory, and truncating a mapped file kills the process.
+Files are read, not mapped: mapped pages count as resident memory, and truncating a mapped file kills the process.
 """
 
 import json
@@ -27,16 +26,11 @@ WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 
 #: safetensors' names of the element types.
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+_DOWNLOAD_AGAIN = "Download the checkpoint again, complete, as safetensors."
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +124,7 @@ class StoredWeights:
                         unread = unread[count:]
                     yield chunk
         except (OSError, EOFError) as error:
-            raise ModelError(
-                f"{location.path}: {name} cannot be read: {error}.",
-                "Download the checkpoint again, complete, as safetensors.",
-            ) from error
+            raise ModelError(f"{location.path}: {name} cannot be read: {error}.", _DOWNLOAD_AGAIN) from error
 
 
 def open_weights(folder: Path) -> StoredWeights:
@@ -147,28 +138,31 @@ def open_weights(folder: Path) -> StoredWeights:
         return open_file(folder / WEIGHTS_NAME)
     index = folder / INDEX_NAME
     if not index.is_file():
-        pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-        if pickles:
-            raise ModelError(
-                f"{folder} holds its weights only as a pickle ({pickles[0].name}), which can run code when it is read.",
-                "Use the checkpoint as safetensors.",
-            )
-        raise ModelError(
-            f"{folder} holds no {WEIGHTS_NAME} and no {INDEX_NAME}.", "Give the folder of a complete checkpoint."
-        )
-    hint = "Download the checkpoint again, complete."
+        refuse_pickles(folder)
+        hint = "Give the folder of a complete checkpoint."
+        raise ModelError(f"{folder} holds no {WEIGHTS_NAME} and no {INDEX_NAME}.", hint)
     shards: dict[str, StoredWeights] = {}
     locations = {}
     for name, shard in sorted(_read_index(index).items()):
         path = index.with_name(shard)
         if not path.is_file():
-            raise ModelError(f"{path} is missing; {index.name} says that it holds {name}.", hint)
+            raise ModelError(f"{path} is missing; {index.name} says that it holds {name}.", _DOWNLOAD_AGAIN)
         if shard not in shards:
             shards[shard] = open_file(path)
         if name not in shards[shard].info:
-            raise ModelError(f"{index} says that {shard} holds {name}, which it does not.", hint)
+            raise ModelError(f"{index} says that {shard} holds {name}, which it does not.", _DOWNLOAD_AGAIN)
         locations[name] = shards[shard].locations[name]
     return StoredWeights(locations)
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raise a ModelError if a folder holds weights as pickles, and none as safetensors."""
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} holds its weights only as a pickle ({pickles[0]}), which can run code when it is read.",
+            "Use the checkpoint as safetensors.",
+        )
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -177,9 +171,7 @@ def _read_index(path: Path) -> dict[str, str]:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards = {str(name): str(shard) for name, shard in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{path} is not the index of a checkpoint: {error!r}.", "Download the checkpoint again, complete."
-        ) from error
+        raise ModelError(f"{path} is not the index of a checkpoint: {error!r}.", _DOWNLOAD_AGAIN) from error
     for name, shard in shards.items():
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ModelError(
@@ -202,15 +194,12 @@ def open_file(path: Path, *, error: type[UserError] = ModelError) -> StoredWeigh
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
-                raise error(
-                    f"{path} is cut short: {size} bytes are less than its header, or it is not safetensors.", hint
-                )
+                raise error(f"{path} is cut short at {size} bytes: its header is incomplete, or not safetensors.", hint)
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:
-                known = ", ".join(DTYPES)
-                raise error(f"{path}: {name} has dtype {entry['dtype']}.", f"Use a checkpoint of {known}.")
+                raise error(f"{path}: {name} has dtype {entry['dtype']}.", f"Use a checkpoint of {', '.join(DTYPES)}.")
             info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
             locations[str(name)] = TensorLocation(path, 8 + length + int(entry["data_offsets"][0]), info)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from qlora_phi3.errors import RecipeError, UserError
 from qlora_phi3.family import Architecture, is_hub_id
-from qlora_phi3.recipe.messages import Problem, find_nearest, find_problems, format_toml
+from qlora_phi3.recipe.edit import format_toml
+from qlora_phi3.recipe.messages import Problem, find_nearest, find_problems
 from qlora_phi3.recipe.schema import TABLES, Data, Model, Recipe
 
 #: Python syntax in place of TOML: True, None, "key": value, or a comma at the end of the line.
@@ -36,9 +37,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, check_files: bool 
         RecipeError: with all problems, one a line, each with the file (or the override), the table and the key.
     """
     raw = _read_toml(path)
-    sources = {}
-    for override in overrides:
-        sources[_apply_override(raw, override)] = f"--set {override}"
+    sources = {_apply_override(raw, override): f"--set {override}" for override in overrides}
     problems = []
     try:
         recipe = Recipe.model_validate(raw)
@@ -100,9 +99,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> tuple[str, str]:
         if text[:1] + text[-1:] in ("[]", "{}"):
             words = [word.strip(" \"'") for word in text.strip("[]").split(",")]
             shown = format_toml(words) if text.startswith("[") else '{ ours = "theirs" }'
-            raise RecipeError(
-                f"--set {name}={text} is not TOML: {error}.", f"Quote the names: --set '{name}={shown}'"
-            ) from None
+            hint = f"Quote the names: --set '{name}={shown}'"
+            raise RecipeError(f"--set {name}={text} is not TOML: {error}.", hint) from None
         place[keys[-1]] = text
     return table, keys[0]
 
@@ -213,20 +211,16 @@ def check_model_limits(recipe: Recipe, architecture: Architecture) -> None:
 
 def recipe_as_toml(recipe: Recipe) -> str:
     """The recipe with every default written out; `load_recipe` of it gives an equal Recipe."""
-    tables = recipe.model_dump(exclude_none=True)
     return "\n".join(
         f"[{table}]\n" + "".join(f"{key} = {format_toml(value)}\n" for key, value in keys.items())
-        for table, keys in tables.items()
+        for table, keys in recipe.model_dump(exclude_none=True).items()
     )
 
 
 def recipe_schema() -> dict[str, Any]:
     """The JSON schema of a recipe file, for editors that complete and check TOML."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **_simplify_schema(Recipe.model_json_schema()),
-        "title": "qlora-phi3 recipe",
-    }
+    schema = _simplify_schema(Recipe.model_json_schema())
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "qlora-phi3 recipe"}
 
 
 def _simplify_schema(schema: Any) -> Any:

@@ -8,12 +8,11 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-if TYPE_CHECKING:
-    from tomlkit.items import Item
+from qlora_phi3.recipe.edit import format_toml
 
 #: Names that are refused, and what to write instead; `{value}` stands for the value in the file.
 REPLACED = {
@@ -196,19 +195,3 @@ def suggest_key(table: str, name: str, tables: Mapping[str, type[BaseModel]]) ->
 def find_nearest(name: str, choices: Sequence[str], cutoff: float = 0.6) -> str | None:
     """The choice most similar to `name`, or None where none is similar."""
     return next(iter(difflib.get_close_matches(name, choices, n=1, cutoff=cutoff)), None)
-
-
-def toml_item(value: object) -> "Item":
-    """A value as an item of tomlkit; a dict becomes an inline table."""
-    import tomlkit
-
-    if not isinstance(value, dict):
-        return tomlkit.item(value)
-    table = tomlkit.inline_table()
-    table.update(value)
-    return table
-
-
-def format_toml(value: object) -> str:
-    """A value as TOML writes it on one line: strings, numbers, booleans, lists and inline tables."""
-    return toml_item(value).as_string()

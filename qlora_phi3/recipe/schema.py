@@ -11,8 +11,6 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from qlora_phi3.units import parse_size
 
-SMALLEST_LOGITS_TILE, LARGEST_LOGITS_TILE = "1MiB", "16GiB"
-
 
 def _check_share_or_count(value: float) -> float:
     if value < 0 or (isinstance(value, float) and value >= 1):  # 1.0 could be a share of all or a count of one
@@ -34,9 +32,8 @@ def _check_size(value: object) -> object:
 
 def _check_logits_tile(value: str) -> str:
     """Refuse a tile smaller than the logits of one position may be, or larger than it can matter."""
-    limits = parse_size(SMALLEST_LOGITS_TILE), parse_size(LARGEST_LOGITS_TILE)
-    if value != "auto" and not limits[0] <= parse_size(value) <= limits[1]:
-        raise ValueError(f'must be "{SMALLEST_LOGITS_TILE}" to "{LARGEST_LOGITS_TILE}"')
+    if value != "auto" and not parse_size("1MiB") <= parse_size(value) <= parse_size("16GiB"):
+        raise ValueError('must be "1MiB" to "16GiB"')
     return value
 
 

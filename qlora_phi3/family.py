@@ -69,9 +69,7 @@ class Architecture:
 def is_hub_id(name: str, *, needs_owner: bool = True) -> bool:
     """Whether a name can be an id on the hub; a directory of the same name may still exist.
 
-    Args:
-        name: a hub id or a path, as a recipe has it.
-        needs_owner: only `owner/name` counts; data sets also have old ids without an owner, such as `imdb`.
+    With `needs_owner` only `owner/name` counts; data sets also have old ids without an owner, such as `imdb`.
     """
     found = HUB_ID.fullmatch(name)
     return found is not None and (found[1] is not None or not needs_owner)
@@ -83,10 +81,10 @@ def known_config(name: str) -> dict[str, Any] | None:
     Use it for planning, never for training: all factors of longrope are 1.0. Shapes and memory do not depend on them.
     """
     shipped = _read_shipped()
-    config = {key.lower(): model for key, model in shipped["models"].items()}.get(name.lower())
-    if config is None:
+    own = {key.lower(): model for key, model in shipped["models"].items()}.get(name.lower())
+    if own is None:
         return None
-    config = {**shipped["shared"], **config}
+    config: dict[str, Any] = {**shipped["shared"], **own}
     if config["rope_scaling"] == "longrope":
         head_size = config["hidden_size"] // config["num_attention_heads"]
         factors = [1.0] * int(head_size * config.get("partial_rotary_factor", 1.0) / 2)
@@ -141,11 +139,10 @@ def _other_model(name: str, model_type: object) -> OtherModelError:
 
 
 def _fetch_config(name: str, revision: str | None) -> Path:
-    """Download config.json from the hub; every failure becomes a ModelError."""
     if not is_hub_id(name):
+        example = nearest_known(name) or "microsoft/Phi-3-mini-4k-instruct"
         raise ModelError(
-            f"There is no model folder {name}.",
-            f"Give an existing folder or a hub id, such as {nearest_known(name) or 'microsoft/Phi-3-mini-4k-instruct'}.",
+            f"There is no model folder {name}.", f"Give an existing folder or a hub id, such as {example}."
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -178,11 +175,7 @@ def read_architecture(name: str, revision: str | None = None, *, prefer_shipped:
 
 
 def parse_architecture(config: dict[str, Any], name: str) -> Architecture:
-    """Check the contents of a config.json and take the shapes from it.
-
-    Args:
-        config: the object in config.json.
-        name: of the model, for the messages.
+    """Check the contents of a config.json and take the shapes from it; `name` is the model's, for the messages.
 
     Raises:
         OtherModelError: `model_type` is not phi3.
@@ -218,9 +211,7 @@ def part_rows(architecture: Architecture) -> dict[str, int]:
 def layer_shapes(architecture: Architecture, *, fused: bool) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of every layer of the base that LoRA can adapt, by its full name.
 
-    Args:
-        architecture: of the base.
-        fused: as in phi3, with `qkv_proj` and `gate_up_proj`; False: with their parts as layers of their own, as in Llama.
+    `fused`: as in phi3, with `qkv_proj` and `gate_up_proj`; else with their parts as layers of their own, as in Llama.
     """
     hidden, rows = architecture.hidden_size, part_rows(architecture)
     shapes = {"model.embed_tokens": (hidden, architecture.vocab_size), "lm_head": (architecture.vocab_size, hidden)}

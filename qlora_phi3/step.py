@@ -23,7 +23,6 @@ from qlora_phi3.objectives import Objective, ObjectiveOutput, sft
 #: SmolLM2-135M in bf16 on CPU peaked at 1,413 MiB without padding, 1,121 with 64, 1,075 with 128, at equal speed. On CUDA fewer
 #: sizes fragment the allocator's cache less.
 PACKED_MULTIPLE = 64
-
 #: The text of a RuntimeError that means out of memory: libraries below torch, and torch's own CPU allocator, raise no other
 #: class. cuBLAS reports either of its two status codes if it finds no memory for its handle.
 OUT_OF_MEMORY = re.compile(
@@ -54,19 +53,14 @@ class StepResult(ObjectiveOutput):
 
 
 class MicroBatchMemoryError(Exception):
-    """Memory ran out in one micro-batch; the gradients of its batch are incomplete.
+    """Memory ran out in the micro-batch of this index; the gradients of its batch are incomplete.
 
     While this error is alive, its cause holds the tensors of that micro-batch.
-
-    Args:
-        micro_batch: the index of the micro-batch in the batch.
-        reason: the first line of the original error.
     """
 
     def __init__(self, micro_batch: int, reason: str) -> None:
         super().__init__(f"memory ran out in micro-batch {micro_batch}: {reason}")
-        self.micro_batch = micro_batch
-        self.reason = reason
+        self.micro_batch, self.reason = micro_batch, reason
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -185,7 +179,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _in_micro_batch(index: int) -> Iterator[None]:
-    """Raise an out-of-memory error as a MicroBatchMemoryError with the index of the micro-batch."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

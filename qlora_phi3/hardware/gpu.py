@@ -166,7 +166,6 @@ def read_gpu(index: int = 0, *, nvml: Any = None) -> Gpu:
 
 @contextmanager
 def _nvml_session(nvml: Any) -> Iterator[Any]:
-    """Initialise NVML and shut it down; its errors become NoDeviceError."""
     try:
         nvml = nvml or import_module("pynvml")
     except ImportError as error:
@@ -296,7 +295,7 @@ def find_gpu(name: str) -> Gpu:
 
 
 def _find_specs(name: str) -> list[GpuSpec]:
-    """The rows of the table that a name can mean; `laptop` may be left out where there is no desktop GPU of that name."""
+    """The rows that a name can mean; `laptop` may be left out where the table has no desktop GPU of that name."""
     words = _words(name)
     exact = [spec for spec in GPU_TABLE if _words(spec.name) == words]
     return exact or [spec for spec in GPU_TABLE if _words(spec.name) == words | {"laptop"}]

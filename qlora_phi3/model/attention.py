@@ -18,12 +18,10 @@ from transformers.masking_utils import sdpa_mask
 
 #: The name under which `register_attention` registers `attend_by_document`.
 BY_DOCUMENT = "sdpa_by_document"
-
 #: Largest size of one document's scores for which a CPU uses plain matmuls in 16 bit: 32 MiB, 724 tokens of Phi-3-mini's 32
 #: heads. PyTorch 2.13's CPU flash kernel takes 5.7 ms forward and backward for 190 tokens (9 heads of 64, bf16, one Zen 5 core),
 #: its math path 4.4, plain matmuls 1.5; at 800 tokens 34, 83 and 18.
 CPU_SCORES_BYTES = 32 * 2**20
-
 #: Lengths are padded to a multiple of this for the plain matmuls: oneDNN caches a compiled kernel for every shape.
 CPU_LENGTH_MULTIPLE = 32
 

@@ -188,8 +188,7 @@ def attention_name(config: Model) -> str:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' warnings and progress bars; `load_base` reads the loading report from the return value."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -211,10 +210,8 @@ def set_checkpointing(model: PeftModel, every: int, *, offload: bool = False) ->
     """Recompute every `every`-th decoder layer in the backward pass, 0 none; it may be called again at any time.
 
     For reentrant checkpointing transformers makes the embedding's output require a gradient. Non-reentrant checkpointing does not
-    need this, and without it the backward pass skips the input of the first layer.
-
-    Args:
-        offload: store the inputs of recomputed layers in host memory.
+    need this, and without it the backward pass skips the input of the first layer. `offload` stores the inputs of recomputed
+    layers in host memory.
     """
     base = model.get_base_model()
     if every:

@@ -18,18 +18,14 @@ from qlora_phi3.errors import ModelError, UserError
 
 #: Bytes of a row chunk, at most; see `rows_per_piece`.
 PIECE_BYTES = 4 * 2**20
-
 #: Every row chunk but a tensor's last has a multiple of this many rows, so that no 4-bit block of 64 weights is split.
 ROW_MULTIPLE = 64
-
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
-
 #: safetensors' names of the element types.
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-
 _DOWNLOAD_AGAIN = "Download the checkpoint again, complete, as safetensors."
 
 
@@ -88,7 +84,7 @@ def read_tensor(weights: Weights, name: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class TensorLocation:
-    """The file, the byte offset in it, and the shape and dtype of a tensor."""
+    """Where the bytes of a tensor are."""
 
     path: Path
     offset: int
@@ -134,9 +130,9 @@ def open_weights(folder: Path) -> StoredWeights:
         ModelError: the folder has only pickles, a shard is missing or truncated, or the index names a tensor that its shard
             lacks.
     """
-    if (folder / WEIGHTS_NAME).is_file():
-        return open_file(folder / WEIGHTS_NAME)
-    index = folder / INDEX_NAME
+    weights, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
+    if weights.is_file():
+        return open_file(weights)
     if not index.is_file():
         refuse_pickles(folder)
         hint = "Give the folder of a complete checkpoint."
@@ -166,18 +162,16 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor -> file name, from an index that names only safetensors files in its own folder."""
+    """Tensor -> file name; an index may name only safetensors files in its own folder."""
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards = {str(name): str(shard) for name, shard in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is not the index of a checkpoint: {error!r}.", _DOWNLOAD_AGAIN) from error
+    hint = "Use the checkpoint's safetensors; a pickle can run code when it is read."
     for name, shard in shards.items():
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ModelError(
-                f"{path} says that '{shard}' holds {name}: that is not a safetensors file in the same folder.",
-                "Use the checkpoint's safetensors; a pickle can run code when it is read.",
-            )
+            raise ModelError(f"{path}: '{shard}', for {name}, is not a safetensors file in the same folder.", hint)
     return shards
 
 

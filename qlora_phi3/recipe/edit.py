@@ -6,6 +6,7 @@ tomlkit is imported where it is used: a recipe without an error is read without 
 import textwrap
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,8 @@ from qlora_phi3.recipe.schema import Recipe
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument
 
-#: Column of the comment behind a new value, where the value is short enough.
-COMMENT_COLUMN = 36
-#: Columns of the heading.
-WIDTH = 100
+#: Column of the comment behind a new value, where the value is short enough; and columns of the heading.
+COMMENT_COLUMN, WIDTH = 36, 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +42,11 @@ def format_toml(value: object) -> str:
 
 
 def fit_recipe(recipe: Recipe, text: str, choices: Sequence[Choice], heading: str) -> tuple[Recipe, str]:
-    """Set keys of a recipe.
+    """Set keys of a recipe; of several choices for one key the last counts.
 
     Args:
         recipe: what `text` says, with the changes of the command line.
         text: of the recipe file.
-        choices: the keys to set; of several for one key the last counts.
         heading: to put above everything, as comments.
 
     Returns:
@@ -68,16 +66,13 @@ def fit_recipe(recipe: Recipe, text: str, choices: Sequence[Choice], heading: st
     chosen = recipe.model_copy(update=updated)
     comment = textwrap.fill(heading, WIDTH, initial_indent="# ", subsequent_indent="# ")
     written = f"{comment}\n\n{tomlkit.dumps(document)}"
-    try:
-        same = Recipe.model_validate(tomllib.loads(written)).model_dump() == chosen.model_dump()
-    except ValueError:  # of tomllib or pydantic
-        same = False
-    if not same:
-        raise RecipeError(
-            "The recipe is written in a way that cannot be edited automatically.",
-            "Write its tables as sections: [training], and the keys below it.",
-        )
-    return chosen, written
+    with suppress(ValueError):  # of tomllib or pydantic
+        if Recipe.model_validate(tomllib.loads(written)).model_dump() == chosen.model_dump():
+            return chosen, written
+    raise RecipeError(
+        "The recipe is written in a way that cannot be edited automatically.",
+        "Write its tables as sections: [training], and the keys below it.",
+    )
 
 
 def _set(document: "TOMLDocument", choice: Choice) -> None:

@@ -53,7 +53,6 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, check_files: bool 
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file; every reason why it cannot be read becomes a RecipeError."""
     if path.suffix.lower() in DATA_SUFFIXES:
         raise RecipeError(f"{path} is data, not a recipe.", f'Name it in a recipe: [data] train = "{path.as_posix()}"')
     try:
@@ -146,11 +145,9 @@ def _find_missing_files(raw: Mapping[str, Any], base_dir: Path) -> Iterator[Prob
 
 
 def candidate_paths(name: str, base_dir: Path) -> tuple[Path, ...]:
-    """Paths that a name of the recipe can mean, first match first: in the recipe's directory, then in the working directory.
+    """Paths that a name can mean, first match first: in `base_dir`, the recipe's directory, then in the working directory.
 
-    Args:
-        name: a path as the recipe has it; `~` is the home directory, an absolute path is the only candidate.
-        base_dir: the directory of the recipe.
+    `~` is the home directory; an absolute path is the only candidate.
     """
     path = Path(name).expanduser()
     return (path,) if path.is_absolute() else (base_dir / path, path)
@@ -164,19 +161,15 @@ def is_local_data(name: str, base_dir: Path) -> bool:
 
 
 def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
-    """The recipe with local files and folders as absolute paths, so that it means the same from any working directory.
-
-    Args:
-        recipe: as `load_recipe` returns it.
-        base_dir: the directory of the recipe; see `candidate_paths`.
-    """
+    """The recipe with local files and folders as absolute paths, so that it means the same from any working directory."""
 
     def resolve(table: Model | Data, *keys: str) -> Model | Data:
         update: dict[str, Any] = {}
         for key in keys:
-            names = getattr(table, key)
-            found = [next((p for p in candidate_paths(name, base_dir) if p.exists()), None) for name in as_list(names)]
-            paths = [str(path.resolve()) if path else name for name, path in zip(as_list(names), found, strict=True)]
+            names, paths = getattr(table, key), []
+            for name in as_list(names):
+                found = next((path for path in candidate_paths(name, base_dir) if path.exists()), None)
+                paths.append(str(found.resolve()) if found else name)
             update[key] = paths if isinstance(names, list) else next(iter(paths), None)
         return table.model_copy(update=update)
 
@@ -231,8 +224,8 @@ def _simplify_schema(schema: Any) -> Any:
         return schema
     simple = {}
     for key, part in schema.items():
-        title = key == "title" and isinstance(part, str)
-        if not title and not (key == "default" and (part is None or (isinstance(part, dict) and part))):
+        is_title = key == "title" and isinstance(part, str)
+        if not is_title and not (key == "default" and (part is None or (isinstance(part, dict) and part))):
             simple[key] = _simplify_schema(part)
     if len(simple.get("anyOf", ())) == 1:
         simple |= simple.pop("anyOf")[0]

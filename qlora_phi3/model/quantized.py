@@ -27,7 +27,7 @@ from transformers import BitsAndBytesConfig
 
 from qlora_phi3.errors import ModelError
 from qlora_phi3.files import atomic_dir, disk_errors
-from qlora_phi3.model.weights import StoredWeights, TensorInfo, Weights, read_tensor, rows_per_piece
+from qlora_phi3.model.weights import StoredWeights, TensorInfo, Weights, read_tensor, rows_per_chunk
 from qlora_phi3.recipe.schema import Quantization
 
 #: Weights in a 4-bit block, and absmax in a block of double quantization: bitsandbytes' defaults, which the recipe uses.
@@ -131,11 +131,11 @@ def sample_codes(packed: Tensor) -> bytes:
     return bytes(flat.cpu().numpy())
 
 
-def checksum_of(pieces: Iterable[Tensor]) -> str:
+def checksum_of(chunks: Iterable[Tensor]) -> str:
     """SHA-256, in hex, of consecutive tensors of any shape, dtype and device. The row chunks of a tensor give its own."""
     digest = hashlib.sha256()
-    for piece in pieces:
-        add_bytes(digest, piece)
+    for chunk in chunks:
+        add_bytes(digest, chunk)
     return digest.hexdigest()
 
 
@@ -311,7 +311,7 @@ def dequantize(quantized: Quantized) -> Iterator[Tensor]:
     if state.nested:
         absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     rows, columns = state.shape
-    step = rows_per_piece(TensorInfo((rows, columns), state.dtype))
+    step = rows_per_chunk(TensorInfo((rows, columns), state.dtype))
     for row in range(0, rows, step):
         end = min(rows, row + step)
         first, last = row * columns, end * columns

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from qlora_phi3.errors import ModelError, UserError
 
-#: Bytes of a row chunk, at most; see `rows_per_piece`.
-PIECE_BYTES = 4 * 2**20
+#: Bytes of a row chunk, at most; see `rows_per_chunk`.
+ROW_CHUNK_BYTES = 4 * 2**20
 #: Every row chunk but a tensor's last has a multiple of this many rows, so that no 4-bit block of 64 weights is split.
 ROW_MULTIPLE = 64
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -52,20 +52,20 @@ class Weights(Protocol):
     def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
         """Yield consecutive rows of dim 0, (rows, ...) each in the tensor's dtype; their `cat` is the tensor.
 
-        A chunk is at most about `PIECE_BYTES`, and belongs to the caller, who may change it. Every chunk but the last has a
+        A chunk is at most about `ROW_CHUNK_BYTES`, and belongs to the caller, who may change it. Every chunk but the last has a
         multiple of `ROW_MULTIPLE` rows.
         """
 
 
-def rows_per_piece(info: TensorInfo) -> int:
-    """Rows of a row chunk: the largest multiple of `ROW_MULTIPLE` within `PIECE_BYTES`, at least `ROW_MULTIPLE`."""
+def rows_per_chunk(info: TensorInfo) -> int:
+    """Rows of a row chunk: the largest multiple of `ROW_MULTIPLE` within `ROW_CHUNK_BYTES`, at least `ROW_MULTIPLE`."""
     row_bytes = max(1, prod(info.shape[1:]) * info.dtype.itemsize)
-    return max(1, PIECE_BYTES // row_bytes // ROW_MULTIPLE) * ROW_MULTIPLE
+    return max(1, ROW_CHUNK_BYTES // row_bytes // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def split_rows(tensor: Tensor) -> Iterator[Tensor]:
     """Split a tensor, (rows, ...) of any dtype, into row chunks as `Weights.iter_row_chunks` promises them; views, not copies."""
-    step = rows_per_piece(TensorInfo(tuple(tensor.shape), tensor.dtype))
+    step = rows_per_chunk(TensorInfo(tuple(tensor.shape), tensor.dtype))
     for row in range(0, len(tensor), step):
         yield tensor[row : row + step]
 
@@ -106,7 +106,7 @@ class StoredWeights:
         """
         location = self.locations[name]
         shape = location.info.shape or (1,)
-        step = rows_per_piece(location.info)
+        step = rows_per_chunk(location.info)
         try:
             with location.path.open("rb", buffering=0) as file:
                 file.seek(location.offset)

@@ -323,7 +323,7 @@ def dequantize(quantized: Quantized) -> Iterator[Tensor]:
 def count_different_codes(first: Quantized, second: Quantized) -> int:
     """Count the 4-bit codes that differ between two tensors of one shape; 0 if only their absmax differ."""
     count = 0
-    for one, other in zip(first.packed.split(GPU_CHUNK_WEIGHTS), second.packed.split(GPU_CHUNK_WEIGHTS), strict=True):
+    for one, other in zip(*(torch.split(each.packed, GPU_CHUNK_WEIGHTS) for each in (first, second)), strict=True):
         differing = one.cpu() ^ other.cpu()
         count += int(((differing & 0x0F) != 0).sum() + ((differing & 0xF0) != 0).sum())
     return count

@@ -192,10 +192,8 @@ def parse_architecture(config: dict[str, Any], name: str) -> Architecture:
         sizes["longrope_boundary"] = boundary
     for key, value in sizes.items():
         if not isinstance(value, int) or value < 1:
-            raise ModelError(
-                f"The config.json of {name} has {key} = {value!r}, which is not a positive integer.",
-                "Download the checkpoint again.",
-            )
+            hint = "Download the checkpoint again."
+            raise ModelError(f"The config.json of {name} has {key} = {value!r}, which is not a positive integer.", hint)
     tied = bool(config.get("tie_word_embeddings", False))
     return Architecture(**sizes, sliding_window=config.get("sliding_window"), tie_word_embeddings=tied)
 

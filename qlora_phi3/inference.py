@@ -104,16 +104,12 @@ def _read_source(path: Path) -> _Source:
         config = read_json_object(path / "adapter_config.json", ModelError, "Copy the adapter again.")
         name = config.get("base_model_name_or_path")
         if not isinstance(name, str) or not name:
-            raise ModelError(
-                f"{path / 'adapter_config.json'} names no base model.",
-                "Set base_model_name_or_path in it to the base's folder or hub id.",
-            )
+            hint = "Set base_model_name_or_path in it to the base's folder or hub id."
+            raise ModelError(f"{path / 'adapter_config.json'} names no base model.", hint)
         return _Source(Model(name=name, revision=config.get("revision")), Quantization(), "auto", path)
     if not (path / "config.json").is_file():
-        raise ModelError(
-            f"{path} is not the directory of a run, of a PEFT adapter, or of an exported model.",
-            "Give a run, such as runs/<recipe>/<time>, or the directory that an export or an adapter was written to.",
-        )
+        hint = "Give a run, such as runs/<recipe>/<time>, or the directory that an export or an adapter was written to."
+        raise ModelError(f"{path} is not the directory of a run, of a PEFT adapter, or of an exported model.", hint)
     config = read_json_object(path / "config.json", ModelError, "Export the model again.")
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "auto")
     return _Source(Model(name=str(path)), Quantization(load_in_4bit=False), dtype, adapter=None)
@@ -201,10 +197,8 @@ def generate(
             options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
             ids = tokenizer.apply_chat_template(list(messages_or_prompt), **options)["input_ids"]
         except (TemplateError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"The chat template cannot render these messages: {error}.",
-                "Give each message a role that the model knows, and a content.",
-            ) from error
+            hint = "Give each message a role that the model knows, and a content."
+            raise DataError(f"The chat template cannot render these messages: {error}.", hint) from error
     if ids.shape[1] >= limit:
         raise DataError(f"The prompt has {ids.shape[1]:,} tokens, and the model {limit:,} positions.", "Shorten it.")
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -96,10 +96,8 @@ def check_targets(model: PackedPhi3ForCausalLM, config: Lora) -> None:
     chosen, count = config.layers_to_transform, model.config.num_hidden_layers
     for number in [chosen] if isinstance(chosen, int) else chosen or ():
         if number >= count:
-            raise ModelError(
-                f"[lora] layers_to_transform = {number}, but the model has {count} layers.",
-                f"Choose layers from 0 to {count - 1}.",
-            )
+            hint = f"Choose layers from 0 to {count - 1}."
+            raise ModelError(f"[lora] layers_to_transform = {number}, but the model has {count} layers.", hint)
 
 
 def measure_coverage(model: PeftModel) -> Coverage:

@@ -109,10 +109,8 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"The tokenizer of {config.name} cannot be read: {first_line(error)}.",
-            "Point [model] name at a complete checkpoint that includes its tokenizer files.",
-        ) from error
+        hint = "Point [model] name at a complete checkpoint that includes its tokenizer files."
+        raise ModelError(f"The tokenizer of {config.name} cannot be read: {first_line(error)}.", hint) from error
     if not tokenizer.is_fast:
         raise ModelError(f"{config.name} has no fast tokenizer (tokenizer.json).", "Use a checkpoint that has one.")
     return tokenizer
@@ -153,10 +151,8 @@ def load_base(
             raise
         except (OSError, SafetensorError, EOFError, RuntimeError, ValueError) as error:
             refuse_pickles(Path(config.name))
-            raise ModelError(
-                f"The weights of {config.name} cannot be read: {first_line(error)}.",
-                "Download the checkpoint again, complete, as safetensors.",
-            ) from error
+            hint = "Download the checkpoint again, complete, as safetensors."
+            raise ModelError(f"The weights of {config.name} cannot be read: {first_line(error)}.", hint) from error
     absent = [*sorted(info["missing_keys"]), *sorted(map(str, info["mismatched_keys"]))] or find_wrong_shapes(model)
     if absent:
         raise ModelError(

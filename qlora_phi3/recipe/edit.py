@@ -69,10 +69,8 @@ def fit_recipe(recipe: Recipe, text: str, choices: Sequence[Choice], heading: st
     with suppress(ValueError):  # of tomllib or pydantic
         if Recipe.model_validate(tomllib.loads(written)).model_dump() == chosen.model_dump():
             return chosen, written
-    raise RecipeError(
-        "The recipe is written in a way that cannot be edited automatically.",
-        "Write its tables as sections: [training], and the keys below it.",
-    )
+    hint = "Write its tables as sections: [training], and the keys below it."
+    raise RecipeError("The recipe is written in a way that cannot be edited automatically.", hint)
 
 
 def _set(document: "TOMLDocument", choice: Choice) -> None:

@@ -77,7 +77,7 @@ def disk_error_hint(error: BaseException) -> str:
         error: an OSError, or an error that has one as its cause; anything else counts as a full disk.
     """
     cause = error if isinstance(error, OSError) else error.__cause__
-    if not isinstance(cause, OSError) or cause.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+    if not isinstance(cause, OSError) or cause.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return "Free disk space"
     if cause.errno == errno.EFBIG:
         return "Raise the limit on a file's size (ulimit -f)"

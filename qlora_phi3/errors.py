@@ -18,8 +18,7 @@ class UserError(Exception):
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = message, hint
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()
@@ -71,10 +70,6 @@ class Interrupted(UserError):  # noqa: N818 - no error: the user requested it
     exit_code = 130
 
 
-#: Error codes of a disk that is full, and of a user's exhausted quota.
-DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
-
-
 def disk_error_hint(error: BaseException) -> str:
     """What to do about a path that cannot be written, without a full stop: the beginning of a sentence.
 
@@ -82,7 +77,7 @@ def disk_error_hint(error: BaseException) -> str:
         error: an OSError, or an error that has one as its cause; anything else counts as a full disk.
     """
     cause = error if isinstance(error, OSError) else error.__cause__
-    if not isinstance(cause, OSError) or cause.errno in DISK_FULL:
+    if not isinstance(cause, OSError) or cause.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return "Free disk space"
     if cause.errno == errno.EFBIG:
         return "Raise the limit on a file's size (ulimit -f)"
@@ -91,4 +86,4 @@ def disk_error_hint(error: BaseException) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text without its full stop; the name of its class where it has no text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" :.")

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from qlora_phi3.errors import ModelError
+from qlora_phi3.errors import ModelError, first_line
 from qlora_phi3.files import read_json_object
 
 SUPPORTED = (
@@ -69,9 +69,7 @@ class Architecture:
 def is_hub_id(name: str, *, needs_owner: bool = True) -> bool:
     """Whether a name can be an id on the hub; a directory of the same name may still exist.
 
-    Args:
-        name: a hub id or a path, as a recipe has it.
-        needs_owner: only `owner/name` counts; data sets also have old ids without an owner, such as `imdb`.
+    With `needs_owner` only `owner/name` counts; data sets also have old ids without an owner, such as `imdb`.
     """
     found = HUB_ID.fullmatch(name)
     return found is not None and (found[1] is not None or not needs_owner)
@@ -83,10 +81,10 @@ def known_config(name: str) -> dict[str, Any] | None:
     Use it for planning, never for training: all factors of longrope are 1.0. Shapes and memory do not depend on them.
     """
     shipped = _read_shipped()
-    config = {key.lower(): model for key, model in shipped["models"].items()}.get(name.lower())
-    if config is None:
+    own = {key.lower(): model for key, model in shipped["models"].items()}.get(name.lower())
+    if own is None:
         return None
-    config = {**shipped["shared"], **config}
+    config: dict[str, Any] = {**shipped["shared"], **own}
     if config["rope_scaling"] == "longrope":
         head_size = config["hidden_size"] // config["num_attention_heads"]
         factors = [1.0] * int(head_size * config.get("partial_rotary_factor", 1.0) / 2)
@@ -141,11 +139,10 @@ def _other_model(name: str, model_type: object) -> OtherModelError:
 
 
 def _fetch_config(name: str, revision: str | None) -> Path:
-    """Download config.json from the hub; every failure becomes a ModelError."""
     if not is_hub_id(name):
+        example = nearest_known(name) or "microsoft/Phi-3-mini-4k-instruct"
         raise ModelError(
-            f"There is no model folder {name}.",
-            f"Give an existing folder or a hub id, such as {nearest_known(name) or 'microsoft/Phi-3-mini-4k-instruct'}.",
+            f"There is no model folder {name}.", f"Give an existing folder or a hub id, such as {example}."
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -155,7 +152,7 @@ def _fetch_config(name: str, revision: str | None) -> Path:
     except HFValidationError as error:
         raise ModelError(f"'{name}' is neither a folder nor a hub id.", "Hub ids look like owner/name.") from error
     except OSError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
             raise ModelError(
                 f"There is no folder {name}, and the hub has no such model or needs a login: {reason}.",
@@ -178,11 +175,7 @@ def read_architecture(name: str, revision: str | None = None, *, prefer_shipped:
 
 
 def parse_architecture(config: dict[str, Any], name: str) -> Architecture:
-    """Check the contents of a config.json and take the shapes from it.
-
-    Args:
-        config: the object in config.json.
-        name: of the model, for the messages.
+    """Check the contents of a config.json and take the shapes from it; `name` is the model's, for the messages.
 
     Raises:
         OtherModelError: `model_type` is not phi3.
@@ -190,63 +183,40 @@ def parse_architecture(config: dict[str, Any], name: str) -> Architecture:
     """
     if config.get("model_type") != "phi3":
         raise _other_model(name, config.get("model_type"))
-
-    rope, boundary = (
-        config.get("rope_parameters") or config.get("rope_scaling") or {},
-        "original_max_position_embeddings",
-    )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    boundary = config.get("original_max_position_embeddings")
     sizes: dict[str, Any] = {key: config.get(key) for key in SIZES}
     sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
     # Phi-3's first configs call it "su"; transformers reads both names as longrope.
-    if (rope.get("rope_type") or rope.get("type")) in ("longrope", "su") and config.get(boundary):
-        sizes["longrope_boundary"] = config[boundary]
+    if (rope.get("rope_type") or rope.get("type")) in ("longrope", "su") and boundary:
+        sizes["longrope_boundary"] = boundary
     for key, value in sizes.items():
         if not isinstance(value, int) or value < 1:
-            raise ModelError(
-                f"The config.json of {name} has {key} = {value!r}, which is not a positive integer.",
-                "Download the checkpoint again.",
-            )
-    return Architecture(
-        **sizes,
-        sliding_window=config.get("sliding_window"),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-    )
+            hint = "Download the checkpoint again."
+            raise ModelError(f"The config.json of {name} has {key} = {value!r}, which is not a positive integer.", hint)
+    tied = bool(config.get("tie_word_embeddings", False))
+    return Architecture(**sizes, sliding_window=config.get("sliding_window"), tie_word_embeddings=tied)
 
 
 def part_rows(architecture: Architecture) -> dict[str, int]:
     """Rows (out_features) of each part of the fused layers; k and v have those of the key-value heads."""
     head_size = architecture.hidden_size // architecture.num_attention_heads
-    return {
-        "q_proj": head_size * architecture.num_attention_heads,
-        "k_proj": head_size * architecture.num_key_value_heads,
-        "v_proj": head_size * architecture.num_key_value_heads,
-        "gate_proj": architecture.intermediate_size,
-        "up_proj": architecture.intermediate_size,
-    }
-
-
-def linear_shapes(architecture: Architecture) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of each linear layer of a decoder layer, in the order of the forward pass."""
-    hidden, rows = architecture.hidden_size, part_rows(architecture)
-    return {
-        "qkv_proj": (sum(rows[part] for part in PARTS["qkv_proj"]), hidden),
-        "o_proj": (hidden, rows["q_proj"]),
-        "gate_up_proj": (sum(rows[part] for part in PARTS["gate_up_proj"]), hidden),
-        "down_proj": (hidden, architecture.intermediate_size),
-    }
+    query, key = (head_size * count for count in (architecture.num_attention_heads, architecture.num_key_value_heads))
+    inner = architecture.intermediate_size
+    return {"q_proj": query, "k_proj": key, "v_proj": key, "gate_proj": inner, "up_proj": inner}
 
 
 def layer_shapes(architecture: Architecture, *, fused: bool) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of every layer of the base that LoRA can adapt, by its full name.
 
-    Args:
-        architecture: of the base.
-        fused: as in phi3, with `qkv_proj` and `gate_up_proj`; False: with their parts as layers of their own, as in Llama.
+    `fused`: as in phi3, with `qkv_proj` and `gate_up_proj`; else with their parts as layers of their own, as in Llama.
     """
     hidden, rows = architecture.hidden_size, part_rows(architecture)
     shapes = {"model.embed_tokens": (hidden, architecture.vocab_size), "lm_head": (architecture.vocab_size, hidden)}
+    linear = {name: (sum(rows[part] for part in parts), hidden) for name, parts in PARTS.items()}
+    linear |= {"o_proj": (hidden, rows["q_proj"]), "down_proj": (hidden, architecture.intermediate_size)}
     for number in range(architecture.num_hidden_layers):
-        for layer, shape in linear_shapes(architecture).items():
+        for layer, shape in linear.items():
             module = f"model.layers.{number}.{'self_attn' if layer in ('qkv_proj', 'o_proj') else 'mlp'}"
             if fused or layer not in PARTS:
                 shapes[f"{module}.{layer}"] = shape

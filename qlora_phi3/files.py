@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from qlora_phi3.errors import RunError, UserError, disk_error_hint
 
 APP_NAME = "qlora-phi3"
@@ -97,24 +99,15 @@ def disk_errors(
     """
     try:
         yield
-    except (OSError, RuntimeError, _safetensors_error()) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         reason = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
         if isinstance(error, RuntimeError):
             # torch.save reports a full disk as a RuntimeError of its zip writer, which only counts bytes (torch 2.13).
             if "inline_container" not in reason and "PytorchStreamWriter" not in reason:
                 raise
             reason = "the disk accepted fewer bytes than were written, as a full disk does"
-        raise error_class(
-            f"{path} cannot be written: {reason.splitlines()[0].rstrip('.')}.",
-            hint.format(cause=disk_error_hint(error)),
-        ) from error
-
-
-def _safetensors_error() -> type[Exception]:
-    """The error class of safetensors; the import is paid for only when something was raised."""
-    from safetensors import SafetensorError
-
-    return SafetensorError
+        message = f"{path} cannot be written: {reason.splitlines()[0].rstrip('.')}."
+        raise error_class(message, hint.format(cause=disk_error_hint(error))) from error
 
 
 def flush_to_disk(path: Path) -> None:

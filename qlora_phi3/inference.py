@@ -22,18 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qlora_phi3.data.template import choose_template
-from qlora_phi3.errors import DataError, ModelError
-from qlora_phi3.family import parse_architecture, read_config
+from qlora_phi3.errors import DataError, ModelError, first_line
+from qlora_phi3.family import read_architecture
 from qlora_phi3.files import read_json_object
 from qlora_phi3.model.lora import fuse_lora_forward
-from qlora_phi3.model.phi3 import (
-    PackedPhi3ForCausalLM,
-    choose_precision,
-    find_base,
-    load_base,
-    load_tokenizer,
-    quiet_transformers,
-)
+from qlora_phi3.model.phi3 import choose_precision, find_base, load_base, load_tokenizer, quiet_transformers
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.recipe.schema import Model, Quantization
 from qlora_phi3.runfolder import RunFolder
@@ -51,7 +44,7 @@ class InferenceModel:
     stop_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Source:
     """What a directory says about the model in it; `dtype` is a torch dtype's name, or "auto"."""
 
@@ -59,7 +52,7 @@ class _Source:
     quantization: Quantization
     dtype: str
     adapter: Path | None
-    chat_template: str
+    chat_template: str = "auto"
 
 
 def load_for_inference(
@@ -79,72 +72,50 @@ def load_for_inference(
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = _read_source(run_or_export)
-    architecture = parse_architecture(read_config(source.base.name, source.base.revision), source.base.name)
-    adapter = source.adapter
+    config, adapter = source.base, source.adapter
+    architecture = read_architecture(config.name, config.revision)
     # A copy of the tokenizer without config.json gives other ids in transformers 5.
     has_tokenizer = adapter and (adapter / "config.json").is_file() and (adapter / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(Model(name=str(adapter)) if has_tokenizer else source.base)
-    wanted = source.dtype if dtype == "auto" else str(dtype).removeprefix("torch.")
-    base = load_base(
-        source.base,
-        source.quantization,
-        architecture,
-        precision=choose_precision(wanted, device),
-        device=device,
-        longest_row=architecture.max_position_embeddings,
+    tokenizer = load_tokenizer(Model(name=str(adapter)) if has_tokenizer else config)
+    precision = choose_precision(source.dtype if dtype == "auto" else str(dtype).removeprefix("torch."), device)
+    longest = architecture.max_position_embeddings
+    model: Any = load_base(
+        config, source.quantization, architecture, precision=precision, device=device, longest_row=longest
     )
-    eos_token_id = base.generation_config.eos_token_id
-    if adapter is None:
-        return InferenceModel(base.eval(), tokenizer, stop_ids(eos_token_id))
-    ending = read_end_of_turn(tokenizer, source.chat_template)
-    if ending.template is not None:
-        tokenizer.chat_template = ending.template
-    return InferenceModel(_load_adapter(base, adapter).eval(), tokenizer, stop_ids(eos_token_id, ending.token_id))
+    eos_token_id, end_of_turn = model.generation_config.eos_token_id, None
+    if adapter is not None:
+        ending = read_end_of_turn(tokenizer, source.chat_template)
+        end_of_turn, tokenizer.chat_template = ending.token_id, ending.template or tokenizer.chat_template
+        model = _load_adapter(model, adapter)
+    return InferenceModel(model.eval(), tokenizer, stop_ids(eos_token_id, end_of_turn))
 
 
 def _read_source(path: Path) -> _Source:
-    """Find out what a directory holds."""
     run = RunFolder(path.parent if path.name == "adapter" and RunFolder(path.parent).recipe.is_file() else path)
     if run.recipe.is_file():
         if not (run.adapter / "adapter_config.json").is_file():
             raise ModelError(f"The run {run.path} has no adapter.", "Finish its training first, with --resume.")
         recipe = load_recipe(run.recipe)
         record = read_json_object(run.base, ModelError, "Train the run again.") if run.base.is_file() else {}
-        kept = run.chat_template
-        return _Source(
-            base=recipe.model.model_copy(update={"revision": record.get("revision") or recipe.model.revision}),
-            quantization=recipe.quantization,
-            dtype=recipe.compute_dtype,
-            adapter=run.adapter,
-            chat_template=str(kept) if kept.is_file() else recipe.data.chat_template,
-        )
+        base = recipe.model.model_copy(update={"revision": record.get("revision") or recipe.model.revision})
+        template = str(run.chat_template) if run.chat_template.is_file() else recipe.data.chat_template
+        return _Source(base, recipe.quantization, recipe.compute_dtype, run.adapter, template)
     if (path / "adapter_config.json").is_file():
         config = read_json_object(path / "adapter_config.json", ModelError, "Copy the adapter again.")
         name = config.get("base_model_name_or_path")
         if not isinstance(name, str) or not name:
-            raise ModelError(
-                f"{path / 'adapter_config.json'} names no base model.",
-                "Set base_model_name_or_path in it to the base's folder or hub id.",
-            )
-        base = Model(name=name, revision=config.get("revision"))
-        return _Source(base=base, quantization=Quantization(), dtype="auto", adapter=path, chat_template="auto")
+            hint = "Set base_model_name_or_path in it to the base's folder or hub id."
+            raise ModelError(f"{path / 'adapter_config.json'} names no base model.", hint)
+        return _Source(Model(name=name, revision=config.get("revision")), Quantization(), "auto", path)
     if not (path / "config.json").is_file():
-        raise ModelError(
-            f"{path} is not the directory of a run, of a PEFT adapter, or of an exported model.",
-            "Give a run, such as runs/<recipe>/<time>, or the directory that an export or an adapter was written to.",
-        )
+        hint = "Give a run, such as runs/<recipe>/<time>, or the directory that an export or an adapter was written to."
+        raise ModelError(f"{path} is not the directory of a run, of a PEFT adapter, or of an exported model.", hint)
     config = read_json_object(path / "config.json", ModelError, "Export the model again.")
-    return _Source(
-        base=Model(name=str(path)),
-        quantization=Quantization(load_in_4bit=False),
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "auto"),
-        adapter=None,
-        chat_template="auto",
-    )
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "auto")
+    return _Source(Model(name=str(path)), Quantization(load_in_4bit=False), dtype, adapter=None)
 
 
-def _load_adapter(base: PackedPhi3ForCausalLM, adapter: Path) -> PeftModel:
-    """Attach a trained adapter as it is stored."""
+def _load_adapter(base: Any, adapter: Path) -> PeftModel:
     try:
         with warnings.catch_warnings(), quiet_transformers():
             warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT 0.21 only warns
@@ -152,9 +123,8 @@ def _load_adapter(base: PackedPhi3ForCausalLM, adapter: Path) -> PeftModel:
     except torch.OutOfMemoryError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, UserWarning) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
         raise ModelError(
-            f"The adapter {adapter} cannot be loaded onto its base: {reason}.",
+            f"The adapter {adapter} cannot be loaded onto its base: {first_line(error)}.",
             "Copy the adapter again, or set base_model_name_or_path in its adapter_config.json to the base it was trained on.",
         ) from error
     fuse_lora_forward(model)
@@ -188,21 +158,16 @@ def read_end_of_turn(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> 
         )
     is_own = bool(tokenizer.chat_template)
     if is_own and chat_template != "auto":
+        is_own = False
         with suppress(DataError):  # the tokenizer's own template is not of the family
-            is_own = False
             is_own = choose_template(tokenizer).name == trained.name
     return EndOfTurn(token_id, None if is_own else MARKS.sub("", trained.source))
 
 
 def stop_ids(eos_token_id: int | Sequence[int] | None, end_of_turn: int | None = None) -> tuple[int, ...]:
-    """The ids at which generation stops.
-
-    Args:
-        eos_token_id: the value in a generation config, or in config.json.
-        end_of_turn: the id that ends an assistant's turn.
-    """
-    ids = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
-    return tuple(dict.fromkeys([*ids, *([] if end_of_turn is None else [end_of_turn])]))
+    """The ids at which generation stops: those of a generation config or config.json, and the one that ends a turn."""
+    ids = [eos_token_id] if eos_token_id is None or isinstance(eos_token_id, int) else eos_token_id
+    return tuple(dict.fromkeys(token_id for token_id in (*ids, end_of_turn) if token_id is not None))
 
 
 def generate(
@@ -229,14 +194,11 @@ def generate(
         ids = tokenizer(messages_or_prompt, return_tensors="pt").input_ids
     else:
         try:
-            ids = tokenizer.apply_chat_template(
-                list(messages_or_prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )["input_ids"]
+            options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+            ids = tokenizer.apply_chat_template(list(messages_or_prompt), **options)["input_ids"]
         except (TemplateError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"The chat template cannot render these messages: {error}.",
-                "Give each message a role that the model knows, and a content.",
-            ) from error
+            hint = "Give each message a role that the model knows, and a content."
+            raise DataError(f"The chat template cannot render these messages: {error}.", hint) from error
     if ids.shape[1] >= limit:
         raise DataError(f"The prompt has {ids.shape[1]:,} tokens, and the model {limit:,} positions.", "Shorten it.")
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -16,14 +16,11 @@ from qlora_phi3.model.phi3 import find_base
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveOutput:
-    """The result of an objective on one micro-batch.
+    """The result of an objective on one micro-batch."""
 
-    Args:
-        loss: 0-dim fp32, already divided by the normalizer; its backward pass gives this micro-batch's share of the gradient.
-        metrics: name -> 0-dim tensor without gradient; the step sums each over its micro-batches.
-    """
-
+    #: 0-dim fp32, already divided by the normalizer; its backward pass gives this micro-batch's share of the gradient.
     loss: Tensor
+    #: Name -> 0-dim tensor without gradient; the step sums each over its micro-batches.
     metrics: Mapping[str, Tensor]
 
 

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from qlora_phi3.data.batching import plan_micro_batches
+from qlora_phi3.data.batching import IGNORE_INDEX, plan_micro_batches
+from qlora_phi3.errors import first_line
 from qlora_phi3.execution import MicroBatchPlan
-from qlora_phi3.model.loss import IGNORE_INDEX
 from qlora_phi3.objectives import Objective, ObjectiveOutput, sft
 
 #: Packed sequences are padded to a multiple of this. oneDNN caches a compiled kernel for every shape: over 20 steps of 4 rows,
 #: SmolLM2-135M in bf16 on CPU peaked at 1,413 MiB without padding, 1,121 with 64, 1,075 with 128, at equal speed. On CUDA fewer
 #: sizes fragment the allocator's cache less.
 PACKED_MULTIPLE = 64
-
 #: The text of a RuntimeError that means out of memory: libraries below torch, and torch's own CPU allocator, raise no other
 #: class. cuBLAS reports either of its two status codes if it finds no memory for its handle.
 OUT_OF_MEMORY = re.compile(
@@ -49,33 +48,19 @@ class Batch:
     num_supervised: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """The result of a pass over a batch.
-
-    Args:
-        loss: 0-dim fp32, summed over the micro-batches; for `sft` the mean over the supervised tokens.
-        metrics: the objective's metrics, each summed over the micro-batches.
-    """
-
-    loss: Tensor
-    metrics: Mapping[str, Tensor]
+class StepResult(ObjectiveOutput):
+    """The result of a pass over a batch: loss and metrics, each summed over the micro-batches."""
 
 
 class MicroBatchMemoryError(Exception):
-    """Memory ran out in one micro-batch; the gradients of its batch are incomplete.
+    """Memory ran out in the micro-batch of this index; the gradients of its batch are incomplete.
 
     While this error is alive, its cause holds the tensors of that micro-batch.
-
-    Args:
-        micro_batch: the index of the micro-batch in the batch.
-        reason: the first line of the original error.
     """
 
     def __init__(self, micro_batch: int, reason: str) -> None:
         super().__init__(f"memory ran out in micro-batch {micro_batch}: {reason}")
-        self.micro_batch = micro_batch
-        self.reason = reason
+        self.micro_batch, self.reason = micro_batch, reason
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -88,22 +73,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 def collate(rows: Sequence[Mapping[str, Any]], plan: MicroBatchPlan) -> Batch:
     """Build the micro-batches of one optimizer step from tokenized rows (`input_ids`, `labels`)."""
     lengths = [len(row["input_ids"]) for row in rows]
-    row_indices = plan_micro_batches(
-        lengths,
-        max_tokens=plan.max_tokens,
-        max_rows=plan.max_rows,
-        packing=plan.packing,
-        boundary=plan.longrope_boundary,
-    )
-    tensors = [
-        (
-            torch.as_tensor(row["input_ids"], dtype=torch.int64),
-            torch.as_tensor(row["labels"], dtype=torch.int64).clone(),
-        )
-        for row in rows
-    ]
-    for _, labels in tensors:
+    row_indices = plan_micro_batches(lengths, plan)
+    tensors = []
+    for row in rows:
+        ids, labels = (torch.as_tensor(row[name], dtype=torch.int64).clone() for name in ("input_ids", "labels"))
         labels[0] = IGNORE_INDEX  # nothing predicts a document's first token
+        tensors.append((ids, labels))
     build = _pack_rows if plan.packing else _pad_rows
     micro_batches = tuple(build([tensors[index] for index in indices]) for indices in row_indices)
     return Batch(
@@ -131,16 +106,14 @@ def _pack_rows(rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
 
 
 def _pad_rows(rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    ids = pad_sequence([ids for ids, _ in rows], batch_first=True, padding_value=0)
+    ids = pad_sequence([ids for ids, _ in rows], batch_first=True)
     micro = {
         "input_ids": ids,
         "labels": pad_sequence([labels for _, labels in rows], batch_first=True, padding_value=IGNORE_INDEX),
         "position_ids": torch.arange(ids.shape[1]).expand_as(ids).contiguous(),
     }
     if len({len(ids) for ids, _ in rows}) > 1:
-        micro["attention_mask"] = pad_sequence(
-            [torch.ones_like(ids) for ids, _ in rows], batch_first=True, padding_value=0
-        )
+        micro["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids, _ in rows], batch_first=True)
     return micro
 
 
@@ -166,7 +139,7 @@ def forward_backward(
         MicroBatchMemoryError: memory ran out; the caller must discard the gradients.
     """
     last = len(batch.micro_batches) - 1
-    outputs: list[ObjectiveOutput] = []
+    outputs = []
     for index, micro_batch in enumerate(batch.micro_batches):
         synchronized = nullcontext() if index == last else getattr(model, "no_sync", nullcontext)()
         with _in_micro_batch(index), synchronized:
@@ -186,7 +159,7 @@ def evaluate(
     """
     with evaluating(model), torch.no_grad():
         for batch in batches:
-            outputs: list[ObjectiveOutput] = []
+            outputs = []
             for index, micro_batch in enumerate(batch.micro_batches):
                 with _in_micro_batch(index):
                     outputs.append(_forward(model, micro_batch, objective, compute_dtype, batch.num_supervised))
@@ -206,14 +179,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _in_micro_batch(index: int) -> Iterator[None]:
-    """Raise an out-of-memory error as a MicroBatchMemoryError with the index of the micro-batch."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise MicroBatchMemoryError(index, reason) from error
+        raise MicroBatchMemoryError(index, first_line(error)) from error
 
 
 def _forward(
@@ -230,9 +201,6 @@ def _forward(
 
 def _sum(outputs: Sequence[ObjectiveOutput]) -> StepResult:
     with _in_micro_batch(len(outputs) - 1):
-        return StepResult(
-            loss=torch.stack([output.loss for output in outputs]).sum(),
-            metrics={
-                name: torch.stack([output.metrics[name] for output in outputs]).sum() for name in outputs[0].metrics
-            },
-        )
+        names = outputs[0].metrics
+        metrics = {name: torch.stack([output.metrics[name] for output in outputs]).sum() for name in names}
+        return StepResult(loss=torch.stack([output.loss for output in outputs]).sum(), metrics=metrics)

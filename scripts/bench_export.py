@@ -41,7 +41,7 @@ from qlora_phi3.adapters.adapter_deltas import read_deltas
 from qlora_phi3.export.base import RecordedBase, read_record, summarise
 from qlora_phi3.export.merge import MergedWeights
 from qlora_phi3.export.writer import plan_shards, write_shards
-from qlora_phi3.model.weights import PIECE_BYTES, TensorInfo, open_weights, read_tensor, rows_per_piece
+from qlora_phi3.model.weights import ROW_CHUNK_BYTES, TensorInfo, open_weights, read_tensor, rows_per_chunk
 
 TABLE = Path(__file__).resolve().parent.parent / "benchmarks" / "export.csv"
 HIDDEN, INTERMEDIATE, VOCABULARY, RANK = 3072, 8192, 32_064, 16
@@ -61,12 +61,12 @@ class RandomWeights:
 
     def __init__(self, info: dict[str, TensorInfo], scale: float) -> None:
         self.info = info
-        self.noise = torch.randn(PIECE_BYTES, generator=torch.Generator().manual_seed(0)).mul_(scale)
+        self.noise = torch.randn(ROW_CHUNK_BYTES, generator=torch.Generator().manual_seed(0)).mul_(scale)
 
     def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
         """Noise rolled by another distance each time, norms of ones."""
         info = self.info[name]
-        step = rows_per_piece(info)
+        step = rows_per_chunk(info)
         for row in range(0, info.shape[0], step):
             shape = (min(step, info.shape[0] - row), *info.shape[1:])
             noise = self.noise.roll(7919 * row + len(name))[: prod(shape)].view(shape)
@@ -150,7 +150,7 @@ def merge_peft(folder: Path, target: Path, *, four_bit: bool) -> None:
 
 def read_all(folder: Path, target: Path) -> None:
     """Part "read"."""
-    buffer = bytearray(PIECE_BYTES)
+    buffer = bytearray(ROW_CHUNK_BYTES)
     for path in sorted((folder / "base").glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
@@ -170,11 +170,14 @@ def quantize_all(folder: Path, target: Path) -> None:
 def write_all(folder: Path, target: Path) -> None:
     """Part "write"."""
     target.mkdir()
-    left, data = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors")), os.urandom(PIECE_BYTES)
+    left, data = (
+        sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors")),
+        os.urandom(ROW_CHUNK_BYTES),
+    )
     while left:
         size = min(left, SHARD_BYTES)
         with (target / f"{left}.bin").open("wb", buffering=0) as file:
-            for start in range(0, size, PIECE_BYTES):
+            for start in range(0, size, ROW_CHUNK_BYTES):
                 file.write(memoryview(data)[: size - start])
             os.fsync(file.fileno())
         left -= size

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from qlora_phi3.recipe.edit import format_toml
 from qlora_phi3.recipe.load import recipe_schema
-from qlora_phi3.recipe.messages import format_toml
 from qlora_phi3.recipe.schema import TABLES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"

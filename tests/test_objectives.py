@@ -131,7 +131,7 @@ def test_the_dry_run_and_the_run_take_any_objective(shop, monkeypatch):
         calls.append(model.training)
         return weighted_logprobs(model, micro_batch, normalizer)
 
-    monkeypatch.setattr(training_trainer, "Phi3Trainer", partial(Phi3Trainer, objective=counted))
+    monkeypatch.setattr("qlora_phi3.training.trainer.Phi3Trainer", partial(Phi3Trainer, objective=counted))
     dry_run = training_run.dry_run_heaviest_step
 
     def watch(*args, **kwargs):

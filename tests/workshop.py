@@ -50,7 +50,7 @@ class Workshop:
 
     def write(self, text: str = "", name: str = "mine.toml", **tables: dict[str, Any]) -> Path:
         """A recipe of the tables given over those of `default_tables`; or of the text given, as it is."""
-        from qlora_phi3.recipe.messages import format_toml
+        from qlora_phi3.recipe.edit import format_toml
 
         path = self.path / name
         if not text:

@@ -9,6 +9,9 @@ from dataclasses import replace
 
 from qlora_phi3.execution import MicroBatchPlan
 
+#: The label of a position that is not supervised, as in `torch.nn.functional.cross_entropy`.
+IGNORE_INDEX = -100
+
 
 def split_plan(plan: MicroBatchPlan, lengths: Sequence[int]) -> MicroBatchPlan:
     """Lower the tokens of a micro-batch just enough that the rows of one no longer share it.
@@ -20,32 +23,30 @@ def split_plan(plan: MicroBatchPlan, lengths: Sequence[int]) -> MicroBatchPlan:
     return replace(plan, max_tokens=max(half, *lengths))
 
 
-def plan_micro_batches(
-    lengths: Sequence[int], *, max_tokens: int, max_rows: int, packing: bool, boundary: int | None
-) -> list[list[int]]:
-    """Split the rows of one optimizer step into micro-batches. The same input always gives the same plan.
+def plan_micro_batches(lengths: Sequence[int], plan: MicroBatchPlan) -> list[list[int]]:
+    """Split the rows of one optimizer step into micro-batches; the same input always gives the same split.
+
+    transformers picks longrope's long or short factors from the largest position in a batch, so rows longer than the plan's
+    boundary never share a micro-batch with rows that are not.
 
     Args:
         lengths: tokens of each row.
-        max_tokens: most tokens of a micro-batch, padding counted. A row that is longer by itself stands alone.
-        max_rows: most rows of a padded micro-batch; a packed one is bounded by its tokens only.
-        packing: lay rows end to end in one sequence; otherwise pad them to the longest of their micro-batch.
-        boundary: `original_max_position_embeddings` of a longrope model, else None. transformers picks the long or
-            the short rope factors from the largest position in a batch, so rows longer than the boundary never
-            share a micro-batch with rows that are not.
 
     Returns:
         Indices into `lengths`: every row exactly once, longest rows first.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    limit = float("inf") if boundary is None else boundary
-    plan: list[list[int]] = []
-    for group in ([row for row in order if lengths[row] > limit], [row for row in order if lengths[row] <= limit]):
-        plan += _pack(group, lengths, max_tokens) if packing else _pad(group, lengths, max_tokens, max_rows)
-    return plan
+    boundary = float("inf") if plan.longrope_boundary is None else plan.longrope_boundary
+    split: list[list[int]] = []
+    for group in (
+        [row for row in order if lengths[row] > boundary],
+        [row for row in order if lengths[row] <= boundary],
+    ):
+        split += _pack(group, lengths, plan) if plan.packing else _pad(group, lengths, plan)
+    return split
 
 
-def _pack(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def _pack(order: Sequence[int], lengths: Sequence[int], plan: MicroBatchPlan) -> list[list[int]]:
     """Best-fit decreasing: each row goes where it leaves the fewest tokens free, or into a micro-batch of its own."""
     packs: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (tokens left, number of the pack), sorted
@@ -54,19 +55,19 @@ def _pack(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list
         if fit < len(free):
             left, pack = free.pop(fit)
         else:
-            left, pack = max_tokens, len(packs)
+            left, pack = plan.max_tokens, len(packs)
             packs.append([])
         packs[pack].append(row)
         insort(free, (left - lengths[row], pack))
     return packs
 
 
-def _pad(order: Sequence[int], lengths: Sequence[int], max_tokens: int, max_rows: int) -> list[list[int]]:
+def _pad(order: Sequence[int], lengths: Sequence[int], plan: MicroBatchPlan) -> list[list[int]]:
     """Neighbours in length share a micro-batch, as many as rows and padded tokens allow."""
     batches: list[list[int]] = []
     for row in order:
         batch = batches[-1] if batches else []
-        if batch and len(batch) < max_rows and lengths[batch[0]] * (len(batch) + 1) <= max_tokens:
+        if batch and len(batch) < plan.max_rows and lengths[batch[0]] * (len(batch) + 1) <= plan.max_tokens:
             batch.append(row)
         else:
             batches.append([row])

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.data.formats import Chat, Document, SkipRow, detect_format, read_row
 from qlora_phi3.data.report import SourceReport
 from qlora_phi3.data.sources import Source
@@ -27,8 +28,6 @@ from qlora_phi3.files import atomic_dir, disk_errors
 from qlora_phi3.recipe.schema import Data
 from qlora_phi3.reporter import Progress
 from qlora_phi3.units import format_count
-
-IGNORE_INDEX = -100
 
 #: Rows that are tokenised at once.
 BATCH_ROWS = 256

@@ -19,8 +19,8 @@ from qlora_phi3.export.request import DTYPES
 from qlora_phi3.family import is_hub_id
 from qlora_phi3.files import read_json_object, sha256_file
 from qlora_phi3.inference import EndOfTurn, stop_ids
+from qlora_phi3.recipe.edit import format_toml
 from qlora_phi3.recipe.load import as_list
-from qlora_phi3.recipe.messages import format_toml
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import format_count
 

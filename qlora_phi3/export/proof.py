@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.errors import ExportError
 from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.export.bundle import DOWNLOAD_AGAIN, GENERATION_CONFIG
@@ -25,7 +26,6 @@ from qlora_phi3.export.streamed import Final
 from qlora_phi3.export.writer import DISK_HINT
 from qlora_phi3.family import Architecture, parse_architecture
 from qlora_phi3.files import atomic_file, disk_errors, read_json_object, remove
-from qlora_phi3.model.loss import IGNORE_INDEX
 from qlora_phi3.model.quantized import checksum_of
 from qlora_phi3.model.weights import Weights
 from qlora_phi3.reporter import Progress, Reporter

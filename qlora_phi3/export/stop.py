@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import Phi3Config
 
+from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.export.inputs import free_ram
 from qlora_phi3.export.proof import LIVE, Proof
 from qlora_phi3.inference import InferenceModel, load_for_inference
-from qlora_phi3.model.loss import IGNORE_INDEX
 from qlora_phi3.model.weights import open_weights
 from qlora_phi3.reporter import Progress
 

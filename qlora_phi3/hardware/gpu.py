@@ -79,9 +79,6 @@ class ChosenGpu:
 def check_single_process(environ: Mapping[str, str]) -> None:
     """Refuse to run as one of several processes: each would train a model of its own.
 
-    Args:
-        environ: the environment variables of this process.
-
     Raises:
         DeviceError: a launcher started more than one process.
     """
@@ -137,8 +134,7 @@ def choose_gpu(wanted: str | int, *, nvml: Any = None) -> ChosenGpu | None:
 def hide_other_gpus(chosen: ChosenGpu | None) -> None:
     """Show CUDA one GPU only, through the environment of this process; call it before torch initialises CUDA.
 
-    Args:
-        chosen: of `choose_gpu`; None leaves the first GPU of CUDA_VISIBLE_DEVICES, or the first of the computer.
+    None leaves the first GPU of CUDA_VISIBLE_DEVICES, or the first of the computer.
     """
     if chosen is None:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
@@ -170,14 +166,11 @@ def read_gpu(index: int = 0, *, nvml: Any = None) -> Gpu:
 
 @contextmanager
 def _nvml_session(nvml: Any) -> Iterator[Any]:
-    """Initialise NVML and shut it down; its errors become NoDeviceError."""
     try:
         nvml = nvml or import_module("pynvml")
     except ImportError as error:
-        raise NoDeviceError(
-            "The GPU cannot be read: the package nvidia-ml-py is not installed.",
-            f"Install it (pip install nvidia-ml-py). {OTHER_GPU_HINT}",
-        ) from error
+        hint = f"Install it (pip install nvidia-ml-py). {OTHER_GPU_HINT}"
+        raise NoDeviceError("The GPU cannot be read: the package nvidia-ml-py is not installed.", hint) from error
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
@@ -204,11 +197,9 @@ def _visible_gpus(nvml: Any) -> list[tuple[int, str, Any]]:
     if setting is None:
         return gpus
     visible = []
-    for entry in (part.strip() for part in setting.split(",")):
-        if entry.isdecimal():
-            matches = gpus[int(entry) : int(entry) + 1]
-        else:
-            matches = [gpu for gpu in gpus if entry and gpu[1].startswith(entry)]
+    for entry in map(str.strip, setting.split(",")):
+        by_uuid = [gpu for gpu in gpus if entry and gpu[1].startswith(entry)]
+        matches = gpus[int(entry) : int(entry) + 1] if entry.isdecimal() else by_uuid
         if len(matches) != 1:
             break
         visible += matches
@@ -216,7 +207,6 @@ def _visible_gpus(nvml: Any) -> list[tuple[int, str, Any]]:
 
 
 def _read(nvml: Any, handle: Any) -> Gpu:
-    """Memory, processes, compute capability and speed of one GPU."""
     try:
         memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
         total_bytes = memory.total - memory.reserved
@@ -225,7 +215,7 @@ def _read(nvml: Any, handle: Any) -> Gpu:
         total_bytes = memory.total
     name = str(nvml.nvmlDeviceGetName(handle))
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    bandwidth, tflops = _read_speed(nvml, handle, name, total_bytes, (major, minor))
+    bandwidth, tflops = _read_speed(nvml, handle, name, total_bytes, major, minor)
     return Gpu(
         name=name,
         total_bytes=total_bytes,
@@ -259,9 +249,7 @@ def _read_processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
     return tuple(sorted(processes, key=lambda process: (-(process.used_bytes or 0), process.name)))
 
 
-def _read_speed(
-    nvml: Any, handle: Any, name: str, total_bytes: int, compute_capability: tuple[int, int]
-) -> tuple[float, float]:
+def _read_speed(nvml: Any, handle: Any, name: str, total_bytes: int, major: int, minor: int) -> tuple[float, float]:
     """Bytes and 10^12 operations a second: from the table where it has the GPU, else from NVML's bus width and clocks.
 
     Operations for each core and clock, beyond a multiply-add: 8 on Volta, 4 on Turing, 16 on the data-centre GPUs of Ampere,
@@ -270,7 +258,6 @@ def _read_speed(
     if known := _find_specs(name):
         spec = min(known, key=lambda spec: abs(spec.usable_bytes - total_bytes))
         return spec.bandwidth_gb * 1e9, spec.tflops_16bit
-    major, minor = compute_capability
     operations = {7: 4 if minor == 5 else 8, 8: 2 if minor else 16, 9: 16, 10: 16}.get(major, 2 if major > 8 else 1)
     try:
         bits, cores = nvml.nvmlDeviceGetMemoryBusWidth(handle), nvml.nvmlDeviceGetNumGpuCores(handle)
@@ -291,12 +278,10 @@ def find_gpu(name: str) -> Gpu:
     """
     specs = _find_specs(name)
     if not specs:
-        words, brand = " ".join(sorted(_words(name))), re.search(r"[gr]tx", name.lower())
-        names = {
-            " ".join(sorted(_words(spec.name))): spec.name
-            for spec in GPU_TABLE
-            if brand is None or spec.name.lower().startswith(brand[0])
-        }
+        brand = re.search(r"[gr]tx", name.lower())
+        same_brand = [spec.name for spec in GPU_TABLE if brand is None or spec.name.lower().startswith(brand[0])]
+        names = {" ".join(sorted(_words(other))): other for other in same_brand}
+        words = " ".join(sorted(_words(name)))
         similar = [names[match] for match in difflib.get_close_matches(words, names, n=3, cutoff=0.6)]
         listed = f"Similar names: {', '.join(similar)}." if similar else "It has GTX 16, RTX 20 to 50, and some more."
         raise DeviceError(f"The table has no GPU '{name}'. {listed}", "Or give the memory size: --vram 12GB.")
@@ -310,7 +295,7 @@ def find_gpu(name: str) -> Gpu:
 
 
 def _find_specs(name: str) -> list[GpuSpec]:
-    """The rows of the table that a name can mean; `laptop` may be left out where there is no desktop GPU of that name."""
+    """The rows that a name can mean; `laptop` may be left out where the table has no desktop GPU of that name."""
     words = _words(name)
     exact = [spec for spec in GPU_TABLE if _words(spec.name) == words]
     return exact or [spec for spec in GPU_TABLE if _words(spec.name) == words | {"laptop"}]
@@ -318,12 +303,10 @@ def _find_specs(name: str) -> list[GpuSpec]:
 
 def _words(name: str) -> set[str]:
     """The words of a GPU's name that distinguish it, in lower case: `NVIDIA GeForce RTX4060Ti 16GB` gives 4060 and ti."""
-    text = name.lower().replace("max-q", "maxq").replace("(tm)", " ")
-    text = re.sub(r"\b\d+ ?gi?b?\b", " ", text)
+    text = re.sub(r"\b\d+ ?gi?b?\b", " ", name.lower().replace("max-q", "maxq").replace("(tm)", " "))
     text = re.sub(r"([rg]tx)(?=\w)", r"\1 ", text)
     text = re.sub(r"(\d{4})(?=[a-z])|(?<=ti)(?=super)", r"\1 ", text)
-    words = re.findall(r"[a-z0-9]+", text)
-    return {SYNONYMS.get(word, word) for word in words} - STOP_WORDS
+    return {SYNONYMS.get(word, word) for word in re.findall(r"[a-z0-9]+", text)} - STOP_WORDS
 
 
 def gpu_of_size(num_bytes: int) -> Gpu:
@@ -378,14 +361,9 @@ def _specs_of_nearest_size(num_bytes: int) -> list[GpuSpec]:
 def read_own_bytes(index: int = 0, *, nvml: Any = None) -> int | None:
     """GPU memory of this process as the driver shows it, its CUDA context included; None where the driver does not show it.
 
-    Args:
-        index: as for `read_gpu`.
-        nvml: the module `pynvml`, or a replacement.
+    The arguments are those of `read_gpu`.
     """
-    try:
-        with _nvml_session(nvml) as session:
-            handle = _visible_gpus(session)[index][2]
-            processes = session.nvmlDeviceGetComputeRunningProcesses(handle)
-            return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
-    except (DeviceError, IndexError):
-        return None
+    with suppress(DeviceError, IndexError), _nvml_session(nvml) as session:
+        processes = session.nvmlDeviceGetComputeRunningProcesses(_visible_gpus(session)[index][2])
+        return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
+    return None

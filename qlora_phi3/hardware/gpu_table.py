@@ -1,14 +1,12 @@
 """Table of GPUs: usable memory, compute capability and speed. Gathered in November 2026.
 
-- `observed_total_mib` is the smallest total that PyTorch (`total capacity of ... GiB`, `CUDA:0 (..., ... MiB)`), llama.cpp
-  (`VRAM: ... MiB`) or hashcat printed on Linux for that GPU in public issues, logs and notes. It shrinks with the driver's
-  version (an RTX 3060 had 12,045 MiB in 2023 and 11,910 in 2026), so the smallest is the one to rely on. Windows and WSL print
-  nearly all of the memory, but there the desktop uses some of it.
-- `nvidia_smi_mib` is the total that `nvidia-smi` prints; it includes the driver's own reserve.
-- Speeds are NVIDIA's specifications: memory bandwidth, and the dense 16-bit matrix rate with fp32 accumulation, which
-  is how PyTorch multiplies: cores x boost clock x 2, times 4 on RTX 20, times 2 on GTX 16 (no tensor cores, but fp16 at
-  double rate) and on GeForce RTX 30 to 50. The advertised figures are 2 to 8 times that: fp16 accumulation, sparse
-  weights, fp8. A laptop's power limit changes its rate by a third; the table has a medium setting.
+- `observed_total_mib` is the smallest total that PyTorch, llama.cpp or hashcat printed on Linux in public issues, logs and notes.
+  It shrinks with the driver's version (an RTX 3060 had 12,045 MiB in 2023 and 11,910 in 2026). Windows and WSL print nearly all
+  of the memory, but there the desktop uses some of it. `nvidia_smi_mib` includes the driver's own reserve.
+- Speeds are NVIDIA's specifications: memory bandwidth, and the dense 16-bit matrix rate with fp32 accumulation, as PyTorch
+  multiplies: cores x boost clock x 2, times 4 on RTX 20, times 2 on GTX 16 (no tensor cores, but fp16 at double rate) and on
+  GeForce RTX 30 to 50. Advertised figures are 2 to 8 times that: fp16 accumulation, sparse weights, fp8. A laptop's power limit
+  changes its rate by a third; the table has a medium setting.
 """
 
 import re
@@ -22,8 +20,6 @@ from qlora_phi3.units import MIB
 RESERVE_MIB_TO_6_GB, RESERVE_MIB_ABOVE = 410, 500
 #: Lowest compute capability with native bfloat16.
 NATIVE_BFLOAT16 = (8, 0)
-#: Names of consumer GPUs. Workstation and server GPUs keep memory for error correction, and are looked up by name only.
-CONSUMER = re.compile(r"[GR]TX \d{4}\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +53,8 @@ class GpuSpec:
 
     @property
     def consumer(self) -> bool:
-        """Whether it is a GeForce GPU."""
-        return CONSUMER.match(self.name) is not None
+        """Whether it is a GeForce GPU; workstation and server GPUs are looked up by name only."""
+        return re.match(r"[GR]TX \d{4}\b", self.name) is not None
 
     @property
     def label(self) -> str:

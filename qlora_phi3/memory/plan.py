@@ -103,13 +103,7 @@ def split_rows(lengths: Sequence[int], plan: MicroBatchPlan) -> list[list[int]]:
     Args:
         lengths: tokens of each row.
     """
-    return plan_micro_batches(
-        lengths,
-        max_tokens=plan.max_tokens,
-        max_rows=plan.max_rows,
-        packing=plan.packing,
-        boundary=plan.longrope_boundary,
-    )
+    return plan_micro_batches(lengths, plan)
 
 
 def describe_kind(execution: ExecutionPlan) -> str:

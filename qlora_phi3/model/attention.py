@@ -18,12 +18,10 @@ from transformers.masking_utils import sdpa_mask
 
 #: The name under which `register_attention` registers `attend_by_document`.
 BY_DOCUMENT = "sdpa_by_document"
-
 #: Largest size of one document's scores for which a CPU uses plain matmuls in 16 bit: 32 MiB, 724 tokens of Phi-3-mini's 32
 #: heads. PyTorch 2.13's CPU flash kernel takes 5.7 ms forward and backward for 190 tokens (9 heads of 64, bf16, one Zen 5 core),
 #: its math path 4.4, plain matmuls 1.5; at 800 tokens 34, 83 and 18.
 CPU_SCORES_BYTES = 32 * 2**20
-
 #: Lengths are padded to a multiple of this for the plain matmuls: oneDNN caches a compiled kernel for every shape.
 CPU_LENGTH_MULTIPLE = 32
 
@@ -42,7 +40,6 @@ def attend_by_document(
     attention_mask: Tensor | None,
     document_lengths: tuple[int, ...] | None = None,
     window_masks: Mapping[int, Tensor] | None = None,
-    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute SDPA, separately for each document if `document_lengths` is given.
@@ -53,7 +50,7 @@ def attend_by_document(
         attention_mask: used only without documents (padded rows, generation).
         document_lengths: tokens of each document, in order; they sum to length.
         window_masks: the result of `build_window_masks`.
-        sliding_window: ignored; `window_masks` contain it.
+        kwargs: `scaling`, `dropout`, and what transformers' SDPA ignores, such as `sliding_window`.
 
     Returns:
         The attention output (1, length, heads, head_size) in the dtype of `query`, and None for the attention weights.
@@ -82,13 +79,10 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and mask is None and not _takes_groups(query.device):
         key, value = (tensor[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for tensor in (key, value))
+        is_causal = query.shape[2] > 1  # one query with a cache attends to every key
+        dropout, scaling = kwargs.get("dropout", 0.0), kwargs["scaling"]
         output = functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            dropout_p=kwargs.get("dropout", 0.0),
-            is_causal=query.shape[2] > 1,  # one query with a cache attends to every key
-            scale=kwargs["scaling"],
+            query, key, value, dropout_p=dropout, is_causal=is_causal, scale=scaling
         )
         return output.transpose(1, 2).contiguous()
     attended: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
@@ -133,9 +127,8 @@ def build_window_masks(
     for length in {length for length in document_lengths if length > window}:
         position = torch.arange(length, device=device)
         distance = position[:, None] - position[None, :]
-        hidden = (distance < 0) | (distance >= window)
-        mask = torch.zeros(hidden.shape, device=device, dtype=dtype).masked_fill_(hidden, float("-inf"))
-        masks[length] = mask[None, None]
+        mask = torch.zeros((1, 1, length, length), device=device, dtype=dtype)
+        masks[length] = mask.masked_fill_((distance < 0) | (distance >= window), float("-inf"))
     return masks
 
 

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from qlora_phi3.errors import ModelError
+from qlora_phi3.errors import ModelError, first_line
 from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM
 from qlora_phi3.recipe.schema import Lora
 
@@ -24,15 +24,10 @@ from qlora_phi3.recipe.schema import Lora
 class Coverage:
     """The part of the base that the adapter covers."""
 
-    covered_parameters: int
-    linear_parameters: int
+    #: Covered share of the weights of the decoder's linear layers, 0 to 1.
+    share: float
     trainable_parameters: int
     targets: tuple[str, ...]
-
-    @property
-    def share(self) -> float:
-        """Covered share of the weights of the decoder's linear layers, 0 to 1."""
-        return self.covered_parameters / self.linear_parameters
 
 
 def attach_adapter(model: PackedPhi3ForCausalLM, config: Lora) -> PeftModel:
@@ -49,8 +44,7 @@ def attach_adapter(model: PackedPhi3ForCausalLM, config: Lora) -> PeftModel:
     try:
         adapted = get_peft_model(model, LoraConfig(**settings), autocast_adapter_dtype=True)
     except ValueError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ModelError(f"PEFT refuses the [lora] table: {reason}.", "Change [lora].") from error
+        raise ModelError(f"PEFT refuses the [lora] table: {first_line(error)}.", "Change [lora].") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -73,41 +67,37 @@ def check_targets(model: PackedPhi3ForCausalLM, config: Lora) -> None:
     Raises:
         ModelError: names the key and the value.
     """
-    layers, modules = linear_layers(model), [name for name, _ in model.named_modules()]
+    layers = linear_layers(model)
+
+    def require(key: str, value: str, pattern: str, hint: str, names: Iterable[str] = layers) -> None:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
+            message = f"[lora] {key}: '{value}' matches no layer of this model, whose linear layers are {known}."
+            raise ModelError(message, hint)
+
     targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
     if any(target.rpartition(".")[2] == "lm_head" for target in targets):
         raise ModelError(
             "[lora] target_modules names lm_head, whose weight the loss reads directly: that adapter would never be trained.",
             'Use modules_to_save = ["lm_head"] to train the head itself.',
         )
-    if isinstance(config.target_modules, str):
-        pattern, hint = config.target_modules, f'For a name, not a pattern, write target_modules = ["{targets[0]}"].'
-        if pattern != "all-linear" and not any(re.fullmatch(pattern, name) for name in layers):
-            raise _matches_nothing("target_modules", pattern, layers, hint)
-    else:
+    if isinstance(config.target_modules, list):
         for name in targets:
-            if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
-                raise _matches_nothing("target_modules", name, layers, 'Write target_modules = "all-linear".')
+            require("target_modules", name, rf"(.*\.)?{re.escape(name)}", 'Write target_modules = "all-linear".')
+    elif config.target_modules != "all-linear":
+        hint = f'For a name, not a pattern, write target_modules = ["{targets[0]}"].'
+        require("target_modules", targets[0], targets[0], hint)
     for name in config.modules_to_save or ():
-        if not any(module == name or module.endswith(f".{name}") for module in modules):
-            hint = "lm_head and embed_tokens can be trained as well."
-            raise _matches_nothing("modules_to_save", name, layers, hint)
+        hint, modules = "lm_head and embed_tokens can be trained as well.", (name for name, _ in model.named_modules())
+        require("modules_to_save", name, rf"(.*\.)?{re.escape(name)}", hint, modules)
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, key):
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in layers):
-                raise _matches_nothing(key, pattern, layers, f"Correct {key}.")
+            require(key, pattern, rf"(.*\.)?({pattern})", f"Correct {key}.")
     chosen, count = config.layers_to_transform, model.config.num_hidden_layers
     for number in [chosen] if isinstance(chosen, int) else chosen or ():
         if number >= count:
-            raise ModelError(
-                f"[lora] layers_to_transform = {number}, but the model has {count} layers.",
-                f"Choose layers from 0 to {count - 1}.",
-            )
-
-
-def _matches_nothing(key: str, name: str, layers: Iterable[str], hint: str) -> ModelError:
-    names = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
-    return ModelError(f"[lora] {key}: '{name}' matches no layer of this model, whose linear layers are {names}.", hint)
+            hint = f"Choose layers from 0 to {count - 1}."
+            raise ModelError(f"[lora] layers_to_transform = {number}, but the model has {count} layers.", hint)
 
 
 def measure_coverage(model: PeftModel) -> Coverage:
@@ -120,12 +110,8 @@ def measure_coverage(model: PeftModel) -> Coverage:
             targets.add(name.rpartition(".")[2])
         elif isinstance(module, nn.Linear) and "lora_" not in name and "lm_head" not in name:
             total += module.in_features * module.out_features
-    return Coverage(
-        covered_parameters=covered,
-        linear_parameters=total,
-        trainable_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        targets=tuple(sorted(targets)),
-    )
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Coverage(share=covered / total, trainable_parameters=trainable, targets=tuple(sorted(targets)))
 
 
 def fuse_lora_forward(model: nn.Module, adapter: str = "default") -> None:

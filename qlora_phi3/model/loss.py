@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES
-
-#: The label of a position that is not supervised, as in `torch.nn.functional.cross_entropy`.
-IGNORE_INDEX = -100
 
 
 def select_supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,37 +47,30 @@ def tiled_cross_entropy(
         The loss, an fp32 scalar, differentiable with respect to `hidden` and `weight`; and the number of targets that were the
         most likely token, an int64 scalar.
     """
-    rows = max(1, tile_bytes // (4 * weight.shape[0]))
-    loss, num_correct = _TiledCrossEntropy.apply(hidden, weight, targets, normalizer, rows)  # type: ignore[no-untyped-call]
+    loss, num_correct = _TiledCrossEntropy.apply(hidden, weight, targets, normalizer, tile_bytes)  # type: ignore[no-untyped-call]
     return loss, num_correct
 
 
 def token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, tile_bytes: int = DEFAULT_LOGITS_TILE_BYTES
 ) -> Tensor:
-    """Compute the log-probability of each target.
-
-    Args:
-        hidden: (positions, hidden_size), floating point: the final hidden states of the positions before the targets.
-        weight: (vocabulary, hidden_size), the output head; it is cast to the dtype of `hidden`.
-        targets: (positions,), int64 token ids.
-        tile_bytes: bytes of fp32 logits alive at once; a tile has at least one position.
+    """Compute the log-probability of each target; the arguments have the shapes and dtypes of `tiled_cross_entropy`.
 
     Returns:
         (positions,), fp32 (fp64 for fp64 inputs), differentiable once with respect to `hidden` and `weight`.
     """
-    rows = max(1, tile_bytes // (4 * weight.shape[0]))
-    logprobs: Tensor = _TiledLogprobs.apply(hidden, weight, targets, rows)  # type: ignore[no-untyped-call]
+    logprobs: Tensor = _TiledLogprobs.apply(hidden, weight, targets, tile_bytes)  # type: ignore[no-untyped-call]
     return logprobs
 
 
-def _iter_logits(hidden: Tensor, head: Tensor, tile_rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _iter_logits(hidden: Tensor, head: Tensor, tile_bytes: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Compute `hidden @ head.T` tile by tile, in two buffers that every tile reuses; call it with autocast disabled.
 
     Yields:
-        The positions of the tile; its logits (tile_rows, vocabulary) in the dtype of `hidden`; the same in at least fp32. Both
+        The positions of the tile; its logits (positions, vocabulary) in the dtype of `hidden`; the same in at least fp32. Both
         are one tensor where `hidden` is fp32 or fp64.
     """
+    tile_rows = max(1, tile_bytes // (4 * len(head)))
     logits_16 = hidden.new_empty((min(tile_rows, len(hidden)), len(head)))
     dtype_32 = torch.promote_types(logits_16.dtype, torch.float32)
     logits_32 = logits_16 if logits_16.dtype == dtype_32 else torch.empty_like(logits_16, dtype=dtype_32)
@@ -94,7 +85,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, normalizer: float, tile_rows: int
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, normalizer: float, tile_bytes: int
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         # Gradients divided by thousands of tokens underflow in fp16; GradScaler's factor arrives only in the backward pass.
@@ -105,7 +96,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, grad_logits, logits in _iter_logits(hidden, head, tile_rows):
+            for rows, grad_logits, logits in _iter_logits(hidden, head, tile_bytes):
                 target = targets[rows, None]
                 max_logits, top = logits.max(dim=-1, keepdim=True)
                 num_correct += (top == target).sum()
@@ -128,23 +119,20 @@ class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_loss = grads[0]
-        scaled = [
-            None if saved is None else (saved * grad_loss).to(dtype)
-            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return scaled[0], scaled[1], None, None, None
+        saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in saved), None, None, None
 
 
 class _TiledLogprobs(torch.autograd.Function):
     """logprobs[i] = log_softmax(hidden[i] @ weight.T)[targets[i]]; saves its inputs only."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, tile_rows: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, tile_bytes: int) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.tile_rows = tile_rows
+        ctx.tile_bytes = tile_bytes
         logprobs = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, _, logits in _iter_logits(hidden, weight.to(hidden.dtype), tile_rows):
+            for rows, _, logits in _iter_logits(hidden, weight.to(hidden.dtype), tile_bytes):
                 max_logits = logits.amax(dim=-1, keepdim=True)
                 target_logits = logits.gather(1, targets[rows, None]) - max_logits
                 logprobs[rows] = (target_logits - logits.sub_(max_logits).exp_().sum(dim=-1, keepdim=True).log())[:, 0]
@@ -159,7 +147,7 @@ class _TiledLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if needs_weight else None
         head = weight.to(hidden.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, grad_logits, logits in _iter_logits(hidden, head, ctx.tile_rows):
+            for rows, grad_logits, logits in _iter_logits(hidden, head, ctx.tile_bytes):
                 logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
                 logits.div_(logits.sum(dim=-1, keepdim=True)).mul_(-grad[rows, None])
                 logits.scatter_add_(1, targets[rows, None], grad[rows, None])

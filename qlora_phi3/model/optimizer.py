@@ -34,27 +34,20 @@ def build_optimizer(name: str, model: nn.Module, training: Training, *, is_cuda:
         is_cuda: take the multi-tensor path of torch's AdamW, which torch takes for CUDA tensors only. The simulation follows
             the CUDA path on CPU tensors, so that it must be said.
     """
-    trained = [(key, parameter) for key, parameter in model.named_parameters() if parameter.requires_grad]
-    without_decay = [bool(NO_DECAY.search(key.lower())) for key, _ in trained]
     groups: list[dict[str, Any]] = [
-        {
-            "params": [
-                parameter for (_, parameter), excluded in zip(trained, without_decay, strict=True) if excluded is skip
-            ],
-            "weight_decay": 0.0 if skip else training.weight_decay,
-        }
-        for skip in (False, True)
+        {"params": [], "weight_decay": training.weight_decay},
+        {"params": [], "weight_decay": 0.0},
     ]
-    betas, eps = (training.adam_beta1, training.adam_beta2), training.adam_epsilon
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[NO_DECAY.search(key.lower()) is not None]["params"].append(parameter)
+    shared: dict[str, Any] = {"lr": training.learning_rate, "eps": training.adam_epsilon}
+    shared["betas"] = (training.adam_beta1, training.adam_beta2)
     if name in ("adamw_torch", "adamw_torch_fused"):
         fused = name == "adamw_torch_fused"
-        return torch.optim.AdamW(
-            groups, lr=training.learning_rate, betas=betas, eps=eps, fused=fused or None, foreach=is_cuda and not fused
-        )
-    bits = 8 if "8bit" in name else 32
-    optimizer: torch.optim.Optimizer = bnb.optim.AdamW(
-        groups, lr=training.learning_rate, betas=betas, eps=eps, optim_bits=bits, is_paged=name.startswith("paged")
-    )
+        return torch.optim.AdamW(groups, fused=fused or None, foreach=is_cuda and not fused, **shared)
+    bits, paged = 8 if "8bit" in name else 32, name.startswith("paged")
+    optimizer: torch.optim.Optimizer = bnb.optim.AdamW(groups, optim_bits=bits, is_paged=paged, **shared)
     if bits == 8:
         # The Trainer keeps the state of trained embeddings in 32 bit. It says so to bitsandbytes' global manager, which holds
         # every module for ever and applies the setting by index to optimizers that are built later; ours has its own manager.

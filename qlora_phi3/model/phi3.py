@@ -3,7 +3,7 @@
 Every loaded base is frozen, has no cache, and never repacks its 4-bit weights (`configure_base`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +14,18 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, Phi3ForCausalLM, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.utils import logging as transformers_logging
 
-from qlora_phi3.errors import ModelError
+from qlora_phi3.errors import ModelError, first_line
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan
 from qlora_phi3.family import Architecture
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
-from qlora_phi3.model.mlp import set_mlp_tiles
 from qlora_phi3.model.quantized import disable_cpu_repacking, find_wrong_shapes, quantization_config
+from qlora_phi3.model.weights import refuse_pickles
 from qlora_phi3.recipe.schema import Model, Quantization
 
 
@@ -49,13 +51,11 @@ class PackedPhi3ForCausalLM(Phi3ForCausalLM):  # type: ignore[misc]
             return_final_hidden: return (rows, length, hidden_size) as `last_hidden_state`, without computing logits.
         """
         if document_lengths is not None and self.config._attn_implementation == BY_DOCUMENT:
-            device = self.device
+            device, window = self.device, self.config.sliding_window
             autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else self.model.embed_tokens.weight.dtype
-            window = self.config.sliding_window
-            kwargs["document_lengths"] = document_lengths
-            kwargs["attention_mask"] = without_mask(device)
-            kwargs["window_masks"] = build_window_masks(document_lengths, window, device=device, dtype=dtype)
+            masks = build_window_masks(document_lengths, window, device=device, dtype=dtype)
+            kwargs.update(document_lengths=document_lengths, attention_mask=without_mask(device), window_masks=masks)
         if not return_final_hidden:
             return super().forward(input_ids, **kwargs)
         kwargs.pop("labels", None)  # PeftModelForCausalLM always passes it
@@ -109,11 +109,8 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(" :.")
-        raise ModelError(
-            f"The tokenizer of {config.name} cannot be read: {reason}.",
-            "Point [model] name at a complete checkpoint that includes its tokenizer files.",
-        ) from error
+        hint = "Point [model] name at a complete checkpoint that includes its tokenizer files."
+        raise ModelError(f"The tokenizer of {config.name} cannot be read: {first_line(error)}.", hint) from error
     if not tokenizer.is_fast:
         raise ModelError(f"{config.name} has no fast tokenizer (tokenizer.json).", "Use a checkpoint that has one.")
     return tokenizer
@@ -153,7 +150,9 @@ def load_base(
         except torch.OutOfMemoryError:
             raise
         except (OSError, SafetensorError, EOFError, RuntimeError, ValueError) as error:
-            raise _loading_error(config.name, error) from error
+            refuse_pickles(Path(config.name))
+            hint = "Download the checkpoint again, complete, as safetensors."
+            raise ModelError(f"The weights of {config.name} cannot be read: {first_line(error)}.", hint) from error
     absent = [*sorted(info["missing_keys"]), *sorted(map(str, info["mismatched_keys"]))] or find_wrong_shapes(model)
     if absent:
         raise ModelError(
@@ -163,19 +162,6 @@ def load_base(
         )
     configure_base(model, architecture, longest_row=longest_row)
     return cast(PackedPhi3ForCausalLM, model)
-
-
-def _loading_error(name: str, error: Exception) -> ModelError:
-    pickles = sorted(Path(name).glob("*.bin")) if Path(name).is_dir() else []
-    if pickles and not list(Path(name).glob("*.safetensors")):
-        return ModelError(
-            f"{name} holds its weights only as a pickle ({pickles[0].name}), which can run code when it is read.",
-            "Download the checkpoint as safetensors.",
-        )
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return ModelError(
-        f"The weights of {name} cannot be read: {reason}.", "Download the checkpoint again, complete, as safetensors."
-    )
 
 
 def configure_base(model: PackedPhi3ForCausalLM, architecture: Architecture, *, longest_row: int) -> None:
@@ -198,8 +184,7 @@ def attention_name(config: Model) -> str:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' warnings and progress bars; `load_base` reads the loading report from the return value."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -221,10 +206,8 @@ def set_checkpointing(model: PeftModel, every: int, *, offload: bool = False) ->
     """Recompute every `every`-th decoder layer in the backward pass, 0 none; it may be called again at any time.
 
     For reentrant checkpointing transformers makes the embedding's output require a gradient. Non-reentrant checkpointing does not
-    need this, and without it the backward pass skips the input of the first layer.
-
-    Args:
-        offload: store the inputs of recomputed layers in host memory.
+    need this, and without it the backward pass skips the input of the first layer. `offload` stores the inputs of recomputed
+    layers in host memory.
     """
     base = model.get_base_model()
     if every:
@@ -232,3 +215,38 @@ def set_checkpointing(model: PeftModel, every: int, *, offload: bool = False) ->
         base.disable_input_require_grads()
     else:
         base.activation_checkpointing_disable()
+
+
+@dataclass(frozen=True, slots=True)
+class _TiledForward:
+    """Replaces the forward of an MLP: its norm, then the MLP, tile by tile, each recomputed in its own backward pass.
+
+    The MLP's inner tensors are the widest of a layer, in Phi-3-mini 96 of the 176 KiB a token in the backward pass. In tiles they
+    exist for one tile at a time. The norm is part of the tile because its backward pass takes five fp32 copies of its input.
+    """
+
+    norm: Callable[[Tensor], Tensor]
+    mlp: Callable[[Tensor], Tensor]
+    tile_tokens: int
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """(rows, length, hidden_size) -> same shape and dtype."""
+
+        def compute(tile: Tensor) -> Tensor:
+            return self.mlp(self.norm(tile))
+
+        tiles = torch.split(hidden.flatten(0, 1), self.tile_tokens)
+        return torch.cat([checkpoint(compute, tile, use_reentrant=False) for tile in tiles]).view_as(hidden)
+
+
+def set_mlp_tiles(model: nn.Module, tile_tokens: int) -> None:
+    """Compute norm and MLP of every decoder layer in tiles of tokens, 0 for untiled; it may be called again at any time."""
+    for layer in model.modules():
+        if not isinstance(layer, Phi3DecoderLayer):
+            continue
+        norm, mlp = layer.post_attention_layernorm, layer.mlp
+        if isinstance(mlp.forward, _TiledForward):
+            norm.forward, mlp.forward = mlp.forward.norm, mlp.forward.mlp
+        if tile_tokens:
+            mlp.forward = _TiledForward(norm.forward, mlp.forward, tile_tokens)
+            norm.forward = lambda hidden: hidden  # the tiles compute the norm

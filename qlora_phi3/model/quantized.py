@@ -1,10 +1,9 @@
 """Everything that knows bitsandbytes' 4-bit storage: loading it, its checksums, its files, and quantizing again bit for bit.
 
 A 4-bit weight consists of codes, two in a byte, and of the largest absolute value (absmax) of each block of 64 weights. With
-double quantization the absmax of a tensor, minus their mean (the offset), are stored in 8 bit in blocks of 256. torch sums that
-mean in another order with another number of threads: 1 and 2 threads gave other last bits for Phi-3's larger layers (torch 2.13
-on CPU). The codes do not depend on it. A run therefore records a checksum of the codes, and the mean: with it `quantize` gives
-the same bits on any number of threads.
+double quantization the absmax of a tensor, minus their mean (the offset), are stored in 8 bit in blocks of 256. The last bits of
+that mean depend on the number of threads (torch 2.13 on CPU, Phi-3's larger layers); the codes do not. A run therefore records a
+checksum of the codes, and the mean: with it `quantize` gives the same bits on any number of threads.
 """
 
 import hashlib
@@ -19,14 +18,8 @@ from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import (
-    QuantState,
-    dequantize_4bit,
-    dequantize_blockwise,
-    get_4bit_type,
-    quantize_4bit,
-    quantize_blockwise,
-)
+from bitsandbytes import functional
+from bitsandbytes.functional import QuantState
 from huggingface_hub import save_torch_state_dict
 from peft import PeftModel
 from torch import Tensor, nn
@@ -34,27 +27,21 @@ from transformers import BitsAndBytesConfig
 
 from qlora_phi3.errors import ModelError
 from qlora_phi3.files import atomic_dir, disk_errors
-from qlora_phi3.model.weights import StoredWeights, TensorInfo, Weights, read_tensor, rows_per_piece
+from qlora_phi3.model.weights import StoredWeights, TensorInfo, Weights, read_tensor, rows_per_chunk
 from qlora_phi3.recipe.schema import Quantization
 
 #: Weights in a 4-bit block, and absmax in a block of double quantization: bitsandbytes' defaults, which the recipe uses.
 BLOCK, NESTED_BLOCK = 64, 256
-
 #: Weights quantized at once. On a CPU bitsandbytes' quantizer takes about 25 bytes a weight, and this many stay in the
 #: processor's cache.
 CHUNK_WEIGHTS, GPU_CHUNK_WEIGHTS = 2**16, 2**24
-
 #: Packed bytes of a 4-bit tensor that a run records, two codes each.
 SAMPLED_BYTES = 1024
-
 #: 2^32 / the golden ratio: its multiples modulo 2^32 are evenly spread, and in step with no row length.
 _GOLDEN = 2_654_435_769
-
-#: Bytes copied from the GPU at once for a checksum.
-_COPY_BYTES = 16 * 2**20
-
-#: Size of a file of a saved 4-bit base; its tensors are in host memory at once while it is written.
-_FILE_BYTES = 256 * 2**20
+#: Bytes copied from the GPU at once for a checksum; and the size of a file of a saved 4-bit base, whose tensors are in host
+#: memory at once while it is written.
+_COPY_BYTES, _FILE_BYTES = 16 * 2**20, 256 * 2**20
 
 
 def quantization_config(config: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -103,15 +90,11 @@ def quantized_weights(model: nn.Module) -> dict[str, Any]:
 def tensor_record(parameter: Tensor) -> dict[str, Any]:
     """Compute what a run records about a parameter of any shape, dtype and device.
 
-    Returns:
-        {"kind": "plain", "sha256": hex} or, for a 4-bit parameter (it carries a `quant_state`), the result of `quantized_record`.
+    Returns {"kind": "plain", "sha256": hex} or, for a 4-bit parameter (it has a `quant_state`), the result of `quantized_record`.
     """
-    state = getattr(parameter, "quant_state", None)
-    return (
-        quantized_record(parameter, state)
-        if state is not None
-        else {"kind": "plain", "sha256": checksum_of([parameter])}
-    )
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        return quantized_record(parameter, state)
+    return {"kind": "plain", "sha256": checksum_of([parameter])}
 
 
 def quantized_record(packed: Tensor, state: Any) -> dict[str, Any]:
@@ -142,16 +125,17 @@ def quantized_record(packed: Tensor, state: Any) -> dict[str, Any]:
 def sample_codes(packed: Tensor) -> bytes:
     """Read `SAMPLED_BYTES` of a tensor's packed codes, (n / 2, 1) uint8, evenly spread; all of them if it has fewer."""
     flat = packed.detach().view(-1)
-    places = [(number * _GOLDEN % 2**32) * len(flat) >> 32 for number in range(SAMPLED_BYTES)]
-    chosen = flat if len(flat) <= SAMPLED_BYTES else flat[torch.tensor(places, device=flat.device)]
-    return bytes(chosen.cpu().numpy())
+    if len(flat) > SAMPLED_BYTES:
+        places = [(number * _GOLDEN % 2**32) * len(flat) >> 32 for number in range(SAMPLED_BYTES)]
+        flat = flat[torch.tensor(places, device=flat.device)]
+    return bytes(flat.cpu().numpy())
 
 
-def checksum_of(pieces: Iterable[Tensor]) -> str:
+def checksum_of(chunks: Iterable[Tensor]) -> str:
     """SHA-256, in hex, of consecutive tensors of any shape, dtype and device. The row chunks of a tensor give its own."""
     digest = hashlib.sha256()
-    for piece in pieces:
-        add_bytes(digest, piece)
+    for chunk in chunks:
+        add_bytes(digest, chunk)
     return digest.hexdigest()
 
 
@@ -166,11 +150,9 @@ def add_bytes(digest: Any, tensor: Tensor) -> Any:
 def save_quantized(model: nn.Module, folder: Path) -> None:
     """Write every 4-bit weight of a model into safetensors files with an index, completely or not at all.
 
-    The format is transformers': `x.weight` (n / 2, 1) uint8, `x.weight.absmax`, `x.weight.quant_map`, with double quantization
-    `x.weight.nested_absmax` and `x.weight.nested_quant_map`, and `x.weight.quant_state.bitsandbytes__nf4`.
-
-    Args:
-        model: the base, with or without an adapter; the names are those of the base's checkpoint.
+    The format and the names are those of a checkpoint of transformers: `x.weight` (n / 2, 1) uint8, `x.weight.absmax`,
+    `x.weight.quant_map`, with double quantization `x.weight.nested_absmax` and `x.weight.nested_quant_map`, and
+    `x.weight.quant_state.bitsandbytes__nf4`.
 
     Raises:
         RunError: the disk is full or refuses; `folder` is then as it was before.
@@ -196,16 +178,13 @@ class Scheme:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """A 4-bit tensor.
+    """A 4-bit tensor."""
 
-    Args:
-        packed: the codes, (n / 2, 1) uint8.
-        state: bitsandbytes' `QuantState`, on the same device.
-        mean_absmax: the mean of absmax in fp32, also if `state` was built with another offset.
-    """
-
+    #: The codes, (n / 2, 1) uint8.
     packed: Tensor
+    #: bitsandbytes' `QuantState`, on the same device.
     state: Any
+    #: The mean of absmax in fp32, also if `state` was built with another offset.
     mean_absmax: float
 
 
@@ -220,9 +199,10 @@ def read_quantized(stored: StoredWeights, name: str, device: torch.device) -> Qu
     Raises:
         ModelError: a part of it is missing.
     """
-    parts = {key: read_tensor(stored, key) for key in stored.info if key.startswith(f"{name}.")}
+    prefix = f"{name}."
+    parts = {key.removeprefix(prefix): read_tensor(stored, key) for key in stored.info if key.startswith(prefix)}
     try:
-        state = QuantState.from_dict({key.removeprefix(f"{name}."): part for key, part in parts.items()}, device=device)
+        state = QuantState.from_dict(parts, device=device)
         mean = float(state.offset if state.nested else state.absmax.mean())
         return Quantized(read_tensor(stored, name).to(device), state, mean)
     except (KeyError, ValueError, AssertionError) as error:
@@ -280,45 +260,42 @@ def quantize(
 
     def quantize_chunk(chunk: tuple[int, Tensor]) -> None:
         start, values = chunk
-        codes, state = quantize_4bit(values, quant_type=scheme.quant_type, blocksize=BLOCK)
+        codes, state = functional.quantize_4bit(values, quant_type=scheme.quant_type, blocksize=BLOCK)
         packed[start // 2 : start // 2 + len(codes)] = codes
         absmax[start // BLOCK : start // BLOCK + len(state.absmax)] = state.absmax
 
     with _one_thread_each(device) as run_all:
         done = 0
-        for piece in weights.iter_row_chunks(name):
-            flat = piece.to(device=device, dtype=dtype).view(-1)
-            run_all(quantize_chunk, ((done + at, flat[at : at + step]) for at in range(0, len(flat), step)))
+        for rows in weights.iter_row_chunks(name):
+            flat = rows.to(device=device, dtype=dtype).view(-1)
+            chunks = ((done + at, flat[at : at + step]) for at in range(0, len(flat), step))
+            deque(run_all(quantize_chunk, chunks), maxlen=0)
             done += len(flat)
     mean = float(absmax.mean())
     nested: dict[str, Any] = {}
     if scheme.double_quant:  # as `quantize_4bit(compress_statistics=True)` does it
         shift = torch.tensor(mean if offset is None else offset, dtype=torch.float32, device=device)
-        absmax, state2 = quantize_blockwise(absmax - shift, blocksize=NESTED_BLOCK)
+        absmax, state2 = functional.quantize_blockwise(absmax - shift, blocksize=NESTED_BLOCK)
         nested = {"offset": shift, "state2": state2}
-    code, shape = get_4bit_type(scheme.quant_type, device=device), torch.Size(info.shape)
+    code, shape = functional.get_4bit_type(scheme.quant_type, device=device), torch.Size(info.shape)
     return Quantized(packed, QuantState(absmax, shape, code, BLOCK, scheme.quant_type, dtype, **nested), mean)
 
 
-#: Runs a function on every item, and returns when all are done.
-RunAll = Callable[[Callable[[tuple[int, Tensor]], None], Iterable[tuple[int, Tensor]]], object]
-
-
 @contextmanager
-def _one_thread_each(device: torch.device) -> Iterator[RunAll]:
-    """Process as many chunks at once as torch may use threads, each chunk in one thread.
+def _one_thread_each(device: torch.device) -> Iterator[Callable[..., Iterable[None]]]:
+    """Yield a `map` that processes as many chunks at once as torch may use threads, each chunk in one thread.
 
     torch's own threads synchronize after each of the dozen operations on a chunk. On a processor that others use too, two threads
     were so three to ten times slower than one (torch 2.13).
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     if threads == 1:
-        yield lambda work, chunks: deque(map(work, chunks), maxlen=0)
+        yield map
         return
     torch.set_num_threads(1)  # new threads inherit it
     try:
         with ThreadPoolExecutor(threads) as pool:
-            yield lambda work, chunks: deque(pool.map(work, chunks), maxlen=0)
+            yield pool.map
     finally:
         torch.set_num_threads(threads)
 
@@ -332,26 +309,21 @@ def dequantize(quantized: Quantized) -> Iterator[Tensor]:
     state = quantized.state
     absmax = state.absmax.float()
     if state.nested:
-        absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
+        absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     rows, columns = state.shape
-    step = rows_per_piece(TensorInfo((rows, columns), state.dtype))
+    step = rows_per_chunk(TensorInfo((rows, columns), state.dtype))
     for row in range(0, rows, step):
-        first, last = row * columns, min(rows, row + step) * columns
-        part = QuantState(
-            absmax=absmax[first // state.blocksize : -(-last // state.blocksize)],
-            shape=torch.Size((min(rows, row + step) - row, columns)),
-            dtype=state.dtype,
-            blocksize=state.blocksize,
-            code=state.code,
-            quant_type=state.quant_type,
-        )
-        yield dequantize_4bit(quantized.packed[first // 2 : (last + 1) // 2], part)
+        end = min(rows, row + step)
+        first, last = row * columns, end * columns
+        blocks, shape = slice(first // state.blocksize, -(-last // state.blocksize)), torch.Size((end - row, columns))
+        part = QuantState(absmax[blocks], shape, state.code, state.blocksize, state.quant_type, state.dtype)
+        yield functional.dequantize_4bit(quantized.packed[first // 2 : (last + 1) // 2], part)
 
 
 def count_different_codes(first: Quantized, second: Quantized) -> int:
     """Count the 4-bit codes that differ between two tensors of one shape; 0 if only their absmax differ."""
-    count, step = 0, GPU_CHUNK_WEIGHTS
-    for start in range(0, len(first.packed), step):
-        differing = first.packed[start : start + step].cpu() ^ second.packed[start : start + step].cpu()
+    count = 0
+    for one, other in zip(*(torch.split(each.packed, GPU_CHUNK_WEIGHTS) for each in (first, second)), strict=True):
+        differing = one.cpu() ^ other.cpu()
         count += int(((differing & 0x0F) != 0).sum() + ((differing & 0xF0) != 0).sum())
     return count

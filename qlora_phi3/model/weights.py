@@ -1,7 +1,6 @@
 """Tensors by name, read in row chunks, from safetensors files or from whatever computes them (the `Weights` protocol).
 
-A file of its own because it knows nothing of models: quantization, the adapters, the merge and GGUF all read and write through
-it. Files are read, not mapped: mapped pages count as resident memory, and truncating a mapped file kills the process.
+Files are read, not mapped: mapped pages count as resident memory, and truncating a mapped file kills the process.
 """
 
 import json
@@ -17,26 +16,17 @@ from torch import Tensor
 
 from qlora_phi3.errors import ModelError, UserError
 
-#: Bytes of a row chunk, at most; see `rows_per_piece`.
-PIECE_BYTES = 4 * 2**20
-
+#: Bytes of a row chunk, at most; see `rows_per_chunk`.
+ROW_CHUNK_BYTES = 4 * 2**20
 #: Every row chunk but a tensor's last has a multiple of this many rows, so that no 4-bit block of 64 weights is split.
 ROW_MULTIPLE = 64
-
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
-
 #: safetensors' names of the element types.
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_DOWNLOAD_AGAIN = "Download the checkpoint again, complete, as safetensors."
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +52,20 @@ class Weights(Protocol):
     def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
         """Yield consecutive rows of dim 0, (rows, ...) each in the tensor's dtype; their `cat` is the tensor.
 
-        A chunk is at most about `PIECE_BYTES`, and belongs to the caller, who may change it. Every chunk but the last has a
+        A chunk is at most about `ROW_CHUNK_BYTES`, and belongs to the caller, who may change it. Every chunk but the last has a
         multiple of `ROW_MULTIPLE` rows.
         """
 
 
-def rows_per_piece(info: TensorInfo) -> int:
-    """Rows of a row chunk: the largest multiple of `ROW_MULTIPLE` within `PIECE_BYTES`, at least `ROW_MULTIPLE`."""
+def rows_per_chunk(info: TensorInfo) -> int:
+    """Rows of a row chunk: the largest multiple of `ROW_MULTIPLE` within `ROW_CHUNK_BYTES`, at least `ROW_MULTIPLE`."""
     row_bytes = max(1, prod(info.shape[1:]) * info.dtype.itemsize)
-    return max(1, PIECE_BYTES // row_bytes // ROW_MULTIPLE) * ROW_MULTIPLE
+    return max(1, ROW_CHUNK_BYTES // row_bytes // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def split_rows(tensor: Tensor) -> Iterator[Tensor]:
     """Split a tensor, (rows, ...) of any dtype, into row chunks as `Weights.iter_row_chunks` promises them; views, not copies."""
-    step = rows_per_piece(TensorInfo(tuple(tensor.shape), tensor.dtype))
+    step = rows_per_chunk(TensorInfo(tuple(tensor.shape), tensor.dtype))
     for row in range(0, len(tensor), step):
         yield tensor[row : row + step]
 
@@ -94,7 +84,7 @@ def read_tensor(weights: Weights, name: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class TensorLocation:
-    """The file, the byte offset in it, and the shape and dtype of a tensor."""
+    """Where the bytes of a tensor are."""
 
     path: Path
     offset: int
@@ -116,7 +106,7 @@ class StoredWeights:
         """
         location = self.locations[name]
         shape = location.info.shape or (1,)
-        step = rows_per_piece(location.info)
+        step = rows_per_chunk(location.info)
         try:
             with location.path.open("rb", buffering=0) as file:
                 file.seek(location.offset)
@@ -130,10 +120,7 @@ class StoredWeights:
                         unread = unread[count:]
                     yield chunk
         except (OSError, EOFError) as error:
-            raise ModelError(
-                f"{location.path}: {name} cannot be read: {error}.",
-                "Download the checkpoint again, complete, as safetensors.",
-            ) from error
+            raise ModelError(f"{location.path}: {name} cannot be read: {error}.", _DOWNLOAD_AGAIN) from error
 
 
 def open_weights(folder: Path) -> StoredWeights:
@@ -143,49 +130,48 @@ def open_weights(folder: Path) -> StoredWeights:
         ModelError: the folder has only pickles, a shard is missing or truncated, or the index names a tensor that its shard
             lacks.
     """
-    if (folder / WEIGHTS_NAME).is_file():
-        return open_file(folder / WEIGHTS_NAME)
-    index = folder / INDEX_NAME
+    weights, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
+    if weights.is_file():
+        return open_file(weights)
     if not index.is_file():
-        pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-        if pickles:
-            raise ModelError(
-                f"{folder} holds its weights only as a pickle ({pickles[0].name}), which can run code when it is read.",
-                "Use the checkpoint as safetensors.",
-            )
-        raise ModelError(
-            f"{folder} holds no {WEIGHTS_NAME} and no {INDEX_NAME}.", "Give the folder of a complete checkpoint."
-        )
-    hint = "Download the checkpoint again, complete."
+        refuse_pickles(folder)
+        hint = "Give the folder of a complete checkpoint."
+        raise ModelError(f"{folder} holds no {WEIGHTS_NAME} and no {INDEX_NAME}.", hint)
     shards: dict[str, StoredWeights] = {}
     locations = {}
     for name, shard in sorted(_read_index(index).items()):
         path = index.with_name(shard)
         if not path.is_file():
-            raise ModelError(f"{path} is missing; {index.name} says that it holds {name}.", hint)
+            raise ModelError(f"{path} is missing; {index.name} says that it holds {name}.", _DOWNLOAD_AGAIN)
         if shard not in shards:
             shards[shard] = open_file(path)
         if name not in shards[shard].info:
-            raise ModelError(f"{index} says that {shard} holds {name}, which it does not.", hint)
+            raise ModelError(f"{index} says that {shard} holds {name}, which it does not.", _DOWNLOAD_AGAIN)
         locations[name] = shards[shard].locations[name]
     return StoredWeights(locations)
 
 
+def refuse_pickles(folder: Path) -> None:
+    """Raise a ModelError if a folder holds weights as pickles, and none as safetensors."""
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} holds its weights only as a pickle ({pickles[0]}), which can run code when it is read.",
+            "Use the checkpoint as safetensors.",
+        )
+
+
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor -> file name, from an index that names only safetensors files in its own folder."""
+    """Tensor -> file name; an index may name only safetensors files in its own folder."""
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards = {str(name): str(shard) for name, shard in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{path} is not the index of a checkpoint: {error!r}.", "Download the checkpoint again, complete."
-        ) from error
+        raise ModelError(f"{path} is not the index of a checkpoint: {error!r}.", _DOWNLOAD_AGAIN) from error
+    hint = "Use the checkpoint's safetensors; a pickle can run code when it is read."
     for name, shard in shards.items():
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ModelError(
-                f"{path} says that '{shard}' holds {name}: that is not a safetensors file in the same folder.",
-                "Use the checkpoint's safetensors; a pickle can run code when it is read.",
-            )
+            raise ModelError(f"{path}: '{shard}', for {name}, is not a safetensors file in the same folder.", hint)
     return shards
 
 
@@ -202,15 +188,12 @@ def open_file(path: Path, *, error: type[UserError] = ModelError) -> StoredWeigh
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
-                raise error(
-                    f"{path} is cut short: {size} bytes are less than its header, or it is not safetensors.", hint
-                )
+                raise error(f"{path} is cut short at {size} bytes: its header is incomplete, or not safetensors.", hint)
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:
-                known = ", ".join(DTYPES)
-                raise error(f"{path}: {name} has dtype {entry['dtype']}.", f"Use a checkpoint of {known}.")
+                raise error(f"{path}: {name} has dtype {entry['dtype']}.", f"Use a checkpoint of {', '.join(DTYPES)}.")
             info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
             locations[str(name)] = TensorLocation(path, 8 + length + int(entry["data_offsets"][0]), info)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:

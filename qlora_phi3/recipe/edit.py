@@ -1,22 +1,23 @@
-"""Setting keys in the text of a recipe; comments, order and all other lines stay as the author wrote them."""
+"""Values as TOML writes them, and setting keys in the text of a recipe, whose comments and order stay.
+
+tomlkit is imported where it is used: a recipe without an error is read without it (15 ms).
+"""
 
 import textwrap
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
-
-import tomlkit
-from tomlkit.items import InlineTable, Item, Key, Table
+from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.errors import RecipeError
-from qlora_phi3.recipe.messages import format_toml, toml_item
 from qlora_phi3.recipe.schema import Recipe
 
-#: Column of the comment behind a new value, where the value is short enough.
-COMMENT_COLUMN = 36
-#: Columns of the heading.
-WIDTH = 100
+if TYPE_CHECKING:
+    from tomlkit import TOMLDocument
+
+#: Column of the comment behind a new value, where the value is short enough; and columns of the heading.
+COMMENT_COLUMN, WIDTH = 36, 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,23 @@ class Choice:
     reason: str
 
 
+def format_toml(value: object) -> str:
+    """A value as TOML writes it on one line: strings, numbers, booleans, lists and inline tables."""
+    import tomlkit
+
+    if not isinstance(value, dict):
+        return tomlkit.item(value).as_string()
+    table = tomlkit.inline_table()
+    table.update(value)
+    return table.as_string()
+
+
 def fit_recipe(recipe: Recipe, text: str, choices: Sequence[Choice], heading: str) -> tuple[Recipe, str]:
-    """Set keys of a recipe.
+    """Set keys of a recipe; of several choices for one key the last counts.
 
     Args:
         recipe: what `text` says, with the changes of the command line.
         text: of the recipe file.
-        choices: the keys to set; of several for one key the last counts.
         heading: to put above everything, as comments.
 
     Returns:
@@ -44,34 +55,34 @@ def fit_recipe(recipe: Recipe, text: str, choices: Sequence[Choice], heading: st
     Raises:
         RecipeError: the edited text would not give that recipe.
     """
+    import tomlkit
+
     document = tomlkit.parse(text.removeprefix("\ufeff").replace("\r\n", "\n").rstrip("\n") + "\n")
     tables: dict[str, dict[str, Any]] = {}
     for choice in {(choice.table, choice.key): choice for choice in choices}.values():
         tables.setdefault(choice.table, {})[choice.key] = choice.value
         _set(document, choice)
-    chosen = recipe.model_copy(
-        update={table: getattr(recipe, table).model_copy(update=keys) for table, keys in tables.items()}
-    )
+    updated = {table: getattr(recipe, table).model_copy(update=keys) for table, keys in tables.items()}
+    chosen = recipe.model_copy(update=updated)
     comment = textwrap.fill(heading, WIDTH, initial_indent="# ", subsequent_indent="# ")
     written = f"{comment}\n\n{tomlkit.dumps(document)}"
-    try:
-        same = Recipe.model_validate(tomllib.loads(written)).model_dump() == chosen.model_dump()
-    except ValueError:  # of tomllib or pydantic
-        same = False
-    if not same:
-        raise RecipeError(
-            "The recipe is written in a way that cannot be edited automatically.",
-            "Write its tables as sections: [training], and the keys below it.",
-        )
-    return chosen, written
+    with suppress(ValueError):  # of tomllib or pydantic
+        if Recipe.model_validate(tomllib.loads(written)).model_dump() == chosen.model_dump():
+            return chosen, written
+    hint = "Write its tables as sections: [training], and the keys below it."
+    raise RecipeError("The recipe is written in a way that cannot be edited automatically.", hint)
 
 
-def _set(document: tomlkit.TOMLDocument, choice: Choice) -> None:
+def _set(document: "TOMLDocument", choice: Choice) -> None:
     """Replace the value of the key, or add the key at the end of its table, or the table at the end of the document."""
-    value: Item = toml_item(choice.value)
+    import tomlkit
+    from tomlkit.items import InlineTable, Table
+
+    text = format_toml(choice.value)
+    value: Any = tomlkit.value(text)
     if choice.table not in document:
         document.append(choice.table, tomlkit.table())
-    table = document[choice.table]
+    table: Any = document[choice.table]
     current = table.get(choice.key)
     if isinstance(current, Table):  # a section such as [lora.rank_pattern]
         for key in current.keys() - choice.value.keys():
@@ -81,9 +92,11 @@ def _set(document: tomlkit.TOMLDocument, choice: Choice) -> None:
     elif current is None and isinstance(table, Table):
         # Comments and blank lines before the next header belong to the table that ends there; the key goes above them.
         body = table.value.body
-        trailing: list[tuple[Key | None, Item]] = []
-        while body and body[-1][0] is None:
-            trailing.insert(0, body.pop())
+        end = len(body)
+        while end and body[end - 1][0] is None:
+            end -= 1
+        trailing = body[end:]
+        del body[end:]
         table.append(choice.key, value)
         body.extend(trailing)
     else:
@@ -95,6 +108,6 @@ def _set(document: tomlkit.TOMLDocument, choice: Choice) -> None:
     elif value.trivia.comment:
         value.trivia.indent = f"# {choice.reason}\n{value.trivia.indent}"
     else:
-        width = len(f"{value.trivia.indent}{choice.key} = {format_toml(choice.value)}")
+        width = len(f"{value.trivia.indent}{choice.key} = {text}")
         value.comment(choice.reason)
         value.trivia.comment_ws = " " * max(1, COMMENT_COLUMN - width)

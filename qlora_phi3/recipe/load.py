@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from qlora_phi3.errors import RecipeError, UserError
 from qlora_phi3.family import Architecture, is_hub_id
-from qlora_phi3.recipe.messages import Problem, find_nearest, find_problems, format_toml
+from qlora_phi3.recipe.edit import format_toml
+from qlora_phi3.recipe.messages import Problem, find_nearest, find_problems
 from qlora_phi3.recipe.schema import TABLES, Data, Model, Recipe
 
 #: Python syntax in place of TOML: True, None, "key": value, or a comma at the end of the line.
@@ -36,9 +37,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, check_files: bool 
         RecipeError: with all problems, one a line, each with the file (or the override), the table and the key.
     """
     raw = _read_toml(path)
-    sources = {}
-    for override in overrides:
-        sources[_apply_override(raw, override)] = f"--set {override}"
+    sources = {_apply_override(raw, override): f"--set {override}" for override in overrides}
     problems = []
     try:
         recipe = Recipe.model_validate(raw)
@@ -54,7 +53,6 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, check_files: bool 
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file; every reason why it cannot be read becomes a RecipeError."""
     if path.suffix.lower() in DATA_SUFFIXES:
         raise RecipeError(f"{path} is data, not a recipe.", f'Name it in a recipe: [data] train = "{path.as_posix()}"')
     try:
@@ -100,9 +98,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> tuple[str, str]:
         if text[:1] + text[-1:] in ("[]", "{}"):
             words = [word.strip(" \"'") for word in text.strip("[]").split(",")]
             shown = format_toml(words) if text.startswith("[") else '{ ours = "theirs" }'
-            raise RecipeError(
-                f"--set {name}={text} is not TOML: {error}.", f"Quote the names: --set '{name}={shown}'"
-            ) from None
+            hint = f"Quote the names: --set '{name}={shown}'"
+            raise RecipeError(f"--set {name}={text} is not TOML: {error}.", hint) from None
         place[keys[-1]] = text
     return table, keys[0]
 
@@ -148,11 +145,9 @@ def _find_missing_files(raw: Mapping[str, Any], base_dir: Path) -> Iterator[Prob
 
 
 def candidate_paths(name: str, base_dir: Path) -> tuple[Path, ...]:
-    """Paths that a name of the recipe can mean, first match first: in the recipe's directory, then in the working directory.
+    """Paths that a name can mean, first match first: in `base_dir`, the recipe's directory, then in the working directory.
 
-    Args:
-        name: a path as the recipe has it; `~` is the home directory, an absolute path is the only candidate.
-        base_dir: the directory of the recipe.
+    `~` is the home directory; an absolute path is the only candidate.
     """
     path = Path(name).expanduser()
     return (path,) if path.is_absolute() else (base_dir / path, path)
@@ -166,19 +161,15 @@ def is_local_data(name: str, base_dir: Path) -> bool:
 
 
 def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
-    """The recipe with local files and folders as absolute paths, so that it means the same from any working directory.
-
-    Args:
-        recipe: as `load_recipe` returns it.
-        base_dir: the directory of the recipe; see `candidate_paths`.
-    """
+    """The recipe with local files and folders as absolute paths, so that it means the same from any working directory."""
 
     def resolve(table: Model | Data, *keys: str) -> Model | Data:
         update: dict[str, Any] = {}
         for key in keys:
-            names = getattr(table, key)
-            found = [next((p for p in candidate_paths(name, base_dir) if p.exists()), None) for name in as_list(names)]
-            paths = [str(path.resolve()) if path else name for name, path in zip(as_list(names), found, strict=True)]
+            names, paths = getattr(table, key), []
+            for name in as_list(names):
+                found = next((path for path in candidate_paths(name, base_dir) if path.exists()), None)
+                paths.append(str(found.resolve()) if found else name)
             update[key] = paths if isinstance(names, list) else next(iter(paths), None)
         return table.model_copy(update=update)
 
@@ -213,20 +204,16 @@ def check_model_limits(recipe: Recipe, architecture: Architecture) -> None:
 
 def recipe_as_toml(recipe: Recipe) -> str:
     """The recipe with every default written out; `load_recipe` of it gives an equal Recipe."""
-    tables = recipe.model_dump(exclude_none=True)
     return "\n".join(
         f"[{table}]\n" + "".join(f"{key} = {format_toml(value)}\n" for key, value in keys.items())
-        for table, keys in tables.items()
+        for table, keys in recipe.model_dump(exclude_none=True).items()
     )
 
 
 def recipe_schema() -> dict[str, Any]:
     """The JSON schema of a recipe file, for editors that complete and check TOML."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **_simplify_schema(Recipe.model_json_schema()),
-        "title": "qlora-phi3 recipe",
-    }
+    schema = _simplify_schema(Recipe.model_json_schema())
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "qlora-phi3 recipe"}
 
 
 def _simplify_schema(schema: Any) -> Any:
@@ -237,8 +224,8 @@ def _simplify_schema(schema: Any) -> Any:
         return schema
     simple = {}
     for key, part in schema.items():
-        title = key == "title" and isinstance(part, str)
-        if not title and not (key == "default" and (part is None or (isinstance(part, dict) and part))):
+        is_title = key == "title" and isinstance(part, str)
+        if not is_title and not (key == "default" and (part is None or (isinstance(part, dict) and part))):
             simple[key] = _simplify_schema(part)
     if len(simple.get("anyOf", ())) == 1:
         simple |= simple.pop("anyOf")[0]

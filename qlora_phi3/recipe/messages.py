@@ -8,12 +8,11 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-if TYPE_CHECKING:
-    from tomlkit.items import Item
+from qlora_phi3.recipe.edit import format_toml
 
 #: Names that are refused, and what to write instead; `{value}` stands for the value in the file.
 REPLACED = {
@@ -103,13 +102,7 @@ class Problem:
 def find_problems(
     error: ValidationError, raw: Mapping[str, Any], tables: Mapping[str, type[BaseModel]]
 ) -> Iterator[Problem]:
-    """Yield one problem for each key, in the order of pydantic's errors.
-
-    Args:
-        error: raised by validating `raw` as a recipe.
-        raw: the tables as they were read.
-        tables: the model of each table, by name.
-    """
+    """Yield one problem for each key that pydantic refused in `raw`, in its order; `tables` has the model of each table."""
     by_key: dict[tuple[str, str], list[Any]] = {}
     for detail in error.errors(include_url=False):
         if detail["type"] != "default_factory_not_called":
@@ -133,7 +126,6 @@ def find_problems(
 
 
 def _describe_table(table: str, raw: Mapping[str, Any], tables: Mapping[str, type[BaseModel]]) -> str:
-    """One sentence for a table that is missing, misspelt or not a table, and for a key outside of every table."""
     if table in tables and table in raw:
         return f"{table} = {format_toml(raw[table])} must be a table: write [{table}] and its keys below it."
     if table in tables:
@@ -149,21 +141,18 @@ def _describe_table(table: str, raw: Mapping[str, Any], tables: Mapping[str, typ
 
 
 def _describe_value(table: str, key: str, value: object, details: Sequence[Any]) -> str:
-    """One line with the value, pydantic's messages for each type that the key can have, and hints."""
     messages = []
     for detail in details:
         inner = f"{'.'.join(map(str, detail['loc'][2:]))}: " if isinstance(value, dict) and detail["loc"][2:] else ""
         message = detail["ctx"]["error"] if detail["type"] == "value_error" else detail["msg"]
         messages.append(inner + str(message).rstrip("."))
-    shown = format_toml(value)
-    if len(shown) > 60:
-        shown = f"{shown[:57]}..."
+    text = format_toml(value)
+    shown = text if len(text) <= 60 else f"{text[:57]}..."
     sentence = f"[{table}] {key} = {shown}: {'; or: '.join(dict.fromkeys(messages))}."
-    kinds = {detail["type"] for detail in details}
-    expected = [str(detail["ctx"]["expected"]) for detail in details if detail["type"] == "literal_error"]
     if isinstance(value, str):
-        nearest = find_nearest(value, re.findall(r"'([^']+)'", " ".join(expected)))
-        if nearest:
+        kinds = {detail["type"] for detail in details}
+        expected = [str(detail["ctx"]["expected"]) for detail in details if detail["type"] == "literal_error"]
+        if nearest := find_nearest(value, re.findall(r"'([^']+)'", " ".join(expected))):
             sentence += f" Did you mean {format_toml(nearest)}?"
         if ("bool_type" in kinds and value in ("true", "false")) or (
             kinds & {"int_type", "float_type"} and re.fullmatch(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?", value)
@@ -175,10 +164,7 @@ def _describe_value(table: str, key: str, value: object, details: Sequence[Any])
 def suggest_key(table: str, name: str, tables: Mapping[str, type[BaseModel]]) -> str:
     """One sentence that leads from an unknown key to the one that was probably meant, in this table or another.
 
-    Args:
-        table: where the key is; empty for a key outside of every table.
-        name: the unknown key.
-        tables: the model of each table, by name.
+    `table` is empty for a key outside of every table.
     """
     meant = ALIASES.get(name, name)
     homes = [other for other, model in tables.items() if meant in model.model_fields]
@@ -187,8 +173,7 @@ def suggest_key(table: str, name: str, tables: Mapping[str, type[BaseModel]]) ->
     for other, model in sorted(tables.items(), key=lambda item: item[0] != table):
         keys = model.model_fields
         spellings = {key: key for key in keys} | {alias: key for alias, key in ALIASES.items() if key in keys}
-        nearest = find_nearest(name, list(spellings), cutoff=0.6 if other == table else 0.8)
-        if nearest:
+        if nearest := find_nearest(name, list(spellings), cutoff=0.6 if other == table else 0.8):
             return f"Did you mean '{spellings[nearest]}'?" + ("" if other == table else f" It belongs to [{other}].")
     return "`qlora-phi3 recipe schema` lists every key."
 
@@ -196,19 +181,3 @@ def suggest_key(table: str, name: str, tables: Mapping[str, type[BaseModel]]) ->
 def find_nearest(name: str, choices: Sequence[str], cutoff: float = 0.6) -> str | None:
     """The choice most similar to `name`, or None where none is similar."""
     return next(iter(difflib.get_close_matches(name, choices, n=1, cutoff=cutoff)), None)
-
-
-def toml_item(value: object) -> "Item":
-    """A value as an item of tomlkit; a dict becomes an inline table."""
-    import tomlkit
-
-    if not isinstance(value, dict):
-        return tomlkit.item(value)
-    table = tomlkit.inline_table()
-    table.update(value)
-    return table
-
-
-def format_toml(value: object) -> str:
-    """A value as TOML writes it on one line: strings, numbers, booleans, lists and inline tables."""
-    return toml_item(value).as_string()

@@ -24,7 +24,7 @@ CASES = [
 
 @pytest.mark.parametrize(("lengths", "packing", "boundary"), CASES)
 def test_a_plan_has_every_row_once_within_its_bounds(lengths, packing, boundary):
-    plan = plan_micro_batches(lengths, max_tokens=1000, max_rows=4, packing=packing, boundary=boundary)
+    plan = plan_micro_batches(lengths, bounds(1000, 4, packing=packing, boundary=boundary))
     assert sorted(row for batch in plan for row in batch) == list(range(len(lengths)))
     for batch in plan:
         rows = [lengths[row] for row in batch]
@@ -33,22 +33,22 @@ def test_a_plan_has_every_row_once_within_its_bounds(lengths, packing, boundary)
         assert packing or len(rows) <= 4
         if boundary is not None:
             assert len({length > boundary for length in rows}) == 1
-    assert plan == plan_micro_batches(lengths, max_tokens=1000, max_rows=4, packing=packing, boundary=boundary)
+    assert plan == plan_micro_batches(lengths, bounds(1000, 4, packing=packing, boundary=boundary))
 
 
 def test_packing_fits_each_row_where_it_leaves_the_least_room():
     # 7 and 6 stand apart; 4 fills the 6 up to 10 rather than nothing; 3 fills the 7.
-    plan = plan_micro_batches([6, 3, 7, 4], max_tokens=10, max_rows=1, packing=True, boundary=None)
+    plan = plan_micro_batches([6, 3, 7, 4], bounds(10, 1, packing=True))
     assert plan == [[2, 1], [0, 3]]
 
 
 def test_padding_joins_rows_of_like_length():
-    plan = plan_micro_batches([5, 100, 6, 99], max_tokens=1000, max_rows=2, packing=False, boundary=None)
+    plan = plan_micro_batches([5, 100, 6, 99], bounds(1000, 2, packing=False))
     assert plan == [[1, 3], [2, 0]]
 
 
 def test_a_row_longer_than_the_bound_stands_alone():
-    plan = plan_micro_batches([2000, 10], max_tokens=1000, max_rows=8, packing=True, boundary=None)
+    plan = plan_micro_batches([2000, 10], bounds(1000, 8, packing=True))
     assert plan == [[0], [1]]
 
 
@@ -57,9 +57,9 @@ def test_a_row_longer_than_the_bound_stands_alone():
     [(True, [30, 25, 9], 32), (True, [90, 5], 90), (False, [30, 25, 9], 60), (False, [30, 30], 30)],
 )
 def test_a_split_plan_keeps_rows_apart_that_shared_a_micro_batch(packing, lengths, expected):
-    plan = MicroBatchPlan(max_tokens=100, max_rows=8, packing=packing, longrope_boundary=None)
+    plan = bounds(100, 8, packing=packing)
     lowered = split_plan(plan, lengths)
-    groups = plan_micro_batches(lengths, max_tokens=expected, max_rows=8, packing=packing, boundary=None)
+    groups = plan_micro_batches(lengths, bounds(expected, 8, packing=packing))
     assert lowered == replace(plan, max_tokens=expected)
     assert len(groups) >= 2
 
@@ -69,16 +69,14 @@ def test_splitting_again_and_again_ends_in_single_rows(packing):
     draw = random.Random(3)
     for _ in range(100):
         lengths = [draw.randint(1, 500) for _ in range(draw.randint(2, 16))]
-        plan, times = MicroBatchPlan(max_tokens=9000, max_rows=16, packing=packing, longrope_boundary=None), 0
-        while len(group := max(layout(lengths, plan), key=len)) > 1:
+        plan, times = bounds(9000, 16, packing=packing), 0
+        while len(group := max(plan_micro_batches(lengths, plan), key=len)) > 1:
             lowered = split_plan(plan, [lengths[row] for row in group])
             assert lowered.max_tokens < plan.max_tokens
-            assert not any(set(group) <= set(other) for other in layout(lengths, lowered))
+            assert not any(set(group) <= set(other) for other in plan_micro_batches(lengths, lowered))
             plan, times = lowered, times + 1
         assert times < 40
 
 
-def layout(lengths, plan):
-    return plan_micro_batches(
-        lengths, max_tokens=plan.max_tokens, max_rows=plan.max_rows, packing=plan.packing, boundary=None
-    )
+def bounds(max_tokens, max_rows, *, packing, boundary=None):
+    return MicroBatchPlan(max_tokens=max_tokens, max_rows=max_rows, packing=packing, longrope_boundary=boundary)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from tiny import TEMPLATE_FOLDER, build_byte_tokenizer, build_tokenizer, hub_template
 
+from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.data.formats import Chat, Turn
 from qlora_phi3.data.template import choose_template, render_chat
-from qlora_phi3.data.tokenize import IGNORE_INDEX, special_token_pattern, tokenize_chats, tokenize_documents
+from qlora_phi3.data.tokenize import special_token_pattern, tokenize_chats, tokenize_documents
 
 MODELS = sorted(path.stem for path in TEMPLATE_FOLDER.glob("*.jinja"))
 WORDS = [

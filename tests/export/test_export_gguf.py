@@ -210,7 +210,7 @@ def test_each_type_is_as_near_as_its_bits_allow(quant, largest_error, folders, t
 @pytest.mark.parametrize("quant", ["f16", "q8_0"])
 def test_small_pieces_give_the_same_file(quant, folders, tmp_path, monkeypatch):
     single = convert(folders["plain"], tmp_path / "single.gguf", quant)
-    monkeypatch.setattr(weights, "PIECE_BYTES", 1)
+    monkeypatch.setattr(weights, "ROW_CHUNK_BYTES", 1)
     calls = []
     pieces = tmp_path / "pieces.gguf"
     convert_to_gguf(folders["plain"], pieces, quant=quant, name="my-model", progress=lambda *call: calls.append(call))

@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, base: Path) -> TinyRun:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_module, "PIECE_BYTES", 64 * 256 * 4)
+    monkeypatch.setattr(weights_module, "ROW_CHUNK_BYTES", 64 * 256 * 4)
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -102,7 +102,7 @@ def logits_of(model: Any, rows: list[dict[str, list[int]]]) -> tuple[torch.Tenso
 
 @pytest.mark.parametrize(("tile", "piece_bytes"), [(2048, 2**23), (64, 2**23), (64, 2**15), (100, 2**16)])
 def test_the_scores_are_those_of_the_full_logits(run, tmp_path, monkeypatch, tile, piece_bytes):
-    monkeypatch.setattr("qlora_phi3.model.weights.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("qlora_phi3.model.weights.ROW_CHUNK_BYTES", piece_bytes)
     monkeypatch.setattr(proving, "TILE_VOCABULARY", tile)
     monkeypatch.setattr(proving, "TILE_POSITIONS", 16)
     rows, merged = ROWS, run.merged(onto="original")

@@ -8,8 +8,7 @@ from torch.autograd.graph import save_on_cpu
 
 from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.model import attention
-from qlora_phi3.model.mlp import set_mlp_tiles
-from qlora_phi3.model.phi3 import Precision, set_checkpointing
+from qlora_phi3.model.phi3 import Precision, set_checkpointing, set_mlp_tiles
 from qlora_phi3.recipe.schema import Lora
 from qlora_phi3.step import collate, evaluate, forward_backward
 

@@ -52,10 +52,7 @@ def test_gpus_of_different_sizes_get_different_plans(plans):
 
 def test_a_step_sees_the_same_rows_once_on_every_gpu(plans):
     for _, found in plans:
-        layout = found.execution.micro_batch
-        groups = plan_micro_batches(
-            LENGTHS[:8], max_tokens=layout.max_tokens, max_rows=layout.max_rows, packing=True, boundary=None
-        )
+        groups = plan_micro_batches(LENGTHS[:8], found.execution.micro_batch)
         assert sorted(row for group in groups for row in group) == list(range(8))
 
 

@@ -47,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_module, "PIECE_BYTES", 64 * 192 * 2)
+    monkeypatch.setattr(weights_module, "ROW_CHUNK_BYTES", 64 * 192 * 2)
     monkeypatch.setattr(quantize_module, "CHUNK_WEIGHTS", 64 * 53)
 
 

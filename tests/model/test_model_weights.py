@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_phi3.errors import ExportError, ModelError
 from qlora_phi3.model import weights as weights_module
-from qlora_phi3.model.weights import TensorInfo, open_file, open_weights, read_tensor, rows_per_piece, split_rows
+from qlora_phi3.model.weights import TensorInfo, open_file, open_weights, read_tensor, rows_per_chunk, split_rows
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_shards_give_the_tensors_that_were_saved(sharded, tensors):
 
 
 def test_pieces_are_consecutive_rows_in_multiples_of_64(sharded, tensors, monkeypatch):
-    monkeypatch.setattr(weights_module, "PIECE_BYTES", 64 * 96 * 4)
+    monkeypatch.setattr(weights_module, "ROW_CHUNK_BYTES", 64 * 96 * 4)
     pieces = list(open_weights(sharded).iter_row_chunks("wide"))
     assert [len(piece) for piece in pieces] == [64, 64, 64, 8]
     assert torch.equal(torch.cat(pieces), tensors["wide"])
@@ -51,9 +51,9 @@ def test_pieces_are_consecutive_rows_in_multiples_of_64(sharded, tensors, monkey
 
 def test_a_piece_of_phi3s_largest_layers_stays_within_its_bytes():
     for columns in (3072, 5120, 8192, 17920):
-        rows = rows_per_piece(TensorInfo((100_000, columns), torch.bfloat16))
+        rows = rows_per_chunk(TensorInfo((100_000, columns), torch.bfloat16))
         assert rows % 64 == 0
-        assert rows * columns * 2 <= weights_module.PIECE_BYTES
+        assert rows * columns * 2 <= weights_module.ROW_CHUNK_BYTES
 
 
 def test_one_file_comes_before_an_index(sharded, tensors):

@@ -11,8 +11,9 @@ import pytest
 from pydantic import ValidationError
 
 from qlora_phi3.errors import RecipeError
+from qlora_phi3.recipe.edit import format_toml
 from qlora_phi3.recipe.load import load_recipe, recipe_as_toml, recipe_schema
-from qlora_phi3.recipe.messages import ALIASES, REPLACED, format_toml
+from qlora_phi3.recipe.messages import ALIASES, REPLACED
 from qlora_phi3.recipe.schema import TABLES, Recipe
 
 SHORTEST = '[model]\nname = "base"\n[data]\ntrain = "chats.jsonl"\n'

@@ -16,6 +16,7 @@ from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan
 from qlora_phi3.objectives import sft
 from qlora_phi3.recipe.schema import Lora
 from qlora_phi3.step import collate, evaluate, forward_backward
+from qlora_phi3.training import trainer as training_trainer
 from qlora_phi3.training.oom import MemoryGuard
 from qlora_phi3.training.trainer import Phi3Trainer
 
@@ -130,7 +131,7 @@ def test_the_dry_run_and_the_run_take_any_objective(shop, monkeypatch):
         calls.append(model.training)
         return weighted_logprobs(model, micro_batch, normalizer)
 
-    monkeypatch.setattr(training_run, "Phi3Trainer", partial(Phi3Trainer, objective=counted))
+    monkeypatch.setattr(training_trainer, "Phi3Trainer", partial(Phi3Trainer, objective=counted))
     dry_run = training_run.dry_run_heaviest_step
 
     def watch(*args, **kwargs):

@@ -11,16 +11,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan, smaller_mlp_tile
-from qlora_phi3.memory.cost import StepTime, StepWorkload, estimate_step_time
-from qlora_phi3.memory.plan import (
-    GpuLimits,
-    Plan,
-    RowLengths,
-    describe_kind,
-    explain_choices,
-    split_rows,
-    step_shape,
-)
+from qlora_phi3.memory.cost import StepWorkload, estimate_step_seconds
+from qlora_phi3.memory.plan import GpuLimits, Plan, RowLengths, describe_kind, explain_choices, split_rows, step_shape
 from qlora_phi3.memory.predict import Prediction, Predictor, estimate_allocated, estimate_reserved
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import parse_size
@@ -85,24 +77,23 @@ class _Search:
         self, predictor: Predictor, rows: RowLengths, limits: GpuLimits, progress: Callable[[str], None]
     ) -> None:
         self.predictor, self.rows, self.limits, self.progress = predictor, rows, limits, progress
-        recipe = predictor.recipe
-        self.training, self.pinned_tokens = recipe.training, recipe.memory.micro_batch_tokens != "auto"
-        step = rows.training[: rows.batch_size]
+        recipe, step = predictor.recipe, rows.training[: rows.batch_size]
+        self.training, pinned = recipe.training, recipe.memory.micro_batch_tokens
         fewest, most = rows.longest, sum(step) if recipe.training.packing else len(step) * rows.longest
-        if recipe.memory.micro_batch_tokens != "auto":
-            fewest = most = recipe.memory.micro_batch_tokens
+        if pinned != "auto":
+            fewest = most = pinned
+        #: Micro-batches are of complete rows, where all rows are of one length.
+        self.complete_rows = rows.training[-1] == rows.longest and pinned == "auto"
         #: Tokens of the smallest and of the largest micro-batch.
         self.fewest, self.most = (self._layouts(tokens)["micro_batch"].max_tokens for tokens in (fewest, most))
         self.most_allocated = estimate_allocated(limits.limit_bytes - predictor.on_gpu_bytes(0))
         self.kinds = _allowed_kinds(recipe, predictor.architecture.num_hidden_layers)
         self.tiles = _allowed_tiles(recipe, self.fewest)
         #: The one that needs least memory last.
-        self.optimizers = (
-            ("adamw_8bit", "paged_adamw_8bit") if self.training.optim == "auto" else (self.training.optim,)
-        )
-        every, offload = self.kinds[-1]
+        optim = self.training.optim
+        self.optimizers = ("adamw_8bit", "paged_adamw_8bit") if optim == "auto" else (optim,)
         #: The plan that needs least memory of all that the recipe allows.
-        self.minimal = self._smallest(every, offload, self.tiles[-1])
+        self.minimal = self._smallest(*self.kinds[-1], self.tiles[-1])
         #: Kinds that would be faster and do not fit, and what each would need on the GPU.
         self.refused: dict[ExecutionPlan, int] = {}
 
@@ -114,9 +105,9 @@ class _Search:
         """
         for tiles in self.tiles:
             on_gpu = [self._smallest(every, False, tiles) for every, offload in self.kinds if not offload]
-            if len(on_gpu) > 1 and self.tiles[-1].mlp_tokens > tiles.mlp_tokens == 0:
+            in_tiles = tiles._replace(mlp_tokens=self.tiles[-1].mlp_tokens)
+            if len(on_gpu) > 1 and in_tiles.mlp_tokens > tiles.mlp_tokens == 0:
                 # fewer layers, and the MLPs of all others
-                in_tiles = _Tiles(tiles.logits_bytes, self.tiles[-1].mlp_tokens)
                 on_gpu += [self._smallest(kind.checkpoint_every, False, in_tiles) for kind in on_gpu[:-1]]
             offloaded = [self._smallest(every, True, tiles) for every, offload in self.kinds if offload]
             # A smaller tile of the loss is tried only where it may decide: simulating its many tiles takes time.
@@ -131,7 +122,7 @@ class _Search:
         #: Plans, and whether they were sized; else they stand for the best that their kind could do.
         waiting = [(self._with_tokens(kind, self.most), False) for kind in kinds]
         while waiting:
-            execution, is_sized = best = min(waiting, key=lambda each: self._step_time(each[0])[1].seconds)
+            execution, is_sized = best = min(waiting, key=lambda each: self._time_step(each[0])[1])
             waiting.remove(best)
             kind = self._with_tokens(execution, self.fewest)
             if not is_sized:
@@ -145,7 +136,7 @@ class _Search:
             if tokens > self.fewest:  # the full simulation found that it needs more than the estimate
                 waiting.append((self._with_tokens(execution, max(self.fewest, int(tokens * 0.9))), True))
             else:
-                self.refused[kind] = plan.prediction.memory.on_gpu_bytes
+                self.refused[kind] = plan.memory.on_gpu_bytes
         return None
 
     def verify_full_model(self, execution: ExecutionPlan) -> Plan:
@@ -158,19 +149,17 @@ class _Search:
         limit_bytes = self.limits.limit_bytes
         prediction = self.predictor.predict(replace(execution, optim=optim), shape, limit_bytes=limit_bytes)
         if optim != self.optimizers[-1] and not prediction.fits:
-            smallest = replace(execution, optim=self.optimizers[-1])
-            prediction = self.predictor.predict(smallest, shape, limit_bytes=limit_bytes)
-        chosen = prediction.execution
-        workload, step_time = self._step_time(chosen)
-        reasons = explain_choices(
-            self.predictor.recipe,
-            chosen,
-            num_passes=workload.num_micro_batches,
-            longest=self.rows.longest,
-            refused=self.refused,
-            limit_bytes=limit_bytes,
+            execution = replace(execution, optim=self.optimizers[-1])
+            prediction = self.predictor.predict(execution, shape, limit_bytes=limit_bytes)
+        recipe, (workload, step_seconds) = self.predictor.recipe, self._time_step(prediction.execution)
+        return Plan(
+            execution=prediction.execution,
+            memory=prediction.memory,
+            fits=prediction.fits,
+            workload=workload,
+            step_seconds=step_seconds,
+            reasons=explain_choices(recipe, prediction.execution, self.rows, self.refused, limit_bytes),
         )
-        return Plan(prediction=prediction, workload=workload, step_time=step_time, reasons=reasons)
 
     def _may_fit(self, kind: ExecutionPlan) -> bool:
         """Whether a kind seems to fit with the smallest micro-batch, or to miss by little."""
@@ -193,18 +182,17 @@ class _Search:
             kind: with the smallest micro-batch, which fits.
         """
         low, phases = kind.micro_batch.max_tokens, self._phases(kind)
-        resident = phases["save"]
-        growing = max(1, max(phases.values()) - resident)
-        fitting = low * (self.most_allocated - resident) // growing
+        growing = max(1, max(phases.values()) - phases["save"])
+        fitting = low * (self.most_allocated - phases["save"]) // growing
         return self._with_tokens(kind, max(low, min(self.most, fitting)))
 
     def _smallest_within_2_percent(self, execution: ExecutionPlan) -> ExecutionPlan:
         """The smallest micro-batch that is nearly as fast: the last tokens cost memory and gain little."""
         most = execution.micro_batch.max_tokens
-        slowest = self._step_time(execution)[1].seconds * WORTH
+        slowest = self._time_step(execution)[1] * WORTH
         for tokens in range(self.fewest, most, max(ROUNDING_TOKENS, (most - self.fewest) // 32)):
             smaller = self._with_tokens(execution, tokens)
-            if self._step_time(smaller)[1].seconds <= slowest:
+            if self._time_step(smaller)[1] <= slowest:
                 return smaller
         return execution
 
@@ -219,20 +207,15 @@ class _Search:
         )
 
     def _with_tokens(self, execution: ExecutionPlan, tokens: int) -> ExecutionPlan:
-        """With micro-batches of so many tokens; of complete rows, where all rows are of one length."""
-        longest = self.rows.longest
-        if self.rows.training[-1] == longest <= tokens and not self.pinned_tokens:
-            tokens = tokens // longest * longest
+        if self.complete_rows and self.rows.longest <= tokens:
+            tokens = tokens // self.rows.longest * self.rows.longest
         return replace(execution, **self._layouts(tokens))
 
     def _layouts(self, tokens: int) -> dict[str, Any]:
         """Micro-batches of so many tokens, or of as many rows as the recipe sets; evaluation as training, unless it is set."""
-        training = self.training
-        eval_rows = training.per_device_eval_batch_size
-        rows_by_name = {
-            "micro_batch": training.micro_batch_size,
-            "evaluation": training.micro_batch_size if eval_rows == "auto" else eval_rows,
-        }
+        training, rows = self.training, self.training.per_device_eval_batch_size
+        evaluation_rows = training.micro_batch_size if rows == "auto" else rows
+        rows_by_name = {"micro_batch": training.micro_batch_size, "evaluation": evaluation_rows}
         return {
             name: MicroBatchPlan(
                 max_tokens=rows * training.max_length if rows else tokens,
@@ -248,23 +231,23 @@ class _Search:
         shape = replace(step_shape(self.rows, execution), evaluation_lengths=())
         return self.predictor.estimate(execution, shape)
 
-    def _step_time(self, execution: ExecutionPlan) -> tuple[StepWorkload, StepTime]:
-        """A typical step, and its time by the cost model."""
-        lengths = self.rows.typical_step()
+    def _time_step(self, execution: ExecutionPlan) -> tuple[StepWorkload, float]:
+        """A typical step, and its seconds by the cost model."""
+        recipe, lengths = self.predictor.recipe, self.rows.typical_step()
         workload = StepWorkload(
             lengths=lengths,
             num_micro_batches=len(split_rows(lengths, execution.micro_batch)),
-            rank=self.predictor.recipe.lora.r,
-            quantized=self.predictor.recipe.quantization.load_in_4bit,
+            rank=recipe.lora.r,
+            quantized=recipe.quantization.load_in_4bit,
         )
-        step_time = estimate_step_time(
+        seconds = estimate_step_seconds(
             self.predictor.architecture,
             execution,
             workload,
             tflops_16bit=self.limits.tflops_16bit,
             bandwidth_bytes_per_second=self.limits.bandwidth_bytes_per_second,
         )
-        return workload, step_time
+        return workload, seconds
 
 
 def _allowed_kinds(recipe: Recipe, num_layers: int) -> list[tuple[int, bool]]:

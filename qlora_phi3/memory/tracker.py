@@ -113,8 +113,7 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         Returns:
             A function that ends the allocation.
         """
-        self._count += 1
-        number = self._count
+        self._count = number = self._count + 1
         self.events.append((number, num_bytes))
         self.categories[number] = category
         self.live_bytes += num_bytes
@@ -128,12 +127,7 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
 
     def live_at(self, num_events: int) -> dict[str, int]:
         """Category -> bytes allocated after so many events, largest first."""
-        live: dict[int, int] = {}
-        for number, num_bytes in self.events[:num_events]:
-            if num_bytes:
-                live[number] = num_bytes
-            else:
-                del live[number]
+        live = {number: num_bytes for number, num_bytes in dict(self.events[:num_events]).items() if num_bytes}
         by_category: Counter[str] = Counter()
         for number, num_bytes in live.items():
             by_category[self.categories[number]] += num_bytes

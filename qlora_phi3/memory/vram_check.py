@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from qlora_phi3.recipe.schema import Recipe
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
-
-#: Called with what is being done, how much of it is done, and of how much; None where that is not known.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,46 +100,37 @@ def hub_offline() -> Iterator[None]:
         yield
     finally:
         set_offline(was_offline)
-        if before is None:
-            del os.environ["HF_HUB_OFFLINE"]
-        else:
+        del os.environ["HF_HUB_OFFLINE"]
+        if before is not None:
             os.environ["HF_HUB_OFFLINE"] = before
 
 
 def read_rows(recipe: "Recipe", base_folder: Path, progress: Progress) -> tuple["RowLengths", RowSummary]:
     """The lengths of the rows, tokenized as a run does it; of `max_length` tokens each where they cannot be read."""
     from qlora_phi3.data.prepare import check_files, row_lengths
-    from qlora_phi3.memory.plan import read_lengths
+    from qlora_phi3.memory.plan import assume_lengths, read_lengths
     from qlora_phi3.recipe.load import as_list, is_local_data
 
-    sources = [*as_list(recipe.data.train), *(as_list(recipe.data.eval) if recipe.training.do_eval else ())]
+    training, problem, checked = recipe.training, "", False
+    sources = [*as_list(recipe.data.train), *(as_list(recipe.data.eval) if training.do_eval else ())]
     try:
-        check_files(recipe.data, base_folder, evaluate=recipe.training.do_eval)
-    except DataError as error:  # no run can use these files, whether the tokenizer is here or not
-        return _assume_rows(recipe, "The data cannot be used.", str(error))
-    try:
+        check_files(recipe.data, base_folder, evaluate=training.do_eval)
+        checked = True
         data = _tokenize(recipe, base_folder, progress)
-    except DataError as error:
-        if all(is_local_data(name, base_folder) for name in sources):
-            return _assume_rows(recipe, "The data cannot be used.", str(error))
-        return _assume_rows(recipe, error.message)  # a run may fetch what is not here
     except UserError as error:
-        return _assume_rows(recipe, error.message)
-    evaluation = [] if data.evaluation is None else row_lengths(data.evaluation).tolist()
-    lengths = read_lengths(row_lengths(data.train).tolist(), evaluation, recipe.training.batch_size)
-    held_out = f" and {len(evaluation):,} to evaluate on" if evaluation else ""
-    origin = f"{len(lengths.training):,} to train on{held_out}, the longest {lengths.longest:,} tokens"
-    return lengths, summarize_rows(lengths, origin)
-
-
-def _assume_rows(recipe: "Recipe", reason: str, problem: str = "") -> tuple["RowLengths", RowSummary]:
-    from qlora_phi3.memory.plan import assume_lengths
-
-    training = recipe.training
-    lengths = assume_lengths(training.max_length, training.batch_size)
-    if not training.do_eval:
-        lengths = replace(lengths, longest_evaluation=0)
-    origin = f"assumed to be max_length = {training.max_length:,} tokens each. {reason.splitlines()[0]}"
+        reason = error.message  # a run may fetch what is not here, but it cannot use local files that are wrong
+        is_local = not checked or all(is_local_data(name, base_folder) for name in sources)
+        if isinstance(error, DataError) and is_local:
+            reason, problem = "The data cannot be used.", str(error)
+        lengths = assume_lengths(training.max_length, training.batch_size)
+        if not training.do_eval:
+            lengths = replace(lengths, longest_evaluation=0)
+        origin = f"assumed to be max_length = {training.max_length:,} tokens each. {reason.splitlines()[0]}"
+    else:
+        evaluation = [] if data.evaluation is None else row_lengths(data.evaluation).tolist()
+        lengths = read_lengths(row_lengths(data.train).tolist(), evaluation, training.batch_size)
+        held_out = f" and {len(evaluation):,} to evaluate on" if evaluation else ""
+        origin = f"{len(lengths.training):,} to train on{held_out}, the longest {lengths.longest:,} tokens"
     return lengths, summarize_rows(lengths, origin, problem)
 
 
@@ -162,12 +151,10 @@ def _tokenize(recipe: "Recipe", base_folder: Path, progress: Progress) -> "Prepa
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    name = recipe.model.name
+    name, cached = recipe.model.name, None
     if not Path(name).is_dir():
-        try:
+        with suppress(HFValidationError):
             cached = try_to_load_from_cache(name, "tokenizer.json", revision=recipe.model.revision)
-        except HFValidationError:
-            cached = None
         if not isinstance(cached, str):
             raise UserError("The model's tokenizer, which counts them, is not on this computer.")
     from qlora_phi3.data.prepare import prepare_datasets
@@ -175,13 +162,12 @@ def _tokenize(recipe: "Recipe", base_folder: Path, progress: Progress) -> "Prepa
     from qlora_phi3.model.phi3 import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model)
-    template = choose_template(tokenizer, recipe.data.chat_template)
     return prepare_datasets(
         recipe.data,
         max_length=recipe.training.max_length,
         evaluate=recipe.training.do_eval,
         tokenizer=tokenizer,
-        template=template,
+        template=choose_template(tokenizer, recipe.data.chat_template),
         base_dir=base_folder,
         progress=progress,
     )
@@ -244,7 +230,7 @@ class VramChecker:
         return replace(report, suggestions=suggestions, no_fix_reason=no_fix_reason)
 
     def _build_report(self, device: Gpu, plan: "Plan", budget_bytes: int) -> VramReport:
-        memory, execution, training = plan.prediction.memory, plan.execution, self.context.recipe.training
+        memory, execution, training = plan.memory, plan.execution, self.context.recipe.training
         margin, speeds = read_margin(device.name), self._speeds(device, plan)
         together = max(1, min(execution.micro_batch.max_tokens // training.max_length, training.batch_size))
         return VramReport(
@@ -271,7 +257,7 @@ class VramChecker:
             mlp_tile_tokens=execution.mlp_tile_tokens,
             reasons=plan.reasons,
             rows=self.context.rows,
-            seconds_per_step=plan.step_time.seconds,
+            seconds_per_step=plan.step_seconds,
             tokens_per_second=speeds[0],
             slowest_tokens_per_second=min(speeds[1:]),
             fastest_tokens_per_second=max(speeds[1:]),
@@ -281,20 +267,20 @@ class VramChecker:
 
     def _speeds(self, device: Gpu, plan: "Plan") -> list[float]:
         """Tokens a second by the cost model: on the device, and on each GPU that it represents (else on the device again)."""
-        from qlora_phi3.memory.cost import estimate_step_time
+        from qlora_phi3.memory.cost import estimate_step_seconds
 
         tokens = sum(plan.workload.lengths)
-        speeds = [tokens / plan.step_time.seconds]
+        speeds = [tokens / plan.step_seconds]
         for gpu in GPU_TABLE:
             if gpu.label in device.represents:
-                step_time = estimate_step_time(
+                seconds = estimate_step_seconds(
                     self.context.architecture,
                     plan.execution,
                     plan.workload,
                     tflops_16bit=gpu.tflops_16bit,
                     bandwidth_bytes_per_second=gpu.bandwidth_gb * 1e9,
                 )
-                speeds.append(tokens / step_time.seconds)
+                speeds.append(tokens / seconds)
         return speeds if len(speeds) > 1 else speeds * 2
 
 

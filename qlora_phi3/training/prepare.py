@@ -233,11 +233,11 @@ def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
     tiled = f", MLPs in tiles of {execution.mlp_tile_tokens:,} tokens" if execution.mlp_tile_tokens else ""
     reporter.info(
         f"Plan: {execution.micro_batch.max_tokens:,} tokens at once, {recomputed}{offloaded}{tiled}, {execution.optim}; "
-        f"{format_gib(plan.prediction.memory.on_gpu_bytes)} of {format_gib(limits.limit_bytes)} on the GPU"
+        f"{format_gib(plan.memory.on_gpu_bytes)} of {format_gib(limits.limit_bytes)} on the GPU"
     )
     if not plan.fits:
         reporter.warning("This should not fit; qlora-phi3 vram-check suggests what to change. The run tries it anyway.")
-    return PlannedRun(execution=execution, predicted=replace(plan.prediction.memory, trace=()))
+    return PlannedRun(execution=execution, predicted=replace(plan.memory, trace=()))
 
 
 def default_execution_plan(

@@ -11,7 +11,7 @@ from rich.text import Text
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.hardware.gpu_table import GPU_TABLE, name_series
 from qlora_phi3.memory.report import VramReport, planned_keys
-from qlora_phi3.memory.tables import GpuTableRow, MaxLengthRow
+from qlora_phi3.memory.tables import MaxLengthRow
 from qlora_phi3.units import GIB, format_gib
 
 #: Colours of the categories, the largest first.
@@ -220,16 +220,16 @@ def _speed_lines(report: VramReport) -> Iterator[str]:
         yield f"{fast}, {high:,.0f} on the fastest: estimated from their stated rates, not measured."
 
 
-def show_gpu_table(console: Console, rows: Sequence[GpuTableRow]) -> None:
+def show_gpu_table(console: Console, reports: Sequence[VramReport]) -> None:
     """One line for each size of GPU."""
-    first = rows[0].report
+    first = reports[0]
     _print(console, f"{first.model}; {first.batch_size} rows an optimizer step of at most {first.max_length:,} tokens")
     _print(console, f"Rows: {first.rows.origin}")
     _print(console, "")
     table = _table("GPU", "usable>", "needed>", "fits", "tokens at once>", "recomputed", "tokens/s>")
-    for row in rows:
-        report = row.report
-        name = row.series if report.device.is_local else f"{row.nominal_gb:>2} GB  {row.series}"
+    for report in reports:
+        size, _, series = report.device.name.partition(", ")
+        name = report.device.name if report.device.is_local else f"{size:>5}  {series}"
         usable = f"{report.budget_bytes / GIB:.2f}"
         needed = f"{(report.memory.on_gpu_bytes + report.margin_bytes) / GIB:.2f}"
         if not report.fits:

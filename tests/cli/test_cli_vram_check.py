@@ -210,7 +210,7 @@ def no_gpu(monkeypatch):
     """A computer without a GPU."""
 
     def nothing_here():
-        raise NoDeviceError("No NVIDIA driver answers on this machine.", qlora_phi3.hardware.gpu.ELSEWHERE)
+        raise NoDeviceError("No NVIDIA driver answers on this machine.", qlora_phi3.hardware.gpu.OTHER_GPU_HINT)
 
     monkeypatch.setattr(qlora_phi3.hardware.gpu, "read_gpu", nothing_here)
 
@@ -377,7 +377,7 @@ def test_nothing_is_written_where_nothing_fits(home):
 @pytest.fixture
 def few_gpus(monkeypatch):
     """Two sizes of GPUs instead of twelve."""
-    chosen = [group for group in qlora_phi3.memory.tables.group_gpus() if group.nominal_gb in (10, 11)]
+    chosen = [gpu for gpu in qlora_phi3.memory.tables.group_gpus() if gpu.name.startswith(("10 GB", "11 GB"))]
     monkeypatch.setattr(qlora_phi3.memory.tables, "group_gpus", lambda: chosen)
 
 

@@ -47,9 +47,9 @@ def attention_kernel(
 ) -> Kernel:
     """Which kernel `scaled_dot_product_attention` takes in training (native/transformers/cuda/sdp_utils.cpp, torch 2.13).
 
-    cuDNN's, which torch prefers on compute capability 9.x and 10.x, is switched off in a run. The memory-efficient kernel takes no
-    grouped queries before pytorch pull request 191085: below 8.0, where there is no flash kernel, they go to the math kernel, which
-    builds the scores in fp32, unless key and value are repeated first (seen on a T4, transformers issue 48633).
+    cuDNN's kernel, which torch prefers on compute capability 9.x and 10.x, is switched off in a run. The memory-efficient one
+    takes no grouped queries before pytorch pull request 191085: below 8.0, where there is no flash kernel, they go to the math
+    kernel, which builds the scores in fp32, unless key and value are repeated first (seen on a T4, transformers issue 48633).
 
     Args:
         has_mask: an explicit mask is given, not `is_causal`.

@@ -1,7 +1,6 @@
 """Whether a recipe fits a GPU: reads its model's shapes and its rows' lengths, makes the plan, and builds the report.
 
-Nothing is fetched. The tokenizer and the data count as unreadable unless they are in a directory or in the caches of the hub's
-libraries. Importing this module imports no torch: a cached report is shown without it.
+Nothing is fetched: tokenizer and data must be in a directory or in the caches of the hub's libraries. This module imports no torch.
 """
 
 import gc
@@ -29,7 +28,9 @@ if TYPE_CHECKING:
     from qlora_phi3.memory.predict import Predictor
     from qlora_phi3.recipe.schema import Recipe
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+MODEL_FILES = (
+    "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +59,9 @@ def read_recipe_context(recipe: "Recipe", base_folder: Path, progress: Progress)
     with hub_offline():
         try:
             config = read_config(found.model.name, recipe.model.revision, prefer_shipped=True)
-        except OtherModelError:
-            raise
         except ModelError as error:
-            if Path(found.model.name).is_dir() or not is_hub_id(found.model.name):
+            is_here = Path(found.model.name).is_dir() or not is_hub_id(found.model.name)
+            if is_here or isinstance(error, OtherModelError):
                 raise
             nearest = nearest_known(name)
             hint = f"Did you mean {nearest}, whose shapes are known? " if nearest else ""
@@ -89,9 +89,9 @@ def hub_offline() -> Iterator[None]:
 
     def set_offline(offline: bool) -> None:
         constants.HF_HUB_OFFLINE = offline
-        config = sys.modules.get("datasets.config")
+        config: Any = sys.modules.get("datasets.config")
         if config is not None and "HF_DATASETS_OFFLINE" not in os.environ:
-            config.HF_HUB_OFFLINE = config.HF_DATASETS_OFFLINE = offline  # type: ignore[attr-defined]
+            config.HF_HUB_OFFLINE = config.HF_DATASETS_OFFLINE = offline
 
     before, was_offline = os.environ.get("HF_HUB_OFFLINE"), constants.HF_HUB_OFFLINE
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -194,12 +194,9 @@ class VramChecker:
         dtype = compute_dtype_on(self.context.recipe, device)
         if (dtype, capability) not in self._predictors:
             gc.freeze()  # the collector need not look through the libraries again: a tenth of a simulation's time
+            recipe, config, architecture = self.context.recipe, dict(self.context.config), self.context.architecture
             self._predictors[dtype, capability] = Predictor(
-                self.context.recipe,
-                dict(self.context.config),
-                self.context.architecture,
-                compute_dtype=getattr(torch, dtype),
-                capability=capability,
+                recipe, config, architecture, compute_dtype=getattr(torch, dtype), capability=capability
             )
         return self._predictors[dtype, capability]
 
@@ -231,7 +228,7 @@ class VramChecker:
 
     def _build_report(self, device: Gpu, plan: "Plan", budget_bytes: int) -> VramReport:
         memory, execution, training = plan.memory, plan.execution, self.context.recipe.training
-        margin, speeds = read_margin(device.name), self._speeds(device, plan)
+        margin, (speed, slowest, fastest) = read_margin(device.name), self._speeds(device, plan)
         together = max(1, min(execution.micro_batch.max_tokens // training.max_length, training.batch_size))
         return VramReport(
             verdict="fits" if plan.fits else "does_not_fit",
@@ -258,38 +255,36 @@ class VramChecker:
             reasons=plan.reasons,
             rows=self.context.rows,
             seconds_per_step=plan.step_seconds,
-            tokens_per_second=speeds[0],
-            slowest_tokens_per_second=min(speeds[1:]),
-            fastest_tokens_per_second=max(speeds[1:]),
+            tokens_per_second=speed,
+            slowest_tokens_per_second=slowest,
+            fastest_tokens_per_second=fastest,
             versions=read_versions(),
             created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
 
-    def _speeds(self, device: Gpu, plan: "Plan") -> list[float]:
-        """Tokens a second by the cost model: on the device, and on each GPU that it represents (else on the device again)."""
+    def _speeds(self, device: Gpu, plan: "Plan") -> tuple[float, float, float]:
+        """Tokens a second by the cost model: on the device, on the slowest and on the fastest of the GPUs that it represents."""
         from qlora_phi3.memory.cost import estimate_step_seconds
 
+        seconds = [
+            estimate_step_seconds(
+                self.context.architecture,
+                plan.execution,
+                plan.workload,
+                tflops_16bit=gpu.tflops_16bit,
+                bandwidth_bytes_per_second=gpu.bandwidth_gb * 1e9,
+            )
+            for gpu in GPU_TABLE
+            if gpu.label in device.represents
+        ] or [plan.step_seconds]
         tokens = sum(plan.workload.lengths)
-        speeds = [tokens / plan.step_seconds]
-        for gpu in GPU_TABLE:
-            if gpu.label in device.represents:
-                seconds = estimate_step_seconds(
-                    self.context.architecture,
-                    plan.execution,
-                    plan.workload,
-                    tflops_16bit=gpu.tflops_16bit,
-                    bandwidth_bytes_per_second=gpu.bandwidth_gb * 1e9,
-                )
-                speeds.append(tokens / seconds)
-        return speeds if len(speeds) > 1 else speeds * 2
+        return tokens / plan.step_seconds, tokens / max(seconds), tokens / min(seconds)
 
 
 def compute_dtype_on(recipe: "Recipe", device: Gpu) -> str:
     """The dtype of the arithmetic, as a run on that GPU would choose it."""
-    wanted = recipe.compute_dtype
-    if wanted != "auto":
-        return wanted
-    return "bfloat16" if device.compute_capability >= NATIVE_BFLOAT16 else "float16"
+    native = "bfloat16" if device.compute_capability >= NATIVE_BFLOAT16 else "float16"
+    return native if recipe.compute_dtype == "auto" else recipe.compute_dtype
 
 
 def files_of(recipe: "Recipe", base_folder: Path) -> list[Path]:
@@ -299,15 +294,14 @@ def files_of(recipe: "Recipe", base_folder: Path) -> list[Path]:
     from qlora_phi3.recipe.load import as_list, candidate_paths
 
     names = [recipe.model.name, *as_list(recipe.data.train), *as_list(recipe.data.eval)]
-    paths = [path.absolute() for name in names for path in candidate_paths(name, base_folder)]
-    for directory in paths[:2]:
-        paths += [directory / name for name in ("config.json", *TOKENIZER_FILES)]
+    paths = [path for name in names for path in candidate_paths(name, base_folder)]
+    paths += [directory / name for directory in paths[:2] for name in MODEL_FILES]
     if recipe.model.adapter is not None:
-        for directory in candidate_paths(recipe.model.adapter, base_folder):
-            paths += [directory.absolute() / name for name in ("adapter_config.json", "adapter/adapter_config.json")]
+        adapter_files = ("adapter_config.json", "adapter/adapter_config.json")
+        paths += [path / name for path in candidate_paths(recipe.model.adapter, base_folder) for name in adapter_files]
+    datasets = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets"))
     for name in names:
         flat = name.replace("/", "--")
         paths += [Path(HF_HUB_CACHE, f"{kind}--{flat}", "snapshots") for kind in ("models", "datasets")]
-        datasets = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets"))
         paths.append(datasets / name.replace("/", "___"))
-    return paths
+    return [path.absolute() for path in paths]

@@ -21,7 +21,7 @@ from qlora_phi3.files import atomic_write, user_cache_dir
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.memory.margin import budget_of, read_margin
 from qlora_phi3.memory.report import VramReport, as_json, from_json, read_versions
-from qlora_phi3.memory.tables import MaxLengthRow, build_gpu_table, find_max_lengths, max_lengths_from_json
+from qlora_phi3.memory.tables import MaxLengthRow, build_gpu_table, find_max_lengths
 from qlora_phi3.memory.vram_check import VramChecker, files_of, read_recipe_context
 
 if TYPE_CHECKING:
@@ -70,11 +70,11 @@ class CachedVramCheck:
     def report(self, device: Gpu) -> VramReport:
         """Whether the recipe fits a GPU."""
 
-        def compute(progress: CheckProgress) -> VramReport:
+        def compute(progress: CheckProgress) -> list[VramReport]:
             budget_bytes = budget_of(self.recipe, device)  # refused before torch is started
-            return self._checker(progress).report(device, budget_bytes)
+            return [self._checker(progress).report(device, budget_bytes)]
 
-        report = self._cached("report", [device], compute, as_json, from_json)
+        (report,) = self._cached("report", [device], compute, as_json, from_json)
         return replace(report, device=device)  # the processes on it may have other sizes by now
 
     def gpu_table(self, devices: Sequence[Gpu]) -> list[VramReport]:
@@ -83,10 +83,7 @@ class CachedVramCheck:
         def compute(progress: CheckProgress) -> list[VramReport]:
             return build_gpu_table(self._checker(progress), devices, progress.card)
 
-        def decode(saved: Any) -> list[VramReport]:
-            return [from_json(report) for report in saved]
-
-        return self._cached("gpu table", devices, compute, lambda reports: list(map(as_json, reports)), decode)
+        return self._cached("gpu table", devices, compute, as_json, from_json)
 
     def max_lengths(self, devices: Sequence[Gpu]) -> list[MaxLengthRow]:
         """The longest row on each GPU."""
@@ -94,9 +91,7 @@ class CachedVramCheck:
         def compute(progress: CheckProgress) -> list[MaxLengthRow]:
             return find_max_lengths(self._checker(progress), devices, progress.card)
 
-        return self._cached(
-            "max lengths", devices, compute, lambda rows: list(map(asdict, rows)), max_lengths_from_json
-        )
+        return self._cached("max lengths", devices, compute, asdict, lambda saved: MaxLengthRow(**saved))
 
     def _recipe_bytes(self) -> bytes:
         return self.path.read_bytes() if self.path.is_file() else b""  # loading it says why there is no recipe
@@ -111,11 +106,11 @@ class CachedVramCheck:
         self,
         kind: str,
         devices: Sequence[Gpu],
-        compute: Callable[[CheckProgress], Result],
+        compute: Callable[[CheckProgress], list[Result]],
         encode: Callable[[Result], Any],
         decode: Callable[[Any], Result],
-    ) -> Result:
-        """The saved result of the same question, else the computed one, which is saved."""
+    ) -> list[Result]:
+        """The saved results of the same question, else the computed ones, which are saved."""
         key = cache_key(
             {
                 "kind": kind,
@@ -127,13 +122,13 @@ class CachedVramCheck:
             }
         )
         path = user_cache_dir() / "vram-check" / f"{key}.json"
-        with suppress(ValueError):  # somebody edited the cache
-            if (saved := find_cached(path)) is not None:
-                return decode(saved)
+        with suppress(ValueError, TypeError):  # somebody edited the cache
+            if saved := find_cached(path):
+                return list(map(decode, saved))
         with self.open_progress() as progress:
-            result = compute(progress)
-        save_cached(path, encode(result), files_of(self.recipe, self.path.parent))
-        return result
+            results = compute(progress)
+        save_cached(path, list(map(encode, results)), files_of(self.recipe, self.path.parent))
+        return results
 
 
 def cache_key(parts: Mapping[str, Any]) -> str:

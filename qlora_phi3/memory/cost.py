@@ -23,6 +23,16 @@ DEQUANTIZED_BYTES_PER_WEIGHT = 4.127 / 8 + 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GpuLimits:
+    """What the plan needs to know of a GPU."""
+
+    #: Most that may be predicted for the process.
+    limit_bytes: int
+    tflops_16bit: float
+    bandwidth_bytes_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepWorkload:
     """What one optimizer step of a recipe works on."""
 
@@ -84,12 +94,7 @@ def step_flops(architecture: Architecture, workload: StepWorkload, again: Recomp
 
 
 def estimate_step_seconds(
-    architecture: Architecture,
-    execution: ExecutionPlan,
-    workload: StepWorkload,
-    *,
-    tflops_16bit: float,
-    bandwidth_bytes_per_second: float,
+    architecture: Architecture, execution: ExecutionPlan, workload: StepWorkload, gpu: GpuLimits
 ) -> float:
     """The time of one optimizer step; the MLP's weights are dequantized for every tile in each of its passes."""
     again = recomputation_of(architecture, execution, workload)
@@ -99,8 +104,8 @@ def estimate_step_seconds(
     moved = dequantized * DEQUANTIZED_BYTES_PER_WEIGHT if workload.quantized else 0.0
     offloaded = 2 * sum(workload.lengths) * architecture.hidden_size * 2 * layers * again.layers
     return (
-        step_flops(architecture, workload, again) / (tflops_16bit * 1e12 * ARITHMETIC_SHARE)
-        + workload.num_micro_batches * moved / (bandwidth_bytes_per_second * BANDWIDTH_SHARE)
+        step_flops(architecture, workload, again) / (gpu.tflops_16bit * 1e12 * ARITHMETIC_SHARE)
+        + workload.num_micro_batches * moved / (gpu.bandwidth_bytes_per_second * BANDWIDTH_SHARE)
         + (offloaded / OFFLOAD_BYTES_PER_SECOND if execution.activation_offloading else 0.0)
         + workload.num_micro_batches * layers * passes * LAYER_LAUNCH_SECONDS
     )

@@ -34,16 +34,6 @@ class RowLengths:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GpuLimits:
-    """What the plan needs to know of a GPU."""
-
-    #: Most that may be predicted for the process.
-    limit_bytes: int
-    tflops_16bit: float
-    bandwidth_bytes_per_second: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan(Prediction):
     """What was chosen for a GPU, and why."""
 

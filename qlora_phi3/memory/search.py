@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan, smaller_mlp_tile
-from qlora_phi3.memory.cost import StepWorkload, estimate_step_seconds
-from qlora_phi3.memory.plan import GpuLimits, Plan, RowLengths, describe_kind, explain_choices, split_rows, step_shape
+from qlora_phi3.memory.cost import GpuLimits, StepWorkload, estimate_step_seconds
+from qlora_phi3.memory.plan import Plan, RowLengths, describe_kind, explain_choices, split_rows, step_shape
 from qlora_phi3.memory.predict import Prediction, Predictor, estimate_allocated, estimate_reserved
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import parse_size
@@ -240,14 +240,7 @@ class _Search:
             rank=recipe.lora.r,
             quantized=recipe.quantization.load_in_4bit,
         )
-        seconds = estimate_step_seconds(
-            self.predictor.architecture,
-            execution,
-            workload,
-            tflops_16bit=self.limits.tflops_16bit,
-            bandwidth_bytes_per_second=self.limits.bandwidth_bytes_per_second,
-        )
-        return workload, seconds
+        return workload, estimate_step_seconds(self.predictor.architecture, execution, workload, self.limits)
 
 
 def _allowed_kinds(recipe: Recipe, num_layers: int) -> list[tuple[int, bool]]:

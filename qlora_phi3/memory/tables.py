@@ -5,7 +5,7 @@ bfloat16 (GTX 16, RTX 20) are a group of their own: they compute in float16 and 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -153,15 +153,3 @@ def table_row_as_json(report: VramReport) -> dict[str, Any]:
     gpus = [gpu for gpu in GPU_TABLE if gpu.label in report.device.represents]
     series = name_series(gpus) if gpus else report.device.name
     return {**as_json(report), "nominal_gb": math.ceil(report.device.total_bytes / GIB), "series": series}
-
-
-def max_lengths_from_json(saved: Sequence[Mapping[str, Any]]) -> list[MaxLengthRow]:
-    """The rows that `asdict` wrote.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    try:
-        return [MaxLengthRow(**row) for row in saved]
-    except TypeError as error:
-        raise ValueError(f"no table of lengths: {error}") from error

@@ -1,6 +1,6 @@
 """Whether a recipe fits a GPU: reads its model's shapes and its rows' lengths, makes the plan, and builds the report.
 
-Nothing is fetched: tokenizer and data must be in a directory or in the caches of the hub's libraries. This module imports no torch.
+Nothing is fetched: tokenizer and data must be in a directory or in the hub's caches. Importing this module imports no torch.
 """
 
 import gc
@@ -209,7 +209,7 @@ class VramChecker:
         Raises:
             ModelError: the recipe's adapter does not fit the model.
         """
-        from qlora_phi3.memory.plan import GpuLimits
+        from qlora_phi3.memory.cost import GpuLimits
         from qlora_phi3.memory.search import find_plan
         from qlora_phi3.memory.suggestions import find_suggestions
 
@@ -264,19 +264,15 @@ class VramChecker:
 
     def _speeds(self, device: Gpu, plan: "Plan") -> tuple[float, float, float]:
         """Tokens a second by the cost model: on the device, on the slowest and on the fastest of the GPUs that it represents."""
-        from qlora_phi3.memory.cost import estimate_step_seconds
+        from qlora_phi3.memory.cost import GpuLimits, estimate_step_seconds
 
-        seconds = [
-            estimate_step_seconds(
-                self.context.architecture,
-                plan.execution,
-                plan.workload,
-                tflops_16bit=gpu.tflops_16bit,
-                bandwidth_bytes_per_second=gpu.bandwidth_gb * 1e9,
-            )
+        rates = [
+            GpuLimits(limit_bytes=0, tflops_16bit=gpu.tflops_16bit, bandwidth_bytes_per_second=gpu.bandwidth_gb * 1e9)
             for gpu in GPU_TABLE
             if gpu.label in device.represents
-        ] or [plan.step_seconds]
+        ]
+        step = (self.context.architecture, plan.execution, plan.workload)
+        seconds = [estimate_step_seconds(*step, gpu) for gpu in rates] or [plan.step_seconds]
         tokens = sum(plan.workload.lengths)
         return tokens / plan.step_seconds, tokens / max(seconds), tokens / min(seconds)
 

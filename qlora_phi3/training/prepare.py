@@ -24,8 +24,9 @@ from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, Micro
 from qlora_phi3.family import Architecture, parse_architecture, read_config
 from qlora_phi3.hardware.gpu import Gpu, read_gpu
 from qlora_phi3.memory.allocator import expandable_segments_work
+from qlora_phi3.memory.cost import GpuLimits
 from qlora_phi3.memory.margin import budget_of, read_margin
-from qlora_phi3.memory.plan import GpuLimits, RowLengths, read_lengths, step_shape
+from qlora_phi3.memory.plan import RowLengths, read_lengths, step_shape
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.search import find_plan

@@ -27,7 +27,7 @@ def test_the_peak_of_another_objective_is_predicted(lora):
         compute_dtype=dtype,
         path="cpu",
         objective=weighted_logprobs,
-    ).phases
+    ).by_phase
     rows = [{"input_ids": [0] * length, "labels": [0] * length} for length in case.lengths]
     batch, marks = collate(rows, case.execution.micro_batch), Marks()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:

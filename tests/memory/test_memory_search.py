@@ -9,7 +9,8 @@ from tiny_check import build_recipe, tiny_config
 
 from qlora_phi3.data.batching import plan_micro_batches
 from qlora_phi3.family import parse_architecture
-from qlora_phi3.memory.plan import GpuLimits, assume_lengths, read_lengths, step_shape
+from qlora_phi3.memory.cost import GpuLimits
+from qlora_phi3.memory.plan import assume_lengths, read_lengths, step_shape
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.search import WORTH, MaxLengthSearch, find_plan, minimal_memory_plan, round_length
 from qlora_phi3.units import MIB

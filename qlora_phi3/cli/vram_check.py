@@ -71,19 +71,26 @@ def vram_check(ctx: click.Context, /, **options: Any) -> None:
     here, or the shapes of a model of the hub are not).
     """
     from qlora_phi3.memory.cached import CachedVramCheck
+    from qlora_phi3.memory.report import VramReport
 
     chosen = _Options(**options)
     if chosen.recipe is None and (fit := Path(chosen.fit or "")).suffix == ".toml" and fit.is_file():
         # --fit RECIPE.toml: the recipe was taken for the option's value
         chosen = replace(chosen, recipe=fit, fit=NEXT_TO_RECIPE)
     _check_options(chosen)
-    with _errors_as_json(wants_json=chosen.wants_json):
+    try:
         if chosen.recipe is None:
             _show_gpu(chosen)
             return
         check = CachedVramCheck(chosen.recipe, chosen.overrides, _progress)
         show = _show_max_lengths if chosen.max_length else _show_gpu_table if chosen.every_gpu else _show_report
-        ctx.exit(0 if show(check, chosen) else DOES_NOT_FIT)
+        fits = show(check, chosen)
+    except CannotTellError as error:  # for a program, that is a result as well
+        if chosen.wants_json:
+            names = [*(field.name for field in fields(VramReport)), "processes", "other_processes_bytes"]
+            _print_json({**dict.fromkeys(names), "verdict": "cannot_tell", "reason": str(error)})
+        raise
+    ctx.exit(0 if fits else DOES_NOT_FIT)
 
 
 def _check_options(options: _Options) -> None:
@@ -107,15 +114,11 @@ def _check_options(options: _Options) -> None:
         raise UserError(f"--fit {fit}: it writes a recipe, whose name ends in .toml.", "Name it so.")
 
 
-def _find_device(options: _Options, wanted: str | int = "auto") -> "Gpu":
-    """The GPU that is checked.
-
-    Args:
-        wanted: [memory] gpu of the recipe, for a GPU of this computer.
+def _find_device(options: _Options, check: "CachedVramCheck | None" = None) -> "Gpu":
+    """The GPU that is checked: the one that is named, else the one of this computer that a run of the recipe would use.
 
     Raises:
-        DeviceError: it is not in the table, its size cannot be read, or no GPU here is the wanted one; NoDeviceError where there
-            is none here.
+        DeviceError: it is not in the table, or its size cannot be read; NoDeviceError where there is none here.
     """
     from qlora_phi3.hardware.gpu import choose_gpu, find_gpu, gpu_of_size, read_gpu
     from qlora_phi3.units import parse_size
@@ -123,7 +126,7 @@ def _find_device(options: _Options, wanted: str | int = "auto") -> "Gpu":
     if options.gpu is not None:
         return find_gpu(options.gpu)
     if options.vram is None:
-        chosen = choose_gpu(wanted)
+        chosen = choose_gpu(check.wanted_gpu if check else "auto")
         return chosen.gpu if chosen else read_gpu()  # which says why none can be read
     try:
         num_bytes = parse_size(options.vram, binary=True)
@@ -140,22 +143,8 @@ def _find_devices(check: "CachedVramCheck", options: _Options) -> "list[Gpu]":
         return [_find_device(options)]
     here = []
     with suppress(DeviceError):
-        here.append(_find_device(options, check.wanted_gpu))
+        here.append(_find_device(options, check))
     return [*here, *group_gpus()]
-
-
-@contextmanager
-def _errors_as_json(*, wants_json: bool) -> Iterator[None]:
-    """For a program, "cannot tell" is a result as well."""
-    try:
-        yield
-    except CannotTellError as error:
-        if wants_json:
-            from qlora_phi3.memory.report import VramReport
-
-            names = [*(field.name for field in fields(VramReport)), "processes", "other_processes_bytes"]
-            _print_json({**dict.fromkeys(names), "verdict": "cannot_tell", "reason": str(error)})
-        raise
 
 
 @contextmanager
@@ -184,7 +173,7 @@ def _show_gpu(options: _Options) -> None:
 
 def _show_report(check: "CachedVramCheck", options: _Options) -> bool:
     """The report for one GPU, and --fit; returns whether the recipe fits."""
-    device = _find_device(options, check.wanted_gpu)
+    device = _find_device(options, check)
     target = None if options.fit is None else _fit_target(check.path, device, options.fit)
     report = check.report(device)
     if options.wants_json:

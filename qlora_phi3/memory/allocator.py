@@ -79,12 +79,11 @@ def replay(
     refused = None
     for event, (storage, num_bytes) in enumerate(trace):
         if num_bytes:
-            block = allocator.allocate(num_bytes)
-            if block is None:
-                refused = event
-                break
             if storage in live:
                 raise ValueError(f"Event {event} allocates storage {storage}, which is alive.")
+            if (block := allocator.allocate(num_bytes)) is None:
+                refused = event
+                break
             live[storage] = block
         elif storage in live:
             allocator.free(live.pop(storage))

@@ -1,7 +1,4 @@
-"""The memory of a training step, predicted or measured, and the result of `vram-check` as plain data; no torch.
-
-`MemoryReport` goes unchanged from the simulation to the tables, to JSON, and to a run's report.json.
-"""
+"""The memory of a training step, predicted or measured, and the result of `vram-check`, as plain data for JSON; no torch."""
 
 import platform
 from collections.abc import Mapping

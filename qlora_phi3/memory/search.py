@@ -1,9 +1,8 @@
 """Searches for the fastest execution plan of a recipe that fits a GPU, and for the longest row that fits.
 
-What the optimizer sees is the recipe's on every GPU; the plan chooses only how it is computed, and never overrules a key that the
-recipe sets. Kinds of plan (which layers are recomputed, offloading, the MLPs in tiles) are tried in the order of the speed that
-`cost.py` gives them at best. Each is given the largest micro-batch that seems to fit; the fastest is simulated in full and
-replayed in the allocator's model at the exact limit.
+The plan chooses only how the recipe is computed, and never overrules a key that the recipe sets. Kinds of plan (which layers are
+recomputed, offloading, the MLPs in tiles) are tried in the order of their speed by `cost.py`. Each has the largest micro-batch
+that seems to fit; the fastest is simulated in full and replayed in the allocator's model at the exact limit.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,8 @@ from typing import Any, NamedTuple
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan, smaller_mlp_tile
 from qlora_phi3.memory.cost import GpuLimits, StepWorkload, estimate_step_seconds
 from qlora_phi3.memory.plan import Plan, RowLengths, describe_kind, explain_choices, split_rows, step_shape
-from qlora_phi3.memory.predict import Prediction, Predictor, estimate_allocated, estimate_reserved
+from qlora_phi3.memory.predict import Predictor, estimate_allocated, estimate_reserved
+from qlora_phi3.memory.simulate import StepShape
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import parse_size
 
@@ -45,22 +45,11 @@ def find_plan(predictor: Predictor, rows: RowLengths, limits: GpuLimits, *, prog
     return search.verify_full_model(search.minimal)
 
 
-def minimal_memory_plan(predictor: Predictor, rows: RowLengths) -> ExecutionPlan:
-    """The plan that needs least memory of all that the recipe allows, on any GPU."""
+def minimal_memory_plan(predictor: Predictor, rows: RowLengths) -> tuple[ExecutionPlan, StepShape]:
+    """The plan that needs least memory of all that the recipe allows, on any GPU, and its heaviest step."""
     no_limits = GpuLimits(limit_bytes=0, tflops_16bit=1, bandwidth_bytes_per_second=1)
-    return _Search(predictor, rows, no_limits, progress=lambda _: None).minimal
-
-
-def estimate_minimal_allocated(predictor: Predictor, rows: RowLengths) -> int:
-    """Bytes that the plan with least memory allocates at its peak, from a few layers."""
-    execution = minimal_memory_plan(predictor, rows)
-    return max(predictor.phases(execution, step_shape(rows, execution)).values())
-
-
-def predict_minimal(predictor: Predictor, rows: RowLengths, *, limit_bytes: int) -> Prediction:
-    """The plan with least memory, simulated in full."""
-    execution = minimal_memory_plan(predictor, rows)
-    return predictor.predict(execution, step_shape(rows, execution), limit_bytes=limit_bytes)
+    execution = _Search(predictor, rows, no_limits, progress=lambda _: None).minimal
+    return execution, step_shape(rows, execution)
 
 
 class _Tiles(NamedTuple):
@@ -127,7 +116,7 @@ class _Search:
             kind = self._with_tokens(execution, self.fewest)
             if not is_sized:
                 if self._may_fit(kind):
-                    waiting.append((self._smallest_within_2_percent(self._largest_that_fits(kind)), True))
+                    waiting.append((self._largest_worth_its_memory(kind), True))
                 continue
             plan = self.verify_full_model(execution)
             if plan.fits:
@@ -175,26 +164,19 @@ class _Search:
             self.refused[kind] = self.predictor.on_gpu_bytes(estimate_reserved(needed))
         return needed <= enough
 
-    def _largest_that_fits(self, kind: ExecutionPlan) -> ExecutionPlan:
-        """As if all that is not resident grew with the tokens: a little too careful, and needs no simulation.
+    def _largest_worth_its_memory(self, kind: ExecutionPlan) -> ExecutionPlan:
+        """The largest micro-batch that seems to fit, or a smaller one that is nearly as fast: the last tokens gain little.
 
-        Args:
-            kind: with the smallest micro-batch, which fits.
+        As if all that is not resident grew with the tokens: a little too careful, and needs no simulation.
         """
-        low, phases = kind.micro_batch.max_tokens, self._phases(kind)
+        phases = self._phases(kind)
         growing = max(1, max(phases.values()) - phases["save"])
-        fitting = low * (self.most_allocated - phases["save"]) // growing
-        return self._with_tokens(kind, max(low, min(self.most, fitting)))
-
-    def _smallest_within_2_percent(self, execution: ExecutionPlan) -> ExecutionPlan:
-        """The smallest micro-batch that is nearly as fast: the last tokens cost memory and gain little."""
-        most = execution.micro_batch.max_tokens
-        slowest = self._time_step(execution)[1] * WORTH
-        for tokens in range(self.fewest, most, max(ROUNDING_TOKENS, (most - self.fewest) // 32)):
-            smaller = self._with_tokens(execution, tokens)
-            if self._time_step(smaller)[1] <= slowest:
-                return smaller
-        return execution
+        fitting = self.fewest * (self.most_allocated - phases["save"]) // growing
+        largest = self._with_tokens(kind, max(self.fewest, min(self.most, fitting)))
+        most, slowest = largest.micro_batch.max_tokens, self._time_step(largest)[1] * WORTH
+        sizes = range(self.fewest, most, max(ROUNDING_TOKENS, (most - self.fewest) // 32))
+        smaller = (self._with_tokens(kind, tokens) for tokens in sizes)
+        return next((each for each in smaller if self._time_step(each)[1] <= slowest), largest)
 
     def _smallest(self, every: int, offload: bool, tiles: _Tiles) -> ExecutionPlan:
         return ExecutionPlan(
@@ -247,12 +229,11 @@ def _allowed_kinds(recipe: Recipe, num_layers: int) -> list[tuple[int, bool]]:
     """(checkpoint_every, activation_offloading): all that the recipe allows, the one with least memory last."""
     pinned = recipe.memory.checkpoint_every_n_layers
     wanted, offloading = recipe.training.gradient_checkpointing, recipe.training.activation_offloading
+    every = [1] if wanted is True else [each for each in CHECKPOINTING if each < max(2, num_layers)]
     if wanted is False:
-        every: tuple[int, ...] = (0,)
+        every = [0]
     elif pinned != "auto":
-        every = (pinned,)
-    else:
-        every = (1,) if wanted is True else tuple(each for each in CHECKPOINTING if each < max(2, num_layers))
+        every = [pinned]
     if offloading is True:
         return [(number, True) for number in every]
     kinds = [(number, False) for number in every]
@@ -261,14 +242,13 @@ def _allowed_kinds(recipe: Recipe, num_layers: int) -> list[tuple[int, bool]]:
 
 def _allowed_tiles(recipe: Recipe, fewest_tokens: int) -> list[_Tiles]:
     """All tiles that the recipe allows, the fastest first."""
-    memory = recipe.memory
-    logits: tuple[int, ...] = (DEFAULT_LOGITS_TILE_BYTES, SMALL_LOGITS_TILE_BYTES)
+    memory, tile = recipe.memory, smaller_mlp_tile(fewest_tokens)
+    sizes, tokens = [DEFAULT_LOGITS_TILE_BYTES, SMALL_LOGITS_TILE_BYTES], [0, tile] if fewest_tokens > tile else [0]
     if memory.logits_tile != "auto":
-        logits = (parse_size(memory.logits_tile),)
+        sizes = [parse_size(memory.logits_tile)]
     if memory.mlp_tile_tokens != "auto":
-        return [_Tiles(size, memory.mlp_tile_tokens) for size in logits]
-    tile = smaller_mlp_tile(fewest_tokens)
-    return [_Tiles(size, tokens) for tokens in ((0, tile) if fewest_tokens > tile else (0,)) for size in logits]
+        tokens = [memory.mlp_tile_tokens]
+    return [_Tiles(size, mlp_tokens) for mlp_tokens in tokens for size in sizes]
 
 
 def round_length(length: int) -> int:
@@ -300,11 +280,10 @@ class MaxLengthSearch:
 
         The curve is nearly a line: where the line between two known points crosses the limit is nearly the answer.
         """
-        low, high = STEP, self.at_most
-        if self.bytes_for(low) > limit_bytes:
+        if self.bytes_for(STEP) > limit_bytes:
             return 0
-        if self.bytes_for(high) <= limit_bytes:
-            return high
+        if self.bytes_for(self.at_most) <= limit_bytes:
+            return self.at_most
         low = max(length for length, needed in self._known.items() if needed <= limit_bytes)
         high = min(length for length, needed in self._known.items() if needed > limit_bytes)
         while True:

@@ -218,11 +218,10 @@ def _heaviest(lengths: Sequence[int], plan: MicroBatchPlan) -> Batch:
 
 
 def _without_storage(batch: Batch) -> Batch:
-    micro = {
-        name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
-        for name, value in batch.micro_batches[0].items()
-    }
-    return replace(batch, micro_batches=(micro,))
+    (micro,) = batch.micro_batches
+    tensors = {name: value for name, value in micro.items() if isinstance(value, Tensor)}
+    fake = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in tensors.items()}
+    return replace(batch, micro_batches=({**micro, **fake},))
 
 
 def run_one_step(

@@ -7,6 +7,7 @@ layers of the plan with least memory; a change that seems to fit is simulated in
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from qlora_phi3.memory.margin import Margin
 from qlora_phi3.memory.plan import RowLengths
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.report import Suggestion, VramReport, planned_keys
-from qlora_phi3.memory.search import STEP, MaxLengthSearch, estimate_minimal_allocated, predict_minimal
+from qlora_phi3.memory.search import STEP, MaxLengthSearch, minimal_memory_plan
 from qlora_phi3.recipe.edit import Choice, fit_recipe
 from qlora_phi3.recipe.load import as_list, candidate_paths
 from qlora_phi3.recipe.schema import Recipe
@@ -50,10 +51,9 @@ def find_suggestions(
     """
     path = _Path(predictor, rows, report, info)
     path.widen_budget()
-    for tried, change in enumerate(_changes(predictor.recipe)):
-        if tried == MOST_TRIED or path.fits:
-            break
-        path.apply(change)
+    for change in islice(_changes(predictor.recipe), MOST_TRIED):
+        if not path.fits:
+            path.apply(change)
     path.shorten_rows()
     path.lower_rank()
     path.shorten_rows()
@@ -120,11 +120,10 @@ class _Path:
         """Give the run all that is free, then what other programs hold."""
         device = self.device
         names = ", ".join(dict.fromkeys(process.name for process in device.processes[:4]))
+        held = device.other_processes_bytes if device.is_local else 0
         widenings = {
             'Write [memory] budget = "auto": all that is free on the GPU': device.free_bytes - self.budget_bytes,
-            f"Close other programs on the GPU{f' ({names})' if names else ''}": device.other_processes_bytes
-            if device.is_local
-            else 0,
+            f"Close other programs on the GPU{f' ({names})' if names else ''}": held,
         }
         for text, more_bytes in widenings.items():
             if more_bytes >= WORTH_BYTES and not self.fits:
@@ -133,22 +132,18 @@ class _Path:
                 self.suggestions.append(Suggestion(text=text, saved_bytes=more_bytes, fits=self.fits, widens=True))
 
     def apply(self, change: _Change, rows: RowLengths | None = None, *, only_if_it_fits: bool = False) -> None:
-        """Make a change, if it is worth a line.
-
-        Args:
-            rows: the rows after the change; None: as they are.
-        """
+        """Make a change, if it is worth a line; `rows` are those after the change, None where they are the same."""
         self.info("Looking for what would help")
         recipe, rows = self.predictor.recipe, rows or self.rows
         table = getattr(recipe, change.table).model_copy(update=change.keys)
         predictor = replace(self.predictor, recipe=recipe.model_copy(update={change.table: table}))
-        allocated, limit_bytes = estimate_minimal_allocated(predictor, rows), self.margin.limit(self.budget_bytes)
-        needed, fits, slack_bytes = predictor.on_gpu_bytes(allocated + self.slack_bytes), False, self.slack_bytes
+        minimal, limit_bytes = minimal_memory_plan(predictor, rows), self.margin.limit(self.budget_bytes)
+        allocated = max(predictor.phases(*minimal).values())
+        needed, fits = predictor.on_gpu_bytes(allocated + self.slack_bytes), False
         if predictor.on_gpu_bytes(int(allocated * LEAST_RATIO)) <= limit_bytes:
-            prediction = predict_minimal(predictor, rows, limit_bytes=limit_bytes)
+            prediction = predictor.predict(*minimal, limit_bytes=limit_bytes)
             memory, fits = prediction.memory, prediction.fits
-            needed, slack_bytes = memory.on_gpu_bytes, memory.reserved_bytes - memory.allocated_bytes
-        self.slack_bytes = slack_bytes
+            needed, self.slack_bytes = memory.on_gpu_bytes, memory.reserved_bytes - memory.allocated_bytes
         saved_bytes = self.needed - needed
         if fits or (saved_bytes >= WORTH_BYTES and not only_if_it_fits):
             self.predictor, self.rows, self.needed, self.fits = predictor, rows, needed, fits
@@ -166,7 +161,8 @@ class _Path:
 
         def needed_bytes(length: int) -> int:
             self.info(f"Looking for what would help: rows of {length:,} tokens")
-            return predictor.on_gpu_bytes(estimate_minimal_allocated(predictor, cut(length)) + self.slack_bytes)
+            phases = predictor.phases(*minimal_memory_plan(predictor, cut(length)))
+            return predictor.on_gpu_bytes(max(phases.values()) + self.slack_bytes)
 
         search = MaxLengthSearch(needed_bytes, all_rows.longest - STEP)
         for _ in range(3):  # the full simulation may need a little more than the estimate
@@ -253,7 +249,7 @@ def _moved_paths(recipe: Recipe, old: Path, new: Path) -> list[Choice]:
     choices = []
     for table, key in (("model", "name"), ("model", "adapter"), ("data", "train"), ("data", "eval")):
         value = getattr(getattr(recipe, table), key)
-        moved = [move(name) for name in as_list(value)]
+        moved = list(map(move, as_list(value)))
         if moved != list(as_list(value)):
             choices.append(Choice(table, key, moved[0] if isinstance(value, str) else moved, ""))
     return choices

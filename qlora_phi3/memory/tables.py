@@ -17,8 +17,9 @@ from qlora_phi3.memory.vram_check import VramChecker, compute_dtype_on
 from qlora_phi3.units import GIB, MIB
 
 if TYPE_CHECKING:
-    from qlora_phi3.memory.plan import RowLengths
+    from qlora_phi3.execution import ExecutionPlan
     from qlora_phi3.memory.predict import Predictor
+    from qlora_phi3.memory.simulate import StepShape
 
 SMALLEST_GB, LARGEST_GB = 4, 24
 #: A long row's loss goes through at most so many tiles, of at least this size.
@@ -88,11 +89,12 @@ class _MaxLengths:
     """The longest rows on GPUs that share a predictor: what was estimated for one is known for the next."""
 
     def __init__(self, checker: VramChecker, predictor: "Predictor") -> None:
-        from qlora_phi3.memory.search import MaxLengthSearch, estimate_minimal_allocated
+        from qlora_phi3.memory.search import MaxLengthSearch
 
         def estimate(length: int) -> int:
             checker.info(f"trying a row of {length:,} tokens")
-            return estimate_minimal_allocated(*self._row_of(length))
+            predictor, minimal = self._minimal(length)
+            return max(predictor.phases(*minimal).values())
 
         self._checker, self._predictor = checker, predictor
         self._search = MaxLengthSearch(estimate, checker.context.architecture.max_position_embeddings)
@@ -101,7 +103,7 @@ class _MaxLengths:
     def on(self, device: Gpu) -> MaxLengthRow:
         """Estimate the longest row, simulate it in full, and improve the estimate by it, until no length is left between."""
         from qlora_phi3.memory.predict import estimate_allocated, estimate_reserved, least_reserved_bytes
-        from qlora_phi3.memory.search import STEP, predict_minimal, round_length
+        from qlora_phi3.memory.search import STEP, round_length
 
         def longest_within(allocated_bytes: int) -> int:
             length = self._search.within(allocated_bytes)
@@ -114,7 +116,8 @@ class _MaxLengths:
         fitting, too_long, memory = 0, self._search.at_most + STEP, None
         while fitting < length < too_long:
             self._checker.info(f"simulating every layer with a row of {length:,} tokens")
-            tried = predict_minimal(*self._row_of(length), limit_bytes=limit_bytes)
+            simulator, minimal = self._minimal(length)
+            tried = simulator.predict(*minimal, limit_bytes=limit_bytes)
             if tried.fits:
                 fitting, memory = length, tried.memory
             else:
@@ -133,19 +136,20 @@ class _MaxLengths:
             compute_dtype=compute_dtype_on(recipe, device),
         )
 
-    def _row_of(self, length: int) -> "tuple[Predictor, RowLengths]":
-        """A step of one row; evaluating it needs less. A long row's loss goes through few tiles, as each is simulated."""
+    def _minimal(self, length: int) -> "tuple[Predictor, tuple[ExecutionPlan, StepShape]]":
+        """The plan for a step of one row; evaluating it needs less. A long row's loss goes through few tiles, all simulated."""
         from qlora_phi3.memory.plan import assume_lengths
+        from qlora_phi3.memory.search import minimal_memory_plan
 
-        row, recipe = replace(assume_lengths(length, 1), longest_evaluation=0), self._predictor.recipe
-        if recipe.memory.logits_tile != "auto":
-            return self._predictor, row
-        logits_bytes = 4 * length * self._checker.context.architecture.vocab_size
-        tile = max(SMALLEST_TILE_MIB, -(-logits_bytes // MOST_TILES // MIB))
-        if tile not in self._tiled:
+        predictor, row = self._predictor, replace(assume_lengths(length, 1), longest_evaluation=0)
+        recipe = predictor.recipe
+        if recipe.memory.logits_tile == "auto":
+            logits_bytes = 4 * length * self._checker.context.architecture.vocab_size
+            tile = max(SMALLEST_TILE_MIB, -(-logits_bytes // MOST_TILES // MIB))
             memory = recipe.memory.model_copy(update={"logits_tile": f"{tile}MiB"})
-            self._tiled[tile] = replace(self._predictor, recipe=recipe.model_copy(update={"memory": memory}))
-        return self._tiled[tile], row
+            changed = replace(predictor, recipe=recipe.model_copy(update={"memory": memory}))
+            predictor = self._tiled.setdefault(tile, changed)
+        return predictor, minimal_memory_plan(predictor, row)
 
 
 def table_row_as_json(report: VramReport) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,16 +173,14 @@ def _tokenize(recipe: "Recipe", base_folder: Path, progress: Progress) -> "Prepa
     )
 
 
+@dataclass(eq=False, slots=True)
 class VramChecker:
-    """Makes the reports of one recipe; what GPUs have in common is simulated once.
+    """Makes the reports of one recipe; what GPUs have in common is simulated once."""
 
-    Args:
-        info: called with what is being done.
-    """
-
-    def __init__(self, context: RecipeContext, info: Callable[[str], None]) -> None:
-        self.context, self.info = context, info
-        self._predictors: dict[tuple[Any, ...], Predictor] = {}
+    context: RecipeContext
+    #: Called with what is being done.
+    info: Callable[[str], None]
+    _predictors: "dict[tuple[Any, ...], Predictor]" = field(default_factory=dict, init=False)
 
     def predictor(self, device: Gpu) -> "Predictor":
         """The simulator for a GPU; GPUs between which no operator of a step differs share one, as Ampere and Ada do."""

@@ -80,8 +80,7 @@ def test_with_more_than_enough_memory_nothing_is_recomputed_or_offloaded(plans):
 def test_layers_are_recomputed_with_their_mlps_in_tiles_only_where_nothing_else_fits():
     tables = {"training": {"max_length": 4096, "batch_size": 1}, "memory": {"logits_tile": "32MiB"}}
     predictor = build_predictor(2, **tables)
-    minimal = minimal_memory_plan(predictor, LONG_ROWS)
-    shape = step_shape(LONG_ROWS, minimal)
+    minimal, shape = minimal_memory_plan(predictor, LONG_ROWS)
     tiled, whole = (
         predictor.predict(replace(minimal, mlp_tile_tokens=tokens), shape, limit_bytes=2**40) for tokens in (1024, 0)
     )
@@ -123,7 +122,7 @@ def test_a_pasted_pair_of_batch_size_and_accumulation_keeps_its_rows():
 def test_nothing_fits_a_gpu_without_memory_and_the_plan_is_then_the_minimal_one(predictor):
     _, found = plan(predictor, 1)
     assert not found.fits
-    assert found.execution == minimal_memory_plan(predictor, ROWS)
+    assert found.execution == minimal_memory_plan(predictor, ROWS)[0]
     assert (found.execution.checkpoint_every, found.execution.activation_offloading) == (1, True)
 
 
@@ -136,7 +135,7 @@ def test_assumed_lengths_never_need_less_than_the_rows_they_replace(predictor):
 
 def test_between_none_and_all_layers_and_with_tiles_the_estimate_is_near_the_simulation():
     predictor = build_predictor(16, training={"max_length": 4096, "batch_size": 1})
-    minimal = replace(minimal_memory_plan(predictor, LONG_ROWS), activation_offloading=False)
+    minimal = replace(minimal_memory_plan(predictor, LONG_ROWS)[0], activation_offloading=False)
     for every, tile in ((8, 0), (4, 0), (3, 0), (4, 1024)):
         execution = replace(minimal, checkpoint_every=every, mlp_tile_tokens=tile)
         shape = step_shape(LONG_ROWS, execution)

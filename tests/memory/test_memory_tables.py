@@ -10,7 +10,7 @@ from qlora_phi3.hardware.gpu import gpu_of_size
 from qlora_phi3.hardware.gpu_table import GPU_TABLE
 from qlora_phi3.memory.margin import LEAST_BYTES
 from qlora_phi3.memory.plan import assume_lengths
-from qlora_phi3.memory.search import predict_minimal
+from qlora_phi3.memory.search import minimal_memory_plan
 from qlora_phi3.memory.tables import build_gpu_table, find_max_lengths, group_gpus, table_row_as_json
 from qlora_phi3.units import GIB
 
@@ -72,11 +72,11 @@ def test_the_longest_row_fits_the_next_does_not_and_other_gpus_change_nothing():
     assert find_max_lengths(checker, gpus, lambda *_: None) == alone
     assert 0 < alone[0].max_length < alone[1].max_length < 16_384
     for gpu, row in zip(gpus, alone, strict=True):
+        predictor = checker.predictor(gpu)
         longer = row.max_length * 9 // 8  # a page of the allocator is much, compared with a tiny model
         fits, fails = (
-            predict_minimal(
-                checker.predictor(gpu),
-                replace(assume_lengths(length, 1), longest_evaluation=0),
+            predictor.predict(
+                *minimal_memory_plan(predictor, replace(assume_lengths(length, 1), longest_evaluation=0)),
                 limit_bytes=gpu.free_bytes - LEAST_BYTES,
             )
             for length in (row.max_length, longer)

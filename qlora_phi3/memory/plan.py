@@ -116,7 +116,7 @@ def explain_choices(
         kind, needed = min(refused.items(), key=lambda item: item[1])
         every_n = (
             f"{every_n}; {describe_kind(kind)} would need about {format_gib(needed)} for the longest row alone, "
-            f"more than the {format_gib(limit_bytes)} available"
+            f"and {format_gib(limit_bytes)} are available"
         )
     mlp_tile = "not needed"
     if tile and every == 1:

@@ -78,8 +78,7 @@ def test_with_more_than_enough_memory_nothing_is_recomputed_or_offloaded(plans):
 
 
 def test_layers_are_recomputed_with_their_mlps_in_tiles_only_where_nothing_else_fits():
-    tables = {"training": {"max_length": 4096, "batch_size": 1}, "memory": {"logits_tile": "32MiB"}}
-    predictor = build_predictor(2, **tables)
+    predictor = build_predictor(training={"max_length": 4096, "batch_size": 1})
     minimal, shape = minimal_memory_plan(predictor, LONG_ROWS)
     tiled, whole = (
         predictor.predict(replace(minimal, mlp_tile_tokens=tokens), shape, limit_bytes=2**40) for tokens in (1024, 0)

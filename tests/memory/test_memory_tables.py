@@ -17,7 +17,7 @@ from qlora_phi3.units import GIB
 
 def table_of(checker, size_gb):
     """The report on the GPUs of a size with bfloat16."""
-    devices = [device for device in group_gpus() if device.name.startswith(f"{size_gb} GB, RTX 30")]
+    devices = [device for device in group_gpus() if device.name.startswith(f"{size_gb} GB, ") and "30" in device.name]
     (report,) = build_gpu_table(checker, devices, lambda *_: None)
     return report
 

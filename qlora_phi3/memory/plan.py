@@ -66,8 +66,8 @@ def step_shape(rows: RowLengths, execution: ExecutionPlan) -> StepShape:
         num_full, rest = divmod(max(rows.longest, min(plan.max_tokens, sum(step))), rows.longest)
         lengths = (rows.longest,) * num_full + ((rest,) if rest else ())
     else:
-        padded = [[step[row] for row in group] for group in groups]
-        lengths = tuple(max(padded, key=lambda rows: len(rows) * max(rows)))
+        padded = [tuple(step[row] for row in group) for group in groups]
+        lengths = max(padded, key=lambda group: len(group) * max(group))
     longest, held_out = rows.longest_evaluation, execution.evaluation
     num_held_out = max(1, min(held_out.max_tokens // longest, rows.batch_size, held_out.max_rows)) if longest else 0
     return StepShape(lengths=lengths, evaluation_lengths=(longest,) * num_held_out, accumulates=len(groups) > 1)
@@ -79,8 +79,8 @@ def split_rows(lengths: Sequence[int], plan: MicroBatchPlan) -> list[list[int]]:
     Args:
         lengths: tokens of each row.
     """
-    limits = {"max_tokens": plan.max_tokens, "max_rows": plan.max_rows, "packing": plan.packing}
-    return plan_micro_batches(lengths, boundary=plan.longrope_boundary, **limits)
+    tokens, rows, boundary = plan.max_tokens, plan.max_rows, plan.longrope_boundary
+    return plan_micro_batches(lengths, max_tokens=tokens, max_rows=rows, packing=plan.packing, boundary=boundary)
 
 
 def describe_kind(execution: ExecutionPlan) -> str:

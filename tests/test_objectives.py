@@ -16,7 +16,6 @@ from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan
 from qlora_phi3.objectives import sft
 from qlora_phi3.recipe.schema import Lora
 from qlora_phi3.step import collate, evaluate, forward_backward
-from qlora_phi3.training import trainer as training_trainer
 from qlora_phi3.training.oom import MemoryGuard
 from qlora_phi3.training.trainer import Phi3Trainer
 

@@ -3,8 +3,8 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,13 @@ from qlora_phi3.cli.options import debug_option, libraries_silenced, set_option
 from qlora_phi3.errors import CannotTellError, DeviceError, UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from qlora_phi3.hardware.gpu import Gpu
     from qlora_phi3.memory.cached import CachedVramCheck
     from qlora_phi3.memory.report import VramReport
     from qlora_phi3.ui.console import Watcher
 
 NEXT_TO_RECIPE = "next to the recipe"
-FITS, DOES_NOT_FIT = 0, 3
+DOES_NOT_FIT = 3
 #: Columns where stdout is no terminal, unless the variable COLUMNS says otherwise.
 PIPED_WIDTH = 100
 
@@ -73,37 +71,36 @@ def vram_check(ctx: click.Context, /, **options: Any) -> None:
     here, or the shapes of a model of the hub are not).
     """
     from qlora_phi3.memory.cached import CachedVramCheck
+    from qlora_phi3.memory.report import VramReport
 
     chosen = _Options(**options)
-    if (
-        chosen.recipe is None
-        and chosen.fit is not None
-        and Path(chosen.fit).suffix == ".toml"
-        and Path(chosen.fit).is_file()
-    ):
+    if chosen.recipe is None and (fit := Path(chosen.fit or "")).suffix == ".toml" and fit.is_file():
         # --fit RECIPE.toml: the recipe was taken for the option's value
-        chosen = replace(chosen, recipe=Path(chosen.fit), fit=NEXT_TO_RECIPE)
+        chosen = replace(chosen, recipe=fit, fit=NEXT_TO_RECIPE)
     _check_options(chosen)
-    with _errors_as_json(wants_json=chosen.wants_json):
+    try:
         if chosen.recipe is None:
-            _show_gpu(_find_device(chosen), wants_json=chosen.wants_json)
+            _show_gpu(chosen)
             return
         check = CachedVramCheck(chosen.recipe, chosen.overrides, _progress)
         show = _show_max_lengths if chosen.max_length else _show_gpu_table if chosen.every_gpu else _show_report
-        ctx.exit(FITS if show(check, chosen) else DOES_NOT_FIT)
+        fits = show(check, chosen)
+    except CannotTellError as error:  # for a program, that is a result as well
+        if chosen.wants_json:
+            names = [*(field.name for field in fields(VramReport)), "processes", "other_processes_bytes"]
+            _print_json({**dict.fromkeys(names), "verdict": "cannot_tell", "reason": str(error)})
+        raise
+    ctx.exit(0 if fits else DOES_NOT_FIT)
 
 
 def _check_options(options: _Options) -> None:
     """Refuse options that cannot be combined."""
-    fit = options.fit
+    fit, tables = options.fit, options.every_gpu or options.max_length
     if options.gpu is not None and options.vram is not None:
         raise UserError(f"--gpu {options.gpu!r} and --vram {options.vram} both name a GPU.", "Keep one.")
     about_recipe = {
-        "--all": options.every_gpu,
-        "--max-length": options.max_length,
-        "--fit": fit,
-        "--set": options.overrides,
-    }
+        "--all": options.every_gpu, "--max-length": options.max_length, "--fit": fit, "--set": options.overrides,
+    }  # fmt: skip
     for option, given in about_recipe.items():
         if given and options.recipe is None:
             raise UserError(f"{option} is about a recipe, and none is given.", "Name one, such as recipes/chat.toml.")
@@ -111,25 +108,26 @@ def _check_options(options: _Options) -> None:
         raise UserError("--all is about every GPU, --gpu and --vram about one.", "Keep one of them.")
     if options.every_gpu and options.max_length:
         raise UserError("--all and --max-length are two tables.", "Run one after the other.")
-    if fit and (options.every_gpu or options.max_length):
+    if fit and tables:
         raise UserError("--fit writes the plan for one GPU.", "Leave --all and --max-length out.")
     if fit not in (None, NEXT_TO_RECIPE) and Path(str(fit)).suffix != ".toml":
         raise UserError(f"--fit {fit}: it writes a recipe, whose name ends in .toml.", "Name it so.")
 
 
-def _find_device(options: _Options) -> "Gpu":
-    """The GPU that is meant.
+def _find_device(options: _Options, check: "CachedVramCheck | None" = None) -> "Gpu":
+    """The GPU that is checked: the one that is named, else the one of this computer that a run of the recipe would use.
 
     Raises:
         DeviceError: it is not in the table, or its size cannot be read; NoDeviceError where there is none here.
     """
-    from qlora_phi3.hardware.gpu import find_gpu, gpu_of_size, read_gpu
+    from qlora_phi3.hardware.gpu import choose_gpu, find_gpu, gpu_of_size, read_gpu
     from qlora_phi3.units import parse_size
 
     if options.gpu is not None:
         return find_gpu(options.gpu)
     if options.vram is None:
-        return read_gpu()
+        chosen = choose_gpu(check.wanted_gpu if check else "auto")
+        return chosen.gpu if chosen else read_gpu()  # which says why none can be read
     try:
         num_bytes = parse_size(options.vram, binary=True)
     except ValueError as error:
@@ -137,28 +135,16 @@ def _find_device(options: _Options) -> "Gpu":
     return gpu_of_size(num_bytes)
 
 
-def _local_gpus() -> "list[Gpu]":
-    """The GPU of this computer, if it has one that answers."""
-    from qlora_phi3.hardware.gpu import read_gpu
+def _find_devices(check: "CachedVramCheck", options: _Options) -> "list[Gpu]":
+    """The GPUs of a table: the one that is named; or the one here, if it answers, and all groups of consumer GPUs."""
+    from qlora_phi3.memory.tables import group_gpus
 
-    try:
-        return [read_gpu()]
-    except DeviceError:
-        return []
-
-
-@contextmanager
-def _errors_as_json(*, wants_json: bool) -> Iterator[None]:
-    """For a program, "cannot tell" is a result as well."""
-    try:
-        yield
-    except CannotTellError as error:
-        if wants_json:
-            from qlora_phi3.memory.report import VramReport
-
-            names = [*(field.name for field in fields(VramReport)), "processes", "other_processes_bytes"]
-            _print_json({**dict.fromkeys(names), "verdict": "cannot_tell", "reason": str(error)})
-        raise
+    if options.gpu or options.vram:
+        return [_find_device(options)]
+    here = []
+    with suppress(DeviceError):
+        here.append(_find_device(options, check))
+    return [*here, *group_gpus()]
 
 
 @contextmanager
@@ -175,19 +161,19 @@ def _progress() -> "Iterator[Watcher]":
             watcher.close()
 
 
-def _show_gpu(device: "Gpu", *, wants_json: bool) -> None:
-    if wants_json:
+def _show_gpu(options: _Options) -> None:
+    device = _find_device(options)
+    if options.wants_json:
         _print_json({"device": asdict(device), "other_processes_bytes": device.other_processes_bytes})
-        return
-    from qlora_phi3.ui.vram import show_gpu
+    else:
+        from qlora_phi3.ui.vram import show_gpu
 
-    with _console() as console:
-        show_gpu(console, device)
+        _print_shown(show_gpu, device)
 
 
 def _show_report(check: "CachedVramCheck", options: _Options) -> bool:
     """The report for one GPU, and --fit; returns whether the recipe fits."""
-    device = _find_device(options)
+    device = _find_device(options, check)
     target = None if options.fit is None else _fit_target(check.path, device, options.fit)
     report = check.report(device)
     if options.wants_json:
@@ -197,8 +183,7 @@ def _show_report(check: "CachedVramCheck", options: _Options) -> bool:
     else:
         from qlora_phi3.ui.vram import show_report
 
-        with _console() as console:
-            show_report(console, report)
+        _print_shown(show_report, report)
     if target is not None:
         _write_fit(check, report, target)
     return report.fits
@@ -209,20 +194,19 @@ def _fit_target(recipe: Path, device: "Gpu", fit: str) -> Path:
     path = Path(fit)
     if fit == NEXT_TO_RECIPE:
         path = recipe.with_name(f"{recipe.stem}-{math.ceil(device.total_bytes / 2**30)}gb.toml")
+    parent = path.absolute().parent
     if path.exists():
         raise UserError(
             f"{path} exists already, and --fit overwrites nothing.", "Name another file, or delete it first."
         )
-    if not path.absolute().parent.is_dir():
-        raise UserError(
-            f"--fit {path}: there is no directory {path.absolute().parent}.", "Make it, or name another file."
-        )
+    if not parent.is_dir():
+        raise UserError(f"--fit {path}: there is no directory {parent}.", "Make it, or name another file.")
     return path
 
 
 def _write_fit(check: "CachedVramCheck", report: "VramReport", target: Path) -> None:
     """Write the recipe of the plan, and report it on stderr, where a program that reads JSON is not disturbed."""
-    from qlora_phi3.memory.fit import write_fitted
+    from qlora_phi3.memory.suggestions import write_fitted
 
     if not report.fits:
         click.echo(f"{target} is not written, as nothing fits.", err=True)
@@ -237,48 +221,41 @@ def _write_fit(check: "CachedVramCheck", report: "VramReport", target: Path) -> 
 
 def _show_gpu_table(check: "CachedVramCheck", options: _Options) -> bool:
     """The table of --all; returns whether the recipe fits any GPU."""
-    from qlora_phi3.memory.tables import gpu_table_as_json, group_gpus, group_of_one
+    from qlora_phi3.memory.tables import table_row_as_json
 
-    rows = check.gpu_table([*map(group_of_one, _local_gpus()), *group_gpus()])
+    reports = check.gpu_table(_find_devices(check, options))
     if options.wants_json:
-        _print_json({"gpus": gpu_table_as_json(rows)})
+        _print_json({"gpus": list(map(table_row_as_json, reports))})
     else:
         from qlora_phi3.ui.vram import show_gpu_table
 
-        with _console() as console:
-            show_gpu_table(console, rows)
-    return any(row.report.fits for row in rows)
+        _print_shown(show_gpu_table, reports)
+    return any(report.fits for report in reports)
 
 
 def _show_max_lengths(check: "CachedVramCheck", options: _Options) -> bool:
     """The table of --max-length; returns whether any row fits."""
-    from qlora_phi3.memory.tables import group_gpus
-
-    one = options.gpu or options.vram
-    devices = [_find_device(options)] if one else [*_local_gpus(), *(group.device for group in group_gpus())]
-    rows = check.max_lengths(devices)
+    rows = check.max_lengths(_find_devices(check, options))
     if options.wants_json:
         _print_json({"gpus": [asdict(row) for row in rows]})
     else:
         from qlora_phi3.ui.vram import show_max_lengths
 
-        with _console() as console:
-            show_max_lengths(console, rows)
+        _print_shown(show_max_lengths, rows)
     return any(row.max_length for row in rows)
 
 
-@contextmanager
-def _console() -> Iterator["Console"]:
-    """The terminal, or lines without blanks at their ends where stdout is none."""
+def _print_shown(show: Callable[..., None], result: Any) -> None:
+    """Print on the terminal; where stdout is none, lines without blanks at their ends."""
     from rich.console import Console
 
     console = Console()
     if console.is_terminal:
-        yield console
+        show(console, result)
         return
     with console.capture() as captured:
         console.width = shutil.get_terminal_size((PIPED_WIDTH, 0)).columns
-        yield console
+        show(console, result)
     for line in captured.get().splitlines():
         click.echo(line.rstrip())
 

@@ -1,20 +1,17 @@
 """What PyTorch's CUDA caching allocator reserves on the GPU for a sequence of allocations, in bytes.
 
-A model of c10/cuda/CUDACachingAllocator.cpp as of torch 2.13 with its default settings. Its rules, one stream, no CUDA graphs:
+A model of c10/cuda/CUDACachingAllocator.cpp as of torch 2.13 with its default settings; one stream, no CUDA graphs. Its rules:
 
-- A request is rounded up to 512 bytes. Up to 1 MiB it belongs to the small pool, else to the large one; blocks never change pool.
-- The smallest cached block that is large enough serves it, of equal ones the one at the lowest address. The rest of the block is
-  split off and stays cached; in the large pool without expandable segments only a rest of more than 1 MiB is, so that a block in
-  use can be up to 1 MiB larger than the request, and counts in full as allocated.
+- A request is rounded up to 512 bytes. Up to 1 MiB it belongs to the small pool, else to the large one.
+- The smallest cached block that is large enough serves it, of equal ones the one at the lowest address. The rest is split off and
+  stays cached; in the large pool without expandable segments only where it is more than 1 MiB: else the block counts in full.
 - Where no block fits, a segment is reserved: 2 MiB for the small pool, 20 MiB for requests under 10 MiB, else the request
   rounded up to 2 MiB. With expandable segments each pool is one segment that grows at its end, in pages of 2 MiB (small) or
   20 MiB (large); a cached block at that end counts, for best fit, as large as it could grow, so it is used last.
-- A freed block merges with cached neighbours of its segment and stays reserved.
-- Nothing is returned until a reservation is refused. Then every segment (every complete page) that holds nothing in use is
-  returned, and the reservation is tried once more; refused again it is the OutOfMemoryError that a program sees.
+- A freed block merges with cached neighbours of its segment. Where a reservation is refused, every segment (every complete page)
+  that holds nothing in use is returned, and the reservation is tried once more; refused again it is an OutOfMemoryError.
 
-Where `cudaMalloc` puts its segments is not known. They are assumed to follow one another, which decides only between cached
-blocks of equal size.
+Segments are assumed to follow one another in memory, which decides only between cached blocks of equal size.
 """
 
 from bisect import bisect_left, insort
@@ -65,15 +62,14 @@ def replay(
     limit_bytes: int | None = None,
     allowed_bytes: int | None = None,
 ) -> Footprint:
-    """Let the allocator serve a trace, starting from an empty GPU.
+    """Serve a trace, starting from an empty GPU.
 
     Args:
         trace: (storage id, bytes > 0) allocates, (storage id, 0) frees, `EMPTY_CACHE` empties the cache.
         expandable_segments: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; see `expandable_segments_work`.
         limit_bytes: what the GPU can give this process, its CUDA context not counted.
-        allowed_bytes: what torch allows itself, as `torch.cuda.set_per_process_memory_fraction` sets it. torch checks
-            whether a complete new segment would stay below it, also where an expandable one would grow by less, or by up to a
-            page more.
+        allowed_bytes: as `torch.cuda.set_per_process_memory_fraction` sets it. torch checks whether a complete new segment
+            would stay below it, also where an expandable one would grow by less, or by up to a page more.
 
     Raises:
         ValueError: the trace allocates a storage that is alive, or frees one that is not.
@@ -83,12 +79,11 @@ def replay(
     refused = None
     for event, (storage, num_bytes) in enumerate(trace):
         if num_bytes:
-            block = allocator.allocate(num_bytes)
-            if block is None:
-                refused = event
-                break
             if storage in live:
                 raise ValueError(f"Event {event} allocates storage {storage}, which is alive.")
+            if (block := allocator.allocate(num_bytes)) is None:
+                refused = event
+                break
             live[storage] = block
         elif storage in live:
             allocator.free(live.pop(storage))
@@ -122,8 +117,7 @@ class _Block:
     __slots__ = ("address", "after", "before", "in_use", "mapped", "pool", "size")
 
     def __init__(self, pool: "_Pool", address: int, size: int, *, mapped: bool = True) -> None:
-        self.pool, self.address, self.size, self.mapped = pool, address, size, mapped
-        self.in_use = False
+        self.pool, self.address, self.size, self.mapped, self.in_use = pool, address, size, mapped, False
         self.before: _Block | None = None
         self.after: _Block | None = None
 
@@ -133,29 +127,24 @@ class _Block:
         rest.before, rest.after = self, self.after
         if self.after is not None:
             self.after.before = rest
-        self.after = rest
-        self.size = size
+        self.after, self.size = rest, size
         return rest
 
     def growable_size(self) -> int:
         """The size that a cached block could grow to in place."""
-        after = self.after
-        return self.size if after is None or after.mapped else self.size + after.size
+        return self.size if self.after is None or self.after.mapped else self.size + self.after.size
 
     def absorb_neighbours(self) -> None:
         """Merge with the blocks before and after it that are in the same state."""
         before, after = self.before, self.after
         if before is not None and not before.in_use and before.mapped == self.mapped:
             before.pool.remove(before)
-            self.address = before.address
-            self.size += before.size
-            self.before = before.before
+            self.address, self.size, self.before = before.address, before.size + self.size, before.before
             if self.before is not None:
                 self.before.after = self
         if after is not None and not after.in_use and after.mapped == self.mapped:
             after.pool.remove(after)
-            self.size += after.size
-            self.after = after.after
+            self.size, self.after = self.size + after.size, after.after
             if self.after is not None:
                 self.after.before = self
 
@@ -167,10 +156,8 @@ class _Pool:
         self.expandable = expandable
         self.page = SMALL_PAGE_BYTES if is_small else LARGE_PAGE_BYTES
         self.smallest_rest = ROUNDING_BYTES if is_small or expandable else UNSPLIT_BYTES + 1
-        #: The cached blocks under one key for size and address, and those keys in order; the blocks without memory by address.
-        self.cached: dict[int, _Block] = {}
-        self.cached_keys: list[int] = []
-        self.unmapped: list[_Block] = []
+        #: The cached blocks under one key for size and address; those keys in order; the blocks without memory, by address.
+        self.cached, self.cached_keys, self.unmapped = dict[int, _Block](), list[int](), list[_Block]()
         if expandable:
             self.add(_Block(self, base_address, ADDRESS_SPACE_BYTES, mapped=False))
 
@@ -209,8 +196,7 @@ class _Pool:
             block: _Block | None = start
             missing = size
             while block is not None and not block.in_use and missing > 0:
-                missing -= block.size
-                block = block.after
+                missing, block = missing - block.size, block.after
             if missing <= 0:
                 return start
         raise AssertionError("The last unmapped block is larger than any request.")
@@ -228,21 +214,17 @@ class _Allocator:
         """A block of at least `num_bytes`; None where the GPU has not that much memory."""
         size = -(-num_bytes // ROUNDING_BYTES) * ROUNDING_BYTES
         pool = self.small if size <= SMALL_REQUEST_BYTES else self.large
-        block = pool.take_best_fit(size)
-        if block is None:
-            block = self._reserve(pool, size)
+        block = pool.take_best_fit(size) or self._reserve(pool, size)
         if block is None:
             self.flushes += 1
             self.release_cached()
-            block = self._reserve(pool, size)
-            if block is None:
+            if (block := self._reserve(pool, size)) is None:
                 return None
         if block.size - size >= pool.smallest_rest:
             pool.add(block.cut(size))
         block.in_use = True
         self.allocated += block.size
-        if self.allocated > self.peak_allocated:
-            self.peak_allocated = self.allocated
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
         return block
 
     def free(self, block: _Block) -> None:
@@ -273,10 +255,8 @@ class _Allocator:
             return None
         if pool.expandable:
             return self._grow(pool, size)
-        if not self._count(segment):
-            return None
         self.next_address += segment
-        return _Block(pool, self.next_address - segment, segment)
+        return _Block(pool, self.next_address - segment, segment) if self._count(segment) else None
 
     def _count(self, num_bytes: int) -> bool:
         """Add to what is reserved, unless the GPU cannot give it."""

@@ -1,13 +1,13 @@
 """`vram-check` of a recipe, with results saved on disk, so that the same result is shown again without torch.
 
-The key of a result is all that the question states: the recipe's text, the options, the GPU as it is now, the margin, the
-versions of the libraries and of our own code. Size and time of every file that was read are saved with the result, which is
-valid while they are unchanged.
+The key of a result is everything that it depends on: the recipe's text, the options, the GPU as it is now, the margin, the
+versions of the libraries and of our code. It is valid while size and time of every file that was read are unchanged.
 """
 
 import hashlib
 import json
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -21,16 +21,7 @@ from qlora_phi3.files import atomic_write, user_cache_dir
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.memory.margin import budget_of, read_margin
 from qlora_phi3.memory.report import VramReport, as_json, from_json, read_versions
-from qlora_phi3.memory.tables import (
-    GpuGroup,
-    GpuTableRow,
-    MaxLengthRow,
-    build_gpu_table,
-    find_max_lengths,
-    gpu_table_as_json,
-    gpu_table_from_json,
-    max_lengths_from_json,
-)
+from qlora_phi3.memory.tables import MaxLengthRow, build_gpu_table, find_max_lengths
 from qlora_phi3.memory.vram_check import VramChecker, files_of, read_recipe_context
 
 if TYPE_CHECKING:
@@ -70,35 +61,40 @@ class CachedVramCheck:
 
         return load_recipe(self.path, self.overrides)
 
+    @property
+    def wanted_gpu(self) -> str | int:
+        """[memory] gpu; "auto" without loading the recipe where its text has no such word, as loading needs pydantic."""
+        text = self._recipe_bytes().decode(errors="replace")
+        return self.recipe.memory.gpu if re.search(r"\bgpu\b", " ".join((text, *self.overrides))) else "auto"
+
     def report(self, device: Gpu) -> VramReport:
         """Whether the recipe fits a GPU."""
 
-        def compute(progress: CheckProgress) -> VramReport:
+        def compute(progress: CheckProgress) -> list[VramReport]:
             budget_bytes = budget_of(self.recipe, device)  # refused before torch is started
-            return self._checker(progress).report(device, budget_bytes)
+            return [self._checker(progress).report(device, budget_bytes)]
 
-        report = self._cached("report", [device], compute, as_json, from_json)
+        (report,) = self._cached("report", [device], compute, as_json, from_json)
         return replace(report, device=device)  # the processes on it may have other sizes by now
 
-    def gpu_table(self, groups: Sequence[GpuGroup]) -> list[GpuTableRow]:
-        """The plan on each group of GPUs."""
-        return self._cached(
-            "gpu table",
-            [group.device for group in groups],
-            lambda progress: build_gpu_table(self._checker(progress), groups, progress.card),
-            gpu_table_as_json,
-            gpu_table_from_json,
-        )
+    def gpu_table(self, devices: Sequence[Gpu]) -> list[VramReport]:
+        """The plan on each GPU, or on those that it represents."""
+
+        def compute(progress: CheckProgress) -> list[VramReport]:
+            return build_gpu_table(self._checker(progress), devices, progress.card)
+
+        return self._cached("gpu table", devices, compute, as_json, from_json)
 
     def max_lengths(self, devices: Sequence[Gpu]) -> list[MaxLengthRow]:
         """The longest row on each GPU."""
-        return self._cached(
-            "max lengths",
-            devices,
-            lambda progress: find_max_lengths(self._checker(progress), devices, progress.card),
-            lambda rows: [asdict(row) for row in rows],
-            max_lengths_from_json,
-        )
+
+        def compute(progress: CheckProgress) -> list[MaxLengthRow]:
+            return find_max_lengths(self._checker(progress), devices, progress.card)
+
+        return self._cached("max lengths", devices, compute, asdict, lambda saved: MaxLengthRow(**saved))
+
+    def _recipe_bytes(self) -> bytes:
+        return self.path.read_bytes() if self.path.is_file() else b""  # loading it says why there is no recipe
 
     def _checker(self, progress: CheckProgress) -> VramChecker:
         recipe = self.recipe
@@ -110,16 +106,15 @@ class CachedVramCheck:
         self,
         kind: str,
         devices: Sequence[Gpu],
-        compute: Callable[[CheckProgress], Result],
+        compute: Callable[[CheckProgress], list[Result]],
         encode: Callable[[Result], Any],
         decode: Callable[[Any], Result],
-    ) -> Result:
-        """The saved result of the same question, else the computed one, which is saved."""
-        text = self.path.read_bytes() if self.path.is_file() else b""  # computing says why there is no recipe
+    ) -> list[Result]:
+        """The saved results of the same question, else the computed ones, which are saved."""
         key = cache_key(
             {
                 "kind": kind,
-                "recipe": hashlib.sha256(text).hexdigest(),
+                "recipe": hashlib.sha256(self._recipe_bytes()).hexdigest(),
                 "overrides": self.overrides,
                 "directories": [str(self.path.absolute().parent), str(Path.cwd())],
                 "devices": [asdict(replace(device, processes=())) for device in devices],
@@ -127,22 +122,17 @@ class CachedVramCheck:
             }
         )
         path = user_cache_dir() / "vram-check" / f"{key}.json"
-        saved = find_cached(path)
-        with suppress(ValueError):  # somebody edited the cache
-            if saved is not None:
-                return decode(saved)
+        with suppress(ValueError, TypeError):  # somebody edited the cache
+            if saved := find_cached(path):
+                return list(map(decode, saved))
         with self.open_progress() as progress:
-            result = compute(progress)
-        save_cached(path, encode(result), files_of(self.recipe, self.path.parent))
-        return result
+            results = compute(progress)
+        save_cached(path, list(map(encode, results)), files_of(self.recipe, self.path.parent))
+        return results
 
 
 def cache_key(parts: Mapping[str, Any]) -> str:
-    """The name of a question, which changes with the system, the versions of the libraries, and our own code.
-
-    Args:
-        parts: all that the question states, as JSON takes it.
-    """
+    """The name of a result; it changes with `parts`, the system, the versions of the libraries, and our own code."""
     code = hashlib.sha256()
     for path in sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".json", ".jinja")):
         code.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
@@ -152,11 +142,7 @@ def cache_key(parts: Mapping[str, Any]) -> str:
 
 
 def find_cached(path: Path) -> Any:
-    """The result that `save_cached` wrote.
-
-    Returns:
-        None where there is no such file, it is damaged, or a file that the result was read from has changed.
-    """
+    """The result of `save_cached`; None where there is none, it is damaged, or a file that it was read from has changed."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         unchanged = all(_file_state(file) == state for file, state in saved["files"].items())
@@ -166,11 +152,7 @@ def find_cached(path: Path) -> Any:
 
 
 def save_cached(path: Path, result: Any, files: Iterable[Path]) -> None:
-    """Save a result; a directory that cannot be written is ignored.
-
-    Args:
-        files: what the result was read from, whether it exists or not.
-    """
+    """Save a result with the state of `files`, which it was read from; a directory that cannot be written is ignored."""
     with suppress(OSError, RunError):
         path.parent.mkdir(parents=True, exist_ok=True)
         states = {str(file): _file_state(file) for file in files}
@@ -181,8 +163,7 @@ def save_cached(path: Path, result: Any, files: Iterable[Path]) -> None:
 
 def _file_state(path: str | Path) -> list[int] | None:
     """Size and time of a file or directory; None where there is none."""
-    try:
+    with suppress(OSError):
         found = Path(path).stat()
-    except OSError:
-        return None
-    return [found.st_size, found.st_mtime_ns]
+        return [found.st_size, found.st_mtime_ns]
+    return None

@@ -7,9 +7,10 @@ what offloading moves. Arithmetic and memory traffic are added, as the dequantiz
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from qlora_phi3.execution import ExecutionPlan
-from qlora_phi3.family import Architecture
+from qlora_phi3.family import Architecture, linear_shapes
 
 #: Shares of the GPU's stated rates that such a step reaches: assumptions, until benchmarks/ has figures of real GPUs.
 ARITHMETIC_SHARE, BANDWIDTH_SHARE = 0.5, 0.8
@@ -19,6 +20,16 @@ OFFLOAD_BYTES_PER_SECOND = 12e9
 LAYER_LAUNCH_SECONDS = 3e-4
 #: Bytes read and written when one weight is dequantized to 16 bit: NF4 with double quantization is 4.127 bit (QLoRA, section 3).
 DEQUANTIZED_BYTES_PER_WEIGHT = 4.127 / 8 + 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuLimits:
+    """What the plan needs to know of a GPU."""
+
+    #: Most that may be predicted for the process.
+    limit_bytes: int
+    tflops_16bit: float
+    bandwidth_bytes_per_second: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,23 +43,7 @@ class StepWorkload:
     quantized: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepTime:
-    """The parts of a step's time, in seconds."""
-
-    arithmetic: float
-    dequantization: float
-    offloading: float
-    launching: float
-
-    @property
-    def seconds(self) -> float:
-        """The sum of the parts."""
-        return self.arithmetic + self.dequantization + self.offloading + self.launching
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recomputation:
+class Recomputation(NamedTuple):
     """What is computed more often than once forward and once backward."""
 
     #: Share of the layers that are computed twice.
@@ -67,20 +62,17 @@ def recomputation_of(architecture: Architecture, execution: ExecutionPlan, workl
     every, number = execution.checkpoint_every, architecture.num_hidden_layers
     layers = math.ceil(number / every) / number if every else 0.0
     if not execution.mlp_tile_tokens:
-        return Recomputation(layers=layers)
+        return Recomputation(layers)
     tiles = math.ceil(sum(workload.lengths) / workload.num_micro_batches / execution.mlp_tile_tokens)
-    return Recomputation(layers=layers, mlp_tiles=tiles, extra_mlp_passes=1 - layers / tiles)
+    return Recomputation(layers, tiles, 1 - layers / tiles)
 
 
-def attention_weights(architecture: Architecture) -> int:
-    """Number of weights in the linear layers around the decoder's attention."""
-    groups = architecture.num_key_value_heads / architecture.num_attention_heads
-    return int(architecture.num_hidden_layers * architecture.hidden_size**2 * (2 + 2 * groups))
-
-
-def mlp_weights(architecture: Architecture) -> int:
-    """Number of weights in the decoder's MLPs."""
-    return architecture.num_hidden_layers * 3 * architecture.hidden_size * architecture.intermediate_size
+def count_weights(architecture: Architecture) -> tuple[int, int]:
+    """Number of weights in all linear layers of the decoder: those around the attention, and those of the MLPs."""
+    numbers = {
+        name: math.prod(shape) * architecture.num_hidden_layers for name, shape in linear_shapes(architecture).items()
+    }
+    return numbers["qkv_proj"] + numbers["o_proj"], numbers["gate_up_proj"] + numbers["down_proj"]
 
 
 def step_flops(architecture: Architecture, workload: StepWorkload, again: Recomputation) -> float:
@@ -91,8 +83,9 @@ def step_flops(architecture: Architecture, workload: StepWorkload, again: Recomp
     """
     tokens, squares = sum(workload.lengths), sum(length**2 for length in workload.lengths)
     hidden, layers = architecture.hidden_size, architecture.num_hidden_layers
-    weights = attention_weights(architecture) * 2 * (2 + again.layers)
-    weights += mlp_weights(architecture) * 2 * (2 + again.layers + again.extra_mlp_passes)
+    attention_weights, mlp_weights = count_weights(architecture)
+    weights = attention_weights * 2 * (2 + again.layers)
+    weights += mlp_weights * 2 * (2 + again.layers + again.extra_mlp_passes)
     widths = 9 * hidden + 3 * architecture.intermediate_size  # inputs and outputs of a layer's four matmuls, about
     adapter = layers * workload.rank * widths * 2 * (3 + again.layers)
     attention = 2 * layers * hidden * squares * (3.5 + again.layers)
@@ -100,24 +93,19 @@ def step_flops(architecture: Architecture, workload: StepWorkload, again: Recomp
     return tokens * (weights + adapter + head) + attention
 
 
-def estimate_step_time(
-    architecture: Architecture,
-    execution: ExecutionPlan,
-    workload: StepWorkload,
-    *,
-    tflops_16bit: float,
-    bandwidth_bytes_per_second: float,
-) -> StepTime:
+def estimate_step_seconds(
+    architecture: Architecture, execution: ExecutionPlan, workload: StepWorkload, gpu: GpuLimits
+) -> float:
     """The time of one optimizer step; the MLP's weights are dequantized for every tile in each of its passes."""
     again = recomputation_of(architecture, execution, workload)
     layers, passes = architecture.num_hidden_layers, 2 + again.layers
-    mlp_passes = again.mlp_tiles * (passes + again.extra_mlp_passes)
-    read = attention_weights(architecture) * passes + mlp_weights(architecture) * mlp_passes
-    moved = read * DEQUANTIZED_BYTES_PER_WEIGHT if workload.quantized else 0.0
+    attention_weights, mlp_weights = count_weights(architecture)
+    dequantized = attention_weights * passes + mlp_weights * again.mlp_tiles * (passes + again.extra_mlp_passes)
+    moved = dequantized * DEQUANTIZED_BYTES_PER_WEIGHT if workload.quantized else 0.0
     offloaded = 2 * sum(workload.lengths) * architecture.hidden_size * 2 * layers * again.layers
-    return StepTime(
-        arithmetic=step_flops(architecture, workload, again) / (tflops_16bit * 1e12 * ARITHMETIC_SHARE),
-        dequantization=workload.num_micro_batches * moved / (bandwidth_bytes_per_second * BANDWIDTH_SHARE),
-        offloading=offloaded / OFFLOAD_BYTES_PER_SECOND if execution.activation_offloading else 0.0,
-        launching=workload.num_micro_batches * layers * passes * LAYER_LAUNCH_SECONDS,
+    return (
+        step_flops(architecture, workload, again) / (gpu.tflops_16bit * 1e12 * ARITHMETIC_SHARE)
+        + workload.num_micro_batches * moved / (gpu.bandwidth_bytes_per_second * BANDWIDTH_SHARE)
+        + (offloaded / OFFLOAD_BYTES_PER_SECOND if execution.activation_offloading else 0.0)
+        + workload.num_micro_batches * layers * passes * LAYER_LAUNCH_SECONDS
     )

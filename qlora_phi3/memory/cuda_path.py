@@ -1,13 +1,11 @@
 """What CUDA allocates that a CPU does not, as torch 2.13 does it for the operators of our step; in bytes.
 
-A dispatch mode sees what an operator is given and what it returns. The first part of this module computes what it does not see:
-the workspaces of cuBLAS and of scaled dot product attention, and the CUDA context. The second part replaces operators whose
-CUDA kernels allocate in another way than the CPU's.
+The first part computes what a dispatch mode does not see: the workspaces of cuBLAS and of scaled dot product attention, and the
+CUDA context. The second part replaces operators whose CUDA kernels allocate in another way than the CPU's.
 
 Left out, as too small or never at the peak: softmax, norms, sums and maxima (under 1 MiB); choosing the supervised positions (16
-bytes a position, 64 in the backward pass); the copy of a mask whose rows are not multiples of 8 (as large as the mask, before
-the attention runs); the flash kernel's forward pass, which divides the keys of sequences under about 500 tokens among several
-blocks on GPUs of more than 100 multiprocessors (at most 25 MiB).
+bytes a position, 64 in the backward pass); the copy of a mask whose rows are not multiples of 8 (before the attention runs); the
+flash kernel's forward pass where it divides the keys of sequences under about 500 tokens among several blocks (at most 25 MiB).
 """
 
 from collections.abc import Callable, Iterator
@@ -26,14 +24,12 @@ from qlora_phi3.memory.report import ATTENTION_MASK, ATTENTION_WORKSPACE, CUBLAS
 from qlora_phi3.memory.tracker import HOST, MemoryTracker
 from qlora_phi3.units import MIB
 
-Kernel = Literal["cudnn", "flash", "efficient", "math"]
+Kernel = Literal["flash", "efficient", "math"]
 
 #: Blocks of (queries, keys) of the memory-efficient backward kernels, mem_eff_attention/kernels/cutlassB.h, at their largest.
 EFFICIENT_QUERIES, EFFICIENT_KEYS = 128, 64
 #: Multiprocessors of a GPU of which only the compute capability is known: a typical one of its generation.
 TYPICAL_MULTIPROCESSORS = {(7, 5): 40, (8, 0): 108, (8, 6): 46, (8, 9): 46, (9, 0): 132, (10, 0): 148, (12, 0): 48}
-#: How far `context_bytes` may be off either way, once the multiprocessors are known.
-CONTEXT_SPREAD_BYTES = 64 * MIB
 
 
 def matmul_workspace_bytes(compute_capability: tuple[int, int]) -> int:
@@ -47,31 +43,21 @@ def matmul_workspace_bytes(compute_capability: tuple[int, int]) -> int:
 
 
 def attention_kernel(
-    compute_capability: tuple[int, int],
-    *,
-    has_mask: bool,
-    head_size: int,
-    grouped: bool,
-    dtype: str | None = None,
-    cudnn: bool = False,
+    compute_capability: tuple[int, int], *, has_mask: bool, head_size: int, grouped: bool, dtype: str | None = None
 ) -> Kernel:
     """Which kernel `scaled_dot_product_attention` takes in training (native/transformers/cuda/sdp_utils.cpp, torch 2.13).
 
-    The memory-efficient kernel takes no grouped queries before pytorch pull request 191085: below 8.0, where there is no flash
-    kernel, they go to the math kernel, which builds the scores in fp32, unless key and value are repeated first (seen on a T4,
-    transformers issue 48633).
+    cuDNN's kernel, which torch prefers on compute capability 9.x and 10.x, is switched off in a run. The memory-efficient one
+    takes no grouped queries before pytorch pull request 191085: below 8.0, where there is no flash kernel, they go to the math
+    kernel, which builds the scores in fp32, unless key and value are repeated first (seen on a T4, transformers issue 48633).
 
     Args:
         has_mask: an explicit mask is given, not `is_causal`.
         grouped: key and value are passed with fewer heads than the query (`enable_gqa`).
         dtype: "float16", "bfloat16" or "float32"; None for the 16 bit that the GPU computes natively.
-        cudnn: whether cuDNN's kernel may be used. torch prefers it on compute capability 9.x and 10.x, no consumer GPU;
-            `torch.backends.cuda.enable_cudnn_sdp(False)` rules it out.
     """
     major, minor = compute_capability
     half, known = dtype != "float32", compute_capability <= (12, 1)
-    if cudnn and half and major in (9, 10) and head_size <= 128 and head_size % 8 == 0:
-        return "cudnn"
     no_backward = 192 < head_size <= 224 and (major == 12 or (major == 8 and minor >= 6))
     if known and major >= 8 and half and not has_mask and head_size <= 256 and not no_backward:
         return "flash"
@@ -99,8 +85,7 @@ def attention_backward_bytes(kernel: str, query_shape: tuple[int, ...], *, kv_he
         itemsize: bytes of an element of the query.
 
     Raises:
-        ValueError: for the math kernel, whose scores are operators of their own, and for cuDNN's, whose workspace is known
-            only on the GPU.
+        ValueError: for any other kernel; the math kernel's scores are operators of their own.
     """
     batch, heads, length, head_size = query_shape
     if kernel == "flash":
@@ -216,9 +201,8 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors[:3]
-        workspace = attention_backward_bytes(
-            ctx.kernel, tuple(query.shape), kv_heads=key.shape[1], itemsize=query.element_size()
-        )
+        shape, itemsize = tuple(query.shape), query.element_size()
+        workspace = attention_backward_bytes(ctx.kernel, shape, kv_heads=key.shape[1], itemsize=itemsize)
         release = ctx.tracker.track_bytes(workspace, ATTENTION_WORKSPACE)
         gradients = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
         release()

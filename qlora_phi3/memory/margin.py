@@ -85,12 +85,8 @@ def read_margin(gpu_name: str) -> Margin:
 
 def record_error(gpu_name: str, predicted_bytes: int, measured_bytes: int) -> None:
     """Record what a run took on a GPU and what was predicted; a directory that cannot be written is ignored."""
-    record = {
-        "predicted_bytes": predicted_bytes,
-        "measured_bytes": measured_bytes,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    records = _read_records()
+    sizes = {"predicted_bytes": predicted_bytes, "measured_bytes": measured_bytes}
+    record, records = {**sizes, "date": time.strftime("%Y-%m-%d")}, _read_records()
     records = {**records, gpu_name: [*records.get(gpu_name, ()), record][-MAX_RECORDS:]}
     with suppress(OSError, RunError):
         path = user_state_dir() / RECORDS_NAME
@@ -107,9 +103,8 @@ def _read_records() -> Mapping[str, Sequence[Mapping[str, Any]]]:
     found: dict[str, list[Mapping[str, Any]]] = {}
     for name, records in saved.items() if isinstance(saved, dict) else ():
         for record in records if isinstance(records, list) else ():
-            sizes = (
-                [record.get(key) for key in ("predicted_bytes", "measured_bytes")] if isinstance(record, dict) else [0]
-            )
+            known = record if isinstance(record, dict) else {}
+            sizes = [known.get(key) for key in ("predicted_bytes", "measured_bytes")]
             if all(isinstance(size, int) and size > 0 for size in sizes):
                 found.setdefault(name, []).append(record)
     return found

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 
 from qlora_phi3.data.batching import plan_micro_batches
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan
-from qlora_phi3.memory.cost import StepTime, StepWorkload
+from qlora_phi3.memory.cost import StepWorkload
 from qlora_phi3.memory.predict import Prediction
 from qlora_phi3.memory.simulate import StepShape
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import format_gib
-
-PINNED = "the recipe sets it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,35 +34,14 @@ class RowLengths:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GpuLimits:
-    """What the plan needs to know of a GPU."""
-
-    #: Most that may be predicted for the process.
-    limit_bytes: int
-    tflops_16bit: float
-    bandwidth_bytes_per_second: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(Prediction):
     """What was chosen for a GPU, and why."""
 
-    prediction: Prediction
     #: Of a typical step, as its time is.
     workload: StepWorkload
-    step_time: StepTime
+    step_seconds: float
     #: Key of the recipe -> why it has this value.
     reasons: dict[str, str]
-
-    @property
-    def execution(self) -> ExecutionPlan:
-        """As the run takes it."""
-        return self.prediction.execution
-
-    @property
-    def fits(self) -> bool:
-        """Whether it fits the limit it was made for."""
-        return self.prediction.fits
 
 
 def read_lengths(training: Sequence[int], evaluation: Sequence[int], batch_size: int) -> RowLengths:
@@ -89,9 +66,8 @@ def step_shape(rows: RowLengths, execution: ExecutionPlan) -> StepShape:
         num_full, rest = divmod(max(rows.longest, min(plan.max_tokens, sum(step))), rows.longest)
         lengths = (rows.longest,) * num_full + ((rest,) if rest else ())
     else:
-        lengths = tuple(
-            step[row] for row in max(groups, key=lambda group: len(group) * max(step[row] for row in group))
-        )
+        padded = [tuple(step[row] for row in group) for group in groups]
+        lengths = max(padded, key=lambda group: len(group) * max(group))
     longest, held_out = rows.longest_evaluation, execution.evaluation
     num_held_out = max(1, min(held_out.max_tokens // longest, rows.batch_size, held_out.max_rows)) if longest else 0
     return StepShape(lengths=lengths, evaluation_lengths=(longest,) * num_held_out, accumulates=len(groups) > 1)
@@ -115,26 +91,19 @@ def describe_kind(execution: ExecutionPlan) -> str:
 
 
 def explain_choices(
-    recipe: Recipe,
-    execution: ExecutionPlan,
-    *,
-    num_passes: int,
-    longest: int,
-    refused: Mapping[ExecutionPlan, int],
-    limit_bytes: int,
+    recipe: Recipe, execution: ExecutionPlan, rows: RowLengths, refused: Mapping[ExecutionPlan, int], limit_bytes: int
 ) -> dict[str, str]:
     """Key of the recipe -> why the plan gives it this value.
 
     Args:
-        num_passes: forward passes of a typical step.
-        longest: tokens of the longest row.
         refused: kinds of plan that would be faster and do not fit, and what each would need on the GPU, in bytes.
         limit_bytes: most that may be predicted on the GPU.
     """
     every, tile = execution.checkpoint_every, execution.mlp_tile_tokens
+    num_passes = len(split_rows(rows.typical_step(), execution.micro_batch))
     if num_passes == 1:
         micro_batch = "the complete optimizer step in one forward pass"
-    elif execution.micro_batch.max_tokens <= longest:
+    elif execution.micro_batch.max_tokens <= rows.longest:
         micro_batch = "the longest row alone; more would gain under 2%, not fit, or need more recomputation"
     else:
         micro_batch = f"{num_passes} forward passes a step; more tokens at once would gain under 2% or not fit"
@@ -148,25 +117,22 @@ def explain_choices(
             f"{every_n}; {describe_kind(kind)} would need about {format_gib(needed)} for the longest row alone, "
             f"and {format_gib(limit_bytes)} are available"
         )
-    if not tile:
-        mlp_tile = "not needed"
-    elif every == 1:
+    mlp_tile = "not needed"
+    if tile and every == 1:
         mlp_tile = "the last resort: without it the longest row does not fit"
-    else:
+    elif tile:
         mlp_tile = "the MLPs of all layers are computed twice; nothing as fast fits without"
     paged = "its state can leave a full GPU; otherwise it is as fast as adamw_8bit"
-    chosen_offloading = (
-        "recomputation alone does not save enough memory" if execution.activation_offloading else "not needed"
-    )
-    fastest_tile = execution.logits_tile_bytes >= DEFAULT_LOGITS_TILE_BYTES
+    offloading = "recomputation alone does not save enough memory" if execution.activation_offloading else "not needed"
+    logits_tile = "the fastest size" if execution.logits_tile_bytes >= DEFAULT_LOGITS_TILE_BYTES else "less memory"
     training, memory = recipe.training, recipe.memory
     choices = {
         "micro_batch_tokens": (training.micro_batch_size or memory.micro_batch_tokens != "auto", micro_batch),
         "gradient_checkpointing": (training.gradient_checkpointing != "auto", checkpointing),
         "checkpoint_every_n_layers": (memory.checkpoint_every_n_layers != "auto", every_n),
-        "activation_offloading": (training.activation_offloading != "auto", chosen_offloading),
+        "activation_offloading": (training.activation_offloading != "auto", offloading),
         "optim": (training.optim != "auto", paged if execution.optim.startswith("paged") else "its state fits"),
-        "logits_tile": (memory.logits_tile != "auto", "the fastest size" if fastest_tile else "less memory"),
+        "logits_tile": (memory.logits_tile != "auto", logits_tile),
         "mlp_tile_tokens": (memory.mlp_tile_tokens != "auto", mlp_tile),
     }
-    return {key: PINNED if pinned else reason for key, (pinned, reason) in choices.items()}
+    return {key: "the recipe sets it" if pinned else reason for key, (pinned, reason) in choices.items()}

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,32 +32,19 @@ class Prediction:
     fits: bool
 
 
+@dataclass(eq=False, slots=True)
 class Predictor:
-    """Simulates execution plans of one recipe on one kind of GPU, each only once.
+    """Simulates execution plans of one recipe on one kind of GPU, each only once."""
 
-    Args:
-        config: the contents of the model's config.json.
-        capability: the GPU's compute capability.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        config: dict[str, Any],
-        architecture: Architecture,
-        *,
-        compute_dtype: torch.dtype,
-        capability: tuple[int, int],
-    ) -> None:
-        self.recipe, self.config, self.architecture = recipe, config, architecture
-        self.compute_dtype, self.capability = compute_dtype, capability
-        self._simulated: dict[tuple[ExecutionPlan, StepShape, int], MemoryReport] = {}
-
-    def with_recipe(self, recipe: Recipe) -> "Predictor":
-        """A predictor for a changed recipe, on the same kind of GPU."""
-        return Predictor(
-            recipe, self.config, self.architecture, compute_dtype=self.compute_dtype, capability=self.capability
-        )
+    recipe: Recipe
+    #: The contents of the model's config.json.
+    config: dict[str, Any]
+    architecture: Architecture
+    _: KW_ONLY
+    compute_dtype: torch.dtype
+    #: The GPU's compute capability.
+    capability: tuple[int, int]
+    _simulated: dict[tuple[ExecutionPlan, StepShape, int], MemoryReport] = field(default_factory=dict, init=False)
 
     def predict(self, execution: ExecutionPlan, shape: StepShape, *, limit_bytes: int) -> Prediction:
         """Simulate every layer, and replay the allocations within a limit.
@@ -68,9 +55,7 @@ class Predictor:
         memory = self.simulate(execution, shape, self.architecture.num_hidden_layers)
         footprint = _replay(memory, limit_bytes - self.on_gpu_bytes(0))
         fits = footprint.fits
-        if not fits:
-            footprint = _replay(memory)
-        reserved_bytes = footprint.peak_reserved_bytes
+        reserved_bytes = (footprint if fits else _replay(memory)).peak_reserved_bytes
         memory = replace(memory, reserved_bytes=reserved_bytes, on_gpu_bytes=self.on_gpu_bytes(reserved_bytes))
         return Prediction(execution=execution, memory=memory, fits=fits)
 
@@ -115,14 +100,12 @@ class Predictor:
         all_layers, recomputed = self._per_layer_fit(replace(plain, checkpoint_every=1), shape)
         num_recomputed = -(-layers // every)
         above = (layers - 1) % every  # layers that are not recomputed above the last one that is
-        loss, first_again = (
-            {},
-            {},
-        )  # the backward pass begins; it reaches the last recomputed layer, and those above are freed
+        peaks = {}
         for phase in start:
-            loss[phase] = start[phase] + num_recomputed * recomputed[phase] + (layers - num_recomputed) * saved[phase]
-            first_again[phase] = loss[phase] + all_layers[phase] - none[phase] - above * saved[phase]
-        return {phase: max(loss[phase], first_again[phase]) for phase in start}
+            # The backward pass begins; later it reaches the last recomputed layer, and those above are freed.
+            loss = start[phase] + num_recomputed * recomputed[phase] + (layers - num_recomputed) * saved[phase]
+            peaks[phase] = max(loss, loss + all_layers[phase] - none[phase] - above * saved[phase])
+        return peaks
 
     def _per_layer_fit(self, execution: ExecutionPlan, shape: StepShape) -> tuple[Mapping[str, int], Mapping[str, int]]:
         """Phase -> bytes without any layer, and with each group of as many layers as recomputation goes by."""
@@ -135,11 +118,9 @@ class Predictor:
     def _can_extrapolate(self, every: int) -> bool:
         """Whether all layers are alike, and more than the two small models have."""
         lora = self.recipe.lora
-        by_number = (
-            lora.layers_to_transform is not None or lora.rank_pattern or lora.alpha_pattern or lora.exclude_modules
-        )
-        names = [*([lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules)]
-        if by_number or any("layers" in name for name in names):
+        patterns = lora.rank_pattern or lora.alpha_pattern or lora.exclude_modules
+        names = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+        if lora.layers_to_transform is not None or patterns or any("layers" in name for name in names):
             return False
         return self.architecture.num_hidden_layers > max(2, every) + every
 
@@ -151,9 +132,8 @@ def estimate_reserved(allocated_bytes: int) -> int:
 
 def estimate_allocated(reserved_bytes: int) -> int:
     """The peak that fits into what the allocator may hold, about: the inverse of `estimate_reserved`."""
-    return int(
-        max((reserved_bytes - DEFAULT_SLACK_BYTES) / DEFAULT_RATIO, reserved_bytes / (DEFAULT_RATIO + SLACK_SHARE))
-    )
+    without_slack = (reserved_bytes - DEFAULT_SLACK_BYTES) / DEFAULT_RATIO
+    return int(max(without_slack, reserved_bytes / (DEFAULT_RATIO + SLACK_SHARE)))
 
 
 def least_reserved_bytes(memory: MemoryReport) -> int:

@@ -1,10 +1,8 @@
-"""The memory of a training step, predicted or measured, and the result of `vram-check` as plain data; no torch.
-
-`MemoryReport` goes unchanged from the simulation to the tables, to JSON, and to a run's report.json.
-"""
+"""The memory of a training step, predicted or measured, and the result of `vram-check`, as plain data for JSON; no torch."""
 
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, NamedTuple
@@ -71,7 +69,7 @@ class MemoryReport:
         """All but the trace, for JSON."""
         saved = asdict(replace(self, trace=()))
         del saved["trace"]
-        unknown = dict.fromkeys(("allocated_bytes", "reserved_bytes", "on_gpu_bytes", "process_bytes"))
+        unknown = ("allocated_bytes", "reserved_bytes", "on_gpu_bytes", "process_bytes")
         return saved | {name: saved[name] or None for name in unknown}
 
 
@@ -206,10 +204,8 @@ def planned_keys(report: VramReport) -> list[PlannedKey]:
 
 def read_versions() -> dict[str, str]:
     """The versions that a prediction depends on, our own among them, read without importing a library."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), **dict.fromkeys(("qlora-phi3", *LIBRARIES), "unknown")}
     for name in ("qlora-phi3", *LIBRARIES):
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "unknown"
     return versions

@@ -1,9 +1,8 @@
 """Searches for the fastest execution plan of a recipe that fits a GPU, and for the longest row that fits.
 
-What the optimizer sees is the recipe's on every GPU; the plan chooses only how it is computed, and never overrules a key that the
-recipe sets. Kinds of plan (which layers are recomputed, offloading, the MLPs in tiles) are tried in the order of the speed that
-`cost.py` gives them at best. Each is given the largest micro-batch that seems to fit; the fastest is simulated in full and
-replayed in the allocator's model at the exact limit.
+The plan chooses only how the recipe is computed, and never overrules a key that the recipe sets. Kinds of plan (which layers are
+recomputed, offloading, the MLPs in tiles) are tried in the order of their speed by `cost.py`. Each has the largest micro-batch
+that seems to fit; the fastest is simulated in full and replayed in the allocator's model at the exact limit.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,17 +10,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan, smaller_mlp_tile
-from qlora_phi3.memory.cost import StepTime, StepWorkload, estimate_step_time
-from qlora_phi3.memory.plan import (
-    GpuLimits,
-    Plan,
-    RowLengths,
-    describe_kind,
-    explain_choices,
-    split_rows,
-    step_shape,
-)
-from qlora_phi3.memory.predict import Prediction, Predictor, estimate_allocated, estimate_reserved
+from qlora_phi3.memory.cost import GpuLimits, StepWorkload, estimate_step_seconds
+from qlora_phi3.memory.plan import Plan, RowLengths, describe_kind, explain_choices, split_rows, step_shape
+from qlora_phi3.memory.predict import Predictor, estimate_allocated, estimate_reserved
+from qlora_phi3.memory.simulate import StepShape
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import parse_size
 
@@ -53,22 +45,11 @@ def find_plan(predictor: Predictor, rows: RowLengths, limits: GpuLimits, *, prog
     return search.verify_full_model(search.minimal)
 
 
-def minimal_memory_plan(predictor: Predictor, rows: RowLengths) -> ExecutionPlan:
-    """The plan that needs least memory of all that the recipe allows, on any GPU."""
+def minimal_memory_plan(predictor: Predictor, rows: RowLengths) -> tuple[ExecutionPlan, StepShape]:
+    """The plan that needs least memory of all that the recipe allows, on any GPU, and its heaviest step."""
     no_limits = GpuLimits(limit_bytes=0, tflops_16bit=1, bandwidth_bytes_per_second=1)
-    return _Search(predictor, rows, no_limits, progress=lambda _: None).minimal
-
-
-def estimate_minimal_allocated(predictor: Predictor, rows: RowLengths) -> int:
-    """Bytes that the plan with least memory allocates at its peak, from a few layers."""
-    execution = minimal_memory_plan(predictor, rows)
-    return max(predictor.phases(execution, step_shape(rows, execution)).values())
-
-
-def predict_minimal(predictor: Predictor, rows: RowLengths, *, limit_bytes: int) -> Prediction:
-    """The plan with least memory, simulated in full."""
-    execution = minimal_memory_plan(predictor, rows)
-    return predictor.predict(execution, step_shape(rows, execution), limit_bytes=limit_bytes)
+    execution = _Search(predictor, rows, no_limits, progress=lambda _: None).minimal
+    return execution, step_shape(rows, execution)
 
 
 class _Tiles(NamedTuple):
@@ -85,24 +66,23 @@ class _Search:
         self, predictor: Predictor, rows: RowLengths, limits: GpuLimits, progress: Callable[[str], None]
     ) -> None:
         self.predictor, self.rows, self.limits, self.progress = predictor, rows, limits, progress
-        recipe = predictor.recipe
-        self.training, self.pinned_tokens = recipe.training, recipe.memory.micro_batch_tokens != "auto"
-        step = rows.training[: rows.batch_size]
+        recipe, step = predictor.recipe, rows.training[: rows.batch_size]
+        self.training, pinned = recipe.training, recipe.memory.micro_batch_tokens
         fewest, most = rows.longest, sum(step) if recipe.training.packing else len(step) * rows.longest
-        if recipe.memory.micro_batch_tokens != "auto":
-            fewest = most = recipe.memory.micro_batch_tokens
+        if pinned != "auto":
+            fewest = most = pinned
+        #: Micro-batches are of complete rows, where all rows are of one length.
+        self.complete_rows = rows.training[-1] == rows.longest and pinned == "auto"
         #: Tokens of the smallest and of the largest micro-batch.
         self.fewest, self.most = (self._layouts(tokens)["micro_batch"].max_tokens for tokens in (fewest, most))
         self.most_allocated = estimate_allocated(limits.limit_bytes - predictor.on_gpu_bytes(0))
         self.kinds = _allowed_kinds(recipe, predictor.architecture.num_hidden_layers)
         self.tiles = _allowed_tiles(recipe, self.fewest)
         #: The one that needs least memory last.
-        self.optimizers = (
-            ("adamw_8bit", "paged_adamw_8bit") if self.training.optim == "auto" else (self.training.optim,)
-        )
-        every, offload = self.kinds[-1]
+        optim = self.training.optim
+        self.optimizers = ("adamw_8bit", "paged_adamw_8bit") if optim == "auto" else (optim,)
         #: The plan that needs least memory of all that the recipe allows.
-        self.minimal = self._smallest(every, offload, self.tiles[-1])
+        self.minimal = self._smallest(*self.kinds[-1], self.tiles[-1])
         #: Kinds that would be faster and do not fit, and what each would need on the GPU.
         self.refused: dict[ExecutionPlan, int] = {}
 
@@ -114,9 +94,9 @@ class _Search:
         """
         for tiles in self.tiles:
             on_gpu = [self._smallest(every, False, tiles) for every, offload in self.kinds if not offload]
-            if len(on_gpu) > 1 and self.tiles[-1].mlp_tokens > tiles.mlp_tokens == 0:
+            in_tiles = tiles._replace(mlp_tokens=self.tiles[-1].mlp_tokens)
+            if len(on_gpu) > 1 and in_tiles.mlp_tokens > tiles.mlp_tokens == 0:
                 # fewer layers, and the MLPs of all others
-                in_tiles = _Tiles(tiles.logits_bytes, self.tiles[-1].mlp_tokens)
                 on_gpu += [self._smallest(kind.checkpoint_every, False, in_tiles) for kind in on_gpu[:-1]]
             offloaded = [self._smallest(every, True, tiles) for every, offload in self.kinds if offload]
             # A smaller tile of the loss is tried only where it may decide: simulating its many tiles takes time.
@@ -131,12 +111,12 @@ class _Search:
         #: Plans, and whether they were sized; else they stand for the best that their kind could do.
         waiting = [(self._with_tokens(kind, self.most), False) for kind in kinds]
         while waiting:
-            execution, is_sized = best = min(waiting, key=lambda each: self._step_time(each[0])[1].seconds)
+            execution, is_sized = best = min(waiting, key=lambda each: self._time_step(each[0])[1])
             waiting.remove(best)
             kind = self._with_tokens(execution, self.fewest)
             if not is_sized:
                 if self._may_fit(kind):
-                    waiting.append((self._smallest_within_2_percent(self._largest_that_fits(kind)), True))
+                    waiting.append((self._largest_worth_its_memory(kind), True))
                 continue
             plan = self.verify_full_model(execution)
             if plan.fits:
@@ -145,7 +125,7 @@ class _Search:
             if tokens > self.fewest:  # the full simulation found that it needs more than the estimate
                 waiting.append((self._with_tokens(execution, max(self.fewest, int(tokens * 0.9))), True))
             else:
-                self.refused[kind] = plan.prediction.memory.on_gpu_bytes
+                self.refused[kind] = plan.memory.on_gpu_bytes
         return None
 
     def verify_full_model(self, execution: ExecutionPlan) -> Plan:
@@ -158,19 +138,17 @@ class _Search:
         limit_bytes = self.limits.limit_bytes
         prediction = self.predictor.predict(replace(execution, optim=optim), shape, limit_bytes=limit_bytes)
         if optim != self.optimizers[-1] and not prediction.fits:
-            smallest = replace(execution, optim=self.optimizers[-1])
-            prediction = self.predictor.predict(smallest, shape, limit_bytes=limit_bytes)
-        chosen = prediction.execution
-        workload, step_time = self._step_time(chosen)
-        reasons = explain_choices(
-            self.predictor.recipe,
-            chosen,
-            num_passes=workload.num_micro_batches,
-            longest=self.rows.longest,
-            refused=self.refused,
-            limit_bytes=limit_bytes,
+            execution = replace(execution, optim=self.optimizers[-1])
+            prediction = self.predictor.predict(execution, shape, limit_bytes=limit_bytes)
+        recipe, (workload, step_seconds) = self.predictor.recipe, self._time_step(prediction.execution)
+        return Plan(
+            execution=prediction.execution,
+            memory=prediction.memory,
+            fits=prediction.fits,
+            workload=workload,
+            step_seconds=step_seconds,
+            reasons=explain_choices(recipe, prediction.execution, self.rows, self.refused, limit_bytes),
         )
-        return Plan(prediction=prediction, workload=workload, step_time=step_time, reasons=reasons)
 
     def _may_fit(self, kind: ExecutionPlan) -> bool:
         """Whether a kind seems to fit with the smallest micro-batch, or to miss by little."""
@@ -186,27 +164,19 @@ class _Search:
             self.refused[kind] = self.predictor.on_gpu_bytes(estimate_reserved(needed))
         return needed <= enough
 
-    def _largest_that_fits(self, kind: ExecutionPlan) -> ExecutionPlan:
-        """As if all that is not resident grew with the tokens: a little too careful, and needs no simulation.
+    def _largest_worth_its_memory(self, kind: ExecutionPlan) -> ExecutionPlan:
+        """The largest micro-batch that seems to fit, or a smaller one that is nearly as fast: the last tokens gain little.
 
-        Args:
-            kind: with the smallest micro-batch, which fits.
+        As if all that is not resident grew with the tokens: a little too careful, and needs no simulation.
         """
-        low, phases = kind.micro_batch.max_tokens, self._phases(kind)
-        resident = phases["save"]
-        growing = max(1, max(phases.values()) - resident)
-        fitting = low * (self.most_allocated - resident) // growing
-        return self._with_tokens(kind, max(low, min(self.most, fitting)))
-
-    def _smallest_within_2_percent(self, execution: ExecutionPlan) -> ExecutionPlan:
-        """The smallest micro-batch that is nearly as fast: the last tokens cost memory and gain little."""
-        most = execution.micro_batch.max_tokens
-        slowest = self._step_time(execution)[1].seconds * WORTH
-        for tokens in range(self.fewest, most, max(ROUNDING_TOKENS, (most - self.fewest) // 32)):
-            smaller = self._with_tokens(execution, tokens)
-            if self._step_time(smaller)[1].seconds <= slowest:
-                return smaller
-        return execution
+        phases = self._phases(kind)
+        growing = max(1, max(phases.values()) - phases["save"])
+        fitting = self.fewest * (self.most_allocated - phases["save"]) // growing
+        largest = self._with_tokens(kind, max(self.fewest, min(self.most, fitting)))
+        most, slowest = largest.micro_batch.max_tokens, self._time_step(largest)[1] * WORTH
+        sizes = range(self.fewest, most, max(ROUNDING_TOKENS, (most - self.fewest) // 32))
+        smaller = (self._with_tokens(kind, tokens) for tokens in sizes)
+        return next((each for each in smaller if self._time_step(each)[1] <= slowest), largest)
 
     def _smallest(self, every: int, offload: bool, tiles: _Tiles) -> ExecutionPlan:
         return ExecutionPlan(
@@ -219,20 +189,15 @@ class _Search:
         )
 
     def _with_tokens(self, execution: ExecutionPlan, tokens: int) -> ExecutionPlan:
-        """With micro-batches of so many tokens; of complete rows, where all rows are of one length."""
-        longest = self.rows.longest
-        if self.rows.training[-1] == longest <= tokens and not self.pinned_tokens:
-            tokens = tokens // longest * longest
+        if self.complete_rows and self.rows.longest <= tokens:
+            tokens = tokens // self.rows.longest * self.rows.longest
         return replace(execution, **self._layouts(tokens))
 
     def _layouts(self, tokens: int) -> dict[str, Any]:
         """Micro-batches of so many tokens, or of as many rows as the recipe sets; evaluation as training, unless it is set."""
-        training = self.training
-        eval_rows = training.per_device_eval_batch_size
-        rows_by_name = {
-            "micro_batch": training.micro_batch_size,
-            "evaluation": training.micro_batch_size if eval_rows == "auto" else eval_rows,
-        }
+        training, rows = self.training, self.training.per_device_eval_batch_size
+        evaluation_rows = training.micro_batch_size if rows == "auto" else rows
+        rows_by_name = {"micro_batch": training.micro_batch_size, "evaluation": evaluation_rows}
         return {
             name: MicroBatchPlan(
                 max_tokens=rows * training.max_length if rows else tokens,
@@ -248,35 +213,27 @@ class _Search:
         shape = replace(step_shape(self.rows, execution), evaluation_lengths=())
         return self.predictor.estimate(execution, shape)
 
-    def _step_time(self, execution: ExecutionPlan) -> tuple[StepWorkload, StepTime]:
-        """A typical step, and its time by the cost model."""
-        lengths = self.rows.typical_step()
+    def _time_step(self, execution: ExecutionPlan) -> tuple[StepWorkload, float]:
+        """A typical step, and its seconds by the cost model."""
+        recipe, lengths = self.predictor.recipe, self.rows.typical_step()
         workload = StepWorkload(
             lengths=lengths,
             num_micro_batches=len(split_rows(lengths, execution.micro_batch)),
-            rank=self.predictor.recipe.lora.r,
-            quantized=self.predictor.recipe.quantization.load_in_4bit,
+            rank=recipe.lora.r,
+            quantized=recipe.quantization.load_in_4bit,
         )
-        step_time = estimate_step_time(
-            self.predictor.architecture,
-            execution,
-            workload,
-            tflops_16bit=self.limits.tflops_16bit,
-            bandwidth_bytes_per_second=self.limits.bandwidth_bytes_per_second,
-        )
-        return workload, step_time
+        return workload, estimate_step_seconds(self.predictor.architecture, execution, workload, self.limits)
 
 
 def _allowed_kinds(recipe: Recipe, num_layers: int) -> list[tuple[int, bool]]:
     """(checkpoint_every, activation_offloading): all that the recipe allows, the one with least memory last."""
     pinned = recipe.memory.checkpoint_every_n_layers
     wanted, offloading = recipe.training.gradient_checkpointing, recipe.training.activation_offloading
+    every = [1] if wanted is True else [each for each in CHECKPOINTING if each < max(2, num_layers)]
     if wanted is False:
-        every: tuple[int, ...] = (0,)
+        every = [0]
     elif pinned != "auto":
-        every = (pinned,)
-    else:
-        every = (1,) if wanted is True else tuple(each for each in CHECKPOINTING if each < max(2, num_layers))
+        every = [pinned]
     if offloading is True:
         return [(number, True) for number in every]
     kinds = [(number, False) for number in every]
@@ -285,14 +242,13 @@ def _allowed_kinds(recipe: Recipe, num_layers: int) -> list[tuple[int, bool]]:
 
 def _allowed_tiles(recipe: Recipe, fewest_tokens: int) -> list[_Tiles]:
     """All tiles that the recipe allows, the fastest first."""
-    memory = recipe.memory
-    logits: tuple[int, ...] = (DEFAULT_LOGITS_TILE_BYTES, SMALL_LOGITS_TILE_BYTES)
+    memory, tile = recipe.memory, smaller_mlp_tile(fewest_tokens)
+    sizes, tokens = [DEFAULT_LOGITS_TILE_BYTES, SMALL_LOGITS_TILE_BYTES], [0, tile] if fewest_tokens > tile else [0]
     if memory.logits_tile != "auto":
-        logits = (parse_size(memory.logits_tile),)
+        sizes = [parse_size(memory.logits_tile)]
     if memory.mlp_tile_tokens != "auto":
-        return [_Tiles(size, memory.mlp_tile_tokens) for size in logits]
-    tile = smaller_mlp_tile(fewest_tokens)
-    return [_Tiles(size, tokens) for tokens in ((0, tile) if fewest_tokens > tile else (0,)) for size in logits]
+        tokens = [memory.mlp_tile_tokens]
+    return [_Tiles(size, mlp_tokens) for mlp_tokens in tokens for size in sizes]
 
 
 def round_length(length: int) -> int:
@@ -324,11 +280,10 @@ class MaxLengthSearch:
 
         The curve is nearly a line: where the line between two known points crosses the limit is nearly the answer.
         """
-        low, high = STEP, self.at_most
-        if self.bytes_for(low) > limit_bytes:
+        if self.bytes_for(STEP) > limit_bytes:
             return 0
-        if self.bytes_for(high) <= limit_bytes:
-            return high
+        if self.bytes_for(self.at_most) <= limit_bytes:
+            return self.at_most
         low = max(length for length, needed in self._known.items() if needed <= limit_bytes)
         high = min(length for length, needed in self._known.items() if needed > limit_bytes)
         while True:

@@ -25,13 +25,7 @@ from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan
 from qlora_phi3.family import Architecture
 from qlora_phi3.memory.cuda_path import following_cuda, replaced
 from qlora_phi3.memory.report import CHECKPOINTED_INPUTS, GRADIENTS, OPTIMIZER_STATE, QUANTIZATION_STATE, MemoryReport
-from qlora_phi3.memory.tracker import (
-    ROUNDING,
-    MemoryTracker,
-    NullTracker,
-    parameter_category,
-    quantization_tensors,
-)
+from qlora_phi3.memory.tracker import ROUNDING, MemoryTracker, NullTracker, parameter_category, quantization_tensors
 from qlora_phi3.model.attention import register_attention
 from qlora_phi3.model.lora import attach_adapter
 from qlora_phi3.model.optimizer import build_optimizer
@@ -85,11 +79,8 @@ def simulate(
     skeleton = build_skeleton(config, architecture, recipe, compute_dtype=compute_dtype, longest_row=longest)
     batch = _heaviest(shape.lengths, execution.micro_batch)
     held_out = _heaviest(shape.evaluation_lengths, execution.evaluation) if shape.evaluation_lengths else None
-    tracker = MemoryTracker(
-        num_supervised=batch.num_supervised,
-        vocabulary=architecture.vocab_size,
-        rounding=ROUNDING if path == "cuda" else 1,
-    )
+    rounding = ROUNDING if path == "cuda" else 1
+    tracker = MemoryTracker(num_supervised=batch.num_supervised, vocabulary=architecture.vocab_size, rounding=rounding)
     kernels = following_cuda(tracker, capability=capability) if path == "cuda" else nullcontext()
     # PEFT 0.21's DoRA knows 4-bit weights by their class, which is FakeTensor here.
     with _SharedFakeMode(), tracker, replaced(dora, "dequantize_module_weight", _dequantize), kernels:
@@ -195,12 +186,8 @@ def _quantize_without_storage(layer: bnb.nn.Linear4bit) -> None:
     packed = nn.Parameter(torch.empty(((numel + 1) // 2, 1), dtype=torch.uint8), requires_grad=False)
     nested = None
     if layer.weight.compress_statistics:
-        nested = QuantState(
-            absmax=torch.empty(-(-blocks // NESTED_BLOCKSIZE)),
-            blocksize=NESTED_BLOCKSIZE,
-            code=torch.empty(256),
-            dtype=torch.float32,
-        )
+        absmax = torch.empty(-(-blocks // NESTED_BLOCKSIZE))
+        nested = QuantState(absmax=absmax, blocksize=NESTED_BLOCKSIZE, code=torch.empty(256), dtype=torch.float32)
     packed.quant_state = QuantState(  # type: ignore[attr-defined]
         absmax=torch.empty(blocks, dtype=torch.uint8) if nested else scales,
         shape=unquantized.shape,
@@ -218,10 +205,9 @@ def _quantize_without_storage(layer: bnb.nn.Linear4bit) -> None:
     layer.quant_state = packed.quant_state  # type: ignore[attr-defined]
 
 
-def _dequantize(layer: Any) -> Tensor:
+def _dequantize(layer: Any) -> Any:
     state = getattr(layer.weight, "quant_state", None)
-    weight: Tensor = layer.weight if state is None else bnb.functional.dequantize_4bit(layer.weight.data, state)
-    return weight
+    return layer.weight if state is None else bnb.functional.dequantize_4bit(layer.weight.data, state)
 
 
 def _heaviest(lengths: Sequence[int], plan: MicroBatchPlan) -> Batch:
@@ -232,11 +218,10 @@ def _heaviest(lengths: Sequence[int], plan: MicroBatchPlan) -> Batch:
 
 
 def _without_storage(batch: Batch) -> Batch:
-    micro = {
-        name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
-        for name, value in batch.micro_batches[0].items()
-    }
-    return replace(batch, micro_batches=(micro,))
+    (micro,) = batch.micro_batches
+    tensors = {name: value for name, value in micro.items() if isinstance(value, Tensor)}
+    fake = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in tensors.items()}
+    return replace(batch, micro_batches=({**micro, **fake},))
 
 
 def run_one_step(
@@ -260,7 +245,16 @@ def run_one_step(
         accumulates: the gradients of earlier micro-batches are there while this one runs.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = _update(model, trained, recipe, execution, tracker, on_cuda=on_cuda)
+    tracker.enter("update")
+    with tracker.attribute_to(GRADIENTS):
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+    with tracker.attribute_to(OPTIMIZER_STATE):
+        optimizer = build_optimizer(execution.optim, model, recipe.training, is_cuda=on_cuda)
+        tracker.page(optimizer)
+        if recipe.training.max_grad_norm:
+            clip_grad_norm_(trained, recipe.training.max_grad_norm, foreach=on_cuda)
+        optimizer.step()
     if not accumulates:
         optimizer.zero_grad()
     model.train()
@@ -280,26 +274,3 @@ def run_one_step(
         tracker.enter("evaluation")
         list(evaluate(model, [held_out], objective=objective, compute_dtype=compute_dtype))
     tracker.enter("end")
-
-
-def _update(
-    model: PeftModel,
-    trained: list[nn.Parameter],
-    recipe: Recipe,
-    execution: ExecutionPlan,
-    tracker: NullTracker,
-    *,
-    on_cuda: bool,
-) -> torch.optim.Optimizer:
-    """Clip and update once on gradients of zeros, which makes the optimizer's state."""
-    tracker.enter("update")
-    with tracker.attribute_to(GRADIENTS):
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
-    with tracker.attribute_to(OPTIMIZER_STATE):
-        optimizer = build_optimizer(execution.optim, model, recipe.training, is_cuda=on_cuda)
-        tracker.page(optimizer)
-        if recipe.training.max_grad_norm:
-            clip_grad_norm_(trained, recipe.training.max_grad_norm, foreach=on_cuda)
-        optimizer.step()
-    return optimizer

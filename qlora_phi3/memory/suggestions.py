@@ -1,11 +1,14 @@
-"""What to change in a recipe that does not fit, the least harmful change first, with the bytes that each saves.
+"""Changes to a recipe: what would make it fit, and the plan of `vram-check --fit` written into a copy.
 
-Each change comes on top of those before it, so that the list leads to a recipe that fits and ends there. Sizes are estimated from
-a few layers of the plan with least memory; the last change is simulated in full before it counts.
+Suggestions come the least harmful first, each on top of those before it, until the recipe fits. Sizes are estimated from a few
+layers of the plan with least memory; a change that seems to fit is simulated in full.
 """
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_phi3.execution import SMALLEST_MLP_TILE_TOKENS
@@ -13,8 +16,10 @@ from qlora_phi3.hardware.gpu_table import GPU_TABLE
 from qlora_phi3.memory.margin import Margin
 from qlora_phi3.memory.plan import RowLengths
 from qlora_phi3.memory.predict import Predictor
-from qlora_phi3.memory.report import Suggestion, VramReport
-from qlora_phi3.memory.search import STEP, MaxLengthSearch, estimate_minimal_allocated, predict_minimal
+from qlora_phi3.memory.report import Suggestion, VramReport, planned_keys
+from qlora_phi3.memory.search import STEP, MaxLengthSearch, minimal_memory_plan
+from qlora_phi3.recipe.edit import Choice, fit_recipe
+from qlora_phi3.recipe.load import as_list, candidate_paths
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import MIB, format_gib
 
@@ -46,10 +51,9 @@ def find_suggestions(
     """
     path = _Path(predictor, rows, report, info)
     path.widen_budget()
-    for tried, change in enumerate(_changes(predictor.recipe)):
-        if tried == MOST_TRIED or path.fits:
-            break
-        path.apply(change)
+    for change in islice(_changes(predictor.recipe), MOST_TRIED):
+        if not path.fits:
+            path.apply(change)
     path.shorten_rows()
     path.lower_rank()
     path.shorten_rows()
@@ -58,7 +62,7 @@ def find_suggestions(
 
 def _changes(recipe: Recipe) -> Iterator[_Change]:
     """The keys that decide memory alone, left to the plan; then what is learned in a slightly different way."""
-    training, memory, quantization = recipe.training, recipe.memory, recipe.quantization
+    training, memory, quantization, lora = recipe.training, recipe.memory, recipe.quantization, recipe.lora
     if training.gradient_checkpointing is False:
         text = 'Write [training] gradient_checkpointing = "auto": activations may be computed twice instead of saved'
         yield _Change(text, "training", {"gradient_checkpointing": "auto"})
@@ -92,10 +96,10 @@ def _changes(recipe: Recipe) -> Iterator[_Change]:
     elif not quantization.bnb_4bit_use_double_quant:
         text = "Write [quantization] bnb_4bit_use_double_quant = true: 4.127 instead of 4.5 bit a weight"
         yield _Change(text, "quantization", {"bnb_4bit_use_double_quant": True})
-    if recipe.lora.use_dora:
+    if lora.use_dora:
         yield _Change("Write [lora] use_dora = false: plain LoRA", "lora", {"use_dora": False})
-    if recipe.lora.modules_to_save:
-        names = ", ".join(recipe.lora.modules_to_save)
+    if lora.modules_to_save:
+        names = ", ".join(lora.modules_to_save)
         text = f"Delete [lora] modules_to_save: {names} stays as it is instead of being trained in full"
         yield _Change(text, "lora", {"modules_to_save": None})
 
@@ -114,36 +118,32 @@ class _Path:
 
     def widen_budget(self) -> None:
         """Give the run all that is free, then what other programs hold."""
-        names = ", ".join(dict.fromkeys(process.name for process in self.device.processes[:4]))
-        close = f"Close other programs on the GPU ({names})" if names else "Close other programs on the GPU"
-        held = self.device.other_processes_bytes if self.device.is_local else 0
-        widenings = (
-            ('Write [memory] budget = "auto": all that is free on the GPU', self.device.free_bytes - self.budget_bytes),
-            (close, held),
-        )
-        for text, more_bytes in widenings:
+        device = self.device
+        names = ", ".join(dict.fromkeys(process.name for process in device.processes[:4]))
+        held = device.other_processes_bytes if device.is_local else 0
+        widenings = {
+            'Write [memory] budget = "auto": all that is free on the GPU': device.free_bytes - self.budget_bytes,
+            f"Close other programs on the GPU{f' ({names})' if names else ''}": held,
+        }
+        for text, more_bytes in widenings.items():
             if more_bytes >= WORTH_BYTES and not self.fits:
                 self.budget_bytes += more_bytes
                 self.fits = self.needed <= self.margin.limit(self.budget_bytes)
                 self.suggestions.append(Suggestion(text=text, saved_bytes=more_bytes, fits=self.fits, widens=True))
 
     def apply(self, change: _Change, rows: RowLengths | None = None, *, only_if_it_fits: bool = False) -> None:
-        """Make a change, if it is worth a line.
-
-        Args:
-            rows: the rows after the change; None: as they are.
-        """
+        """Make a change, if it is worth a line; `rows` are those after the change, None where they are the same."""
         self.info("Looking for what would help")
         recipe, rows = self.predictor.recipe, rows or self.rows
         table = getattr(recipe, change.table).model_copy(update=change.keys)
-        predictor = self.predictor.with_recipe(recipe.model_copy(update={change.table: table}))
-        allocated, limit_bytes = estimate_minimal_allocated(predictor, rows), self.margin.limit(self.budget_bytes)
-        needed, fits, slack_bytes = predictor.on_gpu_bytes(allocated + self.slack_bytes), False, self.slack_bytes
+        predictor = replace(self.predictor, recipe=recipe.model_copy(update={change.table: table}))
+        minimal, limit_bytes = minimal_memory_plan(predictor, rows), self.margin.limit(self.budget_bytes)
+        allocated = max(predictor.phases(*minimal).values())
+        needed, fits = predictor.on_gpu_bytes(allocated + self.slack_bytes), False
         if predictor.on_gpu_bytes(int(allocated * LEAST_RATIO)) <= limit_bytes:
-            prediction = predict_minimal(predictor, rows, limit_bytes=limit_bytes)
+            prediction = predictor.predict(*minimal, limit_bytes=limit_bytes)
             memory, fits = prediction.memory, prediction.fits
-            needed, slack_bytes = memory.on_gpu_bytes, memory.reserved_bytes - memory.allocated_bytes
-        self.slack_bytes = slack_bytes
+            needed, self.slack_bytes = memory.on_gpu_bytes, memory.reserved_bytes - memory.allocated_bytes
         saved_bytes = self.needed - needed
         if fits or (saved_bytes >= WORTH_BYTES and not only_if_it_fits):
             self.predictor, self.rows, self.needed, self.fits = predictor, rows, needed, fits
@@ -161,7 +161,8 @@ class _Path:
 
         def needed_bytes(length: int) -> int:
             self.info(f"Looking for what would help: rows of {length:,} tokens")
-            return predictor.on_gpu_bytes(estimate_minimal_allocated(predictor, cut(length)) + self.slack_bytes)
+            phases = predictor.phases(*minimal_memory_plan(predictor, cut(length)))
+            return predictor.on_gpu_bytes(max(phases.values()) + self.slack_bytes)
 
         search = MaxLengthSearch(needed_bytes, all_rows.longest - STEP)
         for _ in range(3):  # the full simulation may need a little more than the estimate
@@ -184,17 +185,71 @@ class _Path:
 
     def no_fix_reason(self) -> str:
         """Why no change helps, and which GPU would be large enough."""
-        needed = format_gib(self.needed + self.margin.bytes_for(self.needed))
-        length = self.rows.longest
+        needed, length = format_gib(self.needed + self.margin.bytes_for(self.needed)), self.rows.longest
         unchanged = self.needed_unchanged + self.margin.bytes_for(self.needed_unchanged)
-        sizes = [
-            gpu.nominal_gb
-            for gpu in sorted(GPU_TABLE, key=lambda gpu: gpu.usable_bytes)
-            if gpu.usable_bytes >= unchanged
-        ]
+        enough = [gpu for gpu in GPU_TABLE if gpu.usable_bytes >= unchanged]
         reason = f"One row of {length:,} tokens needs {needed}, whatever the plan."
         if self.suggestions:
             reason = f"With all of these changes, one row of {length:,} tokens needs {needed}."
-        if not sizes:
+        if not enough:
             return f"{reason} No GPU of the table has that much: take a smaller model or shorter rows."
-        return f"{reason} A GPU with {sizes[0]} GB fits the recipe as it is; or take a smaller model."
+        smallest = min(enough, key=lambda gpu: gpu.usable_bytes)
+        return f"{reason} A GPU with {smallest.nominal_gb} GB fits the recipe as it is; or take a smaller model."
+
+
+def write_fitted(
+    recipe: Recipe, text: str, overrides: Sequence[str], report: VramReport, *, source: Path, target: Path
+) -> Recipe:
+    """Write the recipe with its plan to a file that does not exist yet, so that a run makes the same plan again.
+
+    Args:
+        recipe: as `text` and `overrides` (`table.key=value`) say it.
+        source: where the text is from; its relative paths are looked for there.
+
+    Returns:
+        The recipe that was written.
+
+    Raises:
+        FileExistsError: there is such a file; it stays as it is.
+    """
+    choices = _moved_paths(recipe, source.absolute().parent, target.absolute().parent)
+    for override in overrides:
+        table, key = override.partition("=")[0].strip().split(".")[:2]
+        value = getattr(recipe, table).model_dump(exclude_none=True).get(key)
+        if value is not None:
+            choices.append(Choice(table, key, value, "from --set"))
+    for planned in planned_keys(report):
+        fixed = planned.key == "micro_batch_tokens" and recipe.training.micro_batch_size is not None
+        if getattr(getattr(recipe, planned.table), planned.key) == "auto" and not fixed:
+            choices.append(Choice(planned.table, planned.key, planned.value, planned.reason))
+    heading = (
+        f"Fitted to {report.device.name} by qlora-phi3 {report.versions['qlora-phi3']} on {report.created[:10]}: predicted "
+        f"{format_gib(report.memory.on_gpu_bytes)} and a margin of {format_gib(report.margin_bytes)}, of "
+        f"{format_gib(report.budget_bytes)} on the GPU. What is learned is the same on every GPU; the keys with a reason decide "
+        "memory and speed."
+    )
+    fitted, written = fit_recipe(recipe, text, choices, heading)
+    with target.open("x", encoding="utf-8", newline="\n") as file:
+        file.write(written)
+    return fitted
+
+
+def _moved_paths(recipe: Recipe, old: Path, new: Path) -> list[Choice]:
+    """Local paths as they are written from another directory."""
+
+    def move(name: str) -> str:
+        path = candidate_paths(name, old)[0]
+        if old == new or Path(name).is_absolute() or not path.exists():
+            return name
+        try:
+            return Path(os.path.relpath(path, new)).as_posix()
+        except ValueError:  # another drive, on Windows
+            return path.as_posix()
+
+    choices = []
+    for table, key in (("model", "name"), ("model", "adapter"), ("data", "train"), ("data", "eval")):
+        value = getattr(getattr(recipe, table), key)
+        moved = list(map(move, as_list(value)))
+        if moved != list(as_list(value)):
+            choices.append(Choice(table, key, moved[0] if isinstance(value, str) else moved, ""))
+    return choices

@@ -1,52 +1,32 @@
 """One recipe on every consumer GPU: what fits, and the longest row that does.
 
-GPUs of one size are one line, which stands for the one with the least usable memory, so that what fits there fits on all of them.
-GPUs without bfloat16 (GTX 16, RTX 20) are a group of their own: they compute in float16 and with another attention kernel.
+GPUs of one size are one line, for the one with the least usable memory: what fits there fits on all of them. Those without
+bfloat16 (GTX 16, RTX 20) are a group of their own: they compute in float16 and with another attention kernel.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.hardware.gpu import Gpu, smallest_of
 from qlora_phi3.hardware.gpu_table import GPU_TABLE, NATIVE_BFLOAT16, GpuSpec, name_series
 from qlora_phi3.memory.margin import budget_of, read_margin
-from qlora_phi3.memory.report import VramReport, as_json, from_json
+from qlora_phi3.memory.report import VramReport, as_json
 from qlora_phi3.memory.vram_check import VramChecker, compute_dtype_on
-from qlora_phi3.units import MIB
+from qlora_phi3.units import GIB, MIB
 
 if TYPE_CHECKING:
-    from qlora_phi3.memory.plan import RowLengths
+    from qlora_phi3.execution import ExecutionPlan
     from qlora_phi3.memory.predict import Predictor
+    from qlora_phi3.memory.simulate import StepShape
 
 SMALLEST_GB, LARGEST_GB = 4, 24
 #: A long row's loss goes through at most so many tiles, of at least this size.
 SMALLEST_TILE_MIB, MOST_TILES = 8, 64
-GROUP_FIELDS = ("nominal_gb", "series")
 
 #: Called with the name of the GPU that is computed, how many are done, and of how many.
 GpuProgress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuGroup:
-    """GPUs of one size and kind."""
-
-    nominal_gb: int
-    #: Such as "RTX 30, 40, 50".
-    series: str
-    #: The one with the least memory, at a typical speed.
-    device: Gpu
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuTableRow:
-    """The plan on one group of GPUs."""
-
-    nominal_gb: int
-    series: str
-    report: VramReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,39 +45,28 @@ class MaxLengthRow:
     compute_dtype: str
 
 
-def group_gpus() -> list[GpuGroup]:
-    """The consumer GPUs of the table from 4 to 24 GB, smallest first."""
+def group_gpus() -> list[Gpu]:
+    """The consumer GPUs of the table from 4 to 24 GB: one of each size and kind, with the least memory, at a typical speed."""
     members: dict[tuple[int, bool], list[GpuSpec]] = {}
     for gpu in GPU_TABLE:
         if SMALLEST_GB <= gpu.nominal_gb <= LARGEST_GB and gpu.consumer:
             members.setdefault((gpu.nominal_gb, gpu.compute_capability >= NATIVE_BFLOAT16), []).append(gpu)
-    groups = []
-    for (nominal_gb, _), gpus in sorted(members.items()):
-        series = name_series(gpus)
-        device = smallest_of(gpus, f"{nominal_gb} GB, {series}")
-        groups.append(GpuGroup(nominal_gb=nominal_gb, series=series, device=device))
-    return groups
+    return [smallest_of(gpus, f"{size} GB, {name_series(gpus)}") for (size, _), gpus in sorted(members.items())]
 
 
-def group_of_one(device: Gpu) -> GpuGroup:
-    """The GPU of this computer, as a group of its own."""
-    return GpuGroup(nominal_gb=math.ceil(device.total_bytes / 2**30), series=device.name, device=device)
-
-
-def build_gpu_table(checker: VramChecker, groups: Sequence[GpuGroup], progress: GpuProgress) -> list[GpuTableRow]:
-    """Plan for each group; a budget of the recipe that a GPU does not have is cut to what it has.
+def build_gpu_table(checker: VramChecker, devices: Sequence[Gpu], progress: GpuProgress) -> list[VramReport]:
+    """Plan for each GPU; a budget of the recipe that a GPU does not have is cut to what it has.
 
     Raises:
         ModelError: the recipe's adapter does not fit the model.
     """
-    rows = []
-    for number, group in enumerate(groups):
-        progress(group.device.name, number, len(groups))
-        budget_bytes = budget_of(checker.context.recipe, group.device, strict=False)
-        report = checker.report(group.device, budget_bytes, with_suggestions=False)
-        rows.append(GpuTableRow(nominal_gb=group.nominal_gb, series=group.series, report=report))
-    progress("", len(groups), len(groups))
-    return rows
+    reports = []
+    for number, device in enumerate(devices):
+        progress(device.name, number, len(devices))
+        budget_bytes = budget_of(checker.context.recipe, device, strict=False)
+        reports.append(checker.report(device, budget_bytes, with_suggestions=False))
+    progress("", len(devices), len(devices))
+    return reports
 
 
 def find_max_lengths(checker: VramChecker, devices: Sequence[Gpu], progress: GpuProgress) -> list[MaxLengthRow]:
@@ -120,11 +89,12 @@ class _MaxLengths:
     """The longest rows on GPUs that share a predictor: what was estimated for one is known for the next."""
 
     def __init__(self, checker: VramChecker, predictor: "Predictor") -> None:
-        from qlora_phi3.memory.search import MaxLengthSearch, estimate_minimal_allocated
+        from qlora_phi3.memory.search import MaxLengthSearch
 
         def estimate(length: int) -> int:
             checker.info(f"trying a row of {length:,} tokens")
-            return estimate_minimal_allocated(self._predictor_for(length), _alone(length))
+            predictor, minimal = self._minimal(length)
+            return max(predictor.phases(*minimal).values())
 
         self._checker, self._predictor = checker, predictor
         self._search = MaxLengthSearch(estimate, checker.context.architecture.max_position_embeddings)
@@ -133,7 +103,7 @@ class _MaxLengths:
     def on(self, device: Gpu) -> MaxLengthRow:
         """Estimate the longest row, simulate it in full, and improve the estimate by it, until no length is left between."""
         from qlora_phi3.memory.predict import estimate_allocated, estimate_reserved, least_reserved_bytes
-        from qlora_phi3.memory.search import STEP, predict_minimal, round_length
+        from qlora_phi3.memory.search import STEP, round_length
 
         def longest_within(allocated_bytes: int) -> int:
             length = self._search.within(allocated_bytes)
@@ -146,7 +116,8 @@ class _MaxLengths:
         fitting, too_long, memory = 0, self._search.at_most + STEP, None
         while fitting < length < too_long:
             self._checker.info(f"simulating every layer with a row of {length:,} tokens")
-            tried = predict_minimal(self._predictor_for(length), _alone(length), limit_bytes=limit_bytes)
+            simulator, minimal = self._minimal(length)
+            tried = simulator.predict(*minimal, limit_bytes=limit_bytes)
             if tried.fits:
                 fitting, memory = length, tried.memory
             else:
@@ -165,54 +136,24 @@ class _MaxLengths:
             compute_dtype=compute_dtype_on(recipe, device),
         )
 
-    def _predictor_for(self, length: int) -> "Predictor":
-        """One whose loss goes through a long row in few tiles: each is simulated, and the peak is elsewhere by far."""
-        recipe = self._predictor.recipe
-        if recipe.memory.logits_tile != "auto":
-            return self._predictor
-        logits_bytes = 4 * length * self._checker.context.architecture.vocab_size
-        tile = max(SMALLEST_TILE_MIB, -(-logits_bytes // MOST_TILES // MIB))
-        if tile not in self._tiled:
+    def _minimal(self, length: int) -> "tuple[Predictor, tuple[ExecutionPlan, StepShape]]":
+        """The plan for a step of one row; evaluating it needs less. A long row's loss goes through few tiles, all simulated."""
+        from qlora_phi3.memory.plan import assume_lengths
+        from qlora_phi3.memory.search import minimal_memory_plan
+
+        predictor, row = self._predictor, replace(assume_lengths(length, 1), longest_evaluation=0)
+        recipe = predictor.recipe
+        if recipe.memory.logits_tile == "auto":
+            logits_bytes = 4 * length * self._checker.context.architecture.vocab_size
+            tile = max(SMALLEST_TILE_MIB, -(-logits_bytes // MOST_TILES // MIB))
             memory = recipe.memory.model_copy(update={"logits_tile": f"{tile}MiB"})
-            self._tiled[tile] = self._predictor.with_recipe(recipe.model_copy(update={"memory": memory}))
-        return self._tiled[tile]
+            changed = replace(predictor, recipe=recipe.model_copy(update={"memory": memory}))
+            predictor = self._tiled.setdefault(tile, changed)
+        return predictor, minimal_memory_plan(predictor, row)
 
 
-def _alone(length: int) -> "RowLengths":
-    """A step of one row; evaluating it needs less than training on it."""
-    from qlora_phi3.memory.plan import assume_lengths
-
-    return replace(assume_lengths(length, 1), longest_evaluation=0)
-
-
-def gpu_table_as_json(rows: Sequence[GpuTableRow]) -> list[dict[str, Any]]:
-    """Each report, with the fields of its group."""
-    return [{**as_json(row.report), **{name: getattr(row, name) for name in GROUP_FIELDS}} for row in rows]
-
-
-def gpu_table_from_json(saved: Sequence[Mapping[str, Any]]) -> list[GpuTableRow]:
-    """The rows that `gpu_table_as_json` wrote.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    rows = []
-    try:
-        for row in saved:
-            report = from_json({key: value for key, value in row.items() if key not in GROUP_FIELDS})
-            rows.append(GpuTableRow(report=report, nominal_gb=row["nominal_gb"], series=row["series"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"no table of GPUs: {error}") from error
-    return rows
-
-
-def max_lengths_from_json(saved: Sequence[Mapping[str, Any]]) -> list[MaxLengthRow]:
-    """The rows that `asdict` wrote.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    try:
-        return [MaxLengthRow(**row) for row in saved]
-    except TypeError as error:
-        raise ValueError(f"no table of lengths: {error}") from error
+def table_row_as_json(report: VramReport) -> dict[str, Any]:
+    """The report, with the size and the series of its GPUs."""
+    gpus = [gpu for gpu in GPU_TABLE if gpu.label in report.device.represents]
+    series = name_series(gpus) if gpus else report.device.name
+    return {**as_json(report), "nominal_gb": math.ceil(report.device.total_bytes / GIB), "series": series}

@@ -20,12 +20,6 @@ ROUNDING = 512
 SMALLEST_PAGED_ELEMENTS = 100_000
 #: As a category: what is allocated is in host memory, not on the GPU.
 HOST = "host memory"
-#: Phase -> category of a storage that nothing else identifies.
-PHASE_CATEGORIES = {
-    "forward": report.ACTIVATIONS,
-    "backward": report.ACTIVATION_GRADIENTS,
-    "evaluation": report.ACTIVATIONS,
-}
 
 _aten, _bnb = torch.ops.aten, torch.ops.bitsandbytes
 _device_of = torch.ops.prim.device.default
@@ -95,8 +89,6 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
 
     def page(self, optimizer: Any) -> None:
         """Allocate paged state in host memory: `cudaMallocManaged` counts in none of the allocator's figures."""
-        if not getattr(optimizer, "is_paged", False) or self.rounding == 1:
-            return
 
         def buffer(parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
             if parameter.numel() < SMALLEST_PAGED_ELEMENTS:
@@ -105,7 +97,8 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
             with self.attribute_to(HOST):
                 return torch.zeros_like(parameter, dtype=dtype)
 
-        optimizer.get_state_buffer = buffer
+        if getattr(optimizer, "is_paged", False) and self.rounding != 1:
+            optimizer.get_state_buffer = buffer
 
     def track_bytes(self, num_bytes: int, category: str) -> Callable[[], None]:
         """Count bytes as allocated, also where no tensor has them, such as a kernel's workspace.
@@ -113,8 +106,7 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         Returns:
             A function that ends the allocation.
         """
-        self._count += 1
-        number = self._count
+        self._count = number = self._count + 1
         self.events.append((number, num_bytes))
         self.categories[number] = category
         self.live_bytes += num_bytes
@@ -128,12 +120,7 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
 
     def live_at(self, num_events: int) -> dict[str, int]:
         """Category -> bytes allocated after so many events, largest first."""
-        live: dict[int, int] = {}
-        for number, num_bytes in self.events[:num_events]:
-            if num_bytes:
-                live[number] = num_bytes
-            else:
-                del live[number]
+        live = {number: num_bytes for number, num_bytes in dict(self.events[:num_events]).items() if num_bytes}
         by_category: Counter[str] = Counter()
         for number, num_bytes in live.items():
             by_category[self.categories[number]] += num_bytes
@@ -192,17 +179,13 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
             return report.LOGITS_TILE
         if tensor.dtype == torch.bool and len(shape) > 1 and shape[-1] == shape[-2]:
             return report.ATTENTION_MASK
-        if self.phase == "backward" and torch.is_grad_enabled():
-            return report.RECOMPUTED_LAYER
-        return PHASE_CATEGORIES.get(self.phase, report.OTHER)
+        if self.phase == "backward":
+            return report.RECOMPUTED_LAYER if torch.is_grad_enabled() else report.ACTIVATION_GRADIENTS
+        return report.ACTIVATIONS if self.phase in ("forward", "evaluation") else report.OTHER
 
 
 def parameter_category(name: str, parameter: Tensor) -> str:
-    """The category of a model's parameter, simulated or real.
-
-    Args:
-        name: as `named_parameters` gives it.
-    """
+    """The category of a model's parameter, simulated or real, with its name of `named_parameters`."""
     if parameter.requires_grad:
         return report.ADAPTER
     if parameter.dtype == torch.uint8:

@@ -1,7 +1,6 @@
 """Whether a recipe fits a GPU: reads its model's shapes and its rows' lengths, makes the plan, and builds the report.
 
-Nothing is fetched. The tokenizer and the data count as unreadable unless they are in a directory or in the caches of the hub's
-libraries. Importing this module imports no torch: a cached report is shown without it.
+Nothing is fetched: tokenizer and data must be in a directory or in the hub's caches. Importing this module imports no torch.
 """
 
 import gc
@@ -10,8 +9,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +28,9 @@ if TYPE_CHECKING:
     from qlora_phi3.memory.predict import Predictor
     from qlora_phi3.recipe.schema import Recipe
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
-
-#: Called with what is being done, how much of it is done, and of how much; None where that is not known.
+MODEL_FILES = (
+    "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +59,9 @@ def read_recipe_context(recipe: "Recipe", base_folder: Path, progress: Progress)
     with hub_offline():
         try:
             config = read_config(found.model.name, recipe.model.revision, prefer_shipped=True)
-        except OtherModelError:
-            raise
         except ModelError as error:
-            if Path(found.model.name).is_dir() or not is_hub_id(found.model.name):
+            is_here = Path(found.model.name).is_dir() or not is_hub_id(found.model.name)
+            if is_here or isinstance(error, OtherModelError):
                 raise
             nearest = nearest_known(name)
             hint = f"Did you mean {nearest}, whose shapes are known? " if nearest else ""
@@ -91,9 +89,9 @@ def hub_offline() -> Iterator[None]:
 
     def set_offline(offline: bool) -> None:
         constants.HF_HUB_OFFLINE = offline
-        config = sys.modules.get("datasets.config")
+        config: Any = sys.modules.get("datasets.config")
         if config is not None and "HF_DATASETS_OFFLINE" not in os.environ:
-            config.HF_HUB_OFFLINE = config.HF_DATASETS_OFFLINE = offline  # type: ignore[attr-defined]
+            config.HF_HUB_OFFLINE = config.HF_DATASETS_OFFLINE = offline
 
     before, was_offline = os.environ.get("HF_HUB_OFFLINE"), constants.HF_HUB_OFFLINE
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -102,46 +100,37 @@ def hub_offline() -> Iterator[None]:
         yield
     finally:
         set_offline(was_offline)
-        if before is None:
-            del os.environ["HF_HUB_OFFLINE"]
-        else:
+        del os.environ["HF_HUB_OFFLINE"]
+        if before is not None:
             os.environ["HF_HUB_OFFLINE"] = before
 
 
 def read_rows(recipe: "Recipe", base_folder: Path, progress: Progress) -> tuple["RowLengths", RowSummary]:
     """The lengths of the rows, tokenized as a run does it; of `max_length` tokens each where they cannot be read."""
     from qlora_phi3.data.prepare import check_files, row_lengths
-    from qlora_phi3.memory.plan import read_lengths
+    from qlora_phi3.memory.plan import assume_lengths, read_lengths
     from qlora_phi3.recipe.load import as_list, is_local_data
 
-    sources = [*as_list(recipe.data.train), *(as_list(recipe.data.eval) if recipe.training.do_eval else ())]
+    training, problem, checked = recipe.training, "", False
+    sources = [*as_list(recipe.data.train), *(as_list(recipe.data.eval) if training.do_eval else ())]
     try:
-        check_files(recipe.data, base_folder, evaluate=recipe.training.do_eval)
-    except DataError as error:  # no run can use these files, whether the tokenizer is here or not
-        return _assume_rows(recipe, "The data cannot be used.", str(error))
-    try:
+        check_files(recipe.data, base_folder, evaluate=training.do_eval)
+        checked = True
         data = _tokenize(recipe, base_folder, progress)
-    except DataError as error:
-        if all(is_local_data(name, base_folder) for name in sources):
-            return _assume_rows(recipe, "The data cannot be used.", str(error))
-        return _assume_rows(recipe, error.message)  # a run may fetch what is not here
     except UserError as error:
-        return _assume_rows(recipe, error.message)
-    evaluation = [] if data.evaluation is None else row_lengths(data.evaluation).tolist()
-    lengths = read_lengths(row_lengths(data.train).tolist(), evaluation, recipe.training.batch_size)
-    held_out = f" and {len(evaluation):,} to evaluate on" if evaluation else ""
-    origin = f"{len(lengths.training):,} to train on{held_out}, the longest {lengths.longest:,} tokens"
-    return lengths, summarize_rows(lengths, origin)
-
-
-def _assume_rows(recipe: "Recipe", reason: str, problem: str = "") -> tuple["RowLengths", RowSummary]:
-    from qlora_phi3.memory.plan import assume_lengths
-
-    training = recipe.training
-    lengths = assume_lengths(training.max_length, training.batch_size)
-    if not training.do_eval:
-        lengths = replace(lengths, longest_evaluation=0)
-    origin = f"assumed to be max_length = {training.max_length:,} tokens each. {reason.splitlines()[0]}"
+        reason = error.message  # a run may fetch what is not here, but it cannot use local files that are wrong
+        is_local = not checked or all(is_local_data(name, base_folder) for name in sources)
+        if isinstance(error, DataError) and is_local:
+            reason, problem = "The data cannot be used.", str(error)
+        lengths = assume_lengths(training.max_length, training.batch_size)
+        if not training.do_eval:
+            lengths = replace(lengths, longest_evaluation=0)
+        origin = f"assumed to be max_length = {training.max_length:,} tokens each. {reason.splitlines()[0]}"
+    else:
+        evaluation = [] if data.evaluation is None else row_lengths(data.evaluation).tolist()
+        lengths = read_lengths(row_lengths(data.train).tolist(), evaluation, training.batch_size)
+        held_out = f" and {len(evaluation):,} to evaluate on" if evaluation else ""
+        origin = f"{len(lengths.training):,} to train on{held_out}, the longest {lengths.longest:,} tokens"
     return lengths, summarize_rows(lengths, origin, problem)
 
 
@@ -162,12 +151,10 @@ def _tokenize(recipe: "Recipe", base_folder: Path, progress: Progress) -> "Prepa
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    name = recipe.model.name
+    name, cached = recipe.model.name, None
     if not Path(name).is_dir():
-        try:
+        with suppress(HFValidationError):
             cached = try_to_load_from_cache(name, "tokenizer.json", revision=recipe.model.revision)
-        except HFValidationError:
-            cached = None
         if not isinstance(cached, str):
             raise UserError("The model's tokenizer, which counts them, is not on this computer.")
     from qlora_phi3.data.prepare import prepare_datasets
@@ -175,28 +162,25 @@ def _tokenize(recipe: "Recipe", base_folder: Path, progress: Progress) -> "Prepa
     from qlora_phi3.model.phi3 import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model)
-    template = choose_template(tokenizer, recipe.data.chat_template)
     return prepare_datasets(
         recipe.data,
         max_length=recipe.training.max_length,
         evaluate=recipe.training.do_eval,
         tokenizer=tokenizer,
-        template=template,
+        template=choose_template(tokenizer, recipe.data.chat_template),
         base_dir=base_folder,
         progress=progress,
     )
 
 
+@dataclass(eq=False, slots=True)
 class VramChecker:
-    """Makes the reports of one recipe; what GPUs have in common is simulated once.
+    """Makes the reports of one recipe; what GPUs have in common is simulated once."""
 
-    Args:
-        info: called with what is being done.
-    """
-
-    def __init__(self, context: RecipeContext, info: Callable[[str], None]) -> None:
-        self.context, self.info = context, info
-        self._predictors: dict[tuple[Any, ...], Predictor] = {}
+    context: RecipeContext
+    #: Called with what is being done.
+    info: Callable[[str], None]
+    _predictors: "dict[tuple[Any, ...], Predictor]" = field(default_factory=dict, init=False)
 
     def predictor(self, device: Gpu) -> "Predictor":
         """The simulator for a GPU; GPUs between which no operator of a step differs share one, as Ampere and Ada do."""
@@ -208,12 +192,9 @@ class VramChecker:
         dtype = compute_dtype_on(self.context.recipe, device)
         if (dtype, capability) not in self._predictors:
             gc.freeze()  # the collector need not look through the libraries again: a tenth of a simulation's time
+            recipe, config, architecture = self.context.recipe, dict(self.context.config), self.context.architecture
             self._predictors[dtype, capability] = Predictor(
-                self.context.recipe,
-                dict(self.context.config),
-                self.context.architecture,
-                compute_dtype=getattr(torch, dtype),
-                capability=capability,
+                recipe, config, architecture, compute_dtype=getattr(torch, dtype), capability=capability
             )
         return self._predictors[dtype, capability]
 
@@ -226,7 +207,7 @@ class VramChecker:
         Raises:
             ModelError: the recipe's adapter does not fit the model.
         """
-        from qlora_phi3.memory.plan import GpuLimits
+        from qlora_phi3.memory.cost import GpuLimits
         from qlora_phi3.memory.search import find_plan
         from qlora_phi3.memory.suggestions import find_suggestions
 
@@ -244,8 +225,8 @@ class VramChecker:
         return replace(report, suggestions=suggestions, no_fix_reason=no_fix_reason)
 
     def _build_report(self, device: Gpu, plan: "Plan", budget_bytes: int) -> VramReport:
-        memory, execution, training = plan.prediction.memory, plan.execution, self.context.recipe.training
-        margin, speeds = read_margin(device.name), self._speeds(device, plan)
+        memory, execution, training = plan.memory, plan.execution, self.context.recipe.training
+        margin, (speed, slowest, fastest) = read_margin(device.name), self._speeds(device, plan)
         together = max(1, min(execution.micro_batch.max_tokens // training.max_length, training.batch_size))
         return VramReport(
             verdict="fits" if plan.fits else "does_not_fit",
@@ -271,39 +252,33 @@ class VramChecker:
             mlp_tile_tokens=execution.mlp_tile_tokens,
             reasons=plan.reasons,
             rows=self.context.rows,
-            seconds_per_step=plan.step_time.seconds,
-            tokens_per_second=speeds[0],
-            slowest_tokens_per_second=min(speeds[1:]),
-            fastest_tokens_per_second=max(speeds[1:]),
+            seconds_per_step=plan.step_seconds,
+            tokens_per_second=speed,
+            slowest_tokens_per_second=slowest,
+            fastest_tokens_per_second=fastest,
             versions=read_versions(),
             created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
 
-    def _speeds(self, device: Gpu, plan: "Plan") -> list[float]:
-        """Tokens a second by the cost model: on the device, and on each GPU that it represents (else on the device again)."""
-        from qlora_phi3.memory.cost import estimate_step_time
+    def _speeds(self, device: Gpu, plan: "Plan") -> tuple[float, float, float]:
+        """Tokens a second by the cost model: on the device, on the slowest and on the fastest of the GPUs that it represents."""
+        from qlora_phi3.memory.cost import GpuLimits, estimate_step_seconds
 
+        rates = [
+            GpuLimits(limit_bytes=0, tflops_16bit=gpu.tflops_16bit, bandwidth_bytes_per_second=gpu.bandwidth_gb * 1e9)
+            for gpu in GPU_TABLE
+            if gpu.label in device.represents
+        ]
+        step = (self.context.architecture, plan.execution, plan.workload)
+        seconds = [estimate_step_seconds(*step, gpu) for gpu in rates] or [plan.step_seconds]
         tokens = sum(plan.workload.lengths)
-        speeds = [tokens / plan.step_time.seconds]
-        for gpu in GPU_TABLE:
-            if gpu.label in device.represents:
-                step_time = estimate_step_time(
-                    self.context.architecture,
-                    plan.execution,
-                    plan.workload,
-                    tflops_16bit=gpu.tflops_16bit,
-                    bandwidth_bytes_per_second=gpu.bandwidth_gb * 1e9,
-                )
-                speeds.append(tokens / step_time.seconds)
-        return speeds if len(speeds) > 1 else speeds * 2
+        return tokens / plan.step_seconds, tokens / max(seconds), tokens / min(seconds)
 
 
 def compute_dtype_on(recipe: "Recipe", device: Gpu) -> str:
     """The dtype of the arithmetic, as a run on that GPU would choose it."""
-    wanted = recipe.compute_dtype
-    if wanted != "auto":
-        return wanted
-    return "bfloat16" if device.compute_capability >= NATIVE_BFLOAT16 else "float16"
+    native = "bfloat16" if device.compute_capability >= NATIVE_BFLOAT16 else "float16"
+    return native if recipe.compute_dtype == "auto" else recipe.compute_dtype
 
 
 def files_of(recipe: "Recipe", base_folder: Path) -> list[Path]:
@@ -313,15 +288,14 @@ def files_of(recipe: "Recipe", base_folder: Path) -> list[Path]:
     from qlora_phi3.recipe.load import as_list, candidate_paths
 
     names = [recipe.model.name, *as_list(recipe.data.train), *as_list(recipe.data.eval)]
-    paths = [path.absolute() for name in names for path in candidate_paths(name, base_folder)]
-    for directory in paths[:2]:
-        paths += [directory / name for name in ("config.json", *TOKENIZER_FILES)]
+    paths = [path for name in names for path in candidate_paths(name, base_folder)]
+    paths += [directory / name for directory in paths[:2] for name in MODEL_FILES]
     if recipe.model.adapter is not None:
-        for directory in candidate_paths(recipe.model.adapter, base_folder):
-            paths += [directory.absolute() / name for name in ("adapter_config.json", "adapter/adapter_config.json")]
+        adapter_files = ("adapter_config.json", "adapter/adapter_config.json")
+        paths += [path / name for path in candidate_paths(recipe.model.adapter, base_folder) for name in adapter_files]
+    datasets = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets"))
     for name in names:
         flat = name.replace("/", "--")
         paths += [Path(HF_HUB_CACHE, f"{kind}--{flat}", "snapshots") for kind in ("models", "datasets")]
-        datasets = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets"))
         paths.append(datasets / name.replace("/", "___"))
-    return paths
+    return [path.absolute() for path in paths]

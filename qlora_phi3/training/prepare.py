@@ -24,8 +24,9 @@ from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, Micro
 from qlora_phi3.family import Architecture, parse_architecture, read_config
 from qlora_phi3.hardware.gpu import Gpu, read_gpu
 from qlora_phi3.memory.allocator import expandable_segments_work
+from qlora_phi3.memory.cost import GpuLimits
 from qlora_phi3.memory.margin import budget_of, read_margin
-from qlora_phi3.memory.plan import GpuLimits, RowLengths, read_lengths, step_shape
+from qlora_phi3.memory.plan import RowLengths, read_lengths, step_shape
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.search import find_plan
@@ -193,11 +194,11 @@ def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
     tiled = f", MLPs in tiles of {execution.mlp_tile_tokens:,} tokens" if execution.mlp_tile_tokens else ""
     reporter.info(
         f"Plan: {execution.micro_batch.max_tokens:,} tokens at once, {recomputed}{offloaded}{tiled}, {execution.optim}; "
-        f"{format_gib(plan.prediction.memory.on_gpu_bytes)} of {format_gib(limits.limit_bytes)} on the GPU"
+        f"{format_gib(plan.memory.on_gpu_bytes)} of {format_gib(limits.limit_bytes)} on the GPU"
     )
     if not plan.fits:
         reporter.warning("This should not fit; qlora-phi3 vram-check suggests what to change. The run tries it anyway.")
-    return PlannedRun(execution=execution, predicted=replace(plan.prediction.memory, trace=()))
+    return PlannedRun(execution=execution, predicted=replace(plan.memory, trace=()))
 
 
 def default_execution_plan(

@@ -11,7 +11,7 @@ from rich.text import Text
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.hardware.gpu_table import GPU_TABLE, name_series
 from qlora_phi3.memory.report import VramReport, planned_keys
-from qlora_phi3.memory.tables import GpuTableRow, MaxLengthRow
+from qlora_phi3.memory.tables import MaxLengthRow
 from qlora_phi3.units import GIB, format_gib
 
 #: Colours of the categories, the largest first.
@@ -21,18 +21,13 @@ SMALL_SHARE = 0.004
 #: Columns of the bar, at most, and of the largest bar in the table of categories.
 WIDEST_BAR, CATEGORY_BAR = 100, 24
 
-SMALL, SLACK, CONTEXT = "smaller ones", "unused by the allocator", "CUDA context"
-
 
 def show_gpu(console: Console, device: Gpu) -> None:
     """The processes on a GPU, and how much memory is free."""
     major, minor = device.compute_capability
+    gb_per_second, tflops = device.bandwidth_bytes_per_second / 1e9, device.tflops_16bit
     _print(console, _describe_memory(device))
-    _print(
-        console,
-        f"compute capability {major}.{minor}, {device.bandwidth_bytes_per_second / 1e9:,.0f} GB/s, "
-        f"{device.tflops_16bit:,.0f} TFLOPS in 16 bit",
-    )
+    _print(console, f"compute capability {major}.{minor}, {gb_per_second:,.0f} GB/s, {tflops:,.0f} TFLOPS in 16 bit")
     if not device.is_local:
         return
     known = sum(process.used_bytes or 0 for process in device.processes)
@@ -60,22 +55,16 @@ def _describe_memory(device: Gpu) -> str:
 
 def show_report(console: Console, report: VramReport) -> None:
     """The report for one recipe on one GPU."""
-    for line in _heading(report):
-        _print(console, line)
-    memory = report.memory
-    small = {name: size for name, size in memory.by_category.items() if size < SMALL_SHARE * memory.allocated_bytes}
-    sizes = [(name, size) for name, size in memory.by_category.items() if name not in small]
-    sizes += [
-        (SMALL, sum(small.values())),
-        (SLACK, memory.reserved_bytes - memory.allocated_bytes),
-        (CONTEXT, memory.on_gpu_bytes - memory.reserved_bytes),
-    ]
-    categories = [
-        (name, size, "white" if name in (SMALL, SLACK, CONTEXT) else COLOURS[number % len(COLOURS)])
-        for number, (name, size) in enumerate(sizes)
-        if size > 0
-    ]
-    _print(console, "")
+    _print(console, "\n".join((*_heading(report), "")))
+    memory, least = report.memory, SMALL_SHARE * report.memory.allocated_bytes
+    large = [(name, size) for name, size in memory.by_category.items() if size >= least]
+    categories = [(name, size, COLOURS[number % len(COLOURS)]) for number, (name, size) in enumerate(large)]
+    rest = {
+        "smaller ones": sum(size for size in memory.by_category.values() if size < least),
+        "unused by the allocator": memory.reserved_bytes - memory.allocated_bytes,
+        "CUDA context": memory.on_gpu_bytes - memory.reserved_bytes,
+    }
+    categories += [(name, size, "white") for name, size in rest.items() if size > 0]
     _show_bar(console, report, categories)
     _print(console, "")
     table = _table("", ">", "")
@@ -85,15 +74,12 @@ def show_report(console: Console, report: VramReport) -> None:
     table.add_row("[bold]on the GPU[/]", f"[bold]{format_gib(memory.on_gpu_bytes)}[/]", "")
     console.print(table)
     allocated, reserved = format_gib(memory.allocated_bytes), format_gib(memory.reserved_bytes)
-    _print(console, "")
-    _print(console, f"Allocated {allocated}, reserved {reserved}; the peak is in the {memory.peak_phase} phase.")
+    _print(console, f"\nAllocated {allocated}, reserved {reserved}; the peak is in the {memory.peak_phase} phase.")
     if memory.host_bytes:
         paged = "all" if memory.paged_bytes == memory.host_bytes else format_gib(memory.paged_bytes)
         state = f", {paged} of it paged optimizer state" if memory.paged_bytes else ""
         _print(console, f"In host memory at the same time: {format_gib(memory.host_bytes)}{state}.")
-    _print(console, "")
-    if not report.fits:
-        _print(console, "The plan that needs least memory:")
+    _print(console, "" if report.fits else "\nThe plan that needs least memory:")
     plan = _table("", "")
     for table_name, key, value, reason in planned_keys(report):
         if key != "mlp_tile_tokens" or value:
@@ -114,17 +100,15 @@ def _heading(report: VramReport) -> Iterator[str]:
         gpus = [gpu for gpu in GPU_TABLE if gpu.label in device.represents]
         sizes = sorted({gpu.nominal_gb for gpu in gpus})
         series = f"{name_series(gpus)} with {' and '.join(map(str, sizes))} GB"
-        others = [
-            gpu for gpu in GPU_TABLE if gpu.nominal_gb in sizes and gpu.consumer and gpu.label not in device.represents
-        ]
+        same_size = [gpu for gpu in GPU_TABLE if gpu.nominal_gb in sizes and gpu.consumer]
+        others = [gpu for gpu in same_size if gpu.label not in device.represents]
         if device.total_bytes != min(gpu.usable_bytes for gpu in gpus):
             yield f"No GPU of the table has that size: its speed is that of {series}"
         elif len(gpus) == 1:
             yield f"That is the {gpus[0].label}"
-        elif others:
-            yield f"The smallest {series}: they differ a little. --gpu checks one of them, or an older {name_series(others)}"
         else:
-            yield f"The smallest {series}: they differ a little. --gpu checks one of them"
+            older = f", or an older {name_series(others)}" if others else ""
+            yield f"The smallest {series}: they differ a little. --gpu checks one of them{older}"
     if device.is_local and device.other_processes_bytes:
         named = [
             f"{process.name} {format_gib(process.used_bytes)}" for process in device.processes if process.used_bytes
@@ -142,11 +126,10 @@ def _heading(report: VramReport) -> Iterator[str]:
 def _show_bar(console: Console, report: VramReport, categories: Sequence[tuple[str, int, str]]) -> None:
     """What is on the GPU, the margin, and what is left, with a legend; as wide as what is needed, where that is more."""
     width, device = min(WIDEST_BAR, console.width), report.device
-    outside = device.free_bytes - report.budget_bytes
+    outside, available = device.free_bytes - report.budget_bytes, device.total_bytes
     parts = [(device.other_processes_bytes, "▓", "yellow"), (outside, "─", "dim")]
-    parts += [(size, "█", colour) for _, size, colour in categories]
-    parts.append((report.margin_bytes, "▒", "white"))
-    needed, available = sum(size for size, _, _ in parts), device.total_bytes
+    parts += [*((size, "█", colour) for _, size, colour in categories), (report.margin_bytes, "▒", "white")]
+    needed = sum(size for size, _, _ in parts)
     bar = _draw_bar(width, parts, max(available, needed))
     if needed > available:
         end = width * available // needed
@@ -158,11 +141,8 @@ def _show_bar(console: Console, report: VramReport, categories: Sequence[tuple[s
     free = " free" if device.is_local else ""
     _print(console, f"█ {on_gpu} and a margin of ▒ {margin} make {total} of {format_gib(report.budget_bytes)}{free}")
     if report.margin_runs:
-        _print(
-            console,
-            f"The margin is {report.margin_share:.1%} instead of 3%: runs on this GPU took more than predicted "
-            f"({report.margin_runs} compared)",
-        )
+        instead = f"The margin is {report.margin_share:.1%} instead of 3%"
+        _print(console, f"{instead}: runs on this GPU took more than predicted ({report.margin_runs} compared)")
     if device.other_processes_bytes:
         _print(console, f"▓ {format_gib(device.other_processes_bytes)} used by other processes")
     if outside:
@@ -208,10 +188,8 @@ def _verdict(report: VramReport) -> Iterator[tuple[str, str | None]]:
 def _speed_lines(report: VramReport) -> Iterator[str]:
     """One speed, or those of the slowest and the fastest of the GPUs that the report is about."""
     low, high = report.slowest_tokens_per_second, report.fastest_tokens_per_second
-    tokens = report.seconds_per_step * report.tokens_per_second
-    slow, fast = (
-        f"{tokens / each:,.1f} s" if tokens >= each else f"{1000 * tokens / each:,.0f} ms" for each in (low, high)
-    )
+    times = [report.seconds_per_step * report.tokens_per_second / each for each in (low, high)]
+    slow, fast = (f"{seconds:,.1f} s" if seconds >= 1 else f"{1000 * seconds:,.0f} ms" for seconds in times)
     if round(low) == round(high):
         yield f"About {slow} an optimizer step, {low:,.0f} tokens a second:"
         yield "estimated from the GPU's stated rates, not measured."
@@ -220,16 +198,15 @@ def _speed_lines(report: VramReport) -> Iterator[str]:
         yield f"{fast}, {high:,.0f} on the fastest: estimated from their stated rates, not measured."
 
 
-def show_gpu_table(console: Console, rows: Sequence[GpuTableRow]) -> None:
+def show_gpu_table(console: Console, reports: Sequence[VramReport]) -> None:
     """One line for each size of GPU."""
-    first = rows[0].report
+    first = reports[0]
     _print(console, f"{first.model}; {first.batch_size} rows an optimizer step of at most {first.max_length:,} tokens")
-    _print(console, f"Rows: {first.rows.origin}")
-    _print(console, "")
+    _print(console, f"Rows: {first.rows.origin}\n")
     table = _table("GPU", "usable>", "needed>", "fits", "tokens at once>", "recomputed", "tokens/s>")
-    for row in rows:
-        report = row.report
-        name = row.series if report.device.is_local else f"{row.nominal_gb:>2} GB  {row.series}"
+    for report in reports:
+        size, _, series = report.device.name.partition(", ")
+        name = report.device.name if report.device.is_local else f"{size:>5}  {series}"
         usable = f"{report.budget_bytes / GIB:.2f}"
         needed = f"{(report.memory.on_gpu_bytes + report.margin_bytes) / GIB:.2f}"
         if not report.fits:
@@ -245,11 +222,10 @@ def show_gpu_table(console: Console, rows: Sequence[GpuTableRow]) -> None:
         tokens = f"{report.micro_batch_tokens:,}"
         table.add_row(escape(name), usable, needed, "[green]yes[/]", tokens, layers, speed)
     console.print(table)
-    _print(console, "")
     _print(
         console,
-        "usable: GiB that the smallest of these GPUs leaves to programs, with nothing else on it. needed: GiB of the prediction "
-        "and its margin. tokens at once: of one forward pass. recomputed: layers, or the MLPs alone of all layers. "
+        "\nusable: GiB that the smallest of these GPUs leaves to programs, with nothing else on it. needed: GiB of the "
+        "prediction and its margin. tokens at once: of one forward pass. recomputed: layers, or the MLPs alone of all layers. "
         "tokens/s: on the slowest and the fastest of them by a cost model, not measured.",
         "dim",
     )
@@ -259,24 +235,17 @@ def show_gpu_table(console: Console, rows: Sequence[GpuTableRow]) -> None:
 
 def show_max_lengths(console: Console, rows: Sequence[MaxLengthRow]) -> None:
     """The longest row for each GPU."""
-    _print(
-        console, f"{rows[0].model}: the longest row that fits, alone in its step, with the plan that needs least memory"
-    )
-    _print(console, "")
+    heading = f"{rows[0].model}: the longest row that fits, alone in its step, with the plan that needs least memory"
+    _print(console, f"{heading}\n")
     table = _table("GPU", "usable>", "longest row>", "on the GPU>", "in host memory>")
     for row in rows:
         length = f"{row.max_length:,}{'*' if row.is_model_limit else ' '}" if row.max_length else "none "
         host = format_gib(row.host_bytes) if row.host_bytes else ""
         table.add_row(escape(row.name), format_gib(row.usable_bytes), length, format_gib(row.on_gpu_bytes), host)
     console.print(table)
-    _print(console, "")
-    _print(
-        console,
-        "on the GPU: the prediction; its margin is within what is usable. in host memory: what is offloaded.",
-        "dim",
-    )
-    if any(row.is_model_limit for row in rows):
-        _print(console, "* all the positions the model has", "dim")
+    legend = "on the GPU: the prediction; its margin is within what is usable. in host memory: what is offloaded."
+    limit = "\n* all the positions the model has" if any(row.is_model_limit for row in rows) else ""
+    _print(console, f"\n{legend}{limit}", "dim")
 
 
 def _table(*headings: str) -> Table:

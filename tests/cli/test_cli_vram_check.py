@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from fake_nvml import two_gpus
 from workshop import Workshop, call, write_chats
 
 import qlora_phi3.hardware.gpu
@@ -339,6 +340,17 @@ def test_on_the_gpu_here_a_run_may_take_what_is_free_and_other_processes_are_nam
     assert "2.00 GiB (Xorg 700 MiB, game.exe)" in shown
 
 
+def test_the_gpu_that_the_recipe_names_is_checked_as_a_run_uses_it(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", two_gpus())
+    assert check()["device"]["name"] == "NVIDIA GeForce RTX 4070"  # the one with the most free memory
+    assert check("--set", "memory.gpu=1")["device"]["name"] == "NVIDIA GeForce RTX 4070 Ti SUPER"
+    home.write(name="second.toml", memory={"gpu": "4070 Ti SUPER"})
+    assert check(recipe="second.toml")["device"]["name"] == "NVIDIA GeForce RTX 4070 Ti SUPER"
+    result = call("vram-check", "mine.toml", "--set", "memory.gpu=RTX 3060")
+    assert result.exit_code == 2
+    assert "'RTX 3060'" in result.stderr
+
+
 def test_a_run_that_took_more_than_predicted_widens_the_margin_visibly(home, gpu_here):
     before = check()["margin_bytes"]
     record_error(HERE.name, 1000 * MIB, 2000 * MIB)
@@ -377,7 +389,7 @@ def test_nothing_is_written_where_nothing_fits(home):
 @pytest.fixture
 def few_gpus(monkeypatch):
     """Two sizes of GPUs instead of twelve."""
-    chosen = [group for group in qlora_phi3.memory.tables.group_gpus() if group.nominal_gb in (10, 11)]
+    chosen = [gpu for gpu in qlora_phi3.memory.tables.group_gpus() if gpu.name.startswith(("10 GB", "11 GB"))]
     monkeypatch.setattr(qlora_phi3.memory.tables, "group_gpus", lambda: chosen)
 
 

@@ -7,7 +7,8 @@ import torch
 from tiny_model import load_tiny, random_rows, relative_difference, save_tiny_model
 
 from qlora_phi3.family import parse_architecture
-from qlora_phi3.memory.plan import GpuLimits, read_lengths
+from qlora_phi3.memory.cost import GpuLimits
+from qlora_phi3.memory.plan import read_lengths
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.search import find_plan
 from qlora_phi3.model.phi3 import apply_execution_plan
@@ -81,5 +82,5 @@ def test_changing_the_gpu_changes_neither_the_losses_nor_the_weights(folder, pla
 
 
 def test_a_larger_gpu_is_never_slower(plans):
-    seconds = [plan.step_time.seconds for plan in plans]
+    seconds = [plan.step_seconds for plan in plans]
     assert seconds == sorted(seconds, reverse=True)

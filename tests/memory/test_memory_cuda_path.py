@@ -3,7 +3,6 @@
 import pytest
 
 from qlora_phi3.memory.cuda_path import (
-    CONTEXT_SPREAD_BYTES,
     attention_backward_bytes,
     attention_kernel,
     context_bytes,
@@ -44,12 +43,6 @@ def test_heads_that_the_memory_efficient_kernel_cannot_align_take_the_math_kerne
     assert attention_kernel((7, 5), has_mask=False, head_size=20, grouped=False, dtype="float32") == "efficient"
 
 
-def test_cudnn_is_preferred_on_data_centre_gpus_only_and_where_it_is_allowed():
-    assert attention_kernel((9, 0), has_mask=True, cudnn=True, **PHI_4) == "cudnn"
-    assert attention_kernel((9, 0), has_mask=False, **PHI_4) == "flash"
-    assert attention_kernel((12, 0), has_mask=False, cudnn=True, **PHI_4) == "flash"
-
-
 def test_flash_accumulates_the_gradient_of_the_queries_in_fp32():
     # 2,000 tokens count as 2,048; heads of 96 stay 96; one more fp32 a row.
     assert attention_backward_bytes("flash", (1, 32, 2000, 96), kv_heads=32) == 32 * 2048 * (96 + 1) * 4
@@ -74,7 +67,7 @@ def test_small_heads_need_no_memory_for_the_gradient_of_the_keys_in_16_bit():
     assert attention_backward_bytes("efficient", (1, 4, 128, 64), kv_heads=4, itemsize=4) == in_32_bit
 
 
-@pytest.mark.parametrize("kernel", ["math", "cudnn"])
+@pytest.mark.parametrize("kernel", ["math"])
 def test_a_kernel_whose_workspace_is_not_known_is_not_guessed(kernel):
     with pytest.raises(ValueError, match=f"{kernel} attention kernel"):
         attention_backward_bytes(kernel, (1, 40, 128, 128), kv_heads=10)
@@ -86,7 +79,7 @@ def test_a_kernel_whose_workspace_is_not_known_is_not_guessed(kernel):
 )
 def test_the_context_is_within_its_spread_of_every_published_measurement(capability, multiprocessors, measured_mib):
     predicted = context_bytes(capability, multiprocessors)
-    assert abs(predicted - measured_mib * MIB) <= CONTEXT_SPREAD_BYTES
+    assert abs(predicted - measured_mib * MIB) <= 64 * MIB
 
 
 def test_a_gpu_of_unknown_multiprocessors_counts_as_a_typical_one_of_its_generation():

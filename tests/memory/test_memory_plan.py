@@ -6,7 +6,7 @@ import pytest
 
 from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan
 from qlora_phi3.family import read_architecture
-from qlora_phi3.memory.cost import StepWorkload, recomputation_of
+from qlora_phi3.memory.cost import StepWorkload, count_weights, recomputation_of
 from qlora_phi3.memory.plan import assume_lengths, read_lengths, step_shape
 
 LAYOUT = MicroBatchPlan(max_tokens=2048, max_rows=2, packing=True, longrope_boundary=None)
@@ -51,3 +51,10 @@ def test_every_eighth_and_every_tenth_layer_of_32_are_the_same_four():
     )
     assert eighth == tenth
     assert (eighth.layers, sixth.layers) == (4 / 32, 6 / 32)
+
+
+def test_the_cost_model_counts_the_weights_of_the_linear_layers():
+    architecture = read_architecture("microsoft/Phi-4-mini-instruct", prefer_shipped=True)
+    # 32 layers of 3,072 / 8,192; of 24 heads of 128 there are 8 for key and value.
+    attention, mlp = 32 * 3072 * (3072 + 2 * 1024 + 3072), 32 * 3 * 3072 * 8192
+    assert count_weights(architecture) == (attention, mlp)

@@ -9,7 +9,8 @@ from tiny_check import build_recipe, tiny_config
 
 from qlora_phi3.data.batching import plan_micro_batches
 from qlora_phi3.family import parse_architecture
-from qlora_phi3.memory.plan import GpuLimits, assume_lengths, read_lengths, step_shape
+from qlora_phi3.memory.cost import GpuLimits
+from qlora_phi3.memory.plan import assume_lengths, read_lengths, step_shape
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.search import WORTH, MaxLengthSearch, find_plan, minimal_memory_plan, round_length
 from qlora_phi3.units import MIB
@@ -58,14 +59,14 @@ def test_a_step_sees_the_same_rows_once_on_every_gpu(plans):
 
 def test_the_prediction_of_a_plan_that_fits_is_within_its_limit(plans):
     for limits, found in plans:
-        memory = found.prediction.memory
+        memory = found.memory
         assert found.fits
         assert memory.allocated_bytes <= memory.reserved_bytes < memory.on_gpu_bytes <= limits.limit_bytes
 
 
 def test_a_larger_gpu_is_never_slower(plans):
     for (_, smaller), (_, larger) in pairwise(plans):
-        assert larger.step_time.seconds <= smaller.step_time.seconds * WORTH
+        assert larger.step_seconds <= smaller.step_seconds * WORTH
 
 
 def test_with_more_than_enough_memory_nothing_is_recomputed_or_offloaded(plans):
@@ -75,8 +76,7 @@ def test_with_more_than_enough_memory_nothing_is_recomputed_or_offloaded(plans):
 
 def test_layers_are_recomputed_with_their_mlps_in_tiles_only_where_nothing_else_fits():
     predictor = build_predictor(training={"max_length": 4096, "batch_size": 1})
-    minimal = minimal_memory_plan(predictor, LONG_ROWS)
-    shape = step_shape(LONG_ROWS, minimal)
+    minimal, shape = minimal_memory_plan(predictor, LONG_ROWS)
     tiled, whole = (
         predictor.predict(replace(minimal, mlp_tile_tokens=tokens), shape, limit_bytes=2**40) for tokens in (1024, 0)
     )
@@ -91,7 +91,7 @@ def test_layers_are_recomputed_with_their_mlps_in_tiles_only_where_nothing_else_
     assert "last resort" in small.reasons["mlp_tile_tokens"]
     assert large.fits
     assert (large.execution.checkpoint_every, large.execution.mlp_tile_tokens) != (1, 1024)
-    assert small.step_time.arithmetic > large.step_time.arithmetic
+    assert small.step_seconds > large.step_seconds
 
 
 def test_a_pinned_key_is_never_overruled():
@@ -118,7 +118,7 @@ def test_a_pasted_pair_of_batch_size_and_accumulation_keeps_its_rows():
 def test_nothing_fits_a_gpu_without_memory_and_the_plan_is_then_the_minimal_one(predictor):
     _, found = plan(predictor, 1)
     assert not found.fits
-    assert found.execution == minimal_memory_plan(predictor, ROWS)
+    assert found.execution == minimal_memory_plan(predictor, ROWS)[0]
     assert (found.execution.checkpoint_every, found.execution.activation_offloading) == (1, True)
 
 
@@ -126,12 +126,12 @@ def test_assumed_lengths_never_need_less_than_the_rows_they_replace(predictor):
     _, read = plan(predictor, 400)
     _, assumed = plan(predictor, 400, replace(assume_lengths(256, 8), longest_evaluation=200))
     assert read.execution.checkpoint_every == assumed.execution.checkpoint_every == 0
-    assert assumed.prediction.memory.allocated_bytes >= read.prediction.memory.allocated_bytes
+    assert assumed.memory.allocated_bytes >= read.memory.allocated_bytes
 
 
 def test_between_none_and_all_layers_and_with_tiles_the_estimate_is_near_the_simulation():
     predictor = build_predictor(16, training={"max_length": 4096, "batch_size": 1})
-    minimal = replace(minimal_memory_plan(predictor, LONG_ROWS), activation_offloading=False)
+    minimal = replace(minimal_memory_plan(predictor, LONG_ROWS)[0], activation_offloading=False)
     for every, tile in ((8, 0), (4, 0), (3, 0), (4, 1024)):
         execution = replace(minimal, checkpoint_every=every, mlp_tile_tokens=tile)
         shape = step_shape(LONG_ROWS, execution)

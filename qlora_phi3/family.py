@@ -206,6 +206,13 @@ def part_rows(architecture: Architecture) -> dict[str, int]:
     return {"q_proj": query, "k_proj": key, "v_proj": key, "gate_proj": inner, "up_proj": inner}
 
 
+def linear_shapes(architecture: Architecture) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of each linear layer of a decoder layer, by its last name."""
+    hidden, rows = architecture.hidden_size, part_rows(architecture)
+    shapes = {name: (sum(rows[part] for part in parts), hidden) for name, parts in PARTS.items()}
+    return shapes | {"o_proj": (hidden, rows["q_proj"]), "down_proj": (hidden, architecture.intermediate_size)}
+
+
 def layer_shapes(architecture: Architecture, *, fused: bool) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of every layer of the base that LoRA can adapt, by its full name.
 
@@ -213,10 +220,8 @@ def layer_shapes(architecture: Architecture, *, fused: bool) -> dict[str, tuple[
     """
     hidden, rows = architecture.hidden_size, part_rows(architecture)
     shapes = {"model.embed_tokens": (hidden, architecture.vocab_size), "lm_head": (architecture.vocab_size, hidden)}
-    linear = {name: (sum(rows[part] for part in parts), hidden) for name, parts in PARTS.items()}
-    linear |= {"o_proj": (hidden, rows["q_proj"]), "down_proj": (hidden, architecture.intermediate_size)}
     for number in range(architecture.num_hidden_layers):
-        for layer, shape in linear.items():
+        for layer, shape in linear_shapes(architecture).items():
             module = f"model.layers.{number}.{'self_attn' if layer in ('qkv_proj', 'o_proj') else 'mlp'}"
             if fused or layer not in PARTS:
                 shapes[f"{module}.{layer}"] = shape

@@ -1,16 +1,20 @@
-"""The command line. Nothing heavy is imported outside the body of a command, so that `--help` takes 50 ms."""
+"""The command line, with the small commands `recipe check` and `recipe schema`; the others have a file each.
+
+Nothing heavy is imported outside the body of a command, so that `--help` takes 50 ms.
+"""
 
 import codecs
 import errno
 import io
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from qlora_phi3.cli.adapter import adapter
 from qlora_phi3.cli.export import export
-from qlora_phi3.cli.recipe import recipe
+from qlora_phi3.cli.options import debug_option, set_option
 from qlora_phi3.cli.run import run
 from qlora_phi3.cli.vram_check import vram_check
 from qlora_phi3.errors import Interrupted, UserError, disk_error_hint
@@ -73,5 +77,39 @@ def main() -> None:
     """
 
 
-for command in (run, export, recipe, vram_check, adapter):
+@main.group()
+def recipe() -> None:
+    """Check a recipe, or print the schema that lets an editor complete it."""
+
+
+@recipe.command()
+@debug_option
+def schema() -> None:
+    """Print the JSON schema of a recipe.
+
+    \b
+    Save it in the folder of your recipe, and name it in the recipe's first line:
+      qlora-phi3 recipe schema > recipe.schema.json
+      #:schema ./recipe.schema.json
+    """
+    import json
+
+    from qlora_phi3.recipe.load import recipe_schema
+
+    click.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@recipe.command()
+@click.argument("path", metavar="RECIPE", type=click.Path(path_type=Path))
+@set_option
+@debug_option
+def check(path: Path, overrides: tuple[str, ...]) -> None:
+    """Check RECIPE and the files it names, and print it with all default values."""
+    from qlora_phi3.recipe.load import load_recipe, recipe_as_toml
+
+    click.echo(recipe_as_toml(load_recipe(path, overrides, check_files=True)), nl=False)
+    click.echo(f"{path} is fine.", err=True)
+
+
+for command in (run, export, vram_check, adapter):
     main.add_command(command)

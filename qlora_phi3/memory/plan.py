@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_phi3.data.batching import plan_micro_batches
-from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan
+from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan
 from qlora_phi3.memory.cost import StepWorkload
 from qlora_phi3.memory.predict import Prediction
 from qlora_phi3.memory.simulate import StepShape
@@ -61,7 +61,7 @@ def step_shape(rows: RowLengths, execution: ExecutionPlan) -> StepShape:
     shorter one.
     """
     step, plan = rows.training[: rows.batch_size], execution.micro_batch  # the longest rows that can meet in a step
-    groups = split_rows(step, plan)
+    groups = plan_micro_batches(step, plan)
     if plan.packing:
         num_full, rest = divmod(max(rows.longest, min(plan.max_tokens, sum(step))), rows.longest)
         lengths = (rows.longest,) * num_full + ((rest,) if rest else ())
@@ -71,15 +71,6 @@ def step_shape(rows: RowLengths, execution: ExecutionPlan) -> StepShape:
     longest, held_out = rows.longest_evaluation, execution.evaluation
     num_held_out = max(1, min(held_out.max_tokens // longest, rows.batch_size, held_out.max_rows)) if longest else 0
     return StepShape(lengths=lengths, evaluation_lengths=(longest,) * num_held_out, accumulates=len(groups) > 1)
-
-
-def split_rows(lengths: Sequence[int], plan: MicroBatchPlan) -> list[list[int]]:
-    """The micro-batches of a step, as indices of its rows.
-
-    Args:
-        lengths: tokens of each row.
-    """
-    return plan_micro_batches(lengths, plan)
 
 
 def describe_kind(execution: ExecutionPlan) -> str:
@@ -100,7 +91,7 @@ def explain_choices(
         limit_bytes: most that may be predicted on the GPU.
     """
     every, tile = execution.checkpoint_every, execution.mlp_tile_tokens
-    num_passes = len(split_rows(rows.typical_step(), execution.micro_batch))
+    num_passes = len(plan_micro_batches(rows.typical_step(), execution.micro_batch))
     if num_passes == 1:
         micro_batch = "the complete optimizer step in one forward pass"
     elif execution.micro_batch.max_tokens <= rows.longest:

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from qlora_phi3.data.batching import plan_micro_batches
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan, smaller_mlp_tile
 from qlora_phi3.memory.cost import GpuLimits, StepWorkload, estimate_step_seconds
-from qlora_phi3.memory.plan import Plan, RowLengths, describe_kind, explain_choices, split_rows, step_shape
+from qlora_phi3.memory.plan import Plan, RowLengths, describe_kind, explain_choices, step_shape
 from qlora_phi3.memory.predict import Predictor, estimate_allocated, estimate_reserved
 from qlora_phi3.memory.simulate import StepShape
+from qlora_phi3.model.optimizer import default_optimizer
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import parse_size
 
@@ -79,8 +81,8 @@ class _Search:
         self.kinds = _allowed_kinds(recipe, predictor.architecture.num_hidden_layers)
         self.tiles = _allowed_tiles(recipe, self.fewest)
         #: The one that needs least memory last.
-        optim = self.training.optim
-        self.optimizers = ("adamw_8bit", "paged_adamw_8bit") if optim == "auto" else (optim,)
+        optim = default_optimizer(self.training, is_cuda=True)
+        self.optimizers = (optim, f"paged_{optim}") if self.training.optim == "auto" else (optim,)
         #: The plan that needs least memory of all that the recipe allows.
         self.minimal = self._smallest(*self.kinds[-1], self.tiles[-1])
         #: Kinds that would be faster and do not fit, and what each would need on the GPU.
@@ -218,7 +220,7 @@ class _Search:
         recipe, lengths = self.predictor.recipe, self.rows.typical_step()
         workload = StepWorkload(
             lengths=lengths,
-            num_micro_batches=len(split_rows(lengths, execution.micro_batch)),
+            num_micro_batches=len(plan_micro_batches(lengths, execution.micro_batch)),
             rank=recipe.lora.r,
             quantized=recipe.quantization.load_in_4bit,
         )

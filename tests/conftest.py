@@ -9,7 +9,8 @@ import pytest
 # Set before any library reads them. Each worker of pytest-xdist imports this file and gets its own directories.
 os.environ["HF_HUB_OFFLINE"] = "1"
 OWN_DIRECTORIES = {
-    name: tempfile.mkdtemp(prefix="qlora-phi3-tests-") for name in ("HF_DATASETS_CACHE", "XDG_STATE_HOME")
+    name: tempfile.mkdtemp(prefix="qlora-phi3-tests-")
+    for name in ("HF_DATASETS_CACHE", "XDG_CACHE_HOME", "XDG_STATE_HOME")
 }
 os.environ.update(OWN_DIRECTORIES)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,11 +23,12 @@ def pytest_unconfigure():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """One torch thread: the other cores belong to the other workers, and sums have one order."""
+def same_environment():
+    """One torch thread, as other cores belong to other workers and sums then have one order; no width of pytest-xdist's."""
     import torch
 
     torch.set_num_threads(1)
+    os.environ.pop("COLUMNS", None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from qlora_phi3.errors import RunError, UserError, disk_error_hint
 
 APP_NAME = "qlora-phi3"
@@ -99,7 +97,7 @@ def disk_errors(
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, _safetensor_error()) as error:
         reason = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
         if isinstance(error, RuntimeError):
             # torch.save reports a full disk as a RuntimeError of its zip writer, which only counts bytes (torch 2.13).
@@ -108,6 +106,13 @@ def disk_errors(
             reason = "the disk accepted fewer bytes than were written, as a full disk does"
         message = f"{path} cannot be written: {reason.splitlines()[0].rstrip('.')}."
         raise error_class(message, hint.format(cause=disk_error_hint(error))) from error
+
+
+def _safetensor_error() -> type[Exception]:
+    """Called only after something was raised, so that `--help` does not pay for the import."""
+    from safetensors import SafetensorError
+
+    return SafetensorError
 
 
 def flush_to_disk(path: Path) -> None:

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from memory_bench.cases import Case, mid_size
-from memory_bench.truth import Marks, build_random, peaks_of, step_shape
-from torch.profiler import ProfilerActivity, profile
+from memory_bench.truth import Marks, build_random, peaks_of, profile_memory, step_shape
 from weighted_objective import weighted_logprobs
 
 from qlora_phi3.memory.simulate import run_one_step, simulate
@@ -30,7 +29,7 @@ def test_the_peak_of_another_objective_is_predicted(lora):
     ).by_phase
     rows = [{"input_ids": [0] * length, "labels": [0] * length} for length in case.lengths]
     batch, marks = collate(rows, case.execution.micro_batch), Marks()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+    with profile_memory() as watched:
         marks.enter("load")
         model = build_random(case, torch.device("cpu"))
         marks.enter("loaded")

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from memory_bench.truth import peaks_of
-from torch.profiler import ProfilerActivity, profile
+from memory_bench.truth import peaks_of, profile_memory
 from workshop import Workshop, build_base
 
 from qlora_phi3.memory.tracker import quantization_tensors
@@ -44,7 +43,7 @@ def test_a_whole_run_takes_what_it_predicts(tmp_path, monkeypatch, packing):
         },
         memory={"rehearsal": True, "micro_batch_tokens": 4096},
     )
-    tracker, seen = profile(activities=[ProfilerActivity.CPU], profile_memory=True), {}
+    tracker, seen = profile_memory(), {}
     build_trainer, check_prediction = training_run.build_trainer, training_run._check_prediction
 
     def start(context, execution, model, folder):

@@ -175,7 +175,8 @@ def _choose_onto(sources: Sources, proof: Proof, reporter: Reporter) -> Onto:
     if difference is not None and difference.standard_error is not None and difference.mean > 0:
         better, limit = f"{difference.mean:.4f} nats", f"{2 * difference.standard_error:.4f}"
         how, label = "more" if chosen == "original" else "less", sources.base.record.label(chosen)
-        reporter.info(f"original is better by {better}, {how} than two standard errors ({limit}): {label}")
+        reason = f"the original's loss is lower by {better}, {how} than two standard errors ({limit})"
+        reporter.info(f"Merging onto {label}: {reason}.")
     return chosen
 
 

@@ -6,9 +6,9 @@
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -184,7 +184,8 @@ def generate(
         messages_or_prompt: a conversation, rendered with the chat template up to the assistant's turn; or plain text, continued
             as it is.
         temperature: 0 for the most likely token at each step; else tokens are sampled.
-        stream: return an iterator of pieces of text, which generates while it is read. Closing it stops the generation.
+        stream: return an iterator of pieces of text, which generates while it is read. Closing it stops the generation. A byte
+            token is in it as soon as it is a character, and in the text only if the bytes after it are valid too.
 
     Raises:
         DataError: the chat template cannot render the messages, or the prompt leaves no position for a new token.
@@ -204,12 +205,24 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-    pieces = _stream(inference, ids, {**sampling, "max_new_tokens": min(max_new_tokens, limit - ids.shape[1])})
-    return pieces if stream else "".join(pieces)
+    texts = _generate(inference, ids, {**sampling, "max_new_tokens": min(max_new_tokens, limit - ids.shape[1])})
+    return _pieces(texts) if stream else list(texts)[-1]
 
 
-def _stream(inference: InferenceModel, ids: Tensor, options: Mapping[str, Any]) -> Iterator[str]:
-    """Generate in a thread, and yield the text as it comes. `ids` is (1, length) int64.
+def _pieces(texts: Generator[str, None, None]) -> Iterator[str]:
+    """What each text adds to those before it, without the first bytes of a character that is not complete."""
+    text, sent = "", 0
+    with closing(texts):
+        for text in texts:
+            if len(text) > sent and not text.endswith("\ufffd"):
+                yield text[sent:]
+                sent = len(text)
+        if text[sent:]:
+            yield text[sent:]
+
+
+def _generate(inference: InferenceModel, ids: Tensor, options: Mapping[str, Any]) -> Generator[str, None, None]:
+    """Generate in a thread, and yield the whole new text after each token. `ids` is (1, length) int64.
 
     Each step decodes all new tokens. transformers' TextIteratorStreamer decodes each line alone, and Phi-3's tokenizer then drops
     a space of the line's indentation.
@@ -240,13 +253,7 @@ def _stream(inference: InferenceModel, ids: Tensor, options: Mapping[str, Any]) 
     with ThreadPoolExecutor(1) as pool:
         generation = pool.submit(run)
         try:
-            text, sent = "", 0
-            for text in iter(texts.get, None):
-                if len(text) > sent and not text.endswith("\ufffd"):  # the first bytes of a character
-                    yield text[sent:]
-                    sent = len(text)
-            if text[sent:]:
-                yield text[sent:]
+            yield from iter(texts.get, None)
         finally:
             closed.set()
         generation.result()

@@ -71,7 +71,7 @@ class CachedVramCheck:
         """Whether the recipe fits a GPU."""
 
         def compute(progress: CheckProgress) -> list[VramReport]:
-            budget_bytes = budget_of(self.recipe, device)  # refused before torch is started
+            budget_bytes = budget_of(self.recipe.memory, device)  # refused before torch is started
             return [self._checker(progress).report(device, budget_bytes)]
 
         (report,) = self._cached("report", [device], compute, as_json, from_json)

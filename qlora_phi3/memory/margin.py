@@ -18,7 +18,7 @@ from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.units import MIB, format_gib, parse_size
 
 if TYPE_CHECKING:
-    from qlora_phi3.recipe.schema import Recipe
+    from qlora_phi3.recipe.schema import Memory
 
 #: The share of the prediction, and the least. Chosen, not measured: on CPUs, predictions were never too low by more than 0.5 %.
 DEFAULT_SHARE, LEAST_BYTES = 0.03, 128 * MIB
@@ -49,7 +49,7 @@ class Margin:
         return max(0, min(budget_bytes - LEAST_BYTES, int(budget_bytes / (1 + self.share))))
 
 
-def budget_of(recipe: "Recipe", device: Gpu, *, strict: bool = True) -> int:
+def budget_of(memory: "Memory", device: Gpu, *, strict: bool = True) -> int:
     """Bytes a run may take on a GPU, its margin included: what is free there, or less where [memory] budget says so.
 
     Args:
@@ -58,7 +58,7 @@ def budget_of(recipe: "Recipe", device: Gpu, *, strict: bool = True) -> int:
     Raises:
         DeviceError: the recipe's budget is more than the GPU has.
     """
-    wanted = recipe.memory.budget
+    wanted = memory.budget
     if wanted == "auto":
         return device.free_bytes
     if strict and parse_size(wanted) > device.total_bytes:

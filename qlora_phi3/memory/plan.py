@@ -8,7 +8,7 @@ from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan
 from qlora_phi3.memory.cost import StepWorkload
 from qlora_phi3.memory.predict import Prediction
 from qlora_phi3.memory.simulate import StepShape
-from qlora_phi3.recipe.schema import Recipe
+from qlora_phi3.recipe.schema import Memory, Training
 from qlora_phi3.units import format_gib
 
 
@@ -82,7 +82,12 @@ def describe_kind(execution: ExecutionPlan) -> str:
 
 
 def explain_choices(
-    recipe: Recipe, execution: ExecutionPlan, rows: RowLengths, refused: Mapping[ExecutionPlan, int], limit_bytes: int
+    training: Training,
+    memory: Memory,
+    execution: ExecutionPlan,
+    rows: RowLengths,
+    refused: Mapping[ExecutionPlan, int],
+    limit_bytes: int,
 ) -> dict[str, str]:
     """Key of the recipe -> why the plan gives it this value.
 
@@ -116,7 +121,6 @@ def explain_choices(
     paged = "its state can leave a full GPU; otherwise it is as fast as adamw_8bit"
     offloading = "recomputation alone does not save enough memory" if execution.activation_offloading else "not needed"
     logits_tile = "the fastest size" if execution.logits_tile_bytes >= DEFAULT_LOGITS_TILE_BYTES else "less memory"
-    training, memory = recipe.training, recipe.memory
     choices = {
         "micro_batch_tokens": (training.micro_batch_size or memory.micro_batch_tokens != "auto", micro_batch),
         "gradient_checkpointing": (training.gradient_checkpointing != "auto", checkpointing),

@@ -16,7 +16,7 @@ from qlora_phi3.memory.plan import Plan, RowLengths, describe_kind, explain_choi
 from qlora_phi3.memory.predict import Predictor, estimate_allocated, estimate_reserved
 from qlora_phi3.memory.simulate import StepShape
 from qlora_phi3.model.optimizer import default_optimizer
-from qlora_phi3.recipe.schema import Recipe
+from qlora_phi3.recipe.schema import Memory, Training
 from qlora_phi3.units import parse_size
 
 #: Kinds of recomputation that are tried: none, one layer in sixteen, in eight and so on, all.
@@ -78,8 +78,8 @@ class _Search:
         #: Tokens of the smallest and of the largest micro-batch.
         self.fewest, self.most = (self._layouts(tokens)["micro_batch"].max_tokens for tokens in (fewest, most))
         self.most_allocated = estimate_allocated(limits.limit_bytes - predictor.on_gpu_bytes(0))
-        self.kinds = _allowed_kinds(recipe, predictor.architecture.num_hidden_layers)
-        self.tiles = _allowed_tiles(recipe, self.fewest)
+        self.kinds = _allowed_kinds(recipe.training, recipe.memory, predictor.architecture.num_hidden_layers)
+        self.tiles = _allowed_tiles(recipe.memory, self.fewest)
         #: The one that needs least memory last.
         optim = default_optimizer(self.training, is_cuda=True)
         self.optimizers = (optim, f"paged_{optim}") if self.training.optim == "auto" else (optim,)
@@ -149,7 +149,9 @@ class _Search:
             fits=prediction.fits,
             workload=workload,
             step_seconds=step_seconds,
-            reasons=explain_choices(recipe, prediction.execution, self.rows, self.refused, limit_bytes),
+            reasons=explain_choices(
+                recipe.training, recipe.memory, prediction.execution, self.rows, self.refused, limit_bytes
+            ),
         )
 
     def _may_fit(self, kind: ExecutionPlan) -> bool:
@@ -227,10 +229,10 @@ class _Search:
         return workload, estimate_step_seconds(self.predictor.architecture, execution, workload, self.limits)
 
 
-def _allowed_kinds(recipe: Recipe, num_layers: int) -> list[tuple[int, bool]]:
+def _allowed_kinds(training: Training, memory: Memory, num_layers: int) -> list[tuple[int, bool]]:
     """(checkpoint_every, activation_offloading): all that the recipe allows, the one with least memory last."""
-    pinned = recipe.memory.checkpoint_every_n_layers
-    wanted, offloading = recipe.training.gradient_checkpointing, recipe.training.activation_offloading
+    pinned = memory.checkpoint_every_n_layers
+    wanted, offloading = training.gradient_checkpointing, training.activation_offloading
     every = [1] if wanted is True else [each for each in CHECKPOINTING if each < max(2, num_layers)]
     if wanted is False:
         every = [0]
@@ -242,9 +244,9 @@ def _allowed_kinds(recipe: Recipe, num_layers: int) -> list[tuple[int, bool]]:
     return [*kinds, (every[-1], True)] if offloading == "auto" and every[-1] else kinds
 
 
-def _allowed_tiles(recipe: Recipe, fewest_tokens: int) -> list[_Tiles]:
+def _allowed_tiles(memory: Memory, fewest_tokens: int) -> list[_Tiles]:
     """All tiles that the recipe allows, the fastest first."""
-    memory, tile = recipe.memory, smaller_mlp_tile(fewest_tokens)
+    tile = smaller_mlp_tile(fewest_tokens)
     sizes, tokens = [DEFAULT_LOGITS_TILE_BYTES, SMALL_LOGITS_TILE_BYTES], [0, tile] if fewest_tokens > tile else [0]
     if memory.logits_tile != "auto":
         sizes = [parse_size(memory.logits_tile)]

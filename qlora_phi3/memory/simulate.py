@@ -32,7 +32,7 @@ from qlora_phi3.model.optimizer import build_optimizer
 from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM, apply_execution_plan, attention_name, configure_base
 from qlora_phi3.model.quantized import quantization_config
 from qlora_phi3.objectives import Objective, sft
-from qlora_phi3.recipe.schema import Recipe
+from qlora_phi3.recipe.schema import Lora, Model, Quantization, Recipe, Training
 from qlora_phi3.step import Batch, collate, evaluate, forward_backward
 
 #: bitsandbytes' own for 4-bit weights, and for the scales of their scales.
@@ -76,7 +76,9 @@ def simulate(
         ModelError: the adapter does not fit the model.
     """
     longest = max(*shape.lengths, *shape.evaluation_lengths, 0)
-    skeleton = build_skeleton(config, architecture, recipe, compute_dtype=compute_dtype, longest_row=longest)
+    skeleton = build_skeleton(
+        config, architecture, recipe.model, recipe.quantization, compute_dtype=compute_dtype, longest_row=longest
+    )
     batch = _heaviest(shape.lengths, execution.micro_batch)
     held_out = _heaviest(shape.evaluation_lengths, execution.evaluation) if shape.evaluation_lengths else None
     rounding = ROUNDING if path == "cuda" else 1
@@ -84,12 +86,12 @@ def simulate(
     kernels = following_cuda(tracker, capability=capability) if path == "cuda" else nullcontext()
     # PEFT 0.21's DoRA knows 4-bit weights by their class, which is FakeTensor here.
     with _SharedFakeMode(), tracker, replaced(dora, "dequantize_module_weight", _dequantize), kernels:
-        model = _load(skeleton, recipe, execution, tracker)
+        model = _load(skeleton, recipe.lora, execution, tracker)
         run_one_step(
             model,
             _without_storage(batch),
             held_out and _without_storage(held_out),
-            recipe,
+            recipe.training,
             execution,
             compute_dtype=compute_dtype,
             on_cuda=path == "cuda",
@@ -118,7 +120,13 @@ class _SharedFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
 
 
 def build_skeleton(
-    config: dict[str, Any], architecture: Architecture, recipe: Recipe, *, compute_dtype: torch.dtype, longest_row: int
+    config: dict[str, Any],
+    architecture: Architecture,
+    base: Model,
+    quantization: Quantization,
+    *,
+    compute_dtype: torch.dtype,
+    longest_row: int,
 ) -> PackedPhi3ForCausalLM:
     """The base as `load_base` makes it, every module in its place on the meta device, without a single weight.
 
@@ -134,9 +142,9 @@ def build_skeleton(
     register_attention()
     with no_init_weights(), torch.device("meta"):
         settings = Phi3Config(**{**config, "dtype": compute_dtype})
-        settings._attn_implementation = attention_name(recipe.model)
+        settings._attn_implementation = attention_name(base)
         model: PackedPhi3ForCausalLM = PackedPhi3ForCausalLM(settings).to(compute_dtype)
-    kind = quantization_config(recipe.quantization, compute_dtype)
+    kind = quantization_config(quantization, compute_dtype)
     if kind is not None:
         replace_with_bnb_linear(model, ["lm_head"], kind)
         model.is_loaded_in_4bit = True
@@ -144,9 +152,7 @@ def build_skeleton(
     return model
 
 
-def _load(
-    skeleton: PackedPhi3ForCausalLM, recipe: Recipe, execution: ExecutionPlan, tracker: MemoryTracker
-) -> PeftModel:
+def _load(skeleton: PackedPhi3ForCausalLM, lora: Lora, execution: ExecutionPlan, tracker: MemoryTracker) -> PeftModel:
     """Fill a skeleton with tensors without storage, in the order in which real weights are read, and attach the adapter."""
     tied = skeleton.lm_head if skeleton.config.tie_word_embeddings else None
     for module in skeleton.modules():
@@ -160,7 +166,7 @@ def _load(
     # On torch 2.13 `Module.to` raises for parameters without storage, and PEFT calls it on every layer.
     with replaced(nn.Module, "to", lambda module, *_, **__: module), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # as copying a module does
-        model = attach_adapter(skeleton, recipe.lora)
+        model = attach_adapter(skeleton, lora)
     apply_execution_plan(model, execution)
     for name, parameter in model.named_parameters():
         tracker.tag(parameter, parameter_category(name, parameter))
@@ -228,7 +234,7 @@ def run_one_step(
     model: PeftModel,
     batch: Batch,
     held_out: Batch | None,
-    recipe: Recipe,
+    training: Training,
     execution: ExecutionPlan,
     *,
     compute_dtype: torch.dtype,
@@ -250,10 +256,10 @@ def run_one_step(
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
     with tracker.attribute_to(OPTIMIZER_STATE):
-        optimizer = build_optimizer(execution.optim, model, recipe.training, is_cuda=on_cuda)
+        optimizer = build_optimizer(execution.optim, model, training, is_cuda=on_cuda)
         tracker.page(optimizer)
-        if recipe.training.max_grad_norm:
-            clip_grad_norm_(trained, recipe.training.max_grad_norm, foreach=on_cuda)
+        if training.max_grad_norm:
+            clip_grad_norm_(trained, training.max_grad_norm, foreach=on_cuda)
         optimizer.step()
     if not accumulates:
         optimizer.zero_grad()

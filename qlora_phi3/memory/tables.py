@@ -63,7 +63,7 @@ def build_gpu_table(checker: VramChecker, devices: Sequence[Gpu], progress: GpuP
     reports = []
     for number, device in enumerate(devices):
         progress(device.name, number, len(devices))
-        budget_bytes = budget_of(checker.context.recipe, device, strict=False)
+        budget_bytes = budget_of(checker.context.recipe.memory, device, strict=False)
         reports.append(checker.report(device, budget_bytes, with_suggestions=False))
     progress("", len(devices), len(devices))
     return reports
@@ -110,7 +110,7 @@ class _MaxLengths:
             return length if length == self._search.at_most else round_length(length)
 
         recipe, predictor = self._checker.context.recipe, self._predictor
-        limit_bytes = read_margin(device.name).limit(budget_of(recipe, device, strict=False))
+        limit_bytes = read_margin(device.name).limit(budget_of(recipe.memory, device, strict=False))
         reservable = limit_bytes - predictor.on_gpu_bytes(0)
         length = longest_within(estimate_allocated(reservable)) or STEP
         fitting, too_long, memory = 0, self._search.at_most + STEP, None
@@ -133,7 +133,7 @@ class _MaxLengths:
             is_model_limit=fitting == self._search.at_most,
             on_gpu_bytes=memory.on_gpu_bytes if memory else shortest_bytes,
             host_bytes=memory.host_bytes if memory else 0,
-            compute_dtype=compute_dtype_on(recipe, device),
+            compute_dtype=compute_dtype_on(recipe.compute_dtype, device),
         )
 
     def _minimal(self, length: int) -> "tuple[Predictor, tuple[ExecutionPlan, StepShape]]":

@@ -189,7 +189,7 @@ class VramChecker:
         from qlora_phi3.memory.predict import Predictor
 
         capability = (8, 6) if device.compute_capability == (8, 9) else device.compute_capability
-        dtype = compute_dtype_on(self.context.recipe, device)
+        dtype = compute_dtype_on(self.context.recipe.compute_dtype, device)
         if (dtype, capability) not in self._predictors:
             gc.freeze()  # the collector need not look through the libraries again: a tenth of a simulation's time
             recipe, config, architecture = self.context.recipe, dict(self.context.config), self.context.architecture
@@ -237,7 +237,7 @@ class VramChecker:
             margin_share=margin.share,
             margin_runs=margin.runs if margin.share > DEFAULT_SHARE else 0,
             memory=replace(memory, trace=()),
-            compute_dtype=compute_dtype_on(self.context.recipe, device),
+            compute_dtype=compute_dtype_on(self.context.recipe.compute_dtype, device),
             batch_size=training.batch_size,
             micro_batch_size=together,
             gradient_accumulation_steps=math.ceil(training.batch_size / together),
@@ -275,10 +275,10 @@ class VramChecker:
         return tokens / plan.step_seconds, tokens / max(seconds), tokens / min(seconds)
 
 
-def compute_dtype_on(recipe: "Recipe", device: Gpu) -> str:
-    """The dtype of the arithmetic, as a run on that GPU would choose it."""
+def compute_dtype_on(wanted: str, device: Gpu) -> str:
+    """The dtype of the arithmetic, as a run on that GPU would choose it for the recipe's `compute_dtype`."""
     native = "bfloat16" if device.compute_capability >= NATIVE_BFLOAT16 else "float16"
-    return native if recipe.compute_dtype == "auto" else recipe.compute_dtype
+    return native if wanted == "auto" else wanted
 
 
 def files_of(recipe: "Recipe", base_folder: Path) -> list[Path]:

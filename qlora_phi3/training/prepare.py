@@ -180,7 +180,7 @@ def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
     model, compute_dtype = (context.recipe, context.config, context.architecture), context.precision.compute_dtype
     predictor = Predictor(*model, compute_dtype=compute_dtype, capability=gpu.compute_capability)
     limits = GpuLimits(
-        limit_bytes=read_margin(gpu.name).limit(budget_of(context.recipe, gpu)),
+        limit_bytes=read_margin(gpu.name).limit(budget_of(context.recipe.memory, gpu)),
         tflops_16bit=gpu.tflops_16bit,
         bandwidth_bytes_per_second=gpu.bandwidth_bytes_per_second,
     )

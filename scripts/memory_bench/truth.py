@@ -35,8 +35,14 @@ def build_random(case: Case, device: torch.device) -> nn.Module:
     """The configuration's model with its adapter, its random weights quantized layer by layer on the device."""
     dtype = getattr(torch, case.compute)
     longest = max(*case.lengths, *case.held_out, 0)
+    recipe = case.recipe
     skeleton = build_skeleton(
-        dict(case.config), case.architecture, case.recipe, compute_dtype=dtype, longest_row=longest
+        dict(case.config),
+        case.architecture,
+        recipe.model,
+        recipe.quantization,
+        compute_dtype=dtype,
+        longest_row=longest,
     )
     tied = skeleton.lm_head if skeleton.config.tie_word_embeddings else None
     for module in skeleton.modules():
@@ -49,7 +55,7 @@ def build_random(case: Case, device: torch.device) -> nn.Module:
             new = new.normal_(std=0.02) if new.dim() > 1 else new.fill_(1)
             setattr(module, name, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
     skeleton.tie_weights()
-    model = attach_adapter(skeleton, case.recipe.lora)
+    model = attach_adapter(skeleton, recipe.lora)
     apply_execution_plan(model, case.execution)
     return model.train()
 
@@ -71,7 +77,7 @@ def go_once(model: nn.Module, case: Case, tracker: NullTracker) -> None:
         model,
         _batch(case.lengths, case),
         _batch(case.held_out, case) if case.held_out else None,
-        case.recipe,
+        case.recipe.training,
         case.execution,
         compute_dtype=getattr(torch, case.compute),
         on_cuda=next(model.parameters()).device.type == "cuda",

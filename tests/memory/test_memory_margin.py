@@ -83,13 +83,13 @@ def test_damaged_records_are_ignored(tmp_path, text):
 
 def test_the_budget_is_what_is_free_or_less_where_the_recipe_says_so():
     used = replace(GPU, is_local=True, free_bytes=5 * GIB)
-    assert budget_of(build_recipe(), used) == 5 * GIB
-    assert budget_of(build_recipe(memory={"budget": "3GiB"}), used) == 3 * GIB
-    assert budget_of(build_recipe(memory={"budget": "6GiB"}), used) == 5 * GIB
+    assert budget_of(build_recipe().memory, used) == 5 * GIB
+    assert budget_of(build_recipe(memory={"budget": "3GiB"}).memory, used) == 3 * GIB
+    assert budget_of(build_recipe(memory={"budget": "6GiB"}).memory, used) == 5 * GIB
 
 
 def test_a_budget_that_the_gpu_does_not_have_is_refused_for_one_gpu_and_cut_in_a_table():
     recipe = build_recipe(memory={"budget": "20GiB"})
     with pytest.raises(DeviceError):
-        budget_of(recipe, GPU)
-    assert budget_of(recipe, GPU, strict=False) == GPU.free_bytes
+        budget_of(recipe.memory, GPU)
+    assert budget_of(recipe.memory, GPU, strict=False) == GPU.free_bytes

@@ -37,7 +37,7 @@ def test_the_peak_of_another_objective_is_predicted(lora):
             model,
             batch,
             batch,
-            case.recipe,
+            case.recipe.training,
             case.execution,
             compute_dtype=dtype,
             on_cuda=False,

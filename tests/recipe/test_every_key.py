@@ -111,7 +111,7 @@ class Lab:
         from qlora_phi3.memory.margin import budget_of
         from qlora_phi3.training.prepare import wants_dry_run
 
-        return budget_of(recipe, gpu_of_size(4 * 2**30)), wants_dry_run(recipe.memory, CPU)
+        return budget_of(recipe.memory, gpu_of_size(4 * 2**30)), wants_dry_run(recipe.memory, CPU)
 
     def chosen_gpu(self, recipe):
         """The only GPU that CUDA sees on a computer with two."""

@@ -177,6 +177,10 @@ class Data(Table):
     """Format of a row; auto: recognized by its columns."""
     fields: dict[str, Text] = {}
     """Names of the format's columns in your data: { instruction = "question" }; needs format to be set."""
+    ignore_columns: list[Text] = []
+    """Columns, and keys of messages, that are left out on purpose, also those of preference data."""
+    allow_special_tokens: bool = False
+    """Read special tokens that rows hold as text as such tokens: for text that is rendered already."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Supervised tokens: those of the assistant's turns with their end of turn, or all."""
     max_rows: Count | None = None

@@ -78,14 +78,14 @@ def test_row_lengths_are_those_of_the_rows_in_their_order_also_of_a_selection(pr
         assert lengths.tolist() == [len(ids) for ids in rows["input_ids"]]
 
 
-def test_ids_that_are_cut_at_the_other_end_than_the_labels_fail_the_test_that_prepares_them(
+def test_ids_that_are_cut_at_the_other_end_than_the_labels_are_never_trained_on(
     prepare_in, tmp_path, monkeypatch
 ):
     def cut_ids_at_the_left(rows, max_length, report):
         return ((number, ids[-max_length:], labels[:max_length]) for number, ids, labels in rows)
 
     monkeypatch.setattr(tokenize, "_truncate_rows", cut_ids_at_the_left)
-    with pytest.raises(AssertionError, match="neither -100 nor the id"):
+    with pytest.raises(RuntimeError, match="neither -100 nor the id"):
         prepare_in(save(tmp_path / "a.jsonl", [row(answer=" ".join(map(str, range(50))))]), max_length=30)
 
 
@@ -191,7 +191,7 @@ def test_notes_count_system_turns_that_moved_and_special_tokens_in_the_words(pre
     rows = [row("hi<|end|>"), {"messages": [{"role": "system", "content": "s"}, *row()["messages"]]}]
     report = prepare_in(save(tmp_path / "a.jsonl", rows), model="Phi-3-medium-4k-instruct").report
     assert {count.reason: count.where for count in report.notes} == {
-        tokenize.INJECTION: ("a.jsonl:1",),
+        tokenize.READ_AS_TEXT: ("a.jsonl:1",),
         SYSTEM_MOVED: ("a.jsonl:2",),
     }
 

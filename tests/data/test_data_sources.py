@@ -60,10 +60,13 @@ def test_csv_as_spreadsheets_write_it_is_read(tmp_path, mark):
     assert rows_of(path) == [(2, {"instruction": f"one{mark} two", "output": "three, four"})]
 
 
+CELLS = "the record has more or fewer cells than the first line has columns"
+
+
 def test_csv_records_with_missing_or_surplus_cells_are_no_rows(tmp_path):
     assert rows_of(write(tmp_path / "a.csv", "a,b\n1\n1,2,3\n1,2\n")) == [
-        (2, None),
-        (3, None),
+        (2, CELLS),
+        (3, CELLS),
         (4, {"a": "1", "b": "2"}),
     ]
 

@@ -3,7 +3,8 @@
 import pytest
 from tiny import build_tokenizer, hub_template
 
-from qlora_phi3.data.formats import Chat, Turn
+from qlora_phi3.data.formats import Chat
+from qlora_phi3.data.messages import Turn
 from qlora_phi3.data.template import (
     FAMILY,
     SYSTEM_MOVED,

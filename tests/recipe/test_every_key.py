@@ -216,6 +216,8 @@ EFFECTS = {
     "data.revision": ("v2", Lab.data),
     "data.format": ("text", Lab.data),
     "data.fields": ({"text": "other"}, Lab.data),
+    "data.ignore_columns": (["prompt"], Lab.data),
+    "data.allow_special_tokens": (True, Lab.data),
     "data.loss_on": ("all", Lab.data),
     "data.max_rows": (20, Lab.data),
     "data.max_eval_rows": (2, Lab.data),
@@ -281,6 +283,8 @@ GIVEN = {
     "data.revision": HUB,
     "data.format": {"data": {"train": "texts.jsonl", "eval_size": 1}},
     "data.fields": {"data": {"train": "texts.jsonl", "eval_size": 1, "format": "text"}},
+    "data.ignore_columns": {"data": {"train": "texts.jsonl", "eval_size": 1}},
+    "data.allow_special_tokens": {"data": {"train": "rendered.jsonl", "eval_size": 1}},
     "training.per_device_train_batch_size": SHORT,
     "training.gradient_accumulation_steps": SHORT,
     "training.per_device_eval_batch_size": SHORT,
@@ -302,6 +306,7 @@ def workplace(tmp_path_factory, base):
     (shop.path / "texts.jsonl").write_text(
         '{"prompt": "a", "completion": "b", "text": "one and", "other": "two or"}\n' * 4, encoding="utf-8"
     )
+    (shop.path / "rendered.jsonl").write_text('{"text": "<|user|>one<|end|>"}\n' * 4, encoding="utf-8")
     (shop.path / "own.jinja").write_text(OWN_TEMPLATE, encoding="utf-8")
     save_adapter(shop)
     return shop

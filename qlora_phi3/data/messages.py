@@ -200,7 +200,7 @@ class _Parts:
             self.texts.append(read_text(content, "content"))
 
     def _add_part(self, part: Mapping[str, Any]) -> None:
-        columns = Columns(part)
+        columns = Columns(part, {"role"})
         kind = columns.take("type", "content_type") or "text"
         is_on = not is_switched_off(columns)
         if kind in THINKING_KEYS:

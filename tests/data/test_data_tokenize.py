@@ -88,7 +88,7 @@ def test_decoding_the_supervised_tokens_gives_the_words_and_the_end_token():
 
 def test_the_end_token_in_the_words_of_the_assistant_does_not_end_the_supervised_span():
     tokenizer = build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))
-    ids, labels, _ = tokenize(chat_of("q", "a<|end|>b"), choose_template(tokenizer))
+    ids, labels, _ = tokenize(chat_of("q", "a<|end|>b"), choose_template(tokenizer), tokenizer)
     assert tokenizer.decode(ids[labels != IGNORE_INDEX]) == "a<|end|> b<|end|>"
     assert SpecialTokens(tokenizer).pattern.search("a<|end|>b")
     assert not SpecialTokens(tokenizer).pattern.search("a <|other|> b")
@@ -97,7 +97,7 @@ def test_the_end_token_in_the_words_of_the_assistant_does_not_end_the_supervised
 def test_an_unsupervised_turn_has_no_labels():
     tokenizer = build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))
     chat = Chat((Turn("user", "q"), Turn("assistant", "one", supervised=False), Turn("assistant", "two")))
-    ids, labels, _ = tokenize(chat, choose_template(tokenizer))
+    ids, labels, _ = tokenize(chat, choose_template(tokenizer), tokenizer)
     assert tokenizer.decode(ids[labels != IGNORE_INDEX]) == "two<|end|>"
 
 

@@ -79,7 +79,12 @@ MESSAGES = [
         "Check the path in [data].",
     ),
     message("data-folder-without-files", empty_folder, ("empty has no data file",), ".jsonl"),
-    message("data-file-of-unsupported-type", lambda shop: read(shop, "a.txt", "x"), ("'.txt'",), ".json, .jsonl, .ndjson, .csv"),
+    message(
+        "data-file-of-unsupported-type",
+        lambda shop: read(shop, "a.txt", "x"),
+        ("'.txt'",),
+        ".json, .jsonl, .ndjson, .csv",
+    ),
     message("data-file-empty", lambda shop: read(shop, "a.jsonl", "\n \n"), ("a.jsonl is empty",), "at least one row"),
     message("data-file-without-rows", lambda shop: prepare(shop, []), ("a.json holds no rows",), "at least one"),
     message("data-file-not-utf-8", lambda shop: read(shop, "a.csv", b"a\ncaf\xe9\n"), ("a.csv", "UTF-8"), "as UTF-8"),

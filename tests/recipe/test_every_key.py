@@ -216,7 +216,7 @@ EFFECTS = {
     "data.revision": ("v2", Lab.data),
     "data.format": ("text", Lab.data),
     "data.fields": ({"text": "other"}, Lab.data),
-    "data.ignore_columns": (["prompt"], Lab.data),
+    "data.ignore_columns": (["prompt", "completion"], Lab.data),
     "data.allow_special_tokens": (True, Lab.data),
     "data.loss_on": ("all", Lab.data),
     "data.max_rows": (20, Lab.data),

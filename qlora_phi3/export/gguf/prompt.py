@@ -14,11 +14,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from qlora_phi3.adapters.base_files import DOWNLOAD_AGAIN, GENERATION_CONFIG
 from qlora_phi3.errors import ExportError
-from qlora_phi3.export.bundle import DOWNLOAD_AGAIN, GENERATION_CONFIG
 from qlora_phi3.family import read_architecture
 from qlora_phi3.files import atomic_file, disk_errors, read_json_object
-from qlora_phi3.inference import stop_ids
+from qlora_phi3.inference import ENDS_OF_TURN, stop_ids
 from qlora_phi3.model.phi3 import load_tokenizer
 from qlora_phi3.recipe.schema import Model
 
@@ -48,8 +48,6 @@ PROBES = (
 
 #: White space that people write and that a tokenizer with more rules of its own reads as other ids.
 PADDED = chat("user  one ", "assistant  two ", "user \nthree\n")
-
-ENDS_OF_TURN = ("<|end|>", "<|im_end|>")
 
 #: Largest context in tokens for Ollama; Phi-4's cache then takes 1.6 GiB in 16 bit (40 layers, 10 heads of 128).
 LARGEST_CONTEXT = 8192

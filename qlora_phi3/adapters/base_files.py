@@ -25,8 +25,8 @@ TOKENIZER_CONFIG, SPECIAL_TOKENS, TEMPLATE = "tokenizer_config.json", "special_t
 #: Copied wherever an adapter or an export goes. config.json is one of them: without it in the same directory transformers 5 reads
 #: the tokenizer files as another class, which gives other ids.
 TOKENIZER_FILES = (
-    CONFIG, GENERATION_CONFIG, "tokenizer.json", "tokenizer.model", TOKENIZER_CONFIG, SPECIAL_TOKENS, "added_tokens.json",
-    "vocab.json", "merges.txt", TEMPLATE,
+    CONFIG, GENERATION_CONFIG, "tokenizer.json", "tokenizer.model", TEMPLATE, SPECIAL_TOKENS, TOKENIZER_CONFIG,
+    "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
 
 #: Hint for a base whose JSON files cannot be read.

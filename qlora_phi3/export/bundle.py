@@ -87,10 +87,13 @@ def check_trained_with(base: Path, adapter: Path, template: str | None = None) -
     The two configs only have to exist: other versions write the same settings in another form, and `inputs` compares those. Runs
     of older versions have copies byte for byte. `template` is as in `portable_files`.
     """
-    portable = portable_files(base, template=template)
+    try:
+        portable = portable_files(base, template=template)
+    except ExportError:  # a file that cannot be read is not the one that was trained with
+        portable = {}
     for name in TOKENIZER_FILES:
         file, trained = base / name, adapter / name
-        if trained.is_file() and name not in portable:
+        if trained.is_file() and not file.is_file() and name not in portable:
             hint = f"Copy {trained} there, or give the right base with --base."
             raise ExportError(f"{file} is missing, and the run trained with it.", hint)
         if name in (CONFIG, GENERATION_CONFIG) or not file.is_file():
@@ -98,7 +101,7 @@ def check_trained_with(base: Path, adapter: Path, template: str | None = None) -
         if not trained.is_file():
             hint = "Move it away, or give the folder of the right base with --base."
             raise ExportError(f"{file} was not there when the run was trained.", hint)
-        if trained.read_bytes() not in (file.read_bytes(), portable[name].content):
+        if trained.read_bytes() not in (file.read_bytes(), portable[name].content if portable else None):
             hint = "Put it back, or give the folder of the right base with --base."
             raise ExportError(f"{file} is not the file that was trained with, which is in {trained.parent}.", hint)
 

@@ -494,9 +494,10 @@ def test_a_templates_own_system_prompt_comes_only_where_none_is_given():
 
 
 def test_what_llama_cpp_does_differently_is_in_the_notes(results):
-    assert results["plain"].notes == ()
-    assert "past 64 tokens it attends to everything" in results["window"].notes[0]
-    assert "larger than 256" in results["longrope"].notes[0]
+    (note,) = results["plain"].notes
+    assert "begins with white space beyond ASCII, such as U+3000" in note
+    assert "past 64 tokens it attends to everything" in results["window"].notes[1]
+    assert "larger than 256" in results["longrope"].notes[1]
 
 
 def test_an_existing_file_is_replaced_only_with_force(folders, tmp_path):

@@ -62,6 +62,9 @@ TEMPLATE_SECONDS, TEMPLATE_BYTES = 20, 2 * GIB
 #: Phi-4-mini's, around a JSON array.
 CALL_TOKENS = ("<|tool_call|>", "<|/tool_call|>")
 
+#: White space beyond ASCII, and any before it: Phi-3's special tokens take all of it along, llama.cpp's only that of ASCII.
+LEADING_UNICODE_SPACE = re.compile(r"[ \t-\r]*[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
+
 #: What a template is rendered with: role and content; in the system turn of Phi-4-mini also `tools`.
 Message = dict[str, str]
 
@@ -376,6 +379,14 @@ def _move_system_turns(turns: Sequence[Turn]) -> Iterator[Turn]:
         waiting = ""
     if waiting:
         yield Turn("user", waiting)
+
+
+def begins_with_unicode_space(text: str) -> bool:
+    """Whether llama.cpp reads a message as other ids than Phi-3's tokenizer does, which drops white space after a special token.
+
+    Such as U+3000, with which paragraphs begin in Chinese and Japanese, or U+00A0.
+    """
+    return LEADING_UNICODE_SPACE.match(text) is not None
 
 
 def _join(before: str, after: str) -> str:

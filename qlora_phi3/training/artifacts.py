@@ -6,7 +6,6 @@ that matches its manifest is resumed.
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qlora_phi3.adapters.peft_io import ADAPTER_CONFIG, TOKENIZER_FILES
+from qlora_phi3.adapters.base_files import TOKENIZER_FILES, copy_portable
+from qlora_phi3.adapters.peft_io import ADAPTER_CONFIG
 from qlora_phi3.data.prepare import PreparedData
 from qlora_phi3.errors import RunError
 from qlora_phi3.files import atomic_dir, atomic_write, disk_errors, flush_to_disk, read_json_object
@@ -69,13 +69,20 @@ def step_of(checkpoint: Path) -> int:
 
 
 def save_adapter(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, base: Model, folder: RunFolder, *, sample: Sequence[Any]
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Model,
+    folder: RunFolder,
+    *,
+    sample: Sequence[Any],
+    template: str | None = None,
 ) -> None:
     """Write adapter and tokenizer files; an earlier adapter stands until the new one is complete.
 
     Args:
         base: the recipe's [model]; its tokenizer files are copied from the commit that base.json records.
         sample: rows that were trained on; their text must give the same ids through the copied tokenizer.
+        template: the chat template that was trained with, without marks; None for the base's own.
 
     Raises:
         RunError: the disk is full, or the copied tokenizer gives other ids.
@@ -95,9 +102,7 @@ def save_adapter(
             if isinstance(config.get(key), list):
                 config[key].sort()
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, staging / name)
+        copy_portable(source, staging, template=template)
         copied = AutoTokenizer.from_pretrained(staging)
         for index in range(min(CHECKED_ROWS, len(sample))):
             text = tokenizer.decode(sample[index]["input_ids"])

@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from qlora_phi3.errors import Interrupted, RunError
 from qlora_phi3.files import atomic_write
 from qlora_phi3.hardware.gpu import Gpu
+from qlora_phi3.inference import template_to_save
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.model.quantized import save_quantized
 from qlora_phi3.recipe.load import recipe_as_toml, resolve_paths
@@ -101,7 +102,8 @@ def run(
         execution = restore_execution_plan(planned.execution, read_metrics(folder), device)
         trainer = build_trainer(context, execution, model, folder)
         _train(trainer, context, planned, folder, checkpoint)
-        save_adapter(model, context.tokenizer, recipe.model, folder, sample=context.data.train)
+        template = template_to_save(context.tokenizer, context.template, recipe.data.chat_template)
+        save_adapter(model, context.tokenizer, recipe.model, folder, sample=context.data.train, template=template)
         check = _check_prediction(trainer, context, planned)
         report = last_report(folder, report, check, steps=int(trainer.state.global_step), started=started)
         write_report(folder, report)

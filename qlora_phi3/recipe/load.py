@@ -6,13 +6,14 @@ All problems of a recipe come in one RecipeError, one a line. Nothing here impor
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from qlora_phi3.errors import RecipeError, UserError
-from qlora_phi3.family import Architecture, is_hub_id
+from qlora_phi3.family import Architecture, is_hub_id, original_of
 from qlora_phi3.recipe.edit import format_toml
 from qlora_phi3.recipe.messages import Problem, find_nearest, find_problems
 from qlora_phi3.recipe.schema import TABLES, Data, Model, Recipe
@@ -200,6 +201,30 @@ def check_model_limits(recipe: Recipe, architecture: Architecture) -> None:
             f"[memory] checkpoint_every_n_layers = {every}, and {recipe.model.name} has {layers} layers.",
             f"Write {layers} or less; to recompute no layer, write [training] gradient_checkpointing = false.",
         )
+
+
+def use_stored_quantization(recipe: Recipe, architecture: Architecture) -> Recipe:
+    """The recipe with the [quantization] of a checkpoint whose weights are stored in 4 bit; keys that it leaves out follow them.
+
+    Raises:
+        UserError: it sets a key to another value; the weights cannot be quantized again.
+    """
+    stored, given = architecture.stored, recipe.quantization
+    if stored is None:
+        return recipe
+    update = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": stored.quant_type,
+        "bnb_4bit_use_double_quant": stored.double_quant,
+    }
+    for key, value in update.items():
+        if key in given.model_fields_set and (wanted := getattr(given, key)) != value:
+            name, original = recipe.model.name, original_of(asdict(architecture), recipe.model.name)
+            raise UserError(
+                f"[quantization] {key} = {format_toml(wanted)}, and the weights of {name} are stored in {stored.label}.",
+                f"Write {key} = {format_toml(value)}, or use the unquantized original, such as {original}.",
+            )
+    return recipe.model_copy(update={"quantization": given.model_copy(update=update)})
 
 
 def recipe_as_toml(recipe: Recipe) -> str:

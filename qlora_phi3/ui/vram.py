@@ -118,8 +118,9 @@ def _heading(report: VramReport) -> Iterator[str]:
         yield f"Used by other processes: {format_gib(device.other_processes_bytes)}{names}"
     if device.free_bytes > report.budget_bytes:
         yield f"[memory] budget: a run may use {format_gib(report.budget_bytes)} of it"
+    stored = f", stored in {report.stored}" if report.stored else ""
     dtype = "" if report.compute_dtype == "bfloat16" else f", computing in {report.compute_dtype}"
-    yield f"{report.model}{dtype}; {report.batch_size} rows an optimizer step"
+    yield f"{report.model}{stored}{dtype}; {report.batch_size} rows an optimizer step"
     yield f"Rows: {report.rows.origin}"
 
 

@@ -215,12 +215,6 @@ MESSAGES = [
     ),
     row("groups-unreadable", lambda shop: read_enable(["q,up"], lambda: tiny(shop)), "--enable q,up", hint="gate,up"),
     row(
-        "parts-without-equal-groups",
-        lambda shop: read_enable(["q"], uneven),
-        "[192, 128, 128]",
-        hint="Leave --enable out",
-    ),
-    row(
         "loralib-target-is-safetensors",
         lambda shop: peft_to_loralib(folder(shop), shop.path / "new.safetensors", Spec()),
         "new.safetensors",
@@ -313,14 +307,6 @@ def unfused(shop: Workshop) -> Any:
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     (base / "config.json").write_text(json.dumps({**config, "model_type": "llama"}), encoding="utf-8")
     return base
-
-
-def uneven() -> Any:
-    """Three heads and two key-value heads of 64."""
-    from qlora_phi3.family import parse_architecture
-
-    sizes = {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 2}
-    return parse_architecture({**build_config().to_dict(), **sizes}, "uneven")
 
 
 def with_adapter() -> Any:

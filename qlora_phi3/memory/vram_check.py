@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from qlora_phi3.recipe.schema import Recipe
 
 MODEL_FILES = (
-    "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
+    "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "model.safetensors",
+    "model.safetensors.index.json",
 )  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def read_recipe_context(recipe: "Recipe", base_folder: Path, progress: Progress)
         if found.model.adapter is not None:
             from qlora_phi3.adapters.start import check_start
 
-            check_start(Path(found.model.adapter), recipe.lora)
+            check_start(Path(found.model.adapter), recipe.lora, architecture)
         lengths, rows = read_rows(found, architecture, base_folder, progress)
     return RecipeContext(recipe=found, config=config, architecture=architecture, lengths=lengths, rows=rows)
 
@@ -307,8 +308,11 @@ def files_of(recipe: "Recipe", base_folder: Path) -> list[Path]:
     paths = [path for name in names for path in candidate_paths(name, base_folder)]
     paths += [directory / name for directory in paths[:2] for name in MODEL_FILES]
     if recipe.model.adapter is not None:
-        adapter_files = ("adapter_config.json", "adapter/adapter_config.json")
-        paths += [path / name for path in candidate_paths(recipe.model.adapter, base_folder) for name in adapter_files]
+        adapter_files = ("adapter_config.json", "adapter_model.safetensors")
+        places = [
+            path / part for path in candidate_paths(recipe.model.adapter, base_folder) for part in (".", "adapter")
+        ]
+        paths += [path / name for path in places for name in adapter_files]
     datasets = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets"))
     for name in names:
         flat = name.replace("/", "--")

@@ -94,7 +94,7 @@ def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
     check_model_limits(recipe, architecture)
     check_checkpoint(recipe.model.name, architecture)
     if recipe.model.adapter is not None:
-        check_start(Path(recipe.model.adapter), recipe.lora)
+        check_start(Path(recipe.model.adapter), recipe.lora, architecture)
     gpu, device = None, torch.device("cpu")
     if torch.cuda.is_available():
         with suppress(DeviceError):  # without NVML there is no plan, and the default one is used

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
+from pickle import UnpicklingError
 from reprlib import repr
 from typing import Any
 

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from qlora_phi3.errors import printable
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.hardware.gpu_table import GPU_TABLE, name_series
 from qlora_phi3.memory.report import VramReport, planned_keys
@@ -259,4 +260,4 @@ def _table(*headings: str) -> Table:
 
 
 def _print(console: Console, line: str, style: str | None = None) -> None:
-    console.print(line, style=style, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+    console.print(printable(line), style=style, highlight=False, markup=False, soft_wrap=not console.is_terminal)

@@ -6,6 +6,13 @@ Any other exception is a defect of this program and keeps its traceback.
 import errno
 
 
+def printable(text: str) -> str:
+    """Text in which no character can control a terminal: names in files of other people may hold ANSI escapes."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
+
+
 class UserError(Exception):
     """A problem that the user can fix.
 
@@ -17,8 +24,8 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message, self.hint = message, hint
+        self.message, self.hint = printable(message), printable(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()

@@ -9,13 +9,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from qlora_phi3.errors import RunError, UserError, disk_error_hint
+from qlora_phi3.errors import RunError, UserError, disk_error_hint, first_line
 
 APP_NAME = "qlora-phi3"
+#: How the file begins that Git leaves in place of a large one.
+LFS_POINTER = b"version https://git-lfs"
 
 
 @contextmanager
@@ -137,6 +139,13 @@ def flush_directory(path: Path) -> None:
             os.close(descriptor)
 
 
+def is_dir(path: str | Path) -> bool:
+    """Whether there is such a directory; False for a name that no file system takes, where `Path.is_dir` raises (Python 3.11)."""
+    with suppress(OSError, ValueError):
+        return Path(path).is_dir()
+    return False
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link, or a directory with everything in it; a missing path is no error."""
     if path.is_dir() and not path.is_symlink():
@@ -158,6 +167,7 @@ def read_json_object(path: Path, error_class: type[UserError], hint: str) -> dic
         error_class: the file cannot be read, is not JSON, or holds no object; with `hint`.
     """
     try:
+        check_no_pointer(path, error_class)
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise error_class(f"{path} cannot be read: {error.strerror or error}.", hint) from error
@@ -166,6 +176,35 @@ def read_json_object(path: Path, error_class: type[UserError], hint: str) -> dic
     if not isinstance(value, dict):
         raise error_class(f"{path} holds no JSON object.", hint)
     return value
+
+
+def check_no_pointer(path: Path, error_class: type[UserError]) -> None:
+    """Raise `error_class` where a file is what Git leaves of a large file that was not fetched; OSError if it cannot be read."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise error_class(f"{path} is a Git LFS pointer, not the file itself.", "Fetch the files: git lfs pull")
+
+
+@contextmanager
+def foreign_errors(error_class: type[UserError], message: str, hint: str) -> Iterator[None]:
+    """Raise one line for whatever a library raises over a damaged file of someone else.
+
+    transformers, tokenizers and PEFT assume the types of what they parse: an own JSON file with one changed value made them raise
+    TypeError, AttributeError, IndexError, RecursionError, a bare Exception (tokenizers) or a panic of Rust. Use it only around
+    the call that parses. Running out of memory passes.
+
+    Args:
+        message: what cannot be read; `{reason}` stands for the first line of the library's error.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        names = {kind.__name__ for kind in type(error).__mro__}
+        if "OutOfMemoryError" in names or not names & {"Exception", "PanicException"}:
+            raise
+        raise error_class(message.replace("{reason}", first_line(error)), hint) from error
 
 
 def user_state_dir() -> Path:

@@ -85,10 +85,13 @@ def find_run(root: Path, recipe_name: str, wanted: str | None) -> RunFolder:
 
 
 def run_group_name(recipe: Path) -> str:
-    """Name of the directory for the runs of a recipe file. The runs of a run's own recipe.toml are next to that run."""
+    """Name of the directory for the runs of a recipe file. The runs of a run's own recipe.toml are next to that run.
+
+    Never a name that means another directory (a recipe `...toml` has the stem `..`), a hidden one, or none.
+    """
     if recipe.name == "recipe.toml" and (recipe.parent / "report.json").is_file():
-        return recipe.resolve().parent.parent.name
-    return recipe.stem
+        return recipe.resolve().parent.parent.name or "recipe"
+    return recipe.name.removesuffix(".toml").strip(". ") or "recipe"
 
 
 def write_report(folder: RunFolder, report: Mapping[str, Any]) -> None:

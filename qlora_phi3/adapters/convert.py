@@ -29,15 +29,12 @@ from qlora_phi3.adapters.peft_io import (
     write_peft,
 )  # fmt: skip
 from qlora_phi3.errors import ExportError, ModelError
-from qlora_phi3.family import FUSED, PARTS, Architecture, layer_shapes, parse_architecture
+from qlora_phi3.family import FUSED, PARTS, UNFUSED, Architecture, layer_shapes, parse_architecture
 from qlora_phi3.family import read_config as read_model_config
 from qlora_phi3.files import atomic_dir, atomic_file, disk_errors
 
 #: Largest relative difference of a delta that counts as lossless; one rounding to fp32 makes 3e-8.
 TOLERANCE = 1e-6
-
-#: model_type of the models whose layers an unfused Phi-3 has.
-UNFUSED = ("llama", "mistral")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -121,7 +121,7 @@ def read_enable(texts: Sequence[str], find: Callable[[], Architecture]) -> dict[
         find: gives the base's shapes; called only for letters, as the number of groups depends on the heads.
 
     Raises:
-        ExportError: the text is neither, or the rows of a part are not a multiple of the smallest part's.
+        ExportError: the text is neither.
     """
     enable = {}
     for text in texts:
@@ -132,8 +132,6 @@ def read_enable(texts: Sequence[str], find: Callable[[], Architecture]) -> dict[
             # Groups of the smallest part's size: with grouped queries q takes 4 of them in Phi-3-medium, 3 in Phi-4-mini.
             rows = part_rows(find())
             sizes = [rows[part] for part in PARTS[fused]]
-            if any(size % min(sizes) for size in sizes):
-                raise ExportError(f"The rows of {fused}, {sizes}, have no equal groups.", "Leave --enable out.")
             groups = ([part.removesuffix("_proj") in words] * (rows[part] // min(sizes)) for part in PARTS[fused])
             enable[fused] = tuple(chain.from_iterable(groups))
         elif name and set(words) <= {"1", "0", "true", "false"}:

@@ -8,20 +8,23 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from pickle import UnpicklingError
+from reprlib import repr
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_phi3.adapters.base_files import copy_portable
 from qlora_phi3.adapters.delta import Adapter, Kind, LoraDelta, LowRankBlock, stack
-from qlora_phi3.errors import ExportError, first_line
-from qlora_phi3.files import read_json_object, sha256_file
+from qlora_phi3.errors import ExportError
+from qlora_phi3.files import check_no_pointer, foreign_errors, read_json_object, sha256_file
+from qlora_phi3.model.weights import open_file, read_tensor
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -51,10 +54,63 @@ UNDERSTOOD_KEYS = {
 }  # fmt: skip
 
 
+#: Files in which other tools keep an adapter, and the tools.
+FOREIGN_FILES = {
+    "adapters.safetensors": "MLX", "adapters.npz": "MLX", "*_adapters.safetensors": "MLX", "lit_model*.pth*": "litgpt",
+    "adapter_[0-9]*": "torchtune", "*.gguf": "llama.cpp (GGUF)",
+}  # fmt: skip
+#: Keys of adapter_config.json that are read here, and whether a value has their type; all but peft_type may be left out or null.
+VALUE_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "r": lambda value: type(value) is int and 0 < value < 2**16,
+    "lora_alpha": lambda value: _is_alpha(value),
+    "rank_pattern": lambda value: _is_pattern(value, VALUE_CHECKS["r"]),
+    "alpha_pattern": lambda value: _is_pattern(value, _is_alpha),
+    "target_modules": lambda value: _is_regex(value) or _is_names(value),
+    "exclude_modules": lambda value: _is_regex(value) or _is_names(value),
+    "modules_to_save": lambda value: _is_names(value),
+    "layers_pattern": lambda value: _is_regex(value) or _is_names(value),
+    "layers_to_transform": lambda value: (
+        type(value) is int or (isinstance(value, list) and all(type(number) is int for number in value))
+    ),
+    "use_rslora": lambda value: type(value) is bool,
+    "use_dora": lambda value: type(value) is bool,
+    "bias": lambda value: value in ("none", "all", "lora_only"),
+    "base_model_name_or_path": lambda value: isinstance(value, str) and value.isprintable(),
+    "revision": lambda value: isinstance(value, str),
+}
+
+
+def _is_alpha(value: object) -> bool:
+    return type(value) in (int, float) and 0 < float(str(value)) < 1e9
+
+
+def _is_regex(value: object) -> bool:
+    with suppress(re.error, RecursionError, OverflowError):
+        return isinstance(value, str) and re.compile(value) is not None
+    return False
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_pattern(value: object, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(_is_regex(key) and is_right(number) for key, number in value.items())
+
+
 def find_adapter(path: Path) -> Path:
-    """The PEFT directory that is meant: `path`, or the `adapter` of a run there; ExportError where there is no directory."""
+    """The PEFT directory that is meant: `path`, or the `adapter` of a run there.
+
+    Raises:
+        ExportError: there is no directory, or it holds an adapter of another tool, which is named.
+    """
     if not path.exists():
         raise ExportError(f"There is no {path}.", "Check the name.")
+    has_weights = any((path / name).is_file() for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE))
+    for name in [path.name] if path.is_file() else [] if has_weights else sorted(file.name for file in path.iterdir()):
+        if tool := next((tool for pattern, tool in FOREIGN_FILES.items() if fnmatch(name, pattern)), None):
+            hint = f"Write it in PEFT's format ({ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}) with that tool first."
+            raise ExportError(f"{path} is an adapter of {tool} ({name}), which is not read here.", hint)
     if path.is_file():
         hint = "From loralib: qlora-phi3 adapter convert FILE NEW --to peft --alpha ALPHA"
         raise ExportError(f"{path} is a file, and a PEFT adapter is a directory.", hint)
@@ -68,11 +124,17 @@ def adapter_record(folder: Path) -> dict[str, str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The adapter_config.json of a PEFT directory; ExportError where there is none or it is not a JSON object."""
+    """The adapter_config.json of a PEFT directory; ExportError where there is none or a value in it has not its key's type."""
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise ExportError(f"{folder} holds no {ADAPTER_CONFIG}.", "Give the directory of a PEFT adapter, or of a run.")
-    return read_json_object(path, ExportError, "Copy the adapter again.")
+    config = read_json_object(path, ExportError, "Copy the adapter again.")
+    for key, is_right in VALUE_CHECKS.items():
+        if config.get(key) is not None and not is_right(config[key]):
+            raise ExportError(
+                f"{path} has {key} = {repr(config[key])}, which PEFT never writes.", "Copy the adapter again."
+            )
+    return config
 
 
 def check_config(config: Mapping[str, Any], where: object, *, also_understood: Collection[str] = ()) -> None:
@@ -85,6 +147,8 @@ def check_config(config: Mapping[str, Any], where: object, *, also_understood: C
     """
     from peft import LoraConfig
 
+    if "peft_type" not in config and not config.keys().isdisjoint(("fine_tune_type", "lora_parameters", "lora_layers")):
+        raise ExportError(f"{where} has a config of MLX, not of PEFT.", "Write the adapter in PEFT's format first.")
     if str(config.get("peft_type")) != "LORA":
         raise ExportError(f"{where} is a {config.get('peft_type')} adapter.", "Only LoRA can be converted or merged.")
     if config.get("init_lora_weights", True) not in PLAIN_INITS:
@@ -96,7 +160,7 @@ def check_config(config: Mapping[str, Any], where: object, *, also_understood: C
     for key in sorted(config.keys() - UNDERSTOOD_KEYS - set(also_understood)):
         if config[key] and config[key] != defaults.get(key):
             raise ExportError(
-                f"{where}: {key} = {config[key]!r} is not a plain LoRA, and can be neither converted nor merged.",
+                f"{where}: {key} = {repr(config[key])} is not a plain LoRA, and can be neither converted, merged nor trained on.",
                 "Use the adapter with PEFT.",
             )
 
@@ -120,14 +184,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ExportError(f"There is no file {path}.", "Check the name.")
     if path.suffix == ".safetensors":
-        try:
-            tensors: dict[str, Any] = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ExportError(f"{path} cannot be read: {error}.", "Copy or download it again.") from error
+        stored = open_file(path, error=ExportError)
+        tensors: dict[str, Any] = {name: read_tensor(stored, name) for name in stored.info}
     else:
         tensors = _read_pickle(path)
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             raise ExportError(f"{path}: '{name}' is of type {type(tensor).__name__}, not a tensor.", SAVE_STATE_DICT)
         if not tensor.is_floating_point():
             raise ExportError(f"{path}: '{name}' holds {tensor.dtype}, not floating-point numbers.", "Save it again.")
@@ -137,17 +199,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise ExportError(
-            f"{path} holds more than tensors, or is not a pickle; opening such a file could run any program.",
-            SAVE_STATE_DICT,
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ExportError(
-            f"{path} cannot be read: {first_line(error)}.", "Copy it again; it may be incomplete."
-        ) from error
+    check_no_pointer(path, ExportError)
+    with foreign_errors(ExportError, f"{path} cannot be read: {{reason}}.", "Copy it again; it may be incomplete."):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            raise ExportError(
+                f"{path} holds more than tensors, or is not a pickle; opening such a file could run any program.",
+                SAVE_STATE_DICT,
+            ) from error
     if isinstance(content, dict):
         content = next((content[key] for key in NESTED_KEYS if key in content), content)
     if not isinstance(content, dict):

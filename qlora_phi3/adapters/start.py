@@ -1,44 +1,144 @@
 """A trained adapter as the start of another run ([model] adapter)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
-from qlora_phi3.adapters.peft_io import PREFIX, find_adapter, last_name, read_config, read_peft, read_weights
+from qlora_phi3.adapters.peft_io import (
+    ADAPTER_WEIGHTS,
+    LORA_TENSOR,
+    PREFIX,
+    check_config,
+    find_adapter,
+    last_name,
+    read_config,
+    read_peft,
+    read_weights,
+)
 from qlora_phi3.errors import ExportError
-from qlora_phi3.family import FUSED
+from qlora_phi3.family import FUSED, Architecture, layer_shapes
+from qlora_phi3.model.weights import open_file
+from qlora_phi3.recipe.edit import format_toml
 from qlora_phi3.recipe.schema import Lora
 
 #: Keys of [lora] that decide which tensors an adapter has and by what they are scaled.
 SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
+#: Keys of [lora] that decide which layers have an adapter.
+LAYER_KEYS = ("layers_to_transform", "exclude_modules", "target_modules")
 
 
-def check_start(place: Path, table: Lora) -> None:
-    """Check an adapter, in a PEFT directory or a run's, against [lora] before anything is loaded.
+def check_start(place: Path, table: Lora, architecture: Architecture) -> None:
+    """Check an adapter, in a PEFT directory or a run's, against [lora] and the base before anything is loaded.
 
     Raises:
-        ExportError: there is no adapter, its projections are split, or its settings are not those of the table.
+        ExportError: there is no adapter, it is no plain LoRA, or a setting or a shape is not that of the table or of the base.
     """
     folder = find_adapter(place)
-    config = read_config(folder)
-    targets = config.get("target_modules") or ()
-    names = set() if isinstance(targets, str) else {last_name(name) for name in targets}  # a string is a pattern
-    parts = [part for part in FUSED if part in names]
-    if parts:
-        hint = f"Convert it: qlora-phi3 adapter convert {folder} NEW --to fused"
-        raise ExportError(f"[model] adapter: {folder} has {parts[0]}, which Phi-3 has fused with others.", hint)
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        return  # compared layer by layer, in `start_from`
-    for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
-        trained, wanted = config.get(key) or False, getattr(table, key)
-        if trained != wanted:
-            problem = f"[model] adapter: {folder} was trained with {key} = {trained}, and [lora] has {wanted}."
-            raise ExportError(problem, _describe_settings(config))
+    config, shapes = read_config(folder), _read_shapes(folder)
+    where = f"[model] adapter: {folder}"
+    check_config(config, where, also_understood=("ensure_weight_tying",))
+    if not config.get("rank_pattern") and not config.get(
+        "alpha_pattern"
+    ):  # else compared layer by layer, in `start_from`
+        for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
+            trained, wanted = config.get(key) or False, getattr(table, key)
+            if trained != wanted:
+                problem = f"{where} was trained with {key} = {trained}, and [lora] has {wanted}."
+                raise ExportError(problem, _describe_settings(config))
+    for key, default in (("bias", "none"), ("modules_to_save", [])):
+        trained, wanted = config.get(key) or default, getattr(table, key) or default
+        if sorted(trained) != sorted(wanted):
+            raise _other_setting(where, key, trained, wanted)
+    names = {match[1]: name for name in shapes if (match := LORA_TENSOR.fullmatch(name.removeprefix(PREFIX)))}
+    _check_layers(where, config, table, architecture, frozenset(names))
+    for name, shape in shapes.items():
+        _check_tensor(where, config, architecture, name.removeprefix(PREFIX), shape)
+
+
+def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of an adapter; of safetensors only the header is read."""
+    if (path := folder / ADAPTER_WEIGHTS).is_file():
+        return {name: info.shape for name, info in open_file(path, error=ExportError).info.items()}
+    return {name: tuple(tensor.shape) for name, tensor in read_weights(folder).items()}
+
+
+def _check_layers(
+    where: str, config: Mapping[str, Any], table: Lora, architecture: Architecture, found: frozenset[str]
+) -> None:
+    """Compare the layers that have an adapter with those of [lora], and name the setting that differs."""
+    if parts := sorted(name for name in found if last_name(name) in FUSED):
+        hint = f"Convert it: qlora-phi3 adapter convert {where.partition(': ')[2]} NEW --to fused"
+        raise ExportError(f"{where} has {parts[0]}, which Phi-3 has fused with others.", hint)
+    if special := sorted(name for name in found if last_name(name) in ("embed_tokens", "lm_head")):
+        hint = (
+            "Start from an adapter of the linear layers; an embedding or a head is trained in full by modules_to_save."
+        )
+        raise ExportError(f"{where} has a LoRA on {special[0]}, which is not trained here.", hint)
+    layers = [
+        name for name in layer_shapes(architecture, fused=True) if last_name(name) not in ("embed_tokens", "lm_head")
+    ]
+    wanted = {key: getattr(table, key) for key in LAYER_KEYS}
+    if _covered(wanted, layers) == found:
+        return
+    for key in LAYER_KEYS:
+        if _covered({**wanted, key: config.get(key)}, layers) == found:
+            raise _other_setting(where, key, config.get(key), wanted[key])
+    differing = sorted(found ^ _covered(wanted, layers))
+    count = f"{len(found)} layers, [lora] on this base {len(_covered(wanted, layers))}"
+    trained = ", ".join(f"{key} = {format_toml(config[key])}" for key in LAYER_KEYS if config.get(key) is not None)
+    raise ExportError(
+        f"{where} has {count}; the first that differs is {differing[0]}.", f"It was trained with {trained}."
+    )
+
+
+def _covered(settings: Mapping[str, Any], layers: Sequence[str]) -> frozenset[str]:
+    """The layers that PEFT gives an adapter with these settings."""
+    targets = settings["target_modules"]
+    if targets == "all-linear":
+        targets = sorted({last_name(name) for name in layers})
+    config = SimpleNamespace(**{**settings, "target_modules": targets or (), "target_parameters": None})
+    return frozenset(name for name in layers if check_target_module_exists(config, name))
+
+
+def _check_tensor(
+    where: str, config: Mapping[str, Any], architecture: Architecture, name: str, shape: tuple[int, ...]
+) -> None:
+    """Compare a tensor of the adapter with the base: its columns or rows, or that [lora] trains it in full."""
+    match = LORA_TENSOR.fullmatch(name)
+    layer = match[1] if match else name.rpartition(".")[0].removesuffix(".base_layer")
+    base = layer_shapes(architecture, fused=True).get(layer)
+    if match and base:
+        side = {"lora_A.weight": shape[-1:] == base[1:], "lora_B.weight": shape[:1] == base[:1]}
+        if side.get(match[2], True):
+            return
+        trained = config.get("base_model_name_or_path") or "another base"
+        problem = (
+            f"{where} has {name} of shape {shape}, and that layer is {base[0]} x {base[1]} (out x in) in this base."
+        )
+        raise ExportError(problem, f"It was trained on {trained}: use that one.")
+    saved = last_name(layer) in (config.get("modules_to_save") or ())
+    if last_name(layer) in ("embed_tokens", "lm_head") and shape[:1] != (architecture.vocab_size,):
+        problem = f"{where} was trained with another vocabulary: {name} has {shape[0] if shape else 0:,} rows"
+        hint = "Use the base whose vocabulary was resized in the same way."
+        raise ExportError(f"{problem}, and this base {architecture.vocab_size:,}.", hint)
+    if not saved and not name.endswith(".bias"):
+        hint = (
+            "Save the adapter again with save_embedding_layers=False." if base else "Save the adapter with PEFT again."
+        )
+        raise ExportError(f"{where} has {name}, for which [lora] has no place.", hint)
+
+
+def _other_setting(where: str, key: str, trained: Any, wanted: Any) -> ExportError:
+    hint = f"Delete {key}." if trained in (None, []) else f"Write {key} = {format_toml(trained)}."
+    shown = [format_toml(value) if value is not None else "unset" for value in (trained, wanted)]
+    return ExportError(f"{where} was trained with {key} = {shown[0]}, and [lora] has {shown[1]}.", hint)
 
 
 def start_from(model: PeftModel, place: Path) -> str:

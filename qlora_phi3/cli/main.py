@@ -19,8 +19,11 @@ from qlora_phi3.cli.run import run
 from qlora_phi3.cli.vram_check import vram_check
 from qlora_phi3.errors import Interrupted, UserError, disk_error_hint
 
-#: Errors of the operating system that the user can fix: the disk is full, or the place may not be written.
-FULL_OR_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+#: Errors of the operating system that the user can fix: the disk is full or fails, the place may not be written, or is none.
+FULL_OR_REFUSED = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.ENOTDIR, errno.EISDIR,
+)  # fmt: skip
 #: Characters of our output that ASCII, cp1252 or cp437 lack, with an ASCII character of the same width: the loss curve, the bars
 #: of vram-check, rich's spinner and ellipsis.
 ASCII_SYMBOLS = dict(zip("▁▂▃▄▅▆▇█▓▒░─▲…⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "_.,-=+*##%.-^.|/-\\|/-\\|/", strict=True))

@@ -115,6 +115,8 @@ class VramReport:
     #: Without its trace.
     memory: MemoryReport
     compute_dtype: str
+    #: The 4-bit format of a base whose files are quantized; None where the run quantizes it.
+    stored: str | None
     batch_size: int
     #: Rows of `max_length` tokens in one forward pass, and such passes in an optimizer step.
     micro_batch_size: int

@@ -19,7 +19,6 @@ from peft.tuners.lora import dora
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
-from transformers import Phi3Config
 
 from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan
 from qlora_phi3.family import Architecture
@@ -29,7 +28,13 @@ from qlora_phi3.memory.tracker import ROUNDING, MemoryTracker, NullTracker, para
 from qlora_phi3.model.attention import register_attention
 from qlora_phi3.model.lora import attach_adapter
 from qlora_phi3.model.optimizer import build_optimizer
-from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM, apply_execution_plan, attention_name, configure_base
+from qlora_phi3.model.phi3 import (
+    PackedPhi3ForCausalLM,
+    apply_execution_plan,
+    attention_name,
+    build_config,
+    configure_base,
+)
 from qlora_phi3.model.quantized import quantization_config
 from qlora_phi3.objectives import Objective, sft
 from qlora_phi3.recipe.schema import Lora, Model, Quantization, Recipe, Training
@@ -141,12 +146,13 @@ def build_skeleton(
 
     register_attention()
     with no_init_weights(), torch.device("meta"):
-        settings = Phi3Config(**{**config, "dtype": compute_dtype})
+        settings = build_config(config, base.name, dtype=compute_dtype)
         settings._attn_implementation = attention_name(base)
         model: PackedPhi3ForCausalLM = PackedPhi3ForCausalLM(settings).to(compute_dtype)
     kind = quantization_config(quantization, compute_dtype)
     if kind is not None:
-        replace_with_bnb_linear(model, ["lm_head"], kind)
+        skip = ("lm_head",) if architecture.stored is None else architecture.stored.skip_modules or ("lm_head",)
+        replace_with_bnb_linear(model, list(skip), kind)
         model.is_loaded_in_4bit = True
     configure_base(model, architecture, longest_row=longest_row)
     return model

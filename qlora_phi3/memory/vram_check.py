@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from qlora_phi3.recipe.schema import Recipe
 
 MODEL_FILES = (
-    "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
+    "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "model.safetensors",
+    "model.safetensors.index.json",
 )  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def read_recipe_context(recipe: "Recipe", base_folder: Path, progress: Progress)
         UserError: there is no such directory, the model is no phi3, or it has less than the recipe asks of it.
     """
     from qlora_phi3.family import OtherModelError, is_hub_id, nearest_known, parse_architecture, read_config
-    from qlora_phi3.recipe.load import check_model_limits, resolve_paths
+    from qlora_phi3.recipe.load import check_model_limits, resolve_paths, use_stored_quantization
 
     found, name = resolve_paths(recipe, base_folder), recipe.model.name
     with hub_offline():
@@ -71,11 +72,16 @@ def read_recipe_context(recipe: "Recipe", base_folder: Path, progress: Progress)
             ) from error
         architecture = parse_architecture(dict(config), name)
         check_model_limits(recipe, architecture)
+        found = use_stored_quantization(found, architecture)
+        if Path(found.model.name).is_dir():
+            from qlora_phi3.model.checkpoint import check_checkpoint
+
+            check_checkpoint(found.model.name, architecture)
         if found.model.adapter is not None:
             from qlora_phi3.adapters.start import check_start
 
-            check_start(Path(found.model.adapter), recipe.lora)
-        lengths, rows = read_rows(found, base_folder, progress)
+            check_start(Path(found.model.adapter), recipe.lora, architecture)
+        lengths, rows = read_rows(found, architecture, base_folder, progress)
     return RecipeContext(recipe=found, config=config, architecture=architecture, lengths=lengths, rows=rows)
 
 
@@ -105,8 +111,14 @@ def hub_offline() -> Iterator[None]:
             os.environ["HF_HUB_OFFLINE"] = before
 
 
-def read_rows(recipe: "Recipe", base_folder: Path, progress: Progress) -> tuple["RowLengths", RowSummary]:
-    """The lengths of the rows, tokenized as a run does it; of `max_length` tokens each where they cannot be read."""
+def read_rows(
+    recipe: "Recipe", architecture: "Architecture", base_folder: Path, progress: Progress
+) -> tuple["RowLengths", RowSummary]:
+    """The lengths of the rows, tokenized as a run does it; of `max_length` tokens each where they cannot be read.
+
+    Raises:
+        ModelError: a row has a token that the model's embedding lacks.
+    """
     from qlora_phi3.data.prepare import check_files, row_lengths
     from qlora_phi3.memory.plan import assume_lengths, read_lengths
     from qlora_phi3.recipe.load import as_list, is_local_data
@@ -116,7 +128,7 @@ def read_rows(recipe: "Recipe", base_folder: Path, progress: Progress) -> tuple[
     try:
         check_files(recipe.data, base_folder, evaluate=training.do_eval)
         checked = True
-        data = _tokenize(recipe, base_folder, progress)
+        data, tokenizer = _tokenize(recipe, base_folder, progress)
     except UserError as error:
         reason = error.message  # a run may fetch what is not here, but it cannot use local files that are wrong
         is_local = not checked or all(is_local_data(name, base_folder) for name in sources)
@@ -127,6 +139,9 @@ def read_rows(recipe: "Recipe", base_folder: Path, progress: Progress) -> tuple[
             lengths = replace(lengths, longest_evaluation=0)
         origin = f"assumed to be max_length = {training.max_length:,} tokens each. {reason.splitlines()[0]}"
     else:
+        from qlora_phi3.model.phi3 import check_token_ids
+
+        check_token_ids(filter(None, (data.train, data.evaluation)), tokenizer, architecture, recipe.model.name)
         evaluation = [] if data.evaluation is None else row_lengths(data.evaluation).tolist()
         lengths = read_lengths(row_lengths(data.train).tolist(), evaluation, training.batch_size)
         held_out = f" and {len(evaluation):,} to evaluate on" if evaluation else ""
@@ -146,8 +161,8 @@ def summarize_rows(lengths: "RowLengths", origin: str, problem: str = "") -> Row
     )
 
 
-def _tokenize(recipe: "Recipe", base_folder: Path, progress: Progress) -> "PreparedData":
-    """The rows of a recipe; importing transformers, only to find that the tokenizer is not here, would take a second."""
+def _tokenize(recipe: "Recipe", base_folder: Path, progress: Progress) -> tuple["PreparedData", Any]:
+    """The rows of a recipe, and the tokenizer. Importing transformers, only to find that none is here, would take a second."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -162,7 +177,7 @@ def _tokenize(recipe: "Recipe", base_folder: Path, progress: Progress) -> "Prepa
     from qlora_phi3.model.phi3 import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model)
-    return prepare_datasets(
+    data = prepare_datasets(
         recipe.data,
         max_length=recipe.training.max_length,
         evaluate=recipe.training.do_eval,
@@ -171,6 +186,7 @@ def _tokenize(recipe: "Recipe", base_folder: Path, progress: Progress) -> "Prepa
         base_dir=base_folder,
         progress=progress,
     )
+    return data, tokenizer
 
 
 @dataclass(eq=False, slots=True)
@@ -238,6 +254,7 @@ class VramChecker:
             margin_runs=margin.runs if margin.share > DEFAULT_SHARE else 0,
             memory=replace(memory, trace=()),
             compute_dtype=compute_dtype_on(self.context.recipe.compute_dtype, device),
+            stored=None if (stored := self.context.architecture.stored) is None else stored.label,
             batch_size=training.batch_size,
             micro_batch_size=together,
             gradient_accumulation_steps=math.ceil(training.batch_size / together),
@@ -292,8 +309,11 @@ def files_of(recipe: "Recipe", base_folder: Path) -> list[Path]:
     listed = [file for name in names[1:] for path in candidate_paths(name, base_folder) for file in local_files(path)]
     paths += [directory / name for directory in paths[:2] for name in MODEL_FILES]
     if recipe.model.adapter is not None:
-        adapter_files = ("adapter_config.json", "adapter/adapter_config.json")
-        paths += [path / name for path in candidate_paths(recipe.model.adapter, base_folder) for name in adapter_files]
+        adapter_files = ("adapter_config.json", "adapter_model.safetensors")
+        places = [
+            path / part for path in candidate_paths(recipe.model.adapter, base_folder) for part in (".", "adapter")
+        ]
+        paths += [path / name for path in places for name in adapter_files]
     datasets = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets"))
     for name in names:
         flat = name.replace("/", "--")

@@ -3,30 +3,38 @@
 Every loaded base is frozen, has no cache, and never repacks its 4-bit weights (`configure_base`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow.compute  # type: ignore[import-untyped]
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, Phi3ForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.utils import logging as transformers_logging
 
-from qlora_phi3.errors import ModelError, first_line
+from qlora_phi3.errors import ModelError
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan
-from qlora_phi3.family import Architecture
+from qlora_phi3.family import Architecture, find_config, read_config
+from qlora_phi3.files import foreign_errors
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
-from qlora_phi3.model.quantized import disable_cpu_repacking, find_wrong_shapes, quantization_config
+from qlora_phi3.model.quantized import (
+    disable_cpu_repacking,
+    find_wrong_shapes,
+    quantization_config,
+)
 from qlora_phi3.model.weights import refuse_pickles
 from qlora_phi3.recipe.schema import Model, Quantization
+
+#: Text that a tokenizer must turn into ids when it is loaded.
+PROBE = "A probe, with <|end|> in it.\n"
 
 
 class PackedPhi3ForCausalLM(Phi3ForCausalLM):  # type: ignore[misc]
@@ -106,14 +114,54 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: the base has none, or its files cannot be read.
     """
-    try:
+    hint = "Point [model] name at a complete checkpoint that includes its tokenizer files."
+    with foreign_errors(ModelError, f"The tokenizer of {config.name} cannot be read: {{reason}}.", hint):
         tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
-    except (OSError, ValueError, KeyError) as error:
-        hint = "Point [model] name at a complete checkpoint that includes its tokenizer files."
-        raise ModelError(f"The tokenizer of {config.name} cannot be read: {first_line(error)}.", hint) from error
-    if not tokenizer.is_fast:
-        raise ModelError(f"{config.name} has no fast tokenizer (tokenizer.json).", "Use a checkpoint that has one.")
+        if not tokenizer.is_fast:
+            raise ModelError(f"{config.name} has no fast tokenizer (tokenizer.json).", "Use a checkpoint that has one.")
+        # What is damaged without being refused shows in use.
+        ids = tokenizer(PROBE, add_special_tokens=True).input_ids
+        tokenizer.decode([*ids, *tokenizer.all_special_ids])
+        tokenizer.get_vocab()
+        if not all(isinstance(token, str) for token in tokenizer.all_special_tokens) or not ids:
+            raise ValueError("it gives no ids, or special tokens that are no text")
+        if tokenizer.chat_template is not None:
+            tokenizer.get_chat_template()
     return tokenizer
+
+
+def check_token_ids(
+    rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, architecture: Architecture, name: str
+) -> None:
+    """Refuse rows with a token that has no row in the embedding.
+
+    Args:
+        rows: data sets of `prepare_datasets`; their `input_ids` are read a column at a time.
+        name: the model's, for the message.
+
+    Raises:
+        ModelError: with the token, its id and the number of the embedding's rows.
+    """
+    for dataset in rows:
+        for batch in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000):
+            largest = pyarrow.compute.max(batch["input_ids"].combine_chunks().flatten()).as_py()
+            if largest is not None and largest >= architecture.vocab_size:
+                token = tokenizer.convert_ids_to_tokens(largest)
+                raise ModelError(
+                    f"The data have the token {token!r} with id {largest:,}, and the embedding of {name} has "
+                    f"{architecture.vocab_size:,} rows (vocab_size).",
+                    "Use the tokenizer that belongs to the weights, or remove that token from tokenizer.json.",
+                )
+
+
+def build_config(config: Mapping[str, Any], name: str, **changes: Any) -> Phi3Config:
+    """transformers' reading of a config.json; `name` is the model's, for the message.
+
+    Raises:
+        ModelError: a value has a type or a size that transformers refuses.
+    """
+    with foreign_errors(ModelError, f"The config.json of {name} cannot be used: {{reason}}.", "Download it again."):
+        return Phi3Config(**{**config, **changes})
 
 
 def load_base(
@@ -135,24 +183,39 @@ def load_base(
         ModelError: weights are missing, truncated, of another shape than the config's, or stored only as a pickle.
     """
     register_attention()
-    with quiet_transformers():
-        try:
-            model, info = PackedPhi3ForCausalLM.from_pretrained(
-                config.name,
-                revision=config.revision,
-                dtype=precision.compute_dtype,
-                quantization_config=quantization_config(quantization, precision.compute_dtype),
-                attn_implementation=attention_name(config),
-                device_map={"": device},
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except (OSError, SafetensorError, EOFError, RuntimeError, ValueError) as error:
-            refuse_pickles(Path(config.name))
-            hint = "Download the checkpoint again, complete, as safetensors."
-            raise ModelError(f"The weights of {config.name} cannot be read: {first_line(error)}.", hint) from error
+    path, quantized = (
+        find_config(config.name, config.revision),
+        quantization_config(quantization, precision.compute_dtype),
+    )
+    settings = build_config(read_config(config.name, config.revision), config.name)
+    # In the hub's cache the folder's name is the commit, which transformers 5.23 no longer records.
+    settings._commit_hash = path.parent.name if path.parent.parent.name == "snapshots" else None
+    if architecture.stored is not None:
+        settings.quantization_config["bnb_4bit_compute_dtype"] = str(precision.compute_dtype).removeprefix("torch.")
+        quantized = None
+    refuse_pickles(Path(config.name))
+    problem = f"The weights of {config.name} cannot be read: {{reason}}."
+    hint = "Download the checkpoint again, complete, as safetensors."
+    with quiet_transformers(), foreign_errors(ModelError, problem, hint):
+        model, info = PackedPhi3ForCausalLM.from_pretrained(
+            config.name,
+            config=settings,
+            revision=settings._commit_hash or config.revision,
+            dtype=precision.compute_dtype,
+            quantization_config=quantized,
+            attn_implementation=attention_name(config),
+            device_map={"": device},
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        hint = "Name the base in [model] name and the adapter in [model] adapter."
+        raise ModelError(f"[model] name: {config.name} has an adapter beside its weights, which was put on them.", hint)
+    for parameter in model.parameters():  # of a stored 4-bit base, transformers 5.23 leaves the files' own dtypes
+        if hasattr(parameter, "quant_state"):
+            parameter.quant_state.dtype = precision.compute_dtype
+        else:
+            parameter.data = parameter.data.to(precision.compute_dtype)
     absent = [*sorted(info["missing_keys"]), *sorted(map(str, info["mismatched_keys"]))] or find_wrong_shapes(model)
     if absent:
         raise ModelError(

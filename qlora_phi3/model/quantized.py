@@ -219,14 +219,27 @@ def logical_info(stored: StoredWeights) -> dict[str, TensorInfo]:
     parts = {key for name in packed for key in stored.info if key.startswith(f"{name}.")}
     info = {key: info for key, info in stored.info.items() if key not in parts}
     for name in packed:
-        prefix = f"{name}.quant_state.bitsandbytes__"  # a JSON object in UTF-8, as uint8
-        try:
-            key = next(key for key in stored.info if key.startswith(prefix))
-            state = json.loads(bytes(cast(Any, read_tensor(stored, key).numpy())))
-            info[name] = TensorInfo(tuple(state["shape"]), getattr(torch, state["dtype"]))
-        except (StopIteration, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise _incomplete(name, error) from error
+        state = read_quant_state(stored, name)
+        info[name] = TensorInfo(tuple(state["shape"]), getattr(torch, state["dtype"]))
     return info
+
+
+def read_quant_state(stored: StoredWeights, name: str) -> dict[str, Any]:
+    """What the files say about a 4-bit tensor: shape, dtype, quant_type, blocksize, with double quantization nested_blocksize.
+
+    Raises:
+        ModelError: it is missing or damaged.
+    """
+    prefix = f"{name}.quant_state.bitsandbytes__"  # a JSON object in UTF-8, as uint8
+    try:
+        key = next(key for key in stored.info if key.startswith(prefix))
+        state = json.loads(bytes(cast(Any, read_tensor(stored, key).numpy())))
+        is_known = isinstance(getattr(torch, state["dtype"]), torch.dtype) and state["quant_type"] in ("nf4", "fp4")
+        if not is_known or not all(type(size) is int and size > 0 for size in (*state["shape"], state["blocksize"])):
+            raise ValueError(state)
+        return dict(state)
+    except (StopIteration, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _incomplete(name, error) from error
 
 
 def _incomplete(name: str, error: Exception) -> ModelError:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_phi3.errors import ModelError, UserError
+from qlora_phi3.files import check_no_pointer, read_json_object
 
 #: Bytes of a row chunk, at most; see `rows_per_chunk`.
 ROW_CHUNK_BYTES = 4 * 2**20
@@ -164,13 +165,18 @@ def refuse_pickles(folder: Path) -> None:
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor -> file name; an index may name only safetensors files in its own folder."""
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json_object(path, ModelError, _DOWNLOAD_AGAIN)["weight_map"]
         shards = {str(name): str(shard) for name, shard in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, AttributeError) as error:
         raise ModelError(f"{path} is not the index of a checkpoint: {error!r}.", _DOWNLOAD_AGAIN) from error
     hint = "Use the checkpoint's safetensors; a pickle can run code when it is read."
     for name, shard in shards.items():
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+        if (
+            Path(shard).name != shard
+            or len(shard) > 200
+            or not shard.isprintable()
+            or not shard.endswith(".safetensors")
+        ):
             raise ModelError(f"{path}: '{shard}', for {name}, is not a safetensors file in the same folder.", hint)
     return shards
 
@@ -184,6 +190,7 @@ def open_file(path: Path, *, error: type[UserError] = ModelError) -> StoredWeigh
     hint = "Download or write the file again."
     locations = {}
     try:
+        check_no_pointer(path, error)
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -194,9 +201,18 @@ def open_file(path: Path, *, error: type[UserError] = ModelError) -> StoredWeigh
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:
                 raise error(f"{path}: {name} has dtype {entry['dtype']}.", f"Use a checkpoint of {', '.join(DTYPES)}.")
-            info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+            info = TensorInfo(tuple(map(int, entry["shape"])), DTYPES[entry["dtype"]])
             locations[str(name)] = TensorLocation(path, 8 + length + int(entry["data_offsets"][0]), info)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+        OverflowError,
+    ) as cause:
         raise error(f"{path} cannot be read as safetensors: {cause!r}.", hint) from cause
     for name, location in sorted(locations.items(), key=lambda item: item[1].offset):
         if location.offset + location.info.num_bytes > size:

@@ -3,22 +3,36 @@
 All problems of a recipe come in one RecipeError, one a line. Nothing here imports torch or reads data.
 """
 
+import json
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from qlora_phi3.errors import RecipeError, UserError
-from qlora_phi3.family import Architecture, is_hub_id
+from qlora_phi3.family import Architecture, is_hub_id, original_of
 from qlora_phi3.recipe.edit import format_toml
 from qlora_phi3.recipe.messages import Problem, find_nearest, find_problems
 from qlora_phi3.recipe.schema import TABLES, Data, Model, Recipe
 
 #: Python syntax in place of TOML: True, None, "key": value, or a comma at the end of the line.
 PYTHON_IN_TOML = re.compile(r"\b(True|False|None)\b|^\s*[\"']\w+[\"']\s*:|,\s*$")
+TEMPLATES = files("qlora_phi3") / "templates"
+#: A line of YAML: key, colon, value; and a list.
+YAML_LINE = re.compile(r"^\s*(- )?[\w-]+:(\s|$)", flags=re.MULTILINE)
+START_HINT = (
+    "Begin with recipes/chat.toml, and run `qlora-phi3 recipe check`: it answers the keys of Axolotl, LLaMA-Factory, TRL and "
+    "Unsloth with ours."
+)
+#: Tables in tables, and lists in lists: a recipe has 3 of them.
+MAX_DEPTH = 16
 #: Suffixes of files that are data, never recipes.
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 #: Suffixes that mean a file even where no such file exists, so that a misspelt name is never requested from the hub.
@@ -57,7 +71,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, check_files: bool 
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    if path.suffix.lower() in DATA_SUFFIXES:
+    kind = path.suffix.lower()
+    if kind in (".yaml", ".yml") or (kind == ".json" and _is_json_object(path)):
+        raise RecipeError(f"{path} is {'JSON' if kind == '.json' else 'YAML'}, and a recipe is TOML.", START_HINT)
+    if kind in DATA_SUFFIXES:
         raise RecipeError(f"{path} is data, not a recipe.", f'Name it in a recipe: [data] train = "{path.as_posix()}"')
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -70,8 +87,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}.", "Give the path of a .toml file.") from None
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return _parse_toml(text)
+    except ValueError as error:
+        if looks_like := "JSON" if text.lstrip()[:1] == "{" else "YAML" if YAML_LINE.search(text) else "":
+            raise RecipeError(f"{path} is {looks_like}, and a recipe is TOML.", START_HINT) from None
         found = re.search(r"line (\d+)", str(error))
         line = text.split("\n")[int(found[1]) - 1].strip() if found else ""
         hint = f"The line is: {line}" if line else "Correct that place."
@@ -82,6 +101,29 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is not TOML: {error}.", hint) from None
 
 
+def _parse_toml(text: str) -> dict[str, Any]:
+    """Parse TOML; ValueError where it is none, has a number of thousands of digits, or is nested deeper than any recipe."""
+    try:
+        raw = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    values: list[tuple[Any, int]] = [(raw, 0)]
+    while values:
+        value, depth = values.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        values += [(each, depth + 1) for each in inner]
+    return raw
+
+
+def _is_json_object(path: Path) -> bool:
+    """Whether a file is the configuration of another tool: one JSON object, where data are a list or a line each."""
+    with suppress(OSError, ValueError, RecursionError):
+        return isinstance(json.loads(path.read_text(encoding="utf-8-sig")), dict)
+    return False
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> tuple[str, str]:
     """Put one `table.key=value` into `raw`, and return the table and the key.
 
@@ -89,7 +131,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> tuple[str, str]:
     """
     name, equals, text = (part.strip() for part in override.partition("="))
     table, *keys = name.split(".")
-    if not equals or not keys or not all((table, *keys)):
+    if not equals or not keys or not all((table, *keys)) or len(keys) > MAX_DEPTH:
         raise RecipeError(f"--set {override} is not table.key=value.", "Write it like: --set lora.r=32")
     place = raw
     for part in (table, *keys[:-1]):
@@ -97,8 +139,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> tuple[str, str]:
         if not isinstance(place, dict):
             raise RecipeError(f"--set {override}: {part} is not a table.", "Write it like: --set lora.r=32")
     try:
-        place[keys[-1]] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError as error:
+        if "\n" in text:
+            raise ValueError("it has several lines")
+        place[keys[-1]] = _parse_toml(f"value = {text}")["value"]
+    except ValueError as error:
         if text[:1] + text[-1:] in ("[]", "{}"):
             words = [word.strip(" \"'") for word in text.strip("[]").split(",")]
             shown = format_toml(words) if text.startswith("[") else '{ ours = "theirs" }'
@@ -129,10 +173,11 @@ def _find_missing_files(raw: Mapping[str, Any], base_dir: Path) -> Iterator[Prob
     """Yield a problem for each model folder, adapter and data file that does not exist; values of a wrong type are skipped."""
     sections = {table: section for table, section in raw.items() if isinstance(section, dict)}
     evaluates = sections.get("training", {}).get("do_eval") is not False
+    yield from _find_missing_template(sections.get("data", {}).get("chat_template"), base_dir)
     for table, key in (("model", "name"), ("model", "adapter"), ("data", "train"), ("data", "eval")):
         names = sections.get(table, {}).get(key) if key != "eval" or evaluates else None
         for name in names if isinstance(names, list) else [names]:
-            if not (isinstance(name, str) and name) or any(p.exists() for p in candidate_paths(name, base_dir)):
+            if not (isinstance(name, str) and name) or any(p.exists() for p in _safe_paths(name, base_dir)):
                 continue
             if key == "name" and not is_hub_id(name):
                 hint = "Give a folder that exists, or a hub id such as microsoft/Phi-3-mini-4k-instruct."
@@ -148,12 +193,29 @@ def _find_missing_files(raw: Mapping[str, Any], base_dir: Path) -> Iterator[Prob
                 yield Problem(table, key, sentence + hint)
 
 
+def _find_missing_template(name: object, base_dir: Path) -> Iterator[Problem]:
+    known = ["auto", *sorted(path.name.removesuffix(".jinja") for path in TEMPLATES.iterdir())]
+    if not isinstance(name, str) or name in known:
+        return
+    if not name.endswith(".jinja") or not any(path.is_file() for path in _safe_paths(name, base_dir)):
+        sentence = f"[data] chat_template: There is no template and no .jinja file {name}."
+        yield Problem("data", "chat_template", f"{sentence} The names: {', '.join(known)}.")
+
+
+def _safe_paths(name: str, base_dir: Path) -> Iterator[Path]:
+    """`candidate_paths` of a value that may be no name at all (NUL, a part of 300 bytes), for which `Path.exists` raises."""
+    for path in candidate_paths(name, base_dir):
+        with suppress(OSError, ValueError):
+            path.exists()
+            yield path
+
+
 def candidate_paths(name: str, base_dir: Path) -> tuple[Path, ...]:
     """Paths that a name can mean, first match first: in `base_dir`, the recipe's directory, then in the working directory.
 
     `~` is the home directory; an absolute path is the only candidate.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises for a user who does not exist
     return (path,) if path.is_absolute() else (base_dir / path, path)
 
 
@@ -188,7 +250,9 @@ def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
             update[key] = paths if isinstance(names, list) else next(iter(paths), None)
         return table.model_copy(update=update)
 
-    update = {"model": resolve(recipe.model, "name", "adapter"), "data": resolve(recipe.data, "train", "eval")}
+    template = ["chat_template"] if recipe.data.chat_template.endswith(".jinja") else []
+    data = resolve(recipe.data, "train", "eval", *template)
+    update = {"model": resolve(recipe.model, "name", "adapter"), "data": data}
     return recipe.model_copy(update=update)
 
 
@@ -215,6 +279,30 @@ def check_model_limits(recipe: Recipe, architecture: Architecture) -> None:
             f"[memory] checkpoint_every_n_layers = {every}, and {recipe.model.name} has {layers} layers.",
             f"Write {layers} or less; to recompute no layer, write [training] gradient_checkpointing = false.",
         )
+
+
+def use_stored_quantization(recipe: Recipe, architecture: Architecture) -> Recipe:
+    """The recipe with the [quantization] of a checkpoint whose weights are stored in 4 bit; keys that it leaves out follow them.
+
+    Raises:
+        UserError: it sets a key to another value; the weights cannot be quantized again.
+    """
+    stored, given = architecture.stored, recipe.quantization
+    if stored is None:
+        return recipe
+    update = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": stored.quant_type,
+        "bnb_4bit_use_double_quant": stored.double_quant,
+    }
+    for key, value in update.items():
+        if key in given.model_fields_set and (wanted := getattr(given, key)) != value:
+            name, original = recipe.model.name, original_of(asdict(architecture), recipe.model.name)
+            raise UserError(
+                f"[quantization] {key} = {format_toml(wanted)}, and the weights of {name} are stored in {stored.label}.",
+                f"Write {key} = {format_toml(value)}, or use the unquantized original, such as {original}.",
+            )
+    return recipe.model_copy(update={"quantization": given.model_copy(update=update)})
 
 
 def recipe_as_toml(recipe: Recipe) -> str:

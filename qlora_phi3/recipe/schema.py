@@ -4,6 +4,8 @@ Names are those of the libraries: `[lora]` has peft's LoraConfig, `[training]` h
 strict: "16" is not a number and `true` is not 1; only an integer may stand for a float. The checks need no model, data or device.
 """
 
+import os
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
@@ -35,14 +37,32 @@ def _check_logits_tile(value: str) -> str:
     return value
 
 
+def _check_place(value: str) -> str:
+    """Refuse what no file system takes as a name; `Path.exists` raises for it."""
+    if "\0" in value or any(len(os.fsencode(part)) > 255 for part in re.split(r"[/\\]", value)):
+        raise ValueError("is no name of a file or folder: it has a NUL, or a part of more than 255 bytes")
+    return value
+
+
+def _check_regex(value: object) -> object:
+    for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+    return value
+
+
 ComputeDtype = Literal["auto", "bfloat16", "float16", "float32"]
 Text = Annotated[str, Field(min_length=1)]
 Texts = Text | Annotated[list[Text], Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
+Place = Annotated[Text, AfterValidator(_check_place)]
+Places = Place | Annotated[list[Place], Field(min_length=1)]
+Count = Annotated[int, Field(ge=1, le=2**31)]
+Index = Annotated[int, Field(ge=0, le=2**31)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # the limit of numpy
 Share = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=2**31)] | Annotated[float, Field(gt=0, le=2**31)]
 #: A number of steps or rows; below 1 a share of all of them.
 ShareOrCount = Annotated[int | float, AfterValidator(_check_share_or_count)]
 #: "auto", or a number with its unit.
@@ -92,11 +112,11 @@ class Table(BaseModel):
 class Model(Table):
     """The base model."""
 
-    name: Text
+    name: Place
     """Hub id or folder of a checkpoint with model_type phi3 in its config.json."""
     revision: Text | None = None
     """Branch, tag or commit of the hub repository."""
-    adapter: Text | None = None
+    adapter: Place | None = None
     """Trained adapter to start from, with the same settings as [lora]: a PEFT folder or a run folder; unset: a new adapter."""
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     """Implementation of attention."""
@@ -126,9 +146,9 @@ class Lora(Table):
     """Scale of the update, which is multiplied by lora_alpha / r."""
     lora_dropout: Share = 0.0
     """Dropout on the inputs of the adapter, in training."""
-    target_modules: Texts = "all-linear"
+    target_modules: Annotated[Texts, AfterValidator(_check_regex)] = "all-linear"
     """Layers that get an adapter: all-linear, a list of names, or a regular expression."""
-    exclude_modules: Texts | None = None
+    exclude_modules: Annotated[Texts, AfterValidator(_check_regex)] | None = None
     """Layers that get no adapter: a list of names or a regular expression."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained as well."""
@@ -140,9 +160,9 @@ class Lora(Table):
     """Modules that are trained in full and saved with the adapter."""
     layers_to_transform: Index | list[Index] | None = None
     """Decoder layers, counted from 0, that get an adapter; unset: all."""
-    rank_pattern: dict[str, Count] = {}
+    rank_pattern: Annotated[dict[str, Count], AfterValidator(_check_regex)] = {}
     """Another rank for layers whose name matches."""
-    alpha_pattern: dict[str, Positive] = {}
+    alpha_pattern: Annotated[dict[str, Positive], AfterValidator(_check_regex)] = {}
     """Another lora_alpha for layers whose name matches."""
     init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
     """Initialization of the two matrices; true: the adapter starts without any effect."""
@@ -157,9 +177,9 @@ class Lora(Table):
 class Data(Table):
     """Training and evaluation data."""
 
-    train: Texts
+    train: Places
     """Training data: a hub id, or one or several .json, .jsonl, .csv, .parquet files."""
-    eval: Texts | None = None
+    eval: Places | None = None
     """Evaluation data, named as train is; unset: rows held out of train."""
     eval_size: ShareOrCount = 0.05
     """Share (below 1) or number of the rows held out for evaluation where eval is unset."""
@@ -187,7 +207,7 @@ class Data(Table):
     """Largest number of training rows that are read, held-out rows included."""
     max_eval_rows: Count | None = None
     """Largest number of evaluation rows."""
-    chat_template: Text = "auto"
+    chat_template: Place = "auto"
     """Chat template by name or file; auto: the one of the model's family."""
 
     def contradictions(self) -> Iterator[str]:
@@ -220,7 +240,7 @@ class Training(Table):
     """Rows of an optimizer step, packed or not; unset: the product of the two keys above where both are set, else 16."""
     per_device_eval_batch_size: Count | Literal["auto"] = "auto"
     """Rows of a micro-batch in evaluation; auto: planned for the GPU."""
-    max_length: Annotated[int, Field(ge=8)] = 2048
+    max_length: Annotated[int, Field(ge=8, le=2**31)] = 2048
     """Tokens of the longest row; longer rows are truncated."""
     packing: bool = True
     """Concatenate the rows of a micro-batch instead of padding them; changes speed, not what is learned."""
@@ -290,8 +310,8 @@ class Training(Table):
     """Experiment trackers that receive the metrics."""
     remove_unused_columns: Literal[True] = True
     """Only token ids reach the model; always true."""
-    output_dir: Text = "runs"
-    """Folder of the run folders: <output_dir>/<recipe>/<time>."""
+    output_dir: Annotated[Place, AfterValidator(os.path.expanduser)] = "runs"
+    """Folder of the run folders: <output_dir>/<recipe>/<time>; ~ is the home folder."""
 
     @property
     def micro_batch_size(self) -> int | None:
@@ -375,7 +395,7 @@ class Memory(Table):
     """Recompute only every n-th decoder layer; 1: all layers; auto: planned."""
     logits_tile: Annotated[Size, AfterValidator(_check_logits_tile)] = "auto"
     """Logits in memory at once in the loss, such as "16MiB"; auto: 32MiB."""
-    mlp_tile_tokens: Literal[0] | Annotated[int, Field(ge=128)] | Literal["auto"] = "auto"
+    mlp_tile_tokens: Literal[0] | Annotated[int, Field(ge=128, le=2**31)] | Literal["auto"] = "auto"
     """Tokens that go through a layer's MLP at once, 0: all; auto: 0 unless memory is short."""
     rehearsal: bool | Literal["auto"] = "auto"
     """Run the heaviest step once before the first; auto: on a GPU."""

@@ -31,9 +31,10 @@ from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.search import find_plan
 from qlora_phi3.memory.simulate import simulate
+from qlora_phi3.model.checkpoint import check_checkpoint
 from qlora_phi3.model.lora import attach_adapter, measure_coverage
 from qlora_phi3.model.optimizer import default_optimizer
-from qlora_phi3.model.phi3 import Precision, choose_precision, load_base, load_tokenizer
+from qlora_phi3.model.phi3 import Precision, check_token_ids, choose_precision, load_base, load_tokenizer
 from qlora_phi3.recipe.load import check_model_limits
 from qlora_phi3.recipe.schema import Memory, Recipe, Training
 from qlora_phi3.reporter import Reporter
@@ -91,8 +92,9 @@ def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
     config = read_config(recipe.model.name, recipe.model.revision)
     architecture = parse_architecture(config, recipe.model.name)
     check_model_limits(recipe, architecture)
+    check_checkpoint(recipe.model.name, architecture)
     if recipe.model.adapter is not None:
-        check_start(Path(recipe.model.adapter), recipe.lora)
+        check_start(Path(recipe.model.adapter), recipe.lora, architecture)
     gpu, device = None, torch.device("cpu")
     if torch.cuda.is_available():
         with suppress(DeviceError):  # without NVML there is no plan, and the default one is used
@@ -111,6 +113,7 @@ def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
         base_dir=recipe_dir,
         progress=reporter.progress,
     )
+    check_token_ids(filter(None, (data.train, data.evaluation)), tokenizer, architecture, recipe.model.name)
     for line in data.report.summary_lines():
         reporter.info(line)
     for line in data.report.warning_lines():
@@ -266,6 +269,12 @@ def load_model(context: RunContext, *, is_first_session: bool = True) -> PeftMod
     reporter.progress("Loading the base model", 1, 1)
     kind = recipe.quantization.bnb_4bit_quant_type.upper() if recipe.quantization.load_in_4bit else "unquantized"
     dtype = str(context.precision.compute_dtype).removeprefix("torch.")
+    if (stored := context.architecture.stored) is not None:
+        kind = f"{stored.label}, as its files store it"
+        if stored.compute_dtype != dtype:
+            reporter.info(
+                f"Its config.json asks for {stored.compute_dtype} arithmetic, and this run computes in {dtype}."
+            )
     device = f"{describe_device(context.device)} ({context.precision.reason})"
     reporter.info(f"Model: {recipe.model.name}, {kind}, computing in {dtype} on {device}")
     reporter.info(

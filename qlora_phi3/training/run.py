@@ -15,12 +15,13 @@ from pydantic import ValidationError
 from torch.nn.utils import clip_grad_norm_
 
 from qlora_phi3.errors import Interrupted, RunError
+from qlora_phi3.family import read_architecture
 from qlora_phi3.files import atomic_write
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.inference import template_to_save
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.model.quantized import save_quantized
-from qlora_phi3.recipe.load import recipe_as_toml, resolve_paths
+from qlora_phi3.recipe.load import recipe_as_toml, resolve_paths, use_stored_quantization
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.reporter import Reporter
 from qlora_phi3.runfolder import (
@@ -76,6 +77,7 @@ def run(
     if line := describe_load():
         reporter.warning(line)
     recipe = resolve_paths(recipe, recipe_dir)
+    recipe = use_stored_quantization(recipe, read_architecture(recipe.model.name, recipe.model.revision))
     if resume is not None:
         check_resumable(resume, recipe, reporter)
     context = prepare(recipe, recipe_dir, reporter)

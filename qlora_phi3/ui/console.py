@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_phi3.errors import Interrupted
+from qlora_phi3.errors import Interrupted, printable
 from qlora_phi3.reporter import EvalRecord, OomRecord, StepRecord
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.units import format_count, format_duration
@@ -74,11 +74,11 @@ class ConsoleReporter:
 
     def info(self, line: str) -> None:
         """Print a fact on stdout."""
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
     def warning(self, line: str) -> None:
         """Print on stderr what the user should look at."""
-        self._errors.print(f"Note: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        self._errors.print(f"Note: {printable(line)}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def progress(self, what: str, done: int, total: int | None) -> None:
         """Move the bar of `what`, and remove it at `done >= total`; without bars print a line at the start and every 10 s."""
@@ -241,7 +241,7 @@ class Watcher:
 
     def info(self, what: str) -> None:
         """Name the current work."""
-        self._update(description=f"{self._gpu}{what}")
+        self._update(description=f"{self._gpu}{printable(what)}")
 
     def progress(self, what: str, done: int, total: int | None) -> None:
         """Name the current work with its units done, of `total` where that is known."""

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from qlora_phi3.errors import printable
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.hardware.gpu_table import GPU_TABLE, name_series
 from qlora_phi3.memory.report import VramReport, planned_keys
@@ -118,8 +119,9 @@ def _heading(report: VramReport) -> Iterator[str]:
         yield f"Used by other processes: {format_gib(device.other_processes_bytes)}{names}"
     if device.free_bytes > report.budget_bytes:
         yield f"[memory] budget: a run may use {format_gib(report.budget_bytes)} of it"
+    stored = f", stored in {report.stored}" if report.stored else ""
     dtype = "" if report.compute_dtype == "bfloat16" else f", computing in {report.compute_dtype}"
-    yield f"{report.model}{dtype}; {report.batch_size} rows an optimizer step"
+    yield f"{report.model}{stored}{dtype}; {report.batch_size} rows an optimizer step"
     yield f"Rows: {report.rows.origin}"
 
 
@@ -258,4 +260,4 @@ def _table(*headings: str) -> Table:
 
 
 def _print(console: Console, line: str, style: str | None = None) -> None:
-    console.print(line, style=style, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+    console.print(printable(line), style=style, highlight=False, markup=False, soft_wrap=not console.is_terminal)

@@ -59,6 +59,21 @@ def folder(shop: Workshop, config: object = LORA, **tensors: torch.Tensor) -> An
     return place
 
 
+def foreign(shop: Workshop, name: str) -> Any:
+    """The directory of another tool's adapter."""
+    (shop.path / "peft").mkdir()
+    (shop.path / "peft" / name).write_bytes(b"")
+    return find_adapter(shop.path / "peft")
+
+
+def pointer(shop: Workshop) -> Any:
+    place = folder(shop)
+    (place / "adapter_model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
+    )
+    return place
+
+
 def resolve(shop: Workshop, tensors: dict[str, torch.Tensor], **config: Any) -> object:
     """`read_deltas` of an adapter on the first qkv_proj of a tiny model."""
     settings = {**LORA, "task_type": "CAUSAL_LM", "target_modules": [QKV], **config}
@@ -68,8 +83,20 @@ def resolve(shop: Workshop, tensors: dict[str, torch.Tensor], **config: Any) -> 
 TRAINED = {f"{QKV}.lora_A.weight": torch.ones(4, 128), f"{QKV}.lora_B.weight": torch.ones(256, 4)}
 
 
-def start(shop: Workshop, **config: Any) -> None:
-    check_start(folder(shop, {**LORA, "lora_alpha": 16, "target_modules": ["qkv_proj"], **config}), Lora(r=4))
+def start(shop: Workshop, lora: dict[str, Any] | None = None, last: str = "qkv_proj", **config: Any) -> None:
+    """Start a run on the tiny base, two layers of 128, from an adapter of rank 4 on both layers' qkv_proj or `last`."""
+    shapes = {"qkv_proj": (256, 128), "q_proj": (128, 128), "embed_tokens": (128, 832)}[last]
+    tensors = {}
+    for number in range(2):
+        layer = f"model.layers.{number}.self_attn.{last}" if last != "embed_tokens" else "model.embed_tokens"
+        tensors |= {
+            f"{layer}.lora_A.weight": torch.ones(4, shapes[1]),
+            f"{layer}.lora_B.weight": torch.ones(shapes[0], 4),
+        }
+    tensors |= config.pop("tensors", {})
+    place = folder(shop, {**LORA, "lora_alpha": 16, "target_modules": [last], **config}, **tensors)
+    table = Lora(**{"r": 4, "target_modules": ["qkv_proj"], **(lora or {})})
+    check_start(place, table, read_architecture(str(shop.base)))
 
 
 def row(name: str, trigger: Any, *says: str, hint: str) -> Message:
@@ -215,12 +242,6 @@ MESSAGES = [
     ),
     row("groups-unreadable", lambda shop: read_enable(["q,up"], lambda: tiny(shop)), "--enable q,up", hint="gate,up"),
     row(
-        "parts-without-equal-groups",
-        lambda shop: read_enable(["q"], uneven),
-        "[192, 128, 128]",
-        hint="Leave --enable out",
-    ),
-    row(
         "loralib-target-is-safetensors",
         lambda shop: peft_to_loralib(folder(shop), shop.path / "new.safetensors", Spec()),
         "new.safetensors",
@@ -290,9 +311,101 @@ MESSAGES = [
         f"{QKV}.lora_B.weight holds NaN or infinity",
         hint="learning_rate",
     ),
-    row("start-without-adapter", lambda shop: check_start(shop.path / "nowhere", Lora()), "nowhere", hint="name"),
-    row("start-from-split", lambda shop: start(shop, target_modules=["a.q_proj"]), "q_proj", hint="--to fused"),
+    row(
+        "start-without-adapter",
+        lambda shop: check_start(shop.path / "nowhere", Lora(), read_architecture(str(shop.base))),
+        "nowhere",
+        hint="name",
+    ),
+    row("start-from-split", lambda shop: start(shop, last="q_proj"), "q_proj", hint="--to fused"),
     row("start-of-another-rank", lambda shop: start(shop, r=8), "r = 8", "has 4", hint="r = 8, lora_alpha = 16"),
+    row(
+        "start-of-other-targets",
+        lambda shop: start(shop, {"target_modules": "all-linear"}),
+        'target_modules = ["qkv_proj"]',
+        '"all-linear"',
+        hint='target_modules = ["qkv_proj"]',
+    ),
+    row(
+        "start-of-other-layers",
+        lambda shop: start(shop, {"layers_to_transform": [0]}),
+        "layers_to_transform = unset",
+        "has [0]",
+        hint="Delete layers_to_transform",
+    ),
+    row("start-of-another-bias", lambda shop: start(shop, bias="all"), 'bias = "all"', hint='bias = "all"'),
+    row(
+        "start-of-other-modules",
+        lambda shop: start(shop, modules_to_save=["lm_head"]),
+        'modules_to_save = ["lm_head"]',
+        hint='modules_to_save = ["lm_head"]',
+    ),
+    row(
+        "start-of-trained-tokens",
+        lambda shop: start(shop, trainable_token_indices=[3, 5]),
+        "trainable_token_indices = [3, 5]",
+        hint="PEFT",
+    ),
+    row("start-with-lora-bias", lambda shop: start(shop, lora_bias=True), "lora_bias = True", hint="PEFT"),
+    row(
+        "start-of-a-resized-vocabulary",
+        lambda shop: start(shop, tensors={"model.embed_tokens.weight": torch.ones(840, 128)}),
+        "840 rows",
+        "832",
+        hint="resized",
+    ),
+    row(
+        "start-with-a-copy-of-the-head",
+        lambda shop: start(shop, tensors={"lm_head.weight": torch.ones(832, 128)}),
+        "lm_head.weight",
+        hint="save_embedding_layers=False",
+    ),
+    row("start-of-an-embedding", lambda shop: start(shop, last="embed_tokens"), "embed_tokens", hint="modules_to_save"),
+    row(
+        "start-of-another-base",
+        lambda shop: start(
+            shop,
+            tensors={"model.layers.0.self_attn.qkv_proj.lora_B.weight": torch.ones(300, 4)},
+            base_model_name_or_path="someone/else",
+        ),
+        "(300, 4)",
+        "256 x 128",
+        hint="someone/else",
+    ),
+    row(
+        "start-of-a-deeper-base",
+        lambda shop: start(
+            shop,
+            tensors={
+                "model.layers.9.self_attn.qkv_proj.lora_A.weight": torch.ones(4, 128),
+                "model.layers.9.self_attn.qkv_proj.lora_B.weight": torch.ones(256, 4),
+            },
+        ),
+        "3 layers",
+        "layers.9",
+        hint='target_modules = ["qkv_proj"]',
+    ),
+    row("adapter-of-mlx", lambda shop: foreign(shop, "adapters.safetensors"), "MLX", hint="PEFT's format"),
+    row("adapter-of-litgpt", lambda shop: foreign(shop, "lit_model.pth.lora"), "litgpt", hint="PEFT's format"),
+    row("adapter-of-torchtune", lambda shop: foreign(shop, "adapter_0.pt"), "torchtune", hint="PEFT's format"),
+    row(
+        "adapter-config-of-mlx",
+        lambda shop: read_peft({}, {"fine_tune_type": "lora", "num_layers": 16}, "here"),
+        "MLX",
+        hint="PEFT's format",
+    ),
+    row(
+        "adapter-config-of-a-wrong-type",
+        lambda shop: read_config(folder(shop, {**LORA, "target_modules": 5})),
+        "target_modules = 5",
+        hint="Copy",
+    ),
+    row(
+        "adapter-is-a-git-lfs-pointer",
+        lambda shop: read_weights(pointer(shop)),
+        "adapter_model.safetensors is a Git LFS pointer",
+        hint="git lfs pull",
+    ),
 ]
 
 
@@ -313,14 +426,6 @@ def unfused(shop: Workshop) -> Any:
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     (base / "config.json").write_text(json.dumps({**config, "model_type": "llama"}), encoding="utf-8")
     return base
-
-
-def uneven() -> Any:
-    """Three heads and two key-value heads of 64."""
-    from qlora_phi3.family import parse_architecture
-
-    sizes = {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 2}
-    return parse_architecture({**build_config().to_dict(), **sizes}, "uneven")
 
 
 def with_adapter() -> Any:

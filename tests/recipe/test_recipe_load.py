@@ -163,7 +163,7 @@ def test_a_recipe_written_out_reads_back_equal(tmp_path: Path, overrides: tuple[
 
 
 def test_every_character_survives_being_written_as_toml(tmp_path: Path):
-    name = "".join(map(chr, range(1, 256)))
+    name = "".join(map(chr, range(1, 129))) + "/" + "".join(map(chr, range(129, 256)))
     recipe = Recipe.model_validate({"model": {"name": name}, "data": {"train": "x"}})
     assert read(tmp_path, recipe_as_toml(recipe)).model.name == name
 

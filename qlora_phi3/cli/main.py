@@ -16,13 +16,13 @@ import click
 from qlora_phi3.cli.adapter import adapter
 from qlora_phi3.cli.export import export
 from qlora_phi3.cli.options import debug_option, set_option
-from qlora_phi3.cli.output import safe_output
+from qlora_phi3.cli.output import FULL_DISK, safe_output
 from qlora_phi3.cli.run import run
 from qlora_phi3.cli.vram_check import vram_check
 from qlora_phi3.errors import Interrupted, UserError, disk_error_hint
 
-#: Errors of the operating system that the user can fix: the disk is full, or the place may not be written.
-FULL_OR_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+#: Errors of the operating system that the user can fix: the disk is full or fails, or the place may not be written.
+FULL_OR_REFUSED = (*FULL_DISK, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class Commands(click.Group):

@@ -5,7 +5,7 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -25,7 +25,7 @@ from qlora_phi3.memory.report import OPTIMIZER_STATE, QUANTIZATION_STATE, Memory
 from qlora_phi3.memory.tracker import parameter_category, quantization_tensors
 from qlora_phi3.recipe.load import recipe_as_toml
 from qlora_phi3.recipe.schema import Recipe
-from qlora_phi3.reporter import EvalRecord, OomRecord, StepRecord
+from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, StepRecord
 from qlora_phi3.runfolder import RunFolder, read_metrics, write_report
 from qlora_phi3.units import format_count, format_gib
 
@@ -174,6 +174,12 @@ def describe_device(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()} CPU, {format_count(torch.get_num_threads(), 'thread')}"
 
 
+def row_name(row: Mapping[str, Any], sources: Sequence[str]) -> str:
+    """The data file and the number of a row in it; "A row" where that is not known."""
+    is_named = "source" in row and row["source"] < len(sources)
+    return f"{sources[row['source']]}:{row['source_row']}" if is_named else "A row"
+
+
 @contextmanager
 def failure_reported(folder: RunFolder, report: Mapping[str, Any], started: float) -> Iterator[None]:
     """Write into report.json how a run ended if it fails or is interrupted; `started` is of time.perf_counter()."""
@@ -184,7 +190,9 @@ def failure_reported(folder: RunFolder, report: Mapping[str, Any], started: floa
         reason = str(error) or type(error).__name__
         seconds = report["seconds"] + time.perf_counter() - started
         with suppress(RunError):  # the disk may still be full, and the first error is the one to report
-            write_report(folder, {**report, "status": status, "error": reason, "seconds": seconds})
+            divergences = [record for record in read_metrics(folder) if record["kind"] == DivergenceRecord.kind]
+            ended = {"status": status, "error": reason, "seconds": seconds, "divergences": divergences}
+            write_report(folder, {**report, **ended})
         raise
 
 
@@ -205,5 +213,6 @@ def last_report(
         "seconds": report["seconds"] + time.perf_counter() - started,
         "peak_memory_bytes": max(peaks, default=0),
         "memory": prediction_check.as_dict(),
+        "divergences": [record for record in records if record["kind"] == DivergenceRecord.kind],
         "out_of_memory": sum(record["kind"] == OomRecord.kind for record in records),
     }

@@ -218,24 +218,16 @@ class DivergenceGuard(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Save and end the run after its last recovery."""
+        """Check the weights after the run's last update, which no later step does; save and end it after its last recovery."""
+        if state.global_step >= state.max_steps:
+            optimizer = kwargs["optimizer"]
+            if not all(bool(weight.isfinite().all()) for weight in _parameters(optimizer)):
+                if not self.can_go_back:
+                    raise DivergedError(f"Step {state.global_step} diverged: the adapter is not finite.", HINT)
+                self.go_back(state.global_step, "the adapter is not finite", optimizer, kwargs["lr_scheduler"])
         if self.failure:
             control.should_save = control.should_training_stop = True
         return control
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Go back where the last update of the run left weights that are not finite, which no later step shows."""
-        optimizer = kwargs["optimizer"]
-        if state.global_step < state.max_steps or all(
-            bool(weight.isfinite().all()) for weight in _parameters(optimizer)
-        ):
-            return
-        reason = "the adapter is not finite"
-        if not self.can_go_back:
-            raise DivergedError(f"Step {state.global_step} diverged: {reason}.", HINT)
-        self.go_back(state.global_step, reason, optimizer, kwargs["lr_scheduler"])
 
     def go_back(self, step: int, reason: str, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         """Restore the last good state at a lower learning rate, and report it; after MAX_RECOVERIES, set `failure`."""

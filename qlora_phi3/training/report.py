@@ -144,6 +144,7 @@ def first_report(
         "name": was.get("name", name),
         "started": was.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
         "seconds": seconds,
+        "trained_sha256_before": was.get("trained_sha256_before"),
         "recipe": recipe.model_dump(mode="json"),
         "recipe_sha256": hashlib.sha256(recipe_as_toml(recipe).encode()).hexdigest(),
         "data": asdict(data),
@@ -194,6 +195,35 @@ def failure_reported(folder: RunFolder, report: Mapping[str, Any], started: floa
             ended = {"status": status, "error": reason, "seconds": seconds, "divergences": divergences}
             write_report(folder, {**report, **ended})
         raise
+
+
+@torch.no_grad()
+def trained_digest(model: nn.Module) -> str:
+    """SHA-256 over the bytes of every trained parameter."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def describe_unlearned(model: nn.Module, report: Mapping[str, Any]) -> str | None:
+    """In one sentence, why the adapter of a finished run learned nothing or less than it should; None where it learned.
+
+    `report` has the digest from before the first step, and the losses on the held-out rows.
+    """
+    before, after = report["eval_loss_before"], report["eval_loss_after"]
+    if report["trained_sha256_before"] == trained_digest(model):
+        return "The adapter learned nothing: no trained parameter changed in any step."
+    matrices = {name: parameter for name, parameter in model.named_parameters() if ".lora_B." in name}
+    zero = [name.partition(".lora_B.")[0] for name, parameter in matrices.items() if not parameter.any()]
+    if zero:
+        return (
+            f"The adapter learned nothing in {len(zero)} of {len(matrices)} layers: lora_B is zero, first in {zero[0]}."
+        )
+    if before is not None and before == after:
+        return f"The adapter learned nothing that is measured: the held-out loss is {after:.4f}, bit for bit as before."
+    return None
 
 
 def last_report(

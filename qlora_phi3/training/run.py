@@ -39,11 +39,13 @@ from qlora_phi3.training.report import (
     PredictionCheck,
     describe_device,
     describe_load,
+    describe_unlearned,
     failure_reported,
     first_report,
     last_report,
     measure_memory,
     run_versions,
+    trained_digest,
 )  # fmt: skip
 from qlora_phi3.training.trainer import EvaluationStopped, Phi3Trainer, build_trainer
 
@@ -92,6 +94,8 @@ def run(
     checkpoint = _checkpoint_to_resume(folder, reporter) if resume else None
     with nullcontext() if resume else removed_on_failure(folder):
         model = load_model(context, is_first_session=checkpoint is None)
+    if checkpoint is None:
+        report["trained_sha256_before"] = trained_digest(model)
     with failure_reported(folder, report, started):
         atomic_write(folder.recipe, recipe_as_toml(recipe))
         write_report(folder, report)
@@ -108,7 +112,10 @@ def run(
             trainer.divergence.raise_failure(folder.adapter)
             check = _check_prediction(trainer, context, planned)
             report = last_report(folder, report, check, steps=int(trainer.state.global_step), started=started)
+            report["unlearned"] = describe_unlearned(model, report)
             write_report(folder, report)
+    if report["unlearned"]:
+        reporter.warning(report["unlearned"])
     before, after = report["eval_loss_before"], report["eval_loss_after"]
     return RunResult(folder, report["steps"], before, after, report["seconds"])
 

@@ -132,10 +132,11 @@ class FinishEvaluation(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Evaluate if the checkpoint says that it is due; raises EvaluationStopped, and the checkpoint stays as it is."""
-        if control.should_evaluate and state.global_step > 0:
-            trainer = self._trainer
-            trainer._maybe_log_save_evaluate(
-                trainer._tr_loss, None, trainer.model, None, state.epoch, None, time.time()
+        saved: Any = state.stateful_callbacks.get(TrainerControl.__name__, {})  # the Trainer restores no control
+        if state.global_step > 0 and saved.get("args", {}).get("should_evaluate"):
+            trainer, control.should_evaluate = self._trainer, True
+            SFTTrainer._maybe_log_save_evaluate(  # not ours, which would go on with the next step
+                trainer, trainer._tr_loss, None, trainer.model, None, state.epoch, None, time.time()
             )
             if state.best_global_step == state.global_step:
                 state.best_model_checkpoint = str(trainer.checkpoint_path)

@@ -1,4 +1,4 @@
-"""Runs that diverge: they go back and go on, give up after some tries, or, where the recipe says so, stop in one line."""
+"""Runs that learn nothing, and runs that diverge: they go back, give up after some tries, or, if the recipe says so, stop."""
 
 import signal
 from contextlib import contextmanager
@@ -193,3 +193,20 @@ def test_weights_that_are_not_finite_are_found_by_the_evaluation_or_at_the_end(s
     assert (record["step"], record["rows"]) == (step, [])
     assert all(value.isfinite().all() for value in load_file(folder / WEIGHTS).values())
     assert all(record["eval_loss"] < 100 for record in records(folder, "eval"))
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        ({"learning_rate": 1e-30}, "bit for bit as before"),
+        ({"max_steps": 1, "warmup_steps": 1}, "no trained parameter changed"),  # the first rate of a warm-up is zero
+        ({}, None),
+    ],
+)
+def test_an_adapter_that_learned_nothing_is_reported(shop, training, said):
+    shop.write(training=training)
+    result = shop.run()
+    assert result.exit_code == 0, result.stderr
+    line = read_json(shop.runs()[0] / "report.json")["unlearned"]
+    assert line is None if said is None else said in line
+    assert ("learned nothing" in result.stderr) == (said is not None)

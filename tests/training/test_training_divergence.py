@@ -175,11 +175,14 @@ class Loop:
         for step, loss in enumerate(losses, start=first):
             self.guard.loss, self.guard.grad_norm, self.guard.rows = loss, norm, [f"chats.jsonl:{step}"]
             around = {"optimizer": self.optimizer, "lr_scheduler": self.scheduler}
-            state, control = SimpleNamespace(global_step=step - 1), SimpleNamespace(should_training_stop=False)
+            state, control = (
+                SimpleNamespace(global_step=step - 1, max_steps=99),
+                SimpleNamespace(should_training_stop=False),
+            )
             self.guard.on_pre_optimizer_step(None, state, control, **around)
             self.weight.data += loss if math.isnan(loss) else 1
             self.guard.on_optimizer_step(None, state, control, **around)
-            self.guard.on_step_end(None, state, control)
+            self.guard.on_step_end(None, state, control, **around)
             controls.append(control.should_training_stop)
         return controls
 

@@ -5,7 +5,7 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -25,7 +25,7 @@ from qlora_phi3.memory.report import OPTIMIZER_STATE, QUANTIZATION_STATE, Memory
 from qlora_phi3.memory.tracker import parameter_category, quantization_tensors
 from qlora_phi3.recipe.load import recipe_as_toml
 from qlora_phi3.recipe.schema import Recipe
-from qlora_phi3.reporter import EvalRecord, OomRecord, StepRecord
+from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, StepRecord
 from qlora_phi3.runfolder import RunFolder, read_metrics, write_report
 from qlora_phi3.units import format_count, format_gib
 
@@ -144,6 +144,7 @@ def first_report(
         "name": was.get("name", name),
         "started": was.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
         "seconds": seconds,
+        "trained_sha256_before": was.get("trained_sha256_before"),
         "recipe": recipe.model_dump(mode="json"),
         "recipe_sha256": hashlib.sha256(recipe_as_toml(recipe).encode()).hexdigest(),
         "data": asdict(data),
@@ -174,6 +175,12 @@ def describe_device(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()} CPU, {format_count(torch.get_num_threads(), 'thread')}"
 
 
+def row_name(row: Mapping[str, Any], sources: Sequence[str]) -> str:
+    """The data file and the number of a row in it; "A row" where that is not known."""
+    is_named = "source" in row and row["source"] < len(sources)
+    return f"{sources[row['source']]}:{row['source_row']}" if is_named else "A row"
+
+
 @contextmanager
 def failure_reported(folder: RunFolder, report: Mapping[str, Any], started: float) -> Iterator[None]:
     """Write into report.json how a run ended if it fails or is interrupted; `started` is of time.perf_counter()."""
@@ -184,8 +191,39 @@ def failure_reported(folder: RunFolder, report: Mapping[str, Any], started: floa
         reason = str(error) or type(error).__name__
         seconds = report["seconds"] + time.perf_counter() - started
         with suppress(RunError):  # the disk may still be full, and the first error is the one to report
-            write_report(folder, {**report, "status": status, "error": reason, "seconds": seconds})
+            divergences = [record for record in read_metrics(folder) if record["kind"] == DivergenceRecord.kind]
+            ended = {"status": status, "error": reason, "seconds": seconds, "divergences": divergences}
+            write_report(folder, {**report, **ended})
         raise
+
+
+@torch.no_grad()
+def trained_digest(model: nn.Module) -> str:
+    """SHA-256 over the bytes of every trained parameter."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def describe_unlearned(model: nn.Module, report: Mapping[str, Any]) -> str | None:
+    """In one sentence, why the adapter of a finished run learned nothing or less than it should; None where it learned.
+
+    `report` has the digest from before the first step, and the losses on the held-out rows.
+    """
+    before, after = report["eval_loss_before"], report["eval_loss_after"]
+    if report["trained_sha256_before"] == trained_digest(model):
+        return "The adapter learned nothing: no trained parameter changed in any step."
+    matrices = {name: parameter for name, parameter in model.named_parameters() if ".lora_B." in name}
+    zero = [name.partition(".lora_B.")[0] for name, parameter in matrices.items() if not parameter.any()]
+    if zero:
+        return (
+            f"The adapter learned nothing in {len(zero)} of {len(matrices)} layers: lora_B is zero, first in {zero[0]}."
+        )
+    if before is not None and before == after:
+        return f"The adapter learned nothing that is measured: the held-out loss is {after:.4f}, bit for bit as before."
+    return None
 
 
 def last_report(
@@ -205,5 +243,6 @@ def last_report(
         "seconds": report["seconds"] + time.perf_counter() - started,
         "peak_memory_bytes": max(peaks, default=0),
         "memory": prediction_check.as_dict(),
+        "divergences": [record for record in records if record["kind"] == DivergenceRecord.kind],
         "out_of_memory": sum(record["kind"] == OomRecord.kind for record in records),
     }

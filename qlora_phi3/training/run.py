@@ -4,7 +4,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,15 @@ from qlora_phi3.training.report import (
     PredictionCheck,
     describe_device,
     describe_load,
+    describe_unlearned,
     failure_reported,
     first_report,
     last_report,
     measure_memory,
     run_versions,
+    trained_digest,
 )  # fmt: skip
-from qlora_phi3.training.trainer import Phi3Trainer, build_trainer
+from qlora_phi3.training.trainer import EvaluationStopped, Phi3Trainer, build_trainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ def run(
     checkpoint = _checkpoint_to_resume(folder, reporter) if resume else None
     with nullcontext() if resume else removed_on_failure(folder):
         model = load_model(context, is_first_session=checkpoint is None)
+    if checkpoint is None:
+        report["trained_sha256_before"] = trained_digest(model)
     with failure_reported(folder, report, started):
         atomic_write(folder.recipe, recipe_as_toml(recipe))
         write_report(folder, report)
@@ -103,12 +107,21 @@ def run(
         cut_metrics(folder, step_of(checkpoint) if checkpoint else -1)
         execution = restore_execution_plan(planned.execution, read_metrics(folder), device)
         trainer = build_trainer(context, execution, model, folder)
-        _train(trainer, context, planned, folder, checkpoint)
-        template = template_to_save(context.tokenizer, context.template, recipe.data.chat_template)
-        save_adapter(model, context.tokenizer, recipe.model, folder, sample=context.data.train, template=template)
-        check = _check_prediction(trainer, context, planned)
-        report = last_report(folder, report, check, steps=int(trainer.state.global_step), started=started)
-        write_report(folder, report)
+        _begin(trainer, context, planned, checkpoint)
+        with stop_on_interrupt(reporter, trainer.stop):
+            _train(trainer, context, folder, checkpoint)
+            if trainer.divergence.last_good.step != 0 or not trainer.divergence.failure:
+                template = template_to_save(context.tokenizer, context.template, recipe.data.chat_template)
+                save_adapter(
+                    model, context.tokenizer, recipe.model, folder, sample=context.data.train, template=template
+                )
+            trainer.divergence.raise_failure(folder.adapter)
+            check = _check_prediction(trainer, context, planned)
+            report = last_report(folder, report, check, steps=int(trainer.state.global_step), started=started)
+            report["unlearned"] = describe_unlearned(model, report)
+            write_report(folder, report)
+    if report["unlearned"]:
+        reporter.warning(report["unlearned"])
     before, after = report["eval_loss_before"], report["eval_loss_after"]
     return RunResult(folder, report["steps"], before, after, report["seconds"])
 
@@ -171,14 +184,8 @@ def _save_export_inputs(context: RunContext, model: PeftModel, folder: RunFolder
     progress("Computing the base's checksums", 1, 1)
 
 
-def _train(
-    trainer: Phi3Trainer, context: RunContext, planned: PlannedRun, folder: RunFolder, checkpoint: Path | None
-) -> None:
-    """Run the heaviest step once and undo it, evaluate, train to the last step, and evaluate the adapter that is saved.
-
-    Raises:
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint is saved.
-    """
+def _begin(trainer: Phi3Trainer, context: RunContext, planned: PlannedRun, checkpoint: Path | None) -> None:
+    """Run the heaviest step once and undo it, and evaluate the adapter that a new run starts with."""
     if wants_dry_run(context.recipe.memory, context.device):
         context.reporter.progress("Rehearsing the heaviest step", 0, None)
         with _optimizer_memory_errors(context.device, lambda: 0):
@@ -187,18 +194,26 @@ def _train(
         context.reporter.info(f"Rehearsal: {PredictionCheck(predicted=planned.predicted, measured=measured).line()}")
     if context.data.evaluation is not None and checkpoint is None:
         trainer.evaluate()
-    with stop_on_interrupt(context.reporter) as stop:
-        trainer.add_callback(stop)
-        with _optimizer_memory_errors(context.device, lambda: trainer.state.global_step):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpoint: Path | None) -> None:
+    """Train to the last step, and evaluate the adapter that is saved.
+
+    Raises:
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint is saved.
+    """
+    with suppress(EvaluationStopped), _optimizer_memory_errors(context.device, lambda: trainer.state.global_step):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
-    if stop.requested:
-        hint = f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
-        raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; everything is saved.", hint)
     evaluated = [record["step"] for record in read_metrics(folder) if record["kind"] == "eval"]
     is_evaluated = evaluated[-1:] == [state.global_step] and not context.recipe.training.load_best_model_at_end
-    if context.data.evaluation is not None and not is_evaluated:
-        trainer.evaluate()
+    if context.data.evaluation is not None and not is_evaluated and not trainer.stop.requested:
+        with suppress(EvaluationStopped):
+            trainer.evaluate()
+    if trainer.stop.requested:
+        trainer._save_checkpoint(trainer.model, None)  # it is there already, but for save_strategy = "no"
+        hint = f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
+        raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; everything is saved.", hint)
 
 
 def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> MemoryReport:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -15,7 +16,7 @@ from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.recipe.schema import Training
 from qlora_phi3.runfolder import RunFolder, create_run_folder, find_run, write_report
 from qlora_phi3.step import MicroBatchMemoryError
-from qlora_phi3.training.callbacks import DivergedError, GradientGuard, check_loss
+from qlora_phi3.training.divergence import DivergedError, DivergenceGuard, check_evaluation
 from qlora_phi3.training.oom import MemoryGuard
 from qlora_phi3.training.prepare import check_schedule, check_trackers
 from qlora_phi3.training.report import first_report
@@ -24,11 +25,18 @@ from qlora_phi3.training.run import _optimizer_memory_errors, check_resumable
 CPU = torch.device("cpu")
 
 
-def gradient_of(value):
-    """Show the guard a first gradient of this value."""
-    layer = torch.nn.Linear(1, 1, bias=False)
-    layer.weight.grad = torch.full_like(layer.weight, value)
-    GradientGuard(scaled=False).on_pre_optimizer_step(None, SimpleNamespace(global_step=0), None, model=layer)
+def diverge(loss=1.0, norm=1.0):
+    """Show the guard the loss and the gradient norm of a first step."""
+    guard = DivergenceGuard(None, recovers=True)
+    guard.loss, guard.grad_norm = loss, norm
+    guard.on_pre_optimizer_step(None, SimpleNamespace(global_step=0), None, optimizer=None)
+
+
+def give_up():
+    """End a run after its last recovery."""
+    guard = DivergenceGuard(None, recovers=True)
+    guard.failure, guard.last_good.step = "The run diverged 6 times, the last time in step 9: the loss is nan.", 5
+    guard.raise_failure(Path("runs/mine/adapter"))
 
 
 def resume(shop, status="interrupted", **changes):
@@ -119,24 +127,40 @@ MESSAGES = [
         hint="Correct or delete it",
     ),
     Message(
-        name="loss-not-finite",
-        trigger=lambda shop: check_loss(float("nan"), 7),
+        name="held-out-loss-not-finite",
+        trigger=lambda shop: check_evaluation(float("nan"), 7),
         error=DivergedError,
         exit_code=2,
         says=("step 7", "nan"),
         hint="[training] learning_rate",
     ),
     Message(
-        name="gradient-not-finite",
-        trigger=lambda shop: gradient_of(float("inf")),
+        name="loss-not-finite",
+        trigger=lambda shop: diverge(loss=float("nan")),
         error=DivergedError,
         exit_code=2,
-        says=("step 1", "inf"),
+        says=("Step 1", "nan"),
+        hint="[training] learning_rate",
+    ),
+    Message(
+        name="diverged-too-often",
+        trigger=lambda shop: give_up(),
+        error=DivergedError,
+        exit_code=2,
+        says=("6 times", "step 9", "step 5", "runs/mine/adapter"),
+        hint="[training] learning_rate",
+    ),
+    Message(
+        name="gradient-not-finite",
+        trigger=lambda shop: diverge(norm=float("inf")),
+        error=DivergedError,
+        exit_code=2,
+        says=("Step 1", "inf"),
         hint="[training] learning_rate",
     ),
     Message(
         name="gradient-zero",
-        trigger=lambda shop: gradient_of(0.0),
+        trigger=lambda shop: diverge(norm=0.0),
         error=DivergedError,
         exit_code=2,
         says=("step 1", "zero"),

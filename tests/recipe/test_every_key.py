@@ -93,6 +93,15 @@ class Lab:
         execution, model = plan_run(context).execution, load_model(context)
         return build_trainer(context, execution, model, RunFolder(self.shop.path / "run"))
 
+    def recovery(self, recipe):
+        """Whether a run copies its last good state."""
+        return self.trainer(recipe).divergence._recovers
+
+    def minutes(self, recipe):
+        """Seconds after which a checkpoint is saved."""
+        callbacks = self.trainer(recipe).callback_handler.callbacks
+        return [callback._seconds for callback in callbacks if hasattr(callback, "_seconds")]
+
     def recomputed(self, recipe):
         """Whether layers are computed a second time in the backward pass."""
         return [getattr(module, "gradient_checkpointing", None) for module in self.trainer(recipe).model.modules()]
@@ -240,6 +249,7 @@ EFFECTS = {
     "training.adam_epsilon": (1e-4, argument("adam_epsilon")),
     "training.weight_decay": (0.1, argument("weight_decay")),
     "training.max_grad_norm": (0.3, argument("max_grad_norm")),
+    "training.recover_from_divergence": (False, Lab.recovery),
     "training.gradient_checkpointing": (False, Lab.recomputed),
     "training.activation_offloading": (True, Lab.execution_on_a_gpu),
     "training.bf16": (True, Lab.dtype),
@@ -251,6 +261,7 @@ EFFECTS = {
     "training.eval_steps": (3, argument("eval_steps")),
     "training.save_strategy": ("epoch", argument("save_strategy")),
     "training.save_steps": (3, argument("save_steps")),
+    "training.save_minutes": (3, Lab.minutes),
     "training.save_total_limit": (2, argument("save_total_limit")),
     "training.load_best_model_at_end": (True, argument("load_best_model_at_end")),
     "training.logging_strategy": ("epoch", Lab.shown),

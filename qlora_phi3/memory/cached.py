@@ -155,7 +155,7 @@ def find_cached(path: Path) -> Any:
         if saved["sha256"] != _digest(result, files):
             return None
         return result if all(_file_state(file) == state for file, state in files.items()) else None
-    except (RunError, KeyError):
+    except (RunError, KeyError, RecursionError):
         return None
 
 

@@ -36,8 +36,8 @@ DECAY = 0.9
 #: Runs that are recorded for each GPU, the latest ones.
 MAX_RECORDS = 50
 RECORDS_NAME = "prediction-errors.json"
-#: Measured over predicted bytes of a run that can be: no estimate was ever off by a factor of two, so others are damaged records.
-PLAUSIBLE = (0.1, 10.0)
+#: No prediction was ever off by a factor of two, so a record that is off by more than this is damaged.
+LARGEST_FACTOR = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def record_error(gpu_name: str, predicted_bytes: int, measured_bytes: int) -> No
 
 
 def _read_records() -> Mapping[str, Sequence[Mapping[str, Any]]]:
-    """GPU -> records, the oldest first; entries that are no records are ignored, as somebody may have edited the file."""
+    """GPU -> records, the oldest first; entries that are no records are ignored, and are gone when the file is written again."""
     try:
         saved = read_json_object(user_state_dir() / RECORDS_NAME, RunError, "")
     except RunError:
@@ -117,10 +117,9 @@ def _read_records() -> Mapping[str, Sequence[Mapping[str, Any]]]:
         for record in records if isinstance(records, list) else ():
             known = record if isinstance(record, dict) else {}
             predicted, measured = (known.get(key) for key in ("predicted_bytes", "measured_bytes"))
-            if type(predicted) is type(measured) is int and 0 < predicted < 2**63 and 0 < measured < 2**63:
-                if PLAUSIBLE[0] < measured / predicted < PLAUSIBLE[1]:
-                    date = str(known.get("date", ""))[:10]
-                    found.setdefault(name, []).append(
-                        {"predicted_bytes": predicted, "measured_bytes": measured, "date": date}
-                    )
+            if not (isinstance(predicted, int) and isinstance(measured, int)):
+                continue
+            if 0 < predicted < measured * LARGEST_FACTOR and 0 < measured < predicted * LARGEST_FACTOR:
+                sizes = {"predicted_bytes": predicted, "measured_bytes": measured}
+                found.setdefault(name, []).append({**sizes, "date": str(known.get("date", ""))[:10]})
     return found

@@ -304,6 +304,7 @@ def cut_power(lab: Lab, number: int) -> None:
                     time.sleep(wait)
                     disk.cut_power()
                 else:
+                    lab.output_dir.mkdir()
                     lab.run(fault=lambda: arm(POWER_CUT, at, root=str(lab.output_dir)))
                 disk.detach()
                 disk.attach()

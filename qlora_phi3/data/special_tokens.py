@@ -36,6 +36,8 @@ class SpecialTokens:
             for name in self.names
             if added.get(name, True) or re.fullmatch(r"<\|.*\|>|</?s>", name) or name == tokenizer.eos_token
         )
+        #: Whether special tokens take the white space after them along, as Phi-3's do.
+        self.takes_space = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
         #: Matches text that the tokenizer would read as a token that shapes the conversation.
         self.pattern = _any_of(name for name in forgeable if name not in THINKING)
 

@@ -25,7 +25,7 @@ from qlora_phi3.data.messages import SkipRow
 from qlora_phi3.data.report import SourceReport
 from qlora_phi3.data.sources import Source
 from qlora_phi3.data.special_tokens import MARK, Span, SpecialTokens
-from qlora_phi3.data.template import ChatTemplate, render_chat
+from qlora_phi3.data.template import ChatTemplate, begins_with_unicode_space, render_chat
 from qlora_phi3.errors import DataError
 from qlora_phi3.files import atomic_dir, disk_errors
 from qlora_phi3.recipe.schema import Data
@@ -39,6 +39,7 @@ ROWS_NAME, REPORT_NAME = "rows.arrow", "report.json"
 
 READ_AS_TEXT = "special tokens of the model in the words of the row: read as text"
 READ_AS_TOKENS = "special tokens of the model in the words of the row: read as these tokens (allow_special_tokens)"
+UNICODE_SPACE = "a message begins with Unicode white space: llama.cpp reads it as other tokens (docs/gguf.md)"
 CHAT_IN_TEXT = "raw text that looks like a rendered chat: its prompts are learned too"
 
 #: The headers that chat templates and prompts of the field write before a turn.
@@ -285,6 +286,8 @@ def _render_row(
     if any(special.pattern.search(text) for text in words):
         is_broken = not config.data.allow_special_tokens
         notes.append(READ_AS_TEXT if is_broken else READ_AS_TOKENS)
+    if special.takes_space and isinstance(example, Chat) and any(map(begins_with_unicode_space, words)):
+        notes.append(UNICODE_SPACE)
     if isinstance(example, Document):
         text = special.break_in(example.text) if is_broken else example.text
         end = config.tokenizer.eos_token

@@ -5,7 +5,7 @@ Nothing is in memory but headers; `Sources.merged` reads the tensors when they a
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from reprlib import repr
@@ -27,7 +27,7 @@ from qlora_phi3.family import parse_architecture
 from qlora_phi3.files import read_json_object, sha256_file
 from qlora_phi3.inference import EndOfTurn, read_end_of_turn
 from qlora_phi3.model.phi3 import load_tokenizer
-from qlora_phi3.model.quantized import is_stored_quantized
+from qlora_phi3.model.quantized import is_stored_quantized, stored_scheme
 from qlora_phi3.model.weights import open_weights
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.recipe.schema import Model
@@ -87,7 +87,14 @@ def open_sources(request: Request, reporter: Reporter) -> Sources:
     _check_config(folder, config, run.adapter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cached = open_weights(run.quantized_base) if run.quantized_base.is_dir() else None
-    base = RecordedBase(open_weights(folder), record, cached=cached, device=device)
+    stored = open_weights(folder)
+    if (
+        scheme := stored_scheme(stored)
+    ) is not None:  # transformers loads these weights as they are, whatever the recipe says
+        record = replace(record, scheme=scheme)
+        kind = f"{scheme.quant_type.upper()}, {'double' if scheme.double_quant else 'single'} quantization"
+        reporter.info(f"The base is stored in 4 bit ({kind}): the adapter is merged onto these weights")
+    base = RecordedBase(stored, record, cached=cached, device=device)
     reporter.progress("Comparing the base with the run's record", 0, None)
     base.compare_plain()
     reporter.progress("Comparing the base with the run's record", 1, 1)

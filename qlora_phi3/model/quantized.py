@@ -193,6 +193,16 @@ def is_stored_quantized(stored: StoredWeights, name: str) -> bool:
     return f"{name}.quant_map" in stored.info
 
 
+def stored_scheme(stored: StoredWeights) -> Scheme | None:
+    """The quantization of the files' own 4-bit tensors, whatever a recipe says of it; None where they hold none."""
+    mark = ".quant_state.bitsandbytes__"
+    packed = next((name for name in sorted(stored.info) if mark in name), None)
+    if packed is None:
+        return None
+    name, _, quant_type = packed.partition(mark)
+    return Scheme(quant_type=quant_type, double_quant=f"{name}.nested_absmax" in stored.info)
+
+
 def read_quantized(stored: StoredWeights, name: str, device: torch.device) -> Quantized:
     """Read a 4-bit tensor that bitsandbytes or `save_quantized` wrote.
 

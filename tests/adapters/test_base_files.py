@@ -230,14 +230,13 @@ def target(tmp_path):
     return tmp_path / "copy"
 
 
+@pytest.mark.parametrize("written", ["TokenizersBackend", None])
 @pytest.mark.parametrize("build", ["sentencepiece", "bytes"])
-def test_a_tokenizer_of_transformers_5_is_written_in_words_of_transformers_4(build, phi3, tmp_path, target):
+def test_a_tokenizer_of_transformers_5_is_written_in_words_of_transformers_4(build, written, phi3, tmp_path, target):
     """4.57.6: tokenization_utils_base.py, `_set_model_specific_special_tokens` calls .keys() of extra_special_tokens;
     models/auto/tokenization_auto.py knows no TokenizersBackend."""
     tokenizer = phi3 if build == "sentencepiece" else build_byte_tokenizer(hub_template("phi-4"), strip=True)
-    source = write_tokenizer(
-        tmp_path / "base", tokenizer, tokenizer_class="TokenizersBackend", extra_special_tokens=["<|end|>"]
-    )
+    source = write_tokenizer(tmp_path / "base", tokenizer, tokenizer_class=written, extra_special_tokens=["<|end|>"])
     copy_portable(source, target)
     config = read(target, "tokenizer_config.json")
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"

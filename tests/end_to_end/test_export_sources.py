@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from workshop import Workshop, build_base, call, read_json
 
 from qlora_phi3.data.template import TEMPLATE_DIR
@@ -314,3 +314,33 @@ def test_a_second_copy_of_a_tied_head_is_left_out(shop, tmp_path):
     result = call("export", str(run))
     assert result.exit_code == 0, result.stderr
     assert load_file(run / "merged" / "model.safetensors").keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(
+    "recorded", [None, {"quant_type": "nf4", "double_quant": True}], ids=["not 4 bit", "as the recipe"]
+)
+@pytest.mark.parametrize(("quant_type", "double_quant"), [("fp4", True), ("nf4", False)])
+def test_an_export_says_what_a_base_that_is_stored_in_4_bit_truly_is(shop, quant_type, double_quant, recorded):
+    """Runs record what the recipe says: an FP4 base was called NF4, and where load_in_4bit = false no export was possible."""
+    options = {"bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": double_quant}
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **options)
+    base = shutil.copytree(shop.base, shop.path / "packed")
+    AutoModelForCausalLM.from_pretrained(shop.base, quantization_config=quantized).save_pretrained(base)
+    shop.write(model={"name": str(base)}, quantization=options, training={"max_steps": 2, "save_steps": 2})
+    assert shop.run().exit_code == 0
+    (run,) = shop.runs()
+    (run / "base.json").write_text(
+        json.dumps({**read_json(run / "base.json"), "quantization": recorded}), encoding="utf-8"
+    )
+    for words in ((), ("--onto", "nf4")):
+        result = call("export", str(run), "--no-verify", *words)
+        assert result.exit_code == 0, result.stderr
+        kind = f"{quant_type.upper()}, {'double' if double_quant else 'single'} quantization"
+        assert f"The base is stored in 4 bit ({kind})" in result.output
+    report = read_json(run / "merged" / "export_report.json")
+    assert report["base"]["quantization"] == {"quant_type": quant_type, "double_quant": double_quant}
+    assert f"merged onto {quant_type.upper()} weights" in (run / "merged" / "README.md").read_text(encoding="utf-8")
+    assert "quantization_config" not in read_json(run / "merged" / "config.json")
+    result = call("export", str(run), "--no-verify", "--onto", "original")
+    assert result.exit_code == 2
+    assert "in 4 bit only" in result.stderr

@@ -182,11 +182,14 @@ def find_config(name: str, revision: str | None = None) -> Path:
 
 
 def normalize_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same model with today's names: rope type `su` is longrope, and its boundary stands at the top.
+    """The same model with today's names: rope type `su` is longrope, and its boundary stands at the top. Keys that mean nothing
+    as null are left out.
 
     transformers 5.23 renames `su` too late: its longrope then lacks the boundary, and the first step fails with a KeyError.
     """
-    normal = {key: value for key, value in config.items() if value is not None or key not in QUANTIZATION_KEYS}
+    normal = {
+        key: value for key, value in config.items() if value is not None or key not in (*QUANTIZATION_KEYS, "head_dim")
+    }
     for key in ROPE_KEYS:
         rope = normal.get(key)
         if not isinstance(rope, dict) or (rope.get("rope_type") or rope.get("type")) not in ("su", "longrope"):
@@ -387,7 +390,7 @@ def _read_stored_quantization(config: Mapping[str, Any], name: str) -> StoredQua
         bits = "8-bit " if settings.get("load_in_8bit") else ""
         method = method or ("MLX" if config.get("quantization") else "bitsandbytes" if bits else "an unknown method")
         message = f"The weights of {name} are quantized with {bits}{method}, on which no adapter can be trained here"
-        raise ModelError(f"{message} (quantization_config in its config.json).", _use_original(config, name))
+        raise ModelError(f"{message} ({key} in its config.json).", _use_original(config, name))
     skip = settings.get("llm_int8_skip_modules")
     stored = StoredQuantization(
         quant_type=settings.get("bnb_4bit_quant_type", "fp4"),

@@ -10,6 +10,7 @@ a traceback, and the script then exits with 1. Add a surface: write the function
 """
 
 import argparse
+import copy
 import json
 import logging
 import os
@@ -51,6 +52,11 @@ class TooSlow(BaseException):
     """An input that takes more than `SECONDS_PER_INPUT`."""
 
 
+def unusual(draw: random.Random) -> Any:
+    """A copy of one of `VALUES`, as values are changed further."""
+    return copy.deepcopy(draw.choice(VALUES))
+
+
 def nested(depth: int, draw: random.Random) -> Any:
     """Lists or objects in one another."""
     value: Any = 0
@@ -67,7 +73,7 @@ def damage_json(value: Any, draw: random.Random) -> Any:
             holder, key = place, draw.choice(list(place) if isinstance(place, dict) else range(len(place)))
             place = holder[key]
         if holder is None:
-            return draw.choice(VALUES)
+            return unusual(draw)
         action = draw.random()
         if action < 0.15:
             del holder[key]
@@ -78,7 +84,7 @@ def damage_json(value: Any, draw: random.Random) -> Any:
         elif action < 0.33 and isinstance(holder, dict):
             holder[str(draw.choice(VALUES))] = place
         else:
-            holder[key] = draw.choice(VALUES)
+            holder[key] = unusual(draw)
     return value
 
 
@@ -205,7 +211,7 @@ def config_keys(fuzz: Fuzz) -> None:
         content[key] = (
             special
             if key.startswith(("rope_p", "rope_s", "quant")) and fuzz.draw.random() < 0.6
-            else fuzz.draw.choice(VALUES)
+            else unusual(fuzz.draw)
         )
     path.write_bytes(json.dumps(content).encode())
     fuzz.load()

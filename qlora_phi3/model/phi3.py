@@ -25,6 +25,7 @@ from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan
 from qlora_phi3.family import Architecture, find_config, read_config
 from qlora_phi3.files import foreign_errors, read_json_object
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
+from qlora_phi3.model.checkpoint import REDUNDANT, surplus_tensors
 from qlora_phi3.model.quantized import (
     disable_cpu_repacking,
     find_wrong_shapes,
@@ -226,6 +227,8 @@ def load_base(
             parameter.quant_state.dtype = precision.compute_dtype
         else:
             parameter.data = parameter.data.to(precision.compute_dtype)
+    if more := sorted(name for name in info["unexpected_keys"] if not name.endswith(REDUNDANT)):
+        raise surplus_tensors(more, config.name, architecture)  # of a model of the hub; a local one is checked before
     absent = [*sorted(info["missing_keys"]), *sorted(map(str, info["mismatched_keys"]))] or find_wrong_shapes(model)
     if absent:
         raise ModelError(

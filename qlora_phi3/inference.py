@@ -3,12 +3,11 @@
 `stop_ids` and `read_end_of_turn` decide where generation stops; the export writes the same ids into its files.
 """
 
-import re
 import threading
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -21,7 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qlora_phi3.data.template import choose_template
+from qlora_phi3.adapters.base_files import strip_marks
+from qlora_phi3.data.template import ChatTemplate, choose_template
 from qlora_phi3.errors import DataError, ModelError, first_line
 from qlora_phi3.family import read_architecture
 from qlora_phi3.files import read_json_object
@@ -31,8 +31,8 @@ from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.recipe.schema import Model, Quantization
 from qlora_phi3.runfolder import RunFolder
 
-#: The marks of the assistant's words in a chat template, which only training reads.
-MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+#: The tokens that end a turn in the family's templates.
+ENDS_OF_TURN = ("<|end|>", "<|im_end|>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def load_for_inference(
     )
     eos_token_id, end_of_turn = model.generation_config.eos_token_id, None
     if adapter is not None:
-        ending = read_end_of_turn(tokenizer, source.chat_template)
+        ending = _read_ending(tokenizer, source)
         end_of_turn, tokenizer.chat_template = ending.token_id, ending.template or tokenizer.chat_template
         model = _load_adapter(model, adapter)
     return InferenceModel(model.eval(), tokenizer, stop_ids(eos_token_id, end_of_turn))
@@ -139,6 +139,17 @@ class EndOfTurn:
     template: str | None
 
 
+def _read_ending(tokenizer: PreTrainedTokenizerBase, source: _Source) -> EndOfTurn:
+    """`read_end_of_turn`; for an adapter whose own template has no marks and is none of the family's, the end that it writes."""
+    try:
+        return read_end_of_turn(tokenizer, source.chat_template)
+    except DataError:
+        ends = [end for end in ENDS_OF_TURN if end in str(tokenizer.chat_template) and end in tokenizer.get_vocab()]
+        if source.chat_template != "auto" or not ends:
+            raise
+        return EndOfTurn(tokenizer.get_vocab()[ends[0]], None)
+
+
 def read_end_of_turn(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> EndOfTurn:
     """Read what ends a turn from the template that a run was trained with.
 
@@ -156,12 +167,17 @@ def read_end_of_turn(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> 
             f"The chat template ends a turn with '{trained.end_of_turn}', which is not a single token of this model.",
             "Train with the family's own template.",
         )
-    is_own = bool(tokenizer.chat_template)
-    if is_own and chat_template != "auto":
-        is_own = False
-        with suppress(DataError):  # the tokenizer's own template is not of the family
-            is_own = choose_template(tokenizer).name == trained.name
-    return EndOfTurn(token_id, None if is_own else MARKS.sub("", trained.source))
+    return EndOfTurn(token_id, template_to_save(tokenizer, trained, chat_template))
+
+
+def template_to_save(tokenizer: PreTrainedTokenizerBase, trained: ChatTemplate, chat_template: str) -> str | None:
+    """The chat template for the files of an adapter or an export, without marks; None where it is the tokenizer's own.
+
+    `trained` is the one that the recipe's `chat_template` names. One that is named is always saved: the tokenizer's own may be
+    another one that renders some conversations alike.
+    """
+    is_own = chat_template == "auto" and bool(tokenizer.chat_template)
+    return None if is_own else strip_marks(trained.source)
 
 
 def stop_ids(eos_token_id: int | Sequence[int] | None, end_of_turn: int | None = None) -> tuple[int, ...]:

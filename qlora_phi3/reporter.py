@@ -78,7 +78,29 @@ class OomRecord:
         return f"{where}: memory ran out in {rows} of {self.tokens:,} tokens{held}. {remedy}"
 
 
-Record = StepRecord | EvalRecord | OomRecord
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DivergenceRecord:
+    """A step, or the evaluation after it, that diverged, and the return to the last good state."""
+
+    kind: ClassVar[str] = "divergence"
+    step: int
+    reason: str
+    good_step: int  #: The adapter and the optimizer are as after this step; the updates after it are undone.
+    rows: tuple[str, ...]  #: Of the steps that diverged, as `file:row`; they are skipped. None in an evaluation.
+    learning_rate_factor: float | None  #: Of the recipe's learning rate, from now on; None: the run ends.
+
+    def as_line(self) -> str:
+        """The record in a few sentences: what happened, and how the run goes on."""
+        shown = ", ".join(self.rows[:4]) + (", ..." if len(self.rows) > 4 else "")
+        skipped = f" {format_count(len(self.rows), 'row')} skipped ({shown})." if self.rows else ""
+        rate = self.learning_rate_factor
+        after = "" if rate is None else f" From now on the learning rate is {rate:g} of the recipe's."
+        return (
+            f"Step {self.step} diverged: {self.reason}. Back to the adapter of step {self.good_step}.{skipped}{after}"
+        )
+
+
+Record = StepRecord | EvalRecord | OomRecord | DivergenceRecord
 
 
 def record_as_json(record: Record) -> dict[str, Any]:
@@ -112,3 +134,6 @@ class Reporter(Protocol):
 
     def oom(self, record: OomRecord) -> None:
         """Memory ran out, and the run goes on."""
+
+    def divergence(self, record: DivergenceRecord) -> None:
+        """A step diverged, and the run went back to its last good state."""

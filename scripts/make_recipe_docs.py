@@ -16,6 +16,22 @@ rows of an optimizer step, and the keys of `[data]` and `[memory]` are our own.
 A relative path in `[model]` or `[data]` is looked for in the folder of the recipe, then in the working directory. `output_dir` is
 relative to the working directory.
 """
+TAIL = """
+## Divergence
+
+A step diverges if its loss or its gradient is not finite; if its gradient norm before clipping is more than 1,000 times the
+largest of the run so far, and more than 1,000; or if it is the fifth in a row whose loss is more than 1 nat above the largest
+loss of the run's first 20 steps and of all steps more than 20 steps ago. The last two begin after 20 steps. A step whose loss
+is high once, as with a hard row in a small batch, is trained as usual.
+
+With `recover_from_divergence`, the adapter and the optimizer go back to a copy of the last good step (at most five steps before
+the first suspicious one), and the learning rate is halved from there on. The step counter goes on: the rows of the steps that
+diverged are skipped in this epoch, and what the steps between the copy and them had learned is undone. metrics.jsonl and
+report.json list the event with the rows. After five recoveries the next divergence ends the run with exit code 2; its last good
+state is the newest checkpoint and the adapter. The copy needs computer memory, not GPU memory: trained parameters times 4
+bytes, plus the state of the optimizer (8 bytes with `adamw_torch`, 2 with 8-bit AdamW). A checkpoint holds it too, and is about
+twice as large.
+"""
 
 
 def render_page() -> str:
@@ -34,7 +50,7 @@ def render_page() -> str:
                 default = f"`{format_toml(model.model_construct().model_dump()[key])}`"
             meaning = described["properties"][key].get("description", "").replace("|", "\\|")
             parts.append(f"| `{key}` | {default} | {meaning} |\n")
-    return "".join(parts)
+    return "".join([*parts, TAIL])
 
 
 if __name__ == "__main__":

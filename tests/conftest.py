@@ -31,6 +31,16 @@ def same_environment():
     os.environ.pop("COLUMNS", None)
 
 
+@pytest.fixture(autouse=True)
+def environment_restored():
+    """What a test sets in `os.environ`, as a run does with CUDA_VISIBLE_DEVICES, is gone after it."""
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def every_prepared_row_is_checked():
     """Check the ids and the labels of every row that a test prepares in this process."""

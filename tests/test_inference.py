@@ -8,8 +8,9 @@ import pytest
 import torch
 from trained_run import leave_trained
 
+from qlora_phi3.adapters.base_files import MARK
 from qlora_phi3.errors import DataError
-from qlora_phi3.inference import MARKS, generate, load_for_inference, stop_ids
+from qlora_phi3.inference import generate, load_for_inference, stop_ids
 from qlora_phi3.model.phi3 import find_base
 
 CPU = torch.device("cpu")
@@ -94,7 +95,7 @@ def test_a_run_with_another_template_generates_with_it(tmp_path, base):
     tokenizer = load_for_inference(tmp_path, device=CPU).tokenizer
     text = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
     assert text == "<|user|>What is red?<|end|><|assistant|>"
-    assert not MARKS.search(tokenizer.chat_template)
+    assert not MARK.search(tokenizer.chat_template)
 
 
 def test_a_greedy_answer_is_that_of_transformers(loaded):

@@ -5,7 +5,7 @@ import shutil
 import torch
 from tiny_run import leave_run
 
-from qlora_phi3.adapters.peft_io import TOKENIZER_FILES
+from qlora_phi3.adapters.base_files import TOKENIZER_FILES
 from qlora_phi3.model.phi3 import choose_precision
 from qlora_phi3.recipe.load import recipe_as_toml
 from qlora_phi3.recipe.schema import Recipe

@@ -67,7 +67,12 @@ def read_base(name: str, *, label: str | None = None) -> Base:
     config = read_model_config(name, prefer_shipped=True)
     unfused = config.get("model_type") in UNFUSED
     architecture = parse_architecture({**config, "model_type": "phi3"} if unfused else config, name)
-    return Base(name=label or name, architecture=architecture, unfused=unfused)
+    return Base(name=label or absolute_name(name), architecture=architecture, unfused=unfused)
+
+
+def absolute_name(name: str) -> str:
+    """The absolute path of a base's directory, for an adapter_config.json is read from anywhere; a hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def find_base(given: str | None, folder: Path) -> Base:
@@ -204,7 +209,10 @@ def change_fusion(
     if fused and found.unfused:
         hint = "Name that one: --base microsoft/Phi-3-mini-4k-instruct"
         raise ExportError(f"{found.name} is an unfused model, and the fused adapter is for another one.", hint)
+    base = base and absolute_name(base)
     config = read_config(folder)
+    if isinstance(config.get("base_model_name_or_path"), str):
+        config["base_model_name_or_path"] = absolute_name(config["base_model_name_or_path"])
     adapter = _read_grouped(folder, config, found, fused=not fused)
     old_name, notes = config.get("base_model_name_or_path"), []
     if fused:

@@ -7,7 +7,6 @@ Pickles are read without running what they hold.
 import json
 import math
 import re
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qlora_phi3.adapters.base_files import copy_portable
 from qlora_phi3.adapters.delta import Adapter, Kind, LoraDelta, LowRankBlock, stack
 from qlora_phi3.errors import ExportError
 from qlora_phi3.files import check_no_pointer, foreign_errors, read_json_object, sha256_file
@@ -41,13 +41,6 @@ SAVE_STATE_DICT = "Save the state dict alone: torch.save(loralib.lora_state_dict
 
 #: Where training scripts put the state dict in what they save; the first is that of loralib's own GPT-2 example.
 NESTED_KEYS = ("model_state_dict", "state_dict")
-
-#: Copied byte for byte wherever an adapter or an export goes. config.json is one of them: without it in the same directory
-#: transformers 5 reads the tokenizer files as another class, which gives other ids.
-TOKENIZER_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
 
 #: Values of init_lora_weights that leave the base unchanged; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change it.
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
@@ -374,11 +367,10 @@ def last_name(layer: str) -> str:
 def write_peft(
     folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer_from: Path | None
 ) -> None:
-    """Write tensors and config into a PEFT directory, and copy the tokenizer files and config.json of `tokenizer_from`."""
+    """Write tensors and config into a PEFT directory, and `portable_files` of `tokenizer_from`."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
     (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8", newline="\n")
-    for name in TOKENIZER_FILES:
-        if tokenizer_from is not None and (tokenizer_from / name).is_file():
-            shutil.copyfile(tokenizer_from / name, folder / name)
+    if tokenizer_from is not None:
+        copy_portable(tokenizer_from, folder)

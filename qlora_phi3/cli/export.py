@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from qlora_phi3.cli.options import debug_option, silence_libraries
+from qlora_phi3.cli.output import keep_running_without_output
 from qlora_phi3.errors import Interrupted, UserError
 from qlora_phi3.export.request import DEFAULT_DTYPE, DEFAULT_ONTO, DTYPES, ExportOptions, make_request
 
@@ -48,6 +49,7 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
     RUN is the folder of a run; of a folder with several runs the newest is exported. The same command continues an interrupted
     export. Exit codes: 0 proved, 5 written but not what was trained, 2 bad input.
     """
+    keep_running_without_output()
     if len(quants) > 1:
         raise UserError(f"--quant is given {len(quants)} times ({', '.join(quants)}).", "Give one type a command.")
     if quants and options["kind"] != "gguf":

@@ -3,10 +3,11 @@
 Nothing heavy is imported outside the body of a command, so that `--help` takes 50 ms.
 """
 
-import codecs
 import errno
-import io
-import sys
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +16,30 @@ import click
 from qlora_phi3.cli.adapter import adapter
 from qlora_phi3.cli.export import export
 from qlora_phi3.cli.options import debug_option, set_option
+from qlora_phi3.cli.output import FULL_DISK, safe_output
 from qlora_phi3.cli.run import run
 from qlora_phi3.cli.vram_check import vram_check
 from qlora_phi3.errors import Interrupted, UserError, disk_error_hint
 
 #: Errors of the operating system that the user can fix: the disk is full or fails, the place may not be written, or is none.
 FULL_OR_REFUSED = (
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP,
-    errno.ENOTDIR, errno.EISDIR,
+    *FULL_DISK, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR,
 )  # fmt: skip
-#: Characters of our output that ASCII, cp1252 or cp437 lack, with an ASCII character of the same width: the loss curve, the bars
-#: of vram-check, rich's spinner and ellipsis.
-ASCII_SYMBOLS = dict(zip("▁▂▃▄▅▆▇█▓▒░─▲…⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "_.,-=+*##%.-^.|/-\\|/-\\|/", strict=True))
-
-
-def replace_symbols(error: UnicodeError) -> tuple[str, int]:
-    """A codec error handler: symbols in ASCII, any other character as `\\uXXXX`, which TOML and JSON read."""
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    codes = ((letter, ord(letter)) for letter in error.object[error.start : error.end])
-    shown = (
-        ASCII_SYMBOLS.get(letter) or (f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}")
-        for letter, code in codes
-    )
-    return "".join(shown), error.end
 
 
 class Commands(click.Group):
     """A group whose output any encoding can take, and whose user errors are one line and an exit code."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Start the command line: make stdout and stderr print any text, also where Windows or a pipe has a small encoding."""
-        codecs.register_error("qlora_phi3_symbols", replace_symbols)
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="qlora_phi3_symbols")
-        return super().main(*args, **kwargs)
+        """Start the command line with stdout and stderr that print any text, and that may lose their reader."""
+        with safe_output():
+            return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; turn what the user can fix into one line and its exit code. `--debug` shows the traceback instead."""
         try:
-            return super().invoke(ctx)
+            with signals_as_ctrl_c():
+                return super().invoke(ctx)
         except (UserError, KeyboardInterrupt, OSError) as error:
             if ctx.meta.get("debug") or (isinstance(error, OSError) and error.errno not in FULL_OR_REFUSED):
                 raise
@@ -66,6 +50,25 @@ class Commands(click.Group):
                 error = UserError(f"{error.strerror}{where}.", f"{disk_error_hint(error)}, or choose another folder.")
             click.echo(error if isinstance(error, Interrupted) else f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+
+
+@contextmanager
+def signals_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM, by which systems end a program, and SIGHUP of a terminal that closes do what Ctrl-C does.
+
+    So partial files are removed. `nohup` ignores SIGHUP, and so it stays. Windows has none of the two.
+    """
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    replaced = {number: handler for number, handler in before.items() if handler == signal.SIG_DFL}
+    for number in replaced:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

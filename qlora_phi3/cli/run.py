@@ -1,15 +1,12 @@
 """`qlora-phi3 run`: train what a recipe describes."""
 
 import os
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 from qlora_phi3.cli.options import debug_option, set_option, silence_libraries
+from qlora_phi3.cli.output import keep_running_without_output
 from qlora_phi3.errors import RunError
 
 NEWEST = "newest"
@@ -39,10 +36,11 @@ def run(
       qlora-phi3 run recipes/chat.toml --set lora.r=32
       qlora-phi3 run recipes/chat.toml --resume
 
-    Ctrl-C and SIGTERM save a checkpoint and print how to continue. Everything is written to runs/<recipe>/<time>/.
+    Ctrl-C, SIGTERM and SIGHUP save a checkpoint and print how to continue. Everything is written to runs/<recipe>/<time>/.
     """
     from qlora_phi3.hardware.gpu import check_single_process, choose_gpu, hide_other_gpus
 
+    keep_running_without_output()
     check_single_process(os.environ)
     recipe, resume = _recipe_and_run(ctx, recipe, resume)
 
@@ -63,7 +61,7 @@ def run(
     # OMP_WAIT_POLICY=passive is better still on a busy computer, and on an idle one half as fast (209-218).
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     log_interval = LogInterval(training.logging_strategy, training.logging_steps, training.warmup_steps)
-    with open_console(log_interval, plain=training.disable_tqdm) as console, _sigterm_as_ctrl_c():
+    with open_console(log_interval, plain=training.disable_tqdm) as console:
         try:
             console.progress("Starting torch, transformers and peft", 0, None)
             if not ctx.meta.get("debug") and training.log_level == "passive":
@@ -90,16 +88,3 @@ def _recipe_and_run(ctx: click.Context, recipe: Path | None, resume: str | None)
         return path / "recipe.toml", resume
     hint = "Write: qlora-phi3 run RECIPE.toml --resume"
     raise RunError(f"There is no run directory {resume}, and no recipe is named.", hint)
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM, by which systems end a program, do what Ctrl-C does; Windows has no such signal."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

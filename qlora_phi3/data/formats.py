@@ -2,33 +2,73 @@
 
 | format | columns | becomes |
 |---|---|---|
-| `messages` | `messages` (OpenAI: role, content), `system`, `tools` | the turns; one of `weight` 0 is not supervised |
+| `messages` | `messages` (OpenAI: role, content), `system`, `tools` | the turns; one that is switched off is not supervised |
 | `sharegpt` | `conversations` (from/value or role/content), `system`, `tools` | the turns |
-| `alpaca` | `instruction`, `output`, `input`, `system`, `history` | history, then one question and one answer |
-| `prompt_completion` | `prompt`, `completion` (strings or message lists) | turns; only the completion is supervised |
+| `alpaca` | `instruction`, `output`, `input`, `system`, `history`, `tools` | history, then one question and one answer |
+| `prompt_completion` | `prompt`, `completion` (text or messages), `system`, `tools` | turns; the completion is supervised |
 | `text` | `text` | raw text without a template; every token is supervised |
 
-Every role is mapped and none is dropped: an unknown one is an error. A row that cannot be used raises `SkipRow`,
-which the caller counts with its reason.
+`SYNONYMS` lists other names of these columns. Every role is mapped and none is dropped: an unknown one is an error. A row that
+cannot be used raises `SkipRow`, which the caller counts with its reason. What a row holds beside these columns is in `unread`.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal
+from functools import cache, partial
+from typing import Any
 
+from qlora_phi3.data.messages import (
+    SWITCH_NAMES,
+    SWITCHES,
+    Columns,
+    SkipRow,
+    Turn,
+    as_rows,
+    is_empty,
+    is_switched_off,
+    read_system,
+    read_text,
+    read_tools,
+    read_turns,
+)
 from qlora_phi3.errors import DataError
 
-Role = Literal["system", "user", "assistant", "tool"]
-
-#: Names of roles in published data (OpenAI, ShareGPT, LLaMA-Factory, Gemini exports), and the role each stands for.
-ROLES: dict[str, Role] = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "function_call", "tool_call"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "tool_response"), "tool"),
+#: Other names that a format's column has in published data; the first that is not empty is read.
+SYNONYMS = {
+    "system": ("system", "system_prompt", "system_message", "systemInstruction", "system_instruction", "instructions"),
+    "tools": ("tools", "functions"),
+    "input": ("input", "context"),
 }
+
+#: Names of columns of preference data, whose answers are not all good ones.
+PREFERENCE = re.compile(
+    r"((chosen|rejected)(_.*)?|.*_(chosen|rejected)|kto_tag|prefer(ence|red).*|winner|completions"
+    r"|(conversation|response|answer|output|completion)_?[ab1-9])",
+    re.IGNORECASE,
+)
+#: Names of columns that tell good answers from bad ones if they hold a judgement: true, 0, "bad", a score.
+JUDGEMENT = re.compile(
+    r"labels?|(is_)?(correct|good|accepted|chosen)|correctness|upvotes|scores?|ratings?|rewards?", re.IGNORECASE
+)
+JUDGEMENTS = frozenset(("true", "false", "yes", "no", "good", "bad", "correct", "incorrect", "wrong", "right"))
+
+#: Beside `text`, columns with these names say that it is one part of the row and not all of it.
+NOT_A_DOCUMENT = re.compile(
+    r"role|labels?|answers?|summary|output|response|target|completion|question|instruction|reply|highlights|translation|intent"
+    r"|sentiment|emotion|category|parent_id|message_tree_id",
+    re.IGNORECASE,
+)
+#: Columns of pictures and sound, which the family's text models do not take.
+MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
+
+#: How an empty cell gets into a file as text (pandas, Alpaca).
+NO_INPUT = frozenset(("<noinput>", "nan", "NaN", "None", "none", "null", "N/A", "n/a"))
+NO_ANSWER = frozenset(("<nooutput>", "nan", "NaN"))
+
+INPUT_IGNORED = "'input' is a word for an empty cell (nan, None, <noinput>): read as empty"
+EMPTY_TURN = "a user's turn is empty"
 
 #: Names of columns in published data that hold a question or an answer, the likelier names first.
 QUESTION_COLUMNS = ("instruction", "question", "prompt", "query", "input", "user", "human", "problem", "source", "src")
@@ -46,41 +86,42 @@ ANSWER_COLUMNS = (
 )
 
 
-class SkipRow(Exception):  # noqa: N818 - not a fault of the program: the caller counts it and goes on
-    """This row cannot be trained on. The message is the reason: the same words for the same reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One turn of a conversation; `supervised` is about an assistant's turn."""
-
-    role: Role
-    text: str
-    supervised: bool = True
-
-
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation, and the definitions of the tools it may call, as text (usually JSON)."""
+    """A conversation, and the definitions of the tools it may call, as text (usually JSON).
+
+    Args:
+        switched_off: a turn is not supervised because the row says so.
+        unread: names of the columns and keys that hold something and were not read.
+        notes: what is remarkable in the row.
+    """
 
     turns: tuple[Turn, ...]
     tools: str = ""
+    switched_off: bool = False
+    unread: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Raw text; every token is supervised."""
+    """Raw text; every token is supervised. `unread` and `notes` are those of `Chat`."""
 
     text: str
+    unread: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """The columns of a format, and the function that reads its rows, called with the row and its `file:line`."""
+    """The columns of a format, and the function that reads its rows.
+
+    It is called with the row, its `file:line`, and the names of what was not read, to which it adds keys of messages.
+    """
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    read: Callable[[Mapping[str, Any], str], Chat | Document]
+    read: Callable[[Columns, str, set[str]], Chat | Document]
 
 
 def detect_format(row: Mapping[str, Any]) -> str | None:
@@ -107,7 +148,10 @@ def guess_mapping(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
         return None
     if question == "prompt":
         return "prompt_completion", {"completion": answer}
-    fields = {"instruction": question, "output": answer, "input": names.get("context", "input")}
+    fields = {"instruction": question, "output": answer}
+    for ours, synonyms in SYNONYMS.items():
+        theirs = (names.get(name.lower()) for name in synonyms)
+        fields[ours] = next((name for name in theirs if name not in (None, question, answer)), ours)
     return "alpaca", {ours: theirs for ours, theirs in fields.items() if ours != theirs}
 
 
@@ -127,6 +171,46 @@ def check_fields(fields: Mapping[str, str], format_name: str) -> None:
             )
 
 
+def check_columns(names: Iterable[Any], row: Mapping[str, Any], where: str) -> None:
+    """Refuse preference data, in which not every answer is to be learned.
+
+    Args:
+        names: of the columns that [data] fields does not map.
+
+    Raises:
+        DataError: a column is one of preference data.
+    """
+    found = sorted(str(name) for name in names if not is_empty(row[name]) and _is_preference(str(name), row[name]))
+    if found:
+        listed = ", ".join(map(repr, found))
+        raise DataError(
+            f"{where} has {listed}, as preference data have (DPO, KTO, rewards), and this trainer learns every answer of a row.",
+            "Keep only rows with good answers, and say what these columns are not: [data] ignore_columns = "
+            f"{json.dumps(found, ensure_ascii=False)}.",
+        )
+
+
+@cache
+def _kind_of_column(name: str) -> str:
+    return "preference" if PREFERENCE.fullmatch(name) else "judgement" if JUDGEMENT.fullmatch(name) else ""
+
+
+def _is_preference(name: str, value: Any) -> bool:
+    kind = _kind_of_column(name)
+    if kind != "judgement":
+        return kind == "preference"
+    is_judgement = isinstance(value, bool | int | float | list)
+    return is_judgement or (isinstance(value, str) and (value.strip().lower() in JUDGEMENTS or _is_number(value)))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Document:
     """Read one row whose columns have the format's names.
 
@@ -143,115 +227,86 @@ def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Doc
     for column in form.required:
         if row.get(column) is None:
             raise SkipRow(f"no {column!r}")
-    example = form.read(row, where)
+    if found := [name for name in MEDIA & row.keys() if not is_empty(row[name])]:
+        raise SkipRow(f"its {min(found)!r} cannot be read by a text model")
+    columns, keys = Columns(row), set[str]()
+    if not SWITCH_NAMES.isdisjoint(row) and is_switched_off(columns):
+        raise SkipRow(f"the row is switched off ({', '.join(name for name in SWITCHES if name in row)})")
+    example = form.read(columns, where, keys)
+    unread = (*columns.unread(), *sorted(keys))
     if isinstance(example, Document):
         if not example.text.strip():
             raise SkipRow("the text is empty")
-        return example
+        return replace(example, unread=unread) if unread else example
     if not example.turns:
         raise SkipRow("the conversation is empty")
     answers = [turn for turn in example.turns if turn.role == "assistant" and turn.supervised]
     if not answers:
         raise SkipRow("no assistant turn to learn from")
-    if not all(turn.text.strip() for turn in answers):
+    if not all(turn.text.strip() or turn.calls for turn in answers):
         raise SkipRow("an assistant turn is empty")
-    return example
+    if any(turn.text.strip() in NO_ANSWER for turn in answers):
+        raise SkipRow("an assistant turn is a word for an empty cell (nan, <nooutput>)")
+    if any(turn.role == "user" and not turn.text.strip() for turn in example.turns):
+        example = replace(example, notes=(*example.notes, EMPTY_TURN))
+    return replace(example, unread=unread) if unread else example
 
 
-def _read_conversation(column: str, row: Mapping[str, Any], where: str) -> Chat:
-    return _with_system_and_tools(_read_turns(row[column], column, where), row)
+def _read_conversation(column: str, columns: Columns, where: str, unread: set[str]) -> Chat:
+    turns = read_turns(columns.take(column), column, where, unread)
+    switched_off = any(turn.role == "assistant" and not turn.supervised for turn in turns)
+    return replace(_with_system_and_tools(turns, columns, unread), switched_off=switched_off)
 
 
-def _read_alpaca(row: Mapping[str, Any], where: str) -> Chat:
-    question, extra = _text(row["instruction"], "instruction"), _text(row.get("input"), "input")
-    if extra.strip():  # the wording of Microsoft's Phi-3 samples
-        question = f"{question}\n Input: {extra}"
+def _read_alpaca(columns: Columns, where: str, unread: set[str]) -> Chat:
+    question, extra = (
+        read_text(columns.take("instruction"), "instruction"),
+        read_text(columns.take(*SYNONYMS["input"]), "input"),
+    )
+    notes = (INPUT_IGNORED,) if extra.strip() in NO_INPUT else ()
+    if extra.strip() and not notes:  # the wording of Microsoft's Phi-3 samples
+        question = f"{question}\n Input: {extra}" if question.strip() else extra
     turns: list[Turn] = []
-    for pair in _list(row.get("history"), "history"):
+    for pair in as_rows(columns.take("history"), "history"):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise SkipRow("'history' is not a list of [question, answer] pairs")
-        turns += [Turn("user", _text(pair[0], "history")), Turn("assistant", _text(pair[1], "history"))]
-    turns += [Turn("user", question), Turn("assistant", _text(row["output"], "output"))]
-    return _with_system_and_tools(tuple(turns), row)
+        turns += [Turn("user", read_text(pair[0], "history")), Turn("assistant", read_text(pair[1], "history"))]
+    output = columns.take("output")
+    if isinstance(output, list):
+        raise SkipRow("'output' is a list, as preference data have it, not text")
+    turns += [Turn("user", question), Turn("assistant", read_text(output, "output"))]
+    return replace(_with_system_and_tools(tuple(turns), columns, unread), notes=notes)
 
 
-def _read_prompt_completion(row: Mapping[str, Any], where: str) -> Chat:
-    prompt, completion = row["prompt"], row["completion"]
+def _read_prompt_completion(columns: Columns, where: str, unread: set[str]) -> Chat:
+    prompt, completion = columns.take("prompt") or "", columns.take("completion") or ""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    context = [replace(turn, supervised=False) for turn in _read_turns(prompt, "prompt", where)]
-    return Chat((*context, *_read_turns(completion, "completion", where)))
+    context = [replace(turn, supervised=False) for turn in read_turns(prompt, "prompt", where, unread)]
+    answers = read_turns(completion, "completion", where, unread)
+    chat = _with_system_and_tools((*context, *answers), columns, unread)
+    return replace(chat, switched_off=any(turn.role == "assistant" and not turn.supervised for turn in answers))
 
 
-def _read_turns(messages: Any, column: str, where: str) -> tuple[Turn, ...]:
-    """The turns of a list of messages, or of the JSON text of one (a .csv has no other way)."""
-    if isinstance(messages, str):
-        try:
-            messages = json.loads(messages)
-        except ValueError:
-            raise SkipRow(f"{column!r} is text, and not the JSON of a list of messages") from None
-    return tuple(_read_turn(message, column, where) for message in _list(messages, column))
+def _read_document(columns: Columns, where: str, unread: set[str]) -> Document:
+    return Document(read_text(columns.take("text"), "text"))
 
 
-def _read_turn(message: Any, column: str, where: str) -> Turn:
-    if not isinstance(message, Mapping):
-        raise SkipRow(f"a message of {column!r} is {_kind(message)}, not an object")
-    name = message.get("role") if message.get("role") is not None else message.get("from")
-    content = message.get("content") if message.get("content") is not None else message.get("value")
-    if not isinstance(name, str):
-        raise SkipRow(f"a message of {column!r} has no role")
-    role = ROLES.get(name.strip().lower())
-    if role is None:
+def check_document(columns: Iterable[str], where: str) -> None:
+    """Refuse to take `text` for a document where other columns that were not read say what it is. Raises DataError."""
+    if found := [name for name in columns if NOT_A_DOCUMENT.fullmatch(name)]:
         raise DataError(
-            f"{where}: unknown role {name!r}.", f"Rename it in the data; the known roles are {', '.join(ROLES)}."
+            f"{where} has 'text' beside {', '.join(map(repr, found))}, so that it may not be a document of its own.",
+            'To learn the text alone, write [data] format = "text"; else name the columns with [data] format and fields.',
         )
-    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
-    texts = [_content(content), _text(json.dumps(calls, ensure_ascii=False), "tool_calls") if calls else ""]
-    return Turn(role, "\n".join(text for text in texts if text), supervised=message.get("weight") != 0)
 
 
-def _content(content: Any) -> str:
-    """The text of a message: a string, null, or OpenAI's list of parts."""
-    if not isinstance(content, Sequence) or isinstance(content, str):
-        return _text(content, "content")
-    for part in content:
-        if not isinstance(part, Mapping) or part.get("type", "text") != "text":
-            kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
-            raise SkipRow(f"a part of a message is {kind!r}, not text")
-    return "\n".join(_text(part.get("text"), "content") for part in content)
-
-
-def _with_system_and_tools(turns: tuple[Turn, ...], row: Mapping[str, Any]) -> Chat:
-    system, tools = _text(row.get("system"), "system"), row.get("tools") or ""
-    tools = _text(tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False), "tools")
+def _with_system_and_tools(turns: tuple[Turn, ...], columns: Columns, unread: set[str]) -> Chat:
+    system = read_system(columns.take(*SYNONYMS["system"]), unread)
+    tools = read_tools(columns.take(*SYNONYMS["tools"]))
     return Chat((Turn("system", system), *turns) if system.strip() else turns, tools)
-
-
-def _text(value: Any, column: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise SkipRow(f"{column!r} is {_kind(value)}, not text")
-    try:
-        value.encode()  # JSON may hold half of a surrogate pair, which no tokenizer takes
-    except UnicodeEncodeError:
-        raise SkipRow(f"{column!r} holds half a Unicode surrogate pair") from None
-    return value
-
-
-def _list(value: Any, column: str) -> Sequence[Any]:
-    if value is None or value == "":
-        return ()
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise SkipRow(f"{column!r} is {_kind(value)}, not a list")
-    return value
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)
 
 
 #: In the order of detection: ultrachat_200k has `prompt` next to `messages`, Alpaca sets have `text` next to `output`.
@@ -259,6 +314,6 @@ FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), ("system", "tools"), partial(_read_conversation, "messages")),
     "sharegpt": Format(("conversations",), ("system", "tools"), partial(_read_conversation, "conversations")),
     "alpaca": Format(("instruction", "output"), ("input", "system", "history", "tools"), _read_alpaca),
-    "prompt_completion": Format(("prompt", "completion"), (), _read_prompt_completion),
-    "text": Format(("text",), (), lambda row, where: Document(_text(row["text"], "text"))),
+    "prompt_completion": Format(("prompt", "completion"), ("system", "tools"), _read_prompt_completion),
+    "text": Format(("text",), (), _read_document),
 }

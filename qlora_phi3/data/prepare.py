@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from qlora_phi3.data.formats import FORMATS, check_fields, detect_format, guess_mapping
 from qlora_phi3.data.report import NAMED, DataReport, SourceReport, merge_counts
-from qlora_phi3.data.sources import Source, open_file, open_sources
+from qlora_phi3.data.sources import Source, open_local, open_sources
 from qlora_phi3.data.template import ChatTemplate
 from qlora_phi3.data.tokenize import TokenizeConfig, read_examples, tokenize_source
 from qlora_phi3.errors import DataError
@@ -101,9 +101,14 @@ def row_lengths(dataset: Any) -> NDArray[np.int64]:
     return _read_column(dataset, "length")
 
 
-def _read_column(dataset: Any, name: str) -> NDArray[np.int64]:
+def _read_column(dataset: Any, name: str, dtype: Any = np.int64) -> NDArray[Any]:
     column = dataset.select_columns([name]).with_format("arrow")[:][name]
-    return np.asarray(column.to_numpy(), dtype=np.int64)
+    return np.asarray(column.to_numpy(), dtype=dtype)
+
+
+def _count_repeated(evaluation: Any, train: Any) -> int:
+    """How many rows of the evaluation have the tokens of a training row."""
+    return int(np.isin(_read_column(evaluation, "digest", np.uint64), _read_column(train, "digest", np.uint64)).sum())
 
 
 def check_files(data: Data, base_dir: Path, *, evaluate: bool) -> None:
@@ -115,10 +120,10 @@ def check_files(data: Data, base_dir: Path, *, evaluate: bool) -> None:
     check_fields(data.fields, data.format)
     for name in [*as_list(data.train), *(as_list(data.eval) if evaluate else ())]:
         if is_local_data(name, base_dir):
-            source = open_file(name, base_dir)
-            report = SourceReport(name)
-            if next(read_examples(source, data, report, set()), None) is None:
-                raise _nothing_to_learn([source], [report], max_length=0)
+            for source in open_local(name, base_dir, data.split):
+                report = SourceReport(source.name)
+                if next(read_examples(source, data, report, set()), None) is None:
+                    raise _nothing_to_learn([source], [report], max_length=0)
 
 
 def split_indices(num_rows: int, size: float, *, seed: int, at_most: int | None = None) -> tuple[int, ...]:
@@ -210,6 +215,8 @@ def _build_report(
         evaluation_rows=0 if evaluation is None else len(evaluation),
         skipped=merge_counts(chain.from_iterable(report.skipped.values() for report in reports)),
         notes=merge_counts(chain.from_iterable(report.notes.values() for report in reports)),
+        unread=merge_counts(chain.from_iterable(report.unread.values() for report in reports)),
+        repeated=0 if evaluation is None else _count_repeated(evaluation, train),
         truncated=sum(report.truncated for report in reports),
         fully_truncated=merge_counts((report.fully_truncated for report in reports), named=NAMED)[0],
         tokens=int(lengths.sum()),

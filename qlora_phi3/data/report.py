@@ -5,8 +5,13 @@ from dataclasses import dataclass, field
 
 from qlora_phi3.units import format_count
 
+#: Reasons that are counted apart in a source: those may be as many as the rows, as a column's name stands in some.
+MOST_REASONS = 200
 #: Rows that a count names, and rows that are named when truncation left nothing supervised in them.
 EXAMPLES, NAMED = 3, 1000
+
+#: Columns that a warning names.
+NAMED_COLUMNS = 12
 
 #: With fewer held-out rows than this their loss is a rough figure, and the summary says so.
 FEW_ROWS = 30
@@ -42,20 +47,25 @@ class SourceReport:
     Args:
         name: a row is named `name:number`.
         format: the format that the rows were read as; empty where none was read.
-        truncated, fully_truncated, skipped, notes: see `DataReport`; the last two by reason.
+        rows_sha256: of the file of tokenised rows.
+        truncated, fully_truncated, skipped, notes, unread: see `DataReport`; the last three by reason or name.
     """
 
     name: str
     format: str = ""
     rows_read: int = 0
     rows_kept: int = 0
+    rows_sha256: str = ""
     truncated: int = 0
     fully_truncated: RowCount = RowCount("nothing left to learn after truncation")
     skipped: dict[str, RowCount] = field(default_factory=dict)
     notes: dict[str, RowCount] = field(default_factory=dict)
+    unread: dict[str, RowCount] = field(default_factory=dict)
 
     def add(self, counts: dict[str, RowCount], reason: str, number: int) -> None:
-        """Count a row, by its number in the source, in `skipped` or `notes`."""
+        """Count a row, by its number in the source, in `skipped`, `notes` or `unread`."""
+        if reason not in counts and len(counts) >= MOST_REASONS:
+            reason = "other reasons" if counts is not self.unread else "others"
         counts[reason] = counts.get(reason, RowCount(reason)).plus(1, [f"{self.name}:{number}"])
 
     def add_fully_truncated(self, number: int) -> None:
@@ -73,6 +83,8 @@ class DataReport:
         rows_read, rows_kept: of all sources; the kept rows are divided into `train_rows` and `evaluation_rows`.
         skipped: rows that cannot be used, by reason, the most frequent first.
         notes: rows that are used, but changed or remarkable.
+        unread: columns, and keys of messages, that hold something and were not read, with the rows that have them.
+        repeated: held-out rows whose tokens are those of a training row.
         truncated: rows kept that were cut at `max_length`.
         fully_truncated: rows dropped because the cut left nothing supervised; the first 1,000 are named.
         tokens, supervised_tokens: of the training rows.
@@ -91,6 +103,8 @@ class DataReport:
     evaluation_rows: int
     skipped: tuple[RowCount, ...]
     notes: tuple[RowCount, ...]
+    unread: tuple[RowCount, ...]
+    repeated: int
     truncated: int
     fully_truncated: RowCount
     tokens: int
@@ -124,7 +138,14 @@ class DataReport:
         if self.fully_truncated.rows:
             rows = format_count(self.fully_truncated.rows, "row")
             lines.append(f"{rows} dropped, {_with_places(self.fully_truncated)}")
-        return lines + [f"{format_count(count.rows, 'row')}, {_with_places(count)}" for count in self.notes]
+        lines += [f"{format_count(count.rows, 'row')}, {_with_places(count)}" for count in self.notes]
+        if self.unread:
+            named = [f"{count.reason} ({format_count(count.rows, 'row')})" for count in self.unread[:NAMED_COLUMNS]]
+            lines.append(f"Columns not read: {', '.join(named)}{', …' if len(self.unread) > NAMED_COLUMNS else ''}")
+        if self.repeated:
+            rows = format_count(self.evaluation_rows, "held-out row")
+            lines.append(f"{self.repeated:,} of {rows} are training rows too: the held-out loss is too good by them")
+        return lines
 
 
 def _with_places(count: RowCount) -> str:

@@ -1,27 +1,34 @@
-"""Rows from local .json, .jsonl, .csv and .parquet files and from data sets on the hub.
+"""Rows from local .json, .jsonl, .csv and .parquet files, from folders of them, and from data sets on the hub or on the disk.
 
 A `Source` numbers its rows from 1: by the line in a text file (an object over several lines has the line it starts on), by the
-position in a .parquet file or a data set of the hub.
+position in a .parquet file or a data set. A row that is text says why the row cannot be read.
 """
 
+import codecs
 import csv
+import gzip
 import hashlib
+import io
 import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
-from qlora_phi3.errors import DataError
-from qlora_phi3.recipe.load import candidate_paths, is_local_data
+from qlora_phi3.errors import DataError, first_line
+from qlora_phi3.recipe.load import GLOB, candidate_paths, is_local_data, local_files
 from qlora_phi3.recipe.schema import Data
 
 RowIterator = Iterator[tuple[int, Any]]
 
+#: What an empty file may hold, with the marks of UTF-8 and UTF-16.
+BLANK = b"\xef\xbb\xbf\xff\xfe\x00 \t\r\n"
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -46,12 +53,51 @@ def open_sources(names: Sequence[str], data: Data, split: str, base_dir: Path) -
     Raises:
         DataError: for the first that cannot be opened.
     """
-    return [
-        open_file(name, base_dir)
-        if is_local_data(name, base_dir)
-        else open_hub(name, split=split, subset=data.subset, revision=data.revision)
-        for name in names
-    ]
+    sources: list[Source] = []
+    for name in names:
+        if is_local_data(name, base_dir):
+            sources += open_local(name, base_dir, split)
+        else:
+            sources.append(open_hub(name, split=split, subset=data.subset, revision=data.revision))
+    return sources
+
+
+def open_local(name: str, base_dir: Path, split: str = "train") -> list[Source]:
+    """Open a file; each file of a folder or of a pattern such as `chats/*.jsonl`, by name; or a saved data set.
+
+    Args:
+        split: of a saved data set that has several.
+
+    Raises:
+        DataError: nothing of this name is there, or a file is unreadable or of an unsupported type.
+    """
+    candidates = candidate_paths(name, base_dir)
+    path = next((candidate for candidate in candidates if _exists(candidate, name)), None)
+    if path is not None and not path.is_dir():
+        return [open_file(name, base_dir)]
+    if path is not None and any((path / saved).is_file() for saved in ("dataset_info.json", "dataset_dict.json")):
+        return [_open_saved(name, path, split)]
+    patterns = [path] if path is not None else candidates if GLOB.search(name) else []
+    for pattern in patterns:
+        if usable := [str(file) for file in local_files(pattern) if file.is_file() and _suffix(str(file)) in READERS]:
+            return [open_file(file, base_dir) for file in usable]
+    if path is None and not patterns:
+        return [open_file(name, base_dir)]  # it says where the file was looked for
+    raise DataError(f"{name} has no data file.", f"Supported are {', '.join(READERS)}, each also with .gz at its end.")
+
+
+def _exists(path: Path, name: str) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a name of more than 255 bytes
+        raise DataError(
+            f"{name[:80]} cannot be opened: {error.strerror or error}.", "Check the path in [data]."
+        ) from error
+
+
+def _suffix(name: str) -> str:
+    """What says how a file is read: `.jsonl` of `a.JSONL.gz`."""
+    return Path(name.lower().removesuffix(".gz")).suffix
 
 
 def open_file(name: str, base_dir: Path) -> Source:
@@ -61,23 +107,53 @@ def open_file(name: str, base_dir: Path) -> Source:
         DataError: the file is missing, a directory, empty, unreadable, or of an unsupported type.
     """
     candidates = candidate_paths(name, base_dir)
-    path = next((candidate for candidate in candidates if candidate.exists()), None)
+    path = next((candidate for candidate in candidates if _exists(candidate, name)), None)
     if path is None:
         looked = " or ".join(dict.fromkeys(str(candidate.absolute().parent) for candidate in candidates))
         raise DataError(f"There is no data file {name!r} in {looked}.", "Check the path in [data].")
-    if path.is_dir():
-        raise DataError(
-            f"{name} is a directory, not a data file.", "Name its files one by one: train = ['a.jsonl', …]."
-        )
-    suffix = path.suffix.lower()
+    suffix = _suffix(name)
     if suffix not in READERS:
-        raise DataError(f"{name} ends in {suffix!r}, which is not supported.", f"Use one of {', '.join(READERS)}.")
+        raise DataError(
+            f"{name} ends in {suffix!r}, which is not supported.", f"Use one of {', '.join(READERS)}, or .gz of one."
+        )
+    if not path.is_file():
+        raise DataError(
+            f"{name} is not a file.", "Name a file, a folder of files, or a pattern such as 'chats/*.jsonl'."
+        )
     with _read_errors(name), path.open("rb") as file:
-        if not file.read(4096).strip(b"\xef\xbb\xbf \t\r\n"):
-            raise DataError(f"{name} is empty.", "Give it at least one row.")
-        file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with _read_errors(name), _open_bytes(path) as file:
+        if not file.read(4096).strip(BLANK):
+            raise DataError(f"{name} is empty.", "Give it at least one row.")
     return Source(name, digest, lambda: READERS[suffix](name, path))
+
+
+def _open_bytes(path: Path) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _open_text(path: Path) -> io.TextIOWrapper:
+    """A file as text: UTF-16 where it begins with that mark, as PowerShell and Excel write it, else UTF-8. Line ends stay."""
+    with _open_bytes(path) as file:
+        mark = file.read(2)
+    encoding = "utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    return io.TextIOWrapper(_open_bytes(path), encoding=encoding, newline="")
+
+
+def _open_saved(name: str, path: Path, split: str) -> Source:
+    """A folder that `Dataset.save_to_disk` wrote."""
+    from datasets import Dataset, load_from_disk
+
+    try:
+        with _silent_downloads():
+            dataset = load_from_disk(str(path))
+            chosen = dataset if isinstance(dataset, Dataset) else dataset[split]
+    except Exception as error:
+        raise DataError(
+            f"The saved data set {name} (split {split!r}) cannot be loaded: {first_line(error)}.",
+            "Check [data] split, or save it again.",
+        ) from error
+    return _from_dataset(name, chosen)
 
 
 def open_hub(name: str, *, split: str, subset: str | None, revision: str | None) -> Source:
@@ -99,11 +175,22 @@ def open_hub(name: str, *, split: str, subset: str | None, revision: str | None)
             "Check the id, [data] split, subset and revision, the connection, and `hf auth login` for a gated set; "
             "or download it and name its files.",
         ) from error
+    return _from_dataset(f"{name}[{split}]", dataset)
+
+
+def _from_dataset(name: str, dataset: Any) -> Source:
     digest = hashlib.sha256(f"{dataset.num_rows} {dataset.column_names}".encode())
     for cached in dataset.cache_files:
         with Path(cached["filename"]).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return Source(f"{name}[{split}]", digest.hexdigest(), lambda: enumerate(dataset, 1))
+    return Source(name, digest.hexdigest(), lambda: enumerate(map(_without_nulls, dataset), 1))
+
+
+def _without_nulls(value: Any) -> Any:
+    """A row without the nulls that Arrow puts into objects that lack a key of others."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 @contextmanager
@@ -129,30 +216,37 @@ def _read_errors(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror or error}.", "Check the file.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 text ({error.reason}).", "Save the file as UTF-8.") from error
+    except UnicodeError as error:
+        reason = getattr(error, "reason", error)
+        raise DataError(f"{name} is not UTF-8 text ({reason}).", "Save the file as UTF-8.") from error
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{name} is not a whole .gz file: {first_line(error)}.", "Copy the file again.") from error
 
 
 def _read_json_file(name: str, path: Path) -> RowIterator:
     """One array of objects, or objects one after the other (JSON lines, too)."""
-    with _read_errors(name):
-        text = path.read_text(encoding="utf-8-sig")
+    with _read_errors(name), _open_text(path) as file:
+        text = file.read()
     return _parse_json(name, text)
 
 
 def _read_jsonl_file(name: str, path: Path) -> RowIterator:
     """One object a line; blank lines are skipped. A file that starts with an array is read as a .json file."""
-    with _read_errors(name), path.open("rb") as file:
-        if file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+    with _read_errors(name), _open_bytes(path) as file:
+        head = file.read(4096)
+        is_utf16 = head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        if head.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace").lstrip().startswith("["):
             yield from _read_json_file(name, path)
             return
         file.seek(0)
-        for number, raw in enumerate(file, 1):
+        # Decoded line by line, so that a wrong byte has a line; no other character than a line feed ends a line.
+        lines: Iterable[str | bytes] = io.TextIOWrapper(file, "utf-16", newline="\n") if is_utf16 else file
+        for number, raw in enumerate(lines, 1):
             try:
-                line = raw.decode("utf-8-sig")
+                line = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
                 if not line.strip():
                     continue
-                row = json.loads(line)
+                row = DECODER.decode(line.strip())
             except UnicodeDecodeError as error:
                 raise DataError(
                     f"{name}:{number} is not UTF-8 text ({error.reason}).", "Save the file as UTF-8."
@@ -160,6 +254,18 @@ def _read_jsonl_file(name: str, path: Path) -> RowIterator:
             except (ValueError, RecursionError) as error:
                 raise _invalid_json(f"{name}:{number}", error) from None
             yield number, row
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. One that has a key twice would lose a value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
 def _parse_json(name: str, text: str) -> RowIterator:
@@ -173,13 +279,13 @@ def _parse_json(name: str, text: str) -> RowIterator:
         number = text.count("\n", 0, position) + 1
         return DataError(f"{name}:{number}: not valid JSON ({reason}).", "Correct the file, or copy it again.")
 
-    decoder, position, line, counted = json.JSONDecoder(), skip(0), 1, 0
+    position, line, counted = skip(0), 1, 0
     in_array = text.startswith("[", position)
     position = skip(position + in_array)
     while position < len(text) and not (in_array and text[position] == "]"):
         line, counted = line + text.count("\n", counted, position), position
         try:
-            value, position = decoder.raw_decode(text, position)
+            value, position = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             raise _invalid_json(f"{name}:{getattr(error, 'lineno', line)}", error) from None
         yield line, value
@@ -202,25 +308,55 @@ def _invalid_json(where: str, error: Exception) -> DataError:
 def _read_csv_file(name: str, path: Path) -> RowIterator:
     """One row a record. The first record names the columns; an empty cell is an empty text.
 
-    The separator is the comma. Where the first line has none, it is the semicolon or the tab that spreadsheets write.
-    A record with too few or too many cells gives None.
+    The separator is the one of `,;\\t|` that the first line has most often outside quotes; or Excel's `sep=` line names it.
     """
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # some conversations exceed the default of 128 KiB
     start = 1
     try:
-        with _read_errors(name), path.open(encoding="utf-8-sig", newline="") as file:
-            first_line = file.readline()
-            separator = next((mark for mark in ",;\t" if mark in first_line), ",")
-            file.seek(0)
-            reader = csv.DictReader(file, strict=True, delimiter=separator)
-            start = reader.line_num + 1 if reader.fieldnames else 1
-            for row in reader:
-                yield start, row if None not in row and None not in row.values() else None
+        with _read_errors(name), _open_text(path) as file:
+            lines = _skipping_separator(file)
+            separator, head = next(lines), next(lines, "")
+            if not separator:
+                bare = re.sub(r'"[^"]*"?', "", head)
+                separator = max(",;\t|", key=bare.count) if any(mark in bare for mark in ",;\t|") else ","
+            spaced = separator + " " in head  # a space before a quote would make the quote part of the text
+            reader = csv.reader(chain([head], lines), strict=True, delimiter=separator, skipinitialspace=spaced)
+            header = [cell.strip() for cell in next(reader, [])]
+            _check_header(name, header)
+            start = reader.line_num + 1
+            for cells in reader:
+                if cells:
+                    yield start, _csv_row(header, cells)
                 start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{name}:{start}: not valid CSV ({error}).", "Correct that record, or delete it.") from error
     finally:
         csv.field_size_limit(limit)
+
+
+def _skipping_separator(lines: Iterable[str]) -> Iterator[str]:
+    """The separator of Excel's first line `sep=;`, or nothing; then the lines of the file, without that line."""
+    rest = iter(lines)
+    first = next(rest, "")
+    found = re.fullmatch(r'"?sep=(.)"?\s*', first, re.IGNORECASE)
+    yield found[1] if found else ""
+    if not found:
+        yield first
+    yield from rest
+
+
+def _check_header(name: str, header: Sequence[str]) -> None:
+    twice = sorted({column for column in header if column and header.count(column) > 1})
+    if twice:
+        raise DataError(
+            f"{name} has the column {', '.join(map(repr, twice))} more than once.", "Rename one of them, or delete it."
+        )
+
+
+def _csv_row(header: Sequence[str], cells: Sequence[str]) -> dict[str, str] | str:
+    if len(cells) != len(header):
+        return "the record has more or fewer cells than the first line has columns"
+    return {column or "(no name)": cell for column, cell in zip(header, cells, strict=True) if column or cell}
 
 
 def _read_parquet_file(name: str, path: Path) -> RowIterator:
@@ -230,8 +366,8 @@ def _read_parquet_file(name: str, path: Path) -> RowIterator:
     try:
         with _read_errors(name), parquet.ParquetFile(path) as file:
             batches = file.iter_batches(batch_size=1000)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    except pyarrow.ArrowException as error:
+            yield from enumerate((_without_nulls(row) for batch in batches for row in batch.to_pylist()), 1)
+    except (pyarrow.ArrowException, OverflowError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise DataError(f"{name} is not a readable .parquet file: {reason}.", "Copy the file again.") from error
 
@@ -239,6 +375,8 @@ def _read_parquet_file(name: str, path: Path) -> RowIterator:
 READERS: dict[str, Callable[[str, Path], RowIterator]] = {
     ".json": _read_json_file,
     ".jsonl": _read_jsonl_file,
+    ".ndjson": _read_jsonl_file,
     ".csv": _read_csv_file,
+    ".tsv": _read_csv_file,
     ".parquet": _read_parquet_file,
 }

@@ -6,20 +6,44 @@ needed because the difference of two rendered prefixes would put the next turn's
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from qlora_phi3.data.formats import Chat, SkipRow, Turn
-from qlora_phi3.errors import DataError
-from qlora_phi3.units import format_count
+import psutil  # type: ignore[import-untyped]
+
+from qlora_phi3.data.formats import Chat
+from qlora_phi3.data.messages import SkipRow, Turn
+from qlora_phi3.data.special_tokens import Span
+from qlora_phi3.errors import DataError, first_line
+from qlora_phi3.units import GIB, format_count
 
 TEMPLATE_DIR = Path(__file__).parent.parent / "templates"
 
 #: In the order of comparison: of two that render alike, the first is taken.
 FAMILY = ("phi3", "phi35", "phi3-medium", "phi4", "phi4-mini", "phi4-first", "phi4-reasoning", "phi4-mini-reasoning")
+
+#: SHA-256, the first 16 digits, of the templates that Microsoft published. Tests compare each with its marked twin.
+PUBLISHED = frozenset(
+    (
+        "605841622bcb6572",  # Phi-3-medium-4k-instruct
+        "268b6082ceb7176d",  # Phi-3-mini-4k-instruct.april-2024
+        "dcaee66df77bfbb7",  # Phi-3-mini-4k-instruct
+        "78d976a442bcde2f",  # Phi-3.5-mini-instruct
+        "febf589225c9728a",  # Phi-4-mini-instruct
+        "46bcd040271c497e",  # Phi-4-mini-instruct.without-eos
+        "cbb504cb43fec3f8",  # Phi-4-mini-reasoning
+        "8d77d9bb286ab8b1",  # Phi-4-reasoning
+        "a41fb8727c4f1e72",  # phi-4.december-2024
+        "fe4120415a3858b8",  # phi-4
+    )
+)
 
 SET_TEMPLATE_HINT = (
     f"Set [data] chat_template to one of {', '.join(FAMILY)}, or to a .jinja file with {{% generation %}} marks."
@@ -32,11 +56,17 @@ SYSTEM_MOVED = "system turn put ahead of the user's words: the model's template 
 TOOL_AS_USER = "tool turn rendered as a user turn: the model's template has none"
 TOOLS_AS_TEXT = "tool definitions put into the system turn as text: the model's template has no place for them"
 
+#: How long the templates of a tokenizer may run when they are tried, and how many bytes they may take.
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 20, 2 * GIB
+
+#: Phi-4-mini's, around a JSON array.
+CALL_TOKENS = ("<|tool_call|>", "<|/tool_call|>")
+
+#: White space beyond ASCII, and any before it: Phi-3's special tokens take all of it along, llama.cpp's only that of ASCII.
+LEADING_UNICODE_SPACE = re.compile(r"[ \t-\r]*[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
+
 #: What a template is rendered with: role and content; in the system turn of Phi-4-mini also `tools`.
 Message = dict[str, str]
-
-#: Characters [start, end) of a rendered text.
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +80,10 @@ class ChatTemplate:
         roles: those that it renders.
         has_tools: whether the system turn has a place for tool definitions.
         end_of_turn: the text that ends an assistant's turn, `<|end|>` or `<|im_end|>`.
+        thinking: whether an assistant's thinking has a place before its answer: `<think>` and `</think>` around it.
+        call_tokens: the tokens before and after an assistant's tool calls; empty where the model has none.
+        own: the model's template where `source` is its marked twin and nobody published it: every row is rendered by both.
+        variables, own_variables: what the two are rendered with, beside the messages.
     """
 
     name: str
@@ -59,6 +93,11 @@ class ChatTemplate:
     roles: frozenset[str]
     has_tools: bool
     end_of_turn: str
+    thinking: bool = False
+    call_tokens: tuple[str, str] = ("", "")
+    own: str = ""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    own_variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 def choose_template(tokenizer: Any, name: str = "auto") -> ChatTemplate:
@@ -70,11 +109,22 @@ def choose_template(tokenizer: Any, name: str = "auto") -> ChatTemplate:
             file.
 
     Raises:
-        DataError: none renders the same text; no such name or file; no marks in it; or it writes special tokens that
-            the tokenizer does not have.
+        DataError: none renders the same text; no such name or file; no marks in it; it writes special tokens that the
+            tokenizer does not have; or it runs too long or takes too much memory.
     """
+    with _limits():
+        return _choose(tokenizer, name)
+
+
+def _choose(tokenizer: Any, name: str) -> ChatTemplate:
     if name == "auto" and tokenizer.chat_template:
-        own = tokenizer.get_chat_template()
+        try:
+            own = tokenizer.get_chat_template()
+        except ValueError as error:
+            raise DataError(
+                f"The tokenizer has several chat templates ({', '.join(tokenizer.chat_template)}) and none is the default.",
+                SET_TEMPLATE_HINT,
+            ) from error
         return _inspect("the model's own", own, tokenizer) if MARK.search(own) else _match_own(own, tokenizer)
     if name == "auto":
         vocabulary = tokenizer.get_vocab()
@@ -88,10 +138,49 @@ def choose_template(tokenizer: Any, name: str = "auto") -> ChatTemplate:
     if path.suffix != ".jinja" or not path.is_file():
         names = ", ".join(FAMILY)
         raise DataError(f"[data] chat_template = {name!r} is neither a name nor a .jinja file.", f"The names: {names}.")
-    source = path.read_text(encoding="utf-8")
+    try:
+        source = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"[data] chat_template = {name!r} cannot be read: {first_line(error)}.", "Check the file."
+        ) from error
     if not MARK.search(source):
         raise DataError(f"[data] chat_template = {name!r} has no {{% generation %}} marks.", MARK_HINT)
     return _inspect(name, source, tokenizer)
+
+
+class _TooLong(BaseException):
+    """No Exception, so that no template and no probe can catch it."""
+
+
+@contextmanager
+def _limits() -> Iterator[None]:
+    """Let templates run for `TEMPLATE_SECONDS` and take `TEMPLATE_BYTES`; Windows and other threads have no limit."""
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    import resource
+    import signal
+
+    def stop(*_: object) -> None:
+        raise _TooLong
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    size = psutil.Process().memory_info().vms + TEMPLATE_BYTES
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (size if soft == resource.RLIM_INFINITY else min(soft, size), hard))
+    try:
+        yield
+    except _TooLong:
+        message = f"The model's chat template does not end within {TEMPLATE_SECONDS} seconds."
+        raise DataError(message, SET_TEMPLATE_HINT) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @cache
@@ -121,7 +210,7 @@ TOOLS_PROBE = [{"role": "system", "content": "system one", "tools": "tools one"}
 def _match_own(own: str, tokenizer: Any) -> ChatTemplate:
     """The family's template that renders as the tokenizer's own does, with or without its bos and eos tokens."""
     own_bos, own_eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-    variables = _template_variables(tokenizer, own_bos, own_eos)
+    variables = _own_variables(tokenizer)
     expected = [_try_render(own, probe, variables) for probe in (*PROBES, *SYSTEM_PROBES)]
     best, most = None, 0
     for name in FAMILY:
@@ -151,7 +240,7 @@ def _inspect(
 
     def renders(probe: list[Message], words: str) -> bool:
         text = _try_render(source, probe, variables) or ""
-        is_alike = own is None or text == _try_render(own, probe, _template_variables(tokenizer, own_bos, own_eos))
+        is_alike = own is None or text == _try_render(own, probe, _own_variables(tokenizer))
         return is_alike and words in text
 
     return ChatTemplate(
@@ -166,17 +255,22 @@ def _inspect(
         ),
         has_tools=renders(TOOLS_PROBE, "tools one"),
         end_of_turn=_check_marks(name, source, tokenizer, variables),
+        thinking="reasoning" in name or "<think>" in source or "<think>" in tokenizer.get_vocab(),
+        call_tokens=CALL_TOKENS if set(CALL_TOKENS) <= tokenizer.get_vocab().keys() else ("", ""),
+        own="" if own is None or sha256(own.encode()).hexdigest()[:16] in PUBLISHED else own,
+        variables=variables,
+        own_variables=_own_variables(tokenizer),
     )
 
 
 def _check_marks(name: str, source: str, tokenizer: Any, variables: dict[str, Any]) -> str:
     """The end of turn after the marked words. Raises DataError where a mark is missing or a token is unknown."""
-    from jinja2 import TemplateError
-
     try:
         text, spans = _render(source, PROBES[0], variables)
-    except TemplateError as error:
-        raise DataError(f"The chat template {name!r} cannot be rendered: {error}.", SET_TEMPLATE_HINT) from error
+    except Exception as error:
+        raise DataError(
+            f"The chat template {name!r} cannot be rendered: {first_line(error)}.", SET_TEMPLATE_HINT
+        ) from error
     answer = PROBES[0][1]["content"]
     marked = text[slice(*spans[0])] if len(spans) == 1 else ""
     if answer not in marked:
@@ -188,24 +282,30 @@ def _check_marks(name: str, source: str, tokenizer: Any, variables: dict[str, An
                 f"The chat template {name!r} writes {token}, which is no token of this model.",
                 "Write chat_template = 'auto' in [data] for the model's own.",
             )
-    return marked.split(answer, 1)[1].strip()
+    end = marked.split(answer, 1)[1].strip()
+    if not end:
+        raise DataError(
+            f"The chat template {name!r} marks the assistant's words without the end of the turn.", MARK_HINT
+        )
+    return end
 
 
-def render_chat(chat: Chat, template: ChatTemplate, tokenizer: Any) -> tuple[str, list[Span], list[str]]:
+def render_chat(chat: Chat, template: ChatTemplate) -> tuple[str, list[Span], list[str]]:
     """A conversation as text, the spans of characters to supervise, and the notes of `fit_turns`.
 
     Raises:
         SkipRow: the template refuses the conversation.
         DataError: a turn is not to be supervised, and the template's marks do not separate the turns.
     """
-    from jinja2 import TemplateError
-
     messages, notes = fit_turns(chat, template)
-    variables = _template_variables(tokenizer, template.bos_token, template.eos_token)
     try:
-        text, spans = _render(template.source, messages, variables)
-    except TemplateError as error:
-        raise SkipRow(f"the chat template refuses it: {error}") from error
+        text, spans = _render(template.source, messages, template.variables)
+    except Exception as error:  # a template is a program: it may divide by zero
+        raise SkipRow(f"the chat template refuses it: {first_line(error)}") from error
+    if template.own and text != _try_render(template.own, messages, template.own_variables):
+        raise SkipRow(
+            "the model's own chat template renders it otherwise (it strips or adds text), as the export would"
+        )
     supervised = [turn.supervised for turn in chat.turns if turn.role == "assistant"]
     if all(supervised):
         return text, spans, notes
@@ -225,6 +325,10 @@ def fit_turns(chat: Chat, template: ChatTemplate) -> tuple[list[Message], list[s
       the next user turn's text with a blank line between. Where no user turn follows at once, it becomes a user turn.
     - A tool's result becomes a user turn (Phi-4-mini has a turn for it); a function call is the assistant's.
     - Tool definitions stand in the system turn: in Phi-4-mini's own place for them, else as text after a blank line.
+    - An assistant's thinking stands before its answer, and its tool calls after it.
+
+    Raises:
+        SkipRow: an assistant thinks, and the model has no place for that.
     """
     notes: list[str] = []
     turns = list(chat.turns)
@@ -241,10 +345,26 @@ def fit_turns(chat: Chat, template: ChatTemplate) -> tuple[list[Message], list[s
     if any(turn.role == "system" for turn in turns) and "system" not in template.roles:
         turns = list(_move_system_turns(turns))
         notes.append(SYSTEM_MOVED)
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    messages = [{"role": turn.role, "content": _words(turn, template)} for turn in turns]
     if tools:
         messages[0]["tools"] = tools
     return messages, notes
+
+
+def _words(turn: Turn, template: ChatTemplate) -> str:
+    """What stands in a turn."""
+    text, before, after = turn.text, *template.call_tokens
+    if turn.calls:
+        text = (
+            f"{text}{before}{turn.calls}{after}" if before else "\n".join(part for part in (text, turn.calls) if part)
+        )
+    if not turn.thinking:
+        return text
+    if not template.thinking:
+        raise SkipRow(
+            "an assistant's thinking has no place in the model's chat template ([data] ignore_columns leaves it out)"
+        )
+    return f"<think>\n{turn.thinking.strip()}\n</think>\n\n{text}"
 
 
 def _move_system_turns(turns: Sequence[Turn]) -> Iterator[Turn]:
@@ -261,8 +381,20 @@ def _move_system_turns(turns: Sequence[Turn]) -> Iterator[Turn]:
         yield Turn("user", waiting)
 
 
+def begins_with_unicode_space(text: str) -> bool:
+    """Whether llama.cpp reads a message as other ids than Phi-3's tokenizer does, which drops white space after a special token.
+
+    Such as U+3000, with which paragraphs begin in Chinese and Japanese, or U+00A0.
+    """
+    return LEADING_UNICODE_SPACE.match(text) is not None
+
+
 def _join(before: str, after: str) -> str:
     return f"{before}\n\n{after}" if before and after else before or after
+
+
+def _own_variables(tokenizer: Any) -> dict[str, Any]:
+    return _template_variables(tokenizer, tokenizer.bos_token or "", tokenizer.eos_token or "")
 
 
 def _template_variables(tokenizer: Any, bos_token: str, eos_token: str) -> dict[str, Any]:
@@ -270,7 +402,7 @@ def _template_variables(tokenizer: Any, bos_token: str, eos_token: str) -> dict[
     return {**tokenizer.special_tokens_map, "bos_token": bos_token, "eos_token": eos_token}
 
 
-def _render(source: str, messages: list[Message], variables: dict[str, Any]) -> tuple[str, list[Span]]:
+def _render(source: str, messages: list[Message], variables: Mapping[str, Any]) -> tuple[str, list[Span]]:
     """The text of a conversation and the spans inside the marks. Raises jinja2.TemplateError."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -280,13 +412,12 @@ def _render(source: str, messages: list[Message], variables: dict[str, Any]) -> 
     return texts[0], spans[0]
 
 
-def _try_render(source: str, messages: list[Message], variables: dict[str, Any]) -> str | None:
+def _try_render(source: str, messages: list[Message], variables: Mapping[str, Any]) -> str | None:
     """The text of a conversation; None where the template refuses it (for example because of its role)."""
-    from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
         texts, _ = render_jinja_template([messages], chat_template=source, **variables)
-    except (TemplateError, TypeError):
+    except Exception:
         return None
     return str(texts[0])

@@ -10,19 +10,22 @@ Everything else has the label -100, and so has position 0, which no position pre
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from hashlib import sha256
+from dataclasses import asdict, dataclass, replace
+from hashlib import file_digest, sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from qlora_phi3.data.batching import IGNORE_INDEX
-from qlora_phi3.data.formats import Chat, Document, SkipRow, detect_format, read_row
+from qlora_phi3.data.formats import Chat, Document, check_columns, check_document, detect_format, read_row
+from qlora_phi3.data.messages import SkipRow
 from qlora_phi3.data.report import SourceReport
 from qlora_phi3.data.sources import Source
-from qlora_phi3.data.template import ChatTemplate, Span, render_chat
+from qlora_phi3.data.special_tokens import MARK, Span, SpecialTokens
+from qlora_phi3.data.template import ChatTemplate, begins_with_unicode_space, render_chat
 from qlora_phi3.errors import DataError
 from qlora_phi3.files import atomic_dir, disk_errors
 from qlora_phi3.recipe.schema import Data
@@ -34,7 +37,17 @@ BATCH_ROWS = 256
 
 ROWS_NAME, REPORT_NAME = "rows.arrow", "report.json"
 
-INJECTION = "message that holds a special token of the model as text: read as that token"
+READ_AS_TEXT = "special tokens of the model in the words of the row: read as text"
+READ_AS_TOKENS = "special tokens of the model in the words of the row: read as these tokens (allow_special_tokens)"
+UNICODE_SPACE = "a message begins with Unicode white space: llama.cpp reads it as other tokens (docs/gguf.md)"
+CHAT_IN_TEXT = "raw text that looks like a rendered chat: its prompts are learned too"
+
+#: The headers that chat templates and prompts of the field write before a turn.
+RENDERED_CHAT = re.compile(
+    r"<\|(user|assistant|system|im_start|start_header_id|start_of_role)\|>|<start_of_turn>|\[/?INST\]"
+    r"|^(### ?|<)?(Human|Assistant|User|Instruction|Response|Question|Answer)[:>]|### ?(Human|Assistant|Response):",
+    re.MULTILINE,
+)
 
 #: One row's token ids, or its labels: int32, shape (length,).
 Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
@@ -59,8 +72,8 @@ def tokenize_source(source: Source, config: TokenizeConfig, max_rows: int | None
 
     Returns:
         A `datasets.Dataset`, memory-mapped, with the columns `input_ids` and `labels` (lists of int32, as long as each
-        other), `length` (int32, tokens), `supervised` (int32, labels that are not -100) and `source_row` (int64, the
-        number of the row in its source); and the report.
+        other), `length` (int32, tokens), `supervised` (int32, labels that are not -100), `source_row` (int64, the
+        number of the row in its source) and `digest` (uint64, a hash of its ids); and the report.
 
     Raises:
         DataError: a row of another format than the first, an unknown role, unreadable content, or a full disk.
@@ -78,6 +91,7 @@ def tokenize_source(source: Source, config: TokenizeConfig, max_rows: int | None
             if _read_entry(entry) is None:
                 with atomic_dir(entry) as staging:
                     report = _write_rows(staging / ROWS_NAME, source, config, max_rows)
+                    report.rows_sha256 = _hash(staging / ROWS_NAME)
                     (staging / REPORT_NAME).write_text(json.dumps(asdict(report)), encoding="utf-8")
         if (found := _read_entry(entry)) is None:
             raise OSError("what was written cannot be read back")
@@ -92,11 +106,16 @@ def _read_entry(entry: Path) -> tuple[Any, SourceReport] | None:
 
     try:
         report = TypeAdapter(SourceReport).validate_json((entry / REPORT_NAME).read_bytes())
-        rows = Dataset.from_file(str(entry / ROWS_NAME))
+        if _hash(entry / ROWS_NAME) != report.rows_sha256:
+            return None
+        return Dataset.from_file(str(entry / ROWS_NAME)), report
     except (OSError, ValueError, pyarrow.ArrowException):
         return None
-    # An Arrow stream that was cut between two batches is valid: only the number of rows shows it.
-    return (rows, report) if len(rows) == report.rows_kept else None
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _cache_key(source: Source, config: TokenizeConfig, max_rows: int | None) -> str:
@@ -111,6 +130,7 @@ def _cache_key(source: Source, config: TokenizeConfig, max_rows: int | None) -> 
         source.name,
         source.digest,
         [data.format, sorted(data.fields.items()), data.loss_on, config.max_length, max_rows],
+        [sorted(data.ignore_columns), data.allow_special_tokens],
         {**asdict(config.template), "roles": sorted(config.template.roles)},
         sha256(state[state.index('"added_tokens"') :].encode()).hexdigest(),
         config.tokenizer.special_tokens_map,
@@ -126,20 +146,29 @@ def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: in
 
     tokens, count = pa.list_(pa.int32()), pa.int32()
     schema = pa.schema(
-        {"input_ids": tokens, "labels": tokens, "length": count, "supervised": count, "source_row": pa.int64()}
+        {
+            "input_ids": tokens,
+            "labels": tokens,
+            "length": count,
+            "supervised": count,
+            "source_row": pa.int64(),
+            "digest": pa.uint64(),
+        }
     )
     report, names, activity = SourceReport(source.name), set[str](), f"Reading {Path(source.name).name}"
     examples = read_examples(source, config.data, report, names)
-    pattern = special_token_pattern(config.tokenizer)
+    special = SpecialTokens(config.tokenizer)
     most = float("inf") if max_rows is None else max_rows
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         while batch := list(islice(examples, int(min(BATCH_ROWS, most - report.rows_kept)))):
-            rows = list(_truncate_rows(_tokenize_batch(batch, config, pattern, report), config.max_length, report))
+            rows = list(_truncate_rows(_tokenize_batch(batch, config, special, report), config.max_length, report))
             if rows:
                 numbers, ids, labels = zip(*rows, strict=True)
                 supervised = [int(np.count_nonzero(row != IGNORE_INDEX)) for row in labels]
                 lengths = [len(row) for row in ids]
-                writer.write_batch(pa.record_batch([ids, labels, lengths, supervised, numbers], schema=schema))
+                check_labels(ids, labels)
+                digests = [xxh3_64_intdigest(row.tobytes()) for row in ids]
+                writer.write_batch(pa.record_batch([ids, labels, lengths, supervised, numbers, digests], schema=schema))
             report.rows_kept += len(rows)
             if config.progress is not None:
                 config.progress(activity, report.rows_read, None)
@@ -166,17 +195,20 @@ def read_examples(
     Raises:
         DataError: unreadable content, an unknown role, or a row of another format than the first.
     """
-    first = ""
+    first, ignored = "", frozenset(data.ignore_columns)
     for number, row in source.rows():
         where = f"{source.name}:{number}"
         report.rows_read += 1
         try:
             if not isinstance(row, Mapping):
-                raise SkipRow("the row is no object with columns")
+                raise SkipRow(row if isinstance(row, str) else "the row is no object with columns")
             if data.fields:
                 columns.update(row)
-                row = {**row, **{ours: row.get(theirs) for ours, theirs in data.fields.items()}}
-            name = data.format if data.format != "auto" else detect_format(row)
+            if ignored:
+                row = _without(row, ignored)
+            check_columns(row.keys() - data.fields.values() if data.fields else row, row, where)
+            mapped = _map_columns(row, data.fields) if data.fields else row
+            name = data.format if data.format != "auto" else detect_format(mapped)
             if name is None:
                 raise SkipRow(f"its columns ({', '.join(sorted(map(str, row)))[:100]}) fit no format")
             if report.format and name != report.format:
@@ -185,44 +217,111 @@ def read_examples(
                     "Use one format in a file, or name the one to read in [data] format.",
                 )
             first, report.format = first or where, name
-            yield number, read_row(row, name, where)
+            example = read_row(mapped, name, where)
+            if example.unread and name == "text" and data.format == "auto":
+                check_document(example.unread, where)
+            yield number, example
         except SkipRow as reason:
             report.add(report.skipped, str(reason), number)
+        except RecursionError:
+            report.add(report.skipped, "its objects are nested too deep", number)
+
+
+def _without(value: Any, names: frozenset[str]) -> Any:
+    """A row without the columns, and the keys of its messages, that [data] ignore_columns names."""
+    if isinstance(value, Mapping):
+        return {key: _without(item, names) for key, item in value.items() if key not in names}
+    return [_without(item, names) for item in value] if isinstance(value, list) else value
+
+
+def _map_columns(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+    """The row under the format's names. A column of the row that has one of them already is kept under another one, unread."""
+    rest = {name: value for name, value in row.items() if name not in fields.values()}
+    hidden = {f"{name} (hidden by fields)": rest.pop(name) for name in fields if name in rest}
+    return {**rest, **hidden, **{ours: row.get(theirs) for ours, theirs in fields.items()}}
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A row as text. `spans` are the characters to supervise, None for all; in a broken one special tokens are broken."""
+
+    number: int
+    text: str
+    spans: list[Span] | None
+    is_broken: bool
 
 
 def _tokenize_batch(
-    batch: Sequence[tuple[int, Chat | Document]],
-    config: TokenizeConfig,
-    pattern: re.Pattern[str],
-    report: SourceReport,
+    batch: Sequence[tuple[int, Chat | Document]], config: TokenizeConfig, special: SpecialTokens, report: SourceReport
 ) -> Iterator[tuple[int, Ids, Ids]]:
     """Number, ids and labels of rows of one format, with a note for each that is changed or remarkable."""
-    numbers, texts, spans = [], [], []
+    rendered, is_chat = [], isinstance(batch[0][1], Chat)
     for number, example in batch:
-        if isinstance(example, Chat):
-            try:
-                text, supervised, notes = render_chat(example, config.template, config.tokenizer)
-            except SkipRow as reason:
-                report.add(report.skipped, str(reason), number)
-                continue
-            if any(pattern.search(turn.text) for turn in example.turns):
-                notes.append(INJECTION)
-            for note in notes:
-                report.add(report.notes, note, number)
-            spans.append(supervised)
-        else:
-            text = example.text
-        numbers.append(number)
-        texts.append(text)
-    if isinstance(batch[0][1], Document):
-        rows = tokenize_documents(texts, config.tokenizer)
+        try:
+            row, notes = _render_row(number, example, config, special)
+        except SkipRow as reason:
+            report.add(report.skipped, str(reason), number)
+            continue
+        rendered.append(row)
+        for note in (*example.notes, *notes):
+            report.add(report.notes, note, number)
+        for name in example.unread:
+            report.add(report.unread, name, number)
+    whole = [row for row in rendered if not row.is_broken]
+    texts = [row.text for row in whole]
+    if is_chat:
+        rows = iter(tokenize_chats(texts, [row.spans for row in whole], config.tokenizer))
     else:
-        rows = tokenize_chats(texts, spans if config.data.loss_on == "assistant" else None, config.tokenizer)
-    return ((number, *row) for number, row in zip(numbers, rows, strict=True))
+        rows = iter(tokenize_documents(texts, config.tokenizer))
+    for row in rendered:
+        yield row.number, *(tokenize_broken(row.text, row.spans, special, is_chat) if row.is_broken else next(rows))
+
+
+def _render_row(
+    number: int, example: Chat | Document, config: TokenizeConfig, special: SpecialTokens
+) -> tuple[_Rendered, list[str]]:
+    """A row as text, and what is remarkable in it. Raises SkipRow where it cannot be rendered."""
+    words = [example.text] if isinstance(example, Document) else _words_of(example)
+    notes, is_broken = [], False
+    if any(special.pattern.search(text) for text in words):
+        is_broken = not config.data.allow_special_tokens
+        notes.append(READ_AS_TEXT if is_broken else READ_AS_TOKENS)
+    if special.takes_space and isinstance(example, Chat) and any(map(begins_with_unicode_space, words)):
+        notes.append(UNICODE_SPACE)
+    if isinstance(example, Document):
+        text = special.break_in(example.text) if is_broken else example.text
+        end = config.tokenizer.eos_token
+        if notes and not is_broken and end and text.rstrip().endswith(end):
+            text = text.rstrip()  # a rendered text that ends already
+        if RENDERED_CHAT.search(text.replace(MARK, "")):
+            notes.append(CHAT_IN_TEXT)
+        return _Rendered(number, text, None, is_broken), notes
+    chat = _break_words(example, special) if is_broken else example
+    text, spans, more = render_chat(chat, config.template)
+    if config.data.loss_on == "all" and example.switched_off:
+        raise SkipRow('a turn is switched off, and [data] loss_on = "all" learns every token')
+    return _Rendered(number, text, spans if config.data.loss_on == "assistant" else None, is_broken), [*notes, *more]
+
+
+def _words_of(chat: Chat) -> list[str]:
+    return [chat.tools, *(text for turn in chat.turns for text in (turn.text, turn.thinking, turn.calls) if text)]
+
+
+def _break_words(chat: Chat, special: SpecialTokens) -> Chat:
+    turns = [
+        replace(
+            turn,
+            text=special.break_in(turn.text),
+            thinking=special.break_in(turn.thinking),
+            calls=special.break_in(turn.calls),
+        )
+        for turn in chat.turns
+    ]
+    return replace(chat, turns=tuple(turns), tools=special.break_in(chat.tools))
 
 
 def tokenize_chats(
-    texts: Sequence[str], spans: Sequence[Sequence[Span]] | None, tokenizer: Any
+    texts: Sequence[str], spans: Sequence[Sequence[Span] | None], tokenizer: Any
 ) -> list[tuple[Ids, Ids]]:
     """Tokenise rendered conversations; the ids are those of `apply_chat_template`.
 
@@ -238,19 +337,31 @@ def tokenize_chats(
     batch = tokenizer(
         list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )
-    rows = []
-    for index, ids in enumerate(batch["input_ids"]):
-        row = np.asarray(ids, dtype=np.int32)
-        labels = row.copy() if spans is None else np.full_like(row, IGNORE_INDEX)
-        for span in spans[index] if spans is not None else ():
-            first, last = _find_tokens(batch, index, span)
-            labels[first:last] = row[first:last]
-        labels[:1] = IGNORE_INDEX
-        rows.append((row, labels))
-    return rows
+    return [_label(*row) for row in zip(batch["input_ids"], batch.encodings, spans, strict=True)]
 
 
-def _find_tokens(batch: Any, index: int, span: Span) -> tuple[int, int]:
+def tokenize_broken(text: str, spans: Sequence[Span] | None, special: SpecialTokens, is_chat: bool) -> tuple[Ids, Ids]:
+    """Tokenise a rendered conversation, or raw text, whose words have broken special tokens; returns its ids and labels."""
+    encoding, moved = special.encode(text, spans or ())
+    ids = special.ids_of(encoding)
+    if is_chat:
+        return _label(ids, encoding, None if spans is None else moved)
+    before, after = special.ends
+    return _label_document([*before, *ids, *after], special.tokenizer.bos_token_id, special.tokenizer.eos_token_id)
+
+
+def _label(ids: Sequence[int], encoding: Any, spans: Sequence[Span] | None) -> tuple[Ids, Ids]:
+    """The ids of a text, and the labels of the characters in `spans`; position 0 has none."""
+    row = np.asarray(ids, dtype=np.int32)
+    labels = row.copy() if spans is None else np.full_like(row, IGNORE_INDEX)
+    for span in spans or ():
+        first, last = _find_tokens(encoding, span)
+        labels[first:last] = row[first:last]
+    labels[:1] = IGNORE_INDEX
+    return row, labels
+
+
+def _find_tokens(encoding: Any, span: Span) -> tuple[int, int]:
     """The tokens [first, last) that lie in a span of characters.
 
     A special token with `rstrip` covers the white space after it, so the token at the first character may be the
@@ -258,14 +369,13 @@ def _find_tokens(batch: Any, index: int, span: Span) -> tuple[int, int]:
     all of them.
     """
     start, end = span
-    inside = (batch.char_to_token(index, position) for position in range(start, end))
-    first = next((t for t in inside if t is not None and batch.token_to_chars(index, t).start >= start), None)
+    inside = (encoding.char_to_token(position) for position in range(start, end))
+    first = next((t for t in inside if t is not None and encoding.token_to_chars(t)[0] >= start), None)
     if first is None:
         return 0, 0
-    backwards = (batch.char_to_token(index, position) for position in range(end - 1, start - 1, -1))
+    backwards = (encoding.char_to_token(position) for position in range(end - 1, start - 1, -1))
     last = next(t for t in backwards if t is not None)
-    size = len(batch["input_ids"][index])
-    while last + 1 < size and (chars := batch.token_to_chars(index, last + 1)) is not None and chars.start < end:
+    while last + 1 < len(encoding) and (chars := encoding.token_to_chars(last + 1)) is not None and chars[0] < end:
         last += 1
     return first, last + 1
 
@@ -276,20 +386,25 @@ def tokenize_documents(texts: Sequence[str], tokenizer: Any) -> list[tuple[Ids, 
     Returns:
         For each text its ids and its labels (every token but the first), int32 of shape (length,) both.
     """
+    if not texts:
+        return []
     batch = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False)
-    end, rows = [tokenizer.eos_token_id], []
-    for ids in batch["input_ids"]:
-        row = np.asarray(ids if ids[-1:] == end else ids + end, dtype=np.int32)
-        labels = row.copy()
-        labels[:1] = IGNORE_INDEX
-        rows.append((row, labels))
-    return rows
+    return [_label_document(ids, tokenizer.bos_token_id, tokenizer.eos_token_id) for ids in batch["input_ids"]]
 
 
-def special_token_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """Matches a text that would be read as one of the tokenizer's special tokens, by accident or as an injection."""
-    tokens = sorted({*tokenizer.all_special_tokens, *(t for t in tokenizer.get_added_vocab() if t.startswith("<|"))})
-    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+def _label_document(ids: Sequence[int], start: int | None, end: int) -> tuple[Ids, Ids]:
+    ids = ids[1:] if len(ids) > 1 and ids[0] == ids[1] == start else ids  # a rendered text that has its start already
+    row = np.asarray(ids if ids and ids[-1] == end else [*ids, end], dtype=np.int32)
+    labels = row.copy()
+    labels[:1] = IGNORE_INDEX
+    return row, labels
+
+
+def check_labels(ids: Sequence[Ids], labels: Sequence[Ids]) -> None:
+    """Raise RuntimeError, which only a fault of this program can cause, where a label is neither -100 nor the id at its place."""
+    all_ids, all_labels = np.concatenate(ids), np.concatenate(labels)
+    if list(map(len, ids)) != list(map(len, labels)) or ((all_labels != all_ids) & (all_labels != IGNORE_INDEX)).any():
+        raise RuntimeError("a label is neither -100 nor the id at its position; no run can be made of these rows")
 
 
 def _truncate_rows(

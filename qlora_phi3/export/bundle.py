@@ -12,7 +12,16 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError
 
-from qlora_phi3.adapters.peft_io import TOKENIZER_FILES
+from qlora_phi3.adapters.base_files import (
+    CONFIG,
+    DOWNLOAD_AGAIN,
+    GENERATION_CONFIG,
+    TOKENIZER_FILES,
+    describe_changes,
+    portable_config,
+    portable_files,
+    to_json,
+)
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.base import onto_label
 from qlora_phi3.export.request import DTYPES
@@ -24,11 +33,13 @@ from qlora_phi3.recipe.load import as_list
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import format_count
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-#: What the directory of a base may hold in addition to its weights; its licence applies to the export.
-COMPANIONS = (*TOKENIZER_FILES, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE.md", "NOTICE")
-#: Hint for a base whose JSON files cannot be read.
-DOWNLOAD_AGAIN = "Download the checkpoint again."
+#: The licence of a base applies to the export.
+LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE.md", "NOTICE")
+#: What the directory of a base may hold in addition to its weights.
+COMPANIONS = (*TOKENIZER_FILES, *LICENCES)
+#: Keys of a config.json that do not describe the export: auto_map names Python files of the hub's repository, which are not
+#: copied and which transformers does not need; layer_types is not a key of phi3, but other programs read it for every model.
+NOT_EXPORTED = ("auto_map", "quantization_config", "layer_types")
 #: Tables of the recipe that the model card shows; [memory], paths and run names are private.
 PUBLIC_TABLES = ("quantization", "lora", "training")
 PRIVATE_KEYS = ("output_dir", "report_to", "run_name")
@@ -51,29 +62,38 @@ def write_companions(
     Raises:
         ExportError: a tokenizer file of the base is not the one that was trained with, or a config is not a JSON object.
     """
-    check_trained_with(base, adapter)
-    copied = {}
-    for name in COMPANIONS:
-        if name not in (CONFIG, GENERATION_CONFIG) and (base / name).is_file():
+    check_trained_with(base, adapter, ending.template)
+    copied: dict[str, str] = {}
+    changed: list[str] = []
+    for name, file in portable_files(base, template=ending.template).items():
+        if name in (CONFIG, GENERATION_CONFIG):
+            continue
+        (target / name).write_bytes(file.content)
+        changed += [f"{name}: {change}" for change in file.changes]
+        if not file.changes:
+            copied[name] = sha256_file(target / name)
+    for name in LICENCES:
+        if (base / name).is_file():
             copied[name] = sha256_file(base / name)
             shutil.copyfile(base / name, target / name)
-    changed = _write_config(base / CONFIG, target / CONFIG, dtype=dtype, untied=untied)
+    changed += _write_config(base / CONFIG, target / CONFIG, dtype=dtype, untied=untied)
     changed += _write_generation_config(base, target / GENERATION_CONFIG, ending.token_id)
-    if ending.template is not None:
-        (target / "chat_template.jinja").write_text(ending.template, encoding="utf-8", newline="\n")
-        copied.pop("chat_template.jinja", None)
-        changed.append("chat_template.jinja: the template that the recipe names")
     return {"copied": copied, "changed": changed}
 
 
-def check_trained_with(base: Path, adapter: Path) -> None:
+def check_trained_with(base: Path, adapter: Path, template: str | None = None) -> None:
     """Raise ExportError for a tokenizer file of a base that is missing, additional, or another one than the run's copy.
 
-    The two configs only have to exist: other versions write the same settings in another form, and `inputs` compares those.
+    The two configs only have to exist: other versions write the same settings in another form, and `inputs` compares those. Runs
+    of older versions have copies byte for byte. `template` is as in `portable_files`.
     """
+    try:
+        portable = portable_files(base, template=template)
+    except ExportError:  # a file that cannot be read is not the one that was trained with
+        portable = {}
     for name in TOKENIZER_FILES:
         file, trained = base / name, adapter / name
-        if trained.is_file() and not file.is_file():
+        if trained.is_file() and not file.is_file() and name not in portable:
             hint = f"Copy {trained} there, or give the right base with --base."
             raise ExportError(f"{file} is missing, and the run trained with it.", hint)
         if name in (CONFIG, GENERATION_CONFIG) or not file.is_file():
@@ -81,24 +101,21 @@ def check_trained_with(base: Path, adapter: Path) -> None:
         if not trained.is_file():
             hint = "Move it away, or give the folder of the right base with --base."
             raise ExportError(f"{file} was not there when the run was trained.", hint)
-        if sha256_file(trained) != sha256_file(file):
+        if trained.read_bytes() not in (file.read_bytes(), portable[name].content if portable else None):
             hint = "Put it back, or give the folder of the right base with --base."
             raise ExportError(f"{file} is not the file that was trained with, which is in {trained.parent}.", hint)
 
 
 def _write_config(source: Path, target: Path, *, dtype: str, untied: bool) -> list[str]:
-    """Copy config.json; the dtype of the weights, and what is no longer true, are changed."""
-    config = read_json_object(source, ExportError, DOWNLOAD_AGAIN)
-    keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]
-    changes: dict[str, Any] = {key: dtype for key in keys if config.get(key) != dtype}
-    if untied and config.get("tie_word_embeddings", False):
+    """Write config.json as `portable_config`; the dtype of the weights, and what is no longer true, are changed."""
+    stored = read_json_object(source, ExportError, DOWNLOAD_AGAIN)
+    changes: dict[str, Any] = {"architectures": ["Phi3ForCausalLM"], "dtype": dtype, "torch_dtype": dtype}
+    if untied and stored.get("tie_word_embeddings", False):
         changes["tie_word_embeddings"] = False
-    # auto_map names Python files of the hub's repository, which are not copied; transformers has the model itself.
-    removed = [key for key in ("auto_map", "quantization_config") if key in config]
-    config = {key: value for key, value in {**config, **changes}.items() if key not in removed}
-    target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
-    changed = [f"{CONFIG}: {key} = {json.dumps(value)}" for key, value in changes.items()]
-    return changed + [f"{CONFIG}: {key} removed" for key in removed]
+    config = {**portable_config(stored, source), **changes}
+    config = {key: value for key, value in config.items() if key not in NOT_EXPORTED}
+    target.write_bytes(to_json(config))
+    return [f"{CONFIG}: {change}" for change in describe_changes(stored, config)]
 
 
 def _write_generation_config(base: Path, target: Path, end_of_turn: int) -> list[str]:

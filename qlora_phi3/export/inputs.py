@@ -14,13 +14,13 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
-from transformers import Phi3Config
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from qlora_phi3.adapters.adapter_deltas import EMBEDDING, HEAD, AdapterDeltas, read_deltas
-from qlora_phi3.errors import ExportError, ModelError, first_line
+from qlora_phi3.adapters.base_files import CONFIG, DOWNLOAD_AGAIN, portable_config
+from qlora_phi3.errors import DataError, ExportError, ModelError, first_line
 from qlora_phi3.export.base import BaseRecord, RecordedBase, read_record
-from qlora_phi3.export.bundle import COMPANIONS, CONFIG, DOWNLOAD_AGAIN, check_trained_with
+from qlora_phi3.export.bundle import COMPANIONS, check_trained_with
 from qlora_phi3.export.merge import MergedWeights, Onto
 from qlora_phi3.export.request import Request
 from qlora_phi3.family import parse_architecture
@@ -92,15 +92,11 @@ def open_sources(request: Request, reporter: Reporter) -> Sources:
     base.compare_plain()
     reporter.progress("Comparing the base with the run's record", 1, 1)
     base.check_weights(folder)
-    check_trained_with(folder, run.adapter)
     if base.left_out:
         count = format_count(len(base.left_out), "tensor")
         reporter.info(f"Left out, because the model does not read it: {count} of the base, first {base.left_out[0]}")
-    template = str(run.chat_template) if run.chat_template.is_file() else recipe.data.chat_template
-    try:
-        ending = read_end_of_turn(load_tokenizer(Model(name=str(folder))), template)
-    except ModelError as error:  # its hint names the recipe, which is not what an export can change
-        raise ExportError(error.message, "Give the complete base that was trained on with --base.") from error
+    ending = _read_ending(run, folder, recipe.data.chat_template)
+    check_trained_with(folder, run.adapter, ending.template)
     return Sources(
         folder=folder,
         config=config,
@@ -111,6 +107,19 @@ def open_sources(request: Request, reporter: Reporter) -> Sources:
         ending=ending,
         device=device,
     )
+
+
+def _read_ending(run: RunFolder, folder: Path, chat_template: str) -> EndOfTurn:
+    """What ends a turn, by the base in `folder`; ExportError where its tokenizer is another one, or cannot be read."""
+    try:
+        template = str(run.chat_template) if run.chat_template.is_file() else chat_template
+        return read_end_of_turn(load_tokenizer(Model(name=str(folder))), template)
+    except (ModelError, DataError) as error:
+        check_trained_with(folder, run.adapter)  # names the file, where one was changed
+        if isinstance(error, DataError):
+            raise
+        # Its hint names the recipe, which is not what an export can change.
+        raise ExportError(error.message, "Give the complete base that was trained on with --base.") from error
 
 
 def find_base(record: BaseRecord, progress: Progress) -> Path:
@@ -139,12 +148,10 @@ def _check_config(folder: Path, config: dict[str, Any], adapter: Path) -> None:
     trained = read_json_object(adapter / CONFIG, ExportError, DOWNLOAD_AGAIN)
     settings: list[dict[str, Any]] = []
     for path, stored in ((adapter / CONFIG, trained), (folder / CONFIG, config)):
-        try:
-            values = Phi3Config(**stored).to_dict()  # one form for every version of transformers that wrote it
-        except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-            raise ExportError(f"{path} cannot be read: {error!r}.", "Put the base's own back.") from error
         flat: dict[str, Any] = {}
-        for key, value in values.items():
+        for key, value in portable_config(
+            stored, path
+        ).items():  # one form for every version of transformers that wrote it
             if key not in LOADING_KEYS and not key.startswith("_"):
                 flat |= {f"{key}.{part}": v for part, v in value.items()} if isinstance(value, dict) else {key: value}
         settings.append(flat)

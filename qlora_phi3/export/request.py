@@ -65,7 +65,8 @@ class Request:
 def make_request(run: Path, options: ExportOptions) -> Request:
     """Check the options of an export, its run and its targets.
 
-    Without `options.out` the export goes into the run, under a name that contains every option that changes the weights.
+    Without `options.out` the export goes into the run, under a name that contains every option that changes the weights, and of a
+    GGUF always its type.
 
     Args:
         run: directory of a finished run, or of several.
@@ -84,8 +85,7 @@ def make_request(run: Path, options: ExportOptions) -> Request:
     suffix += "" if options.dtype == DEFAULT_DTYPE else f"-{options.dtype}"
     target, gguf_file = folder.path / f"merged{suffix}", None
     if options.kind == "gguf":
-        suffix += "" if quant == default_quant else f"-{quant}"
-        gguf_file = (options.out or folder.path / f"gguf{suffix}").resolve() / f"{name}-{quant}.gguf"
+        gguf_file = (options.out or folder.path / f"gguf{suffix}-{quant}").resolve() / f"{name}-{quant}.gguf"
     elif options.out is not None:
         target = options.out
     request = Request(

@@ -302,10 +302,11 @@ def files_of(recipe: "Recipe", base_folder: Path) -> list[Path]:
     """Every file and directory that the model's shapes and the rows' lengths are read from, whether it exists or not."""
     from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 
-    from qlora_phi3.recipe.load import as_list, candidate_paths
+    from qlora_phi3.recipe.load import as_list, candidate_paths, local_files
 
     names = [recipe.model.name, *as_list(recipe.data.train), *as_list(recipe.data.eval)]
     paths = [path for name in names for path in candidate_paths(name, base_folder)]
+    listed = [file for name in names[1:] for path in candidate_paths(name, base_folder) for file in local_files(path)]
     paths += [directory / name for directory in paths[:2] for name in MODEL_FILES]
     if recipe.model.adapter is not None:
         adapter_files = ("adapter_config.json", "adapter_model.safetensors")
@@ -318,4 +319,4 @@ def files_of(recipe: "Recipe", base_folder: Path) -> list[Path]:
         flat = name.replace("/", "--")
         paths += [Path(HF_HUB_CACHE, f"{kind}--{flat}", "snapshots") for kind in ("models", "datasets")]
         paths.append(datasets / name.replace("/", "___"))
-    return [path.absolute() for path in paths]
+    return [path.absolute() for path in (*paths, *listed)]

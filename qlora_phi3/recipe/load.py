@@ -35,9 +35,13 @@ START_HINT = (
 #: Tables in tables, and lists in lists: a recipe has 3 of them.
 MAX_DEPTH = 16
 #: Suffixes of files that are data, never recipes.
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 #: Suffixes that mean a file even where no such file exists, so that a misspelt name is never requested from the hub.
-FILE_SUFFIXES = frozenset([*DATA_SUFFIXES, ".txt", ".tsv", ".md", ".xml", ".arrow", ".xlsx", ".gz", ".zip", ".zst"])
+FILE_SUFFIXES = frozenset([*DATA_SUFFIXES, ".txt", ".md", ".xml", ".arrow", ".xlsx", ".gz", ".zip", ".zst"])
+
+
+#: A name that stands for several files.
+GLOB = re.compile(r"[*?\[]")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, check_files: bool = False) -> Recipe:
@@ -226,6 +230,17 @@ def is_local_data(name: str, base_dir: Path) -> bool:
     return any(path.exists() for path in candidate_paths(name, base_dir))
 
 
+def local_files(path: Path) -> list[Path]:
+    """The files that a path means: the file, all files below a folder, or those that match a pattern such as `chats/*.jsonl`."""
+    try:
+        if path.exists():
+            return sorted(path.rglob("*")) if path.is_dir() else [path]
+    except OSError:  # a name of more than 255 bytes
+        return []
+    start = next((place for place, part in enumerate(path.parts) if GLOB.search(part)), None)
+    return [] if start is None else sorted(Path(*path.parts[:start]).glob(str(Path(*path.parts[start:]))))
+
+
 def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
     """The recipe with local files and folders as absolute paths, so that it means the same from any working directory."""
 
@@ -234,7 +249,7 @@ def resolve_paths(recipe: Recipe, base_dir: Path) -> Recipe:
         for key in keys:
             names, paths = getattr(table, key), []
             for name in as_list(names):
-                found = next((path for path in candidate_paths(name, base_dir) if path.exists()), None)
+                found = next((path for path in candidate_paths(name, base_dir) if local_files(path)), None)
                 paths.append(str(found.resolve()) if found else name)
             update[key] = paths if isinstance(names, list) else next(iter(paths), None)
         return table.model_copy(update=update)

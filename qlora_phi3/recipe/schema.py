@@ -197,6 +197,10 @@ class Data(Table):
     """Format of a row; auto: recognized by its columns."""
     fields: dict[str, Text] = {}
     """Names of the format's columns in your data: { instruction = "question" }; needs format to be set."""
+    ignore_columns: list[Text] = []
+    """Columns, and keys of messages, that are left out on purpose, also those of preference data."""
+    allow_special_tokens: bool = False
+    """Read special tokens that rows hold as text as such tokens: for text that is rendered already."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Supervised tokens: those of the assistant's turns with their end of turn, or all."""
     max_rows: Count | None = None
@@ -266,6 +270,8 @@ class Training(Table):
     """Decoupled weight decay of the adapter."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradient clipping: the largest norm; 0: no clipping."""
+    recover_from_divergence: bool = True
+    """Go back to the last good adapter when a step diverges (see below); false: a loss that is not finite ends the run."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass instead of storing them; auto: planned for the GPU (on a CPU true)."""
     gradient_checkpointing_kwargs: CheckpointingKwargs = CheckpointingKwargs()
@@ -290,6 +296,10 @@ class Training(Table):
     """When to save a checkpoint."""
     save_steps: ShareOrCount = 0.2
     """Steps between checkpoints; below 1 a share of all steps."""
+    save_minutes: Annotated[float, Field(ge=0)] = Field(
+        default_factory=lambda data: 0.0 if data.get("save_strategy") == "no" else 10.0
+    )
+    """Save a checkpoint also when so many minutes have passed since the last one; 0: never; unset: 10."""
     save_total_limit: Count = 3
     """Number of checkpoints that are not deleted: the newest, and the best with load_best_model_at_end."""
     load_best_model_at_end: bool = False
@@ -364,6 +374,8 @@ class Training(Table):
         for name in ("eval", "save", "logging"):
             if getattr(self, f"{name}_strategy") == "steps" and not getattr(self, f"{name}_steps"):
                 yield f'{name}_steps = 0 is not an interval: write at least 1, or {name}_strategy = "no".'
+        if self.save_minutes and self.save_strategy == "no":
+            yield f'save_strategy = "no" and save_minutes = {self.save_minutes:g} contradict each other: delete one.'
         if not self.do_eval and self.eval_strategy != "no":
             yield f'do_eval = false and eval_strategy = "{self.eval_strategy}" contradict each other: delete one.'
         # The rule of TrainingArguments.__post_init__ (transformers 5.23), checked before torch is imported.

@@ -1,65 +1,30 @@
-"""What watches a training run: losses and gradients that are not finite, Ctrl-C, slow steps, and the writer of metrics.jsonl."""
+"""What watches a training run: Ctrl-C, the time since the last checkpoint, slow steps, and the writer of metrics.jsonl."""
 
-import math
 import platform
 import signal
 import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qlora_phi3.errors import UserError
-from qlora_phi3.reporter import EvalRecord, OomRecord, Record, Reporter, StepRecord, record_as_json
+from qlora_phi3.reporter import (
+    DivergenceRecord,
+    EvalRecord,
+    OomRecord,
+    Record,
+    Reporter,
+    StepRecord,
+    record_as_json,
+)
 from qlora_phi3.runfolder import RunFolder, append_metrics, read_metrics
-
-
-class DivergedError(UserError):
-    """The run cannot learn any more; the adapter of the last checkpoint is usable."""
-
-
-def check_loss(loss: float, step: int) -> None:
-    """Raise DivergedError at a loss that is not finite, before the optimizer writes it into the weights."""
-    if not math.isfinite(loss):
-        hint = "Lower [training] learning_rate or max_grad_norm and continue from the last checkpoint in a new run."
-        raise DivergedError(f"The loss of step {step} is {loss}.", hint)
-
-
-class GradientGuard(TrainerCallback):  # type: ignore[misc]
-    """Checks the gradients before the optimizer uses them; in fp16 the Trainer has unscaled them by then.
-
-    `scaled`: fp16's GradScaler is in use, which skips a step whose gradients overflow; there such a norm is no error.
-    """
-
-    def __init__(self, *, scaled: bool) -> None:
-        self.scaled = scaled
-        self.found_gradient = False
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """Raise DivergedError where the norm of the gradients is not finite, or zero at the first step that is not skipped."""
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        norm = float(get_total_norm(gradients)) if gradients else 0.0
-        step = state.global_step + 1
-        if not math.isfinite(norm):
-            if self.scaled:
-                return
-            raise DivergedError(
-                f"The gradient of step {step} is {norm}.", "Lower [training] learning_rate and start a new run."
-            )
-        if norm == 0 and not self.found_gradient:
-            hint = "Check that the rows hold answers to learn and that [lora] reaches the model."
-            raise DivergedError(f"The gradient of step {step} is exactly zero: nothing would be learned.", hint)
-        self.found_gradient = True
 
 
 class StopOnRequest(TrainerCallback):  # type: ignore[misc]
@@ -77,27 +42,65 @@ class StopOnRequest(TrainerCallback):  # type: ignore[misc]
 
 
 @contextmanager
-def stop_on_interrupt(reporter: Reporter) -> Iterator[StopOnRequest]:
-    """Let SIGINT and SIGTERM set `requested` of the callback that this gives; a second signal raises KeyboardInterrupt."""
-    callback = StopOnRequest()
+def stop_on_interrupt(reporter: Reporter, callback: StopOnRequest) -> Iterator[None]:
+    """Let SIGINT, SIGTERM and SIGHUP set `requested` of the callback; a second one raises KeyboardInterrupt.
+
+    SIGHUP, of a terminal that closes, stays ignored where it is (`nohup`). A terminal often sends it several times, and the
+    system's SIGTERM may follow: only a second SIGINT or SIGTERM stops at once.
+    """
 
     def request_stop(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
         if callback.requested:
+            if name == "SIGHUP":
+                return
             raise KeyboardInterrupt
         callback.requested = True
         if number == signal.SIGINT:
-            reporter.warning("Ctrl-C: saving after this step. Press it again to stop at once.")
+            reporter.warning("Ctrl-C: saving, then stopping. Press it again to stop at once.")
         else:
-            reporter.warning("SIGTERM: saving after this step. Send it again to stop at once.")
+            reporter.warning(f"{name}: saving, then stopping. Send SIGTERM to stop at once.")
 
     is_main = threading.current_thread() is threading.main_thread()  # the only thread that may set handlers
-    signals = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if is_main else ()  # Windows has no SIGHUP
+    signals = [signal.Signals[name] for name in names if hasattr(signal, name)]
+    signals = [number for number in signals if not is_ignored_hangup(number)]
     handlers_before = {number: signal.signal(number, request_stop) for number in signals}
     try:
-        yield callback
+        yield
     finally:
         for number, handler in handlers_before.items():
             signal.signal(number, handler)
+
+
+def is_ignored_hangup(number: int) -> bool:
+    """Whether this is SIGHUP and `nohup` switched it off."""
+    return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+
+
+class SaveByTime(TrainerCallback):  # type: ignore[misc]
+    """Requests a checkpoint at the end of a step that is `minutes` or more after the last checkpoint; 0: never."""
+
+    def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds, self._clock, self._saved = minutes * 60, clock, clock()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count from the start of this session."""
+        self._saved = self._clock()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Request a checkpoint where one is due."""
+        if self._seconds and self._clock() - self._saved >= self._seconds:
+            control.should_save = True
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count from here."""
+        self._saved = self._clock()
 
 
 #: Kept free for the kernels that CUDA loads at their first use, which PyTorch's allocator does not count. Not measured.
@@ -163,7 +166,7 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
     """A reporter that writes every record to metrics.jsonl and passes everything on to another reporter."""
 
     def __init__(self, reporter: Reporter, folder: RunFolder) -> None:
-        self._reporter, self._folder = reporter, folder
+        self._reporter, self._folder, self.metrics = reporter, folder, folder.metrics
         self.info, self.warning, self.progress = reporter.info, reporter.warning, reporter.progress
         self.begin, self.checkpoint_saved = reporter.begin, reporter.checkpoint_saved
 
@@ -171,7 +174,7 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Report the first and the last step, and the losses that earlier sessions of the run wrote."""
-        losses = [record["loss"] for record in read_metrics(self._folder) if record["kind"] == StepRecord.kind]
+        losses = [record["loss"] for record in read_metrics(self.metrics) if record["kind"] == StepRecord.kind]
         self.begin(state.global_step, state.max_steps, losses)
 
     def step(self, record: StepRecord) -> None:
@@ -188,6 +191,11 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
         """Write the out-of-memory error, then pass it on."""
         self._write(record)
         self._reporter.oom(record)
+
+    def divergence(self, record: DivergenceRecord) -> None:
+        """Write the divergence, then pass it on."""
+        self._write(record)
+        self._reporter.divergence(record)
 
     def _write(self, record: Record) -> None:
         append_metrics(self._folder, record_as_json(record))

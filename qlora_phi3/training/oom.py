@@ -31,7 +31,7 @@ from qlora_phi3.errors import RunError
 from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan, smaller_mlp_tile
 from qlora_phi3.reporter import OomRecord, Phase, Remedy, Reporter
 from qlora_phi3.step import Batch, MicroBatchMemoryError, StepResult, collate
-from qlora_phi3.training.report import describe_device
+from qlora_phi3.training.report import describe_device, row_name
 
 #: Within so many steps, a second out-of-memory error of the same phase means that the plan is too large.
 RETRY_COOLDOWN_STEPS = 20
@@ -189,8 +189,7 @@ class MemoryGuard:
         self, row: Mapping[str, Any], failure: _Failure, times: int, phase: Phase, step: int
     ) -> RunError:
         length, device, reason = len(row["input_ids"]), describe_device(self._device), failure.reason.rstrip(".")
-        is_named = "source" in row and row["source"] < len(self._sources)
-        name = f"{self._sources[row['source']]}:{row['source_row']}" if is_named else "A row"
+        name = row_name(row, self._sources)
         where = f"step {step}" if phase == "training" else f"the evaluation after step {step}"
         return RunError(
             f"{name} with its {length:,} tokens does not fit in the memory of {device}: "

@@ -5,9 +5,10 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from qlora_phi3.adapters.peft_io import adapter_record
 from qlora_phi3.data.report import DataReport
 from qlora_phi3.errors import Interrupted, RunError
+from qlora_phi3.files import sha256_file
 from qlora_phi3.hardware.gpu import Gpu, read_own_bytes
 from qlora_phi3.memory.cuda_path import context_bytes
 from qlora_phi3.memory.margin import record_error
@@ -25,7 +27,7 @@ from qlora_phi3.memory.report import OPTIMIZER_STATE, QUANTIZATION_STATE, Memory
 from qlora_phi3.memory.tracker import parameter_category, quantization_tensors
 from qlora_phi3.recipe.load import recipe_as_toml
 from qlora_phi3.recipe.schema import Recipe
-from qlora_phi3.reporter import EvalRecord, OomRecord, StepRecord
+from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, StepRecord
 from qlora_phi3.runfolder import RunFolder, read_metrics, write_report
 from qlora_phi3.units import format_count, format_gib
 
@@ -136,14 +138,16 @@ def first_report(
                 "Start a new run.",
             )
         # A session that was killed could not report its seconds; its steps and evaluations are in metrics.jsonl.
-        records = read_metrics(resume)
-        measured = float(sum(record.get("step_seconds", record.get("seconds", 0.0)) for record in records))
+        records = read_metrics(resume.metrics)
+        lasted = [record.get("step_seconds", record.get("seconds")) for record in records]
+        measured = float(sum(value for value in lasted if isinstance(value, float)))
         seconds = max(was.get("seconds", 0.0), measured)
     return {
         "status": "running",
         "name": was.get("name", name),
-        "started": was.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
+        "started": was.get("started", datetime.now(UTC).isoformat()),
         "seconds": seconds,
+        "trained_sha256_before": was.get("trained_sha256_before"),
         "recipe": recipe.model_dump(mode="json"),
         "recipe_sha256": hashlib.sha256(recipe_as_toml(recipe).encode()).hexdigest(),
         "data": asdict(data),
@@ -174,6 +178,22 @@ def describe_device(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()} CPU, {format_count(torch.get_num_threads(), 'thread')}"
 
 
+def row_name(row: Mapping[str, Any], sources: Sequence[str]) -> str:
+    """The data file and the number of a row in it; "A row" where that is not known."""
+    is_named = "source" in row and row["source"] < len(sources)
+    return f"{sources[row['source']]}:{row['source_row']}" if is_named else "A row"
+
+
+def damaged_files(folder: RunFolder, report: Mapping[str, Any]) -> list[str]:
+    """The files of a finished run that are missing or have not the checksum in its report; older runs recorded two."""
+    recorded = report.get("files") or {f"adapter/{name}": value for name, value in report.get("adapter", {}).items()}
+    return [
+        name
+        for name, checksum in recorded.items()
+        if not (folder.path / name).is_file() or sha256_file(folder.path / name) != checksum
+    ]
+
+
 @contextmanager
 def failure_reported(folder: RunFolder, report: Mapping[str, Any], started: float) -> Iterator[None]:
     """Write into report.json how a run ended if it fails or is interrupted; `started` is of time.perf_counter()."""
@@ -184,26 +204,60 @@ def failure_reported(folder: RunFolder, report: Mapping[str, Any], started: floa
         reason = str(error) or type(error).__name__
         seconds = report["seconds"] + time.perf_counter() - started
         with suppress(RunError):  # the disk may still be full, and the first error is the one to report
-            write_report(folder, {**report, "status": status, "error": reason, "seconds": seconds})
+            divergences = [record for record in read_metrics(folder.metrics) if record["kind"] == DivergenceRecord.kind]
+            ended = {"status": status, "error": reason, "seconds": seconds, "divergences": divergences}
+            write_report(folder, {**report, **ended})
         raise
+
+
+@torch.no_grad()
+def trained_digest(model: nn.Module) -> str:
+    """SHA-256 over the bytes of every trained parameter."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def describe_unlearned(model: nn.Module, report: Mapping[str, Any]) -> str | None:
+    """In one sentence, why the adapter of a finished run learned nothing or less than it should; None where it learned.
+
+    `report` has the digest from before the first step, and the losses on the held-out rows.
+    """
+    before, after = report["eval_loss_before"], report["eval_loss_after"]
+    if report["trained_sha256_before"] == trained_digest(model):
+        return "The adapter learned nothing: no trained parameter changed in any step."
+    matrices = {name: parameter for name, parameter in model.named_parameters() if ".lora_B." in name}
+    zero = [name.partition(".lora_B.")[0] for name, parameter in matrices.items() if not parameter.any()]
+    if zero:
+        return (
+            f"The adapter learned nothing in {len(zero)} of {len(matrices)} layers: lora_B is zero, first in {zero[0]}."
+        )
+    if before is not None and before == after:
+        return f"The adapter learned nothing that is measured: the held-out loss is {after:.4f}, bit for bit as before."
+    return None
 
 
 def last_report(
     folder: RunFolder, report: Mapping[str, Any], prediction_check: PredictionCheck, *, steps: int, started: float
 ) -> dict[str, Any]:
     """The report of a finished run; its figures come from metrics.jsonl, which earlier sessions wrote too."""
-    records = read_metrics(folder)
+    records = read_metrics(folder.metrics)
     losses = [(record["step"], record["eval_loss"]) for record in records if record["kind"] == EvalRecord.kind]
     peaks = [record["peak_memory_bytes"] for record in records if record["kind"] == StepRecord.kind]
+    results = (*sorted(folder.adapter.iterdir()), folder.base, folder.held_out, folder.metrics)
     return {
         **report,
         "status": "done",
         "steps": steps,
         "adapter": adapter_record(folder.adapter),
+        "files": {path.relative_to(folder.path).as_posix(): sha256_file(path) for path in results},
         "eval_loss_before": losses[0][1] if losses and losses[0][0] == 0 else None,
         "eval_loss_after": losses[-1][1] if losses else None,
         "seconds": report["seconds"] + time.perf_counter() - started,
         "peak_memory_bytes": max(peaks, default=0),
         "memory": prediction_check.as_dict(),
+        "divergences": [record for record in records if record["kind"] == DivergenceRecord.kind],
         "out_of_memory": sum(record["kind"] == OomRecord.kind for record in records),
     }

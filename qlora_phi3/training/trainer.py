@@ -5,7 +5,7 @@ A batch travels as rows. It is collated at its step, by the execution plan of th
 
 import logging
 import math
-import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,8 +20,9 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import TrainerControl
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
@@ -32,16 +33,17 @@ from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.files import disk_errors, remove
 from qlora_phi3.model.optimizer import build_optimizer
 from qlora_phi3.model.phi3 import apply_execution_plan
-from qlora_phi3.objectives import Objective, sft
+from qlora_phi3.objectives import Objective, ObjectiveOutput, sft
 from qlora_phi3.recipe.schema import Training
 from qlora_phi3.reporter import EvalRecord, Phase, StepRecord
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.step import Batch, StepResult, evaluate, forward_backward
-from qlora_phi3.training.artifacts import is_complete, write_manifest
-from qlora_phi3.training.callbacks import GradientGuard, MetricsWriter, SpillWatch, check_loss
+from qlora_phi3.training.artifacts import damage, write_manifest
+from qlora_phi3.training.callbacks import MetricsWriter, SaveByTime, SpillWatch, StopOnRequest
+from qlora_phi3.training.divergence import DivergenceGuard, check_evaluation
 from qlora_phi3.training.oom import MemoryGuard
 from qlora_phi3.training.prepare import RunContext
-from qlora_phi3.training.report import peak_memory_bytes
+from qlora_phi3.training.report import peak_memory_bytes, row_name
 
 
 def build_trainer(context: RunContext, execution: ExecutionPlan, model: PeftModel, folder: RunFolder) -> "Phi3Trainer":
@@ -71,7 +73,7 @@ def build_arguments(
 
     `optim` is transformers' name of the optimizer; `evaluates`: there are held-out rows.
     """
-    logging.getLogger("transformers.trainer_utils").addFilter(is_not_share_warning)
+    logging.getLogger("transformers.trainer_utils").addFilter(is_not_interval_warning)
     arguments = SFTConfig(
         **{name: getattr(training, name) for name in SAME_ARGUMENTS},
         output_dir=str(checkpoints),
@@ -99,15 +101,13 @@ def build_arguments(
     return arguments
 
 
-def is_not_share_warning(record: logging.LogRecord) -> bool:
-    """Log filter: False for the warning that 0.2 of all steps differs from the 5 steps that it became.
+def is_not_interval_warning(record: logging.LogRecord) -> bool:
+    """Log filter: False for the warning that the intervals of a resumed run differ from those of its checkpoint.
 
-    transformers 5.23 logs it at every resumed run whose eval_steps or save_steps is a share. To be removed when it compares
-    them after `compute_steps`.
+    `_init_training_state` applies the recipe's. transformers 5.23 logs it at every run whose eval_steps or save_steps is a share,
+    as it compares 0.2 of all steps with the 5 steps that it became.
     """
-    message = record.getMessage()
-    values = re.findall(r"\n\t\w+: (\S+) \(from args\)", message) if "`trainer_state.json`" in message else []
-    return not values or any(float(value) >= 1 for value in values)
+    return "`trainer_state.json`" not in record.getMessage()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +115,30 @@ class RowBatch:
     """The rows of one optimizer batch, as the data set holds them. The Trainer moves no such object to a device."""
 
     rows: Sequence[Mapping[str, Any]]
+
+
+class EvaluationStopped(Exception):  # noqa: N818 - no error: a signal requested it
+    """The evaluation ended before its last row."""
+
+
+class FinishEvaluation(TrainerCallback):  # type: ignore[misc]
+    """Begins a resumed run with the evaluation that a signal, or memory that ran out, ended before its last row."""
+
+    def __init__(self, trainer: "Phi3Trainer") -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Evaluate if the checkpoint says that it is due; raises EvaluationStopped, and the checkpoint stays as it is."""
+        saved: Any = state.stateful_callbacks.get(TrainerControl.__name__, {})  # the Trainer restores no control
+        if state.global_step > 0 and saved.get("args", {}).get("should_evaluate"):
+            trainer, control.should_evaluate = self._trainer, True
+            SFTTrainer._maybe_log_save_evaluate(  # not ours, which would go on with the next step
+                trainer, trainer._tr_loss, None, trainer.model, None, state.epoch, None, time.time()
+            )
+            if state.best_global_step == state.global_step:
+                state.best_model_checkpoint = str(trainer.checkpoint_path)
 
 
 class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
@@ -150,6 +174,12 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             sources=context.data.report.sources,
             apply=partial(apply_execution_plan, model),
         )
+        self.divergence = DivergenceGuard(reporter, recovers=self.training.recover_from_divergence)
+        #: Set by a signal; the evaluation stops at its next micro-batch then.
+        self.stop = StopOnRequest()
+        self._sources = context.data.report.sources
+        # With a limit of 1 transformers 5.23 deletes the newest checkpoint where training ends or is interrupted after the best.
+        self._save_total_limit, args.save_total_limit = args.save_total_limit, None
         self._spill_watch = SpillWatch()
         self._num_recovered = 0  # out-of-memory errors, up to the last step
         self._last: tuple[Batch, float, float] | None = None  # batch, its loss, its token accuracy
@@ -162,11 +192,18 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
                 train_dataset=context.data.train,
                 eval_dataset=context.data.evaluation,
                 processing_class=context.tokenizer,
-                callbacks=[reporter, GradientGuard(scaled=args.fp16)],
+                callbacks=[
+                    reporter,
+                    self.divergence,
+                    SaveByTime(self.training.save_minutes),
+                    self.stop,
+                    FinishEvaluation(self),
+                ],
             )
         # A tokenizer re-saved with an adapter gives other ids in transformers 5; the run copies the base's own files.
         self.processing_class = None
         self.remove_callback(PrinterCallback)
+        self.divergence.scaler = self.accelerator.scaler
         if self.accelerator.scaler is not None:
             # The scaler creates its two tensors at its first use; an out-of-memory error between them would break it.
             self.accelerator.scaler.scale(torch.zeros((), device=args.device))
@@ -177,6 +214,52 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             is_cuda = self.args.device.type == "cuda"
             self.optimizer = build_optimizer(self.args.optim, model or self.model, self.training, is_cuda=is_cuda)
         return self.optimizer
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """The state of a checkpoint with the recipe's intervals, and with its best checkpoint where the run directory is now."""
+        trained: tuple[int, int] = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        self.state.best_model_checkpoint = self._best_checkpoint()
+        return trained
+
+    def _best_checkpoint(self) -> str | None:
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        return str(best) if self.state.best_global_step and best.is_dir() else None
+
+    def load_finished(self, checkpoint: Path) -> bool:
+        """Load the adapter and the state of a checkpoint after which nothing is left to train; False where something is.
+
+        transformers 5.23 trains one more step after a checkpoint of the last one, where max_steps is set.
+
+        Raises:
+            RunError: the recipe ends before the step of the checkpoint.
+        """
+        max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step > max_steps:
+            hint = "Raise [training] max_steps or num_train_epochs, or start a new run."
+            raise RunError(f"{checkpoint} has more steps than the {max_steps} that the recipe asks for.", hint)
+        if state.global_step < max_steps:
+            if state.max_steps != max_steps:
+                note = "the learning rate follows its schedule over the new number."
+                self.reporter.warning(f"The run now ends after step {max_steps}, not {state.max_steps}: {note}")
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        self.state.best_model_checkpoint = self._best_checkpoint()
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load_best_model()
+        return True
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As transformers does; then set the learning rate of this step, which another number of steps changes."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and isinstance(schedule := self.lr_scheduler, LambdaLR) and self.optimizer is not None:
+            schedule._last_lr = schedule.get_lr()
+            for group, rate in zip(self.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+                group["lr"] = rate
+        if checkpoint is not None:
+            self.divergence.load(Path(checkpoint))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[RowBatch], num_batches: int, device: torch.device
@@ -192,15 +275,14 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
 
         Raises:
             RunError: one row alone does not fit; a checkpoint of the step before is saved.
-            DivergedError: the loss is not finite.
         """
         self._step_started = time.perf_counter()
         step = self.state.global_step + 1
         batch, result = self._compute(model, inputs.rows, "training", step)
         loss = float(result.loss)
-        check_loss(loss, step)
+        self.divergence.loss, self.divergence.rows = loss, [row_name(row, self._sources) for row in inputs.rows]
         self._last = batch, loss, _num_correct(result) / max(1, batch.num_supervised)
-        return result.loss
+        return result.loss.nan_to_num(0.0, 0.0, 0.0)  # the Trainer adds the losses up
 
     def run_heaviest(self, phase: Phase) -> None:
         """Run a pass over the longest rows that can meet in one batch; gradients stay, nothing is recorded."""
@@ -215,9 +297,15 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         """Forward, and in training backward, of all micro-batches; where one row does not fit, save a checkpoint and raise."""
         options: dict[str, Any] = {"objective": self.objective, "compute_dtype": self.compute_dtype}
 
+        def stoppable(*inputs: Any) -> ObjectiveOutput:
+            if self.stop.requested:
+                raise EvaluationStopped
+            return self.objective(*inputs)
+
         def run_pass(batch: Batch) -> StepResult:
             if phase == "training":
                 return forward_backward(model, batch, backward=self.accelerator.backward, **options)
+            options["objective"] = stoppable
             [(_, result)] = evaluate(model, [batch], **options)
             return result
 
@@ -232,6 +320,9 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report an optimizer step, with the learning rate and the gradient norm that only the Trainer knows."""
+        if "grad_norm" in logs and self.divergence.undone_step == self.state.global_step:
+            self._last = None
+            return
         if self._last is not None and "grad_norm" in logs:
             batch, loss, accuracy = self._last
             self._last = None
@@ -244,7 +335,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
                     loss=loss,
                     token_accuracy=accuracy,
                     learning_rate=logs["learning_rate"],
-                    grad_norm=logs["grad_norm"],
+                    grad_norm=logs["grad_norm"] if math.isfinite(logs["grad_norm"]) else None,  # JSON has no infinity
                     rows=batch.num_rows,
                     tokens=batch.num_tokens,
                     supervised_tokens=batch.num_supervised,
@@ -262,10 +353,33 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Mean loss over the supervised tokens of all held-out rows, with equal weight for each token."""
+        """Mean loss over the supervised tokens of all held-out rows, with equal weight for each token.
+
+        Where it is not finite, the adapter goes back to its last good state, which is evaluated instead.
+
+        Raises:
+            EvaluationStopped: a signal requested it.
+            DivergedError: the loss is not finite, and there is no good state.
+        """
         started = time.perf_counter()
         step = self.state.global_step
         loader = self.get_eval_dataloader(eval_dataset)
+        loss, accuracy, tokens = self._measure(loader, step)
+        if not math.isfinite(loss) and self.divergence.can_go_back and self.optimizer is not None:
+            self.divergence.go_back(step, f"the held-out loss is {loss}", self.optimizer, self.lr_scheduler)
+            if self.divergence.failure:
+                self.control.should_save = self.control.should_training_stop = True
+            loss, accuracy, tokens = self._measure(loader, step)
+        check_evaluation(loss, step)
+        metrics = {"eval_loss": loss, "eval_token_accuracy": accuracy}
+        seconds = time.perf_counter() - started
+        self.log(dict(metrics))
+        self.reporter.evaluation(EvalRecord(step=step, supervised_tokens=tokens, seconds=seconds, **metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _measure(self, loader: DataLoader[RowBatch], step: int) -> tuple[float, float, int]:
+        """Mean loss, token accuracy and number of the supervised tokens of all rows."""
         total_loss = correct = tokens = 0.0
         for done, inputs in enumerate(loader, start=1):
             batch, result = self._compute(self.model, inputs.rows, "evaluation", step)
@@ -273,13 +387,19 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             correct += _num_correct(result)
             tokens += batch.num_supervised
             self.reporter.progress("Measuring on held-out rows", done, len(loader))
-        check_loss(total_loss, step)
-        metrics = {"eval_loss": total_loss / max(1.0, tokens), "eval_token_accuracy": correct / max(1.0, tokens)}
-        seconds = time.perf_counter() - started
-        self.log(dict(metrics))
-        self.reporter.evaluation(EvalRecord(step=step, supervised_tokens=int(tokens), seconds=seconds, **metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return total_loss / max(1.0, tokens), correct / max(1.0, tokens), int(tokens)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log, evaluate and save what is due; where a signal stops the evaluation, save without it.
+
+        The checkpoint says that the evaluation is still due, and the resumed run begins with it (`FinishEvaluation`).
+        """
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self._save_checkpoint(self.model, None)
+            self.control.should_training_stop = True
+            self.control.should_log = self.control.should_evaluate = self.control.should_save = False
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader[RowBatch]:
         """The held-out rows in their own order, as many at a time as an optimizer step has."""
@@ -296,26 +416,42 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         """Not counted: the Trainer would look for tensors in the batch."""
         return 0
 
+    @property
+    def checkpoint_path(self) -> Path:
+        """Where the checkpoint of the present step is, or will be."""
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint of this step and its manifest unless it is there, and only then remove older checkpoints.
 
         RunError where the disk is full or refuses; the new checkpoint is removed then.
         """
-        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if is_complete(target):
+        target = self.checkpoint_path
+        if damage(target) is None:
             return
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        remove(target)
         try:
             with disk_errors(target, hint="{cause}, then go on with --resume; earlier checkpoints remain."):
                 super()._save_checkpoint(model, trial)
+                shutil.copyfile(self.reporter.metrics, target / self.reporter.metrics.name)
                 write_manifest(target)
         except RunError:
             remove(target)
             raise
-        finally:
-            self.args.save_total_limit = limit
-        rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        with disk_errors(target.parent, hint="{cause}, then go on with --resume."):
+            rotate_checkpoints(self.args.output_dir, self._save_total_limit, best)
         self.reporter.checkpoint_saved(target)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm before clipping; shown to the guard, since no callback receives it."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.divergence.grad_norm = float(norm)
+        return norm
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self.divergence.save(Path(output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the export writes a model card, a checkpoint needs none."""

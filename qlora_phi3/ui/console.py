@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.errors import Interrupted, printable
-from qlora_phi3.reporter import EvalRecord, OomRecord, StepRecord
+from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, StepRecord
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.units import format_count, format_duration
 
@@ -140,6 +140,11 @@ class ConsoleReporter:
 
     def oom(self, record: OomRecord) -> None:
         """Print that memory ran out, and how the run goes on."""
+        self.warning(record.as_line())
+
+    def divergence(self, record: DivergenceRecord) -> None:
+        """Print that a step diverged, and how the run goes on."""
+        self._step = record.step
         self.warning(record.as_line())
 
     def interruption(self, resumed: RunFolder | None) -> Interrupted:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import click
@@ -51,6 +52,27 @@ def converted(*words: str) -> str:
     result = call("adapter", "convert", *words)
     assert result.exit_code == 0, result.stderr
     return result.stdout
+
+
+@pytest.mark.parametrize("given", ["base", "./base/", "../{0}/base", "owner/base"])
+def test_a_relative_base_is_stored_as_the_folder_it_is(place, base, given):
+    """PEFT looked for it in whatever folder the adapter was loaded from."""
+    folder = place / ("owner/base" if given == "owner/base" else "base")
+    shutil.copytree(base, folder)
+    given = given.format(place.name)
+
+    def stored(name):
+        return json.loads((place / name / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+    converted("lora.pt", "peft", "--to", "peft", "--alpha", "16", "--enable", "q,v", "--base", given)
+    assert stored("peft") == str(folder)
+    converted("peft", "apart", "--to", "split")
+    converted("apart", "whole", "--to", "fused", "--base", given)
+    assert stored("whole") == str(folder)
+    config = json.loads((place / "apart" / "adapter_config.json").read_text())
+    (place / "apart" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": given}))
+    converted("apart", "again", "--to", "fused")
+    assert stored("again") == str(folder)
 
 
 def test_a_loralib_file_becomes_a_peft_adapter_and_again_a_loralib_file(place, base):

@@ -7,7 +7,7 @@ import sys
 import pytest
 from workshop import Workshop, call
 
-from qlora_phi3.cli.main import ASCII_SYMBOLS
+from qlora_phi3.cli.output import ASCII_SYMBOLS
 
 #: Shows every symbol of vram-check: processes, budget, margin, free memory.
 TOO_LARGE = ("--vram", "8GB", "--set", "memory.budget=300MiB")

@@ -1,10 +1,9 @@
 """Rows of every format, and every way a row can be unusable."""
 
-import json
-
 import pytest
 
-from qlora_phi3.data.formats import ROLES, Chat, Document, SkipRow, Turn, check_fields, detect_format, read_row
+from qlora_phi3.data.formats import EMPTY_TURN, Chat, Document, check_columns, check_fields, detect_format, read_row
+from qlora_phi3.data.messages import ROLES, SkipRow, Turn
 from qlora_phi3.errors import DataError
 
 
@@ -79,12 +78,14 @@ def test_sharegpt_roles_are_mapped_and_no_turn_is_dropped():
 def test_a_tool_call_is_kept_as_json_text():
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]}
-    assert turns(row) == [("user", "q"), ("assistant", json.dumps([call]))]
+    assert read(row).turns[1] == Turn("assistant", "", calls='[{"name": "add", "arguments": {"a": 1}}]')
 
 
 def test_a_message_of_weight_0_and_the_answers_of_a_prompt_are_not_supervised():
     answers = [{"role": "assistant", "content": "a", "weight": 0}, {"role": "assistant", "content": "b", "weight": 1}]
-    assert read({"messages": answers}) == Chat((Turn("assistant", "a", False), Turn("assistant", "b", True)))
+    assert read({"messages": answers}) == Chat(
+        (Turn("assistant", "a", False), Turn("assistant", "b", True)), switched_off=True
+    )
     row = {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "completion": "b"}
     assert [turn.supervised for turn in read(row).turns] == [False, False, True]
 
@@ -152,3 +153,181 @@ def test_a_field_map_of_an_unknown_column_is_refused():
     check_fields({"instruction": "question"}, "alpaca")
     with pytest.raises(DataError, match="'question'"):
         check_fields({"question": "instruction"}, "alpaca")
+
+
+def conversation(**answer):
+    return {"messages": [USER, {"role": "assistant", "content": "a", **answer}, {"role": "assistant", "content": "b"}]}
+
+
+OFF = [
+    {"train": False}, {"training": False}, {"trainable": "false"}, {"loss": 0}, {"loss_mask": 0.0}, {"loss_weight": "0"},
+    {"weight": "0.0"}, {"masked": True}, {"learn": "no"},
+]  # fmt: skip
+ON = [{"train": True}, {"loss_weight": 1.0}, {"weight": "1"}, {"masked": "false"}, {"train": None}, {"weight": ""}]
+
+
+@pytest.mark.parametrize(("switch", "supervised"), [(off, False) for off in OFF] + [(on, True) for on in ON])
+def test_a_turn_that_is_switched_off_under_any_name_is_not_learned(switch, supervised):
+    chat = read(conversation(**switch))
+    assert [turn.supervised for turn in chat.turns[1:]] == [supervised, True]
+    assert chat.switched_off is not supervised
+    parts = {"content": [{"type": "text", "text": "a", **switch}]}
+    assert [turn.supervised for turn in read(conversation(**parts)).turns[1:]] == [supervised, True]
+    row = {"messages": [USER, {"role": "assistant", "content": "a"}], **switch}
+    if supervised:
+        assert read(row).unread == ()
+        return
+    with pytest.raises(SkipRow, match="the row is switched off"):
+        read(row)
+    with pytest.raises(SkipRow, match="the row is switched off"):
+        read({"text": "words", **switch})
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"weight": 0.5}, {"weight": 2}, {"loss_weight": "0.1"}, {"train": "maybe"}, {"loss_mask": [0, 1]},
+        {"train": True, "weight": 0}, {"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]},
+        {"content": [{"text": "a", "train": False}, {"text": "b", "train": True}]},
+    ],
+)  # fmt: skip
+def test_a_switch_that_is_neither_on_nor_off_makes_a_row_unusable(switch):
+    with pytest.raises(SkipRow):
+        read(conversation(**switch))
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ({"chosen": "g", "rejected": "b"}, "'chosen', 'rejected'"),
+        ({"rejected_response": "b"}, "'rejected_response'"),
+        ({"label": False}, "'label'"),
+        ({"labels": [True, False]}, "'labels'"),
+        ({"kto_tag": True}, "'kto_tag'"),
+        ({"score": 0.1}, "'score'"),
+        ({"Score_Rejected": 0.1}, "'Score_Rejected'"),
+        ({"is_correct": "false"}, "'is_correct'"),
+        ({"completions": ["a", "b"]}, "'completions'"),
+        ({"response_a": "x", "response_b": "y", "winner": "a"}, "'response_a', 'response_b', 'winner'"),
+    ],
+)
+def test_preference_data_are_refused_by_name(columns, named):
+    row = {"instruction": "q", "output": "a", **columns}
+    with pytest.raises(DataError) as caught:
+        check_columns(row, row, "a.jsonl:1")
+    assert caught.value.message.startswith(f"a.jsonl:1 has {named}, ")
+    assert "ignore_columns = [" in caught.value.hint
+
+
+def test_a_label_that_is_a_name_and_an_empty_one_are_no_preference():
+    row = {"label": "sports", "rejected": None, "chosen": "", "scores": [], "grade": 3}
+    check_columns(row, row, "a.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"messages": [USER, {"role": "assistant", "content": "a"}], "topic": "x", "empty": "", "id": 0}, ("topic", "id")),
+        ({"messages": [{**USER, "name": "Ann"}, {"role": "assistant", "content": "a"}]}, ("name (of messages)",)),
+        ({"messages": [USER, {"role": "assistant", "content": "a", "text": "b"}]}, ("text (of messages)",)),
+        ({"messages": [{"role": "user", "thinking": "t", "content": "q"}, {"role": "assistant", "content": "a"}]},
+         ("thinking (of messages)",)),
+        ({"messages": [{"role": "user", "content": [{"text": "q", "cited": 1}]}, {"role": "assistant", "content": "a"}]},
+         ("cited (of parts of messages)",)),
+        ({"instruction": "q", "output": "a", "input": "i", "context": "c"}, ("context",)),
+        ({"instruction": "q", "output": "a", "system": "s", "system_prompt": "t"}, ("system_prompt",)),
+        ({"prompt": "q", "completion": "a", "context": "c"}, ("context",)),
+        ({"text": "words", "title": "t", "url": float("nan")}, ("title",)),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "1", "name": "f", "extra": 1}]}]},
+         ("extra (of tool calls)",)),
+    ],
+)  # fmt: skip
+def test_what_a_row_holds_and_is_not_read_is_named(row, unread):
+    assert read(row).unread == unread
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt", "systemInstruction", "instructions"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, {"role": "assistant", "content": "a"}]},
+        {"instruction": "q", "output": "a"},
+        {"prompt": "q", "completion": "a"},
+    ],
+)
+@pytest.mark.parametrize("value", ["s", [{"text": "s"}], {"role": "system", "parts": [{"text": "s"}]}])
+def test_a_system_text_under_any_name_is_the_first_turn(row, key, value):
+    assert turns({**row, key: value}) == [("system", "s"), *QUESTION_AND_ANSWER]
+    assert read({**row, key: value}).unread == ()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "one two",
+        ["one", " two"],
+        [{"type": "text", "text": "one"}, {"type": "text", "text": " two"}],
+        [{"type": "text", "value": "one two"}],
+        [{"type": "input_text", "text": "one two"}],
+        [{"content": "one"}, " two"],
+        {"content_type": "text", "parts": ["one", " two"]},
+    ],
+)
+@pytest.mark.parametrize("key", ["content", "value", "text", "parts"])
+def test_the_parts_of_a_message_are_read_under_any_key_and_joined_with_nothing_between(key, content):
+    assert turns({"messages": [{"role": "user", key: content}, {"role": "assistant", "content": "a"}]})[0] == (
+        "user",
+        "one two",
+    )
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        {"tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]},
+        {"tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
+        {"tool_calls": '[{"name": "f", "arguments": {"x": 1}}]'},
+        {"tool_calls": ['{"name": "f", "parameters": {"x": 1}}']},
+        {"function_call": {"name": "f", "arguments": '{"x": 1}'}},
+        {"role": "function_call", "content": '{"name": "f", "arguments": {"x": 1}}'},
+    ],
+)
+def test_a_tool_call_is_name_and_arguments_once_however_it_is_written(calls):
+    turn = read({"messages": [USER, {"role": "assistant", "content": None, **calls}]}).turns[1]
+    assert (turn.text, turn.calls) == ("", '[{"name": "f", "arguments": {"x": 1}}]')
+
+
+@pytest.mark.parametrize("tools", [[], "[]", "", None, "null", "{}", " [ ] "])
+def test_no_tools_are_no_tools(tools):
+    assert read({"messages": [USER, {"role": "assistant", "content": "a"}], "tools": tools}).tools == ""
+
+
+def test_tools_as_text_in_a_list_are_not_quoted_twice():
+    row = {"messages": [USER, {"role": "assistant", "content": "a"}], "functions": ['{"name": "f"}']}
+    assert read(row).tools == '[{"name": "f"}]'
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_thinking_is_read_under_any_name(key):
+    answer = {"role": "assistant", "content": "a", key: "t"}
+    assert read({"messages": [USER, answer]}).turns[1] == Turn("assistant", "a", thinking="t")
+    parts = {"role": "assistant", "content": [{"type": key, key: "t"}, {"type": "text", "text": "a"}]}
+    assert read({"messages": [USER, parts]}).turns[1] == Turn("assistant", "a", thinking="t")
+
+
+@pytest.mark.parametrize("value", [float("nan"), "nan", "None", "<noinput>", "null"])
+def test_an_empty_cell_written_as_a_word_is_no_input_and_no_answer(value):
+    assert turns({"instruction": "q", "input": value, "output": "a"}) == QUESTION_AND_ANSWER
+    if value in ("nan", "<nooutput>"):
+        with pytest.raises(SkipRow, match="empty cell"):
+            read({"instruction": "q", "output": value})
+
+
+def test_an_input_without_an_instruction_is_the_question():
+    assert turns({"instruction": " ", "input": "q", "output": "a"}) == QUESTION_AND_ANSWER
+
+
+def test_an_empty_question_is_noted_and_pictures_make_a_row_unusable():
+    assert read({"instruction": " ", "output": "a"}).notes == (EMPTY_TURN,)
+    with pytest.raises(SkipRow, match="'images' cannot be read"):
+        read({"instruction": "q", "output": "a", "images": ["x.png"]})

@@ -78,14 +78,12 @@ def test_row_lengths_are_those_of_the_rows_in_their_order_also_of_a_selection(pr
         assert lengths.tolist() == [len(ids) for ids in rows["input_ids"]]
 
 
-def test_ids_that_are_cut_at_the_other_end_than_the_labels_fail_the_test_that_prepares_them(
-    prepare_in, tmp_path, monkeypatch
-):
+def test_ids_that_are_cut_at_the_other_end_than_the_labels_are_never_trained_on(prepare_in, tmp_path, monkeypatch):
     def cut_ids_at_the_left(rows, max_length, report):
         return ((number, ids[-max_length:], labels[:max_length]) for number, ids, labels in rows)
 
     monkeypatch.setattr(tokenize, "_truncate_rows", cut_ids_at_the_left)
-    with pytest.raises(AssertionError, match="neither -100 nor the id"):
+    with pytest.raises(RuntimeError, match="neither -100 nor the id"):
         prepare_in(save(tmp_path / "a.jsonl", [row(answer=" ".join(map(str, range(50))))]), max_length=30)
 
 
@@ -191,7 +189,7 @@ def test_notes_count_system_turns_that_moved_and_special_tokens_in_the_words(pre
     rows = [row("hi<|end|>"), {"messages": [{"role": "system", "content": "s"}, *row()["messages"]]}]
     report = prepare_in(save(tmp_path / "a.jsonl", rows), model="Phi-3-medium-4k-instruct").report
     assert {count.reason: count.where for count in report.notes} == {
-        tokenize.INJECTION: ("a.jsonl:1",),
+        tokenize.READ_AS_TEXT: ("a.jsonl:1",),
         SYSTEM_MOVED: ("a.jsonl:2",),
     }
 
@@ -364,3 +362,76 @@ def test_the_package_is_imported_without_heavy_libraries():
     code = f"import sys, qlora_phi3.data.prepare; print([name for name in {heavy} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_columns_that_were_not_read_are_named_in_one_line(prepare_in, tmp_path):
+    rows = [{**row(), "topic": "x"}, {**row(), "topic": "y", "id": 7}, row()]
+    report = prepare_in(save(tmp_path / "a.jsonl", rows)).report
+    assert report.warning_lines() == ["Columns not read: topic (2 rows), id (1 row)"]
+    assert prepare_in("a.jsonl", ignore_columns=["topic", "id"]).report.warning_lines() == []
+
+
+def test_an_ignored_column_is_not_read_and_no_preference(prepare_in, tmp_path):
+    name = save(tmp_path / "a.jsonl", [{**row(), "label": True, "system": "s"}])
+    with pytest.raises(DataError, match="'label'"):
+        prepare_in(name)
+    with_system = prepare_in(name, ignore_columns=["label"]).report.tokens
+    assert prepare_in(name, ignore_columns=["label", "system"]).report.tokens < with_system
+
+
+def test_fields_hide_no_column_and_read_none_twice(prepare_in, tmp_path):
+    name = save(tmp_path / "a.jsonl", [{"input": "q", "output": "a", "instruction": "other"}])
+    data = prepare_in(name, format="alpaca", fields={"instruction": "input"})
+    assert data.report.tokens == prepare_in(save(tmp_path / "b.jsonl", [row("q", "a")])).report.tokens
+    assert [count.reason for count in data.report.unread] == ["instruction (hidden by fields)"]
+
+
+def test_held_out_rows_that_are_training_rows_are_counted(prepare_in, tmp_path):
+    save(tmp_path / "b.jsonl", [row(answer="1"), row(answer="new")])
+    report = prepare_in(save(tmp_path / "a.jsonl", [row(answer=str(n)) for n in range(5)]), eval="b.jsonl").report
+    assert report.repeated == 1
+    assert "1 of 2 held-out rows are training rows too: the held-out loss is too good by them" in report.warning_lines()
+
+
+def test_a_switched_off_turn_is_not_learned_where_every_token_is(prepare_in, tmp_path):
+    messages = row()["messages"]
+    rows = [row(), {"messages": [*messages, {**messages[1], "train": False}]}]
+    report = prepare_in(save(tmp_path / "a.jsonl", rows), loss_on="all").report
+    assert (report.rows_kept, [count.where for count in report.skipped]) == (1, [("a.jsonl:2",)])
+
+
+def test_unicode_white_space_after_a_special_token_is_counted(prepare_in, tmp_path):
+    report = prepare_in(save(tmp_path / "a.jsonl", [row("\u3000q"), row("q\u3000")])).report
+    assert [(count.reason, count.where) for count in report.notes] == [(tokenize.UNICODE_SPACE, ("a.jsonl:1",))]
+
+
+@pytest.mark.parametrize("column", ["label", "role", "answer", "summary", "Category"])
+def test_text_beside_a_column_that_says_what_it_is_is_no_document(prepare_in, tmp_path, column):
+    name = save(tmp_path / "a.jsonl", [{"text": "words", column: "x"}])
+    with pytest.raises(DataError, match="'text' beside"):
+        prepare_in(name)
+    assert prepare_in(name, format="text").report.unread[0].reason == column
+    assert prepare_in(save(tmp_path / "b.jsonl", [{"text": "words", "url": "x"}])).report.rows_kept == 1
+
+
+def test_one_flipped_bit_in_the_cached_rows_makes_them_again(prepare_in, tmp_path):
+    name = save(tmp_path / "a.jsonl", [row(answer=str(n)) for n in range(50)])
+    before = prepare_in(name).train["input_ids"][:]
+    (entry,) = (tmp_path / "cache").glob("*/rows.arrow")
+    content = bytearray(entry.read_bytes())
+    content[len(content) // 2] ^= 1
+    entry.write_bytes(content)
+    assert prepare_in(name).train["input_ids"][:] == before
+
+
+def test_objects_that_are_nested_too_deep_are_counted(prepare_in, tmp_path, monkeypatch):
+    read_row = tokenize.read_row
+
+    def recursing(row, *arguments):
+        return read_row(row, *arguments) if "deep" not in row else recursing(row, *arguments)
+
+    monkeypatch.setattr(tokenize, "read_row", recursing)
+    report = prepare_in(save(tmp_path / "a.jsonl", [row(), {**row(), "deep": 1}])).report
+    assert [(count.reason, count.where) for count in report.skipped] == [
+        ("its objects are nested too deep", ("a.jsonl:2",))
+    ]

@@ -1,13 +1,16 @@
 """Files of every type, valid and damaged."""
 
+import gzip
 import json
+import os
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from qlora_phi3.data.sources import open_file
+from qlora_phi3.data.sources import open_file, open_local
 from qlora_phi3.errors import DataError
 
 
@@ -60,10 +63,13 @@ def test_csv_as_spreadsheets_write_it_is_read(tmp_path, mark):
     assert rows_of(path) == [(2, {"instruction": f"one{mark} two", "output": "three, four"})]
 
 
+CELLS = "the record has more or fewer cells than the first line has columns"
+
+
 def test_csv_records_with_missing_or_surplus_cells_are_no_rows(tmp_path):
     assert rows_of(write(tmp_path / "a.csv", "a,b\n1\n1,2,3\n1,2\n")) == [
-        (2, None),
-        (3, None),
+        (2, CELLS),
+        (3, CELLS),
         (4, {"a": "1", "b": "2"}),
     ]
 
@@ -121,3 +127,98 @@ def test_the_digest_follows_the_content(tmp_path):
     first = open_file(str(write(tmp_path / "a.jsonl", '{"a": 1}')), tmp_path).digest
     assert first == open_file(str(write(tmp_path / "b.jsonl", '{"a": 1}')), tmp_path).digest
     assert first != open_file(str(write(tmp_path / "b.jsonl", '{"a": 2}')), tmp_path).digest
+
+
+ROW = {"instruction": "Größe?", "output": "1 m², “ok”"}
+CSV = 'instruction,output\n"Größe?","1 m², “ok”"\n'
+LINES = json.dumps(ROW, ensure_ascii=False) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.tsv", CSV.replace(",", "\t", 1).replace('","', '"\t"').encode()),
+        ("a.csv", CSV.replace('","', '", "').replace(",output", ", output").encode()),
+        ("a.csv", ("sep=;\r\n" + CSV.replace(",output", ";output").replace('","', '";"')).encode()),
+        ("a.csv", CSV.replace(",output", ";output").replace('","', '";"').encode("utf-16")),
+        ("a.csv", CSV.replace(",output", "|output").replace('","', '"|"').encode()),
+        ("a.csv", CSV.replace("\n", "\r").encode()),
+        ("A.NDJSON", LINES.encode()),
+        ("a.jsonl", LINES.encode("utf-16")),
+        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+        ("a.csv.gz", gzip.compress(CSV.encode())),
+        ("a.json", f"[{LINES}]".encode("utf-16")),
+    ],
+)
+def test_files_as_people_save_them_are_read(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert [row for _, row in rows_of(tmp_path / name)] == [ROW]
+
+
+def test_a_separator_in_a_quoted_column_name_is_not_the_separator(tmp_path):
+    path = write(tmp_path / "a.csv", '"instruction";"output";"notes, all, of, them"\nq;a, b;c\n')
+    assert rows_of(path) == [(2, {"instruction": "q", "output": "a, b", "notes, all, of, them": "c"})]
+
+
+def test_the_index_that_pandas_writes_keeps_its_place_without_a_name(tmp_path):
+    assert rows_of(write(tmp_path / "a.csv", ",a,\n7,b,\n")) == [(2, {"(no name)": "7", "a": "b"})]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("a.csv", "a,b,a\n1,2,3\n", "'a' more than once"),
+        ("a.csv", "a,a ,b\n1,2,3\n", "'a' more than once"),
+        ("a.jsonl", '{"a": 1}\n{"b": {"c": 1, "c": 2}}\n', "a.jsonl:2: not valid JSON (the key 'c' stands twice"),
+        ("a.json", '[{"a": 1, "a": 2}]', "the key 'a' stands twice"),
+    ],
+)
+def test_a_name_that_stands_twice_is_refused_as_one_value_would_be_lost(tmp_path, name, text, named):
+    with pytest.raises(DataError) as caught:
+        rows_of(write(tmp_path / name, text))
+    assert named in caught.value.message
+
+
+@pytest.mark.parametrize("content", [b"\x1f\x8bnothing", gzip.compress(LINES.encode())[:-9], b"no gz"])
+def test_a_damaged_gz_file_is_refused(tmp_path, content):
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz"):
+        rows_of(tmp_path / "a.jsonl.gz")
+
+
+def test_a_folder_and_a_pattern_are_their_files_by_name(tmp_path):
+    (tmp_path / "chats" / "more").mkdir(parents=True)
+    for name in ("b.jsonl", "a.csv", "more/c.json"):
+        write(tmp_path / "chats" / name, CSV if name == "a.csv" else LINES)
+    write(tmp_path / "chats" / "README.md", "about")
+    assert [Path(source.name).name for source in open_local("chats", tmp_path)] == ["a.csv", "b.jsonl", "c.json"]
+    assert [Path(source.name).name for source in open_local("chats/*.jsonl", tmp_path)] == ["b.jsonl"]
+    assert [Path(source.name).name for source in open_local("chats/**/*.json", tmp_path)] == ["c.json"]
+    for name in ("chats/*.tsv", "more"):
+        (tmp_path / "more").mkdir(exist_ok=True)
+        with pytest.raises(DataError, match="has no data file"):
+            open_local(name, tmp_path)
+
+
+def test_a_saved_data_set_is_read_by_its_split(tmp_path):
+    datasets.Dataset.from_list([ROW]).save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"test": datasets.Dataset.from_list([ROW])}).save_to_disk(tmp_path / "several")
+    for name, split in (("one", "train"), ("several", "test")):
+        (source,) = open_local(name, tmp_path, split)
+        assert list(source.rows()) == [(1, ROW)]
+    with pytest.raises(DataError, match=r"several \(split 'train'\)"):
+        open_local("several", tmp_path)
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="is not a file"):
+        open_file("a.jsonl", tmp_path)
+    with pytest.raises(DataError, match="cannot be opened"):
+        open_file("x" * 300 + ".jsonl", tmp_path)
+
+
+def test_the_nulls_that_arrow_adds_are_no_values(tmp_path):
+    calls = [[{"function": {"name": "f", "arguments": {"x": 1}}}], [{"function": {"name": "g", "arguments": {"y": 2}}}]]
+    parquet.write_table(pa.table({"calls": calls}), tmp_path / "a.parquet")
+    assert rows_of(tmp_path / "a.parquet") == [(1, {"calls": calls[0]}), (2, {"calls": calls[1]})]

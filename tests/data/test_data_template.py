@@ -1,17 +1,25 @@
 """Which template is chosen for each model's own on the hub, and what becomes of turns that it does not have."""
 
-import pytest
-from tiny import build_tokenizer, hub_template
+from dataclasses import replace
 
-from qlora_phi3.data.formats import Chat, Turn
+import pytest
+from tiny import TEMPLATE_FOLDER, build_tokenizer, hub_template
+from tokenizers import AddedToken
+
+from qlora_phi3.data import template
+from qlora_phi3.data.formats import Chat
+from qlora_phi3.data.messages import SkipRow, Turn
 from qlora_phi3.data.template import (
+    CALL_TOKENS,
     FAMILY,
     SYSTEM_MOVED,
     TEMPLATE_DIR,
     TOOL_AS_USER,
     TOOLS_AS_TEXT,
+    begins_with_unicode_space,
     choose_template,
     fit_turns,
+    render_chat,
 )
 from qlora_phi3.errors import DataError
 
@@ -155,3 +163,106 @@ def test_what_a_template_has_no_turn_for_is_moved_and_noted_never_dropped(model,
     rendered = [f"{m['role']}:{m['content']}" + (f"+{m['tools']}" if "tools" in m else "") for m in messages]
     assert " ".join(rendered) == expected
     assert noted == notes
+
+
+#: xllamacpp 2026.10.11549 on a .gguf of `tiny.build_tokenizer` named phi-3: of 31 characters that are or look like white space,
+#: these gave other ids than the tokenizer after `<|user|>` and after `<|user|>\n`; within a text and before a token none did.
+OTHER_IDS_IN_LLAMA_CPP = {0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000}
+
+
+def test_a_message_that_llama_cpp_reads_as_other_ids_is_recognised():
+    """transformers drops all white space after such a token, llama.cpp what isspace() of a byte in the C locale is."""
+    tokenizer = build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))
+    bare = tokenizer("<|user|>x", add_special_tokens=False).input_ids
+    found = set()
+    for code in [*range(0xD800), *range(0xE000, 0x10000)]:
+        ids = tokenizer(f"<|user|>{chr(code)}x", add_special_tokens=False).input_ids
+        is_kept = chr(code).encode().strip(b" \t\n\v\f\r") != b""
+        found |= {code} if ids == bare and is_kept else set()
+        assert (
+            begins_with_unicode_space(f"{chr(code)}x")
+            == begins_with_unicode_space(f"\n {chr(code)}")
+            == (code in found)
+        )
+    assert found == OTHER_IDS_IN_LLAMA_CPP
+
+
+@pytest.mark.parametrize("text", ["", "x\u3000", " x", "\n\nx \u3000", "\ufeff x", "\u200bx", "\x1cx", "\r\n"])
+def test_white_space_elsewhere_is_read_alike(text):
+    assert not begins_with_unicode_space(text)
+
+
+OWN = hub_template("Phi-3-mini-4k-instruct")
+FOREVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("path", sorted(TEMPLATE_FOLDER.glob("*.jinja")), ids=lambda path: path.stem)
+def test_a_published_template_needs_no_comparison_and_any_other_has_one(path):
+    source = path.read_text(encoding="utf-8")
+    assert choose_template(build_tokenizer(source)).own == ""
+    assert choose_template(build_tokenizer(source + "{# edited #}")).own == source + "{# edited #}"
+
+
+@pytest.mark.parametrize(
+    ("edited", "words", "renders_alike"),
+    [
+        (OWN.replace("message['content']", "message['content'] | trim"), "plain", True),
+        (OWN.replace("message['content']", "message['content'] | trim"), " led by a space", False),
+        (OWN.replace("message['content']", "message['content'].split('</think>')[-1]"), "<think>t</think>a", False),
+        (OWN.replace("message['content']", "(1 // (message['content'] | length - 3)) | string"), "abc", False),
+    ],
+)  # fmt: skip
+def test_a_row_that_the_models_own_template_renders_otherwise_is_not_used(edited, words, renders_alike):
+    chat = Chat((Turn("user", "q"), Turn("assistant", words)))
+    if not renders_alike:
+        with pytest.raises((SkipRow, DataError)):
+            render_chat(chat, choose_template(build_tokenizer(edited)))
+        return
+    assert words in render_chat(chat, choose_template(build_tokenizer(edited)))[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (FOREVER, "does not end within"),
+        ("{{ 'x' * 99999999999 }}", "none of the Phi-3 family"),
+        ("{{ 1 / 0 }}", "none of the Phi-3 family"),
+        ("{% generation %}{{ 1 / 0 }}{% endgeneration %}", "cannot be rendered: division by zero"),
+        (f"{{% generation %}}{FOREVER}{{% endgeneration %}}", "does not end within"),
+        ("{% if %}", "none of the Phi-3 family"),
+        (
+            "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
+            "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}",
+            "without the end of the turn",
+        ),
+        ({"tool_use": OWN}, "none is the default"),
+    ],
+)  # fmt: skip
+def test_a_template_that_cannot_be_used_ends_in_one_line(monkeypatch, source, said):
+    monkeypatch.setattr(template, "TEMPLATE_SECONDS", 1)
+    with pytest.raises(DataError) as caught:
+        choose_template(build_tokenizer(source))
+    assert said in caught.value.message
+
+
+def test_a_file_that_is_no_text_is_no_template(tmp_path):
+    (tmp_path / "a.jinja").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(DataError, match="cannot be read"):
+        choose_template(build_tokenizer(OWN), str(tmp_path / "a.jinja"))
+
+
+def test_thinking_and_tool_calls_stand_where_the_models_write_them():
+    chat = Chat((Turn("user", "q"), Turn("assistant", "a", thinking="t ", calls='[{"name": "f", "arguments": {}}]')))
+    tokenizer = build_tokenizer(hub_template("Phi-4-mini-reasoning"))
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in CALL_TOKENS])
+    text, spans, _ = render_chat(chat, choose_template(tokenizer))
+    answer = '<think>\nt\n</think>\n\na<|tool_call|>[{"name": "f", "arguments": {}}]<|/tool_call|><|end|>'
+    assert [text[start:end] for start, end in spans] == [answer]
+    text, spans, _ = render_chat(replace_turn(chat, thinking=""), choose_template(build_tokenizer(OWN)))
+    assert [text[start:end] for start, end in spans] == ['a\n[{"name": "f", "arguments": {}}]<|end|>']
+    with pytest.raises(SkipRow, match="thinking has no place"):
+        render_chat(chat, choose_template(build_tokenizer(OWN)))
+
+
+def replace_turn(chat, **changes):
+    return replace(chat, turns=(chat.turns[0], replace(chat.turns[1], **changes)))

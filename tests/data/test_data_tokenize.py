@@ -5,9 +5,11 @@ import pytest
 from tiny import TEMPLATE_FOLDER, build_byte_tokenizer, build_tokenizer, hub_template
 
 from qlora_phi3.data.batching import IGNORE_INDEX
-from qlora_phi3.data.formats import Chat, Turn
+from qlora_phi3.data.formats import Chat
+from qlora_phi3.data.messages import Turn
+from qlora_phi3.data.special_tokens import SpecialTokens
 from qlora_phi3.data.template import choose_template, render_chat
-from qlora_phi3.data.tokenize import special_token_pattern, tokenize_chats, tokenize_documents
+from qlora_phi3.data.tokenize import tokenize_chats, tokenize_documents
 
 MODELS = sorted(path.stem for path in TEMPLATE_FOLDER.glob("*.jinja"))
 WORDS = [
@@ -27,7 +29,7 @@ WORDS = [
 
 
 def tokenize(chat, template, tokenizer):
-    text, spans, notes = render_chat(chat, template, tokenizer)
+    text, spans, notes = render_chat(chat, template)
     ((ids, labels),) = tokenize_chats([text], [spans], tokenizer)
     return ids, labels, notes
 
@@ -88,8 +90,8 @@ def test_the_end_token_in_the_words_of_the_assistant_does_not_end_the_supervised
     tokenizer = build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))
     ids, labels, _ = tokenize(chat_of("q", "a<|end|>b"), choose_template(tokenizer), tokenizer)
     assert tokenizer.decode(ids[labels != IGNORE_INDEX]) == "a<|end|> b<|end|>"
-    assert special_token_pattern(tokenizer).search("a<|end|>b")
-    assert not special_token_pattern(tokenizer).search("a <|other|> b")
+    assert SpecialTokens(tokenizer).pattern.search("a<|end|>b")
+    assert not SpecialTokens(tokenizer).pattern.search("a <|other|> b")
 
 
 def test_an_unsupervised_turn_has_no_labels():
@@ -101,8 +103,8 @@ def test_an_unsupervised_turn_has_no_labels():
 
 def test_without_spans_every_position_but_the_first_is_supervised():
     tokenizer = build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))
-    text, _, _ = render_chat(chat_of("q", "a"), choose_template(tokenizer), tokenizer)
-    ((ids, labels),) = tokenize_chats([text], None, tokenizer)
+    text, _, _ = render_chat(chat_of("q", "a"), choose_template(tokenizer))
+    ((ids, labels),) = tokenize_chats([text], [None], tokenizer)
     assert labels[0] == IGNORE_INDEX
     assert labels[1:].tolist() == ids[1:].tolist()
 

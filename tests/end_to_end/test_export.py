@@ -9,12 +9,16 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tiny import hub_template
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 from workshop import Workshop, build_base, call, read_json, read_lines
 
+from qlora_phi3.data.template import choose_template
 from qlora_phi3.family import read_architecture
-from qlora_phi3.model.phi3 import load_base
+from qlora_phi3.model.phi3 import load_base, load_tokenizer
 from qlora_phi3.recipe.load import load_recipe
+from qlora_phi3.recipe.schema import Model
 from qlora_phi3.units import format_gib
 
 
@@ -110,7 +114,7 @@ def test_the_folder_is_a_whole_checkpoint_in_fp16_with_the_bases_own_tokenizer(b
         name for name in own if name.endswith("_proj.weight")
     }
     assert torch.equal(weights["model.embed_tokens.weight"], own["model.embed_tokens.weight"])
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "chat_template.jinja"):
         assert (target / name).read_bytes() == (base / name).read_bytes()
     config = read_json(target / "config.json")
     assert config.get("torch_dtype", config.get("dtype")) == "float16"
@@ -496,7 +500,7 @@ def test_each_way_to_merge_has_a_folder_of_its_own_and_a_gguf_is_made_from_the_o
     assert call("export", str(run), "--no-verify").exit_code == 0
     words = ("--format", "gguf", "--quant", "f32", "--dtype", "fp32", "--onto", "nf4")
     assert call("export", str(run), *words, "--no-verify").exit_code == 0
-    folders = {"merged", "merged-nf4-fp32", "gguf-nf4-fp32"}
+    folders = {"merged", "merged-nf4-fp32", "gguf-nf4-fp32-f32"}
     assert folders <= {path.name for path in run.iterdir()}
     again = call("export", str(run), *words, "--no-verify", "--out", str(tmp_path / "again"))
     assert again.exit_code == 0, again.stderr
@@ -564,9 +568,9 @@ def test_the_merged_model_that_a_gguf_leaves_is_told_with_its_size(run):
     merged = run / "merged-bf16"
     size = sum(path.stat().st_size for path in merged.iterdir())
     assert f"Merged model, which other exports can use: {merged} ({format_gib(size)})" in result.stdout
-    (gguf,) = (run / "gguf-bf16").glob("*.gguf")
+    (gguf,) = (run / "gguf-bf16-bf16").glob("*.gguf")
     assert gguf.stem.endswith("-bf16")
-    assert read_json(run / "gguf-bf16" / "export_report.json")["status"] == "unproved"
+    assert read_json(run / "gguf-bf16-bf16" / "export_report.json")["status"] == "unproved"
 
 
 def test_memory_and_disk_are_looked_at_before_a_gguf_is_begun(run, monkeypatch):
@@ -766,7 +770,7 @@ def test_an_interrupted_gguf_leaves_no_empty_folder(run, monkeypatch):
 
     monkeypatch.setattr(export, "convert_to_gguf", stop)
     assert call("export", str(run), "--no-verify", "--format", "gguf").exit_code == 130
-    assert not (run / "gguf").exists()
+    assert not list(run.glob("gguf*"))
     assert (run / "merged" / "config.json").is_file()
 
 
@@ -787,3 +791,47 @@ def test_an_fp4_run_is_published_as_fp4(shop):
     assert (report["onto"], report["base"]["quantization"]["quant_type"]) == ("nf4", "fp4")
     without_proof = call("export", str(run), "--no-verify")
     assert "onto FP4" in without_proof.stdout
+
+
+CUSTOM = """{% for m in messages %}
+  {%- if m['role'] == 'user' -%}
+    {{ '<|user|>' + m['content'] + '<|end|>' }}
+  {%- else -%}
+    {{ '<|assistant|>' }}
+    {%- generation -%}
+    {{ m['content'] + '<|end|>' }}
+    {%- endgeneration -%}
+  {%- endif -%}
+{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("named", ["auto", "phi4-mini", "custom.jinja", "the base's own, marked"])
+def test_every_file_of_a_run_and_its_exports_has_the_template_that_was_trained(named, shop):
+    """A run with another template than its base's saved the base's with the adapter."""
+    gguf = pytest.importorskip("gguf")
+    (shop.path / "custom.jinja").write_text(CUSTOM, encoding="utf-8")
+    base, template = shop.base, named
+    if named not in ("phi4-mini", "custom.jinja"):
+        base, template = shutil.copytree(shop.base, shop.path / "own"), "auto"
+        (base / "chat_template.jinja").write_text(CUSTOM if named != "auto" else hub_template("Phi-3-mini-4k-instruct"))
+        settings = {**read_json(base / "tokenizer_config.json"), "chat_template": "another that nothing reads"}
+        (base / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    shop.write(model={"name": str(base)}, data={"chat_template": template}, training={"max_steps": 2, "save_steps": 2})
+    assert shop.run().exit_code == 0
+    (run,) = shop.runs()
+    result = call("export", str(run), "--no-verify", "--format", "gguf")
+    assert result.exit_code == 0, result.stderr
+    folders = [run / "adapter", run / "merged"]
+    assert not list((run / "checkpoints").rglob("*template*"))
+    found = {(folder / "chat_template.jinja").read_text(encoding="utf-8") for folder in folders}
+    found |= {read_json(folder / "tokenizer_config.json")["chat_template"] for folder in folders}
+    (file,) = (run / "gguf-f16").glob("*.gguf")
+    found.add(gguf.GGUFReader(file).fields["tokenizer.chat_template"].contents())
+    (saved,) = found
+    assert "generation -" not in saved
+    trained = choose_template(load_tokenizer(Model(name=str(base))), template)
+    talk = [{"role": "user", "content": " one "}, {"role": "assistant", "content": "two"}]
+    variables = {"bos_token": trained.bos_token, "eos_token": trained.eos_token}
+    texts = {render_jinja_template([talk], chat_template=each, **variables)[0][0] for each in (saved, trained.source)}
+    assert len(texts) == 1

@@ -23,6 +23,7 @@ from qlora_phi3.export.gguf.prompt import (
     read_turns,
     write_modelfile,
 )
+from qlora_phi3.export.gguf.tensors import find_library, quantize_file
 from qlora_phi3.export.gguf.vocab import CL100K, NEVER, O200K, read_pieces, read_vocabulary
 from qlora_phi3.export.gguf.write import GgufResult, convert_to_gguf
 from qlora_phi3.model import weights
@@ -494,9 +495,10 @@ def test_a_templates_own_system_prompt_comes_only_where_none_is_given():
 
 
 def test_what_llama_cpp_does_differently_is_in_the_notes(results):
-    assert results["plain"].notes == ()
-    assert "past 64 tokens it attends to everything" in results["window"].notes[0]
-    assert "larger than 256" in results["longrope"].notes[0]
+    (note,) = results["plain"].notes
+    assert "begins with white space beyond ASCII, such as U+3000" in note
+    assert "past 64 tokens it attends to everything" in results["window"].notes[1]
+    assert "larger than 256" in results["longrope"].notes[1]
 
 
 def test_an_existing_file_is_replaced_only_with_force(folders, tmp_path):
@@ -606,7 +608,74 @@ def test_past_the_boundary_llama_cpp_uses_the_long_factors(llama_cpp, folders, r
     torch.testing.assert_close(torch.from_numpy(llama.scores[:300].copy()), logits, rtol=0, atol=1e-4)
 
 
-def test_llama_cpps_quantizer_reads_a_file_of_several_types(llama_cpp, copy, tmp_path):
+# llama.cpp's quantizer
+
+
+@pytest.fixture
+def quantizer():
+    """Skips where llama.cpp's library is not installed; CI has it."""
+    try:
+        return find_library("q6_k")
+    except ExportError as error:
+        pytest.skip(f"to make K-quants: {error.hint}")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A checkpoint whose rows K-quants fit: multiples of 256."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
+    return build_checkpoint(tmp_path_factory.mktemp("wide") / "base", **sizes)
+
+
+#: Types of weights of the first layer, as llama.cpp's rules mix them, and the largest error of a weight, relative to the largest.
+MIXES = {
+    "q4_k_m": ({"Q4_K", "Q5_K", "Q6_K"}, 0.15),
+    "q5_k_m": ({"Q5_K", "Q6_K"}, 0.08),
+    "q6_k": ({"Q6_K"}, 0.04),
+    "q3_k_l": ({"Q3_K", "Q5_K", "Q6_K"}, 0.3),
+    "iq4_nl": ({"IQ4_NL", "Q5_K", "Q6_K"}, 0.15),
+}
+
+
+@pytest.mark.parametrize("quant", MIXES)
+def test_every_k_quant_is_near_the_weights_that_it_was_made_of(quant, quantizer, wide, tmp_path):
+    result = convert(wide, tmp_path / "x.gguf", quant)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+    reading, stored = Reading(result.path), load_file(wide / "model.safetensors")
+    assert reading.fields["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{quant.upper()}"]
+    types, largest = MIXES[quant]
+    matrices = [tensor for tensor in reading.tensors.values() if len(tensor.shape) == 2]
+    assert {tensor.tensor_type.name for tensor in matrices} <= types
+    for theirs, ours in (
+        ("layers.0.mlp.down_proj", "blk.0.ffn_down"),
+        ("layers.1.self_attn.qkv_proj", "blk.1.attn_qkv"),
+        ("embed_tokens", "token_embd"),
+    ):
+        was, is_now = stored[f"model.{theirs}.weight"], reading.tensor(f"{ours}.weight")
+        assert 0 < (is_now - was).abs().max() / was.abs().max() < largest, theirs
+
+
+def test_the_library_of_a_package_is_found_and_one_that_cannot_be_loaded_is_passed_over(
+    quantizer, tmp_path, monkeypatch
+):
+    for package in ("llama_cpp_py_sync", "llama_cpp"):
+        (tmp_path / package / "lib").mkdir(parents=True)
+        (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "llama_cpp_py_sync" / "libllama.so").write_bytes(b"for another system")
+    for path in quantizer.parent.iterdir():
+        (tmp_path / "llama_cpp" / "lib" / path.name).symlink_to(path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("LLAMA_CPP_LIB", raising=False)
+    assert find_library("q6_k").parent == tmp_path / "llama_cpp" / "lib"
+
+
+def test_a_quantizer_that_fails_is_one_line(quantizer, tmp_path):
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(ExportError, match=r"quantizer failed on .*damaged"):
+        quantize_file(tmp_path / "damaged.gguf", tmp_path / "x.gguf", "q6_k", lambda *_: None)
+
+
+def test_llama_cpps_quantizer_reads_a_file_of_several_types(quantizer, copy, tmp_path):
     rewrite(copy, halve)
     calls = []
     result = convert_to_gguf(
@@ -617,12 +686,3 @@ def test_llama_cpps_quantizer_reads_a_file_of_several_types(llama_cpp, copy, tmp
     for theirs, ours in (("model.layers.0.mlp.down_proj", "blk.0.ffn_down"), ("model.embed_tokens", "token_embd")):
         was, is_now = stored[f"{theirs}.weight"].float(), Reading(result.path).tensor(f"{ours}.weight")
         assert 0 < (is_now - was).abs().max() / was.abs().max() < 0.05
-
-
-def test_llama_cpps_quantizer_makes_k_quants(llama_cpp, folders, tmp_path):
-    result = convert(folders["plain"], tmp_path / "x.gguf", "q6_k")
-    assert gguf.GGUFReader(result.path).fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q6_K
-    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
-    stored = load_file(folders["plain"] / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
-    read = Reading(result.path).tensor("blk.0.ffn_down.weight")
-    assert 0 < (read - stored).abs().max() / stored.abs().max() < 0.05

@@ -59,7 +59,7 @@ def test_usual_targets_lie_in_the_run_and_tell_what_was_asked_for(run):
 
     assert targets() == ["merged", None]
     assert targets(onto="nf4", dtype="bf16") == ["merged-nf4-bf16", None]
-    assert targets(kind="gguf") == ["merged", "gguf/chat-f16.gguf"]
+    assert targets(kind="gguf") == ["merged", "gguf-f16/chat-f16.gguf"]
     assert targets(kind="gguf", quant="Q4_K_M", dtype="fp32") == ["merged-fp32", "gguf-fp32-q4_k_m/chat-q4_k_m.gguf"]
 
 
@@ -67,7 +67,7 @@ def test_usual_targets_lie_in_the_run_and_tell_what_was_asked_for(run):
 def test_a_gguf_is_of_the_type_of_the_merged_model_where_none_is_asked_for(run, dtype, quant):
     request = ask(run, kind="gguf", dtype=dtype)
     assert (request.quant, request.gguf_file.name) == (quant, f"chat-{quant}.gguf")
-    assert request.gguf_file.parent.name == ("gguf" if dtype == "fp16" else f"gguf-{dtype}")
+    assert request.gguf_file.parent.name == f"gguf-{'' if dtype == 'fp16' else f'{dtype}-'}{request.quant}"
     other = ask(run, kind="gguf", dtype=dtype, quant="q8_0").gguf_file
     assert other.parent.name == ("gguf-q8_0" if dtype == "fp16" else f"gguf-{dtype}-q8_0")
 

@@ -8,9 +8,10 @@ from message_table import Message
 from tiny import build_tokenizer, hub_template
 from workshop import Workshop
 
-from qlora_phi3.data.formats import Chat, Turn, check_fields
+from qlora_phi3.data.formats import Chat, check_fields
+from qlora_phi3.data.messages import Turn
 from qlora_phi3.data.prepare import prepare_datasets, split_indices
-from qlora_phi3.data.sources import open_file, open_hub
+from qlora_phi3.data.sources import open_file, open_hub, open_local
 from qlora_phi3.data.template import choose_template, render_chat
 from qlora_phi3.errors import DataError
 from qlora_phi3.recipe.schema import Data
@@ -27,6 +28,11 @@ def save(shop: Workshop, name: str, content: str | bytes) -> str:
 
 def read(shop: Workshop, name: str, content: str | bytes) -> object:
     return list(open_file(save(shop, name, content), shop.path).rows())
+
+
+def empty_folder(shop: Workshop) -> object:
+    (shop.path / "empty").mkdir()
+    return open_local("empty", shop.path)
 
 
 def prepare(shop: Workshop, rows: Any, *, max_length: int = 200, cache: str = "cache", **keys: Any) -> object:
@@ -58,7 +64,7 @@ def render_with_one_turn_left_out(shop: Workshop) -> object:
         "{% endfor %}{% endif %}"
     )
     chat = Chat((Turn("assistant", "a", supervised=False), Turn("assistant", "b")))
-    return render_chat(chat, choose_template(tokenizer), tokenizer)
+    return render_chat(chat, choose_template(tokenizer))
 
 
 def message(name: str, trigger: Any, says: tuple[str, ...], hint: str) -> Message:
@@ -72,8 +78,13 @@ MESSAGES = [
         ("'gone.jsonl'",),
         "Check the path in [data].",
     ),
-    message("data-file-is-directory", lambda shop: open_file(str(shop.path), shop.path), ("directory",), "one by one"),
-    message("data-file-of-unsupported-type", lambda shop: read(shop, "a.txt", "x"), ("'.txt'",), ".json, .jsonl, .csv"),
+    message("data-folder-without-files", empty_folder, ("empty has no data file",), ".jsonl"),
+    message(
+        "data-file-of-unsupported-type",
+        lambda shop: read(shop, "a.txt", "x"),
+        ("'.txt'",),
+        ".json, .jsonl, .ndjson, .csv",
+    ),
     message("data-file-empty", lambda shop: read(shop, "a.jsonl", "\n \n"), ("a.jsonl is empty",), "at least one row"),
     message("data-file-without-rows", lambda shop: prepare(shop, []), ("a.json holds no rows",), "at least one"),
     message("data-file-not-utf-8", lambda shop: read(shop, "a.csv", b"a\ncaf\xe9\n"), ("a.csv", "UTF-8"), "as UTF-8"),

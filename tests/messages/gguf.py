@@ -63,7 +63,8 @@ def check_without(library: str, quant: str) -> None:
         if library == "gguf":
             patch.setattr("importlib.util.find_spec", lambda name: None)
         else:
-            patch.setattr(tensors, "LIBRARY", "llama_cpp_that_is_not_there")
+            patch.setattr(tensors, "PACKAGES", ("llama_cpp_that_is_not_there",))
+            patch.setenv("LLAMA_CPP_LIB", library)
         check_quant(quant)
 
 
@@ -79,7 +80,13 @@ def row(name: str, trigger: Any, *says: str, hint: str) -> Message:
 MESSAGES = [
     row("unknown-quant", lambda shop: check_quant("q4_k_x"), "--quant 'q4_k_x'", hint="q4_k_m"),
     row("gguf-not-installed", lambda shop: check_without("gguf", "f16"), "gguf", hint="pip install"),
-    row("quantizer-not-installed", lambda shop: check_without("llama", "q4_k_m"), "q4_k_m", hint="llama-cpp-python"),
+    row("quantizer-not-installed", lambda shop: check_without("", "q4_k_m"), "q4_k_m", hint="llama-cpp-py-sync"),
+    row(
+        "quantizer-not-loaded",
+        lambda shop: check_without("/nowhere/libllama.so", "q4_k_m"),
+        "/nowhere/libllama.so cannot be loaded: OSError",
+        hint="LLAMA_CPP_LIB",
+    ),
     row("gguf-exists", convert_over, "x.gguf", hint="--force"),
     row("modelfile-exists", write_over_modelfile, "Modelfile", hint="--force"),
     row(

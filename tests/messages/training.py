@@ -3,32 +3,43 @@
 import errno
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from message_table import Message
+from transformers import TrainerState
 
 from qlora_phi3.errors import RecipeError, RunError
 from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan
 from qlora_phi3.files import disk_errors
 from qlora_phi3.recipe.load import load_recipe
-from qlora_phi3.recipe.schema import Training
-from qlora_phi3.runfolder import RunFolder, create_run_folder, find_run, write_report
+from qlora_phi3.recipe.schema import Quantization, Training
+from qlora_phi3.runfolder import LOCK_PID, RunFolder, create_run_folder, find_run, lock_run, write_report
 from qlora_phi3.step import MicroBatchMemoryError
-from qlora_phi3.training.callbacks import DivergedError, GradientGuard, check_loss
+from qlora_phi3.training.artifacts import record_base
+from qlora_phi3.training.divergence import DivergedError, DivergenceGuard, check_evaluation
 from qlora_phi3.training.oom import MemoryGuard
 from qlora_phi3.training.prepare import check_schedule, check_trackers
 from qlora_phi3.training.report import first_report
 from qlora_phi3.training.run import _optimizer_memory_errors, check_resumable
+from qlora_phi3.training.trainer import Phi3Trainer
 
 CPU = torch.device("cpu")
 
 
-def gradient_of(value):
-    """Show the guard a first gradient of this value."""
-    layer = torch.nn.Linear(1, 1, bias=False)
-    layer.weight.grad = torch.full_like(layer.weight, value)
-    GradientGuard(scaled=False).on_pre_optimizer_step(None, SimpleNamespace(global_step=0), None, model=layer)
+def diverge(loss=1.0, norm=1.0):
+    """Show the guard the loss and the gradient norm of a first step."""
+    guard = DivergenceGuard(None, recovers=True)
+    guard.loss, guard.grad_norm = loss, norm
+    guard.on_pre_optimizer_step(None, SimpleNamespace(global_step=0), None, optimizer=None)
+
+
+def give_up():
+    """End a run after its last recovery."""
+    guard = DivergenceGuard(None, recovers=True)
+    guard.failure, guard.last_good.step = "The run diverged 6 times, the last time in step 9: the loss is nan.", 5
+    guard.raise_failure(Path("runs/mine/adapter"))
 
 
 def resume(shop, status="interrupted", **changes):
@@ -101,6 +112,35 @@ def report_that_holds(shop, value):
     find_run(shop.path, "mine", str(shop.path))
 
 
+def lock_twice(shop, pid=None):
+    folder = RunFolder(shop.path)
+    with lock_run(folder):
+        if pid is not None:
+            (shop.path / LOCK_PID).write_text(pid, encoding="utf-8")
+        with lock_run(folder):
+            pass
+
+
+def record_onto_damage(shop):
+    (shop.path / "base.json").write_text("{}", encoding="utf-8")
+    config = SimpleNamespace(_commit_hash=None)
+    base = SimpleNamespace(config=config, device=CPU, named_parameters=lambda: [])
+    model = SimpleNamespace(get_base_model=lambda: base)
+    options = {"quantization": Quantization(), "compute_dtype": torch.float32}
+    record_base(model, RunFolder(shop.path), name="mine", **options)
+
+
+def resume_with_fewer_steps(shop):
+    """Four steps, and then two are asked for."""
+    checkpoint = shop.path / "checkpoint-4"
+    checkpoint.mkdir()
+    TrainerState(global_step=4).save_to_json(str(checkpoint / "trainer_state.json"))
+    trainer = SimpleNamespace(
+        args=None, get_train_dataloader=lambda: None, set_initial_training_values=lambda *arguments: (2,)
+    )
+    Phi3Trainer.load_finished(trainer, checkpoint)
+
+
 MESSAGES = [
     Message(
         name="tracker-not-installed",
@@ -119,24 +159,40 @@ MESSAGES = [
         hint="Correct or delete it",
     ),
     Message(
-        name="loss-not-finite",
-        trigger=lambda shop: check_loss(float("nan"), 7),
+        name="held-out-loss-not-finite",
+        trigger=lambda shop: check_evaluation(float("nan"), 7),
         error=DivergedError,
         exit_code=2,
         says=("step 7", "nan"),
         hint="[training] learning_rate",
     ),
     Message(
-        name="gradient-not-finite",
-        trigger=lambda shop: gradient_of(float("inf")),
+        name="loss-not-finite",
+        trigger=lambda shop: diverge(loss=float("nan")),
         error=DivergedError,
         exit_code=2,
-        says=("step 1", "inf"),
+        says=("Step 1", "nan"),
+        hint="[training] learning_rate",
+    ),
+    Message(
+        name="diverged-too-often",
+        trigger=lambda shop: give_up(),
+        error=DivergedError,
+        exit_code=2,
+        says=("6 times", "step 9", "step 5", "runs/mine/adapter"),
+        hint="[training] learning_rate",
+    ),
+    Message(
+        name="gradient-not-finite",
+        trigger=lambda shop: diverge(norm=float("inf")),
+        error=DivergedError,
+        exit_code=2,
+        says=("Step 1", "inf"),
         hint="[training] learning_rate",
     ),
     Message(
         name="gradient-zero",
-        trigger=lambda shop: gradient_of(0.0),
+        trigger=lambda shop: diverge(norm=0.0),
         error=DivergedError,
         exit_code=2,
         says=("step 1", "zero"),
@@ -237,6 +293,46 @@ MESSAGES = [
         exit_code=2,
         says=("report.json",),
         hint="runs/<recipe>/<time>",
+    ),
+    Message(
+        name="report-damaged",
+        trigger=lambda shop: report_that_holds(shop, {"seconds": "soon"}),
+        error=RunError,
+        exit_code=2,
+        says=("report.json", "seconds", "soon"),
+        hint="Start a new run",
+    ),
+    Message(
+        name="run-locked",
+        trigger=lock_twice,
+        error=RunError,
+        exit_code=2,
+        says=(str(os.getpid()),),
+        hint="--resume",
+    ),
+    Message(
+        name="run-locked-by-an-unknown-process",
+        trigger=lambda shop: lock_twice(shop, pid=""),
+        error=RunError,
+        exit_code=2,
+        says=("Another process",),
+        hint="Wait for it",
+    ),
+    Message(
+        name="base-record-damaged",
+        trigger=record_onto_damage,
+        error=RunError,
+        exit_code=2,
+        says=("base.json", "tensors"),
+        hint="Start a new run",
+    ),
+    Message(
+        name="resume-beyond-the-last-step",
+        trigger=resume_with_fewer_steps,
+        error=RunError,
+        exit_code=2,
+        says=("checkpoint-4", "2"),
+        hint="[training] max_steps",
     ),
     Message(
         name="recipe-directory-is-a-file",

@@ -93,6 +93,15 @@ class Lab:
         execution, model = plan_run(context).execution, load_model(context)
         return build_trainer(context, execution, model, RunFolder(self.shop.path / "run"))
 
+    def recovery(self, recipe):
+        """Whether a run copies its last good state."""
+        return self.trainer(recipe).divergence._recovers
+
+    def minutes(self, recipe):
+        """Seconds after which a checkpoint is saved."""
+        callbacks = self.trainer(recipe).callback_handler.callbacks
+        return [callback._seconds for callback in callbacks if hasattr(callback, "_seconds")]
+
     def recomputed(self, recipe):
         """Whether layers are computed a second time in the backward pass."""
         return [getattr(module, "gradient_checkpointing", None) for module in self.trainer(recipe).model.modules()]
@@ -216,6 +225,8 @@ EFFECTS = {
     "data.revision": ("v2", Lab.data),
     "data.format": ("text", Lab.data),
     "data.fields": ({"text": "other"}, Lab.data),
+    "data.ignore_columns": (["prompt", "completion"], Lab.data),
+    "data.allow_special_tokens": (True, Lab.data),
     "data.loss_on": ("all", Lab.data),
     "data.max_rows": (20, Lab.data),
     "data.max_eval_rows": (2, Lab.data),
@@ -238,6 +249,7 @@ EFFECTS = {
     "training.adam_epsilon": (1e-4, argument("adam_epsilon")),
     "training.weight_decay": (0.1, argument("weight_decay")),
     "training.max_grad_norm": (0.3, argument("max_grad_norm")),
+    "training.recover_from_divergence": (False, Lab.recovery),
     "training.gradient_checkpointing": (False, Lab.recomputed),
     "training.activation_offloading": (True, Lab.execution_on_a_gpu),
     "training.bf16": (True, Lab.dtype),
@@ -249,6 +261,7 @@ EFFECTS = {
     "training.eval_steps": (3, argument("eval_steps")),
     "training.save_strategy": ("epoch", argument("save_strategy")),
     "training.save_steps": (3, argument("save_steps")),
+    "training.save_minutes": (3, Lab.minutes),
     "training.save_total_limit": (2, argument("save_total_limit")),
     "training.load_best_model_at_end": (True, argument("load_best_model_at_end")),
     "training.logging_strategy": ("epoch", Lab.shown),
@@ -281,6 +294,8 @@ GIVEN = {
     "data.revision": HUB,
     "data.format": {"data": {"train": "texts.jsonl", "eval_size": 1}},
     "data.fields": {"data": {"train": "texts.jsonl", "eval_size": 1, "format": "text"}},
+    "data.ignore_columns": {"data": {"train": "texts.jsonl", "eval_size": 1}},
+    "data.allow_special_tokens": {"data": {"train": "rendered.jsonl", "eval_size": 1}},
     "training.per_device_train_batch_size": SHORT,
     "training.gradient_accumulation_steps": SHORT,
     "training.per_device_eval_batch_size": SHORT,
@@ -302,6 +317,7 @@ def workplace(tmp_path_factory, base):
     (shop.path / "texts.jsonl").write_text(
         '{"prompt": "a", "completion": "b", "text": "one and", "other": "two or"}\n' * 4, encoding="utf-8"
     )
+    (shop.path / "rendered.jsonl").write_text('{"text": "<|user|>one<|end|>"}\n' * 4, encoding="utf-8")
     (shop.path / "own.jinja").write_text(OWN_TEMPLATE, encoding="utf-8")
     save_adapter(shop)
     return shop

@@ -1,6 +1,7 @@
-"""Losses and gradients that are not finite, the cap where the driver spills, and the watch on the time of a step."""
+"""The time since the last checkpoint, signals, the cap where the driver spills, and the watch on the time of a step."""
 
 import platform
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -9,66 +10,15 @@ import torch
 
 from qlora_phi3.training import callbacks
 from qlora_phi3.training.callbacks import (
-    DivergedError,
-    GradientGuard,
+    SaveByTime,
     SpillWatch,
+    StopOnRequest,
     cap_to_free_memory,
-    check_loss,
     driver_spills,
+    stop_on_interrupt,
 )
 
 GIB = 2**30
-
-
-@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_the_run(loss):
-    with pytest.raises(DivergedError, match=f"step 7 is {loss}"):
-        check_loss(loss, 7)
-
-
-def check_gradient(guard, gradient, step=1):
-    """Call the guard as the Trainer does, before the update of a step; the gradient is unscaled."""
-    layer = torch.nn.Linear(2, 1, bias=False)
-    layer.weight.grad = torch.full_like(layer.weight, gradient)
-    guard.on_pre_optimizer_step(None, SimpleNamespace(global_step=step - 1), None, model=layer)
-
-
-@pytest.mark.parametrize("scaled", [False, True])
-def test_a_first_gradient_of_exactly_zero_stops_the_run_in_fp16_too(scaled):
-    with pytest.raises(DivergedError, match="step 1"):
-        check_gradient(GradientGuard(scaled=scaled), 0.0)
-    guard = GradientGuard(scaled=scaled)
-    check_gradient(guard, 1.0)
-    check_gradient(guard, 0.0, step=2)  # a later batch may be learned already
-
-
-@pytest.mark.parametrize("gradient", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_stops_the_run_unless_the_scaler_skips_the_step(gradient):
-    with pytest.raises(DivergedError, match=f"step 1 is {gradient}"):
-        check_gradient(GradientGuard(scaled=False), gradient)
-    guard = GradientGuard(scaled=True)
-    check_gradient(guard, gradient)
-    with pytest.raises(DivergedError, match="step 2"):  # a skipped step proves nothing
-        check_gradient(guard, 0.0, step=2)
-
-
-def test_the_guard_sees_unscaled_gradients_of_a_real_scaler_before_it_skips_a_step():
-    layer = torch.nn.Linear(2, 1, bias=False)
-    optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=1.0), torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    guard, before = GradientGuard(scaled=True), layer.weight.detach().clone()
-    for step, inputs in enumerate((torch.full((1, 2), float("inf")), torch.zeros(1, 2)), start=1):
-        scaler.scale(layer(inputs).sum()).backward()
-        scaler.unscale_(optimizer)
-        if step == 1:
-            guard.on_pre_optimizer_step(None, SimpleNamespace(global_step=0), None, model=layer)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            assert torch.equal(layer.weight, before)
-            assert scaler.get_scale() == 2.0**9
-        else:
-            with pytest.raises(DivergedError):
-                guard.on_pre_optimizer_step(None, SimpleNamespace(global_step=1), None, model=layer)
 
 
 @pytest.mark.parametrize(
@@ -131,3 +81,51 @@ def test_a_long_batch_or_a_short_one_is_not_suspicious(tokens, seconds):
 def test_the_first_steps_are_no_measure():
     watch = SpillWatch()
     assert [watch.observe(1000, seconds) for seconds in (9.0, 1.0, 1.0, 1.0, 99.0)] == [None] * 5
+
+
+def test_a_checkpoint_is_due_so_many_minutes_after_the_last_one():
+    now = [0.0]
+    callback = SaveByTime(10, clock=lambda: now[0])
+
+    def saves_at(minutes):
+        now[0] = minutes * 60
+        control = SimpleNamespace(should_save=False)
+        callback.on_step_end(None, None, control)
+        if control.should_save:
+            callback.on_save(None, None, control)
+        return control.should_save
+
+    now[0] = 300.0
+    callback.on_train_begin(None, None, None)  # what came before the first step does not count
+    assert [minute for minute in range(6, 45) if saves_at(minute)] == [15, 25, 35]
+    callback.on_save(None, None, None)  # a checkpoint of save_steps counts as well
+    assert [minute for minute in range(45, 60) if saves_at(minute)] == [54]
+
+
+def test_without_minutes_no_time_saves():
+    callback, control = SaveByTime(0, clock=lambda: 1e9), SimpleNamespace(should_save=False)
+    callback.on_step_end(None, None, control)
+    assert not control.should_save
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_requests_a_stop_and_the_next_one_stops_at_once(name):
+    stop, lines = StopOnRequest(), []
+    with stop_on_interrupt(SimpleNamespace(warning=lines.append), stop):
+        signal.raise_signal(signal.Signals[name])
+        assert stop.requested
+        signal.raise_signal(signal.SIGHUP)  # a terminal that closes sends several
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert len(lines) == 1
+    assert lines[0].startswith("Ctrl-C" if name == "SIGINT" else name)
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before, stop = signal.signal(signal.SIGHUP, signal.SIG_IGN), StopOnRequest()
+    try:
+        with stop_on_interrupt(SimpleNamespace(warning=print), stop):
+            signal.raise_signal(signal.SIGHUP)
+        assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)

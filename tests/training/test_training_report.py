@@ -1,10 +1,10 @@
-"""How the device and its load are described."""
+"""How the device, its load, and an adapter that learned nothing are described."""
 
 import psutil
 import pytest
 import torch
 
-from qlora_phi3.training.report import describe_device, describe_load
+from qlora_phi3.training.report import describe_device, describe_load, describe_unlearned, trained_digest
 
 
 @pytest.mark.parametrize(("load", "threads", "warns"), [(5.06, 2, True), (2.0, 2, False), (5.0, 1, False)])
@@ -21,3 +21,30 @@ def test_a_busy_processor_is_named_where_several_threads_are_to_train(monkeypatc
 def test_one_thread_is_one_thread(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert describe_device(torch.device("cpu")).endswith(" CPU, 1 thread")
+
+
+@pytest.mark.parametrize(
+    ("changes", "losses", "said"),
+    [
+        ({}, (2.0, 1.0), "no trained parameter changed"),
+        ({"a.lora_A": 1.0}, (2.0, 1.0), "in 2 of 2 layers: lora_B is zero, first in a"),
+        ({"a.lora_B": 1.0}, (2.0, 1.0), "in 1 of 2 layers: lora_B is zero, first in b"),
+        ({"a.lora_B": 1.0, "b.lora_B": 1e-30}, (2.0, 2.0), "held-out loss is 2.0000, bit for bit"),
+        ({"a.lora_B": 1.0, "b.lora_B": 1.0}, (2.0, 1.9), None),
+        ({"a.lora_B": 1.0, "b.lora_B": 1.0}, (None, None), None),
+    ],
+)
+def test_an_adapter_that_learned_nothing_is_described(changes, losses, said):
+    linear = torch.nn.Linear
+    layers = {f"{name}_{part}": linear(2, 2, bias=False) for name in "ab" for part in ("lora_A", "lora_B")}
+    model = torch.nn.ModuleDict(
+        {name: torch.nn.ModuleDict({part: layers[f"{name}_{part}"] for part in ("lora_A", "lora_B")}) for name in "ab"}
+    )
+    for name in "ab":
+        layers[f"{name}_lora_B"].weight.data.zero_()
+    report = {"trained_sha256_before": trained_digest(model)}
+    report |= {"eval_loss_before": losses[0], "eval_loss_after": losses[1]}
+    for name, value in changes.items():
+        model.get_submodule(name).weight.data.add_(value)
+    line = describe_unlearned(model, report)
+    assert line is None if said is None else said in line

@@ -1,8 +1,8 @@
 """How llama.cpp and Ollama build a prompt: special tokens, white space next to them, where a turn ends, the Modelfile.
 
 llama.cpp has one rule about white space: in a model whose name contains `phi-3` or `phi3`, every special token but three removes
-the white space after it (llama-vocab.cpp, "Handle per token attributes"). It cannot load a model of that name without those
-three and `</s>`. In every other model no token removes any.
+the white space of ASCII after it (llama-vocab.cpp, "Handle per token attributes"). It cannot load a model of that name without
+those three and `</s>`. In every other model no token removes any.
 """
 
 import json
@@ -14,11 +14,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from qlora_phi3.adapters.base_files import DOWNLOAD_AGAIN, GENERATION_CONFIG
 from qlora_phi3.errors import ExportError
-from qlora_phi3.export.bundle import DOWNLOAD_AGAIN, GENERATION_CONFIG
 from qlora_phi3.family import read_architecture
 from qlora_phi3.files import atomic_file, disk_errors, read_json_object
-from qlora_phi3.inference import stop_ids
+from qlora_phi3.inference import ENDS_OF_TURN, stop_ids
 from qlora_phi3.model.phi3 import load_tokenizer
 from qlora_phi3.recipe.schema import Model
 
@@ -46,10 +46,10 @@ PROBES = (
     chat("system be kind", "user one", "assistant two", "user three", "assistant four", "user five"),
 )
 
-#: White space that people write and that a tokenizer with more rules of its own reads as other ids.
+#: White space that people write and that a tokenizer with more rules of its own reads as other ids; and what is after a special
+#: token in Chinese and Japanese paragraphs, which llama.cpp reads as other ids under either rule.
 PADDED = chat("user  one ", "assistant  two ", "user \nthree\n")
-
-ENDS_OF_TURN = ("<|end|>", "<|im_end|>")
+INDENTED = chat("user \u3000one")
 
 #: Largest context in tokens for Ollama; Phi-4's cache then takes 1.6 GiB in 16 bit (40 layers, 10 heads of 128).
 LARGEST_CONTEXT = 8192
@@ -196,7 +196,13 @@ def _fit_template(tokenizer: Any, template: str, rule: bool) -> tuple[str, tuple
             return template, (note,)
         template = shortened
     if _reads_alike(tokenizer, rule, template, template, (PADDED,)):
-        return template, ()
+        if _reads_alike(tokenizer, rule, template, template, (INDENTED,)):
+            return template, ()
+        note = (
+            "A message that begins with white space beyond ASCII, such as U+3000 or U+00A0, becomes other ids in llama.cpp "
+            "than in training; strip it."
+        )
+        return template, (note,)
     note = "A message that begins or ends with white space becomes other ids in llama.cpp than in training; strip it."
     return template, (note,)
 
@@ -218,14 +224,14 @@ def _reads_alike(tokenizer: Any, rule: bool, template: str, other: str, probes: 
             )
         except TemplateError:
             continue
-        if _remove_white_space(ours, left, right) != _remove_white_space(theirs, [], llama_right):
+        if _remove_white_space(ours, left, right) != _remove_white_space(theirs, [], llama_right, r"[ \t-\r]"):
             return False
     return True
 
 
-def _remove_white_space(text: str, left: list[str], right: list[str]) -> str:
-    """The text without the white space before the tokens of `left` and after those of `right`."""
-    for tokens, pattern in ((right, r"({})\s+"), (left, r"\s+({})")):
+def _remove_white_space(text: str, left: list[str], right: list[str], space: str = r"\s") -> str:
+    """The text without the white space (`space`, a pattern) before the tokens of `left` and after those of `right`."""
+    for tokens, pattern in ((right, rf"({{}}){space}+"), (left, rf"{space}+({{}})")):
         if tokens:
             text = re.sub(pattern.format("|".join(map(re.escape, tokens))), r"\1", text)
     return text

@@ -1,6 +1,8 @@
 """The tensors of a .gguf file: names, types and bytes, a few rows at a time; for some types by llama.cpp's own quantizer."""
 
 import importlib.util
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,18 +29,32 @@ QUANTIZED = {
 }  # fmt: skip
 QUANTS = (*PLAIN, *QUANTIZED)
 
-LIBRARY = "llama_cpp"
-INSTALL = "pip install llama-cpp-python"
+#: Packages that have llama.cpp's library in their folder: the first is prebuilt, the second is built when it is installed.
+PACKAGES = ("llama_cpp_py_sync", "llama_cpp")
+#: Names the library itself; llama-cpp-py-sync reads it too.
+LIBRARY_VARIABLE = "LLAMA_CPP_LIB"
+LIBRARY_NAME = re.compile(r"libllama(\.\S+)?\.(so|dylib)|libllama\.so\.\d+|(lib)?llama\.dll")
+INSTALL = "pip install llama-cpp-py-sync"
+OTHER_WAYS = f"{INSTALL}, or set {LIBRARY_VARIABLE} to a libllama; docs/gguf.md names three ways"
 
 #: llama.cpp's quantizer writes to the terminal, ends the process where it fails, and ignores Ctrl-C: it has its own process.
+#: Without files it only loads the library. Only the first two options are named: llama.cpp changed those after them in 2025 and
+#: 2026, and the structure has more room than any version needs.
 QUANTIZER_PROGRAM = """
-import importlib, os, sys
-library, source, target, quant = sys.argv[1:]
-llama_cpp = importlib.import_module(library)
-options = llama_cpp.llama_model_quantize_default_params()
-options.ftype = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + quant)
-options.nthread = os.cpu_count() or 1
-sys.exit(llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), options))
+import ctypes, os, sys
+library, *files = sys.argv[1:]
+if hasattr(os, "add_dll_directory"):
+    os.add_dll_directory(os.path.dirname(library))
+llama = ctypes.CDLL(library)
+class Options(ctypes.Structure):
+    _fields_ = [("nthread", ctypes.c_int32), ("ftype", ctypes.c_int32), ("others", ctypes.c_byte * 1016)]
+llama.llama_model_quantize_default_params.restype = Options
+llama.llama_model_quantize.restype = ctypes.c_uint32
+if files:
+    llama.llama_backend_init()
+    options = llama.llama_model_quantize_default_params()
+    options.nthread, options.ftype = os.cpu_count() or 1, int(files[2])
+    sys.exit(llama.llama_model_quantize(os.fsencode(files[0]), os.fsencode(files[1]), ctypes.byref(options)))
 """
 
 #: Buffers that old checkpoints hold in addition to their weights.
@@ -164,8 +180,29 @@ def check_quant(quant: str) -> None:
         raise ExportError(f"There is no --quant '{quant}'.", f"The names: {', '.join(QUANTS)}.")
     if importlib.util.find_spec("gguf") is None:
         raise ExportError("A .gguf file needs the gguf package.", "Install it: pip install 'qlora-phi3[gguf]'")
-    if quant in QUANTIZED and importlib.util.find_spec(LIBRARY) is None:
-        raise ExportError(f"--quant {quant} needs llama.cpp's own quantizer.", f"Install it: {INSTALL}")
+    if quant in QUANTIZED:
+        find_library(quant)
+
+
+def find_library(quant: str) -> Path:
+    """The first of llama.cpp's libraries on this computer that can be loaded: of `LIBRARY_VARIABLE`, then of `PACKAGES`.
+
+    Raises:
+        ExportError: there is none; `quant` is for the message.
+    """
+    given = os.environ.get(LIBRARY_VARIABLE)
+    candidates = [Path(given).expanduser().absolute()] if given else []
+    for spec in (importlib.util.find_spec(package) for package in PACKAGES):
+        for folder in (spec and spec.submodule_search_locations) or ():
+            candidates += [path for path in sorted(Path(folder).rglob("*llama*")) if LIBRARY_NAME.fullmatch(path.name)]
+    problem = ""
+    for path in candidates:
+        command = [sys.executable, "-c", QUANTIZER_PROGRAM, str(path)]
+        loaded = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if loaded.returncode == 0:
+            return path
+        problem = problem or f" {path} cannot be loaded: {(loaded.stderr.strip() or 'no message').splitlines()[-1]}."
+    raise ExportError(f"--quant {quant} needs llama.cpp's own quantizer.{problem}", f"Install it: {OTHER_WAYS}.")
 
 
 def quantize_file(source: Path, target: Path, quant: str, progress: Progress) -> None:
@@ -174,7 +211,10 @@ def quantize_file(source: Path, target: Path, quant: str, progress: Progress) ->
     Raises:
         ExportError: the quantizer failed; the message ends with its last line.
     """
-    command = [sys.executable, "-c", QUANTIZER_PROGRAM, LIBRARY, str(source), str(target), quant.upper()]
+    import gguf
+
+    file_type = str(int(gguf.LlamaFileType[f"MOSTLY_{quant.upper()}"]))
+    command = [sys.executable, "-c", QUANTIZER_PROGRAM, str(find_library(quant)), str(source), str(target), file_type]
     what, code = f"Quantizing to {quant}", None
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -191,5 +231,5 @@ def quantize_file(source: Path, target: Path, quant: str, progress: Progress) ->
             log.seek(0)
             lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
             last = lines[-1] if lines else f"exit code {code}"
-            raise ExportError(f"llama.cpp's quantizer failed on {source}: {last}", f"Update it: {INSTALL} --upgrade")
+            raise ExportError(f"llama.cpp's quantizer failed on {source}: {last}", f"Update it: {OTHER_WAYS}.")
     progress(what, target.stat().st_size, target.stat().st_size)

@@ -1,0 +1,98 @@
+"""stdout and stderr of every command: any encoding can take our text, and a reader that is gone ends no command."""
+
+import codecs
+import errno
+import io
+import os
+import select
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+#: Characters of our output that ASCII, cp1252 or cp437 lack, with an ASCII character of the same width: the loss curve, the bars
+#: of vram-check, rich's spinner and ellipsis.
+ASCII_SYMBOLS = dict(zip("▁▂▃▄▅▆▇█▓▒░─▲…⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "_.,-=+*##%.-^.|/-\\|/-\\|/", strict=True))
+#: Errors of a file that can take no more: the disk, or the user's share of it, is full.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def replace_symbols(error: UnicodeError) -> tuple[str, int]:
+    """A codec error handler: symbols in ASCII, any other character as `\\uXXXX`, which TOML and JSON read."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    codes = ((letter, ord(letter)) for letter in error.object[error.start : error.end])
+    shown = (
+        ASCII_SYMBOLS.get(letter) or (f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}")
+        for letter, code in codes
+    )
+    return "".join(shown), error.end
+
+
+class _Output(io.FileIO):
+    """A file descriptor that drops what nobody can read any more: a pipe without a reader, or a terminal that was closed.
+
+    A file that cannot be written is an error (`recipe schema > FILE`), but for commands that `keep_running_without_output`.
+    """
+
+    file_errors_count = True
+
+    def write(self, data: Any, /) -> int:
+        """Write, or drop, all of `data`; wait where the descriptor is non-blocking and its reader is slow."""
+        try:
+            while (written := super().write(data)) is None:
+                select.select([], [self.fileno()], [])
+        except OSError as error:
+            is_file = error.errno in FULL_DISK or stat.S_ISREG(os.fstat(self.fileno()).st_mode)
+            if is_file and self.file_errors_count:
+                raise
+            return memoryview(data).nbytes
+        return written
+
+
+@contextmanager
+def safe_output() -> Iterator[None]:
+    """Replace stdout and stderr by streams that take any character and whose reader may go away."""
+    codecs.register_error("qlora_phi3_symbols", replace_symbols)
+    before, _Output.file_errors_count = (sys.stdout, sys.stderr), True
+    sys.stdout, sys.stderr = (_rebuilt(stream, number) for number, stream in enumerate(before, start=1))
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # a full disk; a stream that the caller has closed
+                stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def keep_running_without_output() -> None:
+    """Drop output that a full disk does not take, too: for commands whose result is in other files, after hours of work."""
+    _Output.file_errors_count = False
+
+
+def _rebuilt(stream: TextIO | None, number: int) -> TextIO:
+    """The stream on a descriptor that drops; a stream that is closed (`>&-`) becomes one to nowhere.
+
+    The descriptor of a closed stream must not stay free, or the next file that is opened receives what libraries print.
+    """
+    if stream is None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        if nowhere != number:
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+        return open(number, "w", encoding="utf-8", closefd=False)
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.reconfigure(errors="qlora_phi3_symbols")
+    if type(getattr(stream.buffer, "raw", stream.buffer)) is not io.FileIO:  # a Windows console, or a test's stream
+        return stream
+    stream.flush()
+    raw = _Output(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors="qlora_phi3_symbols",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )

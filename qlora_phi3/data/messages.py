@@ -1,0 +1,297 @@
+"""One message of a conversation, under the keys that published data use, read into a `Turn`.
+
+What a message holds and no key here reads is reported as not read. A message or a row whose switch says so is not learned.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qlora_phi3.errors import DataError
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+#: Names of roles in published data (OpenAI, ShareGPT, LLaMA-Factory, Gemini exports), and the role each stands for.
+ROLES: dict[str, Role] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response"), "tool"),
+}
+
+#: Keys that say whether a message, a part of it or a row is learned: Axolotl, ms-swift, LLaMA-Factory, OpenAI; torchtune.
+SWITCHES = ("train", "training", "trainable", "learn", "loss", "loss_mask", "loss_weight", "weight", "masked")
+SWITCH_NAMES = frozenset(SWITCHES)
+#: The one that is true for what is not learned.
+REVERSED = "masked"
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text", "parts")
+CALL_ROLES = frozenset(("function_call", "tool_call"))
+THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")
+CALL_KEYS = ("tool_calls", "function_call")
+#: Of OpenAI's tool calls; the family's models write none of them.
+IDS = frozenset(("id", "tool_call_id", "call_id", "index", "type"))
+CALL_PARTS = IDS | {"function", "name", "arguments", "parameters"}
+
+
+class SkipRow(Exception):  # noqa: N818 - not a fault of the program: the caller counts it and goes on
+    """This row cannot be trained on. The message is the reason: the same words for the same reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a conversation.
+
+    Args:
+        supervised: whether an assistant's turn is learned.
+        thinking: what an assistant thought before it answered.
+        calls: the JSON array of the tools it calls, each with "name" and "arguments".
+    """
+
+    role: Role
+    text: str
+    supervised: bool = True
+    thinking: str = ""
+    calls: str = ""
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a cell, a column or a key holds nothing: null, NaN as pandas writes it, and empty text, lists and objects."""
+    return (
+        value is None or (isinstance(value, float) and math.isnan(value)) or (not value and hasattr(value, "__len__"))
+    )
+
+
+@dataclass(slots=True)
+class Columns:
+    """A row, or a message, that notes which of its keys were read."""
+
+    row: Mapping[str, Any]
+    read: set[str] = field(default_factory=set)
+
+    def take(self, *names: str) -> Any:
+        """The value of the first of these keys that is not empty; None if all are."""
+        for name in names:
+            if name in self.row:
+                self.read.add(name)
+                if not is_empty(value := self.row[name]):
+                    return value
+        return None
+
+    def unread(self) -> list[str]:
+        """The keys that hold something and were not read."""
+        return [str(name) for name, value in self.row.items() if name not in self.read and not is_empty(value)]
+
+
+def is_switched_off(columns: Columns) -> bool:
+    """Whether a row, a message or a part of one is not to be learned.
+
+    Raises:
+        SkipRow: a switch is neither on nor off, or one is on and another one off.
+    """
+    states = set()
+    for name in SWITCHES if not SWITCH_NAMES.isdisjoint(columns.row) else ():
+        if (value := columns.take(name)) is not None:
+            states.add(_read_switch(name, value) != (name == REVERSED))
+    if len(states) > 1:
+        raise SkipRow(
+            f"its switches ({', '.join(name for name in SWITCHES if name in columns.row)}) contradict each other"
+        )
+    return states == {False}
+
+
+def _read_switch(name: str, value: Any) -> bool:
+    if isinstance(value, str):
+        text = value.strip().lower()
+        try:
+            value = WORDS[text] if text in WORDS else float(text)
+        except ValueError:
+            raise SkipRow(f"{name!r} is neither true nor false") from None
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    if isinstance(value, int | float):
+        raise SkipRow(f"{name!r} is a weight other than 0 and 1, and a turn is learned or not")
+    raise SkipRow(f"{name!r} is {kind_of(value)}, and not true, false, 0 or 1")
+
+
+def read_turns(messages: Any, column: str, where: str, unread: set[str]) -> tuple[Turn, ...]:
+    """The turns of a list of messages, or of the JSON text of one (a .csv has no other way).
+
+    Args:
+        column: where the list stands in the row.
+        where: `file:line`, for errors.
+        unread: the names of all keys that were not read are added to it.
+
+    Raises:
+        SkipRow: a message is of another shape, or of another kind than text.
+        DataError: an unknown role.
+    """
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError):
+            raise SkipRow(f"{column!r} is text, and not the JSON of a list of messages") from None
+    return tuple(_read_message(message, column, where, unread) for message in as_rows(messages, column))
+
+
+def _read_message(message: Any, column: str, where: str, unread: set[str]) -> Turn:
+    if not isinstance(message, Mapping):
+        raise SkipRow(f"a message of {column!r} is {kind_of(message)}, not an object")
+    if len(message) == 2 and (usual := _read_usual(message)) is not None:
+        return usual
+    columns = Columns(message, {*IDS})
+    name = columns.take(*ROLE_KEYS)
+    if not isinstance(name, str):
+        raise SkipRow(f"a message of {column!r} has no role")
+    role = ROLES.get(name.strip().lower())
+    if role is None:
+        raise DataError(
+            f"{where}: unknown role {name!r}.", f"Rename it in the data; the known roles are {', '.join(ROLES)}."
+        )
+    off = is_switched_off(columns)
+    if any(detail.get("train") is False for detail in _objects(columns.take("train_detail"))):
+        raise SkipRow("'train_detail' switches a part of a message off, and a turn is learned or not")
+    content = columns.take(*CONTENT_KEYS)
+    if role == "tool" and isinstance(content, Mapping) and not {"parts", "text"} & content.keys():
+        content = json.dumps(content, ensure_ascii=False)
+    parts = _Parts(column, unread)
+    parts.add(content)
+    if role == "assistant" and len(parts.states) > 1:
+        raise SkipRow("a part of an assistant's turn is switched off, and a turn is learned or not")
+    text, calls, thinking = "".join(parts.texts), "", "".join(parts.thinking)
+    if role == "assistant":
+        calls = read_calls(columns.take(*CALL_KEYS), unread)
+        thinking = thinking or read_text(columns.take(*THINKING_KEYS), "thinking")
+    if not calls and name.strip().lower() in CALL_ROLES and text.lstrip()[:1] in ("{", "["):
+        text, calls = "", read_calls(text, unread)
+    unread.update(f"{key} (of messages)" for key in columns.unread())
+    return Turn(role, text, not (off or parts.states == {False}), thinking, calls)
+
+
+def _read_usual(message: Mapping[str, Any]) -> Turn | None:
+    """The turn of a message that is a role and a text, as nearly every one is; None for any other."""
+    name, content = (message.get(keys[0], message.get(keys[1])) for keys in (ROLE_KEYS, CONTENT_KEYS))
+    role = ROLES.get(name) if type(name) is str and name not in CALL_ROLES else None
+    return None if role is None or type(content) is not str else Turn(role, read_text(content, "content"))
+
+
+@dataclass(slots=True)
+class _Parts:
+    """The parts of one message's content, which OpenAI, Gemini, LLaMA-Factory and others name differently."""
+
+    column: str
+    unread: set[str]
+    texts: list[str] = field(default_factory=list)
+    thinking: list[str] = field(default_factory=list)
+    #: Of the parts with text, which states their switches have: on, off.
+    states: set[bool] = field(default_factory=set)
+
+    def add(self, content: Any) -> None:
+        """Add text, one part, or a list of parts."""
+        if isinstance(content, Mapping):
+            self._add_part(content)
+        elif isinstance(content, Sequence) and not isinstance(content, str):
+            for part in content:
+                self.add(part)
+        else:
+            self.texts.append(read_text(content, "content"))
+
+    def _add_part(self, part: Mapping[str, Any]) -> None:
+        columns = Columns(part, {"role"})
+        kind = columns.take("type", "content_type") or "text"
+        is_on = not is_switched_off(columns)
+        if kind in THINKING_KEYS:
+            self.thinking.append(read_text(columns.take(*THINKING_KEYS, *CONTENT_KEYS), kind))
+        elif kind not in ("text", "input_text", "output_text"):
+            raise SkipRow(f"a part of a message is {str(kind)[:40]!r}, not text")
+        elif not CONTENT_KEYS_SET & part.keys():
+            raise SkipRow(f"a part of a message has none of the keys {', '.join(CONTENT_KEYS)}")
+        else:
+            self.add(columns.take("text", "value", "content", "parts"))
+            self.states.add(is_on)
+        self.unread.update(f"{key} (of parts of messages)" for key in columns.unread())
+
+
+CONTENT_KEYS_SET = frozenset(CONTENT_KEYS)
+
+
+def read_calls(calls: Any, unread: set[str]) -> str:
+    """The JSON array of an assistant's tool calls: name and arguments, an object, as the family's models write them."""
+    calls = _parse_json(calls) if isinstance(calls, str) else calls
+    if is_empty(calls):
+        return ""
+    found = []
+    for call in [calls] if isinstance(calls, Mapping) else as_rows(calls, "tool_calls"):
+        call = _parse_json(call) if isinstance(call, str) else call
+        inner = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+            raise SkipRow("a tool call has no name")
+        given: Any = next((inner[key] for key in ("arguments", "parameters") if not is_empty(inner.get(key))), {})
+        arguments = _parse_json(given) if isinstance(given, str) else given
+        if not isinstance(arguments, Mapping):
+            raise SkipRow("the arguments of a tool call are not a JSON object")
+        found.append({"name": inner["name"], "arguments": arguments})
+        for part in (call, inner):
+            unread.update(f"{key} (of tool calls)" for key in part if key not in CALL_PARTS and not is_empty(part[key]))
+    return read_text(json.dumps(found, ensure_ascii=False), "tool_calls")
+
+
+def read_tools(tools: Any) -> str:
+    """The definitions of tools as text: as it is, or the JSON of the objects; empty where there are none."""
+    if isinstance(tools, str):
+        with_content = tools.strip() and not (tools.strip()[0] in "[{n" and is_empty(_parse_json(tools, tools)))
+        return read_text(tools, "tools") if with_content else ""
+    if is_empty(tools):
+        return ""
+    if isinstance(tools, Sequence):
+        tools = [_parse_json(tool, tool) if isinstance(tool, str) else tool for tool in tools]
+    return read_text(json.dumps(tools, ensure_ascii=False), "tools")
+
+
+def _parse_json(text: str, otherwise: Any = None) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return otherwise
+
+
+def _objects(value: Any) -> list[Mapping[str, Any]]:
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, Sequence) else []
+
+
+def read_system(value: Any, unread: set[str]) -> str:
+    """A system text: text, or a message's content or parts of it (Bedrock, Gemini)."""
+    parts = _Parts("system", unread)
+    parts.add(value)
+    return "".join(parts.texts)
+
+
+def read_text(value: Any, column: str) -> str:
+    """Text, or nothing where the value is empty. SkipRow for anything else, and for text that no tokenizer takes."""
+    if is_empty(value):
+        return ""
+    if not isinstance(value, str):
+        raise SkipRow(f"{column!r} is {kind_of(value)}, not text")
+    try:
+        value.encode()  # JSON may hold half of a surrogate pair
+    except UnicodeEncodeError:
+        raise SkipRow(f"{column!r} holds half a Unicode surrogate pair") from None
+    return value
+
+
+def as_rows(value: Any, column: str) -> Sequence[Any]:
+    """A list, or nothing where the value is empty."""
+    if is_empty(value):
+        return ()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise SkipRow(f"{column!r} is {kind_of(value)}, not a list")
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)

@@ -5,12 +5,22 @@ Any other exception is a defect of this program and keeps its traceback.
 
 import errno
 
+#: Characters of a line of a message.
+LONGEST_LINE = 2000
+
 
 def printable(text: str) -> str:
-    """Text in which no character can control a terminal: names in files of other people may hold ANSI escapes."""
-    if text.isprintable():
+    """Text in which no character can control a terminal, in lines of at most `LONGEST_LINE` characters.
+
+    Names and values in files of other people may hold ANSI escapes, and may be as long as the file.
+    """
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
+    if len(text) <= LONGEST_LINE:
         return text
-    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
+    half = LONGEST_LINE // 2
+    lines = text.split("\n")
+    return "\n".join(line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}" for line in lines)
 
 
 class UserError(Exception):

@@ -49,6 +49,8 @@ RANGES = {
 SWITCHES = ("tie_word_embeddings", "use_cache")
 #: Where a config.json describes its rotary embedding: transformers reads the first that is there, of an older name.
 ROPE_KEYS = ("rope_scaling", "rope_parameters")
+#: Where a config.json says that the weights are quantized: transformers, compressed-tensors, MLX.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 #: Rows longer than this use longrope's long factors.
 BOUNDARY = "original_max_position_embeddings"
 #: transformers' names of the activations that a phi3 may have; Microsoft's models all have silu.
@@ -180,11 +182,14 @@ def find_config(name: str, revision: str | None = None) -> Path:
 
 
 def normalize_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same model with today's names: rope type `su` is longrope, and its boundary stands at the top.
+    """The same model with today's names: rope type `su` is longrope, and its boundary stands at the top. Keys that mean nothing
+    as null are left out.
 
     transformers 5.23 renames `su` too late: its longrope then lacks the boundary, and the first step fails with a KeyError.
     """
-    normal = dict(config)
+    normal = {
+        key: value for key, value in config.items() if value is not None or key not in (*QUANTIZATION_KEYS, "head_dim")
+    }
     for key in ROPE_KEYS:
         rope = normal.get(key)
         if not isinstance(rope, dict) or (rope.get("rope_type") or rope.get("type")) not in ("su", "longrope"):
@@ -280,8 +285,8 @@ def parse_architecture(config: dict[str, Any], name: str) -> Architecture:
     window = config.get("sliding_window")
     if window is not None and not _is_count(window, 2**31):
         raise _wrong(name, "sliding_window", window, "neither a number of tokens nor null, which is full attention")
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        ids = config.get(key)
+    for key, default in (("pad_token_id", 32000), ("bos_token_id", 1), ("eos_token_id", 32000)):
+        ids = config.get(key, default)  # transformers' defaults
         for token_id in ids if isinstance(ids, list) else [ids]:
             if token_id is not None and not _is_count(
                 token_id + 1 if type(token_id) is int else 0, sizes["vocab_size"]
@@ -330,15 +335,19 @@ def _read_rope(config: Mapping[str, Any], name: str, head_size: int) -> int | No
     for key, value in given.items():
         if not isinstance(value, dict):
             raise _wrong(name, key, value, "neither an object nor null")
+    kinds = set()
+    for key, value in given.items():
+        word = "rope_type" if value.get("rope_type") else "type"
+        kind = value.get(word, "default") if value else None
+        if kind not in (None, "default", "longrope"):
+            raise _wrong(name, f"{key}.{word}", kind, "which phi3 does not have")
+        kinds.add(kind)
     # transformers reads the older key first.
     key = next((key for key, value in given.items() if value), ROPE_KEYS[0])
     rope: dict[str, Any] = given.get(key, {})
-    kinds = {str(value.get("rope_type") or value.get("type") or "default") for value in given.values() if value}
-    kind = next(iter(kinds), "default")
-    if len(kinds) > 1:
+    if len(kinds - {None}) > 1:
         raise _wrong(name, key, rope, f"of another type than the {ROPE_KEYS[1]} beside it")
-    if kind not in ("default", "longrope"):
-        raise _wrong(name, f"{key}.{'rope_type' if 'rope_type' in rope else 'type'}", kind, "which phi3 does not have")
+    kind = next(iter(kinds - {None}), "default")
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if not _is_number(partial, 0.01, 1.0) or int(head_size * partial) % 2 or int(head_size * partial) < 2:
         raise _wrong(
@@ -370,17 +379,18 @@ def _read_stored_quantization(config: Mapping[str, Any], name: str) -> StoredQua
     Raises:
         ModelError: another format, by its name, or one that the training does not read.
     """
-    settings = config.get("quantization_config") or config.get("compression_config") or config.get("quantization")
-    if not settings:
+    key = next((key for key in QUANTIZATION_KEYS if config.get(key) is not None), "")
+    if not key:
         return None
+    settings: Any = config[key]
     if not isinstance(settings, dict):
-        raise _wrong(name, "quantization_config", settings, "not an object")
+        raise _wrong(name, key, settings, "not an object")
     method = settings.get("quant_method")
     if settings.get("load_in_4bit") is not True or method not in (None, "bitsandbytes"):
         bits = "8-bit " if settings.get("load_in_8bit") else ""
-        method = method or ("MLX" if "quantization" in config else "bitsandbytes" if bits else "an unknown method")
+        method = method or ("MLX" if config.get("quantization") else "bitsandbytes" if bits else "an unknown method")
         message = f"The weights of {name} are quantized with {bits}{method}, on which no adapter can be trained here"
-        raise ModelError(f"{message} (quantization_config in its config.json).", _use_original(config, name))
+        raise ModelError(f"{message} ({key} in its config.json).", _use_original(config, name))
     skip = settings.get("llm_int8_skip_modules")
     stored = StoredQuantization(
         quant_type=settings.get("bnb_4bit_quant_type", "fp4"),

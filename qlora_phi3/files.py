@@ -20,6 +20,8 @@ from typing import Any
 from qlora_phi3.errors import RunError, UserError, disk_error_hint, first_line
 
 APP_NAME = "qlora-phi3"
+#: Objects and lists in one another that a JSON file may have; those that are read here have fewer than 10.
+MAX_DEPTH = 64
 #: How the file begins that Git leaves in place of a large one.
 LFS_POINTER = b"version https://git-lfs"
 #: Age at which a temporary file outside a run directory belongs to no process that still writes it.
@@ -221,7 +223,20 @@ def read_json_object(path: Path, error_class: type[UserError], hint: str) -> dic
         raise error_class(f"{path} is not JSON: {error}.", hint) from error
     if not isinstance(value, dict):
         raise error_class(f"{path} holds no JSON object.", hint)
+    if nesting(value, MAX_DEPTH) > MAX_DEPTH:  # copying and printing it would exceed Python's recursion limit
+        raise error_class(f"{path} is nested more than {MAX_DEPTH} deep.", hint)
     return value
+
+
+def nesting(value: object, enough: int) -> int:
+    """How deep lists and tables are nested; counting ends above `enough`."""
+    deepest, values = 0, [(value, 0)]
+    while values and deepest <= enough:
+        each, depth = values.pop()
+        deepest = max(deepest, depth)
+        inner = each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+        values += [(one, depth + 1) for one in inner]
+    return deepest
 
 
 def check_no_pointer(path: Path, error_class: type[UserError]) -> None:

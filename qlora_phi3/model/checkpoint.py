@@ -4,6 +4,7 @@ transformers ignores tensors that the model lacks, and fills in those that the f
 kind of quantization would be trained without, or not as what they are. Run and `vram-check` both compare.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -50,15 +51,11 @@ def check_checkpoint(name: str, architecture: Architecture) -> None:
 
 def _check_tensors(stored: StoredWeights, name: str, architecture: Architecture) -> None:
     expected, found = tensor_shapes(architecture), logical_info(stored)
-    original = f"Use the model that these weights belong to, or the original, such as {original_of(asdict(architecture), name)}."
     if parts := [tensor for tensor in found if tensor.split(".")[-2:-1] and tensor.split(".")[-2] in FUSED]:
         problem = "a Phi-3 whose qkv_proj and gate_up_proj are split, under model_type phi3"
-        raise ModelError(f"The weights of {name} have {parts[0]}: {problem}.", original)
+        raise ModelError(f"The weights of {name} have {parts[0]}: {problem}.", _use_original(name, architecture))
     if more := sorted(tensor for tensor in found.keys() - expected.keys() if not tensor.endswith(REDUNDANT)):
-        count = format_count(len(more), "tensor")
-        raise ModelError(
-            f"The weights of {name} have {count} that phi3 lacks and would ignore, first {more[0]}.", original
-        )
+        raise surplus_tensors(more, name, architecture)
     wrong = [
         tensor
         for tensor, shape in expected.items()
@@ -70,6 +67,17 @@ def _check_tensors(stored: StoredWeights, name: str, architecture: Architecture)
             f"The weights of {name} are incomplete: {count} missing or of another shape or type, first {wrong[0]}.",
             "Download the checkpoint again.",
         )
+
+
+def surplus_tensors(names: Sequence[str], name: str, architecture: Architecture) -> ModelError:
+    """The error for tensors of a checkpoint, such as biases, that the model would be trained without."""
+    problem = f"{format_count(len(names), 'tensor')} that phi3 lacks and would ignore, first {names[0]}"
+    return ModelError(f"The weights of {name} have {problem}.", _use_original(name, architecture))
+
+
+def _use_original(name: str, architecture: Architecture) -> str:
+    original = original_of(asdict(architecture), name)
+    return f"Use the model that these weights belong to, or the original, such as {original}."
 
 
 def _check_quantization(stored: StoredWeights, name: str, architecture: Architecture) -> None:

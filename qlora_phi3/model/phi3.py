@@ -23,8 +23,9 @@ from transformers.utils import logging as transformers_logging
 from qlora_phi3.errors import ModelError
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan
 from qlora_phi3.family import Architecture, find_config, read_config
-from qlora_phi3.files import foreign_errors
+from qlora_phi3.files import foreign_errors, read_json_object
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
+from qlora_phi3.model.checkpoint import REDUNDANT, surplus_tensors
 from qlora_phi3.model.quantized import (
     disable_cpu_repacking,
     find_wrong_shapes,
@@ -33,6 +34,7 @@ from qlora_phi3.model.quantized import (
 from qlora_phi3.model.weights import refuse_pickles
 from qlora_phi3.recipe.schema import Model, Quantization
 
+TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 #: Text that a tokenizer must turn into ids when it is loaded.
 PROBE = "A probe, with <|end|> in it.\n"
 
@@ -115,6 +117,16 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
         ModelError: the base has none, or its files cannot be read.
     """
     hint = "Point [model] name at a complete checkpoint that includes its tokenizer files."
+    try:
+        return _read_tokenizer(config, hint)
+    except ModelError:
+        for name in TOKENIZER_JSON:  # the library does not say which file it is
+            if (path := Path(config.name, name)).is_file():
+                read_json_object(path, ModelError, hint)
+        raise
+
+
+def _read_tokenizer(config: Model, hint: str) -> PreTrainedTokenizerBase:
     with foreign_errors(ModelError, f"The tokenizer of {config.name} cannot be read: {{reason}}.", hint):
         tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
         if not tokenizer.is_fast:
@@ -122,7 +134,6 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
         # What is damaged without being refused shows in use.
         ids = tokenizer(PROBE, add_special_tokens=True).input_ids
         tokenizer.decode([*ids, *tokenizer.all_special_ids])
-        tokenizer.get_vocab()
         if not all(isinstance(token, str) for token in tokenizer.all_special_tokens) or not ids:
             raise ValueError("it gives no ids, or special tokens that are no text")
         if tokenizer.chat_template is not None:
@@ -216,6 +227,8 @@ def load_base(
             parameter.quant_state.dtype = precision.compute_dtype
         else:
             parameter.data = parameter.data.to(precision.compute_dtype)
+    if more := sorted(name for name in info["unexpected_keys"] if not name.endswith(REDUNDANT)):
+        raise surplus_tensors(more, config.name, architecture)  # of a model of the hub; a local one is checked before
     absent = [*sorted(info["missing_keys"]), *sorted(map(str, info["mismatched_keys"]))] or find_wrong_shapes(model)
     if absent:
         raise ModelError(

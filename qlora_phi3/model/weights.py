@@ -213,7 +213,7 @@ def open_file(path: Path, *, error: type[UserError] = ModelError) -> StoredWeigh
         RecursionError,
         OverflowError,
     ) as cause:
-        raise error(f"{path} cannot be read as safetensors: {cause!r}.", hint) from cause
+        raise error(f"{path} cannot be read as safetensors: {type(cause).__name__}: {cause}.", hint) from cause
     for name, location in sorted(locations.items(), key=lambda item: item[1].offset):
         if location.offset + location.info.num_bytes > size:
             raise error(f"{path} is cut short at {size} bytes: {name} is incomplete.", hint)

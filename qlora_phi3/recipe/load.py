@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from qlora_phi3.errors import RecipeError, UserError
 from qlora_phi3.family import Architecture, is_hub_id, original_of
+from qlora_phi3.files import nesting
 from qlora_phi3.recipe.edit import format_toml
 from qlora_phi3.recipe.messages import Problem, find_nearest, find_problems
 from qlora_phi3.recipe.schema import TABLES, Data, Model, Recipe
@@ -107,14 +108,17 @@ def _parse_toml(text: str) -> dict[str, Any]:
         raw = tomllib.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    values: list[tuple[Any, int]] = [(raw, 0)]
-    while values:
-        value, depth = values.pop()
-        if depth > MAX_DEPTH:
-            raise ValueError("it is nested too deeply")
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        values += [(each, depth + 1) for each in inner]
+    if nesting(raw, MAX_DEPTH) > MAX_DEPTH:
+        raise ValueError("it is nested too deeply")
+    if _has_large_int(raw):  # Python refuses to print one of 4,300 digits
+        raise ValueError("it has a whole number of more than 64 bits, which TOML lacks")
     return raw
+
+
+def _has_large_int(value: object) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_has_large_int, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
 def _is_json_object(path: Path) -> bool:

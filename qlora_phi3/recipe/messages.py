@@ -283,7 +283,8 @@ def _replacement(key: str, value: object) -> str:
 def _describe_value(table: str, key: str, value: object, details: Sequence[Any]) -> str:
     messages = []
     for detail in details:
-        inner = f"{'.'.join(map(str, detail['loc'][2:]))}: " if isinstance(value, dict) and detail["loc"][2:] else ""
+        keys = [str(part) for part in detail["loc"][2:] if isinstance(value, dict) and part in value]
+        inner = f"{'.'.join(keys)}: " if keys else ""
         message = detail["ctx"]["error"] if detail["type"] == "value_error" else detail["msg"]
         messages.append(inner + str(message).rstrip("."))
     text = format_toml(value)

@@ -5,14 +5,16 @@ import json
 from unittest.mock import patch
 
 import torch
+from datasets import Dataset
 from message_table import Message
 from safetensors.torch import load_file, save_file
 
 from qlora_phi3.errors import DataError, ModelError, RunError
 from qlora_phi3.family import read_architecture
 from qlora_phi3.inference import InferenceModel, generate, load_for_inference, read_end_of_turn
+from qlora_phi3.model.checkpoint import check_checkpoint
 from qlora_phi3.model.lora import attach_adapter
-from qlora_phi3.model.phi3 import Precision, load_base, load_tokenizer
+from qlora_phi3.model.phi3 import Precision, check_token_ids, load_base, load_tokenizer
 from qlora_phi3.model.quantized import read_quantized, save_quantized
 from qlora_phi3.model.weights import open_file, open_weights, read_tensor
 from qlora_phi3.recipe.schema import Lora, Model, Quantization
@@ -131,7 +133,73 @@ def row(name, trigger, says, hint, error=ModelError):
     return Message(name=name, trigger=trigger, error=error, exit_code=2, says=says, hint=hint)
 
 
+def check(shop, change, **config):
+    """`check_checkpoint` of a copy of the base after a change to its tensors, and to its config.json."""
+    copy = shop.copy_base()
+    tensors = change(load_file(copy / "model.safetensors"))
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps({**content, **config}), encoding="utf-8")
+    check_checkpoint(str(copy), read_architecture(str(copy)))
+
+
+def with_adapter(shop):
+    copy = shop.copy_base()
+    (copy / "adapter_config.json").write_text("{}", encoding="utf-8")
+    check_checkpoint(str(copy), read_architecture(str(copy)))
+
+
+def with_pointer(shop):
+    copy = shop.copy_base()
+    (copy / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    check_checkpoint(str(copy), read_architecture(str(copy)))
+
+
+def split(tensors):
+    query, key, value = tensors.pop(QKV).split((128, 64, 64))
+    parts = dict(zip(("q_proj", "k_proj", "v_proj"), (query, key, value), strict=True))
+    return tensors | {QKV.replace("qkv_proj", part): tensor.contiguous() for part, tensor in parts.items()}
+
+
+def token_beyond(shop):
+    rows = Dataset.from_dict({"input_ids": [[3], [4, 840]]})
+    tokenizer = load_tokenizer(Model(name=str(shop.base)))
+    tokenizer.add_tokens([f"<tool_{number}>" for number in range(832 - len(tokenizer) + 10)])
+    check_token_ids([rows], tokenizer, read_architecture(str(shop.base)), "base")
+
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+QKV = "model.layers.0.self_attn.qkv_proj.weight"
+
 MESSAGES = [
+    row("base-with-an-adapter-beside-it", with_adapter, ("adapter_config.json", "copy"), "[model] adapter"),
+    row("base-with-a-git-lfs-pointer", with_pointer, ("tokenizer.json is a Git LFS pointer",), "git lfs pull"),
+    row(
+        "base-with-biases",
+        lambda shop: check(shop, lambda tensors: {**tensors, QKV.replace("weight", "bias"): torch.ones(256)}),
+        ("1 tensor", "qkv_proj.bias"),
+        "such as microsoft/",
+    ),
+    row("base-with-split-layers", lambda shop: check(shop, split), ("k_proj", "split"), "such as microsoft/"),
+    row(
+        "base-lacks-a-tensor",
+        lambda shop: check(shop, lambda tensors: {name: tensors[name] for name in tensors if name != HALF}),
+        ("1 tensor", HALF),
+        "Download",
+    ),
+    row(
+        "base-of-another-shape",
+        lambda shop: check(shop, lambda tensors: {**tensors, QKV: tensors[QKV][:100].contiguous()}),
+        ("1 tensor", QKV),
+        "Download",
+    ),
+    row(
+        "base-is-not-as-quantized-as-its-config",
+        lambda shop: check(shop, dict, quantization_config=NF4),
+        ("unquantized", "in 4 bit"),
+        "such as microsoft/",
+    ),
+    row("data-with-a-token-beyond-the-embedding", token_beyond, ("<tool_", "id 840", "832 rows"), "tokenizer"),
     row(
         "base-weights-cut-short",
         lambda shop: load(with_base(shop, truncate)),

@@ -6,8 +6,8 @@ from pathlib import Path
 from message_table import Message
 
 from qlora_phi3.errors import RecipeError, UserError
-from qlora_phi3.family import read_architecture
-from qlora_phi3.recipe.load import check_model_limits, load_recipe
+from qlora_phi3.family import StoredQuantization, read_architecture
+from qlora_phi3.recipe.load import check_model_limits, load_recipe, use_stored_quantization
 
 START = '[model]\nname = "microsoft/phi-4"\n[data]\ntrain = "owner/chats"\n'
 
@@ -43,7 +43,59 @@ def refused(name, trigger, says, hint, error=RecipeError):
     return Message(name=name, trigger=trigger, error=error, exit_code=2, says=says, hint=hint)
 
 
+def stored(text):
+    """A trigger that checks a recipe against a base whose files are FP4."""
+    fp4 = StoredQuantization(quant_type="fp4", double_quant=False, compute_dtype="float16", skip_modules=None)
+    architecture = replace(read_architecture("microsoft/phi-4", prefer_shipped=True), stored=fp4)
+    return lambda shop: use_stored_quantization(load_recipe(shop.write(START + text)), architecture)
+
+
 MESSAGES = [
+    refused(
+        "recipe-quantizes-a-stored-4-bit-base",
+        stored('[quantization]\nbnb_4bit_quant_type = "nf4"'),
+        ('bnb_4bit_quant_type = "nf4"', "FP4 without double quantization"),
+        'bnb_4bit_quant_type = "fp4"',
+        UserError,
+    ),
+    refused(
+        "recipe-wants-a-stored-4-bit-base-unquantized",
+        stored("[quantization]\nload_in_4bit = false"),
+        ("load_in_4bit = false", "FP4"),
+        "microsoft/phi-4",
+        UserError,
+    ),
+    refused(
+        "recipe-is-yaml", load_file("axolotl.yml", b"base_model: x\n"), ("axolotl.yml is YAML",), "recipes/chat.toml"
+    ),
+    refused(
+        "recipe-is-json", load_file("train.json", b'{"stage": "sft"}'), ("train.json is JSON",), "recipes/chat.toml"
+    ),
+    refused("recipe-text-is-yaml", load("base_model: x\nlora_r: 8\n"), ("mine.toml is YAML",), "recipes/chat.toml"),
+    refused("recipe-nested-too-deeply", load("x = " + "[" * 900 + "]" * 900), ("mine.toml", "nested too"), "Correct"),
+    refused("recipe-number-of-many-digits", load("x = " + "1" * 5000), ("mine.toml", "digits"), "Correct"),
+    refused(
+        "recipe-missing-template",
+        load(START, "data.chat_template=phi5", check_files=True),
+        ("[data] chat_template", "phi5"),
+        "phi4-mini",
+    ),
+    refused("recipe-name-of-300-bytes", load(START, f"model.name={'x' * 300}"), ("[model] name",), "255 bytes"),
+    refused("recipe-name-with-nul", load(START, 'data.train="a\\u0000b"'), ("[data] train",), "NUL"),
+    refused("recipe-target-is-no-pattern", load(START, "lora.target_modules='('"), ("target_modules",), "expression"),
+    refused(
+        "recipe-key-of-another-tool-deleted",
+        load(START, "training.deepspeed='ds.json'"),
+        ("[training] deepspeed has no place here",),
+        "delete it; one process trains on one GPU.",
+    ),
+    refused(
+        "recipe-key-of-another-tool-replaced",
+        load('lora_target = "all"\n' + START),
+        ("lora_target is outside of every table",),
+        '[lora] target_modules = "all-linear"',
+    ),
+    refused("recipe-kind-of-adapter", load('adapter = "qlora"\n' + START), ("adapter is outside",), "delete it"),
     refused("recipe-unknown-key", load(START + "[lora]\nrnk = 8"), ("[lora] has no key 'rnk'",), "Did you mean 'r'?"),
     refused("recipe-unknown-key-without-a-similar-one", load(START, "lora.xyz=8"), ("'xyz'",), "recipe schema"),
     refused("recipe-key-of-another-table", load(START, "training.r=8"), ("'r'", "[training]"), "It belongs to [lora]."),

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from qlora_phi3.errors import RecipeError
 from qlora_phi3.recipe.edit import format_toml
 from qlora_phi3.recipe.load import load_recipe, recipe_as_toml, recipe_schema
-from qlora_phi3.recipe.messages import ALIASES, REPLACED
+from qlora_phi3.recipe.messages import ALIASES, REPLACED, suggest_key
 from qlora_phi3.recipe.schema import TABLES, Recipe
+from qlora_phi3.runfolder import run_group_name
 
 SHORTEST = '[model]\nname = "base"\n[data]\ntrain = "chats.jsonl"\n'
 
@@ -206,6 +207,62 @@ def test_no_name_is_both_a_key_and_refused():
     assert set(ALIASES.values()) <= keys
     replacements = {key for instead in REPLACED.values() for key in re.findall(r"write \[\w+\] (\w+) =", instead)}
     assert replacements <= keys
+
+
+#: Keys of configurations that people have, by the tool that reads them.
+FOREIGN = """
+base_model base_model_config model_type tokenizer_type trust_remote_code load_in_8bit datasets test_datasets
+dataset_prepared_path val_set_size sequence_len sample_packing eval_sample_packing pad_to_sequence_len adapter lora_model_dir
+lora_r lora_target_linear lora_target_modules lora_fan_in_fan_out lora_modules_to_save wandb_project wandb_entity wandb_watch
+wandb_name wandb_log_model micro_batch_size num_epochs optimizer lr_scheduler train_on_inputs group_by_length tf32
+early_stopping_patience local_rank resume_from_checkpoint xformers_attention flash_attention warmup_ratio evals_per_epoch
+saves_per_epoch eval_table_size debug eval_max_new_tokens deepspeed fsdp fsdp_config special_tokens tokens hub_model_id
+hf_use_auth_token peft_use_dora relora_steps neftune_noise_alpha loss_watchdog_threshold rl cosine_min_lr_ratio
+roles_to_train train_on_eos dataset_processes bfloat16 model_name_or_path adapter_name_or_path stage do_train finetuning_type
+lora_target lora_rank dataset dataset_dir template cutoff_len max_samples overwrite_cache preprocessing_num_workers plot_loss
+overwrite_output_dir save_only_model val_size ddp_timeout eval_dataset quantization_bit double_quantization flash_attn
+enable_liger_kernel use_unsloth rope_scaling neat_packing train_on_prompt mask_history streaming shift_attn upcast_layernorm
+pure_bf16 disable_gradient_checkpointing additional_target model_name max_seq_length full_finetuning token
+use_gradient_checkpointing random_state loftq_config dataset_num_proc fast_inference gpu_memory_utilization max_lora_rank
+train_on_responses_only instruction_part response_part
+"""
+
+
+def test_the_keys_of_other_tools_have_a_replacement_or_are_to_be_deleted(tmp_path: Path):
+    for key in FOREIGN.split():
+        message = refusal(tmp_path, f'{key} = "qlora"\n' + SHORTEST)
+        assert re.search(r"\bdelete it\b|(is written|write|was \w+:.*) \[|Did you mean '(\w+)'", message), message
+        if found := re.search(r"Did you mean '(\w+)'", message):
+            assert ALIASES[key] == found[1]
+
+
+def test_no_key_of_the_libraries_is_led_to_another_one():
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+    from trl import SFTConfig
+
+    own = {key for table in TABLES.values() for key in table.model_fields}
+    known = {field.name for config in (LoraConfig, SFTConfig) for field in dataclasses.fields(config)}
+    known |= set(inspect.signature(BitsAndBytesConfig).parameters)
+    for key in known - own - REPLACED.keys() - ALIASES.keys():
+        assert {suggest_key(table, key, TABLES) for table in ("", *TABLES)} == {
+            "`qlora-phi3 recipe schema` lists every key."
+        }
+
+
+def test_names_of_run_folders_stay_in_the_output_directory():
+    names = ["chat.toml", ".toml", "..toml", "...toml", "..", "a.b.toml", "a", " .toml"]
+    assert [run_group_name(Path(name)) for name in names] == ["chat", *["recipe"] * 4, "a.b", "a", "recipe"]
+
+
+def test_the_output_directory_may_be_below_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert read(tmp_path, SHORTEST, "training.output_dir=~/runs").training.output_dir == "/home/someone/runs"
+
+
+def test_an_override_is_one_value(tmp_path: Path):
+    with pytest.raises(RecipeError):
+        read(tmp_path, SHORTEST, "lora.r=8\nlora_alpha = 5")
 
 
 def follow(messages: str, tables: dict[str, dict[str, object]]) -> None:

@@ -7,15 +7,21 @@ temporary name in the same directory, is flushed to the disk, and is renamed. A 
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from qlora_phi3.errors import RunError, UserError, disk_error_hint
 
 APP_NAME = "qlora-phi3"
+#: Age at which a temporary file outside a run directory belongs to no process that still writes it.
+STALE_SECONDS = 3600
 
 
 @contextmanager
@@ -61,12 +67,12 @@ def replace_dir(staging: Path, target: Path) -> None:
     former = target.with_name(f".{target.name}.former")
     flush_to_disk(staging)
     remove(former)
-    if target.exists():
+    if os.path.lexists(target):  # a link whose target is gone, too
         target.replace(former)
     try:
         staging.replace(target)
     except OSError:
-        if former.exists():
+        if os.path.lexists(former):
             former.replace(target)
         raise
     flush_directory(target.parent)
@@ -98,14 +104,36 @@ def disk_errors(
     try:
         yield
     except (OSError, RuntimeError, _safetensor_error()) as error:
-        reason = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
-        if isinstance(error, RuntimeError):
+        cause = error if isinstance(error, OSError) else _hidden_cause(error, path)
+        reason = str(getattr(cause, "strerror", None) or cause).strip() or type(error).__name__
+        if cause is error and isinstance(error, RuntimeError):
             # torch.save reports a full disk as a RuntimeError of its zip writer, which only counts bytes (torch 2.13).
-            if "inline_container" not in reason and "PytorchStreamWriter" not in reason:
+            if not _is_torch_writer(error):
                 raise
             reason = "the disk accepted fewer bytes than were written, as a full disk does"
         message = f"{path} cannot be written: {reason.splitlines()[0].rstrip('.')}."
-        raise error_class(message, hint.format(cause=disk_error_hint(error))) from error
+        raise error_class(message, hint.format(cause=disk_error_hint(cause))) from error
+
+
+def _is_torch_writer(error: Exception) -> bool:
+    texts = ("inline_container", "PytorchStreamWriter", "iostream error", "Parent directory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def _hidden_cause(error: Exception, path: Path) -> Exception:
+    """The OSError behind an error of a library's writer, which names its number or nothing; else the error itself."""
+    if number := re.search(r"os error (\d+)", str(error)):  # safetensors writes Rust's text
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    if _is_torch_writer(error):
+        directory = next((parent for parent in (path, *path.parents) if parent.is_dir()), Path())
+        try:
+            with tempfile.TemporaryFile(dir=directory) as file:
+                file.write(bytes(2**20))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as found:
+            return found
+    return error
 
 
 def _safetensor_error() -> type[Exception]:
@@ -137,6 +165,22 @@ def flush_directory(path: Path) -> None:
             os.close(descriptor)
 
 
+def make_directory(path: Path) -> None:
+    """Create a directory and its parents, and flush their names to the disk; FileExistsError where it is there already."""
+    created = [path, *takewhile(lambda parent: not parent.exists(), path.parents)]
+    path.mkdir(parents=True)
+    for directory in created:
+        flush_directory(directory.parent)
+
+
+def remove_leftovers(directory: Path, *, older_than_seconds: float = 0.0) -> None:
+    """Remove what killed processes left of `atomic_file` and `atomic_dir` in a directory."""
+    for path in (*directory.glob(".*.partial"), *directory.glob(".*.former")):
+        with suppress(OSError):
+            if path.lstat().st_mtime <= time.time() - older_than_seconds:
+                remove(path)
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link, or a directory with everything in it; a missing path is no error."""
     if path.is_dir() and not path.is_symlink():
@@ -157,6 +201,8 @@ def read_json_object(path: Path, error_class: type[UserError], hint: str) -> dic
     Raises:
         error_class: the file cannot be read, is not JSON, or holds no object; with `hint`.
     """
+    if path.exists() and not path.is_file():
+        raise error_class(f"{path} is no regular file.", hint)  # reading a named pipe would wait forever
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

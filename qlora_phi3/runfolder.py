@@ -1,15 +1,34 @@
 """The directory of a run: its paths, metrics.jsonl and report.json."""
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from qlora_phi3.errors import RunError
-from qlora_phi3.files import atomic_write, disk_errors, read_json_object
+from qlora_phi3.files import (
+    atomic_write,
+    disk_errors,
+    flush_to_disk,
+    make_directory,
+    read_json_object,
+    remove,
+)
+
+#: Held by the process that writes a run directory, and the file with its process id.
+LOCK, LOCK_PID = ".lock", ".lock.pid"
+#: Types of the values of report.json that a resumed run reads.
+REPORT_TYPES: dict[str, type | tuple[type, ...]] = {
+    "status": str, "name": str, "started": str, "seconds": (int, float), "recipe": dict, "data": dict, "versions": dict,
+    "device": str, "compute_dtype": str, "adapter": dict, "files": dict,
+}  # fmt: skip
+#: Age at which a run directory without a report belongs to no process that is about to write it.
+STARTING_SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +56,35 @@ class RunFolder:
         if self.recipe.is_file() and not self.report.exists():
             hint = f"Put it back, or train again: qlora-phi3 run {self.recipe}"
             raise RunError(f"{self.path} is a run without its report.json.", hint)
-        return read_json_object(self.report, RunError, "Give the directory of a run: runs/<recipe>/<time>.")
+        hint = "Give the directory of a run: runs/<recipe>/<time>."
+        report = read_json_object(self.report, RunError, hint)
+        for key, kind in REPORT_TYPES.items():
+            if key in report and not isinstance(report[key], kind):
+                raise RunError(f"{self.report} is damaged: {key} cannot be {report[key]!r}.", "Start a new run.")
+        return report
+
+    @property
+    def started(self) -> datetime:
+        """When the run started by its report; where that cannot be read, when the report was written."""
+        with suppress(RunError, ValueError):
+            started = datetime.fromisoformat(self.read_report()["started"])
+            return started if started.tzinfo else started.astimezone()
+        return datetime.fromtimestamp(self.report.lstat().st_mtime, UTC)
 
 
 def create_run_folder(root: Path, recipe_name: str) -> RunFolder:
-    """Create `root/recipe_name/<time>`, never one that exists; RunError where that is impossible."""
+    """Create `root/recipe_name/<time>`, never one that exists; RunError where that is impossible.
+
+    Directories of runs that were killed before they wrote anything are removed.
+    """
+    for path in (root / recipe_name).glob("*"):
+        _remove_unstarted(RunFolder(path))
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 100):
         path = root / recipe_name / (stamp if attempt == 1 else f"{stamp}-{attempt}")
         try:
-            path.mkdir(parents=True)
-            (path / "checkpoints").mkdir()
+            make_directory(path)
+            make_directory(path / "checkpoints")
         except FileExistsError:
             if not path.is_dir():
                 raise RunError(f"{path.parent} is not a directory.", "Choose another [training] output_dir.") from None
@@ -59,6 +96,47 @@ def create_run_folder(root: Path, recipe_name: str) -> RunFolder:
     raise RunError(f"{root / recipe_name} has 99 runs of this second.", "Try again.")
 
 
+def _remove_unstarted(folder: RunFolder) -> None:
+    """Remove a run directory that holds neither a report nor a checkpoint, unless a process is about to write it."""
+    with suppress(OSError, RunError):
+        names = {path.name for path in folder.path.iterdir() if path.suffix != ".partial"}
+        is_run = "checkpoints" in names and not folder.path.is_symlink() and not any(folder.checkpoints.iterdir())
+        age_seconds = time.time() - folder.path.stat().st_mtime
+        if is_run and names <= {"checkpoints", "recipe.toml", LOCK, LOCK_PID} and age_seconds >= STARTING_SECONDS:
+            with lock_run(folder):
+                remove(folder.path)
+
+
+@contextmanager
+def lock_run(folder: RunFolder) -> Iterator[None]:
+    """Let no other process write a run directory; a killed process releases its lock.
+
+    Raises:
+        RunError: another process writes it, named by its id; or the directory cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    process = folder.path / LOCK_PID
+    with ExitStack() as held, disk_errors(folder.path, hint="{cause}, then go on with --resume."):
+        try:
+            held.enter_context(FileLock(folder.path / LOCK, timeout=0))
+        except Timeout as error:
+            with suppress(OSError, ValueError):
+                pid = int(process.read_text(encoding="utf-8"))
+                raise RunError(
+                    f"Process {pid} is writing {folder.path}.", "Wait for it, or end it, then go on with --resume."
+                ) from error
+            raise RunError(f"Another process is writing {folder.path}.", "Wait for it, or end it.") from error
+        process.write_text(str(os.getpid()), encoding="utf-8")
+        free = held.pop_all()
+    with free:
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                process.unlink(missing_ok=True)
+
+
 @contextmanager
 def removed_on_failure(folder: RunFolder) -> Iterator[None]:
     """Remove a new, still empty run directory if what is done inside fails."""
@@ -66,6 +144,8 @@ def removed_on_failure(folder: RunFolder) -> Iterator[None]:
         yield
     except BaseException:
         with suppress(OSError):  # the recipe's directory may hold other runs
+            for name in (LOCK, LOCK_PID):
+                (folder.path / name).unlink(missing_ok=True)
             for path in (folder.checkpoints, folder.path, folder.path.parent):
                 path.rmdir()
         raise
@@ -73,7 +153,8 @@ def removed_on_failure(folder: RunFolder) -> Iterator[None]:
 
 def find_run(root: Path, recipe_name: str, wanted: str | None) -> RunFolder:
     """The run to resume: the directory `wanted`, or the newest run of the recipe with a report; RunError where there is none."""
-    runs = sorted(report.parent for report in (root / recipe_name).glob("*/report.json"))
+    found = [report.parent for report in (root / recipe_name).glob("*/report.json")]
+    runs = sorted(found, key=lambda path: (RunFolder(path).started, path.name))
     if wanted is None and not runs:
         raise RunError(f"There is no run of {recipe_name} under {root} to resume.", "Leave --resume out to start one.")
     if wanted is not None and not Path(wanted).is_dir():
@@ -103,23 +184,30 @@ def append_metrics(folder: RunFolder, record: Mapping[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def read_metrics(folder: RunFolder) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a last line that a kill cut short is left out."""
-    if not folder.metrics.is_file():
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a line that is no record, as a kill leaves the last one, is left out."""
+    if not path.is_file():
         return []
     records = []
-    for line in folder.metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 
-def cut_metrics(folder: RunFolder, step: int) -> None:
-    """Remove the records after a step, which a resumed run measures again.
+def restore_metrics(folder: RunFolder, checkpoint: Path | None) -> None:
+    """Replace metrics.jsonl by the copy in a checkpoint (None: by nothing); a resumed run measures the rest again.
 
     Records of out-of-memory errors stay: the resumed run starts with the execution plan that they led to.
     """
-    records = [record for record in read_metrics(folder) if record["step"] <= step or record["kind"] == "oom"]
-    atomic_write(folder.metrics, "".join(json.dumps(record) + "\n" for record in records))
+    kept = [] if checkpoint is None else read_metrics(checkpoint / folder.metrics.name)
+    kept += [record for record in read_metrics(folder.metrics) if record["kind"] == "oom" and record not in kept]
+    atomic_write(folder.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def flush_metrics(folder: RunFolder) -> None:
+    """Let metrics.jsonl reach the disk; RunError where the disk is full or refuses."""
+    with disk_errors(folder.metrics, hint="{cause}, then go on with --resume."):
+        flush_to_disk(folder.metrics)

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qlora_phi3.errors import RunError
-from qlora_phi3.files import atomic_write, user_cache_dir
+from qlora_phi3.files import (
+    STALE_SECONDS,
+    atomic_write,
+    read_json_object,
+    remove,
+    remove_leftovers,
+    user_cache_dir,
+)  # fmt: skip
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.memory.margin import budget_of, read_margin
 from qlora_phi3.memory.report import VramReport, as_json, from_json, read_versions
@@ -122,9 +129,8 @@ class CachedVramCheck:
             }
         )
         path = user_cache_dir() / "vram-check" / f"{key}.json"
-        with suppress(ValueError, TypeError):  # somebody edited the cache
-            if saved := find_cached(path):
-                return list(map(decode, saved))
+        if saved := find_cached(path):
+            return list(map(decode, saved))
         with self.open_progress() as progress:
             results = compute(progress)
         save_cached(path, list(map(encode, results)), files_of(self.recipe, self.path.parent))
@@ -144,10 +150,12 @@ def cache_key(parts: Mapping[str, Any]) -> str:
 def find_cached(path: Path) -> Any:
     """The result of `save_cached`; None where there is none, it is damaged, or a file that it was read from has changed."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        unchanged = all(_file_state(file) == state for file, state in saved["files"].items())
-        return saved["result"] if unchanged else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        saved = read_json_object(path, RunError, "")
+        result, files = saved["result"], saved["files"]
+        if saved["sha256"] != _digest(result, files):
+            return None
+        return result if all(_file_state(file) == state for file, state in files.items()) else None
+    except (RunError, KeyError, RecursionError):
         return None
 
 
@@ -155,10 +163,17 @@ def save_cached(path: Path, result: Any, files: Iterable[Path]) -> None:
     """Save a result with the state of `files`, which it was read from; a directory that cannot be written is ignored."""
     with suppress(OSError, RunError):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, older_than_seconds=STALE_SECONDS)
+        if not path.is_file():
+            remove(path)
         states = {str(file): _file_state(file) for file in files}
-        atomic_write(path, json.dumps({"result": result, "files": states}))
+        atomic_write(path, json.dumps({"result": result, "files": states, "sha256": _digest(result, states)}))
         for old in sorted(path.parent.glob("*.json"), key=lambda path: -path.stat().st_mtime_ns)[MAX_RESULTS:]:
             old.unlink(missing_ok=True)
+
+
+def _digest(result: Any, files: Any) -> str:
+    return hashlib.sha256(json.dumps([result, files], sort_keys=True).encode()).hexdigest()
 
 
 def _file_state(path: str | Path) -> list[int] | None:

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.errors import DeviceError, RunError
-from qlora_phi3.files import atomic_write, user_state_dir
+from qlora_phi3.files import (
+    STALE_SECONDS,
+    atomic_write,
+    read_json_object,
+    remove,
+    remove_leftovers,
+    user_state_dir,
+)  # fmt: skip
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.units import MIB, format_gib, parse_size
 
@@ -29,6 +36,8 @@ DECAY = 0.9
 #: Runs that are recorded for each GPU, the latest ones.
 MAX_RECORDS = 50
 RECORDS_NAME = "prediction-errors.json"
+#: No prediction was ever off by a factor of two, so a record that is off by more than this is damaged.
+LARGEST_FACTOR = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,20 +100,26 @@ def record_error(gpu_name: str, predicted_bytes: int, measured_bytes: int) -> No
     with suppress(OSError, RunError):
         path = user_state_dir() / RECORDS_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, older_than_seconds=STALE_SECONDS)
+        if not path.is_file():
+            remove(path)
         atomic_write(path, json.dumps(records, indent=1) + "\n")
 
 
 def _read_records() -> Mapping[str, Sequence[Mapping[str, Any]]]:
-    """GPU -> records, the oldest first; entries that are no records are ignored, as somebody may have edited the file."""
+    """GPU -> records, the oldest first; entries that are no records are ignored, and are gone when the file is written again."""
     try:
-        saved = json.loads((user_state_dir() / RECORDS_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        saved = read_json_object(user_state_dir() / RECORDS_NAME, RunError, "")
+    except RunError:
         return {}
     found: dict[str, list[Mapping[str, Any]]] = {}
-    for name, records in saved.items() if isinstance(saved, dict) else ():
+    for name, records in saved.items():
         for record in records if isinstance(records, list) else ():
             known = record if isinstance(record, dict) else {}
-            sizes = [known.get(key) for key in ("predicted_bytes", "measured_bytes")]
-            if all(isinstance(size, int) and size > 0 for size in sizes):
-                found.setdefault(name, []).append(record)
+            predicted, measured = (known.get(key) for key in ("predicted_bytes", "measured_bytes"))
+            if not (isinstance(predicted, int) and isinstance(measured, int)):
+                continue
+            if 0 < predicted < measured * LARGEST_FACTOR and 0 < measured < predicted * LARGEST_FACTOR:
+                sizes = {"predicted_bytes": predicted, "measured_bytes": measured}
+                found.setdefault(name, []).append({**sizes, "date": str(known.get("date", ""))[:10]})
     return found

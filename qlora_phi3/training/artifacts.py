@@ -1,32 +1,54 @@
 """What a run saves: checkpoints, the adapter with a tokenizer that gives the ids it was trained on, and the inputs of an export.
 
 transformers writes a checkpoint file by file. A kill in between leaves one that fails when it is resumed, or, if only the
-optimizer is missing, is resumed silently with a new optimizer. So a manifest of file sizes is written last, and only a checkpoint
-that matches its manifest is resumed.
+optimizer is missing, is resumed silently with a new optimizer. So a manifest with the checksum of every file is written last, and
+only a checkpoint that matches its manifest is resumed.
 """
 
 import json
+import math
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerState
+from transformers.trainer_pt_utils import safe_globals
 
 from qlora_phi3.adapters.peft_io import ADAPTER_CONFIG, TOKENIZER_FILES
 from qlora_phi3.data.prepare import PreparedData
-from qlora_phi3.errors import RunError
-from qlora_phi3.files import atomic_dir, atomic_write, disk_errors, flush_to_disk, read_json_object
+from qlora_phi3.errors import RunError, first_line
+from qlora_phi3.files import (
+    atomic_dir,
+    atomic_write,
+    disk_errors,
+    flush_directory,
+    flush_to_disk,
+    read_json_object,
+    remove,
+    sha256_file,
+)
 from qlora_phi3.model.quantized import tensor_record
 from qlora_phi3.recipe.schema import Model, Quantization
 from qlora_phi3.runfolder import RunFolder
+from qlora_phi3.training.prepare import RunContext
 
 #: The manifest of a checkpoint.
 MANIFEST = "sealed.json"
+TRAINER_STATE = "trainer_state.json"
+#: What a checkpoint must hold: the adapter, the optimizer, the schedule, the random numbers, the trainer's state, the metrics.
+REQUIRED = (
+    "adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", TRAINER_STATE,
+    "metrics.jsonl",
+)  # fmt: skip
 #: The hint where base.json cannot be read.
 START_NEW = "Start a new run."
 #: Rows whose ids are computed again with the copied tokenizer.
@@ -36,36 +58,104 @@ KEPT_ROWS, KEPT_TOKENS = 64, 16_384
 
 
 def write_manifest(checkpoint: Path) -> None:
-    """Flush every file of a checkpoint to the disk, then write their sizes."""
+    """Flush every file of a checkpoint to the disk, then write their checksums."""
     flush_to_disk(checkpoint)
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST]
-    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
-    atomic_write(checkpoint / MANIFEST, json.dumps(sizes, indent=2))
+    checksums = {path.relative_to(checkpoint).as_posix(): sha256_file(path) for path in files}
+    atomic_write(checkpoint / MANIFEST, json.dumps(checksums, indent=2))
+    flush_directory(checkpoint.parent)
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint has a manifest and all its files have the sizes of the manifest."""
+def damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be resumed: what is missing, was changed, or cannot be loaded; None where it can."""
     try:
-        sizes: dict[str, int] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
+        checksums = read_json_object(checkpoint / MANIFEST, RunError, "")
+    except RunError as error:
+        return error.message.rstrip(".") if (checkpoint / MANIFEST).exists() else f"it has no {MANIFEST}"
+    for name in sorted({*REQUIRED, *checksums}):
+        path = checkpoint / name
+        if name not in checksums:
+            return f"{MANIFEST} does not name {name}"
+        if not path.is_file():
+            return f"{name} is missing"
+        try:
+            if sha256_file(path) != checksums[name]:
+                return f"the SHA-256 of {name} is not the one in {MANIFEST}"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return _load_error(checkpoint)
 
 
-def find_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The newest complete checkpoint, or None; and the newer ones that are incomplete, the newest first."""
-    numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    incomplete: list[Path] = []
+def _load_error(checkpoint: Path) -> str | None:
+    """Why a file of a checkpoint cannot be loaded, or is of another step; None where all can."""
+    name = ""
+    try:
+        for name in REQUIRED:
+            if name.endswith((".pt", ".pth")):
+                with safe_globals():
+                    torch.load(checkpoint / name, map_location="cpu", weights_only=True, mmap=True)
+            elif name.endswith(".safetensors"):
+                with safe_open(checkpoint / name, framework="pt") as file:
+                    file.keys()
+        step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE)).global_step
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        UnpicklingError,
+        SafetensorError,
+    ) as error:
+        return f"{name} cannot be loaded: {first_line(error)}"
+    return None if step == step_of(checkpoint) else f"{TRAINER_STATE} is of step {step}"
+
+
+def find_checkpoint(folder: Path, *, needs_best: bool = False) -> tuple[Path | None, dict[Path, str]]:
+    """The newest complete checkpoint, or None; and why the newer ones cannot be used, the newest first.
+
+    Args:
+        needs_best: the run ends with its best checkpoint, so one whose best checkpoint until then is damaged is of no use.
+    """
+    numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    refused: dict[Path, str] = {}
     for path in sorted(numbered, key=step_of, reverse=True):
-        if is_complete(path):
-            return path, incomplete
-        incomplete.append(path)
-    return None, incomplete
+        reason = damage(path)
+        if reason is None and needs_best:
+            best = TrainerState.load_from_json(str(path / TRAINER_STATE)).best_global_step
+            if best and (reason := damage(folder / f"checkpoint-{best}")):
+                reason = f"the best checkpoint before it, checkpoint-{best}, is incomplete: {reason}"
+        if reason is None:
+            return path, refused
+        refused[path] = reason
+    return None, refused
+
+
+def set_aside(checkpoint: Path) -> Path | None:
+    """Remove what a kill left of a checkpoint; give a damaged one a name that nothing reads or deletes, and return that."""
+    if not (checkpoint / MANIFEST).exists():
+        remove(checkpoint)
+        return None
+    target = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    with disk_errors(target):
+        remove(target)
+        checkpoint.replace(target)
+        flush_directory(target.parent)
+    return target
 
 
 def step_of(checkpoint: Path) -> int:
     """The optimizer step that a checkpoint was written after."""
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def base_directory(base: Model, revision: str | None) -> Path:
+    """The directory with the base's configuration and tokenizer files: its own, or that of its commit in the hub's cache."""
+    if (source := Path(base.name)).is_dir():
+        return source
+    revision = revision or base.revision
+    return Path(snapshot_download(base.name, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
 
 
 def save_adapter(
@@ -80,10 +170,10 @@ def save_adapter(
     Raises:
         RunError: the disk is full, or the copied tokenizer gives other ids.
     """
-    source = Path(base.name)
-    if not source.is_dir():
-        revision = read_json_object(folder.base, RunError, START_NEW).get("revision") or base.revision
-        source = Path(snapshot_download(base.name, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
+    is_local = Path(base.name).is_dir()
+    source = base_directory(
+        base, None if is_local else read_json_object(folder.base, RunError, START_NEW).get("revision")
+    )
     hint = "{cause}, then go on with --resume; earlier checkpoints remain."
     with disk_errors(folder.adapter, hint=hint), atomic_dir(folder.adapter) as staging:
         model.save_pretrained(staging)
@@ -108,12 +198,46 @@ def save_adapter(
                 )
 
 
+def input_checksums(context: RunContext, revision: str | None) -> dict[str, str]:
+    """SHA-256 of what decides a run beside the recipe and the weights: the base's files, the template, the token ids."""
+    folder = base_directory(context.recipe.model, revision)
+    checksums = {name: sha256_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
+    config = {
+        key: value for key, value in context.config.items() if key not in ("transformers_version", "_name_or_path")
+    }
+    texts = {"config.json": json.dumps(config, sort_keys=True), "the chat template": context.template.source}
+    checksums |= {name: sha256(text.encode(errors="surrogatepass")).hexdigest() for name, text in texts.items()}
+    digest = sha256()
+    for rows in (context.data.train, context.data.evaluation):
+        columns = [] if rows is None else rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(1000)
+        for table in columns:
+            for column in table.columns:
+                for chunk in column.chunks:
+                    digest.update(chunk.value_lengths().to_numpy())
+                    digest.update(chunk.flatten().to_numpy(zero_copy_only=False))
+    return {**checksums, "the token ids": digest.hexdigest()}
+
+
 def record_base(
-    model: PeftModel, folder: RunFolder, *, name: str, quantization: Quantization, compute_dtype: torch.dtype
+    model: PeftModel,
+    folder: RunFolder,
+    *,
+    name: str,
+    quantization: Quantization,
+    compute_dtype: torch.dtype,
+    device: str = "",
+    inputs: Mapping[str, str] | None = None,
 ) -> None:
     """Write base.json; where the run has one already, compare the loaded base with it.
 
-    `name` is the recipe's; the weights had `compute_dtype` when they were quantized. Raises RunError where the base is another.
+    Args:
+        name: the recipe's.
+        compute_dtype: of the weights when they were quantized.
+        device: its description; the same one quantizes to the same bits.
+        inputs: `input_checksums`.
+
+    Raises:
+        RunError: the base, or one of the inputs, is another.
     """
     base = model.get_base_model()
     four_bit = {"quant_type": quantization.bnb_4bit_quant_type, "double_quant": quantization.bnb_4bit_use_double_quant}
@@ -123,26 +247,46 @@ def record_base(
         "dtype": str(compute_dtype).removeprefix("torch."),
         "quantization": four_bit if quantization.load_in_4bit else None,
         "device": base.device.type,
+        "computed_on": device,
+        "inputs": dict(inputs or {}),
         "tensors": {tensor_name: tensor_record(parameter) for tensor_name, parameter in base_parameters(model)},
     }
-    if not folder.base.is_file():
+    if not os.path.lexists(folder.base):
         atomic_write(folder.base, json.dumps(record, indent=1) + "\n")
         return
     was = read_json_object(folder.base, RunError, START_NEW)
-    if (was["device"], was["dtype"]) != (record["device"], record["dtype"]):
-        return  # other hardware may quantize to other bits
-    # Of a 4-bit tensor compare the codes: the mean of its scales depends on the number of threads.
-    before, now = (
-        {key: tensor.get("codes", tensor.get("sha256")) for key, tensor in tensors.items()}
-        for tensors in (was["tensors"], record["tensors"])
-    )
-    differing = [key for key in before if before[key] != now.get(key)]
+    try:
+        differing = _differing(was, record)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{folder.base} is damaged: {error!r}.", START_NEW) from error
     if differing:
         raise RunError(
-            f"The base {name} is not the one {folder.path} started with: {len(differing)} of {len(before)} tensors differ, "
+            f"The base {name} or the data are not those {folder.path} started with: {len(differing)} checksums differ, "
             f"first {differing[0]}.",
-            "Restore the former weights, or start a new run.",
+            "Restore the former files, or start a new run.",
         )
+
+
+def _differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The inputs and tensors of a recorded base that differ from those of the loaded one."""
+    inputs = [key for key in was.get("inputs", {}) if was["inputs"][key] != now["inputs"].get(key)]
+    names = sorted(was["tensors"].keys() ^ now["tensors"].keys())
+    same = [was[key] == now[key] for key in ("device", "dtype")]
+    exact = all(same) and was.get("computed_on") == now["computed_on"]
+    for name in was["tensors"].keys() & now["tensors"].keys():
+        before, after = was["tensors"][name], now["tensors"][name]
+        if ("codes" in before) != ("codes" in after):
+            differs = True
+        elif exact or "codes" not in before:
+            # An unquantized tensor of another dtype has other bits.
+            differs = (exact or all(same)) and before["sha256"] != after["sha256"]
+        else:
+            # The mean of the scales depends on the number of threads, and other hardware may quantize to other bits.
+            differs = not math.isclose(before["mean_absmax"], after["mean_absmax"], rel_tol=1e-5 if all(same) else 1e-2)
+            differs |= all(same) and before["codes"] != after["codes"]
+        if differs:
+            names.append(name)
+    return inputs + names
 
 
 def base_parameters(model: PeftModel) -> Iterator[tuple[str, Tensor]]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from qlora_phi3.adapters.peft_io import adapter_record
 from qlora_phi3.data.report import DataReport
 from qlora_phi3.errors import Interrupted, RunError
+from qlora_phi3.files import sha256_file
 from qlora_phi3.hardware.gpu import Gpu, read_own_bytes
 from qlora_phi3.memory.cuda_path import context_bytes
 from qlora_phi3.memory.margin import record_error
@@ -136,13 +138,14 @@ def first_report(
                 "Start a new run.",
             )
         # A session that was killed could not report its seconds; its steps and evaluations are in metrics.jsonl.
-        records = read_metrics(resume)
-        measured = float(sum(record.get("step_seconds", record.get("seconds", 0.0)) for record in records))
+        records = read_metrics(resume.metrics)
+        lasted = [record.get("step_seconds", record.get("seconds")) for record in records]
+        measured = float(sum(value for value in lasted if isinstance(value, float)))
         seconds = max(was.get("seconds", 0.0), measured)
     return {
         "status": "running",
         "name": was.get("name", name),
-        "started": was.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
+        "started": was.get("started", datetime.now(UTC).isoformat()),
         "seconds": seconds,
         "trained_sha256_before": was.get("trained_sha256_before"),
         "recipe": recipe.model_dump(mode="json"),
@@ -181,6 +184,16 @@ def row_name(row: Mapping[str, Any], sources: Sequence[str]) -> str:
     return f"{sources[row['source']]}:{row['source_row']}" if is_named else "A row"
 
 
+def damaged_files(folder: RunFolder, report: Mapping[str, Any]) -> list[str]:
+    """The files of a finished run that are missing or have not the checksum in its report; older runs recorded two."""
+    recorded = report.get("files") or {f"adapter/{name}": value for name, value in report.get("adapter", {}).items()}
+    return [
+        name
+        for name, checksum in recorded.items()
+        if not (folder.path / name).is_file() or sha256_file(folder.path / name) != checksum
+    ]
+
+
 @contextmanager
 def failure_reported(folder: RunFolder, report: Mapping[str, Any], started: float) -> Iterator[None]:
     """Write into report.json how a run ended if it fails or is interrupted; `started` is of time.perf_counter()."""
@@ -191,7 +204,7 @@ def failure_reported(folder: RunFolder, report: Mapping[str, Any], started: floa
         reason = str(error) or type(error).__name__
         seconds = report["seconds"] + time.perf_counter() - started
         with suppress(RunError):  # the disk may still be full, and the first error is the one to report
-            divergences = [record for record in read_metrics(folder) if record["kind"] == DivergenceRecord.kind]
+            divergences = [record for record in read_metrics(folder.metrics) if record["kind"] == DivergenceRecord.kind]
             ended = {"status": status, "error": reason, "seconds": seconds, "divergences": divergences}
             write_report(folder, {**report, **ended})
         raise
@@ -230,14 +243,16 @@ def last_report(
     folder: RunFolder, report: Mapping[str, Any], prediction_check: PredictionCheck, *, steps: int, started: float
 ) -> dict[str, Any]:
     """The report of a finished run; its figures come from metrics.jsonl, which earlier sessions wrote too."""
-    records = read_metrics(folder)
+    records = read_metrics(folder.metrics)
     losses = [(record["step"], record["eval_loss"]) for record in records if record["kind"] == EvalRecord.kind]
     peaks = [record["peak_memory_bytes"] for record in records if record["kind"] == StepRecord.kind]
+    results = (*sorted(folder.adapter.iterdir()), folder.base, folder.held_out, folder.metrics)
     return {
         **report,
         "status": "done",
         "steps": steps,
         "adapter": adapter_record(folder.adapter),
+        "files": {path.relative_to(folder.path).as_posix(): sha256_file(path) for path in results},
         "eval_loss_before": losses[0][1] if losses and losses[0][0] == 0 else None,
         "eval_loss_after": losses[-1][1] if losses else None,
         "seconds": report["seconds"] + time.perf_counter() - started,

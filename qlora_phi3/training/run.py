@@ -15,28 +15,38 @@ from pydantic import ValidationError
 from torch.nn.utils import clip_grad_norm_
 
 from qlora_phi3.errors import Interrupted, RunError
-from qlora_phi3.files import atomic_write
+from qlora_phi3.files import atomic_write, disk_errors, remove, remove_leftovers
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.model.quantized import save_quantized
 from qlora_phi3.recipe.load import recipe_as_toml, resolve_paths
-from qlora_phi3.recipe.schema import Recipe
+from qlora_phi3.recipe.schema import NEEDS_EVALUATION, Recipe
 from qlora_phi3.reporter import Reporter
 from qlora_phi3.runfolder import (
     RunFolder,
     create_run_folder,
-    cut_metrics,
+    flush_metrics,
+    lock_run,
     read_metrics,
     removed_on_failure,
+    restore_metrics,
     write_report,
 )
 from qlora_phi3.step import is_out_of_memory
-from qlora_phi3.training.artifacts import find_checkpoint, record_base, save_adapter, save_held_out, step_of
+from qlora_phi3.training.artifacts import (
+    find_checkpoint,
+    input_checksums,
+    record_base,
+    save_adapter,
+    save_held_out,
+    set_aside,
+)  # fmt: skip
 from qlora_phi3.training.callbacks import stop_on_interrupt
 from qlora_phi3.training.oom import RngState, restore_execution_plan
 from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, plan_run, prepare, wants_dry_run
 from qlora_phi3.training.report import (
     PredictionCheck,
+    damaged_files,
     describe_device,
     describe_load,
     describe_unlearned,
@@ -79,84 +89,140 @@ def run(
     recipe = resolve_paths(recipe, recipe_dir)
     if resume is not None:
         check_resumable(resume, recipe, reporter)
-    context = prepare(recipe, recipe_dir, reporter)
-    device, compute_dtype = context.device, context.precision.compute_dtype
-    report = first_report(
-        recipe,
-        context.data.report,
-        name=name,
-        device=describe_device(device),
-        compute_dtype=compute_dtype,
-        resume=resume,
-    )
-    planned = plan_run(context)
-    folder = resume or create_run_folder(Path(recipe.training.output_dir), name)
-    checkpoint = _checkpoint_to_resume(folder, reporter) if resume else None
-    with nullcontext() if resume else removed_on_failure(folder):
+    with lock_run(resume) if resume else nullcontext():
+        context = prepare(recipe, recipe_dir, reporter)
+        device, compute_dtype = context.device, context.precision.compute_dtype
+        report = first_report(
+            recipe,
+            context.data.report,
+            name=name,
+            device=describe_device(device),
+            compute_dtype=compute_dtype,
+            resume=resume,
+        )
+        planned = plan_run(context)
+        if resume is not None:
+            return _run_in(resume, _checkpoint_to_resume(resume, recipe, reporter), context, planned, report, started)
+        folder = create_run_folder(Path(recipe.training.output_dir), name)
+        with lock_run(folder):
+            return _run_in(folder, None, context, planned, report, started, is_new=True)
+
+
+def _run_in(
+    folder: RunFolder,
+    checkpoint: Path | None,
+    context: RunContext,
+    planned: PlannedRun,
+    report: Mapping[str, Any],
+    started: float,
+    *,
+    is_new: bool = False,
+) -> RunResult:
+    """Train in a run directory that this process has locked, from a checkpoint or from the first step."""
+    recipe = context.recipe
+    with removed_on_failure(folder) if is_new else nullcontext():
         model = load_model(context, is_first_session=checkpoint is None)
     if checkpoint is None:
-        report["trained_sha256_before"] = trained_digest(model)
+        report = {**report, "trained_sha256_before": trained_digest(model)}
     with failure_reported(folder, report, started):
         atomic_write(folder.recipe, recipe_as_toml(recipe))
         write_report(folder, report)
-        reporter.info(f"Run folder: {folder.path}")
+        context.reporter.info(f"Run folder: {folder.path}")
         _save_export_inputs(context, model, folder)
-        cut_metrics(folder, step_of(checkpoint) if checkpoint else -1)
-        execution = restore_execution_plan(planned.execution, read_metrics(folder), device)
+        restore_metrics(folder, checkpoint)
+        execution = restore_execution_plan(planned.execution, read_metrics(folder.metrics), context.device)
         trainer = build_trainer(context, execution, model, folder)
         _begin(trainer, context, planned, checkpoint)
-        with stop_on_interrupt(reporter, trainer.stop):
+        with stop_on_interrupt(context.reporter, trainer.stop):
             _train(trainer, context, folder, checkpoint)
             if trainer.divergence.last_good.step != 0 or not trainer.divergence.failure:
                 save_adapter(model, context.tokenizer, recipe.model, folder, sample=context.data.train)
             trainer.divergence.raise_failure(folder.adapter)
             check = _check_prediction(trainer, context, planned)
+            flush_metrics(folder)
             report = last_report(folder, report, check, steps=int(trainer.state.global_step), started=started)
             report["unlearned"] = describe_unlearned(model, report)
             write_report(folder, report)
     if report["unlearned"]:
-        reporter.warning(report["unlearned"])
+        context.reporter.warning(report["unlearned"])
     before, after = report["eval_loss_before"], report["eval_loss_after"]
     return RunResult(folder, report["steps"], before, after, report["seconds"])
+
+
+#: Keys of [training] that a resumed run may have other values of: they change neither the rows of a step nor what is learned.
+FREE_KEYS = frozenset(
+    (
+        "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "packing",
+        "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading", "num_train_epochs", "max_steps",
+        "logging_strategy", "logging_steps", "log_level", "disable_tqdm", "report_to", "output_dir", "save_total_limit",
+    )
+)  # fmt: skip
+#: Those of them that ask for another number of steps; a run that is done continues where one differs.
+STEP_KEYS = frozenset(("num_train_epochs", "max_steps"))
+#: Free as well, unless an evaluation decides the learning rate or which checkpoint is the best.
+INTERVAL_KEYS = frozenset(("eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_minutes"))
 
 
 def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> None:
     """Refuse to resume a run that is done or that started with another recipe; report libraries that changed since.
 
-    Keys of [memory] may differ: they change nothing that is learned. So may keys that one of two versions of this program does
-    not know: a key that the run's report lacks counts as its default, and one that this version lacks is ignored.
+    Keys of [memory] and FREE_KEYS may differ: they change nothing that is learned. So may keys that one of two versions of this
+    program does not know: a key that the run's report lacks counts as its default, and one that this version lacks is ignored.
 
     Raises:
-        RunError: with the keys that differ.
+        RunError: with the keys that differ; or the run is done, all its files are intact, and no more steps are asked for.
     """
     report = folder.read_report()
-    if report.get("status") == "done":
-        raise RunError(f"{folder.path} is done; there is nothing to resume.", "Leave --resume out to start a new run.")
     now = recipe.model_dump(mode="json", exclude={"memory"})
     saved: Mapping[str, Any] = report.get("recipe", {})
-    known = {table: {key: value for key, value in saved.get(table, {}).items() if key in now[table]} for table in now}
     try:
+        known = {
+            table: {key: saved[table][key] for key in now[table] if key in saved[table]}
+            for table in now
+            if table in saved
+        }
         was = Recipe.model_validate(known).model_dump(mode="json")
-    except ValidationError as error:
-        problem = error.errors()[0]
-        reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+    except (ValidationError, TypeError, KeyError) as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            problem = error.errors()[0]
+            reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
         raise RunError(
             f"{folder.report} holds a recipe that this version cannot read: {reason}.", "Start a new run."
         ) from error
-    differing = [f"[{table}] {key}" for table in now for key in now[table] if now[table][key] != was[table][key]]
+    changed = [(table, key) for table in now for key in now[table] if now[table][key] != was[table][key]]
+    decides = recipe.training.load_best_model_at_end or recipe.training.lr_scheduler_type in NEEDS_EVALUATION
+    free = FREE_KEYS if decides else FREE_KEYS | INTERVAL_KEYS
+    differing = [f"[{table}] {key}" for table, key in changed if table != "training" or key not in free]
     if differing:
         hint = f"Go on with its own: qlora-phi3 run {folder.recipe} --resume {folder.path}"
         raise RunError(f"The recipe differs from the one {folder.path} began with in {', '.join(differing)}.", hint)
+    if report.get("status") == "done" and not any(key in STEP_KEYS for _, key in changed):
+        if not (damaged := damaged_files(folder, report)):
+            raise RunError(
+                f"{folder.path} is done; there is nothing to resume.", "Leave --resume out to start a new run."
+            )
+        reporter.warning(
+            f"{folder.path} is done, but damaged: {', '.join(damaged)}. It is made again from the last checkpoint."
+        )
     old, new = report.get("versions", {}), run_versions()
-    changed = [f"{key} {old[key]} -> {new[key]}" for key in new if old.get(key, new[key]) != new[key]]
-    if changed:
-        reporter.warning(f"Versions changed since the run began: {', '.join(changed)}.")
+    updated = [f"{key} {old[key]} -> {new[key]}" for key in new if old.get(key, new[key]) != new[key]]
+    if updated:
+        reporter.warning(f"Versions changed since the run began: {', '.join(updated)}.")
 
 
-def _checkpoint_to_resume(folder: RunFolder, reporter: Reporter) -> Path | None:
-    checkpoint, incomplete = find_checkpoint(folder.checkpoints)
-    for path in incomplete:
-        reporter.warning(f"{path} is incomplete and is ignored.")
+def _checkpoint_to_resume(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> Path | None:
+    """The newest complete checkpoint of a locked run; what killed processes left is removed, and what is damaged set aside."""
+    report = folder.read_report()
+    if folder.base.name in damaged_files(folder, {"files": report.get("files", {})}):
+        remove(folder.base)
+    remove_leftovers(folder.path)
+    for path in folder.checkpoints.glob("rehearsal-*"):
+        remove(path)
+    checkpoint, refused = find_checkpoint(folder.checkpoints, needs_best=recipe.training.load_best_model_at_end)
+    for path, reason in refused.items():
+        kept = set_aside(path)
+        reporter.warning(f"{path} is incomplete and is {f'kept as {kept.name}' if kept else 'removed'}: {reason}.")
     if checkpoint is None:
         reporter.info("No complete checkpoint yet: starting from the first step.")
     else:
@@ -169,7 +235,16 @@ def _save_export_inputs(context: RunContext, model: PeftModel, folder: RunFolder
     recipe, progress = context.recipe, context.reporter.progress
     progress("Computing the base's checksums", 0, None)
     quantization, compute_dtype = recipe.quantization, context.precision.compute_dtype
-    record_base(model, folder, name=recipe.model.name, quantization=quantization, compute_dtype=compute_dtype)
+    revision = getattr(model.get_base_model().config, "_commit_hash", None)
+    record_base(
+        model,
+        folder,
+        name=recipe.model.name,
+        quantization=quantization,
+        compute_dtype=compute_dtype,
+        device=describe_device(context.device),
+        inputs=input_checksums(context, revision),
+    )
     save_held_out(context.data, folder)
     if context.template.name.endswith(".jinja"):  # a file, which may be changed or gone when the run is exported
         atomic_write(folder.chat_template, context.template.source)
@@ -197,9 +272,10 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint is saved.
     """
     with suppress(EvaluationStopped), _optimizer_memory_errors(context.device, lambda: trainer.state.global_step):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is None or not trainer.load_finished(checkpoint):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
-    evaluated = [record["step"] for record in read_metrics(folder) if record["kind"] == "eval"]
+    evaluated = [record["step"] for record in read_metrics(folder.metrics) if record["kind"] == "eval"]
     is_evaluated = evaluated[-1:] == [state.global_step] and not context.recipe.training.load_best_model_at_end
     if context.data.evaluation is not None and not is_evaluated and not trainer.stop.requested:
         with suppress(EvaluationStopped):
@@ -239,10 +315,13 @@ def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> MemoryReport
         if trainer.eval_dataset is not None:
             trainer.run_heaviest("evaluation")
         checkpoints = Path(trainer.args.output_dir)
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=checkpoints) as target:
-            trainer.model.save_pretrained(target)
-            torch.save(optimizer.state_dict(), Path(target) / "optimizer.pt")
+        with disk_errors(checkpoints):
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(
+                prefix="rehearsal-", dir=checkpoints, ignore_cleanup_errors=True
+            ) as target:
+                trainer.model.save_pretrained(target)
+                torch.save(optimizer.state_dict(), Path(target) / "optimizer.pt")
         return measure_memory(trainer.model, optimizer, device, gpu)
 
 

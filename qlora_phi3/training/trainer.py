@@ -5,7 +5,7 @@ A batch travels as rows. It is collated at its step, by the execution plan of th
 
 import logging
 import math
-import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -37,7 +38,7 @@ from qlora_phi3.recipe.schema import Training
 from qlora_phi3.reporter import EvalRecord, Phase, StepRecord
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.step import Batch, StepResult, evaluate, forward_backward
-from qlora_phi3.training.artifacts import is_complete, write_manifest
+from qlora_phi3.training.artifacts import damage, write_manifest
 from qlora_phi3.training.callbacks import MetricsWriter, SaveByTime, SpillWatch, StopOnRequest
 from qlora_phi3.training.divergence import DivergenceGuard, check_evaluation
 from qlora_phi3.training.oom import MemoryGuard
@@ -72,7 +73,7 @@ def build_arguments(
 
     `optim` is transformers' name of the optimizer; `evaluates`: there are held-out rows.
     """
-    logging.getLogger("transformers.trainer_utils").addFilter(is_not_share_warning)
+    logging.getLogger("transformers.trainer_utils").addFilter(is_not_interval_warning)
     arguments = SFTConfig(
         **{name: getattr(training, name) for name in SAME_ARGUMENTS},
         output_dir=str(checkpoints),
@@ -100,15 +101,13 @@ def build_arguments(
     return arguments
 
 
-def is_not_share_warning(record: logging.LogRecord) -> bool:
-    """Log filter: False for the warning that 0.2 of all steps differs from the 5 steps that it became.
+def is_not_interval_warning(record: logging.LogRecord) -> bool:
+    """Log filter: False for the warning that the intervals of a resumed run differ from those of its checkpoint.
 
-    transformers 5.23 logs it at every resumed run whose eval_steps or save_steps is a share. To be removed when it compares
-    them after `compute_steps`.
+    `_init_training_state` applies the recipe's. transformers 5.23 logs it at every run whose eval_steps or save_steps is a share,
+    as it compares 0.2 of all steps with the 5 steps that it became.
     """
-    message = record.getMessage()
-    values = re.findall(r"\n\t\w+: (\S+) \(from args\)", message) if "`trainer_state.json`" in message else []
-    return not values or any(float(value) >= 1 for value in values)
+    return "`trainer_state.json`" not in record.getMessage()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +121,12 @@ class EvaluationStopped(Exception):  # noqa: N818 - no error: a signal requested
     """The evaluation ended before its last row."""
 
 
+def evaluation_is_due(state: TrainerState) -> bool:
+    """Whether the checkpoint of this state was saved before the evaluation after its step; the Trainer restores no control."""
+    saved: Any = state.stateful_callbacks.get(TrainerControl.__name__, {})
+    return state.global_step > 0 and bool(saved.get("args", {}).get("should_evaluate"))
+
+
 class FinishEvaluation(TrainerCallback):  # type: ignore[misc]
     """Begins a resumed run with the evaluation that a signal, or memory that ran out, ended before its last row."""
 
@@ -132,14 +137,12 @@ class FinishEvaluation(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Evaluate if the checkpoint says that it is due; raises EvaluationStopped, and the checkpoint stays as it is."""
-        saved: Any = state.stateful_callbacks.get(TrainerControl.__name__, {})  # the Trainer restores no control
-        if state.global_step > 0 and saved.get("args", {}).get("should_evaluate"):
+        if evaluation_is_due(state):
             trainer, control.should_evaluate = self._trainer, True
             SFTTrainer._maybe_log_save_evaluate(  # not ours, which would go on with the next step
                 trainer, trainer._tr_loss, None, trainer.model, None, state.epoch, None, time.time()
             )
-            if state.best_global_step == state.global_step:
-                state.best_model_checkpoint = str(trainer.checkpoint_path)
+            state.best_model_checkpoint = trainer._best_checkpoint()
 
 
 class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
@@ -179,6 +182,8 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         #: Set by a signal; the evaluation stops at its next micro-batch then.
         self.stop = StopOnRequest()
         self._sources = context.data.report.sources
+        # With a limit of 1 transformers 5.23 deletes the newest checkpoint where training ends or is interrupted after the best.
+        self._save_total_limit, args.save_total_limit = args.save_total_limit, None
         self._spill_watch = SpillWatch()
         self._num_recovered = 0  # out-of-memory errors, up to the last step
         self._last: tuple[Batch, float, float] | None = None  # batch, its loss, its token accuracy
@@ -213,6 +218,54 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             is_cuda = self.args.device.type == "cuda"
             self.optimizer = build_optimizer(self.args.optim, model or self.model, self.training, is_cuda=is_cuda)
         return self.optimizer
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """The state of a checkpoint with the recipe's intervals, and with its best checkpoint where the run directory is now."""
+        trained: tuple[int, int] = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        self.state.best_model_checkpoint = self._best_checkpoint()
+        return trained
+
+    def _best_checkpoint(self) -> str | None:
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        return str(best) if self.state.best_global_step and best.is_dir() else None
+
+    def load_finished(self, checkpoint: Path) -> bool:
+        """Load the adapter and the state of a checkpoint after which nothing is left to train; False where something is.
+
+        transformers 5.23 trains one more step after a checkpoint of the last one, where max_steps is set.
+
+        Raises:
+            RunError: the recipe ends before the step of the checkpoint.
+        """
+        max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step > max_steps:
+            hint = "Raise [training] max_steps or num_train_epochs, or start a new run."
+            raise RunError(f"{checkpoint} has more steps than the {max_steps} that the recipe asks for.", hint)
+        if state.global_step < max_steps:
+            if state.max_steps != max_steps:
+                note = "the learning rate follows its schedule over the new number."
+                self.reporter.warning(f"The run now ends after step {max_steps}, not {state.max_steps}: {note}")
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        if evaluation_is_due(state):
+            self._determine_best_metric(self.evaluate(), None)
+        self.state.best_model_checkpoint = self._best_checkpoint()
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load_best_model()
+        return True
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As transformers does; then set the learning rate of this step, which another number of steps changes."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and isinstance(schedule := self.lr_scheduler, LambdaLR) and self.optimizer is not None:
+            schedule._last_lr = schedule.get_lr()
+            for group, rate in zip(self.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+                group["lr"] = rate
+        if checkpoint:
+            self.divergence.load(Path(checkpoint))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[RowBatch], num_batches: int, device: torch.device
@@ -380,19 +433,20 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         RunError where the disk is full or refuses; the new checkpoint is removed then.
         """
         target = self.checkpoint_path
-        if is_complete(target):
+        if damage(target) is None:
             return
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        remove(target)
         try:
             with disk_errors(target, hint="{cause}, then go on with --resume; earlier checkpoints remain."):
                 super()._save_checkpoint(model, trial)
+                shutil.copyfile(self.reporter.metrics, target / self.reporter.metrics.name)
                 write_manifest(target)
         except RunError:
             remove(target)
             raise
-        finally:
-            self.args.save_total_limit = limit
-        rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        with disk_errors(target.parent, hint="{cause}, then go on with --resume."):
+            rotate_checkpoints(self.args.output_dir, self._save_total_limit, best)
         self.reporter.checkpoint_saved(target)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -404,11 +458,6 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         self.divergence.save(Path(output_dir))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.divergence.load(Path(checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the export writes a model card, a checkpoint needs none."""

@@ -1,6 +1,7 @@
 """Runs that are stopped, are killed or fail, and then continue with `--resume`."""
 
 import json
+import os
 import shutil
 import signal
 
@@ -64,13 +65,17 @@ def stopped(tmp_path_factory, base):
 @pytest.fixture
 def halfway(stopped, tmp_path, monkeypatch):
     """A copy of the stopped workshop and its run's folder."""
-    shop = Workshop(tmp_path / "shop", stopped[0].base)
-    shutil.copytree(stopped[0].path, shop.path)
+    return copied(stopped[0], tmp_path, monkeypatch)
+
+
+def copied(workshop, tmp_path, monkeypatch):
+    shop = Workshop(tmp_path / "shop", workshop.base)
+    shutil.copytree(workshop.path, shop.path)
     monkeypatch.chdir(shop.path)
     (folder,) = shop.runs()
     for name in ("report.json", "recipe.toml"):  # they name the data by its full path
         text = (folder / name).read_text(encoding="utf-8")
-        (folder / name).write_text(text.replace(str(stopped[0].path), str(shop.path)), encoding="utf-8")
+        (folder / name).write_text(text.replace(str(workshop.path), str(shop.path)), encoding="utf-8")
     return shop, folder
 
 
@@ -194,6 +199,9 @@ def test_a_newest_checkpoint_that_is_incomplete_is_ignored(halfway, undisturbed,
     result = shop.run("--resume")
     assert result.exit_code == 0, result.stderr
     assert [line.split()[1] for line in result.stderr.splitlines()] == [str(newest)]
+    assert {"cut short": "SHA-256", "no optimizer": "optimizer.pt is missing", "no manifest": "removed"}[
+        spoil
+    ] in result.stderr
     assert str(newest.with_name("checkpoint-4")) in result.stdout
     assert_same_end(folder, undisturbed[1])
 
@@ -257,6 +265,190 @@ def test_a_run_that_is_done_is_not_resumed(undisturbed, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert refused(shop.run("--resume"), str(folder.relative_to(shop.path)))
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+LAST = f"checkpoints/checkpoint-{STEPS}"
+
+
+@pytest.fixture
+def done(undisturbed, tmp_path, monkeypatch):
+    """A copy of the finished run that can be changed."""
+    return copied(undisturbed[0], tmp_path, monkeypatch)
+
+
+def mark(folder, status):
+    report = read_json(folder / "report.json")
+    (folder / "report.json").write_text(json.dumps({**report, "status": status}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("steps", [{}, {"training": {"max_steps": STEPS}}])
+def test_a_run_killed_after_its_last_checkpoint_has_nothing_left_to_train(shop, undisturbed, base, steps):
+    shop.write(**steps)
+    assert shop.run().exit_code == 0
+    (folder,) = shop.runs()
+    mark(folder, "running")
+    shutil.rmtree(folder / "adapter")
+    (folder / "metrics.jsonl").write_text("", encoding="utf-8")  # the copy in the checkpoint is used
+    result = shop.run("--resume")
+    assert result.exit_code == 0, result.stderr
+    assert_same_end(folder, undisturbed[1])
+    report, expected = read_json(folder / "report.json"), read_json(undisturbed[1] / "report.json")
+    for key in ("status", "steps", "eval_loss_before", "eval_loss_after"):
+        assert report[key] == expected[key]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adapter/adapter_model.safetensors", "adapter/tokenizer.json", "metrics.jsonl", "base.json", "held_out.jsonl"],
+)
+@pytest.mark.parametrize("spoil", ["empty", "zeros", "missing"])
+def test_a_finished_run_that_lost_a_file_is_made_again_from_its_last_checkpoint(done, undisturbed, name, spoil):
+    shop, folder = done
+    if spoil == "missing":
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(b"" if spoil == "empty" else bytes((folder / name).stat().st_size))
+    result = shop.run("--resume")
+    assert result.exit_code == 0, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert name in line
+    assert_same_end(folder, undisturbed[1])
+    names = ("adapter/tokenizer.json", "held_out.jsonl", "base.json")
+    assert all((folder / name).read_bytes() == (undisturbed[1] / name).read_bytes() for name in names)
+    assert refused(shop.run("--resume"), "is done")
+
+
+def test_more_steps_can_be_asked_for_of_a_finished_run_and_fewer_cannot(done):
+    shop, folder = done
+    result = shop.run("--resume", "--set", f"training.max_steps={STEPS + 4}", "--set", "training.logging_steps=2")
+    assert result.exit_code == 0, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert f"step {STEPS + 4}, not {STEPS}" in line
+    assert steps_of(folder) == list(range(1, STEPS + 5))
+    rates = [record["learning_rate"] for record in read_lines(folder / "metrics.jsonl") if record["kind"] == "train"]
+    assert rates[STEPS] > 0  # not the end of the former schedule
+    assert refused(shop.run("--resume", "--set", f"training.max_steps={STEPS}"), f"checkpoint-{STEPS + 4}", f"{STEPS}")
+
+
+def test_another_interval_of_checkpoints_and_evaluations_is_used_from_the_resumed_step_on(halfway, undisturbed):
+    shop, folder = halfway
+    result = shop.run("--resume", "--set", "training.save_steps=3", "--set", "training.eval_steps=4")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    assert steps_of(folder, "eval") == [0, 5, 8, 10]
+    for name in FILES:
+        assert (folder / name).read_bytes() == (undisturbed[1] / name).read_bytes()
+    saved = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert saved == {f"checkpoint-{step}" for step in (6, 9, 10)}
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "rng_state.pth", "trainer_state.json", "metrics.jsonl", "sealed.json"]
+)
+def test_a_flipped_bit_costs_one_checkpoint_and_is_named(halfway, undisturbed, name):
+    shop, folder = halfway
+    newest = folder / "checkpoints" / "checkpoint-5"
+    content = bytearray((newest / name).read_bytes())
+    content[len(content) // 3] ^= 4
+    (newest / name).write_bytes(content)
+    result = shop.run("--resume")
+    assert result.exit_code == 0, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert "damaged-checkpoint-5" in line
+    assert_same_end(folder, undisturbed[1])
+
+
+def test_a_damaged_checkpoint_does_not_count_for_the_limit_of_checkpoints(halfway, undisturbed):
+    shop, folder = halfway
+    shutil.copytree(folder / "checkpoints" / "checkpoint-5", folder / "checkpoints" / "checkpoint-9")  # of another step
+    assert interrupt(shop, 6, "--resume", "--set", "training.save_total_limit=1").exit_code == 130
+    assert {path.name for path in (folder / "checkpoints").glob("checkpoint-*")} == {"checkpoint-7"}
+    assert shop.run("--resume").exit_code == 0
+    assert_same_end(folder, undisturbed[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", lambda text: text.replace('"rope_theta": 10000', '"rope_theta": 20000')),
+        ("tokenizer_config.json", lambda text: text.replace("{", '{"padding_side": "left", ', 1)),
+        ("chat_template.jinja", lambda text: text + "{# a remark #}"),
+        ("generation_config.json", lambda text: text.replace("{", '{"max_length": 7, ', 1)),
+    ],
+)
+def test_a_base_with_other_files_is_not_resumed_and_the_file_is_named(shop, name, change):
+    base = shop.copy_base()
+    shop.write(model={"name": str(base)})
+    assert interrupt(shop, 4).exit_code == 130
+    before = (base / name).read_text(encoding="utf-8")
+    (base / name).write_text(change(before), encoding="utf-8")
+    assert (base / name).read_text(encoding="utf-8") != before
+    assert refused(shop.run("--resume"), name)
+
+
+def test_one_process_at_a_time_writes_a_run_and_the_refusal_names_it(halfway, undisturbed):
+    from qlora_phi3.runfolder import RunFolder, lock_run
+
+    shop, folder = halfway
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("checkpoint*")}
+    with lock_run(RunFolder(folder)):
+        assert refused(shop.run("--resume"), f"Process {os.getpid()} ", str(folder.relative_to(shop.path)))
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("checkpoint*")} == before
+    assert shop.run("--resume").exit_code == 0
+    assert_same_end(folder, undisturbed[1])
+
+
+def test_the_newest_run_is_the_one_that_started_last_whatever_its_name(halfway):
+    shop, folder = halfway
+    older = folder.with_name("2099-12-31_00-00-00")
+    shutil.copytree(folder, older)
+    report = read_json(older / "report.json")
+    # 03:00 by a clock two hours ahead is earlier than 02:00 UTC.
+    for path, started in ((older, "2020-10-25T03:00:00+02:00"), (folder, "2020-10-25T02:00:00+00:00")):
+        (path / "report.json").write_text(json.dumps({**report, "started": started}), encoding="utf-8")
+    result = shop.run("--resume")
+    assert result.exit_code == 0, result.stderr
+    assert read_json(folder / "report.json")["status"] == "done"
+    assert read_json(older / "report.json")["status"] == "interrupted"
+
+
+def test_what_killed_processes_left_is_removed(halfway):
+    shop, folder = halfway
+    left = [folder / ".report.json.1.partial", folder / ".adapter.partial", folder / "checkpoints" / "rehearsal-x"]
+    unstarted = folder.with_name("2020-01-01_00-00-00")
+    for path in (*left, unstarted, unstarted / "checkpoints"):
+        path.mkdir()
+    (unstarted / "recipe.toml").touch()
+    for path in (unstarted, folder):
+        os.utime(path, (1e9, 1e9))
+    assert shop.run("--resume").exit_code == 0
+    assert not any(path.exists() for path in left)
+    assert shop.run().exit_code == 0
+    assert unstarted not in shop.runs()
+    assert folder in shop.runs()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seconds": "x"}, {"recipe": []}, {"recipe": {"training": 3}}, {"versions": 1}, {"data": "x"}, {"files": []}],
+)
+def test_a_report_with_values_of_another_kind_is_refused(halfway, change):
+    shop, folder = halfway
+    report = read_json(folder / "report.json")
+    (folder / "report.json").write_text(json.dumps({**report, **change}), encoding="utf-8")
+    assert refused(shop.run("--resume"), "report.json")
+
+
+@pytest.mark.parametrize("name", ["report.json", "base.json"])
+@pytest.mark.parametrize("content", ["[" * 100_000, "\ud800", "{}", "pipe", b"\xff"])
+def test_a_damaged_file_of_a_run_ends_in_one_line(halfway, name, content):
+    shop, folder = halfway
+    (folder / name).unlink()
+    if content == "pipe":
+        os.mkfifo(folder / name)
+    elif content != "{}" or name == "base.json":
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode(errors="surrogatepass"))
+    assert refused(shop.run("--resume"), "") if content == "{}" else refused(shop.run("--resume"), name)
 
 
 def test_a_run_of_an_older_version_that_lacks_a_key_is_resumed(halfway, undisturbed):

@@ -23,11 +23,30 @@ def test_a_result_is_found_while_the_files_it_was_read_from_are_unchanged(tmp_pa
     assert cached.find_cached(path) is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"result": 1}', '{"result": 1, "files": 3}'])
-def test_a_damaged_file_of_the_cache_is_no_result(tmp_path, text):
+TEXTS = ("", "{", "[]", "null", "[" * 100_000, '{"result": 1}', '{"result": 1, "files": 3, "sha256": ""}')
+
+
+@pytest.mark.parametrize("content", [*(text.encode() for text in TEXTS), b"\xff", os.mkdir, os.mkfifo])
+def test_a_damaged_file_of_the_cache_is_no_result_and_is_replaced(tmp_path, content):
     path = tmp_path / "key.json"
-    path.write_text(text, encoding="utf-8")
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        content(path)
     assert cached.find_cached(path) is None
+    cached.save_cached(path, 2, [])
+    assert cached.find_cached(path) == 2
+
+
+def test_a_result_with_one_changed_bit_is_no_result(tmp_path):
+    path = tmp_path / "key.json"
+    cached.save_cached(path, [{"gib": 5.25}], [])
+    content = path.read_bytes()
+    for position in range(len(content) * 8):
+        changed = bytearray(content)
+        changed[position // 8] ^= 1 << position % 8
+        path.write_bytes(changed)
+        assert cached.find_cached(path) in (None, [{"gib": 5.25}])
 
 
 def test_the_key_changes_with_the_question_and_with_a_library(monkeypatch):

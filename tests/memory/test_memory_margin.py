@@ -1,12 +1,15 @@
 """The margin: its rule on numbers worked out by hand, its records, and the budget it is taken from."""
 
+import json
+import os
 from dataclasses import replace
 
 import pytest
 from tiny_check import GPU, build_recipe
 
 from qlora_phi3.errors import DeviceError
-from qlora_phi3.memory.margin import MAX_RECORDS, Margin, budget_of, read_margin, record_error
+from qlora_phi3.files import user_state_dir
+from qlora_phi3.memory.margin import MAX_RECORDS, RECORDS_NAME, Margin, budget_of, read_margin, record_error
 from qlora_phi3.units import GIB, MIB
 
 
@@ -79,6 +82,30 @@ def test_damaged_records_are_ignored(tmp_path, text):
     (path,) = tmp_path.rglob("prediction-errors.json")
     path.write_text(text, encoding="utf-8")
     assert read_margin("this GPU") == Margin(0.03)
+
+
+@pytest.mark.parametrize("measured", [10**400, 10**18, 1, True, 1000.5, "1000"])
+def test_a_record_that_cannot_be_is_ignored_and_the_file_is_made_again(tmp_path, measured):
+    record(10)
+    path = user_state_dir() / RECORDS_NAME
+    records = json.loads(path.read_text(encoding="utf-8"))
+    records["this GPU"][-1:] = [{"predicted_bytes": 1000, "measured_bytes": measured}] * 9
+    records["another GPU"] = {"of": "another kind"}
+    path.write_text(json.dumps(records), encoding="utf-8")
+    assert read_margin("this GPU") == Margin(0.03)
+    record(10)
+    assert [entry["measured_bytes"] for entry in json.loads(path.read_text(encoding="utf-8"))["this GPU"]] == [1100]
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_directory_or_a_pipe_in_place_of_the_records_is_replaced(make):
+    path = user_state_dir() / RECORDS_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    make(path)
+    assert read_margin("this GPU") == Margin(0.03)
+    record(10)
+    assert read_margin("this GPU").runs == 1
 
 
 def test_the_budget_is_what_is_free_or_less_where_the_recipe_says_so():

@@ -8,19 +8,22 @@ from types import SimpleNamespace
 
 import torch
 from message_table import Message
+from transformers import TrainerState
 
 from qlora_phi3.errors import RecipeError, RunError
 from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan
 from qlora_phi3.files import disk_errors
 from qlora_phi3.recipe.load import load_recipe
-from qlora_phi3.recipe.schema import Training
-from qlora_phi3.runfolder import RunFolder, create_run_folder, find_run, write_report
+from qlora_phi3.recipe.schema import Quantization, Training
+from qlora_phi3.runfolder import LOCK_PID, RunFolder, create_run_folder, find_run, lock_run, write_report
 from qlora_phi3.step import MicroBatchMemoryError
+from qlora_phi3.training.artifacts import record_base
 from qlora_phi3.training.divergence import DivergedError, DivergenceGuard, check_evaluation
 from qlora_phi3.training.oom import MemoryGuard
 from qlora_phi3.training.prepare import check_schedule, check_trackers
 from qlora_phi3.training.report import first_report
 from qlora_phi3.training.run import _optimizer_memory_errors, check_resumable
+from qlora_phi3.training.trainer import Phi3Trainer
 
 CPU = torch.device("cpu")
 
@@ -107,6 +110,35 @@ def run_without_report(shop):
 def report_that_holds(shop, value):
     (shop.path / "report.json").write_text(json.dumps(value), encoding="utf-8")
     find_run(shop.path, "mine", str(shop.path))
+
+
+def lock_twice(shop, pid=None):
+    folder = RunFolder(shop.path)
+    with lock_run(folder):
+        if pid is not None:
+            (shop.path / LOCK_PID).write_text(pid, encoding="utf-8")
+        with lock_run(folder):
+            pass
+
+
+def record_onto_damage(shop):
+    (shop.path / "base.json").write_text("{}", encoding="utf-8")
+    config = SimpleNamespace(_commit_hash=None)
+    base = SimpleNamespace(config=config, device=CPU, named_parameters=lambda: [])
+    model = SimpleNamespace(get_base_model=lambda: base)
+    options = {"quantization": Quantization(), "compute_dtype": torch.float32}
+    record_base(model, RunFolder(shop.path), name="mine", **options)
+
+
+def resume_with_fewer_steps(shop):
+    """Four steps, and then two are asked for."""
+    checkpoint = shop.path / "checkpoint-4"
+    checkpoint.mkdir()
+    TrainerState(global_step=4).save_to_json(str(checkpoint / "trainer_state.json"))
+    trainer = SimpleNamespace(
+        args=None, get_train_dataloader=lambda: None, set_initial_training_values=lambda *arguments: (2,)
+    )
+    Phi3Trainer.load_finished(trainer, checkpoint)
 
 
 MESSAGES = [
@@ -261,6 +293,46 @@ MESSAGES = [
         exit_code=2,
         says=("report.json",),
         hint="runs/<recipe>/<time>",
+    ),
+    Message(
+        name="report-damaged",
+        trigger=lambda shop: report_that_holds(shop, {"seconds": "soon"}),
+        error=RunError,
+        exit_code=2,
+        says=("report.json", "seconds", "soon"),
+        hint="Start a new run",
+    ),
+    Message(
+        name="run-locked",
+        trigger=lock_twice,
+        error=RunError,
+        exit_code=2,
+        says=(str(os.getpid()),),
+        hint="--resume",
+    ),
+    Message(
+        name="run-locked-by-an-unknown-process",
+        trigger=lambda shop: lock_twice(shop, pid=""),
+        error=RunError,
+        exit_code=2,
+        says=("Another process",),
+        hint="Wait for it",
+    ),
+    Message(
+        name="base-record-damaged",
+        trigger=record_onto_damage,
+        error=RunError,
+        exit_code=2,
+        says=("base.json", "tensors"),
+        hint="Start a new run",
+    ),
+    Message(
+        name="resume-beyond-the-last-step",
+        trigger=resume_with_fewer_steps,
+        error=RunError,
+        exit_code=2,
+        says=("checkpoint-4", "2"),
+        hint="[training] max_steps",
     ),
     Message(
         name="recipe-directory-is-a-file",

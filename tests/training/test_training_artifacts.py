@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_model import FP32, load_tiny, save_tiny_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerState
 from workshop import build_base, read_json, read_lines
 
 from qlora_phi3.data.prepare import PreparedData
@@ -24,12 +24,14 @@ from qlora_phi3.training.artifacts import (
     KEPT_ROWS,
     KEPT_TOKENS,
     MANIFEST,
+    REQUIRED,
     base_parameters,
+    damage,
     find_checkpoint,
-    is_complete,
     record_base,
     save_adapter,
     save_held_out,
+    set_aside,
     write_manifest,
 )
 
@@ -131,7 +133,7 @@ def test_a_run_is_not_resumed_on_another_base(shop):
     build_base(base, seed=1)
     result = shop.run("--resume")
     assert result.exit_code == 2
-    assert "10 of 15 tensors" in result.stderr
+    assert "10 checksums differ, first " in result.stderr
 
 
 def test_a_run_is_resumed_with_another_number_of_threads_whose_means_differ(shop):
@@ -142,6 +144,7 @@ def test_a_run_is_resumed_with_another_number_of_threads_whose_means_differ(shop
     for tensor in record["tensors"].values():
         if tensor["kind"] == "4bit":
             tensor.update(sha256="other", mean_absmax=tensor["mean_absmax"] * (1 + 1e-7))
+    record["computed_on"] = "the same CPU, 64 threads"
     (run / "base.json").write_text(json.dumps(record), encoding="utf-8")
     (run / "report.json").write_text(json.dumps({**report, "status": "interrupted"}), encoding="utf-8")
     assert shop.run("--resume").exit_code == 0
@@ -180,28 +183,65 @@ def test_the_same_bits_give_the_same_checksum_wherever_they_lie_and_one_bit_anot
 
 def make_checkpoint(folder, step):
     checkpoint = folder / f"checkpoint-{step}"
-    (checkpoint / "inner").mkdir(parents=True)
-    (checkpoint / "weights").write_bytes(b"1234")
-    (checkpoint / "inner" / "state").write_bytes(b"12")
+    checkpoint.mkdir(parents=True)
+    save_file({"weight": torch.ones(2)}, checkpoint / "adapter_model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"state": torch.ones(2)}, checkpoint / name)
+    for name in ("adapter_config.json", "metrics.jsonl"):
+        (checkpoint / name).write_text("{}", encoding="utf-8")
+    TrainerState(global_step=step).save_to_json(str(checkpoint / "trainer_state.json"))
     write_manifest(checkpoint)
     return checkpoint
 
 
-def test_a_checkpoint_is_complete_while_every_file_has_the_size_of_the_manifest(tmp_path):
+@pytest.mark.parametrize("name", [*REQUIRED, MANIFEST])
+def test_one_changed_bit_in_any_file_of_a_checkpoint_makes_it_incomplete(tmp_path, name):
     checkpoint = make_checkpoint(tmp_path, 2)
-    assert is_complete(checkpoint)
-    (checkpoint / "inner" / "state").write_bytes(b"1")
-    assert not is_complete(checkpoint)
-    (checkpoint / "inner" / "state").unlink()
-    assert not is_complete(checkpoint)
+    assert damage(checkpoint) is None
+    content = bytearray((checkpoint / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (checkpoint / name).write_bytes(content)
+    assert name in damage(checkpoint) or name == MANIFEST
 
 
-def test_without_a_readable_manifest_no_checkpoint_is_complete(tmp_path):
+@pytest.mark.parametrize("name", REQUIRED)
+def test_a_checkpoint_without_a_file_it_must_hold_is_incomplete_whatever_its_manifest_says(tmp_path, name):
     checkpoint = make_checkpoint(tmp_path, 2)
-    (checkpoint / MANIFEST).write_text("{", encoding="utf-8")
-    assert not is_complete(checkpoint)
+    (checkpoint / name).unlink()
+    assert name in damage(checkpoint)
+    write_manifest(checkpoint)
+    assert damage(checkpoint) == f"{MANIFEST} does not name {name}"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_file_that_was_saved_but_cannot_be_loaded_makes_a_checkpoint_incomplete(tmp_path, name):
+    checkpoint = make_checkpoint(tmp_path, 2)
+    (checkpoint / name).write_bytes(b"")
+    write_manifest(checkpoint)
+    assert damage(checkpoint).startswith(f"{name} cannot be loaded")
+
+
+def test_a_checkpoint_of_another_step_is_incomplete(tmp_path):
+    renamed = make_checkpoint(tmp_path, 2).rename(tmp_path / "checkpoint-8")
+    assert damage(renamed) == "trainer_state.json is of step 2"
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", "null", '{"optimizer.pt": 12}', None])
+def test_without_a_complete_manifest_no_checkpoint_is_complete(tmp_path, text):
+    checkpoint = make_checkpoint(tmp_path, 2)
     (checkpoint / MANIFEST).unlink()
-    assert not is_complete(checkpoint)
+    if text is not None:
+        (checkpoint / MANIFEST).write_text(text, encoding="utf-8")
+    assert MANIFEST in damage(checkpoint) or "SHA-256" in damage(checkpoint)
+
+
+def test_a_named_pipe_or_a_directory_in_place_of_a_file_makes_a_checkpoint_incomplete(tmp_path):
+    for step, replace in ((2, os.mkfifo), (4, os.mkdir)):
+        for name in ("optimizer.pt", MANIFEST):
+            checkpoint = make_checkpoint(tmp_path / f"{step}{name}", step)
+            (checkpoint / name).unlink()
+            replace(checkpoint / name)
+            assert name in damage(checkpoint)
 
 
 def test_the_newest_complete_checkpoint_is_found_by_number_not_by_name(tmp_path):
@@ -209,5 +249,25 @@ def test_the_newest_complete_checkpoint_is_found_by_number_not_by_name(tmp_path)
     newest, incomplete = make_checkpoint(tmp_path, 10), make_checkpoint(tmp_path, 11)
     (incomplete / MANIFEST).unlink()
     (tmp_path / "checkpoint-other").mkdir()
-    assert find_checkpoint(tmp_path) == (newest, [incomplete])
-    assert find_checkpoint(tmp_path / "none") == (None, [])
+    assert find_checkpoint(tmp_path) == (newest, {incomplete: f"it has no {MANIFEST}"})
+    assert find_checkpoint(tmp_path / "none") == (None, {})
+
+
+def test_a_checkpoint_whose_best_one_is_damaged_is_of_no_use_to_a_run_that_ends_with_the_best(tmp_path):
+    best, newest = make_checkpoint(tmp_path, 2), make_checkpoint(tmp_path, 4)
+    TrainerState(global_step=4, best_global_step=2).save_to_json(str(newest / "trainer_state.json"))
+    write_manifest(newest)
+    assert find_checkpoint(tmp_path, needs_best=True) == (newest, {})
+    (best / "optimizer.pt").unlink()
+    assert find_checkpoint(tmp_path) == (newest, {})
+    found, refused = find_checkpoint(tmp_path, needs_best=True)
+    assert (found, [*refused]) == (None, [newest, best])
+    assert "checkpoint-2" in refused[newest]
+
+
+def test_what_a_kill_left_is_removed_and_a_damaged_checkpoint_is_kept_under_another_name(tmp_path):
+    unfinished, damaged = make_checkpoint(tmp_path, 2), make_checkpoint(tmp_path, 4)
+    (unfinished / MANIFEST).unlink()
+    assert set_aside(unfinished) is None
+    assert set_aside(damaged) == tmp_path / "damaged-checkpoint-4"
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged-checkpoint-4"]

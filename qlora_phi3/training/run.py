@@ -126,7 +126,7 @@ def _run_in(
     with removed_on_failure(folder) if is_new else nullcontext():
         model = load_model(context, is_first_session=checkpoint is None)
     if checkpoint is None:
-        report["trained_sha256_before"] = trained_digest(model)
+        report = {**report, "trained_sha256_before": trained_digest(model)}
     with failure_reported(folder, report, started):
         atomic_write(folder.recipe, recipe_as_toml(recipe))
         write_report(folder, report)

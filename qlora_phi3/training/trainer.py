@@ -121,6 +121,12 @@ class EvaluationStopped(Exception):  # noqa: N818 - no error: a signal requested
     """The evaluation ended before its last row."""
 
 
+def evaluation_is_due(state: TrainerState) -> bool:
+    """Whether the checkpoint of this state was saved before the evaluation after its step; the Trainer restores no control."""
+    saved: Any = state.stateful_callbacks.get(TrainerControl.__name__, {})
+    return state.global_step > 0 and bool(saved.get("args", {}).get("should_evaluate"))
+
+
 class FinishEvaluation(TrainerCallback):  # type: ignore[misc]
     """Begins a resumed run with the evaluation that a signal, or memory that ran out, ended before its last row."""
 
@@ -131,14 +137,12 @@ class FinishEvaluation(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Evaluate if the checkpoint says that it is due; raises EvaluationStopped, and the checkpoint stays as it is."""
-        saved: Any = state.stateful_callbacks.get(TrainerControl.__name__, {})  # the Trainer restores no control
-        if state.global_step > 0 and saved.get("args", {}).get("should_evaluate"):
+        if evaluation_is_due(state):
             trainer, control.should_evaluate = self._trainer, True
             SFTTrainer._maybe_log_save_evaluate(  # not ours, which would go on with the next step
                 trainer, trainer._tr_loss, None, trainer.model, None, state.epoch, None, time.time()
             )
-            if state.best_global_step == state.global_step:
-                state.best_model_checkpoint = str(trainer.checkpoint_path)
+            state.best_model_checkpoint = trainer._best_checkpoint()
 
 
 class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
@@ -246,6 +250,8 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             return False
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
+        if evaluation_is_due(state):
+            self._determine_best_metric(self.evaluate(), None)
         self.state.best_model_checkpoint = self._best_checkpoint()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
@@ -258,7 +264,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             schedule._last_lr = schedule.get_lr()
             for group, rate in zip(self.optimizer.param_groups, schedule.get_last_lr(), strict=True):
                 group["lr"] = rate
-        if checkpoint is not None:
+        if checkpoint:
             self.divergence.load(Path(checkpoint))
 
     def get_batch_samples(

@@ -367,7 +367,8 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         try:
             with disk_errors(target, hint="{cause}, then go on with --resume; earlier checkpoints remain."):
                 super()._save_checkpoint(model, trial)
-                for path in (self.reporter.folder.metrics, self.reporter.folder.base):
+                folder = RunFolder(target.parents[1])
+                for path in (folder.metrics, folder.base):
                     if path.is_file():
                         shutil.copyfile(path, target / path.name)
                 write_manifest(target)

@@ -66,7 +66,7 @@ class RunFolder:
     @property
     def started(self) -> datetime:
         """When the run started by its report; where that cannot be read, when the report was written."""
-        with suppress(RunError, ValueError):
+        with suppress(RunError, ValueError, KeyError):
             started = datetime.fromisoformat(self.read_report()["started"])
             return started if started.tzinfo else started.astimezone()
         return datetime.fromtimestamp(self.report.lstat().st_mtime, UTC)
@@ -157,7 +157,7 @@ def find_run(root: Path, recipe_name: str, wanted: str | None) -> RunFolder:
     runs = sorted(found, key=lambda path: (RunFolder(path).started, path.name))
     if wanted is None and not runs:
         raise RunError(f"There is no run of {recipe_name} under {root} to resume.", "Leave --resume out to start one.")
-    if wanted is not None and not Path(wanted).is_dir():
+    if wanted is not None and not os.path.isdir(wanted):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         newest = f"The newest of {recipe_name} is {runs[-1]}." if runs else "Leave --resume out to start one."
         raise RunError(f"There is no run directory {wanted}.", newest)
     folder = RunFolder(runs[-1] if wanted is None else Path(wanted))

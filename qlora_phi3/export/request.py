@@ -122,7 +122,7 @@ def find_finished_run(path: Path, *, verify: bool) -> tuple[RunFolder, dict[str,
         if path.name == "adapter" and (path.parent / "report.json").is_file():
             path = path.parent
         elif runs:
-            path = max(runs, key=lambda run: run.name)
+            path = max(runs, key=lambda run: (RunFolder(run).started, run.name))
     run = RunFolder(path)
     report = run.read_report()
     if report.get("status") != "done":

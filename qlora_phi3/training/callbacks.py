@@ -166,7 +166,7 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
     """A reporter that writes every record to metrics.jsonl and passes everything on to another reporter."""
 
     def __init__(self, reporter: Reporter, folder: RunFolder) -> None:
-        self._reporter, self._folder, self.metrics = reporter, folder, folder.metrics
+        self._reporter, self._folder = reporter, folder
         self.info, self.warning, self.progress = reporter.info, reporter.warning, reporter.progress
         self.begin, self.checkpoint_saved = reporter.begin, reporter.checkpoint_saved
 
@@ -174,7 +174,7 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Report the first and the last step, and the losses that earlier sessions of the run wrote."""
-        losses = [record["loss"] for record in read_metrics(self.metrics) if record["kind"] == StepRecord.kind]
+        losses = [record["loss"] for record in read_metrics(self._folder.metrics) if record["kind"] == StepRecord.kind]
         self.begin(state.global_step, state.max_steps, losses)
 
     def step(self, record: StepRecord) -> None:

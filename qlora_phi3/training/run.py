@@ -39,6 +39,7 @@ from qlora_phi3.training.artifacts import (
     find_checkpoint,
     input_checksums,
     record_base,
+    restore_base_record,
     save_adapter,
     save_held_out,
     set_aside,
@@ -105,6 +106,7 @@ def run(
         )
         planned = plan_run(context)
         if resume is not None:
+            _warn_of_another_device(resume.read_report(), report, reporter)
             return _run_in(resume, _checkpoint_to_resume(resume, recipe, reporter), context, planned, report, started)
         folder = create_run_folder(Path(recipe.training.output_dir), name)
         with lock_run(folder):
@@ -217,11 +219,16 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
         reporter.warning(f"Versions changed since the run began: {', '.join(updated)}.")
 
 
+def _warn_of_another_device(was: Mapping[str, Any], now: Mapping[str, Any], reporter: Reporter) -> None:
+    keys = [key for key in ("device", "compute_dtype") if was.get(key, now[key]) != now[key]]
+    for key in keys:
+        reporter.warning(
+            f"The run began with {was[key]} and goes on with {now[key]}: the result is not equal bit for bit."
+        )
+
+
 def _checkpoint_to_resume(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> Path | None:
     """The newest complete checkpoint of a locked run; what killed processes left is removed, and what is damaged set aside."""
-    report = folder.read_report()
-    if folder.base.name in damaged_files(folder, {"files": report.get("files", {})}):
-        remove(folder.base)
     remove_leftovers(folder.path)
     for path in folder.checkpoints.glob("rehearsal-*"):
         remove(path)
@@ -229,6 +236,8 @@ def _checkpoint_to_resume(folder: RunFolder, recipe: Recipe, reporter: Reporter)
     for path, reason in refused.items():
         kept = set_aside(path)
         reporter.warning(f"{path} is incomplete and is {f'kept as {kept.name}' if kept else 'removed'}: {reason}.")
+    if checkpoint is not None and restore_base_record(folder, checkpoint):
+        reporter.warning(f"{folder.base} was damaged or missing and is restored from {checkpoint.name}.")
     if checkpoint is None:
         reporter.info("No complete checkpoint yet: starting from the first step.")
     else:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy
 import torch
+from bitsandbytes.optim.optimizer import Optimizer8bit
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
@@ -258,8 +259,21 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         return True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As transformers does; then set the learning rate of this step, which another number of steps changes."""
+        """As transformers does; then set the learning rate of this step, which another number of steps changes.
+
+        Raises:
+            RunError: the checkpoint is of an optimizer with another state, as auto chooses on a GPU and on a CPU.
+        """
         super()._load_optimizer_and_scheduler(checkpoint)
+        is_8bit = isinstance(self.optimizer, Optimizer8bit)
+        states = [] if self.optimizer is None else [state for state in self.optimizer.state.values() if state]
+        if checkpoint and any(
+            ("state1" in state) != is_8bit for state in states if {"state1", "exp_avg"} & state.keys()
+        ):
+            raise RunError(
+                f"{checkpoint} is of another optimizer than {self.args.optim}, which this device uses.",
+                "Go on where the run began, or start a new run.",
+            )
         if checkpoint and isinstance(schedule := self.lr_scheduler, LambdaLR) and self.optimizer is not None:
             schedule._last_lr = schedule.get_lr()
             for group, rate in zip(self.optimizer.param_groups, schedule.get_last_lr(), strict=True):
@@ -439,7 +453,10 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         try:
             with disk_errors(target, hint="{cause}, then go on with --resume; earlier checkpoints remain."):
                 super()._save_checkpoint(model, trial)
-                shutil.copyfile(self.reporter.metrics, target / self.reporter.metrics.name)
+                folder = RunFolder(target.parents[1])
+                for path in (folder.metrics, folder.base):
+                    if path.is_file():
+                        shutil.copyfile(path, target / path.name)
                 write_manifest(target)
         except RunError:
             remove(target)

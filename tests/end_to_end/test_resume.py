@@ -310,8 +310,9 @@ def test_a_finished_run_that_lost_a_file_is_made_again_from_its_last_checkpoint(
         (folder / name).write_bytes(b"" if spoil == "empty" else bytes((folder / name).stat().st_size))
     result = shop.run("--resume")
     assert result.exit_code == 0, result.stderr
-    (line,) = result.stderr.splitlines()
+    line, *restored = result.stderr.splitlines()
     assert name in line
+    assert all("base.json" in line and name == "base.json" for line in restored)
     assert_same_end(folder, undisturbed[1])
     names = ("adapter/tokenizer.json", "held_out.jsonl", "base.json")
     assert all((folder / name).read_bytes() == (undisturbed[1] / name).read_bytes() for name in names)
@@ -439,16 +440,36 @@ def test_a_report_with_values_of_another_kind_is_refused(halfway, change):
     assert refused(shop.run("--resume"), "report.json")
 
 
-@pytest.mark.parametrize("name", ["report.json", "base.json"])
-@pytest.mark.parametrize("content", ["[" * 100_000, "\ud800", "{}", "pipe", b"\xff"])
-def test_a_damaged_file_of_a_run_ends_in_one_line(halfway, name, content):
-    shop, folder = halfway
-    (folder / name).unlink()
+def spoil_with(path, content):
+    path.unlink()
     if content == "pipe":
-        os.mkfifo(folder / name)
-    elif content != "{}" or name == "base.json":
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode(errors="surrogatepass"))
-    assert refused(shop.run("--resume"), "") if content == "{}" else refused(shop.run("--resume"), name)
+        os.mkfifo(path)
+    elif content != "missing":
+        path.write_bytes(content)
+
+
+DAMAGES = (b"[" * 100_000, b"\xed\xa0\x80", b"{}", b"", b"\xff", "pipe", "missing")
+
+
+@pytest.mark.parametrize("content", DAMAGES)
+def test_a_damaged_report_ends_in_one_line(halfway, content):
+    shop, folder = halfway
+    spoil_with(folder / "report.json", content)
+    words = "no run of mine" if content == "missing" else "report.json"
+    assert refused(shop.run("--resume"), words)
+
+
+@pytest.mark.parametrize("content", DAMAGES)
+def test_a_damaged_record_of_the_base_is_restored_from_the_checkpoint(halfway, undisturbed, content):
+    shop, folder = halfway
+    spoil_with(folder / "base.json", content)
+    result = shop.run("--resume")
+    assert result.exit_code == 0, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert "base.json" in line
+    assert "checkpoint-5" in line
+    assert_same_end(folder, undisturbed[1])
+    assert (folder / "base.json").read_bytes() == (undisturbed[1] / "base.json").read_bytes()
 
 
 def test_a_run_of_an_older_version_that_lacks_a_key_is_resumed(halfway, undisturbed):

@@ -136,18 +136,37 @@ def test_a_run_is_not_resumed_on_another_base(shop):
     assert "10 checksums differ, first " in result.stderr
 
 
-def test_a_run_is_resumed_with_another_number_of_threads_whose_means_differ(shop):
-    shop.write(training={"save_steps": 2, "max_steps": 4})
-    assert shop.run().exit_code == 0
-    (run,) = shop.runs()
-    record, report = read_json(run / "base.json"), read_json(run / "report.json")
-    for tensor in record["tensors"].values():
-        if tensor["kind"] == "4bit":
-            tensor.update(sha256="other", mean_absmax=tensor["mean_absmax"] * (1 + 1e-7))
-    record["computed_on"] = "the same CPU, 64 threads"
-    (run / "base.json").write_text(json.dumps(record), encoding="utf-8")
-    (run / "report.json").write_text(json.dumps({**report, "status": "interrupted"}), encoding="utf-8")
-    assert shop.run("--resume").exit_code == 0
+SCALES = {"kind": "4bit", "sha256": "a", "codes": "b", "mean_absmax": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("where", "changes", "differs"),
+    [
+        ({}, {}, False),
+        ({}, {"sha256": "x", "mean_absmax": 0.5 * (1 + 1e-7)}, True),  # scales, on the same device
+        ({"computed_on": "64 threads"}, {"sha256": "x", "mean_absmax": 0.5 * (1 + 1e-7)}, False),
+        ({"computed_on": "64 threads"}, {"sha256": "x", "mean_absmax": 1.0}, True),  # scales twice as large
+        ({"computed_on": "64 threads"}, {"sha256": "x", "codes": "x"}, True),
+        ({"device": "cuda"}, {"sha256": "x", "codes": "x", "mean_absmax": 0.501}, False),
+        ({"device": "cuda"}, {"sha256": "x", "codes": "x", "mean_absmax": 0.51}, True),  # other weights
+        ({"device": "cuda"}, {"kind": "plain"}, True),
+    ],
+)
+def test_codes_and_scales_are_compared_as_exactly_as_the_devices_allow(where, changes, differs):
+    was = {"device": "cpu", "dtype": "float32", "computed_on": "1 thread", "tensors": {"layer": SCALES}}
+    entry = {**SCALES, **changes}
+    if entry["kind"] == "plain":
+        del entry["codes"]
+    now = {**was, **where, "inputs": {}, "tensors": {"layer": entry}}
+    assert artifacts._differing(was, now) == (["layer"] if differs else [])
+
+
+def test_an_input_that_an_older_run_did_not_record_is_not_compared_and_a_changed_one_is_named():
+    was = {"device": "cpu", "dtype": "float32", "tensors": {}}
+    now = {**was, "computed_on": "1 thread", "inputs": {"config.json": "a", "the token ids": "b"}}
+    assert artifacts._differing(was, now) == []
+    recorded = {**was, "inputs": {"config.json": "x", "the token ids": "b", "vocab.json": "c"}}
+    assert artifacts._differing(recorded, now) == ["config.json", "vocab.json"]
 
 
 def test_a_base_that_is_adapted_by_dora_is_named_as_in_its_checkpoint(tmp_path):

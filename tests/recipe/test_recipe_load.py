@@ -382,6 +382,7 @@ def test_a_wrong_value_is_one_line_with_the_table_the_key_and_the_value(tmp_path
         ('lr_scheduler_type = "cosine_with_min_lr"', ("lr_scheduler_kwargs", "min_lr or min_lr_rate")),
         ('lr_scheduler_type = "greedy"\neval_strategy = "no"', ('"greedy"', "eval_strategy")),
         ('do_eval = false\neval_strategy = "steps"', ("do_eval = false", 'eval_strategy = "steps"')),
+        ('save_strategy = "no"\nsave_minutes = 5', ('save_strategy = "no"', "save_minutes = 5")),
         ("save_steps = 0", ("save_steps = 0", 'save_strategy = "no"')),
         ('load_best_model_at_end = true\nsave_strategy = "epoch"', ("load_best_model_at_end",)),
         ("load_best_model_at_end = true\nsave_steps = 0.3", ("load_best_model_at_end",)),

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from qlora_phi3.errors import RecipeError, UserError
 from qlora_phi3.family import Architecture, is_hub_id, original_of
-from qlora_phi3.files import nesting
+from qlora_phi3.files import is_dir, nesting
 from qlora_phi3.recipe.edit import format_toml
 from qlora_phi3.recipe.messages import Problem, find_nearest, find_problems
 from qlora_phi3.recipe.schema import TABLES, Data, Model, Recipe
@@ -191,7 +191,7 @@ def _find_missing_files(raw: Mapping[str, Any], base_dir: Path) -> Iterator[Prob
             elif table == "data" and is_local_data(name, base_dir):
                 dirs = list(dict.fromkeys(path.absolute().parent for path in candidate_paths(name, base_dir)))
                 sentence = f"[data] {key}: There is no file {name} in {' or '.join(map(str, dirs))}."
-                files = [path.name for parent in dirs if parent.is_dir() for path in parent.iterdir() if path.is_file()]
+                files = [path.name for parent in dirs if is_dir(parent) for path in parent.iterdir() if path.is_file()]
                 nearest = find_nearest(Path(name).name, files, cutoff=0.8)  # the suffixes are alike anyway
                 hint = f" Did you mean {Path(name).with_name(nearest).as_posix()}?" if nearest else ""
                 yield Problem(table, key, sentence + hint)
@@ -227,7 +227,7 @@ def is_local_data(name: str, base_dir: Path) -> bool:
     """Whether a name in [data] means a file: it exists, has the suffix of a file, or cannot be a hub id."""
     if Path(name).suffix.lower() in FILE_SUFFIXES or not is_hub_id(name, needs_owner=False):
         return True
-    return any(path.exists() for path in candidate_paths(name, base_dir))
+    return any(path.exists() for path in _safe_paths(name, base_dir))
 
 
 def local_files(path: Path) -> list[Path]:

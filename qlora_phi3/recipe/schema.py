@@ -128,7 +128,7 @@ class Quantization(Table):
     """Storage of the frozen base; names of BitsAndBytesConfig."""
 
     load_in_4bit: bool = True
-    """Store the linear layers in 4 bit (QLoRA); false: in 16 bit (LoRA)."""
+    """Store the linear layers in 4 bit (QLoRA); false: in 16 bit (LoRA). A base whose files are in 4 bit is used as they are."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit data type."""
     bnb_4bit_use_double_quant: bool = True

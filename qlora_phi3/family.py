@@ -285,8 +285,9 @@ def parse_architecture(config: dict[str, Any], name: str) -> Architecture:
     window = config.get("sliding_window")
     if window is not None and not _is_count(window, 2**31):
         raise _wrong(name, "sliding_window", window, "neither a number of tokens nor null, which is full attention")
-    for key, default in (("pad_token_id", 32000), ("bos_token_id", 1), ("eos_token_id", 32000)):
-        ids = config.get(key, default)  # transformers' defaults
+    # transformers' default; a pad_token_id outside the embedding fails when the model is built.
+    for key, default in (("pad_token_id", 32000), ("bos_token_id", None), ("eos_token_id", None)):
+        ids = config.get(key, default)
         for token_id in ids if isinstance(ids, list) else [ids]:
             if token_id is not None and not _is_count(
                 token_id + 1 if type(token_id) is int else 0, sizes["vocab_size"]

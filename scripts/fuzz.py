@@ -25,6 +25,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -366,7 +367,133 @@ def toml_value(draw: random.Random) -> str:
     return draw.choice(special)
 
 
+ROWS: tuple[dict[str, Any], ...] = (
+    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "assistant", "content": None,
+     "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\"x\": 1}"}}], "weight": 1}],
+     "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a<|end|>", "train": True}], "system": "s"},
+    {"instruction": "i", "input": "x", "output": "o", "history": [["q", "a"]], "context": "c", "tools": "[]"},
+    {"prompt": "p", "completion": [{"role": "assistant", "content": "a", "reasoning_content": "t"}], "loss_weight": 1.0},
+    {"text": "words<|user|>", "title": "t"},
+)  # fmt: skip
+#: Keys that a row may have beside its own.
+ROW_KEYS = (
+    "train", "weight", "masked", "label", "chosen", "kto_tag", "system_prompt", "functions", "images", "parts", "text", "content",
+    "thinking", "tool_calls", "function_call", "train_detail", "role", "from", "type", "\ud800", "",
+)  # fmt: skip
+
+
+def damaged_row(draw: random.Random) -> Any:
+    """One of the rows above with foreign keys, and with values replaced."""
+    row = copy.deepcopy(draw.choice(ROWS))
+    for holder in (row, *(item for value in row.values() if isinstance(value, list) for item in value)):
+        if isinstance(holder, dict) and draw.random() < 0.3:
+            holder[draw.choice(ROW_KEYS)] = unusual(draw)
+    return damage_json(row, draw) if draw.random() < 0.8 else row
+
+
+@cache
+def load_undamaged(base: Path) -> tuple[Any, Any]:
+    """The tokenizer of the undamaged base, and its template."""
+    from qlora_phi3.data.template import choose_template
+    from qlora_phi3.model.phi3 import load_tokenizer
+    from qlora_phi3.recipe.schema import Model
+
+    loaded = load_tokenizer(Model(name=str(base)))
+    return loaded, choose_template(loaded)
+
+
+def prepare_rows(fuzz: Fuzz, name: str, **keys: Any) -> None:
+    """Read, render and tokenize a file of the damaged folder as a run does."""
+    from qlora_phi3.data.prepare import prepare_datasets
+    from qlora_phi3.recipe.schema import Data
+
+    loaded, chosen = load_undamaged(fuzz.base)
+    prepare_datasets(
+        Data(train=name, **keys),
+        max_length=64,
+        evaluate=fuzz.draw.random() < 0.2,
+        tokenizer=loaded,
+        template=chosen,
+        base_dir=fuzz.folder,
+        cache_dir=fuzz.folder / "cache",
+    )
+
+
+def rows(fuzz: Fuzz) -> None:
+    """One to three rows, as JSON lines, with foreign keys and unusual values."""
+    number = fuzz.draw.choice((1, 1, 2, 3))
+    text = "".join(json.dumps(damaged_row(fuzz.draw)) + "\n" for _ in range(number))
+    (fuzz.folder / "a.jsonl").write_text(text, encoding="utf-8")
+    keys: dict[str, Any] = {"allow_special_tokens": True} if fuzz.draw.random() < 0.2 else {}
+    if fuzz.draw.random() < 0.2:
+        keys["ignore_columns"] = fuzz.draw.sample(ROW_KEYS[:-2], 3)
+    if fuzz.draw.random() < 0.2:
+        keys["loss_on"] = "all"
+    prepare_rows(fuzz, "a.jsonl", **keys)
+
+
+def data_files(fuzz: Fuzz) -> None:
+    """A data file of any type, damaged as bytes."""
+    import gzip
+
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    usual = [copy.deepcopy(fuzz.draw.choice((ROWS[0], ROWS[3]))) for _ in range(1)] * 3
+    name = fuzz.draw.choice(("a.json", "a.jsonl", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a.csv.gz"))
+    path = fuzz.folder / name
+    if name == "a.parquet":
+        parquet.write_table(pa.Table.from_pylist(usual), path)
+        raw = path.read_bytes()
+    elif ".csv" in name or ".tsv" in name:
+        raw = ("instruction,output\n" + 'q,"a, b"\n' * 3).replace(",", fuzz.draw.choice(",;\t|")).encode()
+    else:
+        raw = (json.dumps(usual) if name == "a.json" else "".join(json.dumps(row) + "\n" for row in usual)).encode()
+    if fuzz.draw.random() < 0.3 and name != "a.parquet":
+        raw = raw.decode().encode("utf-16")
+    damaged = damage_bytes(raw, fuzz.draw)
+    if name.endswith(".gz"):
+        damaged = gzip.compress(damaged) if fuzz.draw.random() < 0.5 else damage_bytes(gzip.compress(raw), fuzz.draw)
+    path.write_bytes(damaged)
+    prepare_rows(fuzz, name)
+
+
+def data_cache(fuzz: Fuzz) -> None:
+    """The cache of tokenized rows: a damaged entry is made again, and the rows are the same."""
+    text = "".join(json.dumps(row) + "\n" for row in [ROWS[0]] * 4)
+    (fuzz.folder / "a.jsonl").write_text(text, encoding="utf-8")
+    prepare_rows(fuzz, "a.jsonl")
+    files = [path for path in (fuzz.folder / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    path = fuzz.draw.choice(sorted(files))
+    path.write_bytes(damage_bytes(path.read_bytes(), fuzz.draw))
+    prepare_rows(fuzz, "a.jsonl")
+
+
+def template(fuzz: Fuzz) -> None:
+    """The text of a chat template: the published ones, with tokens of Jinja replaced, repeated and deleted."""
+    from qlora_phi3.data.template import choose_template
+
+    source = fuzz.draw.choice(sorted((ROOT / "tests" / "data" / "hub_templates").glob("*.jinja")))
+    pieces = source.read_text(encoding="utf-8").replace("{", " {").split(" ")
+    for _ in range(fuzz.draw.choice((1, 1, 2, 4))):
+        at = fuzz.draw.randrange(len(pieces))
+        pieces[at] = fuzz.draw.choice(
+            ("", "{%", "%}", "{{", "}}", "{% endfor %}", "{{ 1 / 0 }}", "{{ x.y.z }}", "{{ messages[9]['x'] }}", "| int", "|trim",
+             "{% for x in range(9999) %}{% for y in range(9999) %}{% endfor %}{% endfor %}", "{{ 'x' * 99999999999 }}",
+             "{% generation %}", "{% endgeneration %}", "{{ raise_exception('no') }}", "{% include 'x' %}", "\ud800", pieces[0])
+        )  # fmt: skip
+    loaded = copy.deepcopy(load_undamaged(fuzz.base)[0])
+    loaded.chat_template = " ".join(pieces)
+    choose_template(loaded)
+
+
 SURFACES: dict[str, Callable[[Fuzz], None]] = {
+    "rows": rows,
+    "data-files": data_files,
+    "data-cache": data_cache,
+    "template": template,
     "config": config,
     "config-keys": config_keys,
     "tokenizer": tokenizer,

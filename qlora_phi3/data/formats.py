@@ -12,22 +12,24 @@
 cannot be used raises `SkipRow`, which the caller counts with its reason. What a row holds beside these columns is in `unread`.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from qlora_phi3.data.messages import (
+    NO_VALUE,
     SWITCH_NAMES,
     SWITCHES,
     Columns,
     SkipRow,
     Turn,
     as_rows,
+    check_unread,
     is_empty,
     is_switched_off,
+    parse_json,
     read_system,
     read_text,
     read_tools,
@@ -42,18 +44,6 @@ SYNONYMS = {
     "input": ("input", "context"),
 }
 
-#: Names of columns of preference data, whose answers are not all good ones.
-PREFERENCE = re.compile(
-    r"((chosen|rejected)(_.*)?|.*_(chosen|rejected)|kto_tag|prefer(ence|red).*|winner|completions"
-    r"|(conversation|response|answer|output|completion)_?[ab1-9])",
-    re.IGNORECASE,
-)
-#: Names of columns that tell good answers from bad ones if they hold a judgement: true, 0, "bad", a score.
-JUDGEMENT = re.compile(
-    r"labels?|(is_)?(correct|good|accepted|chosen)|correctness|upvotes|scores?|ratings?|rewards?", re.IGNORECASE
-)
-JUDGEMENTS = frozenset(("true", "false", "yes", "no", "good", "bad", "correct", "incorrect", "wrong", "right"))
-
 #: Beside `text`, columns with these names say that it is one part of the row and not all of it.
 NOT_A_DOCUMENT = re.compile(
     r"role|labels?|answers?|summary|output|response|target|completion|question|instruction|reply|highlights|translation|intent"
@@ -63,11 +53,11 @@ NOT_A_DOCUMENT = re.compile(
 #: Columns of pictures and sound, which the family's text models do not take.
 MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 
-#: How an empty cell gets into a file as text (pandas, Alpaca).
-NO_INPUT = frozenset(("<noinput>", "nan", "NaN", "None", "none", "null", "N/A", "n/a"))
+#: Words for an empty cell that no turn is.
 NO_ANSWER = frozenset(("<nooutput>", "nan", "NaN"))
 
-INPUT_IGNORED = "'input' is a word for an empty cell (nan, None, <noinput>): read as empty"
+INPUT_IGNORED = "'input' or 'system' is a word for an empty cell (nan, None, <noinput>): read as empty"
+EMPTY_WORD = "an answer is a word that may stand for an empty cell (None, null, N/A): learned as it is"
 EMPTY_TURN = "a user's turn is empty"
 
 #: Names of columns in published data that hold a question or an answer, the likelier names first.
@@ -132,6 +122,11 @@ def detect_format(row: Mapping[str, Any]) -> str | None:
     return None
 
 
+def is_readable(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of a format, or can be mapped to one."""
+    return detect_format(row) is not None or guess_mapping(row) is not None
+
+
 def guess_mapping(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
     """Guess from the names of a row's columns the format and the `fields` that fit it; None where no column has a likely name.
 
@@ -146,12 +141,14 @@ def guess_mapping(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
     answer = next((names[name] for name in ANSWER_COLUMNS if name in names), None)
     if question is None or answer is None:
         return None
-    if question == "prompt":
-        return "prompt_completion", {"completion": answer}
     fields = {"instruction": question, "output": answer}
     for ours, synonyms in SYNONYMS.items():
         theirs = (names.get(name.lower()) for name in synonyms)
         fields[ours] = next((name for name in theirs if name not in (None, question, answer)), ours)
+    has_more = any(ours in names or fields.get(ours, ours) != ours for ours in ("input", "history"))
+    if question == "prompt" and not has_more:
+        del fields["instruction"]
+        return "prompt_completion", {"completion": fields.pop("output")} | {k: v for k, v in fields.items() if k != v}
     return "alpaca", {ours: theirs for ours, theirs in fields.items() if ours != theirs}
 
 
@@ -169,46 +166,6 @@ def check_fields(fields: Mapping[str, str], format_name: str) -> None:
                 f"[data] fields maps {ours!r}, which is no column of format {format_name!r}.",
                 f"The left side is the format's name, the right side yours. The format's names are: {', '.join(known)}.",
             )
-
-
-def check_columns(names: Iterable[Any], row: Mapping[str, Any], where: str) -> None:
-    """Refuse preference data, in which not every answer is to be learned.
-
-    Args:
-        names: of the columns that [data] fields does not map.
-
-    Raises:
-        DataError: a column is one of preference data.
-    """
-    found = sorted(str(name) for name in names if not is_empty(row[name]) and _is_preference(str(name), row[name]))
-    if found:
-        listed = ", ".join(map(repr, found))
-        raise DataError(
-            f"{where} has {listed}, as preference data have (DPO, KTO, rewards), and this trainer learns every answer of a row.",
-            "Keep only rows with good answers, and say what these columns are not: [data] ignore_columns = "
-            f"{json.dumps(found, ensure_ascii=False)}.",
-        )
-
-
-@cache
-def _kind_of_column(name: str) -> str:
-    return "preference" if PREFERENCE.fullmatch(name) else "judgement" if JUDGEMENT.fullmatch(name) else ""
-
-
-def _is_preference(name: str, value: Any) -> bool:
-    kind = _kind_of_column(name)
-    if kind != "judgement":
-        return kind == "preference"
-    is_judgement = isinstance(value, bool | int | float | list)
-    return is_judgement or (isinstance(value, str) and (value.strip().lower() in JUDGEMENTS or _is_number(value)))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Document:
@@ -233,9 +190,11 @@ def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Doc
     if not SWITCH_NAMES.isdisjoint(row) and is_switched_off(columns):
         raise SkipRow(f"the row is switched off ({', '.join(name for name in SWITCHES if name in row)})")
     example = form.read(columns, where, keys)
-    unread = (*columns.unread(), *sorted(keys))
+    left = columns.unread()
+    check_unread(row, left, where)
+    unread = (*left, *sorted(keys))
     if isinstance(example, Document):
-        if not example.text.strip():
+        if not example.text.strip() or example.text.strip() in NO_ANSWER:
             raise SkipRow("the text is empty")
         return replace(example, unread=unread) if unread else example
     if not example.turns:
@@ -243,10 +202,12 @@ def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Doc
     answers = [turn for turn in example.turns if turn.role == "assistant" and turn.supervised]
     if not answers:
         raise SkipRow("no assistant turn to learn from")
-    if not all(turn.text.strip() or turn.calls for turn in answers):
+    if not all(turn.text.strip() or turn.calls or turn.thinking for turn in answers):
         raise SkipRow("an assistant turn is empty")
-    if any(turn.text.strip() in NO_ANSWER for turn in answers):
-        raise SkipRow("an assistant turn is a word for an empty cell (nan, <nooutput>)")
+    if any(turn.text.strip() in NO_ANSWER for turn in example.turns):
+        raise SkipRow("a turn is a word for an empty cell (nan, <nooutput>)")
+    if any(turn.text.strip() in NO_VALUE for turn in answers if turn.text):
+        example = replace(example, notes=(*example.notes, EMPTY_WORD))
     if any(turn.role == "user" and not turn.text.strip() for turn in example.turns):
         example = replace(example, notes=(*example.notes, EMPTY_TURN))
     return replace(example, unread=unread) if unread else example
@@ -254,7 +215,7 @@ def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Doc
 
 def _read_conversation(column: str, columns: Columns, where: str, unread: set[str]) -> Chat:
     turns = read_turns(columns.take(column), column, where, unread)
-    switched_off = any(turn.role == "assistant" and not turn.supervised for turn in turns)
+    switched_off = not all(turn.supervised for turn in turns)
     return replace(_with_system_and_tools(turns, columns, unread), switched_off=switched_off)
 
 
@@ -263,11 +224,12 @@ def _read_alpaca(columns: Columns, where: str, unread: set[str]) -> Chat:
         read_text(columns.take("instruction"), "instruction"),
         read_text(columns.take(*SYNONYMS["input"]), "input"),
     )
-    notes = (INPUT_IGNORED,) if extra.strip() in NO_INPUT else ()
+    notes = (INPUT_IGNORED,) if extra and extra.strip() in NO_VALUE - {""} else ()
     if extra.strip() and not notes:  # the wording of Microsoft's Phi-3 samples
         question = f"{question}\n Input: {extra}" if question.strip() else extra
     turns: list[Turn] = []
-    for pair in as_rows(columns.take("history"), "history"):
+    history = columns.take("history")
+    for pair in as_rows(parse_json(history, history) if isinstance(history, str) else history, "history"):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise SkipRow("'history' is not a list of [question, answer] pairs")
         turns += [Turn("user", read_text(pair[0], "history")), Turn("assistant", read_text(pair[1], "history"))]
@@ -275,19 +237,26 @@ def _read_alpaca(columns: Columns, where: str, unread: set[str]) -> Chat:
     if isinstance(output, list):
         raise SkipRow("'output' is a list, as preference data have it, not text")
     turns += [Turn("user", question), Turn("assistant", read_text(output, "output"))]
-    return replace(_with_system_and_tools(tuple(turns), columns, unread), notes=notes)
+    chat = _with_system_and_tools(tuple(turns), columns, unread)
+    return replace(chat, notes=(*notes, *chat.notes))
 
 
 def _read_prompt_completion(columns: Columns, where: str, unread: set[str]) -> Chat:
-    prompt, completion = columns.take("prompt") or "", columns.take("completion") or ""
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    context = [replace(turn, supervised=False) for turn in read_turns(prompt, "prompt", where, unread)]
-    answers = read_turns(completion, "completion", where, unread)
+    prompt = read_turns(_as_messages(columns.take("prompt"), "user"), "prompt", where, unread)
+    answers = read_turns(_as_messages(columns.take("completion"), "assistant"), "completion", where, unread)
+    context = [replace(turn, supervised=False) for turn in prompt]
     chat = _with_system_and_tools((*context, *answers), columns, unread)
-    return replace(chat, switched_off=any(turn.role == "assistant" and not turn.supervised for turn in answers))
+    return replace(chat, switched_off=not all(turn.supervised for turn in (*prompt, *answers)))
+
+
+def _as_messages(value: Any, role: str) -> Any:
+    """A prompt or a completion as messages: text is one message, unless it is the JSON of messages, as a .csv has them."""
+    if not isinstance(value, str | None):
+        return value
+    text = value or ""
+    if re.match(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:", text):
+        return text
+    return [{"role": role, "content": text}]
 
 
 def _read_document(columns: Columns, where: str, unread: set[str]) -> Document:
@@ -306,7 +275,15 @@ def check_document(columns: Iterable[str], where: str) -> None:
 def _with_system_and_tools(turns: tuple[Turn, ...], columns: Columns, unread: set[str]) -> Chat:
     system = read_system(columns.take(*SYNONYMS["system"]), unread)
     tools = read_tools(columns.take(*SYNONYMS["tools"]))
-    return Chat((Turn("system", system), *turns) if system.strip() else turns, tools)
+    notes = (INPUT_IGNORED,) if system and system.strip() in NO_VALUE - {""} else ()
+    if system.strip() and not notes:
+        turns = (Turn("system", system), *turns)
+    in_turns = [turn.calls for turn in turns if turn.role == "system" and turn.calls]
+    if in_turns:  # tools in a system message, as Phi-4-mini has them
+        if len(in_turns) > 1 or tools:
+            raise SkipRow("tools are defined in more than one place")
+        turns = tuple(replace(turn, calls="") if turn.role == "system" else turn for turn in turns)
+    return Chat(turns, tools or "".join(in_turns), notes=notes)
 
 
 #: In the order of detection: ultrachat_200k has `prompt` next to `messages`, Alpaca sets have `text` next to `output`.

@@ -5,8 +5,11 @@ What a message holds and no key here reads is reported as not read. A message or
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from numbers import Number
 from typing import Any, Literal
 
 from qlora_phi3.errors import DataError
@@ -26,6 +29,8 @@ SWITCHES = ("train", "training", "trainable", "learn", "loss", "loss_mask", "los
 SWITCH_NAMES = frozenset(SWITCHES)
 #: The one that is true for what is not learned.
 REVERSED = "masked"
+#: How an empty cell gets into a file as text (pandas, Alpaca, SQL, Excel).
+NO_VALUE = frozenset(("", "<noinput>", "nan", "NaN", "None", "none", "null", "NULL", "N/A", "n/a", "<NA>", "#N/A"))
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text", "parts")
@@ -33,8 +38,101 @@ CALL_ROLES = frozenset(("function_call", "tool_call"))
 THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")
 CALL_KEYS = ("tool_calls", "function_call")
 #: Of OpenAI's tool calls; the family's models write none of them.
-IDS = frozenset(("id", "tool_call_id", "call_id", "index", "type"))
-CALL_PARTS = IDS | {"function", "name", "arguments", "parameters"}
+IDS = frozenset(("id", "tool_call_id", "call_id", "index"))
+#: Names that a tool call's arguments have: OpenAI, older sets, LangChain, Anthropic.
+ARGUMENTS = ("arguments", "parameters", "args", "input")
+CALL_KEYS_READ = IDS | {"type", "function", "name", *ARGUMENTS}
+
+#: A name that may say what is learned, and is none of SWITCHES.
+SWITCH_LIKE = re.compile(r"(no_|do_|is_)?(train|learn|mask|loss)(_.*|ed|ing|able)?", re.IGNORECASE)
+#: Names of columns of preference data, whose answers are not all good ones.
+PREFERENCE = re.compile(
+    r"((chosen|rejected)(_.*)?|.*_(chosen|rejected)|kto_tag|prefer(ence|red).*|winner|completions"
+    r"|(negative|positive)_(messages|response|answer|output|completion)s?"
+    r"|(conversation|response|answer|output|completion)_?[abjk1-9])",
+    re.IGNORECASE,
+)
+#: Names of columns that tell good answers from bad ones if they hold a judgement: true, 0, "bad", a score.
+JUDGEMENT = re.compile(
+    r"labels?|(is_)?(correct|good|accepted|(un)?desirable)|correctness|upvotes|scores?|ratings?|rewards?", re.IGNORECASE
+)
+JUDGEMENTS = frozenset(
+    (
+        "true", "false", "yes", "no", "t", "f", "y", "n", "+", "-", "good", "bad", "correct", "incorrect", "right", "wrong",
+        "chosen", "rejected", "accepted", "reject", "desirable", "undesirable", "positive", "negative", "pos", "neg", "pass",
+        "passed", "fail", "failed", "valid", "invalid", "safe", "unsafe", "thumbs_up", "thumbs_down", "\U0001f44d", "\U0001f44e",
+        "wahr", "falsch", "richtig",
+    )
+)  # fmt: skip
+
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text", "parts")
+CALL_ROLES = frozenset(("function_call", "tool_call"))
+THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")
+CALL_KEYS = ("tool_calls", "function_call")
+#: Of OpenAI's tool calls; the family's models write none of them.
+IDS = frozenset(("id", "tool_call_id", "call_id", "index"))
+#: Names that a tool call's arguments have: OpenAI, older sets, LangChain, Anthropic.
+ARGUMENTS = ("arguments", "parameters", "args", "input")
+CALL_KEYS_READ = IDS | {"type", "function", "name", *ARGUMENTS}
+
+#: A name that may say what is learned, and is none of SWITCHES.
+SWITCH_LIKE = re.compile(r"(no_|do_|is_)?(train|learn|mask|loss)(_.*|ed|ing|able)?", re.IGNORECASE)
+#: Names of columns of preference data, whose answers are not all good ones.
+PREFERENCE = re.compile(
+    r"((chosen|rejected)(_.*)?|.*_(chosen|rejected)|kto_tag|prefer(ence|red).*|winner|completions"
+    r"|(negative|positive)_(messages|response|answer|output|completion)s?"
+    r"|(conversation|response|answer|output|completion)_?[abjk1-9])",
+    re.IGNORECASE,
+)
+#: Names of columns that tell good answers from bad ones if they hold a judgement: true, 0, "bad", a score.
+JUDGEMENT = re.compile(
+    r"labels?|(is_)?(correct|good|accepted|(un)?desirable)|correctness|upvotes|scores?|ratings?|rewards?", re.IGNORECASE
+)
+JUDGEMENTS = frozenset(
+    [
+        "true",
+        "false",
+        "yes",
+        "no",
+        "t",
+        "f",
+        "y",
+        "n",
+        "+",
+        "-",
+        "good",
+        "bad",
+        "correct",
+        "incorrect",
+        "wrong",
+        "right",
+        "chosen",
+        "accepted",
+        "rejected",
+        "reject",
+        "desirable",
+        "undesirable",
+        "positive",
+        "negative",
+        "pos",
+        "neg",
+        "pass",
+        "passed",
+        "fail",
+        "failed",
+        "valid",
+        "invalid",
+        "safe",
+        "unsafe",
+        "thumbs_up",
+        "thumbs_down",
+        "👍",
+        "👎",
+        "richtig",
+        "falsch",
+        "wahr",
+    ]
+)
 
 
 class SkipRow(Exception):  # noqa: N818 - not a fault of the program: the caller counts it and goes on
@@ -130,10 +228,9 @@ def read_turns(messages: Any, column: str, where: str, unread: set[str]) -> tupl
         DataError: an unknown role.
     """
     if isinstance(messages, str):
-        try:
-            messages = json.loads(messages)
-        except (ValueError, RecursionError):
-            raise SkipRow(f"{column!r} is text, and not the JSON of a list of messages") from None
+        messages = parse_json(messages)
+        if messages is None:
+            raise SkipRow(f"{column!r} is text, and not the JSON of a list of messages")
     return tuple(_read_message(message, column, where, unread) for message in as_rows(messages, column))
 
 
@@ -152,11 +249,14 @@ def _read_message(message: Any, column: str, where: str, unread: set[str]) -> Tu
             f"{where}: unknown role {name!r}.", f"Rename it in the data; the known roles are {', '.join(ROLES)}."
         )
     off = is_switched_off(columns)
-    if any(detail.get("train") is False for detail in _objects(columns.take("train_detail"))):
-        raise SkipRow("'train_detail' switches a part of a message off, and a turn is learned or not")
+    details = columns.take("train_detail")
+    for detail in as_rows(parse_json(details, details) if isinstance(details, str) else details, "train_detail"):
+        if not isinstance(detail, Mapping) or is_switched_off(Columns(detail)):
+            raise SkipRow("'train_detail' switches a part of a message off, and a turn is learned or not")
+    columns.read.update({"type"} if message.get("type") in ("message", "text") else ())
     content = columns.take(*CONTENT_KEYS)
     if role == "tool" and isinstance(content, Mapping) and not {"parts", "text"} & content.keys():
-        content = json.dumps(content, ensure_ascii=False)
+        content = to_json(content, "content")
     parts = _Parts(column, unread)
     parts.add(content)
     if role == "assistant" and len(parts.states) > 1:
@@ -165,8 +265,11 @@ def _read_message(message: Any, column: str, where: str, unread: set[str]) -> Tu
     if role == "assistant":
         calls = read_calls(columns.take(*CALL_KEYS), unread)
         thinking = thinking or read_text(columns.take(*THINKING_KEYS), "thinking")
-    if not calls and name.strip().lower() in CALL_ROLES and text.lstrip()[:1] in ("{", "["):
-        text, calls = "", read_calls(text, unread)
+    elif role == "system":  # Phi-4-mini's own form; `read_tools_of` takes them from here
+        calls = read_tools(columns.take("tools"))
+    if text.lstrip()[:1] in ("{", "[") and (calls or name.strip().lower() in CALL_ROLES) and role == "assistant":
+        text, calls = _calls_in_text(text, calls, unread)
+    check_unread(columns.row, columns.unread(), where)
     unread.update(f"{key} (of messages)" for key in columns.unread())
     return Turn(role, text, not (off or parts.states == {False}), thinking, calls)
 
@@ -176,6 +279,64 @@ def _read_usual(message: Mapping[str, Any]) -> Turn | None:
     name, content = (message.get(keys[0], message.get(keys[1])) for keys in (ROLE_KEYS, CONTENT_KEYS))
     role = ROLES.get(name) if type(name) is str and name not in CALL_ROLES else None
     return None if role is None or type(content) is not str else Turn(role, read_text(content, "content"))
+
+
+def _calls_in_text(text: str, calls: str, unread: set[str]) -> tuple[str, str]:
+    """Text and calls of a turn whose text is calls, as ShareGPT's function_call has it, or is those of `calls` again."""
+    if is_empty(parse_json(text)):
+        return text, calls
+    try:
+        found = read_calls(text, unread)
+    except SkipRow:
+        if calls:
+            return text, calls
+        raise
+    return ("", found) if calls in ("", found) else (text, calls)
+
+
+def check_unread(row: Mapping[Any, Any], names: Iterable[Any], where: str) -> None:
+    """Refuse preference data, in which not every answer is to be learned, and switches that are not known.
+
+    Args:
+        names: keys of the row, or of a message in it, that nothing reads.
+
+    Raises:
+        DataError: a key is one of preference data.
+        SkipRow: a key may be a switch.
+    """
+    found = sorted(str(name) for name in names if not is_empty(row[name]) and _is_preference(str(name), row[name]))
+    if found:
+        listed = ", ".join(map(repr, found))
+        raise DataError(
+            f"{where} has {listed}, as preference data have (DPO, KTO, rewards), and this trainer learns every answer of a row.",
+            "Keep only rows with good answers, and say what these columns are not: [data] ignore_columns = "
+            f"{json.dumps(found, ensure_ascii=False)}.",
+        )
+    for name in names:
+        if SWITCH_LIKE.fullmatch(str(name)) and row[name] in (True, False, "true", "false", "True", "False"):
+            raise SkipRow(f"{str(name)!r} may switch a turn off, and is not a switch that is known (docs/data.md)")
+
+
+@cache
+def _kind_of_column(name: str) -> str:
+    return "preference" if PREFERENCE.fullmatch(name) else "judgement" if JUDGEMENT.fullmatch(name) else ""
+
+
+def _is_preference(name: str, value: Any) -> bool:
+    kind = _kind_of_column(name)
+    if kind != "judgement":
+        return kind == "preference"
+    if not isinstance(value, str):
+        return isinstance(value, Number | list | dict)
+    return value.strip().lower() in JUDGEMENTS or _is_number(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(slots=True)
@@ -200,11 +361,17 @@ class _Parts:
             self.texts.append(read_text(content, "content"))
 
     def _add_part(self, part: Mapping[str, Any]) -> None:
-        columns = Columns(part, {"role"})
+        columns = Columns(part)
         kind = columns.take("type", "content_type") or "text"
+        if called := [
+            key for key in ("functionCall", "functionResponse", "function_call") if not is_empty(part.get(key))
+        ]:
+            raise SkipRow(f"a part of a message is {called[0]!r}, not text")
+        kind = "thinking" if columns.take("thought") is True else kind
         is_on = not is_switched_off(columns)
         if kind in THINKING_KEYS:
             self.thinking.append(read_text(columns.take(*THINKING_KEYS, *CONTENT_KEYS), kind))
+            self.states.add(is_on)
         elif kind not in ("text", "input_text", "output_text"):
             raise SkipRow(f"a part of a message is {str(kind)[:40]!r}, not text")
         elif not CONTENT_KEYS_SET & part.keys():
@@ -220,52 +387,78 @@ CONTENT_KEYS_SET = frozenset(CONTENT_KEYS)
 
 def read_calls(calls: Any, unread: set[str]) -> str:
     """The JSON array of an assistant's tool calls: name and arguments, an object, as the family's models write them."""
-    calls = _parse_json(calls) if isinstance(calls, str) else calls
+    if isinstance(calls, str) and calls.strip() and (text := calls) is not None:
+        calls = parse_json(text)
+        if calls is None and text.strip() != "null":
+            raise SkipRow("the tool calls are text, and not JSON")
     if is_empty(calls):
         return ""
     found = []
     for call in [calls] if isinstance(calls, Mapping) else as_rows(calls, "tool_calls"):
-        call = _parse_json(call) if isinstance(call, str) else call
+        call = parse_json(call) if isinstance(call, str) else call
         inner = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
             raise SkipRow("a tool call has no name")
-        given: Any = next((inner[key] for key in ("arguments", "parameters") if not is_empty(inner.get(key))), {})
-        arguments = _parse_json(given) if isinstance(given, str) else given
+        holders = (inner,) if inner is call else (inner, call)
+        given = [holder[key] for holder in holders for key in ARGUMENTS if not is_empty(holder.get(key))] or [{}]
+        if len(given) > 1:
+            raise SkipRow("a tool call has its arguments twice")
+        arguments = parse_json(given[0]) if isinstance(given[0], str) else given[0]
         if not isinstance(arguments, Mapping):
             raise SkipRow("the arguments of a tool call are not a JSON object")
         found.append({"name": inner["name"], "arguments": arguments})
         for part in (call, inner):
-            unread.update(f"{key} (of tool calls)" for key in part if key not in CALL_PARTS and not is_empty(part[key]))
-    return read_text(json.dumps(found, ensure_ascii=False), "tool_calls")
+            unread.update(
+                f"{key} (of tool calls)" for key in part if key not in CALL_KEYS_READ and not is_empty(part[key])
+            )
+    return to_json(found, "tool_calls")
 
 
 def read_tools(tools: Any) -> str:
     """The definitions of tools as text: as it is, or the JSON of the objects; empty where there are none."""
     if isinstance(tools, str):
-        with_content = tools.strip() and not (tools.strip()[0] in "[{n" and is_empty(_parse_json(tools, tools)))
-        return read_text(tools, "tools") if with_content else ""
+        is_none = tools.strip() in NO_VALUE or (tools.strip()[:1] in ("[", "{") and is_empty(parse_json(tools, tools)))
+        return "" if is_none else read_text(tools, "tools")
     if is_empty(tools):
         return ""
     if isinstance(tools, Sequence):
-        tools = [_parse_json(tool, tool) if isinstance(tool, str) else tool for tool in tools]
-    return read_text(json.dumps(tools, ensure_ascii=False), "tools")
+        tools = [parse_json(tool, tool) if isinstance(tool, str) else tool for tool in tools]
+    return to_json(tools, "tools")
 
 
-def _parse_json(text: str, otherwise: Any = None) -> Any:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. One that has a key twice would lose a value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
+
+
+def parse_json(text: str, otherwise: Any = None) -> Any:
+    """The value of a JSON text; `otherwise` where it is none, or has a key twice in an object."""
     try:
-        return json.loads(text)
+        return DECODER.decode(text.strip())
     except (ValueError, RecursionError):
         return otherwise
 
 
-def _objects(value: Any) -> list[Mapping[str, Any]]:
-    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, Sequence) else []
+def to_json(value: Any, column: str) -> str:
+    """A value as JSON. SkipRow where it holds what JSON has not: NaN, a date, bytes."""
+    try:
+        return read_text(json.dumps(value, ensure_ascii=False, allow_nan=False), column)
+    except (TypeError, ValueError, RecursionError):
+        raise SkipRow(f"{column!r} holds a value that JSON has not, such as NaN or a date") from None
 
 
 def read_system(value: Any, unread: set[str]) -> str:
     """A system text: text, or a message's content or parts of it (Bedrock, Gemini)."""
     parts = _Parts("system", unread)
-    parts.add(value)
+    parts.add({key: item for key, item in value.items() if key != "role"} if isinstance(value, Mapping) else value)
+    unread.update(("thinking (of the system text)",) if parts.thinking else ())
     return "".join(parts.texts)
 
 

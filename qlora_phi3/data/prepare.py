@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_phi3.data.formats import FORMATS, check_fields, detect_format, guess_mapping
+from qlora_phi3.data.formats import FORMATS, check_fields, detect_format, guess_mapping, is_readable
 from qlora_phi3.data.report import NAMED, DataReport, SourceReport, merge_counts
 from qlora_phi3.data.sources import Source, open_local, open_sources
 from qlora_phi3.data.template import ChatTemplate
@@ -123,7 +123,7 @@ def check_files(data: Data, base_dir: Path, *, evaluate: bool) -> None:
             for source in open_local(name, base_dir, data.split):
                 report = SourceReport(source.name)
                 if next(read_examples(source, data, report, set()), None) is None:
-                    raise _nothing_to_learn([source], [report], max_length=0)
+                    raise _nothing_to_learn([source], [report], data, max_length=0)
 
 
 def split_indices(num_rows: int, size: float, *, seed: int, at_most: int | None = None) -> tuple[int, ...]:
@@ -156,16 +156,18 @@ def _read_all(
     for number, source in enumerate(sources, first):
         part, report = tokenize_source(source, config, None if max_rows is None else max_rows - kept)
         if report.rows_read == 0 and max_rows != kept:
-            raise _nothing_to_learn([source], [report], config.max_length)
+            raise _nothing_to_learn([source], [report], config.data, config.max_length)
         parts.append(part.add_column("source", np.full(len(part), number, dtype=np.int32)))
         reports.append(report)
         kept += report.rows_kept
     if not kept:
-        raise _nothing_to_learn(sources, reports, config.max_length)
+        raise _nothing_to_learn(sources, reports, config.data, config.max_length)
     return concatenate_datasets([part for part in parts if len(part)]), reports
 
 
-def _nothing_to_learn(sources: Sequence[Source], reports: Sequence[SourceReport], max_length: int) -> DataError:
+def _nothing_to_learn(
+    sources: Sequence[Source], reports: Sequence[SourceReport], data: Data, max_length: int
+) -> DataError:
     """Why no row is left, and what to do: raise max_length, or name the format and columns of the first row."""
     names, num_read = ", ".join(report.name for report in reports), sum(report.rows_read for report in reports)
     if not num_read:
@@ -181,18 +183,23 @@ def _nothing_to_learn(sources: Sequence[Source], reports: Sequence[SourceReport]
         return DataError(message, f"Raise [training] max_length, now {max_length}.")
     _, row = next(sources[0].rows())
     if isinstance(row, Mapping) and detect_format(row) is None:
-        if guess := guess_mapping(row):
+        if data.format == "auto" and (guess := guess_mapping(row)) and guess[1]:
             pairs = ", ".join(f"{ours} = {json.dumps(theirs, ensure_ascii=False)}" for ours, theirs in guess[1].items())
             return DataError(
                 message,
                 f'Write below [data]: format = "{guess[0]}" and, on a line of its own, fields = {{ {pairs} }}',
             )
         lists = [
-            name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)
+            name
+            for name, value in row.items()
+            if isinstance(value, list) and value and isinstance(value[0], dict) and is_readable(value[0])
         ]
         if num_read == 1 and len(lists) == 1:
             return DataError(message, f"Its rows lie in the list {lists[0]!r}: save that list alone.")
-    return DataError(message, f"The formats are {', '.join(FORMATS)}; [data] fields maps other column names to theirs.")
+        return DataError(
+            message, f"The formats are {', '.join(FORMATS)}; [data] fields maps other column names to theirs."
+        )
+    return DataError(message, "Correct these rows; docs/data.md says what a row of this format may hold.")
 
 
 def _build_report(

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from qlora_phi3.errors import printable
 from qlora_phi3.units import format_count
 
 #: Reasons that are counted apart in a source: those may be as many as the rows, as a column's name stands in some.
@@ -64,6 +65,7 @@ class SourceReport:
 
     def add(self, counts: dict[str, RowCount], reason: str, number: int) -> None:
         """Count a row, by its number in the source, in `skipped`, `notes` or `unread`."""
+        reason = printable(reason.encode(errors="replace").decode())
         if reason not in counts and len(counts) >= MOST_REASONS:
             reason = "other reasons" if counts is not self.unread else "others"
         counts[reason] = counts.get(reason, RowCount(reason)).plus(1, [f"{self.name}:{number}"])

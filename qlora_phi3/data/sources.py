@@ -1,7 +1,7 @@
 """Rows from local .json, .jsonl, .csv and .parquet files, from folders of them, and from data sets on the hub or on the disk.
 
 A `Source` numbers its rows from 1: by the line in a text file (an object over several lines has the line it starts on), by the
-position in a .parquet file or a data set. A row that is text says why the row cannot be read.
+position in a .parquet file or a data set. An `UnusableRow` says why the row cannot be read.
 """
 
 import codecs
@@ -21,13 +21,19 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
+from qlora_phi3.data.messages import DECODER
 from qlora_phi3.errors import DataError, first_line
 from qlora_phi3.recipe.load import GLOB, candidate_paths, is_local_data, local_files
 from qlora_phi3.recipe.schema import Data
 
 RowIterator = Iterator[tuple[int, Any]]
 
+#: Files of a folder that are no data: hidden ones, documentation, programs, and what describes the others.
+NO_DATA = re.compile(
+    r"\..*|.*\.(md|rst|py|ipynb|lock|yaml|yml)|LICEN[CS]E.*|README.*|dataset_infos?\.json", re.IGNORECASE
+)
 #: What an empty file may hold, with the marks of UTF-8 and UTF-16.
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 BLANK = b"\xef\xbb\xbf\xff\xfe\x00 \t\r\n"
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 
@@ -75,12 +81,18 @@ def open_local(name: str, base_dir: Path, split: str = "train") -> list[Source]:
     path = next((candidate for candidate in candidates if _exists(candidate, name)), None)
     if path is not None and not path.is_dir():
         return [open_file(name, base_dir)]
-    if path is not None and any((path / saved).is_file() for saved in ("dataset_info.json", "dataset_dict.json")):
+    if path is not None and any((path / saved).is_file() for saved in ("state.json", "dataset_dict.json")):
         return [_open_saved(name, path, split)]
     patterns = [path] if path is not None else candidates if GLOB.search(name) else []
     for pattern in patterns:
-        if usable := [str(file) for file in local_files(pattern) if file.is_file() and _suffix(str(file)) in READERS]:
-            return [open_file(file, base_dir) for file in usable]
+        files = [file for file in local_files(pattern) if file.is_file() and not NO_DATA.fullmatch(file.name)]
+        if other := [file.name for file in files if _suffix(str(file)) not in READERS]:
+            raise DataError(
+                f"{name} has {', '.join(other[:3])}{', …' if len(other) > 3 else ''} of a type that is not supported.",
+                f"Take them out, convert them to one of {', '.join(READERS)}, or name the files: train = 'chats/*.jsonl'.",
+            )
+        if files:
+            return [open_file(str(file), base_dir) for file in files]
     if path is None and not patterns:
         return [open_file(name, base_dir)]  # it says where the file was looked for
     raise DataError(f"{name} has no data file.", f"Supported are {', '.join(READERS)}, each also with .gz at its end.")
@@ -123,8 +135,11 @@ def open_file(name: str, base_dir: Path) -> Source:
     with _read_errors(name), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     with _read_errors(name), _open_bytes(path) as file:
-        if not file.read(4096).strip(BLANK):
-            raise DataError(f"{name} is empty.", "Give it at least one row.")
+        head = file.read(4096)
+    if not head.strip(BLANK):
+        raise DataError(f"{name} is empty.", "Give it at least one row.")
+    if b"\x00" in head and suffix != ".parquet" and head[:2] not in UTF16_MARKS:
+        raise DataError(f"{name} is no text in UTF-8: it holds zero bytes.", "Save the file as UTF-8.")
     return Source(name, digest, lambda: READERS[suffix](name, path))
 
 
@@ -136,7 +151,7 @@ def _open_text(path: Path) -> io.TextIOWrapper:
     """A file as text: UTF-16 where it begins with that mark, as PowerShell and Excel write it, else UTF-8. Line ends stay."""
     with _open_bytes(path) as file:
         mark = file.read(2)
-    encoding = "utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    encoding = "utf-16" if mark in UTF16_MARKS else "utf-8-sig"
     return io.TextIOWrapper(_open_bytes(path), encoding=encoding, newline="")
 
 
@@ -179,6 +194,11 @@ def open_hub(name: str, *, split: str, subset: str | None, revision: str | None)
 
 
 def _from_dataset(name: str, dataset: Any) -> Source:
+    for column, feature in dataset.features.items():
+        if getattr(
+            feature, "decode", False
+        ):  # pictures and sound: they are not read, and decoding needs more libraries
+            dataset = dataset.cast_column(column, type(feature)(decode=False))
     digest = hashlib.sha256(f"{dataset.num_rows} {dataset.column_names}".encode())
     for cached in dataset.cache_files:
         with Path(cached["filename"]).open("rb") as file:
@@ -234,7 +254,7 @@ def _read_jsonl_file(name: str, path: Path) -> RowIterator:
     """One object a line; blank lines are skipped. A file that starts with an array is read as a .json file."""
     with _read_errors(name), _open_bytes(path) as file:
         head = file.read(4096)
-        is_utf16 = head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        is_utf16 = head[:2] in UTF16_MARKS
         if head.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace").lstrip().startswith("["):
             yield from _read_json_file(name, path)
             return
@@ -254,18 +274,6 @@ def _read_jsonl_file(name: str, path: Path) -> RowIterator:
             except (ValueError, RecursionError) as error:
                 raise _invalid_json(f"{name}:{number}", error) from None
             yield number, row
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. One that has a key twice would lose a value."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
-    return found
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
 def _parse_json(name: str, text: str) -> RowIterator:
@@ -315,12 +323,16 @@ def _read_csv_file(name: str, path: Path) -> RowIterator:
     try:
         with _read_errors(name), _open_text(path) as file:
             lines = _skipping_separator(file)
-            separator, head = next(lines), next(lines, "")
+            separator, head, second = next(lines), next(lines, ""), next(lines, "")
+            marks = "\t,;|" if _suffix(name) == ".tsv" else ",;\t|"
+            bare = re.sub(r'"[^"]*"?', "", head)
             if not separator:
-                bare = re.sub(r'"[^"]*"?', "", head)
-                separator = max(",;\t|", key=bare.count) if any(mark in bare for mark in ",;\t|") else ","
-            spaced = separator + " " in head  # a space before a quote would make the quote part of the text
-            reader = csv.reader(chain([head], lines), strict=True, delimiter=separator, skipinitialspace=spaced)
+                is_tab = marks[0] == "\t" and "\t" in bare
+                separator = "\t" if is_tab else max(marks, key=bare.count) if re.search(r"[,;\t|]", bare) else marks[0]
+            # A space between separator and quote would make the quotes part of the text.
+            spaced = re.search(f'{re.escape(separator)} +"', re.sub(r'"[^"]*"', '""', f"{head}{second}")) is not None
+            lines = chain([line for line in (head, second) if line], lines)
+            reader = csv.reader(lines, strict=True, delimiter=separator, skipinitialspace=spaced)
             header = [cell.strip() for cell in next(reader, [])]
             _check_header(name, header)
             start = reader.line_num + 1
@@ -337,7 +349,7 @@ def _read_csv_file(name: str, path: Path) -> RowIterator:
 def _skipping_separator(lines: Iterable[str]) -> Iterator[str]:
     """The separator of Excel's first line `sep=;`, or nothing; then the lines of the file, without that line."""
     rest = iter(lines)
-    first = next(rest, "")
+    first = next((line for line in rest if line.strip()), "")
     found = re.fullmatch(r'"?sep=(.)"?\s*', first, re.IGNORECASE)
     yield found[1] if found else ""
     if not found:
@@ -353,9 +365,13 @@ def _check_header(name: str, header: Sequence[str]) -> None:
         )
 
 
-def _csv_row(header: Sequence[str], cells: Sequence[str]) -> dict[str, str] | str:
+class UnusableRow(str):
+    """Why a row cannot be read."""
+
+
+def _csv_row(header: Sequence[str], cells: Sequence[str]) -> dict[str, str] | UnusableRow:
     if len(cells) != len(header):
-        return "the record has more or fewer cells than the first line has columns"
+        return UnusableRow("the record has more or fewer cells than the first line has columns")
     return {column or "(no name)": cell for column, cell in zip(header, cells, strict=True) if column or cell}
 
 

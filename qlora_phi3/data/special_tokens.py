@@ -25,16 +25,20 @@ Span = tuple[int, int]
 
 
 class SpecialTokens:
-    """The special tokens of one tokenizer, and how text that holds them is tokenized."""
+    """The special tokens of one tokenizer, and how text that holds them is tokenized.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Args:
+        written: a rendered conversation: what the chat template writes is special, whatever the tokenizer says.
+    """
+
+    def __init__(self, tokenizer: Any, written: str = "") -> None:
         self.tokenizer = tokenizer
         added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
         self.names = tuple(sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True))
         forgeable = (
             name
             for name in self.names
-            if added.get(name, True) or re.fullmatch(r"<\|.*\|>|</?s>", name) or name == tokenizer.eos_token
+            if added.get(name, True) or re.fullmatch(r"<\|.*\|>|</?s>", name) or name in written
         )
         #: Whether special tokens take the white space after them along, as Phi-3's do.
         self.takes_space = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
@@ -45,6 +49,8 @@ class SpecialTokens:
         """Break every special token in a text that a row holds. SkipRow where the text has the marks themselves."""
         if MARK in text or AROUND in text:
             raise SkipRow("its text holds a special token and a Unicode noncharacter")
+        if any(len(found[0]) == 1 for found in self.pattern.finditer(text)):
+            raise SkipRow("its text holds a special token of one character, which cannot be told from the token")
         return self.pattern.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
 
     def encode(self, text: str, spans: Iterable[Span] = ()) -> tuple[Any, list[Span]]:
@@ -68,6 +74,10 @@ class SpecialTokens:
     def ids_of(self, encoding: Any) -> list[int]:
         """The model's ids of what `encode` returned."""
         return [self._real_ids.get(token_id, token_id) for token_id in encoding.ids]
+
+    def whole_in(self, text: str) -> list[str]:
+        """The special tokens in a rendered text that are not broken."""
+        return [found[0] for found in self._whole_or_mark.finditer(text) if found[0] not in (MARK, *THINKING)]
 
     @cached_property
     def _whole_or_mark(self) -> re.Pattern[str]:

@@ -84,6 +84,8 @@ class ChatTemplate:
         call_tokens: the tokens before and after an assistant's tool calls; empty where the model has none.
         own: the model's template where `source` is its marked twin and nobody published it: every row is rendered by both.
         variables, own_variables: what the two are rendered with, beside the messages.
+        rendered: a conversation, as it renders it.
+        is_own: whether it is none of the family's published ones, so that each rendering is checked.
     """
 
     name: str
@@ -98,6 +100,8 @@ class ChatTemplate:
     own: str = ""
     variables: Mapping[str, Any] = field(default_factory=dict)
     own_variables: Mapping[str, Any] = field(default_factory=dict)
+    rendered: str = ""
+    is_own: bool = False
 
 
 def choose_template(tokenizer: Any, name: str = "auto") -> ChatTemplate:
@@ -257,10 +261,16 @@ def _inspect(
         end_of_turn=_check_marks(name, source, tokenizer, variables),
         thinking="reasoning" in name or "<think>" in source or "<think>" in tokenizer.get_vocab(),
         call_tokens=CALL_TOKENS if set(CALL_TOKENS) <= tokenizer.get_vocab().keys() else ("", ""),
-        own="" if own is None or sha256(own.encode()).hexdigest()[:16] in PUBLISHED else own,
+        own="" if own is None or _is_published(own) else own,
         variables=variables,
         own_variables=_own_variables(tokenizer),
+        rendered=_try_render(source, PROBES[1], variables) or "",
+        is_own=name not in FAMILY or bool(own and not _is_published(own)),
     )
+
+
+def _is_published(source: str) -> bool:
+    return sha256(source.encode()).hexdigest()[:16] in PUBLISHED
 
 
 def _check_marks(name: str, source: str, tokenizer: Any, variables: dict[str, Any]) -> str:
@@ -273,8 +283,10 @@ def _check_marks(name: str, source: str, tokenizer: Any, variables: dict[str, An
         ) from error
     answer = PROBES[0][1]["content"]
     marked = text[slice(*spans[0])] if len(spans) == 1 else ""
-    if answer not in marked:
-        raise DataError(f"The chat template {name!r} does not mark the assistant's words once a turn.", MARK_HINT)
+    before, _, after = marked.partition(answer)
+    if answer not in marked or before.strip().removeprefix("<think>").strip():
+        reason = "does not mark the assistant's words once a turn, and them alone"
+        raise DataError(f"The chat template {name!r} {reason}.", MARK_HINT)
     vocabulary = tokenizer.get_vocab()
     for token in re.findall(r"<\|[^|>]+\|>", text):
         if token not in vocabulary:
@@ -282,11 +294,10 @@ def _check_marks(name: str, source: str, tokenizer: Any, variables: dict[str, An
                 f"The chat template {name!r} writes {token}, which is no token of this model.",
                 "Write chat_template = 'auto' in [data] for the model's own.",
             )
-    end = marked.split(answer, 1)[1].strip()
-    if not end:
-        raise DataError(
-            f"The chat template {name!r} marks the assistant's words without the end of the turn.", MARK_HINT
-        )
+    end = after.strip()
+    if end not in {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}:
+        ends = f"ends the marked words with {end!r}, not with a special token" if end else "marks no end of the turn"
+        raise DataError(f"The chat template {name!r} {ends}.", MARK_HINT)
     return end
 
 
@@ -307,15 +318,23 @@ def render_chat(chat: Chat, template: ChatTemplate) -> tuple[str, list[Span], li
             "the model's own chat template renders it otherwise (it strips or adds text), as the export would"
         )
     supervised = [turn.supervised for turn in chat.turns if turn.role == "assistant"]
-    if all(supervised):
-        return text, spans, notes
     if len(spans) != len(supervised):
         raise DataError(
             f"The chat template {template.name!r} marks {format_count(len(spans), 'span')} in a conversation of "
-            f"{len(supervised)} assistant turns, so that a turn cannot be left out of the loss.",
+            f"{len(supervised)} assistant turns, so that not each of them is learned or left out as it should be.",
             "Mark each assistant turn once in the template of [data] chat_template.",
         )
+    if template.is_own:
+        _check_rendering(text, spans, messages, template)
     return text, [span for span, is_supervised in zip(spans, supervised, strict=True) if is_supervised], notes
+
+
+def _check_rendering(text: str, spans: Sequence[Span], messages: Sequence[Message], template: ChatTemplate) -> None:
+    """Skip a row of which a template that nobody published drops words, or does not end each answer."""
+    if not all(message["content"] in text for message in messages):
+        raise SkipRow("the chat template leaves out or changes the words of a turn")
+    if not all(text[start:end].rstrip().endswith(template.end_of_turn) for start, end in spans):
+        raise SkipRow("the chat template marks an answer without the end of its turn")
 
 
 def fit_turns(chat: Chat, template: ChatTemplate) -> tuple[list[Message], list[str]]:
@@ -361,9 +380,9 @@ def _words(turn: Turn, template: ChatTemplate) -> str:
     if not turn.thinking:
         return text
     if not template.thinking:
-        raise SkipRow(
-            "an assistant's thinking has no place in the model's chat template ([data] ignore_columns leaves it out)"
-        )
+        raise SkipRow("an assistant's thinking, which only the family's reasoning models have a place for")
+    if "<think>" in text:
+        raise SkipRow("an assistant's thinking stands both in its answer and in a key of its own")
     return f"<think>\n{turn.thinking.strip()}\n</think>\n\n{text}"
 
 

@@ -20,10 +20,10 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from qlora_phi3.data.batching import IGNORE_INDEX
-from qlora_phi3.data.formats import Chat, Document, check_columns, check_document, detect_format, read_row
-from qlora_phi3.data.messages import SkipRow
+from qlora_phi3.data.formats import SYNONYMS, Chat, Document, check_document, detect_format, read_row
+from qlora_phi3.data.messages import CONTENT_KEYS, SkipRow, check_unread, parse_json
 from qlora_phi3.data.report import SourceReport
-from qlora_phi3.data.sources import Source
+from qlora_phi3.data.sources import Source, UnusableRow
 from qlora_phi3.data.special_tokens import MARK, Span, SpecialTokens
 from qlora_phi3.data.template import ChatTemplate, begins_with_unicode_space, render_chat
 from qlora_phi3.errors import DataError
@@ -44,9 +44,10 @@ CHAT_IN_TEXT = "raw text that looks like a rendered chat: its prompts are learne
 
 #: The headers that chat templates and prompts of the field write before a turn.
 RENDERED_CHAT = re.compile(
-    r"<\|(user|assistant|system|im_start|start_header_id|start_of_role)\|>|<start_of_turn>|\[/?INST\]"
+    r"<[|\uff5c](user|assistant|system|im_start|start_header_id|start_of_role)[|\uff5c]>|<start_of_turn>|\[/?INST\]|<(human|bot)>:"
+    r"|\b(USER|ASSISTANT):|GPT4 Correct (User|Assistant):|^(Q|A):"
     r"|^(### ?|<)?(Human|Assistant|User|Instruction|Response|Question|Answer)[:>]|### ?(Human|Assistant|Response):",
-    re.MULTILINE,
+    re.MULTILINE | re.IGNORECASE,
 )
 
 #: One row's token ids, or its labels: int32, shape (length,).
@@ -157,7 +158,7 @@ def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: in
     )
     report, names, activity = SourceReport(source.name), set[str](), f"Reading {Path(source.name).name}"
     examples = read_examples(source, config.data, report, names)
-    special = SpecialTokens(config.tokenizer)
+    special = SpecialTokens(config.tokenizer, written=config.template.rendered)
     most = float("inf") if max_rows is None else max_rows
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         while batch := list(islice(examples, int(min(BATCH_ROWS, most - report.rows_kept)))):
@@ -201,15 +202,15 @@ def read_examples(
         report.rows_read += 1
         try:
             if not isinstance(row, Mapping):
-                raise SkipRow(row if isinstance(row, str) else "the row is no object with columns")
+                raise SkipRow(row if isinstance(row, UnusableRow) else "the row is no object with columns")
             if data.fields:
                 columns.update(row)
             if ignored:
                 row = _without(row, ignored)
-            check_columns(row.keys() - data.fields.values() if data.fields else row, row, where)
             mapped = _map_columns(row, data.fields) if data.fields else row
             name = data.format if data.format != "auto" else detect_format(mapped)
             if name is None:
+                check_unread(row, row, where)
                 raise SkipRow(f"its columns ({', '.join(sorted(map(str, row)))[:100]}) fit no format")
             if report.format and name != report.format:
                 raise DataError(
@@ -227,11 +228,30 @@ def read_examples(
             report.add(report.skipped, "its objects are nested too deep", number)
 
 
-def _without(value: Any, names: frozenset[str]) -> Any:
-    """A row without the columns, and the keys of its messages, that [data] ignore_columns names."""
-    if isinstance(value, Mapping):
-        return {key: _without(item, names) for key, item in value.items() if key not in names}
-    return [_without(item, names) for item in value] if isinstance(value, list) else value
+def _without(row: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    """A row without the columns, and the keys of its messages and of their parts, that [data] ignore_columns names."""
+    return {key: _messages_without(key, value, names) for key, value in row.items() if key not in names}
+
+
+def _messages_without(column: str, value: Any, names: frozenset[str]) -> Any:
+    if (
+        isinstance(value, str)
+        and value.lstrip().startswith("[")
+        and column not in (*SYNONYMS["tools"], "text", "output")
+    ):
+        value = parse_json(value, value)
+    if not isinstance(value, list) or column in SYNONYMS["tools"]:
+        return value
+
+    def strip(item: Any) -> Any:
+        return {key: part for key, part in item.items() if key not in names} if isinstance(item, Mapping) else item
+
+    messages = [strip(message) for message in value]
+    for message in messages:
+        for key in CONTENT_KEYS if isinstance(message, dict) else ():
+            if isinstance(parts := message.get(key), list):
+                message[key] = [strip(part) for part in parts]
+    return messages
 
 
 def _map_columns(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
@@ -298,9 +318,24 @@ def _render_row(
         return _Rendered(number, text, None, is_broken), notes
     chat = _break_words(example, special) if is_broken else example
     text, spans, more = render_chat(chat, config.template)
+    if config.template.is_own and not config.data.allow_special_tokens:
+        _check_special_tokens(example, text, config.template, special)
     if config.data.loss_on == "all" and example.switched_off:
         raise SkipRow('a turn is switched off, and [data] loss_on = "all" learns every token')
     return _Rendered(number, text, spans if config.data.loss_on == "assistant" else None, is_broken), [*notes, *more]
+
+
+def _check_special_tokens(chat: Chat, text: str, template: ChatTemplate, special: SpecialTokens) -> None:
+    """Skip a row whose special tokens in the rendering are not those of the same turns with other words."""
+    turns = (replace(turn, text=turn.text and "x", thinking="", calls=turn.calls and "x") for turn in chat.turns)
+    plain, _, _ = render_chat(replace(chat, turns=tuple(turns), tools=chat.tools and "x"), template)
+    unbroken, _, _ = render_chat(
+        replace(chat, turns=tuple(replace(turn, thinking="") for turn in chat.turns)), template
+    )
+    has_thinking = any(turn.thinking for turn in chat.turns)
+    changed = not has_thinking and unbroken != text.replace(MARK, "")
+    if changed or special.whole_in(text) != special.whole_in(plain):
+        raise SkipRow("the chat template makes or removes special tokens in the words of a turn")
 
 
 def _words_of(chat: Chat) -> list[str]:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from qlora_phi3.data.formats import EMPTY_TURN, Chat, Document, check_columns, check_fields, detect_format, read_row
-from qlora_phi3.data.messages import ROLES, SkipRow, Turn
+from qlora_phi3.data.formats import EMPTY_TURN, Chat, Document, check_fields, detect_format, read_row
+from qlora_phi3.data.messages import ROLES, SkipRow, Turn, check_unread
 from qlora_phi3.errors import DataError
 
 
@@ -214,14 +214,14 @@ def test_a_switch_that_is_neither_on_nor_off_makes_a_row_unusable(switch):
 def test_preference_data_are_refused_by_name(columns, named):
     row = {"instruction": "q", "output": "a", **columns}
     with pytest.raises(DataError) as caught:
-        check_columns(row, row, "a.jsonl:1")
+        check_unread(row, row, "a.jsonl:1")
     assert caught.value.message.startswith(f"a.jsonl:1 has {named}, ")
     assert "ignore_columns = [" in caught.value.hint
 
 
 def test_a_label_that_is_a_name_and_an_empty_one_are_no_preference():
     row = {"label": "sports", "rejected": None, "chosen": "", "scores": [], "grade": 3}
-    check_columns(row, row, "a.jsonl:1")
+    check_unread(row, row, "a.jsonl:1")
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ MESSAGES = [
     ),
     message(
         "data-rows-inside-one-object",
-        lambda shop: prepare(shop, {"version": 1, "data": [{"left": "q"}] * 3}),
+        lambda shop: prepare(shop, {"version": 1, "data": [{"question": "q", "answer": "a"}] * 3}),
         ("None of the 1 row",),
         "Its rows lie in the list 'data': save that list alone.",
     ),

@@ -330,7 +330,7 @@ MESSAGES = [
         "template-end-of-turn-is-no-token",
         lambda shop: template_with_end(shop, "STOP"),
         ("'STOP'",),
-        "the family's own template",
+        "and its end token",
         DataError,
     ),
     row("prompt-longer-than-the-model", lambda shop: ask(shop, "a " * 600), ("512 positions",), "Shorten", DataError),

@@ -325,6 +325,8 @@ def _check_values(config: Mapping[str, Any], name: str) -> None:
             raise _wrong(name, key, config[key], "neither true nor false")
     if config.get("hidden_act", "silu") not in ACTIVATIONS:
         raise _wrong(name, "hidden_act", config["hidden_act"], f"not one of {', '.join(ACTIVATIONS)}")
+    if not _is_count(config.get("num_labels", 1), 2**16):  # transformers writes a label for each
+        raise _wrong(name, "num_labels", config["num_labels"], "not a number of labels")
     for key in ("dtype", "torch_dtype"):
         if config.get(key) not in (None, *DTYPES):
             raise _wrong(name, key, config[key], f"not one of {', '.join(DTYPES)}")

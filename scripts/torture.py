@@ -231,7 +231,7 @@ def flip_bits(lab: Lab, times: int) -> None:
     saved = lab.path / "stopped"
     shutil.rmtree(saved, ignore_errors=True)
     shutil.copytree(folder, saved)
-    newest = max((saved / "checkpoints").iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
+    newest = max((saved / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     own = [path for path in saved.iterdir() if path.is_file() and not path.name.startswith(".")]
     for kind, files in (("flip in the newest checkpoint", sorted(newest.iterdir())), ("flip in the run", sorted(own))):
         for path in files:

@@ -396,6 +396,7 @@ def main() -> int:
                 cut_power(lab, options.points)
             print(f"{kind}: {time.monotonic() - started:.0f} s", flush=True)
         print("\n".join(table(lab.counts)))
+    shutil.rmtree(Path(os.environ["TORTURE_LIBRARY"]).parent, ignore_errors=True)
     return int(any(outcome in ("WRONG", "TRACEBACK") for _, outcome in lab.counts))
 
 

@@ -21,7 +21,7 @@ from qlora_phi3.files import (
 )
 
 #: Held by the process that writes a run directory, and the file with its process id.
-LOCK, LOCK_PID = ".lock", ".lock.pid"
+LOCK, LOCK_PID = "checkpoints/.lock", "checkpoints/.lock.pid"
 #: Types of the values of report.json that a resumed run reads.
 REPORT_TYPES: dict[str, type | tuple[type, ...]] = {
     "status": str, "name": str, "started": str, "seconds": (int, float), "recipe": dict, "data": dict, "versions": dict,
@@ -100,9 +100,10 @@ def _remove_unstarted(folder: RunFolder) -> None:
     """Remove a run directory that holds neither a report nor a checkpoint, unless a process is about to write it."""
     with suppress(OSError, RunError):
         names = {path.name for path in folder.path.iterdir() if path.suffix != ".partial"}
-        is_run = "checkpoints" in names and not folder.path.is_symlink() and not any(folder.checkpoints.iterdir())
+        names |= {f"checkpoints/{path.name}" for path in folder.checkpoints.iterdir()}
         age_seconds = time.time() - folder.path.stat().st_mtime
-        if is_run and names <= {"checkpoints", "recipe.toml", LOCK, LOCK_PID} and age_seconds >= STARTING_SECONDS:
+        is_unstarted = names <= {"checkpoints", "recipe.toml", LOCK, LOCK_PID} and not folder.path.is_symlink()
+        if is_unstarted and age_seconds >= STARTING_SECONDS:
             with lock_run(folder):
                 remove(folder.path)
 
@@ -118,6 +119,7 @@ def lock_run(folder: RunFolder) -> Iterator[None]:
 
     process = folder.path / LOCK_PID
     with ExitStack() as held, disk_errors(folder.path, hint="{cause}, then go on with --resume."):
+        folder.checkpoints.mkdir(exist_ok=True)
         try:
             held.enter_context(FileLock(folder.path / LOCK, timeout=0))
         except Timeout as error:
@@ -133,8 +135,9 @@ def lock_run(folder: RunFolder) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):
-                process.unlink(missing_ok=True)
+            for path in (process, folder.path / LOCK):
+                with suppress(OSError):  # Windows removes no open file
+                    path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -231,7 +231,7 @@ def flip_bits(lab: Lab, times: int) -> None:
     saved = lab.path / "stopped"
     shutil.rmtree(saved, ignore_errors=True)
     shutil.copytree(folder, saved)
-    newest = max((saved / "checkpoints").iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
+    newest = max((saved / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     own = [path for path in saved.iterdir() if path.is_file() and not path.name.startswith(".")]
     for kind, files in (("flip in the newest checkpoint", sorted(newest.iterdir())), ("flip in the run", sorted(own))):
         for path in files:
@@ -396,6 +396,7 @@ def main() -> int:
                 cut_power(lab, options.points)
             print(f"{kind}: {time.monotonic() - started:.0f} s", flush=True)
         print("\n".join(table(lab.counts)))
+    shutil.rmtree(Path(os.environ["TORTURE_LIBRARY"]).parent, ignore_errors=True)
     return int(any(outcome in ("WRONG", "TRACEBACK") for _, outcome in lab.counts))
 
 

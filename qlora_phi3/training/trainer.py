@@ -271,7 +271,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             ("state1" in state) != is_8bit for state in states if {"state1", "exp_avg"} & state.keys()
         ):
             raise RunError(
-                f"{checkpoint} is of another optimizer than {self.args.optim}, which this device uses.",
+                f"{checkpoint} is of another optimizer than {self.args.optim.value}, which this device uses.",
                 "Go on where the run began, or start a new run.",
             )
         if checkpoint and isinstance(schedule := self.lr_scheduler, LambdaLR) and self.optimizer is not None:

@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 from workshop import Workshop, call, read_json, read_lines, write_chats
 
 FILES = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
@@ -339,7 +340,7 @@ def test_another_interval_of_checkpoints_and_evaluations_is_used_from_the_resume
     assert steps_of(folder, "eval") == [0, 5, 8, 10]
     for name in FILES:
         assert (folder / name).read_bytes() == (undisturbed[1] / name).read_bytes()
-    saved = {path.name for path in (folder / "checkpoints").iterdir()}
+    saved = {path.name for path in (folder / "checkpoints").glob("checkpoint-*")}
     assert saved == {f"checkpoint-{step}" for step in (6, 9, 10)}
 
 
@@ -411,6 +412,50 @@ def test_the_newest_run_is_the_one_that_started_last_whatever_its_name(halfway):
     assert result.exit_code == 0, result.stderr
     assert read_json(folder / "report.json")["status"] == "done"
     assert read_json(older / "report.json")["status"] == "interrupted"
+
+
+def test_a_checkpoint_of_an_8_bit_optimizer_is_refused_where_another_one_trains(halfway):
+    from qlora_phi3.training.artifacts import write_manifest
+
+    shop, folder = halfway
+    checkpoint = folder / "checkpoints" / "checkpoint-5"
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    for state in saved["state"].values():
+        state["state1"], state["state2"] = state.pop("exp_avg"), state.pop("exp_avg_sq")
+    torch.save(saved, checkpoint / "optimizer.pt")
+    write_manifest(checkpoint)
+    assert refused(shop.run("--resume"), "checkpoint-5", "adamw_torch")
+
+
+def test_another_device_is_reported(halfway, undisturbed):
+    shop, folder = halfway
+    report = read_json(folder / "report.json")
+    (folder / "report.json").write_text(json.dumps({**report, "device": "NVIDIA RTX"}), encoding="utf-8")
+    result = shop.run("--resume")
+    assert result.exit_code == 0, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert "NVIDIA RTX" in line
+    assert_same_end(folder, undisturbed[1])
+
+
+def test_a_run_that_was_moved_still_ends_with_its_best_checkpoint(shop, base, tmp_path):
+    (tmp_path / "whole").mkdir()
+    tables = {"training": {"load_best_model_at_end": True, "eval_steps": 2, "save_steps": 2, "learning_rate": 0.1}}
+    whole = finished(Workshop(tmp_path / "whole", base), **tables)[1]
+    shop.write(**tables)
+    assert interrupt(shop, 8).exit_code == 130
+    (folder,) = shop.runs()
+    moved = folder.rename(shop.path / "moved")
+    result = shop.run("--resume", "moved")
+    assert result.exit_code == 0, result.stderr
+    for name in FILES:
+        assert (moved / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_names_that_are_too_long_are_no_run(shop):
+    shop.write()
+    assert refused(shop.run("--resume", "x" * 300), "There is no run directory")
+    assert refused(call("run", "--resume", "x" * 300), "There is no run directory")
 
 
 def test_what_killed_processes_left_is_removed(halfway):

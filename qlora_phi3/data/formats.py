@@ -226,7 +226,7 @@ def _read_alpaca(columns: Columns, where: str, unread: set[str]) -> Chat:
     )
     notes = (INPUT_IGNORED,) if extra and extra.strip() in NO_VALUE - {""} else ()
     if extra.strip() and not notes:  # the wording of Microsoft's Phi-3 samples
-        question = f"{question}\n Input: {extra}" if question.strip() else extra
+        question = extra if question.strip() in NO_VALUE else f"{question}\n Input: {extra}"
     turns: list[Turn] = []
     history = columns.take("history")
     for pair in as_rows(parse_json(history, history) if isinstance(history, str) else history, "history"):

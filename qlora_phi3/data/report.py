@@ -65,7 +65,7 @@ class SourceReport:
 
     def add(self, counts: dict[str, RowCount], reason: str, number: int) -> None:
         """Count a row, by its number in the source, in `skipped`, `notes` or `unread`."""
-        reason = printable(reason.encode(errors="replace").decode())
+        reason = printable(" ".join(reason.encode(errors="replace").decode().splitlines()))
         if reason not in counts and len(counts) >= MOST_REASONS:
             reason = "other reasons" if counts is not self.unread else "others"
         counts[reason] = counts.get(reason, RowCount(reason)).plus(1, [f"{self.name}:{number}"])

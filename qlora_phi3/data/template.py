@@ -335,6 +335,8 @@ def _check_rendering(text: str, spans: Sequence[Span], messages: Sequence[Messag
         raise SkipRow("the chat template leaves out or changes the words of a turn")
     if not all(text[start:end].rstrip().endswith(template.end_of_turn) for start, end in spans):
         raise SkipRow("the chat template marks an answer without the end of its turn")
+    if any(text[:start].rstrip().endswith("<think>") and "<think>" in text[start:end] for start, end in spans):
+        raise SkipRow("the chat template begins the thinking that the row begins too")
 
 
 def fit_turns(chat: Chat, template: ChatTemplate) -> tuple[list[Message], list[str]]:

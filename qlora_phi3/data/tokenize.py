@@ -40,6 +40,7 @@ ROWS_NAME, REPORT_NAME = "rows.arrow", "report.json"
 READ_AS_TEXT = "special tokens of the model in the words of the row: read as text"
 READ_AS_TOKENS = "special tokens of the model in the words of the row: read as these tokens (allow_special_tokens)"
 UNICODE_SPACE = "a message begins with Unicode white space: llama.cpp reads it as other tokens (docs/gguf.md)"
+CHAT_IN_TURN = "a turn that holds a rendered chat: it is rendered a second time (the format text reads rendered chats)"
 CHAT_IN_TEXT = "raw text that looks like a rendered chat: its prompts are learned too"
 
 #: The headers that chat templates and prompts of the field write before a turn.
@@ -316,6 +317,8 @@ def _render_row(
         if RENDERED_CHAT.search(text.replace(MARK, "")):
             notes.append(CHAT_IN_TEXT)
         return _Rendered(number, text, None, is_broken), notes
+    if READ_AS_TOKENS in notes and any(map(RENDERED_CHAT.search, words)):
+        notes.append(CHAT_IN_TURN)
     chat = _break_words(example, special) if is_broken else example
     text, spans, more = render_chat(chat, config.template)
     if config.template.is_own and not config.data.allow_special_tokens:

@@ -1,8 +1,21 @@
 """Rows of every format, and every way a row can be unusable."""
 
+import re
+from datetime import date
+from decimal import Decimal
+
 import pytest
 
-from qlora_phi3.data.formats import EMPTY_TURN, Chat, Document, check_fields, detect_format, read_row
+from qlora_phi3.data.formats import (
+    EMPTY_TURN,
+    EMPTY_WORD,
+    INPUT_IGNORED,
+    Chat,
+    Document,
+    check_fields,
+    detect_format,
+    read_row,
+)
 from qlora_phi3.data.messages import ROLES, SkipRow, Turn, check_unread
 from qlora_phi3.errors import DataError
 
@@ -331,3 +344,93 @@ def test_an_empty_question_is_noted_and_pictures_make_a_row_unusable():
     assert read({"instruction": " ", "output": "a"}).notes == (EMPTY_TURN,)
     with pytest.raises(SkipRow, match="'images' cannot be read"):
         read({"instruction": "q", "output": "a", "images": ["x.png"]})
+
+
+ANSWER = {"role": "assistant", "content": "Look."}
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ({"tool_calls": "[{'name': 'f'}]"}, "the tool calls are text, and not JSON"),
+        (
+            {"tool_calls": [{"name": "f", "arguments": {"x": 1}, "parameters": {"y": 1}}]},
+            "a tool call has its arguments twice",
+        ),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": "{}x"}}]}, "are not a JSON object"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1, "a": 2}'}}]}, "are not a JSON object"),
+        ({"tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}, "that JSON has not"),
+        ({"tool_calls": [{"name": "f", "arguments": {"x": date(2026, 1, 1)}}]}, "that JSON has not"),
+        ({"tool_calls": [{"arguments": {}}]}, "a tool call has no name"),
+        ({"content": [{"type": "thinking", "thinking": "t", "train": False}, {"text": "a"}]}, "is switched off"),
+        ({"content": [{"text": "a", "functionCall": {"name": "f"}}]}, "'functionCall', not text"),
+        ({"train_detail": '[{"train": 0}]'}, "'train_detail' switches"),
+        ({"Train": False}, "'Train' may switch"),
+        ({"mask": True}, "'mask' may switch"),
+        ({"content": "nan"}, "a word for an empty cell"),
+    ],
+)
+def test_an_answer_that_would_be_learned_otherwise_than_it_is_meant_makes_its_row_unusable(answer, reason):
+    with pytest.raises(SkipRow, match=re.escape(reason)):
+        read({"messages": [USER, {**ANSWER, **answer}]})
+
+
+@pytest.mark.parametrize("arguments", ["arguments", "parameters", "args", "input"])
+def test_the_arguments_of_a_call_are_read_under_any_name(arguments):
+    call = {"name": "f", arguments: {"x": 1}}
+    assert (
+        read({"messages": [USER, {**ANSWER, "tool_calls": [call]}]}).turns[1].calls
+        == '[{"name": "f", "arguments": {"x": 1}}]'
+    )
+
+
+def test_a_call_that_the_text_holds_too_is_learned_once_and_other_text_stays():
+    answer = {"role": "assistant", "content": '[{"name": "f", "arguments": {}}]', "tool_calls": [{"name": "f"}]}
+    turn = read({"messages": [USER, answer]}).turns[1]
+    assert (turn.text, turn.calls) == ("", '[{"name": "f", "arguments": {}}]')
+    turn = read({"messages": [USER, {"role": "function_call", "content": "{name: f}"}]}).turns[1]
+    assert (turn.text, turn.calls) == ("{name: f}", "")
+
+
+def test_tools_in_a_system_message_are_definitions_of_tools():
+    system = {"role": "system", "content": "s", "tools": '[{"name": "f"}]'}
+    chat = read({"messages": [system, USER, ANSWER]})
+    assert (chat.tools, chat.turns[0], chat.unread) == ('[{"name": "f"}]', Turn("system", "s"), ())
+    with pytest.raises(SkipRow, match="more than one place"):
+        read({"messages": [system, USER, ANSWER], "tools": [{"name": "g"}]})
+
+
+@pytest.mark.parametrize("key", ["chosen", "rejected_content", "rating", "label"])
+def test_a_judgement_inside_a_message_is_one_of_the_row(key):
+    with pytest.raises(DataError, match=f"'{key}'"):
+        read({"messages": [USER, {**ANSWER, key: 1}]})
+
+
+@pytest.mark.parametrize(
+    "value", ["rejected", "Undesirable", "👎", "-", "negative", "0.3", 1, Decimal("0.0"), {"a": 1}]
+)
+def test_a_label_that_judges_is_a_preference_however_it_is_written(value):
+    with pytest.raises(DataError):
+        check_unread({"label": value}, ["label"], "a.jsonl:1")
+
+
+def test_a_prompt_and_a_completion_that_are_json_of_messages_are_messages():
+    row = {"prompt": '[{"role": "user", "content": "q"}]', "completion": '[{"role": "assistant", "content": "a"}]'}
+    assert turns(row) == QUESTION_AND_ANSWER
+    with pytest.raises(SkipRow, match="'prompt' is text"):
+        read({**row, "prompt": "[{'role': 'user', 'content': 'q'}]"})
+    assert turns({"prompt": "q", "completion": "[1, 2]"})[1] == ("assistant", "[1, 2]")
+
+
+def test_words_for_an_empty_cell_are_no_system_text_and_are_noted_as_answers():
+    assert turns({"instruction": "q", "output": "a", "system": "nan"}) == QUESTION_AND_ANSWER
+    assert read({"instruction": "q", "output": "a", "system": "nan"}).notes == (INPUT_IGNORED,)
+    assert read({"instruction": "q", "output": "None"}).notes == (EMPTY_WORD,)
+    assert turns({"instruction": "nan", "input": "q", "output": "a"}) == QUESTION_AND_ANSWER
+    assert turns({"instruction": "q", "output": "a", "history": '[["q", "a"]]'}) == QUESTION_AND_ANSWER * 2
+
+
+def test_a_switched_off_turn_of_any_role_counts_where_every_token_is_learned():
+    assert read({"messages": [{**USER, "train": False}, ANSWER]}).switched_off
+    assert read({"prompt": [{**USER, "weight": 0}], "completion": "a"}).switched_off
+    assert not read({"prompt": "q", "completion": "a"}).switched_off

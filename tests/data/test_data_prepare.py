@@ -435,3 +435,52 @@ def test_objects_that_are_nested_too_deep_are_counted(prepare_in, tmp_path, monk
     assert [(count.reason, count.where) for count in report.skipped] == [
         ("its objects are nested too deep", ("a.jsonl:2",))
     ]
+
+
+def test_ignored_keys_stay_in_tool_calls_and_definitions(prepare_in, tmp_path):
+    call = {"name": "f", "arguments": {"id": 7}}
+    messages = [row()["messages"][0], {"role": "assistant", "content": "", "tool_calls": [call], "id": "x"}]
+    rows = [{"messages": messages, "tools": [{"name": "f", "parameters": {"properties": {"id": {}}}}], "id": 1}]
+    assert (
+        prepare_in(save(tmp_path / "a.jsonl", rows)).report.tokens
+        == prepare_in("a.jsonl", ignore_columns=["id"]).report.tokens
+    )
+
+
+def test_a_folder_with_files_of_other_types_is_refused_by_their_names(prepare_in, tmp_path):
+    (tmp_path / "chats").mkdir()
+    for name in ("a.jsonl", ".hidden.jsonl", "README.md", "dataset_info.json"):
+        save(tmp_path / "chats" / name, [row()])
+    assert prepare_in("chats").report.rows_kept == 1
+    (tmp_path / "chats" / "b.xlsx").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"chats has b\.xlsx of a type"):
+        prepare_in("chats")
+    assert prepare_in("chats/*.jsonl").report.rows_kept == 1
+
+
+def test_a_name_that_controls_a_terminal_or_is_no_unicode_is_shown_escaped(prepare_in, tmp_path):
+    report = prepare_in(save(tmp_path / "a.jsonl", [{**row(), "\x1b[31mred\nline": 1, "\ud800": 2}])).report
+    assert report.warning_lines() == [r"Columns not read: \x1b[31mred line (1 row), ? (1 row)"]
+
+
+def test_a_suggestion_that_was_followed_is_not_made_again(prepare_in, tmp_path):
+    name = save(tmp_path / "a.jsonl", [{"question": "q", "answer": 0}])
+    with pytest.raises(DataError, match="fit no format") as caught:
+        prepare_in(name)
+    assert 'format = "alpaca"' in caught.value.hint
+    with pytest.raises(DataError, match="'output' is a number") as caught:
+        prepare_in(name, format="alpaca", fields={"instruction": "question", "output": "answer"})
+    assert 'format = "alpaca"' not in caught.value.hint
+
+
+def test_pictures_of_a_saved_data_set_are_not_decoded(prepare_in, tmp_path):
+    features = datasets.Features(
+        {"instruction": datasets.Value("string"), "output": datasets.Value("string"), "image": datasets.Image()}
+    )
+    rows = {"instruction": ["q", "q"], "output": ["a", "b"], "image": [None, {"bytes": b"x", "path": None}]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    report = prepare_in("saved").report
+    assert (report.rows_kept, [count.reason for count in report.skipped]) == (
+        1,
+        ["its 'image' cannot be read by a text model"],
+    )

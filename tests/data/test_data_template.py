@@ -1,5 +1,6 @@
 """Which template is chosen for each model's own on the hub, and what becomes of turns that it does not have."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from tokenizers import AddedToken
 from qlora_phi3.data import template
 from qlora_phi3.data.formats import Chat
 from qlora_phi3.data.messages import SkipRow, Turn
+from qlora_phi3.data.prepare import prepare_datasets
 from qlora_phi3.data.template import (
     CALL_TOKENS,
     FAMILY,
@@ -22,6 +24,7 @@ from qlora_phi3.data.template import (
     render_chat,
 )
 from qlora_phi3.errors import DataError
+from qlora_phi3.recipe.schema import Data
 
 CHOSEN = {
     "Phi-3-mini-4k-instruct": ("phi3", {"system"}),
@@ -266,3 +269,68 @@ def test_thinking_and_tool_calls_stand_where_the_models_write_them():
 
 def replace_turn(chat, **changes):
     return replace(chat, turns=(chat.turns[0], replace(chat.turns[1], **changes)))
+
+
+ASSISTANT = "{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
+OTHER = "{{ m.content }}<|end|>{% endif"
+MINE = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}ASSISTANT{% else %}"
+    + OTHER
+    + " %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (MINE.replace("ASSISTANT", ASSISTANT.replace("<|end|>", ".")), "ends the marked words with '.'"),
+        (MINE.replace("ASSISTANT", ASSISTANT.replace("<|end|>", "<|end|><|user|>")), "ends the marked words"),
+        (MINE.replace("ASSISTANT", ASSISTANT.replace("{{ m", "Answer: {{ m")), "and them alone"),
+        ("{% generation %}" + OWN + "{% endgeneration %}", "and them alone"),
+    ],
+)
+def test_marks_that_hold_more_or_less_than_an_answer_and_its_end_are_refused(source, said):
+    with pytest.raises(DataError) as caught:
+        choose_template(build_tokenizer(source))
+    assert said in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("edit", "turns", "said"),
+    [
+        (("{{ m.content }}<|end|>{% endg", "{{ m.content }}{% if loop.last %}<|end|>{% endif %}{% endg"),
+         ("q", "a", "q", "a"), "without the end of its turn"),
+        ((OTHER, "{{ m.content[:3] }}<|end|>{% endif"), ("long", "a"), "leaves out or changes"),
+        ((OTHER, "{{ m.content.replace('&lt;', '<') }}<|end|>{% endif"), ("&lt;|end|>", "a"), "changes"),
+        ((OTHER, "<{{ m.content }}<|end|>{% endif"), ("|end|>", "a"), "makes or removes special tokens"),
+    ],
+)  # fmt: skip
+def test_a_row_that_a_marked_template_changes_is_counted(prepare_rows, edit, turns, said):
+    source = MINE.replace("ASSISTANT", ASSISTANT)
+    assert prepare_rows(source, turns).report.rows_kept == 1
+    assert edit[0] in source
+    with pytest.raises(DataError, match=said):
+        prepare_rows(source.replace(*edit), turns)
+
+
+def test_a_template_that_marks_some_turns_only_is_refused(prepare_rows):
+    source = MINE.replace("ASSISTANT", "{% if loop.last %}" + ASSISTANT + "{% else %}{{ m.content }}<|end|>{% endif %}")
+    with pytest.raises(DataError, match="marks 1 span in a conversation of 2 assistant turns"):
+        prepare_rows(source, ("q", "a", "q", "a"))
+
+
+@pytest.fixture
+def prepare_rows(tmp_path):
+    """One conversation, prepared with a template of its own."""
+
+    def prepare(source, turns):
+        roles = ("user", "assistant") * 2
+        messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+        (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}), encoding="utf-8")
+        tokenizer = build_tokenizer(source)
+        return prepare_datasets(
+            Data(train="a.jsonl"), max_length=100, evaluate=False, tokenizer=tokenizer, template=choose_template(tokenizer),
+            base_dir=tmp_path, cache_dir=tmp_path / "cache",
+        )  # fmt: skip
+
+    return prepare

@@ -474,11 +474,9 @@ def test_a_suggestion_that_was_followed_is_not_made_again(prepare_in, tmp_path):
 
 
 def test_pictures_of_a_saved_data_set_are_not_decoded(prepare_in, tmp_path):
-    features = datasets.Features(
-        {"instruction": datasets.Value("string"), "output": datasets.Value("string"), "image": datasets.Image()}
-    )
-    rows = {"instruction": ["q", "q"], "output": ["a", "b"], "image": [None, {"bytes": b"x", "path": None}]}
-    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    image = {"bytes": b"x", "path": "x.png"}
+    rows = {"instruction": ["q", "q"], "output": ["a", "b"], "image": [None, image]}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
     report = prepare_in("saved").report
     assert (report.rows_kept, [count.reason for count in report.skipped]) == (
         1,

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -24,9 +25,15 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="session", autouse=True)
 def same_environment():
-    """One torch thread, as other cores belong to other workers and sums then have one order; no width of pytest-xdist's."""
+    """One torch thread, as other cores belong to other workers and sums then have one order; no width of pytest-xdist's.
+
+    Signals act as in a terminal: a shell ignores SIGINT for what it starts in the background, and nohup ignores SIGHUP.
+    """
     import torch
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     torch.set_num_threads(1)
     os.environ.pop("COLUMNS", None)
 

@@ -392,10 +392,10 @@ def test_one_process_at_a_time_writes_a_run_and_the_refusal_names_it(halfway, un
     from qlora_phi3.runfolder import RunFolder, lock_run
 
     shop, folder = halfway
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("checkpoint*")}
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("checkpoint-*")}
     with lock_run(RunFolder(folder)):
         assert refused(shop.run("--resume"), f"Process {os.getpid()} ", str(folder.relative_to(shop.path)))
-        assert {path: path.stat().st_mtime_ns for path in folder.rglob("checkpoint*")} == before
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("checkpoint-*")} == before
     assert shop.run("--resume").exit_code == 0
     assert_same_end(folder, undisturbed[1])
 

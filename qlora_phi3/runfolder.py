@@ -135,7 +135,9 @@ def lock_run(folder: RunFolder) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):  # the lock's file stays: a process that has opened it already would lock a deleted one
+            with suppress(
+                OSError
+            ):  # the lock's file stays: a process that has opened it already would lock a deleted one
                 process.unlink(missing_ok=True)
 
 

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -476,7 +477,7 @@ def template(fuzz: Fuzz) -> None:
     from qlora_phi3.data.template import choose_template
 
     source = fuzz.draw.choice(sorted((ROOT / "tests" / "data" / "hub_templates").glob("*.jinja")))
-    pieces = source.read_text(encoding="utf-8").replace("{", " {").split(" ")
+    pieces = re.split(r"(\{[{%].*?[%}]\})", source.read_text(encoding="utf-8"), flags=re.DOTALL)
     for _ in range(fuzz.draw.choice((1, 1, 2, 4))):
         at = fuzz.draw.randrange(len(pieces))
         pieces[at] = fuzz.draw.choice(
@@ -485,7 +486,7 @@ def template(fuzz: Fuzz) -> None:
              "{% generation %}", "{% endgeneration %}", "{{ raise_exception('no') }}", "{% include 'x' %}", "\ud800", pieces[0])
         )  # fmt: skip
     loaded = copy.deepcopy(load_undamaged(fuzz.base)[0])
-    loaded.chat_template = " ".join(pieces)
+    loaded.chat_template = "".join(pieces)
     choose_template(loaded)
 
 

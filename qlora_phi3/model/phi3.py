@@ -222,11 +222,7 @@ def load_base(
     if getattr(model, "_hf_peft_config_loaded", False):
         hint = "Name the base in [model] name and the adapter in [model] adapter."
         raise ModelError(f"[model] name: {config.name} has an adapter beside its weights, which was put on them.", hint)
-    for parameter in model.parameters():  # of a stored 4-bit base, transformers 5.23 leaves the files' own dtypes
-        if hasattr(parameter, "quant_state"):
-            parameter.quant_state.dtype = precision.compute_dtype
-        else:
-            parameter.data = parameter.data.to(precision.compute_dtype)
+    _set_compute_dtype(model, precision.compute_dtype)
     if more := sorted(name for name in info["unexpected_keys"] if not name.endswith(REDUNDANT)):
         raise surplus_tensors(more, config.name, architecture)  # of a model of the hub; a local one is checked before
     absent = [*sorted(info["missing_keys"]), *sorted(map(str, info["mismatched_keys"]))] or find_wrong_shapes(model)
@@ -238,6 +234,15 @@ def load_base(
         )
     configure_base(model, architecture, longest_row=longest_row)
     return cast(PackedPhi3ForCausalLM, model)
+
+
+def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Of a base stored in 4-bit, transformers 5.23 leaves the files' own dtypes."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "quant_state"):
+            parameter.quant_state.dtype = dtype
+        else:
+            parameter.data = parameter.data.to(dtype)
 
 
 def configure_base(model: PackedPhi3ForCausalLM, architecture: Architecture, *, longest_row: int) -> None:

@@ -145,8 +145,8 @@ LINES = json.dumps(ROW, ensure_ascii=False) + "\n"
         ("a.csv", CSV.replace("\n", "\r").encode()),
         ("A.NDJSON", LINES.encode()),
         ("a.jsonl", LINES.encode("utf-16")),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
-        ("a.csv.gz", gzip.compress(CSV.encode())),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
+        ("a.csv.gz", gzip.compress(CSV.encode(), mtime=0)),
         ("a.json", f"[{LINES}]".encode("utf-16")),
     ],
 )
@@ -179,7 +179,7 @@ def test_a_name_that_stands_twice_is_refused_as_one_value_would_be_lost(tmp_path
     assert named in caught.value.message
 
 
-@pytest.mark.parametrize("content", [b"\x1f\x8bnothing", gzip.compress(LINES.encode())[:-9], b"no gz"])
+@pytest.mark.parametrize("content", [b"\x1f\x8bnothing", gzip.compress(LINES.encode(), mtime=0)[:-9], b"no gz"])
 def test_a_damaged_gz_file_is_refused(tmp_path, content):
     (tmp_path / "a.jsonl.gz").write_bytes(content)
     with pytest.raises(DataError, match=r"a\.jsonl\.gz"):

@@ -135,10 +135,9 @@ def lock_run(folder: RunFolder) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(
-                OSError
-            ):  # the lock's file stays: a process that has opened it already would lock a deleted one
-                process.unlink(missing_ok=True)
+            for path in (process, folder.path / LOCK):
+                with suppress(OSError):  # Windows removes no open file
+                    path.unlink(missing_ok=True)
 
 
 @contextmanager

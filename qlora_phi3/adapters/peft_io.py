@@ -59,7 +59,8 @@ FOREIGN_FILES = {
     "adapters.safetensors": "MLX", "adapters.npz": "MLX", "*_adapters.safetensors": "MLX", "lit_model*.pth*": "litgpt",
     "adapter_[0-9]*": "torchtune", "*.gguf": "llama.cpp (GGUF)",
 }  # fmt: skip
-#: Keys of adapter_config.json that are read here, and whether a value has their type; all but peft_type may be left out or null.
+#: Keys of adapter_config.json that are read here, and whether a value has their type. All but peft_type may be left
+#: out, and all but NOT_NULL may be null.
 VALUE_CHECKS: dict[str, Callable[[Any], bool]] = {
     "r": lambda value: type(value) is int and 0 < value < 2**16,
     "lora_alpha": lambda value: _is_alpha(value),
@@ -78,6 +79,7 @@ VALUE_CHECKS: dict[str, Callable[[Any], bool]] = {
     "base_model_name_or_path": lambda value: isinstance(value, str) and value.isprintable(),
     "revision": lambda value: isinstance(value, str),
 }
+NOT_NULL = ("r", "lora_alpha", "bias")
 
 
 def _is_alpha(value: object) -> bool:
@@ -130,7 +132,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ExportError(f"{folder} holds no {ADAPTER_CONFIG}.", "Give the directory of a PEFT adapter, or of a run.")
     config = read_json_object(path, ExportError, "Copy the adapter again.")
     for key, is_right in VALUE_CHECKS.items():
-        if config.get(key) is not None and not is_right(config[key]):
+        may_be_null = key not in NOT_NULL or key not in config
+        if not is_right(config.get(key)) and not (config.get(key) is None and may_be_null):
             raise ExportError(
                 f"{path} has {key} = {repr(config[key])}, which PEFT never writes.", "Copy the adapter again."
             )

@@ -58,7 +58,7 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
         raise UserError("--private is given without --push.", "Add --push user/name.")
     request = make_request(run, ExportOptions(quant=next(iter(quants), None), verify=not no_verify, **options))
 
-    from qlora_phi3.ui.console import LogInterval, open_console
+    from qlora_phi3.ui.console import LogInterval, open_console, show_export
 
     with open_console(LogInterval("no", 1), plain=False) as view:
         try:
@@ -66,7 +66,6 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
             if not ctx.meta.get("debug"):
                 silence_libraries()
             from qlora_phi3.export.run import export_run
-            from qlora_phi3.ui.export import show_export
 
             view.progress("Starting torch, transformers and peft", 1, 1)
             exported = export_run(request, view)

@@ -135,6 +135,14 @@ def test_export_and_conversion_refuse_the_same_settings_of_an_adapter(run, tmp_p
             read()
 
 
+@pytest.mark.parametrize("key", ["r", "lora_alpha", "bias"])
+def test_a_null_that_peft_never_writes_is_refused_by_name(run, tmp_path, key):
+    folder = spoil(run.adapter, tmp_path / "a")
+    change_config(folder, **{key: None})
+    with pytest.raises(ExportError, match=f"{key} = None"):
+        read_config(folder)
+
+
 @pytest.mark.parametrize(
     "key", ["model.layers.0.self_attn.qkv_proj.bias", "model.layers.9.mlp.down_proj.lora_A.weight"]
 )

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_phi3.export.gguf.write import GgufResult
 from qlora_phi3.export.run import Exported
-from qlora_phi3.ui.export import show_export
+from qlora_phi3.ui.console import show_export
 
 
 class Lines:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from pickle import UnpicklingError
@@ -141,6 +142,13 @@ def restore_base_record(folder: RunFolder, checkpoint: Path) -> bool:
     return True
 
 
+def start_of_run(checkpoint: Path) -> str | None:
+    """When the run that wrote a checkpoint started; None where the checkpoint does not say."""
+    with suppress(RunError):
+        return read_json_object(checkpoint / "base.json", RunError, "").get("run_started")
+    return None
+
+
 def set_aside(checkpoint: Path) -> Path | None:
     """Remove what a kill left of a checkpoint; give a damaged one a name that nothing reads or deletes, and return that."""
     if not (checkpoint / MANIFEST).exists():
@@ -240,6 +248,7 @@ def record_base(
     compute_dtype: torch.dtype,
     device: str = "",
     inputs: Mapping[str, str] | None = None,
+    started: str = "",
 ) -> None:
     """Write base.json; where the run has one already, compare the loaded base with it.
 
@@ -248,6 +257,7 @@ def record_base(
         compute_dtype: of the weights when they were quantized.
         device: its description; the same one quantizes to the same bits.
         inputs: `input_checksums`.
+        started: when the run started, which tells its checkpoints from those of another run.
 
     Raises:
         RunError: the base, or one of the inputs, is another.
@@ -256,6 +266,7 @@ def record_base(
     four_bit = {"quant_type": quantization.bnb_4bit_quant_type, "double_quant": quantization.bnb_4bit_use_double_quant}
     record = {
         "name": name,
+        "run_started": started,
         "revision": getattr(base.config, "_commit_hash", None),
         "dtype": str(compute_dtype).removeprefix("torch."),
         "quantization": four_bit if quantization.load_in_4bit else None,

@@ -43,6 +43,7 @@ from qlora_phi3.training.artifacts import (
     save_adapter,
     save_held_out,
     set_aside,
+    start_of_run,
 )  # fmt: skip
 from qlora_phi3.training.callbacks import stop_on_interrupt
 from qlora_phi3.training.oom import RngState, restore_execution_plan
@@ -238,6 +239,9 @@ def _checkpoint_to_resume(folder: RunFolder, recipe: Recipe, reporter: Reporter)
         reporter.warning(f"{path} is incomplete and is {f'kept as {kept.name}' if kept else 'removed'}: {reason}.")
     if checkpoint is not None and restore_base_record(folder, checkpoint):
         reporter.warning(f"{folder.base} was damaged or missing and is restored from {checkpoint.name}.")
+    own, other = folder.started.isoformat(), None if checkpoint is None else start_of_run(checkpoint)
+    if other and other != own:
+        reporter.warning(f"{checkpoint} is of a run that started at {other}, and this one started at {own}.")
     if checkpoint is None:
         reporter.info("No complete checkpoint yet: starting from the first step.")
     else:
@@ -259,6 +263,7 @@ def _save_export_inputs(context: RunContext, model: PeftModel, folder: RunFolder
         compute_dtype=compute_dtype,
         device=describe_device(context.device),
         inputs=input_checksums(context, revision),
+        started=folder.started.isoformat(),
     )
     save_held_out(context.data, folder)
     if context.template.name.endswith(".jinja"):  # a file, which may be changed or gone when the run is exported

@@ -207,6 +207,17 @@ def test_a_newest_checkpoint_that_is_incomplete_is_ignored(halfway, undisturbed,
     assert_same_end(folder, undisturbed[1])
 
 
+def test_a_checkpoint_of_another_run_is_named(halfway, undisturbed):
+    shop, folder = halfway
+    newest = folder / "checkpoints" / "checkpoint-5"
+    shutil.rmtree(newest)
+    shutil.copytree(undisturbed[1] / "checkpoints" / "checkpoint-8", newest.with_name("checkpoint-8"))
+    result = shop.run("--resume")
+    assert result.exit_code == 0, result.stderr
+    assert "checkpoint-8 is of a run that started at" in result.stderr
+    assert read_json(folder / "report.json")["started"] in result.stderr
+
+
 def test_without_any_complete_checkpoint_the_run_starts_again_from_its_first_step(halfway, undisturbed):
     shop, folder = halfway
     for manifest in (folder / "checkpoints").glob("*/sealed.json"):
@@ -507,6 +518,7 @@ def test_a_damaged_report_ends_in_one_line(halfway, content):
 @pytest.mark.parametrize("content", DAMAGES)
 def test_a_damaged_record_of_the_base_is_restored_from_the_checkpoint(halfway, undisturbed, content):
     shop, folder = halfway
+    intact = (folder / "base.json").read_bytes()
     spoil_with(folder / "base.json", content)
     result = shop.run("--resume")
     assert result.exit_code == 0, result.stderr
@@ -514,7 +526,7 @@ def test_a_damaged_record_of_the_base_is_restored_from_the_checkpoint(halfway, u
     assert "base.json" in line
     assert "checkpoint-5" in line
     assert_same_end(folder, undisturbed[1])
-    assert (folder / "base.json").read_bytes() == (undisturbed[1] / "base.json").read_bytes()
+    assert (folder / "base.json").read_bytes() == intact
 
 
 def test_a_run_of_an_older_version_that_lacks_a_key_is_resumed(halfway, undisturbed):

@@ -1,7 +1,7 @@
 """What commands show on the terminal while they work: rich's progress bars, or plain lines where the output is no terminal.
 
 `ConsoleReporter` shows a run or an export, `show_export` the end of an export. `Watcher` shows one temporary line on stderr, for
-commands that print a result on stdout. rich is imported only where it shows something: an answer from the cache starts without it.
+commands that print a result on stdout. rich is imported only where it is needed: an answer from the cache starts without it.
 """
 
 import math

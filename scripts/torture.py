@@ -160,6 +160,8 @@ class Lab:
         """Add a result; print what is wrong, or was refused, with its place."""
         head = verdict.split(":")[0].split(" ")[0] if verdict.startswith(("WRONG", "refused", "TRACEBACK")) else verdict
         self.counts[kind, head] += 1
+        if (done := sum(number for (name, _), number in self.counts.items() if name == kind)) % 50 == 0:
+            print(f"{kind}: {done} trials", file=sys.stderr, flush=True)
         if head != verdict:
             print(f"{kind} at {where}: {verdict}", flush=True)
 

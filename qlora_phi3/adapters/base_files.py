@@ -35,6 +35,9 @@ DOWNLOAD_AGAIN = "Download the checkpoint again."
 #: Tokens that a tokenizer has one of each.
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+#: Classes for which transformers 4 does not read the post_processor of tokenizer.json.
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
+
 #: A mark of the assistant's words in a chat template, which only training reads.
 MARK = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
 
@@ -63,6 +66,9 @@ def portable_files(folder: Path, *, template: str | None = None) -> dict[str, Ba
     if CONFIG in stored:
         portable[CONFIG] = portable_config(stored[CONFIG], folder / CONFIG)
     _agree_on_tokens(portable.get(TOKENIZER_CONFIG, {}), portable.get(SPECIAL_TOKENS, {}))
+    if portable.get(TOKENIZER_CONFIG, {}).get("tokenizer_class") in LLAMA_CLASSES and "tokenizer.json" in files:
+        processor = read_json_object(folder / "tokenizer.json", ExportError, DOWNLOAD_AGAIN).get("post_processor")
+        portable[TOKENIZER_CONFIG] |= _added_tokens(portable[TOKENIZER_CONFIG], processor)
     try:
         own = (folder / TEMPLATE).read_text(encoding="utf-8") if TEMPLATE in files else None
         saved = template or strip_marks(own or _default_template(stored.get(TOKENIZER_CONFIG, {})))
@@ -110,8 +116,8 @@ def portable_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     - transformers 4.57 (`configuration_phi3.py`) reads `rope_theta`, `partial_rotary_factor`, and `rope_scaling` with exactly
       `type`, `short_factor` and `long_factor`; it raises where there are more, and has defaults where they are missing.
     - vLLM 0.33 (`transformers_utils/config.py`, `patch_rope_parameters`) takes both through transformers; before, as 4.57.
-    - llama.cpp (`convert_hf_to_gguf.py`, `Phi3MiniModel`) reads `rope_theta`, `rope_scaling`, and, without a default,
-      `original_max_position_embeddings`, `num_key_value_heads` and `rms_norm_eps`.
+    - llama.cpp's converter (`Phi3MiniModel`) reads `rope_theta` and `rope_scaling`, since 2026 `rope_parameters` first, and
+      without a default `original_max_position_embeddings`, `num_key_value_heads` and `rms_norm_eps`.
 
     Raises:
         ExportError: transformers refuses a value; `path` is for the message.
@@ -122,9 +128,8 @@ def portable_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
     known = deepcopy(dict(config))
     for rope in (known.get("rope_scaling"), known.get("rope_parameters")):
-        if isinstance(
-            rope, dict
-        ):  # the first Phi-3s call it "su"; transformers 5.23 renames it too late for its own check
+        # The first Phi-3s call it "su"; transformers 5.23 renames it too late for its own check.
+        if isinstance(rope, dict):
             rope |= {key: "longrope" for key in ("type", "rope_type") if rope.get(key) == "su"}
     try:
         model = Phi3Config(**known)
@@ -186,6 +191,18 @@ def _agree_on_tokens(config: dict[str, Any], special: dict[str, Any]) -> None:
     for key in NAMED_TOKENS:
         if config and key in special and _text_of(source.get(key)) != _text_of(other.get(key)):
             other[key] = _text_of(source.get(key))
+
+
+def _added_tokens(config: Mapping[str, Any], processor: Any) -> dict[str, bool]:
+    """The keys of a Llama tokenizer that say whether it begins a text with bos and ends it with eos, where they are not right.
+
+    transformers 5.23 does what the post_processor of tokenizer.json says; 4.57 builds one of these keys, by default with bos.
+    """
+    steps = processor.get("processors", [processor]) if isinstance(processor, dict) else []
+    parts = [part for step in steps for part in step.get("single", ())]
+    added = {"add_bos_token": "SpecialToken" in (*parts, {})[0], "add_eos_token": "SpecialToken" in ({}, *parts)[-1]}
+    usual = {"add_bos_token": True, "add_eos_token": False}
+    return {key: value for key, value in added.items() if config.get(key, usual[key]) != value}
 
 
 def _text_of(token: Any) -> Any:

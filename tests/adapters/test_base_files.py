@@ -113,21 +113,28 @@ def read_transformers_4(config):
 
 
 def read_vllm(config):
-    """vLLM before transformers 5 (0.11, model_executor/models/llama.py, which Phi-3 uses): `rope_theta` with a default,
-    `rope_scaling` with the config's own boundary put into it; rotary_embedding/__init__.py then takes "type" or "rope_type"."""
-    theta, scaling = config.get("rope_theta", 10000), config.get("rope_scaling")
-    attention = 1.0
-    if scaling is not None:
-        assert scaling.get("rope_type", scaling.get("type")) in ("longrope", "su")
-        attention = default_attention(config)
-    boundary = config.get("original_max_position_embeddings")
-    share = config.get("partial_rotary_factor", 1)
-    return computed(theta, share, scaling, config, boundary=boundary, attention=attention)
+    """vLLM's `patch_rope_parameters` (transformers_utils/config.py) with transformers 4, and `get_rope` (rotary_embedding/): one
+    table, made of `rope_scaling` if there is one and of a stored `rope_parameters` if not, with the config's own keys put in."""
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {"rope_type": "default"})
+    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+        if config.get(key) is not None:
+            rope[key] = config[key]
+    kind = rope.get("rope_type", rope.get("type"))  # "su" is renamed
+    assert kind in ("default", "longrope", "su")
+    scaled = kind != "default"
+    return computed(
+        rope.get("rope_theta", 10000),
+        rope.get("partial_rotary_factor", 1.0),
+        rope if scaled else None,
+        config,
+        boundary=scaled and rope["original_max_position_embeddings"],
+        attention=default_attention(config) if scaled else 1.0,
+    )
 
 
 def read_llama_cpp(config):
-    """llama.cpp's convert_hf_to_gguf.py, `Phi3MiniModel`: `set_gguf_parameters` and `generate_extra_tensors`; `find_hparam`
-    raises where a key is missing."""
+    """llama.cpp's convert_hf_to_gguf.py in 2025, `Phi3MiniModel`: `set_gguf_parameters` and `generate_extra_tensors`; it raises
+    where a key is missing."""
     scaling, attention = config.get("rope_scaling"), 1.0
     if scaling is not None:
         assert scaling.get("rope_type", scaling.get("type", "")).lower() in ("su", "longrope")
@@ -137,7 +144,22 @@ def read_llama_cpp(config):
     return computed(config["rope_theta"], share, scaling, config, boundary=boundary, attention=attention)
 
 
-READERS = (read_transformers_5, read_transformers_4, read_vllm, read_llama_cpp)
+def read_llama_cpp_later(config):
+    """llama.cpp's converter since it reads `rope_parameters` (`TextModel.__init__` and `Phi3MiniModel`): that table, or else
+    `rope_scaling`, with the config's own keys where the table lacks them; there are factors, or there is no scaling."""
+    rope = dict(config.get("rope_parameters", config.get("rope_scaling")) or {})
+    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+        if key not in rope and config.get(key) is not None:
+            rope[key] = config[key]
+    rope.setdefault("rope_type", rope.get("type"))
+    scaled = bool(rope.get("long_factor"))
+    boundary, share = rope["original_max_position_embeddings"], rope.get("partial_rotary_factor", 1.0)
+    assert not scaled or rope["rope_type"] in ("su", "longrope")
+    attention = default_attention({**config, "original_max_position_embeddings": boundary}) if scaled else 1.0
+    return computed(rope["rope_theta"], share, rope if scaled else None, config, boundary=boundary, attention=attention)
+
+
+READERS = (read_transformers_5, read_transformers_4, read_vllm, read_llama_cpp, read_llama_cpp_later)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -256,11 +278,37 @@ def test_a_table_of_extra_tokens_stays(phi3, tmp_path, target):
 
 
 def test_files_that_mean_the_same_everywhere_are_copied_byte_for_byte(phi3, tmp_path):
-    source = write_tokenizer(tmp_path / "base", phi3, jinja=False, tokenizer_class="LlamaTokenizer")
+    keys = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}  # as Phi-3-mini has them
+    source = write_tokenizer(tmp_path / "base", phi3, jinja=False, **keys)
     (source / "tokenizer.model").write_bytes(b"\x00pieces")
     files = portable_files(source)
     assert files.keys() == {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
     assert all(not file.changes and file.content == (source / name).read_bytes() for name, file in files.items())
+
+
+BOS, TEXT = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+
+
+@pytest.mark.parametrize("given", [None, True, False])
+@pytest.mark.parametrize("parts", [[TEXT], [BOS, TEXT], [TEXT, BOS]])
+def test_a_llama_tokenizer_begins_and_ends_a_text_in_every_version_as_in_training(given, parts, phi3, tmp_path, target):
+    """4.57.6, models/llama/tokenization_llama_fast.py: `update_post_processor` reads these two keys; bos is the default."""
+    source = write_tokenizer(tmp_path / "base", phi3, tokenizer_class="LlamaTokenizer", add_bos_token=given)
+    (source / "config.json").write_text(json.dumps({"model_type": "phi3"}), encoding="utf-8")
+    content = read(source, "tokenizer.json")
+    special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": parts,
+        "pair": [TEXT],
+        "special_tokens": special,
+    }
+    (source / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    copy_portable(source, target)
+    config, ids = read(target, "tokenizer_config.json"), AutoTokenizer.from_pretrained(source)("Hello").input_ids
+    assert AutoTokenizer.from_pretrained(target)("Hello").input_ids == ids
+    assert config.get("add_bos_token", True) == (ids[0] == 1)
+    assert config.get("add_eos_token", False) == (ids[-1] == 1)
 
 
 @pytest.mark.parametrize("decoder", [False, True])

@@ -129,6 +129,11 @@ def _choose(tokenizer: Any, name: str) -> ChatTemplate:
                 f"The tokenizer has several chat templates ({', '.join(tokenizer.chat_template)}) and none is the default.",
                 SET_TEMPLATE_HINT,
             ) from error
+        try:
+            own.encode()
+        except UnicodeEncodeError as error:
+            message = f"The model's chat template holds a character that is none, {own[error.start]!r}."
+            raise DataError(message, SET_TEMPLATE_HINT) from error
         return _inspect("the model's own", own, tokenizer) if MARK.search(own) else _match_own(own, tokenizer)
     if name == "auto":
         vocabulary = tokenizer.get_vocab()

@@ -125,7 +125,8 @@ def _round_up(number: int, multiple: int) -> int:
 
 @contextmanager
 def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> Iterator[None]:
-    """Run CUDA's path on fake CPU tensors: its kernels for attention and dropout, its offloading, its workspaces."""
+    """Run CUDA's path on fake CPU tensors: its kernels for attention and dropout, autocast, offloading, its workspaces."""
+    autocasts = torch.is_autocast_enabled
 
     def offload(tensor: Tensor) -> Tensor:
         with tracker.attribute_to(HOST):
@@ -144,6 +145,8 @@ def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> It
         ),
         replaced(functional, "scaled_dot_product_attention", _attention_on(tracker, capability)),
         replaced(functional, "dropout", dropout),
+        # Without a device it is CUDA's; PEFT 0.21 asks so, and casts the input of dropout and DoRA to fp32 where there is none.
+        replaced(torch, "is_autocast_enabled", lambda *device: autocasts(*(device or ("cpu",)))),
     ):
         yield
 
@@ -164,6 +167,9 @@ def _attention_on(tracker: MemoryTracker, capability: tuple[int, int]) -> Callab
     original = functional.scaled_dot_product_attention
 
     def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **settings: Any) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):  # here it is the operator that casts, and these kernels replace it
+            dtype = torch.get_autocast_dtype("cpu")
+            query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
         kernel = attention_kernel(
             capability,
             has_mask=attn_mask is not None,

@@ -170,7 +170,7 @@ def _load(skeleton: PackedPhi3ForCausalLM, lora: Lora, execution: ExecutionPlan,
                 setattr(module, name, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
     skeleton.tie_weights()
     # On torch 2.13 `Module.to` raises for parameters without storage, and PEFT calls it on every layer.
-    with replaced(nn.Module, "to", lambda module, *_, **__: module), warnings.catch_warnings():
+    with replaced(nn.Module, "to", _cast), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # as copying a module does
         model = attach_adapter(skeleton, lora)
     apply_execution_plan(model, execution)
@@ -215,6 +215,15 @@ def _quantize_without_storage(layer: bnb.nn.Linear4bit) -> None:
     del unquantized, scales
     layer.weight = packed  # a plain parameter: under FakeTensorMode no Params4bit can be made
     layer.quant_state = packed.quant_state  # type: ignore[attr-defined]
+
+
+def _cast(module: nn.Module, *places: Any, dtype: torch.dtype | None = None, **_: Any) -> nn.Module:
+    """`Module.to` on the one device there is: PEFT gives an adapter the base's dtype while it is attached."""
+    dtype = dtype or next((place for place in places if isinstance(place, torch.dtype)), None)
+    for parameter in module.parameters():
+        if dtype is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return module
 
 
 def _dequantize(layer: Any) -> Any:

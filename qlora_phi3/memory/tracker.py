@@ -139,6 +139,9 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
                 return _cpu_updates()[func](*args, **kwargs)
         if func is _aten._local_scalar_dense.default:
             return 1  # longrope reads whether a row is long; the memory is the same
+        if func is _aten._softmax_backward_data.default and self.rounding != 1:
+            with self:  # CUDA's kernel takes the product of gradient and output
+                args = (args[0] * args[1], *args[1:])
         if func is _aten.nonzero.default:
             result = args[0].new_empty((self.num_supervised, args[0].dim()), dtype=torch.int64)
         else:

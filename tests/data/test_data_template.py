@@ -239,6 +239,7 @@ def test_a_row_that_the_models_own_template_renders_otherwise_is_not_used(edited
             "marks no end of the turn",
         ),
         ({"tool_use": OWN}, "none is the default"),
+        (OWN + "\ud800", "a character that is none, '\\ud800'"),
     ],
 )  # fmt: skip
 def test_a_template_that_cannot_be_used_ends_in_one_line(monkeypatch, source, said):

@@ -51,6 +51,8 @@ class Gpu:
     free_bytes: int
     processes: tuple[GpuProcess, ...] = ()
     compute_capability: tuple[int, int]
+    #: They decide the size of the CUDA context.
+    multiprocessors: int
     bandwidth_bytes_per_second: float
     #: Dense 16-bit matrix products with fp32 accumulation, 10^12 operations a second.
     tflops_16bit: float
@@ -215,13 +217,14 @@ def _read(nvml: Any, handle: Any) -> Gpu:
         total_bytes = memory.total
     name = str(nvml.nvmlDeviceGetName(handle))
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    bandwidth, tflops = _read_speed(nvml, handle, name, total_bytes, major, minor)
+    multiprocessors, bandwidth, tflops = _read_speed(nvml, handle, name, total_bytes, major, minor)
     return Gpu(
         name=name,
         total_bytes=total_bytes,
         free_bytes=min(memory.free, total_bytes),
         processes=_read_processes(nvml, handle),
         compute_capability=(major, minor),
+        multiprocessors=multiprocessors,
         bandwidth_bytes_per_second=bandwidth,
         tflops_16bit=tflops,
         is_local=True,
@@ -249,15 +252,18 @@ def _read_processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
     return tuple(sorted(processes, key=lambda process: (-(process.used_bytes or 0), process.name)))
 
 
-def _read_speed(nvml: Any, handle: Any, name: str, total_bytes: int, major: int, minor: int) -> tuple[float, float]:
-    """Bytes and 10^12 operations a second: from the table where it has the GPU, else from NVML's bus width and clocks.
+def _read_speed(
+    nvml: Any, handle: Any, name: str, total_bytes: int, major: int, minor: int
+) -> tuple[int, float, float]:
+    """Multiprocessors, bytes and 10^12 operations a second: from the table where it has the GPU, else from what NVML says.
 
-    Operations for each core and clock, beyond a multiply-add: 8 on Volta, 4 on Turing, 16 on the data-centre GPUs of Ampere,
-    Hopper and Blackwell (x.0 and x.3), 2 on GeForce since Ampere.
+    A multiprocessor has 64 cores on Volta, Turing and the A100, else 128. Operations for each core and clock, beyond a
+    multiply-add: 8 on Volta, 4 on Turing, 16 on the data-centre GPUs of Ampere, Hopper and Blackwell (x.0 and x.3), 2 on GeForce
+    since Ampere.
     """
     if known := _find_specs(name):
         spec = min(known, key=lambda spec: abs(spec.usable_bytes - total_bytes))
-        return spec.bandwidth_gb * 1e9, spec.tflops_16bit
+        return spec.multiprocessors, spec.bandwidth_gb * 1e9, spec.tflops_16bit
     operations = {7: 4 if minor == 5 else 8, 8: 2 if minor else 16, 9: 16, 10: 16}.get(major, 2 if major > 8 else 1)
     try:
         bits, cores = nvml.nvmlDeviceGetMemoryBusWidth(handle), nvml.nvmlDeviceGetNumGpuCores(handle)
@@ -265,8 +271,9 @@ def _read_speed(nvml: Any, handle: Any, name: str, total_bytes: int, major: int,
         core_mhz = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)
     except nvml.NVMLError:
         similar = smallest_of(_specs_of_nearest_size(total_bytes), name)
-        return similar.bandwidth_bytes_per_second, similar.tflops_16bit
-    return bits / 8 * memory_mhz * 2e6, cores * core_mhz * 2e6 * operations / 1e12
+        return similar.multiprocessors, similar.bandwidth_bytes_per_second, similar.tflops_16bit
+    multiprocessors = cores // (64 if (major, minor) <= (8, 0) else 128)
+    return multiprocessors, bits / 8 * memory_mhz * 2e6, cores * core_mhz * 2e6 * operations / 1e12
 
 
 def find_gpu(name: str) -> Gpu:
@@ -345,6 +352,7 @@ def smallest_of(specs: Sequence[GpuSpec], name: str) -> Gpu:
         total_bytes=smallest.usable_bytes,
         free_bytes=smallest.usable_bytes,
         compute_capability=max(spec.compute_capability for spec in specs),
+        multiprocessors=max(spec.multiprocessors for spec in specs),
         bandwidth_bytes_per_second=median(spec.bandwidth_gb for spec in specs) * 1e9,
         tflops_16bit=median(spec.tflops_16bit for spec in specs),
         is_local=False,

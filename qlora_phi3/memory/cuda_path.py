@@ -28,8 +28,6 @@ Kernel = Literal["flash", "efficient", "math"]
 
 #: Blocks of (queries, keys) of the memory-efficient backward kernels, mem_eff_attention/kernels/cutlassB.h, at their largest.
 EFFICIENT_QUERIES, EFFICIENT_KEYS = 128, 64
-#: Multiprocessors of a GPU of which only the compute capability is known: a typical one of its generation.
-TYPICAL_MULTIPROCESSORS = {(7, 5): 40, (8, 0): 108, (8, 6): 46, (8, 9): 46, (9, 0): 132, (10, 0): 148, (12, 0): 48}
 
 
 def matmul_workspace_bytes(compute_capability: tuple[int, int]) -> int:
@@ -106,7 +104,7 @@ def attention_backward_bytes(kernel: str, query_shape: tuple[int, ...], *, kv_he
     raise ValueError(f"The memory of the {kernel} attention kernel in its backward pass is not known.")
 
 
-def context_bytes(compute_capability: tuple[int, int], multiprocessors: int | None = None) -> int:
+def context_bytes(multiprocessors: int) -> int:
     """What a training process holds on the GPU in addition to the allocator's segments: the CUDA context and loaded kernels.
 
     The bare context follows the number of multiprocessors, whatever the generation: 8 MiB and 2.92 MiB for each is within 4 % of
@@ -114,8 +112,6 @@ def context_bytes(compute_capability: tuple[int, int], multiprocessors: int | No
     6000 (188): llama.cpp pull request 23604, InvokeAI issue 9413, unsloth-zoo pull request 1053; CUDA 12.8 to 13, drivers of
     2026, modules loaded lazily. A T4 (40) that trained held 143 MiB: 18 MiB above that line, taken as 24 for the kernels.
     """
-    if multiprocessors is None:
-        multiprocessors = TYPICAL_MULTIPROCESSORS.get(compute_capability, 46)
     return int((8 + 24 + 2.92 * multiprocessors) * MIB)
 
 

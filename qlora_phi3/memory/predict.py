@@ -42,9 +42,11 @@ class Predictor:
     architecture: Architecture
     _: KW_ONLY
     compute_dtype: torch.dtype
-    #: The GPU's compute capability.
+    #: The GPU's compute capability, and its multiprocessors.
     capability: tuple[int, int]
-    _simulated: dict[tuple[ExecutionPlan, StepShape, int], MemoryReport] = field(default_factory=dict, init=False)
+    multiprocessors: int
+    #: The results, which GPUs share between which no operator of a step differs.
+    simulated: dict[tuple[ExecutionPlan, StepShape, int], MemoryReport] = field(default_factory=dict)
 
     def predict(self, execution: ExecutionPlan, shape: StepShape, *, limit_bytes: int) -> Prediction:
         """Simulate every layer, and replay the allocations within a limit.
@@ -62,8 +64,8 @@ class Predictor:
     def simulate(self, execution: ExecutionPlan, shape: StepShape, num_layers: int) -> MemoryReport:
         """Simulate a model of so many layers."""
         key = (execution, shape, num_layers)
-        if key not in self._simulated:
-            self._simulated[key] = simulate(
+        if key not in self.simulated:
+            self.simulated[key] = simulate(
                 self.recipe,
                 {**self.config, "num_hidden_layers": num_layers},
                 replace(self.architecture, num_hidden_layers=num_layers),
@@ -72,11 +74,11 @@ class Predictor:
                 compute_dtype=self.compute_dtype,
                 capability=self.capability,
             )
-        return self._simulated[key]
+        return self.simulated[key]
 
     def on_gpu_bytes(self, reserved_bytes: int) -> int:
         """What NVML shows for a process whose allocator holds so much."""
-        return reserved_bytes + context_bytes(self.capability)
+        return reserved_bytes + context_bytes(self.multiprocessors)
 
     def phases(self, execution: ExecutionPlan, shape: StepShape) -> Mapping[str, int]:
         """Phase -> most bytes allocated, from two models of few layers where all layers are alike: growth by layer is linear."""

@@ -196,23 +196,27 @@ class VramChecker:
     context: RecipeContext
     #: Called with what is being done.
     info: Callable[[str], None]
-    _predictors: "dict[tuple[Any, ...], Predictor]" = field(default_factory=dict, init=False)
+    _simulated: dict[tuple[Any, ...], dict[Any, Any]] = field(default_factory=dict, init=False)
 
     def predictor(self, device: Gpu) -> "Predictor":
-        """The simulator for a GPU; GPUs between which no operator of a step differs share one, as Ampere and Ada do."""
+        """The simulator for a GPU; GPUs between which no operator of a step differs share results, as Ampere and Ada do."""
         import torch
 
         from qlora_phi3.memory.predict import Predictor
 
         capability = (8, 6) if device.compute_capability == (8, 9) else device.compute_capability
         dtype = compute_dtype_on(self.context.recipe.compute_dtype, device)
-        if (dtype, capability) not in self._predictors:
+        if (dtype, capability) not in self._simulated:
             gc.freeze()  # the collector need not look through the libraries again: a tenth of a simulation's time
-            recipe, config, architecture = self.context.recipe, dict(self.context.config), self.context.architecture
-            self._predictors[dtype, capability] = Predictor(
-                recipe, config, architecture, compute_dtype=getattr(torch, dtype), capability=capability
-            )
-        return self._predictors[dtype, capability]
+        return Predictor(
+            self.context.recipe,
+            dict(self.context.config),
+            self.context.architecture,
+            compute_dtype=getattr(torch, dtype),
+            capability=capability,
+            multiprocessors=device.multiprocessors,
+            simulated=self._simulated.setdefault((dtype, capability), {}),
+        )
 
     def report(self, device: Gpu, budget_bytes: int, *, with_suggestions: bool = True) -> VramReport:
         """Plan for a GPU, and where nothing fits suggest what to change.

@@ -118,7 +118,7 @@ def _own_gpu_bytes(device: torch.device) -> int:
     properties, reserved = torch.cuda.get_device_properties(device), torch.cuda.memory_reserved(device)
     used = read_own_bytes()
     if used is None or used <= reserved:
-        used = reserved + context_bytes((properties.major, properties.minor), properties.multi_processor_count)
+        used = reserved + context_bytes(properties.multi_processor_count)
     return torch.cuda.max_memory_reserved(device) + used - reserved
 
 

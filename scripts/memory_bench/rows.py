@@ -81,7 +81,7 @@ def rows_of_gpu(case: Case, gpu: Gpu, memory: MemoryReport, truth: Mapping[str, 
     """Prediction and measurement of one configuration: the run without a limit, and the verdict under each limit."""
     expandable = truth["expandable"] or not truth["phases"]
     served = replay(memory.trace, expandable_segments=expandable)
-    context = context_bytes(gpu.compute_capability, truth["multiprocessors"])
+    context = context_bytes(truth["multiprocessors"] or gpu.multiprocessors)
     on_gpu = served.peak_reserved_bytes + context
     start = {**start_row(case, "cuda", gpu.name), "parameters": count_parameters(case)}
     allocated = max(truth["phases"].values(), default=None)

@@ -33,6 +33,7 @@ HERE = Gpu(
         GpuProcess(name="game.exe", pid=12, used_bytes=None),
     ),
     compute_capability=(8, 6),
+    multiprocessors=28,
     bandwidth_bytes_per_second=3.6e11,
     tflops_16bit=25.5,
     is_local=True,

@@ -78,6 +78,7 @@ def test_the_speed_of_a_gpu_that_the_table_lacks_comes_from_its_bus_width_and_cl
     gpu = read_gpu(nvml=FakeNVML(h200))
     assert gpu.bandwidth_bytes_per_second == pytest.approx(4.81e12, rel=0.01)  # 4.8 TB/s on its data sheet
     assert gpu.tflops_16bit == pytest.approx(989, rel=0.01)  # as on its data sheet
+    assert gpu.multiprocessors == 132
     blind = read_gpu(nvml=FakeNVML(h200, broken=("nvmlDeviceGetMemoryBusWidth",)))
     assert blind.bandwidth_bytes_per_second == 1792e9  # the table's largest, an RTX 5090
 
@@ -219,6 +220,21 @@ def test_a_size_that_the_table_lacks_has_the_largest_reserve_of_its_neighbours()
     assert gpu_of_size(48 * GIB).total_bytes == (49_152 - 659) * MIB  # RTX 5090
     assert gpu_of_size(2 * GIB).total_bytes == (2048 - 384) * MIB  # GTX 1650
     assert gpu_of_size(48 * GIB).estimated
+
+
+@pytest.mark.parametrize("spec", [spec for spec in GPU_TABLE if spec.consumer], ids=lambda spec: spec.label)
+def test_multiprocessors_and_arithmetic_rate_give_a_clock_that_such_gpus_have(spec):
+    cores = spec.multiprocessors * (64 if spec.compute_capability == (7, 5) else 128)
+    operations = 8 if spec.name.startswith("RTX 20") and spec.compute_capability == (7, 5) else 4
+    newer = spec.compute_capability >= (8, 9)
+    lowest, highest = (2.0, 2.7) if newer else (1.05, 1.9)
+    assert lowest < spec.tflops_16bit * 1e3 / (cores * operations) < highest
+
+
+def test_a_gpu_of_a_size_has_the_largest_context_of_that_size():
+    of_12_gb = gpu_of_size(12 * GIB)
+    assert of_12_gb.multiprocessors == max(gpu.multiprocessors for gpu in GPU_TABLE if gpu.label in of_12_gb.represents)
+    assert find_gpu("RTX 3060 12GB").multiprocessors == 28
 
 
 def test_a_gpu_of_a_size_has_the_median_speed():

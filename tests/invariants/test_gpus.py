@@ -40,7 +40,12 @@ def plans(folder):
         }
     )
     predictor = Predictor(
-        recipe, config, parse_architecture(config, "tiny"), compute_dtype=torch.float32, capability=(8, 6)
+        recipe,
+        config,
+        parse_architecture(config, "tiny"),
+        compute_dtype=torch.float32,
+        capability=(8, 6),
+        multiprocessors=46,
     )
     rows = read_lengths(LENGTHS, [], BATCH_SIZE)
     gpus = [

@@ -27,7 +27,8 @@ def build_predictor(num_hidden_layers=4, **tables):
     tables["training"] = {"batch_size": 8, **tables.get("training", {})}
     config = tiny_config(hidden_size=256, intermediate_size=768, num_hidden_layers=num_hidden_layers)
     architecture = parse_architecture(config, "tiny")
-    return Predictor(build_recipe(**tables), config, architecture, compute_dtype=torch.bfloat16, capability=(8, 6))
+    gpu = {"capability": (8, 6), "multiprocessors": 46}
+    return Predictor(build_recipe(**tables), config, architecture, compute_dtype=torch.bfloat16, **gpu)
 
 
 def plan(predictor, allowed_mib, rows=ROWS):

@@ -97,7 +97,12 @@ def test_every_phase_of_twelve_layers_is_extrapolated_exactly_from_a_few(every, 
         optim="paged_adamw_8bit",
     )
     predictor = Predictor(
-        case.recipe, dict(case.config), case.architecture, compute_dtype=torch.bfloat16, capability=(8, 6)
+        case.recipe,
+        dict(case.config),
+        case.architecture,
+        compute_dtype=torch.bfloat16,
+        capability=(8, 6),
+        multiprocessors=46,
     )
     assert (
         predictor.phases(case.execution, step_shape(case))
@@ -124,8 +129,8 @@ def test_an_mlp_in_tiles_holds_its_widest_tensors_for_one_tile_at_a_time():
     assert whole.by_phase["evaluation"] > tiled.by_phase["evaluation"]
 
 
-#: Two layers of a model, tokens of a row -> MiB allocated at most in a first step by torch 2.14.1's CUDA code, bitsandbytes 0.50.2
-#: and PEFT 0.21.2 on an emulated card, which hands out addresses and computes nothing.
+#: Two layers of a model, tokens of a row -> MiB allocated at most in a first step by torch 2.14.1's CUDA code and
+#: bitsandbytes 0.50.2 on an emulated card, which hands out addresses and computes nothing.
 EMULATED = [
     ("Phi-3-mini-128k-instruct", (8, 6), {}, 1, "sdpa", 512, 686.3),
     ("Phi-3-mini-128k-instruct", (8, 6), {"lora_dropout": 0.05}, 1, "sdpa", 2048, 956.8),

@@ -68,7 +68,7 @@ def on_cuda(monkeypatch):
 
 @pytest.mark.parametrize(
     ("own", "context"),
-    [(1150 * MIB, 150 * MIB), (None, context_bytes((8, 6), 28)), (900 * MIB, context_bytes((8, 6), 28))],
+    [(1150 * MIB, 150 * MIB), (None, context_bytes(28)), (900 * MIB, context_bytes(28))],
 )
 def test_a_run_is_measured_by_its_own_peak_whatever_other_programs_take(monkeypatch, on_cuda, own, context):
     monkeypatch.setattr(report, "read_own_bytes", lambda: own)

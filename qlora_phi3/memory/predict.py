@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
@@ -45,8 +46,7 @@ class Predictor:
     #: The GPU's compute capability, and its multiprocessors.
     capability: tuple[int, int]
     multiprocessors: int
-    #: The results, which GPUs share between which no operator of a step differs.
-    simulated: dict[tuple[ExecutionPlan, StepShape, int], MemoryReport] = field(default_factory=dict)
+    _simulated: dict[tuple[ExecutionPlan, StepShape, int], MemoryReport] = field(default_factory=dict, init=False)
 
     def predict(self, execution: ExecutionPlan, shape: StepShape, *, limit_bytes: int) -> Prediction:
         """Simulate every layer, and replay the allocations within a limit.
@@ -64,8 +64,8 @@ class Predictor:
     def simulate(self, execution: ExecutionPlan, shape: StepShape, num_layers: int) -> MemoryReport:
         """Simulate a model of so many layers."""
         key = (execution, shape, num_layers)
-        if key not in self.simulated:
-            self.simulated[key] = simulate(
+        if key not in self._simulated:
+            self._simulated[key] = simulate(
                 self.recipe,
                 {**self.config, "num_hidden_layers": num_layers},
                 replace(self.architecture, num_hidden_layers=num_layers),
@@ -74,7 +74,13 @@ class Predictor:
                 compute_dtype=self.compute_dtype,
                 capability=self.capability,
             )
-        return self.simulated[key]
+        return self._simulated[key]
+
+    def with_multiprocessors(self, number: int) -> "Predictor":
+        """For another GPU on which the same operators run; it shares what was simulated."""
+        other = copy(self)
+        other.multiprocessors = number
+        return other
 
     def on_gpu_bytes(self, reserved_bytes: int) -> int:
         """What NVML shows for a process whose allocator holds so much."""

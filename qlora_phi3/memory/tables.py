@@ -75,20 +75,19 @@ def find_max_lengths(checker: VramChecker, devices: Sequence[Gpu], progress: Gpu
     Raises:
         ModelError: the recipe's adapter does not fit the model.
     """
-    searches: dict[int, _MaxLengths] = {}
+    searches: dict[tuple[Any, ...], _MaxLengths] = {}
     rows = []
     for number, device in enumerate(devices):
         progress(device.name, number, len(devices))
-        predictor = checker.predictor(device)
-        rows.append(searches.setdefault(id(predictor), _MaxLengths(checker, predictor)).on(device))
+        rows.append(searches.setdefault(checker.kind(device), _MaxLengths(checker)).on(device))
     progress("", len(devices), len(devices))
     return rows
 
 
 class _MaxLengths:
-    """The longest rows on GPUs that share a predictor: what was estimated for one is known for the next."""
+    """The longest rows on GPUs of one kind: what was estimated for one is known for the next."""
 
-    def __init__(self, checker: VramChecker, predictor: "Predictor") -> None:
+    def __init__(self, checker: VramChecker) -> None:
         from qlora_phi3.memory.search import MaxLengthSearch
 
         def estimate(length: int) -> int:
@@ -96,7 +95,7 @@ class _MaxLengths:
             predictor, minimal = self._minimal(length)
             return max(predictor.phases(*minimal).values())
 
-        self._checker, self._predictor = checker, predictor
+        self._checker = checker
         self._search = MaxLengthSearch(estimate, checker.context.architecture.max_position_embeddings)
         self._tiled: dict[int, Predictor] = {}
 
@@ -109,7 +108,8 @@ class _MaxLengths:
             length = self._search.within(allocated_bytes)
             return length if length == self._search.at_most else round_length(length)
 
-        recipe, predictor = self._checker.context.recipe, self._predictor
+        recipe = self._checker.context.recipe
+        self._predictor = predictor = self._checker.predictor(device)
         limit_bytes = read_margin(device.name).limit(budget_of(recipe.memory, device, strict=False))
         reservable = limit_bytes - predictor.on_gpu_bytes(0)
         length = longest_within(estimate_allocated(reservable)) or STEP
@@ -148,7 +148,7 @@ class _MaxLengths:
             tile = max(SMALLEST_TILE_MIB, -(-logits_bytes // MOST_TILES // MIB))
             memory = recipe.memory.model_copy(update={"logits_tile": f"{tile}MiB"})
             changed = replace(predictor, recipe=recipe.model_copy(update={"memory": memory}))
-            predictor = self._tiled.setdefault(tile, changed)
+            predictor = self._tiled.setdefault(tile, changed).with_multiprocessors(predictor.multiprocessors)
         return predictor, minimal_memory_plan(predictor, row)
 
 

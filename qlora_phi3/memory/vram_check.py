@@ -196,27 +196,31 @@ class VramChecker:
     context: RecipeContext
     #: Called with what is being done.
     info: Callable[[str], None]
-    _simulated: dict[tuple[Any, ...], dict[Any, Any]] = field(default_factory=dict, init=False)
+    _predictors: "dict[tuple[Any, ...], Predictor]" = field(default_factory=dict, init=False)
+
+    def kind(self, device: Gpu) -> tuple[str, tuple[int, int]]:
+        """Compute dtype and capability; no operator of a step differs between GPUs of one kind, such as Ampere and Ada."""
+        capability = (8, 6) if device.compute_capability == (8, 9) else device.compute_capability
+        return compute_dtype_on(self.context.recipe.compute_dtype, device), capability
 
     def predictor(self, device: Gpu) -> "Predictor":
-        """The simulator for a GPU; GPUs between which no operator of a step differs share results, as Ampere and Ada do."""
+        """The simulator for a GPU; those of one kind share what was simulated."""
         import torch
 
         from qlora_phi3.memory.predict import Predictor
 
-        capability = (8, 6) if device.compute_capability == (8, 9) else device.compute_capability
-        dtype = compute_dtype_on(self.context.recipe.compute_dtype, device)
-        if (dtype, capability) not in self._simulated:
+        dtype, capability = kind = self.kind(device)
+        if kind not in self._predictors:
             gc.freeze()  # the collector need not look through the libraries again: a tenth of a simulation's time
-        return Predictor(
-            self.context.recipe,
-            dict(self.context.config),
-            self.context.architecture,
-            compute_dtype=getattr(torch, dtype),
-            capability=capability,
-            multiprocessors=device.multiprocessors,
-            simulated=self._simulated.setdefault((dtype, capability), {}),
-        )
+            self._predictors[kind] = Predictor(
+                self.context.recipe,
+                dict(self.context.config),
+                self.context.architecture,
+                compute_dtype=getattr(torch, dtype),
+                capability=capability,
+                multiprocessors=device.multiprocessors,
+            )
+        return self._predictors[kind].with_multiprocessors(device.multiprocessors)
 
     def report(self, device: Gpu, budget_bytes: int, *, with_suggestions: bool = True) -> VramReport:
         """Plan for a GPU, and where nothing fits suggest what to change.

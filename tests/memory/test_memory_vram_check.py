@@ -11,6 +11,7 @@ from workshop import write_chats
 
 from qlora_phi3.memory.vram_check import hub_offline, read_recipe_context
 from qlora_phi3.recipe.schema import Recipe
+from qlora_phi3.units import MIB
 
 
 def test_the_figures_of_a_report_agree_with_each_other(report):
@@ -27,10 +28,20 @@ def test_gpus_without_bfloat16_compute_in_float16_unless_the_recipe_says_otherwi
     assert pinned.report(old, old.free_bytes).compute_dtype == "float32"
 
 
-def test_ampere_and_ada_share_a_predictor_and_turing_has_its_own(checker):
+def test_ampere_and_ada_share_what_is_simulated_and_turing_has_its_own(checker):
     ada, turing = (replace(GPU, compute_capability=capability) for capability in ((8, 9), (7, 5)))
-    assert checker.predictor(ada) is checker.predictor(GPU)
-    assert checker.predictor(turing) is not checker.predictor(GPU)
+    assert checker.predictor(ada)._simulated is checker.predictor(GPU)._simulated
+    assert checker.predictor(turing)._simulated is not checker.predictor(GPU)._simulated
+
+
+def test_the_context_of_each_gpu_is_its_own(checker):
+    small, large = (replace(GPU, multiprocessors=number) for number in (28, 128))
+    first, second = checker.predictor(small), checker.predictor(large)
+    assert second.on_gpu_bytes(0) - first.on_gpu_bytes(0) == pytest.approx(100 * 2.92 * MIB, abs=2)
+    assert (
+        checker.report(large, large.free_bytes).memory.on_gpu_bytes
+        > checker.report(small, small.free_bytes).memory.on_gpu_bytes
+    )
 
 
 def test_rows_are_counted_where_tokenizer_and_data_are_here(tmp_path, base):

@@ -4,7 +4,15 @@ Any other exception is a defect of this program and keeps its traceback.
 """
 
 import errno
+import re
 
+#: The text of a RuntimeError that means out of memory: libraries below torch, and torch's own CPU allocator, raise no other
+#: class. cuBLAS reports either of its two status codes if it finds no memory for its handle.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|(can't|cannot) allocate memory|not enough memory"
+    r"|bad[_ ]alloc",
+    re.IGNORECASE,
+)
 #: Characters of a line of a message.
 LONGEST_LINE = 2000
 
@@ -104,3 +112,10 @@ def disk_error_hint(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text without its full stop; the name of its class where it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" :.")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this error means that memory ran out. torch's own class is known by its name, as this file imports no torch."""
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None

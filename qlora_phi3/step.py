@@ -4,7 +4,6 @@ The rows of an optimizer batch are the recipe's. They are split into micro-batch
 micro-batch by the supervised tokens of the complete batch, so the split changes no gradient.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from qlora_phi3.data.batching import IGNORE_INDEX, plan_micro_batches
-from qlora_phi3.errors import first_line
+from qlora_phi3.errors import first_line, is_out_of_memory
 from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.objectives import Objective, ObjectiveOutput, sft
 
@@ -23,13 +22,6 @@ from qlora_phi3.objectives import Objective, ObjectiveOutput, sft
 #: SmolLM2-135M in bf16 on CPU peaked at 1,413 MiB without padding, 1,121 with 64, 1,075 with 128, at equal speed. On CUDA fewer
 #: sizes fragment the allocator's cache less.
 PACKED_MULTIPLE = 64
-#: The text of a RuntimeError that means out of memory: libraries below torch, and torch's own CPU allocator, raise no other
-#: class. cuBLAS reports either of its two status codes if it finds no memory for its handle.
-OUT_OF_MEMORY = re.compile(
-    r"out of memory|_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|(can't|cannot) allocate memory|not enough memory"
-    r"|bad[_ ]alloc",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +53,6 @@ class MicroBatchMemoryError(Exception):
     def __init__(self, micro_batch: int, reason: str) -> None:
         super().__init__(f"memory ran out in micro-batch {micro_batch}: {reason}")
         self.micro_batch, self.reason = micro_batch, reason
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this error means that memory ran out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def collate(rows: Sequence[Mapping[str, Any]], plan: MicroBatchPlan) -> Batch:

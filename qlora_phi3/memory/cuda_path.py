@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qlora_phi3.model.attention
 from qlora_phi3.memory.report import ATTENTION_MASK, ATTENTION_WORKSPACE, CUBLAS_WORKSPACE
-from qlora_phi3.memory.tracker import HOST, MemoryTracker
+from qlora_phi3.memory.tracker import PINNED, MemoryTracker
 from qlora_phi3.units import MIB
 
 Kernel = Literal["flash", "efficient", "math"]
@@ -125,7 +125,7 @@ def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> It
     autocasts = torch.is_autocast_enabled
 
     def offload(tensor: Tensor) -> Tensor:
-        with tracker.attribute_to(HOST):
+        with tracker.attribute_to(PINNED):
             return torch.empty_like(tensor)
 
     def dropout(values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

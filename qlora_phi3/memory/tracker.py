@@ -18,8 +18,8 @@ from qlora_phi3.memory import report
 ROUNDING = 512
 #: bitsandbytes pages no smaller state than this (`Optimizer8bit.get_state_buffer`, 0.50).
 SMALLEST_PAGED_ELEMENTS = 100_000
-#: As a category: what is allocated is in host memory, not on the GPU.
-HOST = "host memory"
+#: As categories: what is allocated is in host memory, not on the GPU; pinned, torch rounds it up to a power of two.
+HOST, PINNED = "host memory", "pinned host memory"
 
 _aten, _bnb = torch.ops.aten, torch.ops.bitsandbytes
 _device_of = torch.ops.prim.device.default
@@ -75,7 +75,7 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
 
     @contextmanager
     def attribute_to(self, category: str) -> Iterator[None]:
-        """What is allocated inside belongs to `category`; with `HOST`, to host memory."""
+        """What is allocated inside belongs to `category`; with `HOST` or `PINNED`, to host memory."""
         before, self._category = self._category, category
         try:
             yield
@@ -158,7 +158,8 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         key, num_bytes = storage._cdata, storage.nbytes()
         if key in self._watched or not num_bytes:
             return
-        if self._category == HOST:
+        if self._category in (HOST, PINNED):
+            num_bytes = num_bytes if self._category == HOST else 1 << (num_bytes - 1).bit_length()
             self.host_bytes += num_bytes
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
 

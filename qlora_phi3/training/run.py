@@ -14,7 +14,7 @@ from peft import PeftModel
 from pydantic import ValidationError
 from torch.nn.utils import clip_grad_norm_
 
-from qlora_phi3.errors import Interrupted, RunError
+from qlora_phi3.errors import Interrupted, RunError, is_out_of_memory
 from qlora_phi3.family import read_architecture
 from qlora_phi3.files import atomic_write, disk_errors, remove, remove_leftovers
 from qlora_phi3.hardware.gpu import Gpu
@@ -34,7 +34,6 @@ from qlora_phi3.runfolder import (
     restore_metrics,
     write_report,
 )
-from qlora_phi3.step import is_out_of_memory
 from qlora_phi3.training.artifacts import (
     find_checkpoint,
     input_checksums,

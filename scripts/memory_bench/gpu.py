@@ -13,10 +13,10 @@ from memory_bench.cases import Case
 from memory_bench.truth import build_random, go_once
 from torch import nn
 
-from qlora_phi3.errors import DeviceError
+from qlora_phi3.errors import DeviceError, is_out_of_memory
 from qlora_phi3.hardware.gpu import read_gpu
 from qlora_phi3.memory.tracker import NullTracker
-from qlora_phi3.step import MicroBatchMemoryError, is_out_of_memory
+from qlora_phi3.step import MicroBatchMemoryError
 
 #: Left by the libraries in a process that has no tensor of ours any more (bitsandbytes' code books); more than this is a leak.
 REST_BYTES = 2**20

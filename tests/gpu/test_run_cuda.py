@@ -27,9 +27,8 @@ def test_a_run_on_a_card_plans_rehearses_and_reckons(shop):
     assert "Rehearsal: predicted" in result.stdout
     memory = read_json(folder / "report.json")["memory"]
     for category in ("4-bit weights", "quantization state", "adapter"):
-        assert memory["predicted"]["by_category"][category] == pytest.approx(
-            memory["measured"]["by_category"][category], rel=0.05
-        )
+        predicted, measured = (memory[kind]["by_category"][category] for kind in ("predicted", "measured"))
+        assert measured <= predicted <= measured + 80 * 512  # the allocator rounds each tensor up to 512 bytes
     assert memory["measured"]["allocated_bytes"] > 0
     assert list((shop.path / "state").rglob("prediction-errors.json"))
 

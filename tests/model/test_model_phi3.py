@@ -9,7 +9,7 @@ from tiny_model import FP32, load_tiny
 
 from qlora_phi3.errors import ModelError
 from qlora_phi3.family import read_architecture
-from qlora_phi3.model.phi3 import choose_precision, load_base, set_checkpointing
+from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM, choose_precision, load_base, set_checkpointing
 from qlora_phi3.objectives import sft
 from qlora_phi3.recipe.schema import Model, Quantization
 
@@ -97,6 +97,23 @@ def test_missing_tensors_are_refused_and_never_made_up(folder, tmp_path):
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError):
         load(copy)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96 MiB."),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
+def test_a_gpu_that_is_too_small_for_the_base_is_one_line(folder, monkeypatch, error):
+    def run_out(*_, **__):
+        raise error
+
+    monkeypatch.setattr(PackedPhi3ForCausalLM, "from_pretrained", run_out)
+    with pytest.raises(ModelError, match=r"ran out while .* was loaded") as caught:
+        load(folder)
+    assert "vram-check" in caught.value.hint
 
 
 def test_a_pickle_is_refused_with_the_reason(folder, tmp_path):

@@ -12,10 +12,10 @@ from tiny_model import relative_difference
 from torch import nn
 from workshop import Workshop, read_json, read_lines
 
-from qlora_phi3.errors import RunError
+from qlora_phi3.errors import RunError, is_out_of_memory
 from qlora_phi3.execution import SMALLEST_MLP_TILE_TOKENS, ExecutionPlan, MicroBatchPlan
 from qlora_phi3.reporter import record_as_json
-from qlora_phi3.step import MicroBatchMemoryError, StepResult, is_out_of_memory
+from qlora_phi3.step import MicroBatchMemoryError, StepResult
 from qlora_phi3.training.oom import MemoryGuard, restore_execution_plan
 
 PLAN = MicroBatchPlan(max_tokens=100, max_rows=8, packing=True, longrope_boundary=None)

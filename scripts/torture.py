@@ -1,6 +1,6 @@
 """Break runs of a tiny model and compare what `--resume` makes of them with an undisturbed run.
 
-    python scripts/torture.py all                    # everything, about an hour on one core
+    python scripts/torture.py all                    # everything, an hour and a half of one core
     python scripts/torture.py kill-before --every 5  # SIGKILL before every fifth write
 
 Kinds: kill-before, kill-middle (SIGKILL before, or in the middle of, each operation that changes a file of the run), kill-random;

@@ -26,6 +26,11 @@ STOP_WORDS = frozenset(
 )
 #: Other spellings of a word in a GPU's name.
 SYNONYMS = {"mobile": "laptop", "notebook": "laptop", "maxq": "laptop", "s": "super"}
+#: The memory in a GPU's name; the numbers of models have more digits.
+SIZE = re.compile(r"\b(\d{1,3})(?: ?gi?b)?\b")
+#: Words of GPUs that bitsandbytes' CUDA libraries or torch's do not run on: of AMD, Intel and Apple; of Volta and before.
+OTHER_MAKERS = re.compile(r"\b(amd|radeon|rx|instinct|mi\d{2,3}x?|intel|arc|iris|apple|m[1-9])\b", re.IGNORECASE)
+TOO_OLD = re.compile(r"\b(gtx ?(10|9|7)\d\d|titan(?! rtx)|[pvkm]\d{2,3}|quadro [pkm]\d+|gt ?\d{3,4})\b", re.IGNORECASE)
 #: Set by torchrun, accelerate launch and deepspeed; by SLURM; by Open MPI; by Intel MPI and MPICH; by MVAPICH.
 PROCESS_COUNTS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -285,18 +290,20 @@ def find_gpu(name: str) -> Gpu:
     """
     specs = _find_specs(name)
     if not specs:
+        _refuse_unsupported(name)
         brand = re.search(r"[gr]tx", name.lower())
         same_brand = [spec.name for spec in GPU_TABLE if brand is None or spec.name.lower().startswith(brand[0])]
         names = {" ".join(sorted(_words(other))): other for other in same_brand}
         words = " ".join(sorted(_words(name)))
         similar = [names[match] for match in difflib.get_close_matches(words, names, n=3, cutoff=0.6)]
         listed = f"Similar names: {', '.join(similar)}." if similar else "It has GTX 16, RTX 20 to 50, and some more."
-        raise DeviceError(f"The table has no GPU '{name}'. {listed}", "Or give the memory size: --vram 12GB.")
-    size = re.search(r"\b(\d+) ?gi?b?\b", name.lower())
-    of_size = [spec for spec in specs if size is None or spec.nominal_gb == int(size[1])]
+        hint = f"Or give the memory size: --vram {_nominal_gb(name) or 12}GB."
+        raise DeviceError(f"The table has no GPU '{name}'. {listed}", hint)
+    size = _nominal_gb(name)
+    of_size = [spec for spec in specs if size is None or spec.nominal_gb == size]
     if len(of_size) != 1:
         sizes = " and ".join(f"{spec.nominal_gb} GB" for spec in specs)
-        reason = f", not with {size[1]} GB" if size else ""
+        reason = f", not with {size} GB" if size else ""
         raise DeviceError(f"The {specs[0].name} has {sizes}{reason}.", f"Give the size: --gpu '{specs[0].label}'.")
     return replace(smallest_of(of_size, of_size[0].label), represents=())
 
@@ -308,11 +315,31 @@ def _find_specs(name: str) -> list[GpuSpec]:
     return exact or [spec for spec in GPU_TABLE if _words(spec.name) == words | {"laptop"}]
 
 
+def _spread(name: str) -> str:
+    """A GPU's name in lower case, with spaces where people leave them out: `RTX4060Ti16GB` gives `rtx 4060 ti 16gb`."""
+    text = re.sub(r"([rg]tx)(?=\w)", r"\1 ", name.lower().replace("max-q", "maxq").replace("(tm)", " "))
+    text = re.sub(r"(\d{4})(?=[a-z])", r"\1 ", text)
+    return re.sub(r"(?<=\bti)(?=super|s\b|\d)|(?<=super)(?=\d)", " ", text)
+
+
+def _nominal_gb(name: str) -> int | None:
+    """The memory in a GPU's name, where there is any: 16 of `4060 ti 16`."""
+    size = re.search(SIZE, _spread(name))
+    return int(size[1]) if size else None
+
+
+def _refuse_unsupported(name: str) -> None:
+    """Raise DeviceError for a GPU of another maker, and for one that is too old."""
+    needed = "This program needs an NVIDIA GPU of compute capability 7.5 or newer: a GTX 16, an RTX 20, or a later one."
+    if OTHER_MAKERS.search(name):
+        raise DeviceError(f"'{name}' is no NVIDIA GPU.", needed)
+    if TOO_OLD.search(name):
+        raise DeviceError(f"'{name}' is too old.", needed)
+
+
 def _words(name: str) -> set[str]:
     """The words of a GPU's name that distinguish it, in lower case: `NVIDIA GeForce RTX4060Ti 16GB` gives 4060 and ti."""
-    text = re.sub(r"\b\d+ ?gi?b?\b", " ", name.lower().replace("max-q", "maxq").replace("(tm)", " "))
-    text = re.sub(r"([rg]tx)(?=\w)", r"\1 ", text)
-    text = re.sub(r"(\d{4})(?=[a-z])|(?<=ti)(?=super)", r"\1 ", text)
+    text = re.sub(SIZE, " ", _spread(name))
     return {SYNONYMS.get(word, word) for word in re.findall(r"[a-z0-9]+", text)} - STOP_WORDS
 
 

@@ -50,6 +50,8 @@ MESSAGES = [
         ("The NVIDIA driver failed", "Unknown Error"),
     ),
     refused("gpu-not-in-the-table", lambda shop: find_gpu("RTX 4075"), ("'RTX 4075'", "RTX 4070"), "--vram 12GB"),
+    refused("gpu-of-another-maker", lambda shop: find_gpu("RX 7900 XTX"), ("'RX 7900 XTX'", "NVIDIA"), "7.5 or newer"),
+    refused("gpu-too-old", lambda shop: find_gpu("GTX 1080 Ti"), ("'GTX 1080 Ti'", "too old"), "7.5 or newer"),
     refused(
         "gpu-of-several-sizes",
         lambda shop: find_gpu("RTX 4060 Ti"),

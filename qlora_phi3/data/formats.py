@@ -191,7 +191,8 @@ def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Doc
         raise SkipRow(f"the row is switched off ({', '.join(name for name in SWITCHES if name in row)})")
     example = form.read(columns, where, keys)
     left = columns.unread()
-    check_unread(row, left, where)
+    if left:
+        check_unread(row, left, where)
     unread = (*left, *sorted(keys))
     if isinstance(example, Document):
         if not example.text.strip() or example.text.strip() in NO_ANSWER:
@@ -199,24 +200,26 @@ def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Doc
         return replace(example, unread=unread) if unread else example
     if not example.turns:
         raise SkipRow("the conversation is empty")
-    answers = [turn for turn in example.turns if turn.role == "assistant" and turn.supervised]
+    words = [turn.text.strip() for turn in example.turns]
+    pairs = list(zip(example.turns, words, strict=True))
+    answers = [(turn, text) for turn, text in pairs if turn.role == "assistant" and turn.supervised]
     if not answers:
         raise SkipRow("no assistant turn to learn from")
-    if not all(turn.text.strip() or turn.calls or turn.thinking for turn in answers):
+    if not all(text or turn.calls or turn.thinking for turn, text in answers):
         raise SkipRow("an assistant turn is empty")
-    if any(turn.text.strip() in NO_ANSWER for turn in example.turns):
+    if not NO_ANSWER.isdisjoint(words):
         raise SkipRow("a turn is a word for an empty cell (nan, <nooutput>)")
-    if any(turn.text.strip() in NO_VALUE for turn in answers if turn.text):
-        example = replace(example, notes=(*example.notes, EMPTY_WORD))
-    if any(turn.role == "user" and not turn.text.strip() for turn in example.turns):
-        example = replace(example, notes=(*example.notes, EMPTY_TURN))
+    if not NO_VALUE.isdisjoint(words):
+        if any(text in NO_VALUE for turn, text in answers if turn.text):
+            example = replace(example, notes=(*example.notes, EMPTY_WORD))
+        if any(turn.role == "user" and not text for turn, text in pairs):
+            example = replace(example, notes=(*example.notes, EMPTY_TURN))
     return replace(example, unread=unread) if unread else example
 
 
 def _read_conversation(column: str, columns: Columns, where: str, unread: set[str]) -> Chat:
     turns = read_turns(columns.take(column), column, where, unread)
-    switched_off = not all(turn.supervised for turn in turns)
-    return replace(_with_system_and_tools(turns, columns, unread), switched_off=switched_off)
+    return _with_system_and_tools(turns, columns, unread, switched_off=not all(turn.supervised for turn in turns))
 
 
 def _read_alpaca(columns: Columns, where: str, unread: set[str]) -> Chat:
@@ -245,8 +248,8 @@ def _read_prompt_completion(columns: Columns, where: str, unread: set[str]) -> C
     prompt = read_turns(_as_messages(columns.take("prompt"), "user"), "prompt", where, unread)
     answers = read_turns(_as_messages(columns.take("completion"), "assistant"), "completion", where, unread)
     context = [replace(turn, supervised=False) for turn in prompt]
-    chat = _with_system_and_tools((*context, *answers), columns, unread)
-    return replace(chat, switched_off=not all(turn.supervised for turn in (*prompt, *answers)))
+    switched_off = not all(turn.supervised for turn in (*prompt, *answers))
+    return _with_system_and_tools((*context, *answers), columns, unread, switched_off=switched_off)
 
 
 def _as_messages(value: Any, role: str) -> Any:
@@ -272,7 +275,9 @@ def check_document(columns: Iterable[str], where: str) -> None:
         )
 
 
-def _with_system_and_tools(turns: tuple[Turn, ...], columns: Columns, unread: set[str]) -> Chat:
+def _with_system_and_tools(
+    turns: tuple[Turn, ...], columns: Columns, unread: set[str], *, switched_off: bool = False
+) -> Chat:
     system = read_system(columns.take(*SYNONYMS["system"]), unread)
     tools = read_tools(columns.take(*SYNONYMS["tools"]))
     notes = (INPUT_IGNORED,) if system and system.strip() in NO_VALUE - {""} else ()
@@ -283,7 +288,7 @@ def _with_system_and_tools(turns: tuple[Turn, ...], columns: Columns, unread: se
         if len(in_turns) > 1 or tools:
             raise SkipRow("tools are defined in more than one place")
         turns = tuple(replace(turn, calls="") if turn.role == "system" else turn for turn in turns)
-    return Chat(turns, tools or "".join(in_turns), notes=notes)
+    return Chat(turns, tools or "".join(in_turns), notes=notes, switched_off=switched_off)
 
 
 #: In the order of detection: ultrachat_200k has `prompt` next to `messages`, Alpaca sets have `text` next to `output`.

@@ -207,7 +207,8 @@ def _read_message(message: Any, column: str, where: str, unread: set[str]) -> Tu
 
 def _read_usual(message: Mapping[str, Any]) -> Turn | None:
     """The turn of a message that is a role and a text, as nearly every one is; None for any other."""
-    name, content = (message.get(keys[0], message.get(keys[1])) for keys in (ROLE_KEYS, CONTENT_KEYS))
+    name = message.get(ROLE_KEYS[0], message.get(ROLE_KEYS[1]))
+    content = message.get(CONTENT_KEYS[0], message.get(CONTENT_KEYS[1]))
     role = ROLES.get(name) if type(name) is str and name not in CALL_ROLES else None
     return None if role is None or type(content) is not str else Turn(role, read_text(content, "content"))
 

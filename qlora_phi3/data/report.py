@@ -48,7 +48,7 @@ class SourceReport:
     Args:
         name: a row is named `name:number`.
         format: the format that the rows were read as; empty where none was read.
-        rows_sha256: of the file of tokenised rows.
+        rows_digest: of the file of tokenised rows.
         truncated, fully_truncated, skipped, notes, unread: see `DataReport`; the last three by reason or name.
     """
 
@@ -56,7 +56,7 @@ class SourceReport:
     format: str = ""
     rows_read: int = 0
     rows_kept: int = 0
-    rows_sha256: str = ""
+    rows_digest: str = ""
     truncated: int = 0
     fully_truncated: RowCount = RowCount("nothing left to learn after truncation")
     skipped: dict[str, RowCount] = field(default_factory=dict)

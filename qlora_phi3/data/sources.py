@@ -263,10 +263,10 @@ def _read_jsonl_file(name: str, path: Path) -> RowIterator:
         lines: Iterable[str | bytes] = io.TextIOWrapper(file, "utf-16", newline="\n") if is_utf16 else file
         for number, raw in enumerate(lines, 1):
             try:
-                line = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
-                if not line.strip():
+                line = (raw if isinstance(raw, str) else raw.decode("utf-8-sig")).strip()
+                if not line:
                     continue
-                row = DECODER.decode(line.strip())
+                row = DECODER.decode(line)
             except UnicodeDecodeError as error:
                 raise DataError(
                     f"{name}:{number} is not UTF-8 text ({error.reason}).", "Save the file as UTF-8."

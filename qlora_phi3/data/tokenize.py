@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64_intdigest, xxh3_128
 
 from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.data.formats import SYNONYMS, Chat, Document, check_document, detect_format, read_row
@@ -93,7 +93,7 @@ def tokenize_source(source: Source, config: TokenizeConfig, max_rows: int | None
             if _read_entry(entry) is None:
                 with atomic_dir(entry) as staging:
                     report = _write_rows(staging / ROWS_NAME, source, config, max_rows)
-                    report.rows_sha256 = _hash(staging / ROWS_NAME)
+                    report.rows_digest = _hash(staging / ROWS_NAME)
                     (staging / REPORT_NAME).write_text(json.dumps(asdict(report)), encoding="utf-8")
         if (found := _read_entry(entry)) is None:
             raise OSError("what was written cannot be read back")
@@ -108,7 +108,7 @@ def _read_entry(entry: Path) -> tuple[Any, SourceReport] | None:
 
     try:
         report = TypeAdapter(SourceReport).validate_json((entry / REPORT_NAME).read_bytes())
-        if _hash(entry / ROWS_NAME) != report.rows_sha256:
+        if _hash(entry / ROWS_NAME) != report.rows_digest:
             return None
         return Dataset.from_file(str(entry / ROWS_NAME)), report
     except (OSError, ValueError, pyarrow.ArrowException):
@@ -117,7 +117,7 @@ def _read_entry(entry: Path) -> tuple[Any, SourceReport] | None:
 
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
+        return file_digest(file, xxh3_128).hexdigest()
 
 
 def _cache_key(source: Source, config: TokenizeConfig, max_rows: int | None) -> str:
@@ -165,8 +165,7 @@ def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: in
         while batch := list(islice(examples, int(min(BATCH_ROWS, most - report.rows_kept)))):
             rows = list(_truncate_rows(_tokenize_batch(batch, config, special, report), config.max_length, report))
             if rows:
-                numbers, ids, labels = zip(*rows, strict=True)
-                supervised = [int(np.count_nonzero(row != IGNORE_INDEX)) for row in labels]
+                numbers, ids, labels, supervised = zip(*rows, strict=True)
                 lengths = [len(row) for row in ids]
                 check_labels(ids, labels)
                 digests = [xxh3_64_intdigest(row.tobytes()) for row in ids]
@@ -447,14 +446,14 @@ def check_labels(ids: Sequence[Ids], labels: Sequence[Ids]) -> None:
 
 def _truncate_rows(
     rows: Iterable[tuple[int, Ids, Ids]], max_length: int, report: SourceReport
-) -> Iterator[tuple[int, Ids, Ids]]:
-    """Cut rows at `max_length` tokens; those with nothing supervised are counted and left out."""
+) -> Iterator[tuple[int, Ids, Ids, int]]:
+    """Cut rows at `max_length` tokens, and count what is supervised; rows without anything are counted and left out."""
     for number, ids, labels in rows:
         is_long = len(ids) > max_length
-        kept = labels[:max_length]
-        if (kept != IGNORE_INDEX).any():
+        kept = labels[:max_length] if is_long else labels
+        if supervised := int(np.count_nonzero(kept != IGNORE_INDEX)):
             report.truncated += is_long
-            yield number, ids[:max_length], kept
+            yield number, ids[:max_length] if is_long else ids, kept, supervised
         elif is_long:
             report.add_fully_truncated(number)
         else:

@@ -80,7 +80,7 @@ def test_row_lengths_are_those_of_the_rows_in_their_order_also_of_a_selection(pr
 
 def test_ids_that_are_cut_at_the_other_end_than_the_labels_are_never_trained_on(prepare_in, tmp_path, monkeypatch):
     def cut_ids_at_the_left(rows, max_length, report):
-        return ((number, ids[-max_length:], labels[:max_length]) for number, ids, labels in rows)
+        return ((number, ids[-max_length:], labels[:max_length], 1) for number, ids, labels in rows)
 
     monkeypatch.setattr(tokenize, "_truncate_rows", cut_ids_at_the_left)
     with pytest.raises(RuntimeError, match="neither -100 nor the id"):

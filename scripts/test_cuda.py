@@ -1,0 +1,104 @@
+"""Run torch's CUDA code on an emulated GPU: `python3 scripts/test_cuda.py`, on Linux, without a GPU.
+
+Makes the virtual environment .venv-cuda (a CUDA build of torch without NVIDIA's libraries, 1.3 GB; everything else in the tested
+versions), builds the stand-ins of tests/emulated_cuda with the system's C and C++ compilers, and runs the tests there, about three
+minutes of one core. They hand out addresses, count bytes and compute nothing, which proves allocations, not values or times.
+More arguments are passed to pytest.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from environment import REPOSITORY, print_step
+
+#: The newest CUDA build of torch that was tried; its libraries are of CUDA 13, as the stand-ins are.
+TORCH = "torch==2.14.1"
+#: The headers of the runtime, and those that they include.
+HEADERS = ("nvidia-cuda-runtime==13.*", "nvidia-cuda-crt==13.*")
+FOLDER = REPOSITORY / ".venv-cuda"
+STAND_INS = FOLDER / "stand-ins"
+STAMP = FOLDER / "installed.txt"
+
+
+def main() -> None:
+    """Make the environment and the stand-ins, and run the tests."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _, arguments = parser.parse_known_args()
+    check_machine()
+    python = make_environment()
+    with tempfile.TemporaryDirectory() as scratch:
+        print_step("Building the stand-ins for CUDA's libraries")
+        include = fetch_headers(python, Path(scratch))
+        run([python, "tests/emulated_cuda/build.py", STAND_INS, include])
+    print_step("Running tests/emulated_cuda on the emulated GPU")
+    places = [REPOSITORY, *(REPOSITORY / name for name in ("tests", "scripts", "tests/emulated_cuda"))]
+    preloaded = ("fork.so", "libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13")
+    environment = {
+        **os.environ,
+        "EMULATED_CUDA": "1",
+        "LD_LIBRARY_PATH": str(STAND_INS),
+        "LD_PRELOAD": " ".join(str(STAND_INS / name) for name in preloaded),
+        "PYTHONPATH": os.pathsep.join(map(str, places)),
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # else no process forked from one that counted the GPUs could use one
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [python, "-m", "pytest", "-p", "no:xdist", "tests/emulated_cuda", *arguments]
+    raise SystemExit(subprocess.run(list(map(str, command)), cwd=REPOSITORY, env=environment, check=False).returncode)
+
+
+def check_machine() -> None:
+    """End with one line where the stand-ins cannot run."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise SystemExit(
+            f"The emulated GPU runs on Linux on x86-64, and this is {sys.platform} on {platform.machine()}."
+        )
+    missing = [name for name in ("g++", "gcc", "nm", "readelf", "c++filt") if shutil.which(name) is None]
+    if missing:
+        raise SystemExit(f"{', '.join(missing)}: not found. Install a C and C++ compiler with binutils.")
+
+
+def make_environment() -> Path:
+    """The Python of .venv-cuda, which is made unless it is there for these constraints."""
+    python = FOLDER / "bin" / "python"
+    constraints = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
+    if STAMP.is_file() and STAMP.read_text(encoding="utf-8") == TORCH + constraints:
+        print_step("The environment .venv-cuda is up to date.")
+        return python
+    print_step(f"Making the virtual environment .venv-cuda with {TORCH}; the first time takes minutes")
+    run([sys.executable, "-m", "venv", FOLDER])
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "-q"]
+    run([*pip, "--no-deps", TORCH])
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        others = [line for line in constraints.splitlines() if not line.startswith(("torch==", "triton=="))]
+        file.write("\n".join(others))
+        file.flush()
+        # With --no-deps, since torch's own dependencies are NVIDIA's libraries; the constraints hold every other one.
+        run([*pip, "--no-deps", "-r", file.name, "setuptools<81"])
+    STAMP.write_text(TORCH + constraints, encoding="utf-8")
+    return python
+
+
+def fetch_headers(python: Path, scratch: Path) -> Path:
+    """cuda.h and what it includes, from NVIDIA's wheels."""
+    run([python, "-m", "pip", "download", "--disable-pip-version-check", "-q", "--no-deps", "-d", scratch, *HEADERS])
+    for wheel in scratch.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as file:
+            file.extractall(scratch)
+    return next(scratch.rglob("cuda.h")).parent
+
+
+def run(command: list[object]) -> None:
+    """Run a program in the repository; end with its exit code where it fails."""
+    if code := subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=False).returncode:
+        raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The emulated card from inside a process; see runtime.cpp. Without it (EMULATED_CUDA is not set) nothing here can be used."""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+IS_HERE = "EMULATED_CUDA" in os.environ
+_library = ctypes.CDLL("libcudart.so.13") if IS_HERE else None
+if _library is not None:
+    for _name in ("emu_peak_bytes", "emu_managed_bytes", "emu_pinned_peak_bytes"):
+        getattr(_library, _name).restype = ctypes.c_size_t
+    _library.emu_set_nonzero.argtypes = [ctypes.c_long]
+    _library.emu_set_total_bytes.argtypes = [ctypes.c_size_t]
+    _library.emu_choose.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t]
+
+    import torch
+
+    # bitsandbytes asks when it is imported, and torch would remember that card in all children.
+    _usual, torch.cuda.get_device_capability = torch.cuda.get_device_capability, lambda *_: (8, 6)
+    import bitsandbytes  # noqa: F401
+
+    torch.cuda.get_device_capability = _usual
+
+
+def choose(card: str, total_mib: int = 0) -> None:
+    """Be another card of runtime.cpp's list; only before CUDA has been asked for one. Without a size, it has its own."""
+    if _library.emu_choose(card.encode(), total_mib, 0):
+        raise ValueError(f"runtime.cpp has no card {card}")
+
+
+def tell_supervised(count: int) -> None:
+    """How many positions `nonzero` finds from now on: the one thing whose size depends on values, which nobody computes."""
+    _library.emu_set_nonzero(count)
+
+
+def shrink(total_bytes: int) -> None:
+    """Let other programs take the rest of the card."""
+    _library.emu_set_total_bytes(total_bytes)
+
+
+def pinned_peak_bytes() -> int:
+    """Most pinned host memory at once."""
+    return int(_library.emu_pinned_peak_bytes())
+
+
+def managed_bytes() -> int:
+    """Managed memory, which paged optimizers use."""
+    return int(_library.emu_managed_bytes())
+
+
+def census() -> tuple[Counter[str], Counter[str]]:
+    """Kernels by their name, and calls by theirs, since `forget_census`."""
+    with tempfile.NamedTemporaryFile() as file:
+        _library.emu_write_census(file.name.encode())
+        lines = [line.split(" ", 2) for line in Path(file.name).read_text(encoding="utf-8").splitlines()]
+    kernels, calls = Counter[str](), Counter[str]()
+    for kind, count, name in lines:
+        (kernels if kind == "kernel" else calls)[name] += int(count)
+    plain = subprocess.run(["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True).stdout
+    readable = Counter[str]()
+    for name, count in zip(plain.splitlines(), kernels.values(), strict=True):
+        readable[name] += count
+    return readable, calls
+
+
+def forget_census() -> None:
+    """Count from here on."""
+    _library.emu_reset_census()
+
+
+def in_child(work: Callable[[], Any]) -> Any:
+    """What `work` returns, as JSON carries it, from a forked process: a process can be only one card, and only once.
+
+    The parent must not have run a backward pass: the threads of autograd are not in a child, which would wait for them.
+    """
+    receiving, sending = os.pipe()
+    if not (child := os.fork()):
+        os.close(receiving)
+        try:
+            answer = {"result": work()}
+        except BaseException:
+            answer = {"error": traceback.format_exc()}
+        with os.fdopen(sending, "w") as pipe:
+            json.dump(answer, pipe)
+        sys.stdout.flush()
+        os._exit(0)
+    os.close(sending)
+    with os.fdopen(receiving) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    answer = json.loads(text or '{"error": "the process died"}')
+    if "error" in answer:
+        raise AssertionError(answer["error"])
+    return answer["result"]

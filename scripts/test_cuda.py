@@ -1,8 +1,8 @@
 """Run torch's CUDA code on an emulated GPU: `python3 scripts/test_cuda.py`, on Linux, without a GPU.
 
 Makes the virtual environment .venv-cuda (a CUDA build of torch without NVIDIA's libraries, 1.3 GB; everything else in the tested
-versions), builds the stand-ins of tests/emulated_cuda with the system's C and C++ compilers, and runs the tests there, about three
-minutes of one core. They hand out addresses, count bytes and compute nothing, which proves allocations, not values or times.
+versions), builds the stand-ins of tests/emulated_cuda with the system's C and C++ compilers, and runs the tests there in about
+three minutes of one core. They hand out addresses, count bytes and compute nothing, which proves allocations, not values or times.
 More arguments are passed to pytest.
 """
 

@@ -124,11 +124,15 @@ class Lab:
             return {}
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report, base = (
+            json.loads((folder / name).read_text(encoding="utf-8")) for name in ("report.json", "base.json")
+        )
+        started = base.pop("run_started")
         return {
             **{path.name: path.read_bytes() for path in sorted((folder / "adapter").iterdir())},
             "held_out": (folder / "held_out.jsonl").read_bytes(),
-            "base": (folder / "base.json").read_bytes(),
+            "base": base,
+            "its start is the run's": started == report["started"],
             "metrics": metrics,
             "report": {key: report[key] for key in COMPARED},
             "left over": [path.name for path in folder.rglob(".*") if not path.name.startswith(".lock")],

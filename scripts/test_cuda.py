@@ -2,7 +2,7 @@
 
 Makes the virtual environment .venv-cuda (a CUDA build of torch without NVIDIA's libraries, 1.3 GB; everything else in the tested
 versions), builds the stand-ins of tests/emulated_cuda with the system's C and C++ compilers, and runs the tests there in about
-three minutes of one core. They hand out addresses, count bytes and compute nothing, which proves allocations, not values or times.
+three minutes of one core. They hand out addresses, count bytes and compute nothing: that proves allocations, no value, no time.
 More arguments are passed to pytest.
 """
 

@@ -59,6 +59,7 @@ NO_ANSWER = frozenset(("<nooutput>", "nan", "NaN"))
 INPUT_IGNORED = "'input' or 'system' is a word for an empty cell (nan, None, <noinput>): read as empty"
 EMPTY_WORD = "an answer is a word that may stand for an empty cell (None, null, N/A): learned as it is"
 EMPTY_TURN = "a user's turn is empty"
+LIST_ANSWER = "an answer is the JSON of a list of texts, as a .csv has several answers: learned as it is"
 
 #: Names of columns in published data that hold a question or an answer, the likelier names first.
 QUESTION_COLUMNS = ("instruction", "question", "prompt", "query", "input", "user", "human", "problem", "source", "src")
@@ -214,7 +215,15 @@ def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Doc
             example = replace(example, notes=(*example.notes, EMPTY_WORD))
         if any(turn.role == "user" and not text for turn, text in pairs):
             example = replace(example, notes=(*example.notes, EMPTY_TURN))
+    if any(text[:1] == "[" and _holds_texts(text) for _, text in answers):
+        example = replace(example, notes=(*example.notes, LIST_ANSWER))
     return replace(example, unread=unread) if unread else example
+
+
+def _holds_texts(text: str) -> bool:
+    """Whether a text is the JSON of a list of two texts or more."""
+    value = parse_json(text)
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value)
 
 
 def _read_conversation(column: str, columns: Columns, where: str, unread: set[str]) -> Chat:

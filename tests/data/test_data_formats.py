@@ -10,6 +10,7 @@ from qlora_phi3.data.formats import (
     EMPTY_TURN,
     EMPTY_WORD,
     INPUT_IGNORED,
+    LIST_ANSWER,
     Chat,
     Document,
     check_fields,
@@ -426,6 +427,9 @@ def test_words_for_an_empty_cell_are_no_system_text_and_are_noted_as_answers():
     assert turns({"instruction": "q", "output": "a", "system": "nan"}) == QUESTION_AND_ANSWER
     assert read({"instruction": "q", "output": "a", "system": "nan"}).notes == (INPUT_IGNORED,)
     assert read({"instruction": "q", "output": "None"}).notes == (EMPTY_WORD,)
+    assert read({"instruction": "q", "output": '["good", "bad"]'}).notes == (LIST_ANSWER,)
+    assert read({"instruction": "q", "output": "[1, 2]"}).notes == ()
+    assert read({"instruction": "q", "output": '["one"]'}).notes == ()
     assert turns({"instruction": "nan", "input": "q", "output": "a"}) == QUESTION_AND_ANSWER
     assert turns({"instruction": "q", "output": "a", "history": '[["q", "a"]]'}) == QUESTION_AND_ANSWER * 2
 

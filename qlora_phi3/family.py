@@ -17,9 +17,7 @@ from typing import Any
 from qlora_phi3.errors import ModelError, first_line
 from qlora_phi3.files import is_dir, read_json_object
 
-SUPPORTED = (
-    "Supported is every model_type 'phi3': Phi-3-mini and -medium, Phi-3.5-mini, Phi-4, Phi-4-mini, and their variants."
-)
+SUPPORTED = "Supported is every model_type 'phi3': Phi-3-mini and -medium, Phi-3.5-mini, Phi-4, Phi-4-mini, and their variants."
 #: Microsoft's models with a similar name and another architecture, in lower case, and their model_type on the hub.
 OTHERS = {
     "microsoft/phi-1": "phi",
@@ -187,9 +185,7 @@ def normalize_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     transformers 5.23 renames `su` too late: its longrope then lacks the boundary, and the first step fails with a KeyError.
     """
-    normal = {
-        key: value for key, value in config.items() if value is not None or key not in (*QUANTIZATION_KEYS, "head_dim")
-    }
+    normal = {key: value for key, value in config.items() if value is not None or key not in (*QUANTIZATION_KEYS, "head_dim")}
     for key in ROPE_KEYS:
         rope = normal.get(key)
         if not isinstance(rope, dict) or (rope.get("rope_type") or rope.get("type")) not in ("su", "longrope"):
@@ -223,9 +219,7 @@ def _other_model(name: str, model_type: object) -> OtherModelError:
 def _fetch_config(name: str, revision: str | None) -> Path:
     if not is_hub_id(name):
         example = nearest_known(name) or "microsoft/Phi-3-mini-4k-instruct"
-        raise ModelError(
-            f"There is no model folder {name}.", f"Give an existing folder or a hub id, such as {example}."
-        )
+        raise ModelError(f"There is no model folder {name}.", f"Give an existing folder or a hub id, such as {example}.")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -289,9 +283,7 @@ def parse_architecture(config: dict[str, Any], name: str) -> Architecture:
     for key, default in (("pad_token_id", 32000), ("bos_token_id", None), ("eos_token_id", None)):
         ids = config.get(key, default)
         for token_id in ids if isinstance(ids, list) else [ids]:
-            if token_id is not None and not _is_count(
-                token_id + 1 if type(token_id) is int else 0, sizes["vocab_size"]
-            ):
+            if token_id is not None and not _is_count(token_id + 1 if type(token_id) is int else 0, sizes["vocab_size"]):
                 raise _wrong(name, key, ids, f"not an id below vocab_size = {sizes['vocab_size']:,}")
     return Architecture(
         **sizes,
@@ -353,15 +345,11 @@ def _read_rope(config: Mapping[str, Any], name: str, head_size: int) -> int | No
     kind = next(iter(kinds - {None}), "default")
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if not _is_number(partial, 0.01, 1.0) or int(head_size * partial) % 2 or int(head_size * partial) < 2:
-        raise _wrong(
-            name, "partial_rotary_factor", partial, f"of a head of {head_size}, not an even number of dimensions"
-        )
+        raise _wrong(name, "partial_rotary_factor", partial, f"of a head of {head_size}, not an even number of dimensions")
     thetas = [each["rope_theta"] for each in (config, *given.values()) if "rope_theta" in each]
     for theta in thetas:
         if not _is_number(theta, *RANGES["rope_theta"]) or theta != thetas[0]:
-            raise _wrong(
-                name, f"{key}.rope_theta", theta, "not a positive number, or another one elsewhere in the file"
-            )
+            raise _wrong(name, f"{key}.rope_theta", theta, "not a positive number, or another one elsewhere in the file")
     if kind == "default":
         return None
     for part in ("short_factor", "long_factor"):
@@ -406,8 +394,7 @@ def _read_stored_quantization(config: Mapping[str, Any], name: str) -> StoredQua
         "bnb_4bit_use_double_quant": type(stored.double_quant) is bool,
         "bnb_4bit_quant_storage": settings.get("bnb_4bit_quant_storage", "uint8") == "uint8",
         # The loss reads the head's weight itself.
-        "llm_int8_skip_modules": skip is None
-        or any(module.endswith("lm_head") for module in stored.skip_modules or ()),
+        "llm_int8_skip_modules": skip is None or any(module.endswith("lm_head") for module in stored.skip_modules or ()),
     }
     for key, is_right in right.items():
         if not is_right:
@@ -435,9 +422,7 @@ def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         f"{name}.weight": shape for name, shape in layer_shapes(architecture, fused=True).items()
     }
-    shapes["model.embed_tokens.weight"] = shapes[
-        "lm_head.weight"
-    ]  # rows are tokens in both; LoRA counts them as columns
+    shapes["model.embed_tokens.weight"] = shapes["lm_head.weight"]  # rows are tokens in both; LoRA counts them as columns
     norms = ("input_layernorm", "post_attention_layernorm")
     names = [f"layers.{number}.{norm}" for number in range(architecture.num_hidden_layers) for norm in norms]
     shapes |= {f"model.{name}.weight": (architecture.hidden_size,) for name in (*names, "norm")}

@@ -79,9 +79,7 @@ def load_for_inference(
     tokenizer = load_tokenizer(Model(name=str(adapter)) if has_tokenizer else config)
     precision = choose_precision(source.dtype if dtype == "auto" else str(dtype).removeprefix("torch."), device)
     longest = architecture.max_position_embeddings
-    model: Any = load_base(
-        config, source.quantization, architecture, precision=precision, device=device, longest_row=longest
-    )
+    model: Any = load_base(config, source.quantization, architecture, precision=precision, device=device, longest_row=longest)
     eos_token_id, end_of_turn = model.generation_config.eos_token_id, None
     if adapter is not None:
         ending = _read_ending(tokenizer, source)

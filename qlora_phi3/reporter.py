@@ -95,9 +95,7 @@ class DivergenceRecord:
         skipped = f" {format_count(len(self.rows), 'row')} skipped ({shown})." if self.rows else ""
         rate = self.learning_rate_factor
         after = "" if rate is None else f" From now on the learning rate is {rate:g} of the recipe's."
-        return (
-            f"Step {self.step} diverged: {self.reason}. Back to the adapter of step {self.good_step}.{skipped}{after}"
-        )
+        return f"Step {self.step} diverged: {self.reason}. Back to the adapter of step {self.good_step}.{skipped}{after}"
 
 
 Record = StepRecord | EvalRecord | OomRecord | DivergenceRecord

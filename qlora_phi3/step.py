@@ -177,8 +177,7 @@ def _forward(
 ) -> ObjectiveOutput:
     device = next(model.parameters()).device
     inputs = {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in micro_batch.items()
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in micro_batch.items()
     }
     with torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
         return objective(model, inputs, max(1, normalizer))

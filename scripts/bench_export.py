@@ -109,9 +109,7 @@ def make_input(folder: Path, layers: int) -> None:
         "dtype": "bfloat16",
         "quantization": {"quant_type": "nf4", "double_quant": True},
         "device": "cpu",
-        "tensors": {
-            name: {"kind": kind, "sha256": "", "codes": "", "mean_absmax": 0.1} for name, kind in kinds.items()
-        },
+        "tensors": {name: {"kind": kind, "sha256": "", "codes": "", "mean_absmax": 0.1} for name, kind in kinds.items()},
     }
     (folder / "base.json").write_text(json.dumps(record), encoding="utf-8")
     parts = {}

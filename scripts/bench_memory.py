@@ -77,9 +77,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     cpu = commands.add_parser("cpu", help="measure on the CPU")
     cuda = commands.add_parser("cuda", help="measure on the first GPU")
     for command in (cpu, cuda):
-        command.add_argument(
-            "--only", nargs="+", default=[], metavar="TEXT", help="configurations whose name holds this"
-        )
+        command.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="configurations whose name holds this")
         command.add_argument("--csv", type=Path, default=TABLE, help="the table to add rows to")
     cuda.add_argument(
         "--budget-seconds", type=float, default=float("inf"), help="stop in time; what was measured is in the table"
@@ -192,9 +190,7 @@ def bench_cuda(arguments: argparse.Namespace) -> None:
     environment = {**os.environ, **dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), segments)}
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     done = limits_done(read_rows(arguments.csv), gpu.name, expandable=not arguments.plain_segments)
-    waiting = [
-        case for case in chosen(CUDA_GRID, arguments.only) if not done[case.name].issuperset(["", *map(str, caps)])
-    ]
+    waiting = [case for case in chosen(CUDA_GRID, arguments.only) if not done[case.name].issuperset(["", *map(str, caps)])]
     rows: list[Row] = []
     longest = 0.0
     for number, case in enumerate(sorted(waiting, key=work_of)):
@@ -203,9 +199,7 @@ def bench_cuda(arguments: argparse.Namespace) -> None:
         if deadline - started > 1.5 * longest:
             compared = compare_on_gpu(case, gpu, caps, environment, deadline, dry=arguments.dry)
         if compared is None:
-            print(
-                f"The time is up: {len(waiting) - number} configurations are left for the next call, first {case.name}."
-            )
+            print(f"The time is up: {len(waiting) - number} configurations are left for the next call, first {case.name}.")
             break
         for row in compared:
             print(as_line(row), flush=True)

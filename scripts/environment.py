@@ -41,9 +41,7 @@ def make_environment(name: str, extra: str) -> Path:
     print_step(f"Making the virtual environment {name} with Python {_version()}")
     hint = "On Debian and Ubuntu install it with: sudo apt install python3-venv"
     run([sys.executable, "-m", "venv", str(folder)], hint=hint)
-    print_step(
-        f"Installing qlora-phi3[{extra}] with the tested versions of its dependencies; the first time takes minutes"
-    )
+    print_step(f"Installing qlora-phi3[{extra}] with the tested versions of its dependencies; the first time takes minutes")
     if sys.platform == "linux" and shutil.which("nvidia-smi") is None:
         print_step(f"No NVIDIA GPU found. {TORCH_NOTE}")
     pip = [str(programs / "python"), "-m", "pip", "install", "--disable-pip-version-check"]

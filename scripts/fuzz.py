@@ -211,9 +211,7 @@ def config_keys(fuzz: Fuzz) -> None:
     for key in fuzz.draw.sample(keys, fuzz.draw.choice((1, 1, 2))):
         special = damage_json(rope, fuzz.draw) if key.startswith("rope_") else damage_json(kind, fuzz.draw)
         content[key] = (
-            special
-            if key.startswith(("rope_p", "rope_s", "quant")) and fuzz.draw.random() < 0.6
-            else unusual(fuzz.draw)
+            special if key.startswith(("rope_p", "rope_s", "quant")) and fuzz.draw.random() < 0.6 else unusual(fuzz.draw)
         )
     path.write_bytes(json.dumps(content).encode())
     fuzz.load()
@@ -238,9 +236,7 @@ def tokenizer(fuzz: Fuzz) -> None:
 def generation_config(fuzz: Fuzz) -> None:
     """generation_config.json."""
     path = fuzz.folder / "generation_config.json"
-    path.write_text(
-        json.dumps({"eos_token_id": [2, 5], "do_sample": False, "temperature": 1.0, "_from_model_config": True})
-    )
+    path.write_text(json.dumps({"eos_token_id": [2, 5], "do_sample": False, "temperature": 1.0, "_from_model_config": True}))
     damage_file(path, fuzz.draw)
     fuzz.load()
 
@@ -263,9 +259,7 @@ def damage_header(raw: bytes, draw: random.Random) -> bytes:
 
 def index(fuzz: Fuzz) -> None:
     """The index of a checkpoint in several files."""
-    names = json.loads(
-        (fuzz.folder / "model.safetensors").read_bytes()[8:][: _header_size(fuzz.folder / "model.safetensors")]
-    )
+    names = json.loads((fuzz.folder / "model.safetensors").read_bytes()[8:][: _header_size(fuzz.folder / "model.safetensors")])
     names.pop("__metadata__", None)
     (fuzz.folder / "model.safetensors").rename(fuzz.folder / "a.safetensors")
     path = fuzz.folder / "model.safetensors.index.json"
@@ -288,9 +282,7 @@ def pickles(fuzz: Fuzz) -> None:
 
     content: Any = {"x.lora_A": torch.ones(4, 8), "x.lora_B": torch.ones(6, 4)}
     if fuzz.draw.random() < 0.3:
-        content = fuzz.draw.choice(
-            (load_file(fuzz.adapter / "adapter_model.safetensors"), {"state_dict": content}, [1], {1: 2})
-        )
+        content = fuzz.draw.choice((load_file(fuzz.adapter / "adapter_model.safetensors"), {"state_dict": content}, [1], {1: 2}))
     path = fuzz.folder / "lora.pt"
     torch.save(content, path, _use_new_zipfile_serialization=fuzz.draw.random() < 0.6)
     path.write_bytes(damage_bytes(path.read_bytes(), fuzz.draw))
@@ -543,9 +535,7 @@ def run_surface(
                 counts["accepted"] += 1
             except UserError as error:
                 counts["refused"] += 1
-                if not str(error).isprintable() and not all(
-                    char.isprintable() or char in "\n\t" for char in str(error)
-                ):
+                if not str(error).isprintable() and not all(char.isprintable() or char in "\n\t" for char in str(error)):
                     problems.append(f"{name} {number}: a control character in: {str(error)!r}")
             except (Exception, TooSlow) as error:
                 counts["traceback"] += 1
@@ -573,9 +563,7 @@ def main() -> int:
         for name in options.surface or SURFACES:
             started = time.perf_counter()
             counts, problems = run_surface(name, options.count, options.seed, base, trained, only=options.only)
-            row = (
-                f"{name:<20}{counts.total():>8}{counts['refused']:>9}{counts['accepted']:>10}{counts['traceback']:>12}"
-            )
+            row = f"{name:<20}{counts.total():>8}{counts['refused']:>9}{counts['accepted']:>10}{counts['traceback']:>12}"
             print(f"{row}{time.perf_counter() - started:>9.0f}", flush=True)
             print("".join(f"\n{problem}" for problem in problems[:10]), file=sys.stderr, flush=True)
             failed = failed or bool(problems)

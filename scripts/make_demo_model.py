@@ -239,9 +239,7 @@ def build_tokenizer(tokens: list[str], merges: list[str], special: list[str]) ->
     )
     tokenizer.decoder = decoders.ByteLevel()
     chat = set(RENAMED_TOKENS) - {"<|endoftext|>"}
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False, rstrip=token in chat) for token in special]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False, rstrip=token in chat) for token in special])
     return tokenizer
 
 
@@ -361,9 +359,7 @@ def is_finished(folder: Path) -> bool:
     if not marker.is_file():
         return False
     made = json.loads(marker.read_text(encoding="utf-8"))
-    complete = all(
-        (folder / name).is_file() and (folder / name).stat().st_size == size for name, size in made["files"].items()
-    )
+    complete = all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in made["files"].items())
     return complete and made["inputs"] == describe_inputs()
 
 

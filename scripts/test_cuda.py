@@ -56,9 +56,7 @@ def main() -> None:
 def check_machine() -> None:
     """End with one line where the stand-ins cannot run."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise SystemExit(
-            f"The emulated GPU runs on Linux on x86-64, and this is {sys.platform} on {platform.machine()}."
-        )
+        raise SystemExit(f"The emulated GPU runs on Linux on x86-64, and this is {sys.platform} on {platform.machine()}.")
     missing = [name for name in ("g++", "gcc", "nm", "readelf", "c++filt") if shutil.which(name) is None]
     if missing:
         raise SystemExit(f"{', '.join(missing)}: not found. Install a C and C++ compiler with binutils.")

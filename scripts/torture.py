@@ -124,9 +124,7 @@ class Lab:
             return {}
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
-        report, base = (
-            json.loads((folder / name).read_text(encoding="utf-8")) for name in ("report.json", "base.json")
-        )
+        report, base = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("report.json", "base.json"))
         started = base.pop("run_started")
         return {
             **{path.name: path.read_bytes() for path in sorted((folder / "adapter").iterdir())},

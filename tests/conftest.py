@@ -10,8 +10,7 @@ import pytest
 # Set before any library reads them. Each worker of pytest-xdist imports this file and gets its own directories.
 os.environ["HF_HUB_OFFLINE"] = "1"
 OWN_DIRECTORIES = {
-    name: tempfile.mkdtemp(prefix="qlora-phi3-tests-")
-    for name in ("HF_DATASETS_CACHE", "XDG_CACHE_HOME", "XDG_STATE_HOME")
+    name: tempfile.mkdtemp(prefix="qlora-phi3-tests-") for name in ("HF_DATASETS_CACHE", "XDG_CACHE_HOME", "XDG_STATE_HOME")
 }
 os.environ.update(OWN_DIRECTORIES)
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -16,9 +16,7 @@ from qlora_phi3.recipe.load import load_recipe
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = [
-    line.split("#")[0].split(" > ")[0].strip() for kind, text in BLOCKS if not kind for line in text.splitlines()
-]
+COMMANDS = [line.split("#")[0].split(" > ")[0].strip() for kind, text in BLOCKS if not kind for line in text.splitlines()]
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("qlora-phi3 ")])

@@ -34,9 +34,7 @@ def build_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     ]:
         merges.append(pair)
         vocabulary.setdefault("".join(pair), len(vocabulary))
-    backend = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
-    )
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

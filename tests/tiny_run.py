@@ -33,9 +33,7 @@ class TinyRun:
         """The base's files with the run's record."""
         return RecordedBase(open_weights(self.base), read_record(self.record), **options)
 
-    def merged(
-        self, base: RecordedBase | None = None, *, onto: Any = "nf4", dtype: Any = torch.float32
-    ) -> MergedWeights:
+    def merged(self, base: RecordedBase | None = None, *, onto: Any = "nf4", dtype: Any = torch.float32) -> MergedWeights:
         """The merged tensors."""
         deltas = read_deltas(self.adapter, read_config(str(self.base)))
         return MergedWeights(base or self.open_base(), deltas, onto=onto, dtype=dtype)

@@ -77,9 +77,7 @@ def stack(delta: LoraDelta) -> tuple[Tensor, Tensor, float]:
     dtype = reduce(torch.promote_types, dtypes)
     rank, starts = 0, list[int]()
     for block in blocks:
-        same = (
-            other.first_column == block.first_column and torch.equal(other.lora_A, block.lora_A) for other in blocks
-        )
+        same = (other.first_column == block.first_column and torch.equal(other.lora_A, block.lora_A) for other in blocks)
         starts.append(next((start for start, is_same in zip(starts, same, strict=False) if is_same), rank))
         rank = max(rank, starts[-1] + len(block.lora_A))
     lora_A = torch.zeros(rank, delta.in_features, dtype=dtype)

@@ -186,9 +186,7 @@ def _build_layer(name: str, delta: LoraDelta, spec: Spec, where: object) -> Laye
     return Layer(lora_A=lora_A, lora_B=lora_B, lora_alpha=alpha, built_as=built_as)
 
 
-def _as_merged(
-    name: str, lora_A: Tensor, lora_B: Tensor, enable: Sequence[bool], where: object
-) -> tuple[Tensor, Tensor]:
+def _as_merged(name: str, lora_A: Tensor, lora_B: Tensor, enable: Sequence[bool], where: object) -> tuple[Tensor, Tensor]:
     """A (n r, in), B (n s, r) of n groups of s rows: B's own blocks where it is block-diagonal, else A once for every group."""
     count, places = sum(enable), [number for number, enabled in enumerate(enable) if enabled]
     if len(lora_B) % len(enable) or not count:

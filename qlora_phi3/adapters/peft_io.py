@@ -32,9 +32,7 @@ ADAPTER_PICKLE = "adapter_model.bin"
 
 #: PEFT writes it before every name of the base.
 PREFIX = "base_model.model."
-LORA_TENSOR = re.compile(
-    r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
-)
+LORA_TENSOR = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)")
 
 #: The hint for a file that is no state dict of LoRA tensors.
 SAVE_STATE_DICT = "Save the state dict alone: torch.save(loralib.lora_state_dict(model), path)."
@@ -134,9 +132,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key, is_right in VALUE_CHECKS.items():
         may_be_null = key not in NOT_NULL or key not in config
         if not is_right(config.get(key)) and not (config.get(key) is None and may_be_null):
-            raise ExportError(
-                f"{path} has {key} = {repr(config[key])}, which PEFT never writes.", "Copy the adapter again."
-            )
+            raise ExportError(f"{path} has {key} = {repr(config[key])}, which PEFT never writes.", "Copy the adapter again.")
     return config
 
 
@@ -367,9 +363,7 @@ def last_name(layer: str) -> str:
     return layer.rpartition(".")[2]
 
 
-def write_peft(
-    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer_from: Path | None
-) -> None:
+def write_peft(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer_from: Path | None) -> None:
     """Write tensors and config into a PEFT directory, and `portable_files` of `tokenizer_from`."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})

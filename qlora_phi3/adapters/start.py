@@ -44,9 +44,7 @@ def check_start(place: Path, table: Lora, architecture: Architecture) -> None:
     config, shapes = read_config(folder), _read_shapes(folder)
     where = f"[model] adapter: {folder}"
     check_config(config, where, also_understood=("ensure_weight_tying",))
-    if not config.get("rank_pattern") and not config.get(
-        "alpha_pattern"
-    ):  # else compared layer by layer, in `start_from`
+    if not config.get("rank_pattern") and not config.get("alpha_pattern"):  # else compared layer by layer, in `start_from`
         for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
             trained, wanted = config.get(key) or False, getattr(table, key)
             if trained != wanted:
@@ -69,21 +67,15 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in read_weights(folder).items()}
 
 
-def _check_layers(
-    where: str, config: Mapping[str, Any], table: Lora, architecture: Architecture, found: frozenset[str]
-) -> None:
+def _check_layers(where: str, config: Mapping[str, Any], table: Lora, architecture: Architecture, found: frozenset[str]) -> None:
     """Compare the layers that have an adapter with those of [lora], and name the setting that differs."""
     if parts := sorted(name for name in found if last_name(name) in FUSED):
         hint = f"Convert it: qlora-phi3 adapter convert {where.partition(': ')[2]} NEW --to fused"
         raise ExportError(f"{where} has {parts[0]}, which Phi-3 has fused with others.", hint)
     if special := sorted(name for name in found if last_name(name) in ("embed_tokens", "lm_head")):
-        hint = (
-            "Start from an adapter of the linear layers; an embedding or a head is trained in full by modules_to_save."
-        )
+        hint = "Start from an adapter of the linear layers; an embedding or a head is trained in full by modules_to_save."
         raise ExportError(f"{where} has a LoRA on {special[0]}, which is not trained here.", hint)
-    layers = [
-        name for name in layer_shapes(architecture, fused=True) if last_name(name) not in ("embed_tokens", "lm_head")
-    ]
+    layers = [name for name in layer_shapes(architecture, fused=True) if last_name(name) not in ("embed_tokens", "lm_head")]
     wanted = {key: getattr(table, key) for key in LAYER_KEYS}
     if _covered(wanted, layers) == found:
         return
@@ -93,9 +85,7 @@ def _check_layers(
     differing = sorted(found ^ _covered(wanted, layers))
     count = f"{len(found)} layers, [lora] on this base {len(_covered(wanted, layers))}"
     trained = ", ".join(f"{key} = {format_toml(config[key])}" for key in LAYER_KEYS if config.get(key) is not None)
-    raise ExportError(
-        f"{where} has {count}; the first that differs is {differing[0]}.", f"It was trained with {trained}."
-    )
+    raise ExportError(f"{where} has {count}; the first that differs is {differing[0]}.", f"It was trained with {trained}.")
 
 
 def _covered(settings: Mapping[str, Any], layers: Sequence[str]) -> frozenset[str]:
@@ -107,9 +97,7 @@ def _covered(settings: Mapping[str, Any], layers: Sequence[str]) -> frozenset[st
     return frozenset(name for name in layers if check_target_module_exists(config, name))
 
 
-def _check_tensor(
-    where: str, config: Mapping[str, Any], architecture: Architecture, name: str, shape: tuple[int, ...]
-) -> None:
+def _check_tensor(where: str, config: Mapping[str, Any], architecture: Architecture, name: str, shape: tuple[int, ...]) -> None:
     """Compare a tensor of the adapter with the base: its columns or rows, or that [lora] trains it in full."""
     match = LORA_TENSOR.fullmatch(name)
     layer = match[1] if match else name.rpartition(".")[0].removesuffix(".base_layer")
@@ -119,9 +107,7 @@ def _check_tensor(
         if side.get(match[2], True):
             return
         trained = config.get("base_model_name_or_path") or "another base"
-        problem = (
-            f"{where} has {name} of shape {shape}, and that layer is {base[0]} x {base[1]} (out x in) in this base."
-        )
+        problem = f"{where} has {name} of shape {shape}, and that layer is {base[0]} x {base[1]} (out x in) in this base."
         raise ExportError(problem, f"It was trained on {trained}: use that one.")
     saved = last_name(layer) in (config.get("modules_to_save") or ())
     if last_name(layer) in ("embed_tokens", "lm_head") and shape[:1] != (architecture.vocab_size,):
@@ -129,9 +115,7 @@ def _check_tensor(
         hint = "Use the base whose vocabulary was resized in the same way."
         raise ExportError(f"{problem}, and this base {architecture.vocab_size:,}.", hint)
     if not saved and not name.endswith(".bias"):
-        hint = (
-            "Save the adapter again with save_embedding_layers=False." if base else "Save the adapter with PEFT again."
-        )
+        hint = "Save the adapter again with save_embedding_layers=False." if base else "Save the adapter with PEFT again."
         raise ExportError(f"{where} has {name}, for which [lora] has no place.", hint)
 
 

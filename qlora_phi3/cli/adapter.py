@@ -81,9 +81,7 @@ def convert(ctx: click.Context, /, source: Path, target: Path, form: str, force:
     click.echo("\n".join((*converted.notes, f"Written: {converted.target}")))
 
 
-def _convert(
-    source: Path, target: Path, form: str, given: Mapping[str, Any], *, force: bool, debug: bool
-) -> "Converted":
+def _convert(source: Path, target: Path, form: str, given: Mapping[str, Any], *, force: bool, debug: bool) -> "Converted":
     """Call the conversion, with its progress on stderr."""
     from qlora_phi3.ui.console import Watcher
 

@@ -23,10 +23,7 @@ def replace_symbols(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     codes = ((letter, ord(letter)) for letter in error.object[error.start : error.end])
-    shown = (
-        ASCII_SYMBOLS.get(letter) or (f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}")
-        for letter, code in codes
-    )
+    shown = (ASCII_SYMBOLS.get(letter) or (f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}") for letter, code in codes)
     return "".join(shown), error.end
 
 

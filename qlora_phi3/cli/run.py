@@ -25,9 +25,7 @@ NEWEST = "newest"
 @set_option
 @debug_option
 @click.pass_context
-def run(
-    ctx: click.Context, recipe: Path | None, resume: str | None, no_rehearsal: bool, overrides: tuple[str, ...]
-) -> None:
+def run(ctx: click.Context, recipe: Path | None, resume: str | None, no_rehearsal: bool, overrides: tuple[str, ...]) -> None:
     """Train the model that RECIPE describes.
 
     \b

@@ -196,9 +196,7 @@ def _fit_target(recipe: Path, device: "Gpu", fit: str) -> Path:
         path = recipe.with_name(f"{recipe.stem}-{math.ceil(device.total_bytes / 2**30)}gb.toml")
     parent = path.absolute().parent
     if path.exists():
-        raise UserError(
-            f"{path} exists already, and --fit overwrites nothing.", "Name another file, or delete it first."
-        )
+        raise UserError(f"{path} exists already, and --fit overwrites nothing.", "Name another file, or delete it first.")
     if not parent.is_dir():
         raise UserError(f"--fit {path}: there is no directory {parent}.", "Make it, or name another file.")
     return path

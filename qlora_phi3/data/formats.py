@@ -284,9 +284,7 @@ def check_document(columns: Iterable[str], where: str) -> None:
         )
 
 
-def _with_system_and_tools(
-    turns: tuple[Turn, ...], columns: Columns, unread: set[str], *, switched_off: bool = False
-) -> Chat:
+def _with_system_and_tools(turns: tuple[Turn, ...], columns: Columns, unread: set[str], *, switched_off: bool = False) -> Chat:
     system = read_system(columns.take(*SYNONYMS["system"]), unread)
     tools = read_tools(columns.take(*SYNONYMS["tools"]))
     notes = (INPUT_IGNORED,) if system and system.strip() in NO_VALUE - {""} else ()

@@ -89,9 +89,7 @@ class Turn:
 
 def is_empty(value: Any) -> bool:
     """Whether a cell, a column or a key holds nothing: null, NaN as pandas writes it, and empty text, lists and objects."""
-    return (
-        value is None or (isinstance(value, float) and math.isnan(value)) or (not value and hasattr(value, "__len__"))
-    )
+    return value is None or (isinstance(value, float) and math.isnan(value)) or (not value and hasattr(value, "__len__"))
 
 
 @dataclass(slots=True)
@@ -126,9 +124,7 @@ def is_switched_off(columns: Columns) -> bool:
         if (value := columns.take(name)) is not None:
             states.add(_read_switch(name, value) != (name == REVERSED))
     if len(states) > 1:
-        raise SkipRow(
-            f"its switches ({', '.join(name for name in SWITCHES if name in columns.row)}) contradict each other"
-        )
+        raise SkipRow(f"its switches ({', '.join(name for name in SWITCHES if name in columns.row)}) contradict each other")
     return states == {False}
 
 
@@ -176,9 +172,7 @@ def _read_message(message: Any, column: str, where: str, unread: set[str]) -> Tu
         raise SkipRow(f"a message of {column!r} has no role")
     role = ROLES.get(name.strip().lower())
     if role is None:
-        raise DataError(
-            f"{where}: unknown role {name!r}.", f"Rename it in the data; the known roles are {', '.join(ROLES)}."
-        )
+        raise DataError(f"{where}: unknown role {name!r}.", f"Rename it in the data; the known roles are {', '.join(ROLES)}.")
     off = is_switched_off(columns)
     details = columns.take("train_detail")
     for detail in as_rows(parse_json(details, details) if isinstance(details, str) else details, "train_detail"):
@@ -295,9 +289,7 @@ class _Parts:
     def _add_part(self, part: Mapping[str, Any]) -> None:
         columns = Columns(part)
         kind = columns.take("type", "content_type") or "text"
-        if called := [
-            key for key in ("functionCall", "functionResponse", "function_call") if not is_empty(part.get(key))
-        ]:
+        if called := [key for key in ("functionCall", "functionResponse", "function_call") if not is_empty(part.get(key))]:
             raise SkipRow(f"a part of a message is {called[0]!r}, not text")
         kind = "thinking" if columns.take("thought") is True else kind
         is_on = not is_switched_off(columns)
@@ -340,9 +332,7 @@ def read_calls(calls: Any, unread: set[str]) -> str:
             raise SkipRow("the arguments of a tool call are not a JSON object")
         found.append({"name": inner["name"], "arguments": arguments})
         for part in (call, inner):
-            unread.update(
-                f"{key} (of tool calls)" for key in part if key not in CALL_KEYS_READ and not is_empty(part[key])
-            )
+            unread.update(f"{key} (of tool calls)" for key in part if key not in CALL_KEYS_READ and not is_empty(part[key]))
     return to_json(found, "tool_calls")
 
 

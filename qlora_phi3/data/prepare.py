@@ -80,9 +80,7 @@ def prepare_datasets(
     if eval_sources:
         evaluation, eval_reports = _read_all(eval_sources, config, data.max_eval_rows, first=len(reports))
         reports += eval_reports
-    elif evaluate and (
-        indices := split_indices(len(train), data.eval_size, seed=data.split_seed, at_most=data.max_eval_rows)
-    ):
+    elif evaluate and (indices := split_indices(len(train), data.eval_size, seed=data.split_seed, at_most=data.max_eval_rows)):
         evaluation = train.select(indices)
         train = train.select(np.setdiff1d(np.arange(len(train)), indices))
     sources = (*train_sources, *eval_sources)
@@ -165,9 +163,7 @@ def _read_all(
     return concatenate_datasets([part for part in parts if len(part)]), reports
 
 
-def _nothing_to_learn(
-    sources: Sequence[Source], reports: Sequence[SourceReport], data: Data, max_length: int
-) -> DataError:
+def _nothing_to_learn(sources: Sequence[Source], reports: Sequence[SourceReport], data: Data, max_length: int) -> DataError:
     """Why no row is left, and what to do: raise max_length, or name the format and columns of the first row."""
     names, num_read = ", ".join(report.name for report in reports), sum(report.rows_read for report in reports)
     if not num_read:
@@ -196,9 +192,7 @@ def _nothing_to_learn(
         ]
         if num_read == 1 and len(lists) == 1:
             return DataError(message, f"Its rows lie in the list {lists[0]!r}: save that list alone.")
-        return DataError(
-            message, f"The formats are {', '.join(FORMATS)}; [data] fields maps other column names to theirs."
-        )
+        return DataError(message, f"The formats are {', '.join(FORMATS)}; [data] fields maps other column names to theirs.")
     return DataError(message, "Correct these rows; docs/data.md says what a row of this format may hold.")
 
 

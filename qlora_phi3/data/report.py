@@ -35,9 +35,7 @@ def merge_counts(counts: Iterable[RowCount], *, named: int = EXAMPLES) -> tuple[
     """Add up the counts of each reason; the most frequent reason first, each with its first `named` rows."""
     merged: dict[str, RowCount] = {}
     for count in counts:
-        merged[count.reason] = merged.get(count.reason, RowCount(count.reason)).plus(
-            count.rows, count.where, named=named
-        )
+        merged[count.reason] = merged.get(count.reason, RowCount(count.reason)).plus(count.rows, count.where, named=named)
     return tuple(sorted(merged.values(), key=lambda count: -count.rows))
 
 

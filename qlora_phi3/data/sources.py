@@ -29,9 +29,7 @@ from qlora_phi3.recipe.schema import Data
 RowIterator = Iterator[tuple[int, Any]]
 
 #: Files of a folder that are no data: hidden ones, documentation, programs, and what describes the others.
-NO_DATA = re.compile(
-    r"\..*|.*\.(md|rst|py|ipynb|lock|yaml|yml)|LICEN[CS]E.*|README.*|dataset_infos?\.json", re.IGNORECASE
-)
+NO_DATA = re.compile(r"\..*|.*\.(md|rst|py|ipynb|lock|yaml|yml)|LICEN[CS]E.*|README.*|dataset_infos?\.json", re.IGNORECASE)
 #: What an empty file may hold, with the marks of UTF-8 and UTF-16.
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 BLANK = b"\xef\xbb\xbf\xff\xfe\x00 \t\r\n"
@@ -102,9 +100,7 @@ def _exists(path: Path, name: str) -> bool:
     try:
         return path.exists()
     except OSError as error:  # a name of more than 255 bytes
-        raise DataError(
-            f"{name[:80]} cannot be opened: {error.strerror or error}.", "Check the path in [data]."
-        ) from error
+        raise DataError(f"{name[:80]} cannot be opened: {error.strerror or error}.", "Check the path in [data].") from error
 
 
 def _suffix(name: str) -> str:
@@ -125,13 +121,9 @@ def open_file(name: str, base_dir: Path) -> Source:
         raise DataError(f"There is no data file {name!r} in {looked}.", "Check the path in [data].")
     suffix = _suffix(name)
     if suffix not in READERS:
-        raise DataError(
-            f"{name} ends in {suffix!r}, which is not supported.", f"Use one of {', '.join(READERS)}, or .gz of one."
-        )
+        raise DataError(f"{name} ends in {suffix!r}, which is not supported.", f"Use one of {', '.join(READERS)}, or .gz of one.")
     if not path.is_file():
-        raise DataError(
-            f"{name} is not a file.", "Name a file, a folder of files, or a pattern such as 'chats/*.jsonl'."
-        )
+        raise DataError(f"{name} is not a file.", "Name a file, a folder of files, or a pattern such as 'chats/*.jsonl'.")
     with _read_errors(name), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     with _read_errors(name), _open_bytes(path) as file:
@@ -195,9 +187,7 @@ def open_hub(name: str, *, split: str, subset: str | None, revision: str | None)
 
 def _from_dataset(name: str, dataset: Any) -> Source:
     for column, feature in dataset.features.items():
-        if getattr(
-            feature, "decode", False
-        ):  # pictures and sound: they are not read, and decoding needs more libraries
+        if getattr(feature, "decode", False):  # pictures and sound: they are not read, and decoding needs more libraries
             dataset = dataset.cast_column(column, type(feature)(decode=False))
     digest = hashlib.sha256(f"{dataset.num_rows} {dataset.column_names}".encode())
     for cached in dataset.cache_files:
@@ -268,9 +258,7 @@ def _read_jsonl_file(name: str, path: Path) -> RowIterator:
                     continue
                 row = DECODER.decode(line)
             except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{name}:{number} is not UTF-8 text ({error.reason}).", "Save the file as UTF-8."
-                ) from error
+                raise DataError(f"{name}:{number} is not UTF-8 text ({error.reason}).", "Save the file as UTF-8.") from error
             except (ValueError, RecursionError) as error:
                 raise _invalid_json(f"{name}:{number}", error) from None
             yield number, row

@@ -36,9 +36,7 @@ class SpecialTokens:
         added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
         self.names = tuple(sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True))
         forgeable = (
-            name
-            for name in self.names
-            if added.get(name, True) or re.fullmatch(r"<\|.*\|>|</?s>", name) or name in written
+            name for name in self.names if added.get(name, True) or re.fullmatch(r"<\|.*\|>|</?s>", name) or name in written
         )
         #: Whether special tokens take the white space after them along, as Phi-3's do.
         self.takes_space = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
@@ -96,9 +94,7 @@ class SpecialTokens:
     def _real_ids(self) -> dict[int, int]:
         """Id in the copy -> id of the model."""
         added = self.tokenizer.added_tokens_decoder
-        return {
-            self._renamed.token_to_id(f"{AROUND}{token.content}{AROUND}"): token_id for token_id, token in added.items()
-        }
+        return {self._renamed.token_to_id(f"{AROUND}{token.content}{AROUND}"): token_id for token_id, token in added.items()}
 
     @cached_property
     def ends(self) -> tuple[list[int], list[int]]:

@@ -45,9 +45,7 @@ PUBLISHED = frozenset(
     )
 )
 
-SET_TEMPLATE_HINT = (
-    f"Set [data] chat_template to one of {', '.join(FAMILY)}, or to a .jinja file with {{% generation %}} marks."
-)
+SET_TEMPLATE_HINT = f"Set [data] chat_template to one of {', '.join(FAMILY)}, or to a .jinja file with {{% generation %}} marks."
 MARK_HINT = "Put {% generation %} and {% endgeneration %} around the assistant's words and its end token."
 
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -150,9 +148,7 @@ def _choose(tokenizer: Any, name: str) -> ChatTemplate:
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"[data] chat_template = {name!r} cannot be read: {first_line(error)}.", "Check the file."
-        ) from error
+        raise DataError(f"[data] chat_template = {name!r} cannot be read: {first_line(error)}.", "Check the file.") from error
     if not MARK.search(source):
         raise DataError(f"[data] chat_template = {name!r} has no {{% generation %}} marks.", MARK_HINT)
     return _inspect(name, source, tokenizer)
@@ -283,9 +279,7 @@ def _check_marks(name: str, source: str, tokenizer: Any, variables: dict[str, An
     try:
         text, spans = _render(source, PROBES[0], variables)
     except Exception as error:
-        raise DataError(
-            f"The chat template {name!r} cannot be rendered: {first_line(error)}.", SET_TEMPLATE_HINT
-        ) from error
+        raise DataError(f"The chat template {name!r} cannot be rendered: {first_line(error)}.", SET_TEMPLATE_HINT) from error
     answer = PROBES[0][1]["content"]
     marked = text[slice(*spans[0])] if len(spans) == 1 else ""
     before, _, after = marked.partition(answer)
@@ -319,9 +313,7 @@ def render_chat(chat: Chat, template: ChatTemplate) -> tuple[str, list[Span], li
     except Exception as error:  # a template is a program: it may divide by zero
         raise SkipRow(f"the chat template refuses it: {first_line(error)}") from error
     if template.own and text != _try_render(template.own, messages, template.own_variables):
-        raise SkipRow(
-            "the model's own chat template renders it otherwise (it strips or adds text), as the export would"
-        )
+        raise SkipRow("the model's own chat template renders it otherwise (it strips or adds text), as the export would")
     supervised = [turn.supervised for turn in chat.turns if turn.role == "assistant"]
     if len(spans) != len(supervised):
         raise DataError(
@@ -381,9 +373,7 @@ def _words(turn: Turn, template: ChatTemplate) -> str:
     """What stands in a turn."""
     text, before, after = turn.text, *template.call_tokens
     if turn.calls:
-        text = (
-            f"{text}{before}{turn.calls}{after}" if before else "\n".join(part for part in (text, turn.calls) if part)
-        )
+        text = f"{text}{before}{turn.calls}{after}" if before else "\n".join(part for part in (text, turn.calls) if part)
     if not turn.thinking:
         return text
     if not template.thinking:
@@ -432,9 +422,7 @@ def _render(source: str, messages: list[Message], variables: Mapping[str, Any]) 
     """The text of a conversation and the spans inside the marks. Raises jinja2.TemplateError."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    texts, spans = render_jinja_template(
-        [messages], chat_template=source, return_assistant_tokens_mask=True, **variables
-    )
+    texts, spans = render_jinja_template([messages], chat_template=source, return_assistant_tokens_mask=True, **variables)
     return texts[0], spans[0]
 
 

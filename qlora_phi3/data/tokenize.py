@@ -85,9 +85,7 @@ def tokenize_source(source: Source, config: TokenizeConfig, max_rows: int | None
     entry = config.cache_dir / _cache_key(source, config, max_rows)
     if (found := _read_entry(entry)) is not None:
         return found
-    with disk_errors(
-        config.cache_dir, DataError, hint="{cause}, or set HF_DATASETS_CACHE to a directory on another disk."
-    ):
+    with disk_errors(config.cache_dir, DataError, hint="{cause}, or set HF_DATASETS_CACHE to a directory on another disk."):
         config.cache_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(entry.with_suffix(".lock")):
             if _read_entry(entry) is None:
@@ -185,9 +183,7 @@ def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: in
     return report
 
 
-def read_examples(
-    source: Source, data: Data, report: SourceReport, columns: set[str]
-) -> Iterator[tuple[int, Chat | Document]]:
+def read_examples(source: Source, data: Data, report: SourceReport, columns: set[str]) -> Iterator[tuple[int, Chat | Document]]:
     """Number and content of every row that can be read; the others are counted in `report`.
 
     Args:
@@ -234,11 +230,7 @@ def _without(row: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
 
 
 def _messages_without(column: str, value: Any, names: frozenset[str]) -> Any:
-    if (
-        isinstance(value, str)
-        and value.lstrip().startswith("[")
-        and column not in (*SYNONYMS["tools"], "text", "output")
-    ):
+    if isinstance(value, str) and value.lstrip().startswith("[") and column not in (*SYNONYMS["tools"], "text", "output"):
         value = parse_json(value, value)
     if not isinstance(value, list) or column in SYNONYMS["tools"]:
         return value
@@ -331,9 +323,7 @@ def _check_special_tokens(chat: Chat, text: str, template: ChatTemplate, special
     """Skip a row whose special tokens in the rendering are not those of the same turns with other words."""
     turns = (replace(turn, text=turn.text and "x", thinking="", calls=turn.calls and "x") for turn in chat.turns)
     plain, _, _ = render_chat(replace(chat, turns=tuple(turns), tools=chat.tools and "x"), template)
-    unbroken, _, _ = render_chat(
-        replace(chat, turns=tuple(replace(turn, thinking="") for turn in chat.turns)), template
-    )
+    unbroken, _, _ = render_chat(replace(chat, turns=tuple(replace(turn, thinking="") for turn in chat.turns)), template)
     has_thinking = any(turn.thinking for turn in chat.turns)
     changed = not has_thinking and unbroken != text.replace(MARK, "")
     if changed or special.whole_in(text) != special.whole_in(plain):
@@ -357,9 +347,7 @@ def _break_words(chat: Chat, special: SpecialTokens) -> Chat:
     return replace(chat, turns=tuple(turns), tools=special.break_in(chat.tools))
 
 
-def tokenize_chats(
-    texts: Sequence[str], spans: Sequence[Sequence[Span] | None], tokenizer: Any
-) -> list[tuple[Ids, Ids]]:
+def tokenize_chats(texts: Sequence[str], spans: Sequence[Sequence[Span] | None], tokenizer: Any) -> list[tuple[Ids, Ids]]:
     """Tokenise rendered conversations; the ids are those of `apply_chat_template`.
 
     Args:

@@ -45,9 +45,7 @@ PUBLIC_TABLES = ("quantization", "lora", "training")
 PRIVATE_KEYS = ("output_dir", "report_to", "run_name")
 
 
-def write_companions(
-    base: Path, adapter: Path, target: Path, *, dtype: str, untied: bool, ending: EndOfTurn
-) -> dict[str, Any]:
+def write_companions(base: Path, adapter: Path, target: Path, *, dtype: str, untied: bool, ending: EndOfTurn) -> dict[str, Any]:
     """Copy the base's tokenizer, licence and configs into a directory.
 
     Args:

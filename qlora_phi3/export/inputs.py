@@ -88,9 +88,7 @@ def open_sources(request: Request, reporter: Reporter) -> Sources:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cached = open_weights(run.quantized_base) if run.quantized_base.is_dir() else None
     stored = open_weights(folder)
-    if (
-        scheme := stored_scheme(stored)
-    ) is not None:  # transformers loads these weights as they are, whatever the recipe says
+    if (scheme := stored_scheme(stored)) is not None:  # transformers loads these weights as they are, whatever the recipe says
         record = replace(record, scheme=scheme)
         kind = f"{scheme.quant_type.upper()}, {'double' if scheme.double_quant else 'single'} quantization"
         reporter.info(f"The base is stored in 4 bit ({kind}): the adapter is merged onto these weights")
@@ -156,9 +154,7 @@ def _check_config(folder: Path, config: dict[str, Any], adapter: Path) -> None:
     settings: list[dict[str, Any]] = []
     for path, stored in ((adapter / CONFIG, trained), (folder / CONFIG, config)):
         flat: dict[str, Any] = {}
-        for key, value in portable_config(
-            stored, path
-        ).items():  # one form for every version of transformers that wrote it
+        for key, value in portable_config(stored, path).items():  # one form for every version of transformers that wrote it
             if key not in LOADING_KEYS and not key.startswith("_"):
                 flat |= {f"{key}.{part}": v for part, v in value.items()} if isinstance(value, dict) else {key: value}
         settings.append(flat)

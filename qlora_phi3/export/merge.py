@@ -190,9 +190,7 @@ class _UnmergedBase:
         self.base, self.trained, self.info = base, TrainedBase(base), base.info
         record, info = base.record, base.info
         #: Tensors with the values they had in training; whether the live model has all of the same values.
-        self.as_trained = {
-            name for name in info if (onto == "nf4" if record.is_quantized(name) else name in deltas.targets)
-        }
+        self.as_trained = {name for name in info if (onto == "nf4" if record.is_quantized(name) else name in deltas.targets)}
         others = info.keys() - self.as_trained
         self.is_live = not any(record.is_quantized(name) or info[name].dtype != record.dtype for name in others)
 

@@ -196,9 +196,7 @@ def _write_weights(request: Request, sources: Sources, draft: Path, key: str, on
     base, weights = sources.base, sources.merged(onto, request.dtype)
     shards = writer.plan_shards(weights.info, request.shard_bytes)
     progress = partial(_report_megabytes, reporter, f"Merging onto {base.record.label(onto)}")
-    num_resumed, notes = writer.write_shards(
-        weights, draft, shards, key=f"{key} {onto}", progress=progress, notes=base.notes
-    )
+    num_resumed, notes = writer.write_shards(weights, draft, shards, key=f"{key} {onto}", progress=progress, notes=base.notes)
     if num_resumed:
         reporter.info(f"Continued after {num_resumed} of {len(shards)} files that were complete")
     base.restore(notes)

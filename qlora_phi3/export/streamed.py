@@ -56,9 +56,7 @@ class _Slot:
 class StreamedModel:
     """The real model; hooks read each layer's weights before the layer runs, and drop them after it."""
 
-    def __init__(
-        self, model: PackedPhi3ForCausalLM, slots: Sequence[_Slot], weights: Weights, device: torch.device
-    ) -> None:
+    def __init__(self, model: PackedPhi3ForCausalLM, slots: Sequence[_Slot], weights: Weights, device: torch.device) -> None:
         self.model, self.weights, self.device = model, weights, device
         # One buffer for all layers: where page faults are slow, new memory for each layer took as long as its matmul.
         self._buffer = torch.empty(0)

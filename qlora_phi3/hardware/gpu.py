@@ -257,9 +257,7 @@ def _read_processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
     return tuple(sorted(processes, key=lambda process: (-(process.used_bytes or 0), process.name)))
 
 
-def _read_speed(
-    nvml: Any, handle: Any, name: str, total_bytes: int, major: int, minor: int
-) -> tuple[int, float, float]:
+def _read_speed(nvml: Any, handle: Any, name: str, total_bytes: int, major: int, minor: int) -> tuple[int, float, float]:
     """Multiprocessors, bytes and 10^12 operations a second: from the table where it has the GPU, else from what NVML says.
 
     A multiprocessor has 64 cores on Volta, Turing and the A100, else 128. Operations for each core and clock, beyond a

@@ -70,9 +70,7 @@ def recomputation_of(architecture: Architecture, execution: ExecutionPlan, workl
 
 def count_weights(architecture: Architecture) -> tuple[int, int]:
     """Number of weights in all linear layers of the decoder: those around the attention, and those of the MLPs."""
-    numbers = {
-        name: math.prod(shape) * architecture.num_hidden_layers for name, shape in linear_shapes(architecture).items()
-    }
+    numbers = {name: math.prod(shape) * architecture.num_hidden_layers for name, shape in linear_shapes(architecture).items()}
     return numbers["qkv_proj"] + numbers["o_proj"], numbers["gate_up_proj"] + numbers["down_proj"]
 
 
@@ -94,9 +92,7 @@ def step_flops(architecture: Architecture, workload: StepWorkload, again: Recomp
     return tokens * (weights + adapter + head) + attention
 
 
-def estimate_step_seconds(
-    architecture: Architecture, execution: ExecutionPlan, workload: StepWorkload, gpu: GpuLimits
-) -> float:
+def estimate_step_seconds(architecture: Architecture, execution: ExecutionPlan, workload: StepWorkload, gpu: GpuLimits) -> float:
     """The time of one optimizer step; the MLP's weights are dequantized for every tile in each of its passes."""
     again = recomputation_of(architecture, execution, workload)
     layers, passes = architecture.num_hidden_layers, 2 + again.layers

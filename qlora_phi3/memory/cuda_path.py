@@ -136,9 +136,7 @@ def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> It
     with (
         replaced(qlora_phi3.model.attention, "CPU_SCORES_BYTES", 0),
         replaced(qlora_phi3.model.attention, "_takes_groups", lambda _: capability >= (8, 0)),
-        replaced(
-            transformers.modeling_utils, "save_on_cpu", lambda **_: saved_tensors_hooks(offload, torch.empty_like)
-        ),
+        replaced(transformers.modeling_utils, "save_on_cpu", lambda **_: saved_tensors_hooks(offload, torch.empty_like)),
         replaced(functional, "scaled_dot_product_attention", _attention_on(tracker, capability)),
         replaced(functional, "dropout", dropout),
         # Without a device it is CUDA's; PEFT 0.21 asks so, and casts the input of dropout and DoRA to fp32 where there is none.

@@ -64,9 +64,7 @@ class _Tiles(NamedTuple):
 class _Search:
     """The search for one plan."""
 
-    def __init__(
-        self, predictor: Predictor, rows: RowLengths, limits: GpuLimits, progress: Callable[[str], None]
-    ) -> None:
+    def __init__(self, predictor: Predictor, rows: RowLengths, limits: GpuLimits, progress: Callable[[str], None]) -> None:
         self.predictor, self.rows, self.limits, self.progress = predictor, rows, limits, progress
         recipe, step = predictor.recipe, rows.training[: rows.batch_size]
         self.training, pinned = recipe.training, recipe.memory.micro_batch_tokens
@@ -149,9 +147,7 @@ class _Search:
             fits=prediction.fits,
             workload=workload,
             step_seconds=step_seconds,
-            reasons=explain_choices(
-                recipe.training, recipe.memory, prediction.execution, self.rows, self.refused, limit_bytes
-            ),
+            reasons=explain_choices(recipe.training, recipe.memory, prediction.execution, self.rows, self.refused, limit_bytes),
         )
 
     def _may_fit(self, kind: ExecutionPlan) -> bool:

@@ -318,9 +318,7 @@ def files_of(recipe: "Recipe", base_folder: Path) -> list[Path]:
     paths += [directory / name for directory in paths[:2] for name in MODEL_FILES]
     if recipe.model.adapter is not None:
         adapter_files = ("adapter_config.json", "adapter_model.safetensors")
-        places = [
-            path / part for path in candidate_paths(recipe.model.adapter, base_folder) for part in (".", "adapter")
-        ]
+        places = [path / part for path in candidate_paths(recipe.model.adapter, base_folder) for part in (".", "adapter")]
         paths += [path / name for path in places for name in adapter_files]
     datasets = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets"))
     for name in names:

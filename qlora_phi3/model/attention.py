@@ -81,9 +81,7 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
         key, value = (tensor[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for tensor in (key, value))
         is_causal = query.shape[2] > 1  # one query with a cache attends to every key
         dropout, scaling = kwargs.get("dropout", 0.0), kwargs["scaling"]
-        output = functional.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=is_causal, scale=scaling
-        )
+        output = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=is_causal, scale=scaling)
         return output.transpose(1, 2).contiguous()
     attended: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
     return attended

@@ -105,6 +105,4 @@ def _check_quantization(stored: StoredWeights, name: str, architecture: Architec
         if found != (kind.quant_type, kind.double_quant, 64, 256):
             nested = "with" if found[1] else "without"
             held = f"{found[0].upper()} {nested} double quantization in blocks of {found[2]}"
-            raise ModelError(
-                f"The weights of {name} hold {tensor} in {held}, not in {kind.label} in blocks of 64.", hint
-            )
+            raise ModelError(f"The weights of {name} hold {tensor} in {held}, not in {kind.label} in blocks of 64.", hint)

@@ -51,9 +51,7 @@ def tiled_cross_entropy(
     return loss, num_correct
 
 
-def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, tile_bytes: int = DEFAULT_LOGITS_TILE_BYTES
-) -> Tensor:
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, tile_bytes: int = DEFAULT_LOGITS_TILE_BYTES) -> Tensor:
     """Compute the log-probability of each target; the arguments have the shapes and dtypes of `tiled_cross_entropy`.
 
     Returns:

@@ -141,9 +141,7 @@ def _read_tokenizer(config: Model, hint: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_token_ids(
-    rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, architecture: Architecture, name: str
-) -> None:
+def check_token_ids(rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, architecture: Architecture, name: str) -> None:
     """Refuse rows with a token that has no row in the embedding.
 
     Args:
@@ -245,9 +243,7 @@ def _memory_for(name: str, device: torch.device) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         hint = "Close other programs that use it; qlora-phi3 vram-check says what a run needs."
-        raise ModelError(
-            f"The memory of {device} ran out while {name} was loaded: {first_line(error)}.", hint
-        ) from error
+        raise ModelError(f"The memory of {device} ran out while {name} was loaded: {first_line(error)}.", hint) from error
 
 
 def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:

@@ -171,12 +171,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ModelError(f"{path} is not the index of a checkpoint: {error!r}.", _DOWNLOAD_AGAIN) from error
     hint = "Use the checkpoint's safetensors; a pickle can run code when it is read."
     for name, shard in shards.items():
-        if (
-            Path(shard).name != shard
-            or len(shard) > 200
-            or not shard.isprintable()
-            or not shard.endswith(".safetensors")
-        ):
+        if Path(shard).name != shard or len(shard) > 200 or not shard.isprintable() or not shard.endswith(".safetensors"):
             raise ModelError(f"{path}: '{shard}', for {name}, is not a safetensors file in the same folder.", hint)
     return shards
 

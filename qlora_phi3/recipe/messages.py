@@ -153,9 +153,7 @@ DELETED = {
         llm_int8_has_fp16_weight quantization_method
     """,
 }
-REPLACED |= {
-    name: f"has no place here: delete it; {reason}." for reason, names in DELETED.items() for name in names.split()
-}
+REPLACED |= {name: f"has no place here: delete it; {reason}." for reason, names in DELETED.items() for name in names.split()}
 #: Other names of a key, from other tools and from everyday use.
 ALIASES = {
     "rank": "r",
@@ -227,9 +225,7 @@ class Problem:
     sentence: str
 
 
-def find_problems(
-    error: ValidationError, raw: Mapping[str, Any], tables: Mapping[str, type[BaseModel]]
-) -> Iterator[Problem]:
+def find_problems(error: ValidationError, raw: Mapping[str, Any], tables: Mapping[str, type[BaseModel]]) -> Iterator[Problem]:
     """Yield one problem for each key that pydantic refused in `raw`, in its order; `tables` has the model of each table."""
     by_key: dict[tuple[str, str], list[Any]] = {}
     for detail in error.errors(include_url=False):

@@ -94,9 +94,7 @@ NEEDS_KWARGS = {
 class Table(BaseModel):
     """A table of the recipe: frozen, with strict types and without unknown keys."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     def contradictions(self) -> Iterator[str]:
         """Yield one sentence for each combination of keys that cannot work; called when every key is valid by itself."""
@@ -360,10 +358,7 @@ class Training(Table):
         name = self.lr_scheduler_type
         if self.warmup_steps and name in WITHOUT_WARMUP:
             other = ', or lr_scheduler_type = "constant_with_warmup"' if name == "constant" else ""
-            yield (
-                f'lr_scheduler_type = "{name}" ignores warmup_steps = {self.warmup_steps}: '
-                f"write warmup_steps = 0{other}."
-            )
+            yield (f'lr_scheduler_type = "{name}" ignores warmup_steps = {self.warmup_steps}: write warmup_steps = 0{other}.')
         if name in NEEDS_EVALUATION and self.eval_strategy == "no":
             yield f'lr_scheduler_type = "{name}" follows the evaluation loss: write eval_strategy = "steps".'
         needed = NEEDS_KWARGS.get(name, ())

@@ -195,9 +195,7 @@ def save_adapter(
         RunError: the disk is full, or the copied tokenizer gives other ids.
     """
     is_local = Path(base.name).is_dir()
-    source = base_directory(
-        base, None if is_local else read_json_object(folder.base, RunError, START_NEW).get("revision")
-    )
+    source = base_directory(base, None if is_local else read_json_object(folder.base, RunError, START_NEW).get("revision"))
     hint = "{cause}, then go on with --resume; earlier checkpoints remain."
     with disk_errors(folder.adapter, hint=hint), atomic_dir(folder.adapter) as staging:
         model.save_pretrained(staging)
@@ -224,9 +222,7 @@ def input_checksums(context: RunContext, revision: str | None) -> dict[str, str]
     """SHA-256 of what decides a run beside the recipe and the weights: the base's files, the template, the token ids."""
     folder = base_directory(context.recipe.model, revision)
     checksums = {name: sha256_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
-    config = {
-        key: value for key, value in context.config.items() if key not in ("transformers_version", "_name_or_path")
-    }
+    config = {key: value for key, value in context.config.items() if key not in ("transformers_version", "_name_or_path")}
     texts = {"config.json": json.dumps(config, sort_keys=True), "the chat template": context.template.source}
     checksums |= {name: sha256(text.encode(errors="surrogatepass")).hexdigest() for name, text in texts.items()}
     digest = sha256(str(context.data.report.eval_indices).encode())

@@ -32,9 +32,7 @@ class StopOnRequest(TrainerCallback):  # type: ignore[misc]
 
     requested = False
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Request a checkpoint and the end of training."""
         if self.requested:
             control.should_save = control.should_training_stop = True
@@ -84,15 +82,11 @@ class SaveByTime(TrainerCallback):  # type: ignore[misc]
     def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds, self._clock, self._saved = minutes * 60, clock, clock()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count from the start of this session."""
         self._saved = self._clock()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Request a checkpoint where one is due."""
         if self._seconds and self._clock() - self._saved >= self._seconds:
             control.should_save = True
@@ -170,9 +164,7 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
         self.info, self.warning, self.progress = reporter.info, reporter.warning, reporter.progress
         self.begin, self.checkpoint_saved = reporter.begin, reporter.checkpoint_saved
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report the first and the last step, and the losses that earlier sessions of the run wrote."""
         losses = [record["loss"] for record in read_metrics(self._folder.metrics) if record["kind"] == StepRecord.kind]
         self.begin(state.global_step, state.max_steps, losses)

@@ -63,9 +63,7 @@ class SpikeRule:
     num_good: int = 0  #: Steps accepted so far.
     largest_norm: float = 0.0
     reference: float = -math.inf  #: The largest loss of the first FIRST_STEPS steps and of those that left `recent`.
-    recent: list[float] = field(
-        default_factory=list
-    )  #: Losses of the last FIRST_STEPS accepted steps after the first ones.
+    recent: list[float] = field(default_factory=list)  #: Losses of the last FIRST_STEPS accepted steps after the first ones.
     streak: int = 0  #: How many of the last steps had a suspicious loss.
 
     def judge(self, loss: float, norm: float | None) -> str | None:
@@ -77,9 +75,7 @@ class SpikeRule:
             return f"the gradient norm is {norm:.3g}, and the largest so far was {self.largest_norm:.3g}"
         self.streak = self.streak + 1 if not is_first and loss > self.reference + LOSS_MARGIN else 0
         if self.streak == STREAK_STEPS:
-            return (
-                f"the loss of {STREAK_STEPS} steps in a row is above {self.reference + LOSS_MARGIN:.2f}, now {loss:.2f}"
-            )
+            return f"the loss of {STREAK_STEPS} steps in a row is above {self.reference + LOSS_MARGIN:.2f}, now {loss:.2f}"
         self.num_good += 1
         self.largest_norm = max(self.largest_norm, norm or 0.0)
         if is_first:
@@ -207,17 +203,13 @@ class DivergenceGuard(TrainerCallback):  # type: ignore[misc]
         if self._recovers and is_due and self.undone_step != step - 1:  # just restored: these weights are the copy
             self.last_good.copy_from(optimizer, self.scaler, step - 1)
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Undo the update that a diverged step has just made."""
         if self._reason:
             self.go_back(state.global_step + 1, self._reason, kwargs["optimizer"], kwargs["lr_scheduler"])
             self._reason = ""
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Check the weights after the run's last update, which no later step does; save and end it after its last recovery."""
         if state.global_step >= state.max_steps:
             optimizer = kwargs["optimizer"]

@@ -185,9 +185,7 @@ class MemoryGuard:
             )
         )
 
-    def _row_does_not_fit(
-        self, row: Mapping[str, Any], failure: _Failure, times: int, phase: Phase, step: int
-    ) -> RunError:
+    def _row_does_not_fit(self, row: Mapping[str, Any], failure: _Failure, times: int, phase: Phase, step: int) -> RunError:
         length, device, reason = len(row["input_ids"]), describe_device(self._device), failure.reason.rstrip(".")
         name = row_name(row, self._sources)
         where = f"step {step}" if phase == "training" else f"the evaluation after step {step}"
@@ -199,9 +197,7 @@ class MemoryGuard:
         )
 
 
-def restore_execution_plan(
-    execution: ExecutionPlan, records: Sequence[Mapping[str, Any]], device: torch.device
-) -> ExecutionPlan:
+def restore_execution_plan(execution: ExecutionPlan, records: Sequence[Mapping[str, Any]], device: torch.device) -> ExecutionPlan:
     """Lower a plan as the out-of-memory errors in `records`, of the run's metrics.jsonl, lowered theirs."""
     plans: dict[Phase, MicroBatchPlan] = {"training": execution.micro_batch, "evaluation": execution.evaluation}
     for record in records:
@@ -220,9 +216,7 @@ def restore_execution_plan(
 
 def _offloaded(execution: ExecutionPlan, device: torch.device) -> ExecutionPlan:
     """The plan with every layer recomputed, on a GPU from inputs in the computer's memory."""
-    return replace(
-        execution, checkpoint_every=1, activation_offloading=execution.activation_offloading or device.type != "cpu"
-    )
+    return replace(execution, checkpoint_every=1, activation_offloading=execution.activation_offloading or device.type != "cpu")
 
 
 def _tiled(execution: ExecutionPlan, tokens: int) -> ExecutionPlan:

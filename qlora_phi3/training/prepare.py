@@ -209,9 +209,7 @@ def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
     return PlannedRun(execution=execution, predicted=replace(plan.memory, trace=()))
 
 
-def default_execution_plan(
-    training: Training, memory: Memory, architecture: Architecture, device: torch.device
-) -> ExecutionPlan:
+def default_execution_plan(training: Training, memory: Memory, architecture: Architecture, device: torch.device) -> ExecutionPlan:
     """The plan of a CPU, and of a GPU that NVML cannot read: what the recipe fixes, else all layers recomputed.
 
     Without a fixed size, a micro-batch has DEFAULT_MICRO_BATCH_TOKENS tokens or one row.
@@ -277,9 +275,7 @@ def load_model(context: RunContext, *, is_first_session: bool = True) -> PeftMod
     if (stored := context.architecture.stored) is not None:
         kind = f"{stored.label}, as its files store it"
         if stored.compute_dtype != dtype:
-            reporter.info(
-                f"Its config.json asks for {stored.compute_dtype} arithmetic, and this run computes in {dtype}."
-            )
+            reporter.info(f"Its config.json asks for {stored.compute_dtype} arithmetic, and this run computes in {dtype}.")
     device = f"{describe_device(context.device)} ({context.precision.reason})"
     reporter.info(f"Model: {recipe.model.name}, {kind}, computing in {dtype} on {device}")
     reporter.info(

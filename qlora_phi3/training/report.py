@@ -231,9 +231,7 @@ def describe_unlearned(model: nn.Module, report: Mapping[str, Any]) -> str | Non
     matrices = {name: parameter for name, parameter in model.named_parameters() if ".lora_B." in name}
     zero = [name.partition(".lora_B.")[0] for name, parameter in matrices.items() if not parameter.any()]
     if zero:
-        return (
-            f"The adapter learned nothing in {len(zero)} of {len(matrices)} layers: lora_B is zero, first in {zero[0]}."
-        )
+        return f"The adapter learned nothing in {len(zero)} of {len(matrices)} layers: lora_B is zero, first in {zero[0]}."
     if before is not None and before == after:
         return f"The adapter learned nothing that is measured: the held-out loss is {after:.4f}, bit for bit as before."
     return None

@@ -74,9 +74,7 @@ class RunResult:
     seconds: float
 
 
-def run(
-    recipe: Recipe, name: str, recipe_dir: Path, *, reporter: Reporter, resume: RunFolder | None = None
-) -> RunResult:
+def run(recipe: Recipe, name: str, recipe_dir: Path, *, reporter: Reporter, resume: RunFolder | None = None) -> RunResult:
     """Train what a recipe describes, into `<output_dir>/<name>/`.
 
     Args:
@@ -142,9 +140,7 @@ def _run_in(
             _train(trainer, context, folder, checkpoint)
             if trainer.divergence.last_good.step != 0 or not trainer.divergence.failure:
                 template = template_to_save(context.tokenizer, context.template, recipe.data.chat_template)
-                save_adapter(
-                    model, context.tokenizer, recipe.model, folder, sample=context.data.train, template=template
-                )
+                save_adapter(model, context.tokenizer, recipe.model, folder, sample=context.data.train, template=template)
             trainer.divergence.raise_failure(folder.adapter)
             check = _check_prediction(trainer, context, planned)
             flush_metrics(folder)
@@ -184,20 +180,14 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
     now = recipe.model_dump(mode="json", exclude={"memory"})
     saved: Mapping[str, Any] = report.get("recipe", {})
     try:
-        known = {
-            table: {key: saved[table][key] for key in now[table] if key in saved[table]}
-            for table in now
-            if table in saved
-        }
+        known = {table: {key: saved[table][key] for key in now[table] if key in saved[table]} for table in now if table in saved}
         was = Recipe.model_validate(known).model_dump(mode="json")
     except (ValidationError, TypeError, KeyError) as error:
         reason = str(error)
         if isinstance(error, ValidationError):
             problem = error.errors()[0]
             reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-        raise RunError(
-            f"{folder.report} holds a recipe that this version cannot read: {reason}.", "Start a new run."
-        ) from error
+        raise RunError(f"{folder.report} holds a recipe that this version cannot read: {reason}.", "Start a new run.") from error
     changed = [(table, key) for table in now for key in now[table] if now[table][key] != was[table][key]]
     decides = recipe.training.load_best_model_at_end or recipe.training.lr_scheduler_type in NEEDS_EVALUATION
     free = FREE_KEYS if decides else FREE_KEYS | INTERVAL_KEYS
@@ -207,12 +197,8 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
         raise RunError(f"The recipe differs from the one {folder.path} began with in {', '.join(differing)}.", hint)
     if report.get("status") == "done" and not any(key in STEP_KEYS for _, key in changed):
         if not (damaged := damaged_files(folder, report)):
-            raise RunError(
-                f"{folder.path} is done; there is nothing to resume.", "Leave --resume out to start a new run."
-            )
-        reporter.warning(
-            f"{folder.path} is done, but damaged: {', '.join(damaged)}. It is made again from the last checkpoint."
-        )
+            raise RunError(f"{folder.path} is done; there is nothing to resume.", "Leave --resume out to start a new run.")
+        reporter.warning(f"{folder.path} is done, but damaged: {', '.join(damaged)}. It is made again from the last checkpoint.")
     old, new = report.get("versions", {}), run_versions()
     updated = [f"{key} {old[key]} -> {new[key]}" for key in new if old.get(key, new[key]) != new[key]]
     if updated:
@@ -222,9 +208,7 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
 def _warn_of_another_device(was: Mapping[str, Any], now: Mapping[str, Any], reporter: Reporter) -> None:
     keys = [key for key in ("device", "compute_dtype") if was.get(key, now[key]) != now[key]]
     for key in keys:
-        reporter.warning(
-            f"The run began with {was[key]} and goes on with {now[key]}: the result is not equal bit for bit."
-        )
+        reporter.warning(f"The run began with {was[key]} and goes on with {now[key]}: the result is not equal bit for bit.")
 
 
 def _checkpoint_to_resume(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> Path | None:
@@ -336,9 +320,7 @@ def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> MemoryReport
         checkpoints = Path(trainer.args.output_dir)
         with disk_errors(checkpoints):
             checkpoints.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(
-                prefix="rehearsal-", dir=checkpoints, ignore_cleanup_errors=True
-            ) as target:
+            with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=checkpoints, ignore_cleanup_errors=True) as target:
                 trainer.model.save_pretrained(target)
                 torch.save(optimizer.state_dict(), Path(target) / "optimizer.pt")
         return measure_memory(trainer.model, optimizer, device, gpu)

@@ -134,9 +134,7 @@ class FinishEvaluation(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: "Phi3Trainer") -> None:
         self._trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluate if the checkpoint says that it is due; raises EvaluationStopped, and the checkpoint stays as it is."""
         if evaluation_is_due(state):
             trainer, control.should_evaluate = self._trainer, True
@@ -267,9 +265,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         super()._load_optimizer_and_scheduler(checkpoint)
         is_8bit = isinstance(self.optimizer, Optimizer8bit)
         states = [] if self.optimizer is None else [state for state in self.optimizer.state.values() if state]
-        if checkpoint and any(
-            ("state1" in state) != is_8bit for state in states if {"state1", "exp_avg"} & state.keys()
-        ):
+        if checkpoint and any(("state1" in state) != is_8bit for state in states if {"state1", "exp_avg"} & state.keys()):
             raise RunError(
                 f"{checkpoint} is of another optimizer than {self.args.optim.value}, which this device uses.",
                 "Go on where the run began, or start a new run.",
@@ -311,9 +307,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         rows = [dataset[int(number)] for number in longest]
         self._compute(self.model, rows, phase, 0)
 
-    def _compute(
-        self, model: nn.Module, rows: Sequence[Mapping[str, Any]], phase: Phase, step: int
-    ) -> tuple[Batch, StepResult]:
+    def _compute(self, model: nn.Module, rows: Sequence[Mapping[str, Any]], phase: Phase, step: int) -> tuple[Batch, StepResult]:
         """Forward, and in training backward, of all micro-batches; where one row does not fit, save a checkpoint and raise."""
         options: dict[str, Any] = {"objective": self.objective, "compute_dtype": self.compute_dtype}
 

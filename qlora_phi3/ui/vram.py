@@ -111,9 +111,7 @@ def _heading(report: VramReport) -> Iterator[str]:
             older = f", or an older {name_series(others)}" if others else ""
             yield f"The smallest {series}: they differ a little. --gpu checks one of them{older}"
     if device.is_local and device.other_processes_bytes:
-        named = [
-            f"{process.name} {format_gib(process.used_bytes)}" for process in device.processes if process.used_bytes
-        ]
+        named = [f"{process.name} {format_gib(process.used_bytes)}" for process in device.processes if process.used_bytes]
         named += [process.name for process in device.processes if process.used_bytes is None]
         names = f" ({', '.join(named[:6])})" if named else ""
         yield f"Used by other processes: {format_gib(device.other_processes_bytes)}{names}"

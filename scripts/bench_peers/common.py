@@ -84,9 +84,7 @@ def step_clock() -> Any:
             self._wall, self._cpu = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
-            self.steps.append(
-                {"step_seconds": time.perf_counter() - self._wall, "cpu_seconds": time.process_time() - self._cpu}
-            )
+            self.steps.append({"step_seconds": time.perf_counter() - self._wall, "cpu_seconds": time.process_time() - self._cpu})
 
         def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, Any], **_kwargs: Any) -> None:
             if "loss" in logs and self.steps:

@@ -195,9 +195,7 @@ def measure_on_gpu(case: Case, gpu: BenchGpu, caps: Sequence[int], *, idle_bytes
     for cap in sorted(caps, reverse=True):
         rest = gpu.clear()
         if rest > REST_BYTES:
-            print(
-                f"{case.name}: {rest} bytes of an earlier pass are still allocated; no limit is tried.", file=sys.stderr
-            )
+            print(f"{case.name}: {rest} bytes of an earlier pass are still allocated; no limit is tried.", file=sys.stderr)
             break
         fits[cap] = _fits(case, gpu, cap)
     return replace(truth, fits=fits)

@@ -110,9 +110,7 @@ def rows_of_gpu(case: Case, gpu: Gpu, memory: MemoryReport, truth: Mapping[str, 
         | {
             "limit_gib": int(limit) // GIB,
             "expandable_segments": free["expandable_segments"],
-            "predicted_fits": yes_no(
-                replay(memory.trace, expandable_segments=expandable, allowed_bytes=int(limit)).fits
-            ),
+            "predicted_fits": yes_no(replay(memory.trace, expandable_segments=expandable, allowed_bytes=int(limit)).fits),
             "measured_fits": yes_no(fits),
         }
         for limit, fits in truth["fits"].items()
@@ -206,8 +204,7 @@ def cuda_table(rows: Sequence[Row]) -> str:
         limited = [
             other
             for other in rows
-            if other["limit_gib"]
-            and (other["machine"], other["configuration"]) == (row["machine"], row["configuration"])
+            if other["limit_gib"] and (other["machine"], other["configuration"]) == (row["machine"], row["configuration"])
         ]
         figures = " | ".join(
             f"{_mib(row[f'measured_{kind}'])} | {_signed(row[f'{error}_percent'])}"
@@ -226,9 +223,7 @@ def cuda_table(rows: Sequence[Row]) -> str:
 
 def _verdict(row: Row) -> str:
     right = row["predicted_fits"] == row["measured_fits"]
-    return (
-        f"{row['limit_gib']} GiB {'fits' if row['measured_fits'] == 'yes' else 'does not'}{'' if right else ' (wrong)'}"
-    )
+    return f"{row['limit_gib']} GiB {'fits' if row['measured_fits'] == 'yes' else 'does not'}{'' if right else ' (wrong)'}"
 
 
 def _signed(text: str) -> str:

@@ -88,9 +88,7 @@ def go_once(model: nn.Module, case: Case, tracker: NullTracker) -> None:
 
 def _batch(lengths: Sequence[int], case: Case) -> Batch:
     """Rows of which every token is learned; a case has them all in one micro-batch."""
-    batch = collate(
-        [{"input_ids": [0] * length, "labels": [0] * length} for length in lengths], case.execution.micro_batch
-    )
+    batch = collate([{"input_ids": [0] * length, "labels": [0] * length} for length in lengths], case.execution.micro_batch)
     if len(batch.micro_batches) != 1:
         raise ValueError(f"The rows of '{case.name}' do not share a micro-batch.")
     return batch

@@ -64,9 +64,7 @@ def build_pair(**shapes: Any) -> tuple[Phi3ForCausalLM, LlamaForCausalLM]:
     for parameter in fused.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(std=0.08)
-    same = {
-        key: getattr(config, key) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    }
+    same = {key: getattr(config, key) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
     heads = {key: getattr(config, key) for key in ("num_attention_heads", "num_key_value_heads", "rms_norm_eps")}
     apart = LlamaForCausalLM(LlamaConfig(**same, **heads, pad_token_id=0, tie_word_embeddings=False)).eval()
     apart.load_state_dict(_take_apart(fused.state_dict(), config))

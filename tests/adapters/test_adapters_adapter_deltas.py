@@ -143,9 +143,7 @@ def test_a_null_that_peft_never_writes_is_refused_by_name(run, tmp_path, key):
         read_config(folder)
 
 
-@pytest.mark.parametrize(
-    "key", ["model.layers.0.self_attn.qkv_proj.bias", "model.layers.9.mlp.down_proj.lora_A.weight"]
-)
+@pytest.mark.parametrize("key", ["model.layers.0.self_attn.qkv_proj.bias", "model.layers.9.mlp.down_proj.lora_A.weight"])
 def test_a_tensor_without_a_place_in_the_base_is_named(run, tmp_path, key):
     folder = spoil(run.adapter, tmp_path / "a", **{f"{PREFIX}{key}": torch.zeros(4)})
     with pytest.raises(ExportError, match=rf"1 tensor .*{PREFIX}{re.escape(key)}"):

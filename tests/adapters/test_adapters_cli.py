@@ -84,8 +84,7 @@ def test_a_loralib_file_becomes_a_peft_adapter_and_again_a_loralib_file(place, b
     assert json.loads((place / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     shown = converted("peft", "back.pt", "--to", "loralib", "--enable", "q,v")
     assert (
-        "qkv_proj: lora.MergedLinear(128, 256, r=2, lora_alpha=16, enable_lora=[True, True, False, True])   (2 of them)"
-        in shown
+        "qkv_proj: lora.MergedLinear(128, 256, r=2, lora_alpha=16, enable_lora=[True, True, False, True])   (2 of them)" in shown
     )
     first, second = (torch.load(place / name, weights_only=True) for name in ("lora.pt", "back.pt"))
     assert all(torch.equal(first[name], second[name]) for name in first)

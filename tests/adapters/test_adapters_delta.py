@@ -34,7 +34,5 @@ def test_stacked_blocks_are_the_same_delta_and_different_scalings_are_folded():
     delta = random_delta(torch.Generator().manual_seed(0), 1.0, 0.3, 3.0)
     lora_A, lora_B, scaling = stack(delta)
     assert (lora_A.shape, lora_B.shape, scaling) == ((6, 7), (12, 6), 3.0)
-    stacked = LoraDelta(
-        out_features=12, in_features=7, blocks=(LowRankBlock(lora_A=lora_A, lora_B=lora_B, scaling=scaling),)
-    )
+    stacked = LoraDelta(out_features=12, in_features=7, blocks=(LowRankBlock(lora_A=lora_A, lora_B=lora_B, scaling=scaling),))
     assert 0 < relative_difference(delta, stacked) < 1e-7

@@ -232,8 +232,6 @@ def test_shapes_of_the_layers_are_those_of_the_model(pair):
     for model, name in ((pair[0], "fused"), (pair[1], "apart")):
         base = read_base(str(pair[2] / name))
         shapes = layer_shapes(base.architecture, fused=not base.unfused)
-        linear = {
-            key: tuple(layer.weight.shape) for key, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)
-        }
+        linear = {key: tuple(layer.weight.shape) for key, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
         assert {key: shape for key, shape in shapes.items() if key != "model.embed_tokens"} == linear
         assert shapes["model.embed_tokens"] == tuple(model.model.embed_tokens.weight.T.shape)

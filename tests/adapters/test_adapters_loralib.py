@@ -61,9 +61,7 @@ def test_loralib_to_peft_and_back_gives_the_same_bits(tmp_path, enable):
 
 
 @pytest.mark.parametrize("alpha", [None, 1, 7])
-@pytest.mark.parametrize(
-    "settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"conv": 20}, "rank_pattern": {"plain": 2}}]
-)
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"conv": 20}, "rank_pattern": {"plain": 2}}])
 def test_the_real_loralib_loads_a_peft_adapter_with_strict_false(tmp_path, alpha, settings):
     torch.manual_seed(0)
     base = torch_layers(loralib_layers([True, True, True]))
@@ -111,9 +109,7 @@ def with_merged_linear(model: nn.Module, enable: tuple[bool, ...]) -> nn.Module:
     """A Phi-3 whose qkv_proj are loralib's, with random matrices."""
     for layer in model.model.layers:
         old = layer.self_attn.qkv_proj
-        new = lora.MergedLinear(
-            old.in_features, old.out_features, r=4, lora_alpha=8, enable_lora=list(enable), bias=False
-        )
+        new = lora.MergedLinear(old.in_features, old.out_features, r=4, lora_alpha=8, enable_lora=list(enable), bias=False)
         new.weight.data = old.weight.data.clone()
         new.lora_A.data.normal_(std=0.1)
         new.lora_B.data.normal_(std=0.1)
@@ -180,9 +176,7 @@ def test_a_loralib_checkpoint_is_trained_on_from_where_it_stood(tmp_path):
     optimizer = torch.optim.SGD([tensor for tensor in loaded.parameters() if tensor.requires_grad], lr=1.0)
     loaded.train()(torch.arange(3, 15)[None], labels=torch.arange(3, 15)[None]).loss.backward()
     optimizer.step()
-    moved = {
-        name for name, tensor in loaded.named_parameters() if name in trained and not torch.equal(tensor, trained[name])
-    }
+    moved = {name for name, tensor in loaded.named_parameters() if name in trained and not torch.equal(tensor, trained[name])}
     assert moved == trained.keys()
 
 

@@ -30,9 +30,7 @@ def longrope(**more):
 CONFIGS = {
     "no rope keys": {},
     "transformers 4, theta": {"rope_theta": 1e5, "rope_scaling": None},
-    "transformers 5, theta": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 1.0}
-    },
+    "transformers 5, theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 1.0}},
     "transformers 5, part of the head": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     },
@@ -80,9 +78,7 @@ def read_transformers_5(config):
     scaled = rope["rope_type"] == "longrope"
     attention = ROPE_INIT_FUNCTIONS["longrope"](model)[1] if scaled else 1.0
     share, boundary = rope["partial_rotary_factor"], model.original_max_position_embeddings
-    return computed(
-        rope["rope_theta"], share, rope if scaled else None, vars(model), boundary=boundary, attention=attention
-    )
+    return computed(rope["rope_theta"], share, rope if scaled else None, vars(model), boundary=boundary, attention=attention)
 
 
 DEFAULTS_4 = {

@@ -83,6 +83,5 @@ def test_a_command_prints_its_result_in_every_encoding(recipe, arguments, exit_c
 
 def test_every_symbol_has_an_ascii_character_of_the_same_width():
     assert all(
-        len(symbol) == 1 and len(ascii_symbol) == 1 and ascii_symbol.isascii()
-        for symbol, ascii_symbol in ASCII_SYMBOLS.items()
+        len(symbol) == 1 and len(ascii_symbol) == 1 and ascii_symbol.isascii() for symbol, ascii_symbol in ASCII_SYMBOLS.items()
     )

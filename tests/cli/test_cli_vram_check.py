@@ -241,9 +241,7 @@ def test_a_model_folder_that_is_not_there_is_bad_input(home, name):
     assert name in result.stderr
 
 
-@pytest.mark.parametrize(
-    "name", ["microsoft/Phi-3.5-MoE-instruct", "microsoft/phi-2", "microsoft/Phi-4-multimodal-instruct"]
-)
+@pytest.mark.parametrize("name", ["microsoft/Phi-3.5-MoE-instruct", "microsoft/phi-2", "microsoft/Phi-4-multimodal-instruct"])
 def test_a_model_of_another_architecture_is_refused_by_its_name(home, name):
     result = call("vram-check", "mine.toml", "--vram", "8GB", "--set", f"model.name={name}")
     assert result.exit_code == 2

@@ -97,9 +97,7 @@ def test_a_tool_call_is_kept_as_json_text():
 
 def test_a_message_of_weight_0_and_the_answers_of_a_prompt_are_not_supervised():
     answers = [{"role": "assistant", "content": "a", "weight": 0}, {"role": "assistant", "content": "b", "weight": 1}]
-    assert read({"messages": answers}) == Chat(
-        (Turn("assistant", "a", False), Turn("assistant", "b", True)), switched_off=True
-    )
+    assert read({"messages": answers}) == Chat((Turn("assistant", "a", False), Turn("assistant", "b", True)), switched_off=True)
     row = {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "completion": "b"}
     assert [turn.supervised for turn in read(row).turns] == [False, False, True]
 
@@ -379,10 +377,7 @@ def test_an_answer_that_would_be_learned_otherwise_than_it_is_meant_makes_its_ro
 @pytest.mark.parametrize("arguments", ["arguments", "parameters", "args", "input"])
 def test_the_arguments_of_a_call_are_read_under_any_name(arguments):
     call = {"name": "f", arguments: {"x": 1}}
-    assert (
-        read({"messages": [USER, {**ANSWER, "tool_calls": [call]}]}).turns[1].calls
-        == '[{"name": "f", "arguments": {"x": 1}}]'
-    )
+    assert read({"messages": [USER, {**ANSWER, "tool_calls": [call]}]}).turns[1].calls == '[{"name": "f", "arguments": {"x": 1}}]'
 
 
 def test_a_call_that_the_text_holds_too_is_learned_once_and_other_text_stays():
@@ -407,9 +402,7 @@ def test_a_judgement_inside_a_message_is_one_of_the_row(key):
         read({"messages": [USER, {**ANSWER, key: 1}]})
 
 
-@pytest.mark.parametrize(
-    "value", ["rejected", "Undesirable", "👎", "-", "negative", "0.3", 1, Decimal("0.0"), {"a": 1}]
-)
+@pytest.mark.parametrize("value", ["rejected", "Undesirable", "👎", "-", "negative", "0.3", 1, Decimal("0.0"), {"a": 1}])
 def test_a_label_that_judges_is_a_preference_however_it_is_written(value):
     with pytest.raises(DataError):
         check_unread({"label": value}, ["label"], "a.jsonl:1")

@@ -432,9 +432,7 @@ def test_objects_that_are_nested_too_deep_are_counted(prepare_in, tmp_path, monk
 
     monkeypatch.setattr(tokenize, "read_row", recursing)
     report = prepare_in(save(tmp_path / "a.jsonl", [row(), {**row(), "deep": 1}])).report
-    assert [(count.reason, count.where) for count in report.skipped] == [
-        ("its objects are nested too deep", ("a.jsonl:2",))
-    ]
+    assert [(count.reason, count.where) for count in report.skipped] == [("its objects are nested too deep", ("a.jsonl:2",))]
 
 
 def test_ignored_keys_stay_in_tool_calls_and_definitions(prepare_in, tmp_path):
@@ -442,8 +440,7 @@ def test_ignored_keys_stay_in_tool_calls_and_definitions(prepare_in, tmp_path):
     messages = [row()["messages"][0], {"role": "assistant", "content": "", "tool_calls": [call], "id": "x"}]
     rows = [{"messages": messages, "tools": [{"name": "f", "parameters": {"properties": {"id": {}}}}], "id": 1}]
     assert (
-        prepare_in(save(tmp_path / "a.jsonl", rows)).report.tokens
-        == prepare_in("a.jsonl", ignore_columns=["id"]).report.tokens
+        prepare_in(save(tmp_path / "a.jsonl", rows)).report.tokens == prepare_in("a.jsonl", ignore_columns=["id"]).report.tokens
     )
 
 

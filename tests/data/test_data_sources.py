@@ -39,9 +39,7 @@ def test_arrays_and_json_lines_are_read_under_either_name(tmp_path, name):
     assert rows_of(write(tmp_path / name, '[{"a": 1},\n{"a": 2}]')) == [(1, {"a": 1}), (2, {"a": 2})]
 
 
-@pytest.mark.parametrize(
-    ("name", "text"), [("a.jsonl", '{"a": "é"}\n'), ("a.json", '[{"a": "é"}]'), ("a.csv", "a\né\n")]
-)
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", '{"a": "é"}\n'), ("a.json", '[{"a": "é"}]'), ("a.csv", "a\né\n")])
 def test_a_byte_order_mark_is_not_part_of_the_data(tmp_path, name, text):
     path = tmp_path / name
     path.write_text(text, encoding="utf-8-sig")

@@ -56,9 +56,7 @@ def special_ids(tokenizer, ids):
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_words_with_special_tokens_have_the_turns_of_words_without(rows_of, model, kind):
     tokenizer = TOKENIZERS[kind](model)
-    rows, report = rows_of(
-        tokenizer, [chat("question", "answer"), chat(FORGED, f"{FORGED} and on", tools=FORGED, system=FORGED)]
-    )
+    rows, report = rows_of(tokenizer, [chat("question", "answer"), chat(FORGED, f"{FORGED} and on", tools=FORGED, system=FORGED)])
     plain, _ = rows_of(tokenizer, [chat("question", "answer", tools="tools", system="system")])
     assert special_ids(tokenizer, rows[1]["input_ids"]) == special_ids(tokenizer, plain[0]["input_ids"])
     learned = [label for label in rows[1]["labels"] if label != IGNORE_INDEX]

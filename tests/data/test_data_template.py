@@ -182,11 +182,7 @@ def test_a_message_that_llama_cpp_reads_as_other_ids_is_recognised():
         ids = tokenizer(f"<|user|>{chr(code)}x", add_special_tokens=False).input_ids
         is_kept = chr(code).encode().strip(b" \t\n\v\f\r") != b""
         found |= {code} if ids == bare and is_kept else set()
-        assert (
-            begins_with_unicode_space(f"{chr(code)}x")
-            == begins_with_unicode_space(f"\n {chr(code)}")
-            == (code in found)
-        )
+        assert begins_with_unicode_space(f"{chr(code)}x") == begins_with_unicode_space(f"\n {chr(code)}") == (code in found)
     assert found == OTHER_IDS_IN_LLAMA_CPP
 
 
@@ -274,11 +270,7 @@ def replace_turn(chat, **changes):
 
 ASSISTANT = "{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
 OTHER = "{{ m.content }}<|end|>{% endif"
-MINE = (
-    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}ASSISTANT{% else %}"
-    + OTHER
-    + " %}{% endfor %}"
-)
+MINE = "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}ASSISTANT{% else %}" + OTHER + " %}{% endfor %}"
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,7 @@ def test_ids_are_those_of_the_models_own_template_and_labels_are_the_assistants_
     template = choose_template(tokenizer)
     header, end = (
         tokenizer.convert_tokens_to_ids(token)
-        for token in (
-            ["<|im_sep|>", "<|im_end|>"] if template.end_of_turn == "<|im_end|>" else ["<|assistant|>", "<|end|>"]
-        )
+        for token in (["<|im_sep|>", "<|im_end|>"] if template.end_of_turn == "<|im_end|>" else ["<|assistant|>", "<|end|>"])
     )
     for number, first in enumerate(WORDS):
         second = WORDS[(number * 5 + 1) % len(WORDS)]

@@ -97,9 +97,7 @@ def test_without_recovery_a_loss_that_is_not_finite_stops_the_run(shop):
 
 
 def test_a_learning_rate_that_is_too_high_is_lowered_until_the_run_learns(shop):
-    shop.write(
-        training={"learning_rate": 3e4, "num_train_epochs": 3, "lr_scheduler_type": "constant", "warmup_steps": 0}
-    )
+    shop.write(training={"learning_rate": 3e4, "num_train_epochs": 3, "lr_scheduler_type": "constant", "warmup_steps": 0})
     result = shop.run()
     (folder,) = shop.runs()
     report = read_json(folder / "report.json")

@@ -96,8 +96,7 @@ def test_the_export_gives_the_live_models_words_with_plain_transformers(done, ex
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         stops = model.generation_config.eos_token_id
         answers = [
-            each.generate(**ids, max_new_tokens=24, do_sample=False, use_cache=True, eos_token_id=stops)
-            for each in (model, live)
+            each.generate(**ids, max_new_tokens=24, do_sample=False, use_cache=True, eos_token_id=stops) for each in (model, live)
         ]
         assert answers[0].tolist() == answers[1].tolist()
 
@@ -776,9 +775,7 @@ def test_an_interrupted_gguf_leaves_no_empty_folder(run, monkeypatch):
 
 def test_an_fp4_run_is_published_as_fp4(shop):
     """It was called NF4 in the table, the progress and the model card."""
-    shop.write(
-        quantization={"bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "float32"}, training={"max_steps": 1}
-    )
+    shop.write(quantization={"bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "float32"}, training={"max_steps": 1})
     assert shop.run().exit_code == 0
     (run,) = shop.runs()
     result = call("export", str(run), "--onto", "nf4")

@@ -124,9 +124,7 @@ def test_a_run_that_noted_nothing_of_its_adapter_is_exported_without_a_word(run)
 
 def rename_token(base):
     path = base / "tokenizer.json"
-    path.write_text(
-        path.read_text(encoding="utf-8").replace('"content": "<|end|>"', '"content": "<|ende|>"'), encoding="utf-8"
-    )
+    path.write_text(path.read_text(encoding="utf-8").replace('"content": "<|end|>"', '"content": "<|ende|>"'), encoding="utf-8")
     return path
 
 
@@ -245,9 +243,7 @@ def test_a_config_that_only_loads_otherwise_is_taken_and_so_is_a_run_that_kept_n
         "torch_dtype": "float16",
         "use_cache": False,
     }
-    changed = change_config(
-        base, tmp_path / "other", **older, auto_map={"AutoConfig": "x.y"}, transformers_version="4.40.2"
-    )
+    changed = change_config(base, tmp_path / "other", **older, auto_map={"AutoConfig": "x.y"}, transformers_version="4.40.2")
     assert call("export", str(run), "--no-verify", "--base", str(changed)).exit_code == 0
     (run / "adapter" / "config.json").unlink()
     assert call("export", str(run), "--no-verify", "--force").exit_code == 0
@@ -316,9 +312,7 @@ def test_a_second_copy_of_a_tied_head_is_left_out(shop, tmp_path):
     assert load_file(run / "merged" / "model.safetensors").keys() == tensors.keys()
 
 
-@pytest.mark.parametrize(
-    "recorded", [None, {"quant_type": "nf4", "double_quant": True}], ids=["not 4 bit", "as the recipe"]
-)
+@pytest.mark.parametrize("recorded", [None, {"quant_type": "nf4", "double_quant": True}], ids=["not 4 bit", "as the recipe"])
 @pytest.mark.parametrize(("quant_type", "double_quant"), [("fp4", True), ("nf4", False)])
 def test_an_export_says_what_a_base_that_is_stored_in_4_bit_truly_is(shop, quant_type, double_quant, recorded):
     """Runs record what the recipe says: an FP4 base was called NF4, and where load_in_4bit = false no export was possible."""
@@ -329,9 +323,7 @@ def test_an_export_says_what_a_base_that_is_stored_in_4_bit_truly_is(shop, quant
     shop.write(model={"name": str(base)}, quantization=options, training={"max_steps": 2, "save_steps": 2})
     assert shop.run().exit_code == 0
     (run,) = shop.runs()
-    (run / "base.json").write_text(
-        json.dumps({**read_json(run / "base.json"), "quantization": recorded}), encoding="utf-8"
-    )
+    (run / "base.json").write_text(json.dumps({**read_json(run / "base.json"), "quantization": recorded}), encoding="utf-8")
     for words in ((), ("--onto", "nf4")):
         result = call("export", str(run), "--no-verify", *words)
         assert result.exit_code == 0, result.stderr

@@ -105,9 +105,7 @@ def test_ctrl_c_ends_with_130_and_names_the_command_to_go_on(stopped):
 def test_a_second_ctrl_c_stops_at_once(shop, monkeypatch):
     from qlora_phi3.training.callbacks import StopOnRequest
 
-    monkeypatch.setattr(
-        StopOnRequest, "on_step_end", lambda *args, **kwargs: [signal.raise_signal(signal.SIGINT) for _ in "12"]
-    )
+    monkeypatch.setattr(StopOnRequest, "on_step_end", lambda *args, **kwargs: [signal.raise_signal(signal.SIGINT) for _ in "12"])
     shop.write()
     result = shop.run()
     assert result.exit_code == 130
@@ -200,9 +198,7 @@ def test_a_newest_checkpoint_that_is_incomplete_is_ignored(halfway, undisturbed,
     result = shop.run("--resume")
     assert result.exit_code == 0, result.stderr
     assert [line.split()[1] for line in result.stderr.splitlines()] == [str(newest)]
-    assert {"cut short": "SHA-256", "no optimizer": "optimizer.pt is missing", "no manifest": "removed"}[
-        spoil
-    ] in result.stderr
+    assert {"cut short": "SHA-256", "no optimizer": "optimizer.pt is missing", "no manifest": "removed"}[spoil] in result.stderr
     assert str(newest.with_name("checkpoint-4")) in result.stdout
     assert_same_end(folder, undisturbed[1])
 
@@ -355,9 +351,7 @@ def test_another_interval_of_checkpoints_and_evaluations_is_used_from_the_resume
     assert saved == {f"checkpoint-{step}" for step in (6, 9, 10)}
 
 
-@pytest.mark.parametrize(
-    "name", ["optimizer.pt", "rng_state.pth", "trainer_state.json", "metrics.jsonl", "sealed.json"]
-)
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "trainer_state.json", "metrics.jsonl", "sealed.json"])
 def test_a_flipped_bit_costs_one_checkpoint_and_is_named(halfway, undisturbed, name):
     shop, folder = halfway
     newest = folder / "checkpoints" / "checkpoint-5"

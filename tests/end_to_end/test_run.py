@@ -154,9 +154,7 @@ def test_a_true_process_does_the_same_and_prints_plain_lines(done):
 
 def test_the_shortest_recipe_trains_in_16_row_steps_with_5_percent_held_out(shop, base):
     shop.default_tables()
-    shop.write(
-        f"[model]\nname = {json.dumps(str(base))}\n[data]\ntrain = 'chats.jsonl'\n[training]\nmax_length = 512\n"
-    )
+    shop.write(f"[model]\nname = {json.dumps(str(base))}\n[data]\ntrain = 'chats.jsonl'\n[training]\nmax_length = 512\n")
     result = shop.run()
     assert result.exit_code == 0, result.stderr
     report = read_json(shop.runs()[0] / "report.json")

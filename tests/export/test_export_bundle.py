@@ -56,9 +56,7 @@ def test_tied_embeddings_are_untied_where_the_head_was_trained(places):
     assert read_json(target / "config.json")["tie_word_embeddings"] is False
 
 
-@pytest.mark.parametrize(
-    ("stops", "expected"), [([2, 3], [2, 3, 7]), (2, [2, 7]), ([7, 2], [7, 2]), (None, [7])], ids=str
-)
+@pytest.mark.parametrize(("stops", "expected"), [([2, 3], [2, 3, 7]), (2, [2, 7]), ([7, 2], [7, 2]), (None, [7])], ids=str)
 def test_generation_stops_at_all_it_stopped_at_and_at_the_end_of_a_turn(places, stops, expected):
     source, _, target = places
     change(source / "config.json", eos_token_id=stops)

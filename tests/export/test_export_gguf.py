@@ -170,9 +170,7 @@ def test_the_vocabulary_the_special_tokens_and_the_template_are_written(folders,
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     assert len(tokens) == len(types) == len(fields["tokenizer.ggml.scores"]) == ROWS
     assert fields["tokenizer.ggml.model"] == "llama"
-    named = {
-        key: tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for key in ("bos", "eos", "eot", "unknown", "padding")
-    }
+    named = {key: tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for key in ("bos", "eos", "eot", "unknown", "padding")}
     assert named == {
         "bos": "<s>",
         "eos": "<|endoftext|>",
@@ -572,9 +570,7 @@ TALKS = (
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "bytes"])
-def test_llama_cpp_reads_the_same_ids_computes_the_same_logits_and_says_the_same(
-    kind, llama_cpp, folders, results, tmp_path
-):
+def test_llama_cpp_reads_the_same_ids_computes_the_same_logits_and_says_the_same(kind, llama_cpp, folders, results, tmp_path):
     from transformers import AutoTokenizer, Phi3ForCausalLM
 
     if kind == "bytes":
@@ -655,9 +651,7 @@ def test_every_k_quant_is_near_the_weights_that_it_was_made_of(quant, quantizer,
         assert 0 < (is_now - was).abs().max() / was.abs().max() < largest, theirs
 
 
-def test_the_library_of_a_package_is_found_and_one_that_cannot_be_loaded_is_passed_over(
-    quantizer, tmp_path, monkeypatch
-):
+def test_the_library_of_a_package_is_found_and_one_that_cannot_be_loaded_is_passed_over(quantizer, tmp_path, monkeypatch):
     for package in ("llama_cpp_py_sync", "llama_cpp"):
         (tmp_path / package / "lib").mkdir(parents=True)
         (tmp_path / package / "__init__.py").touch()
@@ -678,9 +672,7 @@ def test_a_quantizer_that_fails_is_one_line(quantizer, tmp_path):
 def test_llama_cpps_quantizer_reads_a_file_of_several_types(quantizer, copy, tmp_path):
     rewrite(copy, halve)
     calls = []
-    result = convert_to_gguf(
-        copy, tmp_path / "x.gguf", quant="q6_k", name="x", progress=lambda *call: calls.append(call)
-    )
+    result = convert_to_gguf(copy, tmp_path / "x.gguf", quant="q6_k", name="x", progress=lambda *call: calls.append(call))
     assert calls[-1] == ("Quantizing to q6_k", result.num_bytes, result.num_bytes)
     stored = load_file(copy / "model.safetensors")
     for theirs, ours in (("model.layers.0.mlp.down_proj", "blk.0.ffn_down"), ("model.embed_tokens", "token_embd")):

@@ -29,9 +29,7 @@ class FakeHub:
         if self.unreachable == name:
             raise ConnectError("[Errno -2] Name or service not known\nmore")
         if self.refuses == name:
-            raise HfHubHTTPError(
-                f"403 of {name}\nmore", response=SimpleNamespace(headers={}, status_code=403, request=None)
-            )
+            raise HfHubHTTPError(f"403 of {name}\nmore", response=SimpleNamespace(headers={}, status_code=403, request=None))
         return answer
 
     def whoami(self):

@@ -219,9 +219,7 @@ def score(name: str = "nf4", **changes: float) -> Score:
         ([9.0], [1.0], 8.0, None, "nf4"),  # one token has no standard error
     ],
 )
-def test_the_original_is_chosen_only_where_it_is_better_by_more_than_two_standard_errors(
-    nf4, original, mean, error, onto
-):
+def test_the_original_is_chosen_only_where_it_is_better_by_more_than_two_standard_errors(nf4, original, mean, error, onto):
     """0.025 nats over 494 tokens, a fraction of the spread of single tokens, decided before."""
     difference = compare_losses(torch.tensor(nf4).double(), torch.tensor(original).double())
     assert (difference.mean, difference.tokens) == (pytest.approx(mean), len(nf4))

@@ -51,9 +51,7 @@ def streamed_logits(model: StreamedModel, batch: Batch) -> torch.Tensor:
 def load_run(run: TinyRun) -> Any:
     """The model of a run, loaded whole, with PEFT's own forward instead of this project's fused one."""
     architecture = parse_architecture(read_config(str(run.base)), "tiny")
-    whole = load_base(
-        Model(name=str(run.base)), Quantization(), architecture, precision=FP32, device=CPU, longest_row=512
-    )
+    whole = load_base(Model(name=str(run.base)), Quantization(), architecture, precision=FP32, device=CPU, longest_row=512)
     return PeftModel.from_pretrained(whole, run.adapter)
 
 

@@ -36,9 +36,7 @@ def run_step(model, dtype, *, packing):
     model.zero_grad()
     model.train()
     plan = MicroBatchPlan(max_tokens=1024 if packing else 1, max_rows=8, packing=packing, longrope_boundary=None)
-    result = forward_backward(
-        model, collate(random_rows(LENGTHS), plan), compute_dtype=dtype, backward=torch.Tensor.backward
-    )
+    result = forward_backward(model, collate(random_rows(LENGTHS), plan), compute_dtype=dtype, backward=torch.Tensor.backward)
     return float(result.loss), gradients(model)
 
 

@@ -358,8 +358,6 @@ def test_more_processes_than_one_are_refused(environ):
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize(
-    "environ", [{}, {"WORLD_SIZE": "1", "SLURM_NTASKS": "1"}, {"WORLD_SIZE": ""}, {"PMI_SIZE": "x"}]
-)
+@pytest.mark.parametrize("environ", [{}, {"WORLD_SIZE": "1", "SLURM_NTASKS": "1"}, {"WORLD_SIZE": ""}, {"PMI_SIZE": "x"}])
 def test_a_single_process_is_accepted(environ):
     check_single_process(environ)

@@ -80,9 +80,7 @@ def calls_of_mlp(model):
 @pytest.mark.parametrize(("every", "offload"), [(0, False), (1, False), (1, True), (2, True)])
 @pytest.mark.parametrize("lora", [Lora(r=8), Lora(r=8, use_dora=True), Lora(r=8, target_modules=["down_proj"])])
 def test_an_mlp_in_tiles_changes_neither_loss_nor_gradient(folder, monkeypatch, plan, every, offload, lora):
-    monkeypatch.setattr(
-        transformers.modeling_utils, "save_on_cpu", lambda **_: save_on_cpu()
-    )  # pinned: CUDA alone has it
+    monkeypatch.setattr(transformers.modeling_utils, "save_on_cpu", lambda **_: save_on_cpu())  # pinned: CUDA alone has it
     model = load_tiny(folder, lora=lora)
     loss, correct, expected, batch = run_step(model, plan)
     set_checkpointing(model, every, offload=offload)
@@ -169,9 +167,7 @@ def test_longrope_rows_keep_their_factors_whatever_they_share_a_batch_with(tmp_p
         "rope_theta": 10000.0,
         "original_max_position_embeddings": 50,
     }
-    folder = save_tiny_model(
-        tmp_path, rope_parameters=rope, original_max_position_embeddings=50, max_position_embeddings=400
-    )
+    folder = save_tiny_model(tmp_path, rope_parameters=rope, original_max_position_embeddings=50, max_position_embeddings=400)
     model = load_tiny(folder)
     bounded = {"packing": True, "max_tokens": 10_000, "max_rows": 8}
     loss, _, expected, _ = run_step(model, ONE_BY_ONE)
@@ -215,9 +211,7 @@ def test_attention_by_matmul_on_a_cpu_is_that_of_sdpa(key_heads, monkeypatch):
     torch.testing.assert_close(ours.float(), expected, rtol=0.02, atol=0.02)
     weight = torch.randn(ours.shape, generator=generator)
     ours_gradients = torch.autograd.grad((ours.float() * weight).sum(), (query, key, value))
-    for mine, other in zip(
-        ours_gradients, torch.autograd.grad((expected * weight).sum(), (query, key, value)), strict=True
-    ):
+    for mine, other in zip(ours_gradients, torch.autograd.grad((expected * weight).sum(), (query, key, value)), strict=True):
         assert float((mine.float() - other.float()).norm() / other.float().norm()) < 0.02
 
 

@@ -31,9 +31,7 @@ def folder(tmp_path_factory):
 
 def lay_out(packing, max_tokens=64):
     plan = MicroBatchPlan(max_tokens=max_tokens, max_rows=2, packing=packing, longrope_boundary=None)
-    return ExecutionPlan(
-        micro_batch=plan, evaluation=plan, checkpoint_every=0, activation_offloading=False, optim="adamw_torch"
-    )
+    return ExecutionPlan(micro_batch=plan, evaluation=plan, checkpoint_every=0, activation_offloading=False, optim="adamw_torch")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -119,9 +117,7 @@ def count_calls(trial, execution):
 @pytest.mark.parametrize("four_bit", [True, False])
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_memory_that_runs_out_anywhere_in_a_step_leaves_the_weights_as_they_would_be(
-    trials, four_bit, packing, checkpointing
-):
+def test_memory_that_runs_out_anywhere_in_a_step_leaves_the_weights_as_they_would_be(trials, four_bit, packing, checkpointing):
     trial, execution = trials(four_bit=four_bit, checkpointing=checkpointing), lay_out(packing)
     count_calls(trial, execution)  # what is made only once in a process is made
     calls = count_calls(trial, execution)

@@ -226,9 +226,7 @@ def test_what_fits_under_a_limit_stays_under_it_and_allocates_the_same(seed, exp
     assert capped.peak_reserved_bytes <= limit
     if capped.fits:
         assert capped.final_allocated_bytes <= limit
-    assert not replay(
-        trace, expandable_segments=expandable_segments, limit_bytes=free.peak_allocated_bytes - 25 * MIB
-    ).fits
+    assert not replay(trace, expandable_segments=expandable_segments, limit_bytes=free.peak_allocated_bytes - 25 * MIB).fits
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,7 @@ def test_a_typical_step_has_rows_of_all_lengths():
         (80, False, (40, 30), True),  # two rows of 40 with padding: 80; the other two 40
     ],
 )
-def test_the_heaviest_micro_batch_is_a_packed_one_filled_or_the_largest_padded_one(
-    max_tokens, packing, lengths, accumulates
-):
+def test_the_heaviest_micro_batch_is_a_packed_one_filled_or_the_largest_padded_one(max_tokens, packing, lengths, accumulates):
     layout = replace(LAYOUT, max_tokens=max_tokens, packing=packing)
     shape = step_shape(read_lengths([40, 30, 20, 10], [], 4), replace(EXECUTION, micro_batch=layout))
     assert (shape.lengths, shape.accumulates, shape.evaluation_lengths) == (lengths, accumulates, ())
@@ -46,9 +44,7 @@ def test_evaluation_has_as_many_of_the_longest_held_out_row_as_a_micro_batch_tak
 def test_every_eighth_and_every_tenth_layer_of_32_are_the_same_four():
     architecture = read_architecture("microsoft/Phi-3-mini-4k-instruct", prefer_shipped=True)
     workload = StepWorkload(lengths=(2048,), num_micro_batches=1, rank=16, quantized=True)
-    eighth, tenth, sixth = (
-        recomputation_of(architecture, replace(EXECUTION, checkpoint_every=n), workload) for n in (8, 10, 6)
-    )
+    eighth, tenth, sixth = (recomputation_of(architecture, replace(EXECUTION, checkpoint_every=n), workload) for n in (8, 10, 6))
     assert eighth == tenth
     assert (eighth.layers, sixth.layers) == (4 / 32, 6 / 32)
 

@@ -18,9 +18,7 @@ def test_a_report_goes_to_json_and_back(report):
     assert from_json(saved) == is_local
 
 
-@pytest.mark.parametrize(
-    "change", [{"device": None}, {"rows": {}}, {"memory": {"a": 1}}, {"unknown": 1}, {"suggestions": [{}]}]
-)
+@pytest.mark.parametrize("change", [{"device": None}, {"rows": {}}, {"memory": {"a": 1}}, {"unknown": 1}, {"suggestions": [{}]}])
 def test_what_is_no_report_is_refused(report, change):
     with pytest.raises(ValueError, match="no report"):
         from_json({**as_json(report), **change})

@@ -78,9 +78,7 @@ def test_with_more_than_enough_memory_nothing_is_recomputed_or_offloaded(plans):
 def test_layers_are_recomputed_with_their_mlps_in_tiles_only_where_nothing_else_fits():
     predictor = build_predictor(training={"max_length": 4096, "batch_size": 1})
     minimal, shape = minimal_memory_plan(predictor, LONG_ROWS)
-    tiled, whole = (
-        predictor.predict(replace(minimal, mlp_tile_tokens=tokens), shape, limit_bytes=2**40) for tokens in (1024, 0)
-    )
+    tiled, whole = (predictor.predict(replace(minimal, mlp_tile_tokens=tokens), shape, limit_bytes=2**40) for tokens in (1024, 0))
     assert minimal == tiled.execution
     needed = [prediction.memory.on_gpu_bytes for prediction in (tiled, whole)]
     small, large = (

@@ -104,10 +104,7 @@ def test_every_phase_of_twelve_layers_is_extrapolated_exactly_from_a_few(every, 
         capability=(8, 6),
         multiprocessors=46,
     )
-    assert (
-        predictor.phases(case.execution, step_shape(case))
-        == predictor.simulate(case.execution, step_shape(case), 12).by_phase
-    )
+    assert predictor.phases(case.execution, step_shape(case)) == predictor.simulate(case.execution, step_shape(case), 12).by_phase
 
 
 def test_offloading_moves_the_inputs_of_recomputed_layers_to_host_memory():

@@ -39,8 +39,7 @@ def test_the_context_of_each_gpu_is_its_own(checker):
     first, second = checker.predictor(small), checker.predictor(large)
     assert second.on_gpu_bytes(0) - first.on_gpu_bytes(0) == pytest.approx(100 * 2.92 * MIB, abs=2)
     assert (
-        checker.report(large, large.free_bytes).memory.on_gpu_bytes
-        > checker.report(small, small.free_bytes).memory.on_gpu_bytes
+        checker.report(large, large.free_bytes).memory.on_gpu_bytes > checker.report(small, small.free_bytes).memory.on_gpu_bytes
     )
 
 

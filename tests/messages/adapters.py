@@ -53,9 +53,7 @@ def folder(shop: Workshop, config: object = LORA, **tensors: torch.Tensor) -> An
     place = shop.path / "peft"
     place.mkdir()
     (place / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    save_file(
-        {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, place / "adapter_model.safetensors"
-    )
+    save_file({f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, place / "adapter_model.safetensors")
     return place
 
 
@@ -68,9 +66,7 @@ def foreign(shop: Workshop, name: str) -> Any:
 
 def pointer(shop: Workshop) -> Any:
     place = folder(shop)
-    (place / "adapter_model.safetensors").write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
-    )
+    (place / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
     return place
 
 
@@ -122,14 +118,10 @@ MESSAGES = [
     row("loralib-not-a-conv2d", lambda shop: read_state(conv2d={"x": 3}), "kernel_size 3", hint="--conv2d"),
     row("loralib-half-a-pair", lambda shop: read_state({"x.lora_A": A}), "x has lora_A alone", hint="Save"),
     row("loralib-not-matrices", lambda shop: read_state({**PAIR, "x.lora_A": A[0]}), "lora_A (8,)", hint="Save"),
-    row(
-        "loralib-unknown-tensor", lambda shop: read_state({**PAIR, "x.weight": B}), "'x.weight'", hint="lora_state_dict"
-    ),
+    row("loralib-unknown-tensor", lambda shop: read_state({**PAIR, "x.weight": B}), "'x.weight'", hint="lora_state_dict"),
     row("loralib-without-lora", lambda shop: read_state({}), "lora.pt", "'x.lora_A'", hint="directory"),
     row("no-such-file", lambda shop: read_tensors(shop.path / "bad.pt"), "bad.pt", hint="name"),
-    row(
-        "pickle-with-more-than-tensors", lambda shop: read_tensors(save(shop, shop)), "lora.pt", hint="lora_state_dict"
-    ),
+    row("pickle-with-more-than-tensors", lambda shop: read_tensors(save(shop, shop)), "lora.pt", hint="lora_state_dict"),
     row("pickle-without-state-dict", lambda shop: read_tensors(save(shop, [A])), "a list", hint="lora_state_dict"),
     row("not-a-tensor", lambda shop: read_tensors(save(shop, {"r": 16})), "'r'", "int", hint="lora_state_dict"),
     row("integers", lambda shop: read_tensors(save(shop, {"x": A.int()})), "'x'", "torch.int32", hint="Save"),
@@ -159,9 +151,7 @@ MESSAGES = [
     ),
     row(
         "kernel-not-square",
-        lambda shop: read_peft_pair(
-            {f"{X}lora_A.weight": torch.ones(4, 8, 1, 3), f"{X}lora_B.weight": B[..., None, None]}
-        ),
+        lambda shop: read_peft_pair({f"{X}lora_A.weight": torch.ones(4, 8, 1, 3), f"{X}lora_B.weight": B[..., None, None]}),
         "x has a kernel",
         hint="loralib",
     ),

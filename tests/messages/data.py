@@ -101,9 +101,7 @@ MESSAGES = [
         ("a.json:2: not valid JSON (the array is cut short)",),
         "Correct the file",
     ),
-    message(
-        "data-record-not-csv", lambda shop: read(shop, "a.csv", 'a,b\n"1,2\n'), ("a.csv:2",), "Correct that record"
-    ),
+    message("data-record-not-csv", lambda shop: read(shop, "a.csv", 'a,b\n"1,2\n'), ("a.csv:2",), "Correct that record"),
     message("data-file-not-parquet", lambda shop: read(shop, "a.parquet", "x"), ("a.parquet",), "Copy the file again."),
     message(
         "hub-data-unreachable",
@@ -125,9 +123,7 @@ MESSAGES = [
     ),
     message(
         "data-field-of-no-column",
-        lambda shop: prepare(
-            shop, [{"q": "q", "output": "a"}], format="alpaca", fields={"instruction": "q", "input": "contxt"}
-        ),
+        lambda shop: prepare(shop, [{"q": "q", "output": "a"}], format="alpaca", fields={"instruction": "q", "input": "contxt"}),
         ("'contxt'", "1 row of a.json"),
         "output, q",
     ),
@@ -205,7 +201,5 @@ MESSAGES = [
         "{% generation %}",
     ),
     message("template-with-unknown-token", lambda shop: choose(OWN, "phi4"), ("'phi4'", "<|im_start|>"), "'auto'"),
-    message(
-        "template-marks-do-not-separate-turns", render_with_one_turn_left_out, ("1 span ", "2 assistant turns"), "once"
-    ),
+    message("template-marks-do-not-separate-turns", render_with_one_turn_left_out, ("1 span ", "2 assistant turns"), "once"),
 ]

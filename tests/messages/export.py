@@ -212,9 +212,7 @@ MESSAGES = [
         "--force",
     ),
     row("adapter-changed", changed_adapter, ("adapter_config.json", "SHA-256"), "train again"),
-    row(
-        "record-unreadable", lambda shop: read_record(put(shop.path / "base.json", "{")), ("base.json",), "this version"
-    ),
+    row("record-unreadable", lambda shop: read_record(put(shop.path / "base.json", "{")), ("base.json",), "this version"),
     row("other-base", other_weights, ("base", "1 of 1 tensors", "lm_head.weight"), "--base"),
     row(
         "base-directory-missing",
@@ -228,9 +226,7 @@ MESSAGES = [
         ("me/not-there", "abc123", "not on this computer"),
         "--base",
     ),
-    row(
-        "tokenizer-file-missing", lambda shop: tokenizer_file(shop, None, "{}"), ("tokenizer.json is missing",), "Copy"
-    ),
+    row("tokenizer-file-missing", lambda shop: tokenizer_file(shop, None, "{}"), ("tokenizer.json is missing",), "Copy"),
     row("tokenizer-file-added", lambda shop: tokenizer_file(shop, "{}", None), ("tokenizer.json",), "Move it away"),
     row("tokenizer-file-changed", lambda shop: tokenizer_file(shop, "{}", "[]"), ("tokenizer.json",), "Put it back"),
     row("no-supervised-token", lambda shop: choose_rows([], 8), ("0 held-out rows",), "--no-verify"),
@@ -267,9 +263,7 @@ MESSAGES = [
     ),
     row(
         "push-private-to-public",
-        lambda shop: push_with(
-            shop, "x", whoami=lambda: None, repo_info=lambda repository: SimpleNamespace(private=False)
-        ),
+        lambda shop: push_with(shop, "x", whoami=lambda: None, repo_info=lambda repository: SimpleNamespace(private=False)),
         ("--private: me/phi",),
         "another name",
     ),

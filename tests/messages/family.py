@@ -95,18 +95,12 @@ MESSAGES = [
     of_key("rope-boundary", "original_max_position_embeddings", -4, rope_scaling=LONG, rope_parameters=None),
     of_key("rope-share", "partial_rotary_factor", 1.5, rope_parameters=None),
     of_key("rope-theta-twice", "rope_theta", 5000.0, ("rope_theta",)),
-    of_key(
-        "quantized-head", "quantization_config", {**FOUR_BIT, "llm_int8_skip_modules": ["o_proj"]}, ("skip_modules",)
-    ),
-    of_key(
-        "quant-storage", "quantization_config", {**FOUR_BIT, "bnb_4bit_quant_storage": "bfloat16"}, ("quant_storage",)
-    ),
+    of_key("quantized-head", "quantization_config", {**FOUR_BIT, "llm_int8_skip_modules": ["o_proj"]}, ("skip_modules",)),
+    of_key("quant-storage", "quantization_config", {**FOUR_BIT, "bnb_4bit_quant_storage": "bfloat16"}, ("quant_storage",)),
     quantized("gptq", {"quant_method": "gptq", "bits": 4}, ("gptq",)),
     quantized("awq", {"quant_method": "awq"}, ("awq",)),
     quantized("fp8", {"quant_method": "fp8"}, ("fp8",)),
-    quantized(
-        "compressed-tensors", {"quant_method": "compressed-tensors"}, ("compressed-tensors",), "compression_config"
-    ),
+    quantized("compressed-tensors", {"quant_method": "compressed-tensors"}, ("compressed-tensors",), "compression_config"),
     quantized("8-bit", {"quant_method": "bitsandbytes", "load_in_8bit": True}, ("8-bit bitsandbytes",)),
     quantized("mlx", {"group_size": 64, "bits": 4}, ("MLX",), "quantization"),
     quantized("unknown", {"quant_method": "quark"}, ("quark",)),

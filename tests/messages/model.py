@@ -299,9 +299,7 @@ MESSAGES = [
         "Download or write the file again",
     ),
     row("safetensors-header-cut-short", lambda shop: write_file(shop, b"\x09"), ("1 bytes",), "Download or write"),
-    row(
-        "safetensors-other-content", lambda shop: write_file(shop, b"\0" * 20), ("x.safetensors",), "Download or write"
-    ),
+    row("safetensors-other-content", lambda shop: write_file(shop, b"\0" * 20), ("x.safetensors",), "Download or write"),
     row("safetensors-unknown-dtype", of_unknown_dtype, ("small", "F8_E4M3"), "BF16"),
     row("safetensors-cut-short-while-read", read_truncated, ("bytes are missing",), "Download the checkpoint again"),
     row(

@@ -65,12 +65,8 @@ MESSAGES = [
         "microsoft/phi-4",
         UserError,
     ),
-    refused(
-        "recipe-is-yaml", load_file("axolotl.yml", b"base_model: x\n"), ("axolotl.yml is YAML",), "recipes/chat.toml"
-    ),
-    refused(
-        "recipe-is-json", load_file("train.json", b'{"stage": "sft"}'), ("train.json is JSON",), "recipes/chat.toml"
-    ),
+    refused("recipe-is-yaml", load_file("axolotl.yml", b"base_model: x\n"), ("axolotl.yml is YAML",), "recipes/chat.toml"),
+    refused("recipe-is-json", load_file("train.json", b'{"stage": "sft"}'), ("train.json is JSON",), "recipes/chat.toml"),
     refused("recipe-text-is-yaml", load("base_model: x\nlora_r: 8\n"), ("mine.toml is YAML",), "recipes/chat.toml"),
     refused("recipe-nested-too-deeply", load("x = " + "[" * 900 + "]" * 900), ("mine.toml", "nested too"), "Correct"),
     refused("recipe-number-of-many-digits", load("x = " + "1" * 5000), ("mine.toml", "digits"), "Correct"),
@@ -120,9 +116,7 @@ MESSAGES = [
         ("max_seq_length is outside of every table",),
         "write [training] max_length = 8",
     ),
-    refused(
-        "recipe-value-in-place-of-a-table", load("lora = 16\n" + START), ("lora = 16",), "write [lora] and its keys"
-    ),
+    refused("recipe-value-in-place-of-a-table", load("lora = 16\n" + START), ("lora = 16",), "write [lora] and its keys"),
     refused("recipe-missing-table", load(START.partition("[data]")[0]), ("The table [data] is missing",), "train"),
     refused("recipe-missing-key", load("[model]\n[data]\ntrain = 'x'"), ("[model] needs name",), "Hub id or folder"),
     refused("recipe-wrong-type", load(START, "lora.r=true"), ("[lora] r = true",), "Input should be a valid integer."),
@@ -199,9 +193,7 @@ MESSAGES = [
         ('"greedy" follows the evaluation loss',),
         'write eval_strategy = "steps"',
     ),
-    refused(
-        "recipe-interval-of-zero", load(START, "training.save_steps=0"), ("save_steps = 0",), 'save_strategy = "no"'
-    ),
+    refused("recipe-interval-of-zero", load(START, "training.save_steps=0"), ("save_steps = 0",), 'save_strategy = "no"'),
     refused(
         "recipe-evaluation-on-and-off",
         load(START, "training.do_eval=false", "training.eval_strategy=steps"),
@@ -235,9 +227,7 @@ MESSAGES = [
     ),
     refused(
         "recipe-two-micro-batches",
-        load(
-            START, "memory.micro_batch_tokens=64", "training.gradient_accumulation_steps=16", "training.batch_size=16"
-        ),
+        load(START, "memory.micro_batch_tokens=64", "training.gradient_accumulation_steps=16", "training.batch_size=16"),
         ("micro_batch_tokens = 64",),
         "delete one",
     ),
@@ -256,9 +246,7 @@ MESSAGES = [
     refused("recipe-not-toml", load("[lora]\nr = = 3"), ("mine.toml is not TOML", "at line 2"), "The line is: r = = 3"),
     refused("recipe-python-syntax", load("[lora]\nuse_dora = True"), ("is not TOML",), "TOML writes key = true"),
     refused("recipe-backslash", load('[data]\ntrain = "C:\\Users"'), ("is not TOML",), "Write paths with /"),
-    refused(
-        "recipe-missing", load_file("chta.toml"), ("chta.toml: there is no such recipe",), "Did you mean chat.toml?"
-    ),
+    refused("recipe-missing", load_file("chta.toml"), ("chta.toml: there is no such recipe",), "Did you mean chat.toml?"),
     refused("recipe-is-a-directory", load_file("."), ("cannot be read",), "Give the path of a .toml file."),
     refused("recipe-not-utf-8", load_file("a.toml", START.encode("utf-16")), ("not UTF-8 text (byte 0)",), "as UTF-8"),
     refused("recipe-is-data", load_file("a.jsonl"), ("a.jsonl is data",), '[data] train = "a.jsonl"'),

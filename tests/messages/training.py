@@ -135,9 +135,7 @@ def resume_with_fewer_steps(shop):
     checkpoint = shop.path / "checkpoint-4"
     checkpoint.mkdir()
     TrainerState(global_step=4).save_to_json(str(checkpoint / "trainer_state.json"))
-    trainer = SimpleNamespace(
-        args=None, get_train_dataloader=lambda: None, set_initial_training_values=lambda *arguments: (2,)
-    )
+    trainer = SimpleNamespace(args=None, get_train_dataloader=lambda: None, set_initial_training_values=lambda *arguments: (2,))
     Phi3Trainer.load_finished(trainer, checkpoint)
 
 

@@ -36,9 +36,7 @@ def loss_and_gradients(model):
 
 
 @pytest.mark.parametrize("four_bit", [True, False])
-@pytest.mark.parametrize(
-    "lora", [Lora(r=8, lora_alpha=24), Lora(r=8, use_rslora=True), Lora(r=8, rank_pattern={"o_proj": 4})]
-)
+@pytest.mark.parametrize("lora", [Lora(r=8, lora_alpha=24), Lora(r=8, use_rslora=True), Lora(r=8, rank_pattern={"o_proj": 4})])
 def test_the_update_in_one_matmul_is_pefts(folder, four_bit, lora):
     model = load_tiny(folder, four_bit=four_bit, lora=lora)
     layers = fused_layers(model)

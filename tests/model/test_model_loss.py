@@ -129,9 +129,7 @@ def test_a_frozen_head_gets_no_gradient_from_logprobs():
 def test_the_negative_mean_of_logprobs_is_the_cross_entropy():
     states, weight, targets = sample(torch.float32)
     loss, _ = tiled_cross_entropy(states, weight, targets, normalizer=37)
-    assert float(-token_logprobs(states, weight, targets).mean().detach()) == pytest.approx(
-        float(loss.detach()), rel=1e-6
-    )
+    assert float(-token_logprobs(states, weight, targets).mean().detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
 
 
 def test_no_tensor_of_all_logits_is_ever_alive_for_logprobs():

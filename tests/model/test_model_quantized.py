@@ -187,9 +187,7 @@ def test_the_sampled_codes_are_spread_over_the_whole_tensor_and_its_rows():
     rows, columns = 512, 1536
     packed = (torch.arange(rows * columns) % columns * 256 // columns).to(torch.uint8).view(-1, 1)
     in_column = bytearray(sample_codes(packed))
-    in_row = bytearray(
-        sample_codes((torch.arange(rows * columns) // columns * 256 // rows).to(torch.uint8).view(-1, 1))
-    )
+    in_row = bytearray(sample_codes((torch.arange(rows * columns) // columns * 256 // rows).to(torch.uint8).view(-1, 1)))
     for places in (in_column, in_row):
         per_quarter = torch.tensor(list(places)).div(64, rounding_mode="floor").bincount()
         assert per_quarter.tolist() == pytest.approx([SAMPLED_BYTES / 4] * 4, abs=8)
@@ -211,9 +209,7 @@ def test_every_4bit_weight_is_kept_under_its_name_in_the_checkpoint(tmp_path, fo
     for name, weight in live.items():
         assert torch.equal(read_tensor(stored, name), weight.data)
         assert torch.equal(read_tensor(stored, f"{name}.absmax"), weight.quant_state.absmax)
-        assert torch.equal(
-            read_tensor(stored, f"{name}.quant_map"), weight.quant_state.code
-        )  # of every layer, though shared
+        assert torch.equal(read_tensor(stored, f"{name}.quant_map"), weight.quant_state.code)  # of every layer, though shared
 
 
 def test_a_large_base_is_kept_in_several_files(tmp_path, folder, monkeypatch):

@@ -38,9 +38,7 @@ class Lab:
         from qlora_phi3.training.prepare import prepare
 
         prepared = prepare(recipe, self.shop.path, Silent()).data
-        return [
-            [(row["input_ids"], row["labels"]) for row in rows or ()] for rows in (prepared.train, prepared.evaluation)
-        ]
+        return [[(row["input_ids"], row["labels"]) for row in rows or ()] for rows in (prepared.train, prepared.evaluation)]
 
     def loading(self, recipe):
         """The arguments with which the base is loaded."""
@@ -70,9 +68,7 @@ class Lab:
         from qlora_phi3.training.prepare import load_model, prepare
 
         model = load_model(prepare(recipe, self.shop.path, Silent()))
-        seen = {
-            name: (tuple(p.shape), p.detach().sum().item()) for name, p in model.named_parameters() if p.requires_grad
-        }
+        seen = {name: (tuple(p.shape), p.detach().sum().item()) for name, p in model.named_parameters() if p.requires_grad}
         for name, module in model.named_modules():
             if hasattr(module, "lora_dropout"):
                 seen[name] = module.scaling["default"], module.use_dora, str(module.lora_dropout["default"])

@@ -141,9 +141,7 @@ def test_the_text_of_a_windows_editor_gets_unix_line_ends_and_no_mark(end):
 )
 def test_the_reason_stands_behind_the_value_or_above_the_authors_comment(line, expected):
     start = "[model]\nname = 't'\n[data]\ntrain = 'x'\n[training]\n"
-    assert (
-        fit(f"{start}{line}", [Choice("training", "optim", "adamw_8bit", "why")]) == start + "\n".join(expected) + "\n"
-    )
+    assert fit(f"{start}{line}", [Choice("training", "optim", "adamw_8bit", "why")]) == start + "\n".join(expected) + "\n"
 
 
 def test_of_two_choices_for_a_key_the_last_counts():

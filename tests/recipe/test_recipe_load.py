@@ -129,9 +129,7 @@ def test_without_do_eval_the_evaluation_strategy_is_no(tmp_path: Path):
 
 
 def test_batch_size_is_the_product_of_micro_batch_and_accumulation(tmp_path: Path):
-    run = read(
-        tmp_path, SHORTEST, "training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=4"
-    ).training
+    run = read(tmp_path, SHORTEST, "training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=4").training
     assert (run.batch_size, run.micro_batch_size) == (32, 8)
 
 
@@ -196,9 +194,7 @@ def test_choices_are_those_of_the_libraries_and_removed_names_are_gone_from_them
     assert set(keys["optim"]["enum"]) - {"auto"} <= {kind.value for kind in OptimizerNames}
     assert set(keys["report_to"]["anyOf"][0]["enum"]) == {*INTEGRATION_TO_CALLBACK, "all", "none"}
     accepted = {field.name for field in dataclasses.fields(SFTConfig)}
-    assert not accepted & {
-        name for name, instead in REPLACED.items() if instead.startswith(("was removed", "was renamed"))
-    }
+    assert not accepted & {name for name, instead in REPLACED.items() if instead.startswith(("was removed", "was renamed"))}
 
 
 def test_no_name_is_both_a_key_and_refused():
@@ -245,9 +241,7 @@ def test_no_key_of_the_libraries_is_led_to_another_one():
     known = {field.name for config in (LoraConfig, SFTConfig) for field in dataclasses.fields(config)}
     known |= set(inspect.signature(BitsAndBytesConfig).parameters)
     for key in known - own - REPLACED.keys() - ALIASES.keys():
-        assert {suggest_key(table, key, TABLES) for table in ("", *TABLES)} == {
-            "`qlora-phi3 recipe schema` lists every key."
-        }
+        assert {suggest_key(table, key, TABLES) for table in ("", *TABLES)} == {"`qlora-phi3 recipe schema` lists every key."}
 
 
 def test_names_of_run_folders_stay_in_the_output_directory():
@@ -274,9 +268,7 @@ def follow(messages: str, tables: dict[str, dict[str, object]]) -> None:
 
 
 @pytest.mark.parametrize("pasted", [SAMPLE_FINETUNE, LORA_NOTEBOOK, INFERENCE_NOTEBOOK])
-def test_microsofts_dictionaries_load_after_following_the_messages(
-    tmp_path: Path, pasted: dict[str, dict[str, object]]
-):
+def test_microsofts_dictionaries_load_after_following_the_messages(tmp_path: Path, pasted: dict[str, dict[str, object]]):
     tables = {"model": {"name": "base"}, "data": {"train": "x"}, **{name: dict(keys) for name, keys in pasted.items()}}
     follow(refusal(tmp_path, as_toml(tables)), tables)
     recipe = read(tmp_path, as_toml(tables))
@@ -412,9 +404,7 @@ def test_an_evaluation_without_rows_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
 def test_the_best_checkpoint_can_be_loaded_where_every_checkpoint_is_evaluated(tmp_path: Path, strategy: str):
-    lines = (
-        f'load_best_model_at_end = true\nsave_strategy = "{strategy}"\neval_strategy = "{strategy}"\nsave_steps = 0.6'
-    )
+    lines = f'load_best_model_at_end = true\nsave_strategy = "{strategy}"\neval_strategy = "{strategy}"\nsave_steps = 0.6'
     assert read(tmp_path, f"{SHORTEST}[training]\n{lines}").training.load_best_model_at_end
 
 

@@ -31,12 +31,9 @@ time.sleep(60)
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a process group that is sent SIGINT, as a terminal does")
 def test_ctrl_c_waits_until_the_program_has_saved():
     parent = (
-        f"import sys; sys.path.append({str(SCRIPTS)!r})\n"
-        f"from environment import run; run([sys.executable, '-c', {SAVING!r}])"
+        f"import sys; sys.path.append({str(SCRIPTS)!r})\nfrom environment import run; run([sys.executable, '-c', {SAVING!r}])"
     )
-    program = subprocess.Popen(
-        [sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    program = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert program.stdout is not None
     assert program.stdout.readline() == "ready\n"
     for _ in range(2):  # a second Ctrl-C must not kill it either
@@ -55,9 +52,7 @@ def test_ctrl_c_waits_until_the_program_has_saved():
         ("done", [], ""),
     ],
 )
-def test_the_command_that_resumes_is_printed_if_a_run_is_not_done(
-    tmp_path, monkeypatch, capsys, status, arguments, command
-):
+def test_the_command_that_resumes_is_printed_if_a_run_is_not_done(tmp_path, monkeypatch, capsys, status, arguments, command):
     monkeypatch.setattr(demo, "REPOSITORY", tmp_path)
     folder = tmp_path / "runs" / "demo" / "now"
     folder.mkdir(parents=True)

@@ -67,12 +67,8 @@ def test_public_objects_are_read_with_their_first_paragraph_and_signature():
             text="Wrap the paragraph and join its lines.",
             signature="textwrap.Wrapper.fill(text, *, width=70)",
         ),
-        Documented(
-            name="textwrap.Wrapper.width", kind="property", text="The width of a line in characters.", signature=""
-        ),
-        Documented(
-            name="textwrap.wrap", kind="function", text="Wrap one paragraph.", signature="textwrap.wrap(text, /, *rest)"
-        ),
+        Documented(name="textwrap.Wrapper.width", kind="property", text="The width of a line in characters.", signature=""),
+        Documented(name="textwrap.wrap", kind="function", text="Wrap one paragraph.", signature="textwrap.wrap(text, /, *rest)"),
         Documented(
             name="textwrap.repeated",
             kind="function",

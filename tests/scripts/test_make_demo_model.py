@@ -159,9 +159,7 @@ def test_generation_stops_where_that_of_phi3_does(tiny_model):
 def test_the_chat_template_is_phi3s_and_its_tokens_swallow_the_line_break(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     assert tokenizer.chat_template == hub_template("Phi-3-mini-4k-instruct")
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=False
-    )
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=False)
     assert tokenizer.convert_ids_to_tokens(prompt) == ["<|user|>", "H", "i", "<|end|>", "<|assistant|>"]
 
 

@@ -116,9 +116,7 @@ def test_the_record_names_every_tensor_of_the_base_and_no_other(shop):
     assert record["quantization"] == {"quant_type": "nf4", "double_quant": True}
     assert (record["dtype"], record["device"], record["revision"]) == ("float32", "cpu", None)
     kinds = {name: entry["kind"] for name, entry in record["tensors"].items()}
-    assert {name for name, kind in kinds.items() if kind == "4bit"} == {
-        name for name in stored if name.endswith("_proj.weight")
-    }
+    assert {name for name, kind in kinds.items() if kind == "4bit"} == {name for name in stored if name.endswith("_proj.weight")}
     plain = "model.embed_tokens.weight"
     assert record["tensors"][plain]["sha256"] == tensor_record(stored[plain])["sha256"]
 

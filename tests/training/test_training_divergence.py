@@ -87,9 +87,7 @@ def test_the_first_steps_set_the_measure_and_are_not_judged():
     assert set(judged(SpikeRule(), losses, [1e-3, *[1e9] * (FIRST_STEPS - 1)])) == {None}
 
 
-@pytest.mark.parametrize(
-    ("usual", "norm", "diverged"), [(5.0, 5001.0, True), (5.0, 4999.0, False), (1e-6, 999.0, False)]
-)
+@pytest.mark.parametrize(("usual", "norm", "diverged"), [(5.0, 5001.0, True), (5.0, 4999.0, False), (1e-6, 999.0, False)])
 def test_a_norm_a_thousand_times_the_largest_is_divergence(usual, norm, diverged):
     rule = SpikeRule()
     judged(rule, [1.0] * FIRST_STEPS, usual)

@@ -19,9 +19,7 @@ from qlora_phi3.step import MicroBatchMemoryError, StepResult
 from qlora_phi3.training.oom import MemoryGuard, restore_execution_plan
 
 PLAN = MicroBatchPlan(max_tokens=100, max_rows=8, packing=True, longrope_boundary=None)
-SETUP = ExecutionPlan(
-    micro_batch=PLAN, evaluation=PLAN, checkpoint_every=0, activation_offloading=False, optim="adamw_torch"
-)
+SETUP = ExecutionPlan(micro_batch=PLAN, evaluation=PLAN, checkpoint_every=0, activation_offloading=False, optim="adamw_torch")
 CPU = torch.device("cpu")
 
 
@@ -44,12 +42,8 @@ def _few_objects_to_collect():
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-        RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
-        ),
-        RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to allocate"
-        ),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to allocate"),
         RuntimeError("std::bad_alloc"),
         RuntimeError("bad allocation"),
         MemoryError(),
@@ -226,10 +220,7 @@ def test_a_resumed_run_begins_with_what_earlier_sessions_had_come_to():
     lowered = replace(SETUP, micro_batch=replace(PLAN, max_tokens=40))
     assert restore_execution_plan(SETUP, records, CPU) == lowered
     assert (
-        restore_execution_plan(
-            replace(SETUP, micro_batch=replace(PLAN, max_tokens=7)), records, CPU
-        ).micro_batch.max_tokens
-        == 7
+        restore_execution_plan(replace(SETUP, micro_batch=replace(PLAN, max_tokens=7)), records, CPU).micro_batch.max_tokens == 7
     )
     bench.compute([40], fail_times(1), step=2)
     records += [record_as_json(bench.records[-1])]

@@ -126,9 +126,7 @@ def printed(capsys, clock):
     return run
 
 
-@pytest.mark.parametrize(
-    ("total", "warmup_steps", "warned"), [(1, 0.03, True), (10, 20, True), (2, 0.03, False), (1, 0, False)]
-)
+@pytest.mark.parametrize(("total", "warmup_steps", "warned"), [(1, 0.03, True), (10, 20, True), (2, 0.03, False), (1, 0, False)])
 def test_a_run_that_is_only_warm_up_is_reported_before_it_starts(printed, total, warmup_steps, warned):
     _, err = printed(lambda reporter: reporter.begin(0, total), LogInterval("steps", 1, warmup_steps))
     assert ["warmup_steps = 0" in line for line in err] == [True] * warned

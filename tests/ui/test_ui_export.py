@@ -42,9 +42,7 @@ def shown(*, dtype: str = "float16", quant: str | None = None, stopped: int = 8,
         },
         "stop_test": {"method": "generated", "turns": 8, "stopped": stopped, "live_share": None},
     }
-    result = quant and GgufResult(
-        path=Path("x.gguf"), num_bytes=1, num_tensors=1, quant=quant, name="x", notes=("A note.",)
-    )
+    result = quant and GgufResult(path=Path("x.gguf"), num_bytes=1, num_tensors=1, quant=quant, name="x", notes=("A note.",))
     view = Lines()
     show_export(view, Exported(folder=Path("x"), report=report, gguf=result or None))  # type: ignore[arg-type]
     return view
@@ -53,9 +51,7 @@ def shown(*, dtype: str = "float16", quant: str | None = None, stopped: int = 8,
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_the_table_names_the_quantization_of_the_run(quant_type):
     lines = shown(quant_type=quant_type).infos
-    assert [line.split("  ")[0] for line in lines if line.startswith("> merged")] == [
-        f"> merged onto {quant_type.upper()}"
-    ]
+    assert [line.split("  ")[0] for line in lines if line.startswith("> merged")] == [f"> merged onto {quant_type.upper()}"]
 
 
 @pytest.mark.parametrize(("quant", "dtype"), [(None, "float16"), ("f16", "float16"), ("f32", "bfloat16")])

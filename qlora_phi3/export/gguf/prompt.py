@@ -109,15 +109,11 @@ def read_turns(tokenizer: Any, template: str) -> Turns | None:
     """
 
     def render(messages: list[Message]) -> str:
-        text: str = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
+        text: str = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
         return text.removeprefix(tokenizer.bos_token or "")
 
     try:
-        before_user, between, after_answer, _ = _split(
-            render(chat("user (1)", "assistant (2)", "user (3)")), "(1)", "(2)", "(3)"
-        )
+        before_user, between, after_answer, _ = _split(render(chat("user (1)", "assistant (2)", "user (3)")), "(1)", "(2)", "(3)")
         with_system = render(chat("system (1)", "user (2)"))
         ending = ENDING.match(after_answer)
         user = after_answer[ending.end() :] if ending else after_answer

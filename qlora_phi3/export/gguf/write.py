@@ -70,9 +70,7 @@ def plan_gguf(folder: Path, info: Mapping[str, TensorInfo], *, quant: str, name:
     )
 
 
-def convert_to_gguf(
-    folder: Path, target: Path, *, quant: str, name: str, progress: Progress, force: bool = False
-) -> GgufResult:
+def convert_to_gguf(folder: Path, target: Path, *, quant: str, name: str, progress: Progress, force: bool = False) -> GgufResult:
     """Write a checkpoint as a .gguf file, completely or not at all.
 
     Args:

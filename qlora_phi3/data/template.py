@@ -432,6 +432,6 @@ def _try_render(source: str, messages: list[Message], variables: Mapping[str, An
 
     try:
         texts, _ = render_jinja_template([messages], chat_template=source, **variables)
-    except Exception:
+    except Exception:  # a template is a program, and may raise anything
         return None
     return str(texts[0])

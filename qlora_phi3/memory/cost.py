@@ -15,7 +15,7 @@ from qlora_phi3.family import Architecture, linear_shapes
 #: Shares of the GPU's stated rates that such a step reaches. Fitted to QLoRA runs that other people published for an RTX 3050
 #: Laptop, an RTX 3090 and an RTX 5070 Laptop, from which this model differs by 12 % in the mean; none of them is ours.
 ARITHMETIC_SHARE, BANDWIDTH_SHARE = 0.65, 0.4
-#: Bytes a second between host and GPU, pinned memory, PCIe 4.0 x8 (16 GB/s stated): what published runs with offloading reach.
+#: Bytes a second between host and GPU, pinned memory, PCIe 4.0 x8 (16 GB/s stated): one published run on a laptop had 9.4.
 OFFLOAD_BYTES_PER_SECOND = 9e9
 #: Starting the kernels of one decoder layer, forward or backward: about 60 of them at 5 microseconds. An assumption.
 LAYER_LAUNCH_SECONDS = 3e-4

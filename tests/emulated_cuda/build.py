@@ -26,7 +26,7 @@ BY_PREFIX = {
     "nvJitLink": "libnvJitLink.so.13",
 }  # fmt: skip
 OURS = ("libcudart.so", "libcublas.so", "libcublasLt.so", "libcuda.so", "libnvidia-ml.so")
-#: Preloaded where a process forks after CUDA has been asked something: CUDA's libraries would refuse to work in its children.
+#: Preloaded where a process forks after its first call of CUDA: CUDA's libraries would refuse to work in its children.
 FORK = "int __register_atfork(void (*a)(void), void (*b)(void), void (*c)(void), void *d) { return 0; }\n"
 
 

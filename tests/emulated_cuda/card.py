@@ -31,7 +31,7 @@ if _library is not None:
 
 
 def choose(card: str, total_mib: int = 0) -> None:
-    """Be another card of runtime.cpp's list; only before CUDA has been asked for one. Without a size, it has its own."""
+    """Take another card of runtime.cpp's list, before the first call of CUDA. Without a size it has that card's own."""
     if _library.emu_choose(card.encode(), total_mib, 0):
         raise ValueError(f"runtime.cpp has no card {card}")
 

@@ -6,14 +6,14 @@ import pytest
 if not card.IS_HERE:
     pytest.skip("no emulated GPU: scripts/test_cuda.py", allow_module_level=True)
 
+import bench_memory
 import torch
 from memory_bench.cases import Case
 from memory_bench.gpu import CudaGpu, _Phases
-from memory_bench.truth import build_random, go_once, step_shape
+from memory_bench.truth import build_random, go_once
 
 from qlora_phi3.family import known_config
 from qlora_phi3.memory.allocator import replay
-from qlora_phi3.memory.simulate import simulate
 
 MIB = 2**20
 #: cuBLAS' second workspace: in a first step only from the backward pass on, afterwards always.
@@ -89,15 +89,7 @@ def measure(name: str, case: Case) -> dict:
 
 
 def predict(name: str, case: Case) -> dict:
-    memory = simulate(
-        case.recipe,
-        dict(case.config),
-        case.architecture,
-        case.execution,
-        step_shape(case),
-        compute_dtype=getattr(torch, case.compute),
-        capability=CARDS[name],
-    )
+    memory, _ = bench_memory.predict(case, capability=CARDS[name])
     served = replay(memory.trace, expandable_segments=True)
     pinned = memory.host_bytes - memory.paged_bytes
     return {"phases": memory.by_phase, "reserved": served.peak_reserved_bytes, "pinned": pinned}
@@ -112,10 +104,12 @@ def test_a_step_takes_what_is_predicted(name, model, lengths, more):
     above = min(peak - real, peak - real - SECOND_WORKSPACE[CARDS[name]], key=abs)
     print(f"allocated {peak:.1f} MiB predicted, {real:.1f} taken")
     print(f"reserved {predicted['reserved'] / MIB:.0f} MiB predicted, {measured['reserved'] / MIB:.0f} taken")
-    assert -0.1 < above < 0.2 + 0.005 * real  # a fused product of 64 tokens needs less
+    # Seen: 0.0 to 0.3 MiB, and 3.4 for 64 tokens, whose fused product needs no dequantized weight.
+    assert -0.1 < above < 0.2 + 0.005 * real
     for phase, size in measured["phases"].items():
         assert predicted["phases"][phase] / MIB - size / MIB > -0.03 * real, phase
-    assert -0.06 < predicted["reserved"] / measured["reserved"] - 1 < 0.08  # eager attention -5.6 %
+    # Seen: -5.6 % (eager attention), -5.0 %, and all others from -2.5 to +3.6 %. The aim is -3 to +4 %.
+    assert -0.06 < predicted["reserved"] / measured["reserved"] - 1 < 0.04
     assert abs(predicted["pinned"] - measured["pinned"]) <= 64 * 1024  # small buffers of torch's own
 
 

@@ -4,6 +4,7 @@
     python scripts/bench_memory.py cuda                       # Phi-3-mini and -medium with random weights, on the GPU
     python scripts/bench_memory.py cuda --budget-seconds 540  # stop in time; the next call goes on from there
     python scripts/bench_memory.py cuda --dry                 # the same program on small models and the CPU, without figures
+    python scripts/bench_memory.py emulated --random 200      # on emulated GPUs, by way of scripts/test_cuda.py --bench
     python scripts/bench_memory.py table                      # write the tables of docs/memory.md again
 
 Every configuration runs in a process of its own, and its row goes to benchmarks/memory.csv at once. The `cpu` half follows the
@@ -24,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ from memory_bench.rows import (
 )
 
 from qlora_phi3.errors import DeviceError
-from qlora_phi3.hardware.gpu import Gpu, gpu_of_size, read_gpu
+from qlora_phi3.hardware.gpu import Gpu, find_gpu, gpu_of_size, read_gpu
 from qlora_phi3.memory.report import MemoryReport
 
 CAPS_GIB = (4, 6, 8, 12, 16)
@@ -63,6 +65,8 @@ def main() -> None:
         refresh_page()
     elif arguments.command == "cpu":
         bench_cpu(chosen(CPU_GRID, arguments.only), arguments.csv)
+    elif arguments.command == "emulated":
+        bench_emulated(arguments)
     elif arguments.measure:
         measure_in_this_process(arguments.measure, arguments.caps, arguments.out, dry=arguments.dry)
     else:
@@ -76,14 +80,19 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     commands.add_parser("table", help="write the tables of docs/memory.md again")
     cpu = commands.add_parser("cpu", help="measure on the CPU")
     cuda = commands.add_parser("cuda", help="measure on the first GPU")
-    for command in (cpu, cuda):
+    emulated = commands.add_parser("emulated", help="measure on emulated GPUs: scripts/test_cuda.py --bench")
+    emulated.add_argument("--random", type=int, metavar="COUNT", help="configurations drawn at random instead of the grid")
+    emulated.add_argument("--seed", type=int, default=12, help="for --random")
+    emulated.add_argument("--part", default="1/1", metavar="K/N", help="every N-th configuration, from the K-th on")
+    for command in (cpu, cuda, emulated):
         command.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="configurations whose name holds this")
         command.add_argument("--csv", type=Path, default=TABLE, help="the table to add rows to")
     cuda.add_argument(
         "--budget-seconds", type=float, default=float("inf"), help="stop in time; what was measured is in the table"
     )
-    cuda.add_argument("--caps", type=int, nargs="*", default=CAPS_GIB, metavar="GIB", help="limits to try")
-    cuda.add_argument("--plain-segments", action="store_true", help="without expandable segments")
+    for command in (cuda, emulated):
+        command.add_argument("--caps", type=int, nargs="*", default=CAPS_GIB, metavar="GIB", help="limits to try")
+        command.add_argument("--plain-segments", action="store_true", help="without expandable segments")
     cuda.add_argument("--dry", action="store_true", help="without a GPU: everything on small models and the CPU")
     cuda.add_argument("--measure", help=argparse.SUPPRESS)  # the measuring process: the name of a configuration
     cuda.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -208,6 +217,42 @@ def bench_cuda(arguments: argparse.Namespace) -> None:
         rows += compared
         longest = max(longest, time.perf_counter() - started)
     print(f"\n{len(rows)} rows\n{summary(rows)}")
+
+
+def bench_emulated(arguments: argparse.Namespace) -> None:
+    """Compare on emulated GPUs what the table does not have yet; each measurement and prediction in a process of its own."""
+    import card
+    from memory_bench.emulated import CARDS, by_prediction, grid_cases, measure, random_cases
+
+    cases = random_cases(arguments.seed, arguments.random) if arguments.random else grid_cases()
+    part, parts = map(int, arguments.part.split("/"))
+    expandable = not arguments.plain_segments
+    done = {
+        (row["machine"], row["configuration"])
+        for row in read_rows(arguments.csv)
+        if (row["path"], row["versions"], row["expandable_segments"]) == ("emulated", versions(), yes_no(expandable))
+    }
+    rows: list[Row] = []
+    for case, cards in by_prediction(cases)[part - 1 :: parts]:
+        truths: dict[str, Mapping[str, Any]] = {}
+        for name in cards:
+            if (find_gpu(CARDS[name]).name, case.name) in done or not chosen([case], arguments.only):
+                continue
+            limits = [gib * GIB for gib in arguments.caps if not truths]  # the verdicts are those of all these cards
+            truths[name] = card.in_child(partial(measure, name, case, limits, expandable=expandable))
+        gpus = {name: find_gpu(CARDS[name]) for name in truths}
+        for row in card.in_child(partial(predicted_rows, case, gpus, truths)) if truths else []:
+            append_row(arguments.csv, row)
+            rows.append(row)
+            print(f"{row['machine']:20} {as_line(row)}", flush=True)
+    print(f"\n{len(rows)} rows\n{summary(rows)}")
+
+
+def predicted_rows(case: Case, gpus: Mapping[str, Gpu], truths: Mapping[str, Any]) -> list[Row]:
+    """The rows of a configuration that was measured on emulated GPUs of one compute capability."""
+    memory, seconds = predict(case, capability=next(iter(gpus.values())).compute_capability)
+    compared = (rows_of_gpu(case, gpus[name], memory, truth, seconds, path="emulated") for name, truth in truths.items())
+    return [row for rows in compared for row in rows]
 
 
 def limits_done(rows: Sequence[Row], machine: str, *, expandable: bool) -> dict[str, set[str]]:

@@ -77,18 +77,19 @@ def vram_check(ctx: click.Context, /, **options: Any) -> None:
     if chosen.recipe is None and (fit := Path(chosen.fit or "")).suffix == ".toml" and fit.is_file():
         # --fit RECIPE.toml: the recipe was taken for the option's value
         chosen = replace(chosen, recipe=fit, fit=NEXT_TO_RECIPE)
-    _check_options(chosen)
     try:
+        _check_options(chosen)
         if chosen.recipe is None:
             _show_gpu(chosen)
             return
         check = CachedVramCheck(chosen.recipe, chosen.overrides, _progress)
         show = _show_max_lengths if chosen.max_length else _show_gpu_table if chosen.every_gpu else _show_report
         fits = show(check, chosen)
-    except CannotTellError as error:  # for a program, that is a result as well
+    except UserError as error:  # for a program, that is a result as well
         if chosen.wants_json:
             names = [*(field.name for field in fields(VramReport)), "processes", "other_processes_bytes"]
-            _print_json({**dict.fromkeys(names), "verdict": "cannot_tell", "reason": str(error)})
+            verdict = "cannot_tell" if isinstance(error, CannotTellError) else "error"
+            _print_json({**dict.fromkeys(names), "verdict": verdict, "reason": str(error)})
         raise
     ctx.exit(0 if fits else DOES_NOT_FIT)
 

@@ -22,14 +22,19 @@ from qlora_phi3.units import GIB, format_gib
 OTHER_GPU_HINT = "To check another GPU, write --gpu 'RTX 4070', --vram 12GB, or --all."
 #: Words of a GPU's full name that do not distinguish it from another GPU.
 STOP_WORDS = frozenset(
-    ["nvidia", "geforce", "quadro", "tesla", "rtx", "gtx", "gpu", "graphics", "card", "with", "design", "generation"]
-)
+    (
+        "nvidia", "geforce", "quadro", "tesla", "rtx", "gtx", "gpu", "graphics", "card", "with", "design", "generation",
+        "blackwell", "workstation", "edition", "sxm4", "sxm5", "pcie", "hbm3",
+    )
+)  # fmt: skip
 #: Other spellings of a word in a GPU's name.
 SYNONYMS = {"mobile": "laptop", "notebook": "laptop", "maxq": "laptop", "s": "super"}
 #: The memory in a GPU's name; the numbers of models have more digits.
 SIZE = re.compile(r"\b(\d{1,3})(?: ?gi?b)?\b")
-#: Words of GPUs that bitsandbytes' CUDA libraries or torch's do not run on: of AMD, Intel and Apple; of Volta and before.
+#: Words of GPUs that bitsandbytes' CUDA libraries or torch's do not run on: of AMD, Intel and Apple; of Volta and before. And of
+#: those that have no memory of their own.
 OTHER_MAKERS = re.compile(r"\b(amd|radeon|rx|instinct|mi\d{2,3}x?|intel|arc|iris|apple|m[1-9])\b", re.IGNORECASE)
+SHARED_MEMORY = re.compile(r"\b(jetson|orin|xavier|thor|tegra|dgx spark|gb10)\b", re.IGNORECASE)
 TOO_OLD = re.compile(r"\b(gtx ?(10|9|7)\d\d|titan(?! rtx)|[pvkm]\d{2,3}|quadro [pkm]\d+|gt ?\d{3,4})\b", re.IGNORECASE)
 #: Set by torchrun, accelerate launch and deepspeed; by SLURM; by Open MPI; by Intel MPI and MPICH; by MVAPICH.
 PROCESS_COUNTS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -327,12 +332,14 @@ def _nominal_gb(name: str) -> int | None:
 
 
 def _refuse_unsupported(name: str) -> None:
-    """Raise DeviceError for a GPU of another maker, and for one that is too old."""
+    """Raise DeviceError for a GPU of another maker, one that is too old, and one without memory of its own."""
     needed = "This program needs an NVIDIA GPU of compute capability 7.5 or newer: a GTX 16, an RTX 20, or a later one."
     if OTHER_MAKERS.search(name):
         raise DeviceError(f"'{name}' is no NVIDIA GPU.", needed)
     if TOO_OLD.search(name):
         raise DeviceError(f"'{name}' is too old.", needed)
+    if SHARED_MEMORY.search(name):
+        raise DeviceError(f"'{name}' shares the computer's memory, which no plan of this program was tried on.", OTHER_GPU_HINT)
 
 
 def _words(name: str) -> set[str]:
@@ -342,7 +349,7 @@ def _words(name: str) -> set[str]:
 
 
 def gpu_of_size(num_bytes: int) -> Gpu:
-    """A GPU that stands for all consumer GPUs with a given memory size: the smallest usable memory, the median speed.
+    """A GPU that stands for all of a size, consumer GPUs where there are: the smallest usable memory, the median speed.
 
     Where a size is sold with and without bfloat16, only GPUs with bfloat16 count. For a size that the table lacks, the driver's
     reserve is the largest that was measured on any GPU up to the next larger size.
@@ -357,7 +364,8 @@ def gpu_of_size(num_bytes: int) -> Gpu:
         raise DeviceError(f"There is no GPU with {format_gib(num_bytes)}.", "Give the size on the box: --vram 12GB.")
     size = f"{round(num_bytes / GIB, 2):g}"
     article = "an" if size.partition(".")[0] in ("11", "18") or size.startswith("8") else "a"
-    consumer = [spec for spec in _specs_of_nearest_size(num_bytes) if spec.consumer]
+    nearest = _specs_of_nearest_size(num_bytes)
+    consumer = [spec for spec in nearest if spec.consumer] or nearest
     specs = [spec for spec in consumer if spec.compute_capability >= NATIVE_BFLOAT16] or consumer
     gpu = replace(smallest_of(specs, f"{article} {size} GB GPU"), estimated=True)
     if specs[0].nominal_gb * GIB == num_bytes:

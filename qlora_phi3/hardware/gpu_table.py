@@ -55,7 +55,7 @@ class GpuSpec:
     @property
     def consumer(self) -> bool:
         """Whether it is a GeForce GPU; workstation and server GPUs are looked up by name only."""
-        return re.match(r"[GR]TX \d{4}\b", self.name) is not None
+        return re.match(r"[GR]TX \d{4}\b(?! Ada)", self.name) is not None
 
     @property
     def label(self) -> str:
@@ -145,17 +145,35 @@ GPU_TABLE = (
     GpuSpec("RTX A2000", 6, 6138, None, AMPERE, 26, 288, 31.9),
     GpuSpec("RTX A2000", 12, 12282, None, AMPERE, 26, 288, 31.9),
     GpuSpec("RTX A4000", 16, 16376, 15984, AMPERE, 48, 448, 76.7),
+    GpuSpec("RTX A4500", 20, 20470, None, AMPERE, 56, 640, 94.6),
     GpuSpec("RTX A5000", 24, 23028, 22721, AMPERE, 64, 768, 111.1, ecc=True),
+    GpuSpec("RTX A5500", 24, 23028, None, AMPERE, 80, 768, 136.4, ecc=True),
+    GpuSpec("RTX A6000", 48, 46068, None, AMPERE, 84, 768, 154.8, ecc=True),
     GpuSpec("A10", 24, 23028, 22599, AMPERE, 72, 600, 125.0, ecc=True),
     GpuSpec("A10G", 24, 23028, 22587, AMPERE, 80, 600, 70.0, ecc=True),
     GpuSpec("L4", 24, 23034, 22563, ADA, 58, 300, 121.0, ecc=True),
+    GpuSpec("L40S", 48, 46068, None, ADA, 142, 864, 362.0, ecc=True),
+    GpuSpec("RTX 2000 Ada", 16, 16380, None, ADA, 22, 224, 48.0),
+    GpuSpec("RTX 4000 Ada", 20, 20475, None, ADA, 48, 360, 106.8),
+    GpuSpec("RTX 4500 Ada", 24, 23034, None, ADA, 60, 432, 158.4, ecc=True),
+    GpuSpec("RTX 5000 Ada", 32, 32760, None, ADA, 100, 576, 261.2),
+    GpuSpec("RTX 6000 Ada", 48, 46068, None, ADA, 142, 960, 364.2, ecc=True),
+    GpuSpec("RTX PRO 4000", 24, 24467, None, BLACKWELL, 70, 672, 187.6),
+    GpuSpec("RTX PRO 4500", 32, 32623, None, BLACKWELL, 82, 896, 219.6),
+    GpuSpec("RTX PRO 5000", 48, 48935, None, BLACKWELL, 110, 1344, 294.8),
+    GpuSpec("RTX PRO 6000", 96, 97887, None, BLACKWELL, 188, 1792, 503.8),
+    GpuSpec("A100", 40, 40960, None, (8, 0), 108, 1555, 312.0),
+    GpuSpec("A100", 80, 81920, None, (8, 0), 108, 1935, 312.0),
+    GpuSpec("H100", 80, 81559, None, (9, 0), 132, 3352, 989.4),
 )
 
 
 def name_series(specs: Iterable[GpuSpec]) -> str:
-    """Consumer GPUs by their series: `RTX 3060` and `RTX 4070 SUPER` give "RTX 30, 40"."""
+    """Consumer GPUs by their series, others by name: `RTX 3060`, `RTX 4070 SUPER` and `A10` give "RTX 30, 40, A10"."""
+    specs = list(specs)
     series: dict[str, set[str]] = {}
-    for spec in specs:
+    for spec in filter(lambda spec: spec.consumer, specs):
         brand, number = spec.name.split()[:2]
         series.setdefault(brand, set()).add(number[:2])
-    return ", ".join(f"{brand} {', '.join(sorted(numbers))}" for brand, numbers in sorted(series.items()))
+    by_series = [f"{brand} {', '.join(sorted(numbers))}" for brand, numbers in sorted(series.items())]
+    return ", ".join([*by_series, *(spec.name for spec in specs if not spec.consumer)])

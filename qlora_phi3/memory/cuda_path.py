@@ -4,8 +4,8 @@ The first part computes what a dispatch mode does not see: the workspaces of cuB
 CUDA context. The second part replaces operators whose CUDA kernels allocate in another way than the CPU's.
 
 Left out, as too small or never at the peak: softmax, norms, sums and maxima (under 1 MiB); choosing the supervised positions (16
-bytes a position, 64 in the backward pass); the copy of a mask whose rows are not multiples of 8 (before the attention runs); the
-flash kernel's forward pass where it divides the keys of sequences under about 500 tokens among several blocks (at most 25 MiB).
+bytes a position, 64 in the backward pass); the flash kernel's forward pass where it divides the keys of sequences under about 500
+tokens among several blocks (at most 25 MiB).
 """
 
 from collections.abc import Callable, Iterator
@@ -20,14 +20,14 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qlora_phi3.model.attention
-from qlora_phi3.memory.report import ATTENTION_MASK, ATTENTION_WORKSPACE, CUBLAS_WORKSPACE
+from qlora_phi3.memory.report import ATTENTION_MASK, ATTENTION_WORKSPACE
 from qlora_phi3.memory.tracker import PINNED, MemoryTracker
 from qlora_phi3.units import MIB
 
 Kernel = Literal["flash", "efficient", "math"]
 
-#: Blocks of (queries, keys) of the memory-efficient backward kernels, mem_eff_attention/kernels/cutlassB.h, at their largest.
-EFFICIENT_QUERIES, EFFICIENT_KEYS = 128, 64
+#: Rows of a mask are copied to multiples of this many elements: `preprocess_mask` in transformers/attention.cpp.
+MASK_ALIGNMENT = 8
 
 
 def matmul_workspace_bytes(compute_capability: tuple[int, int]) -> int:
@@ -66,15 +66,16 @@ def attention_kernel(
     return "math"
 
 
-def attention_backward_bytes(kernel: str, query_shape: tuple[int, ...], *, kv_heads: int, itemsize: int = 2) -> int:
-    """What the attention's backward pass allocates in addition to the gradients it returns, until it returns.
+def attention_backward_bytes(
+    kernel: str, query_shape: tuple[int, ...], compute_capability: tuple[int, int], *, kv_heads: int, itemsize: int = 2
+) -> tuple[int, ...]:
+    """What the attention's backward pass allocates in addition to the gradients it returns, until it returns, in its order.
 
     flash: `mha_bwd` in flash_attn/flash_api.cpp: softmax_d and dq_accum in fp32; of grouped queries, dk and dv of every head.
 
     efficient: `_efficient_attention_backward` in cuda/attention_backward.cu: delta, and the workspace of its kernel
-    (kernel_backward.h), which holds dq in fp32 and, where a kernel cannot hold dk and dv in registers (heads over 64 on some
-    GPUs, fp32 always), the blocks of them that are worked on. Which kernel it is depends on the GPU's shared memory; the larger
-    case is assumed, 13 MiB over the smaller one.
+    (kernel_backward.h), which holds dq in fp32, and dk and dv where the kernel cannot hold them in registers. Compared with torch
+    2.14.1 on emulated GPUs of compute capability 7.5, 8.0, 8.6, 8.9 and 12.0.
 
     Args:
         kernel: of `attention_kernel`.
@@ -86,22 +87,35 @@ def attention_backward_bytes(kernel: str, query_shape: tuple[int, ...], *, kv_he
         ValueError: for any other kernel; the math kernel's scores are operators of their own.
     """
     batch, heads, length, head_size = query_shape
+    sequences = batch * heads
     if kernel == "flash":
-        rows = batch * heads * _round_up(length, 128)
+        rows = sequences * _round_up(length, 128)
         padded = _round_up(head_size, 8)
+        expanded = batch * length * heads * padded * itemsize
         accumulator = rows * _round_up(padded, 32 if padded <= 128 else 64) * 4
-        expanded = 2 * batch * length * heads * padded * itemsize if kv_heads != heads else 0
-        return rows * 4 + accumulator + expanded
+        return rows * 4, accumulator, *((expanded, expanded) if kv_heads != heads else ())
     if kernel == "efficient":
-        sequences = batch * heads
-        tiles = -(-length // EFFICIENT_QUERIES) * -(-head_size // EFFICIENT_KEYS)
-        grad_query = tiles * (EFFICIENT_QUERIES * EFFICIENT_KEYS * 4 + 16)
-        grad_key_value = 0
-        if head_size > 64 or itemsize == 4:
-            splits = max(1, min(-(-length // EFFICIENT_KEYS), 200 // sequences))
-            grad_key_value = 2 * splits * EFFICIENT_KEYS * _round_up(head_size, EFFICIENT_QUERIES) * 4
-        return sequences * (length * 4 + grad_query + grad_key_value)
+        queries, keys, in_registers = _efficient_blocks(head_size, compute_capability, half=itemsize == 2)
+        workspace = -(-length // queries) * -(-head_size // keys) * (queries * keys * 4 + 16)
+        if not in_registers:
+            splits = max(1, min(-(-length // keys), 200 // sequences))
+            workspace += 2 * splits * keys * _round_up(head_size, 128) * 4
+        return sequences * length * 4, sequences * workspace
     raise ValueError(f"The memory of the {kernel} attention kernel in its backward pass is not known.")
+
+
+def _efficient_blocks(head_size: int, compute_capability: tuple[int, int], *, half: bool) -> tuple[int, int, bool]:
+    """Queries and keys of a block of the memory-efficient backward kernel, and whether dk and dv stay in registers.
+
+    mem_eff_attention/kernels/cutlassB.h: the first kernel whose blocks fit into the GPU's shared memory.
+    """
+    if head_size <= 64:
+        return 64, 64, True
+    if compute_capability in ((8, 0), (9, 0), (10, 0)):
+        return 128, 128 if half else 64, True
+    if half and (compute_capability < (8, 0) or (head_size <= 96 and compute_capability in ((8, 6), (8, 9)))):
+        return 128, 64, True
+    return 64, 64, not half
 
 
 def context_bytes(multiprocessors: int) -> int:
@@ -121,8 +135,11 @@ def _round_up(number: int, multiple: int) -> int:
 
 @contextmanager
 def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> Iterator[None]:
-    """Run CUDA's path on fake CPU tensors: its kernels for attention and dropout, autocast, offloading, its workspaces."""
+    """Run CUDA's path on fake CPU tensors: its kernels for attention and dropout, autocast, offloading, its workspace."""
     autocasts = torch.is_autocast_enabled
+
+    def takes_groups(query: Tensor) -> bool:
+        return capability >= (8, 0) and (query.element_size() == 2 or autocasts("cpu"))
 
     def offload(tensor: Tensor) -> Tensor:
         with tracker.attribute_to(PINNED):
@@ -132,13 +149,20 @@ def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> It
         # CUDA's saves one byte an element for the backward pass; the CPU's saves the scaled mask.
         return torch.native_dropout(values, p, True)[0] if training and p else values
 
-    tracker.track_bytes(matmul_workspace_bytes(capability), CUBLAS_WORKSPACE)
+    usual_softmax = functional.softmax
+
+    def softmax(values: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+        if values.dtype == torch.float16 and dtype == torch.float32:  # one kernel; bfloat16 is converted first
+            return torch._softmax(values, dim, True)
+        return usual_softmax(values, dim, dtype=dtype)
+
     with (
         replaced(qlora_phi3.model.attention, "CPU_SCORES_BYTES", 0),
-        replaced(qlora_phi3.model.attention, "_takes_groups", lambda _: capability >= (8, 0)),
+        replaced(qlora_phi3.model.attention, "_takes_groups", takes_groups),
         replaced(transformers.modeling_utils, "save_on_cpu", lambda **_: saved_tensors_hooks(offload, torch.empty_like)),
         replaced(functional, "scaled_dot_product_attention", _attention_on(tracker, capability)),
         replaced(functional, "dropout", dropout),
+        replaced(functional, "softmax", softmax),
         # Without a device it is CUDA's; PEFT 0.21 asks so, and casts the input of dropout and DoRA to fp32 where there is none.
         replaced(torch, "is_autocast_enabled", lambda *device: autocasts(*(device or ("cpu",)))),
     ):
@@ -174,11 +198,13 @@ def _attention_on(tracker: MemoryTracker, capability: tuple[int, int]) -> Callab
         if kernel == "math":
             with sdpa_kernel(SDPBackend.MATH):
                 return original(query, key, value, attn_mask, **settings)
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            with tracker.attribute_to(ATTENTION_MASK):
+        with tracker.attribute_to(ATTENTION_MASK):
+            if attn_mask is not None and attn_mask.dtype == torch.bool:
                 attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype)  # added to the scores, in their dtype
+            if attn_mask is not None and attn_mask.shape[-1] % MASK_ALIGNMENT:
+                attn_mask = functional.pad(attn_mask, (0, -attn_mask.shape[-1] % MASK_ALIGNMENT))  # the kernel gets a view of it
         tracker.tag(attn_mask, ATTENTION_MASK)
-        result: Tensor = _FusedAttention.apply(query, key, value, attn_mask, kernel, tracker)  # type: ignore[no-untyped-call]
+        result: Tensor = _FusedAttention.apply(query, key, value, attn_mask, kernel, capability, tracker)  # type: ignore[no-untyped-call]
         return result
 
     return attend
@@ -189,21 +215,37 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: str, tracker: MemoryTracker
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        kernel: str,
+        capability: tuple[int, int],
+        tracker: MemoryTracker,
     ) -> Tensor:
         batch, heads, length, size = query.shape
-        output = torch.empty((batch, length, heads, size), dtype=query.dtype).transpose(1, 2)
+        if kernel == "flash":  # in the order of the query in memory, so that transformers copies it
+            output = torch.empty_like(query)
+        else:
+            output = torch.empty((batch, length, heads, size), dtype=query.dtype).transpose(1, 2)
         log_sum = torch.empty((batch, heads, length))
         ctx.save_for_backward(query, key, value, output, log_sum, mask)
-        ctx.kernel, ctx.tracker = kernel, tracker
+        ctx.kernel, ctx.capability, ctx.tracker = kernel, capability, tracker
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors[:3]
+        saved = ctx.saved_tensors  # recomputed tensors live no longer than this reference, as in torch's own function
+        query, key, value, output = saved[:4]
+        if ctx.kernel == "flash":
+            copies = [tensor.transpose(1, 2).contiguous() for tensor in (grads[0], output)]  # noqa: F841  # until it returns
         shape, itemsize = tuple(query.shape), query.element_size()
-        workspace = attention_backward_bytes(ctx.kernel, shape, kv_heads=key.shape[1], itemsize=itemsize)
-        release = ctx.tracker.track_bytes(workspace, ATTENTION_WORKSPACE)
         gradients = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
-        release()
-        return *gradients, None, None, None
+        if ctx.kernel == "efficient" and itemsize == 4:
+            ctx.tracker.track_bytes(query.numel() * 4, ATTENTION_WORKSPACE)()  # the product that delta is the sum of
+        sizes = attention_backward_bytes(ctx.kernel, shape, ctx.capability, kv_heads=key.shape[1], itemsize=itemsize)
+        releases = [ctx.tracker.track_bytes(size, ATTENTION_WORKSPACE) for size in sizes]
+        for release in releases:
+            release()
+        return *gradients, None, None, None, None

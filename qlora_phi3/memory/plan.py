@@ -69,7 +69,8 @@ def step_shape(rows: RowLengths, execution: ExecutionPlan) -> StepShape:
         padded = [tuple(step[row] for row in group) for group in groups]
         lengths = max(padded, key=lambda group: len(group) * max(group))
     longest, held_out = rows.longest_evaluation, execution.evaluation
-    num_held_out = max(1, min(held_out.max_tokens // longest, rows.batch_size, held_out.max_rows)) if longest else 0
+    most = max(held_out.max_rows, rows.batch_size) if held_out.packing else held_out.max_rows
+    num_held_out = max(1, min(held_out.max_tokens // longest, most)) if longest else 0
     return StepShape(lengths=lengths, evaluation_lengths=(longest,) * num_held_out, accumulates=len(groups) > 1)
 
 

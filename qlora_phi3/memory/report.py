@@ -33,7 +33,7 @@ OTHER = "other"
 #: Versions of these decide what is predicted.
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 
-Verdict = Literal["fits", "does_not_fit", "cannot_tell"]
+Verdict = Literal["fits", "does_not_fit", "cannot_tell", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

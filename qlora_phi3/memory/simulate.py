@@ -22,8 +22,15 @@ from torch.nn.utils import clip_grad_norm_
 
 from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan
 from qlora_phi3.family import Architecture
-from qlora_phi3.memory.cuda_path import following_cuda, replaced
-from qlora_phi3.memory.report import CHECKPOINTED_INPUTS, GRADIENTS, OPTIMIZER_STATE, QUANTIZATION_STATE, MemoryReport
+from qlora_phi3.memory.cuda_path import following_cuda, matmul_workspace_bytes, replaced
+from qlora_phi3.memory.report import (
+    CHECKPOINTED_INPUTS,
+    CUBLAS_WORKSPACE,
+    GRADIENTS,
+    OPTIMIZER_STATE,
+    QUANTIZATION_STATE,
+    MemoryReport,
+)
 from qlora_phi3.memory.tracker import ROUNDING, MemoryTracker, NullTracker, parameter_category, quantization_tensors
 from qlora_phi3.model.attention import register_attention
 from qlora_phi3.model.lora import attach_adapter
@@ -55,6 +62,11 @@ class StepShape:
     #: Whether the gradients of earlier micro-batches are on the GPU already.
     accumulates: bool = True
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(*self.lengths, *self.evaluation_lengths, 0)
+
 
 def simulate(
     recipe: Recipe,
@@ -80,9 +92,8 @@ def simulate(
     Raises:
         ModelError: the adapter does not fit the model.
     """
-    longest = max(*shape.lengths, *shape.evaluation_lengths, 0)
     skeleton = build_skeleton(
-        config, architecture, recipe.model, recipe.quantization, compute_dtype=compute_dtype, longest_row=longest
+        config, architecture, recipe.model, recipe.quantization, compute_dtype=compute_dtype, longest_row=shape.longest
     )
     batch = _heaviest(shape.lengths, execution.micro_batch)
     held_out = _heaviest(shape.evaluation_lengths, execution.evaluation) if shape.evaluation_lengths else None
@@ -92,6 +103,8 @@ def simulate(
     # PEFT 0.21's DoRA knows 4-bit weights by their class, which is FakeTensor here.
     with _SharedFakeMode(), tracker, replaced(dora, "dequantize_module_weight", _dequantize), kernels:
         model = _load(skeleton, recipe.lora, execution, tracker)
+        if path == "cuda":
+            tracker.track_bytes(matmul_workspace_bytes(capability), CUBLAS_WORKSPACE)
         run_one_step(
             model,
             _without_storage(batch),
@@ -113,7 +126,7 @@ def simulate(
         resident_bytes=tracker.peaks["save"][0],
         paged_bytes=tracker.paged_bytes,
         host_bytes=tracker.peak_host_bytes,
-        trace=tuple(tracker.events),
+        trace=tracker.trace_with_second_step(),
     )
 
 
@@ -189,30 +202,35 @@ def _load(skeleton: PackedPhi3ForCausalLM, lora: Lora, execution: ExecutionPlan,
 
 
 def _quantize_without_storage(layer: bnb.nn.Linear4bit) -> None:
-    """The tensors of `Params4bit` after loading, and for a moment the 16-bit weight they were made from."""
+    """The tensors of `Params4bit` after loading, and for a moment those they are made from, in bitsandbytes' order."""
     numel = layer.in_features * layer.out_features
     blocks = -(-numel // BLOCKSIZE)
     dtype = layer.compute_dtype  # load_base reads the checkpoint in the compute dtype
     unquantized = torch.empty((layer.out_features, layer.in_features), dtype=dtype)
     scales = torch.empty(blocks)
     packed = nn.Parameter(torch.empty(((numel + 1) // 2, 1), dtype=torch.uint8), requires_grad=False)
-    nested = None
+    code = torch.empty(16)
+    nested = offset = None
+    absmax = scales
     if layer.weight.compress_statistics:
-        absmax = torch.empty(-(-blocks // NESTED_BLOCKSIZE))
-        nested = QuantState(absmax=absmax, blocksize=NESTED_BLOCKSIZE, code=torch.empty(256), dtype=torch.float32)
+        offset, centered = torch.empty(()), torch.empty(blocks)
+        nested_absmax = torch.empty(-(-blocks // NESTED_BLOCKSIZE))
+        absmax = torch.empty(blocks, dtype=torch.uint8)
+        nested = QuantState(absmax=nested_absmax, blocksize=NESTED_BLOCKSIZE, code=torch.empty(256), dtype=torch.float32)
+        del centered
     packed.quant_state = QuantState(  # type: ignore[attr-defined]
-        absmax=torch.empty(blocks, dtype=torch.uint8) if nested else scales,
+        absmax=absmax,
         shape=unquantized.shape,
         dtype=dtype,
         blocksize=BLOCKSIZE,
-        code=torch.empty(16),
+        code=code,
         quant_type=layer.weight.quant_type,
-        offset=torch.empty(()) if nested else None,
+        offset=offset,
         state2=nested,
     )
+    del scales, unquantized
     for name in ("compress_statistics", "quant_type"):  # PEFT reads them
         setattr(packed, name, getattr(layer.weight, name))
-    del unquantized, scales
     layer.weight = packed  # a plain parameter: under FakeTensorMode no Params4bit can be made
     layer.quant_state = packed.quant_state  # type: ignore[attr-defined]
 

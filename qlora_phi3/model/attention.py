@@ -71,13 +71,13 @@ def attend_by_document(
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
-    """transformers' SDPA; below compute capability 8.0 with repeated key and value heads.
+    """transformers' SDPA; with repeated key and value heads where the flash kernel cannot run: in fp32, and on older GPUs.
 
-    On these GPUs transformers 5.23 passes grouped queries to torch 2.13, whose memory-efficient kernel does not support them, and
-    the math path builds all scores in fp32. Remove this when torch supports them (pytorch pull request 191085).
+    There transformers 5.23 passes grouped queries to torch 2.13, whose memory-efficient kernel does not support them, so that the
+    math path builds all scores in fp32. torch 2.14 supports them (pytorch pull request 191085): remove this with torch 2.13.
     """
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and mask is None and not _takes_groups(query.device):
+    if groups > 1 and mask is None and not _takes_groups(query):
         key, value = (tensor[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for tensor in (key, value))
         is_causal = query.shape[2] > 1  # one query with a cache attends to every key
         dropout, scaling = kwargs.get("dropout", 0.0), kwargs["scaling"]
@@ -87,9 +87,10 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
     return attended
 
 
-def _takes_groups(device: torch.device) -> bool:
-    """Whether SDPA's efficient kernels support grouped queries. The memory simulation replaces this function."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+def _takes_groups(query: Tensor) -> bool:
+    """Whether SDPA has a kernel other than math for grouped queries. The memory simulation replaces this function."""
+    is_16_bit = query.element_size() == 2 or torch.is_autocast_enabled("cuda")
+    return query.device.type != "cuda" or (is_16_bit and torch.cuda.get_device_capability(query.device) >= (8, 0))
 
 
 def _attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:

@@ -67,6 +67,12 @@ SAME_ARGUMENTS = (
 )  # fmt: skip
 
 
+def evaluation_batch_size(training: Training) -> int:
+    """Held-out rows that are read at once: enough for the micro-batches that the recipe asks for."""
+    wanted = training.per_device_eval_batch_size
+    return max(training.batch_size, 0 if wanted == "auto" else wanted)
+
+
 def build_arguments(
     training: Training, checkpoints: Path, *, device: torch.device, fp16: bool, optim: str, evaluates: bool
 ) -> SFTConfig:
@@ -80,7 +86,7 @@ def build_arguments(
         output_dir=str(checkpoints),
         # One batch of the Trainer is one optimizer step; step.py splits it into micro-batches.
         per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=training.batch_size,
+        per_device_eval_batch_size=evaluation_batch_size(training),
         gradient_accumulation_steps=1,
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
@@ -303,8 +309,9 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
     def run_heaviest(self, phase: Phase) -> None:
         """Run a pass over the longest rows that can meet in one batch; gradients stay, nothing is recorded."""
         dataset: Any = self.train_dataset if phase == "training" else self.eval_dataset
-        longest = numpy.argsort(-row_lengths(dataset), kind="stable")[: self.args.per_device_train_batch_size]
-        rows = [dataset[int(number)] for number in longest]
+        longest = numpy.argsort(-row_lengths(dataset), kind="stable")
+        size = self.args.per_device_train_batch_size if phase == "training" else self.args.per_device_eval_batch_size
+        rows = [dataset[int(number)] for number in longest[:size]]
         self._compute(self.model, rows, phase, 0)
 
     def _compute(self, model: nn.Module, rows: Sequence[Mapping[str, Any]], phase: Phase, step: int) -> tuple[Batch, StepResult]:
@@ -416,7 +423,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             self.control.should_log = self.control.should_evaluate = self.control.should_save = False
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader[RowBatch]:
-        """The held-out rows in their own order, as many at a time as an optimizer step has."""
+        """The held-out rows in their own order, `evaluation_batch_size` at a time."""
         rows: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         return DataLoader(
             rows,

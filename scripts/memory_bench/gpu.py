@@ -27,6 +27,9 @@ class BenchGpu(Protocol):
 
     device: torch.device
 
+    def enter(self, phase: str) -> None:
+        """A phase of a step begins."""
+
     def forget_peaks(self) -> None:
         """Let the peaks begin anew, once all work is done."""
 
@@ -59,6 +62,9 @@ class CudaGpu:
         self.device = torch.device("cuda", 0)
         # cuDNN's attention exists on data centre GPUs alone (compute capability 9 and 10); the simulation follows the others'.
         torch.backends.cuda.enable_cudnn_sdp(False)
+
+    def enter(self, phase: str) -> None:
+        """As the protocol says: nothing to do."""
 
     def forget_peaks(self) -> None:
         """As the protocol says."""
@@ -109,6 +115,9 @@ class DryGpu:
     def __init__(self, needs_bytes: int = 5 * 2**30) -> None:
         self.device = torch.device("cpu")
         self.needs_bytes, self._cap = needs_bytes, None
+
+    def enter(self, phase: str) -> None:
+        """As the protocol says: nothing to do."""
 
     def forget_peaks(self) -> None:
         """Where a phase begins, memory can run out."""
@@ -181,6 +190,7 @@ class _Phases(NullTracker):
             self.allocated[self._phase] = max(allocated, self.allocated.get(self._phase, 0))
             self.reserved = max(reserved, self.reserved)
         self.gpu.forget_peaks()
+        self.gpu.enter(phase)
         self._phase, self._since = phase, time.perf_counter()
 
 
@@ -202,7 +212,10 @@ def measure_on_gpu(case: Case, gpu: BenchGpu, caps: Sequence[int], *, idle_bytes
 
 
 def _measure_freely(case: Case, gpu: BenchGpu, idle_bytes: int | None) -> GpuTruth:
-    """All figures but the verdicts; none where even the GPU without a limit is too small."""
+    """All figures but the verdicts; none where even the GPU without a limit is too small.
+
+    The peaks are those of two steps: cuBLAS' workspace for the backward pass exists from the first one's on.
+    """
     phases, clock = _Phases(gpu), _Phases(gpu)
     try:
         model = _load_and_go(case, gpu, phases)
@@ -213,8 +226,8 @@ def _measure_freely(case: Case, gpu: BenchGpu, idle_bytes: int | None) -> GpuTru
             raise
         return GpuTruth()
     return GpuTruth(
-        phases=phases.allocated,
-        reserved_bytes=phases.reserved,
+        phases={phase: max(size, clock.allocated.get(phase, 0)) for phase, size in phases.allocated.items()},
+        reserved_bytes=max(phases.reserved, clock.reserved),
         on_gpu_bytes=None if idle_bytes is None or after is None else after - idle_bytes,
         reserved_then_bytes=reserved_then,
         forward_backward_seconds=clock.seconds["forward"] + clock.seconds["backward"],

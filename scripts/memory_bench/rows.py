@@ -14,7 +14,6 @@ from memory_bench.cases import Case, count_parameters
 
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.memory.allocator import replay
-from qlora_phi3.memory.cuda_path import context_bytes
 from qlora_phi3.memory.report import MemoryReport
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +33,7 @@ COLUMNS = (
     "predicted_reserved_bytes", "measured_reserved_bytes", "reserved_error_percent",
     "predicted_on_card_bytes", "measured_on_card_bytes", "on_card_error_percent", "paged_bytes", "context_bytes",
     "expandable_segments", "predicted_fits", "measured_fits", "forward_backward_seconds", "simulation_seconds",
+    "predicted_pinned_bytes", "measured_pinned_bytes",
 )  # fmt: skip
 FURTHER_ERRORS = {
     "Against the process": "process_error_percent",
@@ -77,13 +77,17 @@ def side_by_side(predicted: Mapping[str, int], measured: Mapping[str, int]) -> s
     return " ".join(f"{name}={size}/{measured[name]}" for name, size in predicted.items() if name in measured)
 
 
-def rows_of_gpu(case: Case, gpu: Gpu, memory: MemoryReport, truth: Mapping[str, Any], seconds: float) -> list[Row]:
+def rows_of_gpu(
+    case: Case, gpu: Gpu, memory: MemoryReport, truth: Mapping[str, Any], seconds: float, *, path: str = "cuda"
+) -> list[Row]:
     """Prediction and measurement of one configuration: the run without a limit, and the verdict under each limit."""
+    from qlora_phi3.memory.cuda_path import context_bytes  # imports torch and bitsandbytes, which must follow tests' card.py
+
     expandable = truth["expandable"] or not truth["phases"]
     served = replay(memory.trace, expandable_segments=expandable)
     context = context_bytes(truth["multiprocessors"] or gpu.multiprocessors)
     on_gpu = served.peak_reserved_bytes + context
-    start = {**start_row(case, "cuda", gpu.name), "parameters": count_parameters(case)}
+    start = {**start_row(case, path, gpu.name), "parameters": count_parameters(case)}
     allocated = max(truth["phases"].values(), default=None)
     rest = None if truth["on_gpu_bytes"] is None else truth["on_gpu_bytes"] - truth["reserved_then_bytes"]
     free = start | {
@@ -100,6 +104,8 @@ def rows_of_gpu(case: Case, gpu: Gpu, memory: MemoryReport, truth: Mapping[str, 
         "measured_on_card_bytes": truth["on_gpu_bytes"],
         "on_card_error_percent": error_percent(on_gpu, truth["on_gpu_bytes"]),
         "paged_bytes": memory.paged_bytes,
+        "predicted_pinned_bytes": memory.host_bytes - memory.paged_bytes,
+        "measured_pinned_bytes": truth.get("pinned"),
         "context_bytes": rest,
         "expandable_segments": "yes" if expandable else "no",
         "forward_backward_seconds": truth["forward_backward_seconds"],

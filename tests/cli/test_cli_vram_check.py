@@ -154,8 +154,10 @@ def test_a_size_represents_all_gpus_of_it_with_the_speed_of_the_slowest_and_the_
     assert "RTX 3060 12GB" in report["device"]["represents"]
     assert report["slowest_tokens_per_second"] < report["tokens_per_second"] < report["fastest_tokens_per_second"]
     assert one["slowest_tokens_per_second"] == one["tokens_per_second"]
+    shown = call("vram-check", "mine.toml", "--vram", "14GB").stdout
+    assert "RTX 30, 40, 50 with 12 and 16 GB" in shown.splitlines()[1]
     shown = call("vram-check", "mine.toml", "--vram", "20GB").stdout
-    assert "RTX 30, 40, 50 with 16 and 24 GB" in shown.splitlines()[1]
+    assert "The smallest RTX A4500, RTX 4000 Ada with 20 GB" in shown.splitlines()[1]
 
 
 def test_the_plan_is_shown_as_lines_of_a_recipe(home):
@@ -247,6 +249,15 @@ def test_a_model_of_another_architecture_is_refused_by_its_name(home, name):
     assert result.exit_code == 2
     assert name in result.stderr
     assert "phi3" in result.stderr
+
+
+@pytest.mark.parametrize("words", [["--gpu", "RTX 4O60"], ["--vram", "8GB", "--set", "lora.r=x"]])
+def test_bad_input_is_json_for_a_program_that_asks_for_json(home, words):
+    result = call("vram-check", "mine.toml", *words, "--json")
+    assert result.exit_code == 2
+    report = json.loads(result.stdout)
+    assert report["verdict"] == "error"
+    assert report["reason"] in result.stderr
 
 
 def test_a_model_whose_shapes_are_not_here_is_exit_code_4_for_people_and_programs(home):

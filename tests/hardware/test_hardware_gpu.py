@@ -152,6 +152,10 @@ def test_without_nvidia_ml_py_the_line_says_what_to_install(monkeypatch):
         ("T4", "Tesla T4 16GB"),
         ("NVIDIA RTX A2000 12GB", "RTX A2000 12GB"),
         ("a10g", "A10G 24GB"),
+        ("NVIDIA RTX 4000 Ada Generation", "RTX 4000 Ada 20GB"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000 96GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100 80GB"),
     ],
 )
 def test_a_gpu_is_found_by_the_names_people_write(name, found):
@@ -188,7 +192,8 @@ def test_without_a_measured_total_the_drivers_reserve_is_subtracted_and_the_gpu_
         ("GTX 1080", "'GTX 1080' is too old"),
         ("V100 16GB", "'V100 16GB' is too old"),
         ("Titan RTX", "The table has no GPU 'Titan RTX'"),
-        ("A100 80GB", "--vram 80GB"),
+        ("B200 180GB", "--vram 180GB"),
+        ("Jetson Orin", "'Jetson Orin' shares the computer's memory"),
         ("Apple M3", "'Apple M3' is no NVIDIA GPU"),
         ("", "''. It has GTX 16"),
         ("Radeon RX 7900 XTX", "'Radeon RX 7900 XTX' is no NVIDIA GPU"),
@@ -225,10 +230,15 @@ def test_a_size_that_is_only_sold_without_bfloat16_is_that_gpu():
 
 def test_a_size_that_the_table_lacks_has_the_largest_reserve_of_its_neighbours():
     # A 16 GB RTX 5070 Ti reserves 16,384 - 15,808 = 576 MiB, more than any smaller GPU and the 24 GB ones.
-    assert gpu_of_size(20 * GIB).total_bytes == (20_480 - 576) * MIB
-    assert gpu_of_size(48 * GIB).total_bytes == (49_152 - 659) * MIB  # RTX 5090
+    assert gpu_of_size(18 * GIB).total_bytes == (18_432 - 576) * MIB
+    assert gpu_of_size(64 * GIB).total_bytes == (65_536 - 659) * MIB  # RTX 5090
     assert gpu_of_size(2 * GIB).total_bytes == (2048 - 384) * MIB  # GTX 1650
-    assert gpu_of_size(48 * GIB).estimated
+    assert gpu_of_size(64 * GIB).estimated
+
+
+def test_a_size_that_no_consumer_gpu_has_is_that_of_the_workstation_gpus():
+    assert gpu_of_size(20 * GIB).total_bytes == (20_470 - 500) * MIB  # RTX A4500
+    assert gpu_of_size(48 * GIB).total_bytes == (46_068 - 500) * MIB  # with error correction
 
 
 @pytest.mark.parametrize("spec", [spec for spec in GPU_TABLE if spec.consumer], ids=lambda spec: spec.label)

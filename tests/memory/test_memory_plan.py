@@ -37,7 +37,10 @@ def test_the_heaviest_micro_batch_is_a_packed_one_filled_or_the_largest_padded_o
 
 
 def test_evaluation_has_as_many_of_the_longest_held_out_row_as_a_micro_batch_takes():
-    assert step_shape(read_lengths([40] * 8, [600], 8), EXECUTION).evaluation_lengths == (600, 600)
+    assert step_shape(read_lengths([40] * 8, [600], 8), EXECUTION).evaluation_lengths == (600,) * 3  # packed: by tokens
+    assert step_shape(read_lengths([40] * 8, [600], 2), EXECUTION).evaluation_lengths == (600,) * 2
+    padded = replace(EXECUTION, evaluation=replace(LAYOUT, packing=False, max_tokens=4800, max_rows=4))
+    assert step_shape(read_lengths([40] * 8, [600], 2), padded).evaluation_lengths == (600,) * 4  # more than a step has
     assert step_shape(assume_lengths(3000, 8), EXECUTION).evaluation_lengths == (3000,)
 
 

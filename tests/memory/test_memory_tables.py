@@ -30,7 +30,9 @@ def test_every_consumer_gpu_from_4_to_24_gb_is_in_one_group():
     assert sizes == sorted(sizes)
     assert set(sizes) == {4, 6, 8, 10, 11, 12, 16, 24}
     assert {gpu.name for gpu in GPU_TABLE} - {gpu.name for gpu in GPU_TABLE if gpu.label in labels} == {
-        "RTX 5090", "Tesla T4", "RTX A2000 Laptop", "RTX A2000", "RTX A4000", "RTX A5000", "A10", "A10G", "L4",
+        "RTX 5090", "Tesla T4", "RTX A2000 Laptop", "RTX A2000", "RTX A4000", "RTX A4500", "RTX A5000", "RTX A5500", "RTX A6000",
+        "A10", "A10G", "L4", "L40S", "A100", "H100", "RTX 2000 Ada", "RTX 4000 Ada", "RTX 4500 Ada", "RTX 5000 Ada",
+        "RTX 6000 Ada", "RTX PRO 4000", "RTX PRO 4500", "RTX PRO 5000", "RTX PRO 6000",
     }  # fmt: skip
 
 

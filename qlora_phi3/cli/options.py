@@ -1,6 +1,7 @@
 """Options that several commands share, and what `--debug` switches off: the silence of the libraries."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,11 @@ set_option = click.option(
 
 
 def silence_libraries() -> None:
-    """Hide warnings, and log lines below an error, for the rest of the process."""
+    """Hide warnings, and log lines below an error, for the rest of the process; before torch is imported, also of its C++ code.
+
+    That writes two or three lines for each out-of-memory error that a run recovers from.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore")
     for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "peft", "trl", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -15,10 +15,10 @@ from typing import Any
 IS_HERE = "EMULATED_CUDA" in os.environ
 _library = ctypes.CDLL("libcudart.so.13") if IS_HERE else None
 if _library is not None:
-    for _name in ("emu_peak_bytes", "emu_managed_bytes", "emu_pinned_peak_bytes"):
+    for _name in ("emu_used_bytes", "emu_peak_bytes", "emu_managed_bytes", "emu_pinned_peak_bytes"):
         getattr(_library, _name).restype = ctypes.c_size_t
     _library.emu_set_nonzero.argtypes = [ctypes.c_long]
-    _library.emu_set_total_bytes.argtypes = [ctypes.c_size_t]
+    _library.emu_set_others_bytes.argtypes = [ctypes.c_size_t]
     _library.emu_choose.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t]
 
     import torch
@@ -41,9 +41,21 @@ def tell_supervised(count: int) -> None:
     _library.emu_set_nonzero(count)
 
 
-def shrink(total_bytes: int) -> None:
-    """Let other programs take the rest of the card."""
-    _library.emu_set_total_bytes(total_bytes)
+def leave(free_bytes: int) -> None:
+    """Let other programs take what this one does not hold, but for so many bytes; they give the rest back."""
+    torch.cuda.empty_cache()  # nobody can take what the allocator keeps
+    _library.emu_set_others_bytes(0)
+    _library.emu_set_others_bytes(max(0, torch.cuda.mem_get_info()[0] - free_bytes))
+
+
+def hold(num_bytes: int) -> None:
+    """Let other programs hold so many bytes of the card, whatever this one does; 0: they end."""
+    _library.emu_set_others_bytes(num_bytes)
+
+
+def used_bytes() -> int:
+    """What this process holds, its context included, as the driver counts it."""
+    return int(_library.emu_used_bytes())
 
 
 def pinned_peak_bytes() -> int:

@@ -33,7 +33,8 @@ def silence_libraries() -> None:
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore")
-    for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "peft", "trl", "torch"):
+    # torch sets the level of its own logger when it is imported, and without Triton (Windows) its flop_counter logs a warning.
+    for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "peft", "trl", "torch", "torch.utils.flop_counter"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

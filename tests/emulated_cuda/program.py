@@ -5,9 +5,10 @@ What is imported here is imported once; the process that forks never computes.
 
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ class Outcome:
     stderr: str
     native: str  #: What libraries wrote to the file descriptor of stderr themselves.
     retries: int  #: Times the allocator emptied its cache to serve a request.
-    host: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def error(self) -> str:
@@ -62,24 +62,23 @@ class CardWorkshop(Workshop):
         self,
         *words: str,
         name: str = "rtx3060",
-        mib: int = 0,
         others_mib: int = 0,
         before_step: Mapping[int, Callable[[], None]] | None = None,
-        expandable: bool = True,
+        wsl: bool = False,
     ) -> Outcome:
-        """Call `qlora-phi3 ...` on a card of so many MiB (0: its own), others of which other programs hold.
+        """Call `qlora-phi3 ...` on a card of which other programs hold so much.
 
         Args:
             before_step: what happens before the training steps of these numbers.
-            expandable: false: torch's segments do not grow, as on Windows.
+            wsl: the system is Windows' Linux, where torch's segments do not grow and the driver spills.
         """
 
         def work() -> list[Any]:
-            card.choose(name, mib)
+            card.choose(name)
             card.hold(others_mib * MIB)
             card.stand_in_for_values()
-            if not expandable:
-                os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:False"
+            if wsl:
+                platform.release = lambda: "5.15.167.4-microsoft-standard-WSL2"
             _call_before_steps(before_step or {})
             with tempfile.TemporaryFile("w+") as native:
                 os.dup2(native.fileno(), 2)

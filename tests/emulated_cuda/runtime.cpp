@@ -285,7 +285,7 @@ API int emu_choose(const char *key, size_t total_mib, size_t context_mib) {
     if (!strcmp(p.key, key)) {
       Card &c = card();
       c.name = p.name, c.major = p.major, c.minor = p.minor, c.sms = p.sms;
-      c.total = (total_mib ? total_mib : p.total_mib) * MIB, c.context = context_mib * MIB;
+      c.total = (total_mib ? total_mib : p.total_mib) * MIB, c.context = (size_t)((context_mib ? context_mib : 32 + 2.92 * c.sms) * MIB);
       return 0;
     }
   return 1;

@@ -45,7 +45,9 @@ COMPANION_BYTES = 64 * 2**20
 PROVED, PROVED_ON_OTHER_BITS = "proved", "proved_on_other_bits"
 #: Status of a GGUF whose type rounds: the model it was made from was proved, and the file itself was not measured.
 PROVED_BEFORE_QUANTIZATION = "proved_before_quantization"
-MEMORY_HINT = "Close other programs that use it, or export on the CPU (CUDA_VISIBLE_DEVICES=-1) or without the proof (--no-verify)."
+MEMORY_HINT = (
+    "Close other programs that use it, or export on the CPU (CUDA_VISIBLE_DEVICES=-1) or without the proof (--no-verify)."
+)
 LIBRARIES = ("qlora-phi3", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 

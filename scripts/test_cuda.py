@@ -2,7 +2,7 @@
 
 Makes the virtual environment .venv-cuda (a CUDA build of torch without NVIDIA's libraries, 1.3 GB; everything else in the tested
 versions), builds the stand-ins of tests/emulated_cuda with the system's C and C++ compilers, and runs tests/emulated_cuda and
-tests/gpu there, in about MINUTES minutes of one core. They hand out addresses, count bytes and compute nothing: that proves
+tests/gpu there, in about six minutes of one core. They hand out addresses, count bytes and compute nothing: that proves
 allocations, no value, no time; tests/gpu leaves out what it asserts of values. More arguments are passed to pytest.
 """
 

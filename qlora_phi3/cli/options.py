@@ -27,13 +27,12 @@ set_option = click.option(
 
 
 def silence_libraries() -> None:
-    """Hide warnings, and log lines below an error, for the rest of the process; before torch is imported, also of its C++ code.
-
-    That writes two or three lines for each out-of-memory error that a run recovers from.
-    """
+    """Hide warnings, and log lines below an error, for the rest of the process; called before torch is imported."""
+    # torch's C++ code writes two or three lines for each out-of-memory error that a run recovers from; both read this at import.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore")
-    # torch sets the level of its own logger when it is imported, and without Triton (Windows) its flop_counter logs a warning.
+    # torch resets the level of its own logger when it is imported; without Triton (Windows) its flop_counter logs a warning.
     for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "peft", "trl", "torch", "torch.utils.flop_counter"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

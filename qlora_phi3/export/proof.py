@@ -117,17 +117,10 @@ def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: O
     stop_ids = read_json_object(draft / GENERATION_CONFIG, ExportError, DOWNLOAD_AGAIN)["eos_token_id"]
     architecture, proof = parse_architecture(sources.config, str(sources.folder)), None
     max_tokens = CUDA_TOKENS if sources.device.type == "cuda" else CPU_TOKENS
+    shared = {"stop_ids": stop_ids, "progress": reporter.progress, "check": partial(refuse_other_base, sources, draft)}
     while proof is None:
         try:
-            proof = prove(
-                models,
-                sources.rows,
-                architecture,
-                stop_ids=stop_ids,
-                max_tokens=max_tokens,
-                progress=reporter.progress,
-                check=partial(refuse_other_base, sources, draft),
-            )
+            proof = prove(models, sources.rows, architecture, max_tokens=max_tokens, **shared)
         except torch.OutOfMemoryError:
             if max_tokens <= LEAST_CUDA_TOKENS:
                 raise

@@ -173,6 +173,9 @@ def build_config(config: Mapping[str, Any], name: str, **changes: Any) -> Phi3Co
         return Phi3Config(**{**config, **changes})
 
 
+MEMORY_HINT = "Close other programs that use it; qlora-phi3 vram-check says what a run needs."
+
+
 def load_base(
     config: Model,
     quantization: Quantization,
@@ -206,9 +209,7 @@ def load_base(
     problem = f"The weights of {config.name} cannot be read: {{reason}}."
     hint = "Download the checkpoint again, complete, as safetensors."
     memory = f"The memory of {device} ran out while {config.name} was loaded: {{reason}}."
-    memory_hint = "Close other programs that use it; qlora-phi3 vram-check says what a run needs."
-    errors = foreign_errors(ModelError, problem, hint), memory_errors(ModelError, memory, memory_hint)
-    with quiet_transformers(), errors[0], errors[1]:
+    with quiet_transformers(), foreign_errors(ModelError, problem, hint), memory_errors(ModelError, memory, MEMORY_HINT):
         model, info = PackedPhi3ForCausalLM.from_pretrained(
             config.name,
             config=settings,

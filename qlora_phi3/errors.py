@@ -5,6 +5,8 @@ Any other exception is a defect of this program and keeps its traceback.
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 #: The text of a RuntimeError that means out of memory: libraries below torch, and torch's own CPU allocator, raise no other
 #: class. cuBLAS reports either of its two status codes if it finds no memory for its handle.
@@ -119,3 +121,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return True
     return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+
+
+@contextmanager
+def memory_errors(kind: type[UserError], message: str, hint: str) -> Iterator[None]:
+    """Raise `kind` where memory runs out in the block; "{reason}" in its message becomes the first line of that error."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise kind(message.replace("{reason}", first_line(error)), hint) from error

@@ -1,9 +1,9 @@
 """Run torch's CUDA code on an emulated GPU: `python3 scripts/test_cuda.py`, on Linux, without a GPU.
 
 Makes the virtual environment .venv-cuda (a CUDA build of torch without NVIDIA's libraries, 1.3 GB; everything else in the tested
-versions), builds the stand-ins of tests/emulated_cuda with the system's C and C++ compilers, and runs the tests there in about
-three minutes of one core. They hand out addresses, count bytes and compute nothing: that proves allocations, no value, no time.
-More arguments are passed to pytest.
+versions), builds the stand-ins of tests/emulated_cuda with the system's C and C++ compilers, and runs tests/emulated_cuda and
+tests/gpu there, in about six minutes of one core. They hand out addresses, count bytes and compute nothing: that proves
+allocations, no value, no time; tests/gpu leaves out what it asserts of values. More arguments are passed to pytest.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -25,6 +26,10 @@ HEADERS = ("nvidia-cuda-runtime==13.*", "nvidia-cuda-crt==13.*")
 FOLDER = REPOSITORY / ".venv-cuda"
 STAND_INS = FOLDER / "stand-ins"
 STAMP = FOLDER / "installed.txt"
+#: Has the version of this project, which is not installed in the environment: the program writes it into reports.
+METADATA = FOLDER / "metadata"
+#: Each in a process of its own: tests/emulated_cuda forks, and a process that has computed gradients must not.
+TESTS = ("tests/emulated_cuda", "tests/gpu")
 
 
 def main() -> None:
@@ -37,8 +42,8 @@ def main() -> None:
         print_step("Building the stand-ins for CUDA's libraries")
         include = fetch_headers(python, Path(scratch))
         run([python, "tests/emulated_cuda/build.py", STAND_INS, include])
-    print_step("Running tests/emulated_cuda on the emulated GPU")
-    places = [REPOSITORY, *(REPOSITORY / name for name in ("tests", "scripts", "tests/emulated_cuda"))]
+    write_metadata()
+    places = [REPOSITORY, METADATA, *(REPOSITORY / name for name in ("tests", "scripts", "tests/emulated_cuda"))]
     preloaded = ("fork.so", "libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13")
     environment = {
         **os.environ,
@@ -49,8 +54,12 @@ def main() -> None:
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # else no process forked from one that counted the GPUs could use one
         "OMP_NUM_THREADS": "1",
     }
-    command = [python, "-m", "pytest", "-p", "no:xdist", "tests/emulated_cuda", *arguments]
-    raise SystemExit(subprocess.run(list(map(str, command)), cwd=REPOSITORY, env=environment, check=False).returncode)
+    codes = []
+    for tests in TESTS:
+        print_step(f"Running {tests} on the emulated GPU")
+        command = [python, "-m", "pytest", "-p", "no:xdist", tests, *arguments]
+        codes.append(subprocess.run(list(map(str, command)), cwd=REPOSITORY, env=environment, check=False).returncode)
+    raise SystemExit(max(codes))
 
 
 def check_machine() -> None:
@@ -81,6 +90,16 @@ def make_environment() -> Path:
         run([*pip, "--no-deps", "-r", file.name, "setuptools<81"])
     STAMP.write_text(TORCH + constraints, encoding="utf-8")
     return python
+
+
+def write_metadata() -> None:
+    """Write what importlib.metadata reads of an installed project."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    shutil.rmtree(METADATA, ignore_errors=True)
+    folder = METADATA / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    folder.mkdir(parents=True)
+    text = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    (folder / "METADATA").write_text(text, encoding="utf-8")
 
 
 def fetch_headers(python: Path, scratch: Path) -> Path:

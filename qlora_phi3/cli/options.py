@@ -1,6 +1,7 @@
 """Options that several commands share, and what `--debug` switches off: the silence of the libraries."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,9 +27,13 @@ set_option = click.option(
 
 
 def silence_libraries() -> None:
-    """Hide warnings, and log lines below an error, for the rest of the process."""
+    """Hide warnings, and log lines below an error, for the rest of the process; called before torch is imported."""
+    # torch's C++ code writes two or three lines for each out-of-memory error that a run recovers from; both read this at import.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore")
-    for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "peft", "trl", "torch"):
+    # torch resets the level of its own logger when it is imported; without Triton (Windows) its flop_counter logs a warning.
+    for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "peft", "trl", "torch", "torch.utils.flop_counter"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -5,6 +5,7 @@ the supervised positions and the full distribution of the next token. The proof 
 are then compared with what was scored.
 """
 
+import gc
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,8 @@ from qlora_phi3.step import collate
 
 #: Most tokens that are scored, prompts included.
 CPU_TOKENS, CUDA_TOKENS = 1024, 16384
+#: Where a GPU's memory does not suffice for more. A layer of Phi-3-mini takes 0.27 MiB of it a token, its weights apart.
+LEAST_CUDA_TOKENS = 256
 #: A tile of logits: words of the vocabulary, and positions; 8 MiB in float64, of which about four exist for each model.
 TILE_VOCABULARY, TILE_POSITIONS = 2048, 512
 #: Name of the model as it was trained, in scores and `build_models`.
@@ -111,15 +114,21 @@ def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: O
         ontos=ontos,
         checked=ontos if request.options.onto == "auto" else [onto],
     )
-    proof = prove(
-        models,
-        sources.rows,
-        parse_architecture(sources.config, str(sources.folder)),
-        stop_ids=read_json_object(draft / GENERATION_CONFIG, ExportError, DOWNLOAD_AGAIN)["eos_token_id"],
-        max_tokens=CUDA_TOKENS if sources.device.type == "cuda" else CPU_TOKENS,
-        progress=reporter.progress,
-        check=partial(refuse_other_base, sources, draft),
-    )
+    stop_ids = read_json_object(draft / GENERATION_CONFIG, ExportError, DOWNLOAD_AGAIN)["eos_token_id"]
+    architecture, proof = parse_architecture(sources.config, str(sources.folder)), None
+    max_tokens = CUDA_TOKENS if sources.device.type == "cuda" else CPU_TOKENS
+    shared = {"stop_ids": stop_ids, "progress": reporter.progress, "check": partial(refuse_other_base, sources, draft)}
+    while proof is None:
+        try:
+            proof = prove(models, sources.rows, architecture, max_tokens=max_tokens, **shared)
+        except torch.OutOfMemoryError:
+            if max_tokens <= LEAST_CUDA_TOKENS:
+                raise
+        if proof is None:  # here the error is released, and with it every tensor that its traceback held
+            gc.collect()
+            torch.cuda.empty_cache()
+            max_tokens //= 4
+            reporter.info(f"The GPU's memory ran out: the proof is made again with {max_tokens:,} tokens")
     checksums = {model.name: dict(model.checksums) for model in models if model.checksums is not None}
     scored = Scored(proof=proof, checksums=checksums)
     saved = {"key": key, **asdict(scored), "notes": sources.base.notes(list(sources.base.compared))}

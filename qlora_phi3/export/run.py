@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qlora_phi3.errors import ExportError, ProofError
+from qlora_phi3.errors import ExportError, ProofError, memory_errors
 from qlora_phi3.export import inputs, writer
 from qlora_phi3.export import proof as proofs
 from qlora_phi3.export import request as requests
@@ -45,6 +45,9 @@ COMPANION_BYTES = 64 * 2**20
 PROVED, PROVED_ON_OTHER_BITS = "proved", "proved_on_other_bits"
 #: Status of a GGUF whose type rounds: the model it was made from was proved, and the file itself was not measured.
 PROVED_BEFORE_QUANTIZATION = "proved_before_quantization"
+MEMORY_HINT = (
+    "Close other programs that use it, or export on the CPU (CUDA_VISIBLE_DEVICES=-1) or without the proof (--no-verify)."
+)
 LIBRARIES = ("qlora-phi3", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
@@ -81,7 +84,9 @@ def export_run(request: Request, reporter: Reporter) -> Exported:
         else:
             draft = folder.with_name(f".{folder.name}.partial")
             stack.enter_context(writer.staging_dir(draft, reusable=[SCORED]))
-            report, fault = _export_merged(request, draft, reporter)
+            device = "the GPU" if torch.cuda.is_available() else "this computer"
+            with memory_errors(ExportError, f"The memory of {device} ran out in the export: {{reason}}.", MEMORY_HINT):
+                report, fault = _export_merged(request, draft, reporter)
             if fault is not None:
                 return Exported(folder=requests.failed_path(folder), report=report, fault=fault)
         names = report["files"]["written"]

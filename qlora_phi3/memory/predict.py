@@ -57,8 +57,9 @@ class Predictor:
         memory = self.simulate(execution, shape, self.architecture.num_hidden_layers)
         footprint = _replay(memory, limit_bytes - self.on_gpu_bytes(0))
         fits = footprint.fits
-        reserved_bytes = (footprint if fits else _replay(memory)).peak_reserved_bytes
-        memory = replace(memory, reserved_bytes=reserved_bytes, on_gpu_bytes=self.on_gpu_bytes(reserved_bytes))
+        served = footprint if fits else _replay(memory)
+        memory = replace(memory, reserved_bytes=served.peak_reserved_bytes, cache_flushes=served.cache_flushes)
+        memory = replace(memory, on_gpu_bytes=self.on_gpu_bytes(memory.reserved_bytes))
         return Prediction(execution=execution, memory=memory, fits=fits)
 
     def simulate(self, execution: ExecutionPlan, shape: StepShape, num_layers: int) -> MemoryReport:

@@ -49,6 +49,8 @@ class MemoryReport:
     reserved_bytes: int = 0
     #: The same with the CUDA context and what the kernels load: the process as NVML shows it.
     on_gpu_bytes: int = 0
+    #: Times that the allocator must empty its cache, and wait for the GPU, to stay below its limit.
+    cache_flushes: int = 0
     #: Category -> bytes at the peak, largest first; of a measurement, the categories that exist from step to step.
     by_category: Mapping[str, int]
     #: Phase (load, update, forward, backward, save, evaluation) -> most bytes allocated; empty for a measurement.

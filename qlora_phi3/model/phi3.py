@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.utils import logging as transformers_logging
 
-from qlora_phi3.errors import ModelError, first_line, is_out_of_memory
+from qlora_phi3.errors import ModelError, memory_errors
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan
 from qlora_phi3.family import Architecture, find_config, read_config
 from qlora_phi3.files import foreign_errors, read_json_object
@@ -173,6 +173,9 @@ def build_config(config: Mapping[str, Any], name: str, **changes: Any) -> Phi3Co
         return Phi3Config(**{**config, **changes})
 
 
+MEMORY_HINT = "Close other programs that use it; qlora-phi3 vram-check says what a run needs."
+
+
 def load_base(
     config: Model,
     quantization: Quantization,
@@ -205,7 +208,8 @@ def load_base(
     refuse_pickles(Path(config.name))
     problem = f"The weights of {config.name} cannot be read: {{reason}}."
     hint = "Download the checkpoint again, complete, as safetensors."
-    with quiet_transformers(), foreign_errors(ModelError, problem, hint), _memory_for(config.name, device):
+    memory = f"The memory of {device} ran out while {config.name} was loaded: {{reason}}."
+    with quiet_transformers(), foreign_errors(ModelError, problem, hint), memory_errors(ModelError, memory, MEMORY_HINT):
         model, info = PackedPhi3ForCausalLM.from_pretrained(
             config.name,
             config=settings,
@@ -232,18 +236,6 @@ def load_base(
         )
     configure_base(model, architecture, longest_row=longest_row)
     return cast(PackedPhi3ForCausalLM, model)
-
-
-@contextmanager
-def _memory_for(name: str, device: torch.device) -> Iterator[None]:
-    """Report in one line that a device has not enough memory for a base."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        hint = "Close other programs that use it; qlora-phi3 vram-check says what a run needs."
-        raise ModelError(f"The memory of {device} ran out while {name} was loaded: {first_line(error)}.", hint) from error
 
 
 def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:

@@ -102,6 +102,7 @@ def measure_memory(
         allocated_bytes=torch.cuda.max_memory_allocated(device) if on_cuda else 0,
         reserved_bytes=torch.cuda.max_memory_reserved(device) if on_cuda else 0,
         on_gpu_bytes=_own_gpu_bytes(device) if on_cuda and gpu is not None else 0,
+        cache_flushes=torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if on_cuda else 0,
         by_category={name: size for name, size in sizes.most_common() if size},
         by_phase={},
         resident_bytes=sizes.total(),

@@ -269,7 +269,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             RunError: the checkpoint is of an optimizer with another state, as auto chooses on a GPU and on a CPU.
         """
         super()._load_optimizer_and_scheduler(checkpoint)
-        is_8bit = isinstance(self.optimizer, Optimizer8bit)
+        is_8bit = isinstance(getattr(self.optimizer, "optimizer", self.optimizer), Optimizer8bit)  # accelerate wraps it
         states = [] if self.optimizer is None else [state for state in self.optimizer.state.values() if state]
         if checkpoint and any(("state1" in state) != is_8bit for state in states if {"state1", "exp_avg"} & state.keys()):
             raise RunError(

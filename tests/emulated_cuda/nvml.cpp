@@ -9,6 +9,7 @@ typedef unsigned long long u64;
 typedef int R;  // nvmlReturn_t: 0 success, 2 invalid argument, 3 not supported, 9 driver not loaded
 extern "C" void emu_card(const char **, int *, int *, int *, size_t *);
 extern "C" size_t emu_used_bytes();
+extern "C" size_t emu_others_bytes();
 namespace {
 struct About {
   const char *name;
@@ -20,17 +21,15 @@ About about() {
   emu_card(&a.name, &a.major, &a.minor, &a.sms, &a.total);
   return a;
 }
-// What other programs hold: EMU_OTHERS_MIB, and one process of that size is named.
-u64 others() {
-  const char *v = getenv("EMU_OTHERS_MIB");
-  return v ? (u64)(atof(v) * (1 << 20)) : 0;
-}
+// What other programs hold: one process of that size is named.
+u64 others() { return emu_others_bytes(); }
 u64 reserved() {
   const char *v = getenv("EMU_RESERVED_MIB");
   return (u64)((v ? atof(v) : 378) * (1 << 20));
 }
 struct Memory { u64 total, free, used; };
 struct Memory2 { unsigned version; u64 total, reserved, free, used; };
+struct Process1 { unsigned pid; u64 used; };  // of the function without a version, which torch asks
 struct Process { unsigned pid; u64 used; unsigned gi, ci; };
 }
 API R nvmlInit_v2() { return getenv("EMU_NO_CARD") ? 9 : 0; }
@@ -52,16 +51,18 @@ API R nvmlDeviceGetMemoryInfo_v2(void *, Memory2 *m) {
   m->free = m->total - m->reserved - m->used;
   return 0;
 }
-static R processes(unsigned *n, Process *p) {
-  unsigned wanted = 1 + (others() > 0), room = *n;
+template <class P>
+static R processes(unsigned *n, P *p) {
+  unsigned wanted = 1 + (others() > 0), given = *n;
   *n = wanted;
-  if (room < wanted) return 7;  // insufficient size
-  p[0] = {(unsigned)getpid(), emu_used_bytes(), 0xffffffffu, 0xffffffffu};
-  if (wanted > 1) p[1] = {1, others(), 0xffffffffu, 0xffffffffu};
+  if (given < wanted) return 7;  // insufficient size
+  P own = {(unsigned)getpid(), emu_used_bytes()}, other = {1, others()};
+  p[0] = own;
+  if (wanted > 1) p[1] = other;
   return 0;
 }
 API R nvmlDeviceGetComputeRunningProcesses_v3(void *, unsigned *n, Process *p) { return processes(n, p); }
-API R nvmlDeviceGetComputeRunningProcesses(void *, unsigned *n, Process *p) { return processes(n, p); }
+API R nvmlDeviceGetComputeRunningProcesses(void *, unsigned *n, Process1 *p) { return processes(n, p); }
 API R nvmlDeviceGetGraphicsRunningProcesses_v3(void *, unsigned *n, Process *) { return *n = 0, 0; }
 API R nvmlSystemGetProcessName(unsigned, char *text, unsigned n) { return snprintf(text, n, "/usr/bin/desktop"), 0; }
 API R nvmlSystemGetDriverVersion(char *text, unsigned n) { return snprintf(text, n, "580.65.06"), 0; }

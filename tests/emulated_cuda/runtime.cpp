@@ -49,6 +49,7 @@ struct Card {
   std::string name = "NVIDIA GeForce RTX 3060";
   int major = 8, minor = 6, sms = 28;
   size_t total = 11910 * MIB, context = 0, copy_max = 256 * KIB;
+  size_t others = 0;  // what other programs hold of it
   bool present = true;
 
   Card() {
@@ -62,6 +63,7 @@ struct Card {
     if (const char *v = getenv("EMU_MIB")) total = (size_t)(atof(v) * MIB);
     context = (size_t)((32 + 2.92 * sms) * MIB);
     if (const char *v = getenv("EMU_CONTEXT_MIB")) context = (size_t)(atof(v) * MIB);
+    if (const char *v = getenv("EMU_OTHERS_MIB")) others = (size_t)(atof(v) * MIB);
     if (const char *v = getenv("EMU_COPY_MAX_KIB")) copy_max = (size_t)(atof(v) * KIB);
     const char *visible = getenv("CUDA_VISIBLE_DEVICES");
     present = !getenv("EMU_NO_CARD") && !(visible && (!*visible || *visible == '-'));
@@ -152,13 +154,17 @@ State &state() {
   return *s;
 }
 size_t occupied(State &s) { return s.used + (s.context ? card().context : 0); }
+size_t left(State &s) {
+  size_t taken = occupied(s) + card().others;
+  return taken > card().total ? 0 : card().total - taken;
+}
 void touch_context() {
   State &s = state();
   s.context = true;
 }
 bool reserve(State &s, size_t bytes) {
   s.context = true;
-  if (occupied(s) + bytes > card().total) return false;
+  if (bytes > left(s)) return false;
   s.used += bytes;
   if (s.used > s.peak) s.peak = s.used;
   return true;
@@ -250,6 +256,7 @@ cudaError_t copy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, 
     }
   }
   if (bytes <= card().copy_max || kind == cudaMemcpyHostToHost) memmove(to, from, bytes);
+  else if (kind == cudaMemcpyDeviceToHost && !state().host.holds(to)) memset(to, 0, bytes);  // the same each time it is read
   return cudaSuccess;
 }
 
@@ -270,14 +277,15 @@ API size_t emu_used_bytes() { return occupied(state()); }
 API size_t emu_peak_bytes() { return state().peak; }
 API size_t emu_managed_bytes() { return state().managed_bytes; }
 API size_t emu_pinned_peak_bytes() { return state().host_peak; }
-API void emu_set_total_bytes(size_t bytes) { card().total = bytes; }
+API void emu_set_others_bytes(size_t bytes) { card().others = bytes; }
+API size_t emu_others_bytes() { return card().others; }
 // Another card, before anything asked CUDA for one (a process forked from one that has only imported).
 API int emu_choose(const char *key, size_t total_mib, size_t context_mib) {
   for (const Preset &p : PRESETS)
     if (!strcmp(p.key, key)) {
       Card &c = card();
       c.name = p.name, c.major = p.major, c.minor = p.minor, c.sms = p.sms;
-      c.total = (total_mib ? total_mib : p.total_mib) * MIB, c.context = context_mib * MIB;
+      c.total = (total_mib ? total_mib : p.total_mib) * MIB, c.context = (size_t)((context_mib ? context_mib : 32 + 2.92 * c.sms) * MIB);
       return 0;
     }
   return 1;
@@ -494,8 +502,7 @@ API cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
   COUNT("cudaMemGetInfo");
   std::lock_guard<std::mutex> guard(state().lock);
   *total = card().total;
-  size_t used = occupied(state());
-  *free = used > *total ? 0 : *total - used;
+  *free = left(state());
   return cudaSuccess;
 }
 

@@ -590,3 +590,12 @@ def test_the_best_checkpoint_is_handed_out_after_a_resumed_run_too(shop, base, t
     assert read_json(whole / "report.json")["eval_loss_after"] == pytest.approx(
         min(record["eval_loss"] for record in records if record["step"] > 0)
     )
+
+
+def test_a_run_with_8_bit_adam_is_resumed(shop):
+    """accelerate wraps the optimizer, whose class tells whether a checkpoint has its state; on a GPU it is the default one."""
+    shop.write(training={"optim": "adamw_8bit", "max_steps": 2})
+    assert shop.run().exit_code == 0
+    more = shop.run("--resume", "--set", "training.max_steps=3")
+    assert more.exit_code == 0, more.stderr
+    assert read_json(shop.runs()[-1] / "report.json")["steps"] == 3

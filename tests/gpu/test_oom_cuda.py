@@ -31,7 +31,7 @@ def capped():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_that_does_not_fit_the_card_is_split_and_leaves_nothing_behind(tmp_path, capped, checkpointing):
+def test_a_step_that_does_not_fit_the_card_is_split_and_leaves_nothing_behind(tmp_path, capped, values, checkpointing):
     folder = save_tiny_model(tmp_path, max_position_embeddings=8192, original_max_position_embeddings=8192)
     device = torch.device("cuda", 0)
     base = load_base(
@@ -74,7 +74,7 @@ def test_a_step_that_does_not_fit_the_card_is_split_and_leaves_nothing_behind(tm
 
     learn()
     _, expected = learn()
-    expected = {name: gradient.cpu() for name, gradient in expected.items() if float(gradient.norm()) > 0}
+    expected = {name: gradient.cpu() for name, gradient in expected.items() if not values or float(gradient.norm()) > 0}
     alive, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_reserved()
     capped(int(peak * 0.7))
     for _ in range(3):
@@ -82,5 +82,5 @@ def test_a_step_that_does_not_fit_the_card_is_split_and_leaves_nothing_behind(tm
         found = {name: found[name].cpu() for name in expected}
         assert [record.remedy for record in records][:2] == ["again", "split"]
         assert records[0].allocated_bytes > 0
-        assert relative_difference(expected, found) < 1e-4
+        assert not values or relative_difference(expected, found) < 1e-4
         assert torch.cuda.memory_allocated() <= alive

@@ -1,0 +1,108 @@
+"""What one training step of the product asks of the card: launches, waits of the host, memory of the driver.
+
+The numbers are exact, so that a change shows; a change that is meant writes the new ones here.
+"""
+
+import json
+import re
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import card
+import torch
+
+LAYERS = 2
+#: Four rows of 1,000 tokens in one micro-batch, every layer recomputed: kernels by the name of their template.
+KERNELS = {
+    "vectorized_elementwise_kernel": 375,
+    "elementwise_kernel": 194,
+    "unrolled_elementwise_kernel": 87,
+    "reduce_kernel": 82,
+    "kDequantizeBlockwise": 46,
+    "_scatter_gather_elementwise_kernel": 32,
+    "flash_fwd_kernel": 20,
+    "CatArrayBatchedCopy": 18,
+    "kOptimizerStatic8bit2StateBlockwise": 16,
+    "CatArrayBatchedCopy_vectorized": 11,
+    "flash_bwd_dot_do_o_kernel": 10,
+    "flash_bwd_convert_dq_kernel": 10,
+    "flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel": 10,
+    "multi_tensor_apply_kernel": 2,
+    "DeviceRadixSortOnesweepKernel": 2,
+    "index_elementwise_kernel": 2,
+    "write_indices": 1,
+    "CatArrayBatchedCopy_alignedK_contig": 1,
+    "DeviceRadixSortExclusiveSumKernel": 1,
+    "DeviceReduceSingleTileKernel": 1,
+    "lpnorm_cleanup": 1,
+    "vectorized_gather_kernel": 1,
+    "indexing_backward_kernel": 1,
+    "DeviceCompactInitKernel": 1,
+    "DeviceSelectSweepKernel": 1,
+    "DeviceRadixSortHistogramKernel": 1,
+    "elementwise_kernel_with_index": 1,
+}
+#: Products of cuBLAS and cublasLt.
+PRODUCTS = {"product cublasGemmEx": 102, "product cublasLtMatmul": 14}
+#: What makes the host wait for a number of the card, each once in a step, beside bitsandbytes.
+WAITS = [
+    "model/loss.py select_supervised",  # how many positions are supervised
+    "training/trainer.py training_step",  # the loss
+    "training/trainer.py _num_correct",
+    "training/trainer.py _get_grad_norm",
+    "transformers/trainer.py _maybe_log_save_evaluate",  # the loss again, which it has summed up
+    "transformers/trainer.py _maybe_log_save_evaluate",  # the norm again
+]
+#: Files of the harness, and of the warning itself.
+NOT_WAITING = (Path(__file__).name, "card.py", "warnings.py")
+
+
+def family(kernel: str) -> str:
+    """The name of a kernel's template."""
+    plain = kernel.removeprefix("void ").replace("(anonymous namespace)::", "")
+    return re.split("[<(]", plain)[0].rsplit("::", 1)[-1]
+
+
+def watch_waits(waits: list[str]) -> None:
+    """Note from now on which function makes the host wait for the card."""
+
+    def note(*_: object, **__: object) -> None:
+        frame = [frame for frame in traceback.extract_stack() if Path(frame.filename).name not in NOT_WAITING][-1]
+        if frame.name != "set_sync_debug_mode":  # which warns that it is a prototype
+            waits.append("/".join(Path(frame.filename).parts[-2:]) + f" {frame.name}")
+
+    warnings.simplefilter("always")
+    warnings.showwarning = note
+    torch.cuda.set_sync_debug_mode("warn")
+
+
+def test_the_census_of_a_step(workplace):
+    shop = workplace(LAYERS, [1000] * 4 + [100] * 4)
+    memory = {"rehearsal": False, "checkpoint_every_n_layers": 1, "micro_batch_tokens": 4096}
+    shop.write(memory=memory, training={"eval_strategy": "no", "max_steps": 4})
+    waits = []
+
+    def begin():
+        watch_waits(waits)
+        card.forget_census()
+
+    def end():
+        kernels, calls = card.census()
+        (shop.path / "census.json").write_text(json.dumps([kernels, calls, waits]), encoding="utf-8")
+
+    ended = shop.on_card("run", "mine.toml", before_step={3: begin, 4: end})
+    assert ended.exit_code == 0, ended.stderr
+    kernels, calls, waits = json.loads((shop.path / "census.json").read_text(encoding="utf-8"))
+    families = Counter()
+    for name, count in kernels.items():
+        families[family(name)] += count
+    assert families == KERNELS
+    assert {name: count for name, count in calls.items() if name.startswith("product")} == PRODUCTS
+    # bitsandbytes waits for the card after the update of each matrix (`sync_gpu`): A and B of four linear layers in each.
+    assert calls["cudaDeviceSynchronize"] == 8 * LAYERS
+    assert waits == WAITS
+    assert calls["cudaStreamSynchronize"] == len(waits)
+    for name in ("cudaMalloc", "cudaFree", "cuMemCreate", "cuMemRelease", "cudaHostAlloc", "cudaMallocManaged"):
+        assert name not in calls

@@ -1,0 +1,101 @@
+"""Runs and exports by the command line, on a card that is large enough and on one that is not: `python3 scripts/test_cuda.py`.
+
+The bases are sparse files (sparse_base.py). No value is computed: a proof fails always, and only memory and branches are tested.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from program import MIB, read_json, write_rows
+
+from qlora_phi3.errors import ProofError, UserError
+from qlora_phi3.memory.cuda_path import context_bytes
+
+FEW = {"eval_strategy": "no", "max_steps": 2, "batch_size": 2}
+#: The plan that needs the least, so that none is searched for.
+LEAST = {"checkpoint_every_n_layers": 1, "mlp_tile_tokens": 2048, "micro_batch_tokens": 64}
+MULTIPROCESSORS = 28  # of an RTX 3060
+
+
+def taken(free_mib):
+    """MiB that other programs hold where so much is left for a process' tensors."""
+    return 11910 - context_bytes(MULTIPROCESSORS) // MIB - free_mib
+
+
+def folders(shop):
+    """Run folders, and what lies beside them."""
+    return sorted(path.name for path in (shop.path / "runs").rglob("*") if path.parent.name in ("runs", "mine"))
+
+
+@pytest.mark.parametrize(("layers", "wsl"), [(32, False), (4, True)])
+def test_a_run_takes_what_is_planned_on_a_12_gb_card(workplace, layers, wsl):
+    """All layers of Phi-3-mini with segments that grow, and four with segments that do not, under a limit as on WSL."""
+    shop = workplace(layers, [2048, 1500] + [64] * 4)
+    shop.write(training=FEW, memory={"checkpoint_every_n_layers": min(layers, 8)})
+    ended = shop.on_card("run", "mine.toml", wsl=wsl)
+    assert ended.exit_code == 0, ended.stderr
+    memory, spent = shop.report()["memory"], shop.metrics("train")
+    predicted, measured = memory["predicted"], memory["measured"]
+    print({name: [kind[name] / MIB for kind in (predicted, measured)] for name in ("allocated_bytes", "reserved_bytes")})
+    assert ("Memory: at most" in ended.stdout) == wsl
+    assert (shop.metrics("oom"), ended.native, ended.retries) == ([], "", 0)
+    assert [step["tokens"] for step in spent] == [spent[0]["tokens"]] * 2
+    # A plan assumes full micro-batches; without segments that grow, rests of up to 1 MiB count as allocated.
+    assert -0.005 < predicted["allocated_bytes"] / measured["allocated_bytes"] - 1 < 0.02
+    assert -0.02 < predicted["reserved_bytes"] / measured["reserved_bytes"] - 1 < 0.04
+    # A run is measured by its peaks with the context, although the allocator has returned memory since the dry run.
+    assert measured["allocated_bytes"] >= max(step["peak_memory_bytes"] for step in spent)
+    assert measured["on_gpu_bytes"] - measured["reserved_bytes"] == pytest.approx(context_bytes(MULTIPROCESSORS), abs=4096)
+
+
+def test_a_card_too_small_for_the_model_ends_a_run_in_one_line_and_leaves_nothing(workplace):
+    """In a process of its own, without any of this harness: a model is loaded before any value matters."""
+    shop = workplace(4, [500] * 6)
+    shop.write(training=FEW, memory=LEAST)
+    environment = {**os.environ, "EMU_OTHERS_MIB": str(taken(500))}
+    command = [sys.executable, "-m", "qlora_phi3", "run", "mine.toml"]
+    ended = subprocess.run(command, cwd=shop.path, env=environment, capture_output=True, text=True, check=False)
+    *notes, line = ended.stderr.strip().splitlines()
+    assert ended.returncode == UserError.exit_code
+    assert line.startswith(f"Error: The memory of cuda:0 ran out while {shop.base} was loaded: CUDA out of memory.")
+    assert line.endswith("Close other programs that use it; qlora-phi3 vram-check says what a run needs.")
+    assert [note for note in notes if not note.startswith("Note: ")] == []  # torch's C++ code writes no warning of its own
+    assert folders(shop) == []
+
+
+def test_a_card_too_small_for_the_longest_row_ends_a_run_in_the_dry_run(workplace):
+    shop = workplace(2, [8000, 200, *[100] * 4])
+    shop.write(training=FEW, memory=LEAST)
+    ended = shop.on_card("run", "mine.toml", others_mib=taken(900))
+    assert ended.exit_code == UserError.exit_code
+    assert "This should not fit; qlora-phi3 vram-check suggests what to change." in ended.stderr
+    assert "chats.jsonl:1 with its 7,9" in ended.error
+    assert "does not fit in the memory of NVIDIA GeForce RTX 3060: step 0 ran out of memory" in ended.error
+    assert [record["remedy"] for record in shop.metrics("oom")] == ["again", "tile"]  # all else is the plan's from the start
+    assert shop.report()["status"] == "failed"
+    assert list((shop.runs()[-1] / "checkpoints").glob("*")) == []
+
+
+def test_an_export_scores_as_many_tokens_as_the_card_has_memory_for(workplace):
+    shop = workplace(1, [64] * 8)
+    write_rows(shop.path / "held_out.jsonl", [1000 + number for number in range(4)])
+    shop.write(training={**FEW, "max_steps": 1}, memory={"rehearsal": False})
+    assert shop.on_card("run", "mine.toml").exit_code == 0
+    tokens = {}
+    for free_mib in (4000, 900, 200):
+        words = ("--onto", "nf4", "--out", f"exported{free_mib}")
+        ended = shop.on_card("export", str(shop.runs()[-1]), *words, others_mib=taken(free_mib))
+        print(free_mib, ended.stdout, ended.stderr)
+        if free_mib == 200:
+            assert ended.exit_code == UserError.exit_code
+            assert ended.error.startswith("Error: The memory of the GPU ran out in the export: CUDA out of memory.")
+            assert ended.error.endswith("export on the CPU (CUDA_VISIBLE_DEVICES=-1) or without the proof (--no-verify).")
+            continue
+        assert ended.exit_code == ProofError.exit_code, ended.stderr
+        report = read_json(shop.path / f"exported{free_mib}.failed-proof" / "export_report.json")
+        tokens[free_mib] = report["proof"]["tokens"]
+    assert not list(shop.path.glob("exported200*"))
+    assert tokens[4000] > 3900
+    assert 900 < tokens[900] < 1024

@@ -5,7 +5,7 @@ micro-batch by the supervised tokens of the complete batch, so the split changes
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,20 +114,18 @@ def forward_backward(
     """Add the gradients of a complete optimizer batch to the model's parameters, micro-batch by micro-batch.
 
     Args:
-        model: may be wrapped. If it has `no_sync` (DistributedDataParallel), only the last micro-batch synchronizes gradients.
+        model: may be wrapped.
         compute_dtype: the dtype of the matmuls, through autocast unless it is fp32.
         backward: runs the backward pass of a loss: `Tensor.backward`, or the Trainer's, which scales the loss for fp16.
         normalizer: the number of supervised tokens that the loss is divided by; by default the batch's own. With several
-            processes it is the number in the batches of all of them.
+            processes it is that of the complete batch, of which each has a share.
 
     Raises:
         MicroBatchMemoryError: memory ran out; the caller must discard the gradients.
     """
-    last = len(batch.micro_batches) - 1
     outputs = []
     for index, micro_batch in enumerate(batch.micro_batches):
-        synchronized = nullcontext() if index == last else getattr(model, "no_sync", nullcontext)()
-        with _in_micro_batch(index), synchronized:
+        with _in_micro_batch(index):
             output = _forward(model, micro_batch, objective, compute_dtype, normalizer or batch.num_supervised)
             backward(output.loss)
             outputs.append(ObjectiveOutput(loss=output.loss.detach(), metrics=output.metrics))
@@ -149,6 +147,11 @@ def evaluate(
                 with _in_micro_batch(index):
                     outputs.append(_forward(model, micro_batch, objective, compute_dtype, batch.num_supervised))
             yield batch, _sum(outputs)
+
+
+def count_supervised(rows: Iterable[Mapping[str, Any]]) -> int:
+    """The positions of these rows whose next token is supervised, as `collate` counts them."""
+    return sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
 
 
 @contextmanager

@@ -46,6 +46,21 @@ def plan_micro_batches(lengths: Sequence[int], plan: MicroBatchPlan) -> list[lis
     return split
 
 
+def share_rows(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Share the rows of one optimizer step among processes, with about as many tokens each.
+
+    Returns:
+        Indices into `lengths` for each process, every row exactly once, at most ceil(rows / count) each, in their order.
+    """
+    shares: list[list[int]] = [[] for _ in range(count)]
+    most, tokens = -(-len(lengths) // count), [0] * count
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        process = min((number for number in range(count) if len(shares[number]) < most), key=lambda number: tokens[number])
+        shares[process].append(row)
+        tokens[process] += lengths[row]
+    return [sorted(share) for share in shares]
+
+
 def _pack(order: Sequence[int], lengths: Sequence[int], plan: MicroBatchPlan) -> list[list[int]]:
     """Best-fit decreasing: each row goes where it leaves the fewest tokens free, or into a micro-batch of its own."""
     packs: list[list[int]] = []

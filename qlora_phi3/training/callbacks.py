@@ -25,16 +25,24 @@ from qlora_phi3.reporter import (
     record_as_json,
 )
 from qlora_phi3.runfolder import RunFolder, append_metrics, read_metrics
+from qlora_phi3.training.processes import count_processes, gather, is_first
 
 
 class StopOnRequest(TrainerCallback):  # type: ignore[misc]
-    """Makes the Trainer save and stop after the current step, once `requested` is set."""
+    """Makes the Trainer save and stop after the current step, once `requested` is set.
 
-    requested = False
+    Several processes stop after the same step: the Trainer sets `agreed` in each step.
+    """
+
+    requested = agreed = False
+
+    def is_requested(self) -> bool:
+        """Whether `requested` is set in any process; all must call it."""
+        return any(gather(self.requested))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Request a checkpoint and the end of training."""
-        if self.requested:
+        if self.agreed if count_processes() > 1 else self.requested:
             control.should_save = control.should_training_stop = True
         return control
 
@@ -56,7 +64,7 @@ def stop_on_interrupt(reporter: Reporter, callback: StopOnRequest) -> Iterator[N
         callback.requested = True
         if number == signal.SIGINT:
             reporter.warning("Ctrl-C: saving, then stopping. Press it again to stop at once.")
-        else:
+        elif count_processes() == 1:  # launchers send it where another process has ended, which is what will be reported
             reporter.warning(f"{name}: saving, then stopping. Send SIGTERM to stop at once.")
 
     is_main = threading.current_thread() is threading.main_thread()  # the only thread that may set handlers
@@ -68,7 +76,8 @@ def stop_on_interrupt(reporter: Reporter, callback: StopOnRequest) -> Iterator[N
         yield
     finally:
         for number, handler in handlers_before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is request_stop:
+                signal.signal(number, handler)
 
 
 def is_ignored_hangup(number: int) -> bool:
@@ -77,7 +86,12 @@ def is_ignored_hangup(number: int) -> bool:
 
 
 class SaveByTime(TrainerCallback):  # type: ignore[misc]
-    """Requests a checkpoint at the end of a step that is `minutes` or more after the last checkpoint; 0: never."""
+    """Requests a checkpoint at the end of a step that is `minutes` or more after the last checkpoint; 0: never.
+
+    In several processes the Trainer sets `agreed` in each step, to what is due in process 0.
+    """
+
+    agreed = False
 
     def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds, self._clock, self._saved = minutes * 60, clock, clock()
@@ -86,9 +100,13 @@ class SaveByTime(TrainerCallback):  # type: ignore[misc]
         """Count from the start of this session."""
         self._saved = self._clock()
 
+    def is_due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        return self._seconds > 0 and self._clock() - self._saved >= self._seconds
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Request a checkpoint where one is due."""
-        if self._seconds and self._clock() - self._saved >= self._seconds:
+        if self.agreed if count_processes() > 1 else self.is_due():
             control.should_save = True
         return control
 
@@ -157,9 +175,13 @@ class SpillWatch:
 
 
 class MetricsWriter(TrainerCallback):  # type: ignore[misc]
-    """A reporter that writes every record to metrics.jsonl and passes everything on to another reporter."""
+    """A reporter that writes every record to metrics.jsonl and passes everything on to another reporter.
+
+    Of several processes only the first one writes. The others keep their last records for `take_over`.
+    """
 
     def __init__(self, reporter: Reporter, folder: RunFolder) -> None:
+        self._unwritten = deque[Record](maxlen=4)
         self._reporter, self._folder = reporter, folder
         self.info, self.warning, self.progress = reporter.info, reporter.warning, reporter.progress
         self.begin, self.checkpoint_saved = reporter.begin, reporter.checkpoint_saved
@@ -189,5 +211,15 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
         self._write(record)
         self._reporter.divergence(record)
 
+    def take_over(self) -> None:
+        """Write the last records where process 0 died before it could."""
+        written = {(record["kind"], record["step"]) for record in read_metrics(self._folder.metrics)}
+        for record in self._unwritten:
+            if (record.kind, record.step) not in written:
+                append_metrics(self._folder, record_as_json(record))
+
     def _write(self, record: Record) -> None:
-        append_metrics(self._folder, record_as_json(record))
+        if is_first():
+            append_metrics(self._folder, record_as_json(record))
+        else:
+            self._unwritten.append(record)

@@ -47,6 +47,15 @@ from qlora_phi3.training.artifacts import (
 from qlora_phi3.training.callbacks import stop_on_interrupt
 from qlora_phi3.training.oom import RngState, restore_execution_plan
 from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, plan_run, prepare, wants_dry_run
+from qlora_phi3.training.processes import (
+    TAKE_OVER_SECONDS,
+    ProcessLost,
+    copy_from_first,
+    count_processes,
+    first_then_others,
+    from_first,
+    is_first,
+)
 from qlora_phi3.training.report import (
     PredictionCheck,
     damaged_files,
@@ -89,25 +98,26 @@ def run(recipe: Recipe, name: str, recipe_dir: Path, *, reporter: Reporter, resu
         reporter.warning(line)
     recipe = resolve_paths(recipe, recipe_dir)
     recipe = use_stored_quantization(recipe, read_architecture(recipe.model.name, recipe.model.revision))
-    if resume is not None:
+    if resume is not None and is_first():
         check_resumable(resume, recipe, reporter)
-    with lock_run(resume) if resume else nullcontext():
-        context = prepare(recipe, recipe_dir, reporter)
+    with lock_run(resume) if resume and is_first() else nullcontext():
+        context = first_then_others(lambda: prepare(recipe, recipe_dir, reporter))
         device, compute_dtype = context.device, context.precision.compute_dtype
         report = first_report(
             recipe,
             context.data.report,
             name=name,
-            device=describe_device(device),
+            device=describe_device(device) + (f" in {count_processes()} processes" if count_processes() > 1 else ""),
             compute_dtype=compute_dtype,
             resume=resume,
         )
         planned = plan_run(context)
         if resume is not None:
             _warn_of_another_device(resume.read_report(), report, reporter)
-            return _run_in(resume, _checkpoint_to_resume(resume, recipe, reporter), context, planned, report, started)
-        folder = create_run_folder(Path(recipe.training.output_dir), name)
-        with lock_run(folder):
+            checkpoint = from_first(lambda: _checkpoint_to_resume(resume, recipe, reporter))
+            return _run_in(resume, checkpoint, context, planned, report, started)
+        folder = from_first(lambda: create_run_folder(Path(recipe.training.output_dir), name))
+        with lock_run(folder) if is_first() else nullcontext():
             return _run_in(folder, None, context, planned, report, started, is_new=True)
 
 
@@ -121,23 +131,28 @@ def _run_in(
     *,
     is_new: bool = False,
 ) -> RunResult:
-    """Train in a run directory that this process has locked, from a checkpoint or from the first step."""
+    """Train in a run directory that process 0 has locked, from a checkpoint or from the first step."""
     recipe = context.recipe
-    with removed_on_failure(folder) if is_new else nullcontext():
+    with removed_on_failure(folder) if is_new and is_first() else nullcontext():
         model = load_model(context, is_first_session=checkpoint is None)
+        copy_from_first(model)
     if checkpoint is None:
         report = {**report, "trained_sha256_before": trained_digest(model)}
-    with failure_reported(folder, report, started):
-        atomic_write(folder.recipe, recipe_as_toml(recipe))
-        write_report(folder, report)
-        context.reporter.info(f"Run folder: {folder.path}")
-        _save_export_inputs(context, model, folder)
-        restore_metrics(folder, checkpoint)
-        execution = restore_execution_plan(planned.execution, read_metrics(folder.metrics), context.device)
-        trainer = build_trainer(context, execution, model, folder)
+    with failure_reported(folder, report, started) if is_first() else nullcontext():
+        if is_first():
+            atomic_write(folder.recipe, recipe_as_toml(recipe))
+            write_report(folder, report)
+            context.reporter.info(f"Run folder: {folder.path}")
+            _save_export_inputs(context, model, folder)
+            restore_metrics(folder, checkpoint)
+        metrics = from_first(lambda: read_metrics(folder.metrics))
+        trainer = build_trainer(context, restore_execution_plan(planned.execution, metrics, context.device), model, folder)
         _begin(trainer, context, planned, checkpoint)
-        with stop_on_interrupt(context.reporter, trainer.stop):
+        with stop_on_interrupt(context.reporter, trainer.stop), _lost_process_reported(trainer, folder, started):
             _train(trainer, context, folder, checkpoint)
+            if not is_first():
+                trainer.divergence.raise_failure(folder.adapter)
+                return RunResult(folder, int(trainer.state.global_step), None, None, time.perf_counter() - started)
             if trainer.divergence.last_good.step != 0 or not trainer.divergence.failure:
                 template = template_to_save(context.tokenizer, context.template, recipe.data.chat_template)
                 save_adapter(model, context.tokenizer, recipe.model, folder, sample=context.data.train, template=template)
@@ -280,13 +295,36 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
     state = trainer.state
     evaluated = [record["step"] for record in read_metrics(folder.metrics) if record["kind"] == "eval"]
     is_evaluated = evaluated[-1:] == [state.global_step] and not context.recipe.training.load_best_model_at_end
-    if context.data.evaluation is not None and not is_evaluated and not trainer.stop.requested:
+    is_evaluated = from_first(lambda: is_evaluated)  # the others may have read the metrics before the last line was written
+    if context.data.evaluation is not None and not is_evaluated and not trainer.stop.is_requested():
         with suppress(EvaluationStopped):
             trainer.evaluate()
-    if trainer.stop.requested:
+    if trainer.stop.is_requested():
         trainer._save_checkpoint(trainer.model, None)  # it is there already, but for save_strategy = "no"
         hint = f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
         raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; everything is saved.", hint)
+
+
+@contextmanager
+def _lost_process_reported(trainer: Phi3Trainer, folder: RunFolder, started: float) -> Iterator[None]:
+    """Save the last completed step where another process died, and report it; where process 0 died, another one does so."""
+    try:
+        yield
+    except ProcessLost as lost:
+        step = trainer.state.global_step
+        hint = f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
+        error = ProcessLost(f"Another process of this run has ended. This one stopped after step {step}, which is saved.", hint)
+        error.is_shared = error.is_shown = True
+        if is_first():
+            trainer.take_over()
+            raise error from lost
+        with lock_run(folder, wait_seconds=TAKE_OVER_SECONDS):
+            report = folder.read_report()
+            if report.get("status") != "running":
+                raise  # process 0 lives, and reports it
+            with failure_reported(folder, report, started):
+                trainer.take_over()
+                raise error from lost
 
 
 def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> MemoryReport:

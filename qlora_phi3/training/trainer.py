@@ -28,6 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
+from qlora_phi3.data.batching import share_rows
 from qlora_phi3.data.prepare import row_lengths
 from qlora_phi3.errors import RunError
 from qlora_phi3.execution import ExecutionPlan
@@ -38,12 +39,13 @@ from qlora_phi3.objectives import Objective, ObjectiveOutput, sft
 from qlora_phi3.recipe.schema import Training
 from qlora_phi3.reporter import EvalRecord, Phase, StepRecord
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.step import Batch, StepResult, evaluate, forward_backward
+from qlora_phi3.step import Batch, StepResult, count_supervised, evaluate, forward_backward
 from qlora_phi3.training.artifacts import damage, write_manifest
 from qlora_phi3.training.callbacks import MetricsWriter, SaveByTime, SpillWatch, StopOnRequest
 from qlora_phi3.training.divergence import DivergenceGuard, check_evaluation
 from qlora_phi3.training.oom import MemoryGuard
 from qlora_phi3.training.prepare import RunContext
+from qlora_phi3.training.processes import add_up, add_up_gradients, count_processes, gather, is_first, own_rank, seed_step
 from qlora_phi3.training.report import peak_memory_bytes, row_name
 
 
@@ -55,7 +57,8 @@ def build_trainer(context: RunContext, execution: ExecutionPlan, model: PeftMode
     arguments = build_arguments(
         training, folder.checkpoints, device=context.device, fp16=fp16, optim=execution.optim, evaluates=evaluates
     )
-    context.reporter.info(f"Optimizer: {execution.optim}, {training.batch_size} rows a step")
+    shared = f", shared by {count_processes()} processes" if count_processes() > 1 else ""
+    context.reporter.info(f"Optimizer: {execution.optim}, {training.batch_size} rows a step{shared}")
     return Phi3Trainer(model, arguments, context, execution, MetricsWriter(context.reporter, folder))
 
 
@@ -74,7 +77,8 @@ def build_arguments(
 
     `optim` is transformers' name of the optimizer; `evaluates`: there are held-out rows.
     """
-    logging.getLogger("transformers.trainer_utils").addFilter(is_not_interval_warning)
+    for name in ("trainer_utils", "training_args"):
+        logging.getLogger(f"transformers.{name}").addFilter(is_not_mistaken_warning)
     arguments = SFTConfig(
         **{name: getattr(training, name) for name in SAME_ARGUMENTS},
         output_dir=str(checkpoints),
@@ -99,16 +103,18 @@ def build_arguments(
     )
     # The model is on one GPU: with more visible the Trainer would wrap it in DataParallel, and TRL 1.16 raises.
     arguments._n_gpu = min(1, arguments.n_gpu)
+    if not is_first():
+        arguments.report_to = []
     return arguments
 
 
-def is_not_interval_warning(record: logging.LogRecord) -> bool:
+def is_not_mistaken_warning(record: logging.LogRecord) -> bool:
     """Log filter: False for the warning that the intervals of a resumed run differ from those of its checkpoint.
 
     `_init_training_state` applies the recipe's. transformers 5.23 logs it at every run whose eval_steps or save_steps is a share,
-    as it compares 0.2 of all steps with the 5 steps that it became.
+    as it compares 0.2 of all steps with the 5 steps that it became. And False for the one that processes.py does not use DDP.
     """
-    return "`trainer_state.json`" not in record.getMessage()
+    return not any(text in record.getMessage() for text in ("`trainer_state.json`", "ParallelMode.DISTRIBUTED"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,17 @@ class RowBatch:
     """The rows of one optimizer batch, as the data set holds them. The Trainer moves no such object to a device."""
 
     rows: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """The result of a pass over a batch, of all processes together."""
+
+    rows: int
+    tokens: int  #: Without padding.
+    supervised: int
+    loss: float  #: Mean over the supervised tokens, nats.
+    num_correct: float  #: Supervised tokens that were predicted correctly; NaN if the objective does not count them.
 
 
 class EvaluationStopped(Exception):  # noqa: N818 - no error: a signal requested it
@@ -185,7 +202,8 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         self._save_total_limit, args.save_total_limit = args.save_total_limit, None
         self._spill_watch = SpillWatch()
         self._num_recovered = 0  # out-of-memory errors, up to the last step
-        self._last: tuple[Batch, float, float] | None = None  # batch, its loss, its token accuracy
+        self._last: BatchResult | None = None
+        self._save_by_time = SaveByTime(self.training.save_minutes)
         self._step_started = time.perf_counter()
         with _undo_trl_changes(model):
             super().__init__(
@@ -198,7 +216,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
                 callbacks=[
                     reporter,
                     self.divergence,
-                    SaveByTime(self.training.save_minutes),
+                    self._save_by_time,
                     self.stop,
                     FinishEvaluation(self),
                 ],
@@ -294,21 +312,55 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         """
         self._step_started = time.perf_counter()
         step = self.state.global_step + 1
-        batch, result = self._compute(model, inputs.rows, "training", step)
-        loss = float(result.loss)
-        self.divergence.loss, self.divergence.rows = loss, [row_name(row, self._sources) for row in inputs.rows]
-        self._last = batch, loss, _num_correct(result) / max(1, batch.num_supervised)
-        return result.loss.nan_to_num(0.0, 0.0, 0.0)  # the Trainer adds the losses up
+        seed_step(self.args.seed, step)
+        self._last = result = self._compute(model, inputs.rows, "training", step)
+        add_up_gradients(self.model)
+        self.divergence.loss, self.divergence.rows = result.loss, [row_name(row, self._sources) for row in inputs.rows]
+        loss = torch.tensor(result.loss, device=self.args.device)
+        return loss.nan_to_num(0.0, 0.0, 0.0)  # the Trainer adds the losses up
 
     def run_heaviest(self, phase: Phase) -> None:
-        """Run a pass over the longest rows that can meet in one batch; gradients stay, nothing is recorded."""
+        """Run a pass over the longest rows that can meet in this process; gradients stay, nothing is recorded."""
         dataset: Any = self.train_dataset if phase == "training" else self.eval_dataset
-        longest = numpy.argsort(-row_lengths(dataset), kind="stable")[: self.args.per_device_train_batch_size]
-        rows = [dataset[int(number)] for number in longest]
-        self._compute(self.model, rows, phase, 0)
+        most = -(-self.args.per_device_train_batch_size // count_processes())
+        longest = numpy.argsort(-row_lengths(dataset), kind="stable")[:most]
+        self._compute_share(self.model, [dataset[int(number)] for number in longest], phase, 0, None)
 
-    def _compute(self, model: nn.Module, rows: Sequence[Mapping[str, Any]], phase: Phase, step: int) -> tuple[Batch, StepResult]:
-        """Forward, and in training backward, of all micro-batches; where one row does not fit, save a checkpoint and raise."""
+    def _compute(self, model: nn.Module, rows: Sequence[Mapping[str, Any]], phase: Phase, step: int) -> BatchResult:
+        """Forward, and in training backward, of the complete batch, of which each process computes its share.
+
+        Raises:
+            RunError: one row does not fit, or a process is lost; the checkpoint of the last step is saved.
+            EvaluationStopped: a signal requested it, in any process.
+        """
+        lengths, supervised = [len(row["input_ids"]) for row in rows], count_supervised(rows)
+        share = [rows[index] for index in share_rows(lengths, count_processes())[own_rank()]]
+        loss, num_correct, is_stopped = 0.0, 0.0, False
+        try:
+            try:
+                if share:
+                    loss, num_correct = self._compute_share(model, share, phase, step, supervised)
+            except EvaluationStopped:
+                is_stopped = True
+            unshared, self.guard.unshared = self.guard.unshared, []
+            reports = gather((is_stopped, self.stop.requested, self._save_by_time.is_due(), unshared))
+            for rank, (*_, recoveries) in enumerate(reports):
+                if recoveries and rank != own_rank():
+                    self.guard.adopt(recoveries)
+            if any(report[0] for report in reports):
+                raise EvaluationStopped
+            self.stop.agreed, self._save_by_time.agreed = any(report[1] for report in reports), reports[0][2]
+            loss, num_correct = add_up((loss, num_correct))
+        except RunError:
+            if self.state.global_step > 0:
+                self._write_checkpoint()
+            raise
+        return BatchResult(len(rows), sum(lengths), supervised, loss, num_correct)
+
+    def _compute_share(
+        self, model: nn.Module, rows: Sequence[Mapping[str, Any]], phase: Phase, step: int, normalizer: int | None
+    ) -> tuple[float, float]:
+        """The loss, divided by `normalizer`, and the correct tokens of rows; gradients are added to the model's parameters."""
         options: dict[str, Any] = {"objective": self.objective, "compute_dtype": self.compute_dtype}
 
         def stoppable(*inputs: Any) -> ObjectiveOutput:
@@ -318,19 +370,18 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
 
         def run_pass(batch: Batch) -> StepResult:
             if phase == "training":
-                return forward_backward(model, batch, backward=self.accelerator.backward, **options)
+                return forward_backward(model, batch, backward=self.accelerator.backward, normalizer=normalizer, **options)
             options["objective"] = stoppable
             [(_, result)] = evaluate(model, [batch], **options)
             return result
 
         if phase == "training":
             model.train()
-        try:
-            return self.guard.compute(rows, run_pass, phase=phase, step=step)
-        except RunError:
-            if self.state.global_step > 0:
-                self._save_checkpoint(self.model, None)
-            raise
+        batch, result = self.guard.compute(rows, run_pass, phase=phase, step=step)
+        loss = float(result.loss)
+        if phase == "evaluation" and normalizer != batch.num_supervised:  # which it divided by
+            loss *= batch.num_supervised / max(1, normalizer or 1)
+        return loss, float(result.metrics.get("num_correct", math.nan))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report an optimizer step, with the learning rate and the gradient norm that only the Trainer knows."""
@@ -338,29 +389,28 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             self._last = None
             return
         if self._last is not None and "grad_norm" in logs:
-            batch, loss, accuracy = self._last
-            self._last = None
+            result, self._last = self._last, None
             seconds = time.perf_counter() - self._step_started
-            logs["loss"] = loss
+            logs["loss"] = result.loss
             self.reporter.step(
                 StepRecord(
                     step=self.state.global_step,
                     epoch=round(self.state.epoch or 0.0, 4),
-                    loss=loss,
-                    token_accuracy=accuracy,
+                    loss=result.loss,
+                    token_accuracy=result.num_correct / max(1, result.supervised),
                     learning_rate=logs["learning_rate"],
                     grad_norm=logs["grad_norm"] if math.isfinite(logs["grad_norm"]) else None,  # JSON has no infinity
-                    rows=batch.num_rows,
-                    tokens=batch.num_tokens,
-                    supervised_tokens=batch.num_supervised,
+                    rows=result.rows,
+                    tokens=result.tokens,
+                    supervised_tokens=result.supervised,
                     step_seconds=seconds,
-                    tokens_per_second=batch.num_tokens / seconds,
+                    tokens_per_second=result.tokens / seconds,
                     peak_memory_bytes=peak_memory_bytes(self.args.device),
                 )
             )
             # A step that was computed several times is no measure of the GPU's speed.
             if self.args.device.type == "cuda" and self._num_recovered == self.guard.num_recovered:
-                line = self._spill_watch.observe(batch.num_tokens, seconds)
+                line = self._spill_watch.observe(result.tokens, seconds)
                 if line is not None:
                     self.reporter.warning(line)
             self._num_recovered = self.guard.num_recovered
@@ -396,10 +446,10 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         """Mean loss, token accuracy and number of the supervised tokens of all rows."""
         total_loss = correct = tokens = 0.0
         for done, inputs in enumerate(loader, start=1):
-            batch, result = self._compute(self.model, inputs.rows, "evaluation", step)
-            total_loss += float(result.loss) * batch.num_supervised
-            correct += _num_correct(result)
-            tokens += batch.num_supervised
+            result = self._compute(self.model, inputs.rows, "evaluation", step)
+            total_loss += result.loss * result.supervised
+            correct += result.num_correct
+            tokens += result.supervised
             self.reporter.progress("Measuring on held-out rows", done, len(loader))
         return total_loss / max(1.0, tokens), correct / max(1.0, tokens), int(tokens)
 
@@ -436,17 +486,24 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Let process 0 write the checkpoint of this step; all go on when it is there."""
+        self._write_checkpoint()
+        gather(None)
+        if not is_first():
+            self.state.best_model_checkpoint = self._best_checkpoint()
+
+    def _write_checkpoint(self, *, is_writer: bool | None = None) -> None:
         """Write the checkpoint of this step and its manifest unless it is there, and only then remove older checkpoints.
 
-        RunError where the disk is full or refuses; the new checkpoint is removed then.
+        RunError where the disk is full or refuses; the new checkpoint is removed then. `is_writer`: by default, in process 0.
         """
         target = self.checkpoint_path
-        if damage(target) is None:
+        if not (is_first() if is_writer is None else is_writer) or damage(target) is None:
             return
         remove(target)
         try:
             with disk_errors(target, hint="{cause}, then go on with --resume; earlier checkpoints remain."):
-                super()._save_checkpoint(model, trial)
+                super()._save_checkpoint(self.model, None)
                 folder = RunFolder(target.parents[1])
                 for path in (folder.metrics, folder.base):
                     if path.is_file():
@@ -460,6 +517,12 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             rotate_checkpoints(self.args.output_dir, self._save_total_limit, best)
         self.reporter.checkpoint_saved(target)
 
+    def take_over(self) -> None:
+        """Write what process 0 should have written of the last completed step."""
+        if self.state.global_step > 0:
+            self.reporter.take_over()
+            self._write_checkpoint(is_writer=True)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm before clipping; shown to the guard, since no callback receives it."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -472,11 +535,6 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the export writes a model card, a checkpoint needs none."""
-
-
-def _num_correct(result: StepResult) -> float:
-    """How many supervised tokens were predicted correctly; NaN if the objective does not count them."""
-    return float(result.metrics.get("num_correct", math.nan))
 
 
 @contextmanager

@@ -1,17 +1,15 @@
 """`qlora-phi3 run`: train what a recipe describes."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from qlora_phi3.cli.options import debug_option, set_option, silence_libraries
 from qlora_phi3.cli.output import keep_running_without_output
 from qlora_phi3.errors import DeviceError, RunError
-
-if TYPE_CHECKING:
-    from qlora_phi3.hardware.gpu import LaunchedProcess
+from qlora_phi3.units import format_count
 
 NEWEST = "newest"
 
@@ -40,12 +38,11 @@ def run(ctx: click.Context, recipe: Path | None, resume: str | None, no_rehearsa
 
     Ctrl-C, SIGTERM and SIGHUP save a checkpoint and print how to continue. Everything is written to runs/<recipe>/<time>/.
     """
-    from qlora_phi3.hardware.gpu import hide_launcher, read_launch
+    from qlora_phi3.hardware.gpu import take_launch
 
     keep_running_without_output()
     ctx.meta["is_silent"] = os.environ.get("RANK", "0") != "0"  # process 0 shows what all have in common
-    launch = read_launch(os.environ)
-    hide_launcher()
+    rank, count = take_launch(os.environ)
     recipe, resume = _recipe_and_run(ctx, recipe, resume)
     if no_rehearsal:
         overrides = (*overrides, "memory.rehearsal=false")
@@ -53,30 +50,28 @@ def run(ctx: click.Context, recipe: Path | None, resume: str | None, no_rehearsa
     # on two cores: idle 348-362 tokens/s against 336-390 as libgomp does it, with two busy programs 108 against 85.
     # OMP_WAIT_POLICY=passive is better still on a busy computer, and on an idle one half as fast (209-218).
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    if launch.count == 1:
-        _train(ctx, recipe, resume, overrides, launch)
-        return
-    from qlora_phi3.training.processes import connected
+    connection: AbstractContextManager[None] = nullcontext()
+    if count > 1:
+        from qlora_phi3.training.processes import connected
 
-    with connected(launch):
-        _train(ctx, recipe, resume, overrides, launch)
+        connection = connected(rank, count)
+    with connection:
+        _train(ctx, recipe, resume, overrides, rank, count)
 
 
-def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tuple[str, ...], launch: "LaunchedProcess") -> None:
-    """Load the recipe, choose the GPU of this process, and train."""
+def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tuple[str, ...], rank: int, count: int) -> None:
+    """Train with the GPU of this process, of so many that share the run."""
     from qlora_phi3.hardware.gpu import choose_gpu, hide_other_gpus
     from qlora_phi3.recipe.load import load_recipe
     from qlora_phi3.runfolder import find_run, run_group_name
 
     loaded = load_recipe(recipe, overrides, check_files=True)
-    if launch.count > loaded.training.batch_size:
-        raise DeviceError(
-            f"{launch.count} processes share a step of {loaded.training.batch_size} rows: some would have none in any step.",
-            f"Start at most {loaded.training.batch_size} processes, or raise [training] batch_size.",
-        )
+    if count > (rows := loaded.training.batch_size):
+        hint = "Start as many processes as rows at most, or raise [training] batch_size."
+        raise DeviceError(f"{count} processes cannot share a step of {format_count(rows, 'row')}.", hint)
     name, training, named = run_group_name(recipe), loaded.training, None if resume == NEWEST else resume
     folder = None if resume is None else find_run(Path(training.output_dir), name, named)
-    hide_other_gpus(choose_gpu(loaded.memory.gpu, launch), launch.local_rank)
+    hide_other_gpus(choose_gpu(loaded.memory.gpu, rank if count > 1 else None), rank)
 
     from qlora_phi3.ui.console import LogInterval, open_console
 

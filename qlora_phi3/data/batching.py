@@ -3,6 +3,7 @@
 The recipe sets the batch of the optimizer step. How it is split decides memory and speed, and changes nothing that is learned.
 """
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import replace
@@ -47,17 +48,15 @@ def plan_micro_batches(lengths: Sequence[int], plan: MicroBatchPlan) -> list[lis
 
 
 def share_rows(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Share the rows of one optimizer step among processes, with about as many tokens each.
+    """Share the rows of one optimizer step among processes: about as many tokens each, and at most ceil(rows / count) rows.
 
     Returns:
-        Indices into `lengths` for each process, every row exactly once, at most ceil(rows / count) each, in their order.
+        Indices into `lengths` for each process, in their order, every row exactly once.
     """
     shares: list[list[int]] = [[] for _ in range(count)]
-    most, tokens = -(-len(lengths) // count), [0] * count
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        process = min((number for number in range(count) if len(shares[number]) < most), key=lambda number: tokens[number])
-        shares[process].append(row)
-        tokens[process] += lengths[row]
+        free = [share for share in shares if len(share) < math.ceil(len(lengths) / count)]
+        min(free, key=lambda share: sum(lengths[number] for number in share)).append(row)
     return [sorted(share) for share in shares]
 
 

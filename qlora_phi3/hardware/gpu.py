@@ -7,7 +7,7 @@ and drives no display; on Windows a desktop takes 0.3 to 1 GiB.
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -33,13 +33,8 @@ OTHER_MAKERS = re.compile(r"\b(amd|radeon|rx|instinct|mi\d{2,3}x?|intel|arc|iris
 TOO_OLD = re.compile(r"\b(gtx ?(10|9|7)\d\d|titan(?! rtx)|[pvkm]\d{2,3}|quadro [pkm]\d+|gt ?\d{3,4})\b", re.IGNORECASE)
 #: The number of processes, as set by torchrun and accelerate launch; by SLURM; by Open MPI; by Intel MPI and MPICH; by MVAPICH.
 PROCESS_COUNTS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-#: Set to "true" by accelerate launch where the weights of the model are to be split over the processes.
-SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "A parallelism config",
-}
+#: Set to "true" by accelerate launch where the model's weights are to be split among the processes.
+SPLITS = [f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,62 +85,41 @@ class ChosenGpu:
     visible_devices: str
 
 
-@dataclass(frozen=True, slots=True)
-class LaunchedProcess:
-    """This process among those of one run, which share every optimizer batch."""
+def take_launch(environ: MutableMapping[str, str]) -> tuple[int, int]:
+    """The rank of this process and how many there are, from the variables of torchrun and accelerate launch, which are deleted.
 
-    rank: int  #: From 0; process 0 writes the run directory and the terminal.
-    count: int
-    local_rank: int  #: Its GPU is the one of this number among those that are visible.
-
-
-def read_launch(environ: Mapping[str, str]) -> LaunchedProcess:
-    """Which of how many processes this one is, from the variables of torchrun and accelerate launch.
+    So the libraries see one process: accelerate would shard the batches, and compute in its own configuration's precision.
 
     Raises:
-        DeviceError: the weights should be split; or the processes cannot find each other, or are on several computers.
+        DeviceError: the weights should be split; or nothing connects the processes, or they are on several computers.
     """
-    for name, method in SHARDING.items():
-        if environ.get(name, "").lower() in ("true", "1"):
+    for name in SPLITS:
+        if environ.get(name, "").lower() == "true":
             raise DeviceError(
-                f"{method} is not supported ({name}={environ[name]}): accelerate leaves 4-bit weights unsplit or can damage them.",
-                "Every GPU holds the complete model: accelerate launch --multi_gpu --num_processes N -m qlora_phi3 run RECIPE",
+                f"{name} = true: 4-bit weights cannot be split among GPUs, as accelerate leaves them complete or damages them.",
+                "Give every GPU the complete model: accelerate launch --multi_gpu --num_processes N -m qlora_phi3 run RECIPE",
             )
     counts = {name: int(environ[name]) for name in PROCESS_COUNTS if environ.get(name, "").isdecimal()}
     name, count = max(counts.items(), key=lambda item: item[1], default=("", 1))
-    if count <= 1:
-        return LaunchedProcess(0, 1, 0)
-    numbers = [int(value) if (value := environ.get(key, "")).isdecimal() else -1 for key in ("RANK", "LOCAL_RANK")]
-    if min(numbers) < 0 or count != counts.get("WORLD_SIZE") or "MASTER_ADDR" not in environ:
+    rank = environ.get("RANK", "") if count > 1 else "0"
+    same = (rank, environ.get("LOCAL_RANK"), counts.get("WORLD_SIZE")) == (environ.get("LOCAL_RANK"), rank, count)
+    if count > 1 and not (rank.isdecimal() and same and environ.get("LOCAL_WORLD_SIZE", str(count)) == str(count)):
         raise DeviceError(
-            f"{count} processes were started ({name}={count}), but not by a launcher that connects them.",
+            f"{count} processes were started ({name}={count}), but not by a launcher that connects them on one computer.",
             f"Write: accelerate launch --num_processes {count} -m qlora_phi3 run RECIPE; under SLURM with srun --ntasks=1.",
         )
-    if (local := environ.get("LOCAL_WORLD_SIZE", str(count))) != str(count):
-        raise DeviceError(
-            f"{local} of {count} processes are on this computer; a run uses one computer.", "Start all of them here."
-        )
-    return LaunchedProcess(numbers[0], count, numbers[1])
+    if environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        environ["CUDA_VISIBLE_DEVICES"] = ""
+    for name in [*PROCESS_COUNTS, "RANK", "LOCAL_RANK", *(name for name in environ if name.startswith("ACCELERATE_"))]:
+        environ.pop(name, None)
+    return int(rank), count
 
 
-def hide_launcher() -> None:
-    """Delete a launcher's variables from the environment of this process, so that the libraries see one process.
-
-    accelerate would shard batches and average losses, and its configuration's precision would replace the recipe's.
-    """
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    for name in list(os.environ):
-        if name in (*PROCESS_COUNTS, "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE") or name.startswith("ACCELERATE_"):
-            del os.environ[name]
-
-
-def choose_gpu(wanted: str | int, launch: LaunchedProcess | None = None, *, nvml: Any = None) -> ChosenGpu | None:
+def choose_gpu(wanted: str | int, rank: int | None = None, *, nvml: Any = None) -> ChosenGpu | None:
     """Choose the GPU for a run, among those that CUDA_VISIBLE_DEVICES shows; call it before torch initialises CUDA.
 
-    One of several processes gets the GPU of its local rank among those that match.
-
     Args:
+        rank: of one of several processes, which gets the GPU of this number among those that match; None: a single one.
         wanted: "auto" for the GPU with the most free memory, the number that nvidia-smi shows, or words of the GPU's name.
             Where several GPUs match a name, an exact match comes first, then the one with the most free memory.
         nvml: the module `pynvml`, or a stand-in.
@@ -154,7 +128,7 @@ def choose_gpu(wanted: str | int, launch: LaunchedProcess | None = None, *, nvml
         The GPU, or None where "auto" finds no GPU that NVML can read.
 
     Raises:
-        DeviceError: no GPU has that number or name, or there are more processes; the message lists those that there are.
+        DeviceError: no GPU has that number or name, or all have another process; the message lists those that there are.
     """
     found: dict[int, ChosenGpu] = {}
     reason = ""
@@ -173,30 +147,25 @@ def choose_gpu(wanted: str | int, launch: LaunchedProcess | None = None, *, nvml
         words = _words(wanted)
         matches = [chosen for chosen in found.values() if words <= _words(chosen.gpu.name)]
         matches = [chosen for chosen in matches if words == _words(chosen.gpu.name)] or matches
-    shown = ", ".join(f"{number} ({chosen.gpu.name})" for number, chosen in found.items()) or "none"
-    if launch is not None and launch.count > 1 and found and matches:
-        if launch.count > len(matches):
-            raise DeviceError(
-                f"{launch.count} processes need a GPU each, and [memory] gpu = {wanted!r} matches {len(matches)} of: {shown}.",
-                "Start as many processes as there are GPUs.",
-            )
-        return matches[launch.local_rank]
-    if not matches and wanted != "auto":
+    matches = matches if rank is None else matches[rank : rank + 1]
+    if not matches and (wanted != "auto" or (rank and found)):
+        shown = ", ".join(f"{number} ({chosen.gpu.name})" for number, chosen in found.items()) or "none"
+        process = "" if rank is None else f" for process {rank}"
         raise DeviceError(
-            f"[memory] gpu = {wanted!r} matches no GPU of this computer. It shows: {shown}. {reason}".rstrip(),
-            'Write one of these numbers or names, or gpu = "auto".',
+            f"[memory] gpu = {wanted!r} matches no GPU of this computer{process}. It shows: {shown}. {reason}".rstrip(),
+            'Write one of these numbers or names, or gpu = "auto"; and start one process a GPU at most.',
         )
     return max(matches, key=lambda chosen: chosen.gpu.free_bytes, default=None)
 
 
-def hide_other_gpus(chosen: ChosenGpu | None, local_rank: int = 0) -> None:
+def hide_other_gpus(chosen: ChosenGpu | None, rank: int = 0) -> None:
     """Show CUDA one GPU only, through the environment of this process; call it before torch initialises CUDA.
 
-    None leaves the GPU of this local rank in CUDA_VISIBLE_DEVICES, or of the computer.
+    None leaves the first GPU of CUDA_VISIBLE_DEVICES, or of the computer; to one of several processes that of its rank.
     """
     if chosen is None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", str(local_rank)).split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[local_rank] if local_rank < len(visible) else visible[-1]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", str(rank)).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[min(rank, len(visible) - 1)]
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = chosen.visible_devices
         os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the numbers of NVML and nvidia-smi

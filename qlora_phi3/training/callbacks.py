@@ -25,24 +25,18 @@ from qlora_phi3.reporter import (
     record_as_json,
 )
 from qlora_phi3.runfolder import RunFolder, append_metrics, read_metrics
-from qlora_phi3.training.processes import count_processes, gather, is_first
+from qlora_phi3.training.processes import count_processes, own_rank
 
 
 class StopOnRequest(TrainerCallback):  # type: ignore[misc]
-    """Makes the Trainer save and stop after the current step, once `requested` is set.
+    """Makes the Trainer save and stop after the current step, once `requested` is set."""
 
-    Several processes stop after the same step: the Trainer sets `agreed` in each step.
-    """
-
-    requested = agreed = False
-
-    def is_requested(self) -> bool:
-        """Whether `requested` is set in any process; all must call it."""
-        return any(gather(self.requested))
+    requested = False
+    is_signalled = False  #: The signal came to this process; several processes stop once all of them know (`Phi3Trainer`).
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Request a checkpoint and the end of training."""
-        if self.agreed if count_processes() > 1 else self.requested:
+        if self.requested:
             control.should_save = control.should_training_stop = True
         return control
 
@@ -57,14 +51,14 @@ def stop_on_interrupt(reporter: Reporter, callback: StopOnRequest) -> Iterator[N
 
     def request_stop(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if callback.requested:
+        if callback.is_signalled:
             if name == "SIGHUP":
                 return
             raise KeyboardInterrupt
-        callback.requested = True
+        callback.is_signalled, callback.requested = True, callback.requested or count_processes() == 1
         if number == signal.SIGINT:
             reporter.warning("Ctrl-C: saving, then stopping. Press it again to stop at once.")
-        elif count_processes() == 1:  # launchers send it where another process has ended, which is what will be reported
+        elif count_processes() == 1:  # launchers send SIGTERM where another process has ended, which is then reported
             reporter.warning(f"{name}: saving, then stopping. Send SIGTERM to stop at once.")
 
     is_main = threading.current_thread() is threading.main_thread()  # the only thread that may set handlers
@@ -86,12 +80,7 @@ def is_ignored_hangup(number: int) -> bool:
 
 
 class SaveByTime(TrainerCallback):  # type: ignore[misc]
-    """Requests a checkpoint at the end of a step that is `minutes` or more after the last checkpoint; 0: never.
-
-    In several processes the Trainer sets `agreed` in each step, to what is due in process 0.
-    """
-
-    agreed = False
+    """Requests a checkpoint at the end of a step that is `minutes` or more after the last checkpoint; 0: never."""
 
     def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds, self._clock, self._saved = minutes * 60, clock, clock()
@@ -100,13 +89,9 @@ class SaveByTime(TrainerCallback):  # type: ignore[misc]
         """Count from the start of this session."""
         self._saved = self._clock()
 
-    def is_due(self) -> bool:
-        """Whether it is time for a checkpoint."""
-        return self._seconds > 0 and self._clock() - self._saved >= self._seconds
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Request a checkpoint where one is due."""
-        if self.agreed if count_processes() > 1 else self.is_due():
+        if self._seconds and self._clock() - self._saved >= self._seconds:
             control.should_save = True
         return control
 
@@ -175,14 +160,10 @@ class SpillWatch:
 
 
 class MetricsWriter(TrainerCallback):  # type: ignore[misc]
-    """A reporter that writes every record to metrics.jsonl and passes everything on to another reporter.
-
-    Of several processes only the first one writes. The others keep their last records for `take_over`.
-    """
+    """A reporter that writes every record to metrics.jsonl (in process 0), and passes everything on to another reporter."""
 
     def __init__(self, reporter: Reporter, folder: RunFolder) -> None:
-        self._unwritten = deque[Record](maxlen=4)
-        self._reporter, self._folder = reporter, folder
+        self._reporter, self._folder, self.is_writer = reporter, folder, own_rank() == 0
         self.info, self.warning, self.progress = reporter.info, reporter.warning, reporter.progress
         self.begin, self.checkpoint_saved = reporter.begin, reporter.checkpoint_saved
 
@@ -211,15 +192,6 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
         self._write(record)
         self._reporter.divergence(record)
 
-    def take_over(self) -> None:
-        """Write the last records where process 0 died before it could."""
-        written = {(record["kind"], record["step"]) for record in read_metrics(self._folder.metrics)}
-        for record in self._unwritten:
-            if (record.kind, record.step) not in written:
-                append_metrics(self._folder, record_as_json(record))
-
     def _write(self, record: Record) -> None:
-        if is_first():
+        if self.is_writer:
             append_metrics(self._folder, record_as_json(record))
-        else:
-            self._unwritten.append(record)

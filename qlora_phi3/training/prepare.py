@@ -166,7 +166,7 @@ def wants_dry_run(memory: Memory, device: torch.device) -> bool:
 def plan_run(context: RunContext) -> PlannedRun:
     """Plan the execution: the fastest plan that fits the GPU, or the default plan, simulated on a CPU if there is a dry run.
 
-    Several processes have the plan of process 0, for the GPU with the least memory.
+    Several processes share the plan for the GPU with the least memory.
     """
     gpus = [gpu for gpu in gather(context.gpu) if gpu is not None]
     smallest = min(gpus, key=lambda gpu: budget_of(context.recipe.memory, gpu), default=None)

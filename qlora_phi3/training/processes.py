@@ -1,20 +1,17 @@
 """Several processes that train one adapter, each on a GPU of its own, and share every optimizer batch (data parallel).
 
-Every process draws the same batch, computes the gradients of its share of the rows, and adds up the gradients of all of them. The
-libraries do not know of the other processes: accelerate would shard the batches, average the losses, and wrap the model in
-DistributedDataParallel, which cannot repeat a backward pass that ran out of memory. Everything is exchanged through gloo and the
-computer's memory: it takes no GPU memory, and it fails at once where a process has died, while NCCL waits for its timeout. An
-exchange of 100 MB, the gradients of r = 16 on Phi-3-mini, takes 0.11 to 0.16 s between two processes (2 cores, torch 2.13).
+Every process draws the same batch, computes the gradients of its share, and adds up those of all. DistributedDataParallel cannot
+repeat a backward pass that ran out of memory. gloo exchanges through the computer's memory: it takes none of the GPU, and fails
+at once where a process has died, while NCCL waits for its timeout. 100 MB, the gradients of r = 16 on Phi-3-mini, take 0.11 to
+0.16 s between two processes (2 cores, torch 2.13).
 
-The processes call `gather` equally often and in the same order. One that fails calls it once more, with its error, which all
-others then raise.
+The processes call `gather` in the same order. One that fails calls it once more, with its error, which the others then raise.
 """
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import sha256
 from typing import Any, TypeVar
@@ -23,35 +20,25 @@ import torch
 from torch import Tensor, distributed, nn
 
 from qlora_phi3.errors import RunError, UserError, first_line
-from qlora_phi3.hardware.gpu import LaunchedProcess
 
 Result = TypeVar("Result")
-#: The slowest process may be late by as much: process 0 tokenizes and saves while the others wait. A dead one is noticed at once.
+#: How late a process may be: the others wait while process 0 tokenizes and saves. One that has died is noticed at once.
 LONGEST_WAIT = timedelta(days=7)
-#: Seconds after which a process gives up to become the one that writes, below torchrun's 30 between SIGTERM and SIGKILL.
+#: Seconds in which another process takes the place of process 0; torchrun kills 30 s after it has sent SIGTERM.
 TAKE_OVER_SECONDS = 20.0
 
 
 class ProcessLost(RunError):  # noqa: N818 - the error of this process is that another one has gone
     """Another process of the run ended without an error that it could report."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Message:
-    value: Any
-    error: UserError | None = None
+    is_shared = True
 
 
 @contextmanager
-def connected(launch: LaunchedProcess) -> Iterator[None]:
-    """Connect the processes of a run until the end of the block.
-
-    Raises:
-        RunError: they cannot be connected.
-        UserError: what another process raised.
-    """
+def connected(rank: int, count: int) -> Iterator[None]:
+    """Connect the processes of a run until the end of the block; RunError where that is impossible."""
     try:
-        distributed.init_process_group("gloo", rank=launch.rank, world_size=launch.count, timeout=LONGEST_WAIT)
+        distributed.init_process_group("gloo", rank=rank, world_size=count, timeout=LONGEST_WAIT)
     except RuntimeError as error:
         raise RunError(f"The processes cannot connect to each other: {first_line(error)}.", "Start all of them again.") from error
     try:
@@ -60,7 +47,7 @@ def connected(launch: LaunchedProcess) -> Iterator[None]:
         # After a Ctrl-C nobody is waited for: this process ends, and the others notice.
         if not error.is_shared and not isinstance(error.__cause__, KeyboardInterrupt):
             with suppress(ProcessLost):
-                _exchange(_Message(None, error))
+                _exchange((None, error))
         raise
     finally:
         distributed.destroy_process_group()
@@ -72,13 +59,8 @@ def count_processes() -> int:
 
 
 def own_rank() -> int:
-    """The number of this process, from 0."""
+    """The number of this process. Process 0 writes the run directory and the terminal."""
     return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def is_first() -> bool:
-    """Whether this is process 0, which writes the run directory and the terminal."""
-    return own_rank() == 0
 
 
 @contextmanager
@@ -88,91 +70,55 @@ def _peers_needed() -> Iterator[None]:
     except RuntimeError as error:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it now, and this process ends by itself
-        lost = ProcessLost("Another process of this run has ended.", "Its own output says why.")
-        lost.is_shared = True
-        raise lost from error
+        raise ProcessLost("Another process of this run has ended.", "Its own output says why.") from error
 
 
-def _exchange(message: _Message) -> list[_Message]:
-    if count_processes() == 1:
-        return [message]
-    messages: list[Any] = [None] * count_processes()
-    with _peers_needed():
-        distributed.all_gather_object(messages, message)
+def _exchange(message: tuple[Any, UserError | None]) -> list[Any]:
+    messages: list[Any] = [message] * count_processes()
+    if len(messages) > 1:
+        with _peers_needed():
+            distributed.all_gather_object(messages, message)
     return messages
 
 
 def gather(value: Result) -> list[Result]:
-    """The values of all processes, in the order of their ranks.
-
-    Raises:
-        UserError: what another process raised.
-        ProcessLost: another process has died.
-    """
-    messages = _exchange(_Message(value))
-    for error in (message.error for message in messages):
-        if error is not None:
-            error.is_shared = True
-            raise error
-    return [message.value for message in messages]
+    """The values of all processes, in the order of their ranks. UserError: what another process raised, or it has died."""
+    messages = _exchange((value, None))
+    for error in (error for _, error in messages if error is not None):
+        error.is_shared = True
+        raise error
+    return [value for value, _ in messages]
 
 
 def from_first(make: Callable[[], Result]) -> Result:
     """What process 0 makes, for all processes."""
-    made: Any = make() if is_first() else None
-    return gather(made)[0]
+    made: Any = None if own_rank() else make()
+    first: Result = gather(made)[0]
+    return first
 
 
 def first_then_others(make: Callable[[], Result]) -> Result:
     """What each process makes; process 0 begins, and the others find in the caches what it wrote there."""
-    made = [make()] if is_first() else []
+    made = [] if own_rank() else [make()]
     gather(None)
     return made[0] if made else make()
 
 
-def add_up(values: Sequence[float]) -> list[float]:
-    """The sums over all processes; call it only right after `gather`, as it passes on no error."""
-    sums = torch.tensor(values, dtype=torch.float64)
-    if count_processes() > 1:
-        with _peers_needed():
-            distributed.all_reduce(sums)
-    return [float(value) for value in sums]
-
-
 @torch.no_grad()
 def add_up_gradients(model: nn.Module) -> None:
-    """Replace the gradients by their sums over all processes, in fp32; a missing one counts as zero. See `add_up`."""
-    if count_processes() == 1:
-        return
-    trained = list(_trained(model))
-    parts = [(torch.zeros_like(weight) if weight.grad is None else weight.grad).flatten().float().cpu() for weight in trained]
-    sums = torch.cat(parts)
-    with _peers_needed():
-        distributed.all_reduce(sums)
-    for weight, part in zip(trained, sums.split([weight.numel() for weight in trained]), strict=True):
-        weight.grad = torch.empty_like(weight) if weight.grad is None else weight.grad
-        weight.grad.copy_(part.view_as(weight))
-
-
-@torch.no_grad()
-def copy_from_first(model: nn.Module) -> None:
-    """Give every process the trained weights of process 0."""
-    if count_processes() == 1:
-        return
-    gather(None)
-    with _peers_needed():
-        for weight in _trained(model):
-            sent = weight.cpu()
-            distributed.broadcast(sent, src=0)
-            weight.copy_(sent)
-
-
-def _trained(model: nn.Module) -> Iterable[Tensor]:
-    return (parameter for parameter in model.parameters() if parameter.requires_grad)
+    """Replace the gradients by their sums over all processes, in fp32. Call it only after `gather`, as it passes on no error."""
+    if count_processes() > 1:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in trained]
+        sums = torch.cat([gradient.flatten().float().cpu() for gradient in gradients])
+        with _peers_needed():
+            distributed.all_reduce(sums)
+        for weight, gradient, part in zip(trained, gradients, torch.split(sums, list(map(Tensor.numel, trained))), strict=True):
+            weight.grad = gradient.copy_(part.view_as(gradient))
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Let each of several processes draw its own dropout in a step, whichever process it resumed from."""
+    """Let each of several processes draw its own dropout in a step, the same in a resumed run."""
     if count_processes() > 1:
         digest = sha256(f"{seed} {step} {own_rank()}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:7], "big"))

@@ -34,6 +34,7 @@ from qlora_phi3.runfolder import (
     restore_metrics,
     write_report,
 )
+from qlora_phi3.training import processes
 from qlora_phi3.training.artifacts import (
     find_checkpoint,
     input_checksums,
@@ -47,15 +48,6 @@ from qlora_phi3.training.artifacts import (
 from qlora_phi3.training.callbacks import stop_on_interrupt
 from qlora_phi3.training.oom import RngState, restore_execution_plan
 from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, plan_run, prepare, wants_dry_run
-from qlora_phi3.training.processes import (
-    TAKE_OVER_SECONDS,
-    ProcessLost,
-    copy_from_first,
-    count_processes,
-    first_then_others,
-    from_first,
-    is_first,
-)
 from qlora_phi3.training.report import (
     PredictionCheck,
     damaged_files,
@@ -98,26 +90,26 @@ def run(recipe: Recipe, name: str, recipe_dir: Path, *, reporter: Reporter, resu
         reporter.warning(line)
     recipe = resolve_paths(recipe, recipe_dir)
     recipe = use_stored_quantization(recipe, read_architecture(recipe.model.name, recipe.model.revision))
-    if resume is not None and is_first():
+    if resume is not None and not processes.own_rank():
         check_resumable(resume, recipe, reporter)
-    with lock_run(resume) if resume and is_first() else nullcontext():
-        context = first_then_others(lambda: prepare(recipe, recipe_dir, reporter))
-        device, compute_dtype = context.device, context.precision.compute_dtype
+    with lock_run(resume) if resume and not processes.own_rank() else nullcontext():
+        context = processes.first_then_others(lambda: prepare(recipe, recipe_dir, reporter))
+        device, compute_dtype, count = context.device, context.precision.compute_dtype, processes.count_processes()
         report = first_report(
             recipe,
             context.data.report,
             name=name,
-            device=describe_device(device) + (f" in {count_processes()} processes" if count_processes() > 1 else ""),
+            device=describe_device(device) + (f" in {count} processes" if count > 1 else ""),
             compute_dtype=compute_dtype,
             resume=resume,
         )
         planned = plan_run(context)
         if resume is not None:
             _warn_of_another_device(resume.read_report(), report, reporter)
-            checkpoint = from_first(lambda: _checkpoint_to_resume(resume, recipe, reporter))
+            checkpoint = processes.from_first(lambda: _checkpoint_to_resume(resume, recipe, reporter))
             return _run_in(resume, checkpoint, context, planned, report, started)
-        folder = from_first(lambda: create_run_folder(Path(recipe.training.output_dir), name))
-        with lock_run(folder) if is_first() else nullcontext():
+        folder = processes.from_first(lambda: create_run_folder(Path(recipe.training.output_dir), name))
+        with lock_run(folder) if not processes.own_rank() else nullcontext():
             return _run_in(folder, None, context, planned, report, started, is_new=True)
 
 
@@ -133,24 +125,23 @@ def _run_in(
 ) -> RunResult:
     """Train in a run directory that process 0 has locked, from a checkpoint or from the first step."""
     recipe = context.recipe
-    with removed_on_failure(folder) if is_new and is_first() else nullcontext():
+    with removed_on_failure(folder) if is_new and not processes.own_rank() else nullcontext():
         model = load_model(context, is_first_session=checkpoint is None)
-        copy_from_first(model)
     if checkpoint is None:
         report = {**report, "trained_sha256_before": trained_digest(model)}
-    with failure_reported(folder, report, started) if is_first() else nullcontext():
-        if is_first():
+    with failure_reported(folder, report, started) if not processes.own_rank() else nullcontext():
+        if not processes.own_rank():
             atomic_write(folder.recipe, recipe_as_toml(recipe))
             write_report(folder, report)
             context.reporter.info(f"Run folder: {folder.path}")
             _save_export_inputs(context, model, folder)
             restore_metrics(folder, checkpoint)
-        metrics = from_first(lambda: read_metrics(folder.metrics))
+        metrics = processes.from_first(lambda: read_metrics(folder.metrics))
         trainer = build_trainer(context, restore_execution_plan(planned.execution, metrics, context.device), model, folder)
         _begin(trainer, context, planned, checkpoint)
         with stop_on_interrupt(context.reporter, trainer.stop), _lost_process_reported(trainer, folder, started):
             _train(trainer, context, folder, checkpoint)
-            if not is_first():
+            if processes.own_rank():
                 trainer.divergence.raise_failure(folder.adapter)
                 return RunResult(folder, int(trainer.state.global_step), None, None, time.perf_counter() - started)
             if trainer.divergence.last_good.step != 0 or not trainer.divergence.failure:
@@ -295,11 +286,11 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
     state = trainer.state
     evaluated = [record["step"] for record in read_metrics(folder.metrics) if record["kind"] == "eval"]
     is_evaluated = evaluated[-1:] == [state.global_step] and not context.recipe.training.load_best_model_at_end
-    is_evaluated = from_first(lambda: is_evaluated)  # the others may have read the metrics before the last line was written
-    if context.data.evaluation is not None and not is_evaluated and not trainer.stop.is_requested():
+    is_evaluated = processes.gather(is_evaluated)[0]  # the others may have read the metrics before the last line
+    if context.data.evaluation is not None and not is_evaluated and not trainer.stop.requested:
         with suppress(EvaluationStopped):
             trainer.evaluate()
-    if trainer.stop.is_requested():
+    if trainer.stop.requested:
         trainer._save_checkpoint(trainer.model, None)  # it is there already, but for save_strategy = "no"
         hint = f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
         raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; everything is saved.", hint)
@@ -307,23 +298,21 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
 
 @contextmanager
 def _lost_process_reported(trainer: Phi3Trainer, folder: RunFolder, started: float) -> Iterator[None]:
-    """Save the last completed step where another process died, and report it; where process 0 died, another one does so."""
+    """Report in one line that another process died; where it is process 0, another one saves the checkpoint in its place."""
     try:
         yield
-    except ProcessLost as lost:
-        step = trainer.state.global_step
-        hint = f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
-        error = ProcessLost(f"Another process of this run has ended. This one stopped after step {step}, which is saved.", hint)
-        error.is_shared = error.is_shown = True
-        if is_first():
-            trainer.take_over()
+    except processes.ProcessLost as lost:
+        step, hint = trainer.state.global_step, f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
+        error = processes.ProcessLost(f"Another process of this run has ended; the last completed step is {step}.", hint)
+        if not processes.own_rank():
             raise error from lost
-        with lock_run(folder, wait_seconds=TAKE_OVER_SECONDS):
-            report = folder.read_report()
-            if report.get("status") != "running":
+        with lock_run(folder, wait_seconds=processes.TAKE_OVER_SECONDS):
+            if (report := folder.read_report()).get("status") != "running":
                 raise  # process 0 lives, and reports it
+            error.is_shown = trainer.reporter.is_writer = True
             with failure_reported(folder, report, started):
-                trainer.take_over()
+                if step:
+                    trainer._save_checkpoint(trainer.model, None)
                 raise error from lost
 
 

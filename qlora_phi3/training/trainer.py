@@ -8,7 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -28,7 +28,6 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from qlora_phi3.data.batching import share_rows
 from qlora_phi3.data.prepare import row_lengths
 from qlora_phi3.errors import RunError
 from qlora_phi3.execution import ExecutionPlan
@@ -39,13 +38,13 @@ from qlora_phi3.objectives import Objective, ObjectiveOutput, sft
 from qlora_phi3.recipe.schema import Training
 from qlora_phi3.reporter import EvalRecord, Phase, StepRecord
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.step import Batch, StepResult, count_supervised, evaluate, forward_backward
+from qlora_phi3.step import Batch, StepResult, evaluate, forward_backward
 from qlora_phi3.training.artifacts import damage, write_manifest
 from qlora_phi3.training.callbacks import MetricsWriter, SaveByTime, SpillWatch, StopOnRequest
 from qlora_phi3.training.divergence import DivergenceGuard, check_evaluation
 from qlora_phi3.training.oom import MemoryGuard
 from qlora_phi3.training.prepare import RunContext
-from qlora_phi3.training.processes import add_up, add_up_gradients, count_processes, gather, is_first, own_rank, seed_step
+from qlora_phi3.training.processes import add_up_gradients, count_processes, gather, own_rank, seed_step
 from qlora_phi3.training.report import peak_memory_bytes, row_name
 
 
@@ -66,7 +65,7 @@ def build_trainer(context: RunContext, execution: ExecutionPlan, model: PeftMode
 SAME_ARGUMENTS = (
     "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "adam_beta1", "adam_beta2",
     "adam_epsilon", "weight_decay", "max_grad_norm", "seed", "data_seed", "eval_steps", "save_strategy", "save_steps",
-    "save_total_limit", "load_best_model_at_end", "log_level", "report_to",
+    "save_total_limit", "load_best_model_at_end", "log_level",
 )  # fmt: skip
 
 
@@ -81,6 +80,7 @@ def build_arguments(
         logging.getLogger(f"transformers.{name}").addFilter(is_not_mistaken_warning)
     arguments = SFTConfig(
         **{name: getattr(training, name) for name in SAME_ARGUMENTS},
+        report_to="none" if own_rank() else training.report_to,
         output_dir=str(checkpoints),
         # One batch of the Trainer is one optimizer step; step.py splits it into micro-batches.
         per_device_train_batch_size=training.batch_size,
@@ -103,8 +103,6 @@ def build_arguments(
     )
     # The model is on one GPU: with more visible the Trainer would wrap it in DataParallel, and TRL 1.16 raises.
     arguments._n_gpu = min(1, arguments.n_gpu)
-    if not is_first():
-        arguments.report_to = []
     return arguments
 
 
@@ -112,7 +110,7 @@ def is_not_mistaken_warning(record: logging.LogRecord) -> bool:
     """Log filter: False for the warning that the intervals of a resumed run differ from those of its checkpoint.
 
     `_init_training_state` applies the recipe's. transformers 5.23 logs it at every run whose eval_steps or save_steps is a share,
-    as it compares 0.2 of all steps with the 5 steps that it became. And False for the one that processes.py does not use DDP.
+    as it compares 0.2 of all steps with the 5 steps that it became. And False for the one that `processes.py` does not use DDP.
     """
     return not any(text in record.getMessage() for text in ("`trainer_state.json`", "ParallelMode.DISTRIBUTED"))
 
@@ -124,15 +122,8 @@ class RowBatch:
     rows: Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class BatchResult:
-    """The result of a pass over a batch, of all processes together."""
-
-    rows: int
-    tokens: int  #: Without padding.
-    supervised: int
-    loss: float  #: Mean over the supervised tokens, nats.
-    num_correct: float  #: Supervised tokens that were predicted correctly; NaN if the objective does not count them.
+#: A batch; the mean loss over its supervised tokens; and how many of them were predicted correctly.
+Computed = tuple[Batch, float, float]
 
 
 class EvaluationStopped(Exception):  # noqa: N818 - no error: a signal requested it
@@ -202,8 +193,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         self._save_total_limit, args.save_total_limit = args.save_total_limit, None
         self._spill_watch = SpillWatch()
         self._num_recovered = 0  # out-of-memory errors, up to the last step
-        self._last: BatchResult | None = None
-        self._save_by_time = SaveByTime(self.training.save_minutes)
+        self._last: tuple[Batch, float, float] | None = None  # batch, its loss, its token accuracy
         self._step_started = time.perf_counter()
         with _undo_trl_changes(model):
             super().__init__(
@@ -216,7 +206,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
                 callbacks=[
                     reporter,
                     self.divergence,
-                    self._save_by_time,
+                    SaveByTime(self.training.save_minutes),
                     self.stop,
                     FinishEvaluation(self),
                 ],
@@ -313,54 +303,25 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         self._step_started = time.perf_counter()
         step = self.state.global_step + 1
         seed_step(self.args.seed, step)
-        self._last = result = self._compute(model, inputs.rows, "training", step)
+        batch, loss, num_correct = self._compute(model, inputs.rows, "training", step)
         add_up_gradients(self.model)
-        self.divergence.loss, self.divergence.rows = result.loss, [row_name(row, self._sources) for row in inputs.rows]
-        loss = torch.tensor(result.loss, device=self.args.device)
-        return loss.nan_to_num(0.0, 0.0, 0.0)  # the Trainer adds the losses up
+        self.divergence.loss, self.divergence.rows = loss, [row_name(row, self._sources) for row in inputs.rows]
+        self._last = batch, loss, num_correct / max(1, batch.num_supervised)
+        return torch.tensor(loss, device=self.args.device).nan_to_num(0.0, 0.0, 0.0)  # the Trainer adds the losses up
 
     def run_heaviest(self, phase: Phase) -> None:
-        """Run a pass over the longest rows that can meet in this process; gradients stay, nothing is recorded."""
+        """Run a pass over the longest rows that can meet in one batch; gradients stay, nothing is recorded."""
         dataset: Any = self.train_dataset if phase == "training" else self.eval_dataset
-        most = -(-self.args.per_device_train_batch_size // count_processes())
-        longest = numpy.argsort(-row_lengths(dataset), kind="stable")[:most]
-        self._compute_share(self.model, [dataset[int(number)] for number in longest], phase, 0, None)
+        longest = numpy.argsort(-row_lengths(dataset), kind="stable")[: self.args.per_device_train_batch_size]
+        rows = [dataset[int(number)] for number in longest]
+        self._compute(self.model, rows, phase, 0)
 
-    def _compute(self, model: nn.Module, rows: Sequence[Mapping[str, Any]], phase: Phase, step: int) -> BatchResult:
-        """Forward, and in training backward, of the complete batch, of which each process computes its share.
+    def _compute(self, model: nn.Module, rows: Sequence[Mapping[str, Any]], phase: Phase, step: int) -> Computed:
+        """Forward, and in training backward, of all micro-batches; several processes compute a share of them each.
 
         Raises:
-            RunError: one row does not fit, or a process is lost; the checkpoint of the last step is saved.
-            EvaluationStopped: a signal requested it, in any process.
+            RunError: one row does not fit, or another process has died; the checkpoint of the last step is saved.
         """
-        lengths, supervised = [len(row["input_ids"]) for row in rows], count_supervised(rows)
-        share = [rows[index] for index in share_rows(lengths, count_processes())[own_rank()]]
-        loss, num_correct, is_stopped = 0.0, 0.0, False
-        try:
-            try:
-                if share:
-                    loss, num_correct = self._compute_share(model, share, phase, step, supervised)
-            except EvaluationStopped:
-                is_stopped = True
-            unshared, self.guard.unshared = self.guard.unshared, []
-            reports = gather((is_stopped, self.stop.requested, self._save_by_time.is_due(), unshared))
-            for rank, (*_, recoveries) in enumerate(reports):
-                if recoveries and rank != own_rank():
-                    self.guard.adopt(recoveries)
-            if any(report[0] for report in reports):
-                raise EvaluationStopped
-            self.stop.agreed, self._save_by_time.agreed = any(report[1] for report in reports), reports[0][2]
-            loss, num_correct = add_up((loss, num_correct))
-        except RunError:
-            if self.state.global_step > 0:
-                self._write_checkpoint()
-            raise
-        return BatchResult(len(rows), sum(lengths), supervised, loss, num_correct)
-
-    def _compute_share(
-        self, model: nn.Module, rows: Sequence[Mapping[str, Any]], phase: Phase, step: int, normalizer: int | None
-    ) -> tuple[float, float]:
-        """The loss, divided by `normalizer`, and the correct tokens of rows; gradients are added to the model's parameters."""
         options: dict[str, Any] = {"objective": self.objective, "compute_dtype": self.compute_dtype}
 
         def stoppable(*inputs: Any) -> ObjectiveOutput:
@@ -370,18 +331,31 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
 
         def run_pass(batch: Batch) -> StepResult:
             if phase == "training":
-                return forward_backward(model, batch, backward=self.accelerator.backward, normalizer=normalizer, **options)
+                return forward_backward(model, batch, backward=self.accelerator.backward, **options)
             options["objective"] = stoppable
             [(_, result)] = evaluate(model, [batch], **options)
             return result
 
         if phase == "training":
             model.train()
-        batch, result = self.guard.compute(rows, run_pass, phase=phase, step=step)
-        loss = float(result.loss)
-        if phase == "evaluation" and normalizer != batch.num_supervised:  # which it divided by
-            loss *= batch.num_supervised / max(1, normalizer or 1)
-        return loss, float(result.metrics.get("num_correct", math.nan))
+        own: tuple[float, float] | None = None
+        try:
+            with suppress(EvaluationStopped):
+                batch, result = self.guard.compute(rows, run_pass, phase=phase, step=step)
+                own = float(result.loss), _num_correct(result)
+            unshared, self.guard.unshared = self.guard.unshared, []
+            results, signalled, recoveries = zip(*gather((own, self.stop.is_signalled, unshared)), strict=True)
+            for records in (records for rank, records in enumerate(recoveries) if records and rank != own_rank()):
+                self.guard.adopt(records)
+            self.stop.requested |= any(signalled)
+            if None in results:
+                raise EvaluationStopped
+            losses, num_correct = zip(*results, strict=True)
+            return batch, sum(losses), sum(num_correct)
+        except RunError:
+            if self.state.global_step > 0:
+                self._save_checkpoint(self.model, None)
+            raise
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report an optimizer step, with the learning rate and the gradient norm that only the Trainer knows."""
@@ -389,28 +363,29 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             self._last = None
             return
         if self._last is not None and "grad_norm" in logs:
-            result, self._last = self._last, None
+            batch, loss, accuracy = self._last
+            self._last = None
             seconds = time.perf_counter() - self._step_started
-            logs["loss"] = result.loss
+            logs["loss"] = loss
             self.reporter.step(
                 StepRecord(
                     step=self.state.global_step,
                     epoch=round(self.state.epoch or 0.0, 4),
-                    loss=result.loss,
-                    token_accuracy=result.num_correct / max(1, result.supervised),
+                    loss=loss,
+                    token_accuracy=accuracy,
                     learning_rate=logs["learning_rate"],
                     grad_norm=logs["grad_norm"] if math.isfinite(logs["grad_norm"]) else None,  # JSON has no infinity
-                    rows=result.rows,
-                    tokens=result.tokens,
-                    supervised_tokens=result.supervised,
+                    rows=batch.num_rows,
+                    tokens=batch.num_tokens,
+                    supervised_tokens=batch.num_supervised,
                     step_seconds=seconds,
-                    tokens_per_second=result.tokens / seconds,
+                    tokens_per_second=batch.num_tokens / seconds,
                     peak_memory_bytes=peak_memory_bytes(self.args.device),
                 )
             )
             # A step that was computed several times is no measure of the GPU's speed.
             if self.args.device.type == "cuda" and self._num_recovered == self.guard.num_recovered:
-                line = self._spill_watch.observe(result.tokens, seconds)
+                line = self._spill_watch.observe(batch.num_tokens, seconds)
                 if line is not None:
                     self.reporter.warning(line)
             self._num_recovered = self.guard.num_recovered
@@ -446,10 +421,10 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         """Mean loss, token accuracy and number of the supervised tokens of all rows."""
         total_loss = correct = tokens = 0.0
         for done, inputs in enumerate(loader, start=1):
-            result = self._compute(self.model, inputs.rows, "evaluation", step)
-            total_loss += result.loss * result.supervised
-            correct += result.num_correct
-            tokens += result.supervised
+            batch, loss, num_correct = self._compute(self.model, inputs.rows, "evaluation", step)
+            total_loss += loss * batch.num_supervised
+            correct += num_correct
+            tokens += batch.num_supervised
             self.reporter.progress("Measuring on held-out rows", done, len(loader))
         return total_loss / max(1.0, tokens), correct / max(1.0, tokens), int(tokens)
 
@@ -486,24 +461,19 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Let process 0 write the checkpoint of this step; all go on when it is there."""
-        self._write_checkpoint()
-        gather(None)
-        if not is_first():
-            self.state.best_model_checkpoint = self._best_checkpoint()
-
-    def _write_checkpoint(self, *, is_writer: bool | None = None) -> None:
         """Write the checkpoint of this step and its manifest unless it is there, and only then remove older checkpoints.
 
-        RunError where the disk is full or refuses; the new checkpoint is removed then. `is_writer`: by default, in process 0.
+        RunError where the disk is full or refuses; the new checkpoint is removed then.
         """
         target = self.checkpoint_path
-        if not (is_first() if is_writer is None else is_writer) or damage(target) is None:
+        if not self.reporter.is_writer:
+            self.state.best_model_checkpoint = str(target.with_name(f"checkpoint-{self.state.best_global_step}"))
+        if not self.reporter.is_writer or damage(target) is None:
             return
         remove(target)
         try:
             with disk_errors(target, hint="{cause}, then go on with --resume; earlier checkpoints remain."):
-                super()._save_checkpoint(self.model, None)
+                super()._save_checkpoint(model, trial)
                 folder = RunFolder(target.parents[1])
                 for path in (folder.metrics, folder.base):
                     if path.is_file():
@@ -517,11 +487,9 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             rotate_checkpoints(self.args.output_dir, self._save_total_limit, best)
         self.reporter.checkpoint_saved(target)
 
-    def take_over(self) -> None:
-        """Write what process 0 should have written of the last completed step."""
-        if self.state.global_step > 0:
-            self.reporter.take_over()
-            self._write_checkpoint(is_writer=True)
+    def _load_best_model(self) -> None:
+        gather(None)  # process 0 has written it
+        super()._load_best_model()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm before clipping; shown to the guard, since no callback receives it."""
@@ -535,6 +503,11 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the export writes a model card, a checkpoint needs none."""
+
+
+def _num_correct(result: StepResult) -> float:
+    """How many supervised tokens were predicted correctly; NaN if the objective does not count them. 0 without any row."""
+    return float(result.metrics.get("num_correct", math.nan if result.metrics else 0.0))
 
 
 @contextmanager

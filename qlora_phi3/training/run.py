@@ -127,6 +127,7 @@ def _run_in(
     recipe = context.recipe
     with removed_on_failure(folder) if is_new and not processes.own_rank() else nullcontext():
         model = load_model(context, is_first_session=checkpoint is None)
+        processes.gather(None)
     if checkpoint is None:
         report = {**report, "trained_sha256_before": trained_digest(model)}
     with failure_reported(folder, report, started) if not processes.own_rank() else nullcontext():

@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_phi3.errors import RunError
-from qlora_phi3.files import (
-    atomic_write,
-    disk_errors,
-    flush_to_disk,
-    make_directory,
-    read_json_object,
-    remove,
-)
+from qlora_phi3.files import atomic_write, disk_errors, flush_to_disk, make_directory, read_json_object, remove
 
 #: Held by the process that writes a run directory, and the file with its process id.
 LOCK, LOCK_PID = "checkpoints/.lock", "checkpoints/.lock.pid"

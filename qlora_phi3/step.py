@@ -107,12 +107,7 @@ def _pad_rows(rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
 
 
 def forward_backward(
-    model: nn.Module,
-    batch: Batch,
-    *,
-    objective: Objective = sft,
-    compute_dtype: torch.dtype,
-    backward: Callable[[Tensor], None],
+    model: nn.Module, batch: Batch, *, objective: Objective = sft, compute_dtype: torch.dtype, backward: Callable[[Tensor], None]
 ) -> StepResult:
     """Add the gradients of a complete optimizer batch to the model's parameters, micro-batch by micro-batch.
 

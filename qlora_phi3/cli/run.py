@@ -8,8 +8,7 @@ import click
 
 from qlora_phi3.cli.options import debug_option, set_option, silence_libraries
 from qlora_phi3.cli.output import keep_running_without_output
-from qlora_phi3.errors import DeviceError, RunError
-from qlora_phi3.units import format_count
+from qlora_phi3.errors import RunError
 
 NEWEST = "newest"
 
@@ -62,13 +61,11 @@ def run(ctx: click.Context, recipe: Path | None, resume: str | None, no_rehearsa
 def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tuple[str, ...], rank: int, count: int) -> None:
     """Train with the GPU of this process, of so many that share the run."""
     from qlora_phi3.hardware.gpu import choose_gpu, hide_other_gpus
-    from qlora_phi3.recipe.load import load_recipe
+    from qlora_phi3.recipe.load import check_processes, load_recipe
     from qlora_phi3.runfolder import find_run, run_group_name
 
     loaded = load_recipe(recipe, overrides, check_files=True)
-    if count > (rows := loaded.training.batch_size):
-        hint = "Start as many processes as rows at most, or raise [training] batch_size."
-        raise DeviceError(f"{count} processes cannot share a step of {format_count(rows, 'row')}.", hint)
+    check_processes(loaded.training, count)
     name, training, named = run_group_name(recipe), loaded.training, None if resume == NEWEST else resume
     folder = None if resume is None else find_run(Path(training.output_dir), name, named)
     hide_other_gpus(choose_gpu(loaded.memory.gpu, rank if count > 1 else None), rank)

@@ -39,10 +39,7 @@ def plan_micro_batches(lengths: Sequence[int], plan: MicroBatchPlan) -> list[lis
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     boundary = float("inf") if plan.longrope_boundary is None else plan.longrope_boundary
     split: list[list[int]] = []
-    for group in (
-        [row for row in order if lengths[row] > boundary],
-        [row for row in order if lengths[row] <= boundary],
-    ):
+    for group in ([row for row in order if lengths[row] > boundary], [row for row in order if lengths[row] <= boundary]):
         split += _pack(group, lengths, plan) if plan.packing else _pad(group, lengths, plan)
     return split
 

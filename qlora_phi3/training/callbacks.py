@@ -15,15 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qlora_phi3.reporter import (
-    DivergenceRecord,
-    EvalRecord,
-    OomRecord,
-    Record,
-    Reporter,
-    StepRecord,
-    record_as_json,
-)
+from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, Record, Reporter, StepRecord, record_as_json
 from qlora_phi3.runfolder import RunFolder, append_metrics, read_metrics
 from qlora_phi3.training.processes import count_processes, own_rank
 

@@ -193,10 +193,7 @@ def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
     reporter = context.reporter
     model, compute_dtype = (context.recipe, context.config, context.architecture), context.precision.compute_dtype
     predictor = Predictor(
-        *model,
-        compute_dtype=compute_dtype,
-        capability=gpu.compute_capability,
-        multiprocessors=gpu.multiprocessors,
+        *model, compute_dtype=compute_dtype, capability=gpu.compute_capability, multiprocessors=gpu.multiprocessors
     )
     limits = GpuLimits(
         limit_bytes=read_margin(gpu.name).limit(budget_of(context.recipe.memory, gpu)),

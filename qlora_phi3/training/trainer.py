@@ -203,13 +203,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
                 train_dataset=context.data.train,
                 eval_dataset=context.data.evaluation,
                 processing_class=context.tokenizer,
-                callbacks=[
-                    reporter,
-                    self.divergence,
-                    SaveByTime(self.training.save_minutes),
-                    self.stop,
-                    FinishEvaluation(self),
-                ],
+                callbacks=[reporter, self.divergence, SaveByTime(self.training.save_minutes), self.stop, FinishEvaluation(self)],
             )
         # A tokenizer re-saved with an adapter gives other ids in transformers 5; the run copies the base's own files.
         self.processing_class = None

@@ -26,11 +26,7 @@ from qlora_phi3.family import Architecture, find_config, read_config
 from qlora_phi3.files import foreign_errors, read_json_object
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
 from qlora_phi3.model.checkpoint import REDUNDANT, surplus_tensors
-from qlora_phi3.model.quantized import (
-    disable_cpu_repacking,
-    find_wrong_shapes,
-    quantization_config,
-)
+from qlora_phi3.model.quantized import disable_cpu_repacking, find_wrong_shapes, quantization_config
 from qlora_phi3.model.weights import refuse_pickles
 from qlora_phi3.recipe.schema import Model, Quantization
 

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from hashlib import sha256
 from typing import Any, TypeVar
 
 import torch
@@ -47,7 +46,7 @@ def connected(rank: int, count: int) -> Iterator[None]:
         # After a Ctrl-C nobody is waited for: this process ends, and the others notice.
         if not error.is_shared and not isinstance(error.__cause__, KeyboardInterrupt):
             with suppress(ProcessLost):
-                _exchange((None, error))
+                gather(None, error)
         raise
     finally:
         distributed.destroy_process_group()
@@ -73,17 +72,12 @@ def _peers_needed() -> Iterator[None]:
         raise ProcessLost("Another process of this run has ended.", "Its own output says why.") from error
 
 
-def _exchange(message: tuple[Any, UserError | None]) -> list[Any]:
-    messages: list[Any] = [message] * count_processes()
+def gather(value: Result, own_error: UserError | None = None) -> list[Result]:
+    """The values of all processes, in the order of their ranks. UserError: what another process raised, or it has died."""
+    messages: list[Any] = [(value, own_error)] * count_processes()
     if len(messages) > 1:
         with _peers_needed():
-            distributed.all_gather_object(messages, message)
-    return messages
-
-
-def gather(value: Result) -> list[Result]:
-    """The values of all processes, in the order of their ranks. UserError: what another process raised, or it has died."""
-    messages = _exchange((value, None))
+            distributed.all_gather_object(messages, messages[0])
     for error in (error for _, error in messages if error is not None):
         error.is_shared = True
         raise error
@@ -115,10 +109,3 @@ def add_up_gradients(model: nn.Module) -> None:
             distributed.all_reduce(sums)
         for weight, gradient, part in zip(trained, gradients, torch.split(sums, list(map(Tensor.numel, trained))), strict=True):
             weight.grad = gradient.copy_(part.view_as(gradient))
-
-
-def seed_step(seed: int, step: int) -> None:
-    """Let each of several processes draw its own dropout in a step, the same in a resumed run."""
-    if count_processes() > 1:
-        digest = sha256(f"{seed} {step} {own_rank()}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:7], "big"))

@@ -188,10 +188,7 @@ def load_base(
         ModelError: weights are missing, truncated, of another shape than the config's, or stored only as a pickle.
     """
     register_attention()
-    path, quantized = (
-        find_config(config.name, config.revision),
-        quantization_config(quantization, precision.compute_dtype),
-    )
+    path, quantized = (find_config(config.name, config.revision), quantization_config(quantization, precision.compute_dtype))
     settings = build_config(read_config(config.name, config.revision), config.name)
     # In the hub's cache the folder's name is the commit, which transformers 5.23 no longer records.
     settings._commit_hash = path.parent.name if path.parent.parent.name == "snapshots" else None

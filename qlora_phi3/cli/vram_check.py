@@ -102,6 +102,7 @@ def _check_options(options: _Options) -> None:
         raise UserError(f"--gpu {options.gpu!r} and --vram {options.vram} both name a GPU.", "Keep one.")
     about_recipe = {
         "--all": options.every_gpu, "--max-length": options.max_length, "--fit": fit, "--set": options.overrides,
+        "--processes": options.processes > 1,
     }  # fmt: skip
     for option, given in about_recipe.items():
         if given and options.recipe is None:

@@ -8,7 +8,9 @@ at once where a process has died, while NCCL waits for its timeout. 100 MB, the 
 The processes call `gather` in the same order. One that fails calls it once more, with its error, which the others then raise.
 """
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -36,9 +38,11 @@ class ProcessLost(RunError):  # noqa: N818 - the error of this process is that a
 @contextmanager
 def connected(rank: int, count: int) -> Iterator[None]:
     """Connect the processes of a run until the end of the block; RunError where that is impossible."""
+    if sys.platform == "linux":  # all are on one computer, whose network may go
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
         distributed.init_process_group("gloo", rank=rank, world_size=count, timeout=LONGEST_WAIT)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: no MASTER_ADDR
         raise RunError(f"The processes cannot connect to each other: {first_line(error)}.", "Start all of them again.") from error
     try:
         yield

@@ -345,12 +345,13 @@ def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> MemoryReport
             parameter.grad = None
         if trainer.eval_dataset is not None:
             trainer.run_heaviest("evaluation")
-        checkpoints = Path(trainer.args.output_dir)
-        with disk_errors(checkpoints):
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=checkpoints, ignore_cleanup_errors=True) as target:
-                trainer.model.save_pretrained(target)
-                torch.save(optimizer.state_dict(), Path(target) / "optimizer.pt")
+        if trainer.reporter.is_writer:
+            checkpoints = Path(trainer.args.output_dir)
+            with disk_errors(checkpoints):
+                checkpoints.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=checkpoints, ignore_cleanup_errors=True) as target:
+                    trainer.model.save_pretrained(target)
+                    torch.save(optimizer.state_dict(), Path(target) / "optimizer.pt")
         return measure_memory(trainer.model, optimizer, device, gpu)
 
 

@@ -47,7 +47,9 @@ def assert_equal_runs(folder, alone):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_two_processes_train_what_one_does_and_only_one_writes(shop, alone, packing):
-    shop.write(training={**TRAINING, "packing": packing}, data={"eval_size": 13}, memory={"micro_batch_tokens": 64})
+    """Also where a dry run comes first, as on a GPU, in which no process but the first one writes."""
+    memory = {"micro_batch_tokens": 64, "rehearsal": True}
+    shop.write(training={**TRAINING, "packing": packing}, data={"eval_size": 13}, memory=memory)
     first, second = run_processes(shop)
     assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
     assert (second.stdout, second.stderr, first.stderr) == ("", "", "")

@@ -299,15 +299,13 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
 
 @contextmanager
 def _lost_process_reported(trainer: Phi3Trainer, folder: RunFolder, started: float) -> Iterator[None]:
-    """Report in one line that another process died; where it is process 0, another one saves the checkpoint in its place."""
+    """Save the last completed step where another process died, and report it; another one does so in place of process 0."""
     try:
         yield
     except processes.ProcessLost as lost:
         step, hint = trainer.state.global_step, f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
         error = processes.ProcessLost(f"Another process of this run has ended; the last completed step is {step}.", hint)
-        if not processes.own_rank():
-            raise error from lost
-        with lock_run(folder, wait_seconds=processes.TAKE_OVER_SECONDS):
+        with lock_run(folder, wait_seconds=processes.TAKE_OVER_SECONDS) if processes.own_rank() else nullcontext():
             if (report := folder.read_report()).get("status") != "running":
                 raise  # process 0 lives, and reports it
             error.is_shown = trainer.reporter.is_writer = True

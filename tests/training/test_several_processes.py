@@ -117,22 +117,38 @@ def signal_in(number, signalled, at, phase="training"):
     return before_each_pass(send)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_is_killed_costs_no_completed_step(shop, alone, killed):
+def killed_in_the_sum(rank):
+    """For `in_each`: process 1 dies when the results of step 6 are known to all, and its gradients to none."""
+    from qlora_phi3.training import trainer
+
+    def die(model):
+        steps.append(model)
+        if rank == 1 and len(steps) == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return add_up(model)
+
+    add_up, steps, trainer.add_up_gradients = trainer.add_up_gradients, [], die
+
+
+@pytest.mark.parametrize("case", ["process 0", "process 1", "process 1 in the sum"])
+def test_a_process_that_is_killed_costs_no_completed_step(shop, alone, case):
     shop.write(training={**TRAINING, "save_steps": 100}, data={"eval_size": 13})
-    ended = run_processes(shop, in_each=signal_in(signal.SIGKILL, killed, 6))
+    killed = int("1" in case)
+    in_each = killed_in_the_sum if "sum" in case else signal_in(signal.SIGKILL, killed, 6)
+    ended = run_processes(shop, in_each=in_each)
     left = ended[1 - killed]
     assert (ended[killed].code, left.code) == (-signal.SIGKILL, 2), left.stderr
     assert [line.startswith("Error: Another process of this run has ended") for line in left.stderr.splitlines()] == [True]
     (folder,) = shop.runs()
     assert read_json(folder / "report.json")["status"] == "failed"
     assert [path.name for path in (folder / "checkpoints").glob("checkpoint-*")] == ["checkpoint-5"]
-    if killed:  # one process goes on
-        result = shop.run("--resume")
+    if case == "process 1":
+        result = shop.run("--resume")  # with one process
         assert result.exit_code == 0, result.stderr
-    else:
+        assert_equal_runs(folder, alone)
+    elif case == "process 0":
         assert [process.code for process in run_processes(shop, "--resume")] == [0, 0]
-    assert_equal_runs(folder, alone)
+        assert_equal_runs(folder, alone)
 
 
 def test_a_signal_to_one_process_in_an_evaluation_stops_all_after_the_same_step(shop, alone):

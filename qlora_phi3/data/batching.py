@@ -51,9 +51,11 @@ def share_rows(lengths: Sequence[int], count: int) -> list[list[int]]:
         Indices into `lengths` for each process, in their order, every row exactly once.
     """
     shares: list[list[int]] = [[] for _ in range(count)]
+    tokens, most = [0] * count, math.ceil(len(lengths) / count)
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        free = [share for share in shares if len(share) < math.ceil(len(lengths) / count)]
-        min(free, key=lambda share: sum(lengths[number] for number in share)).append(row)
+        process = min((number for number in range(count) if len(shares[number]) < most), key=tokens.__getitem__)
+        shares[process].append(row)
+        tokens[process] += lengths[row]
     return [sorted(share) for share in shares]
 
 

@@ -42,6 +42,8 @@ class UserError(Exception):
     """
 
     exit_code = 2
+    #: In a run with several processes: all of them raise it; and this process shows it, although it is not process 0.
+    is_shared = is_shown = False
 
     def __init__(self, message: str, hint: str = "") -> None:
         self.message, self.hint = printable(message), printable(hint)

@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_phi3.errors import RunError
-from qlora_phi3.files import (
-    atomic_write,
-    disk_errors,
-    flush_to_disk,
-    make_directory,
-    read_json_object,
-    remove,
-)
+from qlora_phi3.files import atomic_write, disk_errors, flush_to_disk, make_directory, read_json_object, remove
 
 #: Held by the process that writes a run directory, and the file with its process id.
 LOCK, LOCK_PID = "checkpoints/.lock", "checkpoints/.lock.pid"
@@ -109,7 +102,7 @@ def _remove_unstarted(folder: RunFolder) -> None:
 
 
 @contextmanager
-def lock_run(folder: RunFolder) -> Iterator[None]:
+def lock_run(folder: RunFolder, *, wait_seconds: float = 0) -> Iterator[None]:
     """Let no other process write a run directory; a killed process releases its lock.
 
     Raises:
@@ -121,7 +114,7 @@ def lock_run(folder: RunFolder) -> Iterator[None]:
     with ExitStack() as held, disk_errors(folder.path, hint="{cause}, then go on with --resume."):
         folder.checkpoints.mkdir(exist_ok=True)
         try:
-            held.enter_context(FileLock(folder.path / LOCK, timeout=0))
+            held.enter_context(FileLock(folder.path / LOCK, timeout=wait_seconds))
         except Timeout as error:
             with suppress(OSError, ValueError):
                 pid = int(process.read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ micro-batch by the supervised tokens of the complete batch, so the split changes
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from qlora_phi3.data.batching import IGNORE_INDEX, plan_micro_batches
+from qlora_phi3.data.batching import IGNORE_INDEX, plan_micro_batches, share_rows
 from qlora_phi3.errors import first_line, is_out_of_memory
 from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.objectives import Objective, ObjectiveOutput, sft
@@ -26,7 +26,10 @@ PACKED_MULTIPLE = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """The rows of one optimizer step (or of one slice of the evaluation), as micro-batches of tensors."""
+    """The rows of one optimizer step (or of one slice of the evaluation), as micro-batches of tensors.
+
+    One of several processes has the micro-batches of its share of the rows; the three counts are of all rows.
+    """
 
     #: Keyword arguments of the model, and labels: input_ids, position_ids, labels, each (rows, length) int64; attention_mask of
     #: the same shape if rows are padded, document_lengths (a tuple of int) if they are packed.
@@ -36,7 +39,7 @@ class Batch:
     num_rows: int
     #: Tokens without padding.
     num_tokens: int
-    #: Positions whose next token is supervised; the default normalizer of the loss.
+    #: Positions whose next token is supervised; the normalizer of the loss.
     num_supervised: int
 
 
@@ -55,10 +58,11 @@ class MicroBatchMemoryError(Exception):
         self.micro_batch, self.reason = micro_batch, reason
 
 
-def collate(rows: Sequence[Mapping[str, Any]], plan: MicroBatchPlan) -> Batch:
-    """Build the micro-batches of one optimizer step from tokenized rows (`input_ids`, `labels`)."""
+def collate(rows: Sequence[Mapping[str, Any]], plan: MicroBatchPlan, *, rank: int = 0, count: int = 1) -> Batch:
+    """Build the micro-batches of one optimizer step from tokenized rows (`input_ids`, `labels`): the share of one process."""
     lengths = [len(row["input_ids"]) for row in rows]
-    row_indices = plan_micro_batches(lengths, plan)
+    share = share_rows(lengths, count)[rank]
+    row_indices = [[share[row] for row in group] for group in plan_micro_batches([lengths[row] for row in share], plan)]
     tensors = []
     for row in rows:
         ids, labels = (torch.as_tensor(row[name], dtype=torch.int64).clone() for name in ("input_ids", "labels"))
@@ -71,7 +75,7 @@ def collate(rows: Sequence[Mapping[str, Any]], plan: MicroBatchPlan) -> Batch:
         row_indices=tuple(map(tuple, row_indices)),
         num_rows=len(rows),
         num_tokens=sum(lengths),
-        num_supervised=sum(int((micro["labels"] != IGNORE_INDEX).sum()) for micro in micro_batches),
+        num_supervised=sum(int((labels != IGNORE_INDEX).sum()) for _, labels in tensors),
     )
 
 
@@ -103,32 +107,22 @@ def _pad_rows(rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
 
 
 def forward_backward(
-    model: nn.Module,
-    batch: Batch,
-    *,
-    objective: Objective = sft,
-    compute_dtype: torch.dtype,
-    backward: Callable[[Tensor], None],
-    normalizer: int | None = None,
+    model: nn.Module, batch: Batch, *, objective: Objective = sft, compute_dtype: torch.dtype, backward: Callable[[Tensor], None]
 ) -> StepResult:
     """Add the gradients of a complete optimizer batch to the model's parameters, micro-batch by micro-batch.
 
     Args:
-        model: may be wrapped. If it has `no_sync` (DistributedDataParallel), only the last micro-batch synchronizes gradients.
+        model: may be wrapped.
         compute_dtype: the dtype of the matmuls, through autocast unless it is fp32.
         backward: runs the backward pass of a loss: `Tensor.backward`, or the Trainer's, which scales the loss for fp16.
-        normalizer: the number of supervised tokens that the loss is divided by; by default the batch's own. With several
-            processes it is the number in the batches of all of them.
 
     Raises:
         MicroBatchMemoryError: memory ran out; the caller must discard the gradients.
     """
-    last = len(batch.micro_batches) - 1
     outputs = []
     for index, micro_batch in enumerate(batch.micro_batches):
-        synchronized = nullcontext() if index == last else getattr(model, "no_sync", nullcontext)()
-        with _in_micro_batch(index), synchronized:
-            output = _forward(model, micro_batch, objective, compute_dtype, normalizer or batch.num_supervised)
+        with _in_micro_batch(index):
+            output = _forward(model, micro_batch, objective, compute_dtype, batch.num_supervised)
             backward(output.loss)
             outputs.append(ObjectiveOutput(loss=output.loss.detach(), metrics=output.metrics))
     return _sum(outputs)
@@ -184,6 +178,8 @@ def _forward(
 
 
 def _sum(outputs: Sequence[ObjectiveOutput]) -> StepResult:
+    if not outputs:  # this process has no row of a short batch
+        return StepResult(loss=torch.zeros(()), metrics={})
     with _in_micro_batch(len(outputs) - 1):
         names = outputs[0].metrics
         metrics = {name: torch.stack([output.metrics[name] for output in outputs]).sum() for name in names}

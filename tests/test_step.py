@@ -1,6 +1,4 @@
-"""A step normalizes by the tokens it is given, and a wrapped model synchronizes its gradients once."""
-
-from contextlib import contextmanager
+"""A step normalizes by the tokens of the complete batch, and a wrapped model computes what the model does."""
 
 import pytest
 import torch
@@ -16,25 +14,14 @@ LENGTHS = [60, 50, 40]
 
 
 class Wrapper(nn.Module):
-    """Wraps a model as DistributedDataParallel does, and records in which passes it would synchronize."""
+    """Wraps a model, as PEFT and others do."""
 
     def __init__(self, module):
         super().__init__()
         self.module = module
-        self.synchronizes = True
-        self.events = []
 
     def forward(self, **kwargs):
-        self.events.append(("forward", self.synchronizes))
         return self.module(**kwargs)
-
-    @contextmanager
-    def no_sync(self):
-        self.synchronizes = False
-        try:
-            yield
-        finally:
-            self.synchronizes = True
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +36,12 @@ def run_step(model, **options):
     return batch, forward_backward(model, batch, compute_dtype=torch.float32, **options)
 
 
-def test_a_wrapped_model_synchronizes_only_in_the_last_micro_batch(model):
+def test_a_wrapped_model_is_trained_like_the_model(model):
     _, expected = run_step(model)
     expected_gradients = gradients(model)
     wrapper = Wrapper(model)
-
-    def backward(loss):
-        wrapper.events.append(("backward", wrapper.synchronizes))
-        loss.backward()
-
-    batch, result = run_step(wrapper, backward=backward)
+    batch, result = run_step(wrapper)
     assert len(batch.micro_batches) == 3
-    assert wrapper.events == [("forward", False), ("backward", False)] * 2 + [("forward", True), ("backward", True)]
     assert torch.equal(result.loss, expected.loss)
     assert relative_difference(expected_gradients, gradients(model)) == 0.0
     assert find_base(wrapper) is model.get_base_model()
@@ -74,16 +55,24 @@ def test_a_wrapped_model_is_evaluated_like_the_model(model):
     assert torch.equal(result.metrics["num_correct"], expected.metrics["num_correct"])
 
 
-def test_the_normalizer_is_the_batchs_supervised_tokens_or_the_number_given(model):
-    batch, own = run_step(model)
-    own_gradients = gradients(model)
-    _, given = run_step(model, normalizer=batch.num_supervised)
-    assert torch.equal(own.loss, given.loss)
-    _, doubled = run_step(model, normalizer=2 * batch.num_supervised)
-    assert float(own.loss) == pytest.approx(2 * float(doubled.loss), rel=1e-6)
-    halves = {name: 2 * gradient for name, gradient in gradients(model).items()}
-    assert relative_difference(own_gradients, halves) < 1e-6
-    assert torch.equal(own.metrics["num_correct"], doubled.metrics["num_correct"])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_shares_of_several_processes_add_up_to_the_batch(model, count):
+    complete, expected = run_step(model)
+    expected_gradients = gradients(model)
+    model.zero_grad()
+    losses, correct, rows = [], [], []
+    for rank in range(count):
+        share = collate(random_rows(LENGTHS), PLAN, rank=rank, count=count)
+        assert (share.num_rows, share.num_tokens, share.num_supervised) == (3, 150, complete.num_supervised)
+        result = forward_backward(model, share, compute_dtype=torch.float32, backward=torch.Tensor.backward)
+        rows += [row for group in share.row_indices for row in group]
+        losses.append(result.loss)
+        correct.append(result.metrics.get("num_correct", torch.zeros(())))
+        assert bool(share.micro_batches) == (rank < 3)  # the last of five have no row
+    assert sorted(rows) == [0, 1, 2]
+    assert float(sum(losses)) == pytest.approx(float(expected.loss), rel=1e-6)
+    assert int(sum(correct)) == int(expected.metrics["num_correct"])
+    assert relative_difference(expected_gradients, gradients(model)) < 1e-5
 
 
 @pytest.mark.parametrize("packing", [True, False])

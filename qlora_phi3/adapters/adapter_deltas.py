@@ -19,14 +19,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.initialization import no_init_weights
 
 from qlora_phi3.adapters.delta import LoraDelta, LowRankBlock
-from qlora_phi3.adapters.peft_io import (
-    ADAPTER_CONFIG,
-    ADAPTER_PICKLE,
-    ADAPTER_WEIGHTS,
-    PREFIX,
-    check_config,
-    read_config,
-)
+from qlora_phi3.adapters.peft_io import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, PREFIX, check_config, read_config
 from qlora_phi3.errors import ExportError, first_line
 from qlora_phi3.model.weights import StoredWeights, open_file, read_tensor
 from qlora_phi3.units import format_count

@@ -182,10 +182,7 @@ def _agree_on_tokens(config: dict[str, Any], special: dict[str, Any]) -> None:
         if isinstance(extra := settings.get("extra_special_tokens"), list):
             del settings["extra_special_tokens"]
             settings["additional_special_tokens"] = extra or settings.get("additional_special_tokens") or []
-    if config and config.get("tokenizer_class") in (
-        None,
-        "TokenizersBackend",
-    ):  # without one 4.57 takes Llama's for phi3
+    if config and config.get("tokenizer_class") in (None, "TokenizersBackend"):  # without one 4.57 takes Llama's for phi3
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     source, other = (config, special) if "added_tokens_decoder" in config else (special, config)
     for key in NAMED_TOKENS:

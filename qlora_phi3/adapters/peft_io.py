@@ -204,8 +204,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
             raise ExportError(
-                f"{path} holds more than tensors, or is not a pickle; opening such a file could run any program.",
-                SAVE_STATE_DICT,
+                f"{path} holds more than tensors, or is not a pickle; opening such a file could run any program.", SAVE_STATE_DICT
             ) from error
     if isinstance(content, dict):
         content = next((content[key] for key in NESTED_KEYS if key in content), content)

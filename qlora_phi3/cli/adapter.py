@@ -43,10 +43,7 @@ def adapter() -> None:
     help="lora_alpha of loralib's layers, of all or of those named NAME. The file does not hold it; loralib's default is 1.",
 )
 @click.option(
-    "--enable",
-    multiple=True,
-    metavar="[NAME=]GROUPS",
-    help="Enabled groups of a MergedLinear: q,v (of qkv_proj) or NAME=1,0,1.",
+    "--enable", multiple=True, metavar="[NAME=]GROUPS", help="Enabled groups of a MergedLinear: q,v (of qkv_proj) or NAME=1,0,1."
 )
 @click.option("--embedding", multiple=True, metavar="NAME", help="A loralib Embedding, in addition to embed_tokens.")
 @click.option("--conv2d", multiple=True, metavar="NAME=K", help="A loralib Conv2d with kernel size K.")

@@ -48,7 +48,8 @@ class Commands(click.Group):
             elif isinstance(error, OSError):
                 where = f" ({error.filename})" if error.filename else ""
                 error = UserError(f"{error.strerror}{where}.", f"{disk_error_hint(error)}, or choose another folder.")
-            click.echo(error if isinstance(error, Interrupted) else f"Error: {error}", err=True)
+            if not ctx.meta.get("is_silent") or error.is_shown:
+                click.echo(error if isinstance(error, Interrupted) else f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
 
 

@@ -18,11 +18,7 @@ debug_option = click.option(
 )
 #: `--set table.key=value`, any number of times; the command's argument is `overrides`, a tuple of strings.
 set_option = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="TABLE.KEY=VALUE",
-    help="Change a key of the recipe: --set lora.r=32",
+    "--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Change a key of the recipe: --set lora.r=32"
 )
 
 

@@ -1,6 +1,7 @@
 """`qlora-phi3 run`: train what a recipe describes."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import click
@@ -36,30 +37,43 @@ def run(ctx: click.Context, recipe: Path | None, resume: str | None, no_rehearsa
 
     Ctrl-C, SIGTERM and SIGHUP save a checkpoint and print how to continue. Everything is written to runs/<recipe>/<time>/.
     """
-    from qlora_phi3.hardware.gpu import check_single_process, choose_gpu, hide_other_gpus
+    from qlora_phi3.hardware.gpu import take_launch
 
     keep_running_without_output()
-    check_single_process(os.environ)
+    ctx.meta["is_silent"] = os.environ.get("RANK", "0") != "0"  # process 0 shows what all have in common
+    rank, count = take_launch(os.environ)
     recipe, resume = _recipe_and_run(ctx, recipe, resume)
-
-    from qlora_phi3.recipe.load import load_recipe
-    from qlora_phi3.runfolder import find_run, run_group_name
-
     if no_rehearsal:
         overrides = (*overrides, "memory.rehearsal=false")
-    loaded = load_recipe(recipe, overrides, check_files=True)
-    name, training, named = run_group_name(recipe), loaded.training, None if resume == NEWEST else resume
-    folder = None if resume is None else find_run(Path(training.output_dir), name, named)
-    hide_other_gpus(choose_gpu(loaded.memory.gpu))
-
-    from qlora_phi3.ui.console import LogInterval, open_console
-
     # Read by libgomp when torch loads it: threads that wait for one another soon give their core away. Demo model, two threads
     # on two cores: idle 348-362 tokens/s against 336-390 as libgomp does it, with two busy programs 108 against 85.
     # OMP_WAIT_POLICY=passive is better still on a busy computer, and on an idle one half as fast (209-218).
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    connection: AbstractContextManager[None] = nullcontext()
+    if count > 1:
+        from qlora_phi3.training.processes import connected
+
+        connection = connected(rank, count)
+    with connection:
+        _train(ctx, recipe, resume, overrides, rank, count)
+
+
+def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tuple[str, ...], rank: int, count: int) -> None:
+    """Train with the GPU of this process, of so many that share the run."""
+    from qlora_phi3.hardware.gpu import choose_gpu, hide_other_gpus
+    from qlora_phi3.recipe.load import check_processes, load_recipe
+    from qlora_phi3.runfolder import find_run, run_group_name
+
+    loaded = load_recipe(recipe, overrides, check_files=True)
+    check_processes(loaded.training, count)
+    name, training, named = run_group_name(recipe), loaded.training, None if resume == NEWEST else resume
+    folder = None if resume is None else find_run(Path(training.output_dir), name, named)
+    hide_other_gpus(choose_gpu(loaded.memory.gpu, rank if count > 1 else None), rank)
+
+    from qlora_phi3.ui.console import LogInterval, open_console
+
     log_interval = LogInterval(training.logging_strategy, training.logging_steps, training.warmup_steps)
-    with open_console(log_interval, plain=training.disable_tqdm) as console:
+    with open_console(log_interval, plain=training.disable_tqdm, quiet=ctx.meta["is_silent"]) as console:
         try:
             console.progress("Starting torch, transformers and peft", 0, None)
             if not ctx.meta.get("debug") and training.log_level == "passive":

@@ -35,6 +35,7 @@ class _Options:
     vram: str | None
     every_gpu: bool
     max_length: bool
+    processes: int
     fit: str | None
     wants_json: bool
     overrides: tuple[str, ...]
@@ -46,6 +47,7 @@ class _Options:
 @click.option("--vram", metavar="SIZE", help="Check for any GPU of a size: --vram 12GB.")
 @click.option("--all", "every_gpu", is_flag=True, help="A table of all consumer GPUs from 4 to 24 GB.")
 @click.option("--max-length", is_flag=True, help="The longest row that still fits each GPU.")
+@click.option("--processes", type=click.IntRange(1), default=1, metavar="N", help="N processes share a step, a GPU each.")
 @click.option(
     "--fit",
     is_flag=False,
@@ -82,7 +84,7 @@ def vram_check(ctx: click.Context, /, **options: Any) -> None:
         if chosen.recipe is None:
             _show_gpu(chosen)
             return
-        check = CachedVramCheck(chosen.recipe, chosen.overrides, _progress)
+        check = CachedVramCheck(chosen.recipe, chosen.overrides, _progress, chosen.processes)
         show = _show_max_lengths if chosen.max_length else _show_gpu_table if chosen.every_gpu else _show_report
         fits = show(check, chosen)
     except UserError as error:  # for a program, that is a result as well
@@ -101,6 +103,7 @@ def _check_options(options: _Options) -> None:
         raise UserError(f"--gpu {options.gpu!r} and --vram {options.vram} both name a GPU.", "Keep one.")
     about_recipe = {
         "--all": options.every_gpu, "--max-length": options.max_length, "--fit": fit, "--set": options.overrides,
+        "--processes": options.processes > 1,
     }  # fmt: skip
     for option, given in about_recipe.items():
         if given and options.recipe is None:

@@ -3,6 +3,7 @@
 The recipe sets the batch of the optimizer step. How it is split decides memory and speed, and changes nothing that is learned.
 """
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,12 +39,24 @@ def plan_micro_batches(lengths: Sequence[int], plan: MicroBatchPlan) -> list[lis
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     boundary = float("inf") if plan.longrope_boundary is None else plan.longrope_boundary
     split: list[list[int]] = []
-    for group in (
-        [row for row in order if lengths[row] > boundary],
-        [row for row in order if lengths[row] <= boundary],
-    ):
+    for group in ([row for row in order if lengths[row] > boundary], [row for row in order if lengths[row] <= boundary]):
         split += _pack(group, lengths, plan) if plan.packing else _pad(group, lengths, plan)
     return split
+
+
+def share_rows(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Share the rows of one optimizer step among processes: about as many tokens each, and at most ceil(rows / count) rows.
+
+    Returns:
+        Indices into `lengths` for each process, in their order, every row exactly once.
+    """
+    shares: list[list[int]] = [[] for _ in range(count)]
+    tokens, most = [0] * count, math.ceil(len(lengths) / count)
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        process = min((number for number in range(count) if len(shares[number]) < most), key=tokens.__getitem__)
+        shares[process].append(row)
+        tokens[process] += lengths[row]
+    return [sorted(share) for share in shares]
 
 
 def _pack(order: Sequence[int], lengths: Sequence[int], plan: MicroBatchPlan) -> list[list[int]]:

@@ -63,18 +63,7 @@ LIST_ANSWER = "an answer is the JSON of a list of texts, as a .csv has several a
 
 #: Names of columns in published data that hold a question or an answer, the likelier names first.
 QUESTION_COLUMNS = ("instruction", "question", "prompt", "query", "input", "user", "human", "problem", "source", "src")
-ANSWER_COLUMNS = (
-    "output",
-    "answer",
-    "response",
-    "completion",
-    "reply",
-    "assistant",
-    "bot",
-    "solution",
-    "target",
-    "tgt",
-)
+ANSWER_COLUMNS = ("output", "answer", "response", "completion", "reply", "assistant", "bot", "solution", "target", "tgt")
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,10 +169,7 @@ def _nothing_to_learn(sources: Sequence[Source], reports: Sequence[SourceReport]
     if not num_read:
         return DataError(f"{names} holds no rows.", "Give it at least one.")
     truncated = [report.fully_truncated for report in reports if report.fully_truncated.rows]
-    reasons = [
-        *merge_counts(truncated),
-        *merge_counts(chain.from_iterable(report.skipped.values() for report in reports)),
-    ]
+    reasons = [*merge_counts(truncated), *merge_counts(chain.from_iterable(report.skipped.values() for report in reports))]
     listed = "; ".join(f"{count.rows} x {count.reason} (first: {count.where[0]})" for count in reasons[:5])
     message = f"None of the {format_count(num_read, 'row')} of {names} can be trained on: {listed}."
     if truncated:
@@ -182,8 +179,7 @@ def _nothing_to_learn(sources: Sequence[Source], reports: Sequence[SourceReport]
         if data.format == "auto" and (guess := guess_mapping(row)) and guess[1]:
             pairs = ", ".join(f"{ours} = {json.dumps(theirs, ensure_ascii=False)}" for ours, theirs in guess[1].items())
             return DataError(
-                message,
-                f'Write below [data]: format = "{guess[0]}" and, on a line of its own, fields = {{ {pairs} }}',
+                message, f'Write below [data]: format = "{guess[0]}" and, on a line of its own, fields = {{ {pairs} }}'
             )
         lists = [
             name

@@ -118,12 +118,7 @@ class RecordedBase:
     """
 
     def __init__(
-        self,
-        stored: StoredWeights,
-        record: BaseRecord,
-        *,
-        cached: StoredWeights | None = None,
-        device: torch.device = CPU,
+        self, stored: StoredWeights, record: BaseRecord, *, cached: StoredWeights | None = None, device: torch.device = CPU
     ) -> None:
         """Read nothing but headers.
 

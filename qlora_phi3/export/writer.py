@@ -174,11 +174,7 @@ def write_shards(
 
 def _write_shard(weights: Weights, folder: Path, shard: Shard, progress: Callable[[int], None]) -> None:
     """Write one file; each chunk is written while the next one is computed."""
-    with (
-        atomic_file(folder / shard.file_name) as staging,
-        staging.open("wb", buffering=0) as file,
-        ThreadPoolExecutor(1) as pool,
-    ):
+    with atomic_file(folder / shard.file_name) as staging, staging.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
         _write_all(file.write, shard.header)
         writing: Future[None] | None = None
         for name in shard.names:

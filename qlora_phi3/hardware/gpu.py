@@ -7,7 +7,7 @@ and drives no display; on Windows a desktop takes 0.3 to 1 GiB.
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -36,8 +36,10 @@ SIZE = re.compile(r"\b(\d{1,3})(?: ?gi?b)?\b")
 OTHER_MAKERS = re.compile(r"\b(amd|radeon|rx|instinct|mi\d{2,3}x?|intel|arc|iris|apple|m[1-9])\b", re.IGNORECASE)
 SHARED_MEMORY = re.compile(r"\b(jetson|orin|xavier|thor|tegra|dgx spark|gb10)\b", re.IGNORECASE)
 TOO_OLD = re.compile(r"\b(gtx ?(10|9|7)\d\d|titan(?! rtx)|[pvkm]\d{2,3}|quadro [pkm]\d+|gt ?\d{3,4})\b", re.IGNORECASE)
-#: Set by torchrun, accelerate launch and deepspeed; by SLURM; by Open MPI; by Intel MPI and MPICH; by MVAPICH.
+#: The number of processes, as set by torchrun and accelerate launch; by SLURM; by Open MPI; by Intel MPI and MPICH; by MVAPICH.
 PROCESS_COUNTS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+#: Set to "true" by accelerate launch where the model's weights are to be split among the processes.
+SPLITS = [f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,25 +90,41 @@ class ChosenGpu:
     visible_devices: str
 
 
-def check_single_process(environ: Mapping[str, str]) -> None:
-    """Refuse to run as one of several processes: each would train a model of its own.
+def take_launch(environ: MutableMapping[str, str]) -> tuple[int, int]:
+    """The rank of this process and how many there are, from the variables of torchrun and accelerate launch, which are deleted.
+
+    So the libraries see one process: accelerate would shard the batches, and compute in its own configuration's precision.
 
     Raises:
-        DeviceError: a launcher started more than one process.
+        DeviceError: the weights should be split; or nothing connects the processes, or they are on several computers.
     """
-    for name in PROCESS_COUNTS:
-        value = environ.get(name, "")
-        if value.isdecimal() and int(value) > 1:
+    for name in SPLITS:
+        if environ.get(name, "").lower() == "true":
             raise DeviceError(
-                f"{value} processes were started ({name}={value}); this version trains with one process on one GPU.",
-                "Start it without torchrun or accelerate launch; under SLURM with srun --ntasks=1.",
+                f"{name} = true: 4-bit weights cannot be split among GPUs, as accelerate leaves them complete or damages them.",
+                "Give every GPU the complete model: accelerate launch --multi_gpu --num_processes N -m qlora_phi3 run RECIPE",
             )
+    counts = {name: int(environ[name]) for name in PROCESS_COUNTS if environ.get(name, "").isdecimal()}
+    name, count = max(counts.items(), key=lambda item: item[1], default=("", 1))
+    rank = environ.get("RANK", "") if count > 1 else "0"
+    same = (rank, environ.get("LOCAL_RANK"), counts.get("WORLD_SIZE")) == (environ.get("LOCAL_RANK"), rank, count)
+    if count > 1 and not (rank.isdecimal() and same and environ.get("LOCAL_WORLD_SIZE", str(count)) == str(count)):
+        raise DeviceError(
+            f"{count} processes were started ({name}={count}), but not by a launcher that connects them on one computer.",
+            f"Write: accelerate launch --num_processes {count} -m qlora_phi3 run RECIPE; under SLURM with srun --ntasks=1.",
+        )
+    if environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        environ["CUDA_VISIBLE_DEVICES"] = ""
+    for name in [*PROCESS_COUNTS, "RANK", "LOCAL_RANK", *(name for name in environ if name.startswith("ACCELERATE_"))]:
+        environ.pop(name, None)
+    return int(rank), count
 
 
-def choose_gpu(wanted: str | int, *, nvml: Any = None) -> ChosenGpu | None:
+def choose_gpu(wanted: str | int, rank: int | None = None, *, nvml: Any = None) -> ChosenGpu | None:
     """Choose the GPU for a run, among those that CUDA_VISIBLE_DEVICES shows; call it before torch initialises CUDA.
 
     Args:
+        rank: of one of several processes, which gets the GPU of this number among those that match; None: a single one.
         wanted: "auto" for the GPU with the most free memory, the number that nvidia-smi shows, or words of the GPU's name.
             Where several GPUs match a name, an exact match comes first, then the one with the most free memory.
         nvml: the module `pynvml`, or a stand-in.
@@ -115,7 +133,7 @@ def choose_gpu(wanted: str | int, *, nvml: Any = None) -> ChosenGpu | None:
         The GPU, or None where "auto" finds no GPU that NVML can read.
 
     Raises:
-        DeviceError: no GPU has that number or name; the message lists those that there are.
+        DeviceError: no GPU has that number or name, or all have another process; the message lists those that there are.
     """
     found: dict[int, ChosenGpu] = {}
     reason = ""
@@ -134,22 +152,25 @@ def choose_gpu(wanted: str | int, *, nvml: Any = None) -> ChosenGpu | None:
         words = _words(wanted)
         matches = [chosen for chosen in found.values() if words <= _words(chosen.gpu.name)]
         matches = [chosen for chosen in matches if words == _words(chosen.gpu.name)] or matches
-    if not matches and wanted != "auto":
+    matches = matches if rank is None else matches[rank : rank + 1]
+    if not matches and (wanted != "auto" or (rank and found)):
         shown = ", ".join(f"{number} ({chosen.gpu.name})" for number, chosen in found.items()) or "none"
+        process = "" if rank is None else f" for process {rank}"
         raise DeviceError(
-            f"[memory] gpu = {wanted!r} matches no GPU of this computer. It shows: {shown}. {reason}".rstrip(),
-            'Write one of these numbers or names, or gpu = "auto".',
+            f"[memory] gpu = {wanted!r} matches no GPU of this computer{process}. It shows: {shown}. {reason}".rstrip(),
+            'Write one of these numbers or names, or gpu = "auto"; and start one process a GPU at most.',
         )
     return max(matches, key=lambda chosen: chosen.gpu.free_bytes, default=None)
 
 
-def hide_other_gpus(chosen: ChosenGpu | None) -> None:
+def hide_other_gpus(chosen: ChosenGpu | None, rank: int = 0) -> None:
     """Show CUDA one GPU only, through the environment of this process; call it before torch initialises CUDA.
 
-    None leaves the first GPU of CUDA_VISIBLE_DEVICES, or the first of the computer.
+    None leaves the first GPU of CUDA_VISIBLE_DEVICES, or of the computer; to one of several processes that of its rank.
     """
     if chosen is None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", str(rank)).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[min(rank, len(visible) - 1)]
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = chosen.visible_devices
         os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the numbers of NVML and nvidia-smi

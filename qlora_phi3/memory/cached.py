@@ -17,14 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qlora_phi3.errors import RunError
-from qlora_phi3.files import (
-    STALE_SECONDS,
-    atomic_write,
-    read_json_object,
-    remove,
-    remove_leftovers,
-    user_cache_dir,
-)  # fmt: skip
+from qlora_phi3.files import STALE_SECONDS, atomic_write, read_json_object, remove, remove_leftovers, user_cache_dir  # fmt: skip
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.memory.margin import budget_of, read_margin
 from qlora_phi3.memory.report import VramReport, as_json, from_json, read_versions
@@ -60,6 +53,8 @@ class CachedVramCheck:
     overrides: tuple[str, ...]
     #: Entered only where something must be computed.
     open_progress: Callable[[], AbstractContextManager[CheckProgress]]
+    #: How many share a step, each with a GPU of its own.
+    processes: int = 1
 
     @cached_property
     def recipe(self) -> "Recipe":
@@ -107,7 +102,8 @@ class CachedVramCheck:
         recipe = self.recipe
         if "torch" not in sys.modules:
             progress.info("Starting torch, transformers and peft")
-        return VramChecker(read_recipe_context(recipe, self.path.parent, progress.progress), progress.info)
+        context = read_recipe_context(recipe, self.path.parent, progress.progress, self.processes)
+        return VramChecker(context, progress.info)
 
     def _cached(
         self,
@@ -122,7 +118,7 @@ class CachedVramCheck:
             {
                 "kind": kind,
                 "recipe": hashlib.sha256(self._recipe_bytes()).hexdigest(),
-                "overrides": self.overrides,
+                "overrides": [*self.overrides, self.processes],
                 "directories": [str(self.path.absolute().parent), str(Path.cwd())],
                 "devices": [asdict(replace(device, processes=())) for device in devices],
                 "margins": [read_margin(device.name).share for device in devices],

@@ -13,14 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.errors import DeviceError, RunError
-from qlora_phi3.files import (
-    STALE_SECONDS,
-    atomic_write,
-    read_json_object,
-    remove,
-    remove_leftovers,
-    user_state_dir,
-)  # fmt: skip
+from qlora_phi3.files import STALE_SECONDS, atomic_write, read_json_object, remove, remove_leftovers, user_state_dir  # fmt: skip
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.units import MIB, format_gib, parse_size
 

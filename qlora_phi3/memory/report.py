@@ -120,6 +120,8 @@ class VramReport:
     #: The 4-bit format of a base whose files are quantized; None where the run quantizes it.
     stored: str | None
     batch_size: int
+    #: The most of them that one of several processes has on its GPU; for a single process all.
+    rows_per_gpu: int
     #: Rows of `max_length` tokens in one forward pass, and such passes in an optimizer step.
     micro_batch_size: int
     gradient_accumulation_steps: int
@@ -147,6 +149,12 @@ class VramReport:
     fastest_tokens_per_second: float
     versions: Mapping[str, str]
     created: str
+
+    @property
+    def step(self) -> str:
+        """The rows of an optimizer step, in words."""
+        shared = "" if self.rows_per_gpu == self.batch_size else f" ({self.rows_per_gpu} of them at most on each GPU)"
+        return f"{self.batch_size} rows an optimizer step{shared}"
 
     @property
     def fits(self) -> bool:

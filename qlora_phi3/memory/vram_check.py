@@ -46,16 +46,19 @@ class RecipeContext:
     rows: RowSummary
 
 
-def read_recipe_context(recipe: "Recipe", base_folder: Path, progress: Progress) -> RecipeContext:
+def read_recipe_context(recipe: "Recipe", base_folder: Path, progress: Progress, processes: int = 1) -> RecipeContext:
     """Read the model's shapes and the rows' lengths, from this computer alone.
+
+    Of several processes, each with a GPU, every one has ceil(batch_size / processes) rows of a step at most.
 
     Raises:
         CannotTellError: the config.json of a model on the hub is not here.
         UserError: there is no such directory, the model is no phi3, or it has less than the recipe asks of it.
     """
     from qlora_phi3.family import OtherModelError, is_hub_id, nearest_known, parse_architecture, read_config
-    from qlora_phi3.recipe.load import check_model_limits, resolve_paths, use_stored_quantization
+    from qlora_phi3.recipe.load import check_model_limits, check_processes, resolve_paths, use_stored_quantization
 
+    check_processes(recipe.training, processes)
     found, name = resolve_paths(recipe, base_folder), recipe.model.name
     with hub_offline():
         try:
@@ -82,6 +85,7 @@ def read_recipe_context(recipe: "Recipe", base_folder: Path, progress: Progress)
 
             check_start(Path(found.model.adapter), recipe.lora, architecture)
         lengths, rows = read_rows(found, architecture, base_folder, progress)
+        lengths = replace(lengths, batch_size=math.ceil(lengths.batch_size / processes))
     return RecipeContext(recipe=found, config=config, architecture=architecture, lengths=lengths, rows=rows)
 
 
@@ -250,8 +254,9 @@ class VramChecker:
 
     def _build_report(self, device: Gpu, plan: "Plan", budget_bytes: int) -> VramReport:
         memory, execution, training = plan.memory, plan.execution, self.context.recipe.training
+        rows_per_gpu = self.context.lengths.batch_size
         margin, (speed, slowest, fastest) = read_margin(device.name), self._speeds(device, plan)
-        together = max(1, min(execution.micro_batch.max_tokens // training.max_length, training.batch_size))
+        together = max(1, min(execution.micro_batch.max_tokens // training.max_length, rows_per_gpu))
         return VramReport(
             verdict="fits" if plan.fits else "does_not_fit",
             model=self.context.recipe.model.name,
@@ -264,8 +269,9 @@ class VramChecker:
             compute_dtype=compute_dtype_on(self.context.recipe.compute_dtype, device),
             stored=None if (stored := self.context.architecture.stored) is None else stored.label,
             batch_size=training.batch_size,
+            rows_per_gpu=rows_per_gpu,
             micro_batch_size=together,
-            gradient_accumulation_steps=math.ceil(training.batch_size / together),
+            gradient_accumulation_steps=math.ceil(rows_per_gpu / together),
             micro_batch_tokens=execution.micro_batch.max_tokens,
             num_micro_batches=plan.workload.num_micro_batches,
             max_length=training.max_length,

@@ -96,12 +96,7 @@ def _check_quantization(stored: StoredWeights, name: str, architecture: Architec
         if kind is None or not is_quantized:
             continue
         state = read_quant_state(stored, tensor)
-        found = (
-            state["quant_type"],
-            "nested_blocksize" in state,
-            state["blocksize"],
-            state.get("nested_blocksize", 256),
-        )
+        found = (state["quant_type"], "nested_blocksize" in state, state["blocksize"], state.get("nested_blocksize", 256))
         if found != (kind.quant_type, kind.double_quant, 64, 256):
             nested = "with" if found[1] else "without"
             held = f"{found[0].upper()} {nested} double quantization in blocks of {found[2]}"

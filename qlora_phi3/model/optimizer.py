@@ -34,10 +34,7 @@ def build_optimizer(name: str, model: nn.Module, training: Training, *, is_cuda:
         is_cuda: take the multi-tensor path of torch's AdamW, which torch takes for CUDA tensors only. The simulation follows
             the CUDA path on CPU tensors, so that it must be said.
     """
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": training.weight_decay},
-        {"params": [], "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": training.weight_decay}, {"params": [], "weight_decay": 0.0}]
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[NO_DECAY.search(key.lower()) is not None]["params"].append(parameter)

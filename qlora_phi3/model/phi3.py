@@ -26,11 +26,7 @@ from qlora_phi3.family import Architecture, find_config, read_config
 from qlora_phi3.files import foreign_errors, read_json_object
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
 from qlora_phi3.model.checkpoint import REDUNDANT, surplus_tensors
-from qlora_phi3.model.quantized import (
-    disable_cpu_repacking,
-    find_wrong_shapes,
-    quantization_config,
-)
+from qlora_phi3.model.quantized import disable_cpu_repacking, find_wrong_shapes, quantization_config
 from qlora_phi3.model.weights import refuse_pickles
 from qlora_phi3.recipe.schema import Model, Quantization
 
@@ -195,10 +191,7 @@ def load_base(
         ModelError: weights are missing, truncated, of another shape than the config's, or stored only as a pickle.
     """
     register_attention()
-    path, quantized = (
-        find_config(config.name, config.revision),
-        quantization_config(quantization, precision.compute_dtype),
-    )
+    path, quantized = (find_config(config.name, config.revision), quantization_config(quantization, precision.compute_dtype))
     settings = build_config(read_config(config.name, config.revision), config.name)
     # In the hub's cache the folder's name is the commit, which transformers 5.23 no longer records.
     settings._commit_hash = path.parent.name if path.parent.parent.name == "snapshots" else None

@@ -257,13 +257,7 @@ def _incomplete(name: str, error: Exception) -> ModelError:
 
 
 def quantize(
-    weights: Weights,
-    name: str,
-    *,
-    dtype: torch.dtype,
-    scheme: Scheme,
-    device: torch.device,
-    offset: float | None = None,
+    weights: Weights, name: str, *, dtype: torch.dtype, scheme: Scheme, device: torch.device, offset: float | None = None
 ) -> Quantized:
     """Quantize a tensor to the same bits as loading it through transformers, a chunk at a time.
 

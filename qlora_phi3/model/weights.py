@@ -198,16 +198,7 @@ def open_file(path: Path, *, error: type[UserError] = ModelError) -> StoredWeigh
                 raise error(f"{path}: {name} has dtype {entry['dtype']}.", f"Use a checkpoint of {', '.join(DTYPES)}.")
             info = TensorInfo(tuple(map(int, entry["shape"])), DTYPES[entry["dtype"]])
             locations[str(name)] = TensorLocation(path, 8 + length + int(entry["data_offsets"][0]), info)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        RecursionError,
-        OverflowError,
-    ) as cause:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as cause:
         raise error(f"{path} cannot be read as safetensors: {type(cause).__name__}: {cause}.", hint) from cause
     for name, location in sorted(locations.items(), key=lambda item: item[1].offset):
         if location.offset + location.info.num_bytes > size:

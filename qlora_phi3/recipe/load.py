@@ -21,7 +21,8 @@ from qlora_phi3.family import Architecture, is_hub_id, original_of
 from qlora_phi3.files import is_dir, nesting
 from qlora_phi3.recipe.edit import format_toml
 from qlora_phi3.recipe.messages import Problem, find_nearest, find_problems
-from qlora_phi3.recipe.schema import TABLES, Data, Model, Recipe
+from qlora_phi3.recipe.schema import TABLES, Data, Model, Recipe, Training
+from qlora_phi3.units import format_count
 
 #: Python syntax in place of TOML: True, None, "key": value, or a comma at the end of the line.
 PYTHON_IN_TOML = re.compile(r"\b(True|False|None)\b|^\s*[\"']\w+[\"']\s*:|,\s*$")
@@ -265,6 +266,13 @@ def as_list(names: str | list[str] | None) -> Sequence[str]:
     return [names] if isinstance(names, str) else names or []
 
 
+def check_processes(training: Training, count: int) -> None:
+    """Raise RecipeError where a step has fewer rows than there are processes to share it."""
+    if count > training.batch_size:
+        hint = "Start as many processes as rows at most, or raise [training] batch_size."
+        raise RecipeError(f"{count} processes cannot share a step of {format_count(training.batch_size, 'row')}.", hint)
+
+
 def check_model_limits(recipe: Recipe, architecture: Architecture) -> None:
     """Check that the model has the positions and layers that the recipe needs.
 
@@ -294,11 +302,7 @@ def use_stored_quantization(recipe: Recipe, architecture: Architecture) -> Recip
     stored, given = architecture.stored, recipe.quantization
     if stored is None:
         return recipe
-    update = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": stored.quant_type,
-        "bnb_4bit_use_double_quant": stored.double_quant,
-    }
+    update = {"load_in_4bit": True, "bnb_4bit_quant_type": stored.quant_type, "bnb_4bit_use_double_quant": stored.double_quant}
     for key, value in update.items():
         if key in given.model_fields_set and (wanted := getattr(given, key)) != value:
             name, original = recipe.model.name, original_of(asdict(architecture), recipe.model.name)

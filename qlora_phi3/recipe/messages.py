@@ -267,10 +267,7 @@ def _describe_table(table: str, raw: Mapping[str, Any], tables: Mapping[str, typ
 
 def _replacement(key: str, value: object) -> str:
     """What `REPLACED` says about a key with this value; empty where it is not there."""
-    if key == "adapter" and str(value).lower() in (
-        "lora",
-        "qlora",
-    ):  # Axolotl's kind of training, not a trained adapter
+    if key == "adapter" and str(value).lower() in ("lora", "qlora"):  # Axolotl's kind of training, not a trained adapter
         return "has no place here: delete it; LoRA on a base with [quantization] load_in_4bit = true is QLoRA."
     text = REPLACED.get(key, "")
     return text.replace("{value}", format_toml(value)) if "{value}" in text else text

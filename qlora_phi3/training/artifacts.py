@@ -99,16 +99,7 @@ def _load_error(checkpoint: Path) -> str | None:
                 with safe_open(checkpoint / name, framework="pt") as file:
                     file.keys()
         step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE)).global_step
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        TypeError,
-        EOFError,
-        UnpicklingError,
-        SafetensorError,
-    ) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError, SafetensorError) as error:
         return f"{name} cannot be loaded: {first_line(error)}"
     return None if step == step_of(checkpoint) else f"{TRAINER_STATE} is of step {step}"
 

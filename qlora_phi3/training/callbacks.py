@@ -15,22 +15,16 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qlora_phi3.reporter import (
-    DivergenceRecord,
-    EvalRecord,
-    OomRecord,
-    Record,
-    Reporter,
-    StepRecord,
-    record_as_json,
-)
+from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, Record, Reporter, StepRecord, record_as_json
 from qlora_phi3.runfolder import RunFolder, append_metrics, read_metrics
+from qlora_phi3.training.processes import count_processes, own_rank
 
 
 class StopOnRequest(TrainerCallback):  # type: ignore[misc]
     """Makes the Trainer save and stop after the current step, once `requested` is set."""
 
     requested = False
+    is_signalled = False  #: The signal came to this process; several processes stop once all of them know (`Phi3Trainer`).
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Request a checkpoint and the end of training."""
@@ -49,14 +43,14 @@ def stop_on_interrupt(reporter: Reporter, callback: StopOnRequest) -> Iterator[N
 
     def request_stop(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if callback.requested:
+        if callback.is_signalled:
             if name == "SIGHUP":
                 return
             raise KeyboardInterrupt
-        callback.requested = True
+        callback.is_signalled, callback.requested = True, callback.requested or count_processes() == 1
         if number == signal.SIGINT:
             reporter.warning("Ctrl-C: saving, then stopping. Press it again to stop at once.")
-        else:
+        elif count_processes() == 1:  # launchers send SIGTERM where another process has ended, which is then reported
             reporter.warning(f"{name}: saving, then stopping. Send SIGTERM to stop at once.")
 
     is_main = threading.current_thread() is threading.main_thread()  # the only thread that may set handlers
@@ -68,7 +62,8 @@ def stop_on_interrupt(reporter: Reporter, callback: StopOnRequest) -> Iterator[N
         yield
     finally:
         for number, handler in handlers_before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is request_stop:
+                signal.signal(number, handler)
 
 
 def is_ignored_hangup(number: int) -> bool:
@@ -157,10 +152,10 @@ class SpillWatch:
 
 
 class MetricsWriter(TrainerCallback):  # type: ignore[misc]
-    """A reporter that writes every record to metrics.jsonl and passes everything on to another reporter."""
+    """A reporter that writes every record to metrics.jsonl (in process 0), and passes everything on to another reporter."""
 
     def __init__(self, reporter: Reporter, folder: RunFolder) -> None:
-        self._reporter, self._folder = reporter, folder
+        self._reporter, self._folder, self.is_writer = reporter, folder, own_rank() == 0
         self.info, self.warning, self.progress = reporter.info, reporter.warning, reporter.progress
         self.begin, self.checkpoint_saved = reporter.begin, reporter.checkpoint_saved
 
@@ -190,4 +185,5 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
         self._reporter.divergence(record)
 
     def _write(self, record: Record) -> None:
-        append_metrics(self._folder, record_as_json(record))
+        if self.is_writer:
+            append_metrics(self._folder, record_as_json(record))

@@ -235,11 +235,7 @@ class DivergenceGuard(TrainerCallback):  # type: ignore[misc]
             self.failure = f"The run diverged {MAX_RECOVERIES + 1} times, the last time in step {step}: {reason}."
         self._reporter.divergence(
             DivergenceRecord(
-                step=step,
-                reason=reason,
-                good_step=good,
-                rows=tuple(self._suspicious_rows),
-                learning_rate_factor=factor,
+                step=step, reason=reason, good_step=good, rows=tuple(self._suspicious_rows), learning_rate_factor=factor
             )
         )
         self._rule.forget_streak()

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from qlora_phi3.data.batching import split_plan
 from qlora_phi3.errors import RunError
 from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan, smaller_mlp_tile
-from qlora_phi3.reporter import OomRecord, Phase, Remedy, Reporter
+from qlora_phi3.reporter import OomRecord, Phase, Remedy, Reporter, record_as_json
 from qlora_phi3.step import Batch, MicroBatchMemoryError, StepResult, collate
+from qlora_phi3.training.processes import count_processes, own_rank
 from qlora_phi3.training.report import describe_device, row_name
 
 #: Within so many steps, a second out-of-memory error of the same phase means that the plan is too large.
@@ -94,8 +95,9 @@ class MemoryGuard:
     ) -> None:
         self.plans: dict[Phase, MicroBatchPlan]
         self.plans = {"training": execution.micro_batch, "evaluation": execution.evaluation}
-        #: Recoveries of this session.
+        #: Recoveries of this session, and those that the other processes do not know of yet.
         self.num_recovered = 0
+        self.unshared: list[OomRecord] = []
         self._model, self._device, self._reporter, self._sources = model, device, reporter, sources
         self._execution, self._apply = execution, apply
         self._last_again: dict[Phase, int] = {}
@@ -120,7 +122,7 @@ class MemoryGuard:
         rng_state = RngState.read(self._device)
         failed: list[tuple[int, ...]] = []
         while True:
-            batch = collate(rows, self.plans[phase])
+            batch = collate(rows, self.plans[phase], rank=own_rank(), count=count_processes())
             try:
                 return batch, run_pass(batch)
             except MicroBatchMemoryError as error:
@@ -169,21 +171,31 @@ class MemoryGuard:
             offloaded, tiled = _offloaded(self._execution, self._device), _tiled(self._execution, lengths[0])
             self._execution = offloaded if remedy == "offload" else tiled
             self._apply(self._execution)
-        self.num_recovered += 1
-        self._reporter.oom(
-            OomRecord(
-                step=step,
-                phase=phase,
-                remedy=remedy,
-                rows=len(lengths),
-                tokens=sum(lengths),
-                before=before,
-                after=self.plans[phase],
-                allocated_bytes=failure.allocated_bytes,
-                free_bytes=torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else None,
-                reason=failure.reason,
-            )
+        record = OomRecord(
+            step=step,
+            phase=phase,
+            remedy=remedy,
+            rows=len(lengths),
+            tokens=sum(lengths),
+            before=before,
+            after=self.plans[phase],
+            allocated_bytes=failure.allocated_bytes,
+            free_bytes=torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else None,
+            reason=failure.reason,
         )
+        self.num_recovered += 1
+        self.unshared.append(record)
+        self._reporter.oom(record)
+
+    def adopt(self, records: Sequence[OomRecord]) -> None:
+        """Report the recoveries of another process, and lower the plan as it did."""
+        before = replace(self._execution, micro_batch=self.plans["training"], evaluation=self.plans["evaluation"])
+        self._execution = restore_execution_plan(before, list(map(record_as_json, records)), self._device)
+        self.plans = {"training": self._execution.micro_batch, "evaluation": self._execution.evaluation}
+        self.num_recovered += len(records)
+        self._apply(self._execution)
+        for record in records:
+            self._reporter.oom(record)
 
     def _row_does_not_fit(self, row: Mapping[str, Any], failure: _Failure, times: int, phase: Phase, step: int) -> RunError:
         length, device, reason = len(row["input_ids"]), describe_device(self._device), failure.reason.rstrip(".")

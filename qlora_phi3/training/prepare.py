@@ -39,6 +39,7 @@ from qlora_phi3.recipe.load import check_model_limits
 from qlora_phi3.recipe.schema import Memory, Recipe, Training
 from qlora_phi3.reporter import Reporter
 from qlora_phi3.training.callbacks import cap_to_free_memory
+from qlora_phi3.training.processes import count_processes, from_first, gather
 from qlora_phi3.training.report import describe_device
 from qlora_phi3.units import format_gib, parse_size
 
@@ -66,9 +67,10 @@ class RunContext:
 
     @property
     def row_lengths(self) -> RowLengths:
-        """Tokens of the rows that are trained on and evaluated."""
+        """Tokens of the rows that are trained on and evaluated, with the most rows of a step that one process gets."""
         held_out = [] if self.data.evaluation is None else row_lengths(self.data.evaluation).tolist()
-        return read_lengths(row_lengths(self.data.train).tolist(), held_out, self.recipe.training.batch_size)
+        share = -(-self.recipe.training.batch_size // count_processes())
+        return read_lengths(row_lengths(self.data.train).tolist(), held_out, share)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +164,16 @@ def wants_dry_run(memory: Memory, device: torch.device) -> bool:
 
 
 def plan_run(context: RunContext) -> PlannedRun:
-    """Plan the execution: the fastest plan that fits the GPU, or the default plan, simulated on a CPU if there is a dry run."""
+    """Plan the execution: the fastest plan that fits the GPU, or the default plan, simulated on a CPU if there is a dry run.
+
+    Several processes share the plan for the GPU with the least memory.
+    """
+    gpus = [gpu for gpu in gather(context.gpu) if gpu is not None]
+    smallest = min(gpus, key=lambda gpu: budget_of(context.recipe.memory, gpu), default=None)
+    return from_first(lambda: _plan(replace(context, gpu=smallest)))
+
+
+def _plan(context: RunContext) -> PlannedRun:
     recipe, device = context.recipe, context.device
     if context.gpu is not None:
         return _plan_for_gpu(context, context.gpu)
@@ -182,10 +193,7 @@ def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
     reporter = context.reporter
     model, compute_dtype = (context.recipe, context.config, context.architecture), context.precision.compute_dtype
     predictor = Predictor(
-        *model,
-        compute_dtype=compute_dtype,
-        capability=gpu.compute_capability,
-        multiprocessors=gpu.multiprocessors,
+        *model, compute_dtype=compute_dtype, capability=gpu.compute_capability, multiprocessors=gpu.multiprocessors
     )
     limits = GpuLimits(
         limit_bytes=read_margin(gpu.name).limit(budget_of(context.recipe.memory, gpu)),

@@ -34,6 +34,7 @@ from qlora_phi3.runfolder import (
     restore_metrics,
     write_report,
 )
+from qlora_phi3.training import processes
 from qlora_phi3.training.artifacts import (
     find_checkpoint,
     input_checksums,
@@ -89,25 +90,26 @@ def run(recipe: Recipe, name: str, recipe_dir: Path, *, reporter: Reporter, resu
         reporter.warning(line)
     recipe = resolve_paths(recipe, recipe_dir)
     recipe = use_stored_quantization(recipe, read_architecture(recipe.model.name, recipe.model.revision))
-    if resume is not None:
+    if resume is not None and not processes.own_rank():
         check_resumable(resume, recipe, reporter)
-    with lock_run(resume) if resume else nullcontext():
-        context = prepare(recipe, recipe_dir, reporter)
-        device, compute_dtype = context.device, context.precision.compute_dtype
+    with lock_run(resume) if resume and not processes.own_rank() else nullcontext():
+        context = processes.first_then_others(lambda: prepare(recipe, recipe_dir, reporter))
+        device, compute_dtype, count = context.device, context.precision.compute_dtype, processes.count_processes()
         report = first_report(
             recipe,
             context.data.report,
             name=name,
-            device=describe_device(device),
+            device=describe_device(device) + (f" in {count} processes" if count > 1 else ""),
             compute_dtype=compute_dtype,
             resume=resume,
         )
         planned = plan_run(context)
         if resume is not None:
             _warn_of_another_device(resume.read_report(), report, reporter)
-            return _run_in(resume, _checkpoint_to_resume(resume, recipe, reporter), context, planned, report, started)
-        folder = create_run_folder(Path(recipe.training.output_dir), name)
-        with lock_run(folder):
+            checkpoint = processes.from_first(lambda: _checkpoint_to_resume(resume, recipe, reporter))
+            return _run_in(resume, checkpoint, context, planned, report, started)
+        folder = processes.from_first(lambda: create_run_folder(Path(recipe.training.output_dir), name))
+        with lock_run(folder) if not processes.own_rank() else nullcontext():
             return _run_in(folder, None, context, planned, report, started, is_new=True)
 
 
@@ -121,23 +123,28 @@ def _run_in(
     *,
     is_new: bool = False,
 ) -> RunResult:
-    """Train in a run directory that this process has locked, from a checkpoint or from the first step."""
+    """Train in a run directory that process 0 has locked, from a checkpoint or from the first step."""
     recipe = context.recipe
-    with removed_on_failure(folder) if is_new else nullcontext():
+    with removed_on_failure(folder) if is_new and not processes.own_rank() else nullcontext():
         model = load_model(context, is_first_session=checkpoint is None)
+        processes.gather(None)
     if checkpoint is None:
         report = {**report, "trained_sha256_before": trained_digest(model)}
-    with failure_reported(folder, report, started):
-        atomic_write(folder.recipe, recipe_as_toml(recipe))
-        write_report(folder, report)
-        context.reporter.info(f"Run folder: {folder.path}")
-        _save_export_inputs(context, model, folder)
-        restore_metrics(folder, checkpoint)
-        execution = restore_execution_plan(planned.execution, read_metrics(folder.metrics), context.device)
-        trainer = build_trainer(context, execution, model, folder)
+    with failure_reported(folder, report, started) if not processes.own_rank() else nullcontext():
+        if not processes.own_rank():
+            atomic_write(folder.recipe, recipe_as_toml(recipe))
+            write_report(folder, report)
+            context.reporter.info(f"Run folder: {folder.path}")
+            _save_export_inputs(context, model, folder)
+            restore_metrics(folder, checkpoint)
+        metrics = processes.from_first(lambda: read_metrics(folder.metrics))
+        trainer = build_trainer(context, restore_execution_plan(planned.execution, metrics, context.device), model, folder)
         _begin(trainer, context, planned, checkpoint)
-        with stop_on_interrupt(context.reporter, trainer.stop):
+        with stop_on_interrupt(context.reporter, trainer.stop), _lost_process_reported(trainer, folder, started):
             _train(trainer, context, folder, checkpoint)
+            if processes.own_rank():
+                trainer.divergence.raise_failure(folder.adapter)
+                return RunResult(folder, int(trainer.state.global_step), None, None, time.perf_counter() - started)
             if trainer.divergence.last_good.step != 0 or not trainer.divergence.failure:
                 template = template_to_save(context.tokenizer, context.template, recipe.data.chat_template)
                 save_adapter(model, context.tokenizer, recipe.model, folder, sample=context.data.train, template=template)
@@ -280,6 +287,7 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
     state = trainer.state
     evaluated = [record["step"] for record in read_metrics(folder.metrics) if record["kind"] == "eval"]
     is_evaluated = evaluated[-1:] == [state.global_step] and not context.recipe.training.load_best_model_at_end
+    is_evaluated = processes.gather(is_evaluated)[0]  # the others may have read the metrics before the last line
     if context.data.evaluation is not None and not is_evaluated and not trainer.stop.requested:
         with suppress(EvaluationStopped):
             trainer.evaluate()
@@ -287,6 +295,24 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
         trainer._save_checkpoint(trainer.model, None)  # it is there already, but for save_strategy = "no"
         hint = f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
         raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; everything is saved.", hint)
+
+
+@contextmanager
+def _lost_process_reported(trainer: Phi3Trainer, folder: RunFolder, started: float) -> Iterator[None]:
+    """Save the last completed step where another process died, and report it; another one does so in place of process 0."""
+    try:
+        yield
+    except processes.ProcessLost as lost:
+        step, hint = trainer.state.global_step, f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
+        error = processes.ProcessLost(f"Another process of this run has ended; the last completed step is {step}.", hint)
+        with lock_run(folder, wait_seconds=processes.TAKE_OVER_SECONDS) if processes.own_rank() else nullcontext():
+            if (report := folder.read_report()).get("status") != "running":
+                raise  # process 0 lives, and reports it
+            error.is_shown = trainer.reporter.is_writer = True
+            with failure_reported(folder, report, started):
+                if step:
+                    trainer._save_checkpoint(trainer.model, None)
+                raise error from lost
 
 
 def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> MemoryReport:
@@ -317,12 +343,13 @@ def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> MemoryReport
             parameter.grad = None
         if trainer.eval_dataset is not None:
             trainer.run_heaviest("evaluation")
-        checkpoints = Path(trainer.args.output_dir)
-        with disk_errors(checkpoints):
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=checkpoints, ignore_cleanup_errors=True) as target:
-                trainer.model.save_pretrained(target)
-                torch.save(optimizer.state_dict(), Path(target) / "optimizer.pt")
+        if trainer.reporter.is_writer:
+            checkpoints = Path(trainer.args.output_dir)
+            with disk_errors(checkpoints):
+                checkpoints.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=checkpoints, ignore_cleanup_errors=True) as target:
+                    trainer.model.save_pretrained(target)
+                    torch.save(optimizer.state_dict(), Path(target) / "optimizer.pt")
         return measure_memory(trainer.model, optimizer, device, gpu)
 
 

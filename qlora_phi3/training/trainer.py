@@ -8,9 +8,10 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from qlora_phi3.training.callbacks import MetricsWriter, SaveByTime, SpillWatch,
 from qlora_phi3.training.divergence import DivergenceGuard, check_evaluation
 from qlora_phi3.training.oom import MemoryGuard
 from qlora_phi3.training.prepare import RunContext
+from qlora_phi3.training.processes import add_up_gradients, count_processes, gather, own_rank
 from qlora_phi3.training.report import peak_memory_bytes, row_name
 
 
@@ -55,7 +57,8 @@ def build_trainer(context: RunContext, execution: ExecutionPlan, model: PeftMode
     arguments = build_arguments(
         training, folder.checkpoints, device=context.device, fp16=fp16, optim=execution.optim, evaluates=evaluates
     )
-    context.reporter.info(f"Optimizer: {execution.optim}, {training.batch_size} rows a step")
+    shared = f", shared by {count_processes()} processes" if count_processes() > 1 else ""
+    context.reporter.info(f"Optimizer: {execution.optim}, {training.batch_size} rows a step{shared}")
     return Phi3Trainer(model, arguments, context, execution, MetricsWriter(context.reporter, folder))
 
 
@@ -63,7 +66,7 @@ def build_trainer(context: RunContext, execution: ExecutionPlan, model: PeftMode
 SAME_ARGUMENTS = (
     "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "adam_beta1", "adam_beta2",
     "adam_epsilon", "weight_decay", "max_grad_norm", "seed", "data_seed", "eval_steps", "save_strategy", "save_steps",
-    "save_total_limit", "load_best_model_at_end", "log_level", "report_to",
+    "save_total_limit", "load_best_model_at_end", "log_level",
 )  # fmt: skip
 
 
@@ -80,9 +83,11 @@ def build_arguments(
 
     `optim` is transformers' name of the optimizer; `evaluates`: there are held-out rows.
     """
-    logging.getLogger("transformers.trainer_utils").addFilter(is_not_interval_warning)
+    for name in ("trainer_utils", "training_args"):
+        logging.getLogger(f"transformers.{name}").addFilter(is_not_mistaken_warning)
     arguments = SFTConfig(
         **{name: getattr(training, name) for name in SAME_ARGUMENTS},
+        report_to="none" if own_rank() else training.report_to,
         output_dir=str(checkpoints),
         # One batch of the Trainer is one optimizer step; step.py splits it into micro-batches.
         per_device_train_batch_size=training.batch_size,
@@ -108,13 +113,13 @@ def build_arguments(
     return arguments
 
 
-def is_not_interval_warning(record: logging.LogRecord) -> bool:
+def is_not_mistaken_warning(record: logging.LogRecord) -> bool:
     """Log filter: False for the warning that the intervals of a resumed run differ from those of its checkpoint.
 
     `_init_training_state` applies the recipe's. transformers 5.23 logs it at every run whose eval_steps or save_steps is a share,
-    as it compares 0.2 of all steps with the 5 steps that it became.
+    as it compares 0.2 of all steps with the 5 steps that it became. And False for the one that `processes.py` does not use DDP.
     """
-    return "`trainer_state.json`" not in record.getMessage()
+    return not any(text in record.getMessage() for text in ("`trainer_state.json`", "ParallelMode.DISTRIBUTED"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,10 @@ class RowBatch:
     """The rows of one optimizer batch, as the data set holds them. The Trainer moves no such object to a device."""
 
     rows: Sequence[Mapping[str, Any]]
+
+
+#: A batch; the mean loss over its supervised tokens; and how many of them were predicted correctly.
+Computed = tuple[Batch, float, float]
 
 
 class EvaluationStopped(Exception):  # noqa: N818 - no error: a signal requested it
@@ -201,13 +210,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
                 train_dataset=context.data.train,
                 eval_dataset=context.data.evaluation,
                 processing_class=context.tokenizer,
-                callbacks=[
-                    reporter,
-                    self.divergence,
-                    SaveByTime(self.training.save_minutes),
-                    self.stop,
-                    FinishEvaluation(self),
-                ],
+                callbacks=[reporter, self.divergence, SaveByTime(self.training.save_minutes), self.stop, FinishEvaluation(self)],
             )
         # A tokenizer re-saved with an adapter gives other ids in transformers 5; the run copies the base's own files.
         self.processing_class = None
@@ -300,11 +303,13 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         """
         self._step_started = time.perf_counter()
         step = self.state.global_step + 1
-        batch, result = self._compute(model, inputs.rows, "training", step)
-        loss = float(result.loss)
+        if count_processes() > 1:  # each draws its own dropout, the same in a resumed run
+            torch.manual_seed(int.from_bytes(sha256(f"{self.args.seed} {step} {own_rank()}".encode()).digest()[:7]))
+        batch, loss, num_correct = self._compute(model, inputs.rows, "training", step)
+        add_up_gradients(self.model)
         self.divergence.loss, self.divergence.rows = loss, [row_name(row, self._sources) for row in inputs.rows]
-        self._last = batch, loss, _num_correct(result) / max(1, batch.num_supervised)
-        return result.loss.nan_to_num(0.0, 0.0, 0.0)  # the Trainer adds the losses up
+        self._last = batch, loss, num_correct / max(1, batch.num_supervised)
+        return torch.tensor(loss, device=self.args.device).nan_to_num(0.0, 0.0, 0.0)  # the Trainer adds the losses up
 
     def run_heaviest(self, phase: Phase) -> None:
         """Run a pass over the longest rows that can meet in one batch; gradients stay, nothing is recorded."""
@@ -314,8 +319,12 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         rows = [dataset[int(number)] for number in longest[:size]]
         self._compute(self.model, rows, phase, 0)
 
-    def _compute(self, model: nn.Module, rows: Sequence[Mapping[str, Any]], phase: Phase, step: int) -> tuple[Batch, StepResult]:
-        """Forward, and in training backward, of all micro-batches; where one row does not fit, save a checkpoint and raise."""
+    def _compute(self, model: nn.Module, rows: Sequence[Mapping[str, Any]], phase: Phase, step: int) -> Computed:
+        """Forward, and in training backward, of all micro-batches; several processes compute a share of them each.
+
+        Raises:
+            RunError: one row does not fit, or another process has died; the checkpoint of the last step is saved.
+        """
         options: dict[str, Any] = {"objective": self.objective, "compute_dtype": self.compute_dtype}
 
         def stoppable(*inputs: Any) -> ObjectiveOutput:
@@ -332,8 +341,20 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
 
         if phase == "training":
             model.train()
+        own: tuple[float, float] | None = None
         try:
-            return self.guard.compute(rows, run_pass, phase=phase, step=step)
+            with suppress(EvaluationStopped):
+                batch, result = self.guard.compute(rows, run_pass, phase=phase, step=step)
+                own = float(result.loss), _num_correct(result)
+            unshared, self.guard.unshared = self.guard.unshared, []
+            results, signalled, recoveries = zip(*gather((own, self.stop.is_signalled, unshared)), strict=True)
+            for records in (records for rank, records in enumerate(recoveries) if records and rank != own_rank()):
+                self.guard.adopt(records)
+            self.stop.requested |= any(signalled)
+            if None in results:
+                raise EvaluationStopped
+            losses, num_correct = zip(*results, strict=True)
+            return batch, sum(losses), sum(num_correct)
         except RunError:
             if self.state.global_step > 0:
                 self._save_checkpoint(self.model, None)
@@ -403,9 +424,9 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         """Mean loss, token accuracy and number of the supervised tokens of all rows."""
         total_loss = correct = tokens = 0.0
         for done, inputs in enumerate(loader, start=1):
-            batch, result = self._compute(self.model, inputs.rows, "evaluation", step)
-            total_loss += float(result.loss) * batch.num_supervised
-            correct += _num_correct(result)
+            batch, loss, num_correct = self._compute(self.model, inputs.rows, "evaluation", step)
+            total_loss += loss * batch.num_supervised
+            correct += num_correct
             tokens += batch.num_supervised
             self.reporter.progress("Measuring on held-out rows", done, len(loader))
         return total_loss / max(1.0, tokens), correct / max(1.0, tokens), int(tokens)
@@ -448,7 +469,9 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         RunError where the disk is full or refuses; the new checkpoint is removed then.
         """
         target = self.checkpoint_path
-        if damage(target) is None:
+        if not self.reporter.is_writer:
+            self.state.best_model_checkpoint = str(target.with_name(f"checkpoint-{self.state.best_global_step}"))
+        if not self.reporter.is_writer or damage(target) is None:
             return
         remove(target)
         try:
@@ -467,6 +490,10 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             rotate_checkpoints(self.args.output_dir, self._save_total_limit, best)
         self.reporter.checkpoint_saved(target)
 
+    def _load_best_model(self) -> None:
+        gather(None)  # process 0 has written it
+        super()._load_best_model()
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm before clipping; shown to the guard, since no callback receives it."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -482,8 +509,8 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
 
 
 def _num_correct(result: StepResult) -> float:
-    """How many supervised tokens were predicted correctly; NaN if the objective does not count them."""
-    return float(result.metrics.get("num_correct", math.nan))
+    """How many supervised tokens were predicted correctly; NaN if the objective does not count them. 0 without any row."""
+    return float(result.metrics.get("num_correct", math.nan if result.metrics else 0.0))
 
 
 @contextmanager

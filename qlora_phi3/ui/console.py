@@ -184,11 +184,11 @@ class ConsoleReporter:
 
 
 @contextmanager
-def open_console(log_interval: LogInterval, *, plain: bool) -> Iterator[ConsoleReporter]:
-    """A reporter on this terminal, whose bars end with the block; `plain`: lines instead of bars even on a terminal."""
+def open_console(log_interval: LogInterval, *, plain: bool, quiet: bool = False) -> Iterator[ConsoleReporter]:
+    """A reporter on this terminal, whose bars end with the block; `plain`: lines instead of bars; `quiet`: nothing is shown."""
     from rich.console import Console
 
-    console, errors = Console(), Console(stderr=True)
+    console, errors = Console(quiet=quiet), Console(stderr=True, quiet=quiet)
     with build_progress(console, disable=plain or not console.is_terminal) as bars:
         yield ConsoleReporter(console, errors if bars.disable else console, log_interval, bars)
 

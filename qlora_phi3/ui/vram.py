@@ -119,7 +119,7 @@ def _heading(report: VramReport) -> Iterator[str]:
         yield f"[memory] budget: a run may use {format_gib(report.budget_bytes)} of it"
     stored = f", stored in {report.stored}" if report.stored else ""
     dtype = "" if report.compute_dtype == "bfloat16" else f", computing in {report.compute_dtype}"
-    yield f"{report.model}{stored}{dtype}; {report.batch_size} rows an optimizer step"
+    yield f"{report.model}{stored}{dtype}; {report.step}"
     yield f"Rows: {report.rows.origin}"
 
 
@@ -201,7 +201,7 @@ def _speed_lines(report: VramReport) -> Iterator[str]:
 def show_gpu_table(console: Console, reports: Sequence[VramReport]) -> None:
     """One line for each size of GPU."""
     first = reports[0]
-    _print(console, f"{first.model}; {first.batch_size} rows an optimizer step of at most {first.max_length:,} tokens")
+    _print(console, f"{first.model}; {first.step} of at most {first.max_length:,} tokens")
     _print(console, f"Rows: {first.rows.origin}\n")
     table = _table("GPU", "usable>", "needed>", "fits", "tokens at once>", "recomputed", "tokens/s>")
     for report in reports:

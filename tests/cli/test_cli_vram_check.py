@@ -87,6 +87,17 @@ def test_a_program_gets_every_figure(home):
     assert report["rows"]["longest"] < 128
 
 
+def test_each_gpu_of_several_processes_needs_the_memory_of_its_share_of_the_rows(home):
+    """All is exchanged through the computer's memory: a GPU holds nothing that a run of these rows alone would not."""
+    several = json.loads(call("vram-check", "mine.toml", "--vram", "8GB", "--processes", "4", "--json").stdout)
+    alone = json.loads(call("vram-check", "mine.toml", "--vram", "8GB", "--set", "training.batch_size=1", "--json").stdout)
+    assert (several["batch_size"], several["rows_per_gpu"]) == (4, 1)
+    assert (several["memory"], several["seconds_per_step"]) == (alone["memory"], alone["seconds_per_step"])
+    shown = call("vram-check", "mine.toml", "--vram", "8GB", "--processes", "3").stdout
+    assert "4 rows an optimizer step (2 of them at most on each GPU)" in shown
+    assert call("vram-check", "mine.toml", "--vram", "8GB", "--processes", "5").exit_code == 2
+
+
 def test_a_saved_report_is_shown_without_torch_or_pydantic(home):
     code = (
         "import sys\nfrom qlora_phi3.cli.main import main\n"

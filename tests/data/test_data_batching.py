@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from qlora_phi3.data.batching import plan_micro_batches, split_plan
+from qlora_phi3.data.batching import plan_micro_batches, share_rows, split_plan
 from qlora_phi3.execution import MicroBatchPlan
 
 
@@ -80,3 +80,17 @@ def test_splitting_again_and_again_ends_in_single_rows(packing):
 
 def bounds(max_tokens, max_rows, *, packing, boundary=None):
     return MicroBatchPlan(max_tokens=max_tokens, max_rows=max_rows, packing=packing, longrope_boundary=boundary)
+
+
+def test_rows_are_shared_by_tokens_and_no_process_has_more_than_its_part_of_the_rows():
+    assert share_rows([9, 1, 8, 2, 7, 3], 2) == [[0, 3, 5], [1, 2, 4]]
+    draw = random.Random(1)
+    for _ in range(200):
+        lengths, count = [draw.randint(1, 500) for _ in range(draw.randint(1, 40))], draw.randint(1, 8)
+        shares = share_rows(lengths, count)
+        assert sorted(row for share in shares for row in share) == list(range(len(lengths)))
+        assert max(map(len, shares)) == -(-len(lengths) // count)
+        tokens = [sum(lengths[row] for row in share) for share in shares]
+        assert max(tokens) <= sum(sorted(lengths, reverse=True)[: max(map(len, shares))])
+        if len(lengths) % count == 0:
+            assert max(tokens) - min(tokens) <= max(lengths)

@@ -322,8 +322,8 @@ def test_missing_files_are_reported_before_torch_is_imported(shop):
     assert "nowhere.jsonl" in ended.stderr
 
 
-def test_one_of_several_processes_is_refused_before_anything_is_read(shop, monkeypatch):
-    """Under torchrun each process would train its own model into its own run directory."""
+def test_one_of_several_processes_that_nothing_connects_is_refused_before_anything_is_read(shop, monkeypatch):
+    """Each would train its own model into its own run directory."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     before = snapshot(shop.path)
     assert refused(shop.run(recipe="no-such-recipe.toml"), "WORLD_SIZE=2")
@@ -340,8 +340,8 @@ def test_the_gpu_is_chosen_and_the_others_hidden_before_torch_is_imported(shop):
     code = (
         "import sys; from qlora_phi3.cli.main import main; from qlora_phi3.errors import DeviceError\n"
         "from qlora_phi3.hardware import gpu\n"
-        "def hide(chosen): print(chosen, {'torch', 'transformers'} & sys.modules.keys()); raise DeviceError('stop')\n"
-        "gpu.choose_gpu, gpu.hide_other_gpus = (lambda wanted: f'chosen {wanted}'), hide\n"
+        "def hide(chosen, rank): print(chosen, {'torch', 'transformers'} & sys.modules.keys()); raise DeviceError('stop')\n"
+        "gpu.choose_gpu, gpu.hide_other_gpus = (lambda wanted, rank: f'chosen {wanted}'), hide\n"
         "main(['run', 'mine.toml'])"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -10,12 +10,12 @@ from fake_nvml import FakeNVML, NVMLError, laptop, process, two_gpus
 from qlora_phi3.errors import DeviceError, NoDeviceError
 from qlora_phi3.hardware.gpu import (
     GpuProcess,
-    check_single_process,
     choose_gpu,
     find_gpu,
     gpu_of_size,
     hide_other_gpus,
     read_gpu,
+    take_launch,
 )
 from qlora_phi3.hardware.gpu_table import GPU_TABLE
 from qlora_phi3.units import parse_size
@@ -358,16 +358,59 @@ def test_the_chosen_gpu_is_the_only_one_that_is_read_afterwards(monkeypatch):
         read_gpu(1, nvml=nvml)
 
 
+TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+
+
 @pytest.mark.parametrize(
     "environ",
-    [{"WORLD_SIZE": "2", "RANK": "0"}, {"SLURM_NTASKS": "4"}, {"OMPI_COMM_WORLD_SIZE": "2"}, {"PMI_SIZE": "8"}],
+    [
+        {"WORLD_SIZE": "2", "RANK": "0"},
+        {"SLURM_NTASKS": "4"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+        {"PMI_SIZE": "8"},
+        {**TWO, "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+        {**TWO, "SLURM_NTASKS": "4"},
+    ],
 )
-def test_more_processes_than_one_are_refused(environ):
-    with pytest.raises(DeviceError, match="one process") as caught:
-        check_single_process(environ)
+def test_processes_that_no_launcher_connects_on_this_computer_are_refused(environ):
+    with pytest.raises(DeviceError, match="connects them on one computer") as caught:
+        take_launch(environ)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_splitting_the_weights_is_refused(name):
+    with pytest.raises(DeviceError, match=f"ACCELERATE_USE_{name} = true"):
+        take_launch({**TWO, f"ACCELERATE_USE_{name}": "true"})
 
 
 @pytest.mark.parametrize("environ", [{}, {"WORLD_SIZE": "1", "SLURM_NTASKS": "1"}, {"WORLD_SIZE": ""}, {"PMI_SIZE": "x"}])
 def test_a_single_process_is_accepted(environ):
-    check_single_process(environ)
+    assert take_launch(environ) == (0, 1)
+
+
+def test_a_launcher_s_variables_are_taken_so_that_the_libraries_see_one_process():
+    environ = {**TWO, "MASTER_ADDR": "here", "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true", "HOME": "/"}
+    assert take_launch(environ) == (1, 2)
+    assert environ == {"MASTER_ADDR": "here", "LOCAL_WORLD_SIZE": "2", "HOME": "/", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.parametrize(("visible", "uuids"), [(None, ["GPU-11", "GPU-22"]), ("1,0", ["GPU-22", "GPU-11"])])
+def test_each_of_several_processes_has_the_visible_gpu_of_its_rank(monkeypatch, visible, uuids):
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [choose_gpu("auto", rank, nvml=two_gpus()).visible_devices for rank in (0, 1)] == uuids
+    with pytest.raises(DeviceError, match="for process 2"):
+        choose_gpu("auto", 2, nvml=two_gpus())
+    with pytest.raises(DeviceError, match="for process 1"):
+        choose_gpu(1, 1, nvml=two_gpus())
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "1"), ("3,5", "5"), ("", "")])
+def test_without_nvml_the_gpu_of_the_rank_stays_visible(monkeypatch, before, after):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "set, so that it is restored")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if before is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    hide_other_gpus(None, 1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == after

@@ -8,7 +8,7 @@ from fake_nvml import MIB, FakeNVML, laptop, two_gpus
 from message_table import Message
 
 from qlora_phi3.errors import DeviceError, NoDeviceError
-from qlora_phi3.hardware.gpu import check_single_process, choose_gpu, find_gpu, gpu_of_size, read_gpu
+from qlora_phi3.hardware.gpu import choose_gpu, find_gpu, gpu_of_size, read_gpu, take_launch
 
 
 def read_without_package(shop):
@@ -65,8 +65,14 @@ MESSAGES = [
     ),
     refused(
         "several-processes",
-        lambda shop: check_single_process({"WORLD_SIZE": "2"}),
-        ("2 processes were started (WORLD_SIZE=2)", "one process on one GPU"),
-        "without torchrun or accelerate launch",
+        lambda shop: take_launch({"WORLD_SIZE": "2"}),
+        ("2 processes were started (WORLD_SIZE=2)", "not by a launcher"),
+        "accelerate launch --num_processes 2",
+    ),
+    refused(
+        "weights-split-among-gpus",
+        lambda shop: take_launch({"ACCELERATE_USE_FSDP": "true"}),
+        ("ACCELERATE_USE_FSDP = true", "4-bit weights cannot be split"),
+        "--multi_gpu --num_processes",
     ),
 ]

@@ -13,7 +13,7 @@ from transformers import TrainerState
 from qlora_phi3.errors import RecipeError, RunError
 from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan
 from qlora_phi3.files import disk_errors
-from qlora_phi3.recipe.load import load_recipe
+from qlora_phi3.recipe.load import check_processes, load_recipe
 from qlora_phi3.recipe.schema import Quantization, Training
 from qlora_phi3.runfolder import LOCK_PID, RunFolder, create_run_folder, find_run, lock_run, write_report
 from qlora_phi3.step import MicroBatchMemoryError
@@ -21,6 +21,7 @@ from qlora_phi3.training.artifacts import record_base
 from qlora_phi3.training.divergence import DivergedError, DivergenceGuard, check_evaluation
 from qlora_phi3.training.oom import MemoryGuard
 from qlora_phi3.training.prepare import check_schedule, check_trackers
+from qlora_phi3.training.processes import connected
 from qlora_phi3.training.report import first_report
 from qlora_phi3.training.run import _optimizer_memory_errors, check_resumable
 from qlora_phi3.training.trainer import Phi3Trainer
@@ -139,7 +140,29 @@ def resume_with_fewer_steps(shop):
     Phi3Trainer.load_finished(trainer, checkpoint)
 
 
+def connect_to_nobody():
+    """As one of two processes, without the address of the other."""
+    with connected(0, 2):
+        pass
+
+
 MESSAGES = [
+    Message(
+        name="processes-cannot-connect",
+        trigger=lambda shop: connect_to_nobody(),
+        error=RunError,
+        exit_code=2,
+        says=("cannot connect", "MASTER_ADDR"),
+        hint="Start all of them again",
+    ),
+    Message(
+        name="more-processes-than-rows",
+        trigger=lambda shop: check_processes(Training(batch_size=4), 5),
+        error=RecipeError,
+        exit_code=2,
+        says=("5 processes", "a step of 4 rows"),
+        hint="[training] batch_size",
+    ),
     Message(
         name="tracker-not-installed",
         trigger=lambda shop: check_trackers(Training(report_to="neptune")),

@@ -150,7 +150,7 @@ class Lab:
         seen = []
 
         @contextmanager
-        def open_console(log_interval, *, plain):
+        def open_console(log_interval, *, plain, quiet):
             seen.append((log_interval, plain))
             yield Silent()
 

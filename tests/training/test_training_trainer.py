@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import trainer_utils
+from transformers import trainer_utils, training_args
 from workshop import read_lines
 
 from qlora_phi3.recipe.schema import Training
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.training import trainer as trainer_module
 from qlora_phi3.training.prepare import load_model, plan_run, prepare
-from qlora_phi3.training.trainer import build_arguments, build_trainer, is_not_interval_warning
+from qlora_phi3.training.trainer import build_arguments, build_trainer, is_not_mistaken_warning
 
 HEAD = "Warning: The following arguments do not match the ones in the `trainer_state.json` within the checkpoint directory: "
 
@@ -51,13 +51,14 @@ def trainer(shop):
 )
 def test_intervals_that_differ_at_resuming_are_those_of_the_recipe_and_no_warning(text, passes):
     record = logging.LogRecord("transformers.trainer_utils", logging.WARNING, "", 0, text, (), None)
-    assert is_not_interval_warning(record) is passes
+    assert is_not_mistaken_warning(record) is passes
 
 
 def test_the_words_are_those_of_transformers():
     """Else the warning is back, or hidden with something else."""
     source = inspect.getsource(trainer_utils.compare_trainer_and_checkpoint_args)
     assert "`trainer_state.json`" in source
+    assert "parallel_mode != ParallelMode.DISTRIBUTED" in inspect.getsource(training_args)
     assert "(from args) != " in source
 
 

@@ -123,12 +123,7 @@ def read_turns(tokenizer: Any, template: str) -> Turns | None:
         if "(1)" in with_system and "(2)" in with_system:
             before_system, after_system, _ = _split(with_system, "(1)", "(2)")
             system = (before_system, after_system.removesuffix(user))
-        turns = Turns(
-            opening=before_user.removesuffix(user),
-            system=system,
-            user=(user, between),
-            after_assistant=ending.group(),
-        )
+        turns = Turns(opening=before_user.removesuffix(user), system=system, user=(user, between), after_assistant=ending.group())
         probes = [probe for probe in PROBES if system is not None or probe[0]["role"] != "system"]
         return turns if all(turns.render(probe) == render(probe) for probe in probes) else None
     except (TemplateError, TypeError, ValueError):

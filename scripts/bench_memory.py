@@ -83,6 +83,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     emulated = commands.add_parser("emulated", help="measure on emulated GPUs: scripts/test_cuda.py --bench")
     emulated.add_argument("--random", type=int, metavar="COUNT", help="configurations drawn at random instead of the grid")
     emulated.add_argument("--seed", type=int, default=12, help="for --random")
+    emulated.add_argument("--cards", nargs="+", metavar="CARD", help="of runtime.cpp's list; all seven unless given")
     emulated.add_argument("--part", default="1/1", metavar="K/N", help="every N-th configuration, from the K-th on")
     for command in (cpu, cuda, emulated):
         command.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="configurations whose name holds this")
@@ -224,7 +225,7 @@ def bench_emulated(arguments: argparse.Namespace) -> None:
     import card
     from memory_bench.emulated import CARDS, by_prediction, grid_cases, measure, random_cases
 
-    cases = random_cases(arguments.seed, arguments.random) if arguments.random else grid_cases()
+    cases = random_cases(arguments.seed, arguments.random) if arguments.random else grid_cases(arguments.cards or CARDS)
     part, parts = map(int, arguments.part.split("/"))
     expandable = not arguments.plain_segments
     done = {

@@ -104,7 +104,8 @@ def simulate(
     with _SharedFakeMode(), tracker, replaced(dora, "dequantize_module_weight", _dequantize), kernels:
         model = _load(skeleton, recipe.lora, execution, tracker)
         if path == "cuda":
-            tracker.track_bytes(matmul_workspace_bytes(capability), CUBLAS_WORKSPACE)
+            for _ in range(2):  # of the forward and of the backward pass
+                tracker.track_bytes(matmul_workspace_bytes(capability), CUBLAS_WORKSPACE)
         run_one_step(
             model,
             _without_storage(batch),

@@ -33,8 +33,9 @@ MASK_ALIGNMENT = 8
 def matmul_workspace_bytes(compute_capability: tuple[int, int]) -> int:
     """What cuBLAS holds for each thread that multiplies, from its first matrix product to the end of a training process.
 
-    The forward pass runs in one thread, the backward pass and its recomputation in another. The workspaces come from the caching allocator, and cublasLt shares them. ATen/cuda/CublasHandlePool.cpp: `:4096:2:16:8`, and
-    32 MiB from Hopper on (Blackwell: pytorch pull request 175344). `torch.backends.cuda.cublas_workspace_size` can set less.
+    The forward pass runs in one thread, the backward pass and its recomputation in another. The workspaces come from the caching
+    allocator, and cublasLt shares them. ATen/cuda/CublasHandlePool.cpp: `:4096:2:16:8`, and 32 MiB from Hopper on (Blackwell:
+    pytorch pull request 175344). `torch.backends.cuda.cublas_workspace_size` can set less.
     """
     return 32 * MIB if compute_capability[0] >= 9 else (2 * 4096 + 8 * 16) * 1024
 

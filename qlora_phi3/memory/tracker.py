@@ -128,12 +128,12 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         return release
 
     def trace_with_second_step(self) -> tuple[tuple[int, int], ...]:
-        """All events, with those from the forward pass to the end twice: the first step leaves a cache that is fragmented.
+        """All events, with those of the step twice: the first step leaves a cache that is fragmented.
 
         What outlives a step is allocated once: cuBLAS' workspaces, which `peaks` has from the first phase on, with the first
         products of the two passes. On the emulated GPU the second step took up to 5 % more than the first.
         """
-        begin, end = self.first_events["forward"], self.first_events["end"]
+        begin, end = self.first_events["update"], self.first_events["end"]
         workspaces = [event for event in self.events if self.categories[event[0]] == report.CUBLAS_WORKSPACE]
         places = dict(zip((self.first_products.get(phase) for phase in ("forward", "backward")), workspaces, strict=False))
         first = []

@@ -6,13 +6,14 @@ fake CPU tensors, as a CPU build of torch aborts on fake CUDA ones; `cuda_path.p
 """
 
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import bitsandbytes as bnb
 import torch
+import transformers.masking_utils
 from bitsandbytes.functional import QuantState
 from peft import PeftModel
 from peft.tuners.lora import dora
@@ -100,8 +101,7 @@ def simulate(
     rounding = ROUNDING if path == "cuda" else 1
     tracker = MemoryTracker(num_supervised=batch.num_supervised, vocabulary=architecture.vocab_size, rounding=rounding)
     kernels = following_cuda(tracker, capability=capability) if path == "cuda" else nullcontext()
-    # PEFT 0.21's DoRA knows 4-bit weights by their class, which is FakeTensor here.
-    with _SharedFakeMode(), tracker, replaced(dora, "dequantize_module_weight", _dequantize), kernels:
+    with _fake_tensors(), tracker, kernels:
         model = _load(skeleton, recipe.lora, execution, tracker)
         if path == "cuda":
             for _ in range(2):  # of the forward and of the backward pass
@@ -136,6 +136,18 @@ class _SharedFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: Any) -> "_SharedFakeMode":
         return self
+
+
+@contextmanager
+def _fake_tensors() -> Iterator[None]:
+    """Tensors without storage, and answers to two questions that libraries ask about them.
+
+    PEFT 0.21's DoRA knows 4-bit weights by their class, which is FakeTensor here. transformers 5.23 takes fake positions of rows
+    without padding for those of a pack, and builds a mask; a real pack has a mask of ours.
+    """
+    no_packs = replaced(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None)
+    with _SharedFakeMode(), replaced(dora, "dequantize_module_weight", _dequantize), no_packs:
+        yield
 
 
 def build_skeleton(

@@ -3,7 +3,8 @@
 Makes the virtual environment .venv-cuda (a CUDA build of torch without NVIDIA's libraries, 1.3 GB; everything else in the tested
 versions), builds the stand-ins of tests/emulated_cuda with the system's C and C++ compilers, and runs tests/emulated_cuda and
 tests/gpu there, in about six minutes of one core. They hand out addresses, count bytes and compute nothing: that proves
-allocations, no value, no time; tests/gpu leaves out what it asserts of values. More arguments are passed to pytest.
+allocations, no value, no time; tests/gpu leaves out what it asserts of values. More arguments are passed to pytest, or with
+--bench to `scripts/bench_memory.py emulated`. Exit code 3: this machine cannot run an emulated GPU, and one line says why.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import tempfile
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import NoReturn
 
 from environment import REPOSITORY, print_step
 
@@ -28,6 +30,7 @@ STAND_INS = FOLDER / "stand-ins"
 STAMP = FOLDER / "installed.txt"
 #: Has the version of this project, which is not installed in the environment: the program writes it into reports.
 METADATA = FOLDER / "metadata"
+NO_EMULATED_GPU = 3
 #: Each in a process of its own: tests/emulated_cuda forks, and a process that has computed gradients must not.
 TESTS = ("tests/emulated_cuda", "tests/gpu")
 
@@ -35,7 +38,10 @@ TESTS = ("tests/emulated_cuda", "tests/gpu")
 def main() -> None:
     """Make the environment and the stand-ins, and run the tests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    _, arguments = parser.parse_known_args()
+    parser.add_argument(
+        "--bench", action="store_true", help="compare predictions with emulated GPUs instead of running the tests"
+    )
+    options, arguments = parser.parse_known_args()
     check_machine()
     python = make_environment()
     with tempfile.TemporaryDirectory() as scratch:
@@ -54,10 +60,13 @@ def main() -> None:
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # else no process forked from one that counted the GPUs could use one
         "OMP_NUM_THREADS": "1",
     }
+    programs = [["-m", "pytest", "-p", "no:xdist", tests] for tests in TESTS]
+    if options.bench:
+        programs = [["scripts/bench_memory.py", "emulated"]]
     codes = []
-    for tests in TESTS:
-        print_step(f"Running {tests} on the emulated GPU")
-        command = [python, "-m", "pytest", "-p", "no:xdist", tests, *arguments]
+    for program in programs:
+        command = [python, *program, *arguments]
+        print_step(f"Running {program[-1]} on the emulated GPU")
         codes.append(subprocess.run(list(map(str, command)), cwd=REPOSITORY, env=environment, check=False).returncode)
     raise SystemExit(max(codes))
 
@@ -65,10 +74,10 @@ def main() -> None:
 def check_machine() -> None:
     """End with one line where the stand-ins cannot run."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise SystemExit(f"The emulated GPU runs on Linux on x86-64, and this is {sys.platform} on {platform.machine()}.")
+        leave_out(f"The emulated GPU runs on Linux on x86-64, and this is {sys.platform} on {platform.machine()}.")
     missing = [name for name in ("g++", "gcc", "nm", "readelf", "c++filt") if shutil.which(name) is None]
     if missing:
-        raise SystemExit(f"{', '.join(missing)}: not found. Install a C and C++ compiler with binutils.")
+        leave_out(f"{', '.join(missing)}: not found. Install a C and C++ compiler with binutils.")
 
 
 def make_environment() -> Path:
@@ -112,9 +121,16 @@ def fetch_headers(python: Path, scratch: Path) -> Path:
 
 
 def run(command: list[object]) -> None:
-    """Run a program in the repository; end with its exit code where it fails."""
-    if code := subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=False).returncode:
-        raise SystemExit(code)
+    """Run a program of the preparation in the repository; end where it fails."""
+    words = list(map(str, command))
+    if subprocess.run(words, cwd=REPOSITORY, check=False).returncode:
+        leave_out(f"This failed: {' '.join(words)}. {TORCH} for Linux, its headers and a C++ compiler are needed.")
+
+
+def leave_out(reason: str) -> NoReturn:
+    """End with one line where there is no emulated GPU."""
+    print(f"No emulated GPU: {reason} All other tests run without it: scripts/test.py", file=sys.stderr)
+    raise SystemExit(NO_EMULATED_GPU)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,10 @@ class EmulatedGpu(CudaGpu):
     def __init__(self, case: Case) -> None:
         super().__init__()
         self.case = case
-        # transformers looks at the values of a padding mask, and leaves the mask out where nothing is padded.
+        # transformers looks at the values of a padding mask, and leaves the mask out where nothing is padded; and at positions,
+        # for those of a pack. Ours has a mask of its own.
         transformers.masking_utils.fast_all = lambda mask: False
+        transformers.masking_utils.find_packed_sequence_indices = lambda positions: None
 
     def enter(self, phase: str) -> None:
         """As the protocol says: every token but each row's first is supervised."""

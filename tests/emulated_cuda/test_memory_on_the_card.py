@@ -9,16 +9,13 @@ if not card.IS_HERE:
 import bench_memory
 import torch
 from memory_bench.cases import Case
-from memory_bench.gpu import CudaGpu, _Phases
-from memory_bench.truth import build_random, go_once
+from memory_bench.emulated import CARDS, measure, random_cases, runnable
 
 from qlora_phi3.family import known_config
+from qlora_phi3.hardware.gpu import find_gpu
 from qlora_phi3.memory.allocator import replay
 
 MIB = 2**20
-#: cuBLAS' second workspace: in a first step only from the backward pass on, afterwards always.
-SECOND_WORKSPACE = {(7, 5): 8.125, (8, 6): 8.125, (8, 9): 8.125, (12, 0): 32.0}
-CARDS = {"rtx2060": (7, 5), "rtx3060": (8, 6), "rtx4070l": (8, 9), "rtx4090": (8, 9), "rtx5070": (12, 0)}
 MODELS = {
     "mini": "microsoft/Phi-3-mini-128k-instruct",
     "mini-4k": "microsoft/Phi-3-mini-4k-instruct",
@@ -62,55 +59,51 @@ CONFIGURATIONS = [
 ]
 
 
-def make_case(name: str, model: str, lengths: tuple[int, ...], more: dict, layers: int) -> Case:
+#: Of `random_cases` with seed 12: those that were predicted wrongly when the sample was drawn for the first time.
+WERE_WRONG = (32, 35, 45, 60, 79, 132, 139, 189)
+
+
+def make_case(name: str, model: str, lengths: tuple[int, ...], more: dict) -> Case:
+    config = {**known_config(MODELS[model]), "num_hidden_layers": 4}
     more = {"optim": "paged_adamw_8bit", **more}
-    if CARDS[name] < (8, 0):
-        more.setdefault("compute", "float16")
-    config = {**known_config(MODELS[model]), "num_hidden_layers": layers}
-    return Case(name=f"{model} on {name}", config=config, lengths=lengths, **more)
+    return runnable(name, Case(name=f"{model} on {name}", config=config, lengths=lengths, **more))
 
 
-def measure(name: str, case: Case) -> dict:
-    """A first step on the card: the peaks of its phases, reserved, and pinned."""
-    card.choose(name, 200_000)
-    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-    torch.manual_seed(0)
-
-    class Phases(_Phases):
-        def enter(self, phase):
-            super().enter(phase)
-            lengths = case.held_out if phase == "evaluation" else case.lengths
-            card.tell_supervised(sum(length - 1 for length in lengths))
-
-    phases = Phases(CudaGpu())
-    phases.enter("load")
-    go_once(build_random(case, torch.device("cuda", 0)), case, phases)
-    return {"phases": phases.allocated, "reserved": phases.reserved, "pinned": card.pinned_peak_bytes()}
-
-
-def predict(name: str, case: Case) -> dict:
-    memory, _ = bench_memory.predict(case, capability=CARDS[name])
-    served = replay(memory.trace, expandable_segments=True)
+def predict(name: str, case: Case, expandable: bool) -> dict:
+    memory, _ = bench_memory.predict(case, capability=find_gpu(CARDS[name]).compute_capability)
+    served = replay(memory.trace, expandable_segments=expandable)
     pinned = memory.host_bytes - memory.paged_bytes
-    return {"phases": memory.by_phase, "reserved": served.peak_reserved_bytes, "pinned": pinned}
+    return {"phases": memory.by_phase, "reserved_bytes": served.peak_reserved_bytes, "pinned": pinned}
+
+
+def compare(name: str, case: Case, *, expandable: bool = True) -> None:
+    measured = card.in_child(lambda: measure(name, case, expandable=expandable))
+    predicted = card.in_child(lambda: predict(name, case, expandable))
+    peak, real = (max(each["phases"].values()) / MIB for each in (predicted, measured))
+    reserved, really = (each["reserved_bytes"] / MIB for each in (predicted, measured))
+    print(f"allocated {peak:.1f} MiB predicted, {real:.1f} taken; reserved {reserved:.0f} predicted, {really:.0f} taken")
+    short = sum(case.lengths) < 512  # bitsandbytes' fused product needs no dequantized weight: seen up to 31 MiB too much
+    assert -0.001 * real < peak - real < 0.001 * real + (40 if short else 0)
+    for phase, size in measured["phases"].items():
+        assert predicted["phases"][phase] / MIB - size / MIB > -0.03 * real, phase
+    # Seen: all but two exact to a page of 20 MiB; of 1.2 GiB one 42 MiB too low. Short rows: up to 7 %.
+    assert abs(reserved - really) < 0.02 * really + 42 + (20 if short else 0)
+    assert abs(predicted["pinned"] - measured["pinned"]) <= 64 * 1024  # small buffers of torch's own
 
 
 @pytest.mark.parametrize(("name", "model", "lengths", "more"), CONFIGURATIONS)
 def test_a_step_takes_what_is_predicted(name, model, lengths, more):
-    case = make_case(name, model, lengths, more, layers=4)
-    measured = card.in_child(lambda: measure(name, case))
-    predicted = card.in_child(lambda: predict(name, case))
-    peak, real = (max(each["phases"].values()) / MIB for each in (predicted, measured))
-    above = min(peak - real, peak - real - SECOND_WORKSPACE[CARDS[name]], key=abs)
-    print(f"allocated {peak:.1f} MiB predicted, {real:.1f} taken")
-    print(f"reserved {predicted['reserved'] / MIB:.0f} MiB predicted, {measured['reserved'] / MIB:.0f} taken")
-    # Seen: 0.0 to 0.3 MiB, and 3.4 for 64 tokens, whose fused product needs no dequantized weight.
-    assert -0.1 < above < 0.2 + 0.005 * real
-    for phase, size in measured["phases"].items():
-        assert predicted["phases"][phase] / MIB - size / MIB > -0.03 * real, phase
-    # Seen: -5.6 % (eager attention), -5.0 %, and all others from -2.5 to +3.6 %. The aim is -3 to +4 %.
-    assert -0.06 < predicted["reserved"] / measured["reserved"] - 1 < 0.04
-    assert abs(predicted["pinned"] - measured["pinned"]) <= 64 * 1024  # small buffers of torch's own
+    compare(name, make_case(name, model, lengths, more))
+
+
+@pytest.mark.parametrize("index", WERE_WRONG)
+def test_a_step_that_was_predicted_wrongly_takes_what_is_predicted(index):
+    compare(*list(random_cases(12, index + 1))[-1])
+
+
+@pytest.mark.parametrize("more", [{}, {"checkpoint_every": 0}, {"offloading": True}])
+def test_without_expandable_segments_a_step_takes_what_is_predicted(more):
+    compare("rtx3060", make_case("rtx3060", "mini", (2048,), more), expandable=False)
 
 
 def test_memory_that_runs_out_is_refused_as_by_a_card():

@@ -99,10 +99,7 @@ def _is_pattern(value: object, is_right: Callable[[Any], bool]) -> bool:
 
 
 def find_adapter(path: Path) -> Path:
-    """The PEFT directory that is meant: `path`, or the `adapter` of a run there.
-
-    Raises:
-        ExportError: there is no directory, or it holds an adapter of another tool, which is named.
+    """The PEFT directory that is meant: `path`, or the `adapter` of a run there; ExportError names the tool of another adapter.
     """
     if not path.exists():
         raise ExportError(f"There is no {path}.", "Check the name.")
@@ -214,10 +211,8 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 
 def read_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: object) -> Adapter:
-    """The deltas of a PEFT LoRA, from its tensors and adapter_config.json; `where` is its place, for the messages.
-
-    Raises:
-        ExportError: a tensor or a setting that is not understood, named, or shapes that do not fit each other.
+    """The deltas of a PEFT LoRA, from its tensors and adapter_config.json; `where` is its place, for the messages. ExportError
+    names a tensor or a setting that is not understood, or shapes that do not fit each other.
     """
     check_config(config, where)
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)

@@ -35,10 +35,8 @@ LAYER_KEYS = ("layers_to_transform", "exclude_modules", "target_modules")
 
 
 def check_start(place: Path, table: Lora, architecture: Architecture) -> None:
-    """Check an adapter, in a PEFT directory or a run's, against [lora] and the base before anything is loaded.
-
-    Raises:
-        ExportError: there is no adapter, it is no plain LoRA, or a setting or a shape is not that of the table or of the base.
+    """Check an adapter, in a PEFT directory or a run's, before anything is loaded: ExportError where there is none, it is no
+    plain LoRA, or a setting or a shape is not that of [lora] or of the base.
     """
     folder = find_adapter(place)
     config, shapes = read_config(folder), _read_shapes(folder)

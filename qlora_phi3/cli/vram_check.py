@@ -119,10 +119,8 @@ def _check_options(options: _Options) -> None:
 
 
 def _find_device(options: _Options, check: "CachedVramCheck | None" = None) -> "Gpu":
-    """The GPU that is checked: the one that is named, else the one of this computer that a run of the recipe would use.
-
-    Raises:
-        DeviceError: it is not in the table, or its size cannot be read; NoDeviceError where there is none here.
+    """The GPU that is named, else the one of this computer that a run of the recipe would use. DeviceError where it is not in the
+    table, or its size cannot be read; NoDeviceError where there is none here.
     """
     from qlora_phi3.hardware.gpu import choose_gpu, find_gpu, gpu_of_size, read_gpu
     from qlora_phi3.units import parse_size

@@ -143,11 +143,7 @@ def guess_mapping(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
 
 
 def check_fields(fields: Mapping[str, str], format_name: str) -> None:
-    """Check the left side of [data] fields.
-
-    Raises:
-        DataError: the format (or, for "auto", every format) has no such column.
-    """
+    """Raise DataError where the left side of [data] fields names a column that the format (for "auto", every format) lacks."""
     forms = FORMATS.values() if format_name == "auto" else [FORMATS[format_name]]
     known = sorted({column for form in forms for column in form.required + form.optional})
     for ours in fields:

@@ -114,11 +114,7 @@ class Columns:
 
 
 def is_switched_off(columns: Columns) -> bool:
-    """Whether a row, a message or a part of one is not to be learned.
-
-    Raises:
-        SkipRow: a switch is neither on nor off, or one is on and another one off.
-    """
+    """Whether a row, a message or a part of one is not to be learned; SkipRow for switches that are unclear or contradict."""
     states = set()
     for name in SWITCHES if not SWITCH_NAMES.isdisjoint(columns.row) else ():
         if (value := columns.take(name)) is not None:

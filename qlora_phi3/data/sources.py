@@ -53,9 +53,7 @@ class Source:
 
 def open_sources(names: Sequence[str], data: Data, split: str, base_dir: Path) -> list[Source]:
     """Open files, and data sets of the hub with the subset and the revision of the recipe's [data], in the order of `names`.
-
-    Raises:
-        DataError: for the first that cannot be opened.
+    DataError for the first that cannot be opened.
     """
     sources: list[Source] = []
     for name in names:
@@ -109,10 +107,7 @@ def _suffix(name: str) -> str:
 
 
 def open_file(name: str, base_dir: Path) -> Source:
-    """Open a local file; `candidate_paths` gives the order in which a relative path is looked for.
-
-    Raises:
-        DataError: the file is missing, a directory, empty, unreadable, or of an unsupported type.
+    """Open a local file, looked for as in `candidate_paths`; DataError where it is missing, unreadable, empty or of another type.
     """
     candidates = candidate_paths(name, base_dir)
     path = next((candidate for candidate in candidates if _exists(candidate, name)), None)
@@ -164,10 +159,8 @@ def _open_saved(name: str, path: Path, split: str) -> Source:
 
 
 def open_hub(name: str, *, split: str, subset: str | None, revision: str | None) -> Source:
-    """Open a data set of the hub; the datasets library downloads it once into its cache.
-
-    Raises:
-        DataError: no connection, no access, or no such data set, split, subset or revision.
+    """Open a data set of the hub, which the datasets library downloads once into its cache. DataError where there is no
+    connection, no access, or no such data set, split, subset or revision.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError

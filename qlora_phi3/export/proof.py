@@ -98,10 +98,8 @@ class Scored:
 
 
 def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: Onto, reporter: Reporter) -> Scored:
-    """Score the live model and the possible merges, or load the scores that an interrupted export saved in `draft`.
-
-    Raises:
-        ExportError: the base has other weights than the run's, or no held-out row has a supervised token.
+    """Score the live model and the possible merges, or load the scores that an interrupted export saved in `draft`. ExportError
+    for a base with other weights than the run's, or held-out rows without a supervised token.
     """
     key = f"{key} {request.options.onto} {sources.device.type}"
     if (scored := _read_scored(draft / SCORED, key, sources)) is not None:

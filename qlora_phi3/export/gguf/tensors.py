@@ -81,9 +81,7 @@ class TensorPlan:
 
 def plan_tensors(config: Phi3Config, info: Mapping[str, TensorInfo], quant: str | None) -> list[TensorPlan]:
     """Every tensor of a phi3 checkpoint under llama.cpp's name; a `quant` of None keeps the type that each tensor has.
-
-    Raises:
-        ExportError: the checkpoint lacks a tensor, has one of another shape, or one that llama.cpp does not know.
+    ExportError for a tensor that the checkpoint lacks, that has another shape, or that llama.cpp does not know.
     """
     import gguf
 
@@ -152,9 +150,7 @@ def _plan(name: str, shape: tuple[int, ...], quant: str, **rest: Any) -> TensorP
 
 def encode(plan: TensorPlan, weights: Weights) -> Iterator[bytes]:
     """The bytes of a tensor, some rows at a time, in the plan's type; the checkpoint's tensors may have any float dtype.
-
-    Raises:
-        ExportError: a value is not finite, or too large for fp16.
+    ExportError for a value that is not finite, or too large for fp16.
     """
     import gguf
 
@@ -186,9 +182,7 @@ def check_quant(quant: str) -> None:
 
 def find_library(quant: str) -> Path:
     """The first of llama.cpp's libraries on this computer that can be loaded: of `LIBRARY_VARIABLE`, then of `PACKAGES`.
-
-    Raises:
-        ExportError: there is none; `quant` is for the message.
+    ExportError where there is none; `quant` is for the message.
     """
     given = os.environ.get(LIBRARY_VARIABLE)
     candidates = [Path(given).expanduser().absolute()] if given else []
@@ -207,9 +201,7 @@ def find_library(quant: str) -> Path:
 
 def quantize_file(source: Path, target: Path, quant: str, progress: Progress) -> None:
     """Quantize a .gguf file of 16 or 32 bit to a type of `QUANTIZED`; only at the end is it known how many bytes that makes.
-
-    Raises:
-        ExportError: the quantizer failed; the message ends with its last line.
+    ExportError where the quantizer failed, with its last line.
     """
     import gguf
 

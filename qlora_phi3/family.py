@@ -359,8 +359,7 @@ def _read_rope(config: Mapping[str, Any], name: str, head_size: int) -> int | No
 
 
 def _read_stored_quantization(config: Mapping[str, Any], name: str) -> StoredQuantization | None:
-    """The 4-bit format of a checkpoint, None where its weights are not quantized; ModelError for one that training does not read.
-    """
+    """The 4-bit format of a checkpoint, None where its weights are not quantized; ModelError for one that is not read."""
     key = next((key for key in QUANTIZATION_KEYS if config.get(key) is not None), "")
     if not key:
         return None

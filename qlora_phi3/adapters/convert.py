@@ -263,8 +263,7 @@ def _write_peft(
 
 
 def compare(expected: Adapter, written: Adapter, progress: Progress = None) -> tuple[float, str]:
-    """The largest relative difference of scaling * B A, and its layer; ExportError above `TOLERANCE` or if other tensors differ.
-    """
+    """The largest relative difference of scaling * B A, and its layer; ExportError above `TOLERANCE`, or where others differ."""
     full, written_full = expected.full_tensors, written.full_tensors
     same_names = expected.deltas.keys() == written.deltas.keys() and full.keys() == written_full.keys()
     if not same_names or not all(torch.equal(tensor, written_full[name]) for name, tensor in full.items()):

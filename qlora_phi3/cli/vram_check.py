@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -165,27 +165,18 @@ def _progress() -> "Iterator[Watcher]":
 
 def _show_gpu(options: _Options) -> None:
     device = _find_device(options)
-    if options.wants_json:
-        _print_json({"device": asdict(device), "other_processes_bytes": device.other_processes_bytes})
-    else:
-        from qlora_phi3.ui.vram import show_gpu
-
-        _print_shown(show_gpu, device)
+    as_json = {"device": asdict(device), "other_processes_bytes": device.other_processes_bytes}
+    _show(options, "show_gpu", device, as_json)
 
 
 def _show_report(check: "CachedVramCheck", options: _Options) -> bool:
     """The report for one GPU, and --fit; returns whether the recipe fits."""
+    from qlora_phi3.memory.report import as_json
+
     device = _find_device(options, check)
     target = None if options.fit is None else _fit_target(check.path, device, options.fit)
     report = check.report(device)
-    if options.wants_json:
-        from qlora_phi3.memory.report import as_json
-
-        _print_json(as_json(report))
-    else:
-        from qlora_phi3.ui.vram import show_report
-
-        _print_shown(show_report, report)
+    _show(options, "show_report", report, as_json(report))
     if target is not None:
         _write_fit(check, report, target)
     return report.fits
@@ -224,32 +215,27 @@ def _show_gpu_table(check: "CachedVramCheck", options: _Options) -> bool:
     from qlora_phi3.memory.tables import table_row_as_json
 
     reports = check.gpu_table(_find_devices(check, options))
-    if options.wants_json:
-        _print_json({"gpus": list(map(table_row_as_json, reports))})
-    else:
-        from qlora_phi3.ui.vram import show_gpu_table
-
-        _print_shown(show_gpu_table, reports)
+    _show(options, "show_gpu_table", reports, {"gpus": list(map(table_row_as_json, reports))})
     return any(report.fits for report in reports)
 
 
 def _show_max_lengths(check: "CachedVramCheck", options: _Options) -> bool:
     """The table of --max-length; returns whether any row fits."""
     rows = check.max_lengths(_find_devices(check, options))
-    if options.wants_json:
-        _print_json({"gpus": [asdict(row) for row in rows]})
-    else:
-        from qlora_phi3.ui.vram import show_max_lengths
-
-        _print_shown(show_max_lengths, rows)
+    _show(options, "show_max_lengths", rows, {"gpus": [asdict(row) for row in rows]})
     return any(row.max_length for row in rows)
 
 
-def _print_shown(show: Callable[..., None], result: Any) -> None:
-    """Print on the terminal; where stdout is none, lines without blanks at their ends."""
+def _show(options: _Options, function: str, result: Any, as_json: Any) -> None:
+    """Print JSON, or what a function of `ui.vram` shows; where stdout is no terminal, lines without blanks at their ends."""
+    if options.wants_json:
+        _print_json(as_json)
+        return
     from rich.console import Console
 
-    console = Console()
+    from qlora_phi3.ui import vram
+
+    console, show = Console(), getattr(vram, function)
     if console.is_terminal:
         show(console, result)
         return

@@ -107,8 +107,7 @@ def _suffix(name: str) -> str:
 
 
 def open_file(name: str, base_dir: Path) -> Source:
-    """Open a local file, looked for as in `candidate_paths`; DataError where it is missing, unreadable, empty or of another type.
-    """
+    """Open a local file, looked for as in `candidate_paths`; DataError where it is missing, unreadable, empty or unsupported."""
     candidates = candidate_paths(name, base_dir)
     path = next((candidate for candidate in candidates if _exists(candidate, name)), None)
     if path is None:

@@ -107,16 +107,13 @@ class StoredWeights:
         shape = location.info.shape or (1,)
         step = rows_per_chunk(location.info)
         try:
-            with location.path.open("rb", buffering=0) as file:
+            with location.path.open("rb") as file:
                 file.seek(location.offset)
                 for row in range(0, shape[0], step):
                     chunk = torch.empty((min(step, shape[0] - row), *shape[1:]), dtype=location.info.dtype)
-                    unread = memoryview(cast(Any, chunk.view(-1).view(torch.uint8).numpy()))
-                    while unread:
-                        count = file.readinto(unread)
-                        if not count:
-                            raise EOFError(f"{len(unread)} bytes are missing at the end of the file")
-                        unread = unread[count:]
+                    data = memoryview(cast(Any, chunk.view(-1).view(torch.uint8).numpy()))
+                    if missing := len(data) - file.readinto(data):
+                        raise EOFError(f"{missing} bytes are missing at the end of the file")
                     yield chunk
         except (OSError, EOFError) as error:
             raise ModelError(f"{location.path}: {name} cannot be read: {error}.", _DOWNLOAD_AGAIN) from error

@@ -113,31 +113,21 @@ def read_turns(tokenizer: Any, template: str) -> Turns | None:
         return text.removeprefix(tokenizer.bos_token or "")
 
     try:
-        before_user, between, after_answer, _ = _split(render(chat("user (1)", "assistant (2)", "user (3)")), "(1)", "(2)", "(3)")
-        with_system = render(chat("system (1)", "user (2)"))
+        with_answer, with_system = render(chat("user (1)", "assistant (2)", "user (3)")), render(chat("system (1)", "user (2)"))
+        before_user, between, after_answer, _ = re.split(r"\([123]\)", with_answer, maxsplit=3)
         ending = ENDING.match(after_answer)
         user = after_answer[ending.end() :] if ending else after_answer
         if ending is None or not before_user.endswith(user):
             return None
         system = None
         if "(1)" in with_system and "(2)" in with_system:
-            before_system, after_system, _ = _split(with_system, "(1)", "(2)")
+            before_system, after_system, _ = re.split(r"\([12]\)", with_system, maxsplit=2)
             system = (before_system, after_system.removesuffix(user))
         turns = Turns(opening=before_user.removesuffix(user), system=system, user=(user, between), after_assistant=ending.group())
         probes = [probe for probe in PROBES if system is not None or probe[0]["role"] != "system"]
         return turns if all(turns.render(probe) == render(probe) for probe in probes) else None
     except (TemplateError, TypeError, ValueError):
         return None
-
-
-def _split(text: str, *contents: str) -> list[str]:
-    """The text before, between and after contents that occur in it in this order; ValueError if one does not."""
-    pieces = []
-    for content in contents:
-        at = text.index(content)
-        pieces.append(text[:at])
-        text = text[at + len(content) :]
-    return [*pieces, text]
 
 
 def plan_prompting(tokenizer: Any, name: str) -> Prompting:

@@ -156,14 +156,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a file that torch.save wrote.
-
-    Returns:
-        Floating-point tensors on the CPU, of the file's dtypes, all values finite, by name.
-
-    Raises:
-        ExportError: there is no such file, it is incomplete, it holds more than tensors, or a tensor holds integers, NaN or
-            infinity.
+    """The tensors of a .safetensors file or of a file that torch.save wrote: floating-point and finite, on the CPU, of the file's
+    dtypes, by name. ExportError where there is no such file, it is incomplete, or it holds anything else.
     """
     if not path.is_file():
         raise ExportError(f"There is no file {path}.", "Check the name.")

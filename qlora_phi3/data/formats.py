@@ -155,16 +155,8 @@ def check_fields(fields: Mapping[str, str], format_name: str) -> None:
 
 
 def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Document:
-    """Read one row whose columns have the format's names.
-
-    Args:
-        row: column -> value.
-        format_name: a key of `FORMATS`.
-        where: `file:line`, for errors.
-
-    Raises:
-        SkipRow: the row has nothing to learn or a field of the wrong type.
-        DataError: an unknown role.
+    """Read one row whose columns have the names of a format, a key of `FORMATS`; `where` is its `file:line`, for errors. SkipRow
+    where it has nothing to learn or a field of the wrong type, DataError for an unknown role.
     """
     form = FORMATS[format_name]
     for column in form.required:
@@ -217,10 +209,8 @@ def _read_conversation(column: str, columns: Columns, where: str, unread: set[st
 
 
 def _read_alpaca(columns: Columns, where: str, unread: set[str]) -> Chat:
-    question, extra = (
-        read_text(columns.take("instruction"), "instruction"),
-        read_text(columns.take(*SYNONYMS["input"]), "input"),
-    )
+    question = read_text(columns.take("instruction"), "instruction")
+    extra = read_text(columns.take(*SYNONYMS["input"]), "input")
     notes = (INPUT_IGNORED,) if extra and extra.strip() in NO_VALUE - {""} else ()
     if extra.strip() and not notes:  # the wording of Microsoft's Phi-3 samples
         question = extra if question.strip() in NO_VALUE else f"{question}\n Input: {extra}"

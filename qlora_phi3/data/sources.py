@@ -65,13 +65,8 @@ def open_sources(names: Sequence[str], data: Data, split: str, base_dir: Path) -
 
 
 def open_local(name: str, base_dir: Path, split: str = "train") -> list[Source]:
-    """Open a file; each file of a folder or of a pattern such as `chats/*.jsonl`, by name; or a saved data set.
-
-    Args:
-        split: of a saved data set that has several.
-
-    Raises:
-        DataError: nothing of this name is there, or a file is unreadable or of an unsupported type.
+    """Open a file; each file of a folder or of a pattern such as `chats/*.jsonl`, by name; or the `split` of a saved data set.
+    DataError where nothing of this name is there, or a file is unreadable or of an unsupported type.
     """
     candidates = candidate_paths(name, base_dir)
     path = next((candidate for candidate in candidates if _exists(candidate, name)), None)
@@ -314,7 +309,9 @@ def _read_csv_file(name: str, path: Path) -> RowIterator:
             lines = chain([line for line in (head, second) if line], lines)
             reader = csv.reader(lines, strict=True, delimiter=separator, skipinitialspace=spaced)
             header = [cell.strip() for cell in next(reader, [])]
-            _check_header(name, header)
+            if twice := sorted({column for column in header if column and header.count(column) > 1}):
+                columns = ", ".join(map(repr, twice))
+                raise DataError(f"{name} has the column {columns} more than once.", "Rename one of them, or delete it.")
             start = reader.line_num + 1
             for cells in reader:
                 if cells:
@@ -335,14 +332,6 @@ def _skipping_separator(lines: Iterable[str]) -> Iterator[str]:
     if not found:
         yield first
     yield from rest
-
-
-def _check_header(name: str, header: Sequence[str]) -> None:
-    twice = sorted({column for column in header if column and header.count(column) > 1})
-    if twice:
-        raise DataError(
-            f"{name} has the column {', '.join(map(repr, twice))} more than once.", "Rename one of them, or delete it."
-        )
 
 
 class UnusableRow(str):

@@ -86,7 +86,7 @@ class AdapterValues(BaseModel):
 
 
 def find_adapter(path: Path) -> Path:
-    """The PEFT directory that is meant: `path`, or the `adapter` of a run there; ExportError names another adapter's tool."""
+    """The PEFT directory that is meant: `path`, or the `adapter` of a run; ExportError where there is none, or another tool's."""
     if not path.exists():
         raise ExportError(f"There is no {path}.", "Check the name.")
     has_weights = any((path / name).is_file() for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE))

@@ -185,7 +185,7 @@ def _read_message(message: Any, column: str, where: str, unread: set[str]) -> Tu
     if role == "assistant":
         calls = read_calls(columns.take(*CALL_KEYS), unread)
         thinking = thinking or read_text(columns.take(*THINKING_KEYS), "thinking")
-    elif role == "system":  # Phi-4-mini's own form; `read_tools_of` takes them from here
+    elif role == "system":  # Phi-4-mini's own form; `formats` takes them from here
         calls = read_tools(columns.take("tools"))
     if text.lstrip()[:1] in ("{", "[") and (calls or name.strip().lower() in CALL_ROLES) and role == "assistant":
         text, calls = _calls_in_text(text, calls, unread)

@@ -82,7 +82,9 @@ def vram_check(ctx: click.Context, /, **options: Any) -> None:
     try:
         _check_options(chosen)
         if chosen.recipe is None:
-            _show_gpu(chosen)
+            device = _find_device(chosen)
+            as_json = {"device": asdict(device), "other_processes_bytes": device.other_processes_bytes}
+            _show(chosen, "show_gpu", device, as_json)
             return
         check = CachedVramCheck(chosen.recipe, chosen.overrides, _progress, chosen.processes)
         show = _show_max_lengths if chosen.max_length else _show_gpu_table if chosen.every_gpu else _show_report
@@ -161,12 +163,6 @@ def _progress() -> "Iterator[Watcher]":
             yield watcher
         finally:
             watcher.close()
-
-
-def _show_gpu(options: _Options) -> None:
-    device = _find_device(options)
-    as_json = {"device": asdict(device), "other_processes_bytes": device.other_processes_bytes}
-    _show(options, "show_gpu", device, as_json)
 
 
 def _show_report(check: "CachedVramCheck", options: _Options) -> bool:

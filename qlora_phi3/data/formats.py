@@ -246,10 +246,6 @@ def _as_messages(value: Any, role: str) -> Any:
     return [{"role": role, "content": text}]
 
 
-def _read_document(columns: Columns, where: str, unread: set[str]) -> Document:
-    return Document(read_text(columns.take("text"), "text"))
-
-
 def check_document(columns: Iterable[str], where: str) -> None:
     """Refuse to take `text` for a document where other columns that were not read say what it is. Raises DataError."""
     if found := [name for name in columns if NOT_A_DOCUMENT.fullmatch(name)]:
@@ -279,5 +275,5 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format(("conversations",), ("system", "tools"), partial(_read_conversation, "conversations")),
     "alpaca": Format(("instruction", "output"), ("input", "system", "history", "tools"), _read_alpaca),
     "prompt_completion": Format(("prompt", "completion"), ("system", "tools"), _read_prompt_completion),
-    "text": Format(("text",), (), _read_document),
+    "text": Format(("text",), (), lambda columns, where, unread: Document(read_text(columns.take("text"), "text"))),
 }

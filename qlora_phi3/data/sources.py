@@ -51,6 +51,10 @@ class Source:
     rows: Callable[[], RowIterator]
 
 
+class UnusableRow(str):
+    """Why a row cannot be read."""
+
+
 def open_sources(names: Sequence[str], data: Data, split: str, base_dir: Path) -> list[Source]:
     """Open files, and data sets of the hub with the subset and the revision of the recipe's [data], in the order of `names`.
     DataError for the first that cannot be opened.
@@ -314,8 +318,11 @@ def _read_csv_file(name: str, path: Path) -> RowIterator:
                 raise DataError(f"{name} has the column {columns} more than once.", "Rename one of them, or delete it.")
             start = reader.line_num + 1
             for cells in reader:
-                if cells:
-                    yield start, _csv_row(header, cells)
+                if cells and len(cells) != len(header):
+                    yield start, UnusableRow("the record has more or fewer cells than the first line has columns")
+                elif cells:
+                    pairs = zip(header, cells, strict=True)
+                    yield start, {column or "(no name)": cell for column, cell in pairs if column or cell}
                 start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{name}:{start}: not valid CSV ({error}).", "Correct that record, or delete it.") from error
@@ -332,16 +339,6 @@ def _skipping_separator(lines: Iterable[str]) -> Iterator[str]:
     if not found:
         yield first
     yield from rest
-
-
-class UnusableRow(str):
-    """Why a row cannot be read."""
-
-
-def _csv_row(header: Sequence[str], cells: Sequence[str]) -> dict[str, str] | UnusableRow:
-    if len(cells) != len(header):
-        return UnusableRow("the record has more or fewer cells than the first line has columns")
-    return {column or "(no name)": cell for column, cell in zip(header, cells, strict=True) if column or cell}
 
 
 def _read_parquet_file(name: str, path: Path) -> RowIterator:

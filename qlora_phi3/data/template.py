@@ -240,6 +240,7 @@ def _inspect(
 ) -> ChatTemplate:
     """Find out by rendering which turns a template has; with `own` given, a turn counts only where both render it alike."""
     variables, own_variables = _template_variables(tokenizer, bos, eos), _template_variables(tokenizer)
+    unpublished = own if own and sha256(own.encode()).hexdigest()[:16] not in PUBLISHED else ""
 
     def renders(probe: list[Message], words: str) -> bool:
         text = _try_render(source, probe, variables) or ""
@@ -260,16 +261,12 @@ def _inspect(
         end_of_turn=_check_marks(name, source, tokenizer, variables),
         thinking="reasoning" in name or "<think>" in source or "<think>" in tokenizer.get_vocab(),
         call_tokens=CALL_TOKENS if set(CALL_TOKENS) <= tokenizer.get_vocab().keys() else ("", ""),
-        own="" if own is None or _is_published(own) else own,
+        own=unpublished,
         variables=variables,
         own_variables=own_variables,
         rendered=_try_render(source, PROBES[1], variables) or "",
-        is_own=name not in FAMILY or bool(own and not _is_published(own)),
+        is_own=name not in FAMILY or bool(unpublished),
     )
-
-
-def _is_published(source: str) -> bool:
-    return sha256(source.encode()).hexdigest()[:16] in PUBLISHED
 
 
 def _check_marks(name: str, source: str, tokenizer: Any, variables: dict[str, Any]) -> str:

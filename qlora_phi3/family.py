@@ -241,21 +241,15 @@ def _fetch_config(name: str, revision: str | None) -> Path:
 
 
 def read_architecture(name: str, revision: str | None = None, *, prefer_shipped: bool = False) -> Architecture:
-    """Read and check the architecture of a directory or hub id; the arguments are those of `read_config`.
-
-    Raises:
-        OtherModelError: it is not a phi3 model; the message lists the supported ones.
-        ModelError: config.json cannot be read or is incomplete.
+    """Read and check the architecture of a directory or hub id; arguments and errors are those of `read_config` and
+    `parse_architecture`.
     """
     return parse_architecture(read_config(name, revision, prefer_shipped=prefer_shipped), name)
 
 
 def parse_architecture(config: dict[str, Any], name: str) -> Architecture:
-    """Check the contents of a config.json and take the shapes from it; `name` is the model's, for the messages.
-
-    Raises:
-        OtherModelError: `model_type` is not phi3.
-        ModelError: a size is missing or not a positive integer.
+    """Check the contents of a config.json and take the shapes from it; `name` is the model's, for the messages. OtherModelError
+    where `model_type` is not phi3, ModelError for a value that no phi3 model has.
     """
     if (model_type := config.get("model_type")) != "phi3":
         if model_type in UNFUSED and (config.get("vocab_size") in VOCABULARIES or "phi" in name.lower()):
@@ -365,11 +359,7 @@ def _read_rope(config: Mapping[str, Any], name: str, head_size: int) -> int | No
 
 
 def _read_stored_quantization(config: Mapping[str, Any], name: str) -> StoredQuantization | None:
-    """The 4-bit format of a checkpoint; None where its weights are not quantized.
-
-    Raises:
-        ModelError: another format, by its name, or one that the training does not read.
-    """
+    """The 4-bit format of a checkpoint, None where its weights are not quantized; ModelError for one that is not read."""
     key = next((key for key in QUANTIZATION_KEYS if config.get(key) is not None), "")
     if not key:
         return None

@@ -30,10 +30,8 @@ STALE_SECONDS = 3600
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary path to write a file to; at the end it replaces `target`, or is removed if anything fails.
-
-    Raises:
-        OSError: the disk is full or refuses the write; `target` is unchanged. See `disk_errors`.
+    """Yield a temporary path to write a file to; at the end it replaces `target`, or is removed if anything fails. OSError where
+    the disk is full or refuses the write (see `disk_errors`); `target` is unchanged.
     """
     staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
@@ -47,10 +45,8 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(target: Path) -> Iterator[Path]:
-    """Yield a temporary empty directory to fill; at the end it replaces `target`, or is removed if anything fails.
-
-    Raises:
-        OSError: the disk is full or refuses the write; `target` is unchanged.
+    """Yield a temporary empty directory to fill; at the end it replaces `target`. If anything fails, as with `atomic_file`, it is
+    removed and `target` is unchanged.
     """
     staging = target.with_name(f".{target.name}.partial")
     remove(staging)
@@ -63,10 +59,8 @@ def atomic_dir(target: Path) -> Iterator[Path]:
 
 
 def replace_dir(staging: Path, target: Path) -> None:
-    """Flush the directory `staging` to the disk and rename it to `target`; a former `target` is removed only afterwards.
-
-    Raises:
-        OSError: a rename failed; `target` is as it was before.
+    """Flush the directory `staging` to the disk and rename it to `target`; a former `target` is removed only afterwards. OSError
+    where a rename failed; `target` is as it was before.
     """
     former = target.with_name(f".{target.name}.former")
     flush_to_disk(staging)
@@ -84,11 +78,7 @@ def replace_dir(staging: Path, target: Path) -> None:
 
 
 def atomic_write(target: Path, text: str) -> None:
-    """Write a text file in UTF-8, completely or not at all.
-
-    Raises:
-        RunError: the disk is full or refuses the write; `target` is unchanged.
-    """
+    """Write a text file in UTF-8, completely or not at all: RunError where the disk is full or refuses; `target` is unchanged."""
     hint = "{cause}, then continue with --resume."
     with disk_errors(target, hint=hint), atomic_file(target) as staging:
         staging.write_text(text, encoding="utf-8", newline="\n")
@@ -207,11 +197,7 @@ def sha256_file(path: Path) -> str:
 
 
 def read_json_object(path: Path, error_class: type[UserError], hint: str) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        error_class: the file cannot be read, is not JSON, or holds no object; with `hint`.
-    """
+    """Read a JSON file that holds an object; `error_class` with `hint` where it cannot be read, is not JSON, or holds none."""
     if path.exists() and not path.is_file():
         raise error_class(f"{path} is no regular file.", hint)  # reading a named pipe would wait forever
     try:

@@ -33,6 +33,8 @@ from qlora_phi3.runfolder import RunFolder
 
 #: The tokens that end a turn in the family's templates.
 ENDS_OF_TURN = ("<|end|>", "<|im_end|>")
+#: transformers' settings for the most likely token at each step, whatever generation_config.json says.
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +213,7 @@ def generate(
             raise DataError(f"The chat template cannot render these messages: {error}.", hint) from error
     if ids.shape[1] >= limit:
         raise DataError(f"The prompt has {ids.shape[1]:,} tokens, and the model {limit:,} positions.", "Shorten it.")
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampling = GREEDY
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     texts = _generate(inference, ids, {**sampling, "max_new_tokens": min(max_new_tokens, limit - ids.shape[1])})

@@ -103,10 +103,8 @@ def _remove_unstarted(folder: RunFolder) -> None:
 
 @contextmanager
 def lock_run(folder: RunFolder, *, wait_seconds: float = 0) -> Iterator[None]:
-    """Let no other process write a run directory; a killed process releases its lock.
-
-    Raises:
-        RunError: another process writes it, named by its id; or the directory cannot be written.
+    """Let no other process write a run directory; a killed process releases its lock. RunError where another one writes it, named
+    by its id, or the directory cannot be written.
     """
     from filelock import FileLock, Timeout
 

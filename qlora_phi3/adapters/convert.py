@@ -92,11 +92,8 @@ def find_base(given: str | None, folder: Path) -> Base:
 
 
 def check_target(source: Path, target: Path, *, force: bool, is_folder: bool = True) -> None:
-    """Refuse a target that would damage something, before any work is done.
-
-    Raises:
-        ExportError: the target exists and `force` is not set, is of the other kind (`is_folder`: a PEFT directory) or not an
-            adapter, or overlaps with the source.
+    """Refuse a target that would damage something: ExportError where it exists and `force` is not set, is of the other kind
+    (`is_folder`: a PEFT directory) or not an adapter, or overlaps with the source.
     """
     inner, outer = target.resolve(), source.resolve()
     if target.name in ("", ".."):
@@ -266,11 +263,7 @@ def _write_peft(
 
 
 def compare(expected: Adapter, written: Adapter, progress: Progress = None) -> tuple[float, str]:
-    """Compare scaling * B A of every layer; returns the largest relative difference, and the layer that has it.
-
-    Raises:
-        ExportError: it is larger than `TOLERANCE`, or the tensors stored in full differ.
-    """
+    """The largest relative difference of scaling * B A, and its layer; ExportError above `TOLERANCE`, or where others differ."""
     full, written_full = expected.full_tensors, written.full_tensors
     same_names = expected.deltas.keys() == written.deltas.keys() and full.keys() == written_full.keys()
     if not same_names or not all(torch.equal(tensor, written_full[name]) for name, tensor in full.items()):

@@ -70,9 +70,7 @@ def check_spec(spec: Spec, layers: Sequence[str]) -> None:
 
 def read_loralib(tensors: Mapping[str, Tensor], spec: Spec, where: object) -> Adapter:
     """The deltas of a loralib state dict, with the `spec` of what it does not hold; `where` is its place, for the messages.
-
-    Raises:
-        ExportError: an unknown key, a missing alpha, or shapes that do not fit the spec.
+    ExportError for an unknown key, a missing alpha, or shapes that do not fit the spec.
     """
     pairs, others = defaultdict[str, dict[str, Tensor]](dict), {}
     for key, tensor in tensors.items():

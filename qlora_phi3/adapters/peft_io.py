@@ -8,15 +8,16 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from pickle import UnpicklingError
 from reprlib import repr
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Predicate
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from qlora_phi3.adapters.delta import Adapter, Kind, LoraDelta, LowRankBlock, st
 from qlora_phi3.errors import ExportError
 from qlora_phi3.files import check_no_pointer, foreign_errors, read_json_object, sha256_file
 from qlora_phi3.model.weights import open_file, read_tensor
+from qlora_phi3.recipe.schema import check_regex
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -57,53 +59,34 @@ FOREIGN_FILES = {
     "adapters.safetensors": "MLX", "adapters.npz": "MLX", "*_adapters.safetensors": "MLX", "lit_model*.pth*": "litgpt",
     "adapter_[0-9]*": "torchtune", "*.gguf": "llama.cpp (GGUF)",
 }  # fmt: skip
-#: Keys of adapter_config.json that are read here, and whether a value has their type. All but peft_type may be left
-#: out, and all but NOT_NULL may be null.
-VALUE_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "r": lambda value: type(value) is int and 0 < value < 2**16,
-    "lora_alpha": lambda value: _is_alpha(value),
-    "rank_pattern": lambda value: _is_pattern(value, VALUE_CHECKS["r"]),
-    "alpha_pattern": lambda value: _is_pattern(value, _is_alpha),
-    "target_modules": lambda value: _is_regex(value) or _is_names(value),
-    "exclude_modules": lambda value: _is_regex(value) or _is_names(value),
-    "modules_to_save": lambda value: _is_names(value),
-    "layers_pattern": lambda value: _is_regex(value) or _is_names(value),
-    "layers_to_transform": lambda value: (
-        type(value) is int or (isinstance(value, list) and all(type(number) is int for number in value))
-    ),
-    "use_rslora": lambda value: type(value) is bool,
-    "use_dora": lambda value: type(value) is bool,
-    "bias": lambda value: value in ("none", "all", "lora_only"),
-    "base_model_name_or_path": lambda value: isinstance(value, str) and value.isprintable(),
-    "revision": lambda value: isinstance(value, str),
-}
-NOT_NULL = ("r", "lora_alpha", "bias")
+Rank = Annotated[int, Field(gt=0, lt=2**16)]
+Alpha = Annotated[float, Field(gt=0, lt=1e9)]
+Names = Annotated[str | list[str], AfterValidator(check_regex)]  # a regular expression, or names
 
 
-def _is_alpha(value: object) -> bool:
-    return type(value) in (int, float) and 0 < float(str(value)) < 1e9
+class AdapterValues(BaseModel):
+    """The keys of adapter_config.json that are read here. All may be left out, and all but r, lora_alpha and bias be null."""
 
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-def _is_regex(value: object) -> bool:
-    with suppress(re.error, RecursionError, OverflowError):
-        return isinstance(value, str) and re.compile(value) is not None
-    return False
-
-
-def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _is_pattern(value: object, is_right: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(_is_regex(key) and is_right(number) for key, number in value.items())
+    r: Rank = 8
+    lora_alpha: Alpha = 8
+    rank_pattern: Annotated[dict[str, Rank], AfterValidator(check_regex)] | None = None
+    alpha_pattern: Annotated[dict[str, Alpha], AfterValidator(check_regex)] | None = None
+    target_modules: Names | None = None
+    exclude_modules: Names | None = None
+    modules_to_save: list[str] | None = None
+    layers_pattern: Names | None = None
+    layers_to_transform: int | list[int] | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    base_model_name_or_path: Annotated[str, Predicate(str.isprintable)] | None = None
+    revision: str | None = None
 
 
 def find_adapter(path: Path) -> Path:
-    """The PEFT directory that is meant: `path`, or the `adapter` of a run there.
-
-    Raises:
-        ExportError: there is no directory, or it holds an adapter of another tool, which is named.
-    """
+    """The PEFT directory that is meant: `path`, or the `adapter` of a run; ExportError where there is none, or another tool's."""
     if not path.exists():
         raise ExportError(f"There is no {path}.", "Check the name.")
     has_weights = any((path / name).is_file() for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE))
@@ -129,10 +112,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ExportError(f"{folder} holds no {ADAPTER_CONFIG}.", "Give the directory of a PEFT adapter, or of a run.")
     config = read_json_object(path, ExportError, "Copy the adapter again.")
-    for key, is_right in VALUE_CHECKS.items():
-        may_be_null = key not in NOT_NULL or key not in config
-        if not is_right(config.get(key)) and not (config.get(key) is None and may_be_null):
-            raise ExportError(f"{path} has {key} = {repr(config[key])}, which PEFT never writes.", "Copy the adapter again.")
+    try:
+        AdapterValues.model_validate(config)
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0])
+        problem = f"{path} has {key} = {repr(config[key])}, which PEFT never writes."
+        raise ExportError(problem, "Copy the adapter again.") from error
     return config
 
 
@@ -171,14 +156,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a file that torch.save wrote.
-
-    Returns:
-        Floating-point tensors on the CPU, of the file's dtypes, all values finite, by name.
-
-    Raises:
-        ExportError: there is no such file, it is incomplete, it holds more than tensors, or a tensor holds integers, NaN or
-            infinity.
+    """The tensors of a .safetensors file or of a file that torch.save wrote: floating-point and finite, on the CPU, of the file's
+    dtypes, by name. ExportError where there is no such file, it is incomplete, or it holds anything else.
     """
     if not path.is_file():
         raise ExportError(f"There is no file {path}.", "Check the name.")
@@ -214,10 +193,8 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 
 def read_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: object) -> Adapter:
-    """The deltas of a PEFT LoRA, from its tensors and adapter_config.json; `where` is its place, for the messages.
-
-    Raises:
-        ExportError: a tensor or a setting that is not understood, named, or shapes that do not fit each other.
+    """The deltas of a PEFT LoRA, from its tensors and adapter_config.json; `where` is its place, for the messages. ExportError
+    names a tensor or a setting that is not understood, or shapes that do not fit each other.
     """
     check_config(config, where)
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)

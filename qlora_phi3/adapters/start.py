@@ -35,13 +35,15 @@ LAYER_KEYS = ("layers_to_transform", "exclude_modules", "target_modules")
 
 
 def check_start(place: Path, table: Lora, architecture: Architecture) -> None:
-    """Check an adapter, in a PEFT directory or a run's, against [lora] and the base before anything is loaded.
-
-    Raises:
-        ExportError: there is no adapter, it is no plain LoRA, or a setting or a shape is not that of the table or of the base.
+    """Check an adapter, in a PEFT directory or a run's, before anything is loaded: ExportError where there is none, it is no
+    plain LoRA, or a setting or a shape is not that of [lora] or of the base.
     """
     folder = find_adapter(place)
-    config, shapes = read_config(folder), _read_shapes(folder)
+    config, path = read_config(folder), folder / ADAPTER_WEIGHTS
+    if path.is_file():  # of safetensors only the header is read
+        shapes = {name: info.shape for name, info in open_file(path, error=ExportError).info.items()}
+    else:
+        shapes = {name: tuple(tensor.shape) for name, tensor in read_weights(folder).items()}
     where = f"[model] adapter: {folder}"
     check_config(config, where, also_understood=("ensure_weight_tying",))
     if not config.get("rank_pattern") and not config.get("alpha_pattern"):  # else compared layer by layer, in `start_from`
@@ -58,13 +60,6 @@ def check_start(place: Path, table: Lora, architecture: Architecture) -> None:
     _check_layers(where, config, table, architecture, frozenset(names))
     for name, shape in shapes.items():
         _check_tensor(where, config, architecture, name.removeprefix(PREFIX), shape)
-
-
-def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of an adapter; of safetensors only the header is read."""
-    if (path := folder / ADAPTER_WEIGHTS).is_file():
-        return {name: info.shape for name, info in open_file(path, error=ExportError).info.items()}
-    return {name: tuple(tensor.shape) for name, tensor in read_weights(folder).items()}
 
 
 def _check_layers(where: str, config: Mapping[str, Any], table: Lora, architecture: Architecture, found: frozenset[str]) -> None:

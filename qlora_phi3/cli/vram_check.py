@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -82,7 +82,9 @@ def vram_check(ctx: click.Context, /, **options: Any) -> None:
     try:
         _check_options(chosen)
         if chosen.recipe is None:
-            _show_gpu(chosen)
+            device = _find_device(chosen)
+            as_json = {"device": asdict(device), "other_processes_bytes": device.other_processes_bytes}
+            _show(chosen, "show_gpu", device, as_json)
             return
         check = CachedVramCheck(chosen.recipe, chosen.overrides, _progress, chosen.processes)
         show = _show_max_lengths if chosen.max_length else _show_gpu_table if chosen.every_gpu else _show_report
@@ -119,10 +121,8 @@ def _check_options(options: _Options) -> None:
 
 
 def _find_device(options: _Options, check: "CachedVramCheck | None" = None) -> "Gpu":
-    """The GPU that is checked: the one that is named, else the one of this computer that a run of the recipe would use.
-
-    Raises:
-        DeviceError: it is not in the table, or its size cannot be read; NoDeviceError where there is none here.
+    """The GPU that is named, else the one of this computer that a run of the recipe would use. DeviceError where it is not in the
+    table, or its size cannot be read; NoDeviceError where there is none here.
     """
     from qlora_phi3.hardware.gpu import choose_gpu, find_gpu, gpu_of_size, read_gpu
     from qlora_phi3.units import parse_size
@@ -165,29 +165,14 @@ def _progress() -> "Iterator[Watcher]":
             watcher.close()
 
 
-def _show_gpu(options: _Options) -> None:
-    device = _find_device(options)
-    if options.wants_json:
-        _print_json({"device": asdict(device), "other_processes_bytes": device.other_processes_bytes})
-    else:
-        from qlora_phi3.ui.vram import show_gpu
-
-        _print_shown(show_gpu, device)
-
-
 def _show_report(check: "CachedVramCheck", options: _Options) -> bool:
     """The report for one GPU, and --fit; returns whether the recipe fits."""
+    from qlora_phi3.memory.report import as_json
+
     device = _find_device(options, check)
     target = None if options.fit is None else _fit_target(check.path, device, options.fit)
     report = check.report(device)
-    if options.wants_json:
-        from qlora_phi3.memory.report import as_json
-
-        _print_json(as_json(report))
-    else:
-        from qlora_phi3.ui.vram import show_report
-
-        _print_shown(show_report, report)
+    _show(options, "show_report", report, as_json(report))
     if target is not None:
         _write_fit(check, report, target)
     return report.fits
@@ -226,32 +211,27 @@ def _show_gpu_table(check: "CachedVramCheck", options: _Options) -> bool:
     from qlora_phi3.memory.tables import table_row_as_json
 
     reports = check.gpu_table(_find_devices(check, options))
-    if options.wants_json:
-        _print_json({"gpus": list(map(table_row_as_json, reports))})
-    else:
-        from qlora_phi3.ui.vram import show_gpu_table
-
-        _print_shown(show_gpu_table, reports)
+    _show(options, "show_gpu_table", reports, {"gpus": list(map(table_row_as_json, reports))})
     return any(report.fits for report in reports)
 
 
 def _show_max_lengths(check: "CachedVramCheck", options: _Options) -> bool:
     """The table of --max-length; returns whether any row fits."""
     rows = check.max_lengths(_find_devices(check, options))
-    if options.wants_json:
-        _print_json({"gpus": [asdict(row) for row in rows]})
-    else:
-        from qlora_phi3.ui.vram import show_max_lengths
-
-        _print_shown(show_max_lengths, rows)
+    _show(options, "show_max_lengths", rows, {"gpus": [asdict(row) for row in rows]})
     return any(row.max_length for row in rows)
 
 
-def _print_shown(show: Callable[..., None], result: Any) -> None:
-    """Print on the terminal; where stdout is none, lines without blanks at their ends."""
+def _show(options: _Options, function: str, result: Any, as_json: Any) -> None:
+    """Print JSON, or what a function of `ui.vram` shows; where stdout is no terminal, lines without blanks at their ends."""
+    if options.wants_json:
+        _print_json(as_json)
+        return
     from rich.console import Console
 
-    console = Console()
+    from qlora_phi3.ui import vram
+
+    console, show = Console(), getattr(vram, function)
     if console.is_terminal:
         show(console, result)
         return

@@ -143,11 +143,7 @@ def guess_mapping(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
 
 
 def check_fields(fields: Mapping[str, str], format_name: str) -> None:
-    """Check the left side of [data] fields.
-
-    Raises:
-        DataError: the format (or, for "auto", every format) has no such column.
-    """
+    """Raise DataError where the left side of [data] fields names a column that the format (for "auto", every format) lacks."""
     forms = FORMATS.values() if format_name == "auto" else [FORMATS[format_name]]
     known = sorted({column for form in forms for column in form.required + form.optional})
     for ours in fields:
@@ -159,16 +155,8 @@ def check_fields(fields: Mapping[str, str], format_name: str) -> None:
 
 
 def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Document:
-    """Read one row whose columns have the format's names.
-
-    Args:
-        row: column -> value.
-        format_name: a key of `FORMATS`.
-        where: `file:line`, for errors.
-
-    Raises:
-        SkipRow: the row has nothing to learn or a field of the wrong type.
-        DataError: an unknown role.
+    """Read one row whose columns have the names of a format, a key of `FORMATS`; `where` is its `file:line`, for errors. SkipRow
+    where it has nothing to learn or a field of the wrong type, DataError for an unknown role.
     """
     form = FORMATS[format_name]
     for column in form.required:
@@ -221,10 +209,8 @@ def _read_conversation(column: str, columns: Columns, where: str, unread: set[st
 
 
 def _read_alpaca(columns: Columns, where: str, unread: set[str]) -> Chat:
-    question, extra = (
-        read_text(columns.take("instruction"), "instruction"),
-        read_text(columns.take(*SYNONYMS["input"]), "input"),
-    )
+    question = read_text(columns.take("instruction"), "instruction")
+    extra = read_text(columns.take(*SYNONYMS["input"]), "input")
     notes = (INPUT_IGNORED,) if extra and extra.strip() in NO_VALUE - {""} else ()
     if extra.strip() and not notes:  # the wording of Microsoft's Phi-3 samples
         question = extra if question.strip() in NO_VALUE else f"{question}\n Input: {extra}"
@@ -260,10 +246,6 @@ def _as_messages(value: Any, role: str) -> Any:
     return [{"role": role, "content": text}]
 
 
-def _read_document(columns: Columns, where: str, unread: set[str]) -> Document:
-    return Document(read_text(columns.take("text"), "text"))
-
-
 def check_document(columns: Iterable[str], where: str) -> None:
     """Refuse to take `text` for a document where other columns that were not read say what it is. Raises DataError."""
     if found := [name for name in columns if NOT_A_DOCUMENT.fullmatch(name)]:
@@ -293,5 +275,5 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format(("conversations",), ("system", "tools"), partial(_read_conversation, "conversations")),
     "alpaca": Format(("instruction", "output"), ("input", "system", "history", "tools"), _read_alpaca),
     "prompt_completion": Format(("prompt", "completion"), ("system", "tools"), _read_prompt_completion),
-    "text": Format(("text",), (), _read_document),
+    "text": Format(("text",), (), lambda columns, where, unread: Document(read_text(columns.take("text"), "text"))),
 }

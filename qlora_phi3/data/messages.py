@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from numbers import Number
@@ -56,14 +57,12 @@ PREFERENCE = re.compile(
 JUDGEMENT = re.compile(
     r"labels?|(is_)?(correct|good|accepted|(un)?desirable)|correctness|upvotes|scores?|ratings?|rewards?", re.IGNORECASE
 )
-JUDGEMENTS = frozenset(
-    (
-        "true", "false", "yes", "no", "t", "f", "y", "n", "+", "-", "good", "bad", "correct", "incorrect", "right", "wrong",
-        "chosen", "rejected", "accepted", "reject", "desirable", "undesirable", "positive", "negative", "pos", "neg", "pass",
-        "passed", "fail", "failed", "valid", "invalid", "safe", "unsafe", "thumbs_up", "thumbs_down", "\U0001f44d", "\U0001f44e",
-        "wahr", "falsch", "richtig",
-    )
-)  # fmt: skip
+JUDGEMENTS = frozenset({
+    "true", "false", "yes", "no", "t", "f", "y", "n", "+", "-", "good", "bad", "correct", "incorrect", "right", "wrong",
+    "chosen", "rejected", "accepted", "reject", "desirable", "undesirable", "positive", "negative", "pos", "neg", "pass",
+    "passed", "fail", "failed", "valid", "invalid", "safe", "unsafe", "thumbs_up", "thumbs_down", "\U0001f44d", "\U0001f44e",
+    "wahr", "falsch", "richtig",
+})  # fmt: skip
 
 
 class SkipRow(Exception):  # noqa: N818 - not a fault of the program: the caller counts it and goes on
@@ -114,11 +113,7 @@ class Columns:
 
 
 def is_switched_off(columns: Columns) -> bool:
-    """Whether a row, a message or a part of one is not to be learned.
-
-    Raises:
-        SkipRow: a switch is neither on nor off, or one is on and another one off.
-    """
+    """Whether a row, a message or a part of one is not to be learned; SkipRow for switches that are unclear or contradict."""
     states = set()
     for name in SWITCHES if not SWITCH_NAMES.isdisjoint(columns.row) else ():
         if (value := columns.take(name)) is not None:
@@ -190,7 +185,7 @@ def _read_message(message: Any, column: str, where: str, unread: set[str]) -> Tu
     if role == "assistant":
         calls = read_calls(columns.take(*CALL_KEYS), unread)
         thinking = thinking or read_text(columns.take(*THINKING_KEYS), "thinking")
-    elif role == "system":  # Phi-4-mini's own form; `read_tools_of` takes them from here
+    elif role == "system":  # Phi-4-mini's own form; `formats` takes them from here
         calls = read_tools(columns.take("tools"))
     if text.lstrip()[:1] in ("{", "[") and (calls or name.strip().lower() in CALL_ROLES) and role == "assistant":
         text, calls = _calls_in_text(text, calls, unread)
@@ -221,14 +216,8 @@ def _calls_in_text(text: str, calls: str, unread: set[str]) -> tuple[str, str]:
 
 
 def check_unread(row: Mapping[Any, Any], names: Iterable[Any], where: str) -> None:
-    """Refuse preference data, in which not every answer is to be learned, and switches that are not known.
-
-    Args:
-        names: keys of the row, or of a message in it, that nothing reads.
-
-    Raises:
-        DataError: a key is one of preference data.
-        SkipRow: a key may be a switch.
+    """Refuse preference data, in which not every answer is to be learned (DataError), and unknown switches (SkipRow), among
+    `names`: keys of the row, or of a message in it, that nothing reads.
     """
     found = sorted(str(name) for name in names if not is_empty(row[name]) and _is_preference(str(name), row[name]))
     if found:
@@ -254,15 +243,10 @@ def _is_preference(name: str, value: Any) -> bool:
         return kind == "preference"
     if not isinstance(value, str):
         return isinstance(value, Number | list | dict)
-    return value.strip().lower() in JUDGEMENTS or _is_number(value)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    with suppress(ValueError):
+        float(value)
+        return True
+    return value.strip().lower() in JUDGEMENTS
 
 
 @dataclass(slots=True)

@@ -110,10 +110,8 @@ def _count_repeated(evaluation: Any, train: Any) -> int:
 
 
 def check_files(data: Data, base_dir: Path, *, evaluate: bool) -> None:
-    """Read each local file up to the first row that a run can use, without a tokenizer; nothing is read from the hub.
-
-    Raises:
-        DataError: a file is missing, unreadable, or has no such row.
+    """Read each local file up to the first row that a run can use, without a tokenizer; nothing is read from the hub. DataError
+    where a file is missing, unreadable, or has no such row.
     """
     check_fields(data.fields, data.format)
     for name in [*as_list(data.train), *(as_list(data.eval) if evaluate else ())]:

@@ -51,11 +51,13 @@ class Source:
     rows: Callable[[], RowIterator]
 
 
+class UnusableRow(str):
+    """Why a row cannot be read."""
+
+
 def open_sources(names: Sequence[str], data: Data, split: str, base_dir: Path) -> list[Source]:
     """Open files, and data sets of the hub with the subset and the revision of the recipe's [data], in the order of `names`.
-
-    Raises:
-        DataError: for the first that cannot be opened.
+    DataError for the first that cannot be opened.
     """
     sources: list[Source] = []
     for name in names:
@@ -67,13 +69,8 @@ def open_sources(names: Sequence[str], data: Data, split: str, base_dir: Path) -
 
 
 def open_local(name: str, base_dir: Path, split: str = "train") -> list[Source]:
-    """Open a file; each file of a folder or of a pattern such as `chats/*.jsonl`, by name; or a saved data set.
-
-    Args:
-        split: of a saved data set that has several.
-
-    Raises:
-        DataError: nothing of this name is there, or a file is unreadable or of an unsupported type.
+    """Open a file; each file of a folder or of a pattern such as `chats/*.jsonl`, by name; or the `split` of a saved data set.
+    DataError where nothing of this name is there, or a file is unreadable or of an unsupported type.
     """
     candidates = candidate_paths(name, base_dir)
     path = next((candidate for candidate in candidates if _exists(candidate, name)), None)
@@ -109,11 +106,7 @@ def _suffix(name: str) -> str:
 
 
 def open_file(name: str, base_dir: Path) -> Source:
-    """Open a local file; `candidate_paths` gives the order in which a relative path is looked for.
-
-    Raises:
-        DataError: the file is missing, a directory, empty, unreadable, or of an unsupported type.
-    """
+    """Open a local file, looked for as in `candidate_paths`; DataError where it is missing, unreadable, empty or unsupported."""
     candidates = candidate_paths(name, base_dir)
     path = next((candidate for candidate in candidates if _exists(candidate, name)), None)
     if path is None:
@@ -164,10 +157,8 @@ def _open_saved(name: str, path: Path, split: str) -> Source:
 
 
 def open_hub(name: str, *, split: str, subset: str | None, revision: str | None) -> Source:
-    """Open a data set of the hub; the datasets library downloads it once into its cache.
-
-    Raises:
-        DataError: no connection, no access, or no such data set, split, subset or revision.
+    """Open a data set of the hub, which the datasets library downloads once into its cache. DataError where there is no
+    connection, no access, or no such data set, split, subset or revision.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -322,11 +313,16 @@ def _read_csv_file(name: str, path: Path) -> RowIterator:
             lines = chain([line for line in (head, second) if line], lines)
             reader = csv.reader(lines, strict=True, delimiter=separator, skipinitialspace=spaced)
             header = [cell.strip() for cell in next(reader, [])]
-            _check_header(name, header)
+            if twice := sorted({column for column in header if column and header.count(column) > 1}):
+                columns = ", ".join(map(repr, twice))
+                raise DataError(f"{name} has the column {columns} more than once.", "Rename one of them, or delete it.")
             start = reader.line_num + 1
             for cells in reader:
-                if cells:
-                    yield start, _csv_row(header, cells)
+                if cells and len(cells) != len(header):
+                    yield start, UnusableRow("the record has more or fewer cells than the first line has columns")
+                elif cells:
+                    pairs = zip(header, cells, strict=True)
+                    yield start, {column or "(no name)": cell for column, cell in pairs if column or cell}
                 start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{name}:{start}: not valid CSV ({error}).", "Correct that record, or delete it.") from error
@@ -343,24 +339,6 @@ def _skipping_separator(lines: Iterable[str]) -> Iterator[str]:
     if not found:
         yield first
     yield from rest
-
-
-def _check_header(name: str, header: Sequence[str]) -> None:
-    twice = sorted({column for column in header if column and header.count(column) > 1})
-    if twice:
-        raise DataError(
-            f"{name} has the column {', '.join(map(repr, twice))} more than once.", "Rename one of them, or delete it."
-        )
-
-
-class UnusableRow(str):
-    """Why a row cannot be read."""
-
-
-def _csv_row(header: Sequence[str], cells: Sequence[str]) -> dict[str, str] | UnusableRow:
-    if len(cells) != len(header):
-        return UnusableRow("the record has more or fewer cells than the first line has columns")
-    return {column or "(no name)": cell for column, cell in zip(header, cells, strict=True) if column or cell}
 
 
 def _read_parquet_file(name: str, path: Path) -> RowIterator:

@@ -31,7 +31,7 @@ FAMILY = ("phi3", "phi35", "phi3-medium", "phi4", "phi4-mini", "phi4-first", "ph
 
 #: SHA-256, the first 16 digits, of the templates that Microsoft published. Tests compare each with its marked twin.
 PUBLISHED = frozenset(
-    (
+    {
         "605841622bcb6572",  # Phi-3-medium-4k-instruct
         "268b6082ceb7176d",  # Phi-3-mini-4k-instruct.april-2024
         "dcaee66df77bfbb7",  # Phi-3-mini-4k-instruct
@@ -42,7 +42,7 @@ PUBLISHED = frozenset(
         "8d77d9bb286ab8b1",  # Phi-4-reasoning
         "a41fb8727c4f1e72",  # phi-4.december-2024
         "fe4120415a3858b8",  # phi-4
-    )
+    }
 )
 
 SET_TEMPLATE_HINT = f"Set [data] chat_template to one of {', '.join(FAMILY)}, or to a .jinja file with {{% generation %}} marks."
@@ -215,8 +215,8 @@ TOOLS_PROBE = [{"role": "system", "content": "system one", "tools": "tools one"}
 def _match_own(own: str, tokenizer: Any) -> ChatTemplate:
     """The family's template that renders as the tokenizer's own does, with or without its bos and eos tokens."""
     own_bos, own_eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-    variables = _own_variables(tokenizer)
-    expected = [_try_render(own, probe, variables) for probe in (*PROBES, *SYSTEM_PROBES)]
+    own_variables = _template_variables(tokenizer)
+    expected = [_try_render(own, probe, own_variables) for probe in (*PROBES, *SYSTEM_PROBES)]
     best, most = None, 0
     for name in FAMILY:
         for bos, eos in dict.fromkeys((bos, eos) for bos in (own_bos, "") for eos in (own_eos, "")):
@@ -239,20 +239,19 @@ def _inspect(
     name: str, source: str, tokenizer: Any, *, bos: str | None = None, eos: str | None = None, own: str | None = None
 ) -> ChatTemplate:
     """Find out by rendering which turns a template has; with `own` given, a turn counts only where both render it alike."""
-    own_bos, own_eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-    bos, eos = own_bos if bos is None else bos, own_eos if eos is None else eos
-    variables = _template_variables(tokenizer, bos, eos)
+    variables, own_variables = _template_variables(tokenizer, bos, eos), _template_variables(tokenizer)
+    unpublished = own if own and sha256(own.encode()).hexdigest()[:16] not in PUBLISHED else ""
 
     def renders(probe: list[Message], words: str) -> bool:
         text = _try_render(source, probe, variables) or ""
-        is_alike = own is None or text == _try_render(own, probe, _own_variables(tokenizer))
+        is_alike = own is None or text == _try_render(own, probe, own_variables)
         return is_alike and words in text
 
     return ChatTemplate(
         name=name,
         source=source,
-        bos_token=bos,
-        eos_token=eos,
+        bos_token=variables["bos_token"],
+        eos_token=variables["eos_token"],
         roles=frozenset(
             {"user", "assistant"}
             | ({"system"} if renders(SYSTEM_PROBES[0], "system one") else set())
@@ -262,16 +261,12 @@ def _inspect(
         end_of_turn=_check_marks(name, source, tokenizer, variables),
         thinking="reasoning" in name or "<think>" in source or "<think>" in tokenizer.get_vocab(),
         call_tokens=CALL_TOKENS if set(CALL_TOKENS) <= tokenizer.get_vocab().keys() else ("", ""),
-        own="" if own is None or _is_published(own) else own,
+        own=unpublished,
         variables=variables,
-        own_variables=_own_variables(tokenizer),
+        own_variables=own_variables,
         rendered=_try_render(source, PROBES[1], variables) or "",
-        is_own=name not in FAMILY or bool(own and not _is_published(own)),
+        is_own=name not in FAMILY or bool(unpublished),
     )
-
-
-def _is_published(source: str) -> bool:
-    return sha256(source.encode()).hexdigest()[:16] in PUBLISHED
 
 
 def _check_marks(name: str, source: str, tokenizer: Any, variables: dict[str, Any]) -> str:
@@ -409,13 +404,11 @@ def _join(before: str, after: str) -> str:
     return f"{before}\n\n{after}" if before and after else before or after
 
 
-def _own_variables(tokenizer: Any) -> dict[str, Any]:
-    return _template_variables(tokenizer, tokenizer.bos_token or "", tokenizer.eos_token or "")
-
-
-def _template_variables(tokenizer: Any, bos_token: str, eos_token: str) -> dict[str, Any]:
-    """What `apply_chat_template` passes to a template, with the two tokens that a template may write itself."""
-    return {**tokenizer.special_tokens_map, "bos_token": bos_token, "eos_token": eos_token}
+def _template_variables(tokenizer: Any, bos_token: str | None = None, eos_token: str | None = None) -> dict[str, Any]:
+    """What `apply_chat_template` passes to a template, with the two tokens that it may write itself: None for the tokenizer's."""
+    bos = (tokenizer.bos_token or "") if bos_token is None else bos_token
+    eos = (tokenizer.eos_token or "") if eos_token is None else eos_token
+    return {**tokenizer.special_tokens_map, "bos_token": bos, "eos_token": eos}
 
 
 def _render(source: str, messages: list[Message], variables: Mapping[str, Any]) -> tuple[str, list[Span]]:

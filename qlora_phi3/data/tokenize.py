@@ -184,13 +184,9 @@ def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: in
 
 
 def read_examples(source: Source, data: Data, report: SourceReport, columns: set[str]) -> Iterator[tuple[int, Chat | Document]]:
-    """Number and content of every row that can be read; the others are counted in `report`.
-
-    Args:
-        columns: the names of all columns are added to it if [data] fields maps any.
-
-    Raises:
-        DataError: unreadable content, an unknown role, or a row of another format than the first.
+    """Number and content of every row that can be read; the others are counted in `report`, and if [data] fields maps any column,
+    the names of all are added to `columns`. DataError for unreadable content, an unknown role, or a row of another format than
+    the first.
     """
     first, ignored = "", frozenset(data.ignore_columns)
     for number, row in source.rows():
@@ -202,7 +198,7 @@ def read_examples(source: Source, data: Data, report: SourceReport, columns: set
             if data.fields:
                 columns.update(row)
             if ignored:
-                row = _without(row, ignored)
+                row = {key: _messages_without(key, value, ignored) for key, value in row.items() if key not in ignored}
             mapped = _map_columns(row, data.fields) if data.fields else row
             name = data.format if data.format != "auto" else detect_format(mapped)
             if name is None:
@@ -224,12 +220,8 @@ def read_examples(source: Source, data: Data, report: SourceReport, columns: set
             report.add(report.skipped, "its objects are nested too deep", number)
 
 
-def _without(row: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
-    """A row without the columns, and the keys of its messages and of their parts, that [data] ignore_columns names."""
-    return {key: _messages_without(key, value, names) for key, value in row.items() if key not in names}
-
-
 def _messages_without(column: str, value: Any, names: frozenset[str]) -> Any:
+    """A column without the keys of its messages, and of their parts, that [data] ignore_columns names."""
     if isinstance(value, str) and value.lstrip().startswith("[") and column not in (*SYNONYMS["tools"], "text", "output"):
         value = parse_json(value, value)
     if not isinstance(value, list) or column in SYNONYMS["tools"]:
@@ -293,7 +285,10 @@ def _render_row(
     number: int, example: Chat | Document, config: TokenizeConfig, special: SpecialTokens
 ) -> tuple[_Rendered, list[str]]:
     """A row as text, and what is remarkable in it. Raises SkipRow where it cannot be rendered."""
-    words = [example.text] if isinstance(example, Document) else _words_of(example)
+    if isinstance(example, Document):
+        words = [example.text]
+    else:
+        words = [example.tools, *(text for turn in example.turns for text in (turn.text, turn.thinking, turn.calls) if text)]
     notes, is_broken = [], False
     if any(special.pattern.search(text) for text in words):
         is_broken = not config.data.allow_special_tokens
@@ -330,17 +325,10 @@ def _check_special_tokens(chat: Chat, text: str, template: ChatTemplate, special
         raise SkipRow("the chat template makes or removes special tokens in the words of a turn")
 
 
-def _words_of(chat: Chat) -> list[str]:
-    return [chat.tools, *(text for turn in chat.turns for text in (turn.text, turn.thinking, turn.calls) if text)]
-
-
 def _break_words(chat: Chat, special: SpecialTokens) -> Chat:
     turns = [
         replace(
-            turn,
-            text=special.break_in(turn.text),
-            thinking=special.break_in(turn.thinking),
-            calls=special.break_in(turn.calls),
+            turn, text=special.break_in(turn.text), thinking=special.break_in(turn.thinking), calls=special.break_in(turn.calls)
         )
         for turn in chat.turns
     ]

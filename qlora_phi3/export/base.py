@@ -166,9 +166,7 @@ class RecordedBase:
 
     def quantized(self, name: str) -> Quantized | None:
         """A tensor as the run held it in 4 bit, on `device`, compared with the record; None where the run did not quantize it.
-
-        Raises:
-            ExportError: the 4-bit base that the run saved is not the one in its record.
+        ExportError where the 4-bit base that the run saved is not the one in its record.
         """
         if not self.record.is_quantized(name):
             return None

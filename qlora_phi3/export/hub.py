@@ -41,10 +41,8 @@ def check_push(repository: str, *, private: bool) -> None:
 
 
 def push(folder: Path, names: Sequence[str], repository: str, *, private: bool) -> str:
-    """Upload the files of these names from a finished export; return the address of its page.
-
-    Raises:
-        ExportError: the hub refuses or cannot be reached; the export stays where it is.
+    """Upload the files of these names from a finished export; return the address of its page. ExportError where the hub refuses
+    or cannot be reached; the export stays where it is.
     """
     api = HfApi()
     try:

@@ -74,10 +74,8 @@ class Sources:
 
 
 def open_sources(request: Request, reporter: Reporter) -> Sources:
-    """Find and check the base, the adapter and the held-out rows of a run.
-
-    Raises:
-        UserError: the base is not the one that was trained on, or a part of the run is missing or damaged.
+    """Find and check the base, the adapter and the held-out rows of a run. UserError where the base is not the one that was
+    trained on, or a part of the run is missing or damaged.
     """
     run = request.run
     recipe, record = load_recipe(run.recipe), read_record(run.base)

@@ -64,10 +64,8 @@ class MergedWeights:
         }
 
     def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
-        """The rows of a merged tensor: chunks (rows, ...) in `info[name].dtype`, on the CPU.
-
-        Raises:
-            ExportError: a value is not finite, or beyond the range of `dtype`. ModelError: the base's file cannot be read.
+        """The rows of a merged tensor: chunks (rows, ...) in `info[name].dtype`, on the CPU. ExportError for a value that is not
+        finite, or beyond the range of `dtype`; ModelError where the base's file cannot be read.
         """
         replacement = self.deltas.replaced.get(name)
         rows = self._base_rows(name) if replacement is None else self.deltas.stored.iter_row_chunks(replacement)

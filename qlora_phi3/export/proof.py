@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from qlora_phi3.adapters.base_files import DOWNLOAD_AGAIN, GENERATION_CONFIG
@@ -98,10 +99,8 @@ class Scored:
 
 
 def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: Onto, reporter: Reporter) -> Scored:
-    """Score the live model and the possible merges, or load the scores that an interrupted export saved in `draft`.
-
-    Raises:
-        ExportError: the base has other weights than the run's, or no held-out row has a supervised token.
+    """Score the live model and the possible merges, or load the scores that an interrupted export saved in `draft`. ExportError
+    for a base with other weights than the run's, or held-out rows without a supervised token.
     """
     key = f"{key} {request.options.onto} {sources.device.type}"
     if (scored := _read_scored(draft / SCORED, key, sources)) is not None:
@@ -142,10 +141,7 @@ def _read_scored(path: Path, key: str, sources: Sources) -> Scored | None:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["key"] != key:
             return None
-        proof, difference = saved["proof"], saved["proof"]["loss_difference"]
-        proof["scores"] = tuple(Score(**score) for score in proof["scores"])
-        proof["loss_difference"] = difference and LossDifference(**difference)
-        scored = Scored(proof=Proof(**proof), checksums=saved["checksums"])
+        scored = TypeAdapter(Scored).validate_python(saved)
         sources.base.restore(saved["notes"])
         return scored
     except (OSError, ValueError, KeyError, TypeError):  # absent, damaged, or of another version: scored again

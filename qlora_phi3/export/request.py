@@ -110,10 +110,8 @@ def make_request(run: Path, options: ExportOptions) -> Request:
 
 
 def find_finished_run(path: Path, *, verify: bool) -> tuple[RunFolder, dict[str, Any]]:
-    """The run in a directory, or the newest run below it, with its report.
-
-    Raises:
-        RunError: there is no run. ExportError: it did not finish, or a file that an export (or `verify`) needs is missing.
+    """The run in a directory, or the newest run below it, with its report; RunError where there is none. ExportError where it did
+    not finish, or lacks a file that an export (or `verify`) needs.
     """
     if not path.is_dir():
         raise RunError(f"There is no folder {path}.", "Give the folder of a finished run, such as runs/chat/TIME.")

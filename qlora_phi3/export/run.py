@@ -63,10 +63,8 @@ class Exported:
 
 
 def export_run(request: Request, reporter: Reporter) -> Exported:
-    """Write what a request asks for: the merged model, from it a GGUF, and the upload.
-
-    Raises:
-        UserError: anything a person can fix; nothing incomplete has the target's name.
+    """Write what a request asks for: the merged model, from it a GGUF, and the upload. UserError for anything a person can fix;
+    nothing incomplete has the target's name.
     """
     inputs.check_adapter(request.run, request.report)
     gguf_file, folder, gguf, page = request.gguf_file, request.target, None, None

@@ -17,7 +17,7 @@ from transformers import Phi3Config
 from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.export.inputs import free_ram
 from qlora_phi3.export.proof import LIVE, Proof
-from qlora_phi3.inference import InferenceModel, load_for_inference
+from qlora_phi3.inference import GREEDY, InferenceModel, load_for_inference
 from qlora_phi3.model.weights import open_weights
 from qlora_phi3.reporter import Progress
 
@@ -158,10 +158,7 @@ def _count_stopped(inference: InferenceModel, batch: Sequence[Prompt], report: C
     output = model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
+        **GREEDY,
         use_cache=True,
         max_new_tokens=int(limits.max()),
         eos_token_id=stops,

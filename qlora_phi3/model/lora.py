@@ -31,11 +31,7 @@ class Coverage:
 
 
 def attach_adapter(model: PackedPhi3ForCausalLM, config: Lora) -> PeftModel:
-    """Attach a fresh LoRA adapter in fp32 to the base.
-
-    Raises:
-        ModelError: a name in [lora] matches nothing in the model, or the output head is a target.
-    """
+    """Attach a fresh LoRA adapter in fp32 to the base; ModelError where PEFT refuses it, and as `check_targets`."""
     check_targets(model, config)
     settings = config.model_dump(exclude_none=True)
     if config.layers_to_transform is not None and config.target_modules == "all-linear":
@@ -62,11 +58,7 @@ def linear_layers(model: nn.Module) -> dict[str, int]:
 
 
 def check_targets(model: PackedPhi3ForCausalLM, config: Lora) -> None:
-    """Refuse a name or a layer number in [lora] that matches nothing in the model.
-
-    Raises:
-        ModelError: names the key and the value.
-    """
+    """Raise ModelError for a name or a layer number in [lora] that matches nothing in the model, and for the output head."""
     layers = linear_layers(model)
 
     def require(key: str, value: str, pattern: str, hint: str, names: Iterable[str] = layers) -> None:

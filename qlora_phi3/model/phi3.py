@@ -107,11 +107,7 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
 
 
 def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
-    """Load the base's own fast tokenizer.
-
-    Raises:
-        ModelError: the base has none, or its files cannot be read.
-    """
+    """Load the base's own fast tokenizer; ModelError where the base has none, or its files cannot be read."""
     hint = "Point [model] name at a complete checkpoint that includes its tokenizer files."
     try:
         return _read_tokenizer(config, hint)
@@ -160,11 +156,7 @@ def check_token_ids(rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, arc
 
 
 def build_config(config: Mapping[str, Any], name: str, **changes: Any) -> Phi3Config:
-    """transformers' reading of a config.json; `name` is the model's, for the message.
-
-    Raises:
-        ModelError: a value has a type or a size that transformers refuses.
-    """
+    """transformers' reading of a config.json; ModelError, with the model's `name`, for a type or a size that it refuses."""
     with foreign_errors(ModelError, f"The config.json of {name} cannot be used: {{reason}}.", "Download it again."):
         return Phi3Config(**{**config, **changes})
 

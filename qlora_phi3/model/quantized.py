@@ -204,11 +204,7 @@ def stored_scheme(stored: StoredWeights) -> Scheme | None:
 
 
 def read_quantized(stored: StoredWeights, name: str, device: torch.device) -> Quantized:
-    """Read a 4-bit tensor that bitsandbytes or `save_quantized` wrote.
-
-    Raises:
-        ModelError: a part of it is missing.
-    """
+    """Read a 4-bit tensor that bitsandbytes or `save_quantized` wrote; ModelError where a part of it is missing."""
     prefix = f"{name}."
     parts = {key.removeprefix(prefix): read_tensor(stored, key) for key in stored.info if key.startswith(prefix)}
     try:
@@ -220,10 +216,8 @@ def read_quantized(stored: StoredWeights, name: str, device: torch.device) -> Qu
 
 
 def logical_info(stored: StoredWeights) -> dict[str, TensorInfo]:
-    """The tensors of files as the model has them: 4-bit ones with the shape and the dtype that they dequantize to.
-
-    Raises:
-        ModelError: a part of a 4-bit tensor is missing.
+    """The tensors of files as the model has them: 4-bit ones with the shape and the dtype that they dequantize to. ModelError
+    where a part of one is missing.
     """
     packed = [name for name in stored.info if is_stored_quantized(stored, name)]
     parts = {key for name in packed for key in stored.info if key.startswith(f"{name}.")}
@@ -236,9 +230,7 @@ def logical_info(stored: StoredWeights) -> dict[str, TensorInfo]:
 
 def read_quant_state(stored: StoredWeights, name: str) -> dict[str, Any]:
     """What the files say about a 4-bit tensor: shape, dtype, quant_type, blocksize, with double quantization nested_blocksize.
-
-    Raises:
-        ModelError: it is missing or damaged.
+    ModelError where that is missing or damaged.
     """
     prefix = f"{name}.quant_state.bitsandbytes__"  # a JSON object in UTF-8, as uint8
     try:

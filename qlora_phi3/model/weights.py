@@ -100,36 +100,28 @@ class StoredWeights:
         self.info: Mapping[str, TensorInfo] = {name: location.info for name, location in locations.items()}
 
     def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
-        """As `Weights.iter_row_chunks`, on the CPU; a tensor without dimensions is yielded as (1,).
-
-        Raises:
-            ModelError: the file became shorter since it was opened, or cannot be read.
+        """As `Weights.iter_row_chunks`, on the CPU; a tensor without dimensions is yielded as (1,). ModelError where the file
+        became shorter since it was opened, or cannot be read.
         """
         location = self.locations[name]
         shape = location.info.shape or (1,)
         step = rows_per_chunk(location.info)
         try:
-            with location.path.open("rb", buffering=0) as file:
+            with location.path.open("rb") as file:
                 file.seek(location.offset)
                 for row in range(0, shape[0], step):
                     chunk = torch.empty((min(step, shape[0] - row), *shape[1:]), dtype=location.info.dtype)
-                    unread = memoryview(cast(Any, chunk.view(-1).view(torch.uint8).numpy()))
-                    while unread:
-                        count = file.readinto(unread)
-                        if not count:
-                            raise EOFError(f"{len(unread)} bytes are missing at the end of the file")
-                        unread = unread[count:]
+                    data = memoryview(cast(Any, chunk.view(-1).view(torch.uint8).numpy()))
+                    if missing := len(data) - file.readinto(data):
+                        raise EOFError(f"{missing} bytes are missing at the end of the file")
                     yield chunk
         except (OSError, EOFError) as error:
             raise ModelError(f"{location.path}: {name} cannot be read: {error}.", _DOWNLOAD_AGAIN) from error
 
 
 def open_weights(folder: Path) -> StoredWeights:
-    """Open the tensors of a model folder: `model.safetensors`, or the shards that its index names.
-
-    Raises:
-        ModelError: the folder has only pickles, a shard is missing or truncated, or the index names a tensor that its shard
-            lacks.
+    """Open the tensors of a model folder: `model.safetensors`, or the shards that its index names. ModelError where there are
+    only pickles, a shard is missing or truncated, or lacks a tensor that the index names.
     """
     weights, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
     if weights.is_file():
@@ -177,10 +169,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def open_file(path: Path, *, error: type[UserError] = ModelError) -> StoredWeights:
-    """Open the tensors of one safetensors file; only its header is read, and the file's length is checked against it.
-
-    Raises:
-        error: the file is missing, is not safetensors, or is truncated; the message names the first incomplete tensor.
+    """Open the tensors of one safetensors file; only its header is read, and the file's length is checked against it. `error`
+    where it is missing, not safetensors, or truncated, which names the first incomplete tensor.
     """
     hint = "Download or write the file again."
     locations = {}

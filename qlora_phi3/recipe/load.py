@@ -274,11 +274,7 @@ def check_processes(training: Training, count: int) -> None:
 
 
 def check_model_limits(recipe: Recipe, architecture: Architecture) -> None:
-    """Check that the model has the positions and layers that the recipe needs.
-
-    Raises:
-        UserError: `max_length` or `checkpoint_every_n_layers` is too large; with the model's own value.
-    """
+    """Raise UserError where `max_length` or `checkpoint_every_n_layers` is more than the positions or the layers of the model."""
     max_length, positions = recipe.training.max_length, architecture.max_position_embeddings
     if max_length > positions:
         raise UserError(
@@ -295,9 +291,7 @@ def check_model_limits(recipe: Recipe, architecture: Architecture) -> None:
 
 def use_stored_quantization(recipe: Recipe, architecture: Architecture) -> Recipe:
     """The recipe with the [quantization] of a checkpoint whose weights are stored in 4 bit; keys that it leaves out follow them.
-
-    Raises:
-        UserError: it sets a key to another value; the weights cannot be quantized again.
+    UserError where it sets one to another value: the weights cannot be quantized again.
     """
     stored, given = architecture.stored, recipe.quantization
     if stored is None:

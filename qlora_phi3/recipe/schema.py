@@ -44,7 +44,8 @@ def _check_place(value: str) -> str:
     return value
 
 
-def _check_regex(value: object) -> object:
+def check_regex(value: object) -> object:
+    """Refuse what is no regular expression: a text, or the keys of a table; a list of names passes."""
     for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
         try:
             re.compile(pattern)
@@ -144,9 +145,9 @@ class Lora(Table):
     """Scale of the update, which is multiplied by lora_alpha / r."""
     lora_dropout: Share = 0.0
     """Dropout on the inputs of the adapter, in training."""
-    target_modules: Annotated[Texts, AfterValidator(_check_regex)] = "all-linear"
+    target_modules: Annotated[Texts, AfterValidator(check_regex)] = "all-linear"
     """Layers that get an adapter: all-linear, a list of names, or a regular expression."""
-    exclude_modules: Annotated[Texts, AfterValidator(_check_regex)] | None = None
+    exclude_modules: Annotated[Texts, AfterValidator(check_regex)] | None = None
     """Layers that get no adapter: a list of names or a regular expression."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained as well."""
@@ -158,9 +159,9 @@ class Lora(Table):
     """Modules that are trained in full and saved with the adapter."""
     layers_to_transform: Index | list[Index] | None = None
     """Decoder layers, counted from 0, that get an adapter; unset: all."""
-    rank_pattern: Annotated[dict[str, Count], AfterValidator(_check_regex)] = {}
+    rank_pattern: Annotated[dict[str, Count], AfterValidator(check_regex)] = {}
     """Another rank for layers whose name matches."""
-    alpha_pattern: Annotated[dict[str, Positive], AfterValidator(_check_regex)] = {}
+    alpha_pattern: Annotated[dict[str, Positive], AfterValidator(check_regex)] = {}
     """Another lora_alpha for layers whose name matches."""
     init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
     """Initialization of the two matrices; true: the adapter starts without any effect."""

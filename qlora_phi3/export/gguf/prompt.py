@@ -113,31 +113,21 @@ def read_turns(tokenizer: Any, template: str) -> Turns | None:
         return text.removeprefix(tokenizer.bos_token or "")
 
     try:
-        before_user, between, after_answer, _ = _split(render(chat("user (1)", "assistant (2)", "user (3)")), "(1)", "(2)", "(3)")
-        with_system = render(chat("system (1)", "user (2)"))
+        with_answer, with_system = render(chat("user (1)", "assistant (2)", "user (3)")), render(chat("system (1)", "user (2)"))
+        before_user, between, after_answer, _ = re.split(r"\([123]\)", with_answer, maxsplit=3)
         ending = ENDING.match(after_answer)
         user = after_answer[ending.end() :] if ending else after_answer
         if ending is None or not before_user.endswith(user):
             return None
         system = None
         if "(1)" in with_system and "(2)" in with_system:
-            before_system, after_system, _ = _split(with_system, "(1)", "(2)")
+            before_system, after_system, _ = re.split(r"\([12]\)", with_system, maxsplit=2)
             system = (before_system, after_system.removesuffix(user))
         turns = Turns(opening=before_user.removesuffix(user), system=system, user=(user, between), after_assistant=ending.group())
         probes = [probe for probe in PROBES if system is not None or probe[0]["role"] != "system"]
         return turns if all(turns.render(probe) == render(probe) for probe in probes) else None
     except (TemplateError, TypeError, ValueError):
         return None
-
-
-def _split(text: str, *contents: str) -> list[str]:
-    """The text before, between and after contents that occur in it in this order; ValueError if one does not."""
-    pieces = []
-    for content in contents:
-        at = text.index(content)
-        pieces.append(text[:at])
-        text = text[at + len(content) :]
-    return [*pieces, text]
 
 
 def plan_prompting(tokenizer: Any, name: str) -> Prompting:
@@ -186,16 +176,14 @@ def _fit_template(tokenizer: Any, template: str, rule: bool) -> tuple[str, tuple
             )
             return template, (note,)
         template = shortened
-    if _reads_alike(tokenizer, rule, template, template, (PADDED,)):
-        if _reads_alike(tokenizer, rule, template, template, (INDENTED,)):
-            return template, ()
-        note = (
-            "A message that begins with white space beyond ASCII, such as U+3000 or U+00A0, becomes other ids in llama.cpp "
-            "than in training; strip it."
-        )
-        return template, (note,)
-    note = "A message that begins or ends with white space becomes other ids in llama.cpp than in training; strip it."
-    return template, (note,)
+    kinds = {
+        "begins or ends with white space": PADDED,
+        "begins with white space beyond ASCII, such as U+3000 or U+00A0,": INDENTED,
+    }
+    for kind, probe in kinds.items():
+        if not _reads_alike(tokenizer, rule, template, template, (probe,)):
+            return template, (f"A message that {kind} becomes other ids in llama.cpp than in training; strip it.",)
+    return template, ()
 
 
 def _reads_alike(tokenizer: Any, rule: bool, template: str, other: str, probes: Iterable[list[Message]]) -> bool:
@@ -250,24 +238,14 @@ def write_modelfile(folder: Path, gguf: Path, target: Path, *, force: bool = Fal
     # With longrope no more than the short factors serve, because llama.cpp decides by this number.
     limits = (architecture.longrope_boundary, architecture.max_position_embeddings, LARGEST_CONTEXT)
     same_directory = gguf.resolve().parent == target.resolve().parent
-    text = build_modelfile(
-        f"./{gguf.name}" if same_directory else str(gguf.resolve()),
-        prompting.turns,
-        stops=[stop for stop in stops if stop is not None],
-        num_ctx=min(limit for limit in limits if limit is not None),
-    )
+    lines = [f"FROM ./{gguf.name}" if same_directory else f"FROM {gguf.resolve()}"]
+    if prompting.turns:  # without it Ollama guesses the template from the one inside the file
+        lines.append(f'TEMPLATE """{build_template(prompting.turns)}"""')
+    lines += [f"PARAMETER stop {json.dumps(stop)}" for stop in stops if stop is not None]
+    lines += [f"PARAMETER num_ctx {min(limit for limit in limits if limit is not None)}", ""]
     with disk_errors(target, ExportError), atomic_file(target) as staging:
-        staging.write_text(text, encoding="utf-8", newline="\n")
+        staging.write_text("\n".join(lines), encoding="utf-8", newline="\n")
     return target
-
-
-def build_modelfile(source: str, turns: Turns | None, *, stops: Iterable[str], num_ctx: int) -> str:
-    """The text of a Modelfile; without `turns` Ollama guesses the template from the one inside the file."""
-    lines = [f"FROM {source}"]
-    if turns:
-        lines.append(f'TEMPLATE """{build_template(turns)}"""')
-    lines += [f"PARAMETER stop {json.dumps(stop)}" for stop in stops]
-    return "\n".join([*lines, f"PARAMETER num_ctx {num_ctx}", ""])
 
 
 def build_template(turns: Turns) -> str:

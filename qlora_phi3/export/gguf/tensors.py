@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from transformers import Phi3Config
 
 from qlora_phi3.errors import ExportError
+from qlora_phi3.family import tensor_shapes
 from qlora_phi3.model.weights import TensorInfo, Weights
 from qlora_phi3.reporter import Progress
 
@@ -60,6 +62,12 @@ if files:
 #: Buffers that old checkpoints hold in addition to their weights.
 COMPUTED = "rotary_emb.inv_freq"
 
+#: The order of the tensors in a file: the layers, each with those in the middle, are between the first and the last two.
+ORDER = (
+    "embed_tokens", "input_layernorm", "qkv_proj", "o_proj", "post_attention_layernorm", "gate_up_proj", "down_proj", "norm",
+    "lm_head",
+)  # fmt: skip
+
 #: Types that hold a tensor without rounding.
 LOSSLESS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -81,14 +89,12 @@ class TensorPlan:
 
 def plan_tensors(config: Phi3Config, info: Mapping[str, TensorInfo], quant: str | None) -> list[TensorPlan]:
     """Every tensor of a phi3 checkpoint under llama.cpp's name; a `quant` of None keeps the type that each tensor has.
-
-    Raises:
-        ExportError: the checkpoint lacks a tensor, has one of another shape, or one that llama.cpp does not know.
+    ExportError for a tensor that the checkpoint lacks, that has another shape, or that llama.cpp does not know.
     """
     import gguf
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, config.num_hidden_layers)
-    shapes = expected_shapes(config)
+    shapes = tensor_shapes(config)  # it has the sizes under the same names
     given = {name for name in info if not name.endswith(COMPUTED)}
     if config.tie_word_embeddings:
         given.discard("lm_head.weight")
@@ -101,33 +107,17 @@ def plan_tensors(config: Phi3Config, info: Mapping[str, TensorInfo], quant: str 
         for kind in ("long", "short")
         if (values := config.rope_parameters.get(f"{kind}_factor"))
     ]
-    for name, shape in shapes.items():
-        if info[name].shape != shape:
+    for name in sorted(shapes, key=_position):
+        if info[name].shape != (shape := shapes[name]):
             raise ExportError(f"{name} has the shape {info[name].shape} and not {shape}.", SAME_MODEL)
         type = quant or LOSSLESS.get(info[name].dtype, "f32")
         plans.append(_plan(names.get_name(name, try_suffixes=(".weight",)), shape, type, source=name))
     return plans
 
 
-def expected_shapes(config: Phi3Config) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a phi3 checkpoint, rows first, in the order in which they are written."""
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    head = hidden // config.num_attention_heads
-    layer = {
-        "input_layernorm": (hidden,),
-        "self_attn.qkv_proj": (hidden + 2 * config.num_key_value_heads * head, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "post_attention_layernorm": (hidden,),
-        "mlp.gate_up_proj": (2 * intermediate, hidden),
-        "mlp.down_proj": (hidden, intermediate),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for number in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{number}.{name}.weight": shape for name, shape in layer.items()}
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
+def _position(name: str) -> tuple[float, int]:
+    layer, part = re.search(r"\d+", name), ORDER.index(name.split(".")[-2])
+    return (int(layer[0]) if layer else inf if part else -1), part
 
 
 def _plan(name: str, shape: tuple[int, ...], quant: str, **rest: Any) -> TensorPlan:
@@ -152,9 +142,7 @@ def _plan(name: str, shape: tuple[int, ...], quant: str, **rest: Any) -> TensorP
 
 def encode(plan: TensorPlan, weights: Weights) -> Iterator[bytes]:
     """The bytes of a tensor, some rows at a time, in the plan's type; the checkpoint's tensors may have any float dtype.
-
-    Raises:
-        ExportError: a value is not finite, or too large for fp16.
+    ExportError for a value that is not finite, or too large for fp16.
     """
     import gguf
 
@@ -186,9 +174,7 @@ def check_quant(quant: str) -> None:
 
 def find_library(quant: str) -> Path:
     """The first of llama.cpp's libraries on this computer that can be loaded: of `LIBRARY_VARIABLE`, then of `PACKAGES`.
-
-    Raises:
-        ExportError: there is none; `quant` is for the message.
+    ExportError where there is none; `quant` is for the message.
     """
     given = os.environ.get(LIBRARY_VARIABLE)
     candidates = [Path(given).expanduser().absolute()] if given else []
@@ -207,9 +193,7 @@ def find_library(quant: str) -> Path:
 
 def quantize_file(source: Path, target: Path, quant: str, progress: Progress) -> None:
     """Quantize a .gguf file of 16 or 32 bit to a type of `QUANTIZED`; only at the end is it known how many bytes that makes.
-
-    Raises:
-        ExportError: the quantizer failed; the message ends with its last line.
+    ExportError where the quantizer failed, with its last line.
     """
     import gguf
 

@@ -60,10 +60,8 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, tokenizer: Any, rows: int) -> Vocabulary:
-    """The vocabulary of a fast tokenizer that was loaded from `folder`; `rows` are the embedding's.
-
-    Raises:
-        ExportError: llama.cpp cannot do what this tokenizer does, or it has more tokens than the model.
+    """The vocabulary of a fast tokenizer that was loaded from `folder`; `rows` are the embedding's. ExportError where llama.cpp
+    cannot do what this tokenizer does, or it has more tokens than the model.
     """
     from gguf import TokenType
 
@@ -99,9 +97,7 @@ def read_vocabulary(folder: Path, tokenizer: Any, rows: int) -> Vocabulary:
 
 def read_pieces(folder: Path, source: dict[str, Any]) -> dict[int, Piece]:
     """The pieces of a sentencepiece vocabulary by id: from tokenizer.model where there is one, else from tokenizer.json.
-
-    Raises:
-        ExportError: the two differ, or llama.cpp would not give the same ids.
+    ExportError where the two differ, or llama.cpp would not give the same ids.
     """
     import gguf
 

@@ -60,7 +60,9 @@ def main() -> None:
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # else no process forked from one that counted the GPUs could use one
         "OMP_NUM_THREADS": "1",
     }
-    programs = [["-m", "pytest", "-p", "no:xdist", tests] for tests in TESTS]
+    paths = [word for word in arguments if word.startswith("tests/")]
+    arguments = [word for word in arguments if word not in paths]
+    programs = [["-m", "pytest", "-p", "no:xdist", tests] for tests in paths or TESTS]
     if options.bench:
         programs = [["scripts/bench_memory.py", "emulated"]]
     codes = []

@@ -309,7 +309,8 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         add_up_gradients(self.model)
         self.divergence.loss, self.divergence.rows = loss, [row_name(row, self._sources) for row in inputs.rows]
         self._last = batch, loss, num_correct / max(1, batch.num_supervised)
-        return torch.tensor(loss, device=self.args.device).nan_to_num(0.0, 0.0, 0.0)  # the Trainer adds the losses up
+        # The Trainer adds the losses up. Filled in on the device: a copy of a number would wait for the GPU.
+        return torch.full((), loss if math.isfinite(loss) else 0.0, device=self.args.device)
 
     def run_heaviest(self, phase: Phase) -> None:
         """Run a pass over the longest rows that can meet in one batch; gradients stay, nothing is recorded."""

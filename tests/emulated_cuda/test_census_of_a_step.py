@@ -49,7 +49,7 @@ PRODUCTS = {"product cublasGemmEx": 102, "product cublasLtMatmul": 14}
 #: What makes the host wait for a number of the card, each once in a step, beside bitsandbytes.
 WAITS = [
     "model/loss.py select_supervised",  # how many positions are supervised
-    "training/trainer.py training_step",  # the loss
+    "training/trainer.py _compute",  # the loss
     "training/trainer.py _num_correct",
     "training/trainer.py _get_grad_norm",
     "transformers/trainer.py _maybe_log_save_evaluate",  # the loss again, which it has summed up

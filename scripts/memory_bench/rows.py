@@ -227,6 +227,33 @@ def cuda_table(rows: Sequence[Row]) -> str:
     return f"{summary(rows)}\n\n" + "\n".join(lines) + f"\n\n{free[-1]['date']}, {free[-1]['versions']}."
 
 
+def emulated_table(rows: Sequence[Row]) -> str:
+    """The emulated GPUs' rows as Markdown: those of the grid in full, of the configurations drawn at random their summary."""
+    drawn = [row for row in rows if row["configuration"].startswith("random ")]
+    grid = [row for row in rows if row not in drawn]
+    lines = [
+        "| GPU | configuration | rows | what differs | allocated | error | reserved | error | pinned (predicted) | limits |",
+        "|---|---|---|---|--:|--:|--:|--:|--:|---|",
+    ]
+    for row in grid:
+        if row["limit_gib"]:
+            continue
+        limited = [
+            other
+            for other in grid
+            if other["limit_gib"] and (other["machine"], other["configuration"]) == (row["machine"], row["configuration"])
+        ]
+        pinned = f"{_mib(row['measured_pinned_bytes'])} ({_mib(row['predicted_pinned_bytes'])})"
+        lines.append(
+            f"| {row['machine']} | {row['configuration']} | {row['rows']} | {_differences(row)} "
+            f"| {_mib(row['measured_bytes'])} | {_signed(row['error_percent'])} "
+            f"| {_mib(row['measured_reserved_bytes'])} | {_signed(row['reserved_error_percent'])} | {pinned if int(row['predicted_pinned_bytes']) else ''} "
+            f"| {', '.join(map(_verdict, limited))} |"
+        )
+    about = f"{rows[-1]['date']}, {rows[-1]['versions']}." if rows else "No row yet."
+    return f"Drawn at random:\n{summary(drawn)}\n\nThe grid:\n{summary(grid)}\n\n" + "\n".join(lines) + f"\n\n{about}"
+
+
 def _verdict(row: Row) -> str:
     right = row["predicted_fits"] == row["measured_fits"]
     return f"{row['limit_gib']} GiB {'fits' if row['measured_fits'] == 'yes' else 'does not'}{'' if right else ' (wrong)'}"
@@ -258,7 +285,9 @@ def _differences(row: Row) -> str:
 
 def render_page(text: str, rows: Sequence[Row]) -> str:
     """A page with its generated parts made again."""
-    for name, content in (("cpu", cpu_table(newest(rows, "cpu"))), ("cuda", cuda_table(newest(rows, "cuda")))):
+    tables = {"cpu": cpu_table, "cuda": cuda_table, "emulated": emulated_table}
+    for name, table in tables.items():
+        content = table(newest(rows, name))
         begin, end = BEGIN.format(name), END.format(name)
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)

@@ -111,6 +111,7 @@ def test_near_a_limit_the_model_empties_the_cache_as_often_as_the_allocator(expa
 
 
 @pytest.mark.parametrize("expandable", [True, False])
+@pytest.mark.slow
 def test_two_hundred_steps_of_varying_lengths_fragment_nothing(expandable):
     draw = random.Random(0)
     lengths = [[1000] * 4, *([draw.randint(30, 1000) for _ in range(draw.randint(1, 4))] for _ in range(199))]

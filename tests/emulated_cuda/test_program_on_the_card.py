@@ -29,7 +29,7 @@ def folders(shop):
     return sorted(path.name for path in (shop.path / "runs").rglob("*") if path.parent.name in ("runs", "mine"))
 
 
-@pytest.mark.parametrize(("layers", "wsl"), [(32, False), (4, True)])
+@pytest.mark.parametrize(("layers", "wsl"), [pytest.param(32, False, marks=pytest.mark.slow), (4, True)])
 def test_a_run_takes_what_is_planned_on_a_12_gb_card(workplace, layers, wsl):
     """All layers of Phi-3-mini with segments that grow, and four with segments that do not, under a limit as on WSL."""
     shop = workplace(layers, [2048, 1500] + [64] * 4)
@@ -50,6 +50,7 @@ def test_a_run_takes_what_is_planned_on_a_12_gb_card(workplace, layers, wsl):
     assert measured["on_gpu_bytes"] - measured["reserved_bytes"] == pytest.approx(context_bytes(MULTIPROCESSORS), abs=4096)
 
 
+@pytest.mark.slow
 def test_a_card_too_small_for_the_model_ends_a_run_in_one_line_and_leaves_nothing(workplace):
     """In a process of its own, without any of this harness: a model is loaded before any value matters."""
     shop = workplace(4, [500] * 6)
@@ -78,6 +79,7 @@ def test_a_card_too_small_for_the_longest_row_ends_a_run_in_the_dry_run(workplac
     assert list((shop.runs()[-1] / "checkpoints").glob("*")) == []
 
 
+@pytest.mark.slow
 def test_an_export_scores_as_many_tokens_as_the_card_has_memory_for(workplace):
     shop = workplace(1, [64] * 8)
     write_rows(shop.path / "held_out.jsonl", [1000 + number for number in range(4)])

@@ -247,7 +247,8 @@ def emulated_table(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {row['machine']} | {row['configuration']} | {row['rows']} | {_differences(row)} "
             f"| {_mib(row['measured_bytes'])} | {_signed(row['error_percent'])} "
-            f"| {_mib(row['measured_reserved_bytes'])} | {_signed(row['reserved_error_percent'])} | {pinned if int(row['predicted_pinned_bytes']) else ''} "
+            f"| {_mib(row['measured_reserved_bytes'])} | {_signed(row['reserved_error_percent'])} "
+            f"| {pinned if int(row['predicted_pinned_bytes']) else ''} "
             f"| {', '.join(map(_verdict, limited))} |"
         )
     about = f"{rows[-1]['date']}, {rows[-1]['versions']}." if rows else "No row yet."

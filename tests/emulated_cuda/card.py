@@ -119,8 +119,11 @@ def stand_in_for_values() -> None:
 
     `nonzero` finds as many positions as the labels on the card hold (copies of up to 256 KiB are made); and where code of
     qlora_phi3 makes a float or a bool of a number on the card, it is 1: losses and norms are finite, weights are not zero.
-    What is recorded of 4-bit weights is the same for all, so that an export finds the base that was trained on.
+    What is recorded of 4-bit weights is the same for all, so that an export finds the base that was trained on. Trained weights
+    are zero where they are saved, and not what lay in the memory before.
     """
+    from peft import PeftModel
+
     from qlora_phi3 import objectives
     from qlora_phi3.export import base, streamed
     from qlora_phi3.model import quantized
@@ -142,6 +145,15 @@ def stand_in_for_values() -> None:
             return kind(1) if tensor.device.type == "cuda" and caller.startswith("qlora_phi3.") else value
 
         setattr(torch.Tensor, name, read)
+    save_pretrained = PeftModel.save_pretrained
+
+    def zero_and_save(model: Any, *args: Any, **kwargs: Any) -> None:
+        for weight in model.parameters():
+            if weight.requires_grad and weight.device.type == "cuda":
+                ctypes.memset(weight.data_ptr(), 0, weight.nbytes)
+        save_pretrained(model, *args, **kwargs)
+
+    PeftModel.save_pretrained = zero_and_save
     same = {"kind": "4bit", "sha256": "0" * 64, "codes": "0" * 64, "mean_absmax": 1.0, "sampled_codes": ""}
     base.quantized_record = quantized.quantized_record = lambda packed, state: dict(same)
     base.isclose = lambda *_, **__: True

@@ -1,4 +1,4 @@
-"""A base of full size that takes no room on the disk: safetensors of zeros, as a file with a hole.
+"""A base of full size that takes no disk space: safetensors of zeros, as a file with a hole.
 
 On the emulated card its weights are copied by nobody, so that the whole program loads, quantizes and trains a model of full size.
 """

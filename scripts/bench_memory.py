@@ -134,7 +134,7 @@ def compare_on_cpu(case: Case) -> Row:
     with silenced():
         rise = measure_rise(case)
         measured = measure_phases(case)
-        memory, seconds = predict(case, path="cpu")
+        memory, seconds = predict(case)
     process = None if rise is None else measured["loaded"] + rise
     # On a CPU bitsandbytes quantizes by way of 64-bit tables that no GPU has: loading is not compared.
     both = [name for name in memory.by_phase if name in measured and name != "load"]
@@ -168,23 +168,22 @@ def silenced() -> Iterator[None]:
         os.close(nowhere)
 
 
-def predict(case: Case, **where: Any) -> tuple[MemoryReport, float]:
-    """The simulation of a configuration, and its seconds; `where` says which path it follows."""
+def predict(case: Case, capability: tuple[int, int] | None = None) -> tuple[MemoryReport, float]:
+    """What is predicted for a configuration on a GPU of this compute capability, or on a CPU, and the seconds that it took."""
     import torch
     from memory_bench.truth import step_shape
 
+    from qlora_phi3.memory.predict import Predictor
     from qlora_phi3.memory.simulate import simulate
 
     started = time.perf_counter()
-    memory = simulate(
-        case.recipe,
-        dict(case.config),
-        case.architecture,
-        case.execution,
-        step_shape(case),
-        compute_dtype=getattr(torch, case.compute),
-        **where,
-    )
+    model, dtype = (case.recipe, dict(case.config), case.architecture), getattr(torch, case.compute)
+    step = case.execution, step_shape(case)
+    if capability is None:
+        memory = simulate(*model, *step, compute_dtype=dtype, path="cpu").report()
+    else:
+        predictor = Predictor(*model, compute_dtype=dtype, capability=capability, multiprocessors=1)
+        memory = predictor.simulate_all_layers(*step)
     return memory, time.perf_counter() - started
 
 

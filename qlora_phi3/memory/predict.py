@@ -14,6 +14,7 @@ from qlora_phi3.memory.allocator import Footprint, expandable_segments_work, rep
 from qlora_phi3.memory.cuda_path import context_bytes
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.simulate import StepShape, simulate
+from qlora_phi3.memory.trace import Trace, add_layers
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import MIB
 
@@ -21,6 +22,12 @@ from qlora_phi3.units import MIB
 #: allocated where that is little). On Phi-3-mini, offloaded and in tiles, 3,408 MiB for 3,185 (7 thousand tokens) and 11,212
 #: for 10,859 (83 thousand).
 DEFAULT_RATIO, DEFAULT_SLACK_BYTES, SLACK_SHARE = 1.025, 140 * MIB, 0.05
+
+#: Layers (or groups of layers with one recomputed, or layers in each) of the smaller of two models that a larger one
+#: is continued from. The first and the last differ from the others: of 3 one in five could not be continued, of 4 all could.
+FEW = 4
+#: Two models of fewer layers than this share of the complete model's are worth it.
+WORTH = 0.75
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +53,7 @@ class Predictor:
     #: The GPU's compute capability, and its multiprocessors.
     capability: tuple[int, int]
     multiprocessors: int
-    _simulated: dict[tuple[ExecutionPlan, StepShape, int], MemoryReport] = field(default_factory=dict, init=False)
+    _simulated: dict[tuple[ExecutionPlan, StepShape, int], Trace] = field(default_factory=dict, init=False)
 
     def predict(self, execution: ExecutionPlan, shape: StepShape, *, limit_bytes: int) -> Prediction:
         """Simulate every layer, and replay the allocations within a limit.
@@ -54,7 +61,7 @@ class Predictor:
         Args:
             limit_bytes: what the process may take on the GPU, its CUDA context included.
         """
-        memory = self.simulate(execution, shape, self.architecture.num_hidden_layers)
+        memory = self.simulate_all_layers(execution, shape)
         footprint = _replay(memory, limit_bytes - self.on_gpu_bytes(0))
         fits = footprint.fits
         served = footprint if fits else _replay(memory)
@@ -62,8 +69,26 @@ class Predictor:
         memory = replace(memory, on_gpu_bytes=self.on_gpu_bytes(memory.reserved_bytes))
         return Prediction(execution=execution, memory=memory, fits=fits)
 
+    def simulate_all_layers(self, execution: ExecutionPlan, shape: StepShape) -> MemoryReport:
+        """The complete model. Where all layers are alike, two models of few layers say the same in less time (`add_layers`)."""
+        layers, every = self.architecture.num_hidden_layers, execution.checkpoint_every
+        group = max(1, every)
+        groups, trace = layers // group, None
+        if every <= FEW:
+            models, times = [(execution, number * group) for number in (FEW, FEW + 1)], groups - FEW - 1
+        else:
+            shorter = (replace(execution, checkpoint_every=number) for number in (FEW, FEW + 1))
+            models, times = [(each, groups * each.checkpoint_every) for each in shorter], every - FEW - 1
+        if layers % group == 0 and sum(number for _, number in models) < WORTH * layers and self._layers_are_alike():
+            small, large = (self._trace(each, shape, number) for each, number in models)
+            trace = add_layers(small, large, times)
+        return (trace or self._trace(execution, shape, layers)).report()
+
     def simulate(self, execution: ExecutionPlan, shape: StepShape, num_layers: int) -> MemoryReport:
-        """Simulate a model of so many layers."""
+        """A model of so many layers."""
+        return self._trace(execution, shape, num_layers).report()
+
+    def _trace(self, execution: ExecutionPlan, shape: StepShape, num_layers: int) -> Trace:
         key = (execution, shape, num_layers)
         if key not in self._simulated:
             self._simulated[key] = simulate(
@@ -91,7 +116,7 @@ class Predictor:
         """Phase -> most bytes allocated, from two models of few layers where all layers are alike: growth by layer is linear."""
         layers, every = self.architecture.num_hidden_layers, max(1, execution.checkpoint_every)
         if layers % every or not self._can_extrapolate(every):
-            return self.simulate(execution, shape, layers).by_phase
+            return self.simulate_all_layers(execution, shape).by_phase
         start, growth = self._per_layer_fit(execution, shape)
         return {phase: start[phase] + growth[phase] * layers // every for phase in start}
 
@@ -126,12 +151,14 @@ class Predictor:
 
     def _can_extrapolate(self, every: int) -> bool:
         """Whether all layers are alike, and more than the two small models have."""
+        return self.architecture.num_hidden_layers > max(2, every) + every and self._layers_are_alike()
+
+    def _layers_are_alike(self) -> bool:
+        """Whether the recipe treats every layer as the others."""
         lora = self.recipe.lora
         patterns = lora.rank_pattern or lora.alpha_pattern or lora.exclude_modules
         names = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
-        if lora.layers_to_transform is not None or patterns or any("layers" in name for name in names):
-            return False
-        return self.architecture.num_hidden_layers > max(2, every) + every
+        return lora.layers_to_transform is None and not patterns and not any("layers" in name for name in names)
 
 
 def estimate_reserved(allocated_bytes: int) -> int:

@@ -5,10 +5,12 @@ fake CPU tensors, as a CPU build of torch aborts on fake CUDA ones; `cuda_path.p
 `path="cpu"` follows the CPU's own code, which can be measured on any machine: that is how the figures are checked.
 """
 
+import gc
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import bitsandbytes as bnb
@@ -18,21 +20,23 @@ from bitsandbytes.functional import QuantState
 from peft import PeftModel
 from peft.tuners.lora import dora
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 
 from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan
 from qlora_phi3.family import Architecture
 from qlora_phi3.memory.cuda_path import following_cuda, matmul_workspace_bytes, replaced
 from qlora_phi3.memory.report import (
+    ADAPTER,
     CHECKPOINTED_INPUTS,
     CUBLAS_WORKSPACE,
     GRADIENTS,
     OPTIMIZER_STATE,
     QUANTIZATION_STATE,
-    MemoryReport,
 )
-from qlora_phi3.memory.tracker import ROUNDING, MemoryTracker, NullTracker, parameter_category, quantization_tensors
+from qlora_phi3.memory.trace import Trace
+from qlora_phi3.memory.tracker import ON_CPU, ROUNDING, MemoryTracker, NullTracker, parameter_category, quantization_tensors
 from qlora_phi3.model.attention import register_attention
 from qlora_phi3.model.lora import attach_adapter
 from qlora_phi3.model.optimizer import build_optimizer
@@ -80,15 +84,12 @@ def simulate(
     path: Literal["cuda", "cpu"] = "cuda",
     capability: tuple[int, int] = (8, 6),
     objective: Objective = sft,
-) -> MemoryReport:
+) -> Trace:
     """Load, train one step, save and evaluate, without storage.
 
     Args:
         config: the contents of the model's config.json.
         capability: the GPU's compute capability, which decides the attention kernel.
-
-    Returns:
-        The report, without `reserved_bytes` and `on_gpu_bytes`, which depend on the allocator.
 
     Raises:
         ModelError: the adapter does not fit the model.
@@ -101,7 +102,7 @@ def simulate(
     rounding = ROUNDING if path == "cuda" else 1
     tracker = MemoryTracker(num_supervised=batch.num_supervised, vocabulary=architecture.vocab_size, rounding=rounding)
     kernels = following_cuda(tracker, capability=capability) if path == "cuda" else nullcontext()
-    with _fake_tensors(), tracker, kernels:
+    with _fake_tensors(), tracker, kernels, _no_collector():
         model = _load(skeleton, recipe.lora, execution, tracker)
         if path == "cuda":
             for _ in range(2):  # of the forward and of the backward pass
@@ -111,31 +112,56 @@ def simulate(
             _without_storage(batch),
             held_out and _without_storage(held_out),
             recipe.training,
-            execution,
+            execution.optim,
             compute_dtype=compute_dtype,
             on_cuda=path == "cuda",
             accumulates=shape.accumulates,
             tracker=tracker,
             objective=objective,
         )
-    peak_phase, (allocated_bytes, event) = max(tracker.peaks.items(), key=lambda item: item[1][0])
-    return MemoryReport(
-        allocated_bytes=allocated_bytes,
-        by_category=tracker.live_at(event),
-        by_phase={phase: num_bytes for phase, (num_bytes, _) in tracker.peaks.items()},
-        peak_phase=peak_phase,
-        resident_bytes=tracker.peaks["save"][0],
-        paged_bytes=tracker.paged_bytes,
-        host_bytes=tracker.peak_host_bytes,
-        trace=tracker.trace_with_second_step(),
-    )
+    return tracker.trace()
 
 
-class _SharedFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """One mode for all copies: PEFT copies modules (`modules_to_save`, DoRA), and torch would copy a tensor's mode as well."""
+_aten, _CPU = torch.ops.aten, torch.device("cpu")
+#: Operators on one device with a fast C++ kernel for shapes. FakeTensorMode takes two to ten times as long to look them up.
+_FAST = {
+    _aten.view.default, _aten._unsafe_view.default, _aten.detach.default, _aten.t.default, _aten.slice.Tensor, _aten.mm.default,
+    _aten.permute.default, _aten.transpose.int, _aten.unsqueeze.default, _aten.expand.default, _aten.clone.default,
+    _aten.alias.default, _aten.copy_.default, _aten.add_.Tensor, _aten.zero_.default,
+}  # fmt: skip
 
-    def __deepcopy__(self, memo: Any) -> "_SharedFakeMode":
+
+class _FakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """All tensors are on one device, "cpu", so that most operators need none of what torch's own mode looks up.
+
+    One mode for all copies: PEFT copies modules (`modules_to_save`, DoRA), and torch would copy a tensor's mode as well.
+    """
+
+    def __deepcopy__(self, memo: Any) -> "_FakeMode":
         return self
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operator on shapes."""
+        kwargs = kwargs or {}
+        if func is _aten.empty.memory_format and str(kwargs.get("device")) in ("None", "cpu"):
+            kwargs = {**kwargs, "device": "meta"}
+        elif func not in _FAST:
+            return super().dispatch(func, types, args, kwargs)
+        with in_kernel_invocation_manager(self):
+            result = func(*args, **kwargs)
+        return result if isinstance(result, FakeTensor) else FakeTensor(self, result, _CPU)
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Objects end where their last reference ends, and not where Python's collector happens to run."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager
@@ -146,7 +172,7 @@ def _fake_tensors() -> Iterator[None]:
     without padding for those of a pack, and builds a mask; a real pack has a mask of ours.
     """
     no_packs = replaced(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None)
-    with _SharedFakeMode(), replaced(dora, "dequantize_module_weight", _dequantize), no_packs:
+    with _FakeMode(), replaced(dora, "dequantize_module_weight", _dequantize), no_packs:
         yield
 
 
@@ -195,8 +221,10 @@ def _load(skeleton: PackedPhi3ForCausalLM, lora: Lora, execution: ExecutionPlan,
                 new = torch.empty(old.shape, dtype=old.dtype)
                 setattr(module, name, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
     skeleton.tie_weights()
-    # On torch 2.13 `Module.to` raises for parameters without storage, and PEFT calls it on every layer.
-    with replaced(nn.Module, "to", _cast), warnings.catch_warnings():
+    # PEFT makes an adapter on the CPU, and `Module.to` moves it; on torch 2.13 that raises for parameters without storage.
+    is_moved, move = tracker.rounding != 1, partial(_move, tracker)
+    place = tracker.attribute_to(ON_CPU) if is_moved else nullcontext()
+    with replaced(nn.Module, "to", lambda *args, **named: move(*args, **named)), place, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # as copying a module does
         model = attach_adapter(skeleton, lora)
     apply_execution_plan(model, execution)
@@ -248,12 +276,14 @@ def _quantize_without_storage(layer: bnb.nn.Linear4bit) -> None:
     layer.quant_state = packed.quant_state  # type: ignore[attr-defined]
 
 
-def _cast(module: nn.Module, *places: Any, dtype: torch.dtype | None = None, **_: Any) -> nn.Module:
-    """`Module.to` on the one device there is: PEFT gives an adapter the base's dtype while it is attached."""
+def _move(tracker: MemoryTracker, module: nn.Module, *places: Any, dtype: torch.dtype | None = None, **_: Any) -> nn.Module:
+    """`Module.to` the GPU: PEFT gives an adapter the base's dtype while it is attached."""
     dtype = dtype or next((place for place in places if isinstance(place, torch.dtype)), None)
     for parameter in module.parameters():
-        if dtype is not None and parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+        wanted = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
+        data, is_here = parameter.data, tracker.is_followed(parameter)
+        with tracker.attribute_to(ADAPTER):
+            parameter.data = data.to(wanted, copy=not is_here)
     return module
 
 
@@ -281,18 +311,19 @@ def run_one_step(
     batch: Batch,
     held_out: Batch | None,
     training: Training,
-    execution: ExecutionPlan,
+    optim: str | Optimizer,
     *,
     compute_dtype: torch.dtype,
     on_cuda: bool,
     accumulates: bool,
     tracker: NullTracker,
     objective: Objective = sft,
-) -> None:
+) -> Optimizer:
     """Everything that a step allocates, once: the update first, as its state stays, then a micro-batch, save, evaluation.
 
     Args:
         batch: with one micro-batch, as `held_out` is.
+        optim: the optimizer to make, or in a later step the one that the first returned.
         on_cuda: whether CUDA's variants of clipping and of the optimizer are used.
         accumulates: the gradients of earlier micro-batches are there while this one runs.
     """
@@ -302,13 +333,14 @@ def run_one_step(
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
     with tracker.attribute_to(OPTIMIZER_STATE):
-        optimizer = build_optimizer(execution.optim, model, training, is_cuda=on_cuda)
-        tracker.page(optimizer)
+        if isinstance(optim, str):
+            optim = build_optimizer(optim, model, training, is_cuda=on_cuda)
+            tracker.page(optim)
         if training.max_grad_norm:
             clip_grad_norm_(trained, training.max_grad_norm, foreach=on_cuda)
-        optimizer.step()
+        optim.step()
     if not accumulates:
-        optimizer.zero_grad()
+        optim.zero_grad()
     model.train()
 
     def backward(loss: Tensor) -> None:
@@ -319,10 +351,11 @@ def run_one_step(
     forward_backward(model, batch, objective=objective, compute_dtype=compute_dtype, backward=backward)
     for parameter in trained:
         tracker.tag(parameter.grad, GRADIENTS)
-    optimizer.zero_grad()
+    optim.zero_grad()
     tracker.enter("save")
     if held_out is not None:
         tracker.num_supervised = held_out.num_supervised
         tracker.enter("evaluation")
         list(evaluate(model, [held_out], objective=objective, compute_dtype=compute_dtype))
     tracker.enter("end")
+    return optim

@@ -2,7 +2,6 @@
 
 import sys
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_phi3.memory import report
+from qlora_phi3.memory.trace import Trace, in_order
 
 #: c10::cuda::CUDACachingAllocator rounds requests up to multiples of this.
 ROUNDING = 512
@@ -21,6 +21,8 @@ ROUNDING = 512
 SMALLEST_PAGED_ELEMENTS = 100_000
 #: As categories: what is allocated is in host memory, not on the GPU; pinned, torch rounds it up to a power of two.
 HOST, PINNED = "host memory", "pinned host memory"
+#: As a category: what is allocated is on the CPU and counts nowhere, unless it is computed from what is on the GPU.
+ON_CPU = "on the CPU"
 
 #: References to the storage and to the tensor that autograd's buffer alone holds, as a dispatch mode sees it (torch 2.13, 2.14).
 UNSHARED = (2, 4)
@@ -64,12 +66,10 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         #: (storage id, bytes) for an allocation, (storage id, 0) for its end.
         self.events: list[tuple[int, int]] = []
         self.categories: dict[int, str] = {}
-        #: Phase -> (live bytes, number of events) when most was allocated.
-        self.peaks: dict[str, tuple[int, int]] = {}
-        #: Phase -> number of events when it first began, and after its first matrix product.
+        #: As in `Trace`.
         self.first_events: dict[str, int] = {}
         self.first_products: dict[str, int] = {}
-        self.phase, self.live_bytes, self.host_bytes, self.peak_host_bytes, self.paged_bytes = "load", 0, 0, 0, 0
+        self.phase, self.host_bytes, self.peak_host_bytes, self.paged_bytes = "load", 0, 0, 0
         self._category: str | None = None
         #: By the storage's address: its id, and the reference whose callback sees it end.
         self._ids: dict[int, int] = {}
@@ -79,8 +79,6 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
     def enter(self, phase: str) -> None:
         self.phase = phase
         self.first_events.setdefault(phase, len(self.events))
-        if self.live_bytes > self.peaks.get(phase, (-1, 0))[0]:
-            self.peaks[phase] = self.live_bytes, len(self.events)
 
     @contextmanager
     def attribute_to(self, category: str) -> Iterator[None]:
@@ -109,6 +107,10 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         if getattr(optimizer, "is_paged", False) and self.rounding != 1:
             optimizer.get_state_buffer = buffer
 
+    def is_followed(self, value: Any) -> bool:
+        """Whether this is a tensor whose storage is counted."""
+        return isinstance(value, Tensor) and value.untyped_storage()._cdata in self._watched
+
     def track_bytes(self, num_bytes: int, category: str) -> Callable[[], None]:
         """Count bytes as allocated, also where no tensor has them, such as a kernel's workspace.
 
@@ -118,42 +120,19 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         self._count = number = self._count + 1
         self.events.append((number, num_bytes))
         self.categories[number] = category
-        self.live_bytes += num_bytes
-        self.enter(self.phase)
+        return lambda: self.events.append((number, 0))
 
-        def release() -> None:
-            self.events.append((number, 0))
-            self.live_bytes -= num_bytes
-
-        return release
-
-    def trace_with_second_step(self) -> tuple[tuple[int, int], ...]:
-        """All events, with those of the step twice: the first step leaves a cache that is fragmented.
-
-        What outlives a step is allocated once: cuBLAS' workspaces, which `peaks` has from the first phase on, with the first
-        products of the two passes. On the emulated GPU the second step took up to 5 % more than the first.
-        """
-        begin, end = self.first_events["update"], self.first_events["end"]
-        workspaces = [event for event in self.events if self.categories[event[0]] == report.CUBLAS_WORKSPACE]
-        places = dict(zip((self.first_products.get(phase) for phase in ("forward", "backward")), workspaces, strict=False))
-        first = []
-        for index, event in enumerate(self.events[:end]):
-            if index in places:
-                first.append(places[index])
-            if event not in workspaces:
-                first.append(event)
-        step = self.events[begin:end]
-        temporary = {number for number, num_bytes in step if num_bytes} & {number for number, num_bytes in step if not num_bytes}
-        again = [(number + self._count, num_bytes) for number, num_bytes in step if number in temporary]
-        return *first, *again, *self.events[end:]
-
-    def live_at(self, num_events: int) -> dict[str, int]:
-        """Category -> bytes allocated after so many events, largest first."""
-        live = {number: num_bytes for number, num_bytes in dict(self.events[:num_events]).items() if num_bytes}
-        by_category: Counter[str] = Counter()
-        for number, num_bytes in live.items():
-            by_category[self.categories[number]] += num_bytes
-        return dict(by_category.most_common())
+    def trace(self) -> Trace:
+        """What was recorded up to the end."""
+        return Trace(
+            events=in_order(self.events[: self.first_events["end"]], self.first_events.values()),
+            categories=dict(self.categories),
+            phases=dict(self.first_events),
+            first_products=dict(self.first_products),
+            paged_bytes=self.paged_bytes,
+            host_bytes=self.peak_host_bytes,
+            rounding=self.rounding,
+        )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator and follow the tensors that it returns."""
@@ -173,10 +152,16 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
                 args = (args[0] * args[1], *args[1:])
         if func in (_aten.add.Tensor, _aten.index_put.default) and _is_in_place_on_real_tensors(*args[:2]):
             return args[0]
-        if func is _aten.nonzero.default:
+        if func is _bnb.dequantize_4bit.default:  # as bitsandbytes registers the shapes of both, in a tenth of the time
+            result = args[0].new_empty(args[4], dtype=args[5])
+        elif func is _bnb.dequantize_blockwise.default:
+            result = args[0].new_empty(args[0].shape, dtype=args[4])
+        elif func is _aten.nonzero.default:
             result = args[0].new_empty((self.num_supervised, args[0].dim()), dtype=torch.int64)
         else:
             result = func(*args, **kwargs)
+        if self._category == ON_CPU and not any(map(self.is_followed, args)):
+            return result
         category = report.DEQUANTIZED_WEIGHT if func is _bnb.dequantize_4bit.default else None
         results = result if isinstance(result, tuple | list) else (result,)
         for tensor in reversed(results) if func is _aten.native_dropout.default else results:  # the mask is allocated first
@@ -200,8 +185,7 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
             def release() -> None:
                 self.host_bytes -= num_bytes
         else:
-            rounded = -(-num_bytes // self.rounding) * self.rounding
-            release = self.track_bytes(rounded, category or self._category or self._guess_category(tensor))
+            release = self.track_bytes(num_bytes, category or self._category or self._guess_category(tensor))
             self._ids[key] = self._count
 
         def ended(_: object) -> None:

@@ -215,7 +215,8 @@ class VramChecker:
 
         dtype, capability = kind = self.kind(device)
         if kind not in self._predictors:
-            gc.freeze()  # the collector need not look through the libraries again: a tenth of a simulation's time
+            gc.freeze()  # the collector need not look through the libraries again
+            gc.enable()
             self._predictors[kind] = Predictor(
                 self.context.recipe,
                 dict(self.context.config),

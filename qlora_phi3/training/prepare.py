@@ -184,7 +184,7 @@ def _plan(context: RunContext) -> PlannedRun:
         return PlannedRun(execution=execution, predicted=None)
     shape, compute_dtype = step_shape(context.row_lengths, execution), context.precision.compute_dtype
     model = (recipe, context.config, context.architecture)
-    memory = simulate(*model, execution, shape, compute_dtype=compute_dtype, path="cpu")
+    memory = simulate(*model, execution, shape, compute_dtype=compute_dtype, path="cpu").report()
     return PlannedRun(execution=execution, predicted=replace(memory, trace=()))
 
 

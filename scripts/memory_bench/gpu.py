@@ -12,6 +12,7 @@ import torch
 from memory_bench.cases import Case
 from memory_bench.truth import build_random, go_once
 from torch import nn
+from torch.optim import Optimizer
 
 from qlora_phi3.errors import DeviceError, is_out_of_memory
 from qlora_phi3.hardware.gpu import read_gpu
@@ -218,9 +219,9 @@ def _measure_freely(case: Case, gpu: BenchGpu, idle_bytes: int | None) -> GpuTru
     """
     phases, clock = _Phases(gpu), _Phases(gpu)
     try:
-        model = _load_and_go(case, gpu, phases)
+        model, optimizer = _load_and_go(case, gpu, phases)
         after, expandable, reserved_then = gpu.used_bytes(), gpu.expandable(), gpu.reserved_bytes()
-        go_once(model, case, clock)
+        go_once(model, case, clock, optimizer)
     except (RuntimeError, MemoryError, MicroBatchMemoryError) as error:
         if not _ran_out(error):
             raise
@@ -250,12 +251,11 @@ def _fits(case: Case, gpu: BenchGpu, cap: int) -> bool:
     return True
 
 
-def _load_and_go(case: Case, gpu: BenchGpu, phases: _Phases) -> nn.Module:
+def _load_and_go(case: Case, gpu: BenchGpu, phases: _Phases) -> tuple[nn.Module, Optimizer]:
     torch.manual_seed(0)
     phases.enter("load")
     model = build_random(case, gpu.device)
-    go_once(model, case, phases)
-    return model
+    return model, go_once(model, case, phases)
 
 
 def _ran_out(error: BaseException) -> bool:

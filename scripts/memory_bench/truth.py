@@ -15,6 +15,7 @@ import bitsandbytes as bnb
 import torch
 from memory_bench.cases import Case
 from torch import nn
+from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from qlora_phi3.memory.simulate import StepShape, build_skeleton, run_one_step
@@ -71,14 +72,14 @@ def _quantize_random(layer: bnb.nn.Linear4bit, device: torch.device) -> bnb.nn.P
     ).to(device)
 
 
-def go_once(model: nn.Module, case: Case, tracker: NullTracker) -> None:
-    """The update, one micro-batch, the save and the evaluation, on the model's device."""
-    run_one_step(
+def go_once(model: nn.Module, case: Case, tracker: NullTracker, optimizer: Optimizer | None = None) -> Optimizer:
+    """The update, one micro-batch, the save and the evaluation, on the model's device; with the optimizer of an earlier step."""
+    return run_one_step(
         model,
         _batch(case.lengths, case),
         _batch(case.held_out, case) if case.held_out else None,
         case.recipe.training,
-        case.execution,
+        optimizer or case.execution.optim,
         compute_dtype=getattr(torch, case.compute),
         on_cuda=next(model.parameters()).device.type == "cuda",
         accumulates=case.accumulates,

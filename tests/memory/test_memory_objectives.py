@@ -17,16 +17,20 @@ def test_the_peak_of_another_objective_is_predicted(lora):
     config = mid_size(2, 256, 512, heads=4, vocab_size=4096, bos_token_id=0, eos_token_id=0)
     case = Case(name="log-probabilities", config=config, lengths=(192,), lora=lora)
     dtype = getattr(torch, case.compute)
-    predicted = simulate(
-        case.recipe,
-        dict(case.config),
-        case.architecture,
-        case.execution,
-        step_shape(case),
-        compute_dtype=dtype,
-        path="cpu",
-        objective=weighted_logprobs,
-    ).by_phase
+    predicted = (
+        simulate(
+            case.recipe,
+            dict(case.config),
+            case.architecture,
+            case.execution,
+            step_shape(case),
+            compute_dtype=dtype,
+            path="cpu",
+            objective=weighted_logprobs,
+        )
+        .report()
+        .by_phase
+    )
     rows = [{"input_ids": [0] * length, "labels": [0] * length} for length in case.lengths]
     batch, marks = collate(rows, case.execution.micro_batch), Marks()
     with profile_memory() as watched:
@@ -38,7 +42,7 @@ def test_the_peak_of_another_objective_is_predicted(lora):
             batch,
             batch,
             case.recipe.training,
-            case.execution,
+            case.execution.optim,
             compute_dtype=dtype,
             on_cuda=False,
             accumulates=case.accumulates,

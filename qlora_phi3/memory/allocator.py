@@ -14,6 +14,9 @@ A model of c10/cuda/CUDACachingAllocator.cpp as of torch 2.13 with its default s
 Segments are assumed to follow one another in memory, which decides only between cached blocks of equal size.
 """
 
+import os
+import platform
+import re
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,6 +33,8 @@ LARGE_ROUNDING_BYTES = 2 * MIB
 UNSPLIT_BYTES = MIB
 #: In a trace, frees every cached segment, as `torch.cuda.empty_cache()` does.
 EMPTY_CACHE = (-1, 0)
+#: Environment variables with torch's settings of the allocator; the first that is set counts (c10/core/AllocatorConfig.h).
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 #: torch reserves addresses for 9/8 of the GPU's memory; here there are always enough.
 ADDRESS_SPACE_BYTES = LARGE_PAGE_BYTES * 2**20
 ADDRESS_BITS = 50
@@ -99,6 +104,13 @@ def replay(
         cache_flushes=allocator.flushes,
         out_of_memory_event=refused,
     )
+
+
+def uses_expandable_segments() -> bool:
+    """Whether a run on this computer has expandable segments: where they work, unless the user has set something else."""
+    setting = next((os.environ[name] for name in ALLOCATOR_SETTINGS if name in os.environ), "expandable_segments:True")
+    wanted = re.search(r"expandable_segments:\s*true", setting, re.IGNORECASE) is not None
+    return wanted and expandable_segments_work(platform.system(), platform.release())
 
 
 def expandable_segments_work(system: str, release: str) -> bool:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from qlora_phi3.errors import RunError
 from qlora_phi3.files import STALE_SECONDS, atomic_write, read_json_object, remove, remove_leftovers, user_cache_dir  # fmt: skip
 from qlora_phi3.hardware.gpu import Gpu
+from qlora_phi3.memory.allocator import uses_expandable_segments
 from qlora_phi3.memory.margin import budget_of, read_margin
 from qlora_phi3.memory.report import VramReport, as_json, from_json, read_versions
 from qlora_phi3.memory.tables import MaxLengthRow, build_gpu_table, find_max_lengths
@@ -140,7 +141,7 @@ def cache_key(parts: Mapping[str, Any]) -> str:
     code = hashlib.sha256()
     for path in sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".json", ".jinja")):
         code.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
-    system = [platform.system(), platform.release()]
+    system = [platform.system(), platform.release(), uses_expandable_segments()]
     complete = {**parts, "versions": read_versions(), "code": code.hexdigest(), "system": system}
     return hashlib.sha256(json.dumps(complete, sort_keys=True).encode()).hexdigest()[:40]
 

@@ -1,6 +1,5 @@
 """Predicts the memory of a recipe under an execution plan: simulates the step, then replays it in a model of the allocator."""
 
-import platform
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -10,7 +9,7 @@ import torch
 
 from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.family import Architecture
-from qlora_phi3.memory.allocator import Footprint, expandable_segments_work, replay
+from qlora_phi3.memory.allocator import Footprint, replay, uses_expandable_segments
 from qlora_phi3.memory.cuda_path import context_bytes
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.simulate import StepShape, simulate
@@ -189,5 +188,4 @@ def least_reserved_bytes(memory: MemoryReport) -> int:
 
 
 def _replay(memory: MemoryReport, limit_bytes: int | None = None) -> Footprint:
-    expandable = expandable_segments_work(platform.system(), platform.release())
-    return replay(memory.trace, expandable_segments=expandable, limit_bytes=limit_bytes)
+    return replay(memory.trace, expandable_segments=uses_expandable_segments(), limit_bytes=limit_bytes)

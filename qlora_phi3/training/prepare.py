@@ -4,7 +4,6 @@ Everything that can fail cheaply is in `prepare`, before any weight is read.
 """
 
 import os
-import platform
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from qlora_phi3.errors import DeviceError, RecipeError
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan
 from qlora_phi3.family import Architecture, parse_architecture, read_config
 from qlora_phi3.hardware.gpu import Gpu, read_gpu
-from qlora_phi3.memory.allocator import expandable_segments_work
+from qlora_phi3.memory.allocator import ALLOCATOR_SETTINGS, uses_expandable_segments
 from qlora_phi3.memory.cost import GpuLimits
 from qlora_phi3.memory.margin import budget_of, read_margin
 from qlora_phi3.memory.plan import RowLengths, read_lengths, step_shape
@@ -152,8 +151,7 @@ def prepare_cuda() -> None:
     A setting of the user in PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF has priority. cuDNN's attention, which torch prefers on
     compute capability 9 and 10, is off: its workspace is not documented.
     """
-    is_set = any(name in os.environ for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
-    if not is_set and expandable_segments_work(platform.system(), platform.release()):
+    if uses_expandable_segments() and not any(name in os.environ for name in ALLOCATOR_SETTINGS):
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     torch.backends.cuda.enable_cudnn_sdp(False)
 

@@ -79,7 +79,7 @@ class CardWorkshop(Workshop):
             card.stand_in_for_values()
             if wsl:
                 platform.release = lambda: "5.15.167.4-microsoft-standard-WSL2"
-            _call_before_steps(before_step or {})
+            call_before_steps(before_step or {})
             with tempfile.TemporaryFile("w+") as native:
                 os.dup2(native.fileno(), 2)
                 result = call(*words)
@@ -99,7 +99,8 @@ class CardWorkshop(Workshop):
         return read_json(self.runs()[-1] / "report.json")
 
 
-def _call_before_steps(actions: Mapping[int, Callable[[], None]]) -> None:
+def call_before_steps(actions: Mapping[int, Callable[[], None]]) -> None:
+    """In the process that trains: what happens before the training steps of these numbers."""
     left, usual = dict(actions), Phi3Trainer.training_step
 
     def training_step(trainer: Phi3Trainer, *arguments: Any, **more: Any) -> Any:

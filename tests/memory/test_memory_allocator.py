@@ -1,10 +1,11 @@
 """The model of PyTorch's caching allocator, rule by rule, on sequences worked out by hand."""
 
+import platform
 import random
 
 import pytest
 
-from qlora_phi3.memory.allocator import EMPTY_CACHE, expandable_segments_work, replay
+from qlora_phi3.memory.allocator import EMPTY_CACHE, expandable_segments_work, replay, uses_expandable_segments
 from qlora_phi3.units import MIB
 
 
@@ -240,3 +241,23 @@ def test_what_fits_under_a_limit_stays_under_it_and_allocates_the_same(seed, exp
 )
 def test_expandable_segments_are_for_linux_outside_of_wsl(system, release, works):
     assert expandable_segments_work(system, release) is works
+
+
+@pytest.mark.parametrize(
+    ("variables", "uses"),
+    [
+        ({}, True),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, False),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64, expandable_segments: True"}, True),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, False),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, True),
+    ],
+)
+def test_a_setting_of_the_user_decides_about_expandable_segments(monkeypatch, variables, uses):
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "release", lambda: "6.8.0-generic")
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert uses_expandable_segments() is uses

@@ -209,9 +209,7 @@ class _Search:
         }
 
     def _phases(self, execution: ExecutionPlan) -> Mapping[str, int]:
-        """Estimated without evaluation, which is never the peak; `verify_full_model` includes it."""
-        shape = replace(step_shape(self.rows, execution), evaluation_lengths=())
-        return self.predictor.estimate(execution, shape)
+        return self.predictor.estimate(execution, step_shape(self.rows, execution))
 
     def _time_step(self, execution: ExecutionPlan) -> tuple[StepWorkload, float]:
         """A typical step, and its seconds by the cost model."""

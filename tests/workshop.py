@@ -1,12 +1,14 @@
 """A folder with a tiny base, chats and a recipe, and `qlora-phi3` called in it as a person would."""
 
 import json
+import os
 import random
 import shutil
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from click.testing import CliRunner, Result
 from tiny import build_tokenizer, hub_template
@@ -87,8 +89,12 @@ class Workshop:
 
 
 def call(*words: str) -> Result:
-    """`qlora-phi3 …` in this process; whatever is no user's error fails the test with its traceback."""
-    result = CliRunner().invoke(main, list(words))
+    """`qlora-phi3 …` in this process; whatever is no user's error fails the test with its traceback.
+
+    What it sets in `os.environ`, as a run does with CUDA_VISIBLE_DEVICES, is gone after it, as it is after a command.
+    """
+    with mock.patch.dict(os.environ):
+        result = CliRunner().invoke(main, list(words))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         result.stderr_bytes += "".join(traceback.format_exception(result.exception)).encode()
     return result

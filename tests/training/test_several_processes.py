@@ -242,3 +242,13 @@ def test_the_processes_of_torchrun_connect_and_end_with_one_line(shop):
     ended = subprocess.run(words, cwd=shop.path, capture_output=True, text=True, check=False, timeout=120)
     assert ended.stderr.count("Error: none.toml: there is no such recipe") == 1
     assert "exitcode  : 2" in ended.stderr
+
+
+def test_accelerate_starts_as_many_processes_as_the_documentation_says(shop):
+    shop.write(training={"batch_size": 8, "max_length": 48, "max_steps": 1, "eval_strategy": "no"})
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes=2"]
+    words = [*launcher, "--main_process_port=0", "-m", "qlora_phi3", "run", "mine.toml"]
+    ended = subprocess.run(words, cwd=shop.path, capture_output=True, text=True, check=False, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert "8 rows a step, shared by 2 processes" in ended.stdout
+    assert len(shop.runs()) == 1

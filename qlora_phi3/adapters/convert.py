@@ -140,10 +140,8 @@ def peft_to_loralib(
     """Write a PEFT adapter as a loralib state dict, for `model.load_state_dict(torch.load(target), strict=False)`.
 
     The arguments are those of `loralib_to_peft`, but `source` is a PEFT directory or a run's, and of `spec` `enable` makes
-    MergedLinears and `alpha` multiplies another one in.
-
-    Raises:
-        ExportError: the adapter or the target cannot be used, or loralib cannot hold something, which is named.
+    MergedLinears and `alpha` multiplies another one in. Raises ExportError where the adapter or the target cannot be used, or
+    loralib cannot hold something, which is named.
     """
     folder = peft_io.find_adapter(source)
     check_target(folder, target, force=force, is_folder=False)

@@ -112,13 +112,9 @@ def _other_setting(where: str, key: str, trained: Any, wanted: Any) -> ExportErr
 
 
 def start_from(model: PeftModel, place: Path) -> str:
-    """Replace the values of a new adapter by those of a trained one, in a PEFT directory or a run's.
-
-    Returns:
-        The name of the base that the adapter was trained on; empty where its config does not name one.
-
-    Raises:
-        ExportError: it cannot be read, or its tensors, shapes or scalings differ from the new one's.
+    """Replace the values of a new adapter by those of a trained one, in a PEFT directory or a run's. Returns the name of the base
+    that it was trained on; empty where its config does not name one. ExportError where it cannot be read, or its tensors, shapes
+    or scalings differ from the new one's.
     """
     folder = peft_io.find_adapter(place)
     tensors, config = peft_io.read_weights(folder), peft_io.read_config(folder)

@@ -107,8 +107,7 @@ def choose_template(tokenizer: Any, name: str = "auto") -> ChatTemplate:
 
     Args:
         tokenizer: a fast tokenizer of transformers; it is not changed.
-        name: `auto` for the one that renders as the tokenizer's own does; a name of `FAMILY`; or the path of a .jinja
-            file.
+        name: `auto` for the one that renders as the tokenizer's own does; a name of `FAMILY`; or the path of a .jinja file.
 
     Raises:
         DataError: none renders the same text; no such name or file; no marks in it; it writes special tokens that the
@@ -338,10 +337,7 @@ def fit_turns(chat: Chat, template: ChatTemplate) -> tuple[list[Message], list[s
       the next user turn's text with a blank line between. Where no user turn follows at once, it becomes a user turn.
     - A tool's result becomes a user turn (Phi-4-mini has a turn for it); a function call is the assistant's.
     - Tool definitions stand in the system turn: in Phi-4-mini's own place for them, else as text after a blank line.
-    - An assistant's thinking stands before its answer, and its tool calls after it.
-
-    Raises:
-        SkipRow: an assistant thinks, and the model has no place for that.
+    - An assistant's thinking stands before its answer, and its tool calls after it. SkipRow where the model has no place for it.
     """
     notes: list[str] = []
     turns = list(chat.turns)

@@ -75,10 +75,8 @@ def tokenize_source(source: Source, config: TokenizeConfig, max_rows: int | None
     Returns:
         A `datasets.Dataset`, memory-mapped, with the columns `input_ids` and `labels` (lists of int32, as long as each
         other), `length` (int32, tokens), `supervised` (int32, labels that are not -100), `source_row` (int64, the
-        number of the row in its source) and `digest` (uint64, a hash of its ids); and the report.
-
-    Raises:
-        DataError: a row of another format than the first, an unknown role, unreadable content, or a full disk.
+        number of the row in its source) and `digest` (uint64, a hash of its ids); and the report. DataError for a row of another
+        format than the first, an unknown role, unreadable content, or a full disk.
     """
     from filelock import FileLock
 
@@ -377,9 +375,8 @@ def _label(ids: Sequence[int], encoding: Any, spans: Sequence[Span] | None) -> t
 def _find_tokens(encoding: Any, span: Span) -> tuple[int, int]:
     """The tokens [first, last) that lie in a span of characters.
 
-    A special token with `rstrip` covers the white space after it, so the token at the first character may be the
-    header before the span: a token counts only when it starts inside. A character of several byte tokens belongs to
-    all of them.
+    A special token with `rstrip` covers the white space after it, so the token at the first character may be the header before
+    the span: a token counts only when it starts inside. A character of several byte tokens belongs to all of them.
     """
     start, end = span
     inside = (encoding.char_to_token(position) for position in range(start, end))

@@ -96,10 +96,8 @@ def _load_error(checkpoint: Path) -> str | None:
 
 
 def find_checkpoint(folder: Path, *, needs_best: bool = False) -> tuple[Path | None, dict[Path, str]]:
-    """The newest complete checkpoint, or None; and why the newer ones cannot be used, the newest first.
-
-    Args:
-        needs_best: the run ends with its best checkpoint, so one whose best checkpoint until then is damaged is of no use.
+    """The newest complete checkpoint, or None; and why the newer ones cannot be used, the newest first. `needs_best`: the run ends
+    with its best checkpoint, so one whose best checkpoint until then is damaged is of no use.
     """
     numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     refused: dict[Path, str] = {}
@@ -166,15 +164,13 @@ def save_adapter(
     sample: Sequence[Any],
     template: str | None = None,
 ) -> None:
-    """Write adapter and tokenizer files; an earlier adapter stands until the new one is complete.
+    """Write adapter and tokenizer files; an earlier adapter stands until the new one is complete. RunError where the disk is full,
+    or the copied tokenizer gives other ids.
 
     Args:
         base: the recipe's [model]; its tokenizer files are copied from the commit that base.json records.
         sample: rows that were trained on; their text must give the same ids through the copied tokenizer.
         template: the chat template that was trained with, without marks; None for the base's own.
-
-    Raises:
-        RunError: the disk is full, or the copied tokenizer gives other ids.
     """
     is_local = Path(base.name).is_dir()
     source = base_directory(base, None if is_local else files.read_json_object(folder.base, RunError, START_NEW).get("revision"))
@@ -228,7 +224,7 @@ def record_base(
     inputs: Mapping[str, str] | None = None,
     started: str = "",
 ) -> None:
-    """Write base.json; where the run has one already, compare the loaded base with it.
+    """Write base.json; where the run has one already, compare the loaded base with it: RunError where it, or an input, is another.
 
     Args:
         name: the recipe's.
@@ -236,9 +232,6 @@ def record_base(
         device: its description; the same one quantizes to the same bits.
         inputs: `input_checksums`.
         started: when the run started, which tells its checkpoints from those of another run.
-
-    Raises:
-        RunError: the base, or one of the inputs, is another.
     """
     base = model.get_base_model()
     four_bit = {"quant_type": quantization.bnb_4bit_quant_type, "double_quant": quantization.bnb_4bit_use_double_quant}

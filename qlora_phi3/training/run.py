@@ -134,13 +134,11 @@ def _run_in(
 
 
 #: Keys of [training] that a resumed run may have other values of: they change neither the rows of a step nor what is learned.
-FREE_KEYS = frozenset(
-    (
+FREE_KEYS = frozenset((
         "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "packing",
         "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading", "num_train_epochs", "max_steps",
         "logging_strategy", "logging_steps", "log_level", "disable_tqdm", "report_to", "output_dir", "save_total_limit",
-    )
-)  # fmt: skip
+))  # fmt: skip
 #: Those of them that ask for another number of steps; a run that is done continues where one differs.
 STEP_KEYS = frozenset(("num_train_epochs", "max_steps"))
 #: Free as well, unless an evaluation decides the learning rate or which checkpoint is the best.
@@ -152,9 +150,7 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
 
     Keys of [memory] and FREE_KEYS may differ: they change nothing that is learned. So may keys that one of two versions of this
     program does not know: a key that the run's report lacks counts as its default, and one that this version lacks is ignored.
-
-    Raises:
-        RunError: with the keys that differ; or the run is done, all its files are intact, and no more steps are asked for.
+    RunError names the keys that differ; or the run is done, all its files are intact, and no more steps are asked for.
     """
     report = folder.read_report()
     now = recipe.model_dump(mode="json", exclude={"memory"})
@@ -249,10 +245,8 @@ def _begin(trainer: Phi3Trainer, context: RunContext, planned: PlannedRun, check
 
 
 def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpoint: Path | None) -> None:
-    """Train to the last step, and evaluate the adapter that is saved.
-
-    Raises:
-        Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint is saved.
+    """Train to the last step, and evaluate the adapter that is saved. Ctrl-C, SIGTERM and SIGHUP raise Interrupted; a checkpoint is
+    saved.
     """
     with suppress(EvaluationStopped), _optimizer_memory_errors(context.device, lambda: trainer.state.global_step):
         if checkpoint is None or not trainer.load_finished(checkpoint):
@@ -294,11 +288,7 @@ def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> MemoryReport
     The order of the data does not change, since the rows are selected by length. Where memory runs out, `oom.py` lowers the
     execution plan, and the run starts with the lowered one.
 
-    Returns:
-        The peak of the memory; `gpu` is as it was before the run.
-
-    Raises:
-        RunError: a single row does not fit.
+    Returns the peak of the memory; `gpu` is as it was before the run. Raises RunError where a single row does not fit.
     """
     device = trainer.args.device
     with _undone(trainer):

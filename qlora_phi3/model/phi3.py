@@ -168,8 +168,8 @@ def load_base(
     device: torch.device,
     longest_row: int,
 ) -> PackedPhi3ForCausalLM:
-    """Load the frozen base, in 4-bit if the recipe says so. ModelError where weights are missing, truncated, of another shape than
-    the config's, or stored only as a pickle.
+    """Load the frozen base, in 4-bit if the recipe says so. ModelError where weights are missing, truncated, of another shape
+    than the config's, or stored only as a pickle.
 
     `longest_row`: tokens of the longest row that the model will process. The sliding window is removed if no row reaches it: the
     model is the same, and needs no explicit attention mask.

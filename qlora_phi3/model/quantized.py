@@ -308,8 +308,8 @@ def _one_thread_each(device: torch.device) -> Iterator[Callable[..., Iterable[No
 
 
 def dequantize(quantized: Quantized) -> Iterator[Tensor]:
-    """Dequantize a 4-bit tensor in row chunks (rows, columns) as `Weights.iter_row_chunks` promises them, in the state's dtype, on
-    the quantized tensor's device.
+    """Dequantize a 4-bit tensor in row chunks (rows, columns) as `Weights.iter_row_chunks` promises them, in the state's dtype,
+    on the quantized tensor's device.
     """
     state = quantized.state
     absmax = state.absmax.float()

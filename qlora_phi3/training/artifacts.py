@@ -96,8 +96,8 @@ def _load_error(checkpoint: Path) -> str | None:
 
 
 def find_checkpoint(folder: Path, *, needs_best: bool = False) -> tuple[Path | None, dict[Path, str]]:
-    """The newest complete checkpoint, or None; and why the newer ones cannot be used, the newest first. `needs_best`: the run ends
-    with its best checkpoint, so one whose best checkpoint until then is damaged is of no use.
+    """The newest complete checkpoint, or None; and why the newer ones cannot be used, the newest first. `needs_best`: the run
+    ends with its best checkpoint, so one whose best checkpoint until then is damaged is of no use.
     """
     numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     refused: dict[Path, str] = {}
@@ -164,8 +164,8 @@ def save_adapter(
     sample: Sequence[Any],
     template: str | None = None,
 ) -> None:
-    """Write adapter and tokenizer files; an earlier adapter stands until the new one is complete. RunError where the disk is full,
-    or the copied tokenizer gives other ids.
+    """Write adapter and tokenizer files; an earlier adapter stands until the new one is complete. RunError where the disk is
+    full, or the copied tokenizer gives other ids.
 
     Args:
         base: the recipe's [model]; its tokenizer files are copied from the commit that base.json records.
@@ -224,7 +224,8 @@ def record_base(
     inputs: Mapping[str, str] | None = None,
     started: str = "",
 ) -> None:
-    """Write base.json; where the run has one already, compare the loaded base with it: RunError where it, or an input, is another.
+    """Write base.json; where the run has one already, compare the loaded base with it. RunError where the base or
+    an input is another.
 
     Args:
         name: the recipe's.

@@ -245,8 +245,8 @@ def _begin(trainer: Phi3Trainer, context: RunContext, planned: PlannedRun, check
 
 
 def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpoint: Path | None) -> None:
-    """Train to the last step, and evaluate the adapter that is saved. Ctrl-C, SIGTERM and SIGHUP raise Interrupted; a checkpoint is
-    saved.
+    """Train to the last step, and evaluate the adapter that is saved. Ctrl-C, SIGTERM and SIGHUP raise Interrupted; a checkpoint
+    is saved.
     """
     with suppress(EvaluationStopped), _optimizer_memory_errors(context.device, lambda: trainer.state.global_step):
         if checkpoint is None or not trainer.load_finished(checkpoint):

@@ -264,8 +264,8 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         return True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As transformers does; then set the learning rate of this step, which another number of steps changes. RunError where the
-        checkpoint is of an optimizer with another state, as auto chooses on a GPU and on a CPU.
+        """As transformers does; then set the learning rate of this step, which another number of steps changes. RunError where
+        the checkpoint is of an optimizer with another state, as auto chooses on a GPU and on a CPU.
         """
         super()._load_optimizer_and_scheduler(checkpoint)
         is_8bit = isinstance(getattr(self.optimizer, "optimizer", self.optimizer), Optimizer8bit)  # accelerate wraps it
@@ -387,8 +387,8 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
     def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean loss over the supervised tokens of all held-out rows, with equal weight for each token.
 
-        Where it is not finite, the adapter goes back to its last good state, which is evaluated instead; DivergedError where there
-        is none. EvaluationStopped where a signal requested it.
+        Where it is not finite, the adapter goes back to its last good state, which is evaluated instead; DivergedError where
+        there is none. EvaluationStopped where a signal requested it.
         """
         started = time.perf_counter()
         step = self.state.global_step

@@ -30,20 +30,18 @@ TEMPLATE_DIR = Path(__file__).parent.parent / "templates"
 FAMILY = ("phi3", "phi35", "phi3-medium", "phi4", "phi4-mini", "phi4-first", "phi4-reasoning", "phi4-mini-reasoning")
 
 #: SHA-256, the first 16 digits, of the templates that Microsoft published. Tests compare each with its marked twin.
-PUBLISHED = frozenset(
-    {
-        "605841622bcb6572",  # Phi-3-medium-4k-instruct
-        "268b6082ceb7176d",  # Phi-3-mini-4k-instruct.april-2024
-        "dcaee66df77bfbb7",  # Phi-3-mini-4k-instruct
-        "78d976a442bcde2f",  # Phi-3.5-mini-instruct
-        "febf589225c9728a",  # Phi-4-mini-instruct
-        "46bcd040271c497e",  # Phi-4-mini-instruct.without-eos
-        "cbb504cb43fec3f8",  # Phi-4-mini-reasoning
-        "8d77d9bb286ab8b1",  # Phi-4-reasoning
-        "a41fb8727c4f1e72",  # phi-4.december-2024
-        "fe4120415a3858b8",  # phi-4
-    }
-)
+PUBLISHED = frozenset({
+    "605841622bcb6572",  # Phi-3-medium-4k-instruct
+    "268b6082ceb7176d",  # Phi-3-mini-4k-instruct.april-2024
+    "dcaee66df77bfbb7",  # Phi-3-mini-4k-instruct
+    "78d976a442bcde2f",  # Phi-3.5-mini-instruct
+    "febf589225c9728a",  # Phi-4-mini-instruct
+    "46bcd040271c497e",  # Phi-4-mini-instruct.without-eos
+    "cbb504cb43fec3f8",  # Phi-4-mini-reasoning
+    "8d77d9bb286ab8b1",  # Phi-4-reasoning
+    "a41fb8727c4f1e72",  # phi-4.december-2024
+    "fe4120415a3858b8",  # phi-4
+})  # fmt: skip
 
 SET_TEMPLATE_HINT = f"Set [data] chat_template to one of {', '.join(FAMILY)}, or to a .jinja file with {{% generation %}} marks."
 MARK_HINT = "Put {% generation %} and {% endgeneration %} around the assistant's words and its end token."

@@ -143,16 +143,8 @@ def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: in
     import pyarrow as pa
 
     tokens, count = pa.list_(pa.int32()), pa.int32()
-    schema = pa.schema(
-        {
-            "input_ids": tokens,
-            "labels": tokens,
-            "length": count,
-            "supervised": count,
-            "source_row": pa.int64(),
-            "digest": pa.uint64(),
-        }
-    )
+    columns = {"input_ids": tokens, "labels": tokens, "length": count, "supervised": count}
+    schema = pa.schema({**columns, "source_row": pa.int64(), "digest": pa.uint64()})
     report, names, activity = SourceReport(source.name), set[str](), f"Reading {Path(source.name).name}"
     examples = read_examples(source, config.data, report, names)
     special = SpecialTokens(config.tokenizer, written=config.template.rendered)
@@ -324,13 +316,11 @@ def _check_special_tokens(chat: Chat, text: str, template: ChatTemplate, special
 
 
 def _break_words(chat: Chat, special: SpecialTokens) -> Chat:
+    broken = special.break_in
     turns = [
-        replace(
-            turn, text=special.break_in(turn.text), thinking=special.break_in(turn.thinking), calls=special.break_in(turn.calls)
-        )
-        for turn in chat.turns
+        replace(turn, text=broken(turn.text), thinking=broken(turn.thinking), calls=broken(turn.calls)) for turn in chat.turns
     ]
-    return replace(chat, turns=tuple(turns), tools=special.break_in(chat.tools))
+    return replace(chat, turns=tuple(turns), tools=broken(chat.tools))
 
 
 def tokenize_chats(texts: Sequence[str], spans: Sequence[Sequence[Span] | None], tokenizer: Any) -> list[tuple[Ids, Ids]]:

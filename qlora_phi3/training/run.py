@@ -76,7 +76,10 @@ def run(recipe: Recipe, name: str, recipe_dir: Path, *, reporter: Reporter, resu
         )
         planned = plan_run(context)
         if resume is not None:
-            _warn_of_another_device(resume.read_report(), report, reporter)
+            was = resume.read_report()
+            for key in [key for key in ("device", "compute_dtype") if was.get(key, report[key]) != report[key]]:
+                change = f"The run began with {was[key]} and goes on with {report[key]}"
+                reporter.warning(f"{change}: the result is not equal bit for bit.")
             checkpoint = processes.from_first(lambda: _checkpoint_to_resume(resume, recipe, reporter))
             return _run_in(resume, checkpoint, context, planned, report, started)
         folder = processes.from_first(lambda: runfolder.create_run_folder(Path(recipe.training.output_dir), name))
@@ -179,12 +182,6 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
     updated = [f"{key} {old[key]} -> {new[key]}" for key in new if old.get(key, new[key]) != new[key]]
     if updated:
         reporter.warning(f"Versions changed since the run began: {', '.join(updated)}.")
-
-
-def _warn_of_another_device(was: Mapping[str, Any], now: Mapping[str, Any], reporter: Reporter) -> None:
-    keys = [key for key in ("device", "compute_dtype") if was.get(key, now[key]) != now[key]]
-    for key in keys:
-        reporter.warning(f"The run began with {was[key]} and goes on with {now[key]}: the result is not equal bit for bit.")
 
 
 def _checkpoint_to_resume(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> Path | None:

@@ -78,8 +78,8 @@ def run(recipe: Recipe, name: str, recipe_dir: Path, *, reporter: Reporter, resu
         if resume is not None:
             was = resume.read_report()
             for key in [key for key in ("device", "compute_dtype") if was.get(key, report[key]) != report[key]]:
-                change = f"The run began with {was[key]} and goes on with {report[key]}"
-                reporter.warning(f"{change}: the result is not equal bit for bit.")
+                line = f"The run began with {was[key]} and goes on with {report[key]}: the result is not equal bit for bit."
+                reporter.warning(line)
             checkpoint = processes.from_first(lambda: _checkpoint_to_resume(resume, recipe, reporter))
             return _run_in(resume, checkpoint, context, planned, report, started)
         folder = processes.from_first(lambda: runfolder.create_run_folder(Path(recipe.training.output_dir), name))
@@ -153,7 +153,7 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
 
     Keys of [memory] and FREE_KEYS may differ: they change nothing that is learned. So may keys that one of two versions of this
     program does not know: a key that the run's report lacks counts as its default, and one that this version lacks is ignored.
-    RunError names the keys that differ; or the run is done, all its files are intact, and no more steps are asked for.
+    RunError names the keys that differ, or says that the run is done, all its files are intact, and no more steps are asked for.
     """
     report = folder.read_report()
     now = recipe.model_dump(mode="json", exclude={"memory"})

@@ -20,19 +20,13 @@ from qlora_phi3.files import is_dir, read_json_object
 SUPPORTED = "Supported is every model_type 'phi3': Phi-3-mini and -medium, Phi-3.5-mini, Phi-4, Phi-4-mini, and their variants."
 #: Microsoft's models with a similar name and another architecture, in lower case, and their model_type on the hub.
 OTHERS = {
-    "microsoft/phi-1": "phi",
-    "microsoft/phi-1_5": "phi",
-    "microsoft/phi-2": "phi",
-    "microsoft/phi-3-small-8k-instruct": "phi3small",
-    "microsoft/phi-3-small-128k-instruct": "phi3small",
-    "microsoft/phi-3-vision-128k-instruct": "phi3_v",
-    "microsoft/phi-3.5-vision-instruct": "phi3_v",
-    "microsoft/phi-3.5-moe-instruct": "phimoe",
-    "microsoft/phi-mini-moe-instruct": "phimoe",
-    "microsoft/phi-tiny-moe-instruct": "phimoe",
-    "microsoft/phi-4-multimodal-instruct": "phi4mm",
+    "microsoft/phi-1": "phi", "microsoft/phi-1_5": "phi", "microsoft/phi-2": "phi",
+    "microsoft/phi-3-small-8k-instruct": "phi3small", "microsoft/phi-3-small-128k-instruct": "phi3small",
+    "microsoft/phi-3-vision-128k-instruct": "phi3_v", "microsoft/phi-3.5-vision-instruct": "phi3_v",
+    "microsoft/phi-3.5-moe-instruct": "phimoe", "microsoft/phi-mini-moe-instruct": "phimoe",
+    "microsoft/phi-tiny-moe-instruct": "phimoe", "microsoft/phi-4-multimodal-instruct": "phi4mm",
     "microsoft/phi-4-mini-flash-reasoning": "phi4flash",
-}
+}  # fmt: skip
 #: Keys of config.json that must be positive integers, and their largest value: far above any model, far below what would take
 #: hours to plan.
 SIZES = {
@@ -133,11 +127,7 @@ def known_config(name: str) -> dict[str, Any] | None:
 def nearest_known(name: str) -> str | None:
     """The hub id of a shipped config that a misspelt or incomplete name most likely means."""
     known, short = list(_read_shipped()["models"]), name.rpartition("/")[2].lower()
-    completions = [
-        model
-        for model in known
-        if model.rpartition("/")[2].lower().startswith(f"{short}-") or model.lower().endswith(f"/{short}")
-    ]
+    completions = [model for model in known if f"/{short}-" in f"{model.lower()}-"]
     similar = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     return min(completions, key=len, default=None) or next(iter(similar), None)
 
@@ -409,9 +399,8 @@ def linear_shapes(architecture: Architecture) -> dict[str, tuple[int, int]]:
 
 def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of the model by its name in a checkpoint; a tied head has none of its own."""
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{name}.weight": shape for name, shape in layer_shapes(architecture, fused=True).items()
-    }
+    layers = layer_shapes(architecture, fused=True)
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in layers.items()}
     shapes["model.embed_tokens.weight"] = shapes["lm_head.weight"]  # rows are tokens in both; LoRA counts them as columns
     norms = ("input_layernorm", "post_attention_layernorm")
     names = [f"layers.{number}.{norm}" for number in range(architecture.num_hidden_layers) for norm in norms]

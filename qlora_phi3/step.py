@@ -110,14 +110,12 @@ def forward_backward(
     model: nn.Module, batch: Batch, *, objective: Objective = sft, compute_dtype: torch.dtype, backward: Callable[[Tensor], None]
 ) -> StepResult:
     """Add the gradients of a complete optimizer batch to the model's parameters, micro-batch by micro-batch.
+    MicroBatchMemoryError where memory ran out; the caller must discard the gradients.
 
     Args:
         model: may be wrapped.
         compute_dtype: the dtype of the matmuls, through autocast unless it is fp32.
         backward: runs the backward pass of a loss: `Tensor.backward`, or the Trainer's, which scales the loss for fp16.
-
-    Raises:
-        MicroBatchMemoryError: memory ran out; the caller must discard the gradients.
     """
     outputs = []
     for index, micro_batch in enumerate(batch.micro_batches):
@@ -132,9 +130,7 @@ def evaluate(
     model: nn.Module, batches: Iterable[Batch], *, objective: Objective = sft, compute_dtype: torch.dtype
 ) -> Iterator[tuple[Batch, StepResult]]:
     """Evaluate batches without gradients, one at a time; every loss is normalized by its own batch's supervised tokens.
-
-    Raises:
-        MicroBatchMemoryError: memory ran out.
+    MicroBatchMemoryError where memory ran out.
     """
     with evaluating(model), torch.no_grad():
         for batch in batches:

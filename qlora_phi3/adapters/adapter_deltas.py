@@ -62,11 +62,9 @@ class AdapterDeltas:
 
 
 def read_deltas(folder: Path, config: Mapping[str, Any]) -> AdapterDeltas:
-    """Resolve a PEFT LoRA for the base of this config.json; its tensors are checked, and read later.
-
-    Raises:
-        ExportError: a file is missing or incomplete, a tensor has another shape than the base's or holds NaN or infinity, or
-            the adapter has something that a merge would lose: LoRA on embedding or head, biases, unknown tensors or settings.
+    """Resolve a PEFT LoRA for the base of this config.json; its tensors are checked, and read later. ExportError where a file is
+    missing or incomplete, a tensor has another shape than the base's or holds NaN or infinity, or the adapter has something that
+    a merge would lose: LoRA on embedding or head, biases, unknown tensors or settings.
     """
     settings = load_lora_config(folder)
     path = folder / ADAPTER_WEIGHTS

@@ -51,13 +51,9 @@ class BaseFile:
 
 
 def portable_files(folder: Path, *, template: str | None = None) -> dict[str, BaseFile]:
-    """The `TOKENIZER_FILES` of a base, readable by transformers 4 and 5, vLLM and llama.cpp's converter alike.
-
-    Args:
-        template: the chat template that was trained with; None for the base's own.
-
-    Raises:
-        ExportError: a JSON file cannot be read, or config.json is not that of a model.
+    """The `TOKENIZER_FILES` of a base, readable by transformers 4 and 5, vLLM and llama.cpp's converter alike. `template` is the
+    chat template that was trained with; None for the base's own. ExportError where a JSON file cannot be read, or config.json is
+    not that of a model.
     """
     files = {name: BaseFile((folder / name).read_bytes()) for name in TOKENIZER_FILES if (folder / name).is_file()}
     names = [name for name in (CONFIG, TOKENIZER_CONFIG, SPECIAL_TOKENS) if name in files]
@@ -110,7 +106,8 @@ def describe_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tup
 
 
 def portable_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """A config.json of a phi3 model with every setting under each of its names; another model's is not changed.
+    """A config.json of a phi3 model with every setting under each of its names; another model's is not changed. ExportError where
+    transformers refuses a value; `path` is for the message.
 
     - transformers 5.23 (`Phi3Config.convert_rope_params_to_dict`) has `rope_parameters`, but `rope_scaling` and `rope_theta` win.
     - transformers 4.57 (`configuration_phi3.py`) reads `rope_theta`, `partial_rotary_factor`, and `rope_scaling` with exactly
@@ -118,9 +115,6 @@ def portable_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     - vLLM 0.33 (`transformers_utils/config.py`, `patch_rope_parameters`) takes both through transformers; before, as 4.57.
     - llama.cpp's converter (`Phi3MiniModel`) reads `rope_theta` and `rope_scaling`, since 2026 `rope_parameters` first, and
       without a default `original_max_position_embeddings`, `num_key_value_heads` and `rms_norm_eps`.
-
-    Raises:
-        ExportError: transformers refuses a value; `path` is for the message.
     """
     if config.get("model_type") != "phi3":
         return dict(config)

@@ -13,21 +13,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+from qlora_phi3.adapters import peft_io
 from qlora_phi3.adapters.delta import Adapter, Progress, relative_difference
 from qlora_phi3.adapters.fused import check_layers, fuse, split
 from qlora_phi3.adapters.loralib import Spec, build_loralib_layers, build_state_dict, read_loralib
-from qlora_phi3.adapters.peft_io import (
-    ADAPTER_CONFIG,
-    build_peft_config,
-    build_peft_tensors,
-    find_adapter,
-    last_name,
-    read_config,
-    read_peft,
-    read_tensors,
-    read_weights,
-    write_peft,
-)  # fmt: skip
 from qlora_phi3.errors import ExportError, ModelError
 from qlora_phi3.family import FUSED, PARTS, UNFUSED, Architecture, layer_shapes, parse_architecture
 from qlora_phi3.family import read_config as read_model_config
@@ -82,7 +71,7 @@ def find_base(given: str | None, folder: Path) -> Base:
     """
     if given:
         return read_base(given)
-    own = read_config(folder).get("base_model_name_or_path")
+    own = peft_io.read_config(folder).get("base_model_name_or_path")
     try:
         return read_base(str(folder) if (folder / "config.json").is_file() else own or "", label=own)
     except ModelError as error:
@@ -106,7 +95,7 @@ def check_target(source: Path, target: Path, *, force: bool, is_folder: bool = T
         raise ExportError(f"{target} is a file, not a directory.", "Name a new directory for the PEFT adapter.")
     if not is_folder and target.is_dir():
         raise ExportError(f"{target} is a directory, not a file.", "Name a file that ends in .pt.")
-    if target.is_dir() and any(target.iterdir()) and not (target / ADAPTER_CONFIG).is_file():
+    if target.is_dir() and any(target.iterdir()) and not (target / peft_io.ADAPTER_CONFIG).is_file():
         raise ExportError(f"{target} is a directory that holds other things than an adapter.", "Choose another place.")
     if not force:
         raise ExportError(f"{target} exists already.", "Choose another place, or replace it with --force.")
@@ -130,7 +119,7 @@ def loralib_to_peft(
         hint = "For a PEFT adapter write --to loralib, fused or split."
         raise ExportError(f"{source} is a directory, and a loralib state dict is a file.", hint)
     check_target(source, target, force=force)
-    adapter = read_loralib(read_tensors(source), spec, source)
+    adapter = read_loralib(peft_io.read_tensors(source), spec, source)
     shapes = base.shapes if base else {}
     if base:
         check_layers(adapter, shapes, base.name, source)
@@ -151,16 +140,14 @@ def peft_to_loralib(
     """Write a PEFT adapter as a loralib state dict, for `model.load_state_dict(torch.load(target), strict=False)`.
 
     The arguments are those of `loralib_to_peft`, but `source` is a PEFT directory or a run's, and of `spec` `enable` makes
-    MergedLinears and `alpha` multiplies another one in.
-
-    Raises:
-        ExportError: the adapter or the target cannot be used, or loralib cannot hold something, which is named.
+    MergedLinears and `alpha` multiplies another one in. Raises ExportError where the adapter or the target cannot be used, or
+    loralib cannot hold something, which is named.
     """
-    folder = find_adapter(source)
+    folder = peft_io.find_adapter(source)
     check_target(folder, target, force=force, is_folder=False)
     if target.suffix == ".safetensors":
         raise ExportError(f"{target} would be written by torch.save.", "Name a file that ends in .pt.")
-    adapter = read_peft(read_weights(folder), read_config(folder), folder)
+    adapter = peft_io.read_peft(peft_io.read_weights(folder), peft_io.read_config(folder), folder)
     if base:
         check_layers(adapter, base.shapes, base.name, folder)
     layers = build_loralib_layers(adapter, spec, folder)
@@ -175,14 +162,14 @@ def peft_to_loralib(
         with atomic_file(target) as staging:
             with staging.open("wb") as file:  # given a path, torch writes its name into the file
                 torch.save(build_state_dict(adapter, layers), file)
-            largest, worst = compare(adapter, read_loralib(read_tensors(staging), written_spec, staging), progress)
+            largest, worst = compare(adapter, read_loralib(peft_io.read_tensors(staging), written_spec, staging), progress)
     # How to build the layers: a line for all layers of a name, or one for each where they are not all alike.
     alike: dict[str, list[str]] = defaultdict(list)
     for name, layer in layers.items():
-        alike[last_name(name)].append(layer.built_as)
+        alike[peft_io.last_name(name)].append(layer.built_as)
     notes = ["The file holds no alpha; build the layers as"]
     notes += [f"  {last}: {kinds[0]}   ({len(kinds)} of them)" for last, kinds in alike.items() if len(set(kinds)) == 1]
-    notes += [f"  {name}: {layer.built_as}" for name, layer in layers.items() if len(set(alike[last_name(name)])) > 1]
+    notes += [f"  {name}: {layer.built_as}" for name, layer in layers.items() if len(set(alike[peft_io.last_name(name)])) > 1]
     return Converted(target, len(adapter.deltas), largest, worst, tuple(notes))
 
 
@@ -200,14 +187,14 @@ def change_fusion(
     Raises:
         ExportError: the adapter cannot be read, fits no layer of the base, or cannot be converted without loss.
     """
-    folder = find_adapter(source)
+    folder = peft_io.find_adapter(source)
     check_target(folder, target, force=force)
     found = find_base(base, folder)
     if fused and found.unfused:
         hint = "Name that one: --base microsoft/Phi-3-mini-4k-instruct"
         raise ExportError(f"{found.name} is an unfused model, and the fused adapter is for another one.", hint)
     base = base and absolute_name(base)
-    config = read_config(folder)
+    config = peft_io.read_config(folder)
     if isinstance(config.get("base_model_name_or_path"), str):
         config["base_model_name_or_path"] = absolute_name(config["base_model_name_or_path"])
     adapter = _read_grouped(folder, config, found, fused=not fused)
@@ -228,11 +215,11 @@ def change_fusion(
 
 
 def _read_grouped(folder: Path, config: Mapping[str, Any], base: Base, *, fused: bool) -> Adapter:
-    adapter = read_peft(read_weights(folder), config, folder)
+    adapter = peft_io.read_peft(peft_io.read_weights(folder), config, folder)
     for name in adapter.full_tensors:
-        if last_name(name.rpartition(".")[0]) in (*PARTS, *FUSED):
+        if peft_io.last_name(name.rpartition(".")[0]) in (*PARTS, *FUSED):
             raise ExportError(f"{folder}: {name} is trained in full.", "Merge that adapter instead.")
-    names = {last_name(name) for name in adapter.deltas}
+    names = {peft_io.last_name(name) for name in adapter.deltas}
     fused_ones, parts = sorted(names & PARTS.keys()), sorted(names & FUSED.keys())
     if fused_ones and parts:
         raise ExportError(f"{folder} has {fused_ones[0]} and {parts[0]}.", "No model has both fused and split layers.")
@@ -252,13 +239,14 @@ def _write_peft(
     progress: Progress,
 ) -> Converted:
     """Write a PEFT directory, read it again, and compare every delta with what it was made of."""
-    config = {**config, **build_peft_config(adapter, all_layers=all_layers)}
+    config = {**config, **peft_io.build_peft_config(adapter, all_layers=all_layers)}
     with disk_errors(target, ExportError), atomic_dir(target) as staging:
-        write_peft(staging, build_peft_tensors(adapter), config, tokenizer_from)
-        largest, worst = compare(adapter, read_peft(read_weights(staging), read_config(staging), staging), progress)
+        peft_io.write_peft(staging, peft_io.build_peft_tensors(adapter), config, tokenizer_from)
+        written = peft_io.read_peft(peft_io.read_weights(staging), peft_io.read_config(staging), staging)
+        largest, worst = compare(adapter, written, progress)
     strength = f"PEFT's r = {config['r']}, lora_alpha = {config['lora_alpha']}"
     if pattern := {**config["rank_pattern"], **config["alpha_pattern"]}:
-        strength += f"; others by pattern: {', '.join(sorted({last_name(name) for name in pattern}))}"
+        strength += f"; others by pattern: {', '.join(sorted({peft_io.last_name(name) for name in pattern}))}"
     return Converted(target, len(adapter.deltas), largest, worst, (strength, *notes))
 
 

@@ -114,14 +114,11 @@ def split(adapter: Adapter, architecture: Architecture, where: object) -> Adapte
 
 
 def read_enable(texts: Sequence[str], find: Callable[[], Architecture]) -> dict[str, tuple[bool, ...]]:
-    """Read enable_lora of MergedLinears, by layer name, from the command line.
+    """Read enable_lora of MergedLinears, by layer name, from the command line; ExportError for a text of neither form.
 
     Args:
         texts: "q,v" or "gate,up" for Phi-3's fused layers, or NAME=1,0,1 for any layer, with 1 or true for an enabled group.
         find: gives the base's shapes; called only for letters, as the number of groups depends on the heads.
-
-    Raises:
-        ExportError: the text is neither.
     """
     enable = {}
     for text in texts:

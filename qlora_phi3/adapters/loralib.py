@@ -16,16 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
 
+from qlora_phi3.adapters import peft_io
 from qlora_phi3.adapters.delta import Adapter, Kind, LoraDelta, LowRankBlock, scale_lora_b, stack
 from qlora_phi3.adapters.fused import check_layers
-from qlora_phi3.adapters.peft_io import (
-    SAVE_STATE_DICT,
-    build_peft_config,
-    build_peft_tensors,
-    last_name,
-    read_tensors,
-    snap_to_integer,
-)  # fmt: skip
 from qlora_phi3.errors import ExportError
 
 T = TypeVar("T")
@@ -64,7 +57,7 @@ def check_spec(spec: Spec, layers: Sequence[str]) -> None:
     for option, table in (("alpha", spec.alpha), ("enable", spec.enable), ("conv2d", spec.conv2d)):
         for key in table:
             if all(look_up({key: True}, layer) is None for layer in layers):
-                names = ", ".join(sorted({last_name(layer) for layer in layers}))
+                names = ", ".join(sorted({peft_io.last_name(layer) for layer in layers}))
                 raise ExportError(f"{option} names '{key}', and no layer has that name.", f"The layers: {names}.")
 
 
@@ -91,7 +84,7 @@ def read_loralib(tensors: Mapping[str, Tensor], spec: Spec, where: object) -> Ad
         layer, _, kind = key.rpartition(".")
         is_copy = kind == "weight" and layer in deltas and deltas[layer].kind == "embedding"
         if kind != "bias" and not is_copy:
-            raise ExportError(f"{where}: '{key}' is neither a LoRA matrix nor a bias.", SAVE_STATE_DICT)
+            raise ExportError(f"{where}: '{key}' is neither a LoRA matrix nor a bias.", peft_io.SAVE_STATE_DICT)
         # loralib's Conv2d holds the convolution as its `conv`: x.conv.bias is the base's x.bias.
         outer = layer.removesuffix(".conv")
         is_convolution = outer != layer and outer in deltas and deltas[outer].kind == "conv2d"
@@ -136,7 +129,7 @@ def _read_layer(layer: str, lora_A: Tensor, lora_B: Tensor, spec: Spec, where: o
         )
         return LoraDelta(out_features=size * len(enable), in_features=columns, blocks=blocks)
     if stacked_rank != rank:
-        hint = f"For a MergedLinear give the enabled groups: --enable {last_name(layer)}=1,0,1"
+        hint = f"For a MergedLinear give the enabled groups: --enable {peft_io.last_name(layer)}=1,0,1"
         raise ExportError(f"{where}: {layer} has {shapes}: the ranks differ.", hint)
     block = LowRankBlock(lora_A=lora_A, lora_B=lora_B, scaling=alpha / rank)
     kind: Kind = "embedding" if look_up(dict.fromkeys(spec.embedding, True), layer) else "linear"
@@ -169,8 +162,8 @@ def _build_layer(name: str, delta: LoraDelta, spec: Spec, where: object) -> Laye
     elif delta.kind == "conv2d":
         lora_A, lora_B = _as_conv2d(lora_A, lora_B, delta.kernel_size)
     rank = len(lora_A) // delta.kernel_size if enable is None else lora_B.shape[1]
-    own_alpha = snap_to_integer(scaling * rank)
-    alpha = own_alpha if alpha is None else snap_to_integer(alpha)
+    own_alpha = peft_io.snap_to_integer(scaling * rank)
+    alpha = own_alpha if alpha is None else peft_io.snap_to_integer(alpha)
     if alpha != own_alpha:
         lora_B = scale_lora_b(lora_B, scaling / (alpha / rank))
     ends = f"r={rank}, lora_alpha={alpha}"
@@ -267,12 +260,12 @@ def load_loralib(
                 kernels[name] = layer.kernel_size[0]
     alphas = alpha if isinstance(alpha, Mapping) else {"": alpha}
     spec = Spec(alpha=alphas, enable=enable or {}, embedding=frozenset(embeddings), conv2d=kernels)
-    adapter = read_loralib(read_tensors(path), spec, path)
+    adapter = read_loralib(peft_io.read_tensors(path), spec, path)
     check_layers(adapter, shapes, type(model).__name__, path)
-    config = LoraConfig(**build_peft_config(adapter, all_layers=shapes), lora_dropout=lora_dropout)
+    config = LoraConfig(**peft_io.build_peft_config(adapter, all_layers=shapes), lora_dropout=lora_dropout)
     adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    set_peft_model_state_dict(adapted, build_peft_tensors(adapter))
+    set_peft_model_state_dict(adapted, peft_io.build_peft_tensors(adapter))
     return adapted

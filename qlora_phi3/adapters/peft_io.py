@@ -124,10 +124,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def check_config(config: Mapping[str, Any], where: object, *, also_understood: Collection[str] = ()) -> None:
     """Refuse an adapter that does more than add a low-rank matrix to weights of an unchanged base.
 
-    `where` is its place, for the messages; the caller handles the keys `also_understood` in addition to `UNDERSTOOD_KEYS`.
-
-    Raises:
-        ExportError: not a LoRA, a start that changed the base, or a setting that is not understood, named.
+    `where` is its place, for the messages; the caller handles the keys `also_understood` in addition to `UNDERSTOOD_KEYS`. Raises
+    ExportError where it is not a LoRA, for a start that changed the base, and for a setting that is not understood, named.
     """
     from peft import LoraConfig
 

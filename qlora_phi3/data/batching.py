@@ -15,23 +15,18 @@ IGNORE_INDEX = -100
 
 
 def split_plan(plan: MicroBatchPlan, lengths: Sequence[int]) -> MicroBatchPlan:
-    """Lower the tokens of a micro-batch just enough that the rows of one no longer share it.
-
-    Args:
-        lengths: tokens of the rows of one micro-batch that `plan` made, at least two rows.
+    """Lower the tokens of a micro-batch just enough that the rows of one no longer share it; `lengths` are the tokens of the rows
+    of one micro-batch that `plan` made, at least two rows.
     """
     half = (sum(lengths) + 1) // 2 if plan.packing else (len(lengths) + 1) // 2 * max(lengths)
     return replace(plan, max_tokens=max(half, *lengths))
 
 
 def plan_micro_batches(lengths: Sequence[int], plan: MicroBatchPlan) -> list[list[int]]:
-    """Split the rows of one optimizer step into micro-batches; the same input always gives the same split.
+    """Split the rows of one optimizer step, of `lengths` tokens, into micro-batches; the same input always gives the same split.
 
     transformers picks longrope's long or short factors from the largest position in a batch, so rows longer than the plan's
     boundary never share a micro-batch with rows that are not.
-
-    Args:
-        lengths: tokens of each row.
 
     Returns:
         Indices into `lengths`: every row exactly once, longest rows first.

@@ -18,23 +18,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from qlora_phi3.data.messages import (
-    NO_VALUE,
-    SWITCH_NAMES,
-    SWITCHES,
-    Columns,
-    SkipRow,
-    Turn,
-    as_rows,
-    check_unread,
-    is_empty,
-    is_switched_off,
-    parse_json,
-    read_system,
-    read_text,
-    read_tools,
-    read_turns,
-)
+from qlora_phi3.data import messages
+from qlora_phi3.data.messages import Columns, SkipRow, Turn
 from qlora_phi3.errors import DataError
 
 #: Other names that a format's column has in published data; the first that is not empty is read.
@@ -162,15 +147,15 @@ def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Doc
     for column in form.required:
         if row.get(column) is None:
             raise SkipRow(f"no {column!r}")
-    if found := [name for name in MEDIA & row.keys() if not is_empty(row[name])]:
+    if found := [name for name in MEDIA & row.keys() if not messages.is_empty(row[name])]:
         raise SkipRow(f"its {min(found)!r} cannot be read by a text model")
     columns, keys = Columns(row), set[str]()
-    if not SWITCH_NAMES.isdisjoint(row) and is_switched_off(columns):
-        raise SkipRow(f"the row is switched off ({', '.join(name for name in SWITCHES if name in row)})")
+    if not messages.SWITCH_NAMES.isdisjoint(row) and messages.is_switched_off(columns):
+        raise SkipRow(f"the row is switched off ({', '.join(name for name in messages.SWITCHES if name in row)})")
     example = form.read(columns, where, keys)
     left = columns.unread()
     if left:
-        check_unread(row, left, where)
+        messages.check_unread(row, left, where)
     unread = (*left, *sorted(keys))
     if isinstance(example, Document):
         if not example.text.strip() or example.text.strip() in NO_ANSWER:
@@ -187,8 +172,8 @@ def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Doc
         raise SkipRow("an assistant turn is empty")
     if not NO_ANSWER.isdisjoint(words):
         raise SkipRow("a turn is a word for an empty cell (nan, <nooutput>)")
-    if not NO_VALUE.isdisjoint(words):
-        if any(text in NO_VALUE for turn, text in answers if turn.text):
+    if not messages.NO_VALUE.isdisjoint(words):
+        if any(text in messages.NO_VALUE for turn, text in answers if turn.text):
             example = replace(example, notes=(*example.notes, EMPTY_WORD))
         if any(turn.role == "user" and not text for turn, text in pairs):
             example = replace(example, notes=(*example.notes, EMPTY_TURN))
@@ -199,38 +184,38 @@ def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Doc
 
 def _holds_texts(text: str) -> bool:
     """Whether a text is the JSON of a list of two texts or more."""
-    value = parse_json(text)
+    value = messages.parse_json(text)
     return isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value)
 
 
 def _read_conversation(column: str, columns: Columns, where: str, unread: set[str]) -> Chat:
-    turns = read_turns(columns.take(column), column, where, unread)
+    turns = messages.read_turns(columns.take(column), column, where, unread)
     return _with_system_and_tools(turns, columns, unread, switched_off=not all(turn.supervised for turn in turns))
 
 
 def _read_alpaca(columns: Columns, where: str, unread: set[str]) -> Chat:
-    question = read_text(columns.take("instruction"), "instruction")
-    extra = read_text(columns.take(*SYNONYMS["input"]), "input")
-    notes = (INPUT_IGNORED,) if extra and extra.strip() in NO_VALUE - {""} else ()
+    question = messages.read_text(columns.take("instruction"), "instruction")
+    extra = messages.read_text(columns.take(*SYNONYMS["input"]), "input")
+    notes = (INPUT_IGNORED,) if extra and extra.strip() in messages.NO_VALUE - {""} else ()
     if extra.strip() and not notes:  # the wording of Microsoft's Phi-3 samples
-        question = extra if question.strip() in NO_VALUE else f"{question}\n Input: {extra}"
+        question = extra if question.strip() in messages.NO_VALUE else f"{question}\n Input: {extra}"
     turns: list[Turn] = []
     history = columns.take("history")
-    for pair in as_rows(parse_json(history, history) if isinstance(history, str) else history, "history"):
+    for pair in messages.as_rows(messages.parse_json(history, history) if isinstance(history, str) else history, "history"):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise SkipRow("'history' is not a list of [question, answer] pairs")
-        turns += [Turn("user", read_text(pair[0], "history")), Turn("assistant", read_text(pair[1], "history"))]
+        turns += [Turn("user", messages.read_text(pair[0], "history")), Turn("assistant", messages.read_text(pair[1], "history"))]
     output = columns.take("output")
     if isinstance(output, list):
         raise SkipRow("'output' is a list, as preference data have it, not text")
-    turns += [Turn("user", question), Turn("assistant", read_text(output, "output"))]
+    turns += [Turn("user", question), Turn("assistant", messages.read_text(output, "output"))]
     chat = _with_system_and_tools(tuple(turns), columns, unread)
     return replace(chat, notes=(*notes, *chat.notes))
 
 
 def _read_prompt_completion(columns: Columns, where: str, unread: set[str]) -> Chat:
-    prompt = read_turns(_as_messages(columns.take("prompt"), "user"), "prompt", where, unread)
-    answers = read_turns(_as_messages(columns.take("completion"), "assistant"), "completion", where, unread)
+    prompt = messages.read_turns(_as_messages(columns.take("prompt"), "user"), "prompt", where, unread)
+    answers = messages.read_turns(_as_messages(columns.take("completion"), "assistant"), "completion", where, unread)
     context = [replace(turn, supervised=False) for turn in prompt]
     switched_off = not all(turn.supervised for turn in (*prompt, *answers))
     return _with_system_and_tools((*context, *answers), columns, unread, switched_off=switched_off)
@@ -256,9 +241,9 @@ def check_document(columns: Iterable[str], where: str) -> None:
 
 
 def _with_system_and_tools(turns: tuple[Turn, ...], columns: Columns, unread: set[str], *, switched_off: bool = False) -> Chat:
-    system = read_system(columns.take(*SYNONYMS["system"]), unread)
-    tools = read_tools(columns.take(*SYNONYMS["tools"]))
-    notes = (INPUT_IGNORED,) if system and system.strip() in NO_VALUE - {""} else ()
+    system = messages.read_system(columns.take(*SYNONYMS["system"]), unread)
+    tools = messages.read_tools(columns.take(*SYNONYMS["tools"]))
+    notes = (INPUT_IGNORED,) if system and system.strip() in messages.NO_VALUE - {""} else ()
     if system.strip() and not notes:
         turns = (Turn("system", system), *turns)
     in_turns = [turn.calls for turn in turns if turn.role == "system" and turn.calls]
@@ -275,5 +260,5 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format(("conversations",), ("system", "tools"), partial(_read_conversation, "conversations")),
     "alpaca": Format(("instruction", "output"), ("input", "system", "history", "tools"), _read_alpaca),
     "prompt_completion": Format(("prompt", "completion"), ("system", "tools"), _read_prompt_completion),
-    "text": Format(("text",), (), lambda columns, where, unread: Document(read_text(columns.take("text"), "text"))),
+    "text": Format(("text",), (), lambda columns, where, unread: Document(messages.read_text(columns.take("text"), "text"))),
 }

@@ -30,20 +30,18 @@ TEMPLATE_DIR = Path(__file__).parent.parent / "templates"
 FAMILY = ("phi3", "phi35", "phi3-medium", "phi4", "phi4-mini", "phi4-first", "phi4-reasoning", "phi4-mini-reasoning")
 
 #: SHA-256, the first 16 digits, of the templates that Microsoft published. Tests compare each with its marked twin.
-PUBLISHED = frozenset(
-    {
-        "605841622bcb6572",  # Phi-3-medium-4k-instruct
-        "268b6082ceb7176d",  # Phi-3-mini-4k-instruct.april-2024
-        "dcaee66df77bfbb7",  # Phi-3-mini-4k-instruct
-        "78d976a442bcde2f",  # Phi-3.5-mini-instruct
-        "febf589225c9728a",  # Phi-4-mini-instruct
-        "46bcd040271c497e",  # Phi-4-mini-instruct.without-eos
-        "cbb504cb43fec3f8",  # Phi-4-mini-reasoning
-        "8d77d9bb286ab8b1",  # Phi-4-reasoning
-        "a41fb8727c4f1e72",  # phi-4.december-2024
-        "fe4120415a3858b8",  # phi-4
-    }
-)
+PUBLISHED = frozenset({
+    "605841622bcb6572",  # Phi-3-medium-4k-instruct
+    "268b6082ceb7176d",  # Phi-3-mini-4k-instruct.april-2024
+    "dcaee66df77bfbb7",  # Phi-3-mini-4k-instruct
+    "78d976a442bcde2f",  # Phi-3.5-mini-instruct
+    "febf589225c9728a",  # Phi-4-mini-instruct
+    "46bcd040271c497e",  # Phi-4-mini-instruct.without-eos
+    "cbb504cb43fec3f8",  # Phi-4-mini-reasoning
+    "8d77d9bb286ab8b1",  # Phi-4-reasoning
+    "a41fb8727c4f1e72",  # phi-4.december-2024
+    "fe4120415a3858b8",  # phi-4
+})  # fmt: skip
 
 SET_TEMPLATE_HINT = f"Set [data] chat_template to one of {', '.join(FAMILY)}, or to a .jinja file with {{% generation %}} marks."
 MARK_HINT = "Put {% generation %} and {% endgeneration %} around the assistant's words and its end token."
@@ -107,8 +105,7 @@ def choose_template(tokenizer: Any, name: str = "auto") -> ChatTemplate:
 
     Args:
         tokenizer: a fast tokenizer of transformers; it is not changed.
-        name: `auto` for the one that renders as the tokenizer's own does; a name of `FAMILY`; or the path of a .jinja
-            file.
+        name: `auto` for the one that renders as the tokenizer's own does; a name of `FAMILY`; or the path of a .jinja file.
 
     Raises:
         DataError: none renders the same text; no such name or file; no marks in it; it writes special tokens that the
@@ -338,10 +335,7 @@ def fit_turns(chat: Chat, template: ChatTemplate) -> tuple[list[Message], list[s
       the next user turn's text with a blank line between. Where no user turn follows at once, it becomes a user turn.
     - A tool's result becomes a user turn (Phi-4-mini has a turn for it); a function call is the assistant's.
     - Tool definitions stand in the system turn: in Phi-4-mini's own place for them, else as text after a blank line.
-    - An assistant's thinking stands before its answer, and its tool calls after it.
-
-    Raises:
-        SkipRow: an assistant thinks, and the model has no place for that.
+    - An assistant's thinking stands before its answer, and its tool calls after it. SkipRow where the model has no place for it.
     """
     notes: list[str] = []
     turns = list(chat.turns)

@@ -75,10 +75,8 @@ def tokenize_source(source: Source, config: TokenizeConfig, max_rows: int | None
     Returns:
         A `datasets.Dataset`, memory-mapped, with the columns `input_ids` and `labels` (lists of int32, as long as each
         other), `length` (int32, tokens), `supervised` (int32, labels that are not -100), `source_row` (int64, the
-        number of the row in its source) and `digest` (uint64, a hash of its ids); and the report.
-
-    Raises:
-        DataError: a row of another format than the first, an unknown role, unreadable content, or a full disk.
+        number of the row in its source) and `digest` (uint64, a hash of its ids); and the report. DataError for a row of another
+        format than the first, an unknown role, unreadable content, or a full disk.
     """
     from filelock import FileLock
 
@@ -145,16 +143,8 @@ def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: in
     import pyarrow as pa
 
     tokens, count = pa.list_(pa.int32()), pa.int32()
-    schema = pa.schema(
-        {
-            "input_ids": tokens,
-            "labels": tokens,
-            "length": count,
-            "supervised": count,
-            "source_row": pa.int64(),
-            "digest": pa.uint64(),
-        }
-    )
+    columns = {"input_ids": tokens, "labels": tokens, "length": count, "supervised": count}
+    schema = pa.schema({**columns, "source_row": pa.int64(), "digest": pa.uint64()})
     report, names, activity = SourceReport(source.name), set[str](), f"Reading {Path(source.name).name}"
     examples = read_examples(source, config.data, report, names)
     special = SpecialTokens(config.tokenizer, written=config.template.rendered)
@@ -326,13 +316,11 @@ def _check_special_tokens(chat: Chat, text: str, template: ChatTemplate, special
 
 
 def _break_words(chat: Chat, special: SpecialTokens) -> Chat:
+    broken = special.break_in
     turns = [
-        replace(
-            turn, text=special.break_in(turn.text), thinking=special.break_in(turn.thinking), calls=special.break_in(turn.calls)
-        )
-        for turn in chat.turns
+        replace(turn, text=broken(turn.text), thinking=broken(turn.thinking), calls=broken(turn.calls)) for turn in chat.turns
     ]
-    return replace(chat, turns=tuple(turns), tools=special.break_in(chat.tools))
+    return replace(chat, turns=tuple(turns), tools=broken(chat.tools))
 
 
 def tokenize_chats(texts: Sequence[str], spans: Sequence[Sequence[Span] | None], tokenizer: Any) -> list[tuple[Ids, Ids]]:
@@ -377,9 +365,8 @@ def _label(ids: Sequence[int], encoding: Any, spans: Sequence[Span] | None) -> t
 def _find_tokens(encoding: Any, span: Span) -> tuple[int, int]:
     """The tokens [first, last) that lie in a span of characters.
 
-    A special token with `rstrip` covers the white space after it, so the token at the first character may be the
-    header before the span: a token counts only when it starts inside. A character of several byte tokens belongs to
-    all of them.
+    A special token with `rstrip` covers the white space after it, so the token at the first character may be the header before
+    the span: a token counts only when it starts inside. A character of several byte tokens belongs to all of them.
     """
     start, end = span
     inside = (encoding.char_to_token(position) for position in range(start, end))

@@ -120,14 +120,11 @@ class RecordedBase:
     def __init__(
         self, stored: StoredWeights, record: BaseRecord, *, cached: StoredWeights | None = None, device: torch.device = CPU
     ) -> None:
-        """Read nothing but headers.
+        """Read nothing but headers; ExportError where the files lack a tensor that the run was trained on.
 
         Args:
             cached: the 4-bit base that the run saved; its bits are used where quantizing again gives others.
             device: where weights are quantized; the run's kind of device gives the run's bits.
-
-        Raises:
-            ExportError: the files lack a tensor that the run was trained on.
         """
         self.stored, self.record, self.cached, self.device = stored, record, cached, device
         #: Filled as tensors are read to their end.
@@ -142,12 +139,8 @@ class RecordedBase:
         self.left_out = tuple(sorted(info.keys() - record.tensors.keys()))
 
     def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
-        """The rows of a tensor: chunks (rows, ...) in the dtype of the file, on the CPU.
-
-        At its end a plain tensor has been compared with the record.
-
-        Raises:
-            ExportError: the base holds this tensor in 4 bit only; raised by the call itself.
+        """The rows of a tensor: chunks (rows, ...) in the dtype of the file, on the CPU. At its end a plain tensor has been
+        compared with the record. The call itself raises ExportError where the base holds this tensor in 4 bit only.
         """
         if is_stored_quantized(self.stored, name):
             message = f"{self.record.name} holds {name} in 4 bit only: there is no original to merge onto."

@@ -12,16 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError
 
-from qlora_phi3.adapters.base_files import (
-    CONFIG,
-    DOWNLOAD_AGAIN,
-    GENERATION_CONFIG,
-    TOKENIZER_FILES,
-    describe_changes,
-    portable_config,
-    portable_files,
-    to_json,
-)
+from qlora_phi3.adapters import base_files
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.base import onto_label
 from qlora_phi3.export.request import DTYPES
@@ -36,7 +27,7 @@ from qlora_phi3.units import format_count
 #: The licence of a base applies to the export.
 LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE.md", "NOTICE")
 #: What the directory of a base may hold in addition to its weights.
-COMPANIONS = (*TOKENIZER_FILES, *LICENCES)
+COMPANIONS = (*base_files.TOKENIZER_FILES, *LICENCES)
 #: Keys of a config.json that do not describe the export: auto_map names Python files of the hub's repository, which are not
 #: copied and which transformers does not need; layer_types is not a key of phi3, but other programs read it for every model.
 NOT_EXPORTED = ("auto_map", "quantization_config", "layer_types")
@@ -63,8 +54,8 @@ def write_companions(base: Path, adapter: Path, target: Path, *, dtype: str, unt
     check_trained_with(base, adapter, ending.template)
     copied: dict[str, str] = {}
     changed: list[str] = []
-    for name, file in portable_files(base, template=ending.template).items():
-        if name in (CONFIG, GENERATION_CONFIG):
+    for name, file in base_files.portable_files(base, template=ending.template).items():
+        if name in (base_files.CONFIG, base_files.GENERATION_CONFIG):
             continue
         (target / name).write_bytes(file.content)
         changed += [f"{name}: {change}" for change in file.changes]
@@ -74,8 +65,8 @@ def write_companions(base: Path, adapter: Path, target: Path, *, dtype: str, unt
         if (base / name).is_file():
             copied[name] = sha256_file(base / name)
             shutil.copyfile(base / name, target / name)
-    changed += _write_config(base / CONFIG, target / CONFIG, dtype=dtype, untied=untied)
-    changed += _write_generation_config(base, target / GENERATION_CONFIG, ending.token_id)
+    changed += _write_config(base / base_files.CONFIG, target / base_files.CONFIG, dtype=dtype, untied=untied)
+    changed += _write_generation_config(base, target / base_files.GENERATION_CONFIG, ending.token_id)
     return {"copied": copied, "changed": changed}
 
 
@@ -86,15 +77,15 @@ def check_trained_with(base: Path, adapter: Path, template: str | None = None) -
     of older versions have copies byte for byte. `template` is as in `portable_files`.
     """
     try:
-        portable = portable_files(base, template=template)
+        portable = base_files.portable_files(base, template=template)
     except ExportError:  # a file that cannot be read is not the one that was trained with
         portable = {}
-    for name in TOKENIZER_FILES:
+    for name in base_files.TOKENIZER_FILES:
         file, trained = base / name, adapter / name
         if trained.is_file() and not file.is_file() and name not in portable:
             hint = f"Copy {trained} there, or give the right base with --base."
             raise ExportError(f"{file} is missing, and the run trained with it.", hint)
-        if name in (CONFIG, GENERATION_CONFIG) or not file.is_file():
+        if name in (base_files.CONFIG, base_files.GENERATION_CONFIG) or not file.is_file():
             continue
         if not trained.is_file():
             hint = "Move it away, or give the folder of the right base with --base."
@@ -106,27 +97,27 @@ def check_trained_with(base: Path, adapter: Path, template: str | None = None) -
 
 def _write_config(source: Path, target: Path, *, dtype: str, untied: bool) -> list[str]:
     """Write config.json as `portable_config`; the dtype of the weights, and what is no longer true, are changed."""
-    stored = read_json_object(source, ExportError, DOWNLOAD_AGAIN)
+    stored = read_json_object(source, ExportError, base_files.DOWNLOAD_AGAIN)
     changes: dict[str, Any] = {"architectures": ["Phi3ForCausalLM"], "dtype": dtype, "torch_dtype": dtype}
     if untied and stored.get("tie_word_embeddings", False):
         changes["tie_word_embeddings"] = False
-    config = {**portable_config(stored, source), **changes}
+    config = {**base_files.portable_config(stored, source), **changes}
     config = {key: value for key, value in config.items() if key not in NOT_EXPORTED}
-    target.write_bytes(to_json(config))
-    return [f"{CONFIG}: {change}" for change in describe_changes(stored, config)]
+    target.write_bytes(base_files.to_json(config))
+    return [f"{base_files.CONFIG}: {change}" for change in base_files.describe_changes(stored, config)]
 
 
 def _write_generation_config(base: Path, target: Path, end_of_turn: int) -> list[str]:
     """Copy generation_config.json; its stop ids become a list that contains the end of a turn."""
-    source = base / GENERATION_CONFIG
-    config = read_json_object(source, ExportError, DOWNLOAD_AGAIN) if source.is_file() else {}
-    model_config = read_json_object(base / CONFIG, ExportError, DOWNLOAD_AGAIN)
+    source = base / base_files.GENERATION_CONFIG
+    config = read_json_object(source, ExportError, base_files.DOWNLOAD_AGAIN) if source.is_file() else {}
+    model_config = read_json_object(base / base_files.CONFIG, ExportError, base_files.DOWNLOAD_AGAIN)
     stops = list(stop_ids(config.get("eos_token_id", model_config.get("eos_token_id")), end_of_turn))
     if config.get("eos_token_id") == stops:
         shutil.copyfile(source, target)
         return []
     target.write_text(json.dumps({**config, "eos_token_id": stops}, indent=2) + "\n", encoding="utf-8", newline="\n")
-    return [f"{GENERATION_CONFIG}: eos_token_id = {stops}"]
+    return [f"{base_files.GENERATION_CONFIG}: eos_token_id = {stops}"]
 
 
 def render_card(recipe: Recipe, run: Mapping[str, Any], export: Mapping[str, Any], *, base: Path) -> str:

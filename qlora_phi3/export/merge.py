@@ -34,14 +34,8 @@ class MergedWeights:
     """
 
     def __init__(self, base: RecordedBase, deltas: AdapterDeltas, *, onto: Onto, dtype: torch.dtype) -> None:
-        """Read nothing but headers.
-
-        Args:
-            base: the merge is computed on its device.
-            dtype: float16, bfloat16 or float32.
-
-        Raises:
-            ExportError: a tensor of the base has another shape than the adapter's, or there is no original to merge onto.
+        """Read nothing but headers. The merge is computed on the device of `base`; `dtype` is float16, bfloat16 or float32.
+        ExportError where a tensor of the base has another shape than the adapter's, or there is no original to merge onto.
         """
         self.base, self.deltas, self.onto, self.dtype = base, deltas, onto, dtype
         shapes: dict[str, tuple[int, ...]] = {name: target.shape for name, target in deltas.targets.items()}

@@ -167,15 +167,12 @@ def prove(
     progress: Progress,
     check: Callable[[], None] = lambda: None,
 ) -> Proof:
-    """Score models one after the other.
+    """Score models one after the other; ExportError where no row has a supervised token.
 
     Args:
         rows: `input_ids`, `labels` (unshifted, -100 where not supervised); "trained": true in rows that were trained on.
         max_tokens: of the rows together; see `choose_rows`.
         check: called after each model has run; raises where the rest would be in vain.
-
-    Raises:
-        ExportError: no row has a supervised token.
     """
     chosen, boundary = choose_rows(rows, max_tokens), architecture.longrope_boundary
     plan = MicroBatchPlan(max_tokens=max_tokens, max_rows=len(chosen), packing=True, longrope_boundary=boundary)

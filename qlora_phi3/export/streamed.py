@@ -143,14 +143,12 @@ def stream_plain(weights: Weights, config: dict[str, Any], *, device: torch.devi
 
 
 def stream_live(base: Weights, config: dict[str, Any], adapter: Path, *, device: torch.device = CPU) -> StreamedModel:
-    """A base with PEFT's own layers and the trained adapter around it.
+    """A base with PEFT's own layers and the trained adapter around it. ExportError where the adapter does not fit the model;
+    ModelError as `stream_plain`.
 
     Args:
         base: `TrainedBase` for the model as it was trained; `RecordedBase` for the base as its files hold it.
         adapter: the PEFT directory.
-
-    Raises:
-        ModelError: as `stream_plain`. ExportError: the adapter does not fit the model.
     """
     model = _build_empty_model(config, device)
     slots = _find_slots(model, base)

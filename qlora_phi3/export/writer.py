@@ -215,10 +215,8 @@ def ensure_dir(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def staging_dir(draft: Path, reusable: Collection[str] = ()) -> Iterator[None]:
-    """Create the staging directory of an export; unless it is renamed, it stays only to be continued.
-
-    Args:
-        reusable: names of files that a later attempt can use, in addition to complete shards.
+    """Create the staging directory of an export; unless it is renamed, it stays only to be continued. `reusable` are the names of
+    files that a later attempt can use, in addition to complete shards.
     """
     with ensure_dir(draft):
         try:

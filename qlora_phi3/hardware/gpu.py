@@ -21,12 +21,10 @@ from qlora_phi3.units import GIB, format_gib
 
 OTHER_GPU_HINT = "To check another GPU, write --gpu 'RTX 4070', --vram 12GB, or --all."
 #: Words of a GPU's full name that do not distinguish it from another GPU.
-STOP_WORDS = frozenset(
-    (
+STOP_WORDS = frozenset((
         "nvidia", "geforce", "quadro", "tesla", "rtx", "gtx", "gpu", "graphics", "card", "with", "design", "generation",
         "blackwell", "workstation", "edition", "sxm4", "sxm5", "pcie", "hbm3",
-    )
-)  # fmt: skip
+))  # fmt: skip
 #: Other spellings of a word in a GPU's name.
 SYNONYMS = {"mobile": "laptop", "notebook": "laptop", "maxq": "laptop", "s": "super"}
 #: The memory in a GPU's name; the numbers of models have more digits.
@@ -93,10 +91,8 @@ class ChosenGpu:
 def take_launch(environ: MutableMapping[str, str]) -> tuple[int, int]:
     """The rank of this process and how many there are, from the variables of torchrun and accelerate launch, which are deleted.
 
-    So the libraries see one process: accelerate would shard the batches, and compute in its own configuration's precision.
-
-    Raises:
-        DeviceError: the weights should be split; or nothing connects the processes, or they are on several computers.
+    So the libraries see one process: accelerate would shard the batches, and compute in its own configuration's precision. Raises
+    DeviceError where the weights should be split, nothing connects the processes, or they are on several computers.
     """
     for name in SPLITS:
         if environ.get(name, "").lower() == "true":
@@ -306,11 +302,8 @@ def _read_speed(nvml: Any, handle: Any, name: str, total_bytes: int, major: int,
 
 
 def find_gpu(name: str) -> Gpu:
-    """Find a GPU of the table by the name that people write: `RTX 4070 Laptop`, `nvidia geforce rtx4060ti 16gb`.
-
-    Raises:
-        DeviceError: the table has no such GPU (the message lists similar names), or the GPU is sold with several memory sizes
-            and the name has none of them.
+    """Find a GPU of the table by the name that people write: `RTX 4070 Laptop`, `nvidia geforce rtx4060ti 16gb`. DeviceError
+    where the table has no such GPU (it lists similar names), or the GPU is sold with several memory sizes and the name has none.
     """
     specs = _find_specs(name)
     if not specs:
@@ -375,11 +368,8 @@ def gpu_of_size(num_bytes: int) -> Gpu:
     Where a size is sold with and without bfloat16, only GPUs with bfloat16 count. For a size that the table lacks, the driver's
     reserve is the largest that was measured on any GPU up to the next larger size.
 
-    Args:
-        num_bytes: the size on the box in binary units: 12 x 2^30 for a 12 GB GPU (`parse_size(text, binary=True)`).
-
-    Raises:
-        DeviceError: less than 1 GiB or more than 1 TiB.
+    `num_bytes` is the size on the box in binary units: 12 x 2^30 for a 12 GB GPU (`parse_size(text, binary=True)`). Raises
+    DeviceError where it is less than 1 GiB or more than 1 TiB.
     """
     if not GIB <= num_bytes <= 1024 * GIB:
         raise DeviceError(f"There is no GPU with {format_gib(num_bytes)}.", "Give the size on the box: --vram 12GB.")

@@ -24,11 +24,9 @@ POINTER_BYTES = 1024
 
 
 def check_checkpoint(name: str, architecture: Architecture) -> None:
-    """Check the files of a local checkpoint; a model of the hub, and a folder without weights, pass.
-
-    Raises:
-        ModelError: an adapter or a Git LFS pointer among the files, weights that cannot be read, or other tensors than the
-            architecture has: missing, more, of another shape, or quantized in another way than config.json says.
+    """Check the files of a local checkpoint; a model of the hub, and a folder without weights, pass. ModelError for an adapter or
+    a Git LFS pointer among the files, weights that cannot be read, or other tensors than the architecture has: missing, more, of
+    another shape, or quantized in another way than config.json says.
     """
     if not is_dir(name):
         return

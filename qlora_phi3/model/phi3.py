@@ -134,14 +134,9 @@ def _read_tokenizer(config: Model, hint: str) -> PreTrainedTokenizerBase:
 
 
 def check_token_ids(rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, architecture: Architecture, name: str) -> None:
-    """Refuse rows with a token that has no row in the embedding.
+    """Refuse rows with a token that has no row in the embedding: ModelError with the token, its id and the number of its rows.
 
-    Args:
-        rows: data sets of `prepare_datasets`; their `input_ids` are read a column at a time.
-        name: the model's, for the message.
-
-    Raises:
-        ModelError: with the token, its id and the number of the embedding's rows.
+    `rows` are data sets of `prepare_datasets`; their `input_ids` are read a column at a time. `name` is for the message.
     """
     for dataset in rows:
         for batch in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000):
@@ -173,14 +168,11 @@ def load_base(
     device: torch.device,
     longest_row: int,
 ) -> PackedPhi3ForCausalLM:
-    """Load the frozen base, in 4-bit if the recipe says so.
+    """Load the frozen base, in 4-bit if the recipe says so. ModelError where weights are missing, truncated, of another shape
+    than the config's, or stored only as a pickle.
 
-    Args:
-        longest_row: tokens of the longest row that the model will process. The sliding window is removed if no row reaches it:
-            the model is the same, and needs no explicit attention mask.
-
-    Raises:
-        ModelError: weights are missing, truncated, of another shape than the config's, or stored only as a pickle.
+    `longest_row`: tokens of the longest row that the model will process. The sliding window is removed if no row reaches it: the
+    model is the same, and needs no explicit attention mask.
     """
     register_attention()
     path, quantized = (find_config(config.name, config.revision), quantization_config(quantization, precision.compute_dtype))

@@ -148,14 +148,12 @@ def add_bytes(digest: Any, tensor: Tensor) -> Any:
 
 
 def save_quantized(model: nn.Module, folder: Path) -> None:
-    """Write every 4-bit weight of a model into safetensors files with an index, completely or not at all.
+    """Write every 4-bit weight of a model into safetensors files with an index, completely or not at all. RunError where the disk
+    is full or refuses; `folder` is then as it was before.
 
     The format and the names are those of a checkpoint of transformers: `x.weight` (n / 2, 1) uint8, `x.weight.absmax`,
     `x.weight.quant_map`, with double quantization `x.weight.nested_absmax` and `x.weight.nested_quant_map`, and
     `x.weight.quant_state.bitsandbytes__nf4`.
-
-    Raises:
-        RunError: the disk is full or refuses; `folder` is then as it was before.
     """
     tensors: dict[str, Tensor] = {}
     for name, weight in quantized_weights(model).items():
@@ -310,10 +308,8 @@ def _one_thread_each(device: torch.device) -> Iterator[Callable[..., Iterable[No
 
 
 def dequantize(quantized: Quantized) -> Iterator[Tensor]:
-    """Dequantize a 4-bit tensor in row chunks as `Weights.iter_row_chunks` promises them.
-
-    Yields:
-        (rows, columns) in the state's dtype, on the quantized tensor's device.
+    """Dequantize a 4-bit tensor in row chunks (rows, columns) as `Weights.iter_row_chunks` promises them, in the state's dtype,
+    on the quantized tensor's device.
     """
     state = quantized.state
     absmax = state.absmax.float()

@@ -42,7 +42,7 @@ def format_toml(value: object) -> str:
 
 
 def fit_recipe(recipe: Recipe, text: str, choices: Sequence[Choice], heading: str) -> tuple[Recipe, str]:
-    """Set keys of a recipe; of several choices for one key the last counts.
+    """Set keys of a recipe; of several choices for one key the last counts. RecipeError where the edited text would not give it.
 
     Args:
         recipe: what `text` says, with the changes of the command line.
@@ -51,9 +51,6 @@ def fit_recipe(recipe: Recipe, text: str, choices: Sequence[Choice], heading: st
 
     Returns:
         The recipe with the choices made, and its text with Unix line ends.
-
-    Raises:
-        RecipeError: the edited text would not give that recipe.
     """
     import tomlkit
 

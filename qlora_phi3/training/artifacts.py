@@ -23,20 +23,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
+from qlora_phi3 import files
 from qlora_phi3.adapters.base_files import TOKENIZER_FILES, copy_portable
 from qlora_phi3.adapters.peft_io import ADAPTER_CONFIG
 from qlora_phi3.data.prepare import PreparedData
 from qlora_phi3.errors import RunError, first_line
-from qlora_phi3.files import (
-    atomic_dir,
-    atomic_write,
-    disk_errors,
-    flush_directory,
-    flush_to_disk,
-    read_json_object,
-    remove,
-    sha256_file,
-)
 from qlora_phi3.model.quantized import tensor_record
 from qlora_phi3.recipe.schema import Model, Quantization
 from qlora_phi3.runfolder import RunFolder
@@ -60,17 +51,17 @@ KEPT_ROWS, KEPT_TOKENS = 64, 16_384
 
 def write_manifest(checkpoint: Path) -> None:
     """Flush every file of a checkpoint to the disk, then write their checksums."""
-    flush_to_disk(checkpoint)
-    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST]
-    checksums = {path.relative_to(checkpoint).as_posix(): sha256_file(path) for path in files}
-    atomic_write(checkpoint / MANIFEST, json.dumps(checksums, indent=2))
-    flush_directory(checkpoint.parent)
+    files.flush_to_disk(checkpoint)
+    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    checksums = {path.relative_to(checkpoint).as_posix(): files.sha256_file(path) for path in paths}
+    files.atomic_write(checkpoint / MANIFEST, json.dumps(checksums, indent=2))
+    files.flush_directory(checkpoint.parent)
 
 
 def damage(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed: what is missing, was changed, or cannot be loaded; None where it can."""
     try:
-        checksums = read_json_object(checkpoint / MANIFEST, RunError, "")
+        checksums = files.read_json_object(checkpoint / MANIFEST, RunError, "")
     except RunError as error:
         return error.message.rstrip(".") if (checkpoint / MANIFEST).exists() else f"it has no {MANIFEST}"
     for name in sorted({*REQUIRED, *checksums}):
@@ -80,7 +71,7 @@ def damage(checkpoint: Path) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         try:
-            if sha256_file(path) != checksums[name]:
+            if files.sha256_file(path) != checksums[name]:
                 return f"the SHA-256 of {name} is not the one in {MANIFEST}"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
@@ -105,10 +96,8 @@ def _load_error(checkpoint: Path) -> str | None:
 
 
 def find_checkpoint(folder: Path, *, needs_best: bool = False) -> tuple[Path | None, dict[Path, str]]:
-    """The newest complete checkpoint, or None; and why the newer ones cannot be used, the newest first.
-
-    Args:
-        needs_best: the run ends with its best checkpoint, so one whose best checkpoint until then is damaged is of no use.
+    """The newest complete checkpoint, or None; and why the newer ones cannot be used, the newest first. `needs_best`: the run
+    ends with its best checkpoint, so one whose best checkpoint until then is damaged is of no use.
     """
     numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     refused: dict[Path, str] = {}
@@ -129,27 +118,27 @@ def restore_base_record(folder: RunFolder, checkpoint: Path) -> bool:
     copy = checkpoint / folder.base.name
     if not copy.is_file() or (folder.base.is_file() and folder.base.read_bytes() == copy.read_bytes()):
         return False
-    atomic_write(folder.base, copy.read_text(encoding="utf-8"))
+    files.atomic_write(folder.base, copy.read_text(encoding="utf-8"))
     return True
 
 
 def start_of_run(checkpoint: Path) -> str | None:
     """When the run that wrote a checkpoint started; None where the checkpoint does not say."""
     with suppress(RunError):
-        return read_json_object(checkpoint / "base.json", RunError, "").get("run_started")
+        return files.read_json_object(checkpoint / "base.json", RunError, "").get("run_started")
     return None
 
 
 def set_aside(checkpoint: Path) -> Path | None:
     """Remove what a kill left of a checkpoint; give a damaged one a name that nothing reads or deletes, and return that."""
     if not (checkpoint / MANIFEST).exists():
-        remove(checkpoint)
+        files.remove(checkpoint)
         return None
     target = checkpoint.with_name(f"damaged-{checkpoint.name}")
-    with disk_errors(target):
-        remove(target)
+    with files.disk_errors(target):
+        files.remove(target)
         checkpoint.replace(target)
-        flush_directory(target.parent)
+        files.flush_directory(target.parent)
     return target
 
 
@@ -175,20 +164,18 @@ def save_adapter(
     sample: Sequence[Any],
     template: str | None = None,
 ) -> None:
-    """Write adapter and tokenizer files; an earlier adapter stands until the new one is complete.
+    """Write adapter and tokenizer files; an earlier adapter stands until the new one is complete. RunError where the disk is
+    full, or the copied tokenizer gives other ids.
 
     Args:
         base: the recipe's [model]; its tokenizer files are copied from the commit that base.json records.
         sample: rows that were trained on; their text must give the same ids through the copied tokenizer.
         template: the chat template that was trained with, without marks; None for the base's own.
-
-    Raises:
-        RunError: the disk is full, or the copied tokenizer gives other ids.
     """
     is_local = Path(base.name).is_dir()
-    source = base_directory(base, None if is_local else read_json_object(folder.base, RunError, START_NEW).get("revision"))
+    source = base_directory(base, None if is_local else files.read_json_object(folder.base, RunError, START_NEW).get("revision"))
     hint = "{cause}, then go on with --resume; earlier checkpoints remain."
-    with disk_errors(folder.adapter, hint=hint), atomic_dir(folder.adapter) as staging:
+    with files.disk_errors(folder.adapter, hint=hint), files.atomic_dir(folder.adapter) as staging:
         model.save_pretrained(staging)
         (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
         # PEFT 0.21 writes sets, whose order differs from process to process.
@@ -212,7 +199,7 @@ def save_adapter(
 def input_checksums(context: RunContext, revision: str | None) -> dict[str, str]:
     """SHA-256 of what decides a run beside the recipe and the weights: the base's files, the template, the token ids."""
     folder = base_directory(context.recipe.model, revision)
-    checksums = {name: sha256_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
+    checksums = {name: files.sha256_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
     config = {key: value for key, value in context.config.items() if key not in ("transformers_version", "_name_or_path")}
     texts = {"config.json": json.dumps(config, sort_keys=True), "the chat template": context.template.source}
     checksums |= {name: sha256(text.encode(errors="surrogatepass")).hexdigest() for name, text in texts.items()}
@@ -237,7 +224,8 @@ def record_base(
     inputs: Mapping[str, str] | None = None,
     started: str = "",
 ) -> None:
-    """Write base.json; where the run has one already, compare the loaded base with it.
+    """Write base.json; where the run has one already, compare the loaded base with it. RunError where the base or
+    an input is another.
 
     Args:
         name: the recipe's.
@@ -245,9 +233,6 @@ def record_base(
         device: its description; the same one quantizes to the same bits.
         inputs: `input_checksums`.
         started: when the run started, which tells its checkpoints from those of another run.
-
-    Raises:
-        RunError: the base, or one of the inputs, is another.
     """
     base = model.get_base_model()
     four_bit = {"quant_type": quantization.bnb_4bit_quant_type, "double_quant": quantization.bnb_4bit_use_double_quant}
@@ -263,9 +248,9 @@ def record_base(
         "tensors": {tensor_name: tensor_record(parameter) for tensor_name, parameter in base_parameters(model)},
     }
     if not os.path.lexists(folder.base):
-        atomic_write(folder.base, json.dumps(record, indent=1) + "\n")
+        files.atomic_write(folder.base, json.dumps(record, indent=1) + "\n")
         return
-    was = read_json_object(folder.base, RunError, START_NEW)
+    was = files.read_json_object(folder.base, RunError, START_NEW)
     try:
         differing = _differing(was, record)
     except (KeyError, TypeError, AttributeError) as error:
@@ -319,4 +304,4 @@ def save_held_out(data: PreparedData, folder: RunFolder) -> None:
             break
         mark = {} if data.evaluation is not None else {"trained": True}
         lines.append(json.dumps({"input_ids": row["input_ids"], "labels": row["labels"], **mark}))
-    atomic_write(folder.held_out, "\n".join(lines) + "\n")
+    files.atomic_write(folder.held_out, "\n".join(lines) + "\n")

@@ -180,10 +180,8 @@ class DivergenceGuard(TrainerCallback):  # type: ignore[misc]
         optimizer: torch.optim.Optimizer,
         **kwargs: Any,
     ) -> None:
-        """Judge the step, and copy the weights that gave it where it is good.
-
-        Raises:
-            DivergedError: the first gradient is zero; or the step diverged and there is nothing to go back to.
+        """Judge the step, and copy the weights that gave it where it is good. DivergedError where the first gradient is zero, or
+        the step diverged and there is nothing to go back to.
         """
         step, norm = state.global_step + 1, self.grad_norm
         if norm == 0 and not self._found_gradient:

@@ -114,10 +114,8 @@ class MemoryGuard:
             step: for the record; of an evaluation, the step it follows.
 
         Returns:
-            The batch in its last layout, and the result of the pass that succeeded.
-
-        Raises:
-            RunError: a single row does not fit; gradients are dropped, weights and random numbers are those of before.
+            The batch in its last layout, and the result of the pass that succeeded. RunError where a single row does not fit;
+            gradients are dropped, weights and random numbers are those of before.
         """
         rng_state = RngState.read(self._device)
         failed: list[tuple[int, ...]] = []

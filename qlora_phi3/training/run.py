@@ -14,6 +14,7 @@ from peft import PeftModel
 from pydantic import ValidationError
 from torch.nn.utils import clip_grad_norm_
 
+from qlora_phi3 import runfolder
 from qlora_phi3.errors import Interrupted, RunError, is_out_of_memory
 from qlora_phi3.family import read_architecture
 from qlora_phi3.files import atomic_write, disk_errors, remove, remove_leftovers
@@ -24,43 +25,13 @@ from qlora_phi3.model.quantized import save_quantized
 from qlora_phi3.recipe.load import recipe_as_toml, resolve_paths, use_stored_quantization
 from qlora_phi3.recipe.schema import NEEDS_EVALUATION, Recipe
 from qlora_phi3.reporter import Reporter
-from qlora_phi3.runfolder import (
-    RunFolder,
-    create_run_folder,
-    flush_metrics,
-    lock_run,
-    read_metrics,
-    removed_on_failure,
-    restore_metrics,
-    write_report,
-)
-from qlora_phi3.training import processes
-from qlora_phi3.training.artifacts import (
-    find_checkpoint,
-    input_checksums,
-    record_base,
-    restore_base_record,
-    save_adapter,
-    save_held_out,
-    set_aside,
-    start_of_run,
-)  # fmt: skip
+from qlora_phi3.runfolder import RunFolder
+from qlora_phi3.training import artifacts, processes
+from qlora_phi3.training import report as reports
 from qlora_phi3.training.callbacks import stop_on_interrupt
 from qlora_phi3.training.oom import RngState, restore_execution_plan
 from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, plan_run, prepare, wants_dry_run
-from qlora_phi3.training.report import (
-    PredictionCheck,
-    damaged_files,
-    describe_device,
-    describe_load,
-    describe_unlearned,
-    failure_reported,
-    first_report,
-    last_report,
-    measure_memory,
-    run_versions,
-    trained_digest,
-)  # fmt: skip
+from qlora_phi3.training.report import PredictionCheck
 from qlora_phi3.training.trainer import EvaluationStopped, Phi3Trainer, build_trainer
 
 
@@ -86,30 +57,33 @@ def run(recipe: Recipe, name: str, recipe_dir: Path, *, reporter: Reporter, resu
         UserError: something that a person can correct; report.json holds the same message.
     """
     started = time.perf_counter()
-    if line := describe_load():
+    if line := reports.describe_load():
         reporter.warning(line)
     recipe = resolve_paths(recipe, recipe_dir)
     recipe = use_stored_quantization(recipe, read_architecture(recipe.model.name, recipe.model.revision))
     if resume is not None and not processes.own_rank():
         check_resumable(resume, recipe, reporter)
-    with lock_run(resume) if resume and not processes.own_rank() else nullcontext():
+    with runfolder.lock_run(resume) if resume and not processes.own_rank() else nullcontext():
         context = processes.first_then_others(lambda: prepare(recipe, recipe_dir, reporter))
         device, compute_dtype, count = context.device, context.precision.compute_dtype, processes.count_processes()
-        report = first_report(
+        report = reports.first_report(
             recipe,
             context.data.report,
             name=name,
-            device=describe_device(device) + (f" in {count} processes" if count > 1 else ""),
+            device=reports.describe_device(device) + (f" in {count} processes" if count > 1 else ""),
             compute_dtype=compute_dtype,
             resume=resume,
         )
         planned = plan_run(context)
         if resume is not None:
-            _warn_of_another_device(resume.read_report(), report, reporter)
+            was = resume.read_report()
+            for key in [key for key in ("device", "compute_dtype") if was.get(key, report[key]) != report[key]]:
+                line = f"The run began with {was[key]} and goes on with {report[key]}: the result is not equal bit for bit."
+                reporter.warning(line)
             checkpoint = processes.from_first(lambda: _checkpoint_to_resume(resume, recipe, reporter))
             return _run_in(resume, checkpoint, context, planned, report, started)
-        folder = processes.from_first(lambda: create_run_folder(Path(recipe.training.output_dir), name))
-        with lock_run(folder) if not processes.own_rank() else nullcontext():
+        folder = processes.from_first(lambda: runfolder.create_run_folder(Path(recipe.training.output_dir), name))
+        with runfolder.lock_run(folder) if not processes.own_rank() else nullcontext():
             return _run_in(folder, None, context, planned, report, started, is_new=True)
 
 
@@ -125,19 +99,19 @@ def _run_in(
 ) -> RunResult:
     """Train in a run directory that process 0 has locked, from a checkpoint or from the first step."""
     recipe = context.recipe
-    with removed_on_failure(folder) if is_new and not processes.own_rank() else nullcontext():
+    with runfolder.removed_on_failure(folder) if is_new and not processes.own_rank() else nullcontext():
         model = load_model(context, is_first_session=checkpoint is None)
         processes.gather(None)
     if checkpoint is None:
-        report = {**report, "trained_sha256_before": trained_digest(model)}
-    with failure_reported(folder, report, started) if not processes.own_rank() else nullcontext():
+        report = {**report, "trained_sha256_before": reports.trained_digest(model)}
+    with reports.failure_reported(folder, report, started) if not processes.own_rank() else nullcontext():
         if not processes.own_rank():
             atomic_write(folder.recipe, recipe_as_toml(recipe))
-            write_report(folder, report)
+            runfolder.write_report(folder, report)
             context.reporter.info(f"Run folder: {folder.path}")
             _save_export_inputs(context, model, folder)
-            restore_metrics(folder, checkpoint)
-        metrics = processes.from_first(lambda: read_metrics(folder.metrics))
+            runfolder.restore_metrics(folder, checkpoint)
+        metrics = processes.from_first(lambda: runfolder.read_metrics(folder.metrics))
         trainer = build_trainer(context, restore_execution_plan(planned.execution, metrics, context.device), model, folder)
         _begin(trainer, context, planned, checkpoint)
         with stop_on_interrupt(context.reporter, trainer.stop), _lost_process_reported(trainer, folder, started):
@@ -147,13 +121,15 @@ def _run_in(
                 return RunResult(folder, int(trainer.state.global_step), None, None, time.perf_counter() - started)
             if trainer.divergence.last_good.step != 0 or not trainer.divergence.failure:
                 template = template_to_save(context.tokenizer, context.template, recipe.data.chat_template)
-                save_adapter(model, context.tokenizer, recipe.model, folder, sample=context.data.train, template=template)
+                artifacts.save_adapter(
+                    model, context.tokenizer, recipe.model, folder, sample=context.data.train, template=template
+                )
             trainer.divergence.raise_failure(folder.adapter)
             check = _check_prediction(trainer, context, planned)
-            flush_metrics(folder)
-            report = last_report(folder, report, check, steps=int(trainer.state.global_step), started=started)
-            report["unlearned"] = describe_unlearned(model, report)
-            write_report(folder, report)
+            runfolder.flush_metrics(folder)
+            report = reports.last_report(folder, report, check, steps=int(trainer.state.global_step), started=started)
+            report["unlearned"] = reports.describe_unlearned(model, report)
+            runfolder.write_report(folder, report)
     if report["unlearned"]:
         context.reporter.warning(report["unlearned"])
     before, after = report["eval_loss_before"], report["eval_loss_after"]
@@ -161,13 +137,11 @@ def _run_in(
 
 
 #: Keys of [training] that a resumed run may have other values of: they change neither the rows of a step nor what is learned.
-FREE_KEYS = frozenset(
-    (
+FREE_KEYS = frozenset((
         "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "packing",
         "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading", "num_train_epochs", "max_steps",
         "logging_strategy", "logging_steps", "log_level", "disable_tqdm", "report_to", "output_dir", "save_total_limit",
-    )
-)  # fmt: skip
+))  # fmt: skip
 #: Those of them that ask for another number of steps; a run that is done continues where one differs.
 STEP_KEYS = frozenset(("num_train_epochs", "max_steps"))
 #: Free as well, unless an evaluation decides the learning rate or which checkpoint is the best.
@@ -179,9 +153,7 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
 
     Keys of [memory] and FREE_KEYS may differ: they change nothing that is learned. So may keys that one of two versions of this
     program does not know: a key that the run's report lacks counts as its default, and one that this version lacks is ignored.
-
-    Raises:
-        RunError: with the keys that differ; or the run is done, all its files are intact, and no more steps are asked for.
+    RunError names the keys that differ, or says that the run is done, all its files are intact, and no more steps are asked for.
     """
     report = folder.read_report()
     now = recipe.model_dump(mode="json", exclude={"memory"})
@@ -203,19 +175,13 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
         hint = f"Go on with its own: qlora-phi3 run {folder.recipe} --resume {folder.path}"
         raise RunError(f"The recipe differs from the one {folder.path} began with in {', '.join(differing)}.", hint)
     if report.get("status") == "done" and not any(key in STEP_KEYS for _, key in changed):
-        if not (damaged := damaged_files(folder, report)):
+        if not (damaged := reports.damaged_files(folder, report)):
             raise RunError(f"{folder.path} is done; there is nothing to resume.", "Leave --resume out to start a new run.")
         reporter.warning(f"{folder.path} is done, but damaged: {', '.join(damaged)}. It is made again from the last checkpoint.")
-    old, new = report.get("versions", {}), run_versions()
+    old, new = report.get("versions", {}), reports.run_versions()
     updated = [f"{key} {old[key]} -> {new[key]}" for key in new if old.get(key, new[key]) != new[key]]
     if updated:
         reporter.warning(f"Versions changed since the run began: {', '.join(updated)}.")
-
-
-def _warn_of_another_device(was: Mapping[str, Any], now: Mapping[str, Any], reporter: Reporter) -> None:
-    keys = [key for key in ("device", "compute_dtype") if was.get(key, now[key]) != now[key]]
-    for key in keys:
-        reporter.warning(f"The run began with {was[key]} and goes on with {now[key]}: the result is not equal bit for bit.")
 
 
 def _checkpoint_to_resume(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> Path | None:
@@ -223,13 +189,13 @@ def _checkpoint_to_resume(folder: RunFolder, recipe: Recipe, reporter: Reporter)
     remove_leftovers(folder.path)
     for path in folder.checkpoints.glob("rehearsal-*"):
         remove(path)
-    checkpoint, refused = find_checkpoint(folder.checkpoints, needs_best=recipe.training.load_best_model_at_end)
+    checkpoint, refused = artifacts.find_checkpoint(folder.checkpoints, needs_best=recipe.training.load_best_model_at_end)
     for path, reason in refused.items():
-        kept = set_aside(path)
+        kept = artifacts.set_aside(path)
         reporter.warning(f"{path} is incomplete and is {f'kept as {kept.name}' if kept else 'removed'}: {reason}.")
-    if checkpoint is not None and restore_base_record(folder, checkpoint):
+    if checkpoint is not None and artifacts.restore_base_record(folder, checkpoint):
         reporter.warning(f"{folder.base} was damaged or missing and is restored from {checkpoint.name}.")
-    own, other = folder.started.isoformat(), None if checkpoint is None else start_of_run(checkpoint)
+    own, other = folder.started.isoformat(), None if checkpoint is None else artifacts.start_of_run(checkpoint)
     if other and other != own:
         reporter.warning(f"{checkpoint} is of a run that started at {other}, and this one started at {own}.")
     if checkpoint is None:
@@ -245,17 +211,17 @@ def _save_export_inputs(context: RunContext, model: PeftModel, folder: RunFolder
     progress("Computing the base's checksums", 0, None)
     quantization, compute_dtype = recipe.quantization, context.precision.compute_dtype
     revision = getattr(model.get_base_model().config, "_commit_hash", None)
-    record_base(
+    artifacts.record_base(
         model,
         folder,
         name=recipe.model.name,
         quantization=quantization,
         compute_dtype=compute_dtype,
-        device=describe_device(context.device),
-        inputs=input_checksums(context, revision),
+        device=reports.describe_device(context.device),
+        inputs=artifacts.input_checksums(context, revision),
         started=folder.started.isoformat(),
     )
-    save_held_out(context.data, folder)
+    artifacts.save_held_out(context.data, folder)
     if context.template.name.endswith(".jinja"):  # a file, which may be changed or gone when the run is exported
         atomic_write(folder.chat_template, context.template.source)
     if recipe.model.save_quantized and quantization.load_in_4bit and not folder.quantized_base.is_dir():
@@ -276,16 +242,14 @@ def _begin(trainer: Phi3Trainer, context: RunContext, planned: PlannedRun, check
 
 
 def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpoint: Path | None) -> None:
-    """Train to the last step, and evaluate the adapter that is saved.
-
-    Raises:
-        Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint is saved.
+    """Train to the last step, and evaluate the adapter that is saved. Ctrl-C, SIGTERM and SIGHUP raise Interrupted; a checkpoint
+    is saved.
     """
     with suppress(EvaluationStopped), _optimizer_memory_errors(context.device, lambda: trainer.state.global_step):
         if checkpoint is None or not trainer.load_finished(checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
-    evaluated = [record["step"] for record in read_metrics(folder.metrics) if record["kind"] == "eval"]
+    evaluated = [record["step"] for record in runfolder.read_metrics(folder.metrics) if record["kind"] == "eval"]
     is_evaluated = evaluated[-1:] == [state.global_step] and not context.recipe.training.load_best_model_at_end
     is_evaluated = processes.gather(is_evaluated)[0]  # the others may have read the metrics before the last line
     if context.data.evaluation is not None and not is_evaluated and not trainer.stop.requested:
@@ -305,11 +269,11 @@ def _lost_process_reported(trainer: Phi3Trainer, folder: RunFolder, started: flo
     except processes.ProcessLost as lost:
         step, hint = trainer.state.global_step, f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
         error = processes.ProcessLost(f"Another process of this run has ended; the last completed step is {step}.", hint)
-        with lock_run(folder, wait_seconds=processes.TAKE_OVER_SECONDS) if processes.own_rank() else nullcontext():
+        with runfolder.lock_run(folder, wait_seconds=processes.TAKE_OVER_SECONDS) if processes.own_rank() else nullcontext():
             if (report := folder.read_report()).get("status") != "running":
                 raise  # process 0 lives, and reports it
             error.is_shown = trainer.reporter.is_writer = True
-            with failure_reported(folder, report, started):
+            with reports.failure_reported(folder, report, started):
                 if step:
                     trainer._save_checkpoint(trainer.model, None)
                 raise error from lost
@@ -321,11 +285,7 @@ def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> MemoryReport
     The order of the data does not change, since the rows are selected by length. Where memory runs out, `oom.py` lowers the
     execution plan, and the run starts with the lowered one.
 
-    Returns:
-        The peak of the memory; `gpu` is as it was before the run.
-
-    Raises:
-        RunError: a single row does not fit.
+    Returns the peak of the memory; `gpu` is as it was before the run. Raises RunError where a single row does not fit.
     """
     device = trainer.args.device
     with _undone(trainer):
@@ -350,7 +310,7 @@ def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> MemoryReport
                 with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=checkpoints, ignore_cleanup_errors=True) as target:
                     trainer.model.save_pretrained(target)
                     torch.save(optimizer.state_dict(), Path(target) / "optimizer.pt")
-        return measure_memory(trainer.model, optimizer, device, gpu)
+        return reports.measure_memory(trainer.model, optimizer, device, gpu)
 
 
 @contextmanager
@@ -377,7 +337,7 @@ def _undone(trainer: Phi3Trainer) -> Iterator[None]:
 
 def _check_prediction(trainer: Phi3Trainer, context: RunContext, planned: PlannedRun) -> PredictionCheck:
     """Compare the peaks of the run with the prediction, and save the error for the margin of later plans on this GPU."""
-    measured = measure_memory(trainer.model, trainer.optimizer, context.device, context.gpu)
+    measured = reports.measure_memory(trainer.model, trainer.optimizer, context.device, context.gpu)
     check = PredictionCheck(predicted=planned.predicted, measured=measured)
     if check.predicted is not None:
         context.reporter.info(f"Memory: {check.line()}")
@@ -394,6 +354,6 @@ def _optimizer_memory_errors(device: torch.device, step: Callable[[], int]) -> I
         if not is_out_of_memory(error):
             raise
         raise RunError(
-            f"The memory of {describe_device(device)} ran out in the optimizer's update after step {step()}.",
+            f"The memory of {reports.describe_device(device)} ran out in the optimizer's update after step {step()}.",
             "Close other programs that use it and go on with --resume; or start a new run with a smaller [lora] r.",
         ) from error

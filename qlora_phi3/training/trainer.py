@@ -241,10 +241,8 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
     def load_finished(self, checkpoint: Path) -> bool:
         """Load the adapter and the state of a checkpoint after which nothing is left to train; False where something is.
 
-        transformers 5.23 trains one more step after a checkpoint of the last one, where max_steps is set.
-
-        Raises:
-            RunError: the recipe ends before the step of the checkpoint.
+        transformers 5.23 trains one more step after a checkpoint of the last one, where max_steps is set. RunError where the
+        recipe ends before the step of the checkpoint.
         """
         max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -266,10 +264,8 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         return True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As transformers does; then set the learning rate of this step, which another number of steps changes.
-
-        Raises:
-            RunError: the checkpoint is of an optimizer with another state, as auto chooses on a GPU and on a CPU.
+        """As transformers does; then set the learning rate of this step, which another number of steps changes. RunError where
+        the checkpoint is of an optimizer with another state, as auto chooses on a GPU and on a CPU.
         """
         super()._load_optimizer_and_scheduler(checkpoint)
         is_8bit = isinstance(getattr(self.optimizer, "optimizer", self.optimizer), Optimizer8bit)  # accelerate wraps it
@@ -293,13 +289,8 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         return list(islice(epoch_iterator, num_batches)), None
 
     def training_step(self, model: nn.Module, inputs: RowBatch, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of all micro-batches of an optimizer batch, until memory suffices.
-
-        Returns:
-            The mean loss over the supervised tokens of the batch, fp32 scalar.
-
-        Raises:
-            RunError: one row alone does not fit; a checkpoint of the step before is saved.
+        """Forward and backward of all micro-batches of an optimizer batch, until memory suffices. Returns the mean loss over its
+        supervised tokens, fp32 scalar. RunError where one row alone does not fit; a checkpoint of the step before is saved.
         """
         self._step_started = time.perf_counter()
         step = self.state.global_step + 1
@@ -321,10 +312,8 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         self._compute(self.model, rows, phase, 0)
 
     def _compute(self, model: nn.Module, rows: Sequence[Mapping[str, Any]], phase: Phase, step: int) -> Computed:
-        """Forward, and in training backward, of all micro-batches; several processes compute a share of them each.
-
-        Raises:
-            RunError: one row does not fit, or another process has died; the checkpoint of the last step is saved.
+        """Forward, and in training backward, of all micro-batches; several processes compute a share of them each. RunError where
+        one row does not fit, or another process has died; the checkpoint of the last step is saved.
         """
         options: dict[str, Any] = {"objective": self.objective, "compute_dtype": self.compute_dtype}
 
@@ -398,11 +387,8 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
     def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean loss over the supervised tokens of all held-out rows, with equal weight for each token.
 
-        Where it is not finite, the adapter goes back to its last good state, which is evaluated instead.
-
-        Raises:
-            EvaluationStopped: a signal requested it.
-            DivergedError: the loss is not finite, and there is no good state.
+        Where it is not finite, the adapter goes back to its last good state, which is evaluated instead; DivergedError where
+        there is none. EvaluationStopped where a signal requested it.
         """
         started = time.perf_counter()
         step = self.state.global_step

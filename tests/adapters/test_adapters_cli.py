@@ -14,7 +14,7 @@ from adapter_models import build_pair, save_trained
 from safetensors.torch import load_file, save_file
 from workshop import call
 
-from qlora_phi3.adapters import convert
+from qlora_phi3.adapters import peft_io
 from qlora_phi3.adapters.delta import Adapter
 from qlora_phi3.cli.main import main
 
@@ -173,12 +173,12 @@ def test_a_failed_write_leaves_the_old_adapter(place, base, monkeypatch, command
 
 
 def test_what_differs_from_what_was_read_is_not_saved(place, base, monkeypatch):
-    honest = convert.build_peft_tensors
+    honest = peft_io.build_peft_tensors
 
     def slightly_other(adapter: Adapter) -> dict[str, torch.Tensor]:
         return {name: tensor * (1 + 3e-6) for name, tensor in honest(adapter).items()}
 
-    monkeypatch.setattr(convert, "build_peft_tensors", slightly_other)
+    monkeypatch.setattr(peft_io, "build_peft_tensors", slightly_other)
     assert "6.0e-06" in refused("split", "new", "--to", "fused", "--base", str(base))
 
 

@@ -91,10 +91,10 @@ def test_a_signal_in_the_evaluation_after_the_last_step_saves_what_no_checkpoint
 
 
 def test_a_signal_while_the_adapter_is_saved_lets_the_run_end(shop, monkeypatch):
-    import qlora_phi3.training.run as run
+    from qlora_phi3.training import artifacts
 
-    save = run.save_adapter
-    monkeypatch.setattr(run, "save_adapter", lambda *a, **k: (signal.raise_signal(signal.SIGTERM), save(*a, **k)))
+    save = artifacts.save_adapter
+    monkeypatch.setattr(artifacts, "save_adapter", lambda *a, **k: (signal.raise_signal(signal.SIGTERM), save(*a, **k)))
     shop.write()
     assert shop.run().exit_code == 0
     assert read_json(shop.runs()[0] / "report.json")["status"] == "done"

@@ -155,7 +155,7 @@ class Lab:
             yield Silent()
 
         def train(recipe, name, base_folder, **kwargs):
-            folder = run.create_run_folder(Path(recipe.training.output_dir), name)
+            folder = run.runfolder.create_run_folder(Path(recipe.training.output_dir), name)
             seen.append(folder.path.parent)
             return run.RunResult(folder=folder, steps=0, loss_before=None, loss_after=None, seconds=0.0)
 

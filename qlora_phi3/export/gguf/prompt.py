@@ -219,11 +219,8 @@ def _remove_white_space(text: str, left: list[str], right: list[str], space: str
 def write_modelfile(folder: Path, gguf: Path, target: Path, *, force: bool = False) -> Path:
     """Write the Modelfile with which `ollama create` takes a .gguf file that was made from a checkpoint.
 
-    The file is named by its name alone where it is in the Modelfile's directory, `target.parent`.
-
-    Raises:
-        ExportError: it exists, or generation_config.json cannot be read.
-        ModelError: the directory's tokenizer or config cannot be read.
+    The file is named by its name alone where it is in the Modelfile's directory, `target.parent`. ExportError where the Modelfile
+    exists, or generation_config.json cannot be read; ModelError where the tokenizer or the config cannot.
     """
     if target.exists() and not force:
         raise ExportError(f"{target} exists.", "Give another place, or --force.")

@@ -29,9 +29,12 @@ class Trace:
 
     def report(self) -> MemoryReport:
         """The memory at its peak, by phase and by category."""
-        return replace(self, events=[(number, self.round(num_bytes)) for number, num_bytes in self.events], rounding=1)._report()
+        return replace(
+            self, events=[(number, self.rounded(num_bytes)) for number, num_bytes in self.events], rounding=1
+        )._report()
 
-    def round(self, num_bytes: int) -> int:
+    def rounded(self, num_bytes: int) -> int:
+        """What the allocator takes for so many bytes."""
         return -(-num_bytes // self.rounding) * self.rounding
 
     def _report(self) -> MemoryReport:
@@ -70,7 +73,7 @@ class Trace:
         """All events, with those of the step twice: the first step leaves a cache that is fragmented.
 
         What outlives a step is allocated once: cuBLAS' workspaces, which the peaks have from the first phase on, with the first
-        products of the two passes. On the emulated GPU the second step took up to 5 % more than the first.
+        products of the two passes.
         """
         begin, end = self.phases["update"], self.phases["end"]
         workspaces = [event for event in self.events if self.categories[event[0]] == CUBLAS_WORKSPACE]
@@ -136,7 +139,7 @@ def _kinds(trace: Trace) -> tuple[list[_Kind], list[int]]:
     begun: dict[int, tuple[int, int]] = {}
     kinds, values = [], []
     for index, (number, num_bytes) in enumerate(trace.events):
-        begin, size = begun.setdefault(number, (index, trace.round(num_bytes)))
+        begin, size = begun.setdefault(number, (index, trace.rounded(num_bytes)))
         kinds.append((size if num_bytes else -size, trace.categories[number]))
         values.append(num_bytes or begin)
     return kinds, values

@@ -228,7 +228,7 @@ def cuda_table(rows: Sequence[Row]) -> str:
 
 
 def emulated_table(rows: Sequence[Row]) -> str:
-    """The emulated GPUs' rows as Markdown: those of the grid in full, of the configurations drawn at random their summary."""
+    """The emulated GPUs' rows as Markdown: summaries, and of the grid each row that was also tried under limits."""
     drawn = [row for row in rows if row["configuration"].startswith("random ")]
     grid = [row for row in rows if row not in drawn]
     lines = [
@@ -236,13 +236,13 @@ def emulated_table(rows: Sequence[Row]) -> str:
         "|---|---|---|---|--:|--:|--:|--:|--:|---|",
     ]
     for row in grid:
-        if row["limit_gib"]:
-            continue
         limited = [
             other
             for other in grid
             if other["limit_gib"] and (other["machine"], other["configuration"]) == (row["machine"], row["configuration"])
         ]
+        if row["limit_gib"] or not limited:
+            continue
         pinned = f"{_mib(row['measured_pinned_bytes'])} ({_mib(row['predicted_pinned_bytes'])})"
         lines.append(
             f"| {row['machine']} | {row['configuration']} | {row['rows']} | {_differences(row)} "
@@ -252,7 +252,11 @@ def emulated_table(rows: Sequence[Row]) -> str:
             f"| {', '.join(map(_verdict, limited))} |"
         )
     about = f"{rows[-1]['date']}, {rows[-1]['versions']}." if rows else "No row yet."
-    return f"Drawn at random:\n{summary(drawn)}\n\nThe grid:\n{summary(grid)}\n\n" + "\n".join(lines) + f"\n\n{about}"
+    grids = {
+        machine: [row for row in grid if row["machine"] == machine] for machine in dict.fromkeys(row["machine"] for row in grid)
+    }
+    summaries = [f"The grid on an emulated {machine}:\n{summary(its)}" for machine, its in grids.items()]
+    return "\n\n".join([f"Drawn at random:\n{summary(drawn)}", *summaries, "\n".join(lines), about])
 
 
 def _verdict(row: Row) -> str:

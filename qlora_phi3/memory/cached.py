@@ -4,7 +4,6 @@ The key of a result is everything that it depends on: the recipe's text, the opt
 versions of the libraries and of our code. It is valid while size and time of every file that was read are unchanged.
 """
 
-import gc
 import hashlib
 import json
 import platform
@@ -104,7 +103,6 @@ class CachedVramCheck:
         recipe = self.recipe
         if "torch" not in sys.modules:
             progress.info("Starting torch, transformers and peft")
-            gc.disable()  # until they are imported: a tenth of the time
         context = read_recipe_context(recipe, self.path.parent, progress.progress, self.processes)
         return VramChecker(context, progress.info)
 

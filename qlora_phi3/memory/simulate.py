@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import bitsandbytes as bnb
@@ -222,9 +221,12 @@ def _load(skeleton: PackedPhi3ForCausalLM, lora: Lora, execution: ExecutionPlan,
                 setattr(module, name, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
     skeleton.tie_weights()
     # PEFT makes an adapter on the CPU, and `Module.to` moves it; on torch 2.13 that raises for parameters without storage.
-    is_moved, move = tracker.rounding != 1, partial(_move, tracker)
-    place = tracker.attribute_to(ON_CPU) if is_moved else nullcontext()
-    with replaced(nn.Module, "to", lambda *args, **named: move(*args, **named)), place, warnings.catch_warnings():
+    place = nullcontext() if tracker.rounding == 1 else tracker.attribute_to(ON_CPU)
+    with (
+        replaced(nn.Module, "to", lambda module, *places, **named: _move(tracker, module, *places, **named)),
+        place,
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # as copying a module does
         model = attach_adapter(skeleton, lora)
     apply_execution_plan(model, execution)

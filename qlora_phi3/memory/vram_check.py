@@ -123,10 +123,12 @@ def read_rows(
     Raises:
         ModelError: a row has a token that the model's embedding lacks.
     """
+    gc.disable()  # Python's collector takes a tenth of the time of these imports, which start torch
     from qlora_phi3.data.prepare import check_files, row_lengths
     from qlora_phi3.memory.plan import assume_lengths, read_lengths
     from qlora_phi3.recipe.load import as_list, is_local_data
 
+    gc.enable()
     training, problem, checked = recipe.training, "", False
     sources = [*as_list(recipe.data.train), *(as_list(recipe.data.eval) if training.do_eval else ())]
     try:
@@ -216,7 +218,6 @@ class VramChecker:
         dtype, capability = kind = self.kind(device)
         if kind not in self._predictors:
             gc.freeze()  # the collector need not look through the libraries again
-            gc.enable()
             self._predictors[kind] = Predictor(
                 self.context.recipe,
                 dict(self.context.config),

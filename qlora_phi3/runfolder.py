@@ -15,6 +15,8 @@ from qlora_phi3.files import atomic_write, disk_errors, flush_to_disk, make_dire
 
 #: Held by the process that writes a run directory, and the file with its process id.
 LOCK, LOCK_PID = "checkpoints/.lock", "checkpoints/.lock.pid"
+#: Last part of a path that means the newest run of a directory. It is no link, which Windows would not allow everyone to make.
+LATEST = "latest"
 #: Types of the values of report.json that a resumed run reads.
 REPORT_TYPES: dict[str, type | tuple[type, ...]] = {
     "status": str, "name": str, "started": str, "seconds": (int, float), "recipe": dict, "data": dict, "versions": dict,
@@ -146,17 +148,53 @@ def removed_on_failure(folder: RunFolder) -> Iterator[None]:
 
 
 def find_run(root: Path, recipe_name: str, wanted: str | None) -> RunFolder:
-    """The run to resume: the directory `wanted`, or the newest run of the recipe with a report; RunError where there is none."""
-    found = [report.parent for report in (root / recipe_name).glob("*/report.json")]
-    runs = sorted(found, key=lambda path: (RunFolder(path).started, path.name))
-    if wanted is None and not runs:
+    """The run to resume: the one that `wanted` names, or the newest run of the recipe; RunError where there is none."""
+    if wanted is None and not list_runs(root / recipe_name):
         raise RunError(f"There is no run of {recipe_name} under {root} to resume.", "Leave --resume out to start one.")
-    if wanted is not None and not os.path.isdir(wanted):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
-        newest = f"The newest of {recipe_name} is {runs[-1]}." if runs else "Leave --resume out to start one."
-        raise RunError(f"There is no run directory {wanted}.", newest)
-    folder = RunFolder(runs[-1] if wanted is None else Path(wanted))
+    folder = resolve_run(root / recipe_name if wanted is None else wanted, root)
     folder.read_report()
     return folder
+
+
+def list_runs(root: Path) -> list[RunFolder]:
+    """The runs that are in `root`, or in a directory in it, the newest last. A run is a directory with a report.json."""
+    reports = [report for depth in ("*", "*/*") for report in root.glob(f"{depth}/report.json")]
+    return sorted((RunFolder(report.parent) for report in reports), key=lambda run: (run.started, run.path.name))
+
+
+def resolve_run(text: str | Path, root: Path = Path("runs")) -> RunFolder:
+    """The run that a person names, as every command that takes RUN reads it; a file of the run may be missing or damaged.
+
+    Args:
+        text: the directory of a run, or its adapter; a directory of several runs, of which the newest is meant, also as
+            `directory/latest`; a recipe file, or the name of a recipe with runs under `root`: its newest run.
+        root: directory of the runs ([training] output_dir).
+
+    Raises:
+        RunError: nothing of this name; the message lists the recipes that have runs.
+    """
+    path = Path(text)
+    group = path.parent if path.name == LATEST and not os.path.lexists(path) else path
+    if path.suffix == ".toml" and os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
+        group = root / run_group_name(path)
+        path = path.parent if path.name == "recipe.toml" else group
+    if path.name == "adapter" and RunFolder(path.parent).recipe.is_file():
+        path = path.parent
+    candidates = [group] if group.is_absolute() or ".." in group.parts else [group, root / group]
+    with suppress(OSError, ValueError):  # a name that no file system takes
+        if RunFolder(path).recipe.is_file() or RunFolder(path).report.is_file():
+            return RunFolder(path)
+        for candidate in candidates:
+            if runs := list_runs(candidate):
+                return runs[-1]
+    runs = list_runs(root)
+    if os.path.isdir(path):  # noqa: PTH112 - as above
+        raise RunError(f"{path} is no run: it has no report.json.", "Give the directory of a run: runs/<recipe>/<time>.")
+    if not runs:
+        raise RunError(f"There is no run {text}, and none under {root}.", "Train one: qlora-phi3 run RECIPE.toml")
+    names = ", ".join(sorted({run.path.parent.name for run in runs}))
+    hint = f"Give the name of a recipe with runs ({names}), or the directory of a run: the newest is {runs[-1].path}."
+    raise RunError(f"There is no run {text}.", hint)
 
 
 def run_group_name(recipe: Path) -> str:

@@ -8,17 +8,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
-from qlora_phi3.cli.adapter import adapter
-from qlora_phi3.cli.export import export
 from qlora_phi3.cli.options import debug_option, set_option
 from qlora_phi3.cli.output import FULL_DISK, safe_output
-from qlora_phi3.cli.run import run
-from qlora_phi3.cli.vram_check import vram_check
 from qlora_phi3.errors import Interrupted, UserError, disk_error_hint
 
 #: Errors of the operating system that the user can fix: the disk is full or fails, the place may not be written, or is none.
@@ -27,8 +24,27 @@ FULL_OR_REFUSED = (
 )  # fmt: skip
 
 
+#: The commands in the order of `--help`, each with the module of `qlora_phi3.cli` that holds a click command of this name.
+COMMANDS = {"vram-check": "vram_check", "run": "run", "export": "export", "adapter": "adapter", "recipe": "main"}
+
+
 class Commands(click.Group):
-    """A group whose output any encoding can take, and whose user errors are one line and an exit code."""
+    """A group whose output any encoding can take, and whose user errors are one line and an exit code.
+
+    The module of a command is imported when the command is needed, so that each starts without the others.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of all commands, in the order of `COMMANDS`."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of this name; None where there is none."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f"qlora_phi3.cli.{COMMANDS[cmd_name]}")
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+        return command
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Start the command line with stdout and stderr that print any text, and that may lose their reader."""
@@ -84,7 +100,7 @@ def main() -> None:
     """
 
 
-@main.group()
+@click.group()
 def recipe() -> None:
     """Check a recipe, or print the schema that lets an editor complete it."""
 
@@ -116,7 +132,3 @@ def check(path: Path, overrides: tuple[str, ...]) -> None:
 
     click.echo(recipe_as_toml(load_recipe(path, overrides, check_files=True)), nl=False)
     click.echo(f"{path} is fine.", err=True)
-
-
-for command in (run, export, vram_check, adapter):
-    main.add_command(command)

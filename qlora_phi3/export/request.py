@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_phi3.errors import ExportError, RunError
+from qlora_phi3.errors import ExportError
 from qlora_phi3.files import sha256_file
-from qlora_phi3.runfolder import RunFolder
+from qlora_phi3.runfolder import RunFolder, resolve_run
 from qlora_phi3.units import parse_size
 
 CARD, REPORT, MODELFILE = "README.md", "export_report.json", "Modelfile"
@@ -110,22 +110,14 @@ def make_request(run: Path, options: ExportOptions) -> Request:
 
 
 def find_finished_run(path: Path, *, verify: bool) -> tuple[RunFolder, dict[str, Any]]:
-    """The run in a directory, or the newest run below it, with its report; RunError where there is none. ExportError where it did
-    not finish, or lacks a file that an export (or `verify`) needs.
+    """The run that `path` names (`resolve_run`), with its report; RunError where there is none. ExportError where it did not
+    finish, or lacks a file that an export (or `verify`) needs.
     """
-    if not path.is_dir():
-        raise RunError(f"There is no folder {path}.", "Give the folder of a finished run, such as runs/chat/TIME.")
-    if not (path / "report.json").is_file():
-        runs = [report.parent for depth in ("*", "*/*") for report in path.glob(f"{depth}/report.json")]
-        if path.name == "adapter" and (path.parent / "report.json").is_file():
-            path = path.parent
-        elif runs:
-            path = max(runs, key=lambda run: (RunFolder(run).started, run.name))
-    run = RunFolder(path)
+    run = resolve_run(path)
     report = run.read_report()
     if report.get("status") != "done":
-        hint = f"Finish it: qlora-phi3 run {run.recipe} --resume {path}"
-        raise ExportError(f"The run {path} is not finished: its status is {report.get('status')}.", hint)
+        hint = f"Finish it: qlora-phi3 run {run.recipe} --resume {run.path}"
+        raise ExportError(f"The run {run.path} is not finished: its status is {report.get('status')}.", hint)
     for needed in (*(run.adapter / name for name in ADAPTER_FILES), run.base, run.recipe):
         if not needed.is_file():
             raise ExportError(f"{needed} is missing.", "Put it back, or train again.")

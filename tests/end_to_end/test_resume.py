@@ -459,8 +459,8 @@ def test_a_run_that_was_moved_still_ends_with_its_best_checkpoint(shop, base, tm
 
 def test_names_that_are_too_long_are_no_run(shop):
     shop.write()
-    assert refused(shop.run("--resume", "x" * 300), "There is no run directory")
-    assert refused(call("run", "--resume", "x" * 300), "There is no run directory")
+    assert refused(shop.run("--resume", "x" * 300), "There is no run")
+    assert refused(call("run", "--resume", "x" * 300), "There is no run")
 
 
 def test_what_killed_processes_left_is_removed(halfway):

@@ -132,7 +132,7 @@ MESSAGES = [
         "no-directory",
         lambda shop: make_request(shop.path / "nowhere", ExportOptions()),
         ("nowhere",),
-        "finished run",
+        "Train one",
         RunError,
     ),
     row(

@@ -296,8 +296,8 @@ MESSAGES = [
         trigger=lambda shop: find_run(shop.path / "runs", "mine", "nowhere"),
         error=RunError,
         exit_code=2,
-        says=("nowhere",),
-        hint="--resume",
+        says=("nowhere", "runs"),
+        hint="Train one",
     ),
     Message(
         name="run-without-report",

@@ -23,7 +23,7 @@ COMMANDS = [line.split("#")[0].split(" > ")[0].strip() for kind, text in BLOCKS 
 def test_the_program_accepts_every_command_of_the_readme(line):
     arguments, command = shlex.split(line)[1:], main
     while isinstance(command, click.Group):
-        command = command.commands[arguments.pop(0)]
+        command = command.get_command(None, arguments.pop(0))
     command.make_context("readme", arguments, resilient_parsing=False)
 
 

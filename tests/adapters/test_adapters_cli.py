@@ -290,7 +290,7 @@ def test_a_nan_in_a_peft_adapter_is_refused_by_name(place, base):
 def test_a_command_of_the_page_is_one_the_program_takes(line):
     arguments, command = shlex.split(line)[1:], main
     while isinstance(command, click.Group):
-        command = command.commands[arguments.pop(0)]
+        command = command.get_command(None, arguments.pop(0))
     command.make_context("page", arguments, resilient_parsing=False)
 
 

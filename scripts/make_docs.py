@@ -90,7 +90,7 @@ def render_commands() -> str:
             child = command.get_command(context, name)
             add(child, click.Context(child, parent=context, info_name=name, terminal_width=100, max_content_width=100))
 
-    add(main, click.Context(main, info_name="qlora-phi3", terminal_width=100, max_content_width=100))
+    add(main, click.Context(main, info_name="qlora-phi3", terminal_width=100, max_content_width=100, **main.context_settings))
     return "".join(parts)
 
 

@@ -18,6 +18,8 @@ MARKS = ("[[", "]]")
 #: Characters of one piece of a row that are shown, unless the row was asked for.
 MOST_CHARACTERS = 600
 BAR_WIDTH = 40
+#: Rows that a page lists as left out or cut.
+MOST_PROBLEMS = 100
 
 
 def shown(text: str) -> str:
@@ -117,7 +119,10 @@ def render_page(figures: DataStatistics, views: Sequence[RowView], problems: Seq
 
     source = (files("qlora_phi3") / "pages" / "inspect.html").read_text(encoding="utf-8")
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
-    lines = statistics_lines(figures)
     return template.render(
-        recipe=recipe, lines=lines, problems=problems, rows=[(describe_row(view), view.pieces) for view in views]
+        recipe=recipe,
+        lines=statistics_lines(figures),
+        rows=[(describe_row(view), view.pieces) for view in views],
+        problems=[(shown(f"{problem.name}: {problem.reason}"), problem.content) for problem in problems[:MOST_PROBLEMS]],
+        num_problems=len(problems),
     )

@@ -32,12 +32,12 @@ def test_text_of_the_data_cannot_control_the_terminal_or_be_read_as_markup(shop)
 
 
 def test_json_has_the_statistics_the_rows_and_the_problems(shop):
-    result = call("inspect", str(shop.write(training={"max_length": 40})), "--row", "2", "--json")
+    result = call("inspect", str(shop.write(training={"max_length": 26})), "--row", "2", "--json")
     value = json.loads(result.stdout)
-    assert value["statistics"]["report"]["max_length"] == 40
+    assert value["statistics"]["report"]["max_length"] == 26
     (row,) = value["rows"]
     assert row["name"].endswith("chats.jsonl:2")
-    assert sum(len(piece["ids"]) for piece in row["pieces"]) == row["num_tokens"] == 40
+    assert sum(len(piece["ids"]) for piece in row["pieces"]) == row["num_tokens"] == 26
     assert all("chats.jsonl:" in problem["name"] for problem in value["problems"])
     assert len(value["problems"]) == value["statistics"]["report"]["truncated"] > 0
 

@@ -39,11 +39,12 @@ class RunFolder:
     quantized_base: Path = field(init=False)  #: The 4-bit base itself, where the recipe says save_quantized.
     held_out: Path = field(init=False)  #: Tokenized rows on which an export is compared with what was trained.
     chat_template: Path = field(init=False)  #: The chat template, where the recipe names a file.
+    samples: Path = field(init=False)  #: Held-out prompts with the answers of the base and of the tuned model.
     checkpoints: Path = field(init=False)  #: Checkpoints that `--resume` continues from.
 
     def __post_init__(self) -> None:
         files = ("recipe.toml", "metrics.jsonl", "report.json", "base.json", "held_out.jsonl", "chat_template.jinja")
-        for name in (*files, "adapter", "quantized_base", "checkpoints"):
+        for name in (*files, "samples.json", "adapter", "quantized_base", "checkpoints"):
             object.__setattr__(self, name.partition(".")[0], self.path / name)
 
     def read_report(self) -> dict[str, Any]:

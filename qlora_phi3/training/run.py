@@ -32,6 +32,7 @@ from qlora_phi3.training.callbacks import stop_on_interrupt
 from qlora_phi3.training.oom import RngState, restore_execution_plan
 from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, plan_run, prepare, wants_dry_run
 from qlora_phi3.training.report import PredictionCheck
+from qlora_phi3.training.samples import save_samples
 from qlora_phi3.training.trainer import EvaluationStopped, Phi3Trainer, build_trainer
 
 
@@ -132,6 +133,8 @@ def _run_in(
             runfolder.write_report(folder, report)
     if report["unlearned"]:
         context.reporter.warning(report["unlearned"])
+    trainer.optimizer = None  # its memory is free for the answers
+    save_samples(model, context, folder, report["seconds"])
     before, after = report["eval_loss_before"], report["eval_loss_after"]
     return RunResult(folder, report["steps"], before, after, report["seconds"])
 
@@ -141,6 +144,7 @@ FREE_KEYS = frozenset((
         "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "packing",
         "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading", "num_train_epochs", "max_steps",
         "logging_strategy", "logging_steps", "log_level", "disable_tqdm", "report_to", "output_dir", "save_total_limit",
+        "report_samples",
 ))  # fmt: skip
 #: Those of them that ask for another number of steps; a run that is done continues where one differs.
 STEP_KEYS = frozenset(("num_train_epochs", "max_steps"))

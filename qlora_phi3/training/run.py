@@ -47,12 +47,21 @@ class RunResult:
     seconds: float
 
 
-def run(recipe: Recipe, name: str, recipe_dir: Path, *, reporter: Reporter, resume: RunFolder | None = None) -> RunResult:
+def run(
+    recipe: Recipe,
+    name: str,
+    recipe_dir: Path,
+    *,
+    reporter: Reporter,
+    resume: RunFolder | None = None,
+    at_end: Callable[[RunFolder], object] = lambda folder: None,
+) -> RunResult:
     """Train what a recipe describes, into `<output_dir>/<name>/`.
 
     Args:
         recipe_dir: directory of the recipe file; relative paths are looked for there, then in the working directory.
         resume: an unfinished run of the same recipe and data, to continue.
+        at_end: called with the run's directory, while it is locked, when the run is done, fails or is interrupted.
 
     Raises:
         UserError: something that a person can correct; report.json holds the same message.
@@ -82,10 +91,21 @@ def run(recipe: Recipe, name: str, recipe_dir: Path, *, reporter: Reporter, resu
                 line = f"The run began with {was[key]} and goes on with {report[key]}: the result is not equal bit for bit."
                 reporter.warning(line)
             checkpoint = processes.from_first(lambda: _checkpoint_to_resume(resume, recipe, reporter))
-            return _run_in(resume, checkpoint, context, planned, report, started)
+            with _calling_at_end(at_end, resume):
+                return _run_in(resume, checkpoint, context, planned, report, started)
         folder = processes.from_first(lambda: runfolder.create_run_folder(Path(recipe.training.output_dir), name))
-        with runfolder.lock_run(folder) if not processes.own_rank() else nullcontext():
+        with runfolder.lock_run(folder) if not processes.own_rank() else nullcontext(), _calling_at_end(at_end, folder):
             return _run_in(folder, None, context, planned, report, started, is_new=True)
+
+
+@contextmanager
+def _calling_at_end(at_end: Callable[[RunFolder], object], folder: RunFolder) -> Iterator[None]:
+    """Call `at_end` in process 0, however the block ends, unless nothing was written."""
+    try:
+        yield
+    finally:
+        if not processes.own_rank() and folder.report.is_file():
+            at_end(folder)
 
 
 def _run_in(

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -238,19 +238,15 @@ def append_metrics(folder: RunFolder, record: Mapping[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def read_metrics(path: Path, end_bytes: int | None = None) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a line that is no record, as a kill leaves the last one, is left out. With `end_bytes` only
-    the records in so many bytes at each end of it.
-    """
-    if not path.is_file():
-        return []
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a line that is no record, as a kill leaves the last one, is left out."""
+    return parse_metrics(path.read_bytes().splitlines()) if path.is_file() else []
+
+
+def parse_metrics(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """The records in lines of a metrics.jsonl."""
     records = []
-    with path.open("rb") as file:
-        text = file.read(end_bytes)
-        if end_bytes:
-            file.seek(max(len(text), path.stat().st_size - end_bytes))
-            text += (b"\n" if file.tell() > end_bytes else b"") + file.read()
-    for line in text.splitlines():
+    for line in lines:
         with suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.errors import RunError
 from qlora_phi3.files import read_json_object
-from qlora_phi3.runfolder import RunFolder, is_locked, read_metrics
+from qlora_phi3.runfolder import RunFolder, is_locked, parse_metrics, read_metrics
 from qlora_phi3.ui.console import HELD_OUT_ROSE, mean_ends
 from qlora_phi3.units import format_count
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from qlora_phi3.data.report import DataReport
     from qlora_phi3.memory.report import MemoryReport
 
-#: Bytes at both ends of metrics.jsonl in which the list looks for the losses of a run that is not done; a record has about 400.
-END_BYTES = 2**14
 #: Steps before and after a step whose median loss is its usual loss.
 SPIKE_WINDOW = 10
 #: A held-out loss that ends by more than this share above its lowest value has risen.
@@ -114,7 +112,7 @@ def _summarize(folder: RunFolder) -> RunSummary:
     report: dict[str, Any] = {"status": "damaged"}
     with suppress(RunError):
         report = folder.read_report()
-    records = [] if report.get("status") == "done" else read_metrics(folder.metrics, END_BYTES)
+    records = [] if report.get("status") == "done" else _last_records(folder.metrics)
     losses = [(record["step"], record.get("eval_loss")) for record in records if record["kind"] == "eval"]
     started = datetime.fromtimestamp(folder.path.stat().st_mtime)
     with suppress(KeyError, TypeError, ValueError):
@@ -130,6 +128,15 @@ def _summarize(folder: RunFolder) -> RunSummary:
         seconds=report.get("seconds"),
         size_bytes=sum(map(size_of, scan(folder.path))),
     )
+
+
+def _last_records(path: Path) -> list[dict[str, Any]]:
+    """The first and the last evaluation in metrics.jsonl, and the last step; only these lines are parsed."""
+    text = b"\n" + (path.read_bytes() if path.is_file() else b"")
+    text = text[: text.rfind(b"\n") + 1]  # a kill cuts the last line
+    kinds = (b'{"kind": "eval"', b'{"kind": "train"')
+    found = (text.find(b"\n" + kinds[0]), *(text.rfind(b"\n" + kind) for kind in kinds))
+    return parse_metrics(text[at + 1 : text.find(b"\n", at + 1)] for at in found if at >= 0)
 
 
 def scan(path: str | Path) -> list[os.DirEntry[str]]:

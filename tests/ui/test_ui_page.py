@@ -42,14 +42,25 @@ def with_charts(pages_have_no_charts, monkeypatch):
 
 
 @pytest.fixture
-def full(tmp_path, with_charts):
+def full(tmp_path):
+    return write_full(tmp_path / "mine" / "1")
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory, pages_have_no_charts):
+    """The page of a run with everything in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "draw_charts", pages_have_no_charts)
+        return Page(write_page(write_full(tmp_path_factory.mktemp("run") / "mine" / "1")))
+
+
+def write_full(path):
     records = [evaluation_record(0, 4.0), *(step_record(n, 4 - n / 10) for n in range(1, 11)), evaluation_record(10, 2.5)]
     samples = [sample(row=f"chats.jsonl:{number}") for number in range(8)]
-    return write_run(tmp_path / "mine" / "1", records=[*records, memory_record(), divergence_record()], samples=samples)
+    return write_run(path, records=[*records, memory_record(), divergence_record()], samples=samples)
 
 
-def test_the_page_has_every_section_and_no_script_or_network(full):
-    shown = Page(write_page(full))
+def test_the_page_has_every_section_and_no_script_or_network(shown):
     assert shown.sections == SECTIONS
     assert not shown.tags & {"script", "img", "iframe", "object"}
     assert not re.search(r"(src|href)\s*=\s*[\"']?\s*(https?:|//)|url\(\s*[\"']?http|@import", shown.source)
@@ -81,12 +92,12 @@ def test_the_page_has_every_section_and_no_script_or_network(full):
         "NVIDIA Test, computing in bfloat16",
     ],
 )
-def test_the_page_says(full, words):
-    assert words in Page(write_page(full)).text
+def test_the_page_says(shown, words):
+    assert words in shown.text
 
 
-def test_the_charts_follow_the_colors_of_the_page_and_their_ids_differ(full):
-    charts = re.findall(r"<svg.*?</svg>", Page(write_page(full)).source, flags=re.DOTALL)
+def test_the_charts_follow_the_colors_of_the_page_and_their_ids_differ(shown):
+    charts = re.findall(r"<svg.*?</svg>", shown.source, flags=re.DOTALL)
     for chart in charts:
         assert "currentColor" in chart
         assert not re.search(r"stroke: (black|#000000)", chart)
@@ -124,8 +135,9 @@ def test_thinning_takes_the_mean_of_equal_groups_and_keeps_the_last_step():
     assert thin([], []) == ([], [])
 
 
-def test_without_matplotlib_the_page_has_a_table_and_says_what_to_install(full, monkeypatch):
+def test_without_matplotlib_the_page_has_a_table_and_says_what_to_install(full, monkeypatch, pages_have_no_charts):
     monkeypatch.setattr(page, "find_spec", lambda name: None)
+    monkeypatch.setattr(page, "draw_charts", pages_have_no_charts)
     shown = Page(write_page(full))
     assert "svg" not in shown.tags
     assert "pip install 'qlora-phi3[report]'" in shown.text

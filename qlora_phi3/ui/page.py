@@ -7,7 +7,6 @@ hold is data of other people: jinja2 escapes it for HTML, and `printable` for te
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +18,7 @@ from qlora_phi3.files import atomic_write, foreign_errors
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.ui.console import draw_curve
 from qlora_phi3.ui.runs import Run, draw_plot, read_run, scan, size_of, verdict, warnings
-from qlora_phi3.units import format_count, format_duration, format_gib
+from qlora_phi3.units import MIB, format_count, format_duration, format_gib
 
 #: Name of the page in the directory of a run.
 PAGE = "report.html"
@@ -29,21 +28,13 @@ MOST_POINTS = 300
 SMOOTHED_SHARE = 0.05
 #: Steps in the table that stands for the charts where matplotlib is missing.
 TABLE_ROWS = 20
+#: A line of a chart: its label (empty: not in the legend), steps, values, and matplotlib's settings of a line.
+Curve = tuple[str, Sequence[int], Sequence[float], dict[str, Any]]
 #: Colors of a chart -> what stands in the page for them, so that it follows the reader's light or dark scheme.
 INK, FAINT, FIRST, SECOND = "#555555", "#bbbbbc", "#2563eb", "#d9480f"
 THIN, LINE = {"color": FAINT, "linewidth": 0.8}, {"color": FIRST, "linewidth": 1.5}
 DOTTED = {"color": SECOND, "linewidth": 1.5, "marker": "o", "markersize": 4}
 SCHEME = {INK: "currentColor", FAINT: "var(--faint)", FIRST: "var(--first)", SECOND: "var(--second)"}
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """A line of a chart: its label (empty: not in the legend), steps, values, and matplotlib's settings of a line."""
-
-    label: str
-    steps: Sequence[int]
-    values: Sequence[float]
-    style: dict[str, Any]
 
 
 def write_page(folder: RunFolder) -> Path:
@@ -72,12 +63,17 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(gib=format_gib, duration=format_duration, count=format_count, curve=draw_curve, sizes=list_sizes)
+    environment.filters.update(gib=show_size, duration=format_duration, count=format_count, curve=draw_curve, sizes=list_sizes)
     environment.globals.update(verdict=verdict, warnings=warnings, draw_plot=draw_plot, now=datetime.now().astimezone, zip=zip)
     environment.filters["tojson_plain"] = lambda value: json.dumps(value, ensure_ascii=False)
     environment.filters["largest"] = lambda values: max(values, default=0)
     environment.globals.update(table_rows=TABLE_ROWS, smoothed_share=SMOOTHED_SHARE)
     return environment.get_template(template).render(values)
+
+
+def show_size(num_bytes: int) -> str:
+    """A size for people, where few bytes are not none."""
+    return "< 1 MiB" if 0 < num_bytes < MIB / 2 else format_gib(num_bytes)
 
 
 def list_sizes(folder: RunFolder) -> list[tuple[str, int]]:
@@ -94,11 +90,11 @@ def draw_charts(run: Run) -> Sequence[tuple[str, str]]:
     steps, losses = run.series("loss")
     half = max(1, round(SMOOTHED_SHARE * len(losses) / 2))
     smooth = [mean(losses[max(0, index - half) : index + half + 1]) for index in range(len(losses))]
-    loss = [Curve("each step", steps, losses, THIN), Curve("training", steps, smooth, LINE)]
-    drawn = {"Loss (nats per token)": [*loss, Curve("held-out", *run.series("eval_loss"), DOTTED)]}
+    loss = [("each step", steps, losses, THIN), ("training", steps, smooth, LINE)]
+    drawn: dict[str, list[Curve]] = {"Loss (nats per token)": [*loss, ("held-out", *run.series("eval_loss"), DOTTED)]}
     for key in ("learning_rate", "grad_norm", "tokens_per_second"):
         title = key.capitalize().replace("_", " ").replace("Grad norm", "Gradient norm")
-        drawn[title] = [Curve("", *run.series(key), LINE)]
+        drawn[title] = [("", *run.series(key), LINE)]
     charts = []
     for title, curves in drawn.items():
         svg = draw_svg(curves, salt=title, marks=[step for step, _, _ in run.events], log=title == "Gradient norm")
@@ -112,10 +108,10 @@ def draw_comparison(first: Run, second: Run) -> str:
     """A file with the training and the held-out losses of two runs over each other; RunError without matplotlib."""
     if find_spec("matplotlib") is None:
         raise RunError("--svg needs matplotlib, which is not installed.", "Install it: pip install 'qlora-phi3[report]'")
-    curves = []
+    curves: list[Curve] = []
     for name, run, color in (("a", first, FIRST), ("b", second, SECOND)):
-        curves.append(Curve(f"{name}, training", *run.series("loss"), {**THIN, "color": color, "alpha": 0.6}))
-        curves.append(Curve(f"{name}, held-out", *run.series("eval_loss"), {**DOTTED, "color": color}))
+        curves.append((f"{name}, training", *run.series("loss"), {**THIN, "color": color, "alpha": 0.6}))
+        curves.append((f"{name}, held-out", *run.series("eval_loss"), {**DOTTED, "color": color}))
     return draw_svg(curves, salt="runs")
 
 
@@ -130,18 +126,17 @@ def draw_svg(curves: Sequence[Curve], *, salt: str, marks: Sequence[int] = (), l
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    curves = [Curve(curve.label, *thin(curve.steps, curve.values), curve.style) for curve in curves if curve.values]
-    values = [value for curve in curves for value in curve.values]
+    values = [value for _, _, values, _ in curves for value in values]
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9, "axes.formatter.limits": (-3, 5)}):
-        figure = Figure(figsize=(6.6, 2.3), layout="constrained")
+        figure = Figure(figsize=(5.2, 2.1), layout="constrained")
         axes = figure.add_subplot(xlabel="step")
-        for curve in curves:
-            axes.plot(curve.steps, curve.values, label=curve.label or "_", **curve.style)
+        for label, steps, heights, style in curves:
+            axes.plot(*thin(steps, heights), label=label if label and steps else "_", **style)
         for step in marks[:MOST_POINTS]:
             axes.axvline(step, color=SECOND, linewidth=0.8, linestyle=":")
         if log and values and 0 < 100 * min(values) < max(values):
             axes.set_yscale("log")
-        if any(curve.label for curve in curves):
+        if any(label for label, *_ in curves):
             axes.legend(frameon=False, labelcolor=INK, ncols=3, loc="upper right")
         axes.tick_params(color=INK, labelcolor=INK)
         axes.xaxis.label.set_color(INK)

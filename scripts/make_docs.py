@@ -25,7 +25,8 @@ RECIPE_HEAD = """# Every key of a recipe
 
 Made from the program by `scripts/make_docs.py`; `qlora-phi3 recipe schema` prints the same for an editor. Names are those
 of LoraConfig (`[lora]`), BitsAndBytesConfig (`[quantization]`), TrainingArguments and SFTConfig (`[training]`). `batch_size`, the
-rows of an optimizer step, `save_minutes`, `recover_from_divergence`, and the keys of `[data]` and `[memory]` are our own.
+rows of an optimizer step, `save_minutes`, `recover_from_divergence`, `report_samples`, and the keys of `[data]` and `[memory]`
+are our own.
 
 A relative path in `[model]` or `[data]` is looked for in the folder of the recipe, then in the working directory. `output_dir` is
 relative to the working directory.

@@ -29,6 +29,7 @@ COMMANDS = {
     "vram-check": "vram_check",
     "inspect": "inspect",
     "run": "run",
+    "runs": "runs",
     "export": "export",
     "adapter": "adapter",
     "recipe": "main",

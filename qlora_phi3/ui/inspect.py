@@ -117,7 +117,7 @@ def render_page(figures: DataStatistics, views: Sequence[RowView], problems: Seq
 
     from jinja2 import Environment
 
-    source = (files("qlora_phi3") / "pages" / "inspect.html").read_text(encoding="utf-8")
+    source = (files("qlora_phi3") / "pages" / "inspect.html.jinja").read_text(encoding="utf-8")
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
     return template.render(
         recipe=recipe,

@@ -113,13 +113,10 @@ def statistics_lines(figures: DataStatistics) -> list[str]:
 
 def render_page(figures: DataStatistics, views: Sequence[RowView], problems: Sequence[Problem], *, recipe: str) -> str:
     """The same as one page of HTML, without scripts and without other files. Text of the data is escaped."""
-    from importlib.resources import files
+    from qlora_phi3.ui.page import render
 
-    from jinja2 import Environment
-
-    source = (files("qlora_phi3") / "pages" / "inspect.html.jinja").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
-    return template.render(
+    return render(
+        "inspect.html.jinja",
         recipe=recipe,
         lines=statistics_lines(figures),
         rows=[(describe_row(view), view.pieces) for view in views],

@@ -1,6 +1,6 @@
 """report.html of a run, the texts of `qlora-phi3 runs`, and the charts in them.
 
-The page is one file without JavaScript that needs no network. The texts are jinja2 templates in `templates/`. What a run's files
+The page is one file without JavaScript that needs no network. The texts are jinja2 templates in `pages/`. What a run's files
 hold is data of other people: jinja2 escapes it for HTML, and `printable` for terminals, direction marks included.
 """
 
@@ -53,11 +53,11 @@ def _read_text(path: Path) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """The text of a template of `templates/`; it is HTML where its name says so."""
+    """The text of a template of `pages/`; it is HTML where its name says so."""
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("qlora_phi3"),
+        loader=jinja2.PackageLoader("qlora_phi3", "pages"),
         autoescape="html" in template,
         finalize=lambda value: printable(value) if type(value) is str else value,
         trim_blocks=True,

@@ -106,6 +106,39 @@ def record_as_json(record: Record) -> dict[str, Any]:
     return {"kind": record.kind, **asdict(record)}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSchedule:
+    """The optimizer steps of a run, and the evaluations between them and at the end."""
+
+    total_steps: int
+    epochs: float
+    evaluation_interval: int = 0  #: Steps from one evaluation to the next; 0: none between the steps.
+    final_evaluations: int = 0  #: After the last step, where the interval ends elsewhere; and of the best weights.
+
+    def count_evaluations(self, after_step: int) -> int:
+        """Evaluations that follow a step, without the one that is due after it, and the one before the first step."""
+        interval = self.evaluation_interval
+        between = self.total_steps // interval - after_step // interval if interval else 0
+        return between + self.final_evaluations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOutline:
+    """What is known of a run before its first step: how it is executed, and how long it should take."""
+
+    schedule: RunSchedule
+    first_step: int = 0  #: Steps of earlier sessions.
+    evaluates_first: bool = False  #: The adapter that the run starts with is evaluated.
+    device: str = ""
+    plan: str = ""  #: The execution plan, in words.
+    predicted_bytes: int | None = None  #: Of this process on the GPU, at the peak.
+    budget_bytes: int | None = None  #: The most that it may take there.
+    step_seconds: float | None = None  #: By the cost model, which has none for CPUs.
+    evaluation_seconds: float | None = None  #: By the cost model, or as the last evaluation of an earlier session took.
+    earlier_losses: Sequence[float] = ()  #: Of the steps of earlier sessions; then those of their evaluations, nats.
+    earlier_eval_losses: Sequence[float] = ()
+
+
 class Reporter(Protocol):
     """Shows or writes what a run reports."""
 
@@ -118,8 +151,8 @@ class Reporter(Protocol):
     def progress(self, what: str, done: int, total: int | None) -> None:
         """Show how far a part of the work, `what` in words, is; `done == total` ends it, a total of None is not known."""
 
-    def begin(self, first_step: int, total_steps: int, earlier: Sequence[float] = ()) -> None:
-        """Training starts after `first_step`, which is 0 unless the run is resumed; `earlier` are the losses until there."""
+    def begin(self, outline: RunOutline) -> None:
+        """Everything is loaded; the evaluation before the first step follows where there is one, then the training."""
 
     def step(self, record: StepRecord) -> None:
         """An optimizer step is done."""

@@ -1,4 +1,4 @@
-"""How long an optimizer step takes on a GPU, in seconds: a model to compare execution plans with, not a promise.
+"""How long an optimizer step and a run take on a GPU, in seconds: a model to compare execution plans with, not a promise.
 
 A step is arithmetic (recomputation included), the dequantization of every 4-bit weight once in each pass of each micro-batch, and
 what offloading moves. Arithmetic and memory traffic are added, as the dequantization runs by itself before each matmul.
@@ -7,10 +7,14 @@ what offloading moves. Arithmetic and memory traffic are added, as the dequantiz
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.family import Architecture, linear_shapes
+from qlora_phi3.reporter import RunSchedule
+
+if TYPE_CHECKING:
+    from qlora_phi3.recipe.schema import Training
 
 #: Shares of the GPU's stated rates that such a step reaches. Fitted to QLoRA runs that other people published for an RTX 3050
 #: Laptop, an RTX 3090 and an RTX 5070 Laptop, from which this model differs by 12 % in the mean; none of them is ours.
@@ -106,3 +110,35 @@ def estimate_step_seconds(architecture: Architecture, execution: ExecutionPlan, 
         + (offloaded / OFFLOAD_BYTES_PER_SECOND if execution.activation_offloading else 0.0)
         + workload.num_micro_batches * layers * passes * LAYER_LAUNCH_SECONDS
     )
+
+
+def estimate_evaluation_seconds(step_seconds: float, step_tokens: int, tokens: int, again: Recomputation) -> float:
+    """The time of an evaluation of so many tokens: forward alone, one of the 2 or 3 equal passes that a step has."""
+    return step_seconds * tokens / step_tokens / (2 + again.layers)
+
+
+def plan_schedule(training: "Training", num_rows: int, *, evaluates: bool) -> RunSchedule:
+    """The steps and evaluations of a run of so many training rows, counted as transformers counts them.
+
+    `evaluates`: rows are held out.
+    """
+    steps_per_epoch = math.ceil(num_rows / training.batch_size)
+    total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps_per_epoch)
+    interval, every = 0, training.eval_steps
+    if evaluates and training.eval_strategy == "epoch":
+        interval = steps_per_epoch
+    elif evaluates and training.eval_strategy == "steps":
+        interval = math.ceil(every * total) if every < 1 else int(every)
+    ends_between = evaluates and (not interval or total % interval > 0)
+    return RunSchedule(
+        total_steps=total,
+        epochs=total / steps_per_epoch,
+        evaluation_interval=interval,
+        final_evaluations=ends_between + (evaluates and training.load_best_model_at_end),
+    )
+
+
+def estimate_run_seconds(schedule: RunSchedule, step_seconds: float, evaluation_seconds: float, *, evaluates: bool) -> float:
+    """The time of a run from its first step, with its evaluations and the one before that step."""
+    evaluations = schedule.count_evaluations(0) + evaluates
+    return schedule.total_steps * step_seconds + evaluations * evaluation_seconds

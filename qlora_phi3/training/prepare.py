@@ -4,6 +4,7 @@ Everything that can fail cheaply is in `prepare`, before any weight is read.
 """
 
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +24,9 @@ from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, Micro
 from qlora_phi3.family import Architecture, parse_architecture, read_config
 from qlora_phi3.hardware.gpu import Gpu, read_gpu
 from qlora_phi3.memory.allocator import ALLOCATOR_SETTINGS, uses_expandable_segments
-from qlora_phi3.memory.cost import GpuLimits
+from qlora_phi3.memory.cost import GpuLimits, plan_schedule
 from qlora_phi3.memory.margin import budget_of, read_margin
-from qlora_phi3.memory.plan import RowLengths, read_lengths, step_shape
+from qlora_phi3.memory.plan import RowLengths, describe_plan, read_lengths, step_shape
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.search import find_plan
@@ -36,7 +37,7 @@ from qlora_phi3.model.optimizer import default_optimizer
 from qlora_phi3.model.phi3 import Precision, check_token_ids, choose_precision, load_base, load_tokenizer
 from qlora_phi3.recipe.load import check_model_limits
 from qlora_phi3.recipe.schema import Memory, Recipe, Training
-from qlora_phi3.reporter import Reporter
+from qlora_phi3.reporter import EvalRecord, Reporter, RunOutline, StepRecord
 from qlora_phi3.training.callbacks import cap_to_free_memory
 from qlora_phi3.training.processes import count_processes, from_first, gather
 from qlora_phi3.training.report import describe_device
@@ -69,15 +70,21 @@ class RunContext:
         """Tokens of the rows that are trained on and evaluated, with the most rows of a step that one process gets."""
         held_out = [] if self.data.evaluation is None else row_lengths(self.data.evaluation).tolist()
         share = -(-self.recipe.training.batch_size // count_processes())
-        return read_lengths(row_lengths(self.data.train).tolist(), held_out, share)
+        lengths = read_lengths(row_lengths(self.data.train).tolist(), held_out, share)
+        return replace(lengths, evaluation_tokens=lengths.evaluation_tokens // count_processes())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRun:
-    """How a run is executed, and the memory it should need (None where nothing was simulated)."""
+    """How a run is executed; the memory it should need (None where nothing was simulated) and may take on a GPU; and by the cost
+    model, which is for GPUs, the seconds of a step and of an evaluation.
+    """
 
     execution: ExecutionPlan
     predicted: MemoryReport | None
+    budget_bytes: int | None = None
+    step_seconds: float | None = None
+    evaluation_seconds: float | None = None
 
 
 def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
@@ -193,8 +200,9 @@ def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
     predictor = Predictor(
         *model, compute_dtype=compute_dtype, capability=gpu.compute_capability, multiprocessors=gpu.multiprocessors
     )
+    budget_bytes = budget_of(context.recipe.memory, gpu)
     limits = GpuLimits(
-        limit_bytes=read_margin(gpu.name).limit(budget_of(context.recipe.memory, gpu)),
+        limit_bytes=read_margin(gpu.name).limit(budget_bytes),
         tflops_16bit=gpu.tflops_16bit,
         bandwidth_bytes_per_second=gpu.bandwidth_bytes_per_second,
     )
@@ -202,17 +210,39 @@ def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
     plan = find_plan(predictor, context.row_lengths, limits, progress=lambda _: None)
     reporter.progress("Planning the memory", 1, 1)
     execution = plan.execution
-    every = execution.checkpoint_every
-    recomputed = {0: "nothing recomputed", 1: "every layer recomputed"}.get(every, f"one layer in {every} recomputed")
-    offloaded = ", activations offloaded" if execution.activation_offloading else ""
-    tiled = f", MLPs in tiles of {execution.mlp_tile_tokens:,} tokens" if execution.mlp_tile_tokens else ""
-    reporter.info(
-        f"Plan: {execution.micro_batch.max_tokens:,} tokens at once, {recomputed}{offloaded}{tiled}, {execution.optim}; "
-        f"{format_gib(plan.memory.on_gpu_bytes)} of {format_gib(limits.limit_bytes)} on the GPU"
-    )
+    needed = f"{format_gib(plan.memory.on_gpu_bytes)} of {format_gib(limits.limit_bytes)} on the GPU"
+    reporter.info(f"Plan: {describe_plan(execution)}; {needed}")
     if not plan.fits:
         reporter.warning("This should not fit; qlora-phi3 vram-check suggests what to change. The run tries it anyway.")
-    return PlannedRun(execution=execution, predicted=replace(plan.memory, trace=()))
+    return PlannedRun(
+        execution=execution,
+        predicted=replace(plan.memory, trace=()),
+        budget_bytes=budget_bytes,
+        step_seconds=plan.step_seconds,
+        evaluation_seconds=plan.evaluation_seconds,
+    )
+
+
+def outline_run(
+    context: RunContext, planned: PlannedRun, execution: ExecutionPlan, metrics: Sequence[Mapping[str, Any]], first_step: int
+) -> RunOutline:
+    """What the reporter learns of a run before it goes on after `first_step`; `metrics` are the records of earlier sessions."""
+    data, training = context.data, context.recipe.training
+    evaluations = [record for record in metrics if record["kind"] == EvalRecord.kind]
+    seconds = evaluations[-1]["seconds"] if evaluations else planned.evaluation_seconds
+    return RunOutline(
+        schedule=plan_schedule(training, len(data.train), evaluates=data.evaluation is not None),
+        first_step=first_step,
+        evaluates_first=data.evaluation is not None and not first_step,
+        device=describe_device(context.device),
+        plan=f"{describe_plan(execution)}, {training.batch_size} rows a step",
+        predicted_bytes=planned.predicted.on_gpu_bytes or None if planned.predicted else None,
+        budget_bytes=planned.budget_bytes,
+        step_seconds=planned.step_seconds,
+        evaluation_seconds=seconds,
+        earlier_losses=[record["loss"] for record in metrics if record["kind"] == StepRecord.kind],
+        earlier_eval_losses=[record["eval_loss"] for record in evaluations],
+    )
 
 
 def default_execution_plan(training: Training, memory: Memory, architecture: Architecture, device: torch.device) -> ExecutionPlan:

@@ -1,6 +1,6 @@
 """What a run reports while it trains: the records of metrics.jsonl, and the protocol of the objects that show them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -107,36 +107,20 @@ def record_as_json(record: Record) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunSchedule:
-    """The optimizer steps of a run, and the evaluations between them and at the end."""
+class RunOutline:
+    """What is known of a run, or of what is left of a resumed one, before its first step."""
 
     total_steps: int
     epochs: float
-    evaluation_interval: int = 0  #: Steps from one evaluation to the next; 0: none between the steps.
-    final_evaluations: int = 0  #: After the last step, where the interval ends elsewhere; and of the best weights.
-
-    def count_evaluations(self, after_step: int) -> int:
-        """Evaluations that follow a step, without the one that is due after it, and the one before the first step."""
-        interval = self.evaluation_interval
-        between = self.total_steps // interval - after_step // interval if interval else 0
-        return between + self.final_evaluations
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOutline:
-    """What is known of a run before its first step: how it is executed, and how long it should take."""
-
-    schedule: RunSchedule
     first_step: int = 0  #: Steps of earlier sessions.
-    evaluates_first: bool = False  #: The adapter that the run starts with is evaluated.
+    evaluations: int = 0  #: That this session makes.
     device: str = ""
     plan: str = ""  #: The execution plan, in words.
-    predicted_bytes: int | None = None  #: Of this process on the GPU, at the peak.
-    budget_bytes: int | None = None  #: The most that it may take there.
+    predicted_bytes: int = 0  #: Of this process on the GPU, at the peak; 0: not predicted.
+    budget_bytes: int = 0  #: The most that it may take on the GPU; 0 on a CPU.
     step_seconds: float | None = None  #: By the cost model, which has none for CPUs.
-    evaluation_seconds: float | None = None  #: By the cost model, or as the last evaluation of an earlier session took.
-    earlier_losses: Sequence[float] = ()  #: Of the steps of earlier sessions; then those of their evaluations, nats.
-    earlier_eval_losses: Sequence[float] = ()
+    evaluation_seconds: float = 0.0  #: By the cost model, or as the last one of an earlier session took; 0: not known.
+    earlier: Sequence[Mapping[str, Any]] = ()  #: The records of earlier sessions, as in metrics.jsonl.
 
 
 class Reporter(Protocol):
@@ -152,7 +136,7 @@ class Reporter(Protocol):
         """Show how far a part of the work, `what` in words, is; `done == total` ends it, a total of None is not known."""
 
     def begin(self, outline: RunOutline) -> None:
-        """Everything is loaded; the evaluation before the first step follows where there is one, then the training."""
+        """Everything is loaded; what follows is the dry run, the evaluation before the first step, and the training."""
 
     def step(self, record: StepRecord) -> None:
         """An optimizer step is done."""

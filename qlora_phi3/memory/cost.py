@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.family import Architecture, linear_shapes
-from qlora_phi3.reporter import RunSchedule
 
 if TYPE_CHECKING:
     from qlora_phi3.recipe.schema import Training
@@ -117,28 +116,25 @@ def estimate_evaluation_seconds(step_seconds: float, step_tokens: int, tokens: i
     return step_seconds * tokens / step_tokens / (2 + again.layers)
 
 
-def plan_schedule(training: "Training", num_rows: int, *, evaluates: bool) -> RunSchedule:
-    """The steps and evaluations of a run of so many training rows, counted as transformers counts them.
+class RunLength(NamedTuple):
+    """The optimizer steps, epochs and evaluations of a run."""
+
+    steps: int
+    epochs: float
+    evaluations: int
+
+
+def count_steps(training: "Training", num_rows: int, *, evaluates: bool, first_step: int = 0) -> RunLength:
+    """Count a run's steps as transformers does, and the evaluations after `first_step`, of which one comes before a new run.
 
     `evaluates`: rows are held out.
     """
-    steps_per_epoch = math.ceil(num_rows / training.batch_size)
+    steps_per_epoch, interval = math.ceil(num_rows / training.batch_size), 0
     total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps_per_epoch)
-    interval, every = 0, training.eval_steps
-    if evaluates and training.eval_strategy == "epoch":
+    if training.eval_strategy == "steps":
+        interval = math.ceil(training.eval_steps * total) if training.eval_steps < 1 else int(training.eval_steps)
+    elif training.eval_strategy == "epoch":
         interval = steps_per_epoch
-    elif evaluates and training.eval_strategy == "steps":
-        interval = math.ceil(every * total) if every < 1 else int(every)
-    ends_between = evaluates and (not interval or total % interval > 0)
-    return RunSchedule(
-        total_steps=total,
-        epochs=total / steps_per_epoch,
-        evaluation_interval=interval,
-        final_evaluations=ends_between + (evaluates and training.load_best_model_at_end),
-    )
-
-
-def estimate_run_seconds(schedule: RunSchedule, step_seconds: float, evaluation_seconds: float, *, evaluates: bool) -> float:
-    """The time of a run from its first step, with its evaluations and the one before that step."""
-    evaluations = schedule.count_evaluations(0) + evaluates
-    return schedule.total_steps * step_seconds + evaluations * evaluation_seconds
+    between = total // interval - first_step // interval if interval else 0
+    last = (not interval or total % interval > 0) + training.load_best_model_at_end
+    return RunLength(total, total / steps_per_epoch, evaluates * ((first_step == 0) + between + last))

@@ -297,15 +297,14 @@ class VramChecker:
 
     def _estimate_run(self, plan: "Plan") -> dict[str, Any]:
         """The fields of a report that say how long the recipe's run takes, without what comes before its first step."""
-        from qlora_phi3.memory.cost import estimate_run_seconds, plan_schedule
+        from qlora_phi3.memory.cost import count_steps
 
         training, lengths = self.context.recipe.training, self.context.lengths
         fields: dict[str, Any] = {"seconds_per_1000_rows": plan.step_seconds * 1000 / training.batch_size}
         if not lengths.assumed:
-            evaluates = lengths.longest_evaluation > 0
-            schedule = plan_schedule(training, len(lengths.training), evaluates=evaluates)
-            seconds = estimate_run_seconds(schedule, plan.step_seconds, plan.evaluation_seconds, evaluates=evaluates)
-            fields |= {"epochs": schedule.epochs, "total_steps": schedule.total_steps, "run_seconds": seconds}
+            steps, epochs, evaluations = count_steps(training, len(lengths.training), evaluates=lengths.evaluation_tokens > 0)
+            seconds = steps * plan.step_seconds + evaluations * plan.evaluation_seconds
+            fields |= {"epochs": epochs, "total_steps": steps, "run_seconds": seconds}
         return fields
 
     def _speeds(self, device: Gpu, plan: "Plan") -> tuple[float, float, float]:

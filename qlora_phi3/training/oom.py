@@ -185,14 +185,10 @@ class MemoryGuard:
         self.unshared.append(record)
         self._reporter.oom(record)
 
-    @property
-    def execution(self) -> ExecutionPlan:
-        """The plan as it is now."""
-        return replace(self._execution, micro_batch=self.plans["training"], evaluation=self.plans["evaluation"])
-
     def adopt(self, records: Sequence[OomRecord]) -> None:
         """Report the recoveries of another process, and lower the plan as it did."""
-        self._execution = restore_execution_plan(self.execution, list(map(record_as_json, records)), self._device)
+        before = replace(self._execution, micro_batch=self.plans["training"], evaluation=self.plans["evaluation"])
+        self._execution = restore_execution_plan(before, list(map(record_as_json, records)), self._device)
         self.plans = {"training": self._execution.micro_batch, "evaluation": self._execution.evaluation}
         self.num_recovered += len(records)
         self._apply(self._execution)

@@ -24,9 +24,9 @@ from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, Micro
 from qlora_phi3.family import Architecture, parse_architecture, read_config
 from qlora_phi3.hardware.gpu import Gpu, read_gpu
 from qlora_phi3.memory.allocator import ALLOCATOR_SETTINGS, uses_expandable_segments
-from qlora_phi3.memory.cost import GpuLimits, plan_schedule
+from qlora_phi3.memory.cost import GpuLimits, count_steps
 from qlora_phi3.memory.margin import budget_of, read_margin
-from qlora_phi3.memory.plan import RowLengths, describe_plan, read_lengths, step_shape
+from qlora_phi3.memory.plan import Plan, RowLengths, describe_plan, read_lengths, step_shape
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.search import find_plan
@@ -37,7 +37,7 @@ from qlora_phi3.model.optimizer import default_optimizer
 from qlora_phi3.model.phi3 import Precision, check_token_ids, choose_precision, load_base, load_tokenizer
 from qlora_phi3.recipe.load import check_model_limits
 from qlora_phi3.recipe.schema import Memory, Recipe, Training
-from qlora_phi3.reporter import EvalRecord, Reporter, RunOutline, StepRecord
+from qlora_phi3.reporter import EvalRecord, Reporter, RunOutline
 from qlora_phi3.training.callbacks import cap_to_free_memory
 from qlora_phi3.training.processes import count_processes, from_first, gather
 from qlora_phi3.training.report import describe_device
@@ -76,15 +76,12 @@ class RunContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRun:
-    """How a run is executed; the memory it should need (None where nothing was simulated) and may take on a GPU; and by the cost
-    model, which is for GPUs, the seconds of a step and of an evaluation.
-    """
+    """How a run is executed, and the memory it should need (None where nothing was simulated); more is known of a GPU."""
 
     execution: ExecutionPlan
     predicted: MemoryReport | None
-    budget_bytes: int | None = None
-    step_seconds: float | None = None
-    evaluation_seconds: float | None = None
+    plan: Plan | None = None
+    budget_bytes: int = 0
 
 
 def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
@@ -214,34 +211,34 @@ def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
     reporter.info(f"Plan: {describe_plan(execution)}; {needed}")
     if not plan.fits:
         reporter.warning("This should not fit; qlora-phi3 vram-check suggests what to change. The run tries it anyway.")
-    return PlannedRun(
-        execution=execution,
-        predicted=replace(plan.memory, trace=()),
-        budget_bytes=budget_bytes,
-        step_seconds=plan.step_seconds,
-        evaluation_seconds=plan.evaluation_seconds,
-    )
+    memory = replace(plan.memory, trace=())
+    return PlannedRun(execution=execution, predicted=memory, plan=plan, budget_bytes=budget_bytes)
 
 
 def outline_run(
-    context: RunContext, planned: PlannedRun, execution: ExecutionPlan, metrics: Sequence[Mapping[str, Any]], first_step: int
+    context: RunContext,
+    planned: PlannedRun,
+    execution: ExecutionPlan,
+    metrics: Sequence[Mapping[str, Any]],
+    checkpoint: Path | None,
 ) -> RunOutline:
-    """What the reporter learns of a run before it goes on after `first_step`; `metrics` are the records of earlier sessions."""
-    data, training = context.data, context.recipe.training
-    evaluations = [record for record in metrics if record["kind"] == EvalRecord.kind]
-    seconds = evaluations[-1]["seconds"] if evaluations else planned.evaluation_seconds
+    """What the reporter learns of a run before its first step; `metrics` are the records of earlier sessions."""
+    data, training, plan = context.data, context.recipe.training, planned.plan
+    first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    length = count_steps(training, len(data.train), evaluates=data.evaluation is not None, first_step=first_step)
+    measured = [record["seconds"] for record in metrics if record["kind"] == EvalRecord.kind]
     return RunOutline(
-        schedule=plan_schedule(training, len(data.train), evaluates=data.evaluation is not None),
+        total_steps=length.steps,
+        epochs=length.epochs,
         first_step=first_step,
-        evaluates_first=data.evaluation is not None and not first_step,
+        evaluations=length.evaluations,
         device=describe_device(context.device),
         plan=f"{describe_plan(execution)}, {training.batch_size} rows a step",
-        predicted_bytes=planned.predicted.on_gpu_bytes or None if planned.predicted else None,
+        predicted_bytes=plan.memory.on_gpu_bytes if plan else 0,
         budget_bytes=planned.budget_bytes,
-        step_seconds=planned.step_seconds,
-        evaluation_seconds=seconds,
-        earlier_losses=[record["loss"] for record in metrics if record["kind"] == StepRecord.kind],
-        earlier_eval_losses=[record["eval_loss"] for record in evaluations],
+        step_seconds=plan.step_seconds if plan else None,
+        evaluation_seconds=[plan.evaluation_seconds if plan else 0.0, *measured][-1],
+        earlier=metrics,
     )
 
 

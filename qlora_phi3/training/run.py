@@ -3,7 +3,7 @@
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +112,10 @@ def _run_in(
             _save_export_inputs(context, model, folder)
             runfolder.restore_metrics(folder, checkpoint)
         metrics = processes.from_first(lambda: runfolder.read_metrics(folder.metrics))
-        trainer = build_trainer(context, restore_execution_plan(planned.execution, metrics, context.device), model, folder)
-        _begin(trainer, context, planned, checkpoint, metrics)
+        execution = restore_execution_plan(planned.execution, metrics, context.device)
+        trainer = build_trainer(context, execution, model, folder)
+        context.reporter.begin(outline_run(context, planned, execution, metrics, checkpoint))
+        _begin(trainer, context, planned, checkpoint)
         with stop_on_interrupt(context.reporter, trainer.stop), _lost_process_reported(trainer, folder, started):
             _train(trainer, context, folder, checkpoint)
             if processes.own_rank():
@@ -229,22 +231,14 @@ def _save_export_inputs(context: RunContext, model: PeftModel, folder: RunFolder
     progress("Computing the base's checksums", 1, 1)
 
 
-def _begin(
-    trainer: Phi3Trainer,
-    context: RunContext,
-    planned: PlannedRun,
-    checkpoint: Path | None,
-    metrics: Sequence[Mapping[str, Any]],
-) -> None:
-    """Run the heaviest step once and undo it, announce the run, and evaluate the adapter that a new run starts with."""
+def _begin(trainer: Phi3Trainer, context: RunContext, planned: PlannedRun, checkpoint: Path | None) -> None:
+    """Run the heaviest step once and undo it, and evaluate the adapter that a new run starts with."""
     if wants_dry_run(context.recipe.memory, context.device):
         context.reporter.progress("Rehearsing the heaviest step", 0, None)
         with _optimizer_memory_errors(context.device, lambda: 0):
             measured = dry_run_heaviest_step(trainer, context.gpu)
         context.reporter.progress("Rehearsing the heaviest step", 1, 1)
         context.reporter.info(f"Rehearsal: {PredictionCheck(predicted=planned.predicted, measured=measured).line()}")
-    first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    context.reporter.begin(outline_run(context, planned, trainer.guard.execution, metrics, first_step))
     if context.data.evaluation is not None and checkpoint is None:
         trainer.evaluate()
 

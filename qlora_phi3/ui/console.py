@@ -1,8 +1,8 @@
 """What commands show on the terminal while they work: rich's progress bars, or plain lines where the output is no terminal.
 
-`ConsoleReporter` shows a run (on a terminal with `ui/live.py`) or an export, `show_export` the end of an export. `Watcher` shows one
-temporary line on stderr, for commands that print a result on stdout. rich is imported only where it is needed: an answer from the
-cache starts without it.
+`ConsoleReporter` shows a run (with `ui/live.py`) or an export, `show_export` the end of an export. `Watcher` shows one temporary
+line on stderr, for commands that print a result on stdout. rich is imported only where it is needed: an answer from the cache
+starts without it.
 """
 
 import math
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_phi3.errors import Interrupted, printable
 from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, RunOutline, StepRecord
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.ui.eta import EtaEstimator
+from qlora_phi3.ui.eta import BLENDED_STEPS, EtaEstimator
 from qlora_phi3.units import describe_duration, describe_epochs, format_count, format_duration
 
 if TYPE_CHECKING:
@@ -73,16 +73,14 @@ class LogInterval:
 class ConsoleReporter:
     """Shows a run: lines above, and on a terminal progress bars or the screen of `ui/live.py` below them.
 
-    Warnings go to the console `errors`. The bars are from `build_progress`, disabled where the output is plain lines. `outline` and `eta`
-    are None until the run begins.
+    Warnings go to the console `errors`. The bars are from `build_progress`, disabled where the output is plain lines.
     """
 
     def __init__(self, console: "Console", errors: "Console", log_interval: LogInterval, bars: "Progress") -> None:
         self._console, self._errors, self._log_interval, self._bars = console, errors, log_interval, bars
         self._tasks: dict[str, TaskID] = {}
         self._last_line: dict[str, float] = {}
-        self.outline: RunOutline | None = None
-        self.eta: EtaEstimator | None = None
+        self.eta: EtaEstimator | None = None  #: None until the run begins.
         self.last_step: StepRecord | None = None
         self.losses: list[float] = []
         self.eval_losses: list[float] = []
@@ -126,29 +124,27 @@ class ConsoleReporter:
 
     def begin(self, outline: RunOutline) -> None:
         """Announce the time of the run, and open its screen. Steps of earlier sessions do not count for the speed."""
-        self.outline, self.eta = outline, EtaEstimator(outline)
-        self._total, self.step_number = outline.schedule.total_steps, outline.first_step
-        self.losses, self.eval_losses = list(outline.earlier_losses), list(outline.earlier_eval_losses)
+        self.eta = EtaEstimator(outline, time.perf_counter)
+        self._total, self.step_number = outline.total_steps, outline.first_step
+        self.losses = [record["loss"] for record in outline.earlier if record["kind"] == StepRecord.kind]
+        self.eval_losses = [record["eval_loss"] for record in outline.earlier if record["kind"] == EvalRecord.kind]
         warmup = self._log_interval.warmup_steps
         if (math.ceil(warmup * self._total) if warmup < 1 else warmup) >= self._total:
             self.warning(
                 f"All of the run's {format_count(self._total, 'step')} is warm-up: the learning rate is never reached. "
                 "Write [training] warmup_steps = 0."
             )
-        self._announce("estimated")
+        self._announce(self.eta, "estimated")
         self._move(TRAINING, outline.first_step, self._total)
 
-    def _announce(self, how: str) -> None:
+    def _announce(self, eta: EtaEstimator, how: str) -> None:
         """Print the time of the run, where it is known and another one than was printed before."""
-        left = None if self.eta is None else self.eta.left()
-        if self.outline is None or self.eta is None or left is None:
-            return
-        seconds = left + self.eta.passed()
+        outline, left = eta.outline, eta.left()
+        seconds = 0.0 if left is None else left + eta.passed()
         if seconds < ANNOUNCED_SECONDS or abs(seconds - self._announced) < ANNOUNCED_SHARE * self._announced:
             return
-        self._announced, first = seconds, self.outline.first_step
-        steps = format_count(self._total - first, "step")
-        work = f"{steps} of {self._total:,}" if first else f"{describe_epochs(self.outline.schedule.epochs)} ({steps})"
+        self._announced, steps = seconds, format_count(self._total - outline.first_step, "step")
+        work = f"{steps} of {self._total:,}" if outline.first_step else f"{describe_epochs(outline.epochs)} ({steps})"
         self.info(f"About {describe_duration(seconds)} for {work}, {how}.")
 
     def step(self, record: StepRecord) -> None:
@@ -162,14 +158,13 @@ class ConsoleReporter:
         self._move(TRAINING, record.step, self._total, figures)
         if self.eta is None:
             return
-        was_measured = self.eta.is_measured
         self.eta.step(record)
         if self._bars.disable and self._log_interval.shows(record.step, record.epoch, self._total):
             left = self.eta.left()
             remaining = "" if left is None else f"  {format_duration(left)} left"
             self.info(f"step {record.step}/{self._total}  loss {record.loss:.4f}  {speed}{remaining}")
-        if self._bars.disable and self.eta.is_measured and not was_measured:
-            self._announce("measured")
+        if self._bars.disable and self.eta.num_measured == BLENDED_STEPS:
+            self._announce(self.eta, "measured")
 
     def evaluation(self, record: EvalRecord) -> None:
         """Print the loss and the token accuracy on the held-out rows."""
@@ -241,10 +236,7 @@ def open_console(log_interval: LogInterval, *, plain: bool, quiet: bool = False)
 
 
 def build_progress(console: "Console", *, disable: bool = False, kind: "type[Progress] | None" = None) -> "Progress":
-    """Progress bars that disappear when they end. On a narrow terminal the bar shrinks and no figure is cut.
-
-    `kind`: rich's class, or one made from it.
-    """
+    """Progress bars that disappear when they end, of rich's class or one made from it. On a narrow terminal no figure is cut."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Column
 

@@ -1,6 +1,5 @@
 """How long a run still takes: by the cost model before its first step, as measured after its third, and between them by both."""
 
-import time
 from collections import deque
 from collections.abc import Callable
 
@@ -23,28 +22,21 @@ class EtaEstimator:
         clock: seconds, from any start.
     """
 
-    def __init__(self, outline: RunOutline, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock, self._total_steps = clock, outline.schedule.total_steps
-        self._model_seconds, self._evaluation_seconds = outline.step_seconds, outline.evaluation_seconds or 0.0
-        self._evaluations_left = outline.schedule.count_evaluations(outline.first_step) + outline.evaluates_first
-        self._step = self._first_step = outline.first_step
-        self._began = self._last = clock()
-        self._first_seconds: float | None = None
-        self._seconds: deque[float] = deque(maxlen=MEAN_STEPS)
+    def __init__(self, outline: RunOutline, clock: Callable[[], float]) -> None:
+        self.outline, self._clock, self._step = outline, clock, outline.first_step
+        self.num_measured = 0  #: Steps.
+        self._evaluations_left, self._evaluation_seconds = outline.evaluations, outline.evaluation_seconds
         self._evaluated_share = 0.0
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether the cost model has no part in the estimate any more."""
-        return self._step - self._first_step >= BLENDED_STEPS
+        self._seconds: deque[float] = deque(maxlen=MEAN_STEPS)
+        self._began = self._last = clock()
 
     def step(self, record: StepRecord) -> None:
-        """A step is done; steps that diverged in between have no record."""
-        seconds, count = self._clock() - self._last, max(1, record.step - self._step)
-        if self._first_seconds is None:
-            self._first_seconds = record.step_seconds
-        else:
-            self._seconds.append(seconds / count)
+        """A step is done; those that diverged before it have no record."""
+        seconds = (self._clock() - self._last) / max(1, record.step - self._step)
+        if self.num_measured == 1:
+            self._seconds.clear()
+        self._seconds.append(seconds if self.num_measured else record.step_seconds)
+        self.num_measured += 1
         self._step, self._last = record.step, self._clock()
 
     def evaluating(self, share: float) -> None:
@@ -55,23 +47,16 @@ class EtaEstimator:
         """An evaluation is done."""
         self._evaluations_left = max(0, self._evaluations_left - 1)
         self._evaluation_seconds, self._evaluated_share = record.seconds, 0.0
-        self._last = min(self._clock(), self._last + record.seconds)
-
-    def step_seconds(self) -> float | None:
-        """The time of a step; None where nothing tells."""
-        measured = sum(self._seconds) / len(self._seconds) if self._seconds else self._first_seconds
-        if self._model_seconds is None:
-            return measured if self._seconds else None
-        if measured is None:
-            return self._model_seconds
-        weight = min(1.0, (len(self._seconds) + 1) / BLENDED_STEPS)
-        return weight * measured + (1 - weight) * self._model_seconds
+        self._last += record.seconds  # they are no part of the next step
 
     def left(self) -> float | None:
         """Seconds that the run still needs; None where nothing tells."""
-        seconds, steps = self.step_seconds(), max(0, self._total_steps - self._step)
-        if seconds is None:
+        modelled, steps = self.outline.step_seconds, max(0, self.outline.total_steps - self._step)
+        if modelled is None and self.num_measured < 2:
             return None
+        weight = 1.0 if modelled is None else min(1.0, self.num_measured / BLENDED_STEPS)
+        measured = sum(self._seconds) / max(1, len(self._seconds))
+        seconds = weight * measured + (1 - weight) * (modelled or 0.0)
         begun = min(self._clock() - self._last, seconds) if steps and not self._evaluated_share else 0.0
         evaluations = max(0.0, self._evaluations_left - self._evaluated_share)
         return steps * seconds - begun + evaluations * self._evaluation_seconds

@@ -6,24 +6,25 @@ terminal that is too small for it there is one progress bar.
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import Progress
-from rich.progress_bar import ProgressBar
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
 from qlora_phi3.hardware.gpu import GpuLoad, read_load
+from qlora_phi3.reporter import RunOutline, StepRecord
 from qlora_phi3.ui.console import COLOURS, TRAINING, ConsoleReporter, LogInterval, build_progress, draw_curve
+from qlora_phi3.ui.eta import BLENDED_STEPS, EtaEstimator
 from qlora_phi3.ui.vram import draw_bar
 from qlora_phi3.units import describe_duration, format_count, format_gib
 
 #: Columns and lines that a terminal needs for the screen, and columns of its bars.
-MIN_COLUMNS, MIN_LINES, BAR_COLUMNS = 60, 15, 24
+MIN_COLUMNS, MIN_LINES, BAR_COLUMNS = 60, 15, 16
 #: Columns beside the curves, and the widest curve.
 BESIDE_CURVE, WIDEST_CURVE = 32, 64
 #: Seconds between two readings of the GPU.
@@ -40,56 +41,39 @@ class RunProgress(Progress):
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """The bars, or the screen where the terminal is large enough."""
-        size = self.console.size
-        if self.reporter is None or self.reporter.outline is None or size.width < MIN_COLUMNS or size.height < MIN_LINES:
+        eta = None if self.reporter is None else self.reporter.eta
+        if self.reporter is None or eta is None or self.console.width < MIN_COLUMNS or self.console.height < MIN_LINES:
             yield from super().get_renderables()
             return
-        yield Rule(style="dim")
-        yield self._draw(self.reporter, size.width)
-
-    def _draw(self, reporter: ConsoleReporter, width: int) -> Table:
         screen = Table.grid(padding=(0, 2, 0, 0))
         screen.add_column(style="bold", no_wrap=True)
-        screen.add_column(no_wrap=True, overflow="ellipsis")
-        for name, shown in self._rows(reporter, width):
+        for name, shown in self._rows(self.reporter, eta):
+            shown.no_wrap, shown.overflow = True, "ellipsis"
             screen.add_row(name, shown)
-        return screen
+        yield Rule(style="dim")
+        yield screen
 
-    def _rows(self, reporter: ConsoleReporter, width: int) -> Iterator[tuple[str, RenderableType]]:
+    def _rows(self, reporter: ConsoleReporter, eta: EtaEstimator) -> Iterator[tuple[str, Text]]:
         """The name and the contents of each line."""
-        outline, eta, record = reporter.outline, reporter.eta, reporter.last_step
-        if outline is None or eta is None:
-            return
+        outline, record, step = eta.outline, reporter.last_step, reporter.step_number
+        total, epochs = outline.total_steps, outline.epochs
         load = self._read_load() if outline.budget_bytes else None
-        total, step = outline.schedule.total_steps, reporter.step_number
         sensors = [] if load is None else [(load.watts, "W"), (load.celsius, "°C")]
-        values = "".join(f"  {value:.0f} {unit}" for value, unit in sensors if value is not None)
-        yield "device", Text(f"{outline.device}{values}")
+        yield "device", Text(outline.device + "".join(f"  {value:.0f} {unit}" for value, unit in sensors if value is not None))
         yield "plan", Text(outline.plan)
         others = [f"{task.description}  {task.fields['figures']}" for task in self.tasks if task.description != TRAINING]
-        yield "now", Text(others[-1] if others else "Training" if step < total else "Saving the adapter")
-        epoch = outline.schedule.epochs * step / total if record is None else record.epoch
-        bar = ProgressBar(
-            total=total, completed=step, width=BAR_COLUMNS, complete_style=COLOURS["done"], finished_style=COLOURS["done"]
-        )
-        yield (
-            "done",
-            _beside(bar, f"{step:,} of {format_count(total, 'step')}, epoch {epoch:.2f} of {outline.schedule.epochs:.3g}"),
-        )
-        left = eta.left()
-        by = "measured" if eta.is_measured else "estimated"
+        yield "now", Text(others[-1] if others else TRAINING if step < total else "Saving the adapter")
+        bar = draw_bar(BAR_COLUMNS, [(step, "█", COLOURS["done"])], total)
+        epoch = epochs * step / total if record is None else record.epoch
+        yield "done", bar.append(f"  {step:,} of {format_count(total, 'step')}, epoch {epoch:.2f} of {epochs:.3g}")
+        left, by = eta.left(), "measured" if eta.num_measured >= BLENDED_STEPS else "estimated"
         ahead = "the time left is known after two steps" if left is None else f"about {describe_duration(left)} left, {by}"
         yield "time", Text(f"{describe_duration(eta.passed())} passed, {ahead}")
-        columns = min(WIDEST_CURVE, width - BESIDE_CURVE)
+        columns, before = min(WIDEST_CURVE, self.console.width - BESIDE_CURVE), reporter.eval_losses[:1]
         yield "loss", _with_curve(reporter.losses, columns, "")
-        first = f"{reporter.eval_losses[0]:.4f} before" if len(reporter.eval_losses) > 1 else ""
-        yield "held-out", _with_curve(reporter.eval_losses, columns, first)
-        yield "step", Text() if record is None else Text.assemble(
-            ("learning rate ", "dim"), f"{record.learning_rate:.2e}", ("  gradient norm ", "dim"),
-            "not finite" if record.grad_norm is None else f"{record.grad_norm:.3g}",
-            f"  {record.tokens_per_second:,.0f} tokens/s",
-        )  # fmt: skip
-        yield "memory", _describe_memory(reporter, load)
+        yield "held-out", _with_curve(reporter.eval_losses, columns, "".join(f"{loss:.4f} at first" for loss in before))
+        yield "step", Text() if record is None else _describe_step(record)
+        yield "memory", _describe_memory(outline, record, load)
         yield (
             "events",
             Text(", ".join(reversed(reporter.events)) or "none", style=COLOURS["warning"] if reporter.events else "dim"),
@@ -103,33 +87,36 @@ class RunProgress(Progress):
         return self._load
 
 
-def _beside(bar: RenderableType, text: str) -> Table:
-    line = Table.grid(padding=(0, 2, 0, 0))
-    line.add_row(bar, Text(text, no_wrap=True, overflow="ellipsis"))
-    return line
-
-
-def _with_curve(losses: list[float], columns: int, note: str) -> Text:
+def _with_curve(losses: Sequence[float], columns: int, note: str) -> Text:
     if not losses:
         return Text("not known yet", style="dim")
-    curve = draw_curve(losses, columns)
-    return Text.assemble((f"{losses[-1]:.4f}", "bold"), "  ", (curve, COLOURS["curve"]), (f"  {note}", "dim"))
+    return Text.assemble(
+        (f"{losses[-1]:.4f}", "bold"), "  ", (draw_curve(losses, columns), COLOURS["curve"]), (f"  {note}", "dim")
+    )
 
 
-def _describe_memory(reporter: ConsoleReporter, load: GpuLoad | None) -> RenderableType:
+def _describe_step(record: StepRecord) -> Text:
+    norm = "not finite" if record.grad_norm is None else f"{record.grad_norm:.3g}"
+    parts = {
+        "learning rate": f"{record.learning_rate:.2e}",
+        "gradient norm": norm,
+        "tokens/s": f"{record.tokens_per_second:,.0f}",
+    }
+    return Text("  ").join(Text.assemble((f"{name} ", "dim"), value) for name, value in parts.items())
+
+
+def _describe_memory(outline: RunOutline, record: StepRecord | None, load: GpuLoad | None) -> Text:
     """The memory of this process, now and as planned, within the budget; on a CPU its resident memory, at most until now."""
-    outline, record = reporter.outline, reporter.last_step
-    used = 0 if record is None else record.peak_memory_bytes
-    if outline is None or not outline.budget_bytes:
+    used, kind = 0 if record is None else record.peak_memory_bytes, "of tensors"
+    if not outline.budget_bytes:
         return Text(f"{format_gib(used)} resident at most" if used else "not known yet", style="" if used else "dim")
-    kind = "of tensors at most"  # the driver shows no process in some containers and on Windows
-    if load is not None and load.own_bytes:
+    if load is not None and load.own_bytes:  # the driver shows no process in some containers and on Windows
         used, kind = load.own_bytes, "now"
-    planned, budget = outline.predicted_bytes or 0, outline.budget_bytes
+    planned, budget = outline.predicted_bytes, outline.budget_bytes
     colour = COLOURS["warning" if used > planned > 0 else "done"]
     parts = [(used, "█", colour), (max(0, planned - used), "▒", colour)]
-    text = f"{format_gib(used)} {kind}, plan {format_gib(planned)}, budget {format_gib(budget)}"
-    return _beside(draw_bar(BAR_COLUMNS, parts, max(budget, used)), text)
+    text = f"  {format_gib(used)} {kind}, plan {format_gib(planned)}, budget {format_gib(budget)}"
+    return draw_bar(BAR_COLUMNS, parts, max(budget, used)).append(text)
 
 
 @contextmanager

@@ -12,8 +12,6 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import Progress
-from rich.rule import Rule
-from rich.table import Table
 from rich.text import Text
 
 from qlora_phi3.hardware.gpu import GpuLoad, read_load
@@ -45,13 +43,11 @@ class RunProgress(Progress):
         if self.reporter is None or eta is None or self.console.width < MIN_COLUMNS or self.console.height < MIN_LINES:
             yield from super().get_renderables()
             return
-        screen = Table.grid(padding=(0, 2, 0, 0))
-        screen.add_column(style="bold", no_wrap=True)
-        for name, shown in self._rows(self.reporter, eta):
-            shown.no_wrap, shown.overflow = True, "ellipsis"
-            screen.add_row(name, shown)
-        yield Rule(style="dim")
-        yield screen
+        lines = [Text("─" * MIN_COLUMNS, style="dim")]
+        lines += [Text.assemble((f"{name:10}", "bold"), shown) for name, shown in self._rows(self.reporter, eta)]
+        for line in lines:  # not filled up with blanks, which a terminal that becomes narrower would wrap
+            line.truncate(self.console.width, overflow="ellipsis")
+        yield Text("\n", no_wrap=True).join(lines)
 
     def _rows(self, reporter: ConsoleReporter, eta: EtaEstimator) -> Iterator[tuple[str, Text]]:
         """The name and the contents of each line."""
@@ -69,7 +65,7 @@ class RunProgress(Progress):
         left, by = eta.left(), "measured" if eta.num_measured >= BLENDED_STEPS else "estimated"
         ahead = "the time left is known after two steps" if left is None else f"about {describe_duration(left)} left, {by}"
         yield "time", Text(f"{describe_duration(eta.passed())} passed, {ahead}")
-        columns, before = min(WIDEST_CURVE, self.console.width - BESIDE_CURVE), reporter.eval_losses[:1]
+        columns, before = min(WIDEST_CURVE, self.console.width - BESIDE_CURVE), reporter.eval_losses[:-1][:1]
         yield "loss", _with_curve(reporter.losses, columns, "")
         yield "held-out", _with_curve(reporter.eval_losses, columns, "".join(f"{loss:.4f} at first" for loss in before))
         yield "step", Text() if record is None else _describe_step(record)
@@ -91,7 +87,10 @@ def _with_curve(losses: Sequence[float], columns: int, note: str) -> Text:
     if not losses:
         return Text("not known yet", style="dim")
     return Text.assemble(
-        (f"{losses[-1]:.4f}", "bold"), "  ", (draw_curve(losses, columns), COLOURS["curve"]), (f"  {note}", "dim")
+        (f"{losses[-1]:.4f}", "bold"),
+        "  ",
+        (draw_curve(losses, columns) if losses[1:] else "", COLOURS["curve"]),
+        (f"  {note}", "dim"),
     )
 
 

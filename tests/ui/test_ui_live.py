@@ -105,7 +105,7 @@ def test_what_is_done_now_and_the_last_events_are_named_without_moving_the_lines
     screen = shown(bars)
     assert len(screen) == 11
     assert "Measuring on held-out rows  3/40" in screen[3]
-    assert screen[-1].split(maxsplit=1) == ["events", "step 7: diverged, back to step 5"]
+    assert screen[-1].strip().split(maxsplit=1) == ["events", "step 7: diverged, back to step 5"]
     reporter.progress("Measuring on held-out rows", 40, 40)
     assert "Training" in shown(bars)[3]
 

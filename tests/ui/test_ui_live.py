@@ -68,7 +68,7 @@ def test_the_screen_fits_and_shows_every_figure(clock, columns, lines):
         "2,048 tokens",
         "400 of 1,200 steps",
         "1.0000  █",
-        "2.5000  ▁",
+        "2.5000",
         "1.50e-04",
         "0.523",
         "5.00 GiB",

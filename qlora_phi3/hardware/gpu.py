@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import PureWindowsPath
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_phi3.errors import DeviceError, NoDeviceError
 from qlora_phi3.hardware.gpu_table import GPU_TABLE, NATIVE_BFLOAT16, GpuSpec
@@ -410,13 +410,11 @@ def _specs_of_nearest_size(num_bytes: int) -> list[GpuSpec]:
     return [spec for spec in GPU_TABLE if abs(spec.nominal_gb * GIB - num_bytes) == distance]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuLoad:
-    """What a GPU does now; None where the driver does not report it."""
+class GpuLoad(NamedTuple):
+    """What a GPU does now, and the memory of this process on it; None where the driver does not report it."""
 
     watts: float | None = None
     celsius: float | None = None
-    #: Memory of this process, its CUDA context included.
     own_bytes: int | None = None
 
 
@@ -425,11 +423,11 @@ def read_load(index: int = 0, *, nvml: Any = None) -> GpuLoad | None:
     with suppress(DeviceError, IndexError), _nvml_session(nvml) as session:
         handle, load = _visible_gpus(session)[index][2], GpuLoad()
         with suppress(session.NVMLError):
-            load = replace(load, watts=session.nvmlDeviceGetPowerUsage(handle) / 1000)
+            load = load._replace(watts=session.nvmlDeviceGetPowerUsage(handle) / 1000)
         with suppress(session.NVMLError):
-            load = replace(load, celsius=session.nvmlDeviceGetTemperature(handle, session.NVML_TEMPERATURE_GPU))
+            load = load._replace(celsius=session.nvmlDeviceGetTemperature(handle, session.NVML_TEMPERATURE_GPU))
         with suppress(session.NVMLError):
-            load = replace(load, own_bytes=_own_bytes(session, handle))
+            load = load._replace(own_bytes=_own_bytes(session, handle))
         return load
     return None
 

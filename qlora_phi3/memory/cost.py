@@ -116,16 +116,8 @@ def estimate_evaluation_seconds(step_seconds: float, step_tokens: int, tokens: i
     return step_seconds * tokens / step_tokens / (2 + again.layers)
 
 
-class RunLength(NamedTuple):
-    """The optimizer steps, epochs and evaluations of a run."""
-
-    steps: int
-    epochs: float
-    evaluations: int
-
-
-def count_steps(training: "Training", num_rows: int, *, evaluates: bool, first_step: int = 0) -> RunLength:
-    """Count a run's steps as transformers does, and the evaluations after `first_step`, of which one comes before a new run.
+def count_steps(training: "Training", num_rows: int, *, evaluates: bool, first_step: int = 0) -> tuple[int, float, int]:
+    """Count a run's steps and epochs as transformers does, and the evaluations that follow after `first_step`, or begin a new run.
 
     `evaluates`: rows are held out.
     """
@@ -137,4 +129,4 @@ def count_steps(training: "Training", num_rows: int, *, evaluates: bool, first_s
         interval = steps_per_epoch
     between = total // interval - first_step // interval if interval else 0
     last = (not interval or total % interval > 0) + training.load_best_model_at_end
-    return RunLength(total, total / steps_per_epoch, evaluates * ((first_step == 0) + between + last))
+    return total, total / steps_per_epoch, evaluates * ((first_step == 0) + between + last)

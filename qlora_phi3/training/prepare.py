@@ -225,13 +225,15 @@ def outline_run(
     """What the reporter learns of a run before its first step; `metrics` are the records of earlier sessions."""
     data, training, plan = context.data, context.recipe.training, planned.plan
     first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    length = count_steps(training, len(data.train), evaluates=data.evaluation is not None, first_step=first_step)
+    steps, epochs, evaluations = count_steps(
+        training, len(data.train), evaluates=data.evaluation is not None, first_step=first_step
+    )
     measured = [record["seconds"] for record in metrics if record["kind"] == EvalRecord.kind]
     return RunOutline(
-        total_steps=length.steps,
-        epochs=length.epochs,
+        total_steps=steps,
+        epochs=epochs,
         first_step=first_step,
-        evaluations=length.evaluations,
+        evaluations=evaluations,
         device=describe_device(context.device),
         plan=f"{describe_plan(execution)}, {training.batch_size} rows a step",
         predicted_bytes=plan.memory.on_gpu_bytes if plan else 0,

@@ -5,7 +5,6 @@ terminal that is too small for it there is one progress bar.
 """
 
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +24,7 @@ from qlora_phi3.units import describe_duration, format_count, format_gib
 MIN_COLUMNS, MIN_LINES, BAR_COLUMNS = 60, 15, 16
 #: Columns beside the curves, and the widest curve.
 BESIDE_CURVE, WIDEST_CURVE = 32, 64
-#: Seconds between two readings of the GPU.
+#: Between two readings of the GPU.
 SENSOR_SECONDS = 1.0
 
 
@@ -35,7 +34,7 @@ class RunProgress(Progress):
     reporter: ConsoleReporter | None = None  #: Set by `open_run_console`.
     nvml: Any = None  #: The module `pynvml`, or a stand-in.
     _load: GpuLoad | None = None
-    _read_at = -SENSOR_SECONDS
+    _reader: threading.Timer | None = None
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """The bars, or the screen where the terminal is large enough."""
@@ -65,54 +64,46 @@ class RunProgress(Progress):
         left, by = eta.left(), "measured" if eta.num_measured >= BLENDED_STEPS else "estimated"
         ahead = "the time left is known after two steps" if left is None else f"about {describe_duration(left)} left, {by}"
         yield "time", Text(f"{describe_duration(eta.passed())} passed, {ahead}")
-        columns, before = min(WIDEST_CURVE, self.console.width - BESIDE_CURVE), reporter.eval_losses[:-1][:1]
-        yield "loss", _with_curve(reporter.losses, columns, "")
-        yield "held-out", _with_curve(reporter.eval_losses, columns, "".join(f"{loss:.4f} at first" for loss in before))
-        yield "step", Text() if record is None else _describe_step(record)
+        columns = min(WIDEST_CURVE, self.console.width - BESIDE_CURVE)
+        yield "loss", _with_curve(reporter.losses, columns)
+        yield "held-out", _with_curve(reporter.eval_losses, columns)
+        step_figures = "not known yet"
+        if record is not None:
+            norm = "not finite" if record.grad_norm is None else f"{record.grad_norm:.3g}"
+            speed = f"{record.tokens_per_second:,.0f} tokens/s"
+            step_figures = f"learning rate {record.learning_rate:.2e}  gradient norm {norm}  {speed}"
+        yield "step", Text(step_figures)
         yield "memory", _describe_memory(outline, record, load)
-        yield (
-            "events",
-            Text(", ".join(reversed(reporter.events)) or "none", style=COLOURS["warning"] if reporter.events else "dim"),
-        )
+        yield "events", Text(", ".join(reversed(reporter.events)), style=COLOURS["warning"]) if reporter.events else Text("none")
 
     def _read_load(self) -> GpuLoad | None:
-        """Watts, temperature and memory, at most a second old; the thread that trains does not wait for the driver."""
-        now = time.monotonic()
-        if now - self._read_at >= SENSOR_SECONDS and threading.current_thread() is not threading.main_thread():
-            self._read_at, self._load = now, read_load(nvml=self.nvml)
+        """Watts, temperature and memory, at most about a second old: a thread of its own waits for the driver."""
+
+        def read() -> None:
+            self._load = read_load(nvml=self.nvml)
+
+        if self._reader is None or not self._reader.is_alive():
+            self._reader = threading.Timer(SENSOR_SECONDS, read)
+            self._reader.daemon = True
+            self._reader.start()
         return self._load
 
 
-def _with_curve(losses: Sequence[float], columns: int, note: str) -> Text:
-    if not losses:
-        return Text("not known yet", style="dim")
-    return Text.assemble(
-        (f"{losses[-1]:.4f}", "bold"),
-        "  ",
-        (draw_curve(losses, columns) if losses[1:] else "", COLOURS["curve"]),
-        (f"  {note}", "dim"),
-    )
-
-
-def _describe_step(record: StepRecord) -> Text:
-    norm = "not finite" if record.grad_norm is None else f"{record.grad_norm:.3g}"
-    parts = {
-        "learning rate": f"{record.learning_rate:.2e}",
-        "gradient norm": norm,
-        "tokens/s": f"{record.tokens_per_second:,.0f}",
-    }
-    return Text("  ").join(Text.assemble((f"{name} ", "dim"), value) for name, value in parts.items())
+def _with_curve(losses: Sequence[float], columns: int) -> Text:
+    if len(losses) < 2:
+        return Text(f"{losses[0]:.4f}" if losses else "not known yet")
+    return Text.assemble(f"{losses[-1]:.4f}  ", (draw_curve(losses, columns), COLOURS["curve"]), f"  {losses[0]:.4f} at first")
 
 
 def _describe_memory(outline: RunOutline, record: StepRecord | None, load: GpuLoad | None) -> Text:
     """The memory of this process, now and as planned, within the budget; on a CPU its resident memory, at most until now."""
     used, kind = 0 if record is None else record.peak_memory_bytes, "of tensors"
     if not outline.budget_bytes:
-        return Text(f"{format_gib(used)} resident at most" if used else "not known yet", style="" if used else "dim")
+        return Text(f"{format_gib(used)} resident at most" if used else "not known yet")
     if load is not None and load.own_bytes:  # the driver shows no process in some containers and on Windows
         used, kind = load.own_bytes, "now"
     planned, budget = outline.predicted_bytes, outline.budget_bytes
-    colour = COLOURS["warning" if used > planned > 0 else "done"]
+    colour = COLOURS["warning" if used > planned else "done"]
     parts = [(used, "█", colour), (max(0, planned - used), "▒", colour)]
     text = f"  {format_gib(used)} {kind}, plan {format_gib(planned)}, budget {format_gib(budget)}"
     return draw_bar(BAR_COLUMNS, parts, max(budget, used)).append(text)

@@ -21,9 +21,12 @@ from qlora_phi3.ui.live import RunProgress
 
 REPOSITORY = Path(__file__).parents[1]
 COLUMNS, LINES = 100, 32
-#: Step of the demo whose screen is the picture, and the rows that make its run about a minute long.
-SHOWN_STEP = 31
-DEMO = ("data.max_rows=320", "data.max_eval_rows=24", "training.eval_strategy=steps", "training.eval_steps=0.2")
+#: Step of the demo whose screen is the picture, and what makes its run short.
+SHOWN_STEP = 19
+DEMO = (
+    "data.max_rows=56", "data.max_eval_rows=8", "training.batch_size=2", "training.eval_strategy=steps", "training.eval_steps=0.2",
+    "training.max_length=128",
+)  # fmt: skip
 
 
 class PictureTakenError(Exception):

@@ -117,7 +117,7 @@ def estimate_evaluation_seconds(step_seconds: float, step_tokens: int, tokens: i
 
 
 def count_steps(training: "Training", num_rows: int, *, evaluates: bool, first_step: int = 0) -> tuple[int, float, int]:
-    """Count a run's steps and epochs as transformers does, and the evaluations that follow after `first_step`, or begin a new run.
+    """Count a run's steps and epochs as transformers does, and the evaluations after `first_step` or before and in a new run.
 
     `evaluates`: rows are held out.
     """

@@ -4,6 +4,7 @@ Everything that can fail cheaply is in `prepare`, before any weight is read.
 """
 
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,9 +25,9 @@ from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, Micro
 from qlora_phi3.family import Architecture, parse_architecture, read_config
 from qlora_phi3.hardware.gpu import Gpu, read_gpu
 from qlora_phi3.memory.allocator import ALLOCATOR_SETTINGS, uses_expandable_segments
-from qlora_phi3.memory.cost import GpuLimits
+from qlora_phi3.memory.cost import GpuLimits, count_steps
 from qlora_phi3.memory.margin import budget_of, read_margin
-from qlora_phi3.memory.plan import RowLengths, read_lengths, step_shape
+from qlora_phi3.memory.plan import Plan, RowLengths, describe_plan, read_lengths, step_shape
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.search import find_plan
@@ -37,7 +38,7 @@ from qlora_phi3.model.optimizer import default_optimizer
 from qlora_phi3.model.phi3 import Precision, choose_precision, load_base
 from qlora_phi3.recipe.load import check_model_limits
 from qlora_phi3.recipe.schema import Memory, Recipe, Training
-from qlora_phi3.reporter import Reporter
+from qlora_phi3.reporter import EvalRecord, Reporter, RunOutline
 from qlora_phi3.training.callbacks import cap_to_free_memory
 from qlora_phi3.training.processes import count_processes, from_first, gather
 from qlora_phi3.training.report import describe_device
@@ -70,15 +71,18 @@ class RunContext:
         """Tokens of the rows that are trained on and evaluated, with the most rows of a step that one process gets."""
         held_out = [] if self.data.evaluation is None else row_lengths(self.data.evaluation).tolist()
         share = -(-self.recipe.training.batch_size // count_processes())
-        return read_lengths(row_lengths(self.data.train).tolist(), held_out, share)
+        lengths = read_lengths(row_lengths(self.data.train).tolist(), held_out, share)
+        return replace(lengths, evaluation_tokens=lengths.evaluation_tokens // count_processes())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRun:
-    """How a run is executed, and the memory it should need (None where nothing was simulated)."""
+    """How a run is executed, and the memory it should need (None where nothing was simulated); more is known of a GPU."""
 
     execution: ExecutionPlan
     predicted: MemoryReport | None
+    plan: Plan | None = None
+    budget_bytes: int = 0
 
 
 def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
@@ -194,8 +198,9 @@ def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
     predictor = Predictor(
         *model, compute_dtype=compute_dtype, capability=gpu.compute_capability, multiprocessors=gpu.multiprocessors
     )
+    budget_bytes = budget_of(context.recipe.memory, gpu)
     limits = GpuLimits(
-        limit_bytes=read_margin(gpu.name).limit(budget_of(context.recipe.memory, gpu)),
+        limit_bytes=read_margin(gpu.name).limit(budget_bytes),
         tflops_16bit=gpu.tflops_16bit,
         bandwidth_bytes_per_second=gpu.bandwidth_bytes_per_second,
     )
@@ -203,17 +208,41 @@ def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
     plan = find_plan(predictor, context.row_lengths, limits, progress=lambda _: None)
     reporter.progress("Planning the memory", 1, 1)
     execution = plan.execution
-    every = execution.checkpoint_every
-    recomputed = {0: "nothing recomputed", 1: "every layer recomputed"}.get(every, f"one layer in {every} recomputed")
-    offloaded = ", activations offloaded" if execution.activation_offloading else ""
-    tiled = f", MLPs in tiles of {execution.mlp_tile_tokens:,} tokens" if execution.mlp_tile_tokens else ""
-    reporter.info(
-        f"Plan: {execution.micro_batch.max_tokens:,} tokens at once, {recomputed}{offloaded}{tiled}, {execution.optim}; "
-        f"{format_gib(plan.memory.on_gpu_bytes)} of {format_gib(limits.limit_bytes)} on the GPU"
-    )
+    needed = f"{format_gib(plan.memory.on_gpu_bytes)} of {format_gib(limits.limit_bytes)} on the GPU"
+    reporter.info(f"Plan: {describe_plan(execution)}; {needed}")
     if not plan.fits:
         reporter.warning("This should not fit; qlora-phi3 vram-check suggests what to change. The run tries it anyway.")
-    return PlannedRun(execution=execution, predicted=replace(plan.memory, trace=()))
+    memory = replace(plan.memory, trace=())
+    return PlannedRun(execution=execution, predicted=memory, plan=plan, budget_bytes=budget_bytes)
+
+
+def outline_run(
+    context: RunContext,
+    planned: PlannedRun,
+    execution: ExecutionPlan,
+    metrics: Sequence[Mapping[str, Any]],
+    checkpoint: Path | None,
+) -> RunOutline:
+    """What the reporter learns of a run before its first step; `metrics` are the records of earlier sessions."""
+    data, training, plan = context.data, context.recipe.training, planned.plan
+    first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    steps, epochs, evaluations = count_steps(
+        training, len(data.train), evaluates=data.evaluation is not None, first_step=first_step
+    )
+    measured = [record["seconds"] for record in metrics if record["kind"] == EvalRecord.kind]
+    return RunOutline(
+        total_steps=steps,
+        epochs=epochs,
+        first_step=first_step,
+        evaluations=evaluations,
+        device=describe_device(context.device),
+        plan=f"{describe_plan(execution)}, {training.batch_size} rows a step",
+        predicted_bytes=plan.memory.on_gpu_bytes if plan else 0,
+        budget_bytes=planned.budget_bytes,
+        step_seconds=plan.step_seconds if plan else None,
+        evaluation_seconds=[plan.evaluation_seconds if plan else 0.0, *measured][-1],
+        earlier=metrics,
+    )
 
 
 def default_execution_plan(training: Training, memory: Memory, architecture: Architecture, device: torch.device) -> ExecutionPlan:

@@ -30,7 +30,7 @@ from qlora_phi3.training import artifacts, processes
 from qlora_phi3.training import report as reports
 from qlora_phi3.training.callbacks import stop_on_interrupt
 from qlora_phi3.training.oom import RngState, restore_execution_plan
-from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, plan_run, prepare, wants_dry_run
+from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, outline_run, plan_run, prepare, wants_dry_run
 from qlora_phi3.training.report import PredictionCheck
 from qlora_phi3.training.samples import save_samples
 from qlora_phi3.training.trainer import EvaluationStopped, Phi3Trainer, build_trainer
@@ -133,7 +133,9 @@ def _run_in(
             _save_export_inputs(context, model, folder)
             runfolder.restore_metrics(folder, checkpoint)
         metrics = processes.from_first(lambda: runfolder.read_metrics(folder.metrics))
-        trainer = build_trainer(context, restore_execution_plan(planned.execution, metrics, context.device), model, folder)
+        execution = restore_execution_plan(planned.execution, metrics, context.device)
+        trainer = build_trainer(context, execution, model, folder)
+        context.reporter.begin(outline_run(context, planned, execution, metrics, checkpoint))
         _begin(trainer, context, planned, checkpoint)
         with stop_on_interrupt(context.reporter, trainer.stop), _lost_process_reported(trainer, folder, started):
             _train(trainer, context, folder, checkpoint)

@@ -145,7 +145,7 @@ class Lab:
         """What the command line shows of a run, and the folder of the run."""
         import qlora_phi3.cli.run as command
         import qlora_phi3.training.run as run
-        import qlora_phi3.ui.console as live
+        import qlora_phi3.ui.live as live
 
         seen = []
 
@@ -160,7 +160,7 @@ class Lab:
             return run.RunResult(folder=folder, steps=0, loss_before=None, loss_after=None, seconds=0.0)
 
         with self.monkeypatch.context() as patch:
-            patch.setattr(live, "open_console", open_console)
+            patch.setattr(live, "open_run_console", open_console)
             patch.setattr(run, "run", train)
             patch.setattr(command, "silence_libraries", lambda: seen.append("quiet"))
             assert self.shop.run().exit_code == 0

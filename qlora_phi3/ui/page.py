@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from qlora_phi3.errors import RunError, printable
 from qlora_phi3.files import atomic_write, foreign_errors
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.ui.console import draw_curve
+from qlora_phi3.ui.console import draw_curve, mean_ends
 from qlora_phi3.ui.runs import Run, draw_plot, read_run, scan, size_of, verdict, warnings
 from qlora_phi3.units import MIB, format_count, format_duration, format_gib
 
@@ -67,6 +67,7 @@ def render(template: str, **values: Any) -> str:
     environment.globals.update(verdict=verdict, warnings=warnings, draw_plot=draw_plot, now=datetime.now().astimezone, zip=zip)
     environment.filters["tojson_plain"] = lambda value: json.dumps(value, ensure_ascii=False)
     environment.filters["largest"] = lambda values: max(values, default=0)
+    environment.filters.update(ends=mean_ends, median=lambda values: median(values or [0.0]))
     environment.globals.update(table_rows=TABLE_ROWS, smoothed_share=SMOOTHED_SHARE)
     return environment.get_template(template).render(values)
 

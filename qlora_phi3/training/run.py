@@ -132,6 +132,7 @@ def _run_in(
             context.reporter.info(f"Run folder: {folder.path}")
             _save_export_inputs(context, model, folder)
             runfolder.restore_metrics(folder, checkpoint)
+            folder.samples.unlink(missing_ok=True)  # of an earlier end of this run
         metrics = processes.from_first(lambda: runfolder.read_metrics(folder.metrics))
         execution = restore_execution_plan(planned.execution, metrics, context.device)
         trainer = build_trainer(context, execution, model, folder)
@@ -155,7 +156,6 @@ def _run_in(
             runfolder.write_report(folder, report)
     if report["unlearned"]:
         context.reporter.warning(report["unlearned"])
-    trainer.optimizer = None  # its memory is free for the answers
     save_samples(model, context, folder, report["seconds"])
     before, after = report["eval_loss_before"], report["eval_loss_after"]
     return RunResult(folder, report["steps"], before, after, report["seconds"])

@@ -20,7 +20,7 @@ from qlora_phi3.data.prepare import PreparedData, prepare_datasets, row_lengths
 from qlora_phi3.data.template import ChatTemplate, choose_template
 from qlora_phi3.errors import DeviceError, RecipeError
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan
-from qlora_phi3.family import Architecture, parse_architecture, read_config
+from qlora_phi3.family import Architecture, find_config, parse_architecture, read_config
 from qlora_phi3.hardware.gpu import Gpu, read_gpu
 from qlora_phi3.memory.allocator import ALLOCATOR_SETTINGS, uses_expandable_segments
 from qlora_phi3.memory.cost import GpuLimits
@@ -31,9 +31,10 @@ from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.search import find_plan
 from qlora_phi3.memory.simulate import simulate
 from qlora_phi3.model.checkpoint import check_checkpoint
-from qlora_phi3.model.lora import attach_adapter, measure_coverage
+from qlora_phi3.model.lora import attach_adapter, measure_coverage, start_from_quantization_error
 from qlora_phi3.model.optimizer import default_optimizer
 from qlora_phi3.model.phi3 import Precision, check_token_ids, choose_precision, load_base, load_tokenizer
+from qlora_phi3.model.weights import open_weights
 from qlora_phi3.recipe.load import check_model_limits
 from qlora_phi3.recipe.schema import Memory, Recipe, Training
 from qlora_phi3.reporter import Reporter
@@ -268,7 +269,10 @@ def load_model(context: RunContext, *, is_first_session: bool = True) -> PeftMod
         longest_row=context.data.report.longest_row,
     )
     set_seed(recipe.training.seed)
+    base.neftune_noise_alpha = recipe.training.neftune_noise_alpha
     model = attach_adapter(base, recipe.lora)
+    if is_first_session and recipe.lora.init_lora_weights == "loftq":
+        start_from_quantization_error(model, open_weights(find_config(recipe.model.name, recipe.model.revision).parent))
     if is_first_session and recipe.model.adapter is not None:
         trained_on = start_from(model, Path(recipe.model.adapter))
         reporter.info(f"Starting from the adapter {recipe.model.adapter}")

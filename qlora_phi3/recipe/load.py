@@ -274,7 +274,7 @@ def check_processes(training: Training, count: int) -> None:
 
 
 def check_model_limits(recipe: Recipe, architecture: Architecture) -> None:
-    """Raise UserError where `max_length` or `checkpoint_every_n_layers` is more than the model has, or it cannot start as asked."""
+    """Raise UserError where `max_length` or `checkpoint_every_n_layers` is more than the model has, and LoftQ on 4-bit files."""
     max_length, positions = recipe.training.max_length, architecture.max_position_embeddings
     if max_length > positions:
         raise UserError(

@@ -175,8 +175,8 @@ REASONS = {
     ("training", "remove_unused_columns"): "Only token ids reach the model.",
     ("lora", "task_type"): "The Phi-3 family generates text.",
     ("lora", "init_lora_weights"): (
-        "PiSSA, OLoRA and CorDA move a part of the base into the adapter, and quantize what is left anew: that adapter fits no base "
-        'that others have, and no export could be proved. In 4 bit, "loftq" corrects the base from outside and leaves it as it is.'
+        "PiSSA, OLoRA and CorDA move a part of the base into the adapter and quantize the rest anew: it fits no base that "
+        'others have, and no export of it could be proved. In 4 bit, "loftq" corrects the base without changing it.'
     ),
     ("memory", "checkpoint_every_n_layers"): "To recompute no layer, write [training] gradient_checkpointing = false.",
     ("model", "attn_implementation"): "sdpa does what flash-attn does, without a build step.",

@@ -326,7 +326,7 @@ class Training(Table):
     disable_tqdm: bool = False
     """Print plain lines instead of a progress bar."""
     report_to: Tracker | list[Tracker] = "none"
-    """Experiment trackers that receive the metrics; tested: tensorboard, wandb, mlflow, trackio (each an extra of this package)."""
+    """Experiment trackers that receive the metrics; extras of this package: tensorboard, wandb, mlflow, trackio."""
     remove_unused_columns: Literal[True] = True
     """Only token ids reach the model; always true."""
     output_dir: Annotated[Place, AfterValidator(os.path.expanduser)] = "runs"
@@ -389,9 +389,9 @@ class Training(Table):
         if not self.do_eval and self.eval_strategy != "no":
             yield f'do_eval = false and eval_strategy = "{self.eval_strategy}" contradict each other: delete one.'
         if self.early_stopping_patience and self.eval_strategy == "no":
-            yield f"early_stopping_patience = {self.early_stopping_patience} needs evaluations: write eval_strategy = \"steps\"."
+            yield f'early_stopping_patience = {self.early_stopping_patience} needs evaluations: write eval_strategy = "steps".'
         if self.early_stopping_threshold and not self.early_stopping_patience:
-            yield f"early_stopping_threshold = {self.early_stopping_threshold:g} needs early_stopping_patience: add it, such as 3."
+            yield f"early_stopping_threshold = {self.early_stopping_threshold:g} needs early_stopping_patience, such as 3."
         # The rule of TrainingArguments.__post_init__ (transformers 5.23), checked before torch is imported.
         if self.eval_strategy == "steps" and self.eval_steps and (self.eval_steps < 1) == (self.save_steps < 1):
             evaluated = round(self.save_steps * 10**6) % round(self.eval_steps * 10**6) == 0

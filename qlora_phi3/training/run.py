@@ -128,6 +128,7 @@ def _run_in(
             check = _check_prediction(trainer, context, planned)
             runfolder.flush_metrics(folder)
             report = reports.last_report(folder, report, check, steps=int(trainer.state.global_step), started=started)
+            report |= trainer.early_stopping.as_dict(trainer.state)
             report["unlearned"] = reports.describe_unlearned(model, report)
             runfolder.write_report(folder, report)
     if report["unlearned"]:
@@ -168,7 +169,8 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
             reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
         raise RunError(f"{folder.report} holds a recipe that this version cannot read: {reason}.", "Start a new run.") from error
     changed = [(table, key) for table in now for key in now[table] if now[table][key] != was[table][key]]
-    decides = recipe.training.load_best_model_at_end or recipe.training.lr_scheduler_type in NEEDS_EVALUATION
+    keeps_best = recipe.training.load_best_model_at_end or recipe.training.early_stopping_patience
+    decides = keeps_best or recipe.training.lr_scheduler_type in NEEDS_EVALUATION
     free = FREE_KEYS if decides else FREE_KEYS | INTERVAL_KEYS
     differing = [f"[{table}] {key}" for table, key in changed if table != "training" or key not in free]
     if differing:
@@ -259,6 +261,9 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
         trainer._save_checkpoint(trainer.model, None)  # it is there already, but for save_strategy = "no"
         hint = f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
         raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; everything is saved.", hint)
+    if not trainer.divergence.failure and (reason := trainer.early_stopping.restore_best(state)):
+        loss = trainer.early_stopping.best_loss
+        context.reporter.info(f"The run {reason}, whose held-out loss of {loss:.4f} is the lowest: that adapter is saved")
 
 
 @contextmanager

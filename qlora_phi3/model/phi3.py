@@ -59,9 +59,9 @@ class PackedPhi3ForCausalLM(Phi3ForCausalLM):  # type: ignore[misc]
             return_final_hidden: return (rows, length, hidden_size) as `last_hidden_state`, without computing logits.
         """
         if self.training and self.neftune_noise_alpha and input_ids is not None:
-            lengths = document_lengths or _row_lengths(input_ids, kwargs.get("attention_mask"))
-            kwargs["inputs_embeds"] = _add_noise(self.model.embed_tokens(input_ids), lengths, self.neftune_noise_alpha)
-            input_ids = None
+            mask, embedded = kwargs.get("attention_mask"), self.model.embed_tokens(input_ids)
+            lengths = document_lengths or (torch.ones_like(input_ids) if mask is None else mask).sum(1, True)
+            kwargs["inputs_embeds"], input_ids = _add_noise(embedded, lengths, self.neftune_noise_alpha), None
         if document_lengths is not None and self.config._attn_implementation == BY_DOCUMENT:
             device, window = self.device, self.config.sliding_window
             autocast = torch.is_autocast_enabled(device.type)
@@ -79,11 +79,6 @@ class PackedPhi3ForCausalLM(Phi3ForCausalLM):  # type: ignore[misc]
         head = self.lm_head
         trained = head.modules_to_save[head.active_adapters[0]] if isinstance(head, ModulesToSaveWrapper) else head
         return cast(Tensor, trained.weight)
-
-
-def _row_lengths(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Tokens of each padded row, (rows, 1) int64."""
-    return torch.full_like(input_ids[:, :1], input_ids.shape[1]) if attention_mask is None else attention_mask.sum(1, True)
 
 
 def _add_noise(embedded: Tensor, lengths: tuple[int, ...] | Tensor, alpha: float) -> Tensor:

@@ -73,8 +73,12 @@ REPLACED = {
     "do_train": "is not needed: delete it; a run always trains.",
     "inference_mode": "is not needed: delete it; a run always trains.",
     "peft_type": "is not needed: delete it; the adapter is always LoRA.",
+    "trainable_token_indices": (
+        'is not offered: no export could merge rows of an embedding. Write [lora] modules_to_save = ["embed_tokens", "lm_head"].'
+    ),
     "loftq_config": 'is written [lora] init_lora_weights = "loftq": one round, in the 4 bits of [quantization].',
     "loftq_init": 'is written [lora] init_lora_weights = "loftq".',
+    "early_stopping_threshold": "is not needed: delete it; a held-out loss that is lower by anything counts as lower.",
     "early_stopping_steps": "is written [training] early_stopping_patience = {value}, a number of evaluations.",
     "metric_for_best_model": "is not needed: delete it; the best checkpoint is the one with the lowest held-out loss.",
     "greater_is_better": "is not needed: delete it; the best checkpoint is the one with the lowest held-out loss.",

@@ -165,8 +165,6 @@ class Lora(Table):
     """Another lora_alpha for layers whose name matches."""
     init_lora_weights: bool | Literal["gaussian", "orthogonal", "loftq"] = True
     """Initialization of the two matrices; true: the adapter starts without any effect; loftq: with what 4 bit lost, at rank r."""
-    trainable_token_indices: Annotated[list[Index], Field(min_length=1)] | None = None
-    """Ids of tokens whose embedding is trained, as those of unused tokens that mean something new in your data."""
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     """Task; text generation is the only one."""
 
@@ -175,8 +173,6 @@ class Lora(Table):
             yield f'r = {self.r} must be even for init_lora_weights = "orthogonal".'
         if self.init_lora_weights == "loftq" and self.use_dora:
             yield 'init_lora_weights = "loftq" and use_dora = true each set how the adapter starts: delete one.'
-        if self.trainable_token_indices and {"embed_tokens", "lm_head"} & set(self.modules_to_save or ()):
-            yield "trainable_token_indices is a part of what modules_to_save trains in full: delete one."
 
 
 class Data(Table):
@@ -303,8 +299,6 @@ class Training(Table):
     """Steps between evaluations; below 1 a share of all steps."""
     early_stopping_patience: Count | None = None
     """Evaluations in a row without a lower loss, after which training ends; the adapter of the lowest is saved; unset: off."""
-    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
-    """With early_stopping_patience: how much lower a loss must be to count as lower."""
     save_strategy: Interval = "steps"
     """When to save a checkpoint."""
     save_steps: ShareOrCount = 0.2
@@ -389,9 +383,8 @@ class Training(Table):
         if not self.do_eval and self.eval_strategy != "no":
             yield f'do_eval = false and eval_strategy = "{self.eval_strategy}" contradict each other: delete one.'
         if self.early_stopping_patience and self.eval_strategy == "no":
-            yield f'early_stopping_patience = {self.early_stopping_patience} needs evaluations: write eval_strategy = "steps".'
-        if self.early_stopping_threshold and not self.early_stopping_patience:
-            yield f"early_stopping_threshold = {self.early_stopping_threshold:g} needs early_stopping_patience, such as 3."
+            fix = 'eval_strategy = "steps"' if self.do_eval else "do_eval = true"
+            yield f"early_stopping_patience = {self.early_stopping_patience} needs evaluations: write {fix}."
         # The rule of TrainingArguments.__post_init__ (transformers 5.23), checked before torch is imported.
         if self.eval_strategy == "steps" and self.eval_steps and (self.eval_steps < 1) == (self.save_steps < 1):
             evaluated = round(self.save_steps * 10**6) % round(self.eval_steps * 10**6) == 0

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, get_scheduler
-from transformers.integrations import get_available_reporting_integrations, is_flytekit_available
 from transformers.trainer_utils import set_seed
 
 from qlora_phi3.adapters.start import check_start, start_from
@@ -41,6 +40,7 @@ from qlora_phi3.reporter import Reporter
 from qlora_phi3.training.callbacks import cap_to_free_memory
 from qlora_phi3.training.processes import count_processes, from_first, gather
 from qlora_phi3.training.report import describe_device
+from qlora_phi3.training.trackers import check_trackers
 from qlora_phi3.units import format_gib, parse_size
 
 #: Tokens of a micro-batch where there is no plan and neither the recipe nor a longer row requires more: enough to keep the
@@ -121,16 +121,6 @@ def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
     for line in data.report.warning_lines():
         reporter.warning(line)
     return RunContext(recipe, config, architecture, tokenizer, template, data, device, gpu, precision, reporter)
-
-
-def check_trackers(training: Training) -> None:
-    """Raise RecipeError for a tracker that is not installed."""
-    wanted = [training.report_to] if isinstance(training.report_to, str) else training.report_to
-    installed = {*get_available_reporting_integrations(), *(["flyte"] if is_flytekit_available() else [])}
-    for name in wanted:
-        if name not in ("all", "none") and name not in installed:
-            hint = "Install it in the environment of qlora-phi3, or delete it: metrics.jsonl holds every figure."
-            raise RecipeError(f"[training] report_to names {name}, which is not installed.", hint)
 
 
 def check_schedule(training: Training) -> None:

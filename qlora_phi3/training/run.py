@@ -116,6 +116,7 @@ def _run_in(
         _begin(trainer, context, planned, checkpoint)
         with stop_on_interrupt(context.reporter, trainer.stop), _lost_process_reported(trainer, folder, started):
             _train(trainer, context, folder, checkpoint)
+            best = {} if trainer.divergence.failure else trainer.early_stopping.restore_best(trainer.state)
             if processes.own_rank():
                 trainer.divergence.raise_failure(folder.adapter)
                 return RunResult(folder, int(trainer.state.global_step), None, None, time.perf_counter() - started)
@@ -128,11 +129,14 @@ def _run_in(
             check = _check_prediction(trainer, context, planned)
             runfolder.flush_metrics(folder)
             report = reports.last_report(folder, report, check, steps=int(trainer.state.global_step), started=started)
-            report |= trainer.early_stopping.as_dict(trainer.state)
+            report |= best
             report["unlearned"] = reports.describe_unlearned(model, report)
             runfolder.write_report(folder, report)
     if report["unlearned"]:
         context.reporter.warning(report["unlearned"])
+    if best:
+        ended, loss = best["early_stopping"]["reason"], best["eval_loss_after"]
+        context.reporter.info(f"The run {ended}, whose adapter is saved; its held-out loss is {loss:.4f}")
     before, after = report["eval_loss_before"], report["eval_loss_after"]
     return RunResult(folder, report["steps"], before, after, report["seconds"])
 
@@ -257,13 +261,11 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
     if context.data.evaluation is not None and not is_evaluated and not trainer.stop.requested:
         with suppress(EvaluationStopped):
             trainer.evaluate()
+    trainer.trackers.finish(trainer.args, state, trainer.control, trainer.model)
     if trainer.stop.requested:
         trainer._save_checkpoint(trainer.model, None)  # it is there already, but for save_strategy = "no"
         hint = f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
         raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; everything is saved.", hint)
-    if not trainer.divergence.failure and (reason := trainer.early_stopping.restore_best(state)):
-        loss = trainer.early_stopping.best_loss
-        context.reporter.info(f"The run {reason}, whose held-out loss of {loss:.4f} is the lowest: that adapter is saved")
 
 
 @contextmanager

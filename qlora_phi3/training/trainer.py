@@ -48,6 +48,7 @@ from qlora_phi3.training.oom import MemoryGuard
 from qlora_phi3.training.prepare import RunContext
 from qlora_phi3.training.processes import add_up_gradients, count_processes, gather, own_rank
 from qlora_phi3.training.report import peak_memory_bytes, row_name
+from qlora_phi3.training.trackers import Trackers
 
 
 def build_trainer(context: RunContext, execution: ExecutionPlan, model: PeftModel, folder: RunFolder) -> "Phi3Trainer":
@@ -60,7 +61,10 @@ def build_trainer(context: RunContext, execution: ExecutionPlan, model: PeftMode
     )
     shared = f", shared by {count_processes()} processes" if count_processes() > 1 else ""
     context.reporter.info(f"Optimizer: {execution.optim}, {training.batch_size} rows a step{shared}")
-    return Phi3Trainer(model, arguments, context, execution, MetricsWriter(context.reporter, folder))
+    trackers = Trackers(training, arguments, folder, context.reporter)
+    trainer = Phi3Trainer(model, arguments, context, execution, MetricsWriter(context.reporter, folder), trackers)
+    trackers.start(arguments, trainer.state, model)
+    return trainer
 
 
 #: Keys of [training] that TrainingArguments has under the same name and with the same meaning.
@@ -88,7 +92,7 @@ def build_arguments(
         logging.getLogger(f"transformers.{name}").addFilter(is_not_mistaken_warning)
     arguments = SFTConfig(
         **{name: getattr(training, name) for name in SAME_ARGUMENTS},
-        report_to="none" if own_rank() else training.report_to,
+        report_to="none",  # `Trackers`
         output_dir=str(checkpoints),
         # One batch of the Trainer is one optimizer step; step.py splits it into micro-batches.
         per_device_train_batch_size=training.batch_size,
@@ -180,9 +184,11 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         context: RunContext,
         execution: ExecutionPlan,
         reporter: MetricsWriter,
+        trackers: Trackers,
         *,
         objective: Objective = sft,
     ) -> None:
+        self.trackers = trackers
         self.objective = objective
         self.control: TrainerControl
         self.optimizer: torch.optim.Optimizer | None
@@ -198,7 +204,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             apply=partial(apply_execution_plan, model),
         )
         self.divergence = DivergenceGuard(reporter, recovers=self.training.recover_from_divergence)
-        self.early_stopping = EarlyStopping(model, self.training)
+        self.early_stopping = EarlyStopping(model, self.training.early_stopping_patience)
         #: Set by a signal; the evaluation stops at its next micro-batch then.
         self.stop = StopOnRequest()
         self._sources = context.data.report.sources
@@ -208,6 +214,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         self._num_recovered = 0  # out-of-memory errors, up to the last step
         self._last: tuple[Batch, float, float] | None = None  # batch, its loss, its token accuracy
         self._step_started = time.perf_counter()
+        watching = (reporter, self.divergence, self.early_stopping, trackers, self.stop)
         with _undo_trl_changes(model):
             super().__init__(
                 model=model,
@@ -216,14 +223,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
                 train_dataset=context.data.train,
                 eval_dataset=context.data.evaluation,
                 processing_class=context.tokenizer,
-                callbacks=[
-                    reporter,
-                    self.divergence,
-                    self.early_stopping,
-                    SaveByTime(self.training.save_minutes),
-                    self.stop,
-                    FinishEvaluation(self),
-                ],
+                callbacks=[*watching, SaveByTime(self.training.save_minutes), FinishEvaluation(self)],
             )
         # A tokenizer re-saved with an adapter gives other ids in transformers 5; the run copies the base's own files.
         self.processing_class = None
@@ -374,7 +374,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             batch, loss, accuracy = self._last
             self._last = None
             seconds = time.perf_counter() - self._step_started
-            logs["loss"] = loss
+            logs["loss"], logs["tokens_per_second"] = loss, batch.num_tokens / seconds
             self.reporter.step(
                 StepRecord(
                     step=self.state.global_step,

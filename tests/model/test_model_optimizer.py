@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny_model import load_tiny, save_tiny_model
 from peft.optimizers import create_loraplus_optimizer
+from tiny_model import load_tiny, save_tiny_model
 from transformers import Trainer, TrainingArguments
 
 from qlora_phi3.model.optimizer import build_optimizer, default_optimizer

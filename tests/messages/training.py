@@ -159,7 +159,7 @@ def without_trackers(name):
 def wandb_without_a_key():
     wandb = SimpleNamespace(api=SimpleNamespace(api_key=None))
     with (
-        mock.patch(f"{TRACKERS}get_available_reporting_integrations", lambda: ["wandb"]),
+        mock.patch(f"{TRACKERS}get_available_reporting_integrations", return_value=["wandb"]),
         mock.patch.dict("sys.modules", wandb=wandb),
         mock.patch.dict("os.environ", WANDB_MODE="online"),
     ):

@@ -102,6 +102,7 @@ def simulate(
     tracker = MemoryTracker(num_supervised=batch.num_supervised, vocabulary=architecture.vocab_size, rounding=rounding)
     kernels = following_cuda(tracker, capability=capability) if path == "cuda" else nullcontext()
     with _fake_tensors(), tracker, kernels, _no_collector():
+        skeleton.neftune_noise_alpha = recipe.training.neftune_noise_alpha
         model = _load(skeleton, recipe.lora, execution, tracker)
         if path == "cuda":
             for _ in range(2):  # of the forward and of the backward pass

@@ -73,6 +73,13 @@ REPLACED = {
     "do_train": "is not needed: delete it; a run always trains.",
     "inference_mode": "is not needed: delete it; a run always trains.",
     "peft_type": "is not needed: delete it; the adapter is always LoRA.",
+    "trainable_token_indices": (
+        'is not offered: no export could merge rows of an embedding. Write [lora] modules_to_save = ["embed_tokens", "lm_head"].'
+    ),
+    "loftq_config": 'is written [lora] init_lora_weights = "loftq": one round, in the 4 bits of [quantization].',
+    "loftq_init": 'is written [lora] init_lora_weights = "loftq".',
+    "early_stopping_threshold": "is not needed: delete it; a held-out loss that is lower by anything counts as lower.",
+    "early_stopping_steps": "is written [training] early_stopping_patience = {value}, a number of evaluations.",
     "metric_for_best_model": "is not needed: delete it; the best checkpoint is the one with the lowest held-out loss.",
     "greater_is_better": "is not needed: delete it; the best checkpoint is the one with the lowest held-out loss.",
 }
@@ -89,7 +96,7 @@ DELETED = {
     """,
     "the vocabulary and the special tokens stay the base's": """
         special_tokens tokens added_tokens_overrides resize_vocab resize_token_embeddings_to_32x new_special_tokens add_tokens
-        add_special_tokens pad_token eos_token bos_token shrink_embeddings trainable_token_indices
+        add_special_tokens pad_token eos_token bos_token shrink_embeddings
     """,
     "the context length and its scaling are the base's": "rope_scaling rope_theta shift_attn s2_attention longlora",
     "one process trains on one GPU": """
@@ -121,12 +128,12 @@ DELETED = {
         dataloader_in_order dataloader_multiprocessing_context tokenized_path image_max_pixels video_max_pixels
     """,
     "only what the recipe names is trained": """
-        neftune_noise_alpha loraplus_lr_ratio loraplus_lr_embedding relora_steps relora_warmup_steps label_smoothing_factor
-        label_names past_index galore_rank use_galore use_badam pissa_init pissa_iter pissa_convert loftq_config corda_config
+        loraplus_lr_embedding relora_steps relora_warmup_steps label_smoothing_factor
+        label_names past_index galore_rank use_galore use_badam pissa_init pissa_iter pissa_convert corda_config
         eva_config layer_replication megatron_config megatron_core lora_bias fan_in_fan_out lora_fan_in_fan_out
         unfrozen_parameters freeze_trainable_layers mask_history layers_pattern peft_layers_pattern use_llama_pro optim_args
         lr_quadratic_warmup lr_div_factor lr_groups embedding_lr embedding_lr_scale loss_watchdog_threshold loss_watchdog_patience
-        early_stopping_patience group_by_modality_length restore_callback_states_from_checkpoint full_determinism use_bdlora
+        group_by_modality_length restore_callback_states_from_checkpoint full_determinism use_bdlora
         use_qalora qalora_group_size max_lora_rank alora_invocation_tokens arrow_config kasa_config lora_ga_config
         monteclora_config velora_config target_parameters ensure_weight_tying router_aux_loss_coef
     """,
@@ -171,7 +178,10 @@ REASONS = {
     ("training", "gradient_checkpointing_kwargs"): "Reentrant checkpointing needs inputs with a gradient.",
     ("training", "remove_unused_columns"): "Only token ids reach the model.",
     ("lora", "task_type"): "The Phi-3 family generates text.",
-    ("lora", "init_lora_weights"): "Other initializations change the base, and their adapter fits that base only.",
+    ("lora", "init_lora_weights"): (
+        "PiSSA, OLoRA and CorDA move a part of the base into the adapter and quantize the rest anew: it fits no base that "
+        'others have, and no export of it could be proved. In 4 bit, "loftq" corrects the base without changing it.'
+    ),
     ("memory", "checkpoint_every_n_layers"): "To recompute no layer, write [training] gradient_checkpointing = false.",
     ("model", "attn_implementation"): "sdpa does what flash-attn does, without a build step.",
 }

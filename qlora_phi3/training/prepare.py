@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, get_scheduler
-from transformers.integrations import get_available_reporting_integrations, is_flytekit_available
 from transformers.trainer_utils import set_seed
 
 from qlora_phi3.adapters.start import check_start, start_from
@@ -22,7 +21,7 @@ from qlora_phi3.data.template import ChatTemplate, choose_template
 from qlora_phi3.data.tokenizer import check_token_ids, load_tokenizer
 from qlora_phi3.errors import DeviceError, RecipeError
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan
-from qlora_phi3.family import Architecture, parse_architecture, read_config
+from qlora_phi3.family import Architecture, find_config, parse_architecture, read_config
 from qlora_phi3.hardware.gpu import Gpu, read_gpu
 from qlora_phi3.memory.allocator import ALLOCATOR_SETTINGS, uses_expandable_segments
 from qlora_phi3.memory.cost import GpuLimits, count_steps
@@ -33,15 +32,17 @@ from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.search import find_plan
 from qlora_phi3.memory.simulate import simulate
 from qlora_phi3.model.checkpoint import check_checkpoint
-from qlora_phi3.model.lora import attach_adapter, measure_coverage
+from qlora_phi3.model.lora import attach_adapter, measure_coverage, start_from_quantization_error
 from qlora_phi3.model.optimizer import default_optimizer
 from qlora_phi3.model.phi3 import Precision, choose_precision, load_base
+from qlora_phi3.model.weights import open_weights
 from qlora_phi3.recipe.load import check_model_limits
 from qlora_phi3.recipe.schema import Memory, Recipe, Training
 from qlora_phi3.reporter import EvalRecord, Reporter, RunOutline
 from qlora_phi3.training.callbacks import cap_to_free_memory
 from qlora_phi3.training.processes import count_processes, from_first, gather
 from qlora_phi3.training.report import describe_device
+from qlora_phi3.training.trackers import check_trackers
 from qlora_phi3.units import format_gib, parse_size
 
 #: Tokens of a micro-batch where there is no plan and neither the recipe nor a longer row requires more: enough to keep the
@@ -125,16 +126,6 @@ def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
     for line in data.report.warning_lines():
         reporter.warning(line)
     return RunContext(recipe, config, architecture, tokenizer, template, data, device, gpu, precision, reporter)
-
-
-def check_trackers(training: Training) -> None:
-    """Raise RecipeError for a tracker that is not installed."""
-    wanted = [training.report_to] if isinstance(training.report_to, str) else training.report_to
-    installed = {*get_available_reporting_integrations(), *(["flyte"] if is_flytekit_available() else [])}
-    for name in wanted:
-        if name not in ("all", "none") and name not in installed:
-            hint = "Install it in the environment of qlora-phi3, or delete it: metrics.jsonl holds every figure."
-            raise RecipeError(f"[training] report_to names {name}, which is not installed.", hint)
 
 
 def check_schedule(training: Training) -> None:
@@ -298,7 +289,10 @@ def load_model(context: RunContext, *, is_first_session: bool = True) -> PeftMod
         longest_row=context.data.report.longest_row,
     )
     set_seed(recipe.training.seed)
+    base.neftune_noise_alpha = recipe.training.neftune_noise_alpha
     model = attach_adapter(base, recipe.lora)
+    if is_first_session and recipe.lora.init_lora_weights == "loftq":
+        start_from_quantization_error(model, open_weights(find_config(recipe.model.name, recipe.model.revision).parent))
     if is_first_session and recipe.model.adapter is not None:
         trained_on = start_from(model, Path(recipe.model.adapter))
         reporter.info(f"Starting from the adapter {recipe.model.adapter}")

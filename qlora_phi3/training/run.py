@@ -140,6 +140,7 @@ def _run_in(
         _begin(trainer, context, planned, checkpoint)
         with stop_on_interrupt(context.reporter, trainer.stop), _lost_process_reported(trainer, folder, started):
             _train(trainer, context, folder, checkpoint)
+            best = {} if trainer.divergence.failure else trainer.early_stopping.restore_best(trainer.state)
             if processes.own_rank():
                 trainer.divergence.raise_failure(folder.adapter)
                 return RunResult(folder, int(trainer.state.global_step), None, None, time.perf_counter() - started)
@@ -152,10 +153,14 @@ def _run_in(
             check = _check_prediction(trainer, context, planned)
             runfolder.flush_metrics(folder)
             report = reports.last_report(folder, report, check, steps=int(trainer.state.global_step), started=started)
+            report |= best
             report["unlearned"] = reports.describe_unlearned(model, report)
             runfolder.write_report(folder, report)
     if report["unlearned"]:
         context.reporter.warning(report["unlearned"])
+    if best:
+        ended, loss = best["early_stopping"]["reason"], best["eval_loss_after"]
+        context.reporter.info(f"The run {ended}, whose adapter is saved; its held-out loss is {loss:.4f}")
     save_samples(model, context, folder, report["seconds"])
     before, after = report["eval_loss_before"], report["eval_loss_after"]
     return RunResult(folder, report["steps"], before, after, report["seconds"])
@@ -194,7 +199,8 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
             reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
         raise RunError(f"{folder.report} holds a recipe that this version cannot read: {reason}.", "Start a new run.") from error
     changed = [(table, key) for table in now for key in now[table] if now[table][key] != was[table][key]]
-    decides = recipe.training.load_best_model_at_end or recipe.training.lr_scheduler_type in NEEDS_EVALUATION
+    keeps_best = recipe.training.load_best_model_at_end or recipe.training.early_stopping_patience
+    decides = keeps_best or recipe.training.lr_scheduler_type in NEEDS_EVALUATION
     free = FREE_KEYS if decides else FREE_KEYS | INTERVAL_KEYS
     differing = [f"[{table}] {key}" for table, key in changed if table != "training" or key not in free]
     if differing:
@@ -281,6 +287,7 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
     if context.data.evaluation is not None and not is_evaluated and not trainer.stop.requested:
         with suppress(EvaluationStopped):
             trainer.evaluate()
+    trainer.trackers.finish(trainer.args, state, trainer.control, trainer.model)
     if trainer.stop.requested:
         trainer._save_checkpoint(trainer.model, None)  # it is there already, but for save_strategy = "no"
         hint = f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"

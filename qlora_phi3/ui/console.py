@@ -6,6 +6,7 @@ starts without it.
 """
 
 import math
+import shlex
 import sys
 import time
 from collections import deque
@@ -321,8 +322,8 @@ class Watcher:
         self._bars.update(self._bars.task_ids[0], **changes)
 
 
-def show_export(view: ConsoleReporter, exported: "Exported") -> None:
-    """Print the proof of an export and, unless it failed, what to do next."""
+def show_export(view: ConsoleReporter, exported: "Exported", *, ollama: str | None = None) -> None:
+    """Print the proof of an export and, unless it failed, what to do next; `ollama` is the model's name there."""
     from qlora_phi3.export.bundle import other_bits_warning
     from qlora_phi3.export.stop import runaway_warning
 
@@ -350,7 +351,9 @@ def show_export(view: ConsoleReporter, exported: "Exported") -> None:
         for note in exported.gguf.notes:
             view.info(note)
         view.info(f"Try it: llama-cli -m {exported.gguf.path}")
-        view.info(f"Ollama: ollama create {exported.gguf.path.stem} -f {exported.folder / 'Modelfile'}")
+        name = ollama or exported.gguf.path.stem
+        view.info(f"Ollama: ollama create {name} -f {shlex.quote(str(exported.folder / 'Modelfile'))}")
+        view.info(f"        ollama run {name}")
     if exported.page:
         view.info(f"On the hub: {exported.page}")
     view.info(f"Done: {exported.folder.absolute()}")

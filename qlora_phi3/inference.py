@@ -3,7 +3,6 @@
 `stop_ids` and `read_end_of_turn` decide where generation stops; the export writes the same ids into its files.
 """
 
-import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
+from threading import Event
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_phi3.adapters.base_files import strip_marks
 from qlora_phi3.data.template import ChatTemplate, choose_template
 from qlora_phi3.errors import DataError, ModelError, first_line
-from qlora_phi3.family import is_hub_id, read_architecture, read_config
+from qlora_phi3.family import is_hub_id, read_architecture
 from qlora_phi3.files import read_json_object
 from qlora_phi3.model.lora import fuse_lora_forward
 from qlora_phi3.model.phi3 import choose_precision, find_base, load_base, load_tokenizer, quiet_transformers
@@ -33,8 +33,6 @@ from qlora_phi3.runfolder import RunFolder
 
 #: The tokens that end a turn in the family's templates.
 ENDS_OF_TURN = ("<|end|>", "<|im_end|>")
-#: A text by which a template shows whether it renders a system turn.
-PROBE = "Answer briefly."
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,6 @@ class InferenceModel:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     chat_template: str = "auto"  #: By which `choose_template` finds the marked template that the model was trained with.
-    longrope_boundary: int | None = None
 
     @property
     def max_positions(self) -> int:
@@ -59,29 +56,16 @@ class InferenceModel:
         return dtype
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is chosen, whatever generation_config.json says.
-
-    Args:
-        temperature: 0 for the most likely token; else one is drawn.
-        top_p: from as few tokens as have this share of the probability.
-        top_k: from this many of the most likely tokens; 0: from all.
+def sampling(temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0) -> dict[str, Any]:
+    """transformers' settings, whatever generation_config.json says: at temperature 0 the most likely token; else one is drawn,
+    from the `top_k` most likely (0: from all), and from as few as have `top_p` of the probability.
     """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """As arguments of transformers' `generate`."""
-        if not self.temperature:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+    if not temperature:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
 
 
-GREEDY = Sampling()
+GREEDY = sampling()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,27 +89,22 @@ class _Source:
 
 
 def load_for_inference(
-    run_or_export: Path,
-    *,
-    device: torch.device | None = None,
-    dtype: torch.dtype | Literal["auto"] = "auto",
-    load_in_4bit: bool = False,
+    run_or_export: Path, *, device: torch.device | None = None, dtype: torch.dtype | Literal["auto"] = "auto"
 ) -> InferenceModel:
     """Load a model for generation, in 4-bit if it was trained in 4-bit.
 
     Args:
         run_or_export: the directory of a run (its base, its adapter and its chat template are loaded), of a PEFT adapter (its
-            base is loaded in 4-bit), of an export or a base; or the hub id of a base.
+            base is loaded in 4-bit), of an export or a base; or the hub id of a base, which is loaded in 4-bit.
         device: None for the GPU if there is one.
         dtype: of the matmuls. "auto": for a run the dtype of its recipe, for an adapter bf16 if the device has it, for an export
             the dtype of its files.
-        load_in_4bit: quantize an export or a base to NF4; what was trained is loaded as it was trained.
 
     Raises:
         UserError: the directory holds none of these, or something in it is missing, damaged, or does not fit the rest.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = _read_source(run_or_export, load_in_4bit)
+    source = _read_source(run_or_export)
     config, adapter = source.base, source.adapter
     architecture = read_architecture(config.name, config.revision)
     # A copy of the tokenizer without config.json gives other ids in transformers 5.
@@ -139,11 +118,10 @@ def load_for_inference(
         ending = _read_ending(tokenizer, source)
         end_of_turn, tokenizer.chat_template = ending.token_id, ending.template or tokenizer.chat_template
         model = _load_adapter(model, adapter)
-    ids, boundary = stop_ids(eos_token_id, end_of_turn), architecture.longrope_boundary
-    return InferenceModel(model.eval(), tokenizer, ids, source.chat_template, boundary)
+    return InferenceModel(model.eval(), tokenizer, stop_ids(eos_token_id, end_of_turn), source.chat_template)
 
 
-def _read_source(path: Path, load_in_4bit: bool) -> _Source:
+def _read_source(path: Path) -> _Source:
     run = RunFolder(path.parent if path.name == "adapter" and RunFolder(path.parent).recipe.is_file() else path)
     if run.recipe.is_file():
         if not (run.adapter / "adapter_config.json").is_file():
@@ -160,14 +138,14 @@ def _read_source(path: Path, load_in_4bit: bool) -> _Source:
             hint = "Set base_model_name_or_path in it to the base's folder or hub id."
             raise ModelError(f"{path / 'adapter_config.json'} names no base model.", hint)
         return _Source(Model(name=name, revision=config.get("revision")), Quantization(), "auto", path)
-    is_on_hub = not path.is_dir() and is_hub_id(path.as_posix())
-    if not is_on_hub and not (path / "config.json").is_file():
+    if not path.exists() and is_hub_id(path.as_posix()):
+        return _Source(Model(name=path.as_posix()), Quantization(), "auto", adapter=None)
+    if not (path / "config.json").is_file():
         hint = "Give a run, such as runs/<recipe>/<time>, or the directory that an export or an adapter was written to."
         raise ModelError(f"{path} is not the directory of a run, of a PEFT adapter, or of an exported model.", hint)
-    name = path.as_posix() if is_on_hub else str(path)
-    config = read_config(name) if is_on_hub else read_json_object(path / "config.json", ModelError, "Export the model again.")
+    config = read_json_object(path / "config.json", ModelError, "Export the model again.")
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "auto")
-    return _Source(Model(name=name), Quantization(load_in_4bit=load_in_4bit), dtype, adapter=None)
+    return _Source(Model(name=str(path)), Quantization(load_in_4bit=False), dtype, adapter=None)
 
 
 def _load_adapter(base: Any, adapter: Path) -> PeftModel:
@@ -237,47 +215,34 @@ def stop_ids(eos_token_id: int | Sequence[int] | None, end_of_turn: int | None =
 
 
 def encode(inference: InferenceModel, messages_or_prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
-    """The ids of a conversation, rendered with the chat template up to the assistant's turn; or of plain text, as it is.
-
-    A system turn at the start that the template has no place for is put ahead of the next turn's text, as in training.
+    """The ids of plain text; or of a conversation, rendered with the chat template up to the assistant's turn. A system turn that
+    the template has no place for (Phi-3-medium's) is put ahead of the next turn's text, as in training.
 
     Raises:
         DataError: the chat template cannot render the messages.
     """
-    tokenizer = inference.tokenizer
     if isinstance(messages_or_prompt, str):
-        return list(tokenizer(messages_or_prompt).input_ids)
+        return list(inference.tokenizer(messages_or_prompt).input_ids)
+    messages, render = list(messages_or_prompt), inference.tokenizer.apply_chat_template
     try:
-        messages = _fit_system_turn(tokenizer, list(messages_or_prompt))
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        if len(messages) > 1 and messages[0]["role"] == "system":
+            text, probe = messages[0]["content"], [messages[0], {"role": "user", "content": "?"}]
+            with suppress(TemplateError):
+                text = "" if text.strip() in str(render(probe, tokenize=False)) else text
+            messages = [{**messages[1], "content": f"{text}\n\n{messages[1]['content']}"}, *messages[2:]] if text else messages
+        return list(render(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
     except (TemplateError, ValueError, KeyError, TypeError) as error:
         hint = "Give each message a role that the model knows, and a content."
         raise DataError(f"The chat template cannot render these messages: {error}.", hint) from error
-    return list(rendered["input_ids"])
 
 
-def _fit_system_turn(tokenizer: PreTrainedTokenizerBase, messages: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Put a system turn into the next one where the template leaves it out (the first Phi-3-mini's), or refuses it."""
-    if len(messages) < 2 or messages[0]["role"] != "system":
-        return messages
-    probe = [{"role": "system", "content": PROBE}, {"role": "user", "content": "?"}]
-    with suppress(TemplateError, ValueError, KeyError, TypeError):
-        if PROBE in str(tokenizer.apply_chat_template(probe, tokenize=False)):
-            return messages
-    text = f"{messages[0]['content']}\n\n{messages[1]['content']}"
-    return [{**messages[1], "content": text}, *messages[2:]]
-
-
-def fit_messages(
-    inference: InferenceModel, messages: Sequence[Mapping[str, Any]], max_new_tokens: int
-) -> list[Mapping[str, Any]]:
-    """The newest turns of a conversation that leave positions for an answer of `max_new_tokens`, or a quarter of all positions.
+def fit_messages(inference: InferenceModel, messages: Sequence[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
+    """The newest turns of a conversation that leave positions for an answer of `limit` tokens, or a quarter of all positions.
 
     A system turn at the start and the last turn always stay; the others are left out in pairs. DataError as in `encode`.
     """
-    kept, positions = list(messages), inference.max_positions
-    limit, first = positions - min(max_new_tokens, positions // 4), int(kept[0]["role"] == "system")
-    while len(kept) > first + 2 and len(encode(inference, kept)) > limit:
+    kept, first, positions = list(messages), int(messages[0]["role"] == "system"), inference.max_positions
+    while len(kept) > first + 2 and len(encode(inference, kept)) > positions - min(limit, positions // 4):
         del kept[first : first + 2]
     return kept
 
@@ -287,47 +252,35 @@ def generate(
     messages_or_prompt: str | Sequence[Mapping[str, Any]],
     *,
     max_new_tokens: int = 512,
-    sampling: Sampling = GREEDY,
+    sampling: Mapping[str, Any] = GREEDY,
 ) -> Generator[str, None, Answer]:
-    """Generate text up to a stop id or `max_new_tokens`.
+    """Generate text up to a stop id or `max_new_tokens`, in a thread; yield it in pieces, and return the `Answer`.
+
+    Closing the generator stops the generation. Each step decodes all new tokens: transformers' TextIteratorStreamer decodes each
+    line alone, and Phi-3's tokenizer then drops a space of the line's indentation. A byte token is in a piece as soon as it is a
+    character, and in the answer only if the bytes after it are valid too.
 
     Args:
         messages_or_prompt: as in `encode`.
-
-    Returns:
-        A generator of pieces of text, which generates while it is read and returns the `Answer`. Closing it stops the generation.
-        A byte token is in a piece as soon as it is a character, and in the answer only if the bytes after it are valid too.
+        sampling: from `sampling`.
 
     Raises:
-        DataError: the chat template cannot render the messages, or the prompt leaves no position for a new token.
+        DataError: as in `encode`; or the prompt leaves no position for a new token.
     """
-    ids, limit = encode(inference, messages_or_prompt), inference.max_positions
+    ids, limit, texts, closed = encode(inference, messages_or_prompt), inference.max_positions, Queue[str | None](), Event()
     if len(ids) >= limit:
         raise DataError(f"The prompt has {len(ids):,} tokens, and the model {limit:,} positions.", "Shorten it.")
-    return _generate(inference, ids, min(max_new_tokens, limit - len(ids)), sampling)
-
-
-def _generate(inference: InferenceModel, ids: Sequence[int], limit: int, sampling: Sampling) -> Generator[str, None, Answer]:
-    """Generate in a thread, and yield what each token adds to the text, but for the first bytes of an incomplete character.
-
-    Each step decodes all new tokens. transformers' TextIteratorStreamer decodes each line alone, and Phi-3's tokenizer then drops
-    a space of the line's indentation.
-    """
-    texts, closed = Queue[str | None](), threading.Event()
-
-    def decode(new_ids: Any) -> str:
-        return str(inference.tokenizer.decode(new_ids, skip_special_tokens=True))
+    limits = [min(max_new_tokens, limit - len(ids))]
 
     def after_token(new_ids: Tensor) -> bool:
-        texts.put(decode(new_ids[0]))
+        texts.put(decode(inference, new_ids[0]))
         return closed.is_set()
 
     def run() -> list[int]:
         try:
-            [new_ids] = generate_batch(inference, [ids], [limit], sampling=sampling, after_token=after_token)
+            return generate_batch(inference, [ids], limits, sampling=sampling, after_token=after_token)[0]
         finally:
             texts.put(None)  # also after an error
-        return new_ids
 
     text, sent = "", 0
     with ThreadPoolExecutor(1) as pool:
@@ -342,8 +295,13 @@ def _generate(inference: InferenceModel, ids: Sequence[int], limit: int, samplin
         finally:
             closed.set()
         new_ids = generation.result()
-    ended_by_itself = new_ids[-1:] != [] and new_ids[-1] in inference.stop_ids
-    return Answer(decode(new_ids), len(new_ids) - ended_by_itself, ended_by_itself)
+    ended_by_itself = bool(new_ids) and new_ids[-1] in inference.stop_ids
+    return Answer(decode(inference, new_ids), len(new_ids) - ended_by_itself, ended_by_itself)
+
+
+def decode(inference: InferenceModel, ids: Any) -> str:
+    """Token ids as text, without special tokens."""
+    return str(inference.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def generate_batch(
@@ -351,7 +309,7 @@ def generate_batch(
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     *,
-    sampling: Sampling = GREEDY,
+    sampling: Mapping[str, Any] = GREEDY,
     after_token: Callable[[Tensor], bool] = lambda _: False,
 ) -> list[list[int]]:
     """Continue several prompts at once, padded at the left.
@@ -368,24 +326,22 @@ def generate_batch(
     device, dtype = model.device, inference.dtype
     mixed = isinstance(model, PeftModel) and dtype != torch.float32  # an fp32 adapter on a 16-bit base, as in training
     padding, most = (*stops, 0)[0], torch.tensor(limits, device=device)
-    ids, mask = torch.full((len(prompts), start), padding), torch.zeros((len(prompts), start), dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, start - len(prompt) :] = torch.tensor(prompt)
-        mask[row, start - len(prompt) :] = 1
+    rows = [(padding,) * (start - len(prompt)) + tuple(prompt) for prompt in prompts]
+    mask = torch.arange(start) >= torch.tensor([start - len(prompt) for prompt in prompts])[:, None]
 
     def is_done(all_ids: Tensor, _: Tensor, **__: Any) -> Tensor:
         return (most <= all_ids.shape[1] - start) | after_token(all_ids[:, start:])
 
     with torch.autocast(device.type, dtype=dtype if mixed else None, enabled=mixed):
         output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            input_ids=torch.tensor(rows, device=device),
+            attention_mask=mask.to(device, torch.int64),
             max_new_tokens=max(limits),
             eos_token_id=stops or None,
             pad_token_id=padding,
             use_cache=True,
             stopping_criteria=[is_done],
-            **sampling.options,
+            **sampling,
         )
     answers = []
     for row, limit in zip(output[:, start:].tolist(), limits, strict=True):

@@ -6,17 +6,21 @@ from dataclasses import replace
 import bitsandbytes as bnb
 import pytest
 import torch
+from tiny import build_tokenizer, hub_template
 from trained_run import leave_trained
 
 from qlora_phi3.adapters.base_files import MARK
+from qlora_phi3.data.formats import Chat
+from qlora_phi3.data.messages import Turn
+from qlora_phi3.data.template import choose_template, render_chat
 from qlora_phi3.errors import DataError
 from qlora_phi3.inference import (
-    Sampling,
     encode,
     fit_messages,
     generate,
     generate_batch,
     load_for_inference,
+    sampling,
     stop_ids,
 )
 from qlora_phi3.model.phi3 import find_base
@@ -146,7 +150,7 @@ def test_a_sampled_answer_depends_on_the_seed_alone(loaded):
     texts = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        texts.append(answer(loaded, max_new_tokens=12, sampling=Sampling(temperature=2.0)).text)
+        texts.append(answer(loaded, max_new_tokens=12, sampling=sampling(2.0)).text)
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -197,12 +201,12 @@ def test_a_stop_id_ends_the_answer(loaded):
 
 def test_a_prompt_that_fills_every_position_is_refused(loaded):
     with pytest.raises(DataError, match="512"):
-        generate(loaded, "word " * 600)
+        next(generate(loaded, "word " * 600))
 
 
 def test_a_message_without_content_is_refused(loaded):
     with pytest.raises(DataError):
-        generate(loaded, [{"role": "user"}])
+        next(generate(loaded, [{"role": "user"}]))
 
 
 def test_several_prompts_at_once_get_the_answers_that_each_gets_alone(loaded):
@@ -222,13 +226,23 @@ def test_the_first_stop_id_is_the_last_id_of_an_answer(loaded):
     assert generate_batch(third, [prompt, prompt], [8, 2]) == [ids[: ids.index(ids[2]) + 1], ids[:2]]
 
 
-def test_an_answer_without_the_adapter_is_that_of_the_base(loaded, base):
-    alone = load_for_inference(base, device=CPU, load_in_4bit=True)
-    assert len(linear_4bit(alone.model)) == 8
-    with loaded.model.disable_adapter():
-        disabled = answer(loaded, max_new_tokens=12)
-    assert disabled.text == answer(replace(alone, stop_ids=loaded.stop_ids), max_new_tokens=12).text
-    assert disabled.text != answer(loaded, max_new_tokens=12).text
+def test_an_answer_without_the_adapter_is_that_of_the_base(tmp_path, base):
+    leave_trained(tmp_path, base, load_in_4bit=False)
+    tuned, alone = load_for_inference(tmp_path, device=CPU), load_for_inference(base, device=CPU)
+    with tuned.model.disable_adapter():
+        disabled = answer(tuned, max_new_tokens=12)
+    assert disabled == answer(replace(alone, stop_ids=tuned.stop_ids), max_new_tokens=12)
+    assert disabled != answer(tuned, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("template", ["Phi-3-mini-4k-instruct", "Phi-3-medium-4k-instruct", "Phi-3.5-mini-instruct"])
+def test_a_system_turn_is_encoded_as_it_is_trained(loaded, template):
+    tokenizer = build_tokenizer(hub_template(template))
+    turns = [Turn("system", "Be brief."), Turn("user", "What is red?"), Turn("assistant", "A cherry.")]
+    trained, _, _ = render_chat(Chat(tuple(turns)), choose_template(tokenizer))
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns[:2]]
+    encoded = tokenizer.decode(encode(replace(loaded, tokenizer=tokenizer), messages))
+    assert "".join(encoded.split()) == "".join(trained.partition("A cherry.")[0].split())
 
 
 def test_a_conversation_that_is_too_long_loses_its_oldest_pairs(loaded):

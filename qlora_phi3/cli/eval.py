@@ -1,15 +1,15 @@
 """`qlora-phi3 eval`: measure a trained model beside its base, on rows that it was not trained on."""
 
 import json
-import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
-from qlora_phi3.cli.options import check_extra, check_sampling, debug_option, sampling_options, silence_libraries
-from qlora_phi3.errors import Interrupted, RunError, printable
+from qlora_phi3.cli.options import check_sampling, debug_option, sampling_options, silence_libraries
+from qlora_phi3.errors import Interrupted, RunError, UserError, printable
 from qlora_phi3.files import atomic_write
 from qlora_phi3.runfolder import RunFolder, find_model
 from qlora_phi3.units import format_count
@@ -38,7 +38,6 @@ PARTS = ("base", "tuned", "difference", "low", "high")
 @click.option("--no-generate", is_flag=True, help="Only loss, perplexity and token accuracy.")
 @sampling_options(256)
 @click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="Of the chosen rows and of what is drawn.")
-@click.option("--4bit", "load_in_4bit", is_flag=True, help="Quantize a base or an export; a run is as it was trained.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write; by default RUN/eval.json.")
 @click.option("--json", "wants_json", is_flag=True, help="Print JSON, for programs.")
 @debug_option
@@ -55,18 +54,17 @@ def eval(ctx: click.Context, /, run: str, data: str | None, out: Path | None, wa
     RUN is a run, the name of a recipe (its newest run), a PEFT adapter, an export, or a base. A difference is tuned - base, with
     its 95 % interval. The figures and all answers are written to RUN/eval.json.
     """
-    sampling = check_sampling(*(options.pop(name) for name in ("temperature", "top_p", "top_k")))
+    wanted = check_sampling(options)
     path = find_model(run)
     folder = RunFolder(path) if RunFolder(path).recipe.is_file() else None
     if folder is None and data is None:
         raise RunError(f"{run} is no run, and so it has no held-out rows.", "Name rows to evaluate on: --data FILE")
-    if not options["no_generate"]:
-        check_extra("rouge_score", "eval")
+    if not options["no_generate"] and find_spec("rouge_score") is None:
+        raise UserError("rouge_score is not installed.", "Type: pip install 'qlora-phi3[eval]'; or add --no-generate.")
     if out is None and folder is not None:
-        name = re.sub(r"[^\w.-]+", "-", Path(data).stem) if data else ""
-        out = folder.path / (f"eval-{name}.json" if data else "eval.json")
-    rows = 0 if options["no_generate"] else options["rows"]
-    settings = {"rows": rows, "max_new_tokens": options["max_new_tokens"], "seed": options["seed"]}
+        out = folder.path / (f"eval-{Path(data).stem}.json" if data else "eval.json")
+    settings = {name: options[name] for name in ("rows", "max_new_tokens", "seed")}
+    settings |= {"rows": 0} if options["no_generate"] else {}
 
     from qlora_phi3.ui.console import LogInterval, open_console
 
@@ -76,23 +74,23 @@ def eval(ctx: click.Context, /, run: str, data: str | None, out: Path | None, wa
             if not ctx.meta.get("debug"):
                 silence_libraries()
             from qlora_phi3 import evaluation
-            from qlora_phi3.inference import Sampling, load_for_inference
+            from qlora_phi3.inference import load_for_inference, sampling
 
             view.progress("Starting torch, transformers and peft", 1, 1)
             view.progress("Loading the model", 0, None)
-            inference = load_for_inference(path, load_in_4bit=options["load_in_4bit"])
+            inference = load_for_inference(path)
             view.progress("Loading the model", 1, 1)
             if data is None and folder is not None:
                 chosen = evaluation.read_own_rows(inference, folder, view.progress)
             else:
                 chosen = evaluation.read_other_rows(inference, folder, str(data), view.progress)
-            how = evaluation.EvalSettings(sampling=Sampling(**sampling), **settings)
+            how = evaluation.EvalSettings(sampling=sampling(**wanted), **settings)
             result = {"model": str(path), **evaluation.evaluate_model(inference, chosen, how, progress=view.progress)}
         except KeyboardInterrupt as interrupt:
             raise Interrupted("Stopped: nothing was written.", "Start again with the same command.") from interrupt
     text = json.dumps(result, indent=2, ensure_ascii=False)
     if out is not None:
-        atomic_write(out, text + "\n")
+        atomic_write(out, text + "\n", hint="{cause}, or choose another file with --out.")
     if wants_json:
         click.echo(text)
     else:
@@ -116,10 +114,9 @@ def _show(result: Mapping[str, Any], out: Path | None) -> None:
         cells = [format(base, form), format(tuned, form), format(difference, f"+{form}")]
         cells.append("" if low is None else f"{low:+{form}} to {high:+{form}}")
         table.add_row(name, *(cells if result["has_adapter"] else cells[1:2]))
-    console = Console(highlight=False, soft_wrap=False)
     answered = f", {format_count(data['questions'], 'answer')} generated" if data["questions"] else ""
     click.echo(printable(f"{result['model']} on {format_count(data['rows'], 'row')} ({data['name']}){answered}"))
-    console.print(table)
+    Console(highlight=False).print(table)
     click.echo(printable(result["verdict"]))
     for note in data["notes"]:
         click.echo(f"Note: {printable(note)}", err=True)

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
+from functools import reduce
 from typing import Any, TypeVar
 
 import click
@@ -29,40 +29,24 @@ set_option = click.option(
 
 
 def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
-    """`--temperature`, `--top-p`, `--top-k` and `--max-new-tokens`; `check_sampling` reads the first three."""
-    options = (
+    """`--temperature`, `--top-p`, `--top-k`, and `--max-new-tokens` with its default; `check_sampling` reads the first three."""
+    limit = click.IntRange(1)
+    shared = (
         click.option("--temperature", type=click.FloatRange(0), default=0.0, help="0, the default: always the likeliest token."),
         click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from this share of the probability."),
-        click.option("--top-k", type=click.IntRange(1), help="Draw from this many of the most likely tokens."),
-        click.option(
-            "--max-new-tokens",
-            type=click.IntRange(1),
-            default=max_new_tokens,
-            show_default=True,
-            help="Longest answer, in tokens.",
-        ),
+        click.option("--top-k", type=limit, help="Draw from this many of the likeliest tokens."),
+        click.option("--max-new-tokens", type=limit, default=max_new_tokens, show_default=True, help="Of an answer, at most."),
     )
-
-    def decorate(command: F) -> F:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
+    return lambda command: reduce(lambda made, option: option(made), reversed(shared), command)
 
 
-def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> dict[str, Any]:
-    """The arguments of `inference.Sampling`; UserError for an option that temperature 0 leaves without effect."""
-    for option, value in (("--top-p", top_p), ("--top-k", top_k)):
-        if value is not None and not temperature:
-            raise UserError(f"{option} {value} has no effect: at temperature 0 nothing is drawn.", "Add --temperature 0.7.")
-    return {"temperature": temperature, "top_p": top_p or 1.0, "top_k": top_k or 0}
-
-
-def check_extra(package: str, extra: str) -> None:
-    """Raise UserError with the line to type where a package of an extra is not installed."""
-    if find_spec(package) is None:
-        raise UserError(f"{package} is not installed.", f"Type: pip install 'qlora-phi3[{extra}]'")
+def check_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `inference.Sampling`; UserError for an option that has no effect at temperature 0."""
+    for name in ("top_p", "top_k"):
+        if options[name] is not None and not options["temperature"]:
+            option = f"--{name.replace('_', '-')} {options[name]}"
+            raise UserError(f"{option} has no effect: at temperature 0 nothing is drawn.", "Add --temperature 0.7.")
+    return {"temperature": options["temperature"], "top_p": options["top_p"] or 1.0, "top_k": options["top_k"] or 0}
 
 
 def silence_libraries() -> None:

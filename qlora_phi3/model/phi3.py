@@ -70,10 +70,13 @@ class PackedPhi3ForCausalLM(Phi3ForCausalLM):  # type: ignore[misc]
 
     @property
     def head_weight(self) -> Tensor:
-        """The output head (vocabulary, hidden_size); PEFT's trained copy if `modules_to_save` names the head."""
+        """The output head (vocabulary, hidden_size); PEFT's trained copy if `modules_to_save` names the head and the adapter is
+        not disabled.
+        """
         head = self.lm_head
-        trained = head.modules_to_save[head.active_adapters[0]] if isinstance(head, ModulesToSaveWrapper) else head
-        return cast(Tensor, trained.weight)
+        if isinstance(head, ModulesToSaveWrapper):
+            head = head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
+        return cast(Tensor, head.weight)
 
 
 def _add_noise(embedded: Tensor, lengths: tuple[int, ...] | Tensor, alpha: float) -> Tensor:

@@ -53,19 +53,13 @@ ANSWER_COLUMNS = ("output", "answer", "response", "completion", "reply", "assist
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation, and the definitions of the tools it may call, as text (usually JSON).
-
-    Args:
-        switched_off: a turn is not supervised because the row says so.
-        unread: names of the columns and keys that hold something and were not read.
-        notes: what is remarkable in the row.
-    """
+    """A conversation, and the definitions of the tools it may call, as text (usually JSON)."""
 
     turns: tuple[Turn, ...]
     tools: str = ""
-    switched_off: bool = False
-    unread: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    switched_off: bool = False  #: A turn is not supervised because the row says so.
+    unread: tuple[str, ...] = ()  #: Names of the columns and keys that hold something and were not read.
+    notes: tuple[str, ...] = ()  #: What is remarkable in the row.
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +73,11 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """The columns of a format, and the function that reads its rows.
-
-    It is called with the row, its `file:line`, and the names of what was not read, to which it adds keys of messages.
-    """
+    """The columns of a format, and the function that reads its rows."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
+    #: Called with the row, its `file:line`, and the names of what was not read, to which it adds keys of messages.
     read: Callable[[Columns, str, set[str]], Chat | Document]
 
 

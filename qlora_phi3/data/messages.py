@@ -71,19 +71,13 @@ class SkipRow(Exception):  # noqa: N818 - not a fault of the program: the caller
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of a conversation.
-
-    Args:
-        supervised: whether an assistant's turn is learned.
-        thinking: what an assistant thought before it answered.
-        calls: the JSON array of the tools it calls, each with "name" and "arguments".
-    """
+    """One turn of a conversation."""
 
     role: Role
     text: str
-    supervised: bool = True
-    thinking: str = ""
-    calls: str = ""
+    supervised: bool = True  #: Whether an assistant's turn is learned.
+    thinking: str = ""  #: What an assistant thought before it answered.
+    calls: str = ""  #: The JSON array of the tools it calls, each with "name" and "arguments".
 
 
 def is_empty(value: Any) -> bool:
@@ -257,8 +251,7 @@ class _Parts:
     unread: set[str]
     texts: list[str] = field(default_factory=list)
     thinking: list[str] = field(default_factory=list)
-    #: Of the parts with text, which states their switches have: on, off.
-    states: set[bool] = field(default_factory=set)
+    states: set[bool] = field(default_factory=set)  #: Of the parts with text, which states their switches have: on, off.
 
     def add(self, content: Any) -> None:
         """Add text, one part, or a list of parts."""
@@ -282,15 +275,12 @@ class _Parts:
             self.states.add(is_on)
         elif kind not in ("text", "input_text", "output_text"):
             raise SkipRow(f"a part of a message is {str(kind)[:40]!r}, not text")
-        elif not CONTENT_KEYS_SET & part.keys():
+        elif part.keys().isdisjoint(CONTENT_KEYS):
             raise SkipRow(f"a part of a message has none of the keys {', '.join(CONTENT_KEYS)}")
         else:
             self.add(columns.take("text", "value", "content", "parts"))
             self.states.add(is_on)
         self.unread.update(f"{key} (of parts of messages)" for key in columns.unread())
-
-
-CONTENT_KEYS_SET = frozenset(CONTENT_KEYS)
 
 
 def read_calls(calls: Any, unread: set[str]) -> str:

@@ -38,16 +38,11 @@ WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One origin of rows.
+    """One origin of rows."""
 
-    Args:
-        name: as the recipe writes it; a row is named `name:number` in messages.
-        digest: SHA-256 of the content, in hex.
-        rows: starts a new iteration over (number, row). It raises DataError where the content cannot be read.
-    """
-
-    name: str
-    digest: str
+    name: str  #: As the recipe writes it; a row is named `name:number` in messages.
+    digest: str  #: SHA-256 of the content, in hex.
+    #: Starts a new iteration over (number, row). It raises DataError where the content cannot be read.
     rows: Callable[[], RowIterator]
 
 

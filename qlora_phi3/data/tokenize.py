@@ -25,7 +25,7 @@ from qlora_phi3.data.messages import CONTENT_KEYS, SkipRow, check_unread, parse_
 from qlora_phi3.data.report import SourceReport
 from qlora_phi3.data.sources import Source, UnusableRow
 from qlora_phi3.data.special_tokens import MARK, Span, SpecialTokens
-from qlora_phi3.data.template import ChatTemplate, begins_with_unicode_space, render_chat
+from qlora_phi3.data.template import LEADING_UNICODE_SPACE, ChatTemplate, render_chat
 from qlora_phi3.errors import DataError
 from qlora_phi3.files import atomic_dir, disk_errors
 from qlora_phi3.recipe.schema import Data
@@ -283,7 +283,7 @@ def _render_row(
     if any(special.pattern.search(text) for text in words):
         is_broken = not config.data.allow_special_tokens
         notes.append(READ_AS_TEXT if is_broken else READ_AS_TOKENS)
-    if special.takes_space and isinstance(example, Chat) and any(map(begins_with_unicode_space, words)):
+    if special.takes_space and isinstance(example, Chat) and any(map(LEADING_UNICODE_SPACE.match, words)):
         notes.append(UNICODE_SPACE)
     if isinstance(example, Document):
         text = special.break_in(example.text) if is_broken else example.text

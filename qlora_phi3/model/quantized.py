@@ -178,12 +178,9 @@ class Scheme:
 class Quantized:
     """A 4-bit tensor."""
 
-    #: The codes, (n / 2, 1) uint8.
-    packed: Tensor
-    #: bitsandbytes' `QuantState`, on the same device.
-    state: Any
-    #: The mean of absmax in fp32, also if `state` was built with another offset.
-    mean_absmax: float
+    packed: Tensor  #: The codes, (n / 2, 1) uint8.
+    state: Any  #: bitsandbytes' `QuantState`, on the same device.
+    mean_absmax: float  #: The mean of absmax in fp32, also if `state` was built with another offset.
 
 
 def is_stored_quantized(stored: StoredWeights, name: str) -> bool:

@@ -82,8 +82,7 @@ class TensorPlan:
     shape: tuple[int, ...]  #: As in torch, rows first.
     type: str  #: gguf's name, `Q8_0`.
     num_bytes: int
-    #: Its name in the checkpoint, or None and the values, for one that comes from the config.
-    source: str | None = None
+    source: str | None = None  #: Its name in the checkpoint, or None and the values, for one that comes from the config.
     values: tuple[float, ...] = ()
 
 

@@ -80,9 +80,7 @@ class DataReport:
     evaluation_rows: int
     skipped: tuple[RowCount, ...]  #: Rows that cannot be used, by reason, the most frequent first.
     notes: tuple[RowCount, ...]  #: Rows that are used, but changed or remarkable.
-    unread: tuple[
-        RowCount, ...
-    ]  #: Columns, and keys of messages, that hold something and were not read, with their rows.
+    unread: tuple[RowCount, ...]  #: Columns, and keys of messages, that hold something and were not read, with their rows.
     repeated: int  #: Held-out rows whose tokens are those of a training row.
     truncated: int  #: Rows kept that were cut at `max_length`.
     fully_truncated: RowCount  #: Rows dropped because the cut left nothing supervised; the first 1,000 are named.

@@ -4,7 +4,7 @@ Files are read, not mapped: mapped pages count as resident memory, and truncatin
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -56,6 +56,14 @@ class Weights(Protocol):
         A chunk is at most about `ROW_CHUNK_BYTES`, and belongs to the caller, who may change it. Every chunk but the last has a
         multiple of `ROW_MULTIPLE` rows.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedWeights:
+    """Tensors that a function computes as they are read; a `Weights`."""
+
+    info: Mapping[str, TensorInfo]
+    iter_row_chunks: Callable[[str], Iterator[Tensor]]
 
 
 def rows_per_chunk(info: TensorInfo) -> int:

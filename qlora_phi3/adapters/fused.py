@@ -67,10 +67,8 @@ def _fuse_parts(name: str, parts: Mapping[str, LoraDelta], rows: Mapping[str, in
     known = [magnitude for magnitude in magnitudes.values() if magnitude is not None]
     if known and len(known) < len(order):
         missing = next(part for part in order if magnitudes.get(part) is None)
-        raise ExportError(
-            f"{where}: {name} would be DoRA (use_dora) without the magnitude of {missing}, which only the base could give.",
-            f"Train {' and '.join(order)} together, or merge the adapter.",
-        )
+        message = f"{where}: {name} would be DoRA (use_dora) without the magnitude of {missing}, which only the base could give."
+        raise ExportError(message, f"Train {' and '.join(order)} together, or merge the adapter.")
     return LoraDelta(
         out_features=first_row,
         in_features=next(iter(parts.values())).in_features,

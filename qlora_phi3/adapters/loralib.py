@@ -117,10 +117,8 @@ def _read_layer(layer: str, lora_A: Tensor, lora_B: Tensor, spec: Spec, where: o
     if enable is not None:
         count, places = sum(enable), [number for number, enabled in enumerate(enable) if enabled]
         if count == 0 or stacked_rank != rank * count or rows % count:
-            raise ExportError(
-                f"{where}: {layer} has {shapes}, not a MergedLinear's with {count} of {len(enable)} groups enabled.",
-                "lora_A has rank times enabled groups rows; correct --enable.",
-            )
+            message = f"{where}: {layer} has {shapes}, not a MergedLinear's with {count} of {len(enable)} groups enabled."
+            raise ExportError(message, "lora_A has rank times enabled groups rows; correct --enable.")
         # Each enabled group has r rows of A and its own rows of B.
         size = rows // count
         blocks = tuple(

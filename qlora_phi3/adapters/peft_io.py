@@ -134,10 +134,8 @@ def check_config(config: Mapping[str, Any], where: object, *, also_understood: C
     if str(config.get("peft_type")) != "LORA":
         raise ExportError(f"{where} is a {config.get('peft_type')} adapter.", "Only LoRA can be converted or merged.")
     if config.get("init_lora_weights", True) not in PLAIN_INITS:
-        raise ExportError(
-            f"{where}: init_lora_weights = {config['init_lora_weights']!r} changed the base that the adapter is for.",
-            "Save it with PEFT's path_initial_model_for_weight_conversion first.",
-        )
+        message = f"{where}: init_lora_weights = {config['init_lora_weights']!r} changed the base that the adapter is for."
+        raise ExportError(message, "Save it with PEFT's path_initial_model_for_weight_conversion first.")
     defaults = LoraConfig().to_dict()
     for key in sorted(config.keys() - UNDERSTOOD_KEYS - set(also_understood)):
         if config[key] and config[key] != defaults.get(key):

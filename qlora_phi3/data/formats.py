@@ -125,10 +125,8 @@ def check_fields(fields: Mapping[str, str], format_name: str) -> None:
     known = sorted({column for form in forms for column in form.required + form.optional})
     for ours in fields:
         if ours not in known:
-            raise DataError(
-                f"[data] fields maps {ours!r}, which is no column of format {format_name!r}.",
-                f"The left side is the format's name, the right side yours. The format's names are: {', '.join(known)}.",
-            )
+            hint = f"The left side is the format's name, the right side yours. The format's names are: {', '.join(known)}."
+            raise DataError(f"[data] fields maps {ours!r}, which is no column of format {format_name!r}.", hint)
 
 
 def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Document:

@@ -130,10 +130,8 @@ def split_indices(num_rows: int, size: float, *, seed: int, at_most: int | None 
     count = int(size) if size >= 1 else min(max(1, round(size * num_rows)), num_rows - 1) if size else 0
     count = count if at_most is None else min(count, at_most)
     if count >= num_rows and count:
-        raise DataError(
-            f"[data] eval_size = {size} holds out {count} of {num_rows} usable rows, and none is left to train on.",
-            "Lower eval_size, or name evaluation data of its own in [data] eval.",
-        )
+        message = f"[data] eval_size = {size} holds out {count} of {num_rows} usable rows, and none is left to train on."
+        raise DataError(message, "Lower eval_size, or name evaluation data of its own in [data] eval.")
     return tuple(sorted(int(row) for row in np.random.default_rng(seed).permutation(num_rows)[:count]))
 
 

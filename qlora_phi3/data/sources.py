@@ -144,10 +144,8 @@ def _open_saved(name: str, path: Path, split: str) -> Source:
             dataset = load_from_disk(str(path))
             chosen = dataset if isinstance(dataset, Dataset) else dataset[split]
     except Exception as error:
-        raise DataError(
-            f"The saved data set {name} (split {split!r}) cannot be loaded: {first_line(error)}.",
-            "Check [data] split, or save it again.",
-        ) from error
+        message = f"The saved data set {name} (split {split!r}) cannot be loaded: {first_line(error)}."
+        raise DataError(message, "Check [data] split, or save it again.") from error
     return _from_dataset(name, chosen)
 
 

@@ -256,10 +256,8 @@ def _check_marks(name: str, source: str, tokenizer: Any, variables: dict[str, An
     vocabulary = tokenizer.get_vocab()
     for token in re.findall(r"<\|[^|>]+\|>", text):
         if token not in vocabulary:
-            raise DataError(
-                f"The chat template {name!r} writes {token}, which is no token of this model.",
-                "Write chat_template = 'auto' in [data] for the model's own.",
-            )
+            message = f"The chat template {name!r} writes {token}, which is no token of this model."
+            raise DataError(message, "Write chat_template = 'auto' in [data] for the model's own.")
     end = after.strip()
     if end not in {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}:
         ends = f"ends the marked words with {end!r}, not with a special token" if end else "marks no end of the turn"

@@ -195,10 +195,8 @@ def read_examples(source: Source, data: Data, report: SourceReport, columns: set
                 check_unread(row, row, where)
                 raise SkipRow(f"its columns ({', '.join(sorted(map(str, row)))[:100]}) fit no format")
             if report.format and name != report.format:
-                raise DataError(
-                    f"{where} is of format {name!r}, while {first} is of format {report.format!r}.",
-                    "Use one format in a file, or name the one to read in [data] format.",
-                )
+                message = f"{where} is of format {name!r}, while {first} is of format {report.format!r}."
+                raise DataError(message, "Use one format in a file, or name the one to read in [data] format.")
             first, report.format = first or where, name
             example = read_row(mapped, name, where)
             if example.unread and name == "text" and data.format == "auto":

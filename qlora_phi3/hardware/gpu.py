@@ -145,10 +145,8 @@ def choose_gpu(wanted: str | int, rank: int | None = None, *, nvml: Any = None) 
     if not matches and (wanted != "auto" or (rank and found)):
         shown = ", ".join(f"{number} ({chosen.gpu.name})" for number, chosen in found.items()) or "none"
         process = "" if rank is None else f" for process {rank}"
-        raise DeviceError(
-            f"[memory] gpu = {wanted!r} matches no GPU of this computer{process}. It shows: {shown}. {reason}".rstrip(),
-            'Write one of these numbers or names, or gpu = "auto"; and start one process a GPU at most.',
-        )
+        message = f"[memory] gpu = {wanted!r} matches no GPU of this computer{process}. It shows: {shown}. {reason}".rstrip()
+        raise DeviceError(message, 'Write one of these numbers or names, or gpu = "auto"; and start one process a GPU at most.')
     return max(matches, key=lambda chosen: chosen.gpu.free_bytes, default=None)
 
 

@@ -156,10 +156,8 @@ def refuse_pickles(folder: Path) -> None:
     """Raise a ModelError if a folder holds weights as pickles, and none as safetensors."""
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
     if pickles and not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{folder} holds its weights only as a pickle ({pickles[0]}), which can run code when it is read.",
-            "Use the checkpoint as safetensors.",
-        )
+        message = f"{folder} holds its weights only as a pickle ({pickles[0]}), which can run code when it is read."
+        raise ModelError(message, "Use the checkpoint as safetensors.")
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -78,10 +78,8 @@ def read_vocabulary(folder: Path, tokenizer: Any, rows: int) -> Vocabulary:
         kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
         pieces[token["id"]] = (token["content"], ADDED, kind)
     if (number := max(pieces)) >= rows:
-        raise ExportError(
-            f"The tokenizer of {folder} has a token {pieces[number][0]!r} of id {number}, and the model has {rows} rows.",
-            "Use the tokenizer files of the model's own base.",
-        )
+        message = f"The tokenizer of {folder} has a token {pieces[number][0]!r} of id {number}, and the model has {rows} rows."
+        raise ExportError(message, "Use the tokenizer files of the model's own base.")
     all_rows = [pieces.get(number, (f"[PAD{number}]", FILLER, TokenType.UNUSED)) for number in range(rows)]
     tokens, scores, types = zip(*all_rows, strict=True)
     special = (name for name in ("bos", "eos", "unk", "pad") if getattr(tokenizer, f"{name}_token_id") is not None)
@@ -121,10 +119,8 @@ def read_pieces(folder: Path, source: dict[str, Any]) -> dict[int, Piece]:
     for text, number in source["model"]["vocab"].items():
         found = pieces[number][0] if number in pieces else None
         if found != text:
-            raise ExportError(
-                f"{path} and tokenizer.json differ: id {number} is {found!r} in the first and {text!r} in the second.",
-                "Copy both from the base.",
-            )
+            message = f"{path} and tokenizer.json differ: id {number} is {found!r} in the first and {text!r} in the second."
+            raise ExportError(message, "Copy both from the base.")
     return pieces
 
 

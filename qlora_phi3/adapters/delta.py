@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 Kind = Literal["linear", "embedding", "conv2d"]
-
 #: Called with the number of layers done and of all layers.
 Progress = Callable[[int, int], None] | None
 

@@ -22,7 +22,6 @@ from qlora_phi3.adapters.fused import check_layers
 from qlora_phi3.errors import ExportError
 
 T = TypeVar("T")
-
 LORA_TENSOR = re.compile(r"(.+)\.lora_([AB])")
 
 

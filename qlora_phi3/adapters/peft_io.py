@@ -31,20 +31,15 @@ from qlora_phi3.recipe.schema import check_regex
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
-
 #: PEFT writes it before every name of the base.
 PREFIX = "base_model.model."
 LORA_TENSOR = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)")
-
 #: The hint for a file that is no state dict of LoRA tensors.
 SAVE_STATE_DICT = "Save the state dict alone: torch.save(loralib.lora_state_dict(model), path)."
-
 #: Where training scripts put the state dict in what they save; the first is that of loralib's own GPT-2 example.
 NESTED_KEYS = ("model_state_dict", "state_dict")
-
 #: Values of init_lora_weights that leave the base unchanged; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change it.
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
-
 #: Keys of LoraConfig (PEFT 0.21) that are read here or do not change what is added to the base.
 UNDERSTOOD_KEYS = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
@@ -52,8 +47,6 @@ UNDERSTOOD_KEYS = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
     "init_lora_weights", "bias", "modules_to_save", "use_dora", "eva_config",
 }  # fmt: skip
-
-
 #: Files in which other tools keep an adapter, and the tools.
 FOREIGN_FILES = {
     "adapters.safetensors": "MLX", "adapters.npz": "MLX", "*_adapters.safetensors": "MLX", "lit_model*.pth*": "litgpt",

@@ -28,7 +28,6 @@ SYNONYMS = {
     "tools": ("tools", "functions"),
     "input": ("input", "context"),
 }
-
 #: Beside `text`, columns with these names say that it is one part of the row and not all of it.
 NOT_A_DOCUMENT = re.compile(
     r"role|labels?|answers?|summary|output|response|target|completion|question|instruction|reply|highlights|translation|intent"
@@ -37,15 +36,12 @@ NOT_A_DOCUMENT = re.compile(
 )
 #: Columns of pictures and sound, which the family's text models do not take.
 MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
-
 #: Words for an empty cell that no turn is.
 NO_ANSWER = frozenset(("<nooutput>", "nan", "NaN"))
-
 INPUT_IGNORED = "'input' or 'system' is a word for an empty cell (nan, None, <noinput>): read as empty"
 EMPTY_WORD = "an answer is a word that may stand for an empty cell (None, null, N/A): learned as it is"
 EMPTY_TURN = "a user's turn is empty"
 LIST_ANSWER = "an answer is the JSON of a list of texts, as a .csv has several answers: learned as it is"
-
 #: Names of columns in published data that hold a question or an answer, the likelier names first.
 QUESTION_COLUMNS = ("instruction", "question", "prompt", "query", "input", "user", "human", "problem", "source", "src")
 ANSWER_COLUMNS = ("output", "answer", "response", "completion", "reply", "assistant", "bot", "solution", "target", "tgt")

@@ -16,7 +16,6 @@ from typing import Any, Literal
 from qlora_phi3.errors import DataError
 
 Role = Literal["system", "user", "assistant", "tool"]
-
 #: Names of roles in published data (OpenAI, ShareGPT, LLaMA-Factory, Gemini exports), and the role each stands for.
 ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -24,7 +23,6 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai", "function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "tool_response"), "tool"),
 }
-
 #: Keys that say whether a message, a part of it or a row is learned: Axolotl, ms-swift, LLaMA-Factory, OpenAI; torchtune.
 SWITCHES = ("train", "training", "trainable", "learn", "loss", "loss_mask", "loss_weight", "weight", "masked")
 SWITCH_NAMES = frozenset(SWITCHES)
@@ -33,7 +31,6 @@ REVERSED = "masked"
 #: How an empty cell gets into a file as text (pandas, Alpaca, SQL, Excel).
 NO_VALUE = frozenset(("", "<noinput>", "nan", "NaN", "None", "none", "null", "NULL", "N/A", "n/a", "<NA>", "#N/A"))
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text", "parts")
 CALL_ROLES = frozenset(("function_call", "tool_call"))
 THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -43,7 +40,6 @@ IDS = frozenset(("id", "tool_call_id", "call_id", "index"))
 #: Names that a tool call's arguments have: OpenAI, older sets, LangChain, Anthropic.
 ARGUMENTS = ("arguments", "parameters", "args", "input")
 CALL_KEYS_READ = IDS | {"type", "function", "name", *ARGUMENTS}
-
 #: A name that may say what is learned, and is none of SWITCHES.
 SWITCH_LIKE = re.compile(r"(no_|do_|is_)?(train|learn|mask|loss)(_.*|ed|ing|able)?", re.IGNORECASE)
 #: Names of columns of preference data, whose answers are not all good ones.

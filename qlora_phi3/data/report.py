@@ -10,10 +10,8 @@ from qlora_phi3.units import format_count
 MOST_REASONS = 200
 #: Rows that a count names, and rows that are named when truncation left nothing supervised in them.
 EXAMPLES, NAMED = 3, 1000
-
 #: Columns that a warning names.
 NAMED_COLUMNS = 12
-
 #: With fewer held-out rows than this their loss is a rough figure, and the summary says so.
 FEW_ROWS = 30
 

@@ -27,7 +27,6 @@ from qlora_phi3.recipe.load import GLOB, candidate_paths, is_local_data, local_f
 from qlora_phi3.recipe.schema import Data
 
 RowIterator = Iterator[tuple[int, Any]]
-
 #: Files of a folder that are no data: hidden ones, documentation, programs, and what describes the others.
 NO_DATA = re.compile(r"\..*|.*\.(md|rst|py|ipynb|lock|yaml|yml)|LICEN[CS]E.*|README.*|dataset_infos?\.json", re.IGNORECASE)
 #: What an empty file may hold, with the marks of UTF-8 and UTF-16.

@@ -25,10 +25,8 @@ from qlora_phi3.errors import DataError, first_line
 from qlora_phi3.units import GIB, format_count
 
 TEMPLATE_DIR = Path(__file__).parent.parent / "templates"
-
 #: In the order of comparison: of two that render alike, the first is taken.
 FAMILY = ("phi3", "phi35", "phi3-medium", "phi4", "phi4-mini", "phi4-first", "phi4-reasoning", "phi4-mini-reasoning")
-
 #: SHA-256, the first 16 digits, of the templates that Microsoft published. Tests compare each with its marked twin.
 PUBLISHED = frozenset({
     "605841622bcb6572",  # Phi-3-medium-4k-instruct
@@ -42,26 +40,19 @@ PUBLISHED = frozenset({
     "a41fb8727c4f1e72",  # phi-4.december-2024
     "fe4120415a3858b8",  # phi-4
 })  # fmt: skip
-
 SET_TEMPLATE_HINT = f"Set [data] chat_template to one of {', '.join(FAMILY)}, or to a .jinja file with {{% generation %}} marks."
 MARK_HINT = "Put {% generation %} and {% endgeneration %} around the assistant's words and its end token."
-
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
 SYSTEM_MOVED = "system turn put ahead of the user's words: the model's template has none"
 TOOL_AS_USER = "tool turn rendered as a user turn: the model's template has none"
 TOOLS_AS_TEXT = "tool definitions put into the system turn as text: the model's template has no place for them"
-
 #: How long the templates of a tokenizer may run when they are tried, and how many bytes they may take.
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 20, 2 * GIB
-
 #: Phi-4-mini's, around a JSON array.
 CALL_TOKENS = ("<|tool_call|>", "<|/tool_call|>")
-
 #: White space beyond ASCII at the start of a message, such as U+3000, with which paragraphs begin in Chinese and Japanese, or
 #: U+00A0. Phi-3's special tokens take all white space after them along, llama.cpp's only that of ASCII: it reads other ids.
 LEADING_UNICODE_SPACE = re.compile(r"[ \t-\r]*[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
-
 #: What a template is rendered with: role and content; in the system turn of Phi-4-mini also `tools`.
 Message = dict[str, str]
 

@@ -34,15 +34,12 @@ from qlora_phi3.units import format_count
 
 #: Rows that are tokenised at once.
 BATCH_ROWS = 256
-
 ROWS_NAME, REPORT_NAME = "rows.arrow", "report.json"
-
 READ_AS_TEXT = "special tokens of the model in the words of the row: read as text"
 READ_AS_TOKENS = "special tokens of the model in the words of the row: read as these tokens (allow_special_tokens)"
 UNICODE_SPACE = "a message begins with Unicode white space: llama.cpp reads it as other tokens (docs/gguf.md)"
 CHAT_IN_TURN = "a turn that holds a rendered chat: it is rendered a second time (the format text reads rendered chats)"
 CHAT_IN_TEXT = "raw text that looks like a rendered chat: its prompts are learned too"
-
 #: The headers that chat templates and prompts of the field write before a turn.
 RENDERED_CHAT = re.compile(
     r"<[|\uff5c](user|assistant|system|im_start|start_header_id|start_of_role)[|\uff5c]>|<start_of_turn>|\[/?INST\]|<(human|bot)>:"
@@ -50,7 +47,6 @@ RENDERED_CHAT = re.compile(
     r"|^(### ?|<)?(Human|Assistant|User|Instruction|Response|Question|Answer)[:>]|### ?(Human|Assistant|Response):",
     re.MULTILINE | re.IGNORECASE,
 )
-
 #: One row's token ids, or its labels: int32, shape (length,).
 Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
 

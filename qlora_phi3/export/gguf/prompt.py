@@ -26,10 +26,8 @@ from qlora_phi3.recipe.schema import Model
 UNTOUCHED = ("<unk>", "<s>", "<|endoftext|>")
 REQUIRED = (*UNTOUCHED, "</s>")
 NAMED_PHI_3 = re.compile(r"phi-?3", re.IGNORECASE)
-
 #: A special token of the family, and the white space after it.
 ENDING = re.compile(r"<\|[^|>\s]+\|>\s*")
-
 Message = dict[str, str]
 
 
@@ -45,12 +43,10 @@ PROBES = (
     chat("user one", "assistant two", "user three"),
     chat("system be kind", "user one", "assistant two", "user three", "assistant four", "user five"),
 )
-
 #: White space that people write and that a tokenizer with more rules of its own reads as other ids; and what is after a special
 #: token in Chinese and Japanese paragraphs, which llama.cpp reads as other ids under either rule.
 PADDED = chat("user  one ", "assistant  two ", "user \nthree\n")
 INDENTED = chat("user \u3000one")
-
 #: Largest context in tokens for Ollama; Phi-4's cache then takes 1.6 GiB in 16 bit (40 layers, 10 heads of 128).
 LARGEST_CONTEXT = 8192
 

@@ -7,7 +7,7 @@ for settings that have several names: those are written under each.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from math import isclose, log, sqrt
@@ -89,15 +89,9 @@ def to_json(settings: Mapping[str, Any]) -> bytes:
 
 def describe_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
     """A line for each key that was set or removed."""
-
-    def describe() -> Iterator[str]:
-        for key, value in after.items():
-            if key not in before or before[key] != value:
-                text = json.dumps(value, ensure_ascii=False)
-                yield f"{key} = {text if len(text) <= 60 else text[:57] + '...'}"
-        yield from (f"{key} removed" for key in before if key not in after)
-
-    return tuple(describe())
+    values = {key: json.dumps(value, ensure_ascii=False) for key, value in after.items() if before.get(key, ...) != value}
+    lines = [f"{key} = {text if len(text) <= 60 else text[:57] + '...'}" for key, text in values.items()]
+    return (*lines, *(f"{key} removed" for key in before if key not in after))
 
 
 def portable_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:

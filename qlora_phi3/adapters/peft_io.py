@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_phi3.adapters.base_files import copy_portable
-from qlora_phi3.adapters.delta import Adapter, Kind, LoraDelta, LowRankBlock, stack
+from qlora_phi3.adapters.delta import Adapter, Kind, LoraDelta, LowRankBlock, last_name, stack
 from qlora_phi3.errors import ExportError
 from qlora_phi3.files import check_no_pointer, foreign_errors, read_json_object, sha256_file
 from qlora_phi3.model.weights import open_file, read_tensor
@@ -321,11 +321,6 @@ def snap_to_integer(value: float) -> float:
     """16 for 16.0 and for a number that differs from 16 by rounding only."""
     near = round(value)
     return near if abs(value - near) <= 1e-12 * abs(value) else value
-
-
-def last_name(layer: str) -> str:
-    """qkv_proj of model.layers.0.self_attn.qkv_proj."""
-    return layer.rpartition(".")[2]
 
 
 def write_peft(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer_from: Path | None) -> None:

@@ -53,19 +53,12 @@ LARGEST_CONTEXT = 8192
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turns:
-    """The fixed text around the content of each turn.
+    """The fixed text around the content of each turn."""
 
-    Args:
-        opening: before the first user turn if there is no system turn; a system prompt of the template's own.
-        system: before and after a system turn's content; None if the template has no such turn.
-        user: before a user's content, and after it up to the assistant's content.
-        after_assistant: the end of turn, and other text before the next turn.
-    """
-
-    opening: str
-    system: tuple[str, str] | None
-    user: tuple[str, str]
-    after_assistant: str
+    opening: str  #: Before the first user turn if there is no system turn; a system prompt of the template's own.
+    system: tuple[str, str] | None  #: Before and after a system turn's content; None if the template has no such turn.
+    user: tuple[str, str]  #: Before a user's content, and after it up to the assistant's content.
+    after_assistant: str  #: The end of turn, and other text before the next turn.
 
     @property
     def end_of_turn(self) -> str:

@@ -219,9 +219,9 @@ def nesting(value: object, enough: int) -> int:
     deepest, values = 0, [(value, 0)]
     while values and deepest <= enough:
         each, depth = values.pop()
-        deepest = max(deepest, depth)
         inner = each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
-        values += [(one, depth + 1) for one in inner]
+        deepest = max(deepest, depth + bool(inner))
+        values += [(one, depth + 1) for one in inner if isinstance(one, dict | list)]
     return deepest
 
 

@@ -25,7 +25,8 @@ RECIPE_HEAD = """# Every key of a recipe
 
 Made from the program by `scripts/make_docs.py`; `qlora-phi3 recipe schema` prints the same for an editor. Names are those
 of LoraConfig (`[lora]`), BitsAndBytesConfig (`[quantization]`), TrainingArguments and SFTConfig (`[training]`). `batch_size`, the
-rows of an optimizer step, `save_minutes`, `recover_from_divergence`, and the keys of `[data]` and `[memory]` are our own.
+rows of an optimizer step, `save_minutes`, `recover_from_divergence`, `report_samples`, and the keys of `[data]` and `[memory]`
+are our own.
 
 A relative path in `[model]` or `[data]` is looked for in the folder of the recipe, then in the working directory. `output_dir` is
 relative to the working directory.
@@ -90,7 +91,7 @@ def render_commands() -> str:
             child = command.get_command(context, name)
             add(child, click.Context(child, parent=context, info_name=name, terminal_width=100, max_content_width=100))
 
-    add(main, click.Context(main, info_name="qlora-phi3", terminal_width=100, max_content_width=100))
+    add(main, click.Context(main, info_name="qlora-phi3", terminal_width=100, max_content_width=100, **main.context_settings))
     return "".join(parts)
 
 

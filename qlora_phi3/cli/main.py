@@ -25,7 +25,15 @@ FULL_OR_REFUSED = (
 
 
 #: The commands in the order of `--help`, each with the module of `qlora_phi3.cli` that holds a click command of this name.
-COMMANDS = {"vram-check": "vram_check", "run": "run", "export": "export", "adapter": "adapter", "recipe": "main"}
+COMMANDS = {
+    "vram-check": "vram_check",
+    "inspect": "inspect",
+    "run": "run",
+    "runs": "runs",
+    "export": "export",
+    "adapter": "adapter",
+    "recipe": "main",
+}
 
 
 class Commands(click.Group):

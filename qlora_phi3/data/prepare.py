@@ -96,10 +96,10 @@ def row_lengths(dataset: Any) -> NDArray[np.int64]:
     Returns:
         Tokens, int64 of shape (rows,), in the order of the rows.
     """
-    return _read_column(dataset, "length")
+    return read_column(dataset, "length")
 
 
-def _read_column(dataset: Any, name: str, dtype: Any = np.int64) -> NDArray[Any]:
+def read_column(dataset: Any, name: str, dtype: Any = np.int64) -> NDArray[Any]:
     column = dataset.select_columns([name]).with_format("arrow")[:][name]
     return np.asarray(column.to_numpy(), dtype=dtype)
 
@@ -189,7 +189,7 @@ def _build_report(
 ) -> DataReport:
     lengths, repeated = row_lengths(train), 0
     if evaluation is not None:  # rows with the tokens of a training row
-        repeated = int(np.isin(_read_column(evaluation, "digest", np.uint64), _read_column(train, "digest", np.uint64)).sum())
+        repeated = int(np.isin(read_column(evaluation, "digest", np.uint64), read_column(train, "digest", np.uint64)).sum())
     return DataReport(
         sources=tuple(report.name for report in reports),
         formats=tuple(report.format for report in reports),
@@ -206,7 +206,7 @@ def _build_report(
         truncated=sum(report.truncated for report in reports),
         fully_truncated=merge_counts((report.fully_truncated for report in reports), named=NAMED)[0],
         tokens=int(lengths.sum()),
-        supervised_tokens=int(_read_column(train, "supervised").sum()),
+        supervised_tokens=int(read_column(train, "supervised").sum()),
         longest_row=int(max(lengths.max(), 0 if evaluation is None else row_lengths(evaluation).max())),
         sha256=sha256("".join(source.digest for source in sources).encode()).hexdigest(),
         split_seed=config.data.split_seed,

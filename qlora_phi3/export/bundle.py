@@ -6,12 +6,11 @@ The model card describes what was trained, on what, with which result, and what 
 import json
 import shutil
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, metadata_load
-from jinja2 import Environment
+from jinja2 import Environment, PackageLoader
 from yaml import YAMLError
 
 from qlora_phi3.adapters import base_files
@@ -144,8 +143,9 @@ def render_card(recipe: Recipe, run: Mapping[str, Any], export: Mapping[str, Any
     for table in PUBLIC_TABLES:
         keys = getattr(recipe, table).model_dump(mode="json", exclude_defaults=True, exclude_none=True)
         tables[table] = {key: format_toml(value) for key, value in keys.items() if key not in PRIVATE_KEYS}
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    return environment.from_string((files("qlora_phi3") / "model_card.md.jinja").read_text(encoding="utf-8")).render(
+    loader = PackageLoader("qlora_phi3", "pages")
+    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return environment.get_template("model_card.md.jinja").render(
         front_matter=data.to_yaml(),
         name=name,
         licence=licence,

@@ -313,6 +313,8 @@ class Training(Table):
     """Print plain lines instead of a progress bar."""
     report_to: Tracker | list[Tracker] = "none"
     """Experiment trackers that receive the metrics."""
+    report_samples: Annotated[int, Field(ge=0, le=64)] = 8
+    """Held-out prompts that base and tuned model answer at the end, for report.html; 0: none. They take 1 min or 5 % at most."""
     remove_unused_columns: Literal[True] = True
     """Only token ids reach the model; always true."""
     output_dir: Annotated[Place, AfterValidator(os.path.expanduser)] = "runs"

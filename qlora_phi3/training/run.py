@@ -32,6 +32,7 @@ from qlora_phi3.training.callbacks import stop_on_interrupt
 from qlora_phi3.training.oom import RngState, restore_execution_plan
 from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, plan_run, prepare, wants_dry_run
 from qlora_phi3.training.report import PredictionCheck
+from qlora_phi3.training.samples import save_samples
 from qlora_phi3.training.trainer import EvaluationStopped, Phi3Trainer, build_trainer
 
 
@@ -46,12 +47,21 @@ class RunResult:
     seconds: float
 
 
-def run(recipe: Recipe, name: str, recipe_dir: Path, *, reporter: Reporter, resume: RunFolder | None = None) -> RunResult:
+def run(
+    recipe: Recipe,
+    name: str,
+    recipe_dir: Path,
+    *,
+    reporter: Reporter,
+    resume: RunFolder | None = None,
+    at_end: Callable[[RunFolder], object] = lambda folder: None,
+) -> RunResult:
     """Train what a recipe describes, into `<output_dir>/<name>/`.
 
     Args:
         recipe_dir: directory of the recipe file; relative paths are looked for there, then in the working directory.
         resume: an unfinished run of the same recipe and data, to continue.
+        at_end: called with the run's directory, while it is locked, when the run is done, fails or is interrupted.
 
     Raises:
         UserError: something that a person can correct; report.json holds the same message.
@@ -81,10 +91,21 @@ def run(recipe: Recipe, name: str, recipe_dir: Path, *, reporter: Reporter, resu
                 line = f"The run began with {was[key]} and goes on with {report[key]}: the result is not equal bit for bit."
                 reporter.warning(line)
             checkpoint = processes.from_first(lambda: _checkpoint_to_resume(resume, recipe, reporter))
-            return _run_in(resume, checkpoint, context, planned, report, started)
+            with _calling_at_end(at_end, resume):
+                return _run_in(resume, checkpoint, context, planned, report, started)
         folder = processes.from_first(lambda: runfolder.create_run_folder(Path(recipe.training.output_dir), name))
-        with runfolder.lock_run(folder) if not processes.own_rank() else nullcontext():
+        with runfolder.lock_run(folder) if not processes.own_rank() else nullcontext(), _calling_at_end(at_end, folder):
             return _run_in(folder, None, context, planned, report, started, is_new=True)
+
+
+@contextmanager
+def _calling_at_end(at_end: Callable[[RunFolder], object], folder: RunFolder) -> Iterator[None]:
+    """Call `at_end` in process 0, however the block ends, unless nothing was written."""
+    try:
+        yield
+    finally:
+        if not processes.own_rank() and folder.report.is_file():
+            at_end(folder)
 
 
 def _run_in(
@@ -132,6 +153,8 @@ def _run_in(
             runfolder.write_report(folder, report)
     if report["unlearned"]:
         context.reporter.warning(report["unlearned"])
+    trainer.optimizer = None  # its memory is free for the answers
+    save_samples(model, context, folder, report["seconds"])
     before, after = report["eval_loss_before"], report["eval_loss_after"]
     return RunResult(folder, report["steps"], before, after, report["seconds"])
 
@@ -141,6 +164,7 @@ FREE_KEYS = frozenset((
         "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "packing",
         "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading", "num_train_epochs", "max_steps",
         "logging_strategy", "logging_steps", "log_level", "disable_tqdm", "report_to", "output_dir", "save_total_limit",
+        "report_samples",
 ))  # fmt: skip
 #: Those of them that ask for another number of steps; a run that is done continues where one differs.
 STEP_KEYS = frozenset(("num_train_epochs", "max_steps"))

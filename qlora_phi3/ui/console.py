@@ -30,6 +30,8 @@ CURVE_BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 24
 #: Columns that a terminal needs to show the speed next to the loss, and the curve next to both.
 MIN_WIDTH_SPEED, MIN_WIDTH_CURVE = 70, 110
+#: The warning about a held-out loss that rose.
+HELD_OUT_ROSE = "The held-out loss is higher than before training. Try a smaller [training] learning_rate."
 #: Name of the training bar.
 TRAINING = "Training"
 #: Seconds between two plain lines about the same work.
@@ -177,8 +179,7 @@ class ConsoleReporter:
         if before is not None and after is not None:
             self.info(f"Held-out loss  {before:.4f} -> {after:.4f}")
             if after > before:
-                line = "The held-out loss is higher than before training. Try a smaller [training] learning_rate."
-                self.warning(line)
+                self.warning(HELD_OUT_ROSE)
         done = f"{format_count(steps, 'step')} in {format_duration(seconds)}"
         self.info(f"Done: {done}. The adapter: {adapter.absolute()}")
 

@@ -258,6 +258,7 @@ EFFECTS = {
     "training.save_strategy": ("epoch", argument("save_strategy")),
     "training.save_steps": (3, argument("save_steps")),
     "training.save_minutes": (3, Lab.minutes),
+    "training.report_samples": (1, Lab.run_files),
     "training.save_total_limit": (2, argument("save_total_limit")),
     "training.load_best_model_at_end": (True, argument("load_best_model_at_end")),
     "training.logging_strategy": ("epoch", Lab.shown),

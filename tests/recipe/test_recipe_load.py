@@ -177,7 +177,7 @@ def test_every_key_is_one_of_the_library_it_is_named_after():
 
     names = {key: set(TABLES[key].model_fields) for key in TABLES}
     assert names["lora"] <= {field.name for field in dataclasses.fields(LoraConfig)}
-    assert names["training"] - {"batch_size", "save_minutes", "recover_from_divergence"} <= {
+    assert names["training"] - {"batch_size", "save_minutes", "recover_from_divergence", "report_samples"} <= {
         field.name for field in dataclasses.fields(SFTConfig)
     }
     assert names["quantization"] <= set(inspect.signature(BitsAndBytesConfig).parameters)

@@ -91,11 +91,9 @@ class Architecture:
     max_position_embeddings: int
     #: Rows longer than this use longrope's long factors; None where one set of factors serves all lengths.
     longrope_boundary: int | None = None
-    #: Tokens that a position can look back; None where attention is full.
-    sliding_window: int | None
+    sliding_window: int | None  #: Tokens that a position can look back; None where attention is full.
     tie_word_embeddings: bool
-    #: None where the checkpoint's weights are not quantized.
-    stored: StoredQuantization | None = None
+    stored: StoredQuantization | None = None  #: None where the checkpoint's weights are not quantized.
 
 
 def is_hub_id(name: str, *, needs_owner: bool = True) -> bool:

@@ -26,20 +26,16 @@ FULL_OR_REFUSED = (
 
 #: The commands in the order of `--help`, each with the module of `qlora_phi3.cli` that holds a click command of this name.
 COMMANDS = {
-<<<<<<< HEAD
     "vram-check": "vram_check",
     "inspect": "inspect",
     "run": "run",
     "runs": "runs",
+    "chat": "chat",
+    "eval": "eval",
     "export": "export",
     "adapter": "adapter",
     "recipe": "main",
 }
-=======
-    "vram-check": "vram_check", "run": "run", "chat": "chat", "eval": "eval", "export": "export", "adapter": "adapter",
-    "recipe": "main",
-}  # fmt: skip
->>>>>>> h-chat
 
 
 class Commands(click.Group):

@@ -104,11 +104,6 @@ def read_column(dataset: Any, name: str, dtype: Any = np.int64) -> NDArray[Any]:
     return np.asarray(column.to_numpy(), dtype=dtype)
 
 
-def _count_repeated(evaluation: Any, train: Any) -> int:
-    """How many rows of the evaluation have the tokens of a training row."""
-    return int(np.isin(read_column(evaluation, "digest", np.uint64), read_column(train, "digest", np.uint64)).sum())
-
-
 def check_files(data: Data, base_dir: Path, *, evaluate: bool) -> None:
     """Read each local file up to the first row that a run can use, without a tokenizer; nothing is read from the hub. DataError
     where a file is missing, unreadable, or has no such row.
@@ -135,10 +130,8 @@ def split_indices(num_rows: int, size: float, *, seed: int, at_most: int | None 
     count = int(size) if size >= 1 else min(max(1, round(size * num_rows)), num_rows - 1) if size else 0
     count = count if at_most is None else min(count, at_most)
     if count >= num_rows and count:
-        raise DataError(
-            f"[data] eval_size = {size} holds out {count} of {num_rows} usable rows, and none is left to train on.",
-            "Lower eval_size, or name evaluation data of its own in [data] eval.",
-        )
+        message = f"[data] eval_size = {size} holds out {count} of {num_rows} usable rows, and none is left to train on."
+        raise DataError(message, "Lower eval_size, or name evaluation data of its own in [data] eval.")
     return tuple(sorted(int(row) for row in np.random.default_rng(seed).permutation(num_rows)[:count]))
 
 
@@ -176,14 +169,10 @@ def _nothing_to_learn(sources: Sequence[Source], reports: Sequence[SourceReport]
     if isinstance(row, Mapping) and detect_format(row) is None:
         if data.format == "auto" and (guess := guess_mapping(row)) and guess[1]:
             pairs = ", ".join(f"{ours} = {json.dumps(theirs, ensure_ascii=False)}" for ours, theirs in guess[1].items())
-            return DataError(
-                message, f'Write below [data]: format = "{guess[0]}" and, on a line of its own, fields = {{ {pairs} }}'
-            )
-        lists = [
-            name
-            for name, value in row.items()
-            if isinstance(value, list) and value and isinstance(value[0], dict) and is_readable(value[0])
-        ]
+            hint = f'Write below [data]: format = "{guess[0]}" and, on a line of its own, fields = {{ {pairs} }}'
+            return DataError(message, hint)
+        full_lists = {name: value for name, value in row.items() if isinstance(value, list) and value}
+        lists = [name for name, value in full_lists.items() if isinstance(value[0], dict) and is_readable(value[0])]
         if num_read == 1 and len(lists) == 1:
             return DataError(message, f"Its rows lie in the list {lists[0]!r}: save that list alone.")
         return DataError(message, f"The formats are {', '.join(FORMATS)}; [data] fields maps other column names to theirs.")
@@ -198,7 +187,9 @@ def _build_report(
     config: TokenizeConfig,
     eval_indices: tuple[int, ...],
 ) -> DataReport:
-    lengths = row_lengths(train)
+    lengths, repeated = row_lengths(train), 0
+    if evaluation is not None:  # rows with the tokens of a training row
+        repeated = int(np.isin(read_column(evaluation, "digest", np.uint64), read_column(train, "digest", np.uint64)).sum())
     return DataReport(
         sources=tuple(report.name for report in reports),
         formats=tuple(report.format for report in reports),
@@ -211,7 +202,7 @@ def _build_report(
         skipped=merge_counts(chain.from_iterable(report.skipped.values() for report in reports)),
         notes=merge_counts(chain.from_iterable(report.notes.values() for report in reports)),
         unread=merge_counts(chain.from_iterable(report.unread.values() for report in reports)),
-        repeated=0 if evaluation is None else _count_repeated(evaluation, train),
+        repeated=repeated,
         truncated=sum(report.truncated for report in reports),
         fully_truncated=merge_counts((report.fully_truncated for report in reports), named=NAMED)[0],
         tokens=int(lengths.sum()),

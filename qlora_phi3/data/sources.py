@@ -27,7 +27,6 @@ from qlora_phi3.recipe.load import GLOB, candidate_paths, is_local_data, local_f
 from qlora_phi3.recipe.schema import Data
 
 RowIterator = Iterator[tuple[int, Any]]
-
 #: Files of a folder that are no data: hidden ones, documentation, programs, and what describes the others.
 NO_DATA = re.compile(r"\..*|.*\.(md|rst|py|ipynb|lock|yaml|yml)|LICEN[CS]E.*|README.*|dataset_infos?\.json", re.IGNORECASE)
 #: What an empty file may hold, with the marks of UTF-8 and UTF-16.
@@ -38,16 +37,11 @@ WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One origin of rows.
+    """One origin of rows."""
 
-    Args:
-        name: as the recipe writes it; a row is named `name:number` in messages.
-        digest: SHA-256 of the content, in hex.
-        rows: starts a new iteration over (number, row). It raises DataError where the content cannot be read.
-    """
-
-    name: str
-    digest: str
+    name: str  #: As the recipe writes it; a row is named `name:number` in messages.
+    digest: str  #: SHA-256 of the content, in hex.
+    #: Starts a new iteration over (number, row). It raises DataError where the content cannot be read.
     rows: Callable[[], RowIterator]
 
 
@@ -149,10 +143,8 @@ def _open_saved(name: str, path: Path, split: str) -> Source:
             dataset = load_from_disk(str(path))
             chosen = dataset if isinstance(dataset, Dataset) else dataset[split]
     except Exception as error:
-        raise DataError(
-            f"The saved data set {name} (split {split!r}) cannot be loaded: {first_line(error)}.",
-            "Check [data] split, or save it again.",
-        ) from error
+        message = f"The saved data set {name} (split {split!r}) cannot be loaded: {first_line(error)}."
+        raise DataError(message, "Check [data] split, or save it again.") from error
     return _from_dataset(name, chosen)
 
 

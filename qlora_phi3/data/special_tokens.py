@@ -16,10 +16,8 @@ from qlora_phi3.data.messages import SkipRow
 
 #: Breaks a special token; around a special token that is one. Unicode's noncharacters, which no text has.
 MARK, AROUND = "\ufdd0", "\ufdd1"
-
 #: An assistant's thinking stands between them in its own words; they do not end a turn.
 THINKING = ("<think>", "</think>")
-
 #: Characters [start, end) of a text.
 Span = tuple[int, int]
 

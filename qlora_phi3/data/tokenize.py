@@ -25,7 +25,7 @@ from qlora_phi3.data.messages import CONTENT_KEYS, SkipRow, check_unread, parse_
 from qlora_phi3.data.report import SourceReport
 from qlora_phi3.data.sources import Source, UnusableRow
 from qlora_phi3.data.special_tokens import MARK, Span, SpecialTokens
-from qlora_phi3.data.template import ChatTemplate, begins_with_unicode_space, render_chat
+from qlora_phi3.data.template import LEADING_UNICODE_SPACE, ChatTemplate, render_chat
 from qlora_phi3.errors import DataError
 from qlora_phi3.files import atomic_dir, disk_errors
 from qlora_phi3.recipe.schema import Data
@@ -34,15 +34,12 @@ from qlora_phi3.units import format_count
 
 #: Rows that are tokenised at once.
 BATCH_ROWS = 256
-
 ROWS_NAME, REPORT_NAME = "rows.arrow", "report.json"
-
 READ_AS_TEXT = "special tokens of the model in the words of the row: read as text"
 READ_AS_TOKENS = "special tokens of the model in the words of the row: read as these tokens (allow_special_tokens)"
 UNICODE_SPACE = "a message begins with Unicode white space: llama.cpp reads it as other tokens (docs/gguf.md)"
 CHAT_IN_TURN = "a turn that holds a rendered chat: it is rendered a second time (the format text reads rendered chats)"
 CHAT_IN_TEXT = "raw text that looks like a rendered chat: its prompts are learned too"
-
 #: The headers that chat templates and prompts of the field write before a turn.
 RENDERED_CHAT = re.compile(
     r"<[|\uff5c](user|assistant|system|im_start|start_header_id|start_of_role)[|\uff5c]>|<start_of_turn>|\[/?INST\]|<(human|bot)>:"
@@ -50,7 +47,6 @@ RENDERED_CHAT = re.compile(
     r"|^(### ?|<)?(Human|Assistant|User|Instruction|Response|Question|Answer)[:>]|### ?(Human|Assistant|Response):",
     re.MULTILINE | re.IGNORECASE,
 )
-
 #: One row's token ids, or its labels: int32, shape (length,).
 Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
 
@@ -195,10 +191,8 @@ def read_examples(source: Source, data: Data, report: SourceReport, columns: set
                 check_unread(row, row, where)
                 raise SkipRow(f"its columns ({', '.join(sorted(map(str, row)))[:100]}) fit no format")
             if report.format and name != report.format:
-                raise DataError(
-                    f"{where} is of format {name!r}, while {first} is of format {report.format!r}.",
-                    "Use one format in a file, or name the one to read in [data] format.",
-                )
+                message = f"{where} is of format {name!r}, while {first} is of format {report.format!r}."
+                raise DataError(message, "Use one format in a file, or name the one to read in [data] format.")
             first, report.format = first or where, name
             example = read_row(mapped, name, where)
             if example.unread and name == "text" and data.format == "auto":
@@ -283,7 +277,7 @@ def _render_row(
     if any(special.pattern.search(text) for text in words):
         is_broken = not config.data.allow_special_tokens
         notes.append(READ_AS_TEXT if is_broken else READ_AS_TOKENS)
-    if special.takes_space and isinstance(example, Chat) and any(map(begins_with_unicode_space, words)):
+    if special.takes_space and isinstance(example, Chat) and any(map(LEADING_UNICODE_SPACE.match, words)):
         notes.append(UNICODE_SPACE)
     if isinstance(example, Document):
         text = special.break_in(example.text) if is_broken else example.text

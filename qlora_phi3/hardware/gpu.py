@@ -46,8 +46,7 @@ class GpuProcess:
 
     name: str
     pid: int
-    #: None where the driver does not report it, as on Windows and WSL.
-    used_bytes: int | None
+    used_bytes: int | None  #: None where the driver does not report it, as on Windows and WSL.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,21 +54,15 @@ class Gpu:
     """A GPU of this computer, of the table, or any GPU with a given memory size."""
 
     name: str
-    #: What CUDA programs can use when nothing else uses the GPU.
-    total_bytes: int
-    #: What CUDA programs can use now; equal to `total_bytes` for a GPU that is not in this computer.
-    free_bytes: int
+    total_bytes: int  #: What CUDA programs can use when nothing else uses the GPU.
+    free_bytes: int  #: What CUDA programs can use now; equal to `total_bytes` for a GPU that is not in this computer.
     processes: tuple[GpuProcess, ...] = ()
     compute_capability: tuple[int, int]
-    #: They decide the size of the CUDA context.
-    multiprocessors: int
+    multiprocessors: int  #: They decide the size of the CUDA context.
     bandwidth_bytes_per_second: float
-    #: Dense 16-bit matrix products with fp32 accumulation, 10^12 operations a second.
-    tflops_16bit: float
-    #: The GPU is in this computer.
-    is_local: bool
-    #: `total_bytes` was computed by a rule, or only the size of the GPU is known; it was not measured.
-    estimated: bool = False
+    tflops_16bit: float  #: Dense 16-bit matrix products with fp32 accumulation, 10^12 operations a second.
+    is_local: bool  #: The GPU is in this computer.
+    estimated: bool = False  #: `total_bytes` was computed by a rule, or only the size of the GPU is known; it was not measured.
     #: Labels of the GPUs of the table that this one stands for: its memory is the smallest of theirs, its speed the median.
     represents: tuple[str, ...] = ()
 
@@ -152,10 +145,8 @@ def choose_gpu(wanted: str | int, rank: int | None = None, *, nvml: Any = None) 
     if not matches and (wanted != "auto" or (rank and found)):
         shown = ", ".join(f"{number} ({chosen.gpu.name})" for number, chosen in found.items()) or "none"
         process = "" if rank is None else f" for process {rank}"
-        raise DeviceError(
-            f"[memory] gpu = {wanted!r} matches no GPU of this computer{process}. It shows: {shown}. {reason}".rstrip(),
-            'Write one of these numbers or names, or gpu = "auto"; and start one process a GPU at most.',
-        )
+        message = f"[memory] gpu = {wanted!r} matches no GPU of this computer{process}. It shows: {shown}. {reason}".rstrip()
+        raise DeviceError(message, 'Write one of these numbers or names, or gpu = "auto"; and start one process a GPU at most.')
     return max(matches, key=lambda chosen: chosen.gpu.free_bytes, default=None)
 
 

@@ -26,8 +26,7 @@ from qlora_phi3.recipe.schema import Lora
 class Coverage:
     """The part of the base that the adapter covers."""
 
-    #: Covered share of the weights of the decoder's linear layers, 0 to 1.
-    share: float
+    share: float  #: Covered share of the weights of the decoder's linear layers, 0 to 1.
     trainable_parameters: int
     targets: tuple[str, ...]
 

@@ -831,8 +831,7 @@ def test_every_file_of_a_run_and_its_exports_has_the_template_that_was_trained(n
     assert "generation -" not in saved
     trained = choose_template(load_tokenizer(Model(name=str(base))), template)
     talk = [{"role": "user", "content": " one "}, {"role": "assistant", "content": "two"}]
-    variables = {"bos_token": trained.bos_token, "eos_token": trained.eos_token}
-    texts = {render_jinja_template([talk], chat_template=each, **variables)[0][0] for each in (saved, trained.source)}
+    texts = {render_jinja_template([talk], chat_template=each, **trained.variables)[0][0] for each in (saved, trained.source)}
     assert len(texts) == 1
 
 

@@ -94,10 +94,8 @@ def convert_to_gguf(folder: Path, target: Path, *, quant: str, name: str, progre
         target.parent.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(target.parent).free
         if plan.num_bytes > free_bytes:
-            raise ExportError(
-                f"The .gguf file needs {format_gib(plan.num_bytes)}, and {target.parent} has {format_gib(free_bytes)} free.",
-                "Free some, choose a smaller --quant, or write it elsewhere.",
-            )
+            message = f"The .gguf file needs {format_gib(plan.num_bytes)}, and {target.parent} has {format_gib(free_bytes)} free."
+            raise ExportError(message, "Free some, choose a smaller --quant, or write it elsewhere.")
         with atomic_file(target) as staging:
             if quant in QUANTIZED:
                 unquantized = staging.with_suffix(".unquantized")
@@ -129,10 +127,8 @@ def read_phi3_config(folder: Path) -> Phi3Config:
         ("quantization_config", config.get("quantization_config"), None),
     ):
         if value != supported:
-            raise ExportError(
-                f"The config.json of {folder} has {key} = {value!r}; llama.cpp's phi3 models have {supported!r}.",
-                "Convert a plain 16- or 32-bit checkpoint of the Phi-3 family.",
-            )
+            message = f"The config.json of {folder} has {key} = {value!r}; llama.cpp's phi3 models have {supported!r}."
+            raise ExportError(message, "Convert a plain 16- or 32-bit checkpoint of the Phi-3 family.")
     return Phi3Config.from_dict(config)
 
 

@@ -7,9 +7,10 @@ fake CPU tensors, as a CPU build of torch aborts on fake CUDA ones; `cuda_path.p
 
 import gc
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import bitsandbytes as bnb
@@ -82,6 +83,7 @@ def simulate(
     compute_dtype: torch.dtype,
     path: Literal["cuda", "cpu"] = "cuda",
     capability: tuple[int, int] = (8, 6),
+    fused_rows: Mapping[tuple[int, int], int] = MappingProxyType({}),
     objective: Objective = sft,
 ) -> Trace:
     """Load, train one step, save and evaluate, without storage.
@@ -89,6 +91,7 @@ def simulate(
     Args:
         config: the contents of the model's config.json.
         capability: the GPU's compute capability, which decides the attention kernel.
+        fused_rows: as of `MemoryTracker`.
 
     Raises:
         ModelError: the adapter does not fit the model.
@@ -99,7 +102,9 @@ def simulate(
     batch = _heaviest(shape.lengths, execution.micro_batch)
     held_out = _heaviest(shape.evaluation_lengths, execution.evaluation) if shape.evaluation_lengths else None
     rounding = ROUNDING if path == "cuda" else 1
-    tracker = MemoryTracker(num_supervised=batch.num_supervised, vocabulary=architecture.vocab_size, rounding=rounding)
+    tracker = MemoryTracker(
+        num_supervised=batch.num_supervised, vocabulary=architecture.vocab_size, rounding=rounding, fused_rows=fused_rows
+    )
     kernels = following_cuda(tracker, capability=capability) if path == "cuda" else nullcontext()
     with _fake_tensors(), tracker, kernels, _no_collector():
         model = _load(skeleton, recipe.lora, execution, tracker)

@@ -227,7 +227,7 @@ class VramChecker:
                 capability=capability,
                 multiprocessors=device.multiprocessors,
             )
-        return self._predictors[kind].with_multiprocessors(device.multiprocessors)
+        return self._predictors[kind].on_gpu(device.compute_capability, device.multiprocessors)
 
     def report(self, device: Gpu, budget_bytes: int, *, with_suggestions: bool = True) -> VramReport:
         """Plan for a GPU, and where nothing fits suggest what to change.

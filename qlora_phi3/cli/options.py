@@ -5,8 +5,11 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
+
+from qlora_phi3.errors import RecipeError
 
 #: `--debug`: show the traceback of a user error, and the libraries' warnings. Stored as `ctx.meta["debug"]`.
 debug_option = click.option(
@@ -20,6 +23,29 @@ debug_option = click.option(
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Change a key of the recipe: --set lora.r=32"
 )
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Name -> file of each recipe that ships: in the installed package, or in `recipes/` at the top of a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "recipes"
+    folder = inside if inside.is_dir() else package.parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def find_recipe(path: Path) -> Path:
+    """The recipe that a person names: a path; where there is none, the name of a recipe that ships, such as `chat`.
+
+    Raises:
+        RecipeError: a name that is neither; the message lists those that ship. For a missing `.toml` file reading it says so.
+    """
+    if len(path.parts) != 1 or path.suffix or os.path.lexists(path):
+        return path
+    recipes = packaged_recipes()
+    if path.name not in recipes:
+        hint = f"Give the path of a .toml file, or a recipe that ships: {', '.join(recipes)}."
+        raise RecipeError(f"{path}: there is no such file, and no recipe of that name.", hint)
+    return recipes[path.name]
 
 
 def silence_libraries() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_phi3.cli.options import debug_option, libraries_silenced, set_option
+from qlora_phi3.cli.options import debug_option, find_recipe, libraries_silenced, packaged_recipes, set_option
 from qlora_phi3.errors import CannotTellError, DeviceError, UserError
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ def vram_check(ctx: click.Context, /, **options: Any) -> None:
     \b
     Examples:
       qlora-phi3 vram-check
-      qlora-phi3 vram-check recipes/chat.toml
-      qlora-phi3 vram-check recipes/chat.toml --vram 12GB
-      qlora-phi3 vram-check recipes/chat.toml --all
+      qlora-phi3 vram-check my.toml
+      qlora-phi3 vram-check chat --vram 12GB
+      qlora-phi3 vram-check chat --all
 
     Nothing is loaded, downloaded or put on the GPU. Exit codes: 0 it fits, 3 it does not, 2 bad input, 4 cannot tell (no GPU
     here, or the shapes of a model of the hub are not).
@@ -86,7 +86,7 @@ def vram_check(ctx: click.Context, /, **options: Any) -> None:
             as_json = {"device": asdict(device), "other_processes_bytes": device.other_processes_bytes}
             _show(chosen, "show_gpu", device, as_json)
             return
-        check = CachedVramCheck(chosen.recipe, chosen.overrides, _progress, chosen.processes)
+        check = CachedVramCheck(find_recipe(chosen.recipe), chosen.overrides, _progress, chosen.processes)
         show = _show_max_lengths if chosen.max_length else _show_gpu_table if chosen.every_gpu else _show_report
         fits = show(check, chosen)
     except UserError as error:  # for a program, that is a result as well
@@ -109,7 +109,7 @@ def _check_options(options: _Options) -> None:
     }  # fmt: skip
     for option, given in about_recipe.items():
         if given and options.recipe is None:
-            raise UserError(f"{option} is about a recipe, and none is given.", "Name one, such as recipes/chat.toml.")
+            raise UserError(f"{option} is about a recipe, and none is given.", "Name one, such as chat or my.toml.")
     if options.every_gpu and (options.gpu or options.vram):
         raise UserError("--all is about every GPU, --gpu and --vram about one.", "Keep one of them.")
     if options.every_gpu and options.max_length:
@@ -183,6 +183,7 @@ def _fit_target(recipe: Path, device: "Gpu", fit: str) -> Path:
     path = Path(fit)
     if fit == NEXT_TO_RECIPE:
         path = recipe.with_name(f"{recipe.stem}-{math.ceil(device.total_bytes / 2**30)}gb.toml")
+        path = Path(path.name) if recipe in packaged_recipes().values() else path  # no file of ours is in an installed package
     parent = path.absolute().parent
     if path.exists():
         raise UserError(f"{path} exists already, and --fit overwrites nothing.", "Name another file, or delete it first.")

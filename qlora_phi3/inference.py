@@ -22,11 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_phi3.adapters.base_files import strip_marks
 from qlora_phi3.data.template import ChatTemplate, choose_template
+from qlora_phi3.data.tokenizer import load_tokenizer
 from qlora_phi3.errors import DataError, ModelError, first_line
 from qlora_phi3.family import read_architecture
 from qlora_phi3.files import read_json_object
 from qlora_phi3.model.lora import fuse_lora_forward
-from qlora_phi3.model.phi3 import choose_precision, find_base, load_base, load_tokenizer, quiet_transformers
+from qlora_phi3.model.phi3 import choose_precision, find_base, load_base, quiet_transformers
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.recipe.schema import Model, Quantization
 from qlora_phi3.runfolder import RunFolder

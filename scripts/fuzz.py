@@ -220,7 +220,7 @@ def config_keys(fuzz: Fuzz) -> None:
 def tokenizer(fuzz: Fuzz) -> None:
     """One of the tokenizer's files; then a conversation is tokenized with what was read."""
     from qlora_phi3.data.template import choose_template
-    from qlora_phi3.model.phi3 import load_tokenizer
+    from qlora_phi3.data.tokenizer import load_tokenizer
     from qlora_phi3.recipe.schema import Model
 
     path = fuzz.folder / fuzz.draw.choice(TOKENIZER_FILES)
@@ -390,7 +390,7 @@ def damaged_row(draw: random.Random) -> Any:
 def load_undamaged(base: Path) -> tuple[Any, Any]:
     """The tokenizer of the undamaged base, and its template."""
     from qlora_phi3.data.template import choose_template
-    from qlora_phi3.model.phi3 import load_tokenizer
+    from qlora_phi3.data.tokenizer import load_tokenizer
     from qlora_phi3.recipe.schema import Model
 
     loaded = load_tokenizer(Model(name=str(base)))

@@ -1,4 +1,4 @@
-"""The commands of the README, the generated page of recipe keys, and the pinned versions, compared with the program."""
+"""The commands of the README and the docs, the generated pages, and the pinned versions, compared with the program."""
 
 import re
 import shlex
@@ -19,8 +19,19 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line.split("#")[0].split(" > ")[0].strip() for kind, text in BLOCKS if not kind for line in text.splitlines()]
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("qlora-phi3 ")])
-def test_the_program_accepts_every_command_of_the_readme(line):
+def commands_of(page):
+    """The commands in a page's blocks of shell lines; a line that ends in a backslash goes on in the next one."""
+    blocks = re.findall(r"```(?:|bash|sh|console)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line.split(" #")[0].split(" > ")[0].strip() for line in lines if line.startswith("qlora-phi3 ")]
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINES = sorted({line for page in PAGES for line in commands_of(page)})
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_the_program_accepts_every_command_of_the_docs(line):
     arguments, command = shlex.split(line)[1:], main
     while isinstance(command, click.Group):
         command = command.get_command(None, arguments.pop(0))
@@ -51,11 +62,12 @@ def test_the_python_of_the_readme_compiles():
     compile(text, "README.md", "exec")
 
 
-def test_the_page_of_recipe_keys_is_up_to_date(monkeypatch):
+def test_the_pages_made_from_the_program_are_up_to_date(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from make_recipe_docs import PAGE, render_page
+    from make_docs import PAGES
 
-    assert PAGE.read_text(encoding="utf-8") == render_page(), "run: python scripts/make_recipe_docs.py"
+    for name, render in PAGES.items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == render(), "run: python scripts/make_docs.py"
 
 
 def test_the_tested_set_satisfies_the_ranges_of_the_project():

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from qlora_phi3.adapters.adapter_deltas import EMBEDDING, HEAD, AdapterDeltas, read_deltas
 from qlora_phi3.adapters.base_files import CONFIG, DOWNLOAD_AGAIN, portable_config
+from qlora_phi3.data.tokenizer import load_tokenizer
 from qlora_phi3.errors import DataError, ExportError, ModelError, first_line
 from qlora_phi3.export.base import BaseRecord, RecordedBase, read_record
 from qlora_phi3.export.bundle import COMPANIONS, check_trained_with
@@ -26,7 +27,6 @@ from qlora_phi3.export.request import Request
 from qlora_phi3.family import parse_architecture
 from qlora_phi3.files import read_json_object, sha256_file
 from qlora_phi3.inference import EndOfTurn, read_end_of_turn
-from qlora_phi3.model.phi3 import load_tokenizer
 from qlora_phi3.model.quantized import is_stored_quantized, stored_scheme
 from qlora_phi3.model.weights import open_weights
 from qlora_phi3.recipe.load import load_recipe

@@ -145,7 +145,7 @@ def read_rows(
             lengths = replace(lengths, longest_evaluation=0)
         origin = f"assumed to be max_length = {training.max_length:,} tokens each. {reason.splitlines()[0]}"
     else:
-        from qlora_phi3.model.phi3 import check_token_ids
+        from qlora_phi3.data.tokenizer import check_token_ids
 
         check_token_ids(filter(None, (data.train, data.evaluation)), tokenizer, architecture, recipe.model.name)
         evaluation = [] if data.evaluation is None else row_lengths(data.evaluation).tolist()
@@ -180,7 +180,7 @@ def _tokenize(recipe: "Recipe", base_folder: Path, progress: Progress) -> tuple[
             raise UserError("The model's tokenizer, which counts them, is not on this computer.")
     from qlora_phi3.data.prepare import prepare_datasets
     from qlora_phi3.data.template import choose_template
-    from qlora_phi3.model.phi3 import load_tokenizer
+    from qlora_phi3.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model)
     data = prepare_datasets(

@@ -18,6 +18,7 @@ from transformers.trainer_utils import set_seed
 from qlora_phi3.adapters.start import check_start, start_from
 from qlora_phi3.data.prepare import PreparedData, prepare_datasets, row_lengths
 from qlora_phi3.data.template import ChatTemplate, choose_template
+from qlora_phi3.data.tokenizer import check_token_ids, load_tokenizer
 from qlora_phi3.errors import DeviceError, RecipeError
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan
 from qlora_phi3.family import Architecture, parse_architecture, read_config
@@ -33,7 +34,7 @@ from qlora_phi3.memory.simulate import simulate
 from qlora_phi3.model.checkpoint import check_checkpoint
 from qlora_phi3.model.lora import attach_adapter, measure_coverage
 from qlora_phi3.model.optimizer import default_optimizer
-from qlora_phi3.model.phi3 import Precision, check_token_ids, choose_precision, load_base, load_tokenizer
+from qlora_phi3.model.phi3 import Precision, choose_precision, load_base
 from qlora_phi3.recipe.load import check_model_limits
 from qlora_phi3.recipe.schema import Memory, Recipe, Training
 from qlora_phi3.reporter import Reporter

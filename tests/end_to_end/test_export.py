@@ -15,8 +15,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from workshop import Workshop, build_base, call, read_json, read_lines
 
 from qlora_phi3.data.template import choose_template
+from qlora_phi3.data.tokenizer import load_tokenizer
 from qlora_phi3.family import read_architecture
-from qlora_phi3.model.phi3 import load_base, load_tokenizer
+from qlora_phi3.model.phi3 import load_base
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.recipe.schema import Model
 from qlora_phi3.units import format_gib

@@ -9,12 +9,13 @@ from datasets import Dataset
 from message_table import Message
 from safetensors.torch import load_file, save_file
 
+from qlora_phi3.data.tokenizer import check_token_ids, load_tokenizer
 from qlora_phi3.errors import DataError, ModelError, RunError
 from qlora_phi3.family import read_architecture
 from qlora_phi3.inference import InferenceModel, generate, load_for_inference, read_end_of_turn
 from qlora_phi3.model.checkpoint import check_checkpoint
 from qlora_phi3.model.lora import attach_adapter
-from qlora_phi3.model.phi3 import Precision, check_token_ids, load_base, load_tokenizer
+from qlora_phi3.model.phi3 import Precision, load_base
 from qlora_phi3.model.quantized import read_quantized, save_quantized
 from qlora_phi3.model.weights import open_file, open_weights, read_tensor
 from qlora_phi3.recipe.schema import Lora, Model, Quantization

@@ -15,11 +15,11 @@ from typing import Any
 from jinja2 import TemplateError
 
 from qlora_phi3.adapters.base_files import DOWNLOAD_AGAIN, GENERATION_CONFIG
+from qlora_phi3.data.tokenizer import load_tokenizer
 from qlora_phi3.errors import ExportError
 from qlora_phi3.family import read_architecture
 from qlora_phi3.files import atomic_file, disk_errors, read_json_object
 from qlora_phi3.inference import ENDS_OF_TURN, stop_ids
-from qlora_phi3.model.phi3 import load_tokenizer
 from qlora_phi3.recipe.schema import Model
 
 #: Tokens that llama.cpp's rule leaves alone, and those that a model named phi-3 must have.

@@ -11,13 +11,13 @@ import torch
 from transformers import Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qlora_phi3.data.tokenizer import load_tokenizer
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.gguf.prompt import Prompting, plan_prompting
 from qlora_phi3.export.gguf.tensors import QUANTIZED, TensorPlan, check_quant, encode, plan_tensors, quantize_file
 from qlora_phi3.export.gguf.vocab import LIMITS, Vocabulary, read_vocabulary
 from qlora_phi3.family import parse_architecture, read_config
 from qlora_phi3.files import atomic_file, disk_errors
-from qlora_phi3.model.phi3 import load_tokenizer
 from qlora_phi3.model.weights import TensorInfo, Weights, open_weights
 from qlora_phi3.recipe.schema import Model
 from qlora_phi3.reporter import Progress

@@ -23,7 +23,14 @@ FULL_OR_REFUSED = (
 
 
 #: The commands in the order of `--help`, each with the module of `qlora_phi3.cli` that holds a click command of this name.
-COMMANDS = {"vram-check": "vram_check", "run": "run", "export": "export", "adapter": "adapter", "recipe": "recipe"}
+COMMANDS = {
+    "vram-check": "vram_check",
+    "init": "init",
+    "run": "run",
+    "export": "export",
+    "adapter": "adapter",
+    "recipe": "recipe",
+}
 
 
 class Commands(click.Group):
@@ -93,6 +100,6 @@ def main() -> None:
 
     \b
     Start with:
-      qlora-phi3 vram-check chat
-      qlora-phi3 run chat
+      qlora-phi3 init my-chats.jsonl
+      qlora-phi3 run my-chats.toml
     """

@@ -4,12 +4,17 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from qlora_phi3.errors import RecipeError
+from qlora_phi3.errors import DeviceError, RecipeError, UserError
+
+if TYPE_CHECKING:
+    from qlora_phi3.hardware.gpu import Gpu
+    from qlora_phi3.ui.console import Watcher
 
 #: `--debug`: show the traceback of a user error, and the libraries' warnings. Stored as `ctx.meta["debug"]`.
 debug_option = click.option(
@@ -23,6 +28,36 @@ debug_option = click.option(
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Change a key of the recipe: --set lora.r=32"
 )
+
+
+def named_gpu(gpu: str | None, vram: str | None) -> "Gpu | None":
+    """The GPU that --gpu or --vram names, None without both; UserError for both, DeviceError where the table has no such GPU."""
+    from qlora_phi3.hardware.gpu import find_gpu, gpu_of_size
+    from qlora_phi3.units import parse_size
+
+    if gpu is not None and vram is not None:
+        raise UserError(f"--gpu {gpu!r} and --vram {vram} both name a GPU.", "Keep one.")
+    if gpu is not None or vram is None:
+        return None if gpu is None else find_gpu(gpu)
+    try:
+        num_bytes = parse_size(vram, binary=True)
+    except ValueError as error:
+        raise DeviceError(f"--vram: {error}", "Write what the box says, such as --vram 12GB.") from error
+    return gpu_of_size(num_bytes)
+
+
+@contextmanager
+def watching() -> "Iterator[Watcher]":
+    """What is being computed, as one temporary line on stderr; without the libraries' warnings."""
+    from qlora_phi3.ui.console import Watcher
+
+    watcher = Watcher()
+    debug = click.get_current_context().meta.get("debug")
+    with nullcontext() if debug else libraries_silenced():
+        try:
+            yield watcher
+        finally:
+            watcher.close()
 
 
 def packaged_recipes() -> dict[str, Path]:

@@ -111,4 +111,4 @@ def test_the_command_line_starts_without_anything_heavy():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.endswith("[]\n")
-    assert "qlora-phi3 run recipes/chat.toml" in shown
+    assert "qlora-phi3 run my-chats.toml" in shown

@@ -1,4 +1,4 @@
-"""The command line, with the small commands `recipe check` and `recipe schema`; the others have a file each.
+"""The command line: user errors, signals, and the commands, each in a file of its own.
 
 Nothing heavy is imported outside the body of a command, so that `--help` takes 50 ms.
 """
@@ -9,12 +9,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import click
 
-from qlora_phi3.cli.options import debug_option, set_option
 from qlora_phi3.cli.output import FULL_DISK, safe_output
 from qlora_phi3.errors import Interrupted, UserError, disk_error_hint
 
@@ -26,6 +24,7 @@ FULL_OR_REFUSED = (
 
 #: The commands in the order of `--help`, each with the module of `qlora_phi3.cli` that holds a click command of this name.
 COMMANDS = {
+    "init": "init",
     "vram-check": "vram_check",
     "inspect": "inspect",
     "run": "run",
@@ -34,7 +33,7 @@ COMMANDS = {
     "eval": "eval",
     "export": "export",
     "adapter": "adapter",
-    "recipe": "main",
+    "recipe": "recipe",
 }
 
 
@@ -105,40 +104,6 @@ def main() -> None:
 
     \b
     Start with:
-      qlora-phi3 vram-check recipes/chat.toml
-      qlora-phi3 run recipes/chat.toml
+      qlora-phi3 init my-chats.jsonl
+      qlora-phi3 run my-chats.toml
     """
-
-
-@click.group()
-def recipe() -> None:
-    """Check a recipe, or print the schema that lets an editor complete it."""
-
-
-@recipe.command()
-@debug_option
-def schema() -> None:
-    """Print the JSON schema of a recipe.
-
-    \b
-    Save it in the folder of your recipe, and name it in the recipe's first line:
-      qlora-phi3 recipe schema > recipe.schema.json
-      #:schema ./recipe.schema.json
-    """
-    import json
-
-    from qlora_phi3.recipe.load import recipe_schema
-
-    click.echo(json.dumps(recipe_schema(), indent=2))
-
-
-@recipe.command()
-@click.argument("path", metavar="RECIPE", type=click.Path(path_type=Path))
-@set_option
-@debug_option
-def check(path: Path, overrides: tuple[str, ...]) -> None:
-    """Check RECIPE and the files it names, and print it with all default values."""
-    from qlora_phi3.recipe.load import load_recipe, recipe_as_toml
-
-    click.echo(recipe_as_toml(load_recipe(path, overrides, check_files=True)), nl=False)
-    click.echo(f"{path} is fine.", err=True)

@@ -4,13 +4,18 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import reduce
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qlora_phi3.errors import UserError
+from qlora_phi3.errors import DeviceError, RecipeError, UserError
+
+if TYPE_CHECKING:
+    from qlora_phi3.hardware.gpu import Gpu
+    from qlora_phi3.ui.console import Watcher
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -47,6 +52,59 @@ def check_sampling(options: dict[str, Any]) -> dict[str, Any]:
             option = f"--{name.replace('_', '-')} {options[name]}"
             raise UserError(f"{option} has no effect: at temperature 0 nothing is drawn.", "Add --temperature 0.7.")
     return {"temperature": options["temperature"], "top_p": options["top_p"] or 1.0, "top_k": options["top_k"] or 0}
+
+
+def named_gpu(gpu: str | None, vram: str | None) -> "Gpu | None":
+    """The GPU that --gpu or --vram names, None without both; UserError for both, DeviceError where the table has no such GPU."""
+    from qlora_phi3.hardware.gpu import find_gpu, gpu_of_size
+    from qlora_phi3.units import parse_size
+
+    if gpu is not None and vram is not None:
+        raise UserError(f"--gpu {gpu!r} and --vram {vram} both name a GPU.", "Keep one.")
+    if gpu is not None or vram is None:
+        return None if gpu is None else find_gpu(gpu)
+    try:
+        num_bytes = parse_size(vram, binary=True)
+    except ValueError as error:
+        raise DeviceError(f"--vram: {error}", "Write what the box says, such as --vram 12GB.") from error
+    return gpu_of_size(num_bytes)
+
+
+@contextmanager
+def watching() -> "Iterator[Watcher]":
+    """What is being computed, as one temporary line on stderr; without the libraries' warnings."""
+    from qlora_phi3.ui.console import Watcher
+
+    watcher = Watcher()
+    debug = click.get_current_context().meta.get("debug")
+    with nullcontext() if debug else libraries_silenced():
+        try:
+            yield watcher
+        finally:
+            watcher.close()
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Name -> file of each recipe that ships: in the installed package, or in `recipes/` at the top of a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "recipes"
+    folder = inside if inside.is_dir() else package.parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def find_recipe(path: Path) -> Path:
+    """The recipe that a person names: a path; where there is none, the name of a recipe that ships, such as `chat`.
+
+    Raises:
+        RecipeError: a name that is neither; the message lists those that ship. For a missing `.toml` file reading it says so.
+    """
+    if len(path.parts) != 1 or path.suffix or os.path.lexists(path):
+        return path
+    recipes = packaged_recipes()
+    if path.name not in recipes:
+        hint = f"Give the path of a .toml file, or a recipe that ships: {', '.join(recipes)}."
+        raise RecipeError(f"{path}: there is no such file, and no recipe of that name.", hint)
+    return recipes[path.name]
 
 
 def silence_libraries() -> None:

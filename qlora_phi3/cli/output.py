@@ -5,15 +5,21 @@ import errno
 import io
 import os
 import select
+import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 #: Characters of our output that ASCII, cp1252 or cp437 lack, with an ASCII character of the same width: the loss curve, the bars
 #: of vram-check, rich's spinner and ellipsis.
 ASCII_SYMBOLS = dict(zip("▁▂▃▄▅▆▇█▓▒░─▲…°⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "_.,-=+*##%.-^. |/-\\|/-\\|/", strict=True))
+#: Columns where stdout is no terminal, unless the variable COLUMNS says otherwise.
+PIPED_WIDTH = 100
 #: Errors of a file that can take no more: the disk, or the user's share of it, is full.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -61,6 +67,22 @@ def safe_output() -> Iterator[None]:
             with suppress(OSError, ValueError):  # a full disk; a stream that the caller has closed
                 stream.flush()
         sys.stdout, sys.stderr = before
+
+
+def print_rich(show: "Callable[[Console], None]") -> None:
+    """Print what `show` prints on a console; where stdout is no terminal, without colours and blanks at the ends of lines."""
+    import click
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        show(console)
+        return
+    with console.capture() as captured:
+        console.width = shutil.get_terminal_size((PIPED_WIDTH, 0)).columns
+        show(console)
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())
 
 
 def keep_running_without_output() -> None:

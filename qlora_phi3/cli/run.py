@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qlora_phi3.cli.options import debug_option, set_option, silence_libraries
+from qlora_phi3.cli.options import debug_option, find_recipe, set_option, silence_libraries
 from qlora_phi3.cli.output import keep_running_without_output
 from qlora_phi3.errors import RunError
 
@@ -27,13 +27,13 @@ NEWEST = "newest"
 @debug_option
 @click.pass_context
 def run(ctx: click.Context, recipe: Path | None, resume: str | None, no_rehearsal: bool, overrides: tuple[str, ...]) -> None:
-    """Train the model that RECIPE describes.
+    """Train the model that RECIPE describes: a file, or the name of a recipe that ships, such as chat.
 
     \b
     Examples:
-      qlora-phi3 run recipes/chat.toml
-      qlora-phi3 run recipes/chat.toml --set lora.r=32
-      qlora-phi3 run recipes/chat.toml --resume
+      qlora-phi3 run my.toml
+      qlora-phi3 run chat --set lora.r=32
+      qlora-phi3 run my.toml --resume
 
     Ctrl-C, SIGTERM and SIGHUP save a checkpoint and print how to continue. Everything is written to runs/<recipe>/<time>/.
     """
@@ -99,7 +99,7 @@ def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tupl
 def _recipe_and_run(ctx: click.Context, recipe: Path | None, resume: str | None) -> tuple[Path, str | None]:
     """The recipe and the run to resume, also where the recipe was left out or was parsed as the value of --resume."""
     if recipe is not None:
-        return recipe, resume
+        return find_recipe(recipe), resume
     if resume is None or resume == NEWEST:
         raise click.MissingParameter(ctx=ctx, param=ctx.command.params[0])
     path = Path(resume)

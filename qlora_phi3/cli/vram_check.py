@@ -2,28 +2,24 @@
 
 import json
 import math
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_phi3.cli.options import debug_option, libraries_silenced, set_option
+from qlora_phi3.cli.options import debug_option, find_recipe, named_gpu, packaged_recipes, set_option, watching
+from qlora_phi3.cli.output import print_rich
 from qlora_phi3.errors import CannotTellError, DeviceError, UserError
 
 if TYPE_CHECKING:
     from qlora_phi3.hardware.gpu import Gpu
     from qlora_phi3.memory.cached import CachedVramCheck
     from qlora_phi3.memory.report import VramReport
-    from qlora_phi3.ui.console import Watcher
 
 NEXT_TO_RECIPE = "next to the recipe"
 DOES_NOT_FIT = 3
-#: Columns where stdout is no terminal, unless the variable COLUMNS says otherwise.
-PIPED_WIDTH = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +61,9 @@ def vram_check(ctx: click.Context, /, **options: Any) -> None:
     \b
     Examples:
       qlora-phi3 vram-check
-      qlora-phi3 vram-check recipes/chat.toml
-      qlora-phi3 vram-check recipes/chat.toml --vram 12GB
-      qlora-phi3 vram-check recipes/chat.toml --all
+      qlora-phi3 vram-check my.toml
+      qlora-phi3 vram-check chat --vram 12GB
+      qlora-phi3 vram-check chat --all
 
     Nothing is loaded, downloaded or put on the GPU. Exit codes: 0 it fits, 3 it does not, 2 bad input, 4 cannot tell (no GPU
     here, or the shapes of a model of the hub are not).
@@ -86,7 +82,7 @@ def vram_check(ctx: click.Context, /, **options: Any) -> None:
             as_json = {"device": asdict(device), "other_processes_bytes": device.other_processes_bytes}
             _show(chosen, "show_gpu", device, as_json)
             return
-        check = CachedVramCheck(chosen.recipe, chosen.overrides, _progress, chosen.processes)
+        check = CachedVramCheck(find_recipe(chosen.recipe), chosen.overrides, watching, chosen.processes)
         show = _show_max_lengths if chosen.max_length else _show_gpu_table if chosen.every_gpu else _show_report
         fits = show(check, chosen)
     except UserError as error:  # for a program, that is a result as well
@@ -101,15 +97,13 @@ def vram_check(ctx: click.Context, /, **options: Any) -> None:
 def _check_options(options: _Options) -> None:
     """Refuse options that cannot be combined."""
     fit, tables = options.fit, options.every_gpu or options.max_length
-    if options.gpu is not None and options.vram is not None:
-        raise UserError(f"--gpu {options.gpu!r} and --vram {options.vram} both name a GPU.", "Keep one.")
     about_recipe = {
         "--all": options.every_gpu, "--max-length": options.max_length, "--fit": fit, "--set": options.overrides,
         "--processes": options.processes > 1,
     }  # fmt: skip
     for option, given in about_recipe.items():
         if given and options.recipe is None:
-            raise UserError(f"{option} is about a recipe, and none is given.", "Name one, such as recipes/chat.toml.")
+            raise UserError(f"{option} is about a recipe, and none is given.", "Name one, such as chat or my.toml.")
     if options.every_gpu and (options.gpu or options.vram):
         raise UserError("--all is about every GPU, --gpu and --vram about one.", "Keep one of them.")
     if options.every_gpu and options.max_length:
@@ -124,19 +118,12 @@ def _find_device(options: _Options, check: "CachedVramCheck | None" = None) -> "
     """The GPU that is named, else the one of this computer that a run of the recipe would use. DeviceError where it is not in the
     table, or its size cannot be read; NoDeviceError where there is none here.
     """
-    from qlora_phi3.hardware.gpu import choose_gpu, find_gpu, gpu_of_size, read_gpu
-    from qlora_phi3.units import parse_size
+    from qlora_phi3.hardware.gpu import choose_gpu, read_gpu
 
-    if options.gpu is not None:
-        return find_gpu(options.gpu)
-    if options.vram is None:
-        chosen = choose_gpu(check.wanted_gpu if check else "auto")
-        return chosen.gpu if chosen else read_gpu()  # which says why none can be read
-    try:
-        num_bytes = parse_size(options.vram, binary=True)
-    except ValueError as error:
-        raise DeviceError(f"--vram: {error}", "Write what the box says, such as --vram 12GB.") from error
-    return gpu_of_size(num_bytes)
+    if named := named_gpu(options.gpu, options.vram):
+        return named
+    chosen = choose_gpu(check.wanted_gpu if check else "auto")
+    return chosen.gpu if chosen else read_gpu()  # which says why none can be read
 
 
 def _find_devices(check: "CachedVramCheck", options: _Options) -> "list[Gpu]":
@@ -149,20 +136,6 @@ def _find_devices(check: "CachedVramCheck", options: _Options) -> "list[Gpu]":
     with suppress(DeviceError):
         here.append(_find_device(options, check))
     return [*here, *group_gpus()]
-
-
-@contextmanager
-def _progress() -> "Iterator[Watcher]":
-    """What is being computed, on stderr; without the libraries' warnings."""
-    from qlora_phi3.ui.console import Watcher
-
-    watcher = Watcher()
-    debug = click.get_current_context().meta.get("debug")
-    with nullcontext() if debug else libraries_silenced():
-        try:
-            yield watcher
-        finally:
-            watcher.close()
 
 
 def _show_report(check: "CachedVramCheck", options: _Options) -> bool:
@@ -183,6 +156,7 @@ def _fit_target(recipe: Path, device: "Gpu", fit: str) -> Path:
     path = Path(fit)
     if fit == NEXT_TO_RECIPE:
         path = recipe.with_name(f"{recipe.stem}-{math.ceil(device.total_bytes / 2**30)}gb.toml")
+        path = Path(path.name) if recipe in packaged_recipes().values() else path  # no file of ours is in an installed package
     parent = path.absolute().parent
     if path.exists():
         raise UserError(f"{path} exists already, and --fit overwrites nothing.", "Name another file, or delete it first.")
@@ -227,19 +201,9 @@ def _show(options: _Options, function: str, result: Any, as_json: Any) -> None:
     if options.wants_json:
         _print_json(as_json)
         return
-    from rich.console import Console
-
     from qlora_phi3.ui import vram
 
-    console, show = Console(), getattr(vram, function)
-    if console.is_terminal:
-        show(console, result)
-        return
-    with console.capture() as captured:
-        console.width = shutil.get_terminal_size((PIPED_WIDTH, 0)).columns
-        show(console, result)
-    for line in captured.get().splitlines():
-        click.echo(line.rstrip())
+    print_rich(lambda console: getattr(vram, function)(console, result))
 
 
 def _print_json(value: Any) -> None:

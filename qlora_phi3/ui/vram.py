@@ -36,7 +36,7 @@ def show_gpu(console: Console, device: Gpu) -> None:
     _print(console, "")
     parts = [(known, "█", "yellow"), (unnamed, "▓", "dim yellow")]
     console.print(draw_bar(min(WIDEST_BAR, console.width), parts, device.total_bytes))
-    table = _table("", "", "")
+    table = build_table("", "", "")
     for process in device.processes:
         used = format_gib(process.used_bytes) if process.used_bytes is not None else "not known to the driver"
         table.add_row(escape(process.name), f"[dim]process {process.pid}[/]", used)
@@ -68,7 +68,7 @@ def show_report(console: Console, report: VramReport) -> None:
     categories += [(name, size, "white") for name, size in rest.items() if size > 0]
     _show_bar(console, report, categories)
     _print(console, "")
-    table = _table("", ">", "")
+    table = build_table("", ">", "")
     largest = max(size for _, size, _ in categories)
     for name, size, colour in categories:
         table.add_row(name, format_gib(size), Text("█" * max(1, round(CATEGORY_BAR * size / largest)), style=colour))
@@ -81,7 +81,7 @@ def show_report(console: Console, report: VramReport) -> None:
         state = f", {paged} of it paged optimizer state" if memory.paged_bytes else ""
         _print(console, f"In host memory at the same time: {format_gib(memory.host_bytes)}{state}.")
     _print(console, "" if report.fits else "\nThe plan that needs least memory:")
-    plan = _table("", "")
+    plan = build_table("", "")
     for table_name, key, value, reason in planned_keys(report):
         if key != "mlp_tile_tokens" or value:
             pair = escape(f"[{table_name}] {key} = {json.dumps(value)}")
@@ -217,7 +217,7 @@ def show_gpu_table(console: Console, reports: Sequence[VramReport]) -> None:
     first = reports[0]
     _print(console, f"{first.model}; {first.step} of at most {first.max_length:,} tokens")
     _print(console, f"Rows: {first.rows.origin}\n")
-    table = _table("GPU", "usable>", "needed>", "fits", "tokens at once>", "recomputed", "tokens/s>")
+    table = build_table("GPU", "usable>", "needed>", "fits", "tokens at once>", "recomputed", "tokens/s>")
     for report in reports:
         size, _, series = report.device.name.partition(", ")
         name = report.device.name if report.device.is_local else f"{size:>5}  {series}"
@@ -251,7 +251,7 @@ def show_max_lengths(console: Console, rows: Sequence[MaxLengthRow]) -> None:
     """The longest row for each GPU."""
     heading = f"{rows[0].model}: the longest row that fits, alone in its step, with the plan that needs least memory"
     _print(console, f"{heading}\n")
-    table = _table("GPU", "usable>", "longest row>", "on the GPU>", "in host memory>")
+    table = build_table("GPU", "usable>", "longest row>", "on the GPU>", "in host memory>")
     for row in rows:
         length = f"{row.max_length:,}{'*' if row.is_model_limit else ' '}" if row.max_length else "none "
         host = format_gib(row.host_bytes) if row.host_bytes else ""
@@ -262,7 +262,7 @@ def show_max_lengths(console: Console, rows: Sequence[MaxLengthRow]) -> None:
     _print(console, f"\n{legend}{limit}", "dim")
 
 
-def _table(*headings: str) -> Table:
+def build_table(*headings: str) -> Table:
     """A table without borders; a heading that ends in `>` is of a column of numbers. Without any heading none is shown."""
     has_headings = any(heading.rstrip(">") for heading in headings)
     table = Table(box=None, show_header=has_headings, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")

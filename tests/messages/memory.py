@@ -52,7 +52,7 @@ MESSAGES = [
         error=UserError,
         exit_code=2,
         says=("--all",),
-        hint="recipes/chat.toml",
+        hint="chat or my.toml",
     ),
     Message(
         name="vram-check-all-and-one-gpu",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from message_table import Message
 
+from qlora_phi3.cli.options import find_recipe
 from qlora_phi3.errors import RecipeError, UserError
 from qlora_phi3.family import StoredQuantization, read_architecture
 from qlora_phi3.recipe.load import check_model_limits, load_recipe, use_stored_quantization
@@ -284,6 +285,7 @@ MESSAGES = [
     refused("recipe-python-syntax", load("[lora]\nuse_dora = True"), ("is not TOML",), "TOML writes key = true"),
     refused("recipe-backslash", load('[data]\ntrain = "C:\\Users"'), ("is not TOML",), "Write paths with /"),
     refused("recipe-missing", load_file("chta.toml"), ("chta.toml: there is no such recipe",), "Did you mean chat.toml?"),
+    refused("recipe-of-no-name", lambda shop: find_recipe(Path("caht")), ("caht: there is no such file",), "chat, demo"),
     refused("recipe-is-a-directory", load_file("."), ("cannot be read",), "Give the path of a .toml file."),
     refused("recipe-not-utf-8", load_file("a.toml", START.encode("utf-16")), ("not UTF-8 text (byte 0)",), "as UTF-8"),
     refused("recipe-is-data", load_file("a.jsonl"), ("a.jsonl is data",), '[data] train = "a.jsonl"'),

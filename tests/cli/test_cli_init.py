@@ -1,0 +1,67 @@
+"""`qlora-phi3 init` as a person calls it, on a tiny model."""
+
+import pytest
+from workshop import call, write_chats
+
+import qlora_phi3.hardware.gpu
+from qlora_phi3.recipe.load import load_recipe
+
+
+@pytest.fixture
+def chats(shop):
+    """120 chats in an empty directory."""
+    return write_chats(shop.path / "my-chats.jsonl", rows=120)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(qlora_phi3.hardware.gpu, "choose_gpu", lambda wanted: None)
+
+
+def test_without_data_eight_chats_are_written_that_init_reads(shop):
+    assert call("init").exit_code == 0
+    result = call("init", "example-chats.jsonl")
+    assert (result.exit_code, "8 usable rows of format messages" in result.stdout) == (0, True)
+    assert "without an NVIDIA GPU" in result.stdout
+    recipe = load_recipe(shop.path / "example-chats.toml", check_files=True)
+    assert (recipe.training.do_eval, recipe.training.num_train_epochs, recipe.training.max_length) == (False, 5, 64)
+    assert call("init").exit_code == 2
+    assert call("init", "example-chats.jsonl").exit_code == 2
+
+
+def test_a_recipe_for_a_gpu_is_counted_simulated_and_accepted_by_recipe_check(shop, chats):
+    result = call("init", "my-chats.jsonl", "--model", str(shop.base), "--vram", "8GB", "--yes")
+    assert result.exit_code == 0, result.stderr
+    assert "qlora-phi3 inspect my-chats.toml" in result.stdout
+    assert "estimated at" not in result.stdout
+    text = (shop.path / "my-chats.toml").read_text(encoding="utf-8")
+    assert "an 8 GB GPU" in text
+    assert "counted by its tokenizer" in text
+    recipe = load_recipe(shop.path / "my-chats.toml")
+    assert (recipe.model.name, recipe.data.train, recipe.data.eval_size) == (str(shop.base), "my-chats.jsonl", 12)
+    assert call("recipe", "check", "my-chats.toml").exit_code == 0
+
+
+def test_the_recipe_may_stand_elsewhere_and_still_finds_the_data(shop, chats):
+    (shop.path / "recipes").mkdir()
+    assert call("init", "my-chats.jsonl", "--out", "recipes/mine.toml").exit_code == 0
+    assert load_recipe(shop.path / "recipes" / "mine.toml", check_files=True).data.train == "../my-chats.jsonl"
+
+
+def test_rows_longer_than_what_fits_are_cut_to_what_fits(shop, monkeypatch):
+    from qlora_phi3.memory import proposal
+
+    monkeypatch.setattr(proposal, "longest_that_fits", lambda option, checker, device: 64)
+
+    def simulate_small(option, *_):
+        return proposal.replace(option, fits=option.max_length <= 64, tokens_per_second=1.0, seconds=1.0, is_simulated=True), None
+
+    monkeypatch.setattr(proposal, "simulate_option", simulate_small)
+    write_chats(shop.path / "a.jsonl", rows=30)
+    rows = (shop.path / "a.jsonl").read_text(encoding="utf-8").replace("What is", "Tell me " + "once more " * 30 + "what is")
+    (shop.path / "a.jsonl").write_text(rows, encoding="utf-8")
+    assert call("init", "a.jsonl", "--model", str(shop.base), "--vram", "8GB").exit_code == 0
+    assert load_recipe(shop.path / "a.toml").training.max_length == 64
+    monkeypatch.setattr(proposal, "longest_that_fits", lambda option, checker, device: 0)
+    result = call("init", "a.jsonl", "--out", "b.toml", "--model", str(shop.base), "--vram", "8GB")
+    assert (result.exit_code, (shop.path / "b.toml").exists()) == (3, False)

@@ -1,0 +1,49 @@
+"""Messages of `init`."""
+
+from pathlib import Path
+
+from message_table import Message
+
+from qlora_phi3.cli.init import init
+from qlora_phi3.errors import DataError, UserError
+
+
+def _init(*words, content=None):
+    def trigger(shop):
+        if content is not None:
+            Path("a.jsonl").write_text(content, encoding="utf-8")
+        init.main(list(words), standalone_mode=False)
+
+    return trigger
+
+
+def _init_twice(*words):
+    def trigger(shop):
+        init.main(list(words), standalone_mode=False)
+        init.main(list(words), standalone_mode=False)
+
+    return trigger
+
+
+MESSAGES = [
+    Message(
+        "init-recipe-exists",
+        lambda shop: init.main(["a.jsonl", "--out", shop.write().name], standalone_mode=False),
+        UserError,
+        2,
+        ("mine.toml exists already",),
+        "--out",
+    ),
+    Message("init-example-exists", _init_twice(), UserError, 2, ("example-chats.jsonl exists already",), "--out"),
+    Message("init-out-is-no-recipe", _init("a.jsonl", "--out", "a.txt"), UserError, 2, ("--out a.txt",), "Name it so"),
+    Message("init-cannot-write", _init("--out", "gone/a.jsonl"), UserError, 2, ("gone/a.jsonl", "No such file"), "--out"),
+    Message("init-data-missing", _init("a.jsonl"), DataError, 2, ("no data file 'a.jsonl'",), "Check the path"),
+    Message(
+        "init-data-of-unknown-columns",
+        _init("a.jsonl", content='{"x": 1, "y": 2}\n'),
+        DataError,
+        2,
+        ("None of the 1 row of a.jsonl", "x, y"),
+        "The formats are messages",
+    ),
+]

@@ -1,14 +1,13 @@
 """`qlora-phi3 inspect`: what a recipe's data become, before anything is trained."""
 
 import json
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_phi3.cli.options import debug_option, libraries_silenced, set_option
+from qlora_phi3.cli.options import debug_option, find_recipe, set_option, watching
 from qlora_phi3.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,8 +33,7 @@ FIRST_ROWS = 3
 @click.option("--json", "wants_json", is_flag=True, help="Print JSON, for programs.")
 @set_option
 @debug_option
-@click.pass_context
-def inspect(ctx: click.Context, /, recipe: Path, overrides: tuple[str, ...], **options: Any) -> None:
+def inspect(recipe: Path, overrides: tuple[str, ...], **options: Any) -> None:
     """Show the rows of RECIPE as they are trained on: which text is learned, what is cut, what is left out.
 
     \b
@@ -47,17 +45,11 @@ def inspect(ctx: click.Context, /, recipe: Path, overrides: tuple[str, ...], **o
 
     Needs the tokenizer of the model, and neither its weights nor a GPU. The tokenized rows are kept for the run.
     """
-    from qlora_phi3.ui.console import Watcher
-
     page = options["page"]
     if page is not None and page.exists():
         raise UserError(f"--html {page}: it exists already.", "Name another file, or delete it first.")
-    watcher = Watcher()
-    try:
-        with nullcontext() if ctx.meta.get("debug") else libraries_silenced():
-            _Inspection(recipe, overrides, watcher).show(**options)
-    finally:
-        watcher.close()
+    with watching() as watcher:
+        _Inspection(find_recipe(recipe), overrides, watcher).show(**options)
 
 
 class _Inspection:

@@ -24,8 +24,8 @@ COLUMNS, LINES = 100, 32
 #: Step of the demo whose screen is the picture, and what makes its run short.
 SHOWN_STEP = 19
 DEMO = (
-    "data.max_rows=56", "data.max_eval_rows=8", "training.batch_size=2", "training.eval_strategy=steps", "training.eval_steps=0.2",
-    "training.max_length=128",
+    "data.max_rows=56", "data.max_eval_rows=8", "training.batch_size=2", "training.eval_strategy=steps",
+    "training.eval_steps=0.2", "training.max_length=128",
 )  # fmt: skip
 
 

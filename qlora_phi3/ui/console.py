@@ -198,7 +198,7 @@ class ConsoleReporter:
         """
         saved, folder = self._saved or (None, resumed)
         step, total = self.step_number, self._total
-        if not step:
+        if not total:
             message = "Stopped before the first step: nothing is lost."
         elif folder is None:
             message = f"Stopped at once after step {step} of {total}, before any checkpoint was saved."

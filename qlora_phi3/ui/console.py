@@ -108,7 +108,7 @@ class ConsoleReporter:
             self.info(f"{what}: {done:,} of {total:,}" if total else f"{what}: {done:,}")
         self._move(what, done, total)
         if self.eta is not None and what == EVALUATING and total:
-            self.eta.evaluating(done / total)
+            self.eta.evaluated_share = done / total
         if finished:
             self._bars.remove_task(self._tasks.pop(what))
         if TRAINING in self._tasks and self._console.width < MIN_WIDTH_CURVE:  # two bars would both be cut

@@ -111,7 +111,7 @@ class ConsoleReporter:
             self.info(f"{what}: {done:,} of {total:,}" if total else f"{what}: {done:,}")
         self._move(what, done, total)
         if self.eta is not None and what == EVALUATING and total:
-            self.eta.evaluating(done / total)
+            self.eta.evaluated_share = done / total
         if finished:
             self._bars.remove_task(self._tasks.pop(what))
         if TRAINING in self._tasks and self._console.width < MIN_WIDTH_CURVE:  # two bars would both be cut
@@ -201,7 +201,7 @@ class ConsoleReporter:
         """
         saved, folder = self._saved or (None, resumed)
         step, total = self.step_number, self._total
-        if not step:
+        if not total:
             message = "Stopped before the first step: nothing is lost."
         elif folder is None:
             message = f"Stopped at once after step {step} of {total}, before any checkpoint was saved."

@@ -26,7 +26,7 @@ class EtaEstimator:
         self.outline, self._clock, self._step = outline, clock, outline.first_step
         self.num_measured = 0  #: Steps.
         self._evaluations_left, self._evaluation_seconds = outline.evaluations, outline.evaluation_seconds
-        self._evaluated_share = 0.0
+        self.evaluated_share = 0.0  #: Of the evaluation that runs, from 0 to 1.
         self._seconds: deque[float] = deque(maxlen=MEAN_STEPS)
         self._began = self._last = clock()
 
@@ -39,14 +39,10 @@ class EtaEstimator:
         self.num_measured += 1
         self._step, self._last = record.step, self._clock()
 
-    def evaluating(self, share: float) -> None:
-        """So much of an evaluation is done, from 0 to 1."""
-        self._evaluated_share = share
-
     def evaluation(self, record: EvalRecord) -> None:
         """An evaluation is done."""
         self._evaluations_left = max(0, self._evaluations_left - 1)
-        self._evaluation_seconds, self._evaluated_share = record.seconds, 0.0
+        self._evaluation_seconds, self.evaluated_share = record.seconds, 0.0
         self._last += record.seconds  # they are no part of the next step
 
     def left(self) -> float | None:
@@ -57,8 +53,8 @@ class EtaEstimator:
         weight = 1.0 if modelled is None else min(1.0, self.num_measured / BLENDED_STEPS)
         measured = sum(self._seconds) / max(1, len(self._seconds))
         seconds = weight * measured + (1 - weight) * (modelled or 0.0)
-        begun = min(self._clock() - self._last, seconds) if steps and not self._evaluated_share else 0.0
-        evaluations = max(0.0, self._evaluations_left - self._evaluated_share)
+        begun = min(self._clock() - self._last, seconds) if steps and not self.evaluated_share else 0.0
+        evaluations = max(0.0, self._evaluations_left - self.evaluated_share)
         return steps * seconds - begun + evaluations * self._evaluation_seconds
 
     def passed(self) -> float:

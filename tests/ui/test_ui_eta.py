@@ -61,7 +61,7 @@ def test_an_evaluation_counts_as_long_as_the_last_one_took_and_not_as_part_of_a_
     for number in (3, 4):
         step(eta, clock, number, 10.0)
     assert eta.left() == 6 * 10 + 4 * 40
-    eta.evaluating(0.25)
+    eta.evaluated_share = 0.25
     assert eta.left() == 6 * 10 + 3.75 * 40
 
 

@@ -135,16 +135,11 @@ def _read_shipped() -> Any:
 
 
 def read_config(name: str, revision: str | None = None, *, prefer_shipped: bool = False) -> dict[str, Any]:
-    """Read the config.json of a local directory or of a model on the hub.
+    """Read the config.json of a local directory or of a model on the hub, of this revision. OtherModelError where the name is
+    that of a model with another architecture (nothing is downloaded); ModelError where there is none, it cannot be downloaded, or
+    it is not JSON.
 
-    Args:
-        name: a directory, or a hub id.
-        revision: of the hub's model.
-        prefer_shipped: use `known_config` where there is one and no directory has that name; for plans, not for training.
-
-    Raises:
-        OtherModelError: the name is that of a model with another architecture; nothing is downloaded.
-        ModelError: there is none, it cannot be downloaded, or it is not JSON.
+    `prefer_shipped`: use `known_config` where there is one and no directory has that name; for plans, not for training.
     """
     if not is_dir(name) and prefer_shipped and (shipped := known_config(name)):
         return shipped

@@ -24,12 +24,10 @@ def split_plan(plan: MicroBatchPlan, lengths: Sequence[int]) -> MicroBatchPlan:
 
 def plan_micro_batches(lengths: Sequence[int], plan: MicroBatchPlan) -> list[list[int]]:
     """Split the rows of one optimizer step, of `lengths` tokens, into micro-batches; the same input always gives the same split.
+    Returns indices into `lengths`: every row exactly once, longest rows first.
 
     transformers picks longrope's long or short factors from the largest position in a batch, so rows longer than the plan's
     boundary never share a micro-batch with rows that are not.
-
-    Returns:
-        Indices into `lengths`: every row exactly once, longest rows first.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     boundary = float("inf") if plan.longrope_boundary is None else plan.longrope_boundary
@@ -41,9 +39,7 @@ def plan_micro_batches(lengths: Sequence[int], plan: MicroBatchPlan) -> list[lis
 
 def share_rows(lengths: Sequence[int], count: int) -> list[list[int]]:
     """Share the rows of one optimizer step among processes: about as many tokens each, and at most ceil(rows / count) rows.
-
-    Returns:
-        Indices into `lengths` for each process, in their order, every row exactly once.
+    Returns for each process indices into `lengths`, in their order; together every row exactly once.
     """
     shares: list[list[int]] = [[] for _ in range(count)]
     tokens, most = [0] * count, math.ceil(len(lengths) / count)

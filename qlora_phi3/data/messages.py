@@ -128,16 +128,10 @@ def _read_switch(name: str, value: Any) -> bool:
 
 
 def read_turns(messages: Any, column: str, where: str, unread: set[str]) -> tuple[Turn, ...]:
-    """The turns of a list of messages, or of the JSON text of one (a .csv has no other way).
+    """The turns of a list of messages, or of the JSON text of one (a .csv has no other way), which stands in a `column` of the
+    row. SkipRow where a message is of another shape, or of another kind than text; DataError for an unknown role.
 
-    Args:
-        column: where the list stands in the row.
-        where: `file:line`, for errors.
-        unread: the names of all keys that were not read are added to it.
-
-    Raises:
-        SkipRow: a message is of another shape, or of another kind than text.
-        DataError: an unknown role.
+    `where` is `file:line`, for errors. The names of all keys that were not read are added to `unread`.
     """
     if isinstance(messages, str):
         messages = parse_json(messages)

@@ -25,8 +25,7 @@ Span = tuple[int, int]
 class SpecialTokens:
     """The special tokens of one tokenizer, and how text that holds them is tokenized.
 
-    Args:
-        written: a rendered conversation: what the chat template writes is special, whatever the tokenizer says.
+    `written` is a rendered conversation: what the chat template writes is special, whatever the tokenizer says.
     """
 
     def __init__(self, tokenizer: Any, written: str = "") -> None:
@@ -50,10 +49,8 @@ class SpecialTokens:
         return self.pattern.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
 
     def encode(self, text: str, spans: Iterable[Span] = ()) -> tuple[Any, list[Span]]:
-        """Tokenize a rendered text in which `break_in` broke the special tokens of the words.
-
-        Returns:
-            A `tokenizers.Encoding` whose ids `ids_of` turns into the model's, and the spans moved to its characters.
+        """Tokenize a rendered text in which `break_in` broke the special tokens of the words. Returns a `tokenizers.Encoding`,
+        whose ids `ids_of` turns into the model's, and the spans moved to its characters.
         """
         pieces, moves, position = [], [], 0
         for found in self._whole_or_mark.finditer(text):

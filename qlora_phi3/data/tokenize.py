@@ -318,14 +318,9 @@ def _break_words(chat: Chat, special: SpecialTokens) -> Chat:
 
 
 def tokenize_chats(texts: Sequence[str], spans: Sequence[Sequence[Span] | None], tokenizer: Any) -> list[tuple[Ids, Ids]]:
-    """Tokenise rendered conversations; the ids are those of `apply_chat_template`.
-
-    Args:
-        texts: rendered conversations.
-        spans: of each text, the characters [start, end) to supervise; None: supervise every token.
-
-    Returns:
-        For each text its ids and its labels, int32 of shape (length,) both.
+    """Tokenise rendered conversations; the ids are those of `apply_chat_template`. `spans` are, of each text, the characters
+    [start, end) to supervise; None: supervise every token. Returns for each text its ids and its labels, int32 of shape
+    (length,).
     """
     if not texts:
         return []
@@ -375,10 +370,8 @@ def _find_tokens(encoding: Any, span: Span) -> tuple[int, int]:
 
 
 def tokenize_documents(texts: Sequence[str], tokenizer: Any) -> list[tuple[Ids, Ids]]:
-    """Tokenise raw text with the tokenizer's own start of a text, and close it with the end-of-text token.
-
-    Returns:
-        For each text its ids and its labels (every token but the first), int32 of shape (length,) both.
+    """Tokenise raw text with the tokenizer's own start of a text, and close it with the end-of-text token. Returns for each text
+    its ids and its labels (every token but the first), int32 of shape (length,) both.
     """
     if not texts:
         return []

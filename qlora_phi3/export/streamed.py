@@ -126,23 +126,18 @@ def _set_parameter(module: nn.Module, attribute: str, parameter: nn.Parameter, *
 
 
 def stream_plain(weights: Weights, config: dict[str, Any], *, device: torch.device = CPU) -> StreamedModel:
-    """A model of plain linear layers; ModelError for a tensor that is missing or has another shape than the config says.
-
-    Args:
-        weights: every tensor of a checkpoint, of any floating dtype.
-        config: contents of its config.json.
+    """A model of plain linear layers, of every tensor of a checkpoint, in any floating dtype, and the contents of its
+    config.json. ModelError for a tensor that is missing or has another shape than the config says.
     """
     model = _build_empty_model(config, device)
     return StreamedModel(model, _find_slots(model, weights), weights, device)
 
 
 def stream_live(base: Weights, config: dict[str, Any], adapter: Path, *, device: torch.device = CPU) -> StreamedModel:
-    """A base with PEFT's own layers and the trained adapter around it. ExportError where the adapter does not fit the model;
-    ModelError as `stream_plain`.
+    """A base with PEFT's own layers and the adapter of a PEFT directory around it. ExportError where the adapter does not fit the
+    model; ModelError as `stream_plain`.
 
-    Args:
-        base: `trained_base` for the model as it was trained; `RecordedBase` for the base as its files hold it.
-        adapter: the PEFT directory.
+    `base` is `trained_base` for the model as it was trained, and `RecordedBase` for the base as its files hold it.
     """
     model, stored = _build_empty_model(config, device), open_file(adapter / ADAPTER_WEIGHTS, error=ExportError)
     slots = _find_slots(model, base)

@@ -156,7 +156,7 @@ def find_config(name: str, revision: str | None = None) -> Path:
             raise ModelError(f"{name} holds a GGUF file, which cannot be trained.", _use_original({}, name))
         raise ModelError(f"The model folder {name} has no config.json.", "Set [model] name to a full checkpoint.")
     if other := OTHERS.get(name.lower()):
-        raise _other_model(name, other)
+        raise OtherModelError(f"{name} is a model of type '{other}', not phi3.", SUPPORTED)
     if name.lower().endswith("gguf"):
         raise ModelError(f"{name} is a GGUF file, which cannot be trained.", _use_original({}, name))
     return _fetch_config(name, revision)
@@ -193,10 +193,6 @@ def original_of(config: Mapping[str, Any], name: str) -> str:
 
 def _use_original(config: Mapping[str, Any], name: str) -> str:
     return f"Use the unquantized original, such as {original_of(config, name)}."
-
-
-def _other_model(name: str, model_type: object) -> OtherModelError:
-    return OtherModelError(f"{name} is a model of type '{model_type}', not phi3.", SUPPORTED)
 
 
 def _fetch_config(name: str, revision: str | None) -> Path:
@@ -240,7 +236,7 @@ def parse_architecture(config: dict[str, Any], name: str) -> Architecture:
                 f"{name} is of type '{model_type}': a Phi-3 whose qkv_proj and gate_up_proj are split into q, k, v, gate and up.",
                 f"Use the original, such as {original_of(config, name)}.",
             )
-        raise _other_model(name, model_type)
+        raise OtherModelError(f"{name} is a model of type '{model_type}', not phi3.", SUPPORTED)
     _check_values(config, name)
     sizes: dict[str, Any] = {key: config.get(key) for key in SIZES}
     sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]

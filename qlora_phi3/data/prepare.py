@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_phi3.data.formats import FORMATS, check_fields, detect_format, guess_mapping, is_readable
+from qlora_phi3.data.formats import FORMATS, check_fields, detect_format, guess_mapping
 from qlora_phi3.data.report import NAMED, DataReport, SourceReport, merge_counts
 from qlora_phi3.data.sources import Source, open_local, open_sources
 from qlora_phi3.data.template import ChatTemplate
@@ -163,8 +163,8 @@ def _nothing_to_learn(sources: Sequence[Source], reports: Sequence[SourceReport]
             pairs = ", ".join(f"{ours} = {json.dumps(theirs, ensure_ascii=False)}" for ours, theirs in guess[1].items())
             hint = f'Write below [data]: format = "{guess[0]}" and, on a line of its own, fields = {{ {pairs} }}'
             return DataError(message, hint)
-        full_lists = {name: value for name, value in row.items() if isinstance(value, list) and value}
-        lists = [name for name, value in full_lists.items() if isinstance(value[0], dict) and is_readable(value[0])]
+        rows = {name: value[0] for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
+        lists = [name for name, first in rows.items() if detect_format(first) or guess_mapping(first)]
         if num_read == 1 and len(lists) == 1:
             return DataError(message, f"Its rows lie in the list {lists[0]!r}: save that list alone.")
         return DataError(message, f"The formats are {', '.join(FORMATS)}; [data] fields maps other column names to theirs.")

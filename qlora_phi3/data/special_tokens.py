@@ -35,6 +35,7 @@ class SpecialTokens:
         forgeable = (
             name for name in self.names if added.get(name, True) or re.fullmatch(r"<\|.*\|>|</?s>", name) or name in written
         )
+        self._whole_or_mark = _any_of((*self.names, MARK))
         #: Whether special tokens take the white space after them along, as Phi-3's do.
         self.takes_space = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
         #: Matches text that the tokenizer would read as a token that shapes the conversation.
@@ -71,10 +72,6 @@ class SpecialTokens:
     def whole_in(self, text: str) -> list[str]:
         """The special tokens in a rendered text that are not broken."""
         return [found[0] for found in self._whole_or_mark.finditer(text) if found[0] not in (MARK, *THINKING)]
-
-    @cached_property
-    def _whole_or_mark(self) -> re.Pattern[str]:
-        return _any_of((*self.names, MARK))
 
     @cached_property
     def _renamed(self) -> Any:

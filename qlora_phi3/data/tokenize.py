@@ -151,7 +151,9 @@ def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: in
             if rows:
                 numbers, ids, labels, supervised = zip(*rows, strict=True)
                 lengths = [len(row) for row in ids]
-                check_labels(ids, labels)
+                all_ids, all_labels = np.concatenate(ids), np.concatenate(labels)
+                if lengths != list(map(len, labels)) or ((all_labels != all_ids) & (all_labels != IGNORE_INDEX)).any():
+                    raise RuntimeError("a label is neither -100 nor the id at its position; no run can be made of these rows")
                 digests = [xxh3_64_intdigest(row.tobytes()) for row in ids]
                 writer.write_batch(pa.record_batch([ids, labels, lengths, supervised, numbers, digests], schema=schema))
             report.rows_kept += len(rows)
@@ -385,13 +387,6 @@ def _label_document(ids: Sequence[int], start: int | None, end: int) -> tuple[Id
     labels = row.copy()
     labels[:1] = IGNORE_INDEX
     return row, labels
-
-
-def check_labels(ids: Sequence[Ids], labels: Sequence[Ids]) -> None:
-    """Raise RuntimeError, which only a fault of this program can cause, where a label is neither -100 nor the id at its place."""
-    all_ids, all_labels = np.concatenate(ids), np.concatenate(labels)
-    if list(map(len, ids)) != list(map(len, labels)) or ((all_labels != all_ids) & (all_labels != IGNORE_INDEX)).any():
-        raise RuntimeError("a label is neither -100 nor the id at its position; no run can be made of these rows")
 
 
 def _truncate_rows(

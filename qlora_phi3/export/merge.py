@@ -153,11 +153,9 @@ def build_models(
 def _record_checksums(weights: Weights) -> tuple[Weights, dict[str, str]]:
     """The same weights, and tensor -> SHA-256, filled as they are read, so that files can be compared with what was scored."""
     checksums: dict[str, str] = {}
-
-    def iter_row_chunks(name: str) -> Iterator[Tensor]:
-        return hash_rows(weights.iter_row_chunks(name), partial(checksums.__setitem__, name))
-
-    return ComputedWeights(weights.info, iter_row_chunks), checksums
+    read = weights.iter_row_chunks
+    hashed = ComputedWeights(weights.info, lambda name: hash_rows(read(name), partial(checksums.__setitem__, name)))
+    return hashed, checksums
 
 
 def _unmerged_base(base: RecordedBase, deltas: AdapterDeltas, onto: Onto) -> tuple[Weights, bool]:

@@ -77,9 +77,8 @@ def replace_dir(staging: Path, target: Path) -> None:
     remove(former)
 
 
-def atomic_write(target: Path, text: str) -> None:
+def atomic_write(target: Path, text: str, hint: str = "{cause}, then continue with --resume.") -> None:
     """Write a text file in UTF-8, completely or not at all: RunError where the disk is full or refuses; `target` is unchanged."""
-    hint = "{cause}, then continue with --resume."
     with disk_errors(target, hint=hint), atomic_file(target) as staging:
         staging.write_text(text, encoding="utf-8", newline="\n")
 

@@ -12,7 +12,8 @@ from types import NoneType
 from typing import Any
 
 from qlora_phi3.errors import RunError
-from qlora_phi3.files import atomic_write, disk_errors, flush_to_disk, make_directory, read_json_object, remove
+from qlora_phi3.family import is_hub_id
+from qlora_phi3.files import atomic_write, disk_errors, flush_to_disk, is_dir, make_directory, read_json_object, remove
 
 #: Held by the process that writes a run directory, and the file with its process id.
 LOCK, LOCK_PID = "checkpoints/.lock", "checkpoints/.lock.pid"
@@ -214,6 +215,21 @@ def resolve_run(text: str | Path, root: Path = Path("runs")) -> RunFolder:
     names = ", ".join(sorted({run.path.parent.name for run in runs}))
     hint = f"Give the name of a recipe with runs ({names}), or the directory of a run: the newest is {runs[-1].path}."
     raise RunError(f"There is no run {text}.", hint)
+
+
+def find_model(text: str, root: Path = Path("runs")) -> Path:
+    """What `load_for_inference` loads for a name that a person gives: the directory of a run, as `resolve_run` finds it; of an
+    adapter, an export or a base; or the hub id of a base. RunError where it is none of these.
+    """
+    try:
+        return resolve_run(text, root).path
+    except RunError:
+        path = Path(text)
+        if is_dir(path) and any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            return path
+        if is_hub_id(text) and not is_dir(path) and not is_dir(path.parent):
+            return path
+        raise
 
 
 def run_group_name(recipe: Path) -> str:

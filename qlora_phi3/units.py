@@ -49,8 +49,26 @@ def format_count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def describe_epochs(epochs: float) -> str:
+    """Passes over the data for people: `1 epoch`, `2.5 epochs`."""
+    return "1 epoch" if f"{epochs:.3g}" == "1" else f"{epochs:.3g} epochs"
+
+
 def format_duration(seconds: float) -> str:
     """A duration for a person: `0:07`, `12:30`, `3:05:00`."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def describe_duration(seconds: float) -> str:
+    """An estimated duration for a person, rounded: `40 s`, `25 min`, `3 h 10 min`, `2.5 days`."""
+    if round(seconds) < 90:
+        return f"{round(seconds)} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    if minutes < 36 * 60:
+        hours, minutes = divmod(5 * round(minutes / 5), 60)
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    return f"{seconds / 86_400:.1f} days"

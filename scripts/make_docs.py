@@ -134,7 +134,8 @@ def render_errors() -> str:
         for message, hints in sorted(rows[section].items(), key=lambda row: row[0].lower()):
             parts.append(f"| {message} | {as_cell(' / '.join(hints))} |\n")
     parts.append("\n## Keys of other tools and of older versions\n\n| key in a recipe | message |\n|---|---|\n")
-    parts += [f"| `{key}` | {as_cell(text)} |\n" for key, text in sorted(REPLACED.items())]
+    deleted = {key for keys in DELETED.values() for key in keys.split()}
+    parts += [f"| `{key}` | {as_cell(text)} |\n" for key, text in sorted(REPLACED.items()) if key not in deleted]
     parts += [f"| {', '.join(f'`{key}`' for key in sorted(keys.split()))} | {reason} |\n" for reason, keys in DELETED.items()]
     return "".join(parts)
 

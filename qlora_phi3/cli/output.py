@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 #: Characters of our output that ASCII, cp1252 or cp437 lack, with an ASCII character of the same width: the loss curve, the bars
 #: of vram-check, rich's spinner and ellipsis.
-ASCII_SYMBOLS = dict(zip("▁▂▃▄▅▆▇█▓▒░─▲…⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "_.,-=+*##%.-^.|/-\\|/-\\|/", strict=True))
+ASCII_SYMBOLS = dict(zip("▁▂▃▄▅▆▇█▓▒░─▲…°⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "_.,-=+*##%.-^. |/-\\|/-\\|/", strict=True))
 #: Errors of a file that can take no more: the disk, or the user's share of it, is full.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

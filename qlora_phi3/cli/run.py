@@ -70,11 +70,12 @@ def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tupl
     folder = None if resume is None else find_run(Path(training.output_dir), name, named)
     hide_other_gpus(choose_gpu(loaded.memory.gpu, rank if count > 1 else None), rank)
 
-    from qlora_phi3.ui.console import LogInterval, open_console
+    from qlora_phi3.ui.console import LogInterval
+    from qlora_phi3.ui.live import open_run_console
     from qlora_phi3.ui.page import write_page
 
     log_interval = LogInterval(training.logging_strategy, training.logging_steps, training.warmup_steps)
-    with open_console(log_interval, plain=training.disable_tqdm, quiet=ctx.meta["is_silent"]) as console:
+    with open_run_console(log_interval, plain=training.disable_tqdm, quiet=ctx.meta["is_silent"]) as console:
 
         def save_page(folder: RunFolder) -> None:
             try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import PureWindowsPath
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_phi3.errors import DeviceError, NoDeviceError
 from qlora_phi3.hardware.gpu_table import GPU_TABLE, NATIVE_BFLOAT16, GpuSpec
@@ -392,12 +392,38 @@ def _specs_of_nearest_size(num_bytes: int) -> list[GpuSpec]:
     return [spec for spec in GPU_TABLE if abs(spec.nominal_gb * GIB - num_bytes) == distance]
 
 
+class GpuLoad(NamedTuple):
+    """What a GPU does now, and the memory of this process on it; None where the driver does not report it."""
+
+    watts: float | None = None
+    celsius: float | None = None
+    own_bytes: int | None = None
+
+
+def read_load(index: int = 0, *, nvml: Any = None) -> GpuLoad | None:
+    """What the GPU does now; None where NVML does not answer. The arguments are those of `read_gpu`."""
+    with suppress(DeviceError, IndexError), _nvml_session(nvml) as session:
+        handle, load = _visible_gpus(session)[index][2], GpuLoad()
+        with suppress(session.NVMLError):
+            load = load._replace(watts=session.nvmlDeviceGetPowerUsage(handle) / 1000)
+        with suppress(session.NVMLError):
+            load = load._replace(celsius=session.nvmlDeviceGetTemperature(handle, session.NVML_TEMPERATURE_GPU))
+        with suppress(session.NVMLError):
+            load = load._replace(own_bytes=_own_bytes(session, handle))
+        return load
+    return None
+
+
 def read_own_bytes(index: int = 0, *, nvml: Any = None) -> int | None:
     """GPU memory of this process as the driver shows it, its CUDA context included; None where the driver does not show it.
 
     The arguments are those of `read_gpu`.
     """
     with suppress(DeviceError, IndexError), _nvml_session(nvml) as session:
-        processes = session.nvmlDeviceGetComputeRunningProcesses(_visible_gpus(session)[index][2])
-        return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
+        return _own_bytes(session, _visible_gpus(session)[index][2])
     return None
+
+
+def _own_bytes(nvml: Any, handle: Any) -> int | None:
+    processes: Sequence[Any] = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)

@@ -5,7 +5,7 @@ from the same tile in the forward pass, so its backward pass needs neither logit
 each tile in the backward pass, because the gradient of a general loss on log-probabilities is known only then.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,10 +70,15 @@ def _iter_logits(hidden: Tensor, head: Tensor, tile_bytes: int) -> Iterator[tupl
     logits_16 = hidden.new_empty((min(tile_rows, len(hidden)), len(head)))
     dtype_32 = torch.promote_types(logits_16.dtype, torch.float32)
     logits_32 = logits_16 if logits_16.dtype == dtype_32 else torch.empty_like(logits_16, dtype=dtype_32)
-    for start in range(0, len(hidden), tile_rows):
+    for start in tile_starts(len(hidden), tile_rows):
         tile = hidden[start : start + tile_rows]
         low = torch.mm(tile, head.T, out=logits_16[: len(tile)])
         yield slice(start, start + tile_rows), low, low if logits_32 is logits_16 else logits_32[: len(tile)].copy_(low)
+
+
+def tile_starts(positions: int, tile_rows: int) -> Sequence[int]:
+    """The first position of each tile; the memory simulation leaves out those that only repeat what the others do."""
+    return range(0, positions, tile_rows)
 
 
 class _TiledCrossEntropy(torch.autograd.Function):

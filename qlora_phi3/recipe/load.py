@@ -269,11 +269,16 @@ def check_processes(training: Training, count: int) -> None:
 
 
 def check_model_limits(recipe: Recipe, architecture: Architecture) -> None:
-    """Raise UserError where `max_length` or `checkpoint_every_n_layers` is more than the positions or the layers of the model."""
+    """Raise UserError where `max_length` or `checkpoint_every_n_layers` is more than the model has, and LoftQ on 4-bit files."""
     max_length, positions = recipe.training.max_length, architecture.max_position_embeddings
     if max_length > positions:
         message = f"[training] max_length = {max_length}, and {recipe.model.name} has {positions} positions."
         raise UserError(message, f"Write max_length = {positions} or less.")
+    if recipe.lora.init_lora_weights == "loftq" and architecture.stored is not None:
+        raise UserError(
+            f'[lora] init_lora_weights = "loftq" needs unquantized weights, and those of {recipe.model.name} are in 4 bit.',
+            "Use the unquantized original as the base, or delete init_lora_weights.",
+        )
     every, layers = recipe.memory.checkpoint_every_n_layers, architecture.num_hidden_layers
     if every != "auto" and every > layers:
         hint = f"Write {layers} or less; to recompute no layer, write [training] gradient_checkpointing = false."

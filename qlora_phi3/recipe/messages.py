@@ -29,7 +29,10 @@ REASONS = {
     ("training", "gradient_checkpointing_kwargs"): "Reentrant checkpointing needs inputs with a gradient.",
     ("training", "remove_unused_columns"): "Only token ids reach the model.",
     ("lora", "task_type"): "The Phi-3 family generates text.",
-    ("lora", "init_lora_weights"): "Other initializations change the base, and their adapter fits that base only.",
+    ("lora", "init_lora_weights"): (
+        "PiSSA, OLoRA and CorDA move a part of the base into the adapter and quantize the rest anew: it fits no base that "
+        'others have, and no export of it could be proved. In 4 bit, "loftq" corrects the base without changing it.'
+    ),
     ("memory", "checkpoint_every_n_layers"): "To recompute no layer, write [training] gradient_checkpointing = false.",
     ("model", "attn_implementation"): "sdpa does what flash-attn does, without a build step.",
 }

@@ -30,7 +30,7 @@ from qlora_phi3.training import artifacts, processes
 from qlora_phi3.training import report as reports
 from qlora_phi3.training.callbacks import stop_on_interrupt
 from qlora_phi3.training.oom import RngState, restore_execution_plan
-from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, plan_run, prepare, wants_dry_run
+from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, outline_run, plan_run, prepare, wants_dry_run
 from qlora_phi3.training.report import PredictionCheck
 from qlora_phi3.training.samples import save_samples
 from qlora_phi3.training.trainer import EvaluationStopped, Phi3Trainer, build_trainer
@@ -132,11 +132,15 @@ def _run_in(
             context.reporter.info(f"Run folder: {folder.path}")
             _save_export_inputs(context, model, folder)
             runfolder.restore_metrics(folder, checkpoint)
+            folder.samples.unlink(missing_ok=True)  # of an earlier end of this run
         metrics = processes.from_first(lambda: runfolder.read_metrics(folder.metrics))
-        trainer = build_trainer(context, restore_execution_plan(planned.execution, metrics, context.device), model, folder)
+        execution = restore_execution_plan(planned.execution, metrics, context.device)
+        trainer = build_trainer(context, execution, model, folder)
+        context.reporter.begin(outline_run(context, planned, execution, metrics, checkpoint))
         _begin(trainer, context, planned, checkpoint)
         with stop_on_interrupt(context.reporter, trainer.stop), _lost_process_reported(trainer, folder, started):
             _train(trainer, context, folder, checkpoint)
+            best = {} if trainer.divergence.failure else trainer.early_stopping.restore_best(trainer.state)
             if processes.own_rank():
                 trainer.divergence.raise_failure(folder.adapter)
                 return RunResult(folder, int(trainer.state.global_step), None, None, time.perf_counter() - started)
@@ -149,11 +153,14 @@ def _run_in(
             check = _check_prediction(trainer, context, planned)
             runfolder.flush_metrics(folder)
             report = reports.last_report(folder, report, check, steps=int(trainer.state.global_step), started=started)
+            report |= best
             report["unlearned"] = reports.describe_unlearned(model, report)
             runfolder.write_report(folder, report)
     if report["unlearned"]:
         context.reporter.warning(report["unlearned"])
-    trainer.optimizer = None  # its memory is free for the answers
+    if best:
+        ended, loss = best["early_stopping"]["reason"], best["eval_loss_after"]
+        context.reporter.info(f"The run {ended}, whose adapter is saved; its held-out loss is {loss:.4f}")
     save_samples(model, context, folder, report["seconds"])
     before, after = report["eval_loss_before"], report["eval_loss_after"]
     return RunResult(folder, report["steps"], before, after, report["seconds"])
@@ -192,7 +199,8 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
             reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
         raise RunError(f"{folder.report} holds a recipe that this version cannot read: {reason}.", "Start a new run.") from error
     changed = [(table, key) for table in now for key in now[table] if now[table][key] != was[table][key]]
-    decides = recipe.training.load_best_model_at_end or recipe.training.lr_scheduler_type in NEEDS_EVALUATION
+    keeps_best = recipe.training.load_best_model_at_end or recipe.training.early_stopping_patience
+    decides = keeps_best or recipe.training.lr_scheduler_type in NEEDS_EVALUATION
     free = FREE_KEYS if decides else FREE_KEYS | INTERVAL_KEYS
     differing = [f"[{table}] {key}" for table, key in changed if table != "training" or key not in free]
     if differing:
@@ -279,6 +287,7 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
     if context.data.evaluation is not None and not is_evaluated and not trainer.stop.requested:
         with suppress(EvaluationStopped):
             trainer.evaluate()
+    trainer.trackers.finish(trainer.args, state, trainer.control, trainer.model)
     if trainer.stop.requested:
         trainer._save_checkpoint(trainer.model, None)  # it is there already, but for save_strategy = "no"
         hint = f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"

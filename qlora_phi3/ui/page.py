@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from qlora_phi3.errors import RunError, printable
 from qlora_phi3.files import atomic_write, foreign_errors
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.ui.console import draw_curve
+from qlora_phi3.ui.console import draw_curve, mean_ends
 from qlora_phi3.ui.runs import Run, draw_plot, read_run, scan, size_of, verdict, warnings
 from qlora_phi3.units import MIB, format_count, format_duration, format_gib
 
@@ -67,6 +67,7 @@ def render(template: str, **values: Any) -> str:
     environment.globals.update(verdict=verdict, warnings=warnings, draw_plot=draw_plot, now=datetime.now().astimezone, zip=zip)
     environment.filters["tojson_plain"] = lambda value: json.dumps(value, ensure_ascii=False)
     environment.filters["largest"] = lambda values: max(values, default=0)
+    environment.filters.update(ends=mean_ends, median=lambda values: median(values or [0.0]))
     environment.globals.update(table_rows=TABLE_ROWS, smoothed_share=SMOOTHED_SHARE)
     return environment.get_template(template).render(values)
 
@@ -112,15 +113,18 @@ def draw_comparison(first: Run, second: Run) -> str:
     for name, run, color in (("a", first, FIRST), ("b", second, SECOND)):
         curves.append((f"{name}, training", *run.series("loss"), {**THIN, "color": color, "alpha": 0.6}))
         curves.append((f"{name}, held-out", *run.series("eval_loss"), {**DOTTED, "color": color}))
-    return draw_svg(curves, salt="runs")
+    return draw_svg(curves, salt="runs", background="white")
 
 
-def draw_svg(curves: Sequence[Curve], *, salt: str, marks: Sequence[int] = (), log: bool = False) -> str:
+def draw_svg(
+    curves: Sequence[Curve], *, salt: str, marks: Sequence[int] = (), log: bool = False, background: str = "none"
+) -> str:
     """An SVG element of curves over the steps, made without pyplot.
 
     Args:
         salt: makes the ids in it differ from those of other charts in one page.
         marks: steps of events, drawn as vertical lines.
+        background: a color; "none" for that of the page.
         log: a logarithmic scale, where the values span more than two decades.
     """
     from matplotlib import rc_context
@@ -128,8 +132,8 @@ def draw_svg(curves: Sequence[Curve], *, salt: str, marks: Sequence[int] = (), l
 
     values = [value for _, _, values, _ in curves for value in values]
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9, "axes.formatter.limits": (-3, 5)}):
-        figure = Figure(figsize=(5.2, 2.1), layout="constrained")
-        axes = figure.add_subplot(xlabel="step")
+        figure = Figure(figsize=(5.2, 2.1), layout="constrained", facecolor=background)
+        axes = figure.add_subplot(xlabel="step", facecolor="none")
         for label, steps, heights, style in curves:
             axes.plot(*thin(steps, heights), label=label if label and steps else "_", **style)
         for step in marks[:MOST_POINTS]:
@@ -143,7 +147,7 @@ def draw_svg(curves: Sequence[Curve], *, salt: str, marks: Sequence[int] = (), l
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(INK)
         text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     return svg[svg.index("<svg") :]
 

@@ -29,6 +29,8 @@ SET_UPS = (
     Case(name="DoRA", config=TINY, lora={"use_dora": True}),
     Case(name="rank-stabilised, one target", config=TINY, lora={"use_rslora": True, "target_modules": ["down_proj"]}),
     Case(name="a window that a row reaches", config=TINY | {"sliding_window": 64}, lengths=(150, 40)),
+    Case(name="noise on the embeddings", config=TINY, training={"neftune_noise_alpha": 5.0}),
+    Case(name="LoRA+, 8-bit", config=TINY, training={"loraplus_lr_ratio": 16.0}, optim="adamw_8bit"),
     Case(name="longrope's long factors", config=TINY | longrope(64, 64)),
 )  # fmt: skip
 

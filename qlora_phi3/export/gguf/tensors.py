@@ -180,7 +180,8 @@ def find_library(quant: str) -> Path:
         if loaded.returncode == 0:
             return path
         problem = problem or f" {path} cannot be loaded: {(loaded.stderr.strip() or 'no message').splitlines()[-1]}."
-    raise ExportError(f"--quant {quant} needs llama.cpp's own quantizer.{problem}", f"Install it: {OTHER_WAYS}.")
+    hint = f"Install it: {OTHER_WAYS}. Or take --quant q8_0, which needs nothing."
+    raise ExportError(f"--quant {quant} needs llama.cpp's own quantizer.{problem}", hint)
 
 
 def quantize_file(source: Path, target: Path, quant: str, progress: Progress) -> None:

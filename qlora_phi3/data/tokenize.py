@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from xxhash import xxh3_64_intdigest, xxh3_128
 
-from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.data.formats import SYNONYMS, Chat, Document, check_document, detect_format, read_row
 from qlora_phi3.data.messages import CONTENT_KEYS, SkipRow, check_unread, parse_json
 from qlora_phi3.data.report import SourceReport
@@ -27,6 +26,7 @@ from qlora_phi3.data.sources import Source, UnusableRow
 from qlora_phi3.data.special_tokens import MARK, Span, SpecialTokens
 from qlora_phi3.data.template import LEADING_UNICODE_SPACE, ChatTemplate, render_chat
 from qlora_phi3.errors import DataError
+from qlora_phi3.execution import IGNORE_INDEX
 from qlora_phi3.files import atomic_dir, disk_errors
 from qlora_phi3.recipe.schema import Data
 from qlora_phi3.reporter import Progress

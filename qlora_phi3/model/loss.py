@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_phi3.data.batching import IGNORE_INDEX
-from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES
+from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, IGNORE_INDEX
 
 
 def select_supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

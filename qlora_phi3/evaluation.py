@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
 
-from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.data.prepare import PreparedData, prepare_datasets
 from qlora_phi3.data.report import FEW_ROWS
 from qlora_phi3.data.template import choose_template
 from qlora_phi3.errors import DataError, ModelError, RunError, first_line, is_out_of_memory
-from qlora_phi3.execution import MicroBatchPlan
+from qlora_phi3.execution import IGNORE_INDEX, MicroBatchPlan
 from qlora_phi3.inference import InferenceModel, decode, generate_batch
 from qlora_phi3.model.phi3 import find_base
 from qlora_phi3.recipe.load import load_recipe

@@ -103,16 +103,14 @@ def check_target(source: Path, target: Path, *, force: bool, is_folder: bool = T
 def loralib_to_peft(
     source: Path, target: Path, spec: Spec, *, base: Base | None = None, force: bool = False, progress: Progress = None
 ) -> Converted:
-    """Write a loralib state dict (.pt, .bin or .safetensors) as a PEFT adapter.
+    """Write a loralib state dict (.pt, .bin or .safetensors) as a PEFT adapter. ExportError where the file or the target cannot
+    be used, or PEFT cannot hold something in it.
 
     Args:
         spec: what the file does not hold.
         base: the model it was trained on; with it, every name and shape is checked.
         force: replace an adapter at the target.
         progress: called for every layer that was compared.
-
-    Raises:
-        ExportError: the file or the target cannot be used, or PEFT cannot hold something in it.
     """
     if source.is_dir():
         hint = "For a PEFT adapter write --to loralib, fused or split."
@@ -175,16 +173,14 @@ def peft_to_loralib(
 def change_fusion(
     source: Path, target: Path, *, fused: bool, base: str | None = None, force: bool = False, progress: Progress = None
 ) -> Converted:
-    """Write a PEFT adapter of q, k, v, gate and up as one of qkv_proj and gate_up_proj, or the other way.
+    """Write a PEFT adapter of q, k, v, gate and up as one of qkv_proj and gate_up_proj, or the other way. ExportError where the
+    adapter cannot be read, fits no layer of the base, or cannot be converted without loss.
 
     Args:
         source: a PEFT directory, or a run's.
         fused: whether the new adapter is fused; else it is split, for an unfused Phi-3.
         base: the model that the new adapter is for, where the adapter does not lead to it.
         force, progress: as in `loralib_to_peft`.
-
-    Raises:
-        ExportError: the adapter cannot be read, fits no layer of the base, or cannot be converted without loss.
     """
     folder = peft_io.find_adapter(source)
     check_target(folder, target, force=force)

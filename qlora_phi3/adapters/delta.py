@@ -67,13 +67,11 @@ class Adapter:
 
 
 def stack(delta: LoraDelta) -> tuple[Tensor, Tensor, float]:
-    """Combine all blocks of a delta into one pair of matrices.
+    """Combine all blocks of a delta into one pair of matrices: lora_A (rank, in_features), lora_B (out_features, rank), both of
+    the blocks' common dtype, and the scaling.
 
     Blocks with the same A share its rows. Where the scalings differ, the largest is kept and the others are multiplied into B,
     which then is fp32 or wider: one rounding of 6e-8.
-
-    Returns:
-        lora_A (rank, in_features), lora_B (out_features, rank), both of the blocks' common dtype, and the scaling.
     """
     blocks, scaling = delta.blocks, max(block.scaling for block in delta.blocks)
     dtypes = [tensor.dtype for block in blocks for tensor in (block.lora_A, block.lora_B)]

@@ -225,9 +225,8 @@ def load_loralib(
     enable: Mapping[str, Sequence[bool]] | None = None,
     lora_dropout: float = 0.0,
 ) -> PeftModel:
-    """Put a loralib checkpoint on its base, quantized or not; the adapter is trainable and in fp32.
-
-    Which layers are embeddings or convolutions is taken from the model.
+    """Put a loralib checkpoint on its base, quantized or not; the adapter is trainable and in fp32. Which layers are embeddings
+    or convolutions is taken from the model. ExportError where the file cannot be read, or does not fit the model.
 
     Args:
         model: the base, without an adapter.
@@ -235,9 +234,6 @@ def load_loralib(
         alpha: the layers' lora_alpha, one for all or by name or end of name; loralib's default is 1.
         enable: enable_lora of every MergedLinear, by name or end of name: {"qkv_proj": [True, False, True]}.
         lora_dropout: for further training; the file does not hold it.
-
-    Raises:
-        ExportError: the file cannot be read, or does not fit the model.
     """
     path = Path(path)
     if isinstance(model, PeftModel):

@@ -85,11 +85,6 @@ def detect_format(row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def is_readable(row: Mapping[str, Any]) -> bool:
-    """Whether a row is of a format, or can be mapped to one."""
-    return detect_format(row) is not None or guess_mapping(row) is not None
-
-
 def guess_mapping(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
     """Guess from the names of a row's columns the format and the `fields` that fit it; None where no column has a likely name.
 
@@ -163,15 +158,10 @@ def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Doc
             example = replace(example, notes=(*example.notes, EMPTY_WORD))
         if any(turn.role == "user" and not text for turn, text in pairs):
             example = replace(example, notes=(*example.notes, EMPTY_TURN))
-    if any(text[:1] == "[" and _holds_texts(text) for _, text in answers):
+    lists = [value for _, text in answers if text[:1] == "[" and isinstance(value := messages.parse_json(text), list)]
+    if any(len(value) > 1 and all(isinstance(item, str) for item in value) for value in lists):
         example = replace(example, notes=(*example.notes, LIST_ANSWER))
     return replace(example, unread=unread) if unread else example
-
-
-def _holds_texts(text: str) -> bool:
-    """Whether a text is the JSON of a list of two texts or more."""
-    value = messages.parse_json(text)
-    return isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value)
 
 
 def _read_conversation(column: str, columns: Columns, where: str, unread: set[str]) -> Chat:

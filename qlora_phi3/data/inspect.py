@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.data.prepare import PreparedData, read_column, row_lengths
 from qlora_phi3.data.report import DataReport
 from qlora_phi3.data.sources import open_sources
 from qlora_phi3.errors import DataError
+from qlora_phi3.execution import IGNORE_INDEX
 from qlora_phi3.recipe.load import as_list
 from qlora_phi3.recipe.schema import Data, Recipe
 

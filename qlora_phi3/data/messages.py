@@ -43,16 +43,16 @@ CALL_KEYS_READ = IDS | {"type", "function", "name", *ARGUMENTS}
 #: A name that may say what is learned, and is none of SWITCHES.
 SWITCH_LIKE = re.compile(r"(no_|do_|is_)?(train|learn|mask|loss)(_.*|ed|ing|able)?", re.IGNORECASE)
 #: Names of columns of preference data, whose answers are not all good ones.
-PREFERENCE = re.compile(
+match_preference = cache(re.compile(
     r"((chosen|rejected)(_.*)?|.*_(chosen|rejected)|kto_tag|prefer(ence|red).*|winner|completions"
     r"|(negative|positive)_(messages|response|answer|output|completion)s?"
     r"|(conversation|response|answer|output|completion)_?[abjk1-9])",
     re.IGNORECASE,
-)
+).fullmatch)  # fmt: skip
 #: Names of columns that tell good answers from bad ones if they hold a judgement: true, 0, "bad", a score.
-JUDGEMENT = re.compile(
+match_judgement = cache(re.compile(
     r"labels?|(is_)?(correct|good|accepted|(un)?desirable)|correctness|upvotes|scores?|ratings?|rewards?", re.IGNORECASE
-)
+).fullmatch)  # fmt: skip
 JUDGEMENTS = frozenset({
     "true", "false", "yes", "no", "t", "f", "y", "n", "+", "-", "good", "bad", "correct", "incorrect", "right", "wrong",
     "chosen", "rejected", "accepted", "reject", "desirable", "undesirable", "positive", "negative", "pos", "neg", "pass",
@@ -128,16 +128,10 @@ def _read_switch(name: str, value: Any) -> bool:
 
 
 def read_turns(messages: Any, column: str, where: str, unread: set[str]) -> tuple[Turn, ...]:
-    """The turns of a list of messages, or of the JSON text of one (a .csv has no other way).
+    """The turns of a list of messages, or of the JSON text of one (a .csv has no other way), which stands in a `column` of the
+    row. SkipRow where a message is of another shape, or of another kind than text; DataError for an unknown role.
 
-    Args:
-        column: where the list stands in the row.
-        where: `file:line`, for errors.
-        unread: the names of all keys that were not read are added to it.
-
-    Raises:
-        SkipRow: a message is of another shape, or of another kind than text.
-        DataError: an unknown role.
+    `where` is `file:line`, for errors. The names of all keys that were not read are added to `unread`.
     """
     if isinstance(messages, str):
         messages = parse_json(messages)
@@ -222,15 +216,9 @@ def check_unread(row: Mapping[Any, Any], names: Iterable[Any], where: str) -> No
             raise SkipRow(f"{str(name)!r} may switch a turn off, and is not a switch that is known (docs/data.md)")
 
 
-@cache
-def _kind_of_column(name: str) -> str:
-    return "preference" if PREFERENCE.fullmatch(name) else "judgement" if JUDGEMENT.fullmatch(name) else ""
-
-
 def _is_preference(name: str, value: Any) -> bool:
-    kind = _kind_of_column(name)
-    if kind != "judgement":
-        return kind == "preference"
+    if match_preference(name) or not match_judgement(name):
+        return match_preference(name) is not None
     if not isinstance(value, str):
         return isinstance(value, Number | list | dict)
     with suppress(ValueError):

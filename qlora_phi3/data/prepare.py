@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_phi3.data.formats import FORMATS, check_fields, detect_format, guess_mapping, is_readable
+from qlora_phi3.data.formats import FORMATS, check_fields, detect_format, guess_mapping
 from qlora_phi3.data.report import NAMED, DataReport, SourceReport, merge_counts
 from qlora_phi3.data.sources import Source, open_local, open_sources
 from qlora_phi3.data.template import ChatTemplate
@@ -49,7 +49,8 @@ def prepare_datasets(
     progress: Progress | None = None,
     cache_dir: Path | None = None,
 ) -> PreparedData:
-    """Read, render, tokenise, cut and split the data of a run.
+    """Read, render, tokenise, cut and split the data of a run. DataError where they are missing, empty or unreadable, of mixed
+    formats, with an unknown role, or hold nothing to train on.
 
     Args:
         data: the recipe's [data].
@@ -60,9 +61,6 @@ def prepare_datasets(
         base_dir: the recipe's directory, where its relative paths are looked for first.
         progress: called with the rows read so far.
         cache_dir: for the tokenised rows; None: below that of the datasets library.
-
-    Raises:
-        DataError: data that are missing, empty or unreadable, mixed formats, an unknown role, or nothing to train on.
     """
     import datasets
 
@@ -88,13 +86,10 @@ def prepare_datasets(
 
 
 def row_lengths(dataset: Any) -> NDArray[np.int64]:
-    """The tokens of every row of a data set of `prepare_datasets`.
+    """The tokens of every row of a data set of `prepare_datasets`: int64 of shape (rows,), in the order of the rows.
 
     It reads the Arrow column at once. For 190,000 rows (CPU, EPYC, datasets 5.2.0) that takes 4 ms, and 0.5 s after `select`;
     `dataset.with_format("numpy")["length"]` takes 28 s.
-
-    Returns:
-        Tokens, int64 of shape (rows,), in the order of the rows.
     """
     return read_column(dataset, "length")
 
@@ -118,14 +113,11 @@ def check_files(data: Data, base_dir: Path, *, evaluate: bool) -> None:
 
 
 def split_indices(num_rows: int, size: float, *, seed: int, at_most: int | None = None) -> tuple[int, ...]:
-    """Indices of the rows to hold out, ascending: the first of a permutation drawn with `seed` by numpy's PCG64.
+    """Indices of the rows to hold out, ascending: the first of a permutation drawn with `seed` by numpy's PCG64. DataError where
+    nothing would be left to train on.
 
-    Args:
-        size: a share of the rows (below 1; at least one row of two or more), or their number.
-        at_most: hold out no more than this.
-
-    Raises:
-        DataError: nothing would be left to train on.
+    `size` is a share of the rows (below 1; at least one row of two or more), or their number; no more than `at_most` are held
+    out.
     """
     count = int(size) if size >= 1 else min(max(1, round(size * num_rows)), num_rows - 1) if size else 0
     count = count if at_most is None else min(count, at_most)
@@ -171,8 +163,8 @@ def _nothing_to_learn(sources: Sequence[Source], reports: Sequence[SourceReport]
             pairs = ", ".join(f"{ours} = {json.dumps(theirs, ensure_ascii=False)}" for ours, theirs in guess[1].items())
             hint = f'Write below [data]: format = "{guess[0]}" and, on a line of its own, fields = {{ {pairs} }}'
             return DataError(message, hint)
-        full_lists = {name: value for name, value in row.items() if isinstance(value, list) and value}
-        lists = [name for name, value in full_lists.items() if isinstance(value[0], dict) and is_readable(value[0])]
+        rows = {name: value[0] for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
+        lists = [name for name, first in rows.items() if detect_format(first) or guess_mapping(first)]
         if num_read == 1 and len(lists) == 1:
             return DataError(message, f"Its rows lie in the list {lists[0]!r}: save that list alone.")
         return DataError(message, f"The formats are {', '.join(FORMATS)}; [data] fields maps other column names to theirs.")

@@ -66,13 +66,12 @@ def open_local(name: str, base_dir: Path, split: str = "train") -> list[Source]:
     """Open a file; each file of a folder or of a pattern such as `chats/*.jsonl`, by name; or the `split` of a saved data set.
     DataError where nothing of this name is there, or a file is unreadable or of an unsupported type.
     """
-    candidates = candidate_paths(name, base_dir)
-    path = next((candidate for candidate in candidates if _exists(candidate, name)), None)
+    path = _find(name, base_dir)
     if path is not None and not path.is_dir():
         return [open_file(name, base_dir)]
     if path is not None and any((path / saved).is_file() for saved in ("state.json", "dataset_dict.json")):
         return [_open_saved(name, path, split)]
-    patterns = [path] if path is not None else candidates if GLOB.search(name) else []
+    patterns = [path] if path is not None else candidate_paths(name, base_dir) if GLOB.search(name) else []
     for pattern in patterns:
         files = [file for file in local_files(pattern) if file.is_file() and not NO_DATA.fullmatch(file.name)]
         if other := [file.name for file in files if _suffix(str(file)) not in READERS]:
@@ -87,9 +86,10 @@ def open_local(name: str, base_dir: Path, split: str = "train") -> list[Source]:
     raise DataError(f"{name} has no data file.", f"Supported are {', '.join(READERS)}, each also with .gz at its end.")
 
 
-def _exists(path: Path, name: str) -> bool:
+def _find(name: str, base_dir: Path) -> Path | None:
+    """The first of `candidate_paths` that exists."""
     try:
-        return path.exists()
+        return next((path for path in candidate_paths(name, base_dir) if path.exists()), None)
     except OSError as error:  # a name of more than 255 bytes
         raise DataError(f"{name[:80]} cannot be opened: {error.strerror or error}.", "Check the path in [data].") from error
 
@@ -101,10 +101,9 @@ def _suffix(name: str) -> str:
 
 def open_file(name: str, base_dir: Path) -> Source:
     """Open a local file, looked for as in `candidate_paths`; DataError where it is missing, unreadable, empty or unsupported."""
-    candidates = candidate_paths(name, base_dir)
-    path = next((candidate for candidate in candidates if _exists(candidate, name)), None)
+    path = _find(name, base_dir)
     if path is None:
-        looked = " or ".join(dict.fromkeys(str(candidate.absolute().parent) for candidate in candidates))
+        looked = " or ".join(dict.fromkeys(str(candidate.absolute().parent) for candidate in candidate_paths(name, base_dir)))
         raise DataError(f"There is no data file {name!r} in {looked}.", "Check the path in [data].")
     suffix = _suffix(name)
     if suffix not in READERS:

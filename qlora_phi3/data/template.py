@@ -111,15 +111,12 @@ def _limits() -> Iterator[None]:
 
 @_limits()
 def choose_template(tokenizer: Any, name: str = "auto") -> ChatTemplate:
-    """The marked template that a model is trained with.
+    """The marked template that a model is trained with. DataError where none renders the same text; there is no such name or
+    file, or no marks in it; it writes special tokens that the tokenizer lacks; or it runs too long or takes too much memory.
 
     Args:
         tokenizer: a fast tokenizer of transformers; it is not changed.
         name: `auto` for the one that renders as the tokenizer's own does; a name of `FAMILY`; or the path of a .jinja file.
-
-    Raises:
-        DataError: none renders the same text; no such name or file; no marks in it; it writes special tokens that the
-            tokenizer does not have; or it runs too long or takes too much memory.
     """
     if name == "auto" and tokenizer.chat_template:
         try:
@@ -257,11 +254,8 @@ def _check_marks(name: str, source: str, tokenizer: Any, variables: dict[str, An
 
 
 def render_chat(chat: Chat, template: ChatTemplate) -> tuple[str, list[Span], list[str]]:
-    """A conversation as text, the spans of characters to supervise, and the notes of `fit_turns`.
-
-    Raises:
-        SkipRow: the template refuses the conversation.
-        DataError: a turn is not to be supervised, and the template's marks do not separate the turns.
+    """A conversation as text, the spans of characters to supervise, and the notes of `fit_turns`. SkipRow where the template
+    refuses the conversation; DataError where a turn is not to be supervised, and the template's marks do not separate the turns.
     """
     messages, notes = fit_turns(chat, template)
     try:

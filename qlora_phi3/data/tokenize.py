@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from xxhash import xxh3_64_intdigest, xxh3_128
 
-from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.data.formats import SYNONYMS, Chat, Document, check_document, detect_format, read_row
 from qlora_phi3.data.messages import CONTENT_KEYS, SkipRow, check_unread, parse_json
 from qlora_phi3.data.report import SourceReport
@@ -27,6 +26,7 @@ from qlora_phi3.data.sources import Source, UnusableRow
 from qlora_phi3.data.special_tokens import MARK, Span, SpecialTokens
 from qlora_phi3.data.template import LEADING_UNICODE_SPACE, ChatTemplate, render_chat
 from qlora_phi3.errors import DataError
+from qlora_phi3.execution import IGNORE_INDEX
 from qlora_phi3.files import atomic_dir, disk_errors
 from qlora_phi3.recipe.schema import Data
 from qlora_phi3.reporter import Progress
@@ -151,7 +151,9 @@ def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: in
             if rows:
                 numbers, ids, labels, supervised = zip(*rows, strict=True)
                 lengths = [len(row) for row in ids]
-                check_labels(ids, labels)
+                all_ids, all_labels = np.concatenate(ids), np.concatenate(labels)
+                if lengths != list(map(len, labels)) or ((all_labels != all_ids) & (all_labels != IGNORE_INDEX)).any():
+                    raise RuntimeError("a label is neither -100 nor the id at its position; no run can be made of these rows")
                 digests = [xxh3_64_intdigest(row.tobytes()) for row in ids]
                 writer.write_batch(pa.record_batch([ids, labels, lengths, supervised, numbers, digests], schema=schema))
             report.rows_kept += len(rows)
@@ -318,14 +320,9 @@ def _break_words(chat: Chat, special: SpecialTokens) -> Chat:
 
 
 def tokenize_chats(texts: Sequence[str], spans: Sequence[Sequence[Span] | None], tokenizer: Any) -> list[tuple[Ids, Ids]]:
-    """Tokenise rendered conversations; the ids are those of `apply_chat_template`.
-
-    Args:
-        texts: rendered conversations.
-        spans: of each text, the characters [start, end) to supervise; None: supervise every token.
-
-    Returns:
-        For each text its ids and its labels, int32 of shape (length,) both.
+    """Tokenise rendered conversations; the ids are those of `apply_chat_template`. `spans` are, of each text, the characters
+    [start, end) to supervise; None: supervise every token. Returns for each text its ids and its labels, int32 of shape
+    (length,).
     """
     if not texts:
         return []
@@ -375,10 +372,8 @@ def _find_tokens(encoding: Any, span: Span) -> tuple[int, int]:
 
 
 def tokenize_documents(texts: Sequence[str], tokenizer: Any) -> list[tuple[Ids, Ids]]:
-    """Tokenise raw text with the tokenizer's own start of a text, and close it with the end-of-text token.
-
-    Returns:
-        For each text its ids and its labels (every token but the first), int32 of shape (length,) both.
+    """Tokenise raw text with the tokenizer's own start of a text, and close it with the end-of-text token. Returns for each text
+    its ids and its labels (every token but the first), int32 of shape (length,) both.
     """
     if not texts:
         return []
@@ -392,13 +387,6 @@ def _label_document(ids: Sequence[int], start: int | None, end: int) -> tuple[Id
     labels = row.copy()
     labels[:1] = IGNORE_INDEX
     return row, labels
-
-
-def check_labels(ids: Sequence[Ids], labels: Sequence[Ids]) -> None:
-    """Raise RuntimeError, which only a fault of this program can cause, where a label is neither -100 nor the id at its place."""
-    all_ids, all_labels = np.concatenate(ids), np.concatenate(labels)
-    if list(map(len, ids)) != list(map(len, labels)) or ((all_labels != all_ids) & (all_labels != IGNORE_INDEX)).any():
-        raise RuntimeError("a label is neither -100 nor the id at its position; no run can be made of these rows")
 
 
 def _truncate_rows(

@@ -131,12 +131,8 @@ def build_models(
 ) -> list[ScoredModel]:
     """The models of a proof, the live one first; a merge is computed while it is scored.
 
-    Args:
-        config: contents of the base's config.json.
-        adapter: the run's PEFT directory.
-        dtype: of the export.
-        ontos: the merges to score.
-        checked: those that are compared with base and adapter unmerged, which may be a pass of its own.
+    `config` are the contents of the base's config.json, `adapter` is the run's PEFT directory, `dtype` that of the export. Of the
+    merges `ontos`, those `checked` are compared with base and adapter unmerged, which may be a pass of its own.
     """
     merged_config = {**config, "tie_word_embeddings": False} if deltas.unties else config
     live = partial(stream_live, trained_base(base), config, adapter, device=base.device)
@@ -157,11 +153,9 @@ def build_models(
 def _record_checksums(weights: Weights) -> tuple[Weights, dict[str, str]]:
     """The same weights, and tensor -> SHA-256, filled as they are read, so that files can be compared with what was scored."""
     checksums: dict[str, str] = {}
-
-    def iter_row_chunks(name: str) -> Iterator[Tensor]:
-        return hash_rows(weights.iter_row_chunks(name), partial(checksums.__setitem__, name))
-
-    return ComputedWeights(weights.info, iter_row_chunks), checksums
+    read = weights.iter_row_chunks
+    hashed = ComputedWeights(weights.info, lambda name: hash_rows(read(name), partial(checksums.__setitem__, name)))
+    return hashed, checksums
 
 
 def _unmerged_base(base: RecordedBase, deltas: AdapterDeltas, onto: Onto) -> tuple[Weights, bool]:

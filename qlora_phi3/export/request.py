@@ -67,16 +67,11 @@ class Request:
 
 
 def make_request(run: Path, options: ExportOptions) -> Request:
-    """Check the options of an export, its run and its targets.
+    """Check the options of an export, its run (a directory of a finished one, or of several) and its targets. ExportError or
+    RunError where no run is finished, a size cannot be read, a push is refused, or a target must not be written.
 
     Without `options.out` the export goes into the run, under a name that contains every option that changes the weights, and of a
     GGUF always its type.
-
-    Args:
-        run: directory of a finished run, or of several.
-
-    Raises:
-        ExportError, RunError: no finished run, an unreadable size, a refused push, or a target that must not be written.
     """
     if options.ollama is not None and not OLLAMA_NAME.fullmatch(options.ollama):
         hint = "Write [namespace/]name[:tag] of letters, digits, _ - and ., as in --ollama my-phi3:v1"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Phi3Config
 
-from qlora_phi3.data.batching import IGNORE_INDEX
+from qlora_phi3.execution import IGNORE_INDEX
 from qlora_phi3.export.inputs import free_ram
 from qlora_phi3.export.proof import LIVE, Proof
 from qlora_phi3.inference import generate_batch, load_for_inference

@@ -126,36 +126,28 @@ def _set_parameter(module: nn.Module, attribute: str, parameter: nn.Parameter, *
 
 
 def stream_plain(weights: Weights, config: dict[str, Any], *, device: torch.device = CPU) -> StreamedModel:
-    """A model of plain linear layers; ModelError for a tensor that is missing or has another shape than the config says.
-
-    Args:
-        weights: every tensor of a checkpoint, of any floating dtype.
-        config: contents of its config.json.
+    """A model of plain linear layers, of every tensor of a checkpoint, in any floating dtype, and the contents of its
+    config.json. ModelError for a tensor that is missing or has another shape than the config says.
     """
     model = _build_empty_model(config, device)
     return StreamedModel(model, _find_slots(model, weights), weights, device)
 
 
 def stream_live(base: Weights, config: dict[str, Any], adapter: Path, *, device: torch.device = CPU) -> StreamedModel:
-    """A base with PEFT's own layers and the trained adapter around it. ExportError where the adapter does not fit the model;
-    ModelError as `stream_plain`.
+    """A base with PEFT's own layers and the adapter of a PEFT directory around it. ExportError where the adapter does not fit the
+    model; ModelError as `stream_plain`.
 
-    Args:
-        base: `trained_base` for the model as it was trained; `RecordedBase` for the base as its files hold it.
-        adapter: the PEFT directory.
+    `base` is `trained_base` for the model as it was trained, and `RecordedBase` for the base as its files hold it.
     """
     model, stored = _build_empty_model(config, device), open_file(adapter / ADAPTER_WEIGHTS, error=ExportError)
     slots = _find_slots(model, base)
     # Embedding and head that the adapter trained (`modules_to_save`) take 2.3 GiB each in fp32 in Phi-4-mini: they are read from
     # its file in chunks, and PEFT does not load them. A tied head that it did not train stays the base's own embedding.
     replaced = {name: PREFIX + name for name in (EMBEDDING, HEAD) if PREFIX + name in stored.info}
-    info = {HEAD: base.info[EMBEDDING], **base.info, **{name: stored.info[key] for name, key in replaced.items()}}
-
-    def iter_row_chunks(name: str) -> Iterator[Tensor]:
-        if name in replaced:
-            return stored.iter_row_chunks(replaced[name])
-        return base.iter_row_chunks(name if name in base.info else EMBEDDING)
-
+    sources: dict[str, tuple[Weights, str]] = {HEAD: (base, EMBEDDING), **{name: (base, name) for name in base.info}}
+    sources |= {name: (stored, key) for name, key in replaced.items()}
+    info = {name: source.info[key] for name, (source, key) in sources.items()}
+    weights = ComputedWeights(info, lambda name: sources[name][0].iter_row_chunks(sources[name][1]))
     for module in _attach_adapter(model, stored, replaced, adapter).modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.to(device)
@@ -163,7 +155,7 @@ def stream_live(base: Weights, config: dict[str, Any], adapter: Path, *, device:
         if isinstance(module, LoraLayer):
             message = "The adapter has a LoRA on the embedding or on the output head, which cannot be merged."
             raise ExportError(message, "Use it with PEFT, unmerged.")
-    return StreamedModel(model, slots, ComputedWeights(info, iter_row_chunks), device)
+    return StreamedModel(model, slots, weights, device)
 
 
 def _attach_adapter(model: PackedPhi3ForCausalLM, stored: StoredWeights, replaced: Mapping[str, str], adapter: Path) -> PeftModel:

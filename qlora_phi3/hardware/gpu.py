@@ -110,19 +110,15 @@ def take_launch(environ: MutableMapping[str, str]) -> tuple[int, int]:
 
 
 def choose_gpu(wanted: str | int, rank: int | None = None, *, nvml: Any = None) -> ChosenGpu | None:
-    """Choose the GPU for a run, among those that CUDA_VISIBLE_DEVICES shows; call it before torch initialises CUDA.
+    """Choose the GPU for a run, among those that CUDA_VISIBLE_DEVICES shows; call it before torch initialises CUDA. None where
+    "auto" finds no GPU that NVML can read. DeviceError where no GPU has that number or name, or all have another process; the
+    message lists those that there are.
 
     Args:
         rank: of one of several processes, which gets the GPU of this number among those that match; None: a single one.
         wanted: "auto" for the GPU with the most free memory, the number that nvidia-smi shows, or words of the GPU's name.
             Where several GPUs match a name, an exact match comes first, then the one with the most free memory.
         nvml: the module `pynvml`, or a stand-in.
-
-    Returns:
-        The GPU, or None where "auto" finds no GPU that NVML can read.
-
-    Raises:
-        DeviceError: no GPU has that number or name, or all have another process; the message lists those that there are.
     """
     found: dict[int, ChosenGpu] = {}
     reason = ""
@@ -164,16 +160,11 @@ def hide_other_gpus(chosen: ChosenGpu | None, rank: int = 0) -> None:
 
 
 def read_gpu(index: int = 0, *, nvml: Any = None) -> Gpu:
-    """Read the current state of the GPU that PyTorch calls `cuda:<index>`.
+    """Read the current state of the GPU that PyTorch calls `cuda:<index>`, of those that CUDA_VISIBLE_DEVICES shows.
+    NoDeviceError where there is no nvidia-ml-py, no driver, no such GPU, or the driver fails. `nvml` is the module `pynvml`, or a
+    stand-in.
 
     NVML counts GPUs by their slot. CUDA puts the fastest first unless CUDA_DEVICE_ORDER=PCI_BUS_ID is set.
-
-    Args:
-        index: the number among the GPUs that CUDA_VISIBLE_DEVICES shows.
-        nvml: the module `pynvml`, or a stand-in.
-
-    Raises:
-        NoDeviceError: no nvidia-ml-py, no driver, no such GPU, or the driver fails.
     """
     with _nvml_session(nvml) as session:
         visible = _visible_gpus(session)

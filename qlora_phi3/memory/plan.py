@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qlora_phi3.data.batching import plan_micro_batches
-from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan
+from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, plan_micro_batches
 from qlora_phi3.memory.cost import StepWorkload
 from qlora_phi3.memory.predict import Prediction
 from qlora_phi3.memory.simulate import StepShape

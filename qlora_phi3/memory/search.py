@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from qlora_phi3.data.batching import plan_micro_batches
-from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan, smaller_mlp_tile
+from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan, plan_micro_batches, smaller_mlp_tile
 from qlora_phi3.memory.cost import GpuLimits, StepWorkload, estimate_evaluation_seconds, estimate_step_seconds, recomputation_of
 from qlora_phi3.memory.plan import Plan, RowLengths, describe_kind, explain_choices, step_shape
 from qlora_phi3.memory.predict import Predictor, estimate_allocated, estimate_reserved

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_phi3.data.batching import IGNORE_INDEX
-from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES
+from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, IGNORE_INDEX
 
 
 def select_supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,10 +51,8 @@ def tiled_cross_entropy(
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, tile_bytes: int = DEFAULT_LOGITS_TILE_BYTES) -> Tensor:
-    """Compute the log-probability of each target; the arguments have the shapes and dtypes of `tiled_cross_entropy`.
-
-    Returns:
-        (positions,), fp32 (fp64 for fp64 inputs), differentiable once with respect to `hidden` and `weight`.
+    """Compute the log-probability of each target; the arguments have the shapes and dtypes of `tiled_cross_entropy`. Returns
+    (positions,), fp32 (fp64 for fp64 inputs), differentiable once with respect to `hidden` and `weight`.
     """
     logprobs: Tensor = _TiledLogprobs.apply(hidden, weight, targets, tile_bytes)  # type: ignore[no-untyped-call]
     return logprobs

@@ -44,15 +44,12 @@ GLOB = re.compile(r"[*?\[]")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, check_files: bool = False) -> Recipe:
-    """Read a recipe.
+    """Read a recipe. RecipeError has all problems, one a line, each with the file (or the override), the table and the key.
 
     Args:
         path: a TOML file in UTF-8.
         overrides: `table.key=value` each; the value is TOML, or a bare word that is read as a string.
         check_files: a missing model, adapter or data file is a problem as well.
-
-    Raises:
-        RecipeError: with all problems, one a line, each with the file (or the override), the table and the key.
     """
     raw = _read_toml(path)
     sources = {_apply_override(raw, override): f"--set {override}" for override in overrides}

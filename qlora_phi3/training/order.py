@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.data.prepare import prepare_datasets, row_lengths
 from qlora_phi3.data.template import choose_template
 from qlora_phi3.data.tokenizer import load_tokenizer
 from qlora_phi3.errors import RunError
+from qlora_phi3.execution import IGNORE_INDEX
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.recipe.schema import Training
 from qlora_phi3.reporter import Progress

@@ -15,8 +15,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.errors import RunError, is_out_of_memory
+from qlora_phi3.execution import IGNORE_INDEX
 from qlora_phi3.files import atomic_write, foreign_errors
 from qlora_phi3.inference import GREEDY, stop_ids
 from qlora_phi3.reporter import Progress

@@ -7,10 +7,10 @@ import pytest
 from tiny import build_tokenizer, hub_template
 
 from qlora_phi3.data import inspect
-from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.data.prepare import prepare_datasets
 from qlora_phi3.data.template import choose_template
 from qlora_phi3.errors import DataError
+from qlora_phi3.execution import IGNORE_INDEX
 from qlora_phi3.recipe.schema import Data, Recipe
 
 TOKENIZER = build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))

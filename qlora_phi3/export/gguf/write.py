@@ -71,7 +71,9 @@ def plan_gguf(folder: Path, info: Mapping[str, TensorInfo], *, quant: str, name:
 
 
 def convert_to_gguf(folder: Path, target: Path, *, quant: str, name: str, progress: Progress, force: bool = False) -> GgufResult:
-    """Write a checkpoint as a .gguf file, completely or not at all.
+    """Write a checkpoint as a .gguf file, completely or not at all. ExportError where there is no such quant, a library is
+    missing, the target exists, the disk is too small, or llama.cpp cannot hold this model or its vocabulary; ModelError where the
+    directory is not a complete checkpoint.
 
     Args:
         folder: a Phi-3 checkpoint in safetensors with its tokenizer files.
@@ -79,11 +81,6 @@ def convert_to_gguf(folder: Path, target: Path, *, quant: str, name: str, progre
         name: of the model; `GgufResult.name` is the name that was written.
         progress: called after every few rows.
         force: replace a file at the target.
-
-    Raises:
-        ExportError: there is no such quant, a library is missing, the target exists, the disk is too small, or llama.cpp
-            cannot hold this model or its vocabulary.
-        ModelError: the directory is not a complete checkpoint.
     """
     check_quant(quant)
     if target.exists() and not force:

@@ -61,13 +61,13 @@ PiSSA, OLoRA and CorDA move a part of each weight into the adapter and keep the 
 refuses PiSSA on 4-bit weights, and OLoRA quantizes what is left again. The adapter then fits neither the base's own files nor the
 4-bit base that others load, so that no export could be compared with what was trained: `init_lora_weights` refuses these names.
 `"loftq"` has the same aim, a smaller error of quantization at the start, and leaves the base as it is: an ordinary LoRA, to be
-merged onto the 4-bit weights (`--onto nf4`; `auto` measures it). On the unquantized base it would correct what is not wrong there.
+merged onto the 4-bit weights (`--onto nf4`; `auto` measures it). On the unquantized base it would correct what is not wrong.
 
 ## Trackers
 
 `report_to = "tensorboard"`, `"wandb"`, `"mlflow"`, `"trackio"` or a list: `pip install 'qlora-phi3[wandb]'` and so on. They get
 loss, learning rate, gradient norm, tokens a second and the held-out loss, with the step, from before the first step to after the
-last. A resumed run goes on under its name, `<recipe>-<time>`. TensorBoard writes to `tensorboard/` in the run folder; the others go
+last. A resumed run goes on under its name, `<recipe>-<time>`. TensorBoard writes to `tensorboard/` in the run; the others go
 to the project `qlora-phi3` unless the environment names another (`WANDB_PROJECT`, `MLFLOW_EXPERIMENT_NAME`). A tracker that is
 not installed, or cannot start, is an error before the first step; one that fails later is left out with a note. The settings that
 transformers sends go along, the paths of the base and of the run among them, and no token. What the run prints is not sent.

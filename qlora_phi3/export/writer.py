@@ -164,20 +164,27 @@ def write_shards(
 
 def _write_shard(weights: Weights, folder: Path, shard: Shard, progress: Callable[[int], None]) -> None:
     """Write one file; each chunk is written while the next one is computed."""
-    with atomic_file(folder / shard.file_name) as staging, staging.open("wb") as file, ThreadPoolExecutor(1) as pool:
-        file.write(shard.header)
-        writing: Future[int] | None = None
+    with atomic_file(folder / shard.file_name) as staging, staging.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        _write_all(file.write, shard.header)
+        writing: Future[None] | None = None
         for name in shard.names:
             for chunk in weights.iter_row_chunks(name):
                 if writing is not None:
                     writing.result()
                     progress(file.tell())
                 data = cast(Any, chunk.contiguous().view(-1).view(torch.uint8).numpy())
-                writing = pool.submit(file.write, data)
+                writing = pool.submit(_write_all, file.write, data)
         if writing is not None:
             writing.result()
         if file.tell() != shard.num_bytes:
             raise ValueError(f"{shard.file_name} took {file.tell()} bytes, and {shard.num_bytes} were planned")
+
+
+def _write_all(write: Callable[[Any], int | None], data: Any) -> None:
+    """Write every byte: an unbuffered file may take only a part."""
+    view = memoryview(data)
+    while view:
+        view = view[write(view) or 0 :]
 
 
 @contextmanager

@@ -201,7 +201,7 @@ class ConsoleReporter:
         """
         saved, folder = self._saved or (None, resumed)
         step, total = self.step_number, self._total
-        if not total:
+        if not total or (not step and saved is None):
             message = "Stopped before the first step: nothing is lost."
         elif folder is None:
             message = f"Stopped at once after step {step} of {total}, before any checkpoint was saved."

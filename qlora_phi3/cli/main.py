@@ -34,6 +34,7 @@ COMMANDS = {
     "export": "export",
     "adapter": "adapter",
     "recipe": "recipe",
+    "doctor": "doctor",
 }
 
 

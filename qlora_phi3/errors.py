@@ -19,18 +19,18 @@ OUT_OF_MEMORY = re.compile(
 LONGEST_LINE = 2000
 
 
-def printable(text: str) -> str:
-    """Text in which no character can control a terminal, in lines of at most `LONGEST_LINE` characters.
+def printable(text: str, *, longest_line: int = LONGEST_LINE) -> str:
+    """Text in which no character can control a terminal, in lines of at most `longest_line` characters.
 
     Names and values in files of other people may hold ANSI escapes, and may be as long as the file.
     """
     if not text.isprintable():
         text = "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
-    if len(text) <= LONGEST_LINE:
+    if len(text) <= longest_line:
         return text
-    half = LONGEST_LINE // 2
+    half = longest_line // 2
     lines = text.split("\n")
-    return "\n".join(line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}" for line in lines)
+    return "\n".join(line if len(line) <= longest_line else f"{line[:half]} ... {line[-half:]}" for line in lines)
 
 
 class UserError(Exception):

@@ -27,7 +27,7 @@ FIRST_ROWS = 3
 @click.option("--row", "rows", multiple=True, metavar="N", help="Show this row, complete: its number, or file:number.")
 @click.option("--random", "count", type=click.IntRange(1), metavar="N", help="Show N rows drawn at random.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of --random.")
-@click.option("--problems", is_flag=True, help="Show the rows that are left out or cut, each with its reason.")
+@click.option("--problems", is_flag=True, help="Show the rows that are left out (1,000 of a reason) or cut, and why.")
 @click.option("--ids", is_flag=True, help="Show each token on a line of its own, with its id.")
 @click.option("--html", "page", type=click.Path(path_type=Path), help="Write figures, rows and problems as a page.")
 @click.option("--json", "wants_json", is_flag=True, help="Print JSON, for programs.")
@@ -117,8 +117,10 @@ class _Inspection:
             views = inspection.view_rows(head.train, range(len(head.train)), head, self.tokenizer)
             views = inspection.with_cuts(views, self.read(max_rows=FIRST_ROWS, is_cut=False))
             self._print_rows(console, views, ids=ids, is_complete=False)
-        data = self.read(evaluate=self.recipe.training.do_eval)
-        uncut = self.read(is_cut=not data.report.truncated and not data.report.fully_truncated.rows)
+        evaluate = self.recipe.training.do_eval
+        data = self.read(evaluate=evaluate)
+        is_complete = not data.report.truncated and not data.report.fully_truncated.rows
+        uncut = self.read(is_cut=is_complete, evaluate=evaluate and self.recipe.data.eval is not None)
         if count:
             drawn = np.random.default_rng(seed).choice(len(data.train), min(count, len(data.train)), replace=False)
             views = inspection.view_rows(data.train, sorted(drawn.tolist()), data, self.tokenizer)
@@ -126,8 +128,8 @@ class _Inspection:
         views = inspection.with_cuts(views, uncut)
         found = []
         if problems or page is not None or wants_json:
-            found = list(inspection.find_problems(data, uncut, self.recipe.data, self.path.parent, self.recipe.data.split))
-        figures = inspection.measure(data, uncut, self.recipe)
+            found = list(inspection.find_problems(data, uncut, self.recipe.data, self.path.parent))
+        figures = inspection.measure(data, uncut, self.recipe, self.architecture.max_position_embeddings)
         self.watcher.close()
         if wants_json:
             result = {"statistics": asdict(figures), "rows": list(map(asdict, views)), "problems": list(map(asdict, found))}
@@ -147,6 +149,6 @@ class _Inspection:
         from qlora_phi3.ui import inspect as ui
 
         self.watcher.close()
-        click.echo(ui.legend(is_styled=console.is_terminal))
+        click.echo(ui.legend(console))
         for view in views:
             ui.show_row(console, view, ids=ids, is_complete=is_complete)

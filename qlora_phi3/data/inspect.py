@@ -27,6 +27,8 @@ UNCUT = 2**31 - 1
 CUT_SHARE = 0.01
 #: Lengths at which the cuts are listed, in tokens.
 CANDIDATES = tuple(2**power for power in range(7, 18))
+#: Columns that say which row it is, and how long.
+ROW = ("source", "source_row", "length")
 PERCENTILES = (0, 10, 50, 90, 99, 100)
 
 
@@ -73,7 +75,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class DataStatistics:
-    """Figures of the rows before they are cut, held-out rows included; lengths in tokens."""
+    """Figures of the rows before they are cut, rows held out of them included; lengths in tokens."""
 
     report: DataReport
     percentiles: dict[int, int]
@@ -112,9 +114,8 @@ def with_cuts(views: Sequence[RowView], uncut: PreparedData) -> list[RowView]:
     """The views with the number of tokens that truncation took; `uncut` are the same data with `max_length` = `UNCUT`."""
     lengths = {
         f"{uncut.report.sources[source]}:{number}": length
-        for source, number, length in zip(
-            *(read_column(uncut.train, name) for name in ("source", "source_row", "length")), strict=True
-        )
+        for dataset in filter(None, (uncut.train, uncut.evaluation))
+        for source, number, length in zip(*(read_column(dataset, name) for name in ROW), strict=True)
     }
     return [replace(view, num_cut=int(lengths.get(view.name, view.num_tokens)) - view.num_tokens) for view in views]
 
@@ -131,31 +132,37 @@ def find_row(data: PreparedData, wanted: str, tokenizer: Any) -> RowView:
         for index in np.flatnonzero(numbers == (int(number) if number.isdecimal() else -1)):
             if data.report.sources[sources[index]].endswith(file):
                 return view_rows(dataset, [int(index)], data, tokenizer, held_out=dataset is data.evaluation)[0]
+    reasons = {name: reason for name, reason in data.left_out.items() if f":{name}".endswith(f":{number}")}
+    if row := next((name for name in reasons if name.rpartition(":")[0].endswith(file)), None):
+        hint = "Correct it, or leave it out; `--problems` lists all such rows."
+        raise DataError(f"--row {wanted}: {row} is not trained on: {reasons[row]}.", hint)
     raise DataError(
         f"--row {wanted}: no such row of {', '.join(data.report.sources)} is trained or evaluated on.",
         "Rows are counted as in messages, from 1; `--problems` lists those that are left out.",
     )
 
 
-def find_problems(data: PreparedData, uncut: PreparedData, recipe: Data, base_dir: Path, split: str) -> Iterator[Problem]:
-    """Every row that is left out and named in the report, and every row that is cut, with its content from the file."""
-    report = data.report
-    reasons = {name: count.reason for count in (*report.skipped, report.fully_truncated) for name in count.where}
-    long = row_lengths(uncut.train) > report.max_length
-    for source, number, length in zip(
-        *(read_column(uncut.train, name)[long] for name in ("source", "source_row", "length")), strict=True
-    ):
-        line = f"cut: {length:,} tokens, max_length is {report.max_length:,}"
-        reasons.setdefault(f"{uncut.report.sources[source]}:{number}", line)
-    for source in open_sources(as_list(recipe.train), recipe, split, base_dir) if reasons else ():
-        for number, row in source.rows():
+def find_problems(data: PreparedData, uncut: PreparedData, recipe: Data, base_dir: Path) -> Iterator[Problem]:
+    """Every row that is cut, and the first 1,000 of each reason that are left out, with their content from the file."""
+    reasons = dict(data.left_out)
+    for dataset in filter(None, (uncut.train, uncut.evaluation)):
+        columns = [read_column(dataset, name)[row_lengths(dataset) > data.report.max_length] for name in ROW]
+        for source, number, length in zip(*columns, strict=True):
+            line = f"cut: {length:,} tokens, max_length is {data.report.max_length:,}"
+            reasons.setdefault(f"{uncut.report.sources[source]}:{number}", line)
+    names = [(as_list(recipe.train), recipe.split), (as_list(recipe.eval), recipe.eval_split or "test")]
+    for source in (source for each, split in names for source in open_sources(each, recipe, split, base_dir)):
+        for number, row in source.rows() if any(name.startswith(f"{source.name}:") for name in reasons) else ():
             if reason := reasons.get(f"{source.name}:{number}"):
                 content = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
                 yield Problem(f"{source.name}:{number}", reason, content)
 
 
-def measure(data: PreparedData, uncut: PreparedData, recipe: Recipe) -> DataStatistics:
-    """The statistics of a recipe's data; `uncut` are the same data with `max_length` = `UNCUT` and nothing held out."""
+def measure(data: PreparedData, uncut: PreparedData, recipe: Recipe, positions: int) -> DataStatistics:
+    """The statistics of a recipe's data; `uncut` are the same data with `max_length` = `UNCUT` and no row held out of `train`.
+
+    `positions` of the model bound the suggested `max_length`.
+    """
     training, lengths = recipe.training, row_lengths(uncut.train)
     learned_before = _learned_before(uncut.train)
     duplicates, pair = _find_duplicates(uncut)
@@ -173,7 +180,7 @@ def measure(data: PreparedData, uncut: PreparedData, recipe: Recipe) -> DataStat
         batch_size=training.batch_size,
         duplicates=duplicates,
         first_duplicate=pair,
-        suggested_max_length=suggest_max_length(lengths, learned_before),
+        suggested_max_length=min(suggest_max_length(lengths, learned_before), positions),
     )
 
 

@@ -5,7 +5,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -36,6 +36,8 @@ class PreparedData:
     train: Any
     evaluation: Any | None
     report: DataReport
+    #: Row as `file:number` -> why it is left out, for the first 1,000 rows of each reason in each source.
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def prepare_datasets(
@@ -82,7 +84,9 @@ def prepare_datasets(
         evaluation = train.select(indices)
         train = train.select(np.setdiff1d(np.arange(len(train)), indices))
     sources = (*train_sources, *eval_sources)
-    return PreparedData(train, evaluation, _build_report(train, evaluation, sources, reports, config, indices))
+    counts = [count for report in reports for count in (*report.skipped.values(), report.fully_truncated)]
+    left_out = {name: count.reason for count in counts for name in count.where}
+    return PreparedData(train, evaluation, _build_report(train, evaluation, sources, reports, config, indices), left_out)
 
 
 def row_lengths(dataset: Any) -> NDArray[np.int64]:

@@ -8,7 +8,7 @@ from qlora_phi3.units import format_count
 
 #: Reasons that are counted apart in a source: those may be as many as the rows, as a column's name stands in some.
 MOST_REASONS = 200
-#: Rows that a count names, and rows that are named when truncation left nothing supervised in them.
+#: Rows that a count names; and rows of a source that are named where they are skipped, or truncation left nothing supervised.
 EXAMPLES, NAMED = 3, 1000
 #: Columns that a warning names.
 NAMED_COLUMNS = 12
@@ -57,7 +57,8 @@ class SourceReport:
         reason = printable(" ".join(reason.encode(errors="replace").decode().splitlines()))
         if reason not in counts and len(counts) >= MOST_REASONS:
             reason = "other reasons" if counts is not self.unread else "others"
-        counts[reason] = counts.get(reason, RowCount(reason)).plus(1, [f"{self.name}:{number}"])
+        named = NAMED if counts is self.skipped else EXAMPLES
+        counts[reason] = counts.get(reason, RowCount(reason)).plus(1, [f"{self.name}:{number}"], named=named)
 
     def add_fully_truncated(self, number: int) -> None:
         """Count a row in which truncation left nothing supervised."""

@@ -1,6 +1,7 @@
 """What `qlora-phi3 inspect` shows: rows with the learned text marked, and statistics; in a terminal, or as a page of HTML."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,16 +23,21 @@ BAR_WIDTH = 40
 MOST_PROBLEMS = 100
 
 
+def is_styled(console: "Console") -> bool:
+    """Whether underlining can be seen: on a terminal that is not a dumb one. With NO_COLOR it stays."""
+    return console.is_terminal and console.color_system is not None
+
+
 def shown(text: str) -> str:
-    """A text without what controls a terminal, and with files below the current directory by their relative paths."""
-    return printable(text).replace(f"{Path.cwd()}{os.sep}", "")
+    """A text without what controls a terminal, complete, and with files below the current directory by their relative paths."""
+    return printable(text, longest_line=sys.maxsize).replace(f"{Path.cwd()}{os.sep}", "")
 
 
 def show_row(console: "Console", view: RowView, *, ids: bool = False, is_complete: bool = False) -> None:
     """Print a row; with `ids` a line for each token. Long pieces are shortened unless `is_complete`."""
     from rich.text import Text
 
-    marks = ("", "") if console.is_terminal else MARKS
+    marks = ("", "") if is_styled(console) else MARKS
     console.print(Text(describe_row(view), style="bold"), soft_wrap=True)
     if ids:
         for piece in view.pieces:
@@ -75,9 +81,9 @@ def show_problems(console: "Console", problems: Sequence[Problem]) -> None:
         console.print("No row is left out or cut.")
 
 
-def legend(*, is_styled: bool) -> str:
+def legend(console: "Console") -> str:
     """How learned text is marked."""
-    return "Learned: green and underlined." if is_styled else f"Learned: between {MARKS[0]} and {MARKS[1]}."
+    return "Learned: green and underlined." if is_styled(console) else f"Learned: between {MARKS[0]} and {MARKS[1]}."
 
 
 def statistics_lines(figures: DataStatistics) -> list[str]:

@@ -4,6 +4,8 @@ import json
 
 from workshop import call
 
+from qlora_phi3.ui.inspect import shown
+
 
 def test_inspect_shows_rows_with_the_learned_text_marked_and_then_the_figures(shop):
     result = call("inspect", str(shop.write(data={"eval_size": 8})))
@@ -29,6 +31,11 @@ def test_text_of_the_data_cannot_control_the_terminal_or_be_read_as_markup(shop)
     page = (shop.path / "page.html").read_text(encoding="utf-8")
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
+
+
+def test_a_long_line_is_shown_complete_and_without_what_controls_a_terminal():
+    assert shown("y" * 3000) == "y" * 3000
+    assert shown("\x1b[31mred") == "\\x1b[31mred"
 
 
 def test_json_has_the_statistics_the_rows_and_the_problems(shop):

@@ -51,7 +51,7 @@ def test_a_row_that_is_cut_says_by_how_much_and_is_listed_with_its_content(read,
     views = inspect.with_cuts(inspect.view_rows(data.train, [0, 1], data, TOKENIZER), uncut)
     length = len(uncut.train[1]["input_ids"])
     assert [view.num_cut for view in views] == [0, length - 32]
-    (problem,) = inspect.find_problems(data, uncut, Data(train="rows.jsonl"), tmp_path, "train")
+    (problem,) = inspect.find_problems(data, uncut, Data(train="rows.jsonl"), tmp_path)
     assert problem.name == "rows.jsonl:2"
     assert problem.reason == f"cut: {length} tokens, max_length is 32"
     assert json.loads(problem.content) == rows[1]
@@ -60,9 +60,25 @@ def test_a_row_that_is_cut_says_by_how_much_and_is_listed_with_its_content(read,
 def test_a_row_that_is_skipped_or_loses_its_answer_is_a_problem(read, tmp_path):
     rows = [chat("a", "b"), {"messages": []}, chat("q" * 60, "b")]
     data, uncut = read(rows, 32), read(rows, inspect.UNCUT)
-    problems = list(inspect.find_problems(data, uncut, Data(train="rows.jsonl"), tmp_path, "train"))
+    problems = list(inspect.find_problems(data, uncut, Data(train="rows.jsonl"), tmp_path))
     assert [problem.name for problem in problems] == ["rows.jsonl:2", "rows.jsonl:3"]
     assert problems[1].reason == "nothing left to learn after truncation"
+
+
+def test_every_row_that_is_left_out_is_a_problem_and_its_number_says_why(read, tmp_path):
+    rows = [chat("a", "b"), *({"messages": []} for _ in range(6))]
+    data, uncut = read(rows, 64), read(rows, inspect.UNCUT)
+    problems = list(inspect.find_problems(data, uncut, Data(train="rows.jsonl"), tmp_path))
+    assert [problem.name for problem in problems] == [f"rows.jsonl:{number}" for number in range(2, 8)]
+    with pytest.raises(DataError, match=r"--row 7: rows\.jsonl:7 is not trained on: "):
+        inspect.find_row(data, "7", TOKENIZER)
+    assert len(data.report.skipped[0].where) == 3
+
+
+def test_a_suggestion_is_no_longer_than_the_model(read):
+    rows = [chat("a", "b" * 300)]
+    recipe = Recipe.model_validate({"model": {"name": "x"}, "data": {"train": "rows.jsonl"}, "training": {"max_length": 64}})
+    assert inspect.measure(read(rows, 64), read(rows, inspect.UNCUT), recipe, 128).suggested_max_length == 128
 
 
 def test_a_row_is_found_by_its_number_or_its_file(read):
@@ -78,7 +94,7 @@ def test_the_figures_of_rows_of_known_lengths(read):
     rows = [chat("a", "b"), chat("a", "b"), chat("a", "b" * 40), chat("a", "b" * 90)]
     recipe = Recipe.model_validate({"model": {"name": "x"}, "data": {"train": "rows.jsonl"}, "training": {"max_length": 64}})
     data, uncut = read(rows, 64), read(rows, inspect.UNCUT)
-    figures = inspect.measure(data, uncut, recipe)
+    figures = inspect.measure(data, uncut, recipe, 4096)
     lengths = [len(row["input_ids"]) for row in uncut.train]
     learned = [sum(label != IGNORE_INDEX for label in row["labels"]) for row in uncut.train]
     assert figures.percentiles[0] == min(lengths)

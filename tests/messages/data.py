@@ -74,6 +74,12 @@ def message(name: str, trigger: Any, says: tuple[str, ...], hint: str) -> Messag
 
 MESSAGES = [
     message(
+        "inspect-row-left-out",
+        lambda shop: find_row(prepare(shop, [CHAT, {"messages": []}]), "2", build_tokenizer(OWN)),
+        ("--row 2", "a.json:2"),
+        "--problems",
+    ),
+    message(
         "inspect-no-such-row",
         lambda shop: find_row(prepare(shop, [CHAT]), "7", build_tokenizer(OWN)),
         ("--row 7", "a.json"),

@@ -18,7 +18,7 @@ from torch import Tensor
 from qlora_phi3.errors import RunError, is_out_of_memory
 from qlora_phi3.execution import IGNORE_INDEX
 from qlora_phi3.files import atomic_write, foreign_errors
-from qlora_phi3.inference import GREEDY, stop_ids
+from qlora_phi3.inference import InferenceModel, generate_batch, stop_ids
 from qlora_phi3.reporter import Progress
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.step import evaluating
@@ -148,25 +148,10 @@ def _answer(
     model: PeftModel, context: RunContext, batch: Sequence[Prompt], stops: Sequence[int], count: Callable[[int], None], done: int
 ) -> list[list[int]]:
     """The new ids of each prompt up to its first stop id, which is included. `done` is for `count`: tokens of earlier batches."""
-    start = max(len(prompt.ids) for prompt in batch)
-    ids = torch.tensor([[stops[0]] * (start - len(prompt.ids)) + prompt.ids for prompt in batch], device=context.device)
-    mask = torch.tensor([[0] * (start - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in batch], device=context.device)
 
-    def after_token(all_ids: Tensor, _: Tensor, **__: Any) -> Tensor:
-        count(done + all_ids.shape[1] - start)
-        return torch.zeros(len(batch), dtype=torch.bool, device=all_ids.device)
+    def after_token(new_ids: Tensor) -> bool:
+        count(done + new_ids.shape[1])
+        return False
 
-    dtype = context.precision.compute_dtype
-    with torch.no_grad(), torch.autocast(context.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            **GREEDY,
-            use_cache=True,
-            max_new_tokens=MAX_NEW_TOKENS,
-            eos_token_id=list(stops),
-            pad_token_id=stops[0],
-            stopping_criteria=[after_token],
-        )
-    ends = [next((at for at, token in enumerate(new, 1) if token in stops), None) for new in output[:, start:].tolist()]
-    return [new[:end] for new, end in zip(output[:, start:].tolist(), ends, strict=True)]
+    inference, limits = InferenceModel(model, context.tokenizer, tuple(stops)), [MAX_NEW_TOKENS] * len(batch)
+    return generate_batch(inference, [prompt.ids for prompt in batch], limits, after_token=after_token)

@@ -131,13 +131,13 @@ def test_the_estimate_leaves_out_the_time_of_the_first_token(monkeypatch):
         count(9)
 
 
-def test_an_answer_ends_at_its_first_stop_id(lab):
-    context = lab[1]
+def test_an_answer_ends_at_its_first_stop_id(lab, monkeypatch):
+    model, context = lab
     prompts, stop = choose_prompts(context, 2), 5
     start = max(len(prompt.ids) for prompt in prompts)
     new = torch.tensor([[7, stop, 8, stop], [7, 7, 7, 7]])
-    fake = SimpleNamespace(generate=lambda **options: torch.cat([torch.zeros(2, start, dtype=torch.int64), new], dim=1))
-    assert samples._answer(fake, context, prompts, [stop], lambda done: None, 0) == [[7, stop], [7, 7, 7, 7]]
+    monkeypatch.setattr(model, "generate", lambda **options: torch.cat([torch.zeros(2, start, dtype=torch.int64), new], dim=1))
+    assert samples._answer(model, context, prompts, [stop], lambda done: None, 0) == [[7, stop], [7, 7, 7, 7]]
 
 
 def row(prompt, answer):

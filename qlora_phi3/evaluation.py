@@ -18,7 +18,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_phi3.data.prepare import PreparedData, prepare_datasets
 from qlora_phi3.data.report import FEW_ROWS
@@ -26,13 +26,17 @@ from qlora_phi3.data.template import choose_template
 from qlora_phi3.errors import DataError, ModelError, RunError, first_line, is_out_of_memory
 from qlora_phi3.execution import IGNORE_INDEX, MicroBatchPlan
 from qlora_phi3.inference import InferenceModel, decode, generate_batch
+from qlora_phi3.model.loss import tiled_cross_entropy
 from qlora_phi3.model.phi3 import find_base
+from qlora_phi3.objectives import ObjectiveOutput, compute_supervised
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.recipe.schema import Data
 from qlora_phi3.reporter import Progress
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.step import MicroBatchMemoryError, collate, evaluate
 
+#: Rows that are read at once, and tokens that are computed at once: training the same rows takes more memory.
+GROUP_ROWS, MICRO_BATCH_TOKENS = 16, 1024
 #: Prompts that are answered at once, at most, and the share of the free memory that their keys and values may take.
 BATCH_PROMPTS, CACHE_SHARE = 64, 0.5
 #: Resamples of an interval, and its percentiles.
@@ -163,17 +167,30 @@ def score_rows(inference: InferenceModel, data: EvalRows, report: Report) -> dic
     """Loss and token accuracy by row, weighted by the supervised tokens, so that the means are those that a run reports.
     ModelError where memory runs out.
     """
-    plan = MicroBatchPlan(max_tokens=1, max_rows=1, packing=False, longrope_boundary=None)
-    scores = list[tuple[float, float, float]]()
-    batches = (collate([row], plan) for row in data.rows)
+    boundary, count = inference.longrope_boundary, len(data.rows)
+    plan = MicroBatchPlan(max_tokens=MICRO_BATCH_TOKENS, max_rows=GROUP_ROWS, packing=True, longrope_boundary=boundary)
+    groups = [range(start, min(start + GROUP_ROWS, count)) for start in range(0, count, GROUP_ROWS)]
+    batches = (collate([data.rows[row] for row in group], plan) for group in groups)
+    scores, found = np.empty((count, 3)), list[list[list[float]]]()
+
+    def objective(model: nn.Module, micro_batch: Mapping[str, Any], _: int) -> ObjectiveOutput:
+        labels, head = torch.split(micro_batch["labels"][0], micro_batch["document_lengths"]), find_base(model).head_weight
+        counts = [int((row != IGNORE_INDEX).sum()) for row in labels]
+        by_row = zip(*(torch.split(part, counts) for part in compute_supervised(model, micro_batch)), strict=True)
+        sums = [tiled_cross_entropy(hidden, head, targets, normalizer=1) for hidden, targets in by_row]
+        found.append([[float(nll), float(correct), tokens] for (nll, correct), tokens in zip(sums, counts, strict=True)])
+        return ObjectiveOutput(loss=head.new_zeros(()), metrics={})
+
     try:
-        for batch, result in evaluate(inference.model, batches, compute_dtype=inference.dtype):
-            tokens = batch.num_supervised
-            scores.append((float(result.loss) * tokens, float(result.metrics["num_correct"]), tokens))
-            report(len(scores), len(data.rows))
+        results = evaluate(inference.model, batches, objective=objective, compute_dtype=inference.dtype)
+        for group, (batch, _) in zip(groups, results, strict=True):
+            for indices, sums in zip(batch.row_indices, found, strict=True):  # sums may end with the padding's
+                scores[[group[index] for index in indices]] = sums[: len(indices)]
+            found.clear()
+            report(group.stop, count)
     except MicroBatchMemoryError as error:
         raise ModelError(f"Memory ran out while the loss was measured: {error.reason}.", MEMORY_HINT) from error
-    nll, correct, weights = np.array(scores, dtype=float).T
+    nll, correct, weights = scores.T
     return {"loss": (nll, weights), "token_accuracy": (correct, weights)}
 
 

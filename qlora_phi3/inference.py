@@ -44,6 +44,7 @@ class InferenceModel:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     chat_template: str = "auto"  #: By which `choose_template` finds the marked template that the model was trained with.
+    longrope_boundary: int | None = None
 
     @property
     def max_positions(self) -> int:
@@ -119,7 +120,8 @@ def load_for_inference(
         ending = _read_ending(tokenizer, source)
         end_of_turn, tokenizer.chat_template = ending.token_id, ending.template or tokenizer.chat_template
         model = _load_adapter(model, adapter)
-    return InferenceModel(model.eval(), tokenizer, stop_ids(eos_token_id, end_of_turn), source.chat_template)
+    ids, boundary = stop_ids(eos_token_id, end_of_turn), architecture.longrope_boundary
+    return InferenceModel(model.eval(), tokenizer, ids, source.chat_template, boundary)
 
 
 def _read_source(path: Path) -> _Source:

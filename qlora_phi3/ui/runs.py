@@ -197,7 +197,7 @@ def verdict(run: Run) -> str:
     """What came of a run, in one sentence or two."""
     steps, losses = run.series("eval_loss")
     if len(losses) > 1 and steps[0] == 0:
-        change = "fell" if losses[-1] < losses[0] else "rose" if losses[-1] > losses[0] else "stayed"
+        change = "fell" if losses[-1] < losses[0] else "rose" if losses[-1] > losses[0] else "did not change,"
         result = f"The held-out loss {change} from {losses[0]:.4f} to {losses[-1]:.4f}."
     elif run.steps:
         result = "The training loss went from {:.4f} to {:.4f}; no held-out loss tells more.".format(

@@ -4,6 +4,7 @@ Nothing is printed here. Rows come from the function that a run calls, so what i
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -111,13 +112,21 @@ def _view_row(row: Mapping[str, Any], sources: Sequence[str], tokenizer: Any, *,
 
 
 def with_cuts(views: Sequence[RowView], uncut: PreparedData) -> list[RowView]:
-    """The views with the number of tokens that truncation took; `uncut` are the same data with `max_length` = `UNCUT`."""
-    lengths = {
-        f"{uncut.report.sources[source]}:{number}": length
-        for dataset in filter(None, (uncut.train, uncut.evaluation))
-        for source, number, length in zip(*(read_column(dataset, name) for name in ROW), strict=True)
-    }
-    return [replace(view, num_cut=int(lengths.get(view.name, view.num_tokens)) - view.num_tokens) for view in views]
+    """The views with the number of tokens that truncation took; `uncut` are the same data with `max_length` = `UNCUT`.
+
+    Several rows have one name where they start on one line, as in a .json file without line breaks: their ids decide.
+    """
+    names: dict[str, list[tuple[Any, int]]] = defaultdict(list)
+    for dataset in filter(None, (uncut.train, uncut.evaluation)):
+        for index, (source, number) in enumerate(zip(*(read_column(dataset, name) for name in ROW[:2]), strict=True)):
+            names[f"{uncut.report.sources[source]}:{number}"].append((dataset, index))
+
+    def cut_tokens(view: RowView) -> int:
+        ids = [token for piece in view.pieces for token in piece.ids]
+        rows = (dataset[index]["input_ids"] for dataset, index in names[view.name])
+        return next((len(row) - len(ids) for row in rows if row[: len(ids)] == ids), 0)
+
+    return [replace(view, num_cut=cut_tokens(view)) for view in views]
 
 
 def find_row(data: PreparedData, wanted: str, tokenizer: Any) -> RowView:
@@ -138,7 +147,7 @@ def find_row(data: PreparedData, wanted: str, tokenizer: Any) -> RowView:
         raise DataError(f"--row {wanted}: {row} is not trained on: {reasons[row]}.", hint)
     raise DataError(
         f"--row {wanted}: no such row of {', '.join(data.report.sources)} is trained or evaluated on.",
-        "Rows are counted as in messages, from 1; `--problems` lists those that are left out.",
+        "A row has the number of the line that it starts on, or of its record; `--problems` lists those that are left out.",
     )
 
 
@@ -151,11 +160,15 @@ def find_problems(data: PreparedData, uncut: PreparedData, recipe: Data, base_di
             line = f"cut: {length:,} tokens, max_length is {data.report.max_length:,}"
             reasons.setdefault(f"{uncut.report.sources[source]}:{number}", line)
     names = [(as_list(recipe.train), recipe.split), (as_list(recipe.eval), recipe.eval_split or "test")]
+    contents: dict[str, list[Any]] = defaultdict(list)
     for source in (source for each, split in names for source in open_sources(each, recipe, split, base_dir)):
         for number, row in source.rows() if any(name.startswith(f"{source.name}:") for name in reasons) else ():
-            if reason := reasons.get(f"{source.name}:{number}"):
-                content = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
-                yield Problem(f"{source.name}:{number}", reason, content)
+            if (name := f"{source.name}:{number}") in reasons:
+                contents[name].append(row)
+    for name, rows in contents.items():
+        content = rows[0] if isinstance(rows[0], str) else json.dumps(rows[0], ensure_ascii=False, default=str)
+        several = f"One of {len(rows):,} rows that start on this line; in a .jsonl file each has a line of its own."
+        yield Problem(name, reasons[name], content if len(rows) == 1 else several)
 
 
 def measure(data: PreparedData, uncut: PreparedData, recipe: Recipe, positions: int) -> DataStatistics:

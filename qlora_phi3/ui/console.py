@@ -201,8 +201,10 @@ class ConsoleReporter:
         """
         saved, folder = self._saved or (None, resumed)
         step, total = self.step_number, self._total
-        if not total or (not step and saved is None):
+        if not total:
             message = "Stopped before the first step: nothing is lost."
+        elif folder is None and not step:
+            message = f"Stopped at once after step 0 of {total}: nothing is lost."
         elif folder is None:
             message = f"Stopped at once after step {step} of {total}, before any checkpoint was saved."
         elif saved in (None, step):

@@ -1,6 +1,7 @@
 """Messages about data files, data sets of the hub, formats, chat templates, and the rows made of them."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +37,7 @@ def empty_folder(shop: Workshop) -> object:
     return open_local("empty", shop.path)
 
 
-def prepare(shop: Workshop, rows: Any, *, max_length: int = 200, cache: str = "cache", **keys: Any) -> object:
+def prepare(shop: Workshop, rows: Any, *, max_length: int = 200, cache: str = "cache", **keys: Any) -> Any:
     tokenizer = build_tokenizer(OWN)
     return prepare_datasets(
         Data(train=save(shop, "a.json", json.dumps(rows)), **keys),
@@ -47,6 +48,11 @@ def prepare(shop: Workshop, rows: Any, *, max_length: int = 200, cache: str = "c
         base_dir=shop.path,
         cache_dir=shop.path / cache,
     )
+
+
+def row_left_out(shop: Workshop) -> object:
+    data = replace(prepare(shop, [CHAT]), left_out={"a.json:2": "the conversation is empty"})
+    return find_row(data, "2", build_tokenizer(OWN))
 
 
 def choose(template: str | None, name: str = "auto") -> object:
@@ -75,7 +81,7 @@ def message(name: str, trigger: Any, says: tuple[str, ...], hint: str) -> Messag
 MESSAGES = [
     message(
         "inspect-row-left-out",
-        lambda shop: find_row(prepare(shop, [CHAT, {"messages": []}]), "2", build_tokenizer(OWN)),
+        row_left_out,
         ("--row 2", "a.json:2"),
         "--problems",
     ),

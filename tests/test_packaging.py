@@ -1,5 +1,6 @@
 """The wheel has every module and every file that is read, and recipes that ship are found by name from any directory."""
 
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -50,7 +51,10 @@ def test_a_path_wins_over_a_name(shop, name):
     assert find_recipe(Path(name)) == Path(name)
 
 
-def test_a_recipe_that_ships_and_whose_data_is_missing_gets_the_usual_error(shop):
+def test_a_recipe_that_ships_and_whose_data_is_missing_gets_the_usual_error(shop, monkeypatch):
+    (shop.path / "installed").mkdir()  # as a wheel has it: in a checkout the demo may have made the data
+    copied = shutil.copy(packaged_recipes()["demo"], shop.path / "installed" / "demo.toml")
+    monkeypatch.setattr("qlora_phi3.cli.options.packaged_recipes", lambda: {"demo": copied})
     result = call("run", "demo")
     assert (result.exit_code, "There is no file" in result.stderr) == (2, True)
 

@@ -30,6 +30,7 @@ COMMANDS = {
     "export": "export",
     "adapter": "adapter",
     "recipe": "recipe",
+    "doctor": "doctor",
 }
 
 

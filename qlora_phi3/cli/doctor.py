@@ -1,0 +1,89 @@
+"""`qlora-phi3 doctor`: whether this computer can train, and what to type where it cannot."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from qlora_phi3.cli.options import debug_option, silence_libraries
+
+if TYPE_CHECKING:
+    from qlora_phi3.hardware.doctor import Check
+
+COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
+FAILED = 1
+
+
+@click.command()
+@click.option("--no-step", is_flag=True, help="Leave out the training of a tiny model.")
+@click.option("--json", "wants_json", is_flag=True, help="Print JSON, for programs.")
+@debug_option
+@click.pass_context
+def doctor(ctx: click.Context, no_step: bool, wants_json: bool) -> None:
+    """Check Python, packages, GPU, disk and hub, and train a tiny model; say what to type for each problem.
+
+    \b
+    Examples:
+      qlora-phi3 doctor
+      qlora-phi3 doctor --no-step --json
+
+    Nothing is downloaded; the hub is asked for one answer. Exit codes: 0 a run can work, also with warnings, 1 it cannot.
+    """
+    from qlora_phi3.hardware.doctor import run_checks
+
+    if not ctx.meta.get("debug"):
+        silence_libraries()
+    checks = []
+    for check in run_checks():
+        checks.append(check)
+        if not wants_json:
+            _show(check)
+    if not no_step:
+        if not wants_json:
+            click.echo("Training a tiny model ...")
+        checks.append(_train())
+        if not wants_json:
+            _show(checks[-1])
+    failed = any(check.status == "failed" for check in checks)
+    if wants_json:
+        click.echo(json.dumps({"passed": not failed, "checks": list(map(asdict, checks))}, indent=2))
+    ctx.exit(FAILED if failed else 0)
+
+
+def _show(check: "Check") -> None:
+    """A line for the result, and one for what to type."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from qlora_phi3.errors import printable
+
+    line = Text.assemble((f"{check.status:<8}", COLOURS[check.status]), f" {check.name}: ", printable(check.text))
+    console = Console()
+    console.print(line, soft_wrap=True, highlight=False)
+    if check.fix:
+        console.print(Text(f"         -> {printable(check.fix)}"), soft_wrap=True, highlight=False)
+
+
+def _train() -> "Check":
+    """The training step as a check. A defect of the installation may raise anything; it is shown in one line."""
+    from qlora_phi3.errors import UserError
+    from qlora_phi3.files import foreign_errors
+    from qlora_phi3.hardware.doctor import Check
+    from qlora_phi3.hardware.gpu import choose_gpu, hide_other_gpus
+
+    hide_other_gpus(choose_gpu("auto"))
+    try:
+        with foreign_errors(UserError, "{reason}", ""):
+            from qlora_phi3.training.self_test import train_tiny_model
+
+            result = train_tiny_model()
+    except (UserError, MemoryError) as error:
+        return Check("training", "failed", f"a tiny model cannot be trained: {error}", "qlora-phi3 doctor --debug")
+    losses = f"loss {result.losses[0]:.2f} to {result.losses[-1]:.2f} in {len(result.losses)} steps"
+    text = f"{result.device}, {result.compute_dtype}, 4-bit base, {result.optim}: {losses}, {result.seconds:.0f} s"
+    if result.passed:
+        return Check("training", "ok", text)
+    return Check(
+        "training", "failed", f"the loss did not fall, or a gradient was not finite. {text}", "pip install -U qlora-phi3"
+    )

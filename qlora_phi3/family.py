@@ -91,11 +91,9 @@ class Architecture:
     max_position_embeddings: int
     #: Rows longer than this use longrope's long factors; None where one set of factors serves all lengths.
     longrope_boundary: int | None = None
-    #: Tokens that a position can look back; None where attention is full.
-    sliding_window: int | None
+    sliding_window: int | None  #: Tokens that a position can look back; None where attention is full.
     tie_word_embeddings: bool
-    #: None where the checkpoint's weights are not quantized.
-    stored: StoredQuantization | None = None
+    stored: StoredQuantization | None = None  #: None where the checkpoint's weights are not quantized.
 
 
 def is_hub_id(name: str, *, needs_owner: bool = True) -> bool:
@@ -137,16 +135,11 @@ def _read_shipped() -> Any:
 
 
 def read_config(name: str, revision: str | None = None, *, prefer_shipped: bool = False) -> dict[str, Any]:
-    """Read the config.json of a local directory or of a model on the hub.
+    """Read the config.json of a local directory or of a model on the hub, of this revision. OtherModelError where the name is
+    that of a model with another architecture (nothing is downloaded); ModelError where there is none, it cannot be downloaded, or
+    it is not JSON.
 
-    Args:
-        name: a directory, or a hub id.
-        revision: of the hub's model.
-        prefer_shipped: use `known_config` where there is one and no directory has that name; for plans, not for training.
-
-    Raises:
-        OtherModelError: the name is that of a model with another architecture; nothing is downloaded.
-        ModelError: there is none, it cannot be downloaded, or it is not JSON.
+    `prefer_shipped`: use `known_config` where there is one and no directory has that name; for plans, not for training.
     """
     if not is_dir(name) and prefer_shipped and (shipped := known_config(name)):
         return shipped
@@ -163,7 +156,7 @@ def find_config(name: str, revision: str | None = None) -> Path:
             raise ModelError(f"{name} holds a GGUF file, which cannot be trained.", _use_original({}, name))
         raise ModelError(f"The model folder {name} has no config.json.", "Set [model] name to a full checkpoint.")
     if other := OTHERS.get(name.lower()):
-        raise _other_model(name, other)
+        raise OtherModelError(f"{name} is a model of type '{other}', not phi3.", SUPPORTED)
     if name.lower().endswith("gguf"):
         raise ModelError(f"{name} is a GGUF file, which cannot be trained.", _use_original({}, name))
     return _fetch_config(name, revision)
@@ -200,10 +193,6 @@ def original_of(config: Mapping[str, Any], name: str) -> str:
 
 def _use_original(config: Mapping[str, Any], name: str) -> str:
     return f"Use the unquantized original, such as {original_of(config, name)}."
-
-
-def _other_model(name: str, model_type: object) -> OtherModelError:
-    return OtherModelError(f"{name} is a model of type '{model_type}', not phi3.", SUPPORTED)
 
 
 def _fetch_config(name: str, revision: str | None) -> Path:
@@ -247,7 +236,7 @@ def parse_architecture(config: dict[str, Any], name: str) -> Architecture:
                 f"{name} is of type '{model_type}': a Phi-3 whose qkv_proj and gate_up_proj are split into q, k, v, gate and up.",
                 f"Use the original, such as {original_of(config, name)}.",
             )
-        raise _other_model(name, model_type)
+        raise OtherModelError(f"{name} is a model of type '{model_type}', not phi3.", SUPPORTED)
     _check_values(config, name)
     sizes: dict[str, Any] = {key: config.get(key) for key in SIZES}
     sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]

@@ -77,9 +77,8 @@ def replace_dir(staging: Path, target: Path) -> None:
     remove(former)
 
 
-def atomic_write(target: Path, text: str) -> None:
+def atomic_write(target: Path, text: str, hint: str = "{cause}, then continue with --resume.") -> None:
     """Write a text file in UTF-8, completely or not at all: RunError where the disk is full or refuses; `target` is unchanged."""
-    hint = "{cause}, then continue with --resume."
     with disk_errors(target, hint=hint), atomic_file(target) as staging:
         staging.write_text(text, encoding="utf-8", newline="\n")
 
@@ -219,9 +218,9 @@ def nesting(value: object, enough: int) -> int:
     deepest, values = 0, [(value, 0)]
     while values and deepest <= enough:
         each, depth = values.pop()
-        deepest = max(deepest, depth)
         inner = each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
-        values += [(one, depth + 1) for one in inner]
+        deepest = max(deepest, depth + bool(inner))
+        values += [(one, depth + 1) for one in inner if isinstance(one, dict | list)]
     return deepest
 
 

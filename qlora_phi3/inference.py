@@ -3,14 +3,14 @@
 `stop_ids` and `read_end_of_turn` decide where generation stops; the export writes the same ids into its files.
 """
 
-import threading
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
+from threading import Event
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from qlora_phi3.adapters.base_files import strip_marks
 from qlora_phi3.data.template import ChatTemplate, choose_template
 from qlora_phi3.data.tokenizer import load_tokenizer
 from qlora_phi3.errors import DataError, ModelError, first_line
-from qlora_phi3.family import read_architecture
+from qlora_phi3.family import is_hub_id, read_architecture
 from qlora_phi3.files import read_json_object
 from qlora_phi3.model.lora import fuse_lora_forward
 from qlora_phi3.model.phi3 import choose_precision, find_base, load_base, quiet_transformers
@@ -34,8 +34,6 @@ from qlora_phi3.runfolder import RunFolder
 
 #: The tokens that end a turn in the family's templates.
 ENDS_OF_TURN = ("<|end|>", "<|im_end|>")
-#: transformers' settings for the most likely token at each step, whatever generation_config.json says.
-GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +43,39 @@ class InferenceModel:
     model: Any
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
+    chat_template: str = "auto"  #: By which `choose_template` finds the marked template that the model was trained with.
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens of a prompt with its answer, at most."""
+        return int(find_base(self.model).config.max_position_embeddings)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matmuls."""
+        dtype: torch.dtype = find_base(self.model).model.norm.weight.dtype
+        return dtype
+
+
+def sampling(temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0) -> dict[str, Any]:
+    """transformers' settings, whatever generation_config.json says: at temperature 0 the most likely token; else one is drawn,
+    from the `top_k` most likely (0: from all), and from as few as have `top_p` of the probability.
+    """
+    if not temperature:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+
+
+GREEDY = sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A generated text, its tokens without a stop id, and whether a stop id ended it, or else the limit."""
+
+    text: str
+    num_tokens: int
+    ended_by_itself: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +96,13 @@ def load_for_inference(
 
     Args:
         run_or_export: the directory of a run (its base, its adapter and its chat template are loaded), of a PEFT adapter (its
-            base is loaded in 4-bit), or of an export.
+            base is loaded in 4-bit), of an export or a base; or the hub id of a base, which is loaded in 4-bit.
         device: None for the GPU if there is one.
         dtype: of the matmuls. "auto": for a run the dtype of its recipe, for an adapter bf16 if the device has it, for an export
             the dtype of its files.
 
     Raises:
-        UserError: the directory holds none of the three, or something in it is missing, damaged, or does not fit the rest.
+        UserError: the directory holds none of these, or something in it is missing, damaged, or does not fit the rest.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = _read_source(run_or_export)
@@ -88,7 +119,7 @@ def load_for_inference(
         ending = _read_ending(tokenizer, source)
         end_of_turn, tokenizer.chat_template = ending.token_id, ending.template or tokenizer.chat_template
         model = _load_adapter(model, adapter)
-    return InferenceModel(model.eval(), tokenizer, stop_ids(eos_token_id, end_of_turn))
+    return InferenceModel(model.eval(), tokenizer, stop_ids(eos_token_id, end_of_turn), source.chat_template)
 
 
 def _read_source(path: Path) -> _Source:
@@ -108,6 +139,8 @@ def _read_source(path: Path) -> _Source:
             hint = "Set base_model_name_or_path in it to the base's folder or hub id."
             raise ModelError(f"{path / 'adapter_config.json'} names no base model.", hint)
         return _Source(Model(name=name, revision=config.get("revision")), Quantization(), "auto", path)
+    if not path.exists() and is_hub_id(path.as_posix()):
+        return _Source(Model(name=path.as_posix()), Quantization(), "auto", adapter=None)
     if not (path / "config.json").is_file():
         hint = "Give a run, such as runs/<recipe>/<time>, or the directory that an export or an adapter was written to."
         raise ModelError(f"{path} is not the directory of a run, of a PEFT adapter, or of an exported model.", hint)
@@ -182,90 +215,137 @@ def stop_ids(eos_token_id: int | Sequence[int] | None, end_of_turn: int | None =
     return tuple(dict.fromkeys(token_id for token_id in (*ids, end_of_turn) if token_id is not None))
 
 
+def encode(inference: InferenceModel, messages_or_prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
+    """The ids of plain text; or of a conversation, rendered with the chat template up to the assistant's turn. A system turn that
+    the template has no place for (Phi-3-medium's) is put ahead of the next turn's text, as in training.
+
+    Raises:
+        DataError: the chat template cannot render the messages.
+    """
+    if isinstance(messages_or_prompt, str):
+        return list(inference.tokenizer(messages_or_prompt).input_ids)
+    messages, render = list(messages_or_prompt), inference.tokenizer.apply_chat_template
+    try:
+        if len(messages) > 1 and messages[0]["role"] == "system":
+            text, probe = messages[0]["content"], [messages[0], {"role": "user", "content": "?"}]
+            with suppress(TemplateError):
+                text = "" if text.strip() in str(render(probe, tokenize=False)) else text
+            messages = [{**messages[1], "content": f"{text}\n\n{messages[1]['content']}"}, *messages[2:]] if text else messages
+        return list(render(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    except (TemplateError, ValueError, KeyError, TypeError) as error:
+        hint = "Give each message a role that the model knows, and a content."
+        raise DataError(f"The chat template cannot render these messages: {error}.", hint) from error
+
+
+def fit_messages(inference: InferenceModel, messages: Sequence[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
+    """The newest turns of a conversation that leave positions for an answer of `limit` tokens, or a quarter of all positions.
+
+    A system turn at the start and the last turn always stay; the others are left out in pairs. DataError as in `encode`.
+    """
+    kept, first, positions = list(messages), int(messages[0]["role"] == "system"), inference.max_positions
+    while len(kept) > first + 2 and len(encode(inference, kept)) > positions - min(limit, positions // 4):
+        del kept[first : first + 2]
+    return kept
+
+
 def generate(
     inference: InferenceModel,
     messages_or_prompt: str | Sequence[Mapping[str, Any]],
     *,
     max_new_tokens: int = 512,
-    temperature: float = 0.0,
-    stream: bool = False,
-) -> str | Iterator[str]:
-    """Generate text up to a stop id or `max_new_tokens`.
+    sampling: Mapping[str, Any] = GREEDY,
+) -> Generator[str, None, Answer]:
+    """Generate text up to a stop id or `max_new_tokens`, in a thread; yield it in pieces, and return the `Answer`.
+
+    Closing the generator stops the generation. Each step decodes all new tokens: transformers' TextIteratorStreamer decodes each
+    line alone, and Phi-3's tokenizer then drops a space of the line's indentation. A byte token is in a piece as soon as it is a
+    character, and in the answer only if the bytes after it are valid too.
 
     Args:
-        messages_or_prompt: a conversation, rendered with the chat template up to the assistant's turn; or plain text, continued
-            as it is.
-        temperature: 0 for the most likely token at each step; else tokens are sampled.
-        stream: return an iterator of pieces of text, which generates while it is read. Closing it stops the generation. A byte
-            token is in it as soon as it is a character, and in the text only if the bytes after it are valid too.
+        messages_or_prompt: as in `encode`.
+        sampling: from `sampling`.
 
     Raises:
-        DataError: the chat template cannot render the messages, or the prompt leaves no position for a new token.
+        DataError: as in `encode`; or the prompt leaves no position for a new token.
     """
-    tokenizer, limit = inference.tokenizer, inference.model.config.max_position_embeddings
-    if isinstance(messages_or_prompt, str):
-        ids = tokenizer(messages_or_prompt, return_tensors="pt").input_ids
-    else:
+    ids, limit, texts, closed = encode(inference, messages_or_prompt), inference.max_positions, Queue[str | None](), Event()
+    if len(ids) >= limit:
+        raise DataError(f"The prompt has {len(ids):,} tokens, and the model {limit:,} positions.", "Shorten it.")
+    limits = [min(max_new_tokens, limit - len(ids))]
+
+    def after_token(new_ids: Tensor) -> bool:
+        texts.put(decode(inference, new_ids[0]))
+        return closed.is_set()
+
+    def run() -> list[int]:
         try:
-            options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-            ids = tokenizer.apply_chat_template(list(messages_or_prompt), **options)["input_ids"]
-        except (TemplateError, ValueError, KeyError, TypeError) as error:
-            hint = "Give each message a role that the model knows, and a content."
-            raise DataError(f"The chat template cannot render these messages: {error}.", hint) from error
-    if ids.shape[1] >= limit:
-        raise DataError(f"The prompt has {ids.shape[1]:,} tokens, and the model {limit:,} positions.", "Shorten it.")
-    sampling = GREEDY
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-    texts = _generate(inference, ids, {**sampling, "max_new_tokens": min(max_new_tokens, limit - ids.shape[1])})
-    return _pieces(texts) if stream else list(texts)[-1]
-
-
-def _pieces(texts: Generator[str, None, None]) -> Iterator[str]:
-    """What each text adds to those before it, without the first bytes of a character that is not complete."""
-    text, sent = "", 0
-    with closing(texts):
-        for text in texts:
-            if len(text) > sent and not text.endswith("\ufffd"):
-                yield text[sent:]
-                sent = len(text)
-        if text[sent:]:
-            yield text[sent:]
-
-
-def _generate(inference: InferenceModel, ids: Tensor, options: Mapping[str, Any]) -> Generator[str, None, None]:
-    """Generate in a thread, and yield the whole new text after each token. `ids` is (1, length) int64.
-
-    Each step decodes all new tokens. transformers' TextIteratorStreamer decodes each line alone, and Phi-3's tokenizer then drops
-    a space of the line's indentation.
-    """
-    model, texts, closed = inference.model, Queue[str | None](), threading.Event()
-    device, dtype = model.device, find_base(model).model.norm.weight.dtype
-    mixed = isinstance(model, PeftModel) and dtype != torch.float32  # an fp32 adapter on a 16-bit base, as in training
-
-    def after_token(all_ids: Tensor, _: Tensor, **__: Any) -> Tensor:
-        texts.put(str(inference.tokenizer.decode(all_ids[0, ids.shape[1] :], skip_special_tokens=True)))
-        return torch.full((1,), closed.is_set(), device=device)
-
-    def run() -> None:
-        try:
-            with torch.autocast(device.type, dtype=dtype if mixed else None, enabled=mixed):
-                model.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=torch.ones_like(ids, device=device),
-                    eos_token_id=list(inference.stop_ids) or None,
-                    pad_token_id=(*inference.stop_ids, 0)[0],
-                    use_cache=True,
-                    stopping_criteria=[after_token],
-                    **options,
-                )
+            return generate_batch(inference, [ids], limits, sampling=sampling, after_token=after_token)[0]
         finally:
             texts.put(None)  # also after an error
 
+    text, sent = "", 0
     with ThreadPoolExecutor(1) as pool:
         generation = pool.submit(run)
         try:
-            yield from iter(texts.get, None)
+            for text in iter(texts.get, None):
+                if len(text) > sent and not text.endswith("\ufffd"):
+                    yield text[sent:]
+                    sent = len(text)
+            if text[sent:]:
+                yield text[sent:]
         finally:
             closed.set()
-        generation.result()
+        new_ids = generation.result()
+    ended_by_itself = bool(new_ids) and new_ids[-1] in inference.stop_ids
+    return Answer(decode(inference, new_ids), len(new_ids) - ended_by_itself, ended_by_itself)
+
+
+def decode(inference: InferenceModel, ids: Any) -> str:
+    """Token ids as text, without special tokens."""
+    return str(inference.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def generate_batch(
+    inference: InferenceModel,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    *,
+    sampling: Mapping[str, Any] = GREEDY,
+    after_token: Callable[[Tensor], bool] = lambda _: False,
+) -> list[list[int]]:
+    """Continue several prompts at once, padded at the left.
+
+    Args:
+        prompts: token ids of each.
+        limits: new tokens of each, at most.
+        after_token: called after each step with the new ids until then, (prompts, new) int64; returns whether to stop.
+
+    Returns:
+        The new ids of each prompt, up to its limit or its first stop id, which is the last of them.
+    """
+    model, stops, start = inference.model, list(inference.stop_ids), max(map(len, prompts))
+    device, dtype = model.device, inference.dtype
+    mixed = isinstance(model, PeftModel) and dtype != torch.float32  # an fp32 adapter on a 16-bit base, as in training
+    padding, most = (*stops, 0)[0], torch.tensor(limits, device=device)
+    rows = [(padding,) * (start - len(prompt)) + tuple(prompt) for prompt in prompts]
+    mask = torch.arange(start) >= torch.tensor([start - len(prompt) for prompt in prompts])[:, None]
+
+    def is_done(all_ids: Tensor, _: Tensor, **__: Any) -> Tensor:
+        return (most <= all_ids.shape[1] - start) | after_token(all_ids[:, start:])
+
+    with torch.autocast(device.type, dtype=dtype if mixed else None, enabled=mixed):
+        output = model.generate(
+            input_ids=torch.tensor(rows, device=device),
+            attention_mask=mask.to(device, torch.int64),
+            max_new_tokens=max(limits),
+            eos_token_id=stops or None,
+            pad_token_id=padding,
+            use_cache=True,
+            stopping_criteria=[is_done],
+            **sampling,
+        )
+    answers = []
+    for row, limit in zip(output[:, start:].tolist(), limits, strict=True):
+        end = next((place for place, token_id in enumerate(row[:limit], start=1) if token_id in stops), limit)
+        answers.append(row[:end])
+    return answers

@@ -1,6 +1,6 @@
 """What a run reports while it trains: the records of metrics.jsonl, and the protocol of the objects that show them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -106,6 +106,23 @@ def record_as_json(record: Record) -> dict[str, Any]:
     return {"kind": record.kind, **asdict(record)}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOutline:
+    """What is known of a run, or of what is left of a resumed one, before its first step."""
+
+    total_steps: int
+    epochs: float
+    first_step: int = 0  #: Steps of earlier sessions.
+    evaluations: int = 0  #: That this session makes.
+    device: str = ""
+    plan: str = ""  #: The execution plan, in words.
+    predicted_bytes: int = 0  #: Of this process on the GPU, at the peak; 0: not predicted.
+    budget_bytes: int = 0  #: The most that it may take on the GPU; 0 on a CPU.
+    step_seconds: float | None = None  #: By the cost model, which has none for CPUs.
+    evaluation_seconds: float = 0.0  #: By the cost model, or as the last one of an earlier session took; 0: not known.
+    earlier: Sequence[Mapping[str, Any]] = ()  #: The records of earlier sessions, as in metrics.jsonl.
+
+
 class Reporter(Protocol):
     """Shows or writes what a run reports."""
 
@@ -118,8 +135,8 @@ class Reporter(Protocol):
     def progress(self, what: str, done: int, total: int | None) -> None:
         """Show how far a part of the work, `what` in words, is; `done == total` ends it, a total of None is not known."""
 
-    def begin(self, first_step: int, total_steps: int, earlier: Sequence[float] = ()) -> None:
-        """Training starts after `first_step`, which is 0 unless the run is resumed; `earlier` are the losses until there."""
+    def begin(self, outline: RunOutline) -> None:
+        """Everything is loaded; what follows is the dry run, the evaluation before the first step, and the training."""
 
     def step(self, record: StepRecord) -> None:
         """An optimizer step is done."""

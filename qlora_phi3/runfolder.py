@@ -3,24 +3,27 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from qlora_phi3.errors import RunError
-from qlora_phi3.files import atomic_write, disk_errors, flush_to_disk, make_directory, read_json_object, remove
+from qlora_phi3.family import is_hub_id
+from qlora_phi3.files import atomic_write, disk_errors, flush_to_disk, is_dir, make_directory, read_json_object, remove
 
 #: Held by the process that writes a run directory, and the file with its process id.
 LOCK, LOCK_PID = "checkpoints/.lock", "checkpoints/.lock.pid"
 #: Last part of a path that means the newest run of a directory. It is no link, which Windows would not allow everyone to make.
 LATEST = "latest"
-#: Types of the values of report.json that a resumed run reads.
+#: Types of the values of report.json that are read again.
 REPORT_TYPES: dict[str, type | tuple[type, ...]] = {
     "status": str, "name": str, "started": str, "seconds": (int, float), "recipe": dict, "data": dict, "versions": dict,
-    "device": str, "compute_dtype": str, "adapter": dict, "files": dict,
+    "device": str, "compute_dtype": str, "adapter": dict, "files": dict, "steps": int, "memory": dict,
+    "eval_loss_before": (int, float, NoneType), "eval_loss_after": (int, float, NoneType),
 }  # fmt: skip
 #: Age at which a run directory without a report belongs to no process that is about to write it.
 STARTING_SECONDS = 5
@@ -39,11 +42,12 @@ class RunFolder:
     quantized_base: Path = field(init=False)  #: The 4-bit base itself, where the recipe says save_quantized.
     held_out: Path = field(init=False)  #: Tokenized rows on which an export is compared with what was trained.
     chat_template: Path = field(init=False)  #: The chat template, where the recipe names a file.
+    samples: Path = field(init=False)  #: Held-out prompts with the answers of the base and of the tuned model.
     checkpoints: Path = field(init=False)  #: Checkpoints that `--resume` continues from.
 
     def __post_init__(self) -> None:
         files = ("recipe.toml", "metrics.jsonl", "report.json", "base.json", "held_out.jsonl", "chat_template.jinja")
-        for name in (*files, "adapter", "quantized_base", "checkpoints"):
+        for name in (*files, "samples.json", "adapter", "quantized_base", "checkpoints"):
             object.__setattr__(self, name.partition(".")[0], self.path / name)
 
     def read_report(self) -> dict[str, Any]:
@@ -133,6 +137,21 @@ def lock_run(folder: RunFolder, *, wait_seconds: float = 0) -> Iterator[None]:
                     path.unlink(missing_ok=True)
 
 
+def is_locked(folder: RunFolder) -> bool:
+    """Whether a process writes a run directory now; False where that cannot be read."""
+    from filelock import FileLock, Timeout
+
+    if not (folder.path / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder.path / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a directory of someone else
+        return False
+
+
 @contextmanager
 def removed_on_failure(folder: RunFolder) -> Iterator[None]:
     """Remove a new, still empty run directory if what is done inside fails."""
@@ -182,8 +201,9 @@ def resolve_run(text: str | Path, root: Path = Path("runs")) -> RunFolder:
         path = path.parent
     candidates = [group] if group.is_absolute() or ".." in group.parts else [group, root / group]
     with suppress(OSError, ValueError):  # a name that no file system takes
-        if RunFolder(path).recipe.is_file() or RunFolder(path).report.is_file():
-            return RunFolder(path)
+        for folder in map(RunFolder, (path, candidates[-1])):  # as it stands, or as the list of runs writes it
+            if folder.recipe.is_file() or folder.report.is_file():
+                return folder
         for candidate in candidates:
             if runs := list_runs(candidate):
                 return runs[-1]
@@ -195,6 +215,21 @@ def resolve_run(text: str | Path, root: Path = Path("runs")) -> RunFolder:
     names = ", ".join(sorted({run.path.parent.name for run in runs}))
     hint = f"Give the name of a recipe with runs ({names}), or the directory of a run: the newest is {runs[-1].path}."
     raise RunError(f"There is no run {text}.", hint)
+
+
+def find_model(text: str, root: Path = Path("runs")) -> Path:
+    """What `load_for_inference` loads for a name that a person gives: the directory of a run, as `resolve_run` finds it; of an
+    adapter, an export or a base; or the hub id of a base. RunError where it is none of these.
+    """
+    try:
+        return resolve_run(text, root).path
+    except RunError:
+        path = Path(text)
+        if is_dir(path) and any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            return path
+        if is_hub_id(text) and not is_dir(path) and not is_dir(path.parent):
+            return path
+        raise
 
 
 def run_group_name(recipe: Path) -> str:
@@ -221,10 +256,13 @@ def append_metrics(folder: RunFolder, record: Mapping[str, Any]) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a line that is no record, as a kill leaves the last one, is left out."""
-    if not path.is_file():
-        return []
+    return parse_metrics(path.read_bytes().splitlines()) if path.is_file() else []
+
+
+def parse_metrics(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """The records in lines of a metrics.jsonl."""
     records = []
-    for line in path.read_bytes().splitlines():
+    for line in lines:
         with suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int):

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from qlora_phi3.data.batching import IGNORE_INDEX, plan_micro_batches, share_rows
 from qlora_phi3.errors import first_line, is_out_of_memory
-from qlora_phi3.execution import MicroBatchPlan
+from qlora_phi3.execution import IGNORE_INDEX, MicroBatchPlan, plan_micro_batches, share_rows
 from qlora_phi3.objectives import Objective, ObjectiveOutput, sft
 
 #: Packed sequences are padded to a multiple of this. oneDNN caches a compiled kernel for every shape: over 20 steps of 4 rows,

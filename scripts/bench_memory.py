@@ -168,8 +168,8 @@ def silenced() -> Iterator[None]:
         os.close(nowhere)
 
 
-def predict(case: Case, capability: tuple[int, int] | None = None) -> tuple[MemoryReport, float]:
-    """What is predicted for a configuration on a GPU of this compute capability, or on a CPU, and the seconds that it took."""
+def predict(case: Case, gpu: Gpu | None = None) -> tuple[MemoryReport, float]:
+    """What is predicted for a configuration on a GPU, or on a CPU, and the seconds that it took."""
     import torch
     from memory_bench.truth import step_shape
 
@@ -179,10 +179,11 @@ def predict(case: Case, capability: tuple[int, int] | None = None) -> tuple[Memo
     started = time.perf_counter()
     model, dtype = (case.recipe, dict(case.config), case.architecture), getattr(torch, case.compute)
     step = case.execution, step_shape(case)
-    if capability is None:
+    if gpu is None:
         memory = simulate(*model, *step, compute_dtype=dtype, path="cpu").report()
     else:
-        predictor = Predictor(*model, compute_dtype=dtype, capability=capability, multiprocessors=1)
+        kind = {"capability": gpu.compute_capability, "multiprocessors": gpu.multiprocessors}
+        predictor = Predictor(*model, compute_dtype=dtype, **kind)
         memory = predictor.simulate_all_layers(*step)
     return memory, time.perf_counter() - started
 
@@ -249,8 +250,8 @@ def bench_emulated(arguments: argparse.Namespace) -> None:
 
 
 def predicted_rows(case: Case, gpus: Mapping[str, Gpu], truths: Mapping[str, Any]) -> list[Row]:
-    """The rows of a configuration that was measured on emulated GPUs of one compute capability."""
-    memory, seconds = predict(case, capability=next(iter(gpus.values())).compute_capability)
+    """The rows of a configuration that was measured on emulated GPUs for which it is predicted alike."""
+    memory, seconds = predict(case, next(iter(gpus.values())))
     compared = (rows_of_gpu(case, gpus[name], memory, truth, seconds, path="emulated") for name, truth in truths.items())
     return [row for rows in compared for row in rows]
 
@@ -304,7 +305,7 @@ def compare_on_gpu(
         command += ["--dry"] if dry else []
         with subprocess.Popen([*command, "--caps", *map(str, caps)], env=dict(environment)) as child:
             try:
-                memory, seconds = predict(runnable_case, capability=gpu.compute_capability)
+                memory, seconds = predict(runnable_case, gpu)
                 child.wait(min(max(1.0, deadline - time.perf_counter()), 10**6))
             except subprocess.TimeoutExpired:
                 return None

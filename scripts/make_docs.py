@@ -25,7 +25,8 @@ RECIPE_HEAD = """# Every key of a recipe
 
 Made from the program by `scripts/make_docs.py`; `qlora-phi3 recipe schema` prints the same for an editor. Names are those
 of LoraConfig (`[lora]`), BitsAndBytesConfig (`[quantization]`), TrainingArguments and SFTConfig (`[training]`). `batch_size`, the
-rows of an optimizer step, `save_minutes`, `recover_from_divergence`, and the keys of `[data]` and `[memory]` are our own.
+rows of an optimizer step, `save_minutes`, `recover_from_divergence`, `report_samples`, and the keys of `[data]` and `[memory]`
+are our own.
 
 A relative path in `[model]` or `[data]` is looked for in the folder of the recipe, then in the working directory. `output_dir` is
 relative to the working directory.
@@ -45,6 +46,31 @@ report.json list the event with the rows. After five recoveries the next diverge
 state is the newest checkpoint and the adapter. The copy needs computer memory, not GPU memory: trained parameters times 4
 bytes, plus the state of the optimizer (8 bytes with `adamw_torch`, 2 with 8-bit AdamW). A checkpoint holds it too, and is about
 twice as large.
+
+## Early stopping
+
+With `early_stopping_patience = 3` training ends at the third evaluation in a row whose loss is not lower than the lowest before,
+and the adapter of the lowest is saved, also where training goes on to its last step. It lies in the computer's memory (trained
+parameters times 4 bytes) and in every checkpoint, so that a resumed run ends in the same adapter; no checkpoint of that step is
+needed. The evaluation before the first step does not count. report.json has the reason ("stopped early after step 120; best step
+90"), and its `eval_loss_after` is that of the saved adapter. With `load_best_model_at_end` as well, the result is the same.
+
+## Starts that change the base
+
+PiSSA, OLoRA and CorDA move a part of each weight into the adapter and keep the rest, which is quantized anew in 4 bit. PEFT 0.21
+refuses PiSSA on 4-bit weights, and OLoRA quantizes what is left again. The adapter then fits neither the base's own files nor the
+4-bit base that others load, so that no export could be compared with what was trained: `init_lora_weights` refuses these names.
+`"loftq"` has the same aim, a smaller error of quantization at the start, and leaves the base as it is: an ordinary LoRA, to be
+merged onto the 4-bit weights (`--onto nf4`; `auto` measures it). On the unquantized base it would correct what is not wrong.
+
+## Trackers
+
+`report_to = "tensorboard"`, `"wandb"`, `"mlflow"`, `"trackio"` or a list: `pip install 'qlora-phi3[wandb]'` and so on. They get
+loss, learning rate, gradient norm, tokens a second and the held-out loss, with the step, from before the first step to after the
+last. A resumed run goes on under its name, `<recipe>-<time>`. TensorBoard writes to `tensorboard/` in the run; the others go
+to the project `qlora-phi3` unless the environment names another (`WANDB_PROJECT`, `MLFLOW_EXPERIMENT_NAME`). A tracker that is
+not installed, or cannot start, is an error before the first step; one that fails later is left out with a note. The settings that
+transformers sends go along, the paths of the base and of the run among them, and no token. What the run prints is not sent.
 """
 
 
@@ -90,7 +116,7 @@ def render_commands() -> str:
             child = command.get_command(context, name)
             add(child, click.Context(child, parent=context, info_name=name, terminal_width=100, max_content_width=100))
 
-    add(main, click.Context(main, info_name="qlora-phi3", terminal_width=100, max_content_width=100))
+    add(main, click.Context(main, info_name="qlora-phi3", terminal_width=100, max_content_width=100, **main.context_settings))
     return "".join(parts)
 
 
@@ -133,7 +159,8 @@ def render_errors() -> str:
         for message, hints in sorted(rows[section].items(), key=lambda row: row[0].lower()):
             parts.append(f"| {message} | {as_cell(' / '.join(hints))} |\n")
     parts.append("\n## Keys of other tools and of older versions\n\n| key in a recipe | message |\n|---|---|\n")
-    parts += [f"| `{key}` | {as_cell(text)} |\n" for key, text in sorted(REPLACED.items())]
+    deleted = {key for keys in DELETED.values() for key in keys.split()}
+    parts += [f"| `{key}` | {as_cell(text)} |\n" for key, text in sorted(REPLACED.items()) if key not in deleted]
     parts += [f"| {', '.join(f'`{key}`' for key in sorted(keys.split()))} | {reason} |\n" for reason, keys in DELETED.items()]
     return "".join(parts)
 

@@ -81,3 +81,14 @@ def shop(tmp_path, base, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     return Workshop(tmp_path, base)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pages_have_no_charts():
+    """The pages that runs write at their end have tables for charts, which take 0.3 s each; the tests of the page draw them."""
+    from qlora_phi3.ui import page
+
+    draw_charts = page.draw_charts
+    page.draw_charts = lambda run: []
+    yield draw_charts
+    page.draw_charts = draw_charts

@@ -16,6 +16,7 @@ class FakeNVML:
     NVMLError = NVMLError
     nvmlMemory_v2 = 2  # noqa: N815
     NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
+    NVML_TEMPERATURE_GPU = 0
 
     def __init__(self, *gpus, broken=()):
         self.gpus, self.broken, self.is_open = gpus, broken, False
@@ -62,6 +63,12 @@ class FakeNVML:
 
     def nvmlSystemGetProcessName(self, pid):
         return {10: "/usr/lib/xorg/Xorg", 20: "C:\\Program Files\\Game\\game.exe", 30: "/opt/chrome --type=gpu"}[pid]
+
+    def nvmlDeviceGetPowerUsage(self, gpu):
+        return 78_300  # milliwatts
+
+    def nvmlDeviceGetTemperature(self, gpu, sensor):
+        return 64
 
     def nvmlDeviceGetMemoryBusWidth(self, gpu):
         return 6016

@@ -35,7 +35,7 @@ def test_the_program_accepts_every_command_of_the_docs(line):
     arguments, command = shlex.split(line)[1:], main
     while isinstance(command, click.Group):
         command = command.get_command(None, arguments.pop(0))
-    command.make_context("readme", arguments, resilient_parsing=False)
+    command.make_context("readme", arguments, resilient_parsing=False, **main.context_settings)
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python3 ")])

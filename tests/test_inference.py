@@ -6,16 +6,43 @@ from dataclasses import replace
 import bitsandbytes as bnb
 import pytest
 import torch
+from tiny import build_tokenizer, hub_template
 from trained_run import leave_trained
 
 from qlora_phi3.adapters.base_files import MARK
+from qlora_phi3.data.formats import Chat
+from qlora_phi3.data.messages import Turn
+from qlora_phi3.data.template import choose_template, render_chat
 from qlora_phi3.errors import DataError
-from qlora_phi3.inference import generate, load_for_inference, stop_ids
+from qlora_phi3.inference import (
+    encode,
+    fit_messages,
+    generate,
+    generate_batch,
+    load_for_inference,
+    sampling,
+    stop_ids,
+)
 from qlora_phi3.model.phi3 import find_base
 
 CPU = torch.device("cpu")
 QUESTION = [{"role": "user", "content": "What is red?"}]
 IDS = torch.randint(3, 500, (1, 20), generator=torch.Generator().manual_seed(0))
+
+
+def answer(inference, prompt=QUESTION, **options):
+    """The value that the generator returns."""
+    return read(generate(inference, prompt, **options))[1]
+
+
+def read(stream):
+    """The pieces of a generator, and what it returns."""
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            return pieces, end.value
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +94,7 @@ def test_a_run_in_bf16_keeps_its_adapter_in_fp32_and_generates(tmp_path, base):
     inference = load_for_inference(tmp_path, device=CPU)
     assert inference.model.lm_head.weight.dtype == torch.bfloat16
     assert {p.dtype for name, p in inference.model.named_parameters() if "lora_" in name} == {torch.float32}
-    assert generate(inference, QUESTION, max_new_tokens=4)
+    assert answer(inference, max_new_tokens=4).text
 
 
 def test_an_export_is_loaded_in_its_own_dtype_or_the_one_given(tmp_path, base):
@@ -106,31 +133,31 @@ def test_a_greedy_answer_is_that_of_transformers(loaded):
     )
     expected = loaded.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     assert expected
-    assert generate(loaded, prompt, max_new_tokens=12) == expected
-    assert generate(loaded, QUESTION, max_new_tokens=12) == expected
+    assert answer(loaded, prompt, max_new_tokens=12).text == expected
+    assert answer(loaded, max_new_tokens=12).text == expected
 
 
 def test_the_pieces_of_a_stream_make_the_text(loaded, monkeypatch):
     vocabulary = loaded.tokenizer.get_vocab()
     bytes_alone = [token_id for token, token_id in vocabulary.items() if token.startswith("<0x")]
     monkeypatch.setattr(loaded.model.generation_config, "suppress_tokens", bytes_alone)  # random ones are no UTF-8
-    pieces = list(generate(loaded, QUESTION, max_new_tokens=12, stream=True))
+    pieces, whole = read(generate(loaded, QUESTION, max_new_tokens=12))
     assert len(pieces) > 2
-    assert "".join(pieces) == generate(loaded, QUESTION, max_new_tokens=12)
+    assert "".join(pieces) == whole.text
 
 
 def test_a_sampled_answer_depends_on_the_seed_alone(loaded):
     texts = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        texts.append(generate(loaded, QUESTION, max_new_tokens=12, temperature=2.0))
+        texts.append(answer(loaded, max_new_tokens=12, sampling=sampling(2.0)).text)
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_a_stream_that_is_closed_stops_generating(loaded):
     calls = []
     handle = find_base(loaded.model).register_forward_pre_hook(lambda *_: calls.append(1))
-    stream = generate(loaded, QUESTION, max_new_tokens=200, stream=True)
+    stream = generate(loaded, QUESTION, max_new_tokens=200)
     next(stream)
     stream.close()
     handle.remove()
@@ -144,7 +171,7 @@ def test_an_error_while_generating_reaches_the_reader(loaded):
     handle = find_base(loaded.model).register_forward_pre_hook(fail)
     try:
         with pytest.raises(RuntimeError, match="from the model"):
-            generate(loaded, QUESTION)
+            list(generate(loaded, QUESTION))
     finally:
         handle.remove()
 
@@ -156,26 +183,79 @@ def test_a_streamed_text_keeps_indentation_and_whole_characters(loaded, monkeypa
         for number in loaded.tokenizer(text, add_special_tokens=False).input_ids:
             input_ids = torch.cat([input_ids, torch.tensor([[number]])], 1)
             stopping_criteria[0](input_ids, None)
+        return input_ids
 
     monkeypatch.setattr(loaded.model, "generate", generate_text)
-    pieces = list(generate(loaded, QUESTION, stream=True))
+    pieces = list(generate(loaded, QUESTION))
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_a_stop_id_ends_the_answer(loaded):
-    first = generate(loaded, QUESTION, max_new_tokens=1)
-    ids = loaded.tokenizer(first, add_special_tokens=False).input_ids
+    first = answer(loaded, max_new_tokens=1)
+    assert (first.num_tokens, first.ended_by_itself) == (1, False)
     every = replace(loaded, stop_ids=tuple(range(len(loaded.tokenizer))))
-    assert len(ids) >= 1
-    assert generate(every, QUESTION, max_new_tokens=50) == first
+    ended = answer(every, max_new_tokens=50)
+    assert (ended.text, ended.num_tokens, ended.ended_by_itself) == (first.text, 0, True)
 
 
 def test_a_prompt_that_fills_every_position_is_refused(loaded):
     with pytest.raises(DataError, match="512"):
-        generate(loaded, "word " * 600)
+        next(generate(loaded, "word " * 600))
 
 
 def test_a_message_without_content_is_refused(loaded):
     with pytest.raises(DataError):
-        generate(loaded, [{"role": "user"}])
+        next(generate(loaded, [{"role": "user"}]))
+
+
+def test_several_prompts_at_once_get_the_answers_that_each_gets_alone(loaded):
+    prompts = [
+        encode(loaded, [{"role": "user", "content": text}]) for text in ("What is red?", "What is a much longer question?")
+    ]
+    limits = [5, 9]
+    alone = [generate_batch(loaded, [prompt], [limit])[0] for prompt, limit in zip(prompts, limits, strict=True)]
+    assert generate_batch(loaded, prompts, limits) == alone
+    assert [len(ids) for ids in alone] == limits
+
+
+def test_the_first_stop_id_is_the_last_id_of_an_answer(loaded):
+    prompt = encode(loaded, QUESTION)
+    [ids] = generate_batch(loaded, [prompt], [8])
+    third = replace(loaded, stop_ids=(ids[2],))
+    assert generate_batch(third, [prompt, prompt], [8, 2]) == [ids[: ids.index(ids[2]) + 1], ids[:2]]
+
+
+def test_an_answer_without_the_adapter_is_that_of_the_base(tmp_path, base):
+    leave_trained(tmp_path, base, load_in_4bit=False)
+    tuned, alone = load_for_inference(tmp_path, device=CPU), load_for_inference(base, device=CPU)
+    with tuned.model.disable_adapter():
+        disabled = answer(tuned, max_new_tokens=12)
+    assert disabled == answer(replace(alone, stop_ids=tuned.stop_ids), max_new_tokens=12)
+    assert disabled != answer(tuned, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("template", ["Phi-3-mini-4k-instruct", "Phi-3-medium-4k-instruct", "Phi-3.5-mini-instruct"])
+def test_a_system_turn_is_encoded_as_it_is_trained(loaded, template):
+    tokenizer = build_tokenizer(hub_template(template))
+    turns = [Turn("system", "Be brief."), Turn("user", "What is red?"), Turn("assistant", "A cherry.")]
+    trained, _, _ = render_chat(Chat(tuple(turns)), choose_template(tokenizer))
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns[:2]]
+    encoded = tokenizer.decode(encode(replace(loaded, tokenizer=tokenizer), messages))
+    assert "".join(encoded.split()) == "".join(trained.partition("A cherry.")[0].split())
+
+
+def test_a_conversation_that_is_too_long_loses_its_oldest_pairs(loaded):
+    words = "word " * 60
+    pairs = [{"role": role, "content": f"{number} {words}"} for number in range(8) for role in ("user", "assistant")]
+    messages = [{"role": "system", "content": "Be brief."}, *pairs, *QUESTION]
+    kept = fit_messages(loaded, messages, 512)
+    assert len(encode(loaded, kept)) <= 512 - 128 < len(encode(loaded, messages))
+    assert kept[0] == messages[0]
+    assert kept[1:] == messages[-(len(kept) - 1) :]
+    assert kept[1]["role"] == "user"
+    assert len(encode(loaded, [kept[0], *messages[-(len(kept) + 1) :]])) > 512 - 128
+
+
+def test_a_conversation_that_fits_is_kept(loaded):
+    assert fit_messages(loaded, QUESTION, 512) == QUESTION

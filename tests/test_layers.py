@@ -25,7 +25,7 @@ LAYERS = (
     ("step",),
     ("adapters",),
     ("memory", "inference"),
-    ("training", "export"),
+    ("training", "export", "evaluation"),
     ("ui",),
     ("cli",),
     ("__main__",),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_phi3.units import format_count, format_duration, format_gib, parse_size
+from qlora_phi3.units import describe_duration, describe_epochs, format_count, format_duration, format_gib, parse_size
 
 
 @pytest.mark.parametrize(
@@ -80,3 +80,20 @@ def test_one_thing_is_not_several(number, text):
 )
 def test_a_duration_is_read_as_on_a_clock(seconds, text):
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [
+    (0.4, "0 s"), (89.4, "89 s"), (89.6, "1 min"), (1520, "25 min"), (89 * 60, "89 min"), (90 * 60, "1 h 30 min"),
+    (11_400, "3 h 10 min"), (7150, "2 h"), (36 * 3600, "1.5 days"),
+])  # fmt: skip
+def test_an_estimated_duration_is_rounded(seconds, text):
+    assert describe_duration(seconds) == text
+
+
+def test_epochs_are_counted_in_words():
+    assert [describe_epochs(epochs) for epochs in (1.0, 3.0, 0.3333, 2.5)] == [
+        "1 epoch",
+        "3 epochs",
+        "0.333 epochs",
+        "2.5 epochs",
+    ]

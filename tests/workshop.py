@@ -71,7 +71,14 @@ class Workshop:
             "quantization": {"bnb_4bit_compute_dtype": "float32"},
             "lora": {"r": 4},
             "data": {"train": "chats.jsonl", "eval_size": 8},
-            "training": {"batch_size": 4, "max_length": 128, "learning_rate": 0.01, "save_steps": 2, "eval_steps": 5},
+            "training": {
+                "batch_size": 4,
+                "max_length": 128,
+                "learning_rate": 0.01,
+                "save_steps": 2,
+                "eval_steps": 5,
+                "report_samples": 0,
+            },
             "memory": {},
         }
 

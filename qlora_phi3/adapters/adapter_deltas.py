@@ -25,7 +25,6 @@ from qlora_phi3.model.weights import StoredWeights, open_file, read_tensor
 from qlora_phi3.units import format_count
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
 #: PEFT's name for the only adapter of a model.
 ADAPTER_NAME = "default"
 

@@ -7,7 +7,7 @@ for settings that have several names: those are written under each.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from math import isclose, log, sqrt
@@ -21,23 +21,18 @@ from qlora_phi3.files import read_json_object
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 TOKENIZER_CONFIG, SPECIAL_TOKENS, TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
-
 #: Copied wherever an adapter or an export goes. config.json is one of them: without it in the same directory transformers 5 reads
 #: the tokenizer files as another class, which gives other ids.
 TOKENIZER_FILES = (
     CONFIG, GENERATION_CONFIG, "tokenizer.json", "tokenizer.model", TEMPLATE, SPECIAL_TOKENS, TOKENIZER_CONFIG,
     "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
-
 #: Hint for a base whose JSON files cannot be read.
 DOWNLOAD_AGAIN = "Download the checkpoint again."
-
 #: Tokens that a tokenizer has one of each.
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
 #: Classes for which transformers 4 does not read the post_processor of tokenizer.json.
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
-
 #: A mark of the assistant's words in a chat template, which only training reads.
 MARK = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
 
@@ -94,15 +89,9 @@ def to_json(settings: Mapping[str, Any]) -> bytes:
 
 def describe_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
     """A line for each key that was set or removed."""
-
-    def describe() -> Iterator[str]:
-        for key, value in after.items():
-            if key not in before or before[key] != value:
-                text = json.dumps(value, ensure_ascii=False)
-                yield f"{key} = {text if len(text) <= 60 else text[:57] + '...'}"
-        yield from (f"{key} removed" for key in before if key not in after)
-
-    return tuple(describe())
+    values = {key: json.dumps(value, ensure_ascii=False) for key, value in after.items() if before.get(key, ...) != value}
+    lines = [f"{key} = {text if len(text) <= 60 else text[:57] + '...'}" for key, text in values.items()]
+    return (*lines, *(f"{key} removed" for key in before if key not in after))
 
 
 def portable_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -14,8 +14,7 @@ import torch
 from peft import LoraConfig
 
 from qlora_phi3.adapters import peft_io
-from qlora_phi3.adapters.delta import Adapter, Progress, relative_difference
-from qlora_phi3.adapters.fused import check_layers, fuse, split
+from qlora_phi3.adapters.delta import Adapter, Progress, check_layers, fuse, last_name, relative_difference, split
 from qlora_phi3.adapters.loralib import Spec, build_loralib_layers, build_state_dict, read_loralib
 from qlora_phi3.errors import ExportError, ModelError
 from qlora_phi3.family import FUSED, PARTS, UNFUSED, Architecture, layer_shapes, parse_architecture
@@ -104,16 +103,14 @@ def check_target(source: Path, target: Path, *, force: bool, is_folder: bool = T
 def loralib_to_peft(
     source: Path, target: Path, spec: Spec, *, base: Base | None = None, force: bool = False, progress: Progress = None
 ) -> Converted:
-    """Write a loralib state dict (.pt, .bin or .safetensors) as a PEFT adapter.
+    """Write a loralib state dict (.pt, .bin or .safetensors) as a PEFT adapter. ExportError where the file or the target cannot
+    be used, or PEFT cannot hold something in it.
 
     Args:
         spec: what the file does not hold.
         base: the model it was trained on; with it, every name and shape is checked.
         force: replace an adapter at the target.
         progress: called for every layer that was compared.
-
-    Raises:
-        ExportError: the file or the target cannot be used, or PEFT cannot hold something in it.
     """
     if source.is_dir():
         hint = "For a PEFT adapter write --to loralib, fused or split."
@@ -166,26 +163,24 @@ def peft_to_loralib(
     # How to build the layers: a line for all layers of a name, or one for each where they are not all alike.
     alike: dict[str, list[str]] = defaultdict(list)
     for name, layer in layers.items():
-        alike[peft_io.last_name(name)].append(layer.built_as)
+        alike[last_name(name)].append(layer.built_as)
     notes = ["The file holds no alpha; build the layers as"]
     notes += [f"  {last}: {kinds[0]}   ({len(kinds)} of them)" for last, kinds in alike.items() if len(set(kinds)) == 1]
-    notes += [f"  {name}: {layer.built_as}" for name, layer in layers.items() if len(set(alike[peft_io.last_name(name)])) > 1]
+    notes += [f"  {name}: {layer.built_as}" for name, layer in layers.items() if len(set(alike[last_name(name)])) > 1]
     return Converted(target, len(adapter.deltas), largest, worst, tuple(notes))
 
 
 def change_fusion(
     source: Path, target: Path, *, fused: bool, base: str | None = None, force: bool = False, progress: Progress = None
 ) -> Converted:
-    """Write a PEFT adapter of q, k, v, gate and up as one of qkv_proj and gate_up_proj, or the other way.
+    """Write a PEFT adapter of q, k, v, gate and up as one of qkv_proj and gate_up_proj, or the other way. ExportError where the
+    adapter cannot be read, fits no layer of the base, or cannot be converted without loss.
 
     Args:
         source: a PEFT directory, or a run's.
         fused: whether the new adapter is fused; else it is split, for an unfused Phi-3.
         base: the model that the new adapter is for, where the adapter does not lead to it.
         force, progress: as in `loralib_to_peft`.
-
-    Raises:
-        ExportError: the adapter cannot be read, fits no layer of the base, or cannot be converted without loss.
     """
     folder = peft_io.find_adapter(source)
     check_target(folder, target, force=force)
@@ -217,9 +212,9 @@ def change_fusion(
 def _read_grouped(folder: Path, config: Mapping[str, Any], base: Base, *, fused: bool) -> Adapter:
     adapter = peft_io.read_peft(peft_io.read_weights(folder), config, folder)
     for name in adapter.full_tensors:
-        if peft_io.last_name(name.rpartition(".")[0]) in (*PARTS, *FUSED):
+        if last_name(name.rpartition(".")[0]) in (*PARTS, *FUSED):
             raise ExportError(f"{folder}: {name} is trained in full.", "Merge that adapter instead.")
-    names = {peft_io.last_name(name) for name in adapter.deltas}
+    names = {last_name(name) for name in adapter.deltas}
     fused_ones, parts = sorted(names & PARTS.keys()), sorted(names & FUSED.keys())
     if fused_ones and parts:
         raise ExportError(f"{folder} has {fused_ones[0]} and {parts[0]}.", "No model has both fused and split layers.")
@@ -246,7 +241,7 @@ def _write_peft(
         largest, worst = compare(adapter, written, progress)
     strength = f"PEFT's r = {config['r']}, lora_alpha = {config['lora_alpha']}"
     if pattern := {**config["rank_pattern"], **config["alpha_pattern"]}:
-        strength += f"; others by pattern: {', '.join(sorted({peft_io.last_name(name) for name in pattern}))}"
+        strength += f"; others by pattern: {', '.join(sorted({last_name(name) for name in pattern}))}"
     return Converted(target, len(adapter.deltas), largest, worst, (strength, *notes))
 
 

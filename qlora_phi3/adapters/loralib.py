@@ -17,12 +17,10 @@ from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
 
 from qlora_phi3.adapters import peft_io
-from qlora_phi3.adapters.delta import Adapter, Kind, LoraDelta, LowRankBlock, scale_lora_b, stack
-from qlora_phi3.adapters.fused import check_layers
+from qlora_phi3.adapters.delta import Adapter, Kind, LoraDelta, LowRankBlock, check_layers, last_name, scale_lora_b, stack
 from qlora_phi3.errors import ExportError
 
 T = TypeVar("T")
-
 LORA_TENSOR = re.compile(r"(.+)\.lora_([AB])")
 
 
@@ -57,7 +55,7 @@ def check_spec(spec: Spec, layers: Sequence[str]) -> None:
     for option, table in (("alpha", spec.alpha), ("enable", spec.enable), ("conv2d", spec.conv2d)):
         for key in table:
             if all(look_up({key: True}, layer) is None for layer in layers):
-                names = ", ".join(sorted({peft_io.last_name(layer) for layer in layers}))
+                names = ", ".join(sorted({last_name(layer) for layer in layers}))
                 raise ExportError(f"{option} names '{key}', and no layer has that name.", f"The layers: {names}.")
 
 
@@ -117,10 +115,8 @@ def _read_layer(layer: str, lora_A: Tensor, lora_B: Tensor, spec: Spec, where: o
     if enable is not None:
         count, places = sum(enable), [number for number, enabled in enumerate(enable) if enabled]
         if count == 0 or stacked_rank != rank * count or rows % count:
-            raise ExportError(
-                f"{where}: {layer} has {shapes}, not a MergedLinear's with {count} of {len(enable)} groups enabled.",
-                "lora_A has rank times enabled groups rows; correct --enable.",
-            )
+            message = f"{where}: {layer} has {shapes}, not a MergedLinear's with {count} of {len(enable)} groups enabled."
+            raise ExportError(message, "lora_A has rank times enabled groups rows; correct --enable.")
         # Each enabled group has r rows of A and its own rows of B.
         size = rows // count
         blocks = tuple(
@@ -129,7 +125,7 @@ def _read_layer(layer: str, lora_A: Tensor, lora_B: Tensor, spec: Spec, where: o
         )
         return LoraDelta(out_features=size * len(enable), in_features=columns, blocks=blocks)
     if stacked_rank != rank:
-        hint = f"For a MergedLinear give the enabled groups: --enable {peft_io.last_name(layer)}=1,0,1"
+        hint = f"For a MergedLinear give the enabled groups: --enable {last_name(layer)}=1,0,1"
         raise ExportError(f"{where}: {layer} has {shapes}: the ranks differ.", hint)
     block = LowRankBlock(lora_A=lora_A, lora_B=lora_B, scaling=alpha / rank)
     kind: Kind = "embedding" if look_up(dict.fromkeys(spec.embedding, True), layer) else "linear"
@@ -229,9 +225,8 @@ def load_loralib(
     enable: Mapping[str, Sequence[bool]] | None = None,
     lora_dropout: float = 0.0,
 ) -> PeftModel:
-    """Put a loralib checkpoint on its base, quantized or not; the adapter is trainable and in fp32.
-
-    Which layers are embeddings or convolutions is taken from the model.
+    """Put a loralib checkpoint on its base, quantized or not; the adapter is trainable and in fp32. Which layers are embeddings
+    or convolutions is taken from the model. ExportError where the file cannot be read, or does not fit the model.
 
     Args:
         model: the base, without an adapter.
@@ -239,9 +234,6 @@ def load_loralib(
         alpha: the layers' lora_alpha, one for all or by name or end of name; loralib's default is 1.
         enable: enable_lora of every MergedLinear, by name or end of name: {"qkv_proj": [True, False, True]}.
         lora_dropout: for further training; the file does not hold it.
-
-    Raises:
-        ExportError: the file cannot be read, or does not fit the model.
     """
     path = Path(path)
     if isinstance(model, PeftModel):

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_phi3.adapters.base_files import copy_portable
-from qlora_phi3.adapters.delta import Adapter, Kind, LoraDelta, LowRankBlock, stack
+from qlora_phi3.adapters.delta import Adapter, Kind, LoraDelta, LowRankBlock, last_name, stack
 from qlora_phi3.errors import ExportError
 from qlora_phi3.files import check_no_pointer, foreign_errors, read_json_object, sha256_file
 from qlora_phi3.model.weights import open_file, read_tensor
@@ -31,20 +31,15 @@ from qlora_phi3.recipe.schema import check_regex
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
-
 #: PEFT writes it before every name of the base.
 PREFIX = "base_model.model."
 LORA_TENSOR = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)")
-
 #: The hint for a file that is no state dict of LoRA tensors.
 SAVE_STATE_DICT = "Save the state dict alone: torch.save(loralib.lora_state_dict(model), path)."
-
 #: Where training scripts put the state dict in what they save; the first is that of loralib's own GPT-2 example.
 NESTED_KEYS = ("model_state_dict", "state_dict")
-
 #: Values of init_lora_weights that leave the base unchanged; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change it.
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
-
 #: Keys of LoraConfig (PEFT 0.21) that are read here or do not change what is added to the base.
 UNDERSTOOD_KEYS = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
@@ -52,8 +47,6 @@ UNDERSTOOD_KEYS = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
     "init_lora_weights", "bias", "modules_to_save", "use_dora", "eva_config",
 }  # fmt: skip
-
-
 #: Files in which other tools keep an adapter, and the tools.
 FOREIGN_FILES = {
     "adapters.safetensors": "MLX", "adapters.npz": "MLX", "*_adapters.safetensors": "MLX", "lit_model*.pth*": "litgpt",
@@ -134,10 +127,8 @@ def check_config(config: Mapping[str, Any], where: object, *, also_understood: C
     if str(config.get("peft_type")) != "LORA":
         raise ExportError(f"{where} is a {config.get('peft_type')} adapter.", "Only LoRA can be converted or merged.")
     if config.get("init_lora_weights", True) not in PLAIN_INITS:
-        raise ExportError(
-            f"{where}: init_lora_weights = {config['init_lora_weights']!r} changed the base that the adapter is for.",
-            "Save it with PEFT's path_initial_model_for_weight_conversion first.",
-        )
+        message = f"{where}: init_lora_weights = {config['init_lora_weights']!r} changed the base that the adapter is for."
+        raise ExportError(message, "Save it with PEFT's path_initial_model_for_weight_conversion first.")
     defaults = LoraConfig().to_dict()
     for key in sorted(config.keys() - UNDERSTOOD_KEYS - set(also_understood)):
         if config[key] and config[key] != defaults.get(key):
@@ -330,11 +321,6 @@ def snap_to_integer(value: float) -> float:
     """16 for 16.0 and for a number that differs from 16 by rounding only."""
     near = round(value)
     return near if abs(value - near) <= 1e-12 * abs(value) else value
-
-
-def last_name(layer: str) -> str:
-    """qkv_proj of model.layers.0.self_attn.qkv_proj."""
-    return layer.rpartition(".")[2]
 
 
 def write_peft(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer_from: Path | None) -> None:

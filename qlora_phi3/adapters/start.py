@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from qlora_phi3.adapters import peft_io
+from qlora_phi3.adapters.delta import last_name
 from qlora_phi3.errors import ExportError
 from qlora_phi3.family import FUSED, Architecture, layer_shapes
 from qlora_phi3.model.weights import open_file
@@ -54,14 +55,14 @@ def check_start(place: Path, table: Lora, architecture: Architecture) -> None:
 
 def _check_layers(where: str, config: Mapping[str, Any], table: Lora, architecture: Architecture, found: frozenset[str]) -> None:
     """Compare the layers that have an adapter with those of [lora], and name the setting that differs."""
-    if parts := sorted(name for name in found if peft_io.last_name(name) in FUSED):
+    if parts := sorted(name for name in found if last_name(name) in FUSED):
         hint = f"Convert it: qlora-phi3 adapter convert {where.partition(': ')[2]} NEW --to fused"
         raise ExportError(f"{where} has {parts[0]}, which Phi-3 has fused with others.", hint)
-    if special := sorted(name for name in found if peft_io.last_name(name) in ("embed_tokens", "lm_head")):
+    if special := sorted(name for name in found if last_name(name) in ("embed_tokens", "lm_head")):
         hint = "Start from an adapter of the linear layers; an embedding or a head is trained in full by modules_to_save."
         raise ExportError(f"{where} has a LoRA on {special[0]}, which is not trained here.", hint)
     shapes = layer_shapes(architecture, fused=True)
-    layers = [name for name in shapes if peft_io.last_name(name) not in ("embed_tokens", "lm_head")]
+    layers = [name for name in shapes if last_name(name) not in ("embed_tokens", "lm_head")]
     wanted = {key: getattr(table, key) for key in LAYER_KEYS}
     if _covered(wanted, layers) == found:
         return
@@ -78,7 +79,7 @@ def _covered(settings: Mapping[str, Any], layers: Sequence[str]) -> frozenset[st
     """The layers that PEFT gives an adapter with these settings."""
     targets = settings["target_modules"]
     if targets == "all-linear":
-        targets = sorted({peft_io.last_name(name) for name in layers})
+        targets = sorted({last_name(name) for name in layers})
     config = SimpleNamespace(**{**settings, "target_modules": targets or (), "target_parameters": None})
     return frozenset(name for name in layers if check_target_module_exists(config, name))
 
@@ -95,8 +96,8 @@ def _check_tensor(where: str, config: Mapping[str, Any], architecture: Architect
         trained = config.get("base_model_name_or_path") or "another base"
         problem = f"{where} has {name} of shape {shape}, and that layer is {base[0]} x {base[1]} (out x in) in this base."
         raise ExportError(problem, f"It was trained on {trained}: use that one.")
-    saved = peft_io.last_name(layer) in (config.get("modules_to_save") or ())
-    if peft_io.last_name(layer) in ("embed_tokens", "lm_head") and shape[:1] != (architecture.vocab_size,):
+    saved = last_name(layer) in (config.get("modules_to_save") or ())
+    if last_name(layer) in ("embed_tokens", "lm_head") and shape[:1] != (architecture.vocab_size,):
         problem = f"{where} was trained with another vocabulary: {name} has {shape[0] if shape else 0:,} rows"
         hint = "Use the base whose vocabulary was resized in the same way."
         raise ExportError(f"{problem}, and this base {architecture.vocab_size:,}.", hint)

@@ -102,7 +102,7 @@ def _convert(source: Path, target: Path, form: str, given: Mapping[str, Any], *,
 
 def _read_spec(source: Path, form: str, given: Mapping[str, Any], base: "Base | None") -> "Spec":
     from qlora_phi3.adapters.convert import find_base
-    from qlora_phi3.adapters.fused import read_enable
+    from qlora_phi3.adapters.delta import read_enable
     from qlora_phi3.adapters.loralib import Spec
     from qlora_phi3.adapters.peft_io import find_adapter
 

@@ -1,5 +1,8 @@
 """`qlora-phi3 export`: write a run as a model that other programs load, with the proof that it is what was trained."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +10,8 @@ import click
 
 from qlora_phi3.cli.options import debug_option, silence_libraries
 from qlora_phi3.cli.output import keep_running_without_output
-from qlora_phi3.errors import Interrupted, UserError
-from qlora_phi3.export.request import DEFAULT_DTYPE, DEFAULT_ONTO, DTYPES, ExportOptions, make_request
+from qlora_phi3.errors import ExportError, Interrupted, UserError
+from qlora_phi3.export.request import DEFAULT_DTYPE, DEFAULT_ONTO, DTYPES, MODELFILE, ExportOptions, make_request
 
 KIND_HELP = "hf: safetensors for transformers, vLLM and others; gguf: one file for llama.cpp and Ollama."
 QUANT_HELP = "With --format gguf: q8_0, q4_k_m and others; docs/gguf.md lists them. [default: the type of --dtype]"
@@ -18,6 +21,7 @@ ONTO_HELP = (
     "Weights that the adapter is added to. nf4: the 4-bit weights it was trained on (NF4 or FP4). original: the base's own. "
     "auto: original where its held-out loss is lower by more than two standard errors, else nf4."
 )
+OLLAMA_HELP = "Write a GGUF (q4_k_m without --quant), and create the model NAME in Ollama where it is installed."
 FOLDER = click.Path(path_type=Path)
 
 
@@ -26,6 +30,7 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--out", type=FOLDER, help="Folder to write; by default RUN/merged, RUN/gguf-q8_0 and so on.")
 @click.option("--format", "kind", type=click.Choice(["hf", "gguf"]), default="hf", show_default=True, help=KIND_HELP)
 @click.option("--quant", "quants", multiple=True, metavar="NAME", help=QUANT_HELP)
+@click.option("--ollama", metavar="NAME", help=OLLAMA_HELP)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default=DEFAULT_DTYPE, show_default=True, help=DTYPE_HELP)
 @click.option("--onto", type=click.Choice(ONTO), default=DEFAULT_ONTO, show_default=True, help=ONTO_HELP)
 @click.option("--base", type=FOLDER, help="Folder of the base, if it has moved.")
@@ -44,6 +49,7 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
     Examples:
       qlora-phi3 export runs/chat/2026-11-21_10-00-00
       qlora-phi3 export runs/chat/2026-11-21_10-00-00 --format gguf --quant q8_0
+      qlora-phi3 export runs/chat/latest --ollama my-phi3
       qlora-phi3 export runs/chat/2026-11-21_10-00-00 --push me/phi3-chat
 
     RUN is the folder of a run; of a folder with several runs the newest is exported. The same command continues an interrupted
@@ -52,6 +58,9 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
     keep_running_without_output()
     if len(quants) > 1:
         raise UserError(f"--quant is given {len(quants)} times ({', '.join(quants)}).", "Give one type a command.")
+    name = options["ollama"]
+    if name is not None:
+        options["kind"], quants = "gguf", quants or ("q4_k_m",)
     if quants and options["kind"] != "gguf":
         raise UserError(f"--quant {quants[0]} is for GGUF.", "Add --format gguf, or use --dtype for safetensors.")
     if options["private"] and not options["push"]:
@@ -69,9 +78,30 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
 
             view.progress("Starting torch, transformers and peft", 1, 1)
             exported = export_run(request, view)
-            show_export(view, exported)
+            show_export(view, exported, ollama=name)
         except KeyboardInterrupt as interrupt:
             message = "Stopped. Complete files and a complete proof are used again."
             raise Interrupted(message, "Continue with the same command.") from interrupt
     if exported.fault is not None:
         raise exported.fault
+    if name is not None:
+        create_in_ollama(name, exported.folder / MODELFILE)
+
+
+def create_in_ollama(name: str, modelfile: Path) -> None:
+    """Run `ollama create`, whose output is shown as it comes. ExportError where it fails; the export stays."""
+    program = shutil.which("ollama")
+    if program is None:
+        click.echo("Ollama is not on this PATH: install it (https://ollama.com/download), then type the two lines above.")
+        return
+    sys.stdout.flush()
+    try:
+        code = subprocess.run([program, "create", name, "-f", str(modelfile)], check=False).returncode
+    except OSError as error:
+        raise ExportError(
+            f"{program} cannot be started: {error.strerror}.", f"The export is complete: {modelfile.parent}"
+        ) from error
+    if code:
+        hint = f"The export is complete. Start Ollama (ollama serve), then: ollama create {name} -f {modelfile}"
+        raise ExportError(f"ollama create {name} ended with exit code {code}.", hint)
+    click.echo(f"Chat with it: ollama run {name}")

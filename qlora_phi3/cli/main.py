@@ -24,9 +24,13 @@ FULL_OR_REFUSED = (
 
 #: The commands in the order of `--help`, each with the module of `qlora_phi3.cli` that holds a click command of this name.
 COMMANDS = {
-    "vram-check": "vram_check",
     "init": "init",
+    "vram-check": "vram_check",
+    "inspect": "inspect",
     "run": "run",
+    "runs": "runs",
+    "chat": "chat",
+    "eval": "eval",
     "export": "export",
     "adapter": "adapter",
     "recipe": "recipe",
@@ -47,7 +51,7 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of this name; None where there is none."""
         if cmd_name not in COMMANDS:
-            return None
+            return super().get_command(ctx, cmd_name)
         module = import_module(f"qlora_phi3.cli.{COMMANDS[cmd_name]}")
         command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command

@@ -3,10 +3,11 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,6 +16,8 @@ from qlora_phi3.errors import DeviceError, RecipeError, UserError
 if TYPE_CHECKING:
     from qlora_phi3.hardware.gpu import Gpu
     from qlora_phi3.ui.console import Watcher
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 #: `--debug`: show the traceback of a user error, and the libraries' warnings. Stored as `ctx.meta["debug"]`.
 debug_option = click.option(
@@ -28,6 +31,27 @@ debug_option = click.option(
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Change a key of the recipe: --set lora.r=32"
 )
+
+
+def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
+    """`--temperature`, `--top-p`, `--top-k`, and `--max-new-tokens` with its default; `check_sampling` reads the first three."""
+    limit = click.IntRange(1)
+    shared = (
+        click.option("--temperature", type=click.FloatRange(0), default=0.0, help="0, the default: always the likeliest token."),
+        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from this share of the probability."),
+        click.option("--top-k", type=limit, help="Draw from this many of the likeliest tokens."),
+        click.option("--max-new-tokens", type=limit, default=max_new_tokens, show_default=True, help="Of an answer, at most."),
+    )
+    return lambda command: reduce(lambda made, option: option(made), reversed(shared), command)
+
+
+def check_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `inference.Sampling`; UserError for an option that has no effect at temperature 0."""
+    for name in ("top_p", "top_k"):
+        if options[name] is not None and not options["temperature"]:
+            option = f"--{name.replace('_', '-')} {options[name]}"
+            raise UserError(f"{option} has no effect: at temperature 0 nothing is drawn.", "Add --temperature 0.7.")
+    return {"temperature": options["temperature"], "top_p": options["top_p"] or 1.0, "top_k": options["top_k"] or 0}
 
 
 def named_gpu(gpu: str | None, vram: str | None) -> "Gpu | None":

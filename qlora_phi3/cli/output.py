@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 #: Characters of our output that ASCII, cp1252 or cp437 lack, with an ASCII character of the same width: the loss curve, the bars
 #: of vram-check, rich's spinner and ellipsis.
-ASCII_SYMBOLS = dict(zip("▁▂▃▄▅▆▇█▓▒░─▲…⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "_.,-=+*##%.-^.|/-\\|/-\\|/", strict=True))
+ASCII_SYMBOLS = dict(zip("▁▂▃▄▅▆▇█▓▒░─▲…°⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "_.,-=+*##%.-^. |/-\\|/-\\|/", strict=True))
 #: Columns where stdout is no terminal, unless the variable COLUMNS says otherwise.
 PIPED_WIDTH = 100
 #: Errors of a file that can take no more: the disk, or the user's share of it, is full.

@@ -62,7 +62,7 @@ def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tupl
     """Train with the GPU of this process, of so many that share the run."""
     from qlora_phi3.hardware.gpu import choose_gpu, hide_other_gpus
     from qlora_phi3.recipe.load import check_processes, load_recipe
-    from qlora_phi3.runfolder import find_run, run_group_name
+    from qlora_phi3.runfolder import RunFolder, find_run, run_group_name
 
     loaded = load_recipe(recipe, overrides, check_files=True)
     check_processes(loaded.training, count)
@@ -70,10 +70,19 @@ def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tupl
     folder = None if resume is None else find_run(Path(training.output_dir), name, named)
     hide_other_gpus(choose_gpu(loaded.memory.gpu, rank if count > 1 else None), rank)
 
-    from qlora_phi3.ui.console import LogInterval, open_console
+    from qlora_phi3.ui.console import LogInterval
+    from qlora_phi3.ui.live import open_run_console
+    from qlora_phi3.ui.page import write_page
 
     log_interval = LogInterval(training.logging_strategy, training.logging_steps, training.warmup_steps)
-    with open_console(log_interval, plain=training.disable_tqdm, quiet=ctx.meta["is_silent"]) as console:
+    with open_run_console(log_interval, plain=training.disable_tqdm, quiet=ctx.meta["is_silent"]) as console:
+
+        def save_page(folder: RunFolder) -> None:
+            try:
+                write_page(folder)
+            except RunError as error:
+                console.warning(str(error))
+
         try:
             console.progress("Starting torch, transformers and peft", 0, None)
             if not ctx.meta.get("debug") and training.log_level == "passive":
@@ -81,7 +90,7 @@ def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tupl
             from qlora_phi3.training.run import run as train
 
             console.progress("Starting torch, transformers and peft", 1, 1)
-            result = train(loaded, name, recipe.parent, reporter=console, resume=folder)
+            result = train(loaded, name, recipe.parent, reporter=console, resume=folder, at_end=save_page)
         except KeyboardInterrupt as interrupt:
             raise console.interruption(folder) from interrupt
     console.finish(result.steps, result.loss_before, result.loss_after, result.seconds, result.folder.adapter)

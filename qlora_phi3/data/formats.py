@@ -28,7 +28,6 @@ SYNONYMS = {
     "tools": ("tools", "functions"),
     "input": ("input", "context"),
 }
-
 #: Beside `text`, columns with these names say that it is one part of the row and not all of it.
 NOT_A_DOCUMENT = re.compile(
     r"role|labels?|answers?|summary|output|response|target|completion|question|instruction|reply|highlights|translation|intent"
@@ -37,15 +36,12 @@ NOT_A_DOCUMENT = re.compile(
 )
 #: Columns of pictures and sound, which the family's text models do not take.
 MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))
-
 #: Words for an empty cell that no turn is.
 NO_ANSWER = frozenset(("<nooutput>", "nan", "NaN"))
-
 INPUT_IGNORED = "'input' or 'system' is a word for an empty cell (nan, None, <noinput>): read as empty"
 EMPTY_WORD = "an answer is a word that may stand for an empty cell (None, null, N/A): learned as it is"
 EMPTY_TURN = "a user's turn is empty"
 LIST_ANSWER = "an answer is the JSON of a list of texts, as a .csv has several answers: learned as it is"
-
 #: Names of columns in published data that hold a question or an answer, the likelier names first.
 QUESTION_COLUMNS = ("instruction", "question", "prompt", "query", "input", "user", "human", "problem", "source", "src")
 ANSWER_COLUMNS = ("output", "answer", "response", "completion", "reply", "assistant", "bot", "solution", "target", "tgt")
@@ -53,19 +49,13 @@ ANSWER_COLUMNS = ("output", "answer", "response", "completion", "reply", "assist
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation, and the definitions of the tools it may call, as text (usually JSON).
-
-    Args:
-        switched_off: a turn is not supervised because the row says so.
-        unread: names of the columns and keys that hold something and were not read.
-        notes: what is remarkable in the row.
-    """
+    """A conversation, and the definitions of the tools it may call, as text (usually JSON)."""
 
     turns: tuple[Turn, ...]
     tools: str = ""
-    switched_off: bool = False
-    unread: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    switched_off: bool = False  #: A turn is not supervised because the row says so.
+    unread: tuple[str, ...] = ()  #: Names of the columns and keys that hold something and were not read.
+    notes: tuple[str, ...] = ()  #: What is remarkable in the row.
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +69,11 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """The columns of a format, and the function that reads its rows.
-
-    It is called with the row, its `file:line`, and the names of what was not read, to which it adds keys of messages.
-    """
+    """The columns of a format, and the function that reads its rows."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
+    #: Called with the row, its `file:line`, and the names of what was not read, to which it adds keys of messages.
     read: Callable[[Columns, str, set[str]], Chat | Document]
 
 
@@ -95,11 +83,6 @@ def detect_format(row: Mapping[str, Any]) -> str | None:
         if all(row.get(column) is not None for column in form.required):
             return name
     return None
-
-
-def is_readable(row: Mapping[str, Any]) -> bool:
-    """Whether a row is of a format, or can be mapped to one."""
-    return detect_format(row) is not None or guess_mapping(row) is not None
 
 
 def guess_mapping(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
@@ -133,10 +116,8 @@ def check_fields(fields: Mapping[str, str], format_name: str) -> None:
     known = sorted({column for form in forms for column in form.required + form.optional})
     for ours in fields:
         if ours not in known:
-            raise DataError(
-                f"[data] fields maps {ours!r}, which is no column of format {format_name!r}.",
-                f"The left side is the format's name, the right side yours. The format's names are: {', '.join(known)}.",
-            )
+            hint = f"The left side is the format's name, the right side yours. The format's names are: {', '.join(known)}."
+            raise DataError(f"[data] fields maps {ours!r}, which is no column of format {format_name!r}.", hint)
 
 
 def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Document:
@@ -177,15 +158,10 @@ def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Doc
             example = replace(example, notes=(*example.notes, EMPTY_WORD))
         if any(turn.role == "user" and not text for turn, text in pairs):
             example = replace(example, notes=(*example.notes, EMPTY_TURN))
-    if any(text[:1] == "[" and _holds_texts(text) for _, text in answers):
+    lists = [value for _, text in answers if text[:1] == "[" and isinstance(value := messages.parse_json(text), list)]
+    if any(len(value) > 1 and all(isinstance(item, str) for item in value) for value in lists):
         example = replace(example, notes=(*example.notes, LIST_ANSWER))
     return replace(example, unread=unread) if unread else example
-
-
-def _holds_texts(text: str) -> bool:
-    """Whether a text is the JSON of a list of two texts or more."""
-    value = messages.parse_json(text)
-    return isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value)
 
 
 def _read_conversation(column: str, columns: Columns, where: str, unread: set[str]) -> Chat:

@@ -16,7 +16,6 @@ from typing import Any, Literal
 from qlora_phi3.errors import DataError
 
 Role = Literal["system", "user", "assistant", "tool"]
-
 #: Names of roles in published data (OpenAI, ShareGPT, LLaMA-Factory, Gemini exports), and the role each stands for.
 ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -24,7 +23,6 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai", "function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "tool_response"), "tool"),
 }
-
 #: Keys that say whether a message, a part of it or a row is learned: Axolotl, ms-swift, LLaMA-Factory, OpenAI; torchtune.
 SWITCHES = ("train", "training", "trainable", "learn", "loss", "loss_mask", "loss_weight", "weight", "masked")
 SWITCH_NAMES = frozenset(SWITCHES)
@@ -33,7 +31,6 @@ REVERSED = "masked"
 #: How an empty cell gets into a file as text (pandas, Alpaca, SQL, Excel).
 NO_VALUE = frozenset(("", "<noinput>", "nan", "NaN", "None", "none", "null", "NULL", "N/A", "n/a", "<NA>", "#N/A"))
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text", "parts")
 CALL_ROLES = frozenset(("function_call", "tool_call"))
 THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -43,20 +40,19 @@ IDS = frozenset(("id", "tool_call_id", "call_id", "index"))
 #: Names that a tool call's arguments have: OpenAI, older sets, LangChain, Anthropic.
 ARGUMENTS = ("arguments", "parameters", "args", "input")
 CALL_KEYS_READ = IDS | {"type", "function", "name", *ARGUMENTS}
-
 #: A name that may say what is learned, and is none of SWITCHES.
 SWITCH_LIKE = re.compile(r"(no_|do_|is_)?(train|learn|mask|loss)(_.*|ed|ing|able)?", re.IGNORECASE)
 #: Names of columns of preference data, whose answers are not all good ones.
-PREFERENCE = re.compile(
+match_preference = cache(re.compile(
     r"((chosen|rejected)(_.*)?|.*_(chosen|rejected)|kto_tag|prefer(ence|red).*|winner|completions"
     r"|(negative|positive)_(messages|response|answer|output|completion)s?"
     r"|(conversation|response|answer|output|completion)_?[abjk1-9])",
     re.IGNORECASE,
-)
+).fullmatch)  # fmt: skip
 #: Names of columns that tell good answers from bad ones if they hold a judgement: true, 0, "bad", a score.
-JUDGEMENT = re.compile(
+match_judgement = cache(re.compile(
     r"labels?|(is_)?(correct|good|accepted|(un)?desirable)|correctness|upvotes|scores?|ratings?|rewards?", re.IGNORECASE
-)
+).fullmatch)  # fmt: skip
 JUDGEMENTS = frozenset({
     "true", "false", "yes", "no", "t", "f", "y", "n", "+", "-", "good", "bad", "correct", "incorrect", "right", "wrong",
     "chosen", "rejected", "accepted", "reject", "desirable", "undesirable", "positive", "negative", "pos", "neg", "pass",
@@ -71,19 +67,13 @@ class SkipRow(Exception):  # noqa: N818 - not a fault of the program: the caller
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of a conversation.
-
-    Args:
-        supervised: whether an assistant's turn is learned.
-        thinking: what an assistant thought before it answered.
-        calls: the JSON array of the tools it calls, each with "name" and "arguments".
-    """
+    """One turn of a conversation."""
 
     role: Role
     text: str
-    supervised: bool = True
-    thinking: str = ""
-    calls: str = ""
+    supervised: bool = True  #: Whether an assistant's turn is learned.
+    thinking: str = ""  #: What an assistant thought before it answered.
+    calls: str = ""  #: The JSON array of the tools it calls, each with "name" and "arguments".
 
 
 def is_empty(value: Any) -> bool:
@@ -138,16 +128,10 @@ def _read_switch(name: str, value: Any) -> bool:
 
 
 def read_turns(messages: Any, column: str, where: str, unread: set[str]) -> tuple[Turn, ...]:
-    """The turns of a list of messages, or of the JSON text of one (a .csv has no other way).
+    """The turns of a list of messages, or of the JSON text of one (a .csv has no other way), which stands in a `column` of the
+    row. SkipRow where a message is of another shape, or of another kind than text; DataError for an unknown role.
 
-    Args:
-        column: where the list stands in the row.
-        where: `file:line`, for errors.
-        unread: the names of all keys that were not read are added to it.
-
-    Raises:
-        SkipRow: a message is of another shape, or of another kind than text.
-        DataError: an unknown role.
+    `where` is `file:line`, for errors. The names of all keys that were not read are added to `unread`.
     """
     if isinstance(messages, str):
         messages = parse_json(messages)
@@ -232,15 +216,9 @@ def check_unread(row: Mapping[Any, Any], names: Iterable[Any], where: str) -> No
             raise SkipRow(f"{str(name)!r} may switch a turn off, and is not a switch that is known (docs/data.md)")
 
 
-@cache
-def _kind_of_column(name: str) -> str:
-    return "preference" if PREFERENCE.fullmatch(name) else "judgement" if JUDGEMENT.fullmatch(name) else ""
-
-
 def _is_preference(name: str, value: Any) -> bool:
-    kind = _kind_of_column(name)
-    if kind != "judgement":
-        return kind == "preference"
+    if match_preference(name) or not match_judgement(name):
+        return match_preference(name) is not None
     if not isinstance(value, str):
         return isinstance(value, Number | list | dict)
     with suppress(ValueError):
@@ -257,8 +235,7 @@ class _Parts:
     unread: set[str]
     texts: list[str] = field(default_factory=list)
     thinking: list[str] = field(default_factory=list)
-    #: Of the parts with text, which states their switches have: on, off.
-    states: set[bool] = field(default_factory=set)
+    states: set[bool] = field(default_factory=set)  #: Of the parts with text, which states their switches have: on, off.
 
     def add(self, content: Any) -> None:
         """Add text, one part, or a list of parts."""
@@ -282,15 +259,12 @@ class _Parts:
             self.states.add(is_on)
         elif kind not in ("text", "input_text", "output_text"):
             raise SkipRow(f"a part of a message is {str(kind)[:40]!r}, not text")
-        elif not CONTENT_KEYS_SET & part.keys():
+        elif part.keys().isdisjoint(CONTENT_KEYS):
             raise SkipRow(f"a part of a message has none of the keys {', '.join(CONTENT_KEYS)}")
         else:
             self.add(columns.take("text", "value", "content", "parts"))
             self.states.add(is_on)
         self.unread.update(f"{key} (of parts of messages)" for key in columns.unread())
-
-
-CONTENT_KEYS_SET = frozenset(CONTENT_KEYS)
 
 
 def read_calls(calls: Any, unread: set[str]) -> str:

@@ -10,10 +10,8 @@ from qlora_phi3.units import format_count
 MOST_REASONS = 200
 #: Rows that a count names, and rows that are named when truncation left nothing supervised in them.
 EXAMPLES, NAMED = 3, 1000
-
 #: Columns that a warning names.
 NAMED_COLUMNS = 12
-
 #: With fewer held-out rows than this their loss is a rough figure, and the summary says so.
 FEW_ROWS = 30
 
@@ -41,21 +39,14 @@ def merge_counts(counts: Iterable[RowCount], *, named: int = EXAMPLES) -> tuple[
 
 @dataclass(slots=True)
 class SourceReport:
-    """What became of the rows of one source. It counts while the source is read; its size does not grow with the rows.
+    """What became of the rows of one source. It counts while the source is read; its size does not grow with the rows."""
 
-    Args:
-        name: a row is named `name:number`.
-        format: the format that the rows were read as; empty where none was read.
-        rows_digest: of the file of tokenised rows.
-        truncated, fully_truncated, skipped, notes, unread: see `DataReport`; the last three by reason or name.
-    """
-
-    name: str
-    format: str = ""
+    name: str  #: A row is named `name:number`.
+    format: str = ""  #: That the rows were read as; empty where none was read.
     rows_read: int = 0
     rows_kept: int = 0
-    rows_digest: str = ""
-    truncated: int = 0
+    rows_digest: str = ""  #: Of the file of tokenised rows.
+    truncated: int = 0  #: As in `DataReport`, and so is the rest: by reason or name.
     fully_truncated: RowCount = RowCount("nothing left to learn after truncation")
     skipped: dict[str, RowCount] = field(default_factory=dict)
     notes: dict[str, RowCount] = field(default_factory=dict)
@@ -75,44 +66,28 @@ class SourceReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
-    """What became of a run's data, row by row where it matters.
+    """What became of a run's data, row by row where it matters."""
 
-    Args:
-        sources: their names; the column `source` is an index into it.
-        formats: of each source, the format it was read as.
-        rows_read, rows_kept: of all sources; the kept rows are divided into `train_rows` and `evaluation_rows`.
-        skipped: rows that cannot be used, by reason, the most frequent first.
-        notes: rows that are used, but changed or remarkable.
-        unread: columns, and keys of messages, that hold something and were not read, with the rows that have them.
-        repeated: held-out rows whose tokens are those of a training row.
-        truncated: rows kept that were cut at `max_length`.
-        fully_truncated: rows dropped because the cut left nothing supervised; the first 1,000 are named.
-        tokens, supervised_tokens: of the training rows.
-        longest_row: in tokens, training and evaluation.
-        sha256: of the content of all sources, in their order.
-        eval_indices: which of the kept rows (0 is the first) are held out; empty where evaluation has its own sources.
-    """
-
-    sources: tuple[str, ...]
-    formats: tuple[str, ...]
+    sources: tuple[str, ...]  #: Their names; the column `source` is an index into it.
+    formats: tuple[str, ...]  #: Of each source, the format it was read as.
     chat_template: str
     max_length: int
-    rows_read: int
+    rows_read: int  #: Of all sources, and so are `rows_kept`, which are divided into `train_rows` and `evaluation_rows`.
     rows_kept: int
     train_rows: int
     evaluation_rows: int
-    skipped: tuple[RowCount, ...]
-    notes: tuple[RowCount, ...]
-    unread: tuple[RowCount, ...]
-    repeated: int
-    truncated: int
-    fully_truncated: RowCount
-    tokens: int
+    skipped: tuple[RowCount, ...]  #: Rows that cannot be used, by reason, the most frequent first.
+    notes: tuple[RowCount, ...]  #: Rows that are used, but changed or remarkable.
+    unread: tuple[RowCount, ...]  #: Columns, and keys of messages, that hold something and were not read, with their rows.
+    repeated: int  #: Held-out rows whose tokens are those of a training row.
+    truncated: int  #: Rows kept that were cut at `max_length`.
+    fully_truncated: RowCount  #: Rows dropped because the cut left nothing supervised; the first 1,000 are named.
+    tokens: int  #: Of the training rows, and so are `supervised_tokens`.
     supervised_tokens: int
-    longest_row: int
-    sha256: str
+    longest_row: int  #: In tokens, training and evaluation.
+    sha256: str  #: Of the content of all sources, in their order.
     split_seed: int
-    eval_indices: tuple[int, ...]
+    eval_indices: tuple[int, ...]  #: Which kept rows (0 is the first) are held out; empty where evaluation has its own sources.
 
     def summary_lines(self) -> list[str]:
         """What the run trains and measures on, one fact a line."""

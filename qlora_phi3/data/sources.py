@@ -27,7 +27,6 @@ from qlora_phi3.recipe.load import GLOB, candidate_paths, is_local_data, local_f
 from qlora_phi3.recipe.schema import Data
 
 RowIterator = Iterator[tuple[int, Any]]
-
 #: Files of a folder that are no data: hidden ones, documentation, programs, and what describes the others.
 NO_DATA = re.compile(r"\..*|.*\.(md|rst|py|ipynb|lock|yaml|yml)|LICEN[CS]E.*|README.*|dataset_infos?\.json", re.IGNORECASE)
 #: What an empty file may hold, with the marks of UTF-8 and UTF-16.
@@ -38,16 +37,11 @@ WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One origin of rows.
+    """One origin of rows."""
 
-    Args:
-        name: as the recipe writes it; a row is named `name:number` in messages.
-        digest: SHA-256 of the content, in hex.
-        rows: starts a new iteration over (number, row). It raises DataError where the content cannot be read.
-    """
-
-    name: str
-    digest: str
+    name: str  #: As the recipe writes it; a row is named `name:number` in messages.
+    digest: str  #: SHA-256 of the content, in hex.
+    #: Starts a new iteration over (number, row). It raises DataError where the content cannot be read.
     rows: Callable[[], RowIterator]
 
 
@@ -72,13 +66,12 @@ def open_local(name: str, base_dir: Path, split: str = "train") -> list[Source]:
     """Open a file; each file of a folder or of a pattern such as `chats/*.jsonl`, by name; or the `split` of a saved data set.
     DataError where nothing of this name is there, or a file is unreadable or of an unsupported type.
     """
-    candidates = candidate_paths(name, base_dir)
-    path = next((candidate for candidate in candidates if _exists(candidate, name)), None)
+    path = _find(name, base_dir)
     if path is not None and not path.is_dir():
         return [open_file(name, base_dir)]
     if path is not None and any((path / saved).is_file() for saved in ("state.json", "dataset_dict.json")):
         return [_open_saved(name, path, split)]
-    patterns = [path] if path is not None else candidates if GLOB.search(name) else []
+    patterns = [path] if path is not None else candidate_paths(name, base_dir) if GLOB.search(name) else []
     for pattern in patterns:
         files = [file for file in local_files(pattern) if file.is_file() and not NO_DATA.fullmatch(file.name)]
         if other := [file.name for file in files if _suffix(str(file)) not in READERS]:
@@ -93,9 +86,10 @@ def open_local(name: str, base_dir: Path, split: str = "train") -> list[Source]:
     raise DataError(f"{name} has no data file.", f"Supported are {', '.join(READERS)}, each also with .gz at its end.")
 
 
-def _exists(path: Path, name: str) -> bool:
+def _find(name: str, base_dir: Path) -> Path | None:
+    """The first of `candidate_paths` that exists."""
     try:
-        return path.exists()
+        return next((path for path in candidate_paths(name, base_dir) if path.exists()), None)
     except OSError as error:  # a name of more than 255 bytes
         raise DataError(f"{name[:80]} cannot be opened: {error.strerror or error}.", "Check the path in [data].") from error
 
@@ -107,10 +101,9 @@ def _suffix(name: str) -> str:
 
 def open_file(name: str, base_dir: Path) -> Source:
     """Open a local file, looked for as in `candidate_paths`; DataError where it is missing, unreadable, empty or unsupported."""
-    candidates = candidate_paths(name, base_dir)
-    path = next((candidate for candidate in candidates if _exists(candidate, name)), None)
+    path = _find(name, base_dir)
     if path is None:
-        looked = " or ".join(dict.fromkeys(str(candidate.absolute().parent) for candidate in candidates))
+        looked = " or ".join(dict.fromkeys(str(candidate.absolute().parent) for candidate in candidate_paths(name, base_dir)))
         raise DataError(f"There is no data file {name!r} in {looked}.", "Check the path in [data].")
     suffix = _suffix(name)
     if suffix not in READERS:
@@ -149,10 +142,8 @@ def _open_saved(name: str, path: Path, split: str) -> Source:
             dataset = load_from_disk(str(path))
             chosen = dataset if isinstance(dataset, Dataset) else dataset[split]
     except Exception as error:
-        raise DataError(
-            f"The saved data set {name} (split {split!r}) cannot be loaded: {first_line(error)}.",
-            "Check [data] split, or save it again.",
-        ) from error
+        message = f"The saved data set {name} (split {split!r}) cannot be loaded: {first_line(error)}."
+        raise DataError(message, "Check [data] split, or save it again.") from error
     return _from_dataset(name, chosen)
 
 

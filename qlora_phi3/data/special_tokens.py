@@ -16,10 +16,8 @@ from qlora_phi3.data.messages import SkipRow
 
 #: Breaks a special token; around a special token that is one. Unicode's noncharacters, which no text has.
 MARK, AROUND = "\ufdd0", "\ufdd1"
-
 #: An assistant's thinking stands between them in its own words; they do not end a turn.
 THINKING = ("<think>", "</think>")
-
 #: Characters [start, end) of a text.
 Span = tuple[int, int]
 
@@ -27,8 +25,7 @@ Span = tuple[int, int]
 class SpecialTokens:
     """The special tokens of one tokenizer, and how text that holds them is tokenized.
 
-    Args:
-        written: a rendered conversation: what the chat template writes is special, whatever the tokenizer says.
+    `written` is a rendered conversation: what the chat template writes is special, whatever the tokenizer says.
     """
 
     def __init__(self, tokenizer: Any, written: str = "") -> None:
@@ -38,6 +35,7 @@ class SpecialTokens:
         forgeable = (
             name for name in self.names if added.get(name, True) or re.fullmatch(r"<\|.*\|>|</?s>", name) or name in written
         )
+        self._whole_or_mark = _any_of((*self.names, MARK))
         #: Whether special tokens take the white space after them along, as Phi-3's do.
         self.takes_space = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
         #: Matches text that the tokenizer would read as a token that shapes the conversation.
@@ -52,10 +50,8 @@ class SpecialTokens:
         return self.pattern.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
 
     def encode(self, text: str, spans: Iterable[Span] = ()) -> tuple[Any, list[Span]]:
-        """Tokenize a rendered text in which `break_in` broke the special tokens of the words.
-
-        Returns:
-            A `tokenizers.Encoding` whose ids `ids_of` turns into the model's, and the spans moved to its characters.
+        """Tokenize a rendered text in which `break_in` broke the special tokens of the words. Returns a `tokenizers.Encoding`,
+        whose ids `ids_of` turns into the model's, and the spans moved to its characters.
         """
         pieces, moves, position = [], [], 0
         for found in self._whole_or_mark.finditer(text):
@@ -76,10 +72,6 @@ class SpecialTokens:
     def whole_in(self, text: str) -> list[str]:
         """The special tokens in a rendered text that are not broken."""
         return [found[0] for found in self._whole_or_mark.finditer(text) if found[0] not in (MARK, *THINKING)]
-
-    @cached_property
-    def _whole_or_mark(self) -> re.Pattern[str]:
-        return _any_of((*self.names, MARK))
 
     @cached_property
     def _renamed(self) -> Any:

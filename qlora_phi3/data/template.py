@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -25,10 +25,8 @@ from qlora_phi3.errors import DataError, first_line
 from qlora_phi3.units import GIB, format_count
 
 TEMPLATE_DIR = Path(__file__).parent.parent / "templates"
-
 #: In the order of comparison: of two that render alike, the first is taken.
 FAMILY = ("phi3", "phi35", "phi3-medium", "phi4", "phi4-mini", "phi4-first", "phi4-reasoning", "phi4-mini-reasoning")
-
 #: SHA-256, the first 16 digits, of the templates that Microsoft published. Tests compare each with its marked twin.
 PUBLISHED = frozenset({
     "605841622bcb6572",  # Phi-3-medium-4k-instruct
@@ -42,113 +40,39 @@ PUBLISHED = frozenset({
     "a41fb8727c4f1e72",  # phi-4.december-2024
     "fe4120415a3858b8",  # phi-4
 })  # fmt: skip
-
 SET_TEMPLATE_HINT = f"Set [data] chat_template to one of {', '.join(FAMILY)}, or to a .jinja file with {{% generation %}} marks."
 MARK_HINT = "Put {% generation %} and {% endgeneration %} around the assistant's words and its end token."
-
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
 SYSTEM_MOVED = "system turn put ahead of the user's words: the model's template has none"
 TOOL_AS_USER = "tool turn rendered as a user turn: the model's template has none"
 TOOLS_AS_TEXT = "tool definitions put into the system turn as text: the model's template has no place for them"
-
 #: How long the templates of a tokenizer may run when they are tried, and how many bytes they may take.
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 20, 2 * GIB
-
 #: Phi-4-mini's, around a JSON array.
 CALL_TOKENS = ("<|tool_call|>", "<|/tool_call|>")
-
-#: White space beyond ASCII, and any before it: Phi-3's special tokens take all of it along, llama.cpp's only that of ASCII.
+#: White space beyond ASCII at the start of a message, such as U+3000, with which paragraphs begin in Chinese and Japanese, or
+#: U+00A0. Phi-3's special tokens take all white space after them along, llama.cpp's only that of ASCII: it reads other ids.
 LEADING_UNICODE_SPACE = re.compile(r"[ \t-\r]*[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
-
 #: What a template is rendered with: role and content; in the system turn of Phi-4-mini also `tools`.
 Message = dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChatTemplate:
-    """A chat template with marks around the assistant's words.
+    """A chat template with marks around the assistant's words."""
 
-    Args:
-        name: of the family, `the model's own`, or the path it was read from.
-        source: jinja with `{% generation %}` marks.
-        bos_token, eos_token: values of these variables of the template; empty where the model's own writes none.
-        roles: those that it renders.
-        has_tools: whether the system turn has a place for tool definitions.
-        end_of_turn: the text that ends an assistant's turn, `<|end|>` or `<|im_end|>`.
-        thinking: whether an assistant's thinking has a place before its answer: `<think>` and `</think>` around it.
-        call_tokens: the tokens before and after an assistant's tool calls; empty where the model has none.
-        own: the model's template where `source` is its marked twin and nobody published it: every row is rendered by both.
-        variables, own_variables: what the two are rendered with, beside the messages.
-        rendered: a conversation, as it renders it.
-        is_own: whether it is none of the family's published ones, so that each rendering is checked.
-    """
-
-    name: str
-    source: str
-    bos_token: str
-    eos_token: str
-    roles: frozenset[str]
-    has_tools: bool
-    end_of_turn: str
-    thinking: bool = False
-    call_tokens: tuple[str, str] = ("", "")
-    own: str = ""
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    own_variables: Mapping[str, Any] = field(default_factory=dict)
-    rendered: str = ""
-    is_own: bool = False
-
-
-def choose_template(tokenizer: Any, name: str = "auto") -> ChatTemplate:
-    """The marked template that a model is trained with.
-
-    Args:
-        tokenizer: a fast tokenizer of transformers; it is not changed.
-        name: `auto` for the one that renders as the tokenizer's own does; a name of `FAMILY`; or the path of a .jinja file.
-
-    Raises:
-        DataError: none renders the same text; no such name or file; no marks in it; it writes special tokens that the
-            tokenizer does not have; or it runs too long or takes too much memory.
-    """
-    with _limits():
-        return _choose(tokenizer, name)
-
-
-def _choose(tokenizer: Any, name: str) -> ChatTemplate:
-    if name == "auto" and tokenizer.chat_template:
-        try:
-            own = tokenizer.get_chat_template()
-        except ValueError as error:
-            raise DataError(
-                f"The tokenizer has several chat templates ({', '.join(tokenizer.chat_template)}) and none is the default.",
-                SET_TEMPLATE_HINT,
-            ) from error
-        try:
-            own.encode()
-        except UnicodeEncodeError as error:
-            message = f"The model's chat template holds a character that is none, {own[error.start]!r}."
-            raise DataError(message, SET_TEMPLATE_HINT) from error
-        return _inspect("the model's own", own, tokenizer) if MARK.search(own) else _match_own(own, tokenizer)
-    if name == "auto":
-        vocabulary = tokenizer.get_vocab()
-        if not {"<|user|>", "<|assistant|>", "<|end|>"} <= vocabulary.keys() and "<|im_sep|>" not in vocabulary:
-            message = "The tokenizer has neither a chat template nor the special tokens of the Phi-3 family."
-            raise DataError(message, SET_TEMPLATE_HINT)
-        name = "phi4" if "<|im_sep|>" in vocabulary else "phi4-mini" if "<|tool_call|>" in vocabulary else "phi3"
-    if name in FAMILY:
-        return _inspect(name, _family_source(name), tokenizer)
-    path = Path(name).expanduser()
-    if path.suffix != ".jinja" or not path.is_file():
-        names = ", ".join(FAMILY)
-        raise DataError(f"[data] chat_template = {name!r} is neither a name nor a .jinja file.", f"The names: {names}.")
-    try:
-        source = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"[data] chat_template = {name!r} cannot be read: {first_line(error)}.", "Check the file.") from error
-    if not MARK.search(source):
-        raise DataError(f"[data] chat_template = {name!r} has no {{% generation %}} marks.", MARK_HINT)
-    return _inspect(name, source, tokenizer)
+    name: str  #: Of the family, `the model's own`, or the path it was read from.
+    source: str  #: Jinja with `{% generation %}` marks.
+    roles: frozenset[str]  #: Those that it renders.
+    has_tools: bool  #: Whether the system turn has a place for tool definitions.
+    end_of_turn: str  #: The text that ends an assistant's turn, `<|end|>` or `<|im_end|>`.
+    thinking: bool  #: Whether an assistant's thinking has a place before its answer: `<think>` and `</think>` around it.
+    call_tokens: tuple[str, str]  #: The tokens before and after an assistant's tool calls; empty where the model has none.
+    own: str  #: The model's template where `source` is its marked twin and nobody published it: every row is rendered by both.
+    variables: Mapping[str, Any]  #: What `source` is rendered with, beside the messages: the special tokens by their names.
+    own_variables: Mapping[str, Any]  #: As `variables`, for `own`; the two can differ in `bos_token` and `eos_token`.
+    rendered: str  #: A conversation, as it renders it.
+    is_own: bool  #: Whether it is none of the family's published ones, so that each rendering is checked.
 
 
 class _TooLong(BaseException):
@@ -183,6 +107,50 @@ def _limits() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@_limits()
+def choose_template(tokenizer: Any, name: str = "auto") -> ChatTemplate:
+    """The marked template that a model is trained with. DataError where none renders the same text; there is no such name or
+    file, or no marks in it; it writes special tokens that the tokenizer lacks; or it runs too long or takes too much memory.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers; it is not changed.
+        name: `auto` for the one that renders as the tokenizer's own does; a name of `FAMILY`; or the path of a .jinja file.
+    """
+    if name == "auto" and tokenizer.chat_template:
+        try:
+            own = tokenizer.get_chat_template()
+        except ValueError as error:
+            raise DataError(
+                f"The tokenizer has several chat templates ({', '.join(tokenizer.chat_template)}) and none is the default.",
+                SET_TEMPLATE_HINT,
+            ) from error
+        try:
+            own.encode()
+        except UnicodeEncodeError as error:
+            message = f"The model's chat template holds a character that is none, {own[error.start]!r}."
+            raise DataError(message, SET_TEMPLATE_HINT) from error
+        return _inspect("the model's own", own, tokenizer) if MARK.search(own) else _match_own(own, tokenizer)
+    if name == "auto":
+        vocabulary = tokenizer.get_vocab()
+        if not {"<|user|>", "<|assistant|>", "<|end|>"} <= vocabulary.keys() and "<|im_sep|>" not in vocabulary:
+            message = "The tokenizer has neither a chat template nor the special tokens of the Phi-3 family."
+            raise DataError(message, SET_TEMPLATE_HINT)
+        name = "phi4" if "<|im_sep|>" in vocabulary else "phi4-mini" if "<|tool_call|>" in vocabulary else "phi3"
+    if name in FAMILY:
+        return _inspect(name, _family_source(name), tokenizer)
+    path = Path(name).expanduser()
+    if path.suffix != ".jinja" or not path.is_file():
+        names = ", ".join(FAMILY)
+        raise DataError(f"[data] chat_template = {name!r} is neither a name nor a .jinja file.", f"The names: {names}.")
+    try:
+        source = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"[data] chat_template = {name!r} cannot be read: {first_line(error)}.", "Check the file.") from error
+    if not MARK.search(source):
+        raise DataError(f"[data] chat_template = {name!r} has no {{% generation %}} marks.", MARK_HINT)
+    return _inspect(name, source, tokenizer)
 
 
 @cache
@@ -237,6 +205,7 @@ def _inspect(
 ) -> ChatTemplate:
     """Find out by rendering which turns a template has; with `own` given, a turn counts only where both render it alike."""
     variables, own_variables = _template_variables(tokenizer, bos, eos), _template_variables(tokenizer)
+    probes = {"system": SYSTEM_PROBES[0], "tool": TOOL_PROBE}
     unpublished = own if own and sha256(own.encode()).hexdigest()[:16] not in PUBLISHED else ""
 
     def renders(probe: list[Message], words: str) -> bool:
@@ -247,13 +216,7 @@ def _inspect(
     return ChatTemplate(
         name=name,
         source=source,
-        bos_token=variables["bos_token"],
-        eos_token=variables["eos_token"],
-        roles=frozenset(
-            {"user", "assistant"}
-            | ({"system"} if renders(SYSTEM_PROBES[0], "system one") else set())
-            | ({"tool"} if renders(TOOL_PROBE, "tool one") else set())
-        ),
+        roles=frozenset({"user", "assistant"} | {role for role in probes if renders(probes[role], f"{role} one")}),
         has_tools=renders(TOOLS_PROBE, "tools one"),
         end_of_turn=_check_marks(name, source, tokenizer, variables),
         thinking="reasoning" in name or "<think>" in source or "<think>" in tokenizer.get_vocab(),
@@ -281,10 +244,8 @@ def _check_marks(name: str, source: str, tokenizer: Any, variables: dict[str, An
     vocabulary = tokenizer.get_vocab()
     for token in re.findall(r"<\|[^|>]+\|>", text):
         if token not in vocabulary:
-            raise DataError(
-                f"The chat template {name!r} writes {token}, which is no token of this model.",
-                "Write chat_template = 'auto' in [data] for the model's own.",
-            )
+            message = f"The chat template {name!r} writes {token}, which is no token of this model."
+            raise DataError(message, "Write chat_template = 'auto' in [data] for the model's own.")
     end = after.strip()
     if end not in {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}:
         ends = f"ends the marked words with {end!r}, not with a special token" if end else "marks no end of the turn"
@@ -293,11 +254,8 @@ def _check_marks(name: str, source: str, tokenizer: Any, variables: dict[str, An
 
 
 def render_chat(chat: Chat, template: ChatTemplate) -> tuple[str, list[Span], list[str]]:
-    """A conversation as text, the spans of characters to supervise, and the notes of `fit_turns`.
-
-    Raises:
-        SkipRow: the template refuses the conversation.
-        DataError: a turn is not to be supervised, and the template's marks do not separate the turns.
+    """A conversation as text, the spans of characters to supervise, and the notes of `fit_turns`. SkipRow where the template
+    refuses the conversation; DataError where a turn is not to be supervised, and the template's marks do not separate the turns.
     """
     messages, notes = fit_turns(chat, template)
     try:
@@ -313,19 +271,14 @@ def render_chat(chat: Chat, template: ChatTemplate) -> tuple[str, list[Span], li
             f"{len(supervised)} assistant turns, so that not each of them is learned or left out as it should be.",
             "Mark each assistant turn once in the template of [data] chat_template.",
         )
-    if template.is_own:
-        _check_rendering(text, spans, messages, template)
+    if template.is_own:  # nobody published it: it may drop words, or not end each answer
+        if not all(message["content"] in text for message in messages):
+            raise SkipRow("the chat template leaves out or changes the words of a turn")
+        if not all(text[start:end].rstrip().endswith(template.end_of_turn) for start, end in spans):
+            raise SkipRow("the chat template marks an answer without the end of its turn")
+        if any(text[:start].rstrip().endswith("<think>") and "<think>" in text[start:end] for start, end in spans):
+            raise SkipRow("the chat template begins the thinking that the row begins too")
     return text, [span for span, is_supervised in zip(spans, supervised, strict=True) if is_supervised], notes
-
-
-def _check_rendering(text: str, spans: Sequence[Span], messages: Sequence[Message], template: ChatTemplate) -> None:
-    """Skip a row of which a template that nobody published drops words, or does not end each answer."""
-    if not all(message["content"] in text for message in messages):
-        raise SkipRow("the chat template leaves out or changes the words of a turn")
-    if not all(text[start:end].rstrip().endswith(template.end_of_turn) for start, end in spans):
-        raise SkipRow("the chat template marks an answer without the end of its turn")
-    if any(text[:start].rstrip().endswith("<think>") and "<think>" in text[start:end] for start, end in spans):
-        raise SkipRow("the chat template begins the thinking that the row begins too")
 
 
 def fit_turns(chat: Chat, template: ChatTemplate) -> tuple[list[Message], list[str]]:
@@ -386,14 +339,6 @@ def _move_system_turns(turns: Sequence[Turn]) -> Iterator[Turn]:
         yield Turn("user", waiting)
 
 
-def begins_with_unicode_space(text: str) -> bool:
-    """Whether llama.cpp reads a message as other ids than Phi-3's tokenizer does, which drops white space after a special token.
-
-    Such as U+3000, with which paragraphs begin in Chinese and Japanese, or U+00A0.
-    """
-    return LEADING_UNICODE_SPACE.match(text) is not None
-
-
 def _join(before: str, after: str) -> str:
     return f"{before}\n\n{after}" if before and after else before or after
 
@@ -405,20 +350,17 @@ def _template_variables(tokenizer: Any, bos_token: str | None = None, eos_token:
     return {**tokenizer.special_tokens_map, "bos_token": bos, "eos_token": eos}
 
 
-def _render(source: str, messages: list[Message], variables: Mapping[str, Any]) -> tuple[str, list[Span]]:
-    """The text of a conversation and the spans inside the marks. Raises jinja2.TemplateError."""
+def _render(source: str, messages: list[Message], variables: Mapping[str, Any], *, marked: bool = True) -> tuple[str, list[Span]]:
+    """The text of a conversation and, of a `marked` template, the spans inside the marks. Raises jinja2.TemplateError."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    texts, spans = render_jinja_template([messages], chat_template=source, return_assistant_tokens_mask=True, **variables)
-    return texts[0], spans[0]
+    texts, spans = render_jinja_template([messages], chat_template=source, return_assistant_tokens_mask=marked, **variables)
+    return str(texts[0]), spans[0] if marked else []
 
 
 def _try_render(source: str, messages: list[Message], variables: Mapping[str, Any]) -> str | None:
     """The text of a conversation; None where the template refuses it (for example because of its role)."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     try:
-        texts, _ = render_jinja_template([messages], chat_template=source, **variables)
+        return _render(source, messages, variables, marked=False)[0]
     except Exception:  # a template is a program, and may raise anything
         return None
-    return str(texts[0])

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 from xxhash import xxh3_64_intdigest, xxh3_128
 
-from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.data.formats import SYNONYMS, Chat, Document, check_document, detect_format, read_row
 from qlora_phi3.data.messages import CONTENT_KEYS, SkipRow, check_unread, parse_json
 from qlora_phi3.data.report import SourceReport
 from qlora_phi3.data.sources import Source, UnusableRow
 from qlora_phi3.data.special_tokens import MARK, Span, SpecialTokens
-from qlora_phi3.data.template import ChatTemplate, begins_with_unicode_space, render_chat
+from qlora_phi3.data.template import LEADING_UNICODE_SPACE, ChatTemplate, render_chat
 from qlora_phi3.errors import DataError
+from qlora_phi3.execution import IGNORE_INDEX
 from qlora_phi3.files import atomic_dir, disk_errors
 from qlora_phi3.recipe.schema import Data
 from qlora_phi3.reporter import Progress
@@ -34,15 +34,12 @@ from qlora_phi3.units import format_count
 
 #: Rows that are tokenised at once.
 BATCH_ROWS = 256
-
 ROWS_NAME, REPORT_NAME = "rows.arrow", "report.json"
-
 READ_AS_TEXT = "special tokens of the model in the words of the row: read as text"
 READ_AS_TOKENS = "special tokens of the model in the words of the row: read as these tokens (allow_special_tokens)"
 UNICODE_SPACE = "a message begins with Unicode white space: llama.cpp reads it as other tokens (docs/gguf.md)"
 CHAT_IN_TURN = "a turn that holds a rendered chat: it is rendered a second time (the format text reads rendered chats)"
 CHAT_IN_TEXT = "raw text that looks like a rendered chat: its prompts are learned too"
-
 #: The headers that chat templates and prompts of the field write before a turn.
 RENDERED_CHAT = re.compile(
     r"<[|\uff5c](user|assistant|system|im_start|start_header_id|start_of_role)[|\uff5c]>|<start_of_turn>|\[/?INST\]|<(human|bot)>:"
@@ -50,7 +47,6 @@ RENDERED_CHAT = re.compile(
     r"|^(### ?|<)?(Human|Assistant|User|Instruction|Response|Question|Answer)[:>]|### ?(Human|Assistant|Response):",
     re.MULTILINE | re.IGNORECASE,
 )
-
 #: One row's token ids, or its labels: int32, shape (length,).
 Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
 
@@ -155,7 +151,9 @@ def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: in
             if rows:
                 numbers, ids, labels, supervised = zip(*rows, strict=True)
                 lengths = [len(row) for row in ids]
-                check_labels(ids, labels)
+                all_ids, all_labels = np.concatenate(ids), np.concatenate(labels)
+                if lengths != list(map(len, labels)) or ((all_labels != all_ids) & (all_labels != IGNORE_INDEX)).any():
+                    raise RuntimeError("a label is neither -100 nor the id at its position; no run can be made of these rows")
                 digests = [xxh3_64_intdigest(row.tobytes()) for row in ids]
                 writer.write_batch(pa.record_batch([ids, labels, lengths, supervised, numbers, digests], schema=schema))
             report.rows_kept += len(rows)
@@ -195,10 +193,8 @@ def read_examples(source: Source, data: Data, report: SourceReport, columns: set
                 check_unread(row, row, where)
                 raise SkipRow(f"its columns ({', '.join(sorted(map(str, row)))[:100]}) fit no format")
             if report.format and name != report.format:
-                raise DataError(
-                    f"{where} is of format {name!r}, while {first} is of format {report.format!r}.",
-                    "Use one format in a file, or name the one to read in [data] format.",
-                )
+                message = f"{where} is of format {name!r}, while {first} is of format {report.format!r}."
+                raise DataError(message, "Use one format in a file, or name the one to read in [data] format.")
             first, report.format = first or where, name
             example = read_row(mapped, name, where)
             if example.unread and name == "text" and data.format == "auto":
@@ -283,7 +279,7 @@ def _render_row(
     if any(special.pattern.search(text) for text in words):
         is_broken = not config.data.allow_special_tokens
         notes.append(READ_AS_TEXT if is_broken else READ_AS_TOKENS)
-    if special.takes_space and isinstance(example, Chat) and any(map(begins_with_unicode_space, words)):
+    if special.takes_space and isinstance(example, Chat) and any(map(LEADING_UNICODE_SPACE.match, words)):
         notes.append(UNICODE_SPACE)
     if isinstance(example, Document):
         text = special.break_in(example.text) if is_broken else example.text
@@ -324,14 +320,9 @@ def _break_words(chat: Chat, special: SpecialTokens) -> Chat:
 
 
 def tokenize_chats(texts: Sequence[str], spans: Sequence[Sequence[Span] | None], tokenizer: Any) -> list[tuple[Ids, Ids]]:
-    """Tokenise rendered conversations; the ids are those of `apply_chat_template`.
-
-    Args:
-        texts: rendered conversations.
-        spans: of each text, the characters [start, end) to supervise; None: supervise every token.
-
-    Returns:
-        For each text its ids and its labels, int32 of shape (length,) both.
+    """Tokenise rendered conversations; the ids are those of `apply_chat_template`. `spans` are, of each text, the characters
+    [start, end) to supervise; None: supervise every token. Returns for each text its ids and its labels, int32 of shape
+    (length,).
     """
     if not texts:
         return []
@@ -381,10 +372,8 @@ def _find_tokens(encoding: Any, span: Span) -> tuple[int, int]:
 
 
 def tokenize_documents(texts: Sequence[str], tokenizer: Any) -> list[tuple[Ids, Ids]]:
-    """Tokenise raw text with the tokenizer's own start of a text, and close it with the end-of-text token.
-
-    Returns:
-        For each text its ids and its labels (every token but the first), int32 of shape (length,) both.
+    """Tokenise raw text with the tokenizer's own start of a text, and close it with the end-of-text token. Returns for each text
+    its ids and its labels (every token but the first), int32 of shape (length,) both.
     """
     if not texts:
         return []
@@ -398,13 +387,6 @@ def _label_document(ids: Sequence[int], start: int | None, end: int) -> tuple[Id
     labels = row.copy()
     labels[:1] = IGNORE_INDEX
     return row, labels
-
-
-def check_labels(ids: Sequence[Ids], labels: Sequence[Ids]) -> None:
-    """Raise RuntimeError, which only a fault of this program can cause, where a label is neither -100 nor the id at its place."""
-    all_ids, all_labels = np.concatenate(ids), np.concatenate(labels)
-    if list(map(len, ids)) != list(map(len, labels)) or ((all_labels != all_ids) & (all_labels != IGNORE_INDEX)).any():
-        raise RuntimeError("a label is neither -100 nor the id at its position; no run can be made of these rows")
 
 
 def _truncate_rows(

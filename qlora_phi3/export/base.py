@@ -3,7 +3,6 @@
 A tensor is compared while it is read for the merge or the proof; nothing is read only to be compared, except `compare_plain`.
 """
 
-import hashlib
 import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -146,16 +145,13 @@ class RecordedBase:
             message = f"{self.record.name} holds {name} in 4 bit only: there is no original to merge onto."
             raise ExportError(message, "Export with --onto nf4.")
         rows, recorded = self.stored.iter_row_chunks(name), self.record.tensors.get(name, {})
-        is_plain = recorded.get("kind") == "plain"
-        return self._compare_rows(name, recorded["sha256"], rows) if is_plain else rows
 
-    def _compare_rows(self, name: str, recorded: str, rows: Iterator[Tensor]) -> Iterator[Tensor]:
-        digest = hashlib.sha256()
-        for chunk in rows:
-            four_bit.add_bytes(digest, chunk.to(self.record.dtype))  # a cast gives the same bits on all hardware
-            yield chunk
-        differs = digest.hexdigest() != recorded
-        self.compared[name] = Compared(differs=differs, other_weights=differs)
+        def compare(sha256: str) -> None:
+            differs = sha256 != recorded["sha256"]
+            self.compared[name] = Compared(differs=differs, other_weights=differs)
+
+        # A cast gives the same bits on all hardware.
+        return four_bit.hash_rows(rows, compare, dtype=self.record.dtype) if recorded.get("kind") == "plain" else rows
 
     def quantized(self, name: str) -> Quantized | None:
         """A tensor as the run held it in 4 bit, on `device`, compared with the record; None where the run did not quantize it.

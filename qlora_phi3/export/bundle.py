@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, metadata_load
+from jinja2 import Environment, PackageLoader
 from yaml import YAMLError
 
 from qlora_phi3.adapters import base_files
@@ -128,34 +129,38 @@ def render_card(recipe: Recipe, run: Mapping[str, Any], export: Mapping[str, Any
         export: contents of export_report.json; for a GGUF its "gguf" names the file and its type.
         base: directory whose own model card states the licence: the base's, or for a GGUF the merged model's.
     """
-    name, gguf, licence = public_name(recipe.model.name), "gguf" in export, read_licence(base)
+    name, gguf, licence = public_name(recipe.model.name), export.get("gguf"), read_licence(base)
+    sources = as_list(recipe.data.train)
     data = ModelCardData(
         base_model=name if "/" in name else None,
         license=licence,
         library_name=None if gguf else "transformers",
         pipeline_tag="text-generation",
-        datasets=[source for source in as_list(recipe.data.train) if "/" in public_name(source)] or None,
+        datasets=[source for source in sources if "/" in public_name(source)] or None,
         tags=["phi3", "qlora", "qlora-phi3", *(["gguf"] if gguf else [])],
     )
-    revision = export["base"].get("revision")
-    described = f"Base: `{name}` at commit `{revision}`." if revision else f"Base: `{name}`."
-    terms = "Its licence applies to this model too; the base's folder does not state it."
-    if licence:
-        terms = f"Its licence, `{licence}`, applies to this model too."
-    public_recipe = ["Recipe, where it differs from qlora-phi3's defaults:", "", "```toml"]
+    tables = {}
     for table in PUBLIC_TABLES:
         keys = getattr(recipe, table).model_dump(mode="json", exclude_defaults=True, exclude_none=True)
-        public = [f"{key} = {format_toml(value)}" for key, value in keys.items() if key not in PRIVATE_KEYS]
-        public_recipe += [f"[{table}]", *public] if public else []
-    parts = (
-        f"---\n{data.to_yaml()}\n---",
-        f"# {name.rpartition('/')[2]}, fine-tuned with qlora-phi3",
-        f"{described} {terms} The adapter is {score_label(export['onto'], export)} weights ({export['dtype']}).",
-        _describe_training(recipe, run),
-        _describe_proof(run, export),
-        "\n".join([*public_recipe, "```"]),
+        tables[table] = {key: format_toml(value) for key, value in keys.items() if key not in PRIVATE_KEYS}
+    loader = PackageLoader("qlora_phi3", "pages")
+    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return environment.get_template("model_card.md.jinja").render(
+        front_matter=data.to_yaml(),
+        name=name,
+        licence=licence,
+        sources=[public_name(source) for source in sources],
+        start=recipe.model.adapter and public_name(recipe.model.adapter),
+        tables=tables,
+        run={"eval_loss_before": None, "eval_loss_after": None, **run},
+        export=export,
+        gguf=gguf,
+        proof=export.get("proof"),
+        is_measured=gguf is None or is_measured(gguf["quant"], export["dtype"]),
+        warning=other_bits_warning(export) if export.get("proof") else None,
+        label=score_label,
+        count=format_count,
     )
-    return "\n\n".join(parts) + "\n"
 
 
 def public_name(name: str) -> str:
@@ -171,46 +176,6 @@ def read_licence(base: Path) -> str | None:
     except (ValueError, YAMLError):
         return None
     return licence if isinstance(licence, str) else None
-
-
-def _describe_training(recipe: Recipe, run: Mapping[str, Any]) -> str:
-    data, start = run["data"], recipe.model.adapter
-    names = ", ".join(f"`{public_name(source)}`" for source in as_list(recipe.data.train))
-    sentences = [f"Trained for {run['steps']:,} steps on {run['device']}."]
-    if start:
-        sentences.append(f"The training started from an adapter (`{public_name(start)}`).")
-    before, after = run.get("eval_loss_before"), run.get("eval_loss_after")
-    if before is not None and after is not None:
-        rows = format_count(data["evaluation_rows"], "held-out row")
-        sentences.append(f"Loss on all {rows}: {before:.4f} before, {after:.4f} after.")
-    rows, tokens = f"{data['train_rows']:,} rows", f"{data['supervised_tokens']:,} supervised tokens"
-    return f"Data: {names}, {rows}, {tokens} (SHA-256 of the content `{data['sha256']}`).\n\n{' '.join(sentences)}"
-
-
-def _describe_proof(run: Mapping[str, Any], export: Mapping[str, Any]) -> str:
-    proof, gguf = export.get("proof"), export.get("gguf")
-    what = f"The merged model from which `{gguf['file']}` was made as {gguf['quant']}" if gguf else "The export"
-    if not proof:
-        return f"{what} was not compared with the trained model."
-    loss, kind, total = "held-out loss", "held-out rows", run["data"]["evaluation_rows"]
-    if proof["trained"]:
-        loss, kind, total = "loss", "rows that were trained on", run["data"]["train_rows"]
-    title = f"{what}, compared with the trained model on {proof['tokens']:,} tokens of {proof['rows']:,} of the {total:,} {kind}"
-    mark = " (this model)"
-    if gguf is not None and not is_measured(gguf["quant"], export["dtype"]):
-        title += f" (the file itself was not measured; the table does not show what {gguf['quant']} costs)"
-        mark = " (from which this file was made)"
-    header = f"| | {loss} | mean KL from the trained model | largest KL | same top token |"
-    lines = [f"{title}:", "", header, "|---|--:|--:|--:|--:|"]
-    for score in proof["scores"]:
-        row = score_label(score["name"], export) + (mark if score["name"] == export["onto"] else "")
-        figures = "|  |  |  |"  # the trained model is what the others are compared with
-        if score["name"] != "live":
-            figures = f"| {score['mean_kl']:.1e} | {score['max_kl']:.1e} | {score['top_agreement']:.2%} |"
-        lines.append(f"| {row} | {score['loss']:.4f} {figures}")
-    if (warning := other_bits_warning(export)) is not None:
-        lines += ["", warning]
-    return "\n".join(lines)
 
 
 def score_label(name: str, report: Mapping[str, Any]) -> str:

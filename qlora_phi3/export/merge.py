@@ -4,7 +4,6 @@ A merge adds the adapter's update to a weight in fp32, a few rows at a time, and
 was trained on: quantized to 4 bit (NF4 or FP4) and dequantized. Onto "original" it is the one in the base's file.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +17,9 @@ from qlora_phi3.adapters.adapter_deltas import EMBEDDING, HEAD, AdapterDeltas
 from qlora_phi3.adapters.delta import LoraDelta
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.base import RecordedBase
-from qlora_phi3.export.streamed import StreamedModel, TrainedBase, stream_live, stream_plain
-from qlora_phi3.model.quantized import add_bytes, dequantize, is_stored_quantized
-from qlora_phi3.model.weights import TensorInfo, Weights
+from qlora_phi3.export.streamed import StreamedModel, stream_live, stream_plain, trained_base
+from qlora_phi3.model.quantized import dequantize, hash_rows, is_stored_quantized
+from qlora_phi3.model.weights import ComputedWeights, TensorInfo, Weights
 
 #: The name in reports and options; "nf4" stands for the 4-bit weights that were trained, whatever their type.
 Onto = Literal["nf4", "original"]
@@ -132,60 +131,42 @@ def build_models(
 ) -> list[ScoredModel]:
     """The models of a proof, the live one first; a merge is computed while it is scored.
 
-    Args:
-        config: contents of the base's config.json.
-        adapter: the run's PEFT directory.
-        dtype: of the export.
-        ontos: the merges to score.
-        checked: those that are compared with base and adapter unmerged, which may be a pass of its own.
+    `config` are the contents of the base's config.json, `adapter` is the run's PEFT directory, `dtype` that of the export. Of the
+    merges `ontos`, those `checked` are compared with base and adapter unmerged, which may be a pass of its own.
     """
     merged_config = {**config, "tie_word_embeddings": False} if deltas.unties else config
-    live = partial(stream_live, TrainedBase(base), config, adapter, device=base.device)
+    live = partial(stream_live, trained_base(base), config, adapter, device=base.device)
     models = [ScoredModel(name="live", label="live", open=live, origin="live")]
     for onto in ontos:
-        weights, label, origin = MergedWeights(base, deltas, onto=onto, dtype=dtype), base.record.label(onto), None
-        checksummed, unmerged = _ChecksummedWeights(weights), _UnmergedBase(base, deltas, onto)
+        weights, checksums = _record_checksums(MergedWeights(base, deltas, onto=onto, dtype=dtype))
+        (unmerged, is_live), label, origin = _unmerged_base(base, deltas, onto), base.record.label(onto), None
         if onto in checked:
-            origin = "live" if unmerged.is_live else f"{onto}, unmerged"
-        build = partial(stream_plain, checksummed, merged_config, device=base.device)
-        models.append(ScoredModel(name=onto, label=label, open=build, origin=origin, checksums=checksummed.checksums))
+            origin = "live" if is_live else f"{onto}, unmerged"
+        build = partial(stream_plain, weights, merged_config, device=base.device)
+        models.append(ScoredModel(name=onto, label=label, open=build, origin=origin, checksums=checksums))
         if origin not in (None, "live"):
             build = partial(stream_live, unmerged, config, adapter, device=base.device)
             models.append(ScoredModel(name=f"{onto}, unmerged", label=f"{label}, unmerged", open=build))
     return models
 
 
-class _ChecksummedWeights:
-    """Weights whose checksums are recorded as they are read, so that files can be compared with what was scored."""
-
-    def __init__(self, weights: Weights) -> None:
-        self.weights, self.info = weights, weights.info
-        self.checksums: dict[str, str] = {}
-
-    def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
-        """As `Weights.iter_row_chunks`."""
-        digest = hashlib.sha256()
-        for chunk in self.weights.iter_row_chunks(name):
-            add_bytes(digest, chunk)
-            yield chunk
-        self.checksums[name] = digest.hexdigest()
+def _record_checksums(weights: Weights) -> tuple[Weights, dict[str, str]]:
+    """The same weights, and tensor -> SHA-256, filled as they are read, so that files can be compared with what was scored."""
+    checksums: dict[str, str] = {}
+    read = weights.iter_row_chunks
+    hashed = ComputedWeights(weights.info, lambda name: hash_rows(read(name), partial(checksums.__setitem__, name)))
+    return hashed, checksums
 
 
-class _UnmergedBase:
-    """The values of the base that a merge starts from; a `Weights`.
+def _unmerged_base(base: RecordedBase, deltas: AdapterDeltas, onto: Onto) -> tuple[Weights, bool]:
+    """The values of the base that a merge starts from, and whether the live model has all of the same values.
 
     The run rounded embedding, head and norms to its dtype, and a merge keeps them as the file has them. In a base stored in fp16
     and trained in bf16 (SmolLM2-135M) that alone was a mean KL of 4e-5, which is not a fault of the merge.
     """
-
-    def __init__(self, base: RecordedBase, deltas: AdapterDeltas, onto: Onto) -> None:
-        self.base, self.trained, self.info = base, TrainedBase(base), base.info
-        record, info = base.record, base.info
-        #: Tensors with the values they had in training; whether the live model has all of the same values.
-        self.as_trained = {name for name in info if (onto == "nf4" if record.is_quantized(name) else name in deltas.targets)}
-        others = info.keys() - self.as_trained
-        self.is_live = not any(record.is_quantized(name) or info[name].dtype != record.dtype for name in others)
-
-    def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
-        """As `Weights.iter_row_chunks`."""
-        return (self.trained if name in self.as_trained else self.base).iter_row_chunks(name)
+    record, info, trained = base.record, base.info, trained_base(base)
+    as_trained = {name for name in info if (onto == "nf4" if record.is_quantized(name) else name in deltas.targets)}
+    others = info.keys() - as_trained
+    is_live = not any(record.is_quantized(name) or info[name].dtype != record.dtype for name in others)
+    weights = ComputedWeights(info, lambda name: (trained if name in as_trained else base).iter_row_chunks(name))
+    return weights, is_live

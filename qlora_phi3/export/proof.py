@@ -18,9 +18,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from qlora_phi3.adapters.base_files import DOWNLOAD_AGAIN, GENERATION_CONFIG
-from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.errors import ExportError
-from qlora_phi3.execution import MicroBatchPlan
+from qlora_phi3.execution import IGNORE_INDEX, MicroBatchPlan
 from qlora_phi3.export.inputs import Sources
 from qlora_phi3.export.merge import Onto, ScoredModel, build_models
 from qlora_phi3.export.request import Request

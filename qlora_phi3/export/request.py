@@ -5,6 +5,7 @@ Only files that an earlier export lists in its report (`export_report.json`) are
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 #: The values of --dtype: torch's name, and the GGUF type that holds it bit for bit.
 DTYPES = {"fp16": ("float16", "f16"), "bf16": ("bfloat16", "bf16"), "fp32": ("float32", "f32")}
 DEFAULT_ONTO, DEFAULT_DTYPE = "auto", "fp16"
+#: A name that every version of Ollama takes: [namespace/]model[:tag], types/model/name.go of its source.
+OLLAMA_NAME = re.compile(r"(\w[\w-]{0,79}/)?\w(?:[\w-]|\.(?!\.)){0,79}(:\w[\w.-]{0,79})?", re.ASCII)
 #: A smaller shard size would make thousands of files.
 MIN_SIZE_BYTES = 2**20
 OTHER_PLACE = "Move it away, or give --out another folder."
@@ -43,6 +46,7 @@ class ExportOptions:
     force: bool = False
     push: str | None = None
     private: bool = False
+    ollama: str | None = None  # the model's name in Ollama; needs kind "gguf"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,17 +67,15 @@ class Request:
 
 
 def make_request(run: Path, options: ExportOptions) -> Request:
-    """Check the options of an export, its run and its targets.
+    """Check the options of an export, its run (a directory of a finished one, or of several) and its targets. ExportError or
+    RunError where no run is finished, a size cannot be read, a push is refused, or a target must not be written.
 
     Without `options.out` the export goes into the run, under a name that contains every option that changes the weights, and of a
     GGUF always its type.
-
-    Args:
-        run: directory of a finished run, or of several.
-
-    Raises:
-        ExportError, RunError: no finished run, an unreadable size, a refused push, or a target that must not be written.
     """
+    if options.ollama is not None and not OLLAMA_NAME.fullmatch(options.ollama):
+        hint = "Write [namespace/]name[:tag] of letters, digits, _ - and ., as in --ollama my-phi3:v1"
+        raise ExportError(f"--ollama {options.ollama} is no name for Ollama.", hint)
     folder, report = find_finished_run(run, verify=options.verify)
     if options.base is not None and not (options.base / "config.json").is_file():
         hint = "Give the folder of the base that was trained on."

@@ -4,7 +4,7 @@ If the exported model fits in memory, it answers held-out prompts greedily until
 limit. Otherwise the proof's count is used: how often a stop id is the most likely token at the end of a held-out turn.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import Phi3Config
 
-from qlora_phi3.data.batching import IGNORE_INDEX
+from qlora_phi3.execution import IGNORE_INDEX
 from qlora_phi3.export.inputs import free_ram
 from qlora_phi3.export.proof import LIVE, Proof
-from qlora_phi3.inference import GREEDY, InferenceModel, load_for_inference
+from qlora_phi3.inference import generate_batch, load_for_inference
 from qlora_phi3.model.weights import open_weights
 from qlora_phi3.reporter import Progress
 
@@ -103,13 +103,16 @@ def measure_stops(
         batches[-1].append(prompt)
     total, done, stopped = sum(max(prompt.limit for prompt in batch) for batch in batches), 0, 0
 
-    def report(new: int) -> None:
-        progress("Answering held-out prompts", done + new, total)
+    def report(new_ids: Tensor) -> bool:
+        progress("Answering held-out prompts", done + new_ids.shape[1], total)
+        return False
 
     for batch in batches:
-        stopped += _count_stopped(inference, batch, report)
-        done += max(prompt.limit for prompt in batch)
-    report(0)
+        limits = [prompt.limit for prompt in batch]
+        answers = generate_batch(inference, [prompt.ids for prompt in batch], limits, after_token=report)
+        stopped += sum(answer[-1] in inference.stop_ids for answer in answers)
+        done += max(limits)
+    progress("Answering held-out prompts", total, total)
     return StopTest(method="generated", turns=len(prompts), stopped=stopped, live_share=None)
 
 
@@ -139,31 +142,3 @@ def choose_dtype(folder: Path, device: torch.device, max_ram_bytes: int | None) 
         if (OVERHEAD * num_weights + num_cached) * dtype.itemsize <= free_bytes:
             return cast(torch.dtype, dtype)
     return None
-
-
-def _count_stopped(inference: InferenceModel, batch: Sequence[Prompt], report: Callable[[int], None]) -> int:
-    """Answer a batch of prompts greedily; count the answers that reach a stop id within their own limit."""
-    model, stops = inference.model, list(inference.stop_ids)
-    start, limits = max(len(prompt.ids) for prompt in batch), torch.tensor([prompt.limit for prompt in batch])
-    ids, mask = torch.full((len(batch), start), stops[0]), torch.zeros((len(batch), start), dtype=torch.int64)
-    for row, prompt in enumerate(batch):
-        ids[row, start - len(prompt.ids) :] = torch.tensor(prompt.ids)
-        mask[row, start - len(prompt.ids) :] = 1
-
-    def at_limit(all_ids: Tensor, _: Tensor, **__: Any) -> Tensor:
-        new = all_ids.shape[1] - start
-        report(new)
-        return (limits <= new).to(all_ids.device)
-
-    output = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        **GREEDY,
-        use_cache=True,
-        max_new_tokens=int(limits.max()),
-        eos_token_id=stops,
-        pad_token_id=stops[0],
-        stopping_criteria=[at_limit],
-    )
-    answers = [row[start : start + prompt.limit] for row, prompt in zip(output.cpu(), batch, strict=True)]
-    return sum(bool(torch.isin(answer, torch.tensor(stops)).any()) for answer in answers)

@@ -6,7 +6,7 @@ and empty the layer under a DoRA before PEFT has read its weight.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -29,7 +29,7 @@ from qlora_phi3.export.base import CPU, RecordedBase
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
 from qlora_phi3.model.loss import select_supervised
 from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM
-from qlora_phi3.model.weights import StoredWeights, TensorInfo, Weights, open_file, read_tensor, split_rows
+from qlora_phi3.model.weights import ComputedWeights, StoredWeights, TensorInfo, Weights, open_file, read_tensor, split_rows
 from qlora_phi3.reporter import Progress
 from qlora_phi3.step import Batch, evaluating
 
@@ -44,29 +44,23 @@ class Final:
     head: Callable[[], Iterator[Tensor]]  # reads the head: chunks (words, hidden_size), in the dtype of the weights
 
 
-@dataclass(frozen=True, slots=True)
-class _Slot:
-    """A parameter of the model, and the name of the tensor that belongs there."""
-
-    module: nn.Module
-    attribute: str
-    name: str
+#: Tensor -> the module, and the attribute of it, where it belongs.
+_Slots = Mapping[str, tuple[nn.Module, str]]
 
 
 class StreamedModel:
     """The real model; hooks read each layer's weights before the layer runs, and drop them after it."""
 
-    def __init__(self, model: PackedPhi3ForCausalLM, slots: Sequence[_Slot], weights: Weights, device: torch.device) -> None:
+    def __init__(self, model: PackedPhi3ForCausalLM, slots: _Slots, weights: Weights, device: torch.device) -> None:
         self.model, self.weights, self.device = model, weights, device
         # One buffer for all layers: where page faults are slow, new memory for each layer took as long as its matmul.
         self._buffer = torch.empty(0)
-        self._buffer_size = max(prod(weights.info[slot.name].shape) for slot in slots)
+        self._buffer_size = max(prod(weights.info[name].shape) for name in slots)
         owners = {layer.get_base_layer(): layer for layer in model.modules() if isinstance(layer, LoraLayer)}
-        for slot in slots:
-            owner = owners.get(slot.module, slot.module)  # DoRA reads the weight after its base layer has run
-            placeholder = getattr(slot.module, slot.attribute)
-            owner.register_forward_pre_hook(partial(self._fill, slot))
-            owner.register_forward_hook(partial(_set_parameter, slot, placeholder))
+        for name, (module, attribute) in slots.items():
+            owner = owners.get(module, module)  # DoRA reads the weight after its base layer has run
+            owner.register_forward_pre_hook(partial(self._fill, name, module, attribute))
+            owner.register_forward_hook(partial(_set_parameter, module, attribute, getattr(module, attribute)))
 
     def run(self, batch: Batch, what: str, progress: Progress) -> Final:
         """Compute the final hidden states of the supervised positions of a batch; `progress` counts layers of `what`.
@@ -117,43 +111,44 @@ class StreamedModel:
             start += len(chunk)
         return embedded.to(self.device)
 
-    def _fill(self, slot: _Slot, *_: Any) -> None:
-        """A forward pre-hook: read the tensor of a slot into the buffer, as fp32."""
-        shape, start = self.weights.info[slot.name].shape, 0
+    def _fill(self, name: str, module: nn.Module, attribute: str, *_: Any) -> None:
+        """A forward pre-hook: read a tensor into the buffer, as fp32, and make it the parameter of a module."""
+        shape, start = self.weights.info[name].shape, 0
         tensor = self._buffer[: prod(shape)].view(shape)
-        for chunk in self.weights.iter_row_chunks(slot.name):
+        for chunk in self.weights.iter_row_chunks(name):
             tensor[start : start + len(chunk)] = chunk
             start += len(chunk)
-        _set_parameter(slot, nn.Parameter(tensor, requires_grad=False))
+        setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
 
 
-def _set_parameter(slot: _Slot, parameter: nn.Parameter, *_: Any) -> None:
-    setattr(slot.module, slot.attribute, parameter)
+def _set_parameter(module: nn.Module, attribute: str, parameter: nn.Parameter, *_: Any) -> None:
+    setattr(module, attribute, parameter)
 
 
 def stream_plain(weights: Weights, config: dict[str, Any], *, device: torch.device = CPU) -> StreamedModel:
-    """A model of plain linear layers; ModelError for a tensor that is missing or has another shape than the config says.
-
-    Args:
-        weights: every tensor of a checkpoint, of any floating dtype.
-        config: contents of its config.json.
+    """A model of plain linear layers, of every tensor of a checkpoint, in any floating dtype, and the contents of its
+    config.json. ModelError for a tensor that is missing or has another shape than the config says.
     """
     model = _build_empty_model(config, device)
     return StreamedModel(model, _find_slots(model, weights), weights, device)
 
 
 def stream_live(base: Weights, config: dict[str, Any], adapter: Path, *, device: torch.device = CPU) -> StreamedModel:
-    """A base with PEFT's own layers and the trained adapter around it. ExportError where the adapter does not fit the model;
-    ModelError as `stream_plain`.
+    """A base with PEFT's own layers and the adapter of a PEFT directory around it. ExportError where the adapter does not fit the
+    model; ModelError as `stream_plain`.
 
-    Args:
-        base: `TrainedBase` for the model as it was trained; `RecordedBase` for the base as its files hold it.
-        adapter: the PEFT directory.
+    `base` is `trained_base` for the model as it was trained, and `RecordedBase` for the base as its files hold it.
     """
-    model = _build_empty_model(config, device)
+    model, stored = _build_empty_model(config, device), open_file(adapter / ADAPTER_WEIGHTS, error=ExportError)
     slots = _find_slots(model, base)
-    weights = _WithReplacements(base, open_file(adapter / ADAPTER_WEIGHTS, error=ExportError))
-    for module in _attach_adapter(model, weights, adapter).modules():
+    # Embedding and head that the adapter trained (`modules_to_save`) take 2.3 GiB each in fp32 in Phi-4-mini: they are read from
+    # its file in chunks, and PEFT does not load them. A tied head that it did not train stays the base's own embedding.
+    replaced = {name: PREFIX + name for name in (EMBEDDING, HEAD) if PREFIX + name in stored.info}
+    sources: dict[str, tuple[Weights, str]] = {HEAD: (base, EMBEDDING), **{name: (base, name) for name in base.info}}
+    sources |= {name: (stored, key) for name, key in replaced.items()}
+    info = {name: source.info[key] for name, (source, key) in sources.items()}
+    weights = ComputedWeights(info, lambda name: sources[name][0].iter_row_chunks(sources[name][1]))
+    for module in _attach_adapter(model, stored, replaced, adapter).modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.to(device)
     for module in (model.model.embed_tokens, model.lm_head):
@@ -163,33 +158,13 @@ def stream_live(base: Weights, config: dict[str, Any], adapter: Path, *, device:
     return StreamedModel(model, slots, weights, device)
 
 
-class _WithReplacements:
-    """A base whose embedding and head come from the adapter where it trained them (`modules_to_save`); a `Weights`.
-
-    Those of Phi-4-mini are 2.3 GiB each in fp32: they are read from the adapter's file in chunks, and PEFT does not load them.
-    """
-
-    def __init__(self, base: Weights, adapter: StoredWeights) -> None:
-        self.base, self.adapter = base, adapter
-        self.replaced = {name: PREFIX + name for name in (EMBEDDING, HEAD) if PREFIX + name in adapter.info}
-        info = dict(base.info)
-        info.setdefault(HEAD, info[EMBEDDING])  # a tied head stays the base's own embedding
-        self.info = info | {name: adapter.info[key] for name, key in self.replaced.items()}
-
-    def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
-        """As `Weights.iter_row_chunks`."""
-        if name in self.replaced:
-            return self.adapter.iter_row_chunks(self.replaced[name])
-        return self.base.iter_row_chunks(name if name in self.base.info else EMBEDDING)
-
-
-def _attach_adapter(model: PackedPhi3ForCausalLM, weights: _WithReplacements, adapter: Path) -> PeftModel:
-    """Put PEFT's layers around an empty model, with the adapter's weights except those that `weights` reads in chunks."""
-    settings, stored = load_lora_config(adapter), weights.adapter
-    replaced = [name.removesuffix(".weight") for name in weights.replaced]
-    others = [name for name in settings.modules_to_save or () if not any(path.endswith(name) for path in replaced)]
+def _attach_adapter(model: PackedPhi3ForCausalLM, stored: StoredWeights, replaced: Mapping[str, str], adapter: Path) -> PeftModel:
+    """Put PEFT's layers around an empty model, with the adapter's tensors except those `replaced` (name -> name in its file)."""
+    settings = load_lora_config(adapter)
+    paths = [name.removesuffix(".weight") for name in replaced]
+    others = [name for name in settings.modules_to_save or () if not any(path.endswith(name) for path in paths)]
     settings.modules_to_save = others or None
-    tensors = {key: read_tensor(stored, key).float() for key in stored.info if key not in weights.replaced.values()}
+    tensors = {key: read_tensor(stored, key).float() for key in stored.info if key not in replaced.values()}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's advice is for training
@@ -203,22 +178,20 @@ def _attach_adapter(model: PackedPhi3ForCausalLM, weights: _WithReplacements, ad
     return adapted
 
 
-class TrainedBase:
-    """The weights of a base as the run held them: 4-bit ones dequantized, everything in the run's dtype; a `Weights`.
+def trained_base(base: RecordedBase) -> Weights:
+    """The weights of a base as the run held them: 4-bit ones dequantized, everything in the run's dtype, on the base's device.
 
     bitsandbytes dequantizes to the dtype of the layer's input, which in training was the run's dtype. A `Linear4bit` with fp32
     input would dequantize to fp32, to other values than those trained. So we dequantize to the run's dtype and compute in fp32.
     """
+    dtype = base.record.dtype
 
-    def __init__(self, base: RecordedBase) -> None:
-        self.base = base
-        self.info = {name: TensorInfo(info.shape, base.record.dtype) for name, info in base.info.items()}
+    def iter_row_chunks(name: str) -> Iterator[Tensor]:
+        if (quantized := base.quantized(name)) is None:
+            return (chunk.to(dtype) for chunk in base.iter_row_chunks(name))
+        return split_rows(dequantize_4bit(quantized.packed, quantized.state))  # at once, not in chunks
 
-    def iter_row_chunks(self, name: str) -> Iterator[Tensor]:
-        """As `Weights.iter_row_chunks`, on the base's device; a 4-bit tensor is dequantized at once, not in chunks."""
-        if (quantized := self.base.quantized(name)) is None:
-            return (chunk.to(self.base.record.dtype) for chunk in self.base.iter_row_chunks(name))
-        return split_rows(dequantize_4bit(quantized.packed, quantized.state))
+    return ComputedWeights({name: TensorInfo(info.shape, dtype) for name, info in base.info.items()}, iter_row_chunks)
 
 
 def _build_empty_model(config: dict[str, Any], device: torch.device) -> PackedPhi3ForCausalLM:
@@ -237,9 +210,9 @@ def _build_empty_model(config: dict[str, Any], device: torch.device) -> PackedPh
     return model
 
 
-def _find_slots(model: PackedPhi3ForCausalLM, weights: Weights) -> list[_Slot]:
+def _find_slots(model: PackedPhi3ForCausalLM, weights: Weights) -> _Slots:
     """The parameters between embedding and head; to be called before PEFT moves them."""
-    slots = []
+    slots = {}
     for name, parameter in model.model.named_parameters(prefix="model"):
         path, _, attribute = name.rpartition(".")
         if (module := model.get_submodule(path)) is model.model.embed_tokens:
@@ -249,5 +222,5 @@ def _find_slots(model: PackedPhi3ForCausalLM, weights: Weights) -> list[_Slot]:
         if (shape := weights.info[name].shape) != tuple(parameter.shape):
             message = f"{name} has the shape {shape}, and the config says {tuple(parameter.shape)}."
             raise ModelError(message, "Use a complete checkpoint.")
-        slots.append(_Slot(module, attribute, name))
+        slots[name] = (module, attribute)
     return slots

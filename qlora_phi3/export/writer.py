@@ -43,13 +43,8 @@ class Shard:
 
 
 def plan_shards(info: Mapping[str, TensorInfo], shard_bytes: int) -> tuple[Shard, ...]:
-    """Distribute tensors over files, in their order.
-
-    Args:
-        shard_bytes: most bytes of tensors in a file; a larger tensor gets a file of its own.
-
-    Returns:
-        One `model.safetensors`, or `model-00001-of-0000N.safetensors` and so on, as transformers names them.
+    """Distribute tensors over files, in their order, with the names of transformers: one `model.safetensors`, or
+    `model-00001-of-0000N.safetensors` and so on, each with at most `shard_bytes` of tensors, or a single larger one.
     """
     groups, filled = list[list[str]](), 0
     for name, tensor in info.items():
@@ -88,11 +83,8 @@ def missing_bytes(shards: Sequence[Shard], folder: Path, key: str) -> int:
 
 
 def _find_progress(shards: Sequence[Shard], folder: Path, key: str) -> tuple[str, dict[str, Any], list[Path]]:
-    """What an earlier attempt left in a directory.
-
-    Returns:
-        A key of the shards and their content; by file name the notes of the shards that are complete under it; and all other
-        weights, which a reader would find first and a push would upload.
+    """What an earlier attempt left in a directory: a key of the shards and their content; by file name the notes of the shards
+    that are complete under it; and all other weights, which a reader would find first and a push would upload.
     """
     digest, done = hashlib.sha256(key.encode()), {}
     for shard in shards:
@@ -129,7 +121,8 @@ def write_shards(
 ) -> tuple[int, dict[str, Any]]:
     """Write the planned shards and, where there are several, their index; complete shards of an earlier attempt stay.
 
-    Any other weights in the directory are removed. The progress file stays: remove it when the directory is complete.
+    Any other weights in the directory are removed. The progress file stays: remove it when the directory is complete. ExportError
+    where the disk is full or refuses (complete shards stay), or what `weights.iter_row_chunks` raises.
 
     Args:
         shards: `plan_shards(weights.info, ...)`.
@@ -139,9 +132,6 @@ def write_shards(
 
     Returns:
         How many shards an earlier attempt had written, and the notes of all shards.
-
-    Raises:
-        ExportError: the disk is full or refuses; complete shards stay. Or what `weights.iter_row_chunks` raises.
     """
     full_key, done, leftovers = _find_progress(shards, folder, key)
     total, written, num_resumed = sum(shard.num_bytes for shard in shards), 0, len(done)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import PureWindowsPath
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_phi3.errors import DeviceError, NoDeviceError
 from qlora_phi3.hardware.gpu_table import GPU_TABLE, NATIVE_BFLOAT16, GpuSpec
@@ -46,8 +46,7 @@ class GpuProcess:
 
     name: str
     pid: int
-    #: None where the driver does not report it, as on Windows and WSL.
-    used_bytes: int | None
+    used_bytes: int | None  #: None where the driver does not report it, as on Windows and WSL.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,21 +54,15 @@ class Gpu:
     """A GPU of this computer, of the table, or any GPU with a given memory size."""
 
     name: str
-    #: What CUDA programs can use when nothing else uses the GPU.
-    total_bytes: int
-    #: What CUDA programs can use now; equal to `total_bytes` for a GPU that is not in this computer.
-    free_bytes: int
+    total_bytes: int  #: What CUDA programs can use when nothing else uses the GPU.
+    free_bytes: int  #: What CUDA programs can use now; equal to `total_bytes` for a GPU that is not in this computer.
     processes: tuple[GpuProcess, ...] = ()
     compute_capability: tuple[int, int]
-    #: They decide the size of the CUDA context.
-    multiprocessors: int
+    multiprocessors: int  #: They decide the size of the CUDA context.
     bandwidth_bytes_per_second: float
-    #: Dense 16-bit matrix products with fp32 accumulation, 10^12 operations a second.
-    tflops_16bit: float
-    #: The GPU is in this computer.
-    is_local: bool
-    #: `total_bytes` was computed by a rule, or only the size of the GPU is known; it was not measured.
-    estimated: bool = False
+    tflops_16bit: float  #: Dense 16-bit matrix products with fp32 accumulation, 10^12 operations a second.
+    is_local: bool  #: The GPU is in this computer.
+    estimated: bool = False  #: `total_bytes` was computed by a rule, or only the size of the GPU is known; it was not measured.
     #: Labels of the GPUs of the table that this one stands for: its memory is the smallest of theirs, its speed the median.
     represents: tuple[str, ...] = ()
 
@@ -117,19 +110,15 @@ def take_launch(environ: MutableMapping[str, str]) -> tuple[int, int]:
 
 
 def choose_gpu(wanted: str | int, rank: int | None = None, *, nvml: Any = None) -> ChosenGpu | None:
-    """Choose the GPU for a run, among those that CUDA_VISIBLE_DEVICES shows; call it before torch initialises CUDA.
+    """Choose the GPU for a run, among those that CUDA_VISIBLE_DEVICES shows; call it before torch initialises CUDA. None where
+    "auto" finds no GPU that NVML can read. DeviceError where no GPU has that number or name, or all have another process; the
+    message lists those that there are.
 
     Args:
         rank: of one of several processes, which gets the GPU of this number among those that match; None: a single one.
         wanted: "auto" for the GPU with the most free memory, the number that nvidia-smi shows, or words of the GPU's name.
             Where several GPUs match a name, an exact match comes first, then the one with the most free memory.
         nvml: the module `pynvml`, or a stand-in.
-
-    Returns:
-        The GPU, or None where "auto" finds no GPU that NVML can read.
-
-    Raises:
-        DeviceError: no GPU has that number or name, or all have another process; the message lists those that there are.
     """
     found: dict[int, ChosenGpu] = {}
     reason = ""
@@ -152,10 +141,8 @@ def choose_gpu(wanted: str | int, rank: int | None = None, *, nvml: Any = None) 
     if not matches and (wanted != "auto" or (rank and found)):
         shown = ", ".join(f"{number} ({chosen.gpu.name})" for number, chosen in found.items()) or "none"
         process = "" if rank is None else f" for process {rank}"
-        raise DeviceError(
-            f"[memory] gpu = {wanted!r} matches no GPU of this computer{process}. It shows: {shown}. {reason}".rstrip(),
-            'Write one of these numbers or names, or gpu = "auto"; and start one process a GPU at most.',
-        )
+        message = f"[memory] gpu = {wanted!r} matches no GPU of this computer{process}. It shows: {shown}. {reason}".rstrip()
+        raise DeviceError(message, 'Write one of these numbers or names, or gpu = "auto"; and start one process a GPU at most.')
     return max(matches, key=lambda chosen: chosen.gpu.free_bytes, default=None)
 
 
@@ -173,16 +160,11 @@ def hide_other_gpus(chosen: ChosenGpu | None, rank: int = 0) -> None:
 
 
 def read_gpu(index: int = 0, *, nvml: Any = None) -> Gpu:
-    """Read the current state of the GPU that PyTorch calls `cuda:<index>`.
+    """Read the current state of the GPU that PyTorch calls `cuda:<index>`, of those that CUDA_VISIBLE_DEVICES shows.
+    NoDeviceError where there is no nvidia-ml-py, no driver, no such GPU, or the driver fails. `nvml` is the module `pynvml`, or a
+    stand-in.
 
     NVML counts GPUs by their slot. CUDA puts the fastest first unless CUDA_DEVICE_ORDER=PCI_BUS_ID is set.
-
-    Args:
-        index: the number among the GPUs that CUDA_VISIBLE_DEVICES shows.
-        nvml: the module `pynvml`, or a stand-in.
-
-    Raises:
-        NoDeviceError: no nvidia-ml-py, no driver, no such GPU, or the driver fails.
     """
     with _nvml_session(nvml) as session:
         visible = _visible_gpus(session)
@@ -410,12 +392,38 @@ def _specs_of_nearest_size(num_bytes: int) -> list[GpuSpec]:
     return [spec for spec in GPU_TABLE if abs(spec.nominal_gb * GIB - num_bytes) == distance]
 
 
+class GpuLoad(NamedTuple):
+    """What a GPU does now, and the memory of this process on it; None where the driver does not report it."""
+
+    watts: float | None = None
+    celsius: float | None = None
+    own_bytes: int | None = None
+
+
+def read_load(index: int = 0, *, nvml: Any = None) -> GpuLoad | None:
+    """What the GPU does now; None where NVML does not answer. The arguments are those of `read_gpu`."""
+    with suppress(DeviceError, IndexError), _nvml_session(nvml) as session:
+        handle, load = _visible_gpus(session)[index][2], GpuLoad()
+        with suppress(session.NVMLError):
+            load = load._replace(watts=session.nvmlDeviceGetPowerUsage(handle) / 1000)
+        with suppress(session.NVMLError):
+            load = load._replace(celsius=session.nvmlDeviceGetTemperature(handle, session.NVML_TEMPERATURE_GPU))
+        with suppress(session.NVMLError):
+            load = load._replace(own_bytes=_own_bytes(session, handle))
+        return load
+    return None
+
+
 def read_own_bytes(index: int = 0, *, nvml: Any = None) -> int | None:
     """GPU memory of this process as the driver shows it, its CUDA context included; None where the driver does not show it.
 
     The arguments are those of `read_gpu`.
     """
     with suppress(DeviceError, IndexError), _nvml_session(nvml) as session:
-        processes = session.nvmlDeviceGetComputeRunningProcesses(_visible_gpus(session)[index][2])
-        return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
+        return _own_bytes(session, _visible_gpus(session)[index][2])
     return None
+
+
+def _own_bytes(nvml: Any, handle: Any) -> int | None:
+    processes: Sequence[Any] = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)

@@ -1,4 +1,4 @@
-"""How long an optimizer step takes on a GPU, in seconds: a model to compare execution plans with, not a promise.
+"""How long an optimizer step and a run take on a GPU, in seconds: a model to compare execution plans with, not a promise.
 
 A step is arithmetic (recomputation included), the dequantization of every 4-bit weight once in each pass of each micro-batch, and
 what offloading moves. Arithmetic and memory traffic are added, as the dequantization runs by itself before each matmul.
@@ -7,10 +7,13 @@ what offloading moves. Arithmetic and memory traffic are added, as the dequantiz
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.family import Architecture, linear_shapes
+
+if TYPE_CHECKING:
+    from qlora_phi3.recipe.schema import Training
 
 #: Shares of the GPU's stated rates that such a step reaches. Fitted to QLoRA runs that other people published for an RTX 3050
 #: Laptop, an RTX 3090 and an RTX 5070 Laptop, from which this model differs by 12 % in the mean; none of them is ours.
@@ -106,3 +109,24 @@ def estimate_step_seconds(architecture: Architecture, execution: ExecutionPlan, 
         + (offloaded / OFFLOAD_BYTES_PER_SECOND if execution.activation_offloading else 0.0)
         + workload.num_micro_batches * layers * passes * LAYER_LAUNCH_SECONDS
     )
+
+
+def estimate_evaluation_seconds(step_seconds: float, step_tokens: int, tokens: int, again: Recomputation) -> float:
+    """The time of an evaluation of so many tokens: forward alone, one of the 2 or 3 equal passes that a step has."""
+    return step_seconds * tokens / step_tokens / (2 + again.layers)
+
+
+def count_steps(training: "Training", num_rows: int, *, evaluates: bool, first_step: int = 0) -> tuple[int, float, int]:
+    """Count a run's steps and epochs as transformers does, and the evaluations after `first_step` or before and in a new run.
+
+    `evaluates`: rows are held out.
+    """
+    steps_per_epoch, interval = math.ceil(num_rows / training.batch_size), 0
+    total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps_per_epoch)
+    if training.eval_strategy == "steps":
+        interval = math.ceil(training.eval_steps * total) if training.eval_steps < 1 else int(training.eval_steps)
+    elif training.eval_strategy == "epoch":
+        interval = steps_per_epoch
+    between = total // interval - first_step // interval if interval else 0
+    last = (not interval or total % interval > 0) + training.load_best_model_at_end
+    return total, total / steps_per_epoch, evaluates * ((first_step == 0) + between + last)

@@ -26,6 +26,8 @@ from qlora_phi3.units import MIB
 
 Kernel = Literal["flash", "efficient", "math"]
 
+#: No GPU of those whose rule is below fuses the product of more rows with a 4-bit weight.
+MOST_FUSED_ROWS = 256
 #: Rows of a mask are copied to multiples of this many elements: `preprocess_mask` in transformers/attention.cpp.
 MASK_ALIGNMENT = 8
 
@@ -116,6 +118,49 @@ def _efficient_blocks(head_size: int, compute_capability: tuple[int, int], *, ha
     if half and (compute_capability < (8, 0) or (head_size <= 96 and compute_capability in ((8, 6), (8, 9)))):
         return 128, 64, True
     return 64, 64, not half
+
+
+def fused_rows(capability: tuple[int, int], multiprocessors: int, weight: tuple[int, int], dtype: torch.dtype) -> int:
+    """Most rows that bitsandbytes multiplies with a 4-bit weight without dequantizing it first; a backward pass always does it.
+
+    `_gemm_4bit_use_custom_cuda` in bitsandbytes/backends/cuda/ops.py, 0.50.2, which a CPU build cannot import: for weights of at
+    least 4 Mi elements on GPUs of compute capability 7.5, 8.6, 8.9 and 12.0. On others, and for smaller weights, the 4 rows that
+    every GPU fuses, which predicts a little too much.
+
+    Args:
+        weight: (out_features, in_features).
+        dtype: of the rows.
+    """
+    width, depth = weight
+    if width * depth < 4 * 2**20 or capability not in ((7, 5), (8, 6), (8, 9), (12, 0)):
+        return 4
+    if dtype == torch.float32 or (capability == (7, 5) and dtype != torch.float16):
+        return 7
+    blocks = -(-width // 64)
+    waves, half_a_wave, is_deep = blocks / multiprocessors, blocks >= multiprocessors // 2, depth > 2 * width
+    if capability == (7, 5):
+        most = (128 if depth < width else 64) if waves >= 3 else 64 if half_a_wave else 32
+    elif capability == (8, 6):
+        most = 128 if waves >= 1 else 64 if half_a_wave else 16
+    elif waves >= 2:
+        most = 256 if waves >= 3 else 128
+    elif capability == (12, 0):
+        if waves >= 0.8:
+            most = 96 if depth >= width else 64
+        elif half_a_wave:
+            most = 64 if 2 * depth >= width and blocks >= 128 else 8
+        else:
+            most = 16 if is_deep and blocks > 64 else 8
+    elif waves >= 0.8:
+        is_square = depth >= width and multiprocessors < 60
+        most = 128 if is_deep or blocks >= 200 else 32 if is_square else 128 if depth >= width else 64
+    elif half_a_wave:
+        most = 64 if is_deep else 8 if blocks >= 64 else 32
+    elif depth > width and blocks <= 48:
+        most = 12 if depth >= 3 * width else 10
+    else:
+        most = 16 if is_deep or blocks < 48 else 8
+    return most
 
 
 def context_bytes(multiprocessors: int) -> int:

@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qlora_phi3.data.batching import plan_micro_batches
-from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan
+from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, plan_micro_batches
 from qlora_phi3.memory.cost import StepWorkload
 from qlora_phi3.memory.predict import Prediction
 from qlora_phi3.memory.simulate import StepShape
@@ -14,11 +13,12 @@ from qlora_phi3.units import format_gib
 
 @dataclass(frozen=True, slots=True)
 class RowLengths:
-    """Tokens of every row that is trained on, longest first, and of the longest held-out one (0: none)."""
+    """Tokens of every row that is trained on, longest first, of the longest held-out one (0: none), and of all held-out rows."""
 
     training: tuple[int, ...]
     longest_evaluation: int
     batch_size: int
+    evaluation_tokens: int = 0
     #: The data could not be read: every row counts as long as a row may be.
     assumed: bool = False
 
@@ -40,13 +40,15 @@ class Plan(Prediction):
     #: Of a typical step, as its time is.
     workload: StepWorkload
     step_seconds: float
+    #: Of an evaluation of all held-out rows.
+    evaluation_seconds: float
     #: Key of the recipe -> why it has this value.
     reasons: dict[str, str]
 
 
 def read_lengths(training: Sequence[int], evaluation: Sequence[int], batch_size: int) -> RowLengths:
     """The lengths of tokenized rows, in tokens."""
-    return RowLengths(tuple(sorted(training, reverse=True)), max(evaluation, default=0), batch_size)
+    return RowLengths(tuple(sorted(training, reverse=True)), max(evaluation, default=0), batch_size, sum(evaluation))
 
 
 def assume_lengths(max_length: int, batch_size: int) -> RowLengths:
@@ -80,6 +82,15 @@ def describe_kind(execution: ExecutionPlan) -> str:
     recomputed = {0: "no recomputation", 1: "recomputing all layers"}.get(every, f"recomputing one layer in {every}")
     offloaded = ", offloading" if execution.activation_offloading else ""
     return f"{recomputed}{offloaded}{', MLPs in tiles' if execution.mlp_tile_tokens else ''}"
+
+
+def describe_plan(execution: ExecutionPlan) -> str:
+    """An execution plan in one line."""
+    every = execution.checkpoint_every
+    recomputed = {0: "nothing recomputed", 1: "every layer recomputed"}.get(every, f"one layer in {every} recomputed")
+    offloaded = ", activations offloaded" if execution.activation_offloading else ""
+    tiled = f", MLPs in tiles of {execution.mlp_tile_tokens:,} tokens" if execution.mlp_tile_tokens else ""
+    return f"{execution.micro_batch.max_tokens:,} tokens at once, {recomputed}{offloaded}{tiled}, {execution.optim}"
 
 
 def explain_choices(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from qlora_phi3.execution import ExecutionPlan
-from qlora_phi3.family import Architecture
+from qlora_phi3.family import Architecture, linear_shapes
 from qlora_phi3.memory.allocator import Footprint, replay, uses_expandable_segments
-from qlora_phi3.memory.cuda_path import context_bytes
+from qlora_phi3.memory.cuda_path import MOST_FUSED_ROWS, context_bytes, fused_rows
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.simulate import StepShape, simulate
 from qlora_phi3.memory.trace import Trace, add_layers
@@ -52,7 +52,7 @@ class Predictor:
     #: The GPU's compute capability, and its multiprocessors.
     capability: tuple[int, int]
     multiprocessors: int
-    _simulated: dict[tuple[ExecutionPlan, StepShape, int], Trace] = field(default_factory=dict, init=False)
+    _simulated: dict[Any, Trace] = field(default_factory=dict, init=False)
 
     def predict(self, execution: ExecutionPlan, shape: StepShape, *, limit_bytes: int) -> Prediction:
         """Simulate every layer, and replay the allocations within a limit.
@@ -88,7 +88,8 @@ class Predictor:
         return self._trace(execution, shape, num_layers).report()
 
     def _trace(self, execution: ExecutionPlan, shape: StepShape, num_layers: int) -> Trace:
-        key = (execution, shape, num_layers)
+        fused = self._fused_rows(execution, shape)
+        key = (execution, shape, num_layers, tuple(fused.items()))
         if key not in self._simulated:
             self._simulated[key] = simulate(
                 self.recipe,
@@ -98,13 +99,22 @@ class Predictor:
                 shape,
                 compute_dtype=self.compute_dtype,
                 capability=self.capability,
+                fused_rows=fused,
             )
         return self._simulated[key]
 
-    def with_multiprocessors(self, number: int) -> "Predictor":
+    def _fused_rows(self, execution: ExecutionPlan, shape: StepShape) -> dict[tuple[int, int], int]:
+        """As `MemoryTracker` has it, which may differ between GPUs of one kind; empty for micro-batches that are too long."""
+        longest, number = max(shape.lengths), len(shape.lengths)
+        if (sum(shape.lengths) if execution.micro_batch.packing else longest * number) > MOST_FUSED_ROWS:
+            return {}
+        shapes = linear_shapes(self.architecture).values()
+        return {each: fused_rows(self.capability, self.multiprocessors, each, self.compute_dtype) for each in shapes}
+
+    def on_gpu(self, capability: tuple[int, int], multiprocessors: int) -> "Predictor":
         """For another GPU on which the same operators run; it shares what was simulated."""
         other = copy(self)
-        other.multiprocessors = number
+        other.capability, other.multiprocessors = capability, multiprocessors
         return other
 
     def on_gpu_bytes(self, reserved_bytes: int) -> int:

@@ -143,6 +143,11 @@ class VramReport:
     rows: RowSummary
     #: By the cost model: an estimate to compare plans with, never measured.
     seconds_per_step: float
+    seconds_per_1000_rows: float
+    #: Of the recipe's run with its evaluations, without what comes before the first step; None where the data could not be read.
+    epochs: float | None = None
+    total_steps: int | None = None
+    run_seconds: float | None = None
     tokens_per_second: float
     #: On the slowest and the fastest of the GPUs that `device` represents; for a single GPU the same three times.
     slowest_tokens_per_second: float

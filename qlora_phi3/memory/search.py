@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from qlora_phi3.data.batching import plan_micro_batches
-from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan, smaller_mlp_tile
-from qlora_phi3.memory.cost import GpuLimits, StepWorkload, estimate_step_seconds
+from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan, plan_micro_batches, smaller_mlp_tile
+from qlora_phi3.memory.cost import GpuLimits, StepWorkload, estimate_evaluation_seconds, estimate_step_seconds, recomputation_of
 from qlora_phi3.memory.plan import Plan, RowLengths, describe_kind, explain_choices, step_shape
 from qlora_phi3.memory.predict import Predictor, estimate_allocated, estimate_reserved
 from qlora_phi3.memory.simulate import StepShape
@@ -141,12 +140,15 @@ class _Search:
             execution = replace(execution, optim=self.optimizers[-1])
             prediction = self.predictor.predict(execution, shape, limit_bytes=limit_bytes)
         recipe, (workload, step_seconds) = self.predictor.recipe, self._time_step(prediction.execution)
+        again = recomputation_of(self.predictor.architecture, prediction.execution, workload)
+        step_tokens, tokens = sum(workload.lengths), self.rows.evaluation_tokens
         return Plan(
             execution=prediction.execution,
             memory=prediction.memory,
             fits=prediction.fits,
             workload=workload,
             step_seconds=step_seconds,
+            evaluation_seconds=estimate_evaluation_seconds(step_seconds, step_tokens, tokens, again),
             reasons=explain_choices(recipe.training, recipe.memory, prediction.execution, self.rows, self.refused, limit_bytes),
         )
 

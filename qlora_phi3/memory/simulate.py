@@ -7,9 +7,10 @@ fake CPU tensors, as a CPU build of torch aborts on fake CUDA ones; `cuda_path.p
 
 import gc
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import bitsandbytes as bnb
@@ -23,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+import qlora_phi3.model.loss
 from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan
 from qlora_phi3.family import Architecture
 from qlora_phi3.memory.cuda_path import following_cuda, matmul_workspace_bytes, replaced
@@ -53,6 +55,8 @@ from qlora_phi3.step import Batch, collate, evaluate, forward_backward
 
 #: bitsandbytes' own for 4-bit weights, and for the scales of their scales.
 BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256
+#: Tiles of the loss that are simulated before the last one, of which the first two or three differ from the rest.
+FEW_TILES = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +86,7 @@ def simulate(
     compute_dtype: torch.dtype,
     path: Literal["cuda", "cpu"] = "cuda",
     capability: tuple[int, int] = (8, 6),
+    fused_rows: Mapping[tuple[int, int], int] = MappingProxyType({}),
     objective: Objective = sft,
 ) -> Trace:
     """Load, train one step, save and evaluate, without storage.
@@ -89,6 +94,7 @@ def simulate(
     Args:
         config: the contents of the model's config.json.
         capability: the GPU's compute capability, which decides the attention kernel.
+        fused_rows: as of `MemoryTracker`.
 
     Raises:
         ModelError: the adapter does not fit the model.
@@ -99,9 +105,12 @@ def simulate(
     batch = _heaviest(shape.lengths, execution.micro_batch)
     held_out = _heaviest(shape.evaluation_lengths, execution.evaluation) if shape.evaluation_lengths else None
     rounding = ROUNDING if path == "cuda" else 1
-    tracker = MemoryTracker(num_supervised=batch.num_supervised, vocabulary=architecture.vocab_size, rounding=rounding)
+    tracker = MemoryTracker(
+        num_supervised=batch.num_supervised, vocabulary=architecture.vocab_size, rounding=rounding, fused_rows=fused_rows
+    )
     kernels = following_cuda(tracker, capability=capability) if path == "cuda" else nullcontext()
     with _fake_tensors(), tracker, kernels, _no_collector():
+        skeleton.neftune_noise_alpha = recipe.training.neftune_noise_alpha
         model = _load(skeleton, recipe.lora, execution, tracker)
         if path == "cuda":
             for _ in range(2):  # of the forward and of the backward pass
@@ -119,6 +128,12 @@ def simulate(
             objective=objective,
         )
     return tracker.trace()
+
+
+def _few_tile_starts(positions: int, tile_rows: int) -> Sequence[int]:
+    """The first `FEW_TILES` or one more, and the last: the others find the allocator as the one two before them left it."""
+    starts = range(0, positions, tile_rows)
+    return [*starts[: FEW_TILES + len(starts) % 2], starts[-1]] if len(starts) > FEW_TILES + 2 else starts
 
 
 _aten, _CPU = torch.ops.aten, torch.device("cpu")
@@ -171,7 +186,8 @@ def _fake_tensors() -> Iterator[None]:
     without padding for those of a pack, and builds a mask; a real pack has a mask of ours.
     """
     no_packs = replaced(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None)
-    with _FakeMode(), replaced(dora, "dequantize_module_weight", _dequantize), no_packs:
+    few_tiles = replaced(qlora_phi3.model.loss, "tile_starts", _few_tile_starts)
+    with _FakeMode(), replaced(dora, "dequantize_module_weight", _dequantize), no_packs, few_tiles:
         yield
 
 

@@ -148,7 +148,7 @@ class _MaxLengths:
             tile = max(SMALLEST_TILE_MIB, -(-logits_bytes // MOST_TILES // MIB))
             memory = recipe.memory.model_copy(update={"logits_tile": f"{tile}MiB"})
             changed = replace(predictor, recipe=recipe.model_copy(update={"memory": memory}))
-            predictor = self._tiled.setdefault(tile, changed).with_multiprocessors(predictor.multiprocessors)
+            predictor = self._tiled.setdefault(tile, changed).on_gpu(predictor.capability, predictor.multiprocessors)
         return predictor, minimal_memory_plan(predictor, row)
 
 

@@ -2,7 +2,7 @@
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -58,11 +58,15 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         num_supervised: what `nonzero` finds; the only shape of a step that depends on the data.
         vocabulary: a storage whose last dimension is this long belongs to the logits tile.
         rounding: bytes that a storage is rounded up to; 1 follows the CPU's allocator and kernels.
+        fused_rows: shape of a 4-bit weight -> most rows whose product with it needs no dequantized copy; 0 unless given.
     """
 
-    def __init__(self, *, num_supervised: int, vocabulary: int, rounding: int = ROUNDING) -> None:
+    def __init__(
+        self, *, num_supervised: int, vocabulary: int, rounding: int = ROUNDING, fused_rows: Mapping[tuple[int, int], int]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.num_supervised, self.vocabulary, self.rounding = num_supervised, vocabulary, rounding
+        self.fused_rows = fused_rows
         #: (storage id, bytes) for an allocation, (storage id, 0) for its end.
         self.events: list[tuple[int, int]] = []
         self.categories: dict[int, str] = {}
@@ -139,7 +143,7 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         if func is _device_of:  # three in five calls, and the way through FakeTensorMode is long
             return args[0].fake_device
         kwargs = kwargs or {}
-        if func is _bnb.gemm_4bit.default:
+        if func is _bnb.gemm_4bit.default and not self._is_fused(*args[:3]):
             with self:
                 return _dequantize_then_multiply(*args, **kwargs)
         if self.rounding == 1 and func in _cpu_updates():
@@ -170,6 +174,10 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         if func in _PRODUCTS:
             self.first_products.setdefault(self.phase, len(self.events))
         return result
+
+    def _is_fused(self, x: Tensor, packed: Tensor, shape: Sequence[int]) -> bool:
+        """Whether bitsandbytes' `gemm_4bit` allocates its result alone."""
+        return x.numel() // x.shape[-1] <= self.fused_rows.get((shape[0], shape[1]), 0)
 
     def _follow(self, tensor: Tensor, category: str | None) -> None:
         """Count a storage that is new, until it ends."""
@@ -258,7 +266,7 @@ def _dequantize_then_multiply(
     absmax_code: Tensor | None = None,
     absmax_offset: Tensor | None = None,
 ) -> Tensor:
-    """What `gemm_4bit` does inside, on CUDA above 1,536 rows and on a CPU always (bitsandbytes 0.50)."""
+    """What `gemm_4bit` does inside on a CPU, and on CUDA for more rows than `cuda_path.fused_rows` (bitsandbytes 0.50)."""
     if absmax_8bit is not None:
         nested = _bnb.dequantize_blockwise.default(absmax_8bit, absmax, absmax_code, 256, torch.float32)
         absmax = nested + absmax_offset

@@ -85,7 +85,8 @@ def read_recipe_context(recipe: "Recipe", base_folder: Path, progress: Progress,
 
             check_start(Path(found.model.adapter), recipe.lora, architecture)
         lengths, rows = read_rows(found, architecture, base_folder, progress)
-        lengths = replace(lengths, batch_size=math.ceil(lengths.batch_size / processes))
+        batch_size, tokens = math.ceil(lengths.batch_size / processes), lengths.evaluation_tokens // processes
+        lengths = replace(lengths, batch_size=batch_size, evaluation_tokens=tokens)
     return RecipeContext(recipe=found, config=config, architecture=architecture, lengths=lengths, rows=rows)
 
 
@@ -226,7 +227,7 @@ class VramChecker:
                 capability=capability,
                 multiprocessors=device.multiprocessors,
             )
-        return self._predictors[kind].with_multiprocessors(device.multiprocessors)
+        return self._predictors[kind].on_gpu(device.compute_capability, device.multiprocessors)
 
     def report(self, device: Gpu, budget_bytes: int, *, with_suggestions: bool = True) -> VramReport:
         """Plan for a GPU, and where nothing fits suggest what to change.
@@ -286,12 +287,25 @@ class VramChecker:
             reasons=plan.reasons,
             rows=self.context.rows,
             seconds_per_step=plan.step_seconds,
+            **self._estimate_run(plan),
             tokens_per_second=speed,
             slowest_tokens_per_second=slowest,
             fastest_tokens_per_second=fastest,
             versions=read_versions(),
             created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
+
+    def _estimate_run(self, plan: "Plan") -> dict[str, Any]:
+        """The fields of a report that say how long the recipe's run takes, without what comes before its first step."""
+        from qlora_phi3.memory.cost import count_steps
+
+        training, lengths = self.context.recipe.training, self.context.lengths
+        fields: dict[str, Any] = {"seconds_per_1000_rows": plan.step_seconds * 1000 / training.batch_size}
+        if not lengths.assumed:
+            steps, epochs, evaluations = count_steps(training, len(lengths.training), evaluates=lengths.evaluation_tokens > 0)
+            seconds = steps * plan.step_seconds + evaluations * plan.evaluation_seconds
+            fields |= {"epochs": epochs, "total_steps": steps, "run_seconds": seconds}
+        return fields
 
     def _speeds(self, device: Gpu, plan: "Plan") -> tuple[float, float, float]:
         """Tokens a second by the cost model: on the device, on the slowest and on the fastest of the GPUs that it represents."""

@@ -61,10 +61,8 @@ def _check_tensors(stored: StoredWeights, name: str, architecture: Architecture)
     ]
     if wrong:
         count = format_count(len(wrong), "tensor")
-        raise ModelError(
-            f"The weights of {name} are incomplete: {count} missing or of another shape or type, first {wrong[0]}.",
-            "Download the checkpoint again.",
-        )
+        message = f"The weights of {name} are incomplete: {count} missing or of another shape or type, first {wrong[0]}."
+        raise ModelError(message, "Download the checkpoint again.")
 
 
 def surplus_tensors(names: Sequence[str], name: str, architecture: Architecture) -> ModelError:

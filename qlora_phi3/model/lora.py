@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -17,6 +18,7 @@ from torch.nn.functional import linear
 
 from qlora_phi3.errors import ModelError, first_line
 from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM
+from qlora_phi3.model.weights import Weights, read_tensor
 from qlora_phi3.recipe.schema import Lora
 
 
@@ -24,8 +26,7 @@ from qlora_phi3.recipe.schema import Lora
 class Coverage:
     """The part of the base that the adapter covers."""
 
-    #: Covered share of the weights of the decoder's linear layers, 0 to 1.
-    share: float
+    share: float  #: Covered share of the weights of the decoder's linear layers, 0 to 1.
     trainable_parameters: int
     targets: tuple[str, ...]
 
@@ -34,6 +35,8 @@ def attach_adapter(model: PackedPhi3ForCausalLM, config: Lora) -> PeftModel:
     """Attach a fresh LoRA adapter in fp32 to the base; ModelError where PEFT refuses it, and as `check_targets`."""
     check_targets(model, config)
     settings = config.model_dump(exclude_none=True)
+    if config.init_lora_weights == "loftq":
+        settings["init_lora_weights"] = True  # `start_from_quantization_error` follows; to PEFT it is a plain LoRA
     if config.layers_to_transform is not None and config.target_modules == "all-linear":
         # PEFT 0.21 accepts "all-linear" only for all layers.
         settings["target_modules"] = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
@@ -46,6 +49,28 @@ def attach_adapter(model: PackedPhi3ForCausalLM, config: Lora) -> PeftModel:
             parameter.data = parameter.data.float()
     fuse_lora_forward(adapted)
     return adapted
+
+
+@torch.no_grad()
+def start_from_quantization_error(model: PeftModel, originals: Weights) -> None:
+    """LoftQ, one round: make the update of each 4-bit layer the best one of its rank for what quantization changed.
+
+    The base stays as it is, so that the adapter is an ordinary LoRA on it. PEFT's `replace_lora_weights_loftq` needs CUDA, and
+    leaves the layer's scaling out. The decomposition is that of Halko et al., with q = 2r and 4 iterations, on the CPU.
+
+    Args:
+        originals: the unquantized weights, by the base's names.
+    """
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer) or not hasattr(weight := layer.get_base_layer().weight, "quant_state"):
+            continue
+        quantized = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        error = read_tensor(originals, f"{name}.weight").float() - quantized.float().cpu()
+        rank, scaling = layer.r["default"], layer.scaling["default"]
+        left, values, right = torch.svd_lowrank(error, q=min(2 * rank, *error.shape), niter=4)
+        root = (values[:rank] / scaling).sqrt()
+        layer.lora_A["default"].weight.copy_((right[:, :rank] * root).T)
+        layer.lora_B["default"].weight.copy_(left[:, :rank] * root)
 
 
 def linear_layers(model: nn.Module) -> dict[str, int]:

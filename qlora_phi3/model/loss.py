@@ -5,15 +5,14 @@ from the same tile in the forward pass, so its backward pass needs neither logit
 each tile in the backward pass, because the gradient of a general loss on log-probabilities is known only then.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_phi3.data.batching import IGNORE_INDEX
-from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES
+from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, IGNORE_INDEX
 
 
 def select_supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,10 +51,8 @@ def tiled_cross_entropy(
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, tile_bytes: int = DEFAULT_LOGITS_TILE_BYTES) -> Tensor:
-    """Compute the log-probability of each target; the arguments have the shapes and dtypes of `tiled_cross_entropy`.
-
-    Returns:
-        (positions,), fp32 (fp64 for fp64 inputs), differentiable once with respect to `hidden` and `weight`.
+    """Compute the log-probability of each target; the arguments have the shapes and dtypes of `tiled_cross_entropy`. Returns
+    (positions,), fp32 (fp64 for fp64 inputs), differentiable once with respect to `hidden` and `weight`.
     """
     logprobs: Tensor = _TiledLogprobs.apply(hidden, weight, targets, tile_bytes)  # type: ignore[no-untyped-call]
     return logprobs
@@ -72,10 +69,15 @@ def _iter_logits(hidden: Tensor, head: Tensor, tile_bytes: int) -> Iterator[tupl
     logits_16 = hidden.new_empty((min(tile_rows, len(hidden)), len(head)))
     dtype_32 = torch.promote_types(logits_16.dtype, torch.float32)
     logits_32 = logits_16 if logits_16.dtype == dtype_32 else torch.empty_like(logits_16, dtype=dtype_32)
-    for start in range(0, len(hidden), tile_rows):
+    for start in tile_starts(len(hidden), tile_rows):
         tile = hidden[start : start + tile_rows]
         low = torch.mm(tile, head.T, out=logits_16[: len(tile)])
         yield slice(start, start + tile_rows), low, low if logits_32 is logits_16 else logits_32[: len(tile)].copy_(low)
+
+
+def tile_starts(positions: int, tile_rows: int) -> Sequence[int]:
+    """The first position of each tile; the memory simulation leaves out those that only repeat what the others do."""
+    return range(0, positions, tile_rows)
 
 
 class _TiledCrossEntropy(torch.autograd.Function):

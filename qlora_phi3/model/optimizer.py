@@ -33,11 +33,17 @@ def build_optimizer(name: str, model: nn.Module, training: Training, *, is_cuda:
         training: learning rate, betas, epsilon and weight decay.
         is_cuda: take the multi-tensor path of torch's AdamW, which torch takes for CUDA tensors only. The simulation follows
             the CUDA path on CPU tensors, so that it must be said.
+
+    With `loraplus_lr_ratio` lora_B is a third group (as in peft.optimizers.create_loraplus_optimizer, which knows no paged or
+    32-bit optimizer of bitsandbytes); the first group's learning rate is the one that is reported.
     """
     groups: list[dict[str, Any]] = [{"params": [], "weight_decay": training.weight_decay}, {"params": [], "weight_decay": 0.0}]
+    if training.loraplus_lr_ratio:
+        groups.append({**groups[0], "params": [], "lr": training.learning_rate * training.loraplus_lr_ratio})
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[NO_DECAY.search(key.lower()) is not None]["params"].append(parameter)
+            is_lora_B = training.loraplus_lr_ratio and ".lora_B." in key  # noqa: N806 - PEFT's name of the matrix
+            groups[2 if is_lora_B else NO_DECAY.search(key.lower()) is not None]["params"].append(parameter)
     shared: dict[str, Any] = {"lr": training.learning_rate, "eps": training.adam_epsilon}
     shared["betas"] = (training.adam_beta1, training.adam_beta2)
     if name in ("adamw_torch", "adamw_torch_fused"):

@@ -35,6 +35,8 @@ class PackedPhi3ForCausalLM(Phi3ForCausalLM):  # type: ignore[misc]
 
     #: Bytes of fp32 logits that an objective may hold at once.
     logits_tile_bytes = DEFAULT_LOGITS_TILE_BYTES
+    #: NEFTune's alpha, of the noise on the embeddings in training; None: no noise.
+    neftune_noise_alpha: float | None = None
 
     def forward(
         self,
@@ -51,6 +53,10 @@ class PackedPhi3ForCausalLM(Phi3ForCausalLM):  # type: ignore[misc]
             document_lengths: tokens of each document of a packed sequence, in order; they sum to length.
             return_final_hidden: return (rows, length, hidden_size) as `last_hidden_state`, without computing logits.
         """
+        if self.training and self.neftune_noise_alpha and input_ids is not None:
+            mask, embedded = kwargs.get("attention_mask"), self.model.embed_tokens(input_ids)
+            lengths = document_lengths or (torch.ones_like(input_ids) if mask is None else mask).sum(1, True)
+            kwargs["inputs_embeds"], input_ids = _add_noise(embedded, lengths, self.neftune_noise_alpha), None
         if document_lengths is not None and self.config._attn_implementation == BY_DOCUMENT:
             device, window = self.device, self.config.sliding_window
             autocast = torch.is_autocast_enabled(device.type)
@@ -64,10 +70,28 @@ class PackedPhi3ForCausalLM(Phi3ForCausalLM):  # type: ignore[misc]
 
     @property
     def head_weight(self) -> Tensor:
-        """The output head (vocabulary, hidden_size); PEFT's trained copy if `modules_to_save` names the head."""
+        """The output head (vocabulary, hidden_size); PEFT's trained copy if `modules_to_save` names the head and the adapter is
+        not disabled.
+        """
         head = self.lm_head
-        trained = head.modules_to_save[head.active_adapters[0]] if isinstance(head, ModulesToSaveWrapper) else head
-        return cast(Tensor, trained.weight)
+        if isinstance(head, ModulesToSaveWrapper):
+            head = head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
+        return cast(Tensor, head.weight)
+
+
+def _add_noise(embedded: Tensor, lengths: tuple[int, ...] | Tensor, alpha: float) -> Tensor:
+    """NEFTune: add noise between -1 and 1 times alpha / sqrt(tokens of the row x hidden_size) to embeddings.
+
+    transformers takes the tokens of the padded batch; with those of each row, packing and micro-batches change no scale.
+
+    Args:
+        embedded: (rows, length, hidden_size).
+        lengths: of the documents of one packed row, or (rows, 1) int64 of padded rows.
+    """
+    if isinstance(lengths, tuple):
+        lengths = torch.cat([torch.full((1, length), length) for length in lengths], dim=1)
+    scale = alpha * (lengths.to(embedded.device) * embedded.shape[-1]).rsqrt()
+    return torch.addcmul(embedded, torch.empty_like(embedded).uniform_(-1, 1), scale[..., None].to(embedded.dtype))
 
 
 def find_base(model: nn.Module) -> PackedPhi3ForCausalLM:

@@ -131,12 +131,22 @@ def sample_codes(packed: Tensor) -> bytes:
     return bytes(flat.cpu().numpy())
 
 
+def hash_rows(rows: Iterable[Tensor], report: Callable[[str], None], *, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+    """Pass the row chunks of a tensor on, of any shape, dtype and device, and at the end report its SHA-256 in hex; with `dtype`
+    that of the tensor in this dtype.
+    """
+    digest = hashlib.sha256()
+    for chunk in rows:
+        add_bytes(digest, chunk if dtype is None else chunk.to(dtype))
+        yield chunk
+    report(digest.hexdigest())
+
+
 def checksum_of(chunks: Iterable[Tensor]) -> str:
     """SHA-256, in hex, of consecutive tensors of any shape, dtype and device. The row chunks of a tensor give its own."""
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        add_bytes(digest, chunk)
-    return digest.hexdigest()
+    found: list[str] = []
+    deque(hash_rows(chunks, found.append), maxlen=0)
+    return found[0]
 
 
 def add_bytes(digest: Any, tensor: Tensor) -> Any:
@@ -178,12 +188,9 @@ class Scheme:
 class Quantized:
     """A 4-bit tensor."""
 
-    #: The codes, (n / 2, 1) uint8.
-    packed: Tensor
-    #: bitsandbytes' `QuantState`, on the same device.
-    state: Any
-    #: The mean of absmax in fp32, also if `state` was built with another offset.
-    mean_absmax: float
+    packed: Tensor  #: The codes, (n / 2, 1) uint8.
+    state: Any  #: bitsandbytes' `QuantState`, on the same device.
+    mean_absmax: float  #: The mean of absmax in fp32, also if `state` was built with another offset.
 
 
 def is_stored_quantized(stored: StoredWeights, name: str) -> bool:
@@ -210,7 +217,7 @@ def read_quantized(stored: StoredWeights, name: str, device: torch.device) -> Qu
         mean = float(state.offset if state.nested else state.absmax.mean())
         return Quantized(read_tensor(stored, name).to(device), state, mean)
     except (KeyError, ValueError, AssertionError) as error:
-        raise _incomplete(name, error) from error
+        raise ModelError(f"The 4-bit tensor {name} is incomplete: {error!r}.", "Use the base's 16-bit weights.") from error
 
 
 def logical_info(stored: StoredWeights) -> dict[str, TensorInfo]:
@@ -239,11 +246,7 @@ def read_quant_state(stored: StoredWeights, name: str) -> dict[str, Any]:
             raise ValueError(state)
         return dict(state)
     except (StopIteration, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise _incomplete(name, error) from error
-
-
-def _incomplete(name: str, error: Exception) -> ModelError:
-    return ModelError(f"The 4-bit tensor {name} is incomplete: {error!r}.", "Use the base's 16-bit weights.")
+        raise ModelError(f"The 4-bit tensor {name} is incomplete: {error!r}.", "Use the base's 16-bit weights.") from error
 
 
 def quantize(

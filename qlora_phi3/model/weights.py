@@ -4,7 +4,7 @@ Files are read, not mapped: mapped pages count as resident memory, and truncatin
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -56,6 +56,14 @@ class Weights(Protocol):
         A chunk is at most about `ROW_CHUNK_BYTES`, and belongs to the caller, who may change it. Every chunk but the last has a
         multiple of `ROW_MULTIPLE` rows.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedWeights:
+    """Tensors that a function computes as they are read; a `Weights`."""
+
+    info: Mapping[str, TensorInfo]
+    iter_row_chunks: Callable[[str], Iterator[Tensor]]
 
 
 def rows_per_chunk(info: TensorInfo) -> int:
@@ -148,10 +156,8 @@ def refuse_pickles(folder: Path) -> None:
     """Raise a ModelError if a folder holds weights as pickles, and none as safetensors."""
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
     if pickles and not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{folder} holds its weights only as a pickle ({pickles[0]}), which can run code when it is read.",
-            "Use the checkpoint as safetensors.",
-        )
+        message = f"{folder} holds its weights only as a pickle ({pickles[0]}), which can run code when it is read."
+        raise ModelError(message, "Use the checkpoint as safetensors.")
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -56,15 +56,11 @@ def commented_toml(tables: Mapping[str, Sequence[tuple[str, Any, str]]], heading
 
 
 def fit_recipe(recipe: Recipe, text: str, choices: Sequence[Choice], heading: str) -> tuple[Recipe, str]:
-    """Set keys of a recipe; of several choices for one key the last counts. RecipeError where the edited text would not give it.
+    """Set keys of a recipe; of several choices for one key the last counts. Returns the recipe with the choices made, and its
+    text with Unix line ends. RecipeError where the edited text would not give it.
 
-    Args:
-        recipe: what `text` says, with the changes of the command line.
-        text: of the recipe file.
-        heading: to put above everything, as comments.
-
-    Returns:
-        The recipe with the choices made, and its text with Unix line ends.
+    `recipe` is what the `text` of the recipe file says, with the changes of the command line. `heading` is put above everything,
+    as comments.
     """
     import tomlkit
 

@@ -39,22 +39,17 @@ MAX_DEPTH = 16
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 #: Suffixes that mean a file even where no such file exists, so that a misspelt name is never requested from the hub.
 FILE_SUFFIXES = frozenset([*DATA_SUFFIXES, ".txt", ".md", ".xml", ".arrow", ".xlsx", ".gz", ".zip", ".zst"])
-
-
 #: A name that stands for several files.
 GLOB = re.compile(r"[*?\[]")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, check_files: bool = False) -> Recipe:
-    """Read a recipe.
+    """Read a recipe. RecipeError has all problems, one a line, each with the file (or the override), the table and the key.
 
     Args:
         path: a TOML file in UTF-8.
         overrides: `table.key=value` each; the value is TOML, or a bare word that is read as a string.
         check_files: a missing model, adapter or data file is a problem as well.
-
-    Raises:
-        RecipeError: with all problems, one a line, each with the file (or the override), the table and the key.
     """
     raw = _read_toml(path)
     sources = {_apply_override(raw, override): f"--set {override}" for override in overrides}
@@ -274,19 +269,20 @@ def check_processes(training: Training, count: int) -> None:
 
 
 def check_model_limits(recipe: Recipe, architecture: Architecture) -> None:
-    """Raise UserError where `max_length` or `checkpoint_every_n_layers` is more than the positions or the layers of the model."""
+    """Raise UserError where `max_length` or `checkpoint_every_n_layers` is more than the model has, and LoftQ on 4-bit files."""
     max_length, positions = recipe.training.max_length, architecture.max_position_embeddings
     if max_length > positions:
+        message = f"[training] max_length = {max_length}, and {recipe.model.name} has {positions} positions."
+        raise UserError(message, f"Write max_length = {positions} or less.")
+    if recipe.lora.init_lora_weights == "loftq" and architecture.stored is not None:
         raise UserError(
-            f"[training] max_length = {max_length}, and {recipe.model.name} has {positions} positions.",
-            f"Write max_length = {positions} or less.",
+            f'[lora] init_lora_weights = "loftq" needs unquantized weights, and those of {recipe.model.name} are in 4 bit.',
+            "Use the unquantized original as the base, or delete init_lora_weights.",
         )
     every, layers = recipe.memory.checkpoint_every_n_layers, architecture.num_hidden_layers
     if every != "auto" and every > layers:
-        raise UserError(
-            f"[memory] checkpoint_every_n_layers = {every}, and {recipe.model.name} has {layers} layers.",
-            f"Write {layers} or less; to recompute no layer, write [training] gradient_checkpointing = false.",
-        )
+        hint = f"Write {layers} or less; to recompute no layer, write [training] gradient_checkpointing = false."
+        raise UserError(f"[memory] checkpoint_every_n_layers = {every}, and {recipe.model.name} has {layers} layers.", hint)
 
 
 def use_stored_quantization(recipe: Recipe, architecture: Architecture) -> Recipe:
@@ -300,10 +296,8 @@ def use_stored_quantization(recipe: Recipe, architecture: Architecture) -> Recip
     for key, value in update.items():
         if key in given.model_fields_set and (wanted := getattr(given, key)) != value:
             name, original = recipe.model.name, original_of(asdict(architecture), recipe.model.name)
-            raise UserError(
-                f"[quantization] {key} = {format_toml(wanted)}, and the weights of {name} are stored in {stored.label}.",
-                f"Write {key} = {format_toml(value)}, or use the unquantized original, such as {original}.",
-            )
+            message = f"[quantization] {key} = {format_toml(wanted)}, and the weights of {name} are stored in {stored.label}."
+            raise UserError(message, f"Write {key} = {format_toml(value)}, or use the unquantized original, such as {original}.")
     return recipe.model_copy(update={"quantization": given.model_copy(update=update)})
 
 

@@ -163,14 +163,16 @@ class Lora(Table):
     """Another rank for layers whose name matches."""
     alpha_pattern: Annotated[dict[str, Positive], AfterValidator(check_regex)] = {}
     """Another lora_alpha for layers whose name matches."""
-    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
-    """Initialization of the two matrices; true: the adapter starts without any effect."""
+    init_lora_weights: bool | Literal["gaussian", "orthogonal", "loftq"] = True
+    """Initialization of the two matrices; true: the adapter starts without any effect; loftq: with what 4 bit lost, at rank r."""
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     """Task; text generation is the only one."""
 
     def contradictions(self) -> Iterator[str]:
         if self.init_lora_weights == "orthogonal" and self.r % 2:
             yield f'r = {self.r} must be even for init_lora_weights = "orthogonal".'
+        if self.init_lora_weights == "loftq" and self.use_dora:
+            yield 'init_lora_weights = "loftq" and use_dora = true each set how the adapter starts: delete one.'
 
 
 class Data(Table):
@@ -269,6 +271,10 @@ class Training(Table):
     """Decoupled weight decay of the adapter."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradient clipping: the largest norm; 0: no clipping."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
+    """LoRA+: the learning rate of the matrix lora_B as a multiple of learning_rate; unset: 1."""
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    """NEFTune: noise on the embeddings in training, at most alpha / sqrt(tokens of the row x hidden size); unset: none."""
     recover_from_divergence: bool = True
     """Go back to the last good adapter when a step diverges (see below); false: a loss that is not finite ends the run."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
@@ -291,6 +297,8 @@ class Training(Table):
     """When to evaluate in training; no: only before and after."""
     eval_steps: ShareOrCount = 0.2
     """Steps between evaluations; below 1 a share of all steps."""
+    early_stopping_patience: Count | None = None
+    """Evaluations in a row without a lower loss, after which training ends; the adapter of the lowest is saved; unset: off."""
     save_strategy: Interval = "steps"
     """When to save a checkpoint."""
     save_steps: ShareOrCount = 0.2
@@ -312,7 +320,9 @@ class Training(Table):
     disable_tqdm: bool = False
     """Print plain lines instead of a progress bar."""
     report_to: Tracker | list[Tracker] = "none"
-    """Experiment trackers that receive the metrics."""
+    """Experiment trackers that receive the metrics; extras of this package: tensorboard, wandb, mlflow, trackio."""
+    report_samples: Annotated[int, Field(ge=0, le=64)] = 8
+    """Held-out prompts that base and tuned model answer at the end, for report.html; 0: none. They take 1 min or 5 % at most."""
     remove_unused_columns: Literal[True] = True
     """Only token ids reach the model; always true."""
     output_dir: Annotated[Place, AfterValidator(os.path.expanduser)] = "runs"
@@ -374,6 +384,9 @@ class Training(Table):
             yield f'save_strategy = "no" and save_minutes = {self.save_minutes:g} contradict each other: delete one.'
         if not self.do_eval and self.eval_strategy != "no":
             yield f'do_eval = false and eval_strategy = "{self.eval_strategy}" contradict each other: delete one.'
+        if self.early_stopping_patience and self.eval_strategy == "no":
+            fix = 'eval_strategy = "steps"' if self.do_eval else "do_eval = true"
+            yield f"early_stopping_patience = {self.early_stopping_patience} needs evaluations: write {fix}."
         # The rule of TrainingArguments.__post_init__ (transformers 5.23), checked before torch is imported.
         if self.eval_strategy == "steps" and self.eval_steps and (self.eval_steps < 1) == (self.save_steps < 1):
             evaluated = round(self.save_steps * 10**6) % round(self.eval_steps * 10**6) == 0
@@ -430,6 +443,10 @@ class Recipe(Table):
             )
         if self.memory.checkpoint_every_n_layers != "auto" and self.training.gradient_checkpointing is False:
             yield "[memory] checkpoint_every_n_layers needs [training] gradient_checkpointing: delete one."
+        if self.lora.init_lora_weights == "loftq" and not self.quantization.load_in_4bit:
+            yield '[lora] init_lora_weights = "loftq" needs [quantization] load_in_4bit = true, whose errors it corrects.'
+        if self.lora.init_lora_weights == "loftq" and self.model.adapter:
+            yield '[lora] init_lora_weights = "loftq" and [model] adapter each set how the adapter starts: delete one.'
         named = self.quantization.bnb_4bit_compute_dtype
         if named not in ("auto", self.compute_dtype):
             key = "bf16" if self.training.bf16 else "fp16"

@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, Record, Reporter, StepRecord, record_as_json
-from qlora_phi3.runfolder import RunFolder, append_metrics, read_metrics
+from qlora_phi3.runfolder import RunFolder, append_metrics
 from qlora_phi3.training.processes import count_processes, own_rank
 
 
@@ -158,11 +158,6 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
         self._reporter, self._folder, self.is_writer = reporter, folder, own_rank() == 0
         self.info, self.warning, self.progress = reporter.info, reporter.warning, reporter.progress
         self.begin, self.checkpoint_saved = reporter.begin, reporter.checkpoint_saved
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Report the first and the last step, and the losses that earlier sessions of the run wrote."""
-        losses = [record["loss"] for record in read_metrics(self._folder.metrics) if record["kind"] == StepRecord.kind]
-        self.begin(state.global_step, state.max_steps, losses)
 
     def step(self, record: StepRecord) -> None:
         """Write the step, then pass it on."""

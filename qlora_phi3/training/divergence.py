@@ -108,9 +108,9 @@ class LastGood:
         parameters = _parameters(optimizer)
         weights: Sequence[Tensor | None] = self.weights or [None] * len(parameters)
         states: Sequence[dict[str, Any]] = self.states or [{}] * len(parameters)
-        self.weights = [_copied(parameter, weight) for parameter, weight in zip(parameters, weights, strict=True)]
+        self.weights = [copy_to_memory(parameter, weight) for parameter, weight in zip(parameters, weights, strict=True)]
         self.states = [
-            {key: _copied(value, state.get(key)) for key, value in optimizer.state.get(parameter, {}).items()}
+            {key: copy_to_memory(value, state.get(key)) for key, value in optimizer.state.get(parameter, {}).items()}
             for parameter, state in zip(parameters, states, strict=True)
         ]
         self.scaler, self.step = {} if scaler is None else scaler.state_dict(), step
@@ -138,7 +138,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _copied(value: Any, before: Any) -> Any:
+def copy_to_memory(value: Any, before: Any) -> Any:
     """The value in the computer's memory, in the tensor `before` if it has the same shape."""
     if not isinstance(value, Tensor):
         return value

@@ -26,9 +26,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from qlora_phi3.data.batching import split_plan
 from qlora_phi3.errors import RunError
-from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan, smaller_mlp_tile
+from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan, smaller_mlp_tile, split_plan
 from qlora_phi3.reporter import OomRecord, Phase, Remedy, Reporter, record_as_json
 from qlora_phi3.step import Batch, MicroBatchMemoryError, StepResult, collate
 from qlora_phi3.training.processes import count_processes, own_rank

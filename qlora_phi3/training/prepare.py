@@ -4,6 +4,7 @@ Everything that can fail cheaply is in `prepare`, before any weight is read.
 """
 
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, get_scheduler
-from transformers.integrations import get_available_reporting_integrations, is_flytekit_available
 from transformers.trainer_utils import set_seed
 
 from qlora_phi3.adapters.start import check_start, start_from
@@ -21,26 +21,28 @@ from qlora_phi3.data.template import ChatTemplate, choose_template
 from qlora_phi3.data.tokenizer import check_token_ids, load_tokenizer
 from qlora_phi3.errors import DeviceError, RecipeError
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan
-from qlora_phi3.family import Architecture, parse_architecture, read_config
+from qlora_phi3.family import Architecture, find_config, parse_architecture, read_config
 from qlora_phi3.hardware.gpu import Gpu, read_gpu
 from qlora_phi3.memory.allocator import ALLOCATOR_SETTINGS, uses_expandable_segments
-from qlora_phi3.memory.cost import GpuLimits
+from qlora_phi3.memory.cost import GpuLimits, count_steps
 from qlora_phi3.memory.margin import budget_of, read_margin
-from qlora_phi3.memory.plan import RowLengths, read_lengths, step_shape
+from qlora_phi3.memory.plan import Plan, RowLengths, describe_plan, read_lengths, step_shape
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.search import find_plan
 from qlora_phi3.memory.simulate import simulate
 from qlora_phi3.model.checkpoint import check_checkpoint
-from qlora_phi3.model.lora import attach_adapter, measure_coverage
+from qlora_phi3.model.lora import attach_adapter, measure_coverage, start_from_quantization_error
 from qlora_phi3.model.optimizer import default_optimizer
 from qlora_phi3.model.phi3 import Precision, choose_precision, load_base
+from qlora_phi3.model.weights import open_weights
 from qlora_phi3.recipe.load import check_model_limits
 from qlora_phi3.recipe.schema import Memory, Recipe, Training
-from qlora_phi3.reporter import Reporter
+from qlora_phi3.reporter import EvalRecord, Reporter, RunOutline
 from qlora_phi3.training.callbacks import cap_to_free_memory
 from qlora_phi3.training.processes import count_processes, from_first, gather
 from qlora_phi3.training.report import describe_device
+from qlora_phi3.training.trackers import check_trackers
 from qlora_phi3.units import format_gib, parse_size
 
 #: Tokens of a micro-batch where there is no plan and neither the recipe nor a longer row requires more: enough to keep the
@@ -70,15 +72,18 @@ class RunContext:
         """Tokens of the rows that are trained on and evaluated, with the most rows of a step that one process gets."""
         held_out = [] if self.data.evaluation is None else row_lengths(self.data.evaluation).tolist()
         share = -(-self.recipe.training.batch_size // count_processes())
-        return read_lengths(row_lengths(self.data.train).tolist(), held_out, share)
+        lengths = read_lengths(row_lengths(self.data.train).tolist(), held_out, share)
+        return replace(lengths, evaluation_tokens=lengths.evaluation_tokens // count_processes())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRun:
-    """How a run is executed, and the memory it should need (None where nothing was simulated)."""
+    """How a run is executed, and the memory it should need (None where nothing was simulated); more is known of a GPU."""
 
     execution: ExecutionPlan
     predicted: MemoryReport | None
+    plan: Plan | None = None
+    budget_bytes: int = 0
 
 
 def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
@@ -121,16 +126,6 @@ def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
     for line in data.report.warning_lines():
         reporter.warning(line)
     return RunContext(recipe, config, architecture, tokenizer, template, data, device, gpu, precision, reporter)
-
-
-def check_trackers(training: Training) -> None:
-    """Raise RecipeError for a tracker that is not installed."""
-    wanted = [training.report_to] if isinstance(training.report_to, str) else training.report_to
-    installed = {*get_available_reporting_integrations(), *(["flyte"] if is_flytekit_available() else [])}
-    for name in wanted:
-        if name not in ("all", "none") and name not in installed:
-            hint = "Install it in the environment of qlora-phi3, or delete it: metrics.jsonl holds every figure."
-            raise RecipeError(f"[training] report_to names {name}, which is not installed.", hint)
 
 
 def check_schedule(training: Training) -> None:
@@ -194,8 +189,9 @@ def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
     predictor = Predictor(
         *model, compute_dtype=compute_dtype, capability=gpu.compute_capability, multiprocessors=gpu.multiprocessors
     )
+    budget_bytes = budget_of(context.recipe.memory, gpu)
     limits = GpuLimits(
-        limit_bytes=read_margin(gpu.name).limit(budget_of(context.recipe.memory, gpu)),
+        limit_bytes=read_margin(gpu.name).limit(budget_bytes),
         tflops_16bit=gpu.tflops_16bit,
         bandwidth_bytes_per_second=gpu.bandwidth_bytes_per_second,
     )
@@ -203,17 +199,41 @@ def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
     plan = find_plan(predictor, context.row_lengths, limits, progress=lambda _: None)
     reporter.progress("Planning the memory", 1, 1)
     execution = plan.execution
-    every = execution.checkpoint_every
-    recomputed = {0: "nothing recomputed", 1: "every layer recomputed"}.get(every, f"one layer in {every} recomputed")
-    offloaded = ", activations offloaded" if execution.activation_offloading else ""
-    tiled = f", MLPs in tiles of {execution.mlp_tile_tokens:,} tokens" if execution.mlp_tile_tokens else ""
-    reporter.info(
-        f"Plan: {execution.micro_batch.max_tokens:,} tokens at once, {recomputed}{offloaded}{tiled}, {execution.optim}; "
-        f"{format_gib(plan.memory.on_gpu_bytes)} of {format_gib(limits.limit_bytes)} on the GPU"
-    )
+    needed = f"{format_gib(plan.memory.on_gpu_bytes)} of {format_gib(limits.limit_bytes)} on the GPU"
+    reporter.info(f"Plan: {describe_plan(execution)}; {needed}")
     if not plan.fits:
         reporter.warning("This should not fit; qlora-phi3 vram-check suggests what to change. The run tries it anyway.")
-    return PlannedRun(execution=execution, predicted=replace(plan.memory, trace=()))
+    memory = replace(plan.memory, trace=())
+    return PlannedRun(execution=execution, predicted=memory, plan=plan, budget_bytes=budget_bytes)
+
+
+def outline_run(
+    context: RunContext,
+    planned: PlannedRun,
+    execution: ExecutionPlan,
+    metrics: Sequence[Mapping[str, Any]],
+    checkpoint: Path | None,
+) -> RunOutline:
+    """What the reporter learns of a run before its first step; `metrics` are the records of earlier sessions."""
+    data, training, plan = context.data, context.recipe.training, planned.plan
+    first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    steps, epochs, evaluations = count_steps(
+        training, len(data.train), evaluates=data.evaluation is not None, first_step=first_step
+    )
+    measured = [record["seconds"] for record in metrics if record["kind"] == EvalRecord.kind]
+    return RunOutline(
+        total_steps=steps,
+        epochs=epochs,
+        first_step=first_step,
+        evaluations=evaluations,
+        device=describe_device(context.device),
+        plan=f"{describe_plan(execution)}, {training.batch_size} rows a step",
+        predicted_bytes=plan.memory.on_gpu_bytes if plan else 0,
+        budget_bytes=planned.budget_bytes,
+        step_seconds=plan.step_seconds if plan else None,
+        evaluation_seconds=[plan.evaluation_seconds if plan else 0.0, *measured][-1],
+        earlier=metrics,
+    )
 
 
 def default_execution_plan(training: Training, memory: Memory, architecture: Architecture, device: torch.device) -> ExecutionPlan:
@@ -269,7 +289,10 @@ def load_model(context: RunContext, *, is_first_session: bool = True) -> PeftMod
         longest_row=context.data.report.longest_row,
     )
     set_seed(recipe.training.seed)
+    base.neftune_noise_alpha = recipe.training.neftune_noise_alpha
     model = attach_adapter(base, recipe.lora)
+    if is_first_session and recipe.lora.init_lora_weights == "loftq":
+        start_from_quantization_error(model, open_weights(find_config(recipe.model.name, recipe.model.revision).parent))
     if is_first_session and recipe.model.adapter is not None:
         trained_on = start_from(model, Path(recipe.model.adapter))
         reporter.info(f"Starting from the adapter {recipe.model.adapter}")

@@ -30,8 +30,9 @@ from qlora_phi3.training import artifacts, processes
 from qlora_phi3.training import report as reports
 from qlora_phi3.training.callbacks import stop_on_interrupt
 from qlora_phi3.training.oom import RngState, restore_execution_plan
-from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, plan_run, prepare, wants_dry_run
+from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, outline_run, plan_run, prepare, wants_dry_run
 from qlora_phi3.training.report import PredictionCheck
+from qlora_phi3.training.samples import save_samples
 from qlora_phi3.training.trainer import EvaluationStopped, Phi3Trainer, build_trainer
 
 
@@ -46,12 +47,21 @@ class RunResult:
     seconds: float
 
 
-def run(recipe: Recipe, name: str, recipe_dir: Path, *, reporter: Reporter, resume: RunFolder | None = None) -> RunResult:
+def run(
+    recipe: Recipe,
+    name: str,
+    recipe_dir: Path,
+    *,
+    reporter: Reporter,
+    resume: RunFolder | None = None,
+    at_end: Callable[[RunFolder], object] = lambda folder: None,
+) -> RunResult:
     """Train what a recipe describes, into `<output_dir>/<name>/`.
 
     Args:
         recipe_dir: directory of the recipe file; relative paths are looked for there, then in the working directory.
         resume: an unfinished run of the same recipe and data, to continue.
+        at_end: called with the run's directory, while it is locked, when the run is done, fails or is interrupted.
 
     Raises:
         UserError: something that a person can correct; report.json holds the same message.
@@ -81,10 +91,21 @@ def run(recipe: Recipe, name: str, recipe_dir: Path, *, reporter: Reporter, resu
                 line = f"The run began with {was[key]} and goes on with {report[key]}: the result is not equal bit for bit."
                 reporter.warning(line)
             checkpoint = processes.from_first(lambda: _checkpoint_to_resume(resume, recipe, reporter))
-            return _run_in(resume, checkpoint, context, planned, report, started)
+            with _calling_at_end(at_end, resume):
+                return _run_in(resume, checkpoint, context, planned, report, started)
         folder = processes.from_first(lambda: runfolder.create_run_folder(Path(recipe.training.output_dir), name))
-        with runfolder.lock_run(folder) if not processes.own_rank() else nullcontext():
+        with runfolder.lock_run(folder) if not processes.own_rank() else nullcontext(), _calling_at_end(at_end, folder):
             return _run_in(folder, None, context, planned, report, started, is_new=True)
+
+
+@contextmanager
+def _calling_at_end(at_end: Callable[[RunFolder], object], folder: RunFolder) -> Iterator[None]:
+    """Call `at_end` in process 0, however the block ends, unless nothing was written."""
+    try:
+        yield
+    finally:
+        if not processes.own_rank() and folder.report.is_file():
+            at_end(folder)
 
 
 def _run_in(
@@ -111,11 +132,15 @@ def _run_in(
             context.reporter.info(f"Run folder: {folder.path}")
             _save_export_inputs(context, model, folder)
             runfolder.restore_metrics(folder, checkpoint)
+            folder.samples.unlink(missing_ok=True)  # of an earlier end of this run
         metrics = processes.from_first(lambda: runfolder.read_metrics(folder.metrics))
-        trainer = build_trainer(context, restore_execution_plan(planned.execution, metrics, context.device), model, folder)
+        execution = restore_execution_plan(planned.execution, metrics, context.device)
+        trainer = build_trainer(context, execution, model, folder)
+        context.reporter.begin(outline_run(context, planned, execution, metrics, checkpoint))
         _begin(trainer, context, planned, checkpoint)
         with stop_on_interrupt(context.reporter, trainer.stop), _lost_process_reported(trainer, folder, started):
             _train(trainer, context, folder, checkpoint)
+            best = {} if trainer.divergence.failure else trainer.early_stopping.restore_best(trainer.state)
             if processes.own_rank():
                 trainer.divergence.raise_failure(folder.adapter)
                 return RunResult(folder, int(trainer.state.global_step), None, None, time.perf_counter() - started)
@@ -128,10 +153,15 @@ def _run_in(
             check = _check_prediction(trainer, context, planned)
             runfolder.flush_metrics(folder)
             report = reports.last_report(folder, report, check, steps=int(trainer.state.global_step), started=started)
+            report |= best
             report["unlearned"] = reports.describe_unlearned(model, report)
             runfolder.write_report(folder, report)
     if report["unlearned"]:
         context.reporter.warning(report["unlearned"])
+    if best:
+        ended, loss = best["early_stopping"]["reason"], best["eval_loss_after"]
+        context.reporter.info(f"The run {ended}, whose adapter is saved; its held-out loss is {loss:.4f}")
+    save_samples(model, context, folder, report["seconds"])
     before, after = report["eval_loss_before"], report["eval_loss_after"]
     return RunResult(folder, report["steps"], before, after, report["seconds"])
 
@@ -141,6 +171,7 @@ FREE_KEYS = frozenset((
         "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "packing",
         "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading", "num_train_epochs", "max_steps",
         "logging_strategy", "logging_steps", "log_level", "disable_tqdm", "report_to", "output_dir", "save_total_limit",
+        "report_samples",
 ))  # fmt: skip
 #: Those of them that ask for another number of steps; a run that is done continues where one differs.
 STEP_KEYS = frozenset(("num_train_epochs", "max_steps"))
@@ -168,7 +199,8 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
             reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
         raise RunError(f"{folder.report} holds a recipe that this version cannot read: {reason}.", "Start a new run.") from error
     changed = [(table, key) for table in now for key in now[table] if now[table][key] != was[table][key]]
-    decides = recipe.training.load_best_model_at_end or recipe.training.lr_scheduler_type in NEEDS_EVALUATION
+    keeps_best = recipe.training.load_best_model_at_end or recipe.training.early_stopping_patience
+    decides = keeps_best or recipe.training.lr_scheduler_type in NEEDS_EVALUATION
     free = FREE_KEYS if decides else FREE_KEYS | INTERVAL_KEYS
     differing = [f"[{table}] {key}" for table, key in changed if table != "training" or key not in free]
     if differing:
@@ -255,6 +287,7 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
     if context.data.evaluation is not None and not is_evaluated and not trainer.stop.requested:
         with suppress(EvaluationStopped):
             trainer.evaluate()
+    trainer.trackers.finish(trainer.args, state, trainer.control, trainer.model)
     if trainer.stop.requested:
         trainer._save_checkpoint(trainer.model, None)  # it is there already, but for save_strategy = "no"
         hint = f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"

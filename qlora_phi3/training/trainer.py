@@ -43,10 +43,12 @@ from qlora_phi3.step import Batch, StepResult, evaluate, forward_backward
 from qlora_phi3.training.artifacts import damage, write_manifest
 from qlora_phi3.training.callbacks import MetricsWriter, SaveByTime, SpillWatch, StopOnRequest
 from qlora_phi3.training.divergence import DivergenceGuard, check_evaluation
+from qlora_phi3.training.early_stopping import EarlyStopping
 from qlora_phi3.training.oom import MemoryGuard
 from qlora_phi3.training.prepare import RunContext
 from qlora_phi3.training.processes import add_up_gradients, count_processes, gather, own_rank
 from qlora_phi3.training.report import peak_memory_bytes, row_name
+from qlora_phi3.training.trackers import Trackers
 
 
 def build_trainer(context: RunContext, execution: ExecutionPlan, model: PeftModel, folder: RunFolder) -> "Phi3Trainer":
@@ -59,7 +61,10 @@ def build_trainer(context: RunContext, execution: ExecutionPlan, model: PeftMode
     )
     shared = f", shared by {count_processes()} processes" if count_processes() > 1 else ""
     context.reporter.info(f"Optimizer: {execution.optim}, {training.batch_size} rows a step{shared}")
-    return Phi3Trainer(model, arguments, context, execution, MetricsWriter(context.reporter, folder))
+    trackers = Trackers(training, arguments, folder, context.reporter)
+    trainer = Phi3Trainer(model, arguments, context, execution, MetricsWriter(context.reporter, folder), trackers)
+    trackers.start(arguments, trainer.state, model)
+    return trainer
 
 
 #: Keys of [training] that TrainingArguments has under the same name and with the same meaning.
@@ -87,7 +92,7 @@ def build_arguments(
         logging.getLogger(f"transformers.{name}").addFilter(is_not_mistaken_warning)
     arguments = SFTConfig(
         **{name: getattr(training, name) for name in SAME_ARGUMENTS},
-        report_to="none" if own_rank() else training.report_to,
+        report_to="none",  # `Trackers`
         output_dir=str(checkpoints),
         # One batch of the Trainer is one optimizer step; step.py splits it into micro-batches.
         per_device_train_batch_size=training.batch_size,
@@ -150,13 +155,17 @@ class FinishEvaluation(TrainerCallback):  # type: ignore[misc]
         self._trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Evaluate if the checkpoint says that it is due; raises EvaluationStopped, and the checkpoint stays as it is."""
+        """Evaluate if the checkpoint says that it is due; raises EvaluationStopped, also where training ends with it, and the
+        checkpoint stays as it is.
+        """
         if evaluation_is_due(state):
             trainer, control.should_evaluate = self._trainer, True
             SFTTrainer._maybe_log_save_evaluate(  # not ours, which would go on with the next step
                 trainer, trainer._tr_loss, None, trainer.model, None, state.epoch, None, time.time()
             )
             state.best_model_checkpoint = trainer._best_checkpoint()
+            if trainer.early_stopping.is_over:
+                raise EvaluationStopped  # the Trainer would train one step more
 
 
 class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
@@ -175,9 +184,11 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         context: RunContext,
         execution: ExecutionPlan,
         reporter: MetricsWriter,
+        trackers: Trackers,
         *,
         objective: Objective = sft,
     ) -> None:
+        self.trackers = trackers
         self.objective = objective
         self.control: TrainerControl
         self.optimizer: torch.optim.Optimizer | None
@@ -193,6 +204,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             apply=partial(apply_execution_plan, model),
         )
         self.divergence = DivergenceGuard(reporter, recovers=self.training.recover_from_divergence)
+        self.early_stopping = EarlyStopping(model, self.training.early_stopping_patience)
         #: Set by a signal; the evaluation stops at its next micro-batch then.
         self.stop = StopOnRequest()
         self._sources = context.data.report.sources
@@ -202,6 +214,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         self._num_recovered = 0  # out-of-memory errors, up to the last step
         self._last: tuple[Batch, float, float] | None = None  # batch, its loss, its token accuracy
         self._step_started = time.perf_counter()
+        watching = (reporter, self.divergence, self.early_stopping, trackers, self.stop)
         with _undo_trl_changes(model):
             super().__init__(
                 model=model,
@@ -210,7 +223,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
                 train_dataset=context.data.train,
                 eval_dataset=context.data.evaluation,
                 processing_class=context.tokenizer,
-                callbacks=[reporter, self.divergence, SaveByTime(self.training.save_minutes), self.stop, FinishEvaluation(self)],
+                callbacks=[*watching, SaveByTime(self.training.save_minutes), FinishEvaluation(self)],
             )
         # A tokenizer re-saved with an adapter gives other ids in transformers 5; the run copies the base's own files.
         self.processing_class = None
@@ -249,7 +262,8 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         if state.global_step > max_steps:
             hint = "Raise [training] max_steps or num_train_epochs, or start a new run."
             raise RunError(f"{checkpoint} has more steps than the {max_steps} that the recipe asks for.", hint)
-        if state.global_step < max_steps:
+        self.early_stopping.load(checkpoint)
+        if state.global_step < max_steps and not self.early_stopping.is_over:
             if state.max_steps != max_steps:
                 note = "the learning rate follows its schedule over the new number."
                 self.reporter.warning(f"The run now ends after step {max_steps}, not {state.max_steps}: {note}")
@@ -281,6 +295,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
                 group["lr"] = rate
         if checkpoint:
             self.divergence.load(Path(checkpoint))
+            self.early_stopping.load(Path(checkpoint))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[RowBatch], num_batches: int, device: torch.device
@@ -359,7 +374,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             batch, loss, accuracy = self._last
             self._last = None
             seconds = time.perf_counter() - self._step_started
-            logs["loss"] = loss
+            logs["loss"], logs["tokens_per_second"] = loss, batch.num_tokens / seconds
             self.reporter.step(
                 StepRecord(
                     step=self.state.global_step,
@@ -490,6 +505,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         self.divergence.save(Path(output_dir))
+        self.early_stopping.save(Path(output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the export writes a model card, a checkpoint needs none."""

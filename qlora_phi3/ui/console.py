@@ -1,12 +1,15 @@
 """What commands show on the terminal while they work: rich's progress bars, or plain lines where the output is no terminal.
 
-`ConsoleReporter` shows a run or an export, `show_export` the end of an export. `Watcher` shows one temporary line on stderr, for
-commands that print a result on stdout. rich is imported only where it is needed: an answer from the cache starts without it.
+`ConsoleReporter` shows a run (with `ui/live.py`) or an export, `show_export` the end of an export. `Watcher` shows one temporary
+line on stderr, for commands that print a result on stdout. rich is imported only where it is needed: an answer from the cache
+starts without it.
 """
 
 import math
+import shlex
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.errors import Interrupted, printable
-from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, StepRecord
+from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, RunOutline, StepRecord
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.units import format_count, format_duration
+from qlora_phi3.ui.eta import BLENDED_STEPS, EtaEstimator
+from qlora_phi3.units import describe_duration, describe_epochs, format_count, format_duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,8 +34,17 @@ CURVE_BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 24
 #: Columns that a terminal needs to show the speed next to the loss, and the curve next to both.
 MIN_WIDTH_SPEED, MIN_WIDTH_CURVE = 70, 110
-#: Name of the training bar.
-TRAINING = "Training"
+#: The warning about a held-out loss that rose.
+HELD_OUT_ROSE = "The held-out loss is higher than before training. Try a smaller [training] learning_rate."
+#: Name of the training bar, and of the work whose share counts for the time left.
+TRAINING, EVALUATING = "Training", "Measuring on held-out rows"
+#: Colours that are read on a light and on a dark background, from the 256 of most terminals.
+COLOURS = {"curve": "color(32)", "done": "color(29)", "warning": "color(166)"}
+#: Events that the screen of a run shows.
+SHOWN_EVENTS = 3
+#: Seconds of a run, and share by which it must differ from what was announced, for a line with the measured time.
+ANNOUNCED_SECONDS, ANNOUNCED_SHARE = 60.0, 0.25
+REFRESHES_PER_SECOND = 4
 #: Seconds between two plain lines about the same work.
 PLAIN_INTERVAL_SECONDS = 10.0
 #: Seconds of steps that an estimate of the remaining time is based on. rich's default of 30 s gives no estimate at all for
@@ -61,7 +74,7 @@ class LogInterval:
 
 
 class ConsoleReporter:
-    """Shows a run: lines above, and on a terminal one progress bar below them.
+    """Shows a run: lines above, and on a terminal progress bars or the screen of `ui/live.py` below them.
 
     Warnings go to the console `errors`. The bars are from `build_progress`, disabled where the output is plain lines.
     """
@@ -70,8 +83,13 @@ class ConsoleReporter:
         self._console, self._errors, self._log_interval, self._bars = console, errors, log_interval, bars
         self._tasks: dict[str, TaskID] = {}
         self._last_line: dict[str, float] = {}
-        self._losses: list[float] = []
-        self._total = self._step = 0
+        self.eta: EtaEstimator | None = None  #: None until the run begins.
+        self.last_step: StepRecord | None = None
+        self.losses: list[float] = []
+        self.eval_losses: list[float] = []
+        self.events: deque[str] = deque(maxlen=SHOWN_EVENTS)
+        self.step_number = self._total = 0
+        self._announced = 0.0  # seconds
         self._saved: tuple[int, RunFolder] | None = None
 
     def info(self, line: str) -> None:
@@ -80,7 +98,7 @@ class ConsoleReporter:
 
     def warning(self, line: str) -> None:
         """Print on stderr what the user should look at."""
-        self._errors.print(f"Note: {printable(line)}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        self._errors.print(f"Note: {printable(line)}", style=COLOURS["warning"], highlight=False, markup=False, soft_wrap=True)
 
     def progress(self, what: str, done: int, total: int | None) -> None:
         """Move the bar of `what`, and remove it at `done >= total`; without bars print a line at the start and every 10 s."""
@@ -92,6 +110,8 @@ class ConsoleReporter:
             self._last_line[what] = now
             self.info(f"{what}: {done:,} of {total:,}" if total else f"{what}: {done:,}")
         self._move(what, done, total)
+        if self.eta is not None and what == EVALUATING and total:
+            self.eta.evaluated_share = done / total
         if finished:
             self._bars.remove_task(self._tasks.pop(what))
         if TRAINING in self._tasks and self._console.width < MIN_WIDTH_CURVE:  # two bars would both be cut
@@ -105,48 +125,73 @@ class ConsoleReporter:
         else:
             self._tasks[what] = self._bars.add_task(what, completed=done, total=total, **fields)
 
-    def begin(self, first_step: int, total_steps: int, earlier: Sequence[float] = ()) -> None:
-        """Open the training bar. Steps of earlier sessions, whose losses are `earlier`, do not count for the speed."""
-        self._total, self._step, self._losses = total_steps, first_step, list(earlier)
+    def begin(self, outline: RunOutline) -> None:
+        """Announce the time of the run, and open its screen. Steps of earlier sessions do not count for the speed."""
+        self.eta = EtaEstimator(outline, time.perf_counter)
+        self._total, self.step_number = outline.total_steps, outline.first_step
+        self.losses = [record["loss"] for record in outline.earlier if record["kind"] == StepRecord.kind]
+        self.eval_losses = [record["eval_loss"] for record in outline.earlier if record["kind"] == EvalRecord.kind]
         warmup = self._log_interval.warmup_steps
-        if (math.ceil(warmup * total_steps) if warmup < 1 else warmup) >= total_steps:
+        if (math.ceil(warmup * self._total) if warmup < 1 else warmup) >= self._total:
             self.warning(
-                f"All of the run's {format_count(total_steps, 'step')} is warm-up: the learning rate is never reached. "
+                f"All of the run's {format_count(self._total, 'step')} is warm-up: the learning rate is never reached. "
                 "Write [training] warmup_steps = 0."
             )
-        self._move(TRAINING, first_step, total_steps)
+        self._announce(self.eta, "estimated")
+        self._move(TRAINING, outline.first_step, self._total)
+
+    def _announce(self, eta: EtaEstimator, how: str) -> None:
+        """Print the time of the run, where it is known and another one than was printed before."""
+        outline, left = eta.outline, eta.left()
+        seconds = 0.0 if left is None else left + eta.passed()
+        if seconds < ANNOUNCED_SECONDS or abs(seconds - self._announced) < ANNOUNCED_SHARE * self._announced:
+            return
+        self._announced, steps = seconds, format_count(self._total - outline.first_step, "step")
+        work = f"{steps} of {self._total:,}" if outline.first_step else f"{describe_epochs(outline.epochs)} ({steps})"
+        self.info(f"About {describe_duration(seconds)} for {work}, {how}.")
 
     def step(self, record: StepRecord) -> None:
         """Move the training bar; without bars print a line for the steps that the recipe's logging keys name."""
-        self._losses.append(record.loss)
-        self._step = record.step
+        self.losses.append(record.loss)
+        self.step_number, self.last_step = record.step, record
         figures, width = f"loss {record.loss:.4f}", self._console.width
         speed = f"{record.tokens_per_second:,.0f} tokens/s"
         figures += f"  {speed}" if width >= MIN_WIDTH_SPEED else ""
-        figures += f"  {draw_curve(self._losses)}" if width >= MIN_WIDTH_CURVE else ""
+        figures += f"  {draw_curve(self.losses)}" if width >= MIN_WIDTH_CURVE else ""
         self._move(TRAINING, record.step, self._total, figures)
+        if self.eta is None:
+            return
+        self.eta.step(record)
         if self._bars.disable and self._log_interval.shows(record.step, record.epoch, self._total):
-            (remaining,) = (task.time_remaining for task in self._bars.tasks if task.id == self._tasks[TRAINING])
-            left = "" if remaining is None else f"  {format_duration(remaining)} left"
-            self.info(f"step {record.step}/{self._total}  loss {record.loss:.4f}  {speed}{left}")
+            left = self.eta.left()
+            remaining = "" if left is None else f"  {format_duration(left)} left"
+            self.info(f"step {record.step}/{self._total}  loss {record.loss:.4f}  {speed}{remaining}")
+        if self._bars.disable and self.eta.num_measured == BLENDED_STEPS:
+            self._announce(self.eta, "measured")
 
     def evaluation(self, record: EvalRecord) -> None:
         """Print the loss and the token accuracy on the held-out rows."""
+        self.eval_losses.append(record.eval_loss)
+        if self.eta is not None:
+            self.eta.evaluation(record)
         when = "Before training" if record.step == 0 else f"After step {record.step}"
         self.info(f"{when}: held-out loss {record.eval_loss:.4f}, token accuracy {record.eval_token_accuracy:.1%}")
 
     def checkpoint_saved(self, checkpoint: Path) -> None:
         """Print the path of a checkpoint; `interruption` names the step it was saved at."""
-        self._saved = self._step, RunFolder(checkpoint.parent.parent)
+        self._saved = self.step_number, RunFolder(checkpoint.parent.parent)
+        self.events.append(f"step {self.step_number}: checkpoint saved")
         self.info(f"Saved {checkpoint}")
 
     def oom(self, record: OomRecord) -> None:
         """Print that memory ran out, and how the run goes on."""
+        self.events.append(f"step {record.step}: memory ran out ({record.remedy})")
         self.warning(record.as_line())
 
     def divergence(self, record: DivergenceRecord) -> None:
         """Print that a step diverged, and how the run goes on."""
-        self._step = record.step
+        self.step_number = record.step
+        self.events.append(f"step {record.step}: diverged, back to step {record.good_step}")
         self.warning(record.as_line())
 
     def interruption(self, resumed: RunFolder | None) -> Interrupted:
@@ -155,8 +200,8 @@ class ConsoleReporter:
         `resumed` is the run that this session resumed, if any.
         """
         saved, folder = self._saved or (None, resumed)
-        step, total = self._step, self._total
-        if not total:
+        step, total = self.step_number, self._total
+        if not total or (not step and saved is None):
             message = "Stopped before the first step: nothing is lost."
         elif folder is None:
             message = f"Stopped at once after step {step} of {total}, before any checkpoint was saved."
@@ -170,15 +215,14 @@ class ConsoleReporter:
 
     def finish(self, steps: int, before: float | None, after: float | None, seconds: float, adapter: Path) -> None:
         """Print the end of a run: its steps, held-out losses in nats (None: no rows), seconds, and the adapter's directory."""
-        if self._losses:
-            first, last, count = mean_ends(self._losses)
+        if self.losses:
+            first, last, count = mean_ends(self.losses)
             ends = f"first and last {format_count(count, 'step')}" if count > 1 else "first and last step"
-            self.info(f"Training loss  {draw_curve(self._losses)}  {first:.4f} -> {last:.4f} ({ends})")
+            self.info(f"Training loss  {draw_curve(self.losses)}  {first:.4f} -> {last:.4f} ({ends})")
         if before is not None and after is not None:
             self.info(f"Held-out loss  {before:.4f} -> {after:.4f}")
             if after > before:
-                line = "The held-out loss is higher than before training. Try a smaller [training] learning_rate."
-                self.warning(line)
+                self.warning(HELD_OUT_ROSE)
         done = f"{format_count(steps, 'step')} in {format_duration(seconds)}"
         self.info(f"Done: {done}. The adapter: {adapter.absolute()}")
 
@@ -193,13 +237,13 @@ def open_console(log_interval: LogInterval, *, plain: bool, quiet: bool = False)
         yield ConsoleReporter(console, errors if bars.disable else console, log_interval, bars)
 
 
-def build_progress(console: "Console", *, disable: bool = False) -> "Progress":
-    """Progress bars that disappear when they end. On a narrow terminal the bar shrinks and no figure is cut."""
+def build_progress(console: "Console", *, disable: bool = False, kind: "type[Progress] | None" = None) -> "Progress":
+    """Progress bars that disappear when they end, of rich's class or one made from it. On a narrow terminal no figure is cut."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Column
 
     fixed = Column(no_wrap=True)  # as TextColumn has it by default
-    return Progress(
+    return (kind or Progress)(
         SpinnerColumn(table_column=fixed),
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=CURVE_WIDTH),
@@ -209,6 +253,7 @@ def build_progress(console: "Console", *, disable: bool = False) -> "Progress":
         TextColumn("{task.fields[left]}", style="progress.remaining"),
         console=console,
         transient=True,
+        refresh_per_second=REFRESHES_PER_SECOND,
         disable=disable,
         speed_estimate_period=SPEED_PERIOD_SECONDS,
     )
@@ -223,13 +268,13 @@ def mean_ends(losses: Sequence[float]) -> tuple[float, float, int]:
     return sum(losses[:count]) / count, sum(losses[-count:]) / count, count
 
 
-def draw_curve(losses: Sequence[float]) -> str:
-    """The finite losses as a line of at most `CURVE_WIDTH` characters.
+def draw_curve(losses: Sequence[float], columns: int = CURVE_WIDTH) -> str:
+    """The finite losses as a line of at most so many characters.
 
     Each character is the mean of equally many steps; the highest mean is a full block, the lowest the smallest one.
     """
     finite = [loss for loss in losses if math.isfinite(loss)]
-    width = min(CURVE_WIDTH, len(finite))
+    width = min(columns, len(finite))
     if not width:
         return ""
     edges = [round(index * len(finite) / width) for index in range(width + 1)]
@@ -277,8 +322,8 @@ class Watcher:
         self._bars.update(self._bars.task_ids[0], **changes)
 
 
-def show_export(view: ConsoleReporter, exported: "Exported") -> None:
-    """Print the proof of an export and, unless it failed, what to do next."""
+def show_export(view: ConsoleReporter, exported: "Exported", *, ollama: str | None = None) -> None:
+    """Print the proof of an export and, unless it failed, what to do next; `ollama` is the model's name there."""
     from qlora_phi3.export.bundle import other_bits_warning
     from qlora_phi3.export.stop import runaway_warning
 
@@ -306,7 +351,9 @@ def show_export(view: ConsoleReporter, exported: "Exported") -> None:
         for note in exported.gguf.notes:
             view.info(note)
         view.info(f"Try it: llama-cli -m {exported.gguf.path}")
-        view.info(f"Ollama: ollama create {exported.gguf.path.stem} -f {exported.folder / 'Modelfile'}")
+        name = ollama or exported.gguf.path.stem
+        view.info(f"Ollama: ollama create {name} -f {shlex.quote(str(exported.folder / 'Modelfile'))}")
+        view.info(f"        ollama run {name}")
     if exported.page:
         view.info(f"On the hub: {exported.page}")
     view.info(f"Done: {exported.folder.absolute()}")

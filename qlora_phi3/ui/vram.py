@@ -13,7 +13,7 @@ from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.hardware.gpu_table import GPU_TABLE, name_series
 from qlora_phi3.memory.report import VramReport, planned_keys
 from qlora_phi3.memory.tables import MaxLengthRow
-from qlora_phi3.units import GIB, format_gib
+from qlora_phi3.units import GIB, describe_duration, describe_epochs, format_count, format_gib
 
 #: Colours of the categories, the largest first.
 COLOURS = ("cyan", "blue", "magenta", "green", "bright_blue", "bright_magenta", "bright_cyan", "bright_green")
@@ -35,7 +35,7 @@ def show_gpu(console: Console, device: Gpu) -> None:
     unnamed = max(0, device.other_processes_bytes - known)
     _print(console, "")
     parts = [(known, "█", "yellow"), (unnamed, "▓", "dim yellow")]
-    console.print(_draw_bar(min(WIDEST_BAR, console.width), parts, device.total_bytes))
+    console.print(draw_bar(min(WIDEST_BAR, console.width), parts, device.total_bytes))
     table = build_table("", "", "")
     for process in device.processes:
         used = format_gib(process.used_bytes) if process.used_bytes is not None else "not known to the driver"
@@ -130,7 +130,7 @@ def _show_bar(console: Console, report: VramReport, categories: Sequence[tuple[s
     parts = [(device.other_processes_bytes, "▓", "yellow"), (outside, "─", "dim")]
     parts += [*((size, "█", colour) for _, size, colour in categories), (report.margin_bytes, "▒", "white")]
     needed = sum(size for size, _, _ in parts)
-    bar = _draw_bar(width, parts, max(available, needed))
+    bar = draw_bar(width, parts, max(available, needed))
     if needed > available:
         end = width * available // needed
         note = "the budget ends here" if outside else "the GPU ends here"
@@ -149,7 +149,8 @@ def _show_bar(console: Console, report: VramReport, categories: Sequence[tuple[s
         _print(console, f"─ {format_gib(outside)} outside of [memory] budget")
 
 
-def _draw_bar(width: int, parts: Sequence[tuple[int, str, str]], total_bytes: int) -> Text:
+def draw_bar(width: int, parts: Sequence[tuple[int, str, str]], total_bytes: int) -> Text:
+    """A bar of `width` columns for the total: parts of a size in bytes, each with its sign and colour, then what is left."""
     bar, reached = Text(no_wrap=True), 0
     for size, sign, colour in parts:
         begin, reached = round(width * reached / total_bytes), reached + size
@@ -196,6 +197,19 @@ def _speed_lines(report: VramReport) -> Iterator[str]:
     else:
         yield f"About {slow} an optimizer step, {low:,.0f} tokens a second, on the slowest of these GPUs;"
         yield f"{fast}, {high:,.0f} on the fastest: estimated from their stated rates, not measured."
+    yield _describe_run(report)
+
+
+def _describe_run(report: VramReport) -> str:
+    """How long the recipe's run takes, or 1,000 rows where the number of rows is not known."""
+    seconds = report.seconds_per_1000_rows if report.run_seconds is None else report.run_seconds
+    speeds = (report.fastest_tokens_per_second, report.slowest_tokens_per_second)
+    times = [describe_duration(seconds * report.tokens_per_second / speed) for speed in speeds]
+    about = " to ".join(dict.fromkeys(times))
+    if report.total_steps is None or report.epochs is None:
+        return f"1,000 rows of {report.max_length:,} tokens take about {about}."
+    epochs, rows, steps = describe_epochs(report.epochs), report.rows.count, format_count(report.total_steps, "step")
+    return f"{epochs} of {format_count(rows, 'row')} ({steps}) in about {about}, evaluations included."
 
 
 def show_gpu_table(console: Console, reports: Sequence[VramReport]) -> None:

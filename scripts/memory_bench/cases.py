@@ -29,6 +29,7 @@ class Case:
     #: Tables of the recipe.
     lora: Mapping[str, Any] = field(default_factory=dict)
     quantization: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
     checkpoint_every: int = 1
     offloading: bool = False
     optim: str = "adamw_torch"
@@ -56,6 +57,7 @@ class Case:
                 "data": {"train": "rows"},
                 "lora": dict(self.lora),
                 "quantization": dict(self.quantization),
+                "training": dict(self.training),
             }
         )
 

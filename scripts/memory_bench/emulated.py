@@ -14,6 +14,7 @@ from memory_bench.grid import CUDA_GRID
 
 from qlora_phi3.family import known_config, parse_architecture
 from qlora_phi3.hardware.gpu import find_gpu
+from qlora_phi3.memory.cuda_path import MOST_FUSED_ROWS
 
 MIB = 2**20
 #: Names of runtime.cpp's cards -> those of the product's table.
@@ -135,9 +136,10 @@ def grid_cases(cards: Iterable[str]) -> Iterator[tuple[str, Case]]:
 
 
 def by_prediction(cases: Iterable[tuple[str, Case]]) -> list[tuple[Case, list[str]]]:
-    """Configurations with the cards on which they are predicted alike: those of one compute capability."""
-    groups: dict[tuple[str, tuple[int, int]], tuple[Case, list[str]]] = {}
+    """Configurations with the cards that share a prediction: those of one capability, and of one size for few rows."""
+    groups: dict[tuple[Any, ...], tuple[Case, list[str]]] = {}
     for name, case in cases:
-        key = case.name, find_gpu(CARDS[name]).compute_capability
+        gpu, is_short = find_gpu(CARDS[name]), sum(case.lengths) <= MOST_FUSED_ROWS
+        key = case.name, gpu.compute_capability, is_short and gpu.multiprocessors
         groups.setdefault(key, (case, []))[1].append(name)
     return list(groups.values())

@@ -124,6 +124,7 @@ MINI, MEDIUM, PHI_4_MINI = (
 )
 #: Their window of 2,047 tokens is reached by longer rows, which rules the flash kernel out.
 MINI_4K, MEDIUM_4K = "microsoft/Phi-3-mini-4k-instruct", "microsoft/Phi-3-medium-4k-instruct"
+MINI_3_5, PHI_4, REASONING = "microsoft/Phi-3.5-mini-instruct", "microsoft/phi-4", "microsoft/Phi-4-reasoning"
 
 
 def _full(name: str, model: str, *lengths: int, optim: str = "paged_adamw_8bit", **more: Any) -> Case:
@@ -174,6 +175,70 @@ CUDA_GRID = (
     _full("medium 4 x 512 packed", MEDIUM, *[512] * 4),
     _full("medium 4 unequal padded", MEDIUM, 1000, 700, 400, 100, packing=False),
     _full("medium 4k 1 x 4096, window reached", MEDIUM_4K, 4096),
+    # other models of the family
+    _full("3.5 mini 1 x 1536", MINI_3_5, 1536),
+    _full("3.5 mini 2 x 3000 packed, adamw_8bit", MINI_3_5, 3000, 3000, optim="adamw_8bit"),
+    _full("3.5 mini 1 x 24576 offloading, MLP in tiles", MINI_3_5, 24576, offloading=True, mlp_tile_tokens=2048),
+    _full("phi-4 1 x 1024", PHI_4, 1024),
+    _full("phi-4 1 x 3001", PHI_4, 3001),
+    _full("phi-4 3 unequal packed", PHI_4, 1500, 801, 333),
+    _full("phi-4 2 unequal padded", PHI_4, 901, 640, packing=False),
+    _full("phi-4 1 x 8192 offloading", PHI_4, 8192, offloading=True),
+    _full("phi-4 1 x 4096, MLP in tiles", PHI_4, 4096, mlp_tile_tokens=1024),
+    _full("phi-4 1 x 1024 rank 8, tile of 8 MiB", PHI_4, 1024, lora={"r": 8}, tile_mib=8),
+    _full("phi-4 1 x 700 DoRA", PHI_4, 700, lora={"use_dora": True}),
+    _full("phi-4 1 x 1024 every 8th layer", PHI_4, 1024, checkpoint_every=8),
+    _full("reasoning 1 x 20000 offloading", REASONING, 20000, offloading=True),
+    _full("Phi-4-mini 1 x 777", PHI_4_MINI, 777),
+    _full("Phi-4-mini 6 x 300 padded", PHI_4_MINI, *[300] * 6, packing=False),
+    _full("Phi-4-mini 5 unequal packed", PHI_4_MINI, 1801, 900, 450, 225, 112),
+    _full("Phi-4-mini 1 x 6000", PHI_4_MINI, 6000),
+    _full("Phi-4-mini 1 x 2048 every 2nd layer", PHI_4_MINI, 2048, checkpoint_every=2),
+    _full("Phi-4-mini 1 x 1024 head in full", PHI_4_MINI, 1024, lora={"modules_to_save": ["lm_head"]}),
+    _full("Phi-4-mini 1 x 2048 tile of 8 MiB, rank 4", PHI_4_MINI, 2048, lora={"r": 4}, tile_mib=8),
+    _full("Phi-4-mini 1 x 1024 fp32", PHI_4_MINI, 1024, compute="float32"),
+    _full("mini 4k 3 unequal packed, window reached", MINI_4K, 2500, 1200, 300),
+    _full("mini 4k 2 unequal padded, window reached", MINI_4K, 2300, 1100, packing=False),
+    _full("mini 4k 1 x 2047", MINI_4K, 2047),
+    _full("medium 4k 1 x 1900 DoRA", MEDIUM_4K, 1900, lora={"use_dora": True}),
+    # ranks and targets
+    _full("mini 1 x 1024 rank 4", MINI, 1024, lora={"r": 4}),
+    _full("mini 1 x 1024 rank 8 rank-stabilised", MINI, 1024, lora={"r": 8, "use_rslora": True}),
+    _full("mini 1 x 1024 rank 32", MINI, 1024, lora={"r": 32}),
+    _full("mini 1 x 1024 rank 128 adamw_8bit", MINI, 1024, lora={"r": 128}, optim="adamw_8bit"),
+    _full("mini 1 x 1024 rank 256", MINI, 1024, lora={"r": 256}),
+    _full("mini 1 x 1500 attention only", MINI, 1500, lora={"target_modules": ["qkv_proj", "o_proj"]}),
+    _full("mini 1 x 1500 down only", MINI, 1500, lora={"target_modules": ["down_proj"]}),
+    _full("mini 1 x 1500 gate and up only, rank 64", MINI, 1500, lora={"target_modules": ["gate_up_proj"], "r": 64}),
+    _full("medium 1 x 1024 qkv only, rank 32", MEDIUM, 1024, lora={"target_modules": ["qkv_proj"], "r": 32}),
+    _full("mini 1 x 2048 DoRA, dropout, attention only", MINI, 2048,
+          lora={"use_dora": True, "lora_dropout": 0.1, "target_modules": ["qkv_proj", "o_proj"]}),
+    _full("mini 1 x 1024 last 8 layers", MINI, 1024, lora={"layers_to_transform": list(range(24, 32))}),
+    _full("mini 1 x 1024 embedding and head in full", MINI, 1024, lora={"modules_to_save": ["lm_head", "embed_tokens"]}),
+    # tiles and recomputation
+    _full("mini 1 x 3333, MLP in tiles, nothing recomputed", MINI, 3333, mlp_tile_tokens=1024, checkpoint_every=0),
+    _full("mini 1 x 5000, MLP in tiles, every 4th layer", MINI, 5000, mlp_tile_tokens=2048, checkpoint_every=4),
+    _full("mini 1 x 2048 tile of 8 MiB", MINI, 2048, tile_mib=8),
+    _full("mini 1 x 4095 tile of 128 MiB", MINI, 4095, tile_mib=128),
+    _full("mini 1 x 1024 every 3rd layer", MINI, 1024, checkpoint_every=3),
+    _full("mini 1 x 1024 every 16th layer", MINI, 1024, checkpoint_every=16),
+    _full("medium 1 x 777 without checkpointing", MEDIUM, 777, checkpoint_every=0),
+    # packing and rows of odd lengths
+    _full("mini 7 unequal packed", MINI, 1999, 1000, 501, 250, 125, 63, 31),
+    _full("mini 7 unequal padded", MINI, 599, 500, 401, 250, 125, 63, 31, packing=False),
+    _full("mini 40 x 100 packed", MINI, *[100] * 40),
+    _full("mini 3 x 1365 padded, dropout", MINI, *[1365] * 3, packing=False, lora={"lora_dropout": 0.05}),
+    _full("mini 1 x 4097", MINI, 4097),
+    _full("medium 2 x 5001 packed, offloading", MEDIUM, 5001, 5001, offloading=True),
+    # the optimizer, precision, quantization, attention, and what surrounds a step
+    _full("mini 1 x 1024 adamw_torch_fused, rank 64", MINI, 1024, lora={"r": 64}, optim="adamw_torch_fused"),
+    _full("medium 1 x 1024 paged_adamw_32bit, rank 64", MEDIUM, 1024, lora={"r": 64}, optim="paged_adamw_32bit"),
+    _full("mini 1 x 1000 without accumulation, rank 128", MINI, 1000, lora={"r": 128}, accumulates=False),
+    _full("mini 1 x 512 longer rows held out", MINI, 512, evaluation_lengths=(4000,)),
+    _full("mini 1 x 3000 without evaluation", MINI, 3000, evaluation_lengths=()),
+    _full("medium 1 x 1024 FP4 without double quant", MEDIUM, 1024,
+          quantization={"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}),
+    _full("mini 2 x 600 eager attention", MINI, 600, 600, attention="eager"),
 )  # fmt: skip
 
 

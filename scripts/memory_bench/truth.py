@@ -56,6 +56,7 @@ def build_random(case: Case, device: torch.device) -> nn.Module:
             new = new.normal_(std=0.02) if new.dim() > 1 else new.fill_(1)
             setattr(module, name, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
     skeleton.tie_weights()
+    skeleton.neftune_noise_alpha = recipe.training.neftune_noise_alpha
     model = attach_adapter(skeleton, recipe.lora)
     apply_execution_plan(model, case.execution)
     return model.train()

@@ -291,7 +291,7 @@ def test_a_command_of_the_page_is_one_the_program_takes(line):
     arguments, command = shlex.split(line)[1:], main
     while isinstance(command, click.Group):
         command = command.get_command(None, arguments.pop(0))
-    command.make_context("page", arguments, resilient_parsing=False)
+    command.make_context("page", arguments, resilient_parsing=False, **main.context_settings)
 
 
 def test_the_python_of_the_page_runs(place, base, capsys):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qlora_phi3.adapters.convert import loralib_to_peft, peft_to_loralib, read_base
-from qlora_phi3.adapters.fused import read_enable
+from qlora_phi3.adapters.delta import read_enable
 from qlora_phi3.adapters.loralib import Spec, load_loralib
 from qlora_phi3.errors import ExportError
 from qlora_phi3.family import part_rows, read_architecture

@@ -21,9 +21,11 @@ main(["last-lines"])
 """
 FINISH = """
     import qlora_phi3.ui.console as ui
+    from qlora_phi3.reporter import RunOutline
     from pathlib import Path
     with ui.open_console(ui.LogInterval("no", 1), plain=False) as reporter:
-        reporter.begin(0, 3, [3.0, 2.0, 1.0])
+        earlier = [{"kind": "train", "loss": loss} for loss in (3.0, 2.0, 1.0)]
+        reporter.begin(RunOutline(total_steps=3, epochs=1, earlier=earlier))
         reporter.warning("\u6570\u636e.jsonl")
         reporter.finish(3, 2.0, 1.0, 5.0, Path("caf\u00e9"))
 """

@@ -1,6 +1,7 @@
 """`qlora-phi3 vram-check` as a person calls it, on a tiny model."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,17 @@ def test_a_program_gets_every_figure(home):
     assert report["budget_bytes"] == report["device"]["free_bytes"]
     assert (report["rows"]["assumed"], report["rows"]["count"]) == (False, 40)
     assert report["rows"]["longest"] < 128
+    # 10 steps of 4 rows, and six evaluations of the 8 rows held out, which cost less than a step each
+    assert (report["epochs"], report["total_steps"]) == (1.0, 10)
+    assert 10 * report["seconds_per_step"] < report["run_seconds"] < 16 * report["seconds_per_step"]
+    assert report["seconds_per_1000_rows"] == pytest.approx(250 * report["seconds_per_step"])
+
+
+def test_the_time_of_the_run_is_told_and_that_of_1000_rows_where_the_rows_cannot_be_counted(home):
+    words = ("vram-check", "mine.toml", "--vram", "8GB", "--set", "training.num_train_epochs=3")
+    assert re.search(r"3 epochs of 40 rows \(30 steps\) in about \S+ s", call(*words).stdout)
+    shown = call(*words, "--set", "data.train=missing.jsonl").stdout
+    assert re.search(r"1,000 rows of 128 tokens take about \S+ ", shown)
 
 
 def test_each_gpu_of_several_processes_needs_the_memory_of_its_share_of_the_rows(home):

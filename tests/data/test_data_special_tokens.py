@@ -8,11 +8,11 @@ import pytest
 from tiny import TEMPLATE_FOLDER, build_byte_tokenizer, build_tokenizer, hub_template
 from tokenizers import AddedToken
 
-from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.data.messages import SkipRow
 from qlora_phi3.data.prepare import prepare_datasets
 from qlora_phi3.data.special_tokens import MARK, SpecialTokens
 from qlora_phi3.data.template import choose_template
+from qlora_phi3.execution import IGNORE_INDEX
 from qlora_phi3.recipe.schema import Data
 
 MODELS = sorted(path.stem for path in TEMPLATE_FOLDER.glob("*.jinja"))

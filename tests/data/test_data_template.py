@@ -14,11 +14,11 @@ from qlora_phi3.data.prepare import prepare_datasets
 from qlora_phi3.data.template import (
     CALL_TOKENS,
     FAMILY,
+    LEADING_UNICODE_SPACE,
     SYSTEM_MOVED,
     TEMPLATE_DIR,
     TOOL_AS_USER,
     TOOLS_AS_TEXT,
-    begins_with_unicode_space,
     choose_template,
     fit_turns,
     render_chat,
@@ -75,8 +75,7 @@ def test_the_marked_twin_renders_what_the_models_own_renders(model, asks):
         chat_template=template.source,
         tokenize=False,
         add_generation_prompt=asks,
-        bos_token=template.bos_token,
-        eos_token=template.eos_token,
+        **template.variables,
     )
     assert twin == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
 
@@ -182,13 +181,14 @@ def test_a_message_that_llama_cpp_reads_as_other_ids_is_recognised():
         ids = tokenizer(f"<|user|>{chr(code)}x", add_special_tokens=False).input_ids
         is_kept = chr(code).encode().strip(b" \t\n\v\f\r") != b""
         found |= {code} if ids == bare and is_kept else set()
-        assert begins_with_unicode_space(f"{chr(code)}x") == begins_with_unicode_space(f"\n {chr(code)}") == (code in found)
+        for text in (f"{chr(code)}x", f"\n {chr(code)}"):
+            assert bool(LEADING_UNICODE_SPACE.match(text)) == (code in found)
     assert found == OTHER_IDS_IN_LLAMA_CPP
 
 
 @pytest.mark.parametrize("text", ["", "x\u3000", " x", "\n\nx \u3000", "\ufeff x", "\u200bx", "\x1cx", "\r\n"])
 def test_white_space_elsewhere_is_read_alike(text):
-    assert not begins_with_unicode_space(text)
+    assert not LEADING_UNICODE_SPACE.match(text)
 
 
 OWN = hub_template("Phi-3-mini-4k-instruct")

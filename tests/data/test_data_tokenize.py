@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from tiny import TEMPLATE_FOLDER, build_byte_tokenizer, build_tokenizer, hub_template
 
-from qlora_phi3.data.batching import IGNORE_INDEX
 from qlora_phi3.data.formats import Chat
 from qlora_phi3.data.messages import Turn
 from qlora_phi3.data.special_tokens import SpecialTokens
 from qlora_phi3.data.template import choose_template, render_chat
 from qlora_phi3.data.tokenize import tokenize_chats, tokenize_documents
+from qlora_phi3.execution import IGNORE_INDEX
 
 MODELS = sorted(path.stem for path in TEMPLATE_FOLDER.glob("*.jinja"))
 WORDS = [

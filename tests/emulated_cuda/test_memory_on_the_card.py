@@ -1,5 +1,7 @@
 """Predicted memory against what torch's CUDA code and allocator take on an emulated card: `python3 scripts/test_cuda.py`."""
 
+from itertools import product
+
 import card
 import pytest
 
@@ -11,11 +13,15 @@ import torch
 from memory_bench.cases import Case
 from memory_bench.emulated import CARDS, measure, random_cases, runnable
 
-from qlora_phi3.family import known_config
+from qlora_phi3.family import known_config, linear_shapes, parse_architecture
 from qlora_phi3.hardware.gpu import find_gpu
+from qlora_phi3.hardware.gpu_table import GPU_TABLE
 from qlora_phi3.memory.allocator import replay
+from qlora_phi3.memory.cuda_path import MOST_FUSED_ROWS, fused_rows
 
 MIB = 2**20
+#: Compute capabilities whose rule for fused products `fused_rows` has.
+FUSING = ((7, 5), (8, 6), (8, 9), (12, 0))
 MODELS = {
     "mini": "microsoft/Phi-3-mini-128k-instruct",
     "mini-4k": "microsoft/Phi-3-mini-4k-instruct",
@@ -71,7 +77,7 @@ def make_case(name: str, model: str, lengths: tuple[int, ...], more: dict) -> Ca
 
 
 def predict(name: str, case: Case, expandable: bool) -> dict:
-    memory, _ = bench_memory.predict(case, capability=find_gpu(CARDS[name]).compute_capability)
+    memory, _ = bench_memory.predict(case, find_gpu(CARDS[name]))
     served = replay(memory.trace, expandable_segments=expandable)
     pinned = memory.host_bytes - memory.paged_bytes
     return {"phases": memory.by_phase, "reserved_bytes": served.peak_reserved_bytes, "pinned": pinned}
@@ -83,12 +89,11 @@ def compare(name: str, case: Case, *, expandable: bool = True) -> None:
     peak, real = (max(each["phases"].values()) / MIB for each in (predicted, measured))
     reserved, really = (each["reserved_bytes"] / MIB for each in (predicted, measured))
     print(f"allocated {peak:.1f} MiB predicted, {real:.1f} taken; reserved {reserved:.0f} predicted, {really:.0f} taken")
-    short = sum(case.lengths) < 512  # bitsandbytes' fused product needs no dequantized weight: seen up to 31 MiB too much
-    assert -0.001 * real < peak - real < 0.001 * real + (40 if short else 0)
+    assert abs(peak - real) < 0.001 * real
     for phase, size in measured["phases"].items():
         assert predicted["phases"][phase] / MIB - size / MIB > -0.03 * real, phase
-    # Seen: all but two exact to a page of 20 MiB; of 1.2 GiB one 42 MiB too low. Short rows: up to 7 %.
-    assert abs(reserved - really) < 0.02 * really + 42 + (20 if short else 0)
+    # Seen: all but two exact to a page of 20 MiB; of 1.2 GiB one 42 MiB too low.
+    assert abs(reserved - really) < 0.02 * really + 42
     assert abs(predicted["pinned"] - measured["pinned"]) <= 64 * 1024  # small buffers of torch's own
 
 
@@ -108,6 +113,28 @@ def test_a_step_that_was_predicted_wrongly_takes_what_is_predicted(seed, index):
 @pytest.mark.parametrize("more", [{}, {"checkpoint_every": 0}, {"offloading": True}])
 def test_without_expandable_segments_a_step_takes_what_is_predicted(more):
     compare("rtx3060", make_case("rtx3060", "mini", (2048,), more), expandable=False)
+
+
+def test_products_of_few_rows_are_fused_where_bitsandbytes_fuses_them():
+    def work():
+        from bitsandbytes.backends.cuda import ops
+
+        wrong = []
+        shapes = {
+            shape for name in MODELS.values() for shape in linear_shapes(parse_architecture(known_config(name), name)).values()
+        }
+        kinds = {(gpu.compute_capability, gpu.multiprocessors) for gpu in GPU_TABLE if gpu.compute_capability in FUSING}
+        for (capability, number), (width, depth), dtype in product(kinds, shapes, (torch.float16, torch.bfloat16, torch.float32)):
+            ops._gpu_dispatch_props = lambda _: (number, *capability)  # noqa: B023
+            fuses = [ops._gemm_4bit_use_custom_cuda.__wrapped__(0, dtype, rows, width, depth) for rows in range(1, 1537)]
+            most = fused_rows(capability, number, (width, depth), dtype)
+            if fuses != [rows <= most for rows in range(1, 1537)] or most > MOST_FUSED_ROWS:
+                wrong.append([capability, number, width, depth, str(dtype), most, sum(fuses)])
+        return [len(kinds) * len(shapes), wrong]
+
+    compared, wrong = card.in_child(work)
+    assert compared > 400
+    assert wrong == []
 
 
 def test_memory_that_runs_out_is_refused_as_by_a_card():

@@ -245,6 +245,7 @@ def test_a_full_disk_at_the_adapter_keeps_the_checkpoints_and_resuming_writes_it
         "held_out.jsonl",
         "metrics.jsonl",
         "recipe.toml",
+        "report.html",
         "report.json",
     ]
     monkeypatch.undo()

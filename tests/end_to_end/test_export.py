@@ -1,6 +1,7 @@
 """`qlora-phi3 export` by the real command line, from runs of a tiny model."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -830,6 +831,81 @@ def test_every_file_of_a_run_and_its_exports_has_the_template_that_was_trained(n
     assert "generation -" not in saved
     trained = choose_template(load_tokenizer(Model(name=str(base))), template)
     talk = [{"role": "user", "content": " one "}, {"role": "assistant", "content": "two"}]
-    variables = {"bos_token": trained.bos_token, "eos_token": trained.eos_token}
-    texts = {render_jinja_template([talk], chat_template=each, **variables)[0][0] for each in (saved, trained.source)}
+    texts = {render_jinja_template([talk], chat_template=each, **trained.variables)[0][0] for each in (saved, trained.source)}
     assert len(texts) == 1
+
+
+OLLAMA = """#!/bin/sh
+echo "arguments: $@"
+echo "$(dirname "$4") has"; head -1 "$4"
+echo "trouble" >&2
+exit CODE
+"""
+
+
+@pytest.fixture(scope="module")
+def merged(exported, done, tmp_path_factory):
+    """A run with its merged model."""
+    run = Path(shutil.copytree(done, tmp_path_factory.mktemp("merged") / "run"))
+    shutil.copytree(exported[1], run / "merged")
+    return run
+
+
+def put_ollama(folder, monkeypatch, *, code):
+    """A stand-in for the program on an otherwise usual PATH."""
+    folder.mkdir()
+    (folder / "ollama").write_text(OLLAMA.replace("CODE", str(code)), encoding="utf-8")
+    (folder / "ollama").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in is a shell script")
+@pytest.mark.parametrize("code", [0, 3])
+def test_ollama_creates_the_model_from_the_modelfile_or_its_exit_code_is_one_line(merged, tmp_path, monkeypatch, capfd, code):
+    pytest.importorskip("gguf")
+    put_ollama(tmp_path / "bin", monkeypatch, code=code)
+    out = tmp_path / "out"
+    result = call("export", str(merged), "--ollama", "me/my-phi3:v1", "--quant", "q8_0", "--out", str(out))
+    shown = capfd.readouterr()
+    modelfile = out / "Modelfile"
+    assert shown.out.splitlines() == [f"arguments: create me/my-phi3:v1 -f {modelfile}", f"{out} has", "FROM ./mine-q8_0.gguf"]
+    assert shown.err == "trouble\n"
+    assert (out / "mine-q8_0.gguf").is_file()
+    assert f"Ollama: ollama create me/my-phi3:v1 -f {modelfile}" in result.stdout
+    assert result.exit_code == (2 if code else 0)
+    if code:
+        error, hint = result.stderr.splitlines()[-1].split(". ", maxsplit=1)
+        assert error == "Error: ollama create me/my-phi3:v1 ended with exit code 3"
+        assert hint.endswith(f"ollama create me/my-phi3:v1 -f {modelfile}")
+    else:
+        assert result.stdout.splitlines()[-1] == "Chat with it: ollama run me/my-phi3:v1"
+
+
+def test_without_ollama_the_lines_to_type_are_printed(merged, tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    result = call("export", str(merged), "--ollama", "my-phi3", "--quant", "q8_0", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.stderr
+    lines = [line.strip() for line in result.stdout.splitlines()]
+    for line in (f"Ollama: ollama create my-phi3 -f {tmp_path / 'out' / 'Modelfile'}", "ollama run my-phi3"):
+        assert line in lines
+    assert lines[-1].startswith("Ollama is not on this PATH")
+
+
+def test_ollamas_type_is_q4_k_m_and_without_its_quantizer_another_is_named(merged, tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.setattr("qlora_phi3.export.gguf.tensors.PACKAGES", ())
+    monkeypatch.delenv("LLAMA_CPP_LIB", raising=False)
+    result = call("export", str(merged), "--ollama", "my-phi3", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "--quant q4_k_m needs llama.cpp's own quantizer" in result.stderr
+    assert "--quant q8_0" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["-f", "", "a b", "../x", "a/b/c", "x:", "héllo", "a..b", "x" * 81])
+def test_a_name_that_ollama_refuses_is_refused_first(name):
+    result = call("export", "nowhere", f"--ollama={name}")
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert f"--ollama {name} is no name for Ollama." in result.stderr

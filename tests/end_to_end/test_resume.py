@@ -599,3 +599,26 @@ def test_a_run_with_8_bit_adam_is_resumed(shop):
     more = shop.run("--resume", "--set", "training.max_steps=3")
     assert more.exit_code == 0, more.stderr
     assert read_json(shop.runs()[-1] / "report.json")["steps"] == 3
+
+
+def test_a_run_from_loftq_with_noise_lora_plus_and_early_stopping_is_resumed_and_proved(shop):
+    tables = {
+        "lora": {"r": 4, "lora_alpha": 8, "init_lora_weights": "loftq"},
+        "training": {"neftune_noise_alpha": 5.0, "loraplus_lr_ratio": 4.0, "early_stopping_patience": 1, "eval_steps": 2},
+    }
+    for _ in "12":
+        shop.write(**tables)
+        assert interrupt(shop, 3).exit_code == 130
+        assert shop.run("--resume").exit_code == 0
+    first, second = shop.runs()
+    weights = "adapter/adapter_model.safetensors"
+    assert (first / weights).read_bytes() == (second / weights).read_bytes()
+    assert read_json(first / "adapter/adapter_config.json")["init_lora_weights"] is True
+    shop.write(lora={"r": 4, "lora_alpha": 8})
+    assert shop.run("--set", "training.max_steps=1").exit_code == 0
+    plain, started = (read_json(run / "report.json")["eval_loss_before"] for run in (shop.runs()[-1], first))
+    assert plain != started  # the adapter that corrects the base is measured before the first step
+    result = call("export", str(first), "--onto", "nf4")
+    assert result.exit_code == 0, result.stderr
+    scores = {score["name"]: score for score in read_json(first / "merged-nf4/export_report.json")["proof"]["scores"]}
+    assert scores["nf4"]["mean_kl"] < 1e-6

@@ -42,7 +42,7 @@ def test_a_run_ends_with_0_says_what_it_did_and_nothing_on_stderr(done):
 def test_the_run_folder_holds_what_the_readme_promises(done):
     _, _, folder = done
     assert sorted(path.name for path in folder.iterdir()) == [
-        "adapter", "base.json", "checkpoints", "held_out.jsonl", "metrics.jsonl", "recipe.toml", "report.json",
+        "adapter", "base.json", "checkpoints", "held_out.jsonl", "metrics.jsonl", "recipe.toml", "report.html", "report.json",
     ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from transformers import Phi3ForCausalLM
 
 from qlora_phi3.errors import ExportError, ModelError
 from qlora_phi3.execution import MicroBatchPlan
-from qlora_phi3.export.streamed import StreamedModel, TrainedBase, stream_live, stream_plain
+from qlora_phi3.export.streamed import StreamedModel, stream_live, stream_plain, trained_base
 from qlora_phi3.family import parse_architecture, read_config
 from qlora_phi3.model.loss import select_supervised
 from qlora_phi3.model.phi3 import Precision, find_base, load_base
@@ -56,7 +56,7 @@ def load_run(run: TinyRun) -> Any:
 
 
 def stream_run(run: TinyRun) -> StreamedModel:
-    return stream_live(TrainedBase(run.open_base()), read_config(str(run.base)), run.adapter)
+    return stream_live(trained_base(run.open_base()), read_config(str(run.base)), run.adapter)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_plain_model_gives_the_very_logits_of_the_loaded_one(tmp_path):
 def test_a_base_trained_in_bf16_is_scored_with_its_bf16_values(tmp_path):
     base = save_tiny_model(tmp_path / "base")
     run = leave_run(tmp_path, base, precision=Precision(compute_dtype=torch.bfloat16, reason="the test asks for it"))
-    loaded, trained = run.live.get_base_model(), TrainedBase(run.open_base())
+    loaded, trained = run.live.get_base_model(), trained_base(run.open_base())
     layer = loaded.model.layers[1].mlp.down_proj.base_layer
     as_computed = layer(torch.eye(layer.in_features, dtype=torch.bfloat16)).T
     assert torch.equal(read_tensor(trained, "model.layers.1.mlp.down_proj.weight"), as_computed)

@@ -1,11 +1,13 @@
 """What operators take inside themselves on CUDA, against sizes worked out by hand from PyTorch's sources."""
 
 import pytest
+import torch
 
 from qlora_phi3.memory.cuda_path import (
     attention_backward_bytes,
     attention_kernel,
     context_bytes,
+    fused_rows,
     matmul_workspace_bytes,
 )
 from qlora_phi3.units import MIB
@@ -74,6 +76,23 @@ def test_flash_gives_every_query_head_its_own_key_gradient_first_where_queries_a
 def test_the_memory_efficient_kernel_holds_gradients_in_fp32_as_seen_on_emulated_gpus(capability, head_size, itemsize, workspace):
     shape = (1, 32, 1000, head_size)
     assert attention_backward_bytes("efficient", shape, capability, kv_heads=32, itemsize=itemsize) == (128_000, workspace)
+
+
+@pytest.mark.parametrize(
+    ("capability", "multiprocessors", "weight", "dtype", "most"),
+    [
+        ((8, 6), 28, (3072, 3072), torch.bfloat16, 128),  # 48 blocks of 64 columns are more than one wave of an RTX 3060
+        ((8, 9), 128, (3072, 3072), torch.bfloat16, 8),  # and less than half a wave of an RTX 4090
+        ((8, 9), 36, (16384, 3072), torch.bfloat16, 256),
+        ((7, 5), 22, (16384, 3072), torch.float16, 128),
+        ((7, 5), 22, (16384, 3072), torch.bfloat16, 7),  # no kernel for tensor cores
+        ((8, 6), 28, (3072, 3072), torch.float32, 7),
+        ((8, 0), 108, (3072, 3072), torch.bfloat16, 4),  # not modelled: those that every GPU fuses
+        ((8, 6), 28, (512, 512), torch.bfloat16, 4),
+    ],
+)
+def test_bitsandbytes_needs_no_dequantized_weight_for_few_rows(capability, multiprocessors, weight, dtype, most):
+    assert fused_rows(capability, multiprocessors, weight, dtype) == most
 
 
 @pytest.mark.parametrize("kernel", ["math"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_check import build_recipe, tiny_config
 
-from qlora_phi3.data.batching import plan_micro_batches
+from qlora_phi3.execution import plan_micro_batches
 from qlora_phi3.family import parse_architecture
 from qlora_phi3.memory.cost import GpuLimits
 from qlora_phi3.memory.plan import assume_lengths, read_lengths, step_shape

@@ -29,6 +29,8 @@ SET_UPS = (
     Case(name="DoRA", config=TINY, lora={"use_dora": True}),
     Case(name="rank-stabilised, one target", config=TINY, lora={"use_rslora": True, "target_modules": ["down_proj"]}),
     Case(name="a window that a row reaches", config=TINY | {"sliding_window": 64}, lengths=(150, 40)),
+    Case(name="noise on the embeddings", config=TINY, training={"neftune_noise_alpha": 5.0}),
+    Case(name="LoRA+, 8-bit", config=TINY, training={"loraplus_lr_ratio": 16.0}, optim="adamw_8bit"),
     Case(name="longrope's long factors", config=TINY | longrope(64, 64)),
 )  # fmt: skip
 
@@ -115,7 +117,7 @@ def test_the_requests_of_many_layers_follow_from_those_of_a_few(layers, more):
     case = Case(name="many layers", config=TINY | {"num_hidden_layers": layers}, **{"lengths": (300,), **more})
     predictor, step = make_predictor(case), (case.execution, step_shape(case))
     continued = predictor.simulate_all_layers(*step)
-    assert all(number < layers for _, _, number in predictor._simulated)
+    assert all(number < layers for _, _, number, _ in predictor._simulated)
     complete = predictor.simulate(*step, layers)
     assert renumbered(continued.trace) == renumbered(complete.trace)
     assert replace(continued, trace=()) == replace(complete, trace=())
@@ -125,7 +127,17 @@ def test_layers_that_differ_are_all_simulated():
     case = Case(name="one layer", config=TINY | {"num_hidden_layers": 20}, lora={"layers_to_transform": [3]}, lengths=(64,))
     predictor = make_predictor(case)
     predictor.simulate_all_layers(case.execution, step_shape(case))
-    assert [number for _, _, number in predictor._simulated] == [20]
+    assert [number for _, _, number, _ in predictor._simulated] == [20]
+
+
+@pytest.mark.parametrize("length", [2000, 2300])
+def test_the_tiles_of_the_loss_that_are_left_out_change_nothing_but_the_requests_that_they_repeat(length, monkeypatch):
+    case = Case(name="loss tiles", config=TINY | {"vocab_size": 32064}, lengths=(length,), tile_mib=16)
+    few = make_predictor(case).simulate(case.execution, step_shape(case), 2)
+    monkeypatch.setattr("qlora_phi3.memory.simulate.FEW_TILES", 10**6)
+    complete = make_predictor(case).simulate(case.execution, step_shape(case), 2)
+    assert len(few.trace) < len(complete.trace)
+    assert replace(few, trace=()) == replace(complete, trace=())
 
 
 def make_predictor(case):

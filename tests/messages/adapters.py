@@ -11,7 +11,7 @@ from workshop import Workshop
 
 from qlora_phi3.adapters.adapter_deltas import read_deltas
 from qlora_phi3.adapters.convert import change_fusion, check_target, find_base, peft_to_loralib
-from qlora_phi3.adapters.fused import check_layers, fuse, read_enable, split
+from qlora_phi3.adapters.delta import check_layers, fuse, read_enable, split
 from qlora_phi3.adapters.loralib import Spec, build_loralib_layers, load_loralib, read_loralib
 from qlora_phi3.adapters.peft_io import find_adapter, read_config, read_peft, read_tensors, read_weights
 from qlora_phi3.adapters.start import check_start

@@ -9,6 +9,7 @@ from tiny import build_tokenizer, hub_template
 from workshop import Workshop
 
 from qlora_phi3.data.formats import Chat, check_fields
+from qlora_phi3.data.inspect import find_row
 from qlora_phi3.data.messages import Turn
 from qlora_phi3.data.prepare import prepare_datasets, split_indices
 from qlora_phi3.data.sources import open_file, open_hub, open_local
@@ -72,6 +73,12 @@ def message(name: str, trigger: Any, says: tuple[str, ...], hint: str) -> Messag
 
 
 MESSAGES = [
+    message(
+        "inspect-no-such-row",
+        lambda shop: find_row(prepare(shop, [CHAT]), "7", build_tokenizer(OWN)),
+        ("--row 7", "a.json"),
+        "--problems",
+    ),
     message(
         "data-file-missing",
         lambda shop: open_file("gone.jsonl", shop.path),

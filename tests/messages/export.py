@@ -10,7 +10,7 @@ import torch
 from message_table import Message
 from workshop import Workshop
 
-from qlora_phi3.cli.export import export
+from qlora_phi3.cli.export import create_in_ollama, export
 from qlora_phi3.errors import ExportError, ProofError, RunError, UserError
 from qlora_phi3.export import hub, run, writer
 from qlora_phi3.export.base import BaseRecord, Compared, RecordedBase, read_record
@@ -114,6 +114,14 @@ def command(*words: str) -> Any:
     return export.main(["run", *words], standalone_mode=False)
 
 
+def ollama_that(does: str) -> None:
+    program = Path("ollama").absolute()
+    program.write_text(f"#!/bin/sh\n{does}\n" if does else "", encoding="utf-8")
+    program.chmod(0o755 if does else 0o644)
+    with patch("shutil.which", lambda name: str(program)):
+        create_in_ollama("x", Path("Modelfile"))
+
+
 def row(name: str, trigger: Any, says: tuple[str, ...], hint: str, error: type[UserError] = ExportError) -> Message:
     return Message(name=f"export-{name}", trigger=trigger, error=error, exit_code=error.exit_code, says=says, hint=hint)
 
@@ -128,6 +136,14 @@ MESSAGES = [
         UserError,
     ),
     row("private-without-push", lambda shop: command("--private"), ("--private",), "--push user/name", UserError),
+    row(
+        "name-for-ollama",
+        lambda shop: command("--ollama", "my phi"),
+        ("--ollama my phi",),
+        "--ollama my-phi3",
+    ),
+    row("ollama-fails", lambda shop: ollama_that("exit 3"), ("ollama create x", "exit code 3"), "ollama create x -f Modelfile"),
+    row("ollama-no-program", lambda shop: ollama_that(""), ("ollama cannot be started",), "The export is complete"),
     row(
         "no-directory",
         lambda shop: make_request(shop.path / "nowhere", ExportOptions()),

@@ -127,7 +127,7 @@ def template_with_end(shop, end):
 
 def ask(shop, messages):
     model = load(shop.base, in_4bit=False)
-    return generate(InferenceModel(model, load_tokenizer(Model(name=str(shop.base))), (0,)), messages)
+    return next(generate(InferenceModel(model, load_tokenizer(Model(name=str(shop.base))), (0,)), messages))
 
 
 def row(name, trigger, says, hint, error=ModelError):

@@ -44,11 +44,11 @@ def refused(name, trigger, says, hint, error=RecipeError):
     return Message(name=name, trigger=trigger, error=error, exit_code=2, says=says, hint=hint)
 
 
-def stored(text):
+def stored(text, check=use_stored_quantization):
     """A trigger that checks a recipe against a base whose files are FP4."""
     fp4 = StoredQuantization(quant_type="fp4", double_quant=False, compute_dtype="float16", skip_modules=None)
     architecture = replace(read_architecture("microsoft/phi-4", prefer_shipped=True), stored=fp4)
-    return lambda shop: use_stored_quantization(load_recipe(shop.write(START + text)), architecture)
+    return lambda shop: check(load_recipe(shop.write(START + text)), architecture)
 
 
 MESSAGES = [
@@ -243,6 +243,43 @@ MESSAGES = [
         load(START, "lora.init_lora_weights=orthogonal", "lora.r=3"),
         ("[lora] r = 3",),
         "must be even",
+    ),
+    refused(
+        "recipe-early-stopping-without-evaluation",
+        load(START, "training.early_stopping_patience=3", "training.do_eval=false"),
+        ("early_stopping_patience = 3", "needs evaluations"),
+        "write do_eval = true",
+    ),
+    refused(
+        "recipe-loftq-and-dora",
+        load(START, "lora.init_lora_weights=loftq", "lora.use_dora=true"),
+        ('init_lora_weights = "loftq"', "use_dora"),
+        "delete one",
+    ),
+    refused(
+        "recipe-loftq-without-4-bit",
+        load(START, "lora.init_lora_weights=loftq", "quantization.load_in_4bit=false"),
+        ('init_lora_weights = "loftq"',),
+        "load_in_4bit = true",
+    ),
+    refused(
+        "recipe-loftq-and-an-adapter",
+        load(START, "lora.init_lora_weights=loftq", "model.adapter=mine"),
+        ('init_lora_weights = "loftq"', "[model] adapter"),
+        "delete one",
+    ),
+    refused(
+        "recipe-start-that-changes-the-base",
+        load(START, "lora.init_lora_weights=pissa"),
+        ('[lora] init_lora_weights = "pissa"', "no export of it could be proved"),
+        '"loftq"',
+    ),
+    refused(
+        "loftq-on-weights-in-4-bit",
+        stored('[lora]\ninit_lora_weights = "loftq"', check=check_model_limits),
+        ('init_lora_weights = "loftq"', "are in 4 bit"),
+        "unquantized original",
+        UserError,
     ),
     refused("recipe-not-toml", load("[lora]\nr = = 3"), ("mine.toml is not TOML", "at line 2"), "The line is: r = = 3"),
     refused("recipe-python-syntax", load("[lora]\nuse_dora = True"), ("is not TOML",), "TOML writes key = true"),

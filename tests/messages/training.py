@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from message_table import Message
@@ -20,10 +21,11 @@ from qlora_phi3.step import MicroBatchMemoryError
 from qlora_phi3.training.artifacts import record_base
 from qlora_phi3.training.divergence import DivergedError, DivergenceGuard, check_evaluation
 from qlora_phi3.training.oom import MemoryGuard
-from qlora_phi3.training.prepare import check_schedule, check_trackers
+from qlora_phi3.training.prepare import check_schedule
 from qlora_phi3.training.processes import connected
 from qlora_phi3.training.report import first_report
 from qlora_phi3.training.run import _optimizer_memory_errors, check_resumable
+from qlora_phi3.training.trackers import Trackers, check_trackers
 from qlora_phi3.training.trainer import Phi3Trainer
 
 CPU = torch.device("cpu")
@@ -146,6 +148,33 @@ def connect_to_nobody():
         pass
 
 
+TRACKERS = "qlora_phi3.training.trackers."
+
+
+def without_trackers(name):
+    with mock.patch(f"{TRACKERS}get_available_reporting_integrations", list):
+        check_trackers(Training(report_to=name))
+
+
+def wandb_without_a_key():
+    wandb = SimpleNamespace(api=SimpleNamespace(api_key=None))
+    with (
+        mock.patch(f"{TRACKERS}get_available_reporting_integrations", return_value=["wandb"]),
+        mock.patch.dict("sys.modules", wandb=wandb),
+        mock.patch.dict("os.environ", WANDB_MODE="online"),
+    ):
+        check_trackers(Training(report_to="wandb"))
+
+
+def start_broken_tracker(shop):
+    def fail(name):
+        raise ValueError("no server")
+
+    trackers = Trackers(Training(report_to="tensorboard"), SimpleNamespace(), RunFolder(shop.path), None)
+    with mock.patch(f"{TRACKERS}get_reporting_integration_callbacks", fail):
+        trackers.start(SimpleNamespace(run_name="mine"), None, None)
+
+
 MESSAGES = [
     Message(
         name="processes-cannot-connect",
@@ -169,6 +198,30 @@ MESSAGES = [
         error=RecipeError,
         exit_code=2,
         says=("[training] report_to", "neptune"),
+        hint="metrics.jsonl",
+    ),
+    Message(
+        name="tracker-extra-not-installed",
+        trigger=lambda shop: without_trackers("wandb"),
+        error=RecipeError,
+        exit_code=2,
+        says=("[training] report_to", "wandb"),
+        hint="pip install 'qlora-phi3[wandb]'",
+    ),
+    Message(
+        name="tracker-without-a-key",
+        trigger=lambda shop: wandb_without_a_key(),
+        error=RecipeError,
+        exit_code=2,
+        says=("[training] report_to", "wandb", "no API key"),
+        hint="WANDB_MODE=offline",
+    ),
+    Message(
+        name="tracker-cannot-start",
+        trigger=start_broken_tracker,
+        error=RecipeError,
+        exit_code=2,
+        says=("[training] report_to", "tensorboard", "no server"),
         hint="metrics.jsonl",
     ),
     Message(

@@ -6,8 +6,15 @@ from tiny_model import FP32, gradients, load_tiny, relative_difference
 
 from qlora_phi3.errors import ModelError
 from qlora_phi3.family import read_architecture
-from qlora_phi3.model.lora import _FusedLoraForward, attach_adapter, linear_layers, measure_coverage
+from qlora_phi3.model.lora import (
+    _FusedLoraForward,
+    attach_adapter,
+    linear_layers,
+    measure_coverage,
+    start_from_quantization_error,
+)
 from qlora_phi3.model.phi3 import load_base
+from qlora_phi3.model.weights import open_weights, read_tensor
 from qlora_phi3.objectives import sft
 from qlora_phi3.recipe.schema import Lora, Model, Quantization
 
@@ -97,3 +104,22 @@ def test_linear_layers_leave_out_the_head(folder):
     names = linear_layers(load_base_of(folder))
     assert len(names) == 8
     assert not any("lm_head" in name for name in names)
+
+
+def test_loftq_starts_with_the_best_update_of_its_rank_for_what_quantization_changed(folder):
+    from bitsandbytes.functional import dequantize_4bit
+
+    model = attach_adapter(load_base_of(folder), Lora(r=8, lora_alpha=32, init_lora_weights="loftq"))
+    assert model.peft_config["default"].init_lora_weights is True  # what is saved is a plain LoRA
+    codes = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    originals = open_weights(folder)
+    start_from_quantization_error(model, originals)
+    assert all(torch.equal(p, codes[name]) for name, p in model.named_parameters() if name in codes)
+    for name, layer in model.get_base_model().named_modules():
+        if "lora_A" in getattr(layer, "_modules", {}):
+            weight = layer.get_base_layer().weight
+            error = read_tensor(originals, f"{name}.weight") - dequantize_4bit(weight.data, weight.quant_state).float()
+            update = 4 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            left = float(torch.linalg.svdvals(error)[8:].norm())  # Eckart and Young
+            assert float((error - update).norm()) == pytest.approx(left, rel=0.01)
+            assert left < 0.95 * float(error.norm())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from tiny_model import load_tiny, save_tiny_model
 from transformers import Trainer, TrainingArguments
 
@@ -103,3 +104,39 @@ def test_on_cuda_torchs_adamw_takes_the_multi_tensor_path_unless_it_is_fused():
     fused = build_optimizer("adamw_torch_fused", layer, Training(), is_cuda=True)
     assert [group["foreach"] for group in plain.param_groups] == [True, True]
     assert [group["foreach"] for group in fused.param_groups] == [False, False]
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "paged_adamw_8bit"])
+def test_lora_plus_has_pefts_groups_with_the_recipes_optimizer(model, name):
+    training = Training(loraplus_lr_ratio=16, **SETTINGS)
+    built = build_optimizer(name, model, training, is_cuda=False)
+    expected = create_loraplus_optimizer(model, torch.optim.AdamW, lr=3e-4, loraplus_lr_ratio=16, loraplus_weight_decay=0.1)
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in expected.param_groups for p in group["params"]}
+    matrices = {id(p) for key, p in model.named_parameters() if ".lora_" in key}
+    assert len(matrices) == 16
+    for group in built.param_groups:  # PEFT puts trained norms into the group of B as well; theirs is learning_rate here
+        for parameter in group["params"]:
+            if id(parameter) in matrices:
+                assert (group["lr"], group["weight_decay"]) == pytest.approx(rates[id(parameter)])
+            else:
+                assert group["lr"] == 3e-4
+    assert sorted(len(group["params"]) for group in built.param_groups) == [5, 8, 9]
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_8bit", "paged_adamw_32bit"])
+def test_with_lora_plus_the_first_update_of_b_is_larger_by_the_ratio(model, name):
+    steps = {}
+    for ratio in (1, 16):
+        optimizer = build_optimizer(name, model, Training(loraplus_lr_ratio=ratio, learning_rate=1e-3), is_cuda=False)
+        trained = {key: p for key, p in model.named_parameters() if ".lora_" in key}
+        first = {key: p.detach().clone() for key, p in trained.items()}
+        for parameter in trained.values():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        steps[ratio] = {key: float((trained[key] - first[key]).detach().abs().mean()) for key in trained}
+        with torch.no_grad():
+            for key, parameter in trained.items():
+                parameter.copy_(first[key])
+        model.zero_grad()
+    for key in steps[1]:
+        assert steps[16][key] / steps[1][key] == pytest.approx(16 if "lora_B" in key else 1, rel=1e-3)

@@ -5,13 +5,15 @@ import shutil
 import bitsandbytes as bnb
 import pytest
 import torch
-from tiny_model import FP32, load_tiny
+from tiny_model import FP32, load_tiny, random_rows
 
 from qlora_phi3.errors import ModelError
+from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.family import read_architecture
 from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM, choose_precision, load_base, set_checkpointing
 from qlora_phi3.objectives import sft
 from qlora_phi3.recipe.schema import Model, Quantization
+from qlora_phi3.step import collate
 
 CPU = torch.device("cpu")
 
@@ -121,3 +123,41 @@ def test_a_pickle_is_refused_with_the_reason(folder, tmp_path):
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with pytest.raises(ModelError):
         load(copy)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_noise_on_the_embeddings_follows_the_tokens_of_each_row_packed_or_padded(folder, packing):
+    rows, alpha = random_rows([80, 20]), 5.0  # a pack has the longest first
+    plan = MicroBatchPlan(max_tokens=1000, max_rows=2, packing=packing, longrope_boundary=None)
+    (micro,) = collate(rows, plan).micro_batches
+    model = load_tiny(folder).train()
+    base, seen = model.get_base_model(), []
+    layer = base.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    sft(model, micro, 1)
+    base.neftune_noise_alpha = alpha
+    sft(model, micro, 1)
+    sft(model.eval(), micro, 1)
+    layer.remove()
+    plain, noisy, evaluated = seen
+    assert torch.equal(plain, evaluated)
+    noise = (noisy - plain).abs()
+    spans = [noise[0, :80], noise[0, 80:100]] if packing else [noise[0], noise[1, :20]]
+    for span, tokens in zip(spans, (80, 20), strict=True):
+        most = alpha / (tokens * 128) ** 0.5
+        assert 0.99 * most < float(span.max()) <= 1.0001 * most
+        assert float(span.mean()) == pytest.approx(most / 2, rel=0.05)
+
+
+def test_in_a_single_row_the_noise_is_that_of_transformers(folder):
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    model, ids = load_tiny(folder).train(), torch.randint(3, 512, (1, 30))
+    base, losses = model.get_base_model(), []
+    base.neftune_noise_alpha = 5.0
+    torch.manual_seed(3)
+    losses.append(sft(model, {"input_ids": ids, "labels": ids}, 29).loss.item())
+    base.neftune_noise_alpha, base.model.embed_tokens.neftune_noise_alpha = None, torch.tensor(5.0)
+    base.model.embed_tokens.register_forward_hook(neftune_post_forward_hook)
+    torch.manual_seed(3)
+    losses.append(sft(model, {"input_ids": ids, "labels": ids}, 29).loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_nvml import two_gpus
+from transformers import TrainerControl, TrainerState
 from workshop import Workshop, build_base, write_chats
 
 from qlora_phi3.errors import RecipeError
@@ -93,6 +94,25 @@ class Lab:
         """Whether a run copies its last good state."""
         return self.trainer(recipe).divergence._recovers
 
+    def rates(self, recipe):
+        """The learning rates of the optimizer."""
+        return [group["lr"] for group in self.trainer(recipe).create_optimizer().param_groups]
+
+    def first_loss(self, recipe):
+        """The loss of the first rows in training."""
+        trainer = self.trainer(recipe)
+        torch.manual_seed(0)
+        return trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader()))).item()
+
+    def patience(self, recipe):
+        """Whether one evaluation that is not lower than the one before ends the run."""
+        watch, state = self.trainer(recipe).early_stopping, TrainerState(global_step=1)
+        return [watch.on_evaluate(None, state, TrainerControl(), metrics={"eval_loss": 1.0}).should_training_stop for _ in "12"]
+
+    def trackers(self, recipe):
+        """The trackers that get the figures."""
+        return self.trainer(recipe).trackers._names
+
     def minutes(self, recipe):
         """Seconds after which a checkpoint is saved."""
         callbacks = self.trainer(recipe).callback_handler.callbacks
@@ -145,7 +165,7 @@ class Lab:
         """What the command line shows of a run, and the folder of the run."""
         import qlora_phi3.cli.run as command
         import qlora_phi3.training.run as run
-        import qlora_phi3.ui.console as live
+        import qlora_phi3.ui.live as live
 
         seen = []
 
@@ -160,7 +180,7 @@ class Lab:
             return run.RunResult(folder=folder, steps=0, loss_before=None, loss_after=None, seconds=0.0)
 
         with self.monkeypatch.context() as patch:
-            patch.setattr(live, "open_console", open_console)
+            patch.setattr(live, "open_run_console", open_console)
             patch.setattr(run, "run", train)
             patch.setattr(command, "silence_libraries", lambda: seen.append("quiet"))
             assert self.shop.run().exit_code == 0
@@ -210,7 +230,7 @@ EFFECTS = {
     "lora.layers_to_transform": ([1], Lab.loaded),
     "lora.rank_pattern": ({"qkv_proj": 2}, Lab.loaded),
     "lora.alpha_pattern": ({"qkv_proj": 2}, Lab.loaded),
-    "lora.init_lora_weights": ("gaussian", Lab.loaded),
+    "lora.init_lora_weights": ("loftq", Lab.loaded),
     "data.train": ("others.jsonl", Lab.data),
     "data.eval": ("others.jsonl", Lab.data),
     "data.eval_size": (5, Lab.data),
@@ -245,6 +265,8 @@ EFFECTS = {
     "training.adam_epsilon": (1e-4, argument("adam_epsilon")),
     "training.weight_decay": (0.1, argument("weight_decay")),
     "training.max_grad_norm": (0.3, argument("max_grad_norm")),
+    "training.loraplus_lr_ratio": (16, Lab.rates),
+    "training.neftune_noise_alpha": (5, Lab.first_loss),
     "training.recover_from_divergence": (False, Lab.recovery),
     "training.gradient_checkpointing": (False, Lab.recomputed),
     "training.activation_offloading": (True, Lab.execution_on_a_gpu),
@@ -255,16 +277,18 @@ EFFECTS = {
     "training.do_eval": (False, Lab.data),
     "training.eval_strategy": ("epoch", argument("eval_strategy")),
     "training.eval_steps": (3, argument("eval_steps")),
+    "training.early_stopping_patience": (1, Lab.patience),
     "training.save_strategy": ("epoch", argument("save_strategy")),
     "training.save_steps": (3, argument("save_steps")),
     "training.save_minutes": (3, Lab.minutes),
+    "training.report_samples": (1, Lab.run_files),
     "training.save_total_limit": (2, argument("save_total_limit")),
     "training.load_best_model_at_end": (True, argument("load_best_model_at_end")),
     "training.logging_strategy": ("epoch", Lab.shown),
     "training.logging_steps": (5, Lab.shown),
     "training.log_level": ("info", Lab.shown),
     "training.disable_tqdm": (True, Lab.shown),
-    "training.report_to": ("tensorboard", argument("report_to")),
+    "training.report_to": ("tensorboard", Lab.trackers),
     "training.output_dir": ("elsewhere", Lab.shown),
     "memory.budget": ("1GiB", Lab.budget),
     "memory.micro_batch_tokens": (64, Lab.first_batch),

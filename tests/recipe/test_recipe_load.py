@@ -172,14 +172,16 @@ def test_every_character_survives_being_written_as_toml(tmp_path: Path):
 
 def test_every_key_is_one_of_the_library_it_is_named_after():
     from peft import LoraConfig
-    from transformers import BitsAndBytesConfig
+    from peft.optimizers import create_loraplus_optimizer
+    from transformers import BitsAndBytesConfig, EarlyStoppingCallback
     from trl import SFTConfig
 
     names = {key: set(TABLES[key].model_fields) for key in TABLES}
     assert names["lora"] <= {field.name for field in dataclasses.fields(LoraConfig)}
-    assert names["training"] - {"batch_size", "save_minutes", "recover_from_divergence"} <= {
-        field.name for field in dataclasses.fields(SFTConfig)
-    }
+    callback, optimizer = EarlyStoppingCallback, create_loraplus_optimizer
+    others = {key for function in (callback, optimizer) for key in inspect.signature(function).parameters}
+    own = {"batch_size", "save_minutes", "recover_from_divergence", "report_samples"}
+    assert names["training"] - own <= {*others, *(field.name for field in dataclasses.fields(SFTConfig))}
     assert names["quantization"] <= set(inspect.signature(BitsAndBytesConfig).parameters)
 
 
@@ -211,9 +213,9 @@ base_model base_model_config model_type tokenizer_type trust_remote_code load_in
 dataset_prepared_path val_set_size sequence_len sample_packing eval_sample_packing pad_to_sequence_len adapter lora_model_dir
 lora_r lora_target_linear lora_target_modules lora_fan_in_fan_out lora_modules_to_save wandb_project wandb_entity wandb_watch
 wandb_name wandb_log_model micro_batch_size num_epochs optimizer lr_scheduler train_on_inputs group_by_length tf32
-early_stopping_patience local_rank resume_from_checkpoint xformers_attention flash_attention warmup_ratio evals_per_epoch
+local_rank resume_from_checkpoint xformers_attention flash_attention warmup_ratio evals_per_epoch
 saves_per_epoch eval_table_size debug eval_max_new_tokens deepspeed fsdp fsdp_config special_tokens tokens hub_model_id
-hf_use_auth_token peft_use_dora relora_steps neftune_noise_alpha loss_watchdog_threshold rl cosine_min_lr_ratio
+hf_use_auth_token peft_use_dora relora_steps loss_watchdog_threshold rl cosine_min_lr_ratio
 roles_to_train train_on_eos dataset_processes bfloat16 model_name_or_path adapter_name_or_path stage do_train finetuning_type
 lora_target lora_rank dataset dataset_dir template cutoff_len max_samples overwrite_cache preprocessing_num_workers plot_loss
 overwrite_output_dir save_only_model val_size ddp_timeout eval_dataset quantization_bit double_quantization flash_attn

@@ -7,7 +7,7 @@ import time
 import pytest
 from rich.console import Console
 
-from qlora_phi3.reporter import StepRecord
+from qlora_phi3.reporter import RunOutline, StepRecord
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.ui.console import ConsoleReporter, LogInterval, build_progress, draw_curve, mean_ends
 
@@ -53,7 +53,7 @@ class Terminal:
 @pytest.mark.parametrize("width", [60, 80, 100, 140])
 def test_no_figure_of_the_training_line_is_cut(clock, width):
     terminal = Terminal(clock, width)
-    terminal.reporter.begin(0, 1500)
+    terminal.reporter.begin(RunOutline(total_steps=1500, epochs=3))
     assert terminal.lines()[0].endswith("0/1,500 0:00:00 -:--:-- left")
     for step in (1, 2):
         clock[0] += 40
@@ -70,7 +70,7 @@ def test_no_figure_of_the_training_line_is_cut(clock, width):
 @pytest.mark.parametrize("width", [80, 140])
 def test_an_evaluation_in_between_cuts_no_figure(clock, width):
     terminal = Terminal(clock, width)
-    terminal.reporter.begin(0, 1500)
+    terminal.reporter.begin(RunOutline(total_steps=1500, epochs=3))
     terminal.reporter.step(record(1499))
     for done in (1, 2, 3):
         clock[0] += 5
@@ -85,7 +85,7 @@ def test_an_evaluation_in_between_cuts_no_figure(clock, width):
 
 def test_the_remaining_time_of_a_resumed_run_ignores_the_steps_of_earlier_sessions(clock):
     terminal = Terminal(clock, 100)
-    terminal.reporter.begin(100, 200, [3.0] * 100)
+    terminal.reporter.begin(RunOutline(total_steps=200, epochs=3, first_step=100))
     for step in (110, 120):
         clock[0] += 60
         terminal.reporter.step(record(step))
@@ -94,7 +94,7 @@ def test_the_remaining_time_of_a_resumed_run_ignores_the_steps_of_earlier_sessio
 
 def test_the_remaining_time_is_known_where_a_step_takes_minutes(clock):
     terminal = Terminal(clock, 100)
-    terminal.reporter.begin(0, 10)
+    terminal.reporter.begin(RunOutline(total_steps=10, epochs=3))
     for step in (1, 2):
         clock[0] += 600
         terminal.reporter.step(record(step))
@@ -128,7 +128,9 @@ def printed(capsys, clock):
 
 @pytest.mark.parametrize(("total", "warmup_steps", "warned"), [(1, 0.03, True), (10, 20, True), (2, 0.03, False), (1, 0, False)])
 def test_a_run_that_is_only_warm_up_is_reported_before_it_starts(printed, total, warmup_steps, warned):
-    _, err = printed(lambda reporter: reporter.begin(0, total), LogInterval("steps", 1, warmup_steps))
+    _, err = printed(
+        lambda reporter: reporter.begin(RunOutline(total_steps=total, epochs=1)), LogInterval("steps", 1, warmup_steps)
+    )
     assert ["warmup_steps = 0" in line for line in err] == [True] * warned
 
 
@@ -143,7 +145,8 @@ def test_the_loss_at_the_end_is_that_of_all_sessions_as_means_of_the_first_and_l
     losses = [4.0, 2.0, *[1.5] * 16, 1.0, 0.5]
 
     def act(reporter):
-        reporter.begin(19, 20, losses[:19])
+        earlier = [{"kind": "train", "loss": loss} for loss in losses[:19]]
+        reporter.begin(RunOutline(total_steps=20, epochs=1, first_step=19, earlier=earlier))
         reporter.step(record(20, loss=losses[19]))
         reporter.finish(20, None, None, 1, tmp_path)
 
@@ -165,7 +168,7 @@ def test_the_highest_loss_is_a_full_block_and_losses_that_are_not_finite_are_lef
 
 def test_a_plain_line_names_the_remaining_time_from_the_second_step_on(printed, clock):
     def act(reporter):
-        reporter.begin(0, 4)
+        reporter.begin(RunOutline(total_steps=4, epochs=1))
         for step in (1, 2):
             clock[0] += 40
             reporter.step(record(step))
@@ -174,6 +177,23 @@ def test_a_plain_line_names_the_remaining_time_from_the_second_step_on(printed, 
         "step 1/4  loss 2.7345  1,234 tokens/s",
         "step 2/4  loss 2.7345  1,234 tokens/s  1:20 left",
     ]
+
+
+def test_the_time_of_the_run_is_announced_by_the_cost_model_and_again_where_the_measured_one_differs(printed, clock):
+    def act(reporter):
+        reporter.begin(RunOutline(total_steps=100, epochs=3, step_seconds=15.0))
+        for step in range(1, 5):
+            clock[0] += 20 if step > 1 else 1
+            reporter.step(record(step))
+
+    lines = [line for line in printed(act, LogInterval("no", 1))[0] if line.startswith("About")]
+    # 100 x 15 s; then 41 s passed and 97 steps of 20 s
+    assert lines == ["About 25 min for 3 epochs (100 steps), estimated.", "About 33 min for 3 epochs (100 steps), measured."]
+
+
+def test_the_time_of_a_resumed_run_is_that_of_its_remaining_steps(printed):
+    outline = RunOutline(total_steps=1200, epochs=3, first_step=600, step_seconds=2.0)
+    assert printed(lambda reporter: reporter.begin(outline))[0] == ["About 20 min for 600 steps of 1,200, estimated."]
 
 
 def test_plain_lines_about_one_work_are_ten_seconds_apart(printed, clock):
@@ -191,7 +211,7 @@ def test_stopping_at_once_names_the_newest_checkpoint_and_the_command_that_goes_
     go_on = f"Go on with: qlora-phi3 run {resumed.recipe} --resume {resumed.path}"
     assert reporter.interruption(None).hint == "Start again with the same command."
     assert reporter.interruption(resumed).hint == go_on
-    reporter.begin(4, 9)
+    reporter.begin(RunOutline(total_steps=9, epochs=1, first_step=4))
     reporter.step(record(5))
     assert str(reporter.interruption(resumed)) == f"Stopped at once after step 5 of 9. {go_on}"
     reporter.checkpoint_saved(resumed.checkpoints / "checkpoint-5")

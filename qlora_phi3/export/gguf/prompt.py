@@ -26,10 +26,8 @@ from qlora_phi3.recipe.schema import Model
 UNTOUCHED = ("<unk>", "<s>", "<|endoftext|>")
 REQUIRED = (*UNTOUCHED, "</s>")
 NAMED_PHI_3 = re.compile(r"phi-?3", re.IGNORECASE)
-
 #: A special token of the family, and the white space after it.
 ENDING = re.compile(r"<\|[^|>\s]+\|>\s*")
-
 Message = dict[str, str]
 
 
@@ -45,31 +43,22 @@ PROBES = (
     chat("user one", "assistant two", "user three"),
     chat("system be kind", "user one", "assistant two", "user three", "assistant four", "user five"),
 )
-
 #: White space that people write and that a tokenizer with more rules of its own reads as other ids; and what is after a special
 #: token in Chinese and Japanese paragraphs, which llama.cpp reads as other ids under either rule.
 PADDED = chat("user  one ", "assistant  two ", "user \nthree\n")
 INDENTED = chat("user \u3000one")
-
 #: Largest context in tokens for Ollama; Phi-4's cache then takes 1.6 GiB in 16 bit (40 layers, 10 heads of 128).
 LARGEST_CONTEXT = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turns:
-    """The fixed text around the content of each turn.
+    """The fixed text around the content of each turn."""
 
-    Args:
-        opening: before the first user turn if there is no system turn; a system prompt of the template's own.
-        system: before and after a system turn's content; None if the template has no such turn.
-        user: before a user's content, and after it up to the assistant's content.
-        after_assistant: the end of turn, and other text before the next turn.
-    """
-
-    opening: str
-    system: tuple[str, str] | None
-    user: tuple[str, str]
-    after_assistant: str
+    opening: str  #: Before the first user turn if there is no system turn; a system prompt of the template's own.
+    system: tuple[str, str] | None  #: Before and after a system turn's content; None if the template has no such turn.
+    user: tuple[str, str]  #: Before a user's content, and after it up to the assistant's content.
+    after_assistant: str  #: The end of turn, and other text before the next turn.
 
     @property
     def end_of_turn(self) -> str:

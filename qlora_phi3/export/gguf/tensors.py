@@ -22,7 +22,6 @@ from qlora_phi3.reporter import Progress
 
 #: Types that the gguf package itself can write, largest first.
 PLAIN = ("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-
 #: llama.cpp's file types that need no importance matrix, and the bits of a weight, averaged over all weights of Llama-3.1-8B
 #: with its embedding and head (the table in llama.cpp's tools/quantize/README.md).
 QUANTIZED = {
@@ -30,7 +29,6 @@ QUANTIZED = {
     "q4_k_s": 4.67, "q4_k_m": 4.89, "q5_k_s": 5.57, "q5_k_m": 5.70, "q6_k": 6.56,
 }  # fmt: skip
 QUANTS = (*PLAIN, *QUANTIZED)
-
 #: Packages that have llama.cpp's library in their folder: the first is prebuilt, the second is built when it is installed.
 PACKAGES = ("llama_cpp_py_sync", "llama_cpp")
 #: Names the library itself; llama-cpp-py-sync reads it too.
@@ -38,7 +36,6 @@ LIBRARY_VARIABLE = "LLAMA_CPP_LIB"
 LIBRARY_NAME = re.compile(r"libllama(\.\S+)?\.(so|dylib)|libllama\.so\.\d+|(lib)?llama\.dll")
 INSTALL = "pip install llama-cpp-py-sync"
 OTHER_WAYS = f"{INSTALL}, or set {LIBRARY_VARIABLE} to a libllama; docs/gguf.md names three ways"
-
 #: llama.cpp's quantizer writes to the terminal, ends the process where it fails, and ignores Ctrl-C: it has its own process.
 #: Without files it only loads the library. Only the first two options are named: llama.cpp changed those after them in 2025 and
 #: 2026, and the structure has more room than any version needs.
@@ -58,19 +55,15 @@ if files:
     options.nthread, options.ftype = os.cpu_count() or 1, int(files[2])
     sys.exit(llama.llama_model_quantize(os.fsencode(files[0]), os.fsencode(files[1]), ctypes.byref(options)))
 """
-
 #: Buffers that old checkpoints hold in addition to their weights.
 COMPUTED = "rotary_emb.inv_freq"
-
 #: The order of the tensors in a file: the layers, each with those in the middle, are between the first and the last two.
 ORDER = (
     "embed_tokens", "input_layernorm", "qkv_proj", "o_proj", "post_attention_layernorm", "gate_up_proj", "down_proj", "norm",
     "lm_head",
 )  # fmt: skip
-
 #: Types that hold a tensor without rounding.
 LOSSLESS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-
 SAME_MODEL = "Convert a complete export of the model that its config.json describes."
 
 
@@ -82,8 +75,7 @@ class TensorPlan:
     shape: tuple[int, ...]  #: As in torch, rows first.
     type: str  #: gguf's name, `Q8_0`.
     num_bytes: int
-    #: Its name in the checkpoint, or None and the values, for one that comes from the config.
-    source: str | None = None
+    source: str | None = None  #: Its name in the checkpoint, or None and the values, for one that comes from the config.
     values: tuple[float, ...] = ()
 
 
@@ -188,7 +180,8 @@ def find_library(quant: str) -> Path:
         if loaded.returncode == 0:
             return path
         problem = problem or f" {path} cannot be loaded: {(loaded.stderr.strip() or 'no message').splitlines()[-1]}."
-    raise ExportError(f"--quant {quant} needs llama.cpp's own quantizer.{problem}", f"Install it: {OTHER_WAYS}.")
+    hint = f"Install it: {OTHER_WAYS}. Or take --quant q8_0, which needs nothing."
+    raise ExportError(f"--quant {quant} needs llama.cpp's own quantizer.{problem}", hint)
 
 
 def quantize_file(source: Path, target: Path, quant: str, progress: Progress) -> None:

@@ -14,13 +14,10 @@ from qlora_phi3.errors import ExportError
 
 #: Score of a piece that no merge makes; below all others.
 NEVER = -1e9
-
 #: Scores of added tokens and of embedding rows without a token; they are never merged. As in llama.cpp's own files.
 ADDED, FILLER = -1000.0, -10000.0
-
 #: What turns text into pieces in Phi-3's tokenizer.json: a mark before every stretch of text, and for each space.
 NORMALIZERS = ({"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
-
 CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -30,7 +27,6 @@ O200K = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
 #: How a tokenizer.json splits text before it merges, and llama.cpp's name for it: Phi-4, Phi-4-mini, and two more.
 PRE_TOKENIZERS = {
     (CL100K, "bytes"): "dbrx",
@@ -38,10 +34,8 @@ PRE_TOKENIZERS = {
     ("digits", "words and bytes"): "smollm",
     ("words and bytes",): "gpt-2",
 }
-
 #: Where llama.cpp still splits text differently from a tokenizer.json; measured, see docs/gguf.md.
 LIMITS = {"gpt-4o": ("llama.cpp splits words with combining marks, as in Hindi, differently from this tokenizer.",)}
-
 #: Text, score, and gguf.TokenType.
 Piece = tuple[str, float, int]
 
@@ -78,10 +72,8 @@ def read_vocabulary(folder: Path, tokenizer: Any, rows: int) -> Vocabulary:
         kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
         pieces[token["id"]] = (token["content"], ADDED, kind)
     if (number := max(pieces)) >= rows:
-        raise ExportError(
-            f"The tokenizer of {folder} has a token {pieces[number][0]!r} of id {number}, and the model has {rows} rows.",
-            "Use the tokenizer files of the model's own base.",
-        )
+        message = f"The tokenizer of {folder} has a token {pieces[number][0]!r} of id {number}, and the model has {rows} rows."
+        raise ExportError(message, "Use the tokenizer files of the model's own base.")
     all_rows = [pieces.get(number, (f"[PAD{number}]", FILLER, TokenType.UNUSED)) for number in range(rows)]
     tokens, scores, types = zip(*all_rows, strict=True)
     special = (name for name in ("bos", "eos", "unk", "pad") if getattr(tokenizer, f"{name}_token_id") is not None)
@@ -121,10 +113,8 @@ def read_pieces(folder: Path, source: dict[str, Any]) -> dict[int, Piece]:
     for text, number in source["model"]["vocab"].items():
         found = pieces[number][0] if number in pieces else None
         if found != text:
-            raise ExportError(
-                f"{path} and tokenizer.json differ: id {number} is {found!r} in the first and {text!r} in the second.",
-                "Copy both from the base.",
-            )
+            message = f"{path} and tokenizer.json differ: id {number} is {found!r} in the first and {text!r} in the second."
+            raise ExportError(message, "Copy both from the base.")
     return pieces
 
 

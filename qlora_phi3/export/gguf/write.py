@@ -71,7 +71,9 @@ def plan_gguf(folder: Path, info: Mapping[str, TensorInfo], *, quant: str, name:
 
 
 def convert_to_gguf(folder: Path, target: Path, *, quant: str, name: str, progress: Progress, force: bool = False) -> GgufResult:
-    """Write a checkpoint as a .gguf file, completely or not at all.
+    """Write a checkpoint as a .gguf file, completely or not at all. ExportError where there is no such quant, a library is
+    missing, the target exists, the disk is too small, or llama.cpp cannot hold this model or its vocabulary; ModelError where the
+    directory is not a complete checkpoint.
 
     Args:
         folder: a Phi-3 checkpoint in safetensors with its tokenizer files.
@@ -79,11 +81,6 @@ def convert_to_gguf(folder: Path, target: Path, *, quant: str, name: str, progre
         name: of the model; `GgufResult.name` is the name that was written.
         progress: called after every few rows.
         force: replace a file at the target.
-
-    Raises:
-        ExportError: there is no such quant, a library is missing, the target exists, the disk is too small, or llama.cpp
-            cannot hold this model or its vocabulary.
-        ModelError: the directory is not a complete checkpoint.
     """
     check_quant(quant)
     if target.exists() and not force:
@@ -94,10 +91,8 @@ def convert_to_gguf(folder: Path, target: Path, *, quant: str, name: str, progre
         target.parent.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(target.parent).free
         if plan.num_bytes > free_bytes:
-            raise ExportError(
-                f"The .gguf file needs {format_gib(plan.num_bytes)}, and {target.parent} has {format_gib(free_bytes)} free.",
-                "Free some, choose a smaller --quant, or write it elsewhere.",
-            )
+            message = f"The .gguf file needs {format_gib(plan.num_bytes)}, and {target.parent} has {format_gib(free_bytes)} free."
+            raise ExportError(message, "Free some, choose a smaller --quant, or write it elsewhere.")
         with atomic_file(target) as staging:
             if quant in QUANTIZED:
                 unquantized = staging.with_suffix(".unquantized")
@@ -129,10 +124,8 @@ def read_phi3_config(folder: Path) -> Phi3Config:
         ("quantization_config", config.get("quantization_config"), None),
     ):
         if value != supported:
-            raise ExportError(
-                f"The config.json of {folder} has {key} = {value!r}; llama.cpp's phi3 models have {supported!r}.",
-                "Convert a plain 16- or 32-bit checkpoint of the Phi-3 family.",
-            )
+            message = f"The config.json of {folder} has {key} = {value!r}; llama.cpp's phi3 models have {supported!r}."
+            raise ExportError(message, "Convert a plain 16- or 32-bit checkpoint of the Phi-3 family.")
     return Phi3Config.from_dict(config)
 
 

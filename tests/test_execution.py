@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from qlora_phi3.data.batching import plan_micro_batches, share_rows, split_plan
-from qlora_phi3.execution import MicroBatchPlan
+from qlora_phi3.execution import MicroBatchPlan, plan_micro_batches, share_rows, split_plan
 
 
 def random_lengths(seed: int) -> list[int]:

@@ -1,0 +1,278 @@
+"""`qlora-phi3 chat`: talk to a trained model, alone or beside its base."""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing, nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qlora_phi3.cli.options import check_sampling, debug_option, sampling_options, silence_libraries
+from qlora_phi3.errors import RunError, UserError, printable
+from qlora_phi3.files import atomic_write, user_state_dir
+from qlora_phi3.runfolder import find_model, list_runs
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from qlora_phi3.inference import InferenceModel
+
+HELP = """/system TEXT  set the system turn, and begin anew; without TEXT remove it
+/reset        begin anew
+/save FILE    write the conversation as a row to train on (JSONL, messages)
+/quit         end; so does Ctrl-D
+Alt-Enter begins a new line; Ctrl-C stops an answer."""
+#: Columns that two answers beside each other need; runs that are offered where none is named; what Ctrl-C did to an answer.
+MIN_WIDTH_COMPARE, OFFERED_RUNS, STOPPED = 100, 20, "stopped"
+#: What is no answer is on stderr.
+print_dim = partial(click.secho, dim=True, err=True)
+
+
+@click.command()
+@click.argument("run", metavar="[RUN]", required=False)
+@click.option("--system", metavar="TEXT", default="", help="System turn: how the model is to answer.")
+@click.option("--compare", is_flag=True, help="Show the answer of the untuned base beside that of the tuned model.")
+@click.option("--prompt", metavar="TEXT", help="Print one answer and exit; with - the prompt is read from stdin.")
+@sampling_options(512)
+@click.option("--seed", type=click.IntRange(0), help="Of drawn tokens. [default: another one each time]")
+@debug_option
+@click.pass_context
+def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bool, **options: Any) -> None:
+    """Talk to the model of RUN.
+
+    \b
+    Examples:
+      qlora-phi3 chat runs/chat/latest
+      qlora-phi3 chat chat --compare
+      qlora-phi3 chat chat --prompt "What is a mutex?"
+      qlora-phi3 chat microsoft/Phi-3-mini-4k-instruct
+
+    RUN is a run, the name of a recipe (its newest run), a PEFT adapter, an export, or a base; without it the runs are listed.
+    """
+    wanted = check_sampling(options)
+    path = find_model(run if run is not None else _choose_run())
+    if prompt is not None and not (prompt := _as_unicode(sys.stdin.read() if prompt == "-" else prompt).strip()):
+        raise UserError("The prompt is empty.", "Write the question after --prompt.")
+
+    from qlora_phi3.ui.console import Watcher
+
+    with closing(Watcher()) as watcher:
+        watcher.info("Starting torch, transformers and peft")
+        if not ctx.meta.get("debug"):
+            silence_libraries()
+        import torch
+
+        from qlora_phi3.inference import load_for_inference, sampling
+
+        watcher.info(f"Loading {path}")
+        inference = load_for_inference(path)
+    if compare and not hasattr(inference.model, "disable_adapter"):
+        raise UserError(f"{path} has no adapter: there is nothing to compare.", "Leave --compare out, or give a run.")
+    seed = torch.seed() % 2**62 if options["seed"] is None else options["seed"]
+    sides = ("base", "tuned") if compare else ("tuned",)
+    talk = Conversation(inference, sampling(**wanted), options["max_new_tokens"], seed, sides, _as_unicode(options["system"]))
+    if prompt is None:
+        _converse(talk, str(path))
+    elif talk.ask(prompt) == STOPPED:
+        raise KeyboardInterrupt
+
+
+def _choose_run() -> str:
+    """Let the user choose one of the newest runs by its number; RunError, which lists them, where there is no terminal."""
+    runs, lines = list_runs(Path("runs"))[: -OFFERED_RUNS - 1 : -1], []
+    if not runs:
+        raise RunError("No model is named, and there is no run under runs.", "Train one: qlora-phi3 run RECIPE.toml")
+    for number, run in enumerate(runs, start=1):
+        report: dict[str, Any] = {}
+        with suppress(RunError):
+            report = run.read_report()
+        before, after = report.get("eval_loss_before"), report.get("eval_loss_after")
+        loss = "" if before is None or after is None else f"   held-out loss {before:.4f} -> {after:.4f}"
+        lines.append(printable(f"{number:>3}  {run.path}   {report.get('status', 'damaged')}{loss}"))
+    shown = "\n".join(lines)
+    if not _is_terminal():
+        raise RunError(f"No run is named. The newest are:\n{shown}\n", f"Name one: qlora-phi3 chat {runs[0].path}")
+    click.echo(shown)
+    try:
+        return str(runs[click.prompt("Number", type=click.IntRange(1, len(lines)), default=1) - 1].path)
+    except click.Abort:
+        raise KeyboardInterrupt from None
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _as_unicode(text: str) -> str:
+    """Text that a tokenizer takes: bytes that the terminal's encoding did not have are read as UTF-8."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+@dataclass(slots=True)
+class Conversation:
+    """The turns until now, for each of `sides`, which answer the same: "base", with the adapter disabled, and "tuned"."""
+
+    inference: "InferenceModel"
+    sampling: dict[str, Any]
+    max_new_tokens: int
+    seed: int
+    sides: tuple[str, ...]
+    system: str
+    turns: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+    def messages(self, side: str) -> list[dict[str, str]]:
+        """The conversation of one side, with its system turn."""
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns.get(side, [])]
+
+    def ask(self, question: str) -> str:
+        """Print the answers to a question, each with a line of figures; returns the last of these lines."""
+        from rich.console import Console
+        from rich.live import Live
+
+        console, answers = Console(highlight=False), list[tuple[str, str]]()
+        is_beside = len(self.sides) > 1 and console.is_terminal and console.width >= MIN_WIDTH_COMPARE
+        width = console.width // 2 - 2
+        for side in self.sides:
+            messages = [*self.messages(side), {"role": "user", "content": question}]
+            if is_beside:
+                with Live(console=console, transient=True, auto_refresh=False) as live:
+
+                    def show(text: str, live: Live = live) -> None:
+                        live.update(_columns([*answers, (text, "")], width, console.height - 3), refresh=True)
+
+                    answers.append(self._answer(side, messages, lambda pieces: show("".join(pieces))))
+                continue
+            if len(self.sides) > 1:
+                click.secho(f"{side}:", bold=True)
+            answers.append(self._answer(side, messages, lambda pieces: click.echo(printable(pieces[-1]), nl=False)))
+            click.echo()
+            print_dim(answers[-1][1])
+        if is_beside:
+            console.print(_columns(answers, width))
+        for side, (text, _) in zip(self.sides, answers, strict=True):
+            new = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+            self.turns.setdefault(side, []).extend(new if text else [])
+        return answers[-1][1]
+
+    def _answer(self, side: str, messages: list[dict[str, str]], show: Callable[[list[str]], None]) -> tuple[str, str]:
+        """Generate the answer of one side; `show` is called with its pieces. Returns it with a line of figures.
+
+        Ctrl-C stops the answer, which stays as far as it came.
+        """
+        import torch
+
+        from qlora_phi3.inference import fit_messages, generate
+
+        pieces, limit, started = list[str](), self.max_new_tokens, time.perf_counter()
+        fitted = fit_messages(self.inference, messages, limit)
+        if dropped := (len(messages) - len(fitted)) // 2:
+            print_dim(f"The conversation is too long for the model: its first {dropped} questions are left out.")
+        torch.manual_seed(self.seed + len(messages))
+        with self.inference.model.disable_adapter() if side == "base" else nullcontext():
+            try:
+                with closing(generate(self.inference, fitted, max_new_tokens=limit, sampling=self.sampling)) as stream:
+                    while True:
+                        pieces.append(next(stream))
+                        show(pieces)
+            except StopIteration as end:
+                answer = end.value
+            except KeyboardInterrupt:
+                return "".join(pieces), STOPPED
+        tokens, is_full = answer.num_tokens, answer.num_tokens < limit
+        cut = "cut: the model has no more positions" if is_full else "cut at --max-new-tokens"
+        speed = f"{tokens / (time.perf_counter() - started):.1f} tokens/s"
+        return answer.text, f"{tokens} tokens, {speed}, {'ended by itself' if answer.ended_by_itself else cut}"
+
+
+def _columns(answers: list[tuple[str, str]], width: int, most_lines: int = 0) -> "Table":
+    """The answers of base and tuned beside each other, with their figures; with `most_lines` only the last lines of each."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table, cells = Table("base", "tuned", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold"), []
+    for column in table.columns:
+        column.width = width
+    for text, _ in answers:
+        shown = "".join(printable(text[start : start + 1000]) for start in range(0, len(text), 1000))  # cuts no line
+        cells.append(Text("\n").join(Text(shown).wrap(Console(), width)[-most_lines:]))
+    table.add_row(*cells)
+    table.add_row(*(Text(figures, style="dim") for _, figures in answers))
+    return table
+
+
+def _converse(talk: Conversation, name: str) -> None:
+    """Answer what the user types until they quit; the commands are in `HELP`."""
+    read_input = _open_input()
+    print_dim(f"{printable(name)}. /help lists the commands, Ctrl-D ends.")
+    while True:
+        try:
+            text = _as_unicode(read_input()).strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        command, _, rest = text.partition(" ")
+        if command == "/quit":
+            return
+        try:
+            if re.fullmatch(r"/\w+", command):
+                print_dim(printable(_obey(talk, command, rest.strip())))
+            elif text:
+                talk.ask(text)
+        except UserError as error:
+            click.echo(f"Error: {error}", err=True)
+
+
+def _obey(talk: Conversation, command: str, rest: str) -> str:
+    """Carry out a command; returns a line about it. RunError where /save cannot write; it never replaces a file."""
+    if command == "/save" and talk.turns and rest:
+        path = Path(rest).expanduser()
+        if path.exists():
+            raise RunError(f"{path} exists.", "Give another name.")
+        row = {"messages": talk.messages("tuned")}
+        atomic_write(path, json.dumps(row, ensure_ascii=False) + "\n", hint="{cause}, or give another name.")
+        return f"Written: {path}"
+    if command == "/save":
+        return "There is nothing to save yet." if rest else "Write: /save FILE"
+    if command not in ("/system", "/reset"):
+        return HELP if command == "/help" else f"There is no command {command}; /help lists them."
+    talk.turns.clear()
+    talk.system = rest if command == "/system" else talk.system
+    return f"A new conversation, {'with' if talk.system else 'without'} a system turn."
+
+
+def _open_input() -> Callable[[], str]:
+    """A function that reads what the user types: by prompt_toolkit on a terminal, else line by line."""
+    if not _is_terminal():
+        return input
+    try:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+        from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    except ModuleNotFoundError:
+        print_dim("For a history, and messages of several lines: pip install 'qlora-phi3[chat]'")
+        return partial(input, "> ")
+    keys, path = KeyBindings(), user_state_dir() / "chat-history"
+    history: History = InMemoryHistory()
+    with suppress(OSError):  # a home that cannot be written
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        history = FileHistory(path)
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("c-c")
+    def _(event: KeyPressEvent) -> None:
+        if not event.current_buffer.text:
+            event.app.exit(exception=KeyboardInterrupt)
+        event.current_buffer.reset()
+
+    session: PromptSession[str] = PromptSession("> ", history=history, key_bindings=keys)
+    return session.prompt

@@ -1,0 +1,124 @@
+"""`qlora-phi3 eval`: measure a trained model beside its base, on rows that it was not trained on."""
+
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qlora_phi3.cli.options import check_sampling, debug_option, sampling_options, silence_libraries
+from qlora_phi3.errors import Interrupted, RunError, UserError, printable
+from qlora_phi3.files import atomic_write
+from qlora_phi3.runfolder import RunFolder, find_model
+from qlora_phi3.units import format_count
+
+#: The figures of the table: name in the JSON, name for a reader, format of a value and of a difference, factor.
+FIGURES = (
+    ("loss", "Loss (nats a token)", ".4f", 1),
+    ("perplexity", "Perplexity", ".2f", 1),
+    ("token_accuracy", "Token accuracy, %", ".1f", 100),
+    ("exact_match", "Exact match, %", ".1f", 100),
+    ("rouge1", "ROUGE-1", ".1f", 1),
+    ("rouge2", "ROUGE-2", ".1f", 1),
+    ("rougeL", "ROUGE-L", ".1f", 1),
+    ("rougeLsum", "ROUGE-Lsum", ".1f", 1),
+    ("ended_by_itself", "Ended by itself, %", ".1f", 100),
+    ("answer_tokens", "Tokens an answer", ".1f", 1),
+)
+#: Of a figure in the JSON.
+PARTS = ("base", "tuned", "difference", "low", "high")
+
+
+@click.command("eval")
+@click.argument("run", metavar="RUN")
+@click.option("--data", metavar="FILE", help="Rows to evaluate on, in any format; by default those that the run held out.")
+@click.option("--rows", type=click.IntRange(1), default=100, show_default=True, help="Answers to generate, at most.")
+@click.option("--no-generate", is_flag=True, help="Only loss, perplexity and token accuracy.")
+@sampling_options(256)
+@click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="Of the chosen rows and of what is drawn.")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file to write; by default RUN/eval.json.")
+@click.option("--json", "wants_json", is_flag=True, help="Print JSON, for programs.")
+@debug_option
+@click.pass_context
+def eval(ctx: click.Context, /, run: str, data: str | None, out: Path | None, wants_json: bool, **options: Any) -> None:
+    """Measure the model of RUN beside its base: loss on held-out rows, and answers compared with those of the rows.
+
+    \b
+    Examples:
+      qlora-phi3 eval runs/chat/latest
+      qlora-phi3 eval chat --data test.jsonl --rows 500
+      qlora-phi3 eval chat --rows 500 --temperature 0.3 --top-k 50 --top-p 0.95
+
+    RUN is a run, the name of a recipe (its newest run), a PEFT adapter, an export, or a base. A difference is tuned - base, with
+    its 95 % interval. The figures and all answers are written to RUN/eval.json.
+    """
+    wanted = check_sampling(options)
+    path = find_model(run)
+    folder = RunFolder(path) if RunFolder(path).recipe.is_file() else None
+    if folder is None and data is None:
+        raise RunError(f"{run} is no run, and so it has no held-out rows.", "Name rows to evaluate on: --data FILE")
+    if not options["no_generate"] and find_spec("rouge_score") is None:
+        raise UserError("rouge_score is not installed.", "Type: pip install 'qlora-phi3[eval]'; or add --no-generate.")
+    if out is None and folder is not None:
+        out = folder.path / (f"eval-{Path(data).stem}.json" if data else "eval.json")
+    settings = {name: options[name] for name in ("rows", "max_new_tokens", "seed")}
+    settings |= {"rows": 0} if options["no_generate"] else {}
+
+    from qlora_phi3.ui.console import LogInterval, open_console
+
+    with open_console(LogInterval("no", 1), plain=False, quiet=wants_json) as view:
+        try:
+            view.progress("Starting torch, transformers and peft", 0, None)
+            if not ctx.meta.get("debug"):
+                silence_libraries()
+            from qlora_phi3 import evaluation
+            from qlora_phi3.inference import load_for_inference, sampling
+
+            view.progress("Starting torch, transformers and peft", 1, 1)
+            view.progress("Loading the model", 0, None)
+            inference = load_for_inference(path)
+            view.progress("Loading the model", 1, 1)
+            if data is None and folder is not None:
+                chosen = evaluation.read_own_rows(inference, folder, view.progress)
+            else:
+                chosen = evaluation.read_other_rows(inference, folder, str(data), view.progress)
+            how = evaluation.EvalSettings(sampling=sampling(**wanted), **settings)
+            result = {"model": str(path), **evaluation.evaluate_model(inference, chosen, how, progress=view.progress)}
+        except KeyboardInterrupt as interrupt:
+            raise Interrupted("Stopped: nothing was written.", "Start again with the same command.") from interrupt
+    text = json.dumps(result, indent=2, ensure_ascii=False)
+    if out is not None:
+        atomic_write(out, text + "\n", hint="{cause}, or choose another file with --out.")
+    if wants_json:
+        click.echo(text)
+    else:
+        _show(result, out)
+
+
+def _show(result: Mapping[str, Any], out: Path | None) -> None:
+    """Print the table, the verdict, and what a reader must know about the rows."""
+    from rich.console import Console
+    from rich.table import Table
+
+    data, metrics = result["data"], result["metrics"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in ("base", "tuned", "difference", "95 % interval") if result["has_adapter"] else ("base = tuned",):
+        table.add_column(name, justify="right", no_wrap=True)
+    for key, name, form, factor in FIGURES:
+        if (each := metrics.get(key)) is None:
+            continue
+        base, tuned, difference, low, high = (each[part] if each[part] is None else factor * each[part] for part in PARTS)
+        cells = [format(base, form), format(tuned, form), format(difference, f"+{form}")]
+        cells.append("" if low is None else f"{low:+{form}} to {high:+{form}}")
+        table.add_row(name, *(cells if result["has_adapter"] else cells[1:2]))
+    answered = f", {format_count(data['questions'], 'answer')} generated" if data["questions"] else ""
+    click.echo(printable(f"{result['model']} on {format_count(data['rows'], 'row')} ({data['name']}){answered}"))
+    Console(highlight=False).print(table)
+    click.echo(printable(result["verdict"]))
+    for note in data["notes"]:
+        click.echo(f"Note: {printable(note)}", err=True)
+    if out is not None:
+        click.echo(printable(f"Written: {out}"))

@@ -1,0 +1,152 @@
+"""`qlora-phi3 inspect`: what a recipe's data become, before anything is trained."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qlora_phi3.cli.options import debug_option, find_recipe, set_option, watching
+from qlora_phi3.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from qlora_phi3.data.inspect import RowView
+    from qlora_phi3.data.prepare import PreparedData
+    from qlora_phi3.ui.console import Watcher
+
+FIRST_ROWS = 3
+
+
+@click.command()
+@click.argument("recipe", metavar="RECIPE", type=click.Path(path_type=Path))
+@click.option("--row", "rows", multiple=True, metavar="N", help="Show this row, complete: its number, or file:number.")
+@click.option("--random", "count", type=click.IntRange(1), metavar="N", help="Show N rows drawn at random.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of --random.")
+@click.option("--problems", is_flag=True, help="Show the rows that are left out or cut, each with its reason.")
+@click.option("--ids", is_flag=True, help="Show each token on a line of its own, with its id.")
+@click.option("--html", "page", type=click.Path(path_type=Path), help="Write figures, rows and problems as a page.")
+@click.option("--json", "wants_json", is_flag=True, help="Print JSON, for programs.")
+@set_option
+@debug_option
+def inspect(recipe: Path, overrides: tuple[str, ...], **options: Any) -> None:
+    """Show the rows of RECIPE as they are trained on: which text is learned, what is cut, what is left out.
+
+    \b
+    Examples:
+      qlora-phi3 inspect my.toml
+      qlora-phi3 inspect my.toml --row 17 --ids
+      qlora-phi3 inspect my.toml --problems
+      qlora-phi3 inspect my.toml --random 5 --html rows.html
+
+    Needs the tokenizer of the model, and neither its weights nor a GPU. The tokenized rows are kept for the run.
+    """
+    page = options["page"]
+    if page is not None and page.exists():
+        raise UserError(f"--html {page}: it exists already.", "Name another file, or delete it first.")
+    with watching() as watcher:
+        _Inspection(find_recipe(recipe), overrides, watcher).show(**options)
+
+
+class _Inspection:
+    """A recipe's data, read when they are needed: the first rows alone, all, and all without cuts."""
+
+    def __init__(self, path: Path, overrides: tuple[str, ...], watcher: "Watcher") -> None:
+        from qlora_phi3.family import read_architecture
+        from qlora_phi3.recipe.load import check_model_limits, load_recipe, resolve_paths
+
+        watcher.info("Starting transformers and datasets")
+        recipe = load_recipe(path, overrides, check_files=True)
+        self.path, self.watcher, self.recipe = path, watcher, resolve_paths(recipe, path.parent)
+        self.architecture = read_architecture(self.recipe.model.name, self.recipe.model.revision)
+        check_model_limits(self.recipe, self.architecture)
+
+        from qlora_phi3.data.template import choose_template
+        from qlora_phi3.data.tokenizer import load_tokenizer
+
+        self.tokenizer = load_tokenizer(self.recipe.model)
+        self.template = choose_template(self.tokenizer, self.recipe.data.chat_template)
+
+    def read(self, *, max_rows: int | None = None, is_cut: bool = True, evaluate: bool = False) -> "PreparedData":
+        """The rows as a run reads them, nothing held out unless `evaluate`; or the first `max_rows` alone, or rows not cut."""
+        from qlora_phi3.data.inspect import UNCUT
+        from qlora_phi3.data.prepare import prepare_datasets
+        from qlora_phi3.data.tokenizer import check_token_ids
+
+        data = self.recipe.data
+        if max_rows is not None:
+            data = data.model_copy(update={"max_rows": min(max_rows, data.max_rows or max_rows)})
+        prepared = prepare_datasets(
+            data,
+            max_length=self.recipe.training.max_length if is_cut else UNCUT,
+            evaluate=evaluate,
+            tokenizer=self.tokenizer,
+            template=self.template,
+            base_dir=self.path.parent,
+            progress=self.watcher.progress,
+        )
+        check_token_ids([prepared.train], self.tokenizer, self.architecture, self.recipe.model.name)
+        return prepared
+
+    def show(
+        self,
+        *,
+        rows: tuple[str, ...],
+        count: int | None,
+        seed: int,
+        problems: bool,
+        ids: bool,
+        page: Path | None,
+        wants_json: bool,
+    ) -> None:
+        """Print what the options ask for; the first rows before the rest is read."""
+        import numpy as np
+        from rich.console import Console
+
+        from qlora_phi3.data import inspect as inspection
+        from qlora_phi3.ui import inspect as ui
+
+        console = Console(highlight=False, markup=False, emoji=False)
+        views: list[RowView] = []
+        if not (rows or count or problems or wants_json):
+            head = self.read(max_rows=FIRST_ROWS)
+            views = inspection.view_rows(head.train, range(len(head.train)), head, self.tokenizer)
+            views = inspection.with_cuts(views, self.read(max_rows=FIRST_ROWS, is_cut=False))
+            self._print_rows(console, views, ids=ids, is_complete=False)
+        data = self.read(evaluate=self.recipe.training.do_eval)
+        uncut = self.read(is_cut=not data.report.truncated and not data.report.fully_truncated.rows)
+        if count:
+            drawn = np.random.default_rng(seed).choice(len(data.train), min(count, len(data.train)), replace=False)
+            views = inspection.view_rows(data.train, sorted(drawn.tolist()), data, self.tokenizer)
+        views += [inspection.find_row(data, row, self.tokenizer) for row in rows]
+        views = inspection.with_cuts(views, uncut)
+        found = []
+        if problems or page is not None or wants_json:
+            found = list(inspection.find_problems(data, uncut, self.recipe.data, self.path.parent, self.recipe.data.split))
+        figures = inspection.measure(data, uncut, self.recipe)
+        self.watcher.close()
+        if wants_json:
+            result = {"statistics": asdict(figures), "rows": list(map(asdict, views)), "problems": list(map(asdict, found))}
+            click.echo(json.dumps(result, indent=2))
+        elif problems:
+            ui.show_problems(console, found)
+        elif rows or count:
+            self._print_rows(console, views, ids=ids, is_complete=True)
+        else:
+            for line in ui.statistics_lines(figures):
+                click.echo(line)
+        if page is not None:
+            page.write_text(ui.render_page(figures, views, found, recipe=self.path.name), encoding="utf-8")
+            click.echo(f"Written: {page}", err=True)
+
+    def _print_rows(self, console: "Console", views: "Sequence[RowView]", *, ids: bool, is_complete: bool) -> None:
+        from qlora_phi3.ui import inspect as ui
+
+        self.watcher.close()
+        click.echo(ui.legend(is_styled=console.is_terminal))
+        for view in views:
+            ui.show_row(console, view, ids=ids, is_complete=is_complete)

@@ -1,0 +1,228 @@
+"""What a run will learn, row by row and in figures: the rows of `prepare_datasets` as text, and statistics on their lengths.
+
+Nothing is printed here. Rows come from the function that a run calls, so what is shown is what is learned.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_phi3.data.prepare import PreparedData, read_column, row_lengths
+from qlora_phi3.data.report import DataReport
+from qlora_phi3.data.sources import open_sources
+from qlora_phi3.errors import DataError
+from qlora_phi3.execution import IGNORE_INDEX
+from qlora_phi3.recipe.load import as_list
+from qlora_phi3.recipe.schema import Data, Recipe
+
+#: `max_length` at which no row is cut.
+UNCUT = 2**31 - 1
+#: The suggested max_length is the smallest multiple of 64 that cuts at most this share of the rows, and of the learned tokens.
+CUT_SHARE = 0.01
+#: Lengths at which the cuts are listed, in tokens.
+CANDIDATES = tuple(2**power for power in range(7, 18))
+PERCENTILES = (0, 10, 50, 90, 99, 100)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive tokens of a row that are all learned, or all not."""
+
+    text: str
+    ids: tuple[int, ...]
+    tokens: tuple[str, ...]  #: As the vocabulary writes them.
+    is_learned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RowView:
+    """A row as it is trained on."""
+
+    name: str  #: `file:number`
+    pieces: tuple[Piece, ...]
+    num_tokens: int
+    num_learned: int
+    num_cut: int  #: Tokens beyond max_length, which are not trained on.
+    is_held_out: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A row that is left out or cut: `file:number`, why, and the row as the file has it."""
+
+    name: str
+    reason: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What a max_length cuts: shares of the rows, of all learned tokens, and the rows that nothing learned is left of."""
+
+    max_length: int
+    rows_share: float
+    learned_share: float
+    rows_dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class DataStatistics:
+    """Figures of the rows before they are cut, held-out rows included; lengths in tokens."""
+
+    report: DataReport
+    percentiles: dict[int, int]
+    histogram: tuple[tuple[int, int], ...]  #: (largest length of the class, rows), in powers of two.
+    learned_share: float  #: Of the tokens that are trained on.
+    cuts: tuple[Cut, ...]
+    padding_share: float  #: Of the positions, if all rows of a step were padded to the longest of them.
+    batch_size: int
+    duplicates: int  #: Rows whose tokens an earlier row has.
+    first_duplicate: tuple[str, str] | None
+    suggested_max_length: int
+
+
+def view_rows(
+    dataset: Any, indices: Sequence[int], data: PreparedData, tokenizer: Any, *, held_out: bool = False
+) -> list[RowView]:
+    """Rows of a data set of `prepare_datasets` as text. `indices` count the rows of the data set from 0."""
+    return [_view_row(dataset[int(index)], data.report.sources, tokenizer, held_out=held_out) for index in indices]
+
+
+def _view_row(row: Mapping[str, Any], sources: Sequence[str], tokenizer: Any, *, held_out: bool) -> RowView:
+    ids, labels = row["input_ids"], row["labels"]
+    pieces, text, position = [], "", 0
+    for is_learned, group in groupby(label != IGNORE_INDEX for label in labels):
+        end = position + sum(1 for _ in group)
+        # A tokenizer drops the space before the first word that it decodes: each piece is what it adds to the row's text.
+        longer = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        part = tuple(ids[position:end])
+        pieces.append(Piece(longer[len(text) :], part, tuple(tokenizer.convert_ids_to_tokens(part)), is_learned))
+        text, position = longer, end
+    name = f"{sources[row['source']]}:{row['source_row']}"
+    return RowView(name, tuple(pieces), len(ids), row["supervised"], 0, held_out)
+
+
+def with_cuts(views: Sequence[RowView], uncut: PreparedData) -> list[RowView]:
+    """The views with the number of tokens that truncation took; `uncut` are the same data with `max_length` = `UNCUT`."""
+    lengths = {
+        f"{uncut.report.sources[source]}:{number}": length
+        for source, number, length in zip(
+            *(read_column(uncut.train, name) for name in ("source", "source_row", "length")), strict=True
+        )
+    }
+    return [replace(view, num_cut=int(lengths.get(view.name, view.num_tokens)) - view.num_tokens) for view in views]
+
+
+def find_row(data: PreparedData, wanted: str, tokenizer: Any) -> RowView:
+    """The row that a person names: its number in the data, or `file:number` (the end of the file's name is enough).
+
+    Raises:
+        DataError: no such row is trained or evaluated on.
+    """
+    file, _, number = wanted.rpartition(":")
+    for dataset in filter(None, (data.train, data.evaluation)):
+        numbers, sources = read_column(dataset, "source_row"), read_column(dataset, "source")
+        for index in np.flatnonzero(numbers == (int(number) if number.isdecimal() else -1)):
+            if data.report.sources[sources[index]].endswith(file):
+                return view_rows(dataset, [int(index)], data, tokenizer, held_out=dataset is data.evaluation)[0]
+    raise DataError(
+        f"--row {wanted}: no such row of {', '.join(data.report.sources)} is trained or evaluated on.",
+        "Rows are counted as in messages, from 1; `--problems` lists those that are left out.",
+    )
+
+
+def find_problems(data: PreparedData, uncut: PreparedData, recipe: Data, base_dir: Path, split: str) -> Iterator[Problem]:
+    """Every row that is left out and named in the report, and every row that is cut, with its content from the file."""
+    report = data.report
+    reasons = {name: count.reason for count in (*report.skipped, report.fully_truncated) for name in count.where}
+    long = row_lengths(uncut.train) > report.max_length
+    for source, number, length in zip(
+        *(read_column(uncut.train, name)[long] for name in ("source", "source_row", "length")), strict=True
+    ):
+        line = f"cut: {length:,} tokens, max_length is {report.max_length:,}"
+        reasons.setdefault(f"{uncut.report.sources[source]}:{number}", line)
+    for source in open_sources(as_list(recipe.train), recipe, split, base_dir) if reasons else ():
+        for number, row in source.rows():
+            if reason := reasons.get(f"{source.name}:{number}"):
+                content = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
+                yield Problem(f"{source.name}:{number}", reason, content)
+
+
+def measure(data: PreparedData, uncut: PreparedData, recipe: Recipe) -> DataStatistics:
+    """The statistics of a recipe's data; `uncut` are the same data with `max_length` = `UNCUT` and nothing held out."""
+    training, lengths = recipe.training, row_lengths(uncut.train)
+    learned_before = _learned_before(uncut.train)
+    duplicates, pair = _find_duplicates(uncut)
+    first, last = (int(length - 1).bit_length() for length in (lengths.min(), lengths.max()))
+    classes = [2**power for power in range(first, last + 1)]
+    counts = np.histogram(lengths, bins=[0.5, *(edge + 0.5 for edge in classes)])[0]
+    near = [length for length in CANDIDATES if length < 2 * lengths.max()] or [CANDIDATES[0]]
+    return DataStatistics(
+        report=data.report,
+        percentiles={share: int(np.percentile(lengths, share, method="higher")) for share in PERCENTILES},
+        histogram=tuple(zip(classes, counts.tolist(), strict=True)),
+        learned_share=data.report.supervised_tokens / data.report.tokens,
+        cuts=tuple(_cut(length, lengths, learned_before) for length in sorted({*near, training.max_length})),
+        padding_share=_padding_share(row_lengths(data.train).tolist(), training.batch_size),
+        batch_size=training.batch_size,
+        duplicates=duplicates,
+        first_duplicate=pair,
+        suggested_max_length=suggest_max_length(lengths, learned_before),
+    )
+
+
+def suggest_max_length(lengths: NDArray[np.int64], learned_before: Callable[[int], NDArray[np.int64]]) -> int:
+    """The smallest multiple of 64 that cuts at most 1 % of the rows, and at most 1 % of the learned tokens."""
+    longest = -(-int(lengths.max()) // 64) * 64
+    start = max(64, int(np.quantile(lengths, 1 - CUT_SHARE, method="inverted_cdf")) // 64 * 64)
+    fits = (
+        length
+        for length in range(start, longest + 1, 64)
+        if (cut := _cut(length, lengths, learned_before)).rows_share <= CUT_SHARE and cut.learned_share <= CUT_SHARE
+    )
+    return next(fits, longest)
+
+
+def _learned_before(uncut: Any) -> Callable[[int], NDArray[np.int64]]:
+    """A function from a max_length to the learned tokens that each row keeps, int64 of shape (rows,)."""
+    parts = []
+    for chunk in uncut.select_columns(["labels"]).with_format("arrow")[:]["labels"].chunks:
+        counts = np.concatenate([[0], np.cumsum(np.asarray(chunk.values) != IGNORE_INDEX)])
+        offsets = np.asarray(chunk.offsets, dtype=np.int64)
+        parts.append((counts, offsets[:-1], np.diff(offsets)))
+
+    def learned_before(max_length: int) -> NDArray[np.int64]:
+        kept = [counts[starts + np.minimum(lengths, max_length)] - counts[starts] for counts, starts, lengths in parts]
+        return np.concatenate(kept)
+
+    return learned_before
+
+
+def _cut(max_length: int, lengths: NDArray[np.int64], learned_before: Callable[[int], NDArray[np.int64]]) -> Cut:
+    kept, total = learned_before(max_length), int(learned_before(UNCUT).sum())
+    return Cut(max_length, float((lengths > max_length).mean()), 1 - int(kept.sum()) / total, int((kept == 0).sum()))
+
+
+def _padding_share(lengths: Sequence[int], batch_size: int) -> float:
+    """Share of padding in the positions where every `batch_size` rows are padded to the longest of them."""
+    batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
+    return 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
+
+
+def _find_duplicates(uncut: PreparedData) -> tuple[int, tuple[str, str] | None]:
+    """How many rows repeat an earlier one, and the first pair."""
+    digests = read_column(uncut.train, "digest", np.uint64)
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    repeated = np.flatnonzero(first[inverse] != np.arange(len(digests)))
+    if not len(repeated):
+        return 0, None
+    sources, numbers = read_column(uncut.train, "source"), read_column(uncut.train, "source_row")
+    pair = (int(first[inverse][repeated[0]]), int(repeated[0]))
+    one, other = (f"{uncut.report.sources[sources[index]]}:{numbers[index]}" for index in pair)
+    return len(repeated), (one, other)

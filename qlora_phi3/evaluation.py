@@ -1,0 +1,296 @@
+"""Compare a trained model with its base on rows that it was not trained on: loss, token accuracy, and the answers it generates.
+
+The base is the same model with its adapter disabled. Every figure is kept by row, so that the interval of a difference comes
+from pairs: both models on the same row.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from torch import Tensor
+
+from qlora_phi3.data.prepare import PreparedData, prepare_datasets
+from qlora_phi3.data.report import FEW_ROWS
+from qlora_phi3.data.template import choose_template
+from qlora_phi3.errors import DataError, ModelError, RunError, first_line, is_out_of_memory
+from qlora_phi3.execution import IGNORE_INDEX, MicroBatchPlan
+from qlora_phi3.inference import InferenceModel, decode, generate_batch
+from qlora_phi3.model.phi3 import find_base
+from qlora_phi3.recipe.load import load_recipe
+from qlora_phi3.recipe.schema import Data
+from qlora_phi3.reporter import Progress
+from qlora_phi3.runfolder import RunFolder
+from qlora_phi3.step import MicroBatchMemoryError, collate, evaluate
+
+#: Prompts that are answered at once, at most, and the share of the free memory that their keys and values may take.
+BATCH_PROMPTS, CACHE_SHARE = 64, 0.5
+#: Resamples of an interval, and its percentiles.
+RESAMPLES, PERCENTILES = 2000, (2.5, 97.5)
+ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+MEMORY_HINT = "Close other programs that use the memory."
+
+#: One figure of every row, and the weight of each row in the mean; float64 of shape (rows,) both.
+Measured = tuple[NDArray[np.float64], NDArray[np.float64]]
+#: The ids of a conversation up to its first answer, and that answer as the row has it.
+Question = tuple[list[int], str]
+#: Called with the rows done and their number.
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRows:
+    """Tokenized rows to evaluate on, each with `input_ids` and `labels`; and what the reader must know about them."""
+
+    rows: Any
+    name: str
+    sha256: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSettings:
+    """What is generated: `rows` answers at most, 0 for none; `seed` chooses the rows, draws tokens, and resamples."""
+
+    rows: int
+    max_new_tokens: int
+    sampling: Mapping[str, Any]
+    seed: int
+
+
+def read_own_rows(inference: InferenceModel, run: RunFolder, progress: Progress) -> EvalRows:
+    """The rows that a run evaluated on, read and split again; where its data are gone, those that it keeps for its exports.
+
+    Raises:
+        RunError: the run held no rows out, or has no report.
+        DataError: its data cannot be read, and it kept no rows.
+    """
+    recipe, recorded = load_recipe(run.recipe), str(run.read_report().get("data", {}).get("sha256"))
+    if not recipe.training.do_eval:
+        message = f"{run.path} held no rows out of its data ([training] do_eval = false)."
+        raise RunError(message, "Name rows to evaluate on: --data FILE")
+    try:
+        prepared = _prepare(inference, recipe.data, recipe.training.max_length, progress, evaluate=True)
+    except DataError as error:
+        if not run.held_out.is_file():
+            raise
+        rows = [json.loads(line) for line in run.held_out.read_text(encoding="utf-8").splitlines()]
+        note = f"The run's data cannot be read, and these are only the rows that it kept for its exports. {error.message}"
+        return EvalRows(rows, run.held_out.name, notes=(note,))
+    now = prepared.report.sha256
+    note = f"The data changed since the run (sha256 {recorded[:12]} -> {now[:12]}): these may not be the rows that it held out."
+    return EvalRows(prepared.evaluation, "held-out rows", now, () if now == recorded else (note,))
+
+
+def read_other_rows(inference: InferenceModel, run: RunFolder | None, name: str, progress: Progress) -> EvalRows:
+    """The rows of a file, or of a data set of the hub, in any format; where a run's recipe maps columns ([data] fields), in its
+    format. DataError where they cannot be read, or none of them can be evaluated on.
+    """
+    data, max_length = Data(train=name), inference.max_positions
+    if run is not None:
+        recipe = load_recipe(run.recipe)
+        changes = {"train": name, "eval": None, "max_rows": None} | ({} if recipe.data.fields else {"format": "auto"})
+        data, max_length = recipe.data.model_copy(update=changes), recipe.training.max_length
+    prepared = _prepare(inference, data, max_length, progress, evaluate=False)
+    report = prepared.report
+    left_out = report.rows_read - report.rows_kept
+    note = f"{left_out:,} of {report.rows_read:,} rows are left out, and {report.truncated:,} cut at {max_length:,} tokens."
+    return EvalRows(prepared.train, name, report.sha256, notes=(note,) if left_out or report.truncated else ())
+
+
+def _prepare(inference: InferenceModel, data: Data, max_length: int, progress: Progress, *, evaluate: bool) -> PreparedData:
+    tokenizer = inference.tokenizer
+    made: dict[str, Any] = {"tokenizer": tokenizer, "template": choose_template(tokenizer, inference.chat_template)}
+    return prepare_datasets(data, max_length=max_length, evaluate=evaluate, base_dir=Path(), progress=progress, **made)
+
+
+def evaluate_model(inference: InferenceModel, data: EvalRows, settings: EvalSettings, *, progress: Progress) -> dict[str, Any]:
+    """Evaluate a model and, if it has an adapter, its base.
+
+    Returns:
+        For JSON: `metrics`, a mapping of each figure's name to `base`, `tuned`, `difference`, and the ends `low` and `high` of
+        its 95 % interval (None where there is none); `verdict` in one line; `answers`; and what was evaluated on, and how.
+        Without an adapter base and tuned are the same figures.
+
+    Raises:
+        ModelError: memory ran out, although the smallest batch was tried.
+    """
+    has_adapter, notes = isinstance(inference.model, PeftModel), list(data.notes)
+    sides, questions = ("base", "tuned")[not has_adapter :], choose_questions(inference, data.rows, settings)
+    shown = [{"prompt": str(inference.tokenizer.decode(ids)), "reference": reference} for ids, reference in questions]
+    measured: dict[str, dict[str, Measured]] = {side: {} for side in sides}
+    for what in ("Measuring the loss", "Answering") if questions else ("Measuring the loss",):
+        for number, side in enumerate(sides):
+
+            def report(done: int, total: int, before: int = number, what: str = what) -> None:
+                progress(what, before * total + done, len(sides) * total)
+
+            with inference.model.disable_adapter() if side == "base" else nullcontext():
+                if what != "Answering":
+                    measured[side] |= score_rows(inference, data, report)
+                    continue
+                answers = answer_questions(inference, questions, settings, report)
+            measured[side] |= score_answers(inference, questions, answers)
+            for row, ids in zip(shown, answers, strict=True):
+                row[side] = decode(inference, ids).strip()
+    if len(data.rows) < FEW_ROWS:
+        notes.append("With so few rows these are rough figures.")
+    if settings.rows and not questions:
+        notes.append("Nothing was generated: no row has a prompt and a complete answer.")
+    metrics = compare(measured[sides[0]], measured["tuned"], settings.seed)
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "verdict": judge(metrics, has_adapter=has_adapter),
+        "has_adapter": has_adapter,
+        "data": {"name": data.name, "sha256": data.sha256, "rows": len(data.rows), "questions": len(questions), "notes": notes},
+        "settings": asdict(settings),
+        "metrics": metrics,
+        "answers": shown,
+    }
+
+
+def score_rows(inference: InferenceModel, data: EvalRows, report: Report) -> dict[str, Measured]:
+    """Loss and token accuracy by row, weighted by the supervised tokens, so that the means are those that a run reports.
+    ModelError where memory runs out.
+    """
+    plan = MicroBatchPlan(max_tokens=1, max_rows=1, packing=False, longrope_boundary=None)
+    scores = list[tuple[float, float, float]]()
+    batches = (collate([row], plan) for row in data.rows)
+    try:
+        for batch, result in evaluate(inference.model, batches, compute_dtype=inference.dtype):
+            tokens = batch.num_supervised
+            scores.append((float(result.loss) * tokens, float(result.metrics["num_correct"]), tokens))
+            report(len(scores), len(data.rows))
+    except MicroBatchMemoryError as error:
+        raise ModelError(f"Memory ran out while the loss was measured: {error.reason}.", MEMORY_HINT) from error
+    nll, correct, weights = np.array(scores, dtype=float).T
+    return {"loss": (nll, weights), "token_accuracy": (correct, weights)}
+
+
+def choose_questions(inference: InferenceModel, rows: Any, settings: EvalSettings) -> list[Question]:
+    """Up to `settings.rows` rows, drawn with its seed, each up to its first answer. Rows without a prompt (raw text), and rows
+    whose answer was cut at max_length, are left out.
+    """
+    questions: list[Question] = []
+    for number in np.random.default_rng(settings.seed).permutation(len(rows)) if settings.rows else ():
+        ids, labels = (rows[int(number)][name] for name in ("input_ids", "labels"))
+        supervised = np.append(np.asarray(labels[1:]) != IGNORE_INDEX, False)
+        start = 1 + int(supervised.argmax())
+        end = start + int((~supervised[start - 1 :]).argmax())
+        if start > 1 and (end < len(ids) or ids[-1] in inference.stop_ids):
+            questions.append((list(ids[:start]), decode(inference, ids[start:end]).strip()))
+        if len(questions) == settings.rows:
+            break
+    return questions
+
+
+def answer_questions(
+    inference: InferenceModel, questions: Sequence[Question], settings: EvalSettings, report: Report
+) -> list[list[int]]:
+    """The ids of an answer to each question; questions of similar length share a batch, the longest come first.
+
+    As many share one as have room for their keys and values (`_cache_tokens`); where memory runs out nevertheless, half as many.
+    `report` counts answers in part. ModelError where one alone does not fit.
+    """
+    torch.manual_seed(settings.seed)
+    order = sorted(range(len(questions)), key=lambda number: -len(questions[number][0]))
+    answers: list[list[int]] = [[] for _ in questions]
+    budget, most, done, limit = _cache_tokens(inference), BATCH_PROMPTS, 0, settings.max_new_tokens
+    while done < len(order):
+        batch = order[done:][: max(1, min(most, budget // (len(questions[order[done]][0]) + limit)))]
+        prompts = [questions[number][0] for number in batch]
+        limits = [min(limit, inference.max_positions - len(ids)) for ids in prompts]
+
+        def after_token(new_ids: Tensor, done: int = done, size: int = len(batch)) -> bool:
+            report(done + (size - 1) * new_ids.shape[1] // limit, len(order))
+            return False
+
+        try:
+            new_ids = generate_batch(inference, prompts, limits, sampling=settings.sampling, after_token=after_token)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                message = f"Memory ran out in an answer to {len(prompts[0]):,} tokens: {first_line(error)}."
+                raise ModelError(message, MEMORY_HINT) from error
+            most = len(batch) // 2
+            continue
+        for number, ids in zip(batch, new_ids, strict=True):
+            answers[number] = ids
+        done += len(batch)
+        report(done, len(order))
+    return answers
+
+
+def _cache_tokens(inference: InferenceModel) -> int:
+    """Tokens whose keys and values fit in `CACHE_SHARE` of the memory that is free; the rest is for activations and logits."""
+    config, device = find_base(inference.model).config, inference.model.device
+    width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    free: int = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(CACHE_SHARE * free / (2 * config.num_hidden_layers * width * inference.dtype.itemsize))
+
+
+def score_answers(inference: InferenceModel, questions: Sequence[Question], answers: Sequence[list[int]]) -> dict[str, Measured]:
+    """Compare answers, as ids, with the references, without white space around either.
+
+    Returns:
+        By row: exact match and whether it ended by itself, 0 or 1; ROUGE, F x 100 with a stemmer; tokens without the stop id.
+    """
+    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
+
+    scorer, rows = RougeScorer(list(ROUGE), use_stemmer=True), list[list[float]]()
+    for (_, reference), ids in zip(questions, answers, strict=True):
+        text, ended = decode(inference, ids).strip(), ids[-1] in inference.stop_ids
+        found = scorer.score(reference, text)
+        rows.append([text == reference, *(100 * found[name].fmeasure for name in ROUGE), ended, len(ids) - ended])
+    names, weights = ("exact_match", *ROUGE, "ended_by_itself", "answer_tokens"), np.ones(len(rows))
+    return {name: (column, weights) for name, column in zip(names, np.array(rows, dtype=float).T, strict=True)}
+
+
+def compare(base: Mapping[str, Measured], tuned: Mapping[str, Measured], seed: int) -> dict[str, dict[str, float | None]]:
+    """The mean of each figure for both models, the difference tuned - base, and its 95 % interval; and the perplexities."""
+    metrics: dict[str, dict[str, float | None]] = {}
+    for name, (values, weights) in tuned.items():
+        before, after = (float(each.sum() / weights.sum()) for each in (base[name][0], values))
+        low, high = bootstrap_interval(values - base[name][0], weights, seed)
+        metrics[name] = {"base": before, "tuned": after, "difference": after - before, "low": low, "high": high}
+        if name == "loss":
+            before, after = (math.exp(min(loss, 700)) for loss in (before, after))
+            metrics["perplexity"] = {"base": before, "tuned": after, "difference": after - before, "low": None, "high": None}
+    return metrics
+
+
+def bootstrap_interval(differences: NDArray[np.float64], weights: NDArray[np.float64], seed: int) -> tuple[float, float]:
+    """The 95 % interval of sum(differences) / sum(weights) by the paired bootstrap: rows are drawn again, with replacement.
+
+    `differences` are those of each row's sum, tuned - base; `weights` of each row, such as its supervised tokens.
+    """
+    generator, count, means = np.random.default_rng(seed), len(differences), np.empty(RESAMPLES)
+    for sample in range(RESAMPLES):
+        times = np.bincount(generator.integers(count, size=count), minlength=count)
+        means[sample] = (times @ differences) / (times @ weights)
+    low, high = np.percentile(means, PERCENTILES)
+    return float(low), float(high)
+
+
+def judge(metrics: Mapping[str, Mapping[str, Any]], *, has_adapter: bool) -> str:
+    """The result in one line. The loss and ROUGE-L decide, each where its interval has no zero in it."""
+    loss, rouge, ends = metrics["loss"], metrics.get("rougeL"), metrics.get("ended_by_itself")
+    ended = f"; {ends['tuned']:.0%} of the answers end by themselves" if ends else ""
+    if not has_adapter:
+        return f"No adapter, so base = tuned: loss {loss['tuned']:.2f}{ended}."
+    is_better = loss["high"] < 0 or (rouge is not None and rouge["low"] > 0)
+    is_worse = loss["low"] > 0 or (rouge is not None and rouge["high"] < 0)
+    word = ("Mixed" if is_worse else "Better") if is_better else "Worse" if is_worse else "No clear difference"
+    answers = f"; ROUGE-L {rouge['difference']:+.1f} ({rouge['low']:+.1f} to {rouge['high']:+.1f})" if rouge else ""
+    return f"{word}: held-out loss {loss['tuned']:.2f} against {loss['base']:.2f}{answers}{ended}."

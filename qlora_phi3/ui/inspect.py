@@ -1,0 +1,125 @@
+"""What `qlora-phi3 inspect` shows: rows with the learned text marked, and statistics; in a terminal, or as a page of HTML."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_phi3.data.inspect import DataStatistics, Problem, RowView
+from qlora_phi3.errors import printable
+from qlora_phi3.units import format_count
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LEARNED_STYLE, CONTEXT_STYLE = "green underline", "dim"
+#: Where a style cannot be seen (a pipe, a file), learned text stands between these.
+MARKS = ("[[", "]]")
+#: Characters of one piece of a row that are shown, unless the row was asked for.
+MOST_CHARACTERS = 600
+BAR_WIDTH = 40
+#: Rows that a page lists as left out or cut.
+MOST_PROBLEMS = 100
+
+
+def shown(text: str) -> str:
+    """A text without what controls a terminal, and with files below the current directory by their relative paths."""
+    return printable(text).replace(f"{Path.cwd()}{os.sep}", "")
+
+
+def show_row(console: "Console", view: RowView, *, ids: bool = False, is_complete: bool = False) -> None:
+    """Print a row; with `ids` a line for each token. Long pieces are shortened unless `is_complete`."""
+    from rich.text import Text
+
+    marks = ("", "") if console.is_terminal else MARKS
+    console.print(Text(describe_row(view), style="bold"), soft_wrap=True)
+    if ids:
+        for piece in view.pieces:
+            for token_id, token in zip(piece.ids, piece.tokens, strict=True):
+                style = LEARNED_STYLE if piece.is_learned else CONTEXT_STYLE
+                mark = "learned" if piece.is_learned else ""
+                console.print(Text(f"{token_id:>8}  {mark:7}  {shown(repr(token)[1:-1])}", style=style), soft_wrap=True)
+    else:
+        text = Text()
+        for piece in view.pieces:
+            part = shown(piece.text if is_complete else shorten(piece.text))
+            before, after = marks if piece.is_learned else ("", "")
+            text.append(f"{before}{part}{after}", style=LEARNED_STYLE if piece.is_learned else CONTEXT_STYLE)
+        console.print(text, soft_wrap=not console.is_terminal)
+    console.print()
+
+
+def describe_row(view: RowView) -> str:
+    """A line above a row: its name, and how many of its tokens are learned or cut."""
+    cut = f"; {view.num_cut:,} more are cut at max_length" if view.num_cut else ""
+    held_out = "; held out for evaluation" if view.is_held_out else ""
+    return shown(f"{view.name}: {format_count(view.num_tokens, 'token')}, {view.num_learned:,} learned{cut}{held_out}")
+
+
+def shorten(text: str) -> str:
+    """A text with at most `MOST_CHARACTERS` characters: its beginning and its end."""
+    left_out = len(text) - MOST_CHARACTERS
+    half = MOST_CHARACTERS // 2
+    return text if left_out <= 0 else f"{text[:half]} ... {left_out:,} characters ... {text[-half:]}"
+
+
+def show_problems(console: "Console", problems: Sequence[Problem]) -> None:
+    """Print the rows that are left out or cut, each with the reason."""
+    from rich.text import Text
+
+    for problem in problems:
+        console.print(Text(shown(f"{problem.name}: {problem.reason}"), style="bold"), soft_wrap=True)
+        console.print(Text(shown(shorten(problem.content)), style=CONTEXT_STYLE), soft_wrap=not console.is_terminal)
+        console.print()
+    if not problems:
+        console.print("No row is left out or cut.")
+
+
+def legend(*, is_styled: bool) -> str:
+    """How learned text is marked."""
+    return "Learned: green and underlined." if is_styled else f"Learned: between {MARKS[0]} and {MARKS[1]}."
+
+
+def statistics_lines(figures: DataStatistics) -> list[str]:
+    """The statistics as lines of plain text."""
+    report, most = figures.report, max(rows for _, rows in figures.histogram)
+    lines = [*report.summary_lines(), *report.warning_lines(), ""]
+    names = {0: "shortest", 50: "median", 100: "longest"}
+    shares = ", ".join(f"{names.get(share, f'{share} %')} {length:,}" for share, length in figures.percentiles.items())
+    lines.append(f"Tokens of a row, before any is cut: {shares}")
+    for longest, count in figures.histogram:
+        bar = "█" * max(round(BAR_WIDTH * count / most), 1 if count else 0)
+        lines.append(f"{f'up to {longest:,}':>15}  {bar:{BAR_WIDTH}}  {count:>9,}")
+    lines += ["", f"{'max_length':>15}  {'rows cut':>9}  {'learned tokens lost':>20}  {'rows dropped':>13}"]
+    for cut in figures.cuts:
+        mark = "  < the recipe's" if cut.max_length == report.max_length else ""
+        lines.append(f"{cut.max_length:>15,}  {cut.rows_share:>9.1%}  {cut.learned_share:>20.1%}  {cut.rows_dropped:>13,}{mark}")
+    lines += ["", f"Learned: {figures.learned_share:.1%} of the tokens"]
+    rows_padded = format_count(figures.batch_size, "row")
+    lines.append(f"Packing: none is padded; {rows_padded} padded to the longest would be {figures.padding_share:.0%} padding")
+    if figures.first_duplicate:
+        first, second = figures.first_duplicate
+        rows = format_count(figures.duplicates, "row")
+        lines.append(f"Duplicates: {rows} with the same tokens as an earlier one, first {second} as {first}")
+    if figures.suggested_max_length < report.max_length or any(
+        cut.max_length == report.max_length and max(cut.rows_share, cut.learned_share) > 0.01 for cut in figures.cuts
+    ):
+        length = figures.suggested_max_length
+        lines.append(f"Suggestion: max_length = {length}, the least that cuts at most 1 % of the rows and of the learned tokens")
+    else:
+        lines.append(f"max_length = {report.max_length:,} fits these rows")
+    return [shown(line) for line in lines]
+
+
+def render_page(figures: DataStatistics, views: Sequence[RowView], problems: Sequence[Problem], *, recipe: str) -> str:
+    """The same as one page of HTML, without scripts and without other files. Text of the data is escaped."""
+    from qlora_phi3.ui.page import render
+
+    return render(
+        "inspect.html.jinja",
+        recipe=recipe,
+        lines=statistics_lines(figures),
+        rows=[(describe_row(view), view.pieces) for view in views],
+        problems=[(shown(f"{problem.name}: {problem.reason}"), problem.content) for problem in problems[:MOST_PROBLEMS]],
+        num_problems=len(problems),
+    )

@@ -1,0 +1,284 @@
+"""Runs as `qlora-phi3 runs` and report.html show them: read from the files of a run alone, without a model.
+
+What a file holds that this version cannot read, as after a kill, is left out; only a damaged report.json is an error.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from math import isfinite
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from qlora_phi3.errors import RunError
+from qlora_phi3.files import read_json_object
+from qlora_phi3.runfolder import RunFolder, is_locked, parse_metrics, read_metrics
+from qlora_phi3.ui.console import HELD_OUT_ROSE, mean_ends
+from qlora_phi3.units import format_count
+
+if TYPE_CHECKING:
+    from qlora_phi3.data.report import DataReport
+    from qlora_phi3.memory.report import MemoryReport
+
+#: Steps before and after a step whose median loss is its usual loss.
+SPIKE_WINDOW = 10
+#: A held-out loss that ends by more than this share above its lowest value has risen.
+RISEN_SHARE = 0.01
+#: With fewer answers, the number of those that ended by themselves means nothing.
+MIN_ANSWERS = 4
+#: Columns and lines of a plot.
+PLOT_WIDTH, PLOT_HEIGHT = 60, 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """One run in the list; None where a figure is not known."""
+
+    path: str
+    status: str
+    started: str
+    steps: int | None
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    rows: int | None
+    seconds: float | None
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer of samples.json; `ended`: the model ended it by itself."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A held-out prompt with the row's own answer, the base's, and the tuned model's."""
+
+    row: str
+    prompt: str
+    expected: str
+    base: Answer
+    tuned: Answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What the files of a run hold. `steps` and `evaluations` are records of metrics.jsonl with a finite loss."""
+
+    folder: RunFolder
+    report: Mapping[str, Any]
+    status: str
+    steps: Sequence[Mapping[str, Any]]
+    evaluations: Sequence[Mapping[str, Any]]
+    events: Sequence[tuple[int, str, Sequence[str]]]  #: Step, what happened there, and the rows.
+    data: "DataReport | None"
+    predicted: "MemoryReport | None"
+    measured: "MemoryReport | None"
+    samples: Sequence[Sample]
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps that have a finite figure of this name, and the figures."""
+        records = self.evaluations if key.startswith("eval_") else self.steps
+        found = [(record["step"], float(record[key])) for record in records if _is_finite(record.get(key))]
+        return [step for step, _ in found], [value for _, value in found]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and isfinite(value)
+
+
+def read_status(folder: RunFolder, report: Mapping[str, Any]) -> str:
+    """done, interrupted, failed; running where a process writes the run, killed where none does any more."""
+    status = str(report.get("status", "unknown"))
+    return status if status != "running" or is_locked(folder) else "killed"
+
+
+def list_summaries(root: Path) -> list[RunSummary]:
+    """Every run in `root`, or in a directory in it, the newest first; one whose report.json cannot be read is "damaged"."""
+    groups = [root, *(Path(entry.path) for entry in scan(root) if entry.is_dir())]
+    folders = [RunFolder(Path(entry.path)) for group in groups for entry in scan(group) if entry.is_dir()]
+    summaries = [_summarize(folder) for folder in folders if folder.report.exists() or folder.recipe.is_file()]
+    return sorted(summaries, key=lambda summary: summary.started, reverse=True)
+
+
+def _summarize(folder: RunFolder) -> RunSummary:
+    report: dict[str, Any] = {"status": "damaged"}
+    with suppress(RunError):
+        report = folder.read_report()
+    records = [] if report.get("status") == "done" else _last_records(folder.metrics)
+    losses = [(record["step"], record.get("eval_loss")) for record in records if record["kind"] == "eval"]
+    started = datetime.fromtimestamp(folder.path.stat().st_mtime)
+    with suppress(KeyError, TypeError, ValueError):
+        started = datetime.fromisoformat(report["started"])
+    return RunSummary(
+        path=str(folder.path),
+        status=read_status(folder, report),
+        started=started.astimezone().isoformat(timespec="seconds"),
+        steps=report.get("steps", max((record["step"] for record in records if record["kind"] == "train"), default=None)),
+        eval_loss_before=report.get("eval_loss_before", next((loss for step, loss in losses if step == 0), None)),
+        eval_loss_after=report.get("eval_loss_after", losses[-1][1] if losses and losses[-1][0] else None),
+        rows=report.get("data", {}).get("train_rows"),
+        seconds=report.get("seconds"),
+        size_bytes=sum(map(size_of, scan(folder.path))),
+    )
+
+
+def _last_records(path: Path) -> list[dict[str, Any]]:
+    """The first and the last evaluation in metrics.jsonl, and the last step; only these lines are parsed."""
+    text = b"\n" + (path.read_bytes() if path.is_file() else b"")
+    text = text[: text.rfind(b"\n") + 1]  # a kill cuts the last line
+    kinds = (b'{"kind": "eval"', b'{"kind": "train"')
+    found = (text.find(b"\n" + kinds[0]), *(text.rfind(b"\n" + kind) for kind in kinds))
+    return parse_metrics(text[at + 1 : text.find(b"\n", at + 1)] for at in found if at >= 0)
+
+
+def scan(path: str | Path) -> list[os.DirEntry[str]]:
+    """The entries of a directory by name; none where it cannot be read."""
+    with suppress(OSError), os.scandir(path) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+    return []
+
+
+def size_of(entry: os.DirEntry[str]) -> int:
+    """Bytes of a file, or of all files in a directory, without following links."""
+    if entry.is_dir(follow_symlinks=False):
+        return sum(map(size_of, scan(entry.path)))
+    return entry.stat(follow_symlinks=False).st_size
+
+
+def read_run(folder: RunFolder) -> Run:
+    """Everything that the files of a run hold; RunError where report.json is missing or damaged."""
+    from qlora_phi3.data.report import DataReport
+    from qlora_phi3.memory.report import MemoryReport
+    from qlora_phi3.reporter import DivergenceRecord, OomRecord
+
+    report, records = folder.read_report(), read_metrics(folder.metrics)
+    memory = {name: value for name, value in report.get("memory", {}).items() if isinstance(value, dict)}
+    reports = {name: _as(MemoryReport, {k: v for k, v in value.items() if v is not None}) for name, value in memory.items()}
+    events = []
+    for record in records:
+        kind = {OomRecord.kind: OomRecord, DivergenceRecord.kind: DivergenceRecord}.get(record["kind"])
+        if kind is not None and (event := _as(kind, record)) is not None:
+            events.append((event.step, event.as_line(), event.rows if kind is DivergenceRecord else ()))
+    saved: dict[str, Any] = {}
+    with suppress(RunError):
+        saved = read_json_object(folder.samples, RunError, "")
+    return Run(
+        folder=folder,
+        report=report,
+        status=read_status(folder, report),
+        steps=[record for record in records if record["kind"] == "train" and _is_finite(record.get("loss"))],
+        evaluations=[record for record in records if record["kind"] == "eval" and _is_finite(record.get("eval_loss"))],
+        events=events,
+        data=_as(DataReport, report.get("data")),
+        predicted=reports.get("predicted"),
+        measured=reports.get("measured"),
+        samples=_as(list[Sample], saved.get("samples")) or [],
+    )
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """A value from JSON as a dataclass, or a list of them; None where it is none."""
+    from pydantic import TypeAdapter, ValidationError
+
+    with suppress(ValidationError):
+        return TypeAdapter(kind).validate_python(value)
+    return None
+
+
+def verdict(run: Run) -> str:
+    """What came of a run, in one sentence or two."""
+    steps, losses = run.series("eval_loss")
+    if len(losses) > 1 and steps[0] == 0:
+        change = "fell" if losses[-1] < losses[0] else "rose" if losses[-1] > losses[0] else "stayed"
+        result = f"The held-out loss {change} from {losses[0]:.4f} to {losses[-1]:.4f}."
+    elif run.steps:
+        result = "The training loss went from {:.4f} to {:.4f}; no held-out loss tells more.".format(
+            *mean_ends(run.series("loss")[1])[:2]
+        )
+    else:
+        result = "No step was trained."
+    if run.status != "done":
+        return f"This run is not done: {run.status} after step {run.steps[-1]['step'] if run.steps else 0}. {result}"
+    ended = sum(sample.tuned.ended for sample in run.samples)
+    return f"{result} {ended} of {len(run.samples)} sample answers ended by themselves." if run.samples else result
+
+
+def warnings(run: Run) -> list[str]:
+    """What a person should look at, the most serious first."""
+    (steps, losses), runaway = run.series("eval_loss"), sum(not sample.tuned.ended for sample in run.samples)
+    lines = [str(run.report[key]) for key in ("error", "unlearned") if run.report.get(key)]
+    if len(losses) > 1 and losses[-1] > losses[0]:
+        lines.append(HELD_OUT_ROSE)
+    elif len(losses) > 1 and losses[-1] > (1 + RISEN_SHARE) * min(losses):
+        best = steps[losses.index(min(losses))]
+        lines.append(f"The held-out loss was lowest after step {best} ({min(losses):.4f}) and rose since: train fewer epochs.")
+    if len(run.samples) >= MIN_ANSWERS and 2 * runaway > len(run.samples):
+        count = f"{runaway} of {len(run.samples)}"
+        lines.append(f"{count} sample answers did not end by themselves: too little training, or rows cut at max_length.")
+    if run.events:
+        lines.append(f"{format_count(len(run.events), 'event')}: memory ran out, or a step diverged; see below.")
+    if run.data is not None and run.data.repeated:
+        lines.append(run.data.warning_lines()[-1])
+    return lines
+
+
+def differing_keys(*recipes: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """For each key of which two recipes have other values: `[table] key`, and the values; None where one lacks it."""
+    flat = [
+        {f"[{table}] {key}": value for table, keys in recipe.items() if isinstance(keys, dict) for key, value in keys.items()}
+        for recipe in recipes
+    ]
+    rows = [(name, *(each.get(name) for each in flat)) for name in dict.fromkeys(name for each in flat for name in each)]
+    return [row for row in rows if row[1] != row[2]]
+
+
+def draw_plot(*curves: tuple[Sequence[int], Sequence[float]]) -> list[str]:
+    """Curves over each other, in ASCII: `a` for the first, `b` for the second, `#` where they meet.
+
+    Args:
+        curves: of each its steps and its finite values. A column shows the mean of its steps.
+    """
+    last = max(step for steps, _ in curves for step in steps)
+    means: list[dict[int, float]] = []
+    for steps, values in curves:
+        columns: dict[int, list[float]] = {}
+        for step, value in zip(steps, values, strict=True):
+            columns.setdefault(round(step / max(1, last) * (PLOT_WIDTH - 1)), []).append(value)
+        means.append({column: sum(group) / len(group) for column, group in columns.items()})
+    heights = [value for curve in means for value in curve.values()]
+    low, high = min(heights), max(heights)
+    grid = [[" "] * PLOT_WIDTH for _ in range(PLOT_HEIGHT)]
+    for mark, curve in zip("ab", means, strict=True):
+        for column, value in curve.items():
+            row = grid[round((high - value) / ((high - low) or 1) * (PLOT_HEIGHT - 1))]
+            row[column] = mark if row[column] == " " else "#"
+    labels = {0: f"{high:.3f}", PLOT_HEIGHT - 1: f"{low:.3f}"}
+    lines = [f"{labels.get(number, ''):>8} |{''.join(row).rstrip()}" for number, row in enumerate(grid)]
+    return [*lines, f"{'':8} +{'-' * PLOT_WIDTH}", f"{'':10}0{f'step {last:,}':>{PLOT_WIDTH - 1}}"]
+
+
+@dataclass(frozen=True, slots=True)
+class Spike:
+    """A step, its loss, and the median loss of its neighbours, in nats per token."""
+
+    step: int
+    loss: float
+    usual: float
+
+
+def find_spikes(steps: Sequence[Mapping[str, Any]], count: int) -> list[Spike]:
+    """The `count` steps whose loss is furthest above the median of the SPIKE_WINDOW steps before and after; largest first."""
+    losses, spikes = [record["loss"] for record in steps], []
+    for index, record in enumerate(steps):
+        around = losses[max(0, index - SPIKE_WINDOW) : index] + losses[index + 1 : index + 1 + SPIKE_WINDOW]
+        if around and losses[index] > median(around):
+            spikes.append(Spike(record["step"], losses[index], median(around)))
+    return sorted(spikes, key=lambda spike: spike.usual - spike.loss)[:count]

@@ -1,0 +1,193 @@
+"""A conversation line by line, one answer, base beside tuned, Ctrl-C, the choice of a run, and the keys of the prompt."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+from trained_run import leave_trained
+from workshop import call, read_lines
+
+from qlora_phi3.cli import chat as chat_module
+from qlora_phi3.cli.chat import Conversation, _open_input
+from qlora_phi3.cli.main import main
+from qlora_phi3.inference import GREEDY, generate, load_for_inference
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, base):
+    folder = tmp_path_factory.mktemp("chat") / "runs" / "mine" / "first"
+    leave_trained(folder, base)
+    (folder / "report.json").write_text(
+        json.dumps({"status": "done", "eval_loss_before": 4.0, "eval_loss_after": 2.5}), encoding="utf-8"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    return load_for_inference(run, device=torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(loaded, monkeypatch):
+    """A command gets the model that is loaded already."""
+    monkeypatch.setattr("qlora_phi3.inference.load_for_inference", lambda _: loaded)
+
+
+def talk(loaded, *sides, limit=8):
+    return Conversation(loaded, GREEDY, limit, 0, sides or ("tuned",), "")
+
+
+def answer_of(loaded, question, limit=8):
+    stream = generate(loaded, [{"role": "user", "content": question}], max_new_tokens=limit)
+    return "".join(stream)
+
+
+def converse(run, *lines, options=()):
+    """What is printed on stdout and on stderr for these lines of input."""
+    words = ["chat", str(run), "--max-new-tokens", "8", *options]
+    result = CliRunner().invoke(main, words, input="".join(f"{line}\n" for line in lines))
+    assert result.exit_code == 0, result.stderr
+    return result.stdout, result.stderr
+
+
+def test_one_answer_is_that_of_the_model_and_its_figures_are_on_stderr(run, loaded):
+    result = call("chat", str(run), "--prompt", "What is red?", "--max-new-tokens", "8")
+    assert result.exit_code == 0, result.stderr
+    expected = answer_of(loaded, "What is red?")
+    assert result.stdout.splitlines()[0].encode() == chat_module.printable(expected).splitlines()[0].encode()
+    assert "8 tokens, " in result.stderr
+    assert "cut at --max-new-tokens" in result.stderr
+
+
+def test_a_prompt_is_read_from_stdin(run):
+    words = ["chat", str(run), "--max-new-tokens", "8", "--prompt"]
+    piped = CliRunner().invoke(main, [*words, "-"], input="What is red?\n")
+    assert piped.stdout == call(*words, "What is red?").stdout
+
+
+def test_base_and_tuned_answer_below_each_other_where_there_is_no_terminal(run, loaded):
+    stdout, _ = converse(run, "What is red?", options=("--compare",))
+    with loaded.model.disable_adapter():
+        base = answer_of(loaded, "What is red?")
+    printed = chat_module.printable
+    assert stdout == f"base:\n{printed(base)}\ntuned:\n{printed(answer_of(loaded, 'What is red?'))}\n"
+
+
+def test_a_conversation_is_saved_as_a_row_to_train_on_and_never_over_a_file(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, stderr = converse(run, "/save a.jsonl", "/system Be brief.", "What is red?", "And blue?", "/save a.jsonl", "/save a.jsonl")
+    [row] = read_lines(tmp_path / "a.jsonl")
+    assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant", "user", "assistant"]
+    assert row["messages"][0]["content"] == "Be brief."
+    assert [message["content"] for message in row["messages"][1::2]] == ["What is red?", "And blue?"]
+    assert "nothing to save yet" in stderr
+    assert "a.jsonl exists" in stderr
+
+
+def test_reset_forgets_the_turns_and_keeps_the_system_turn(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    converse(run, "What is red?", "/reset", "And blue?", "/save a.jsonl", options=("--system", "Be brief."))
+    [row] = read_lines(tmp_path / "a.jsonl")
+    assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
+
+
+def test_an_unknown_command_is_named_and_a_path_is_a_question(run):
+    stdout, stderr = converse(run, "/hlep", "/etc/passwd?", "/quit", "never read")
+    assert "no command /hlep" in stderr
+    assert stderr.count("tokens/s") == 1
+    assert stdout
+
+
+def test_an_error_ends_no_conversation(run):
+    _, stderr = converse(run, "word " * 600, "What is red?")
+    assert "600" not in stderr
+    assert "512 positions" in stderr
+    assert stderr.count("tokens/s") == 1
+
+
+def test_ctrl_c_stops_an_answer_which_stays_as_far_as_it_came(loaded, monkeypatch, capsys):
+    conversation, shown = talk(loaded, limit=200), []
+
+    def interrupt(text, **_):
+        shown.append(text)
+        if len(shown) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("click.echo", interrupt)
+        text, figures = conversation._answer("tuned", [{"role": "user", "content": "?"}], lambda pieces: interrupt(pieces[-1]))
+    assert (text, figures) == ("".join(shown), "stopped")
+    assert loaded.model.active_adapters == ["default"]
+
+
+def test_ctrl_c_while_a_single_answer_is_generated_ends_the_program(run, monkeypatch):
+    monkeypatch.setattr(Conversation, "_answer", lambda *_: ("", "stopped"))
+    assert call("chat", str(run), "--prompt", "?").exit_code == 130
+
+
+def test_the_sides_keep_conversations_of_their_own(loaded, capsys):
+    conversation = talk(loaded, "base", "tuned")
+    conversation.ask("What is red?")
+    conversation.ask("And blue?")
+    base, tuned = conversation.turns["base"], conversation.turns["tuned"]
+    assert base[0] == tuned[0]
+    assert base[1] != tuned[1]
+    assert len(base) == len(tuned) == 4
+
+
+def test_answers_stand_beside_each_other_on_a_wide_terminal(loaded, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(Conversation, "_answer", lambda _, side, *__: (f"I am {side}.\x1b[2J[red]", f"figures of {side}"))
+    talk(loaded, "base", "tuned").ask("?")
+    shown = capsys.readouterr().out
+    (line,) = [line for line in shown.splitlines() if "I am base." in line]
+    assert "I am tuned." in line
+    assert "\\x1b[2J[red]" in line
+    assert "\x1b[2J" not in shown
+
+
+def test_a_run_is_chosen_by_its_number(run, monkeypatch):
+    monkeypatch.chdir(run.parents[2])
+    monkeypatch.setattr(chat_module, "_is_terminal", lambda: True)
+    monkeypatch.setattr(chat_module, "_converse", lambda _, name: print(f"chatting with {name}"))
+    result = CliRunner().invoke(main, ["chat"], input="1\n")
+    assert f"1  {Path('runs', 'mine', 'first')}   done   held-out loss 4.0000 -> 2.5000" in result.stdout
+    assert f"chatting with {Path('runs', 'mine', 'first')}" in result.stdout
+
+
+@pytest.fixture
+def typed(monkeypatch, tmp_path):
+    """A terminal whose keys a test types."""
+    monkeypatch.setattr(chat_module, "_is_terminal", lambda: True)
+    monkeypatch.setattr(chat_module, "user_state_dir", lambda: tmp_path / "state")
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        yield keys
+
+
+def test_alt_enter_begins_a_line_and_messages_are_remembered(typed, tmp_path):
+    typed.send_text("one\x1b\rtwo\r")
+    assert _open_input()() == "one\ntwo"
+    typed.send_text("\x1b[A\r")
+    assert _open_input()() == "one\ntwo"
+    assert (tmp_path / "state" / "chat-history").stat().st_mode & 0o077 == 0
+
+
+def test_ctrl_c_clears_a_message_and_at_an_empty_prompt_quits(typed):
+    typed.send_text("half\x03all\r\x03")
+    read = _open_input()
+    assert read() == "all"
+    with pytest.raises(KeyboardInterrupt):
+        read()
+
+
+def test_ctrl_d_quits(typed):
+    typed.send_text("\x04")
+    with pytest.raises(EOFError):
+        _open_input()()

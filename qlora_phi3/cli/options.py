@@ -109,10 +109,10 @@ def find_recipe(path: Path) -> Path:
 
 def check_new_file(target: Path) -> None:
     """Refuse, before anything is computed, a recipe that could not be written: UserError."""
-    if os.path.lexists(target):
-        raise UserError(f"{target} exists already, and no file is overwritten.", "Name another file with --out, or delete it.")
     if target.suffix != ".toml":
         raise UserError(f"--out {target}: a recipe is written, whose name ends in .toml.", "Name it so.")
+    if os.path.lexists(target):
+        raise UserError(f"{target} exists already, and no file is overwritten.", "Name another file with --out, or delete it.")
 
 
 def create_file(target: Path, text: str) -> None:
@@ -120,10 +120,6 @@ def create_file(target: Path, text: str) -> None:
     try:
         with target.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
-    except FileExistsError as error:
-        raise UserError(
-            f"{target} exists already, and no file is overwritten.", "Name another file, or delete it first."
-        ) from error
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}.", "Name another file with --out.") from error
 

@@ -1,6 +1,7 @@
 """Configs of Axolotl, LLaMA-Factory, TRL, Unsloth and Microsoft's notebooks as recipes; nothing of them is executed.
 
-Every key is carried over, not needed for a reason, or refused by name. `messages.py` has most names and reasons.
+Every key is carried over, not needed for a reason, or refused by name. `other_keys.toml` has most names and reasons, and
+`peer_keys.json` the rest.
 """
 
 import ast
@@ -15,27 +16,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from qlora_phi3.errors import RecipeError, first_line
-from qlora_phi3.family import FUSED, known_config, nearest_known
+from qlora_phi3.family import FUSED, nearest_known
 from qlora_phi3.recipe.edit import commented_toml, format_toml
 from qlora_phi3.recipe.messages import ALIASES, REPLACED, find_problems, replacement
 from qlora_phi3.recipe.schema import TABLES, Recipe
 
-#: Calls whose keywords are settings, and the key of ours that their first argument without a name is.
-CALLS = {
-    **dict.fromkeys(("FastLanguageModel.from_pretrained", "AutoModelForCausalLM.from_pretrained"), "base_model"),
-    **dict.fromkeys(("AutoTokenizer.from_pretrained", "FastLanguageModel.get_peft_model", "SFTConfig", "LoraConfig"), ""),
-    **dict.fromkeys(("TrainingArguments", "BitsAndBytesConfig", "SFTTrainer", "dict", "UnslothTrainingArguments"), ""),
-    "load_dataset": "dataset_name",
-}
-#: Sections of a nested config, whose keys are read as if they stood alone.
-SECTIONS = frozenset(
-    ("training_config", "peft_config", "model", "data", "lora", "training", "quantization", "logging", "model_kwargs")
-)
+PEERS: dict[str, Any] = json.loads((files("qlora_phi3") / "peer_keys.json").read_text(encoding="utf-8"))
+SECTIONS = frozenset(PEERS["sections"].split())
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # PyYAML reads 2e-4 as text
+#: What a reason of `REPLACED` tells people to write.
 ASSIGNED = re.compile(r'\[(\w+)\] (\w+) = (\{value\}|"\w+"|true|false)(?= |\.|,|$)')
-EMPTY, METHOD = "it is empty there", "only supervised fine-tuning of a LoRA adapter is done here"
-UNREADABLE = "<computed>"
-MICRO_BATCH = ("per_device_train_batch_size", "micro_batch_size")
+#: Stands for a value that a program computes.
+COMPUTED = "<computed>"
+OFF = "it is off, as it is here"
+HINT = "Give a config of one of these in YAML, JSON, Python or a notebook."
 
 
 @dataclass(slots=True)
@@ -43,7 +37,7 @@ class ImportedRecipe:
     """What became of the keys of a config, each as a line of text."""
 
     peer: str
-    #: (table, key) -> value and the reason.
+    #: (table, key) -> value, and the comment on it.
     keys: dict[tuple[str, str], tuple[Any, str]] = field(default_factory=dict)
     carried: list[str] = field(default_factory=list)
     not_needed: list[str] = field(default_factory=list)
@@ -52,76 +46,64 @@ class ImportedRecipe:
     def set(self, place: str, value: Any, source: str) -> None:
         """Carry over `source` to `table.key`; a second source with another value is refused."""
         table, _, key = place.partition(".")
-        known = self.keys.setdefault((table, key), (value, f"{self.peer}: {source}"))
-        if known[0] != value:
-            self.refused.append(f"{source} = {_show(value)}: {known[1]} gives [{table}] {key} = {_show(known[0])} already")
-        else:
+        known, comment = self.keys.setdefault((table, key), (value, f"{self.peer}: {source}"))
+        if known == value:
             self.carried.append(f"{source} -> [{table}] {key} = {_show(value)}")
+        else:
+            self.refused.append(f"{source} = {_show(value)}: {comment} gives [{table}] {key} = {_show(known)} already")
+
+    def get(self, place: str) -> Any:
+        """The value of `table.key`, None where it is not set."""
+        table, _, key = place.partition(".")
+        return self.keys.get((table, key), (None, ""))[0]
 
     def as_toml(self) -> str:
         """The recipe with a comment behind each key, and what was refused above all."""
         tables = {name: [(key, *self.keys[each, key]) for each, key in self.keys if each == name] for name in TABLES}
-        heading = [
-            f"Imported from a config of {self.peer}. Refused, so that you decide:"
-            if self.refused
-            else f"Imported from {self.peer}."
-        ]
-        return commented_toml(
-            {name: keys for name, keys in tables.items() if keys}, [*heading, *(f"  {line}" for line in self.refused)]
-        )
+        refused = ["Refused, for you to decide:", *(f"  {line}" for line in self.refused)] if self.refused else []
+        heading = [f"Imported from a config of {self.peer}.", *refused]
+        return commented_toml({name: keys for name, keys in tables.items() if keys}, heading)
 
 
 def import_recipe(path: Path) -> ImportedRecipe:
-    """Read a config of another program, and convert it.
-
-    Raises:
-        RecipeError: the file cannot be read, is of no known kind, or describes another kind of training.
+    """Read a config of another program, and convert it. RecipeError where it cannot be read, is of no known program, describes
+    another kind of training, or gives no recipe.
     """
-    settings, shipped = list(_read(path)), json.loads((files("qlora_phi3") / "peer_keys.json").read_text(encoding="utf-8"))
-    names = {key for key, _ in settings}
-    scores = {peer: len(names & set(marks.split())) for peer, marks in shipped["marks"].items()}
+    settings = list(_read(path))
+    scores = {peer: len({key for key, _ in settings} & set(marks.split())) for peer, marks in PEERS["marks"].items()}
     peer = "Microsoft" if scores["Microsoft"] else max(scores, key=lambda name: scores[name])
     if not scores[peer]:
-        raise RecipeError(
-            f"{path}: no key of Axolotl, LLaMA-Factory, TRL, Unsloth or Microsoft's notebooks.", "Is it a config of these?"
-        )
-    found, batch = ImportedRecipe(peer), {}
-    for key, value in settings:
-        if isinstance(value, str) and NUMBER.fullmatch(value):
-            value = float(value)
-        if key in MICRO_BATCH or key == "gradient_accumulation_steps" or (key == "batch_size" and peer == "Unsloth"):
-            batch["times" if key == "gradient_accumulation_steps" else "micro"] = (key, value)
-        elif not (key in SECTIONS and isinstance(value, dict)) and key != "FastLanguageModel":
-            _convert(found, key, value, shipped)
-    defaults = shipped["defaults"][peer]
-    micro, times = batch.get("micro", ("default micro-batch", defaults["micro"])), batch.get("times", ("default accumulation", 1))
-    if ("training", "batch_size") not in found.keys:
-        rows = micro[1] * times[1] if isinstance(micro[1], int) and isinstance(times[1], int) else None
-        if rows is None:
-            found.refused.append(f"{micro[0]} = {_show(micro[1])}, {times[0]} = {_show(times[1])}: no product of two numbers")
-        else:
-            found.set("training.batch_size", rows, f"{micro[0]} x {times[0]} = {micro[1]} x {times[1]}")
-    _complete(found, {place: value for place, value in defaults.items() if place != "micro"})
+        raise RecipeError(f"{path} has no key of {', '.join(scores)}.", HINT)
+    found, batch = ImportedRecipe(peer), {"micro": ("default", PEERS["defaults"][peer]["micro"]), "times": ("default", 1)}
+    for key, given in settings:
+        value = float(given) if isinstance(given, str) and NUMBER.fullmatch(given) else given
+        is_micro = key in ("per_device_train_batch_size", "micro_batch_size") or (key == "batch_size" and peer == "Unsloth")
+        if type(value) is int and (is_micro or key == "gradient_accumulation_steps"):
+            batch["micro" if is_micro else "times"] = (key, value)
+        elif not (key in SECTIONS and isinstance(value, dict)):
+            _convert(found, key, value)
+    if found.get("training.batch_size") is None:
+        (micro, rows), (accumulation, times) = batch.values()
+        found.set("training.batch_size", rows * times, f"{micro} {rows} x {accumulation} {times}")
+    _complete(found)
     _validate(found)
     return found
 
 
-def _complete(found: ImportedRecipe, defaults: Mapping[str, Any]) -> None:
+def _complete(found: ImportedRecipe) -> None:
     """Add what the other program takes where a key is left out, the shares of steps, and the keys that a recipe needs."""
-    has_eval = any(key in found.keys for key in (("data", "eval"), ("data", "eval_size"), ("training", "eval_strategy")))
-    epochs = found.keys.get(("training", "num_train_epochs"), (defaults["training.num_train_epochs"], ""))[0]
+    evaluates = any(found.get(place) is not None for place in ("data.eval", "data.eval_size", "training.eval_strategy"))
+    for place, value in PEERS["defaults"][found.peer].items():
+        if place != "micro" and found.get(place) is None and not (place == "training.do_eval" and evaluates):
+            found.set(place, value, f"default {place.rpartition('.')[2]}")
+    if found.get("lora.lora_alpha") is None:
+        found.set("lora.lora_alpha", 2 * (found.get("lora.r") or 8), "default lora_alpha, twice the rank")
     for name in ("eval_steps", "save_steps"):
-        value, source = found.keys.get(("training", name), (None, ""))
-        if isinstance(value, str):  # evals_per_epoch and saves_per_epoch
-            found.keys["training", name] = (round(1 / (int(value) * epochs), 4), source)
-    for place, value in defaults.items():
-        table, _, key = place.partition(".")
-        if (table, key) not in found.keys and not (key == "do_eval" and has_eval):
-            found.set(place, value, f"default of {found.peer}")
-    if ("lora", "lora_alpha") not in found.keys:  # LLaMA-Factory
-        found.set("lora.lora_alpha", 2 * found.keys.get(("lora", "r"), (8, ""))[0], f"default of {found.peer}: 2 x rank")
-    for place, value in (("model.name", "microsoft/Phi-3-mini-4k-instruct"), ("data.train", "my-data.jsonl")):
-        table, _, key = place.partition(".")
+        if isinstance(found.get(f"training.{name}"), str):  # of evals_per_epoch and saves_per_epoch
+            value, comment = found.keys.pop(("training", name))
+            share = round(1 / (int(value) * found.get("training.num_train_epochs")), 4)
+            found.set(f"training.{name}", share, comment.partition(": ")[2])
+    for table, key, value in (("model", "name", "microsoft/Phi-3-mini-4k-instruct"), ("data", "train", "my-data.jsonl")):
         if (table, key) not in found.keys:
             found.keys[table, key] = (value, "WRITE YOURS: the config names none")
             found.refused.append(f"[{table}] {key}: the config names none; write yours in place of {_show(value)}")
@@ -137,15 +119,15 @@ def _validate(found: ImportedRecipe) -> None:
             Recipe.model_validate(raw)
             return
         except ValidationError as error:
-            for problem in list(find_problems(error, raw, TABLES)):
-                place = next((each for each in found.keys if each == (problem.table, problem.key)), None)
-                words = re.findall(r"\w+", problem.sentence)
-                place = place or next((each for each in reversed(found.keys) if each[1] in words and each[0] != "data"), None)
-                if place is None or place in (("model", "name"), ("data", "train")):
-                    raise RecipeError(f"The config is no recipe: {problem.sentence}", "Correct that key.") from None
-                _, source = found.keys.pop(place)
-                found.carried = [line for line in found.carried if f"-> [{place[0]}] {place[1]} = " not in line]
-                found.refused.append(f"{source}: {problem.sentence}")
+            problem = next(find_problems(error, raw, TABLES))
+        words = re.findall(r"\w+", problem.sentence)  # a contradiction names its keys in the sentence
+        named = [each for each in found.keys if each == (problem.table, problem.key) or (not problem.key and each[1] in words)]
+        place = next(iter(reversed(named)), ("model", "name"))
+        if place in (("model", "name"), ("data", "train")):
+            raise RecipeError(f"The config gives no recipe: {problem.sentence}", "Correct that key.")
+        _, comment = found.keys.pop(place)
+        found.carried = [line for line in found.carried if f"-> [{place[0]}] {place[1]} = " not in line]
+        found.refused.append(f"{comment.partition(': ')[2]}: {problem.sentence}")
 
 
 def _read(path: Path) -> Iterator[tuple[str, Any]]:
@@ -154,21 +136,19 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
 
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".py":
-            yield from _read_python(ast.parse(text))
-            return
         if path.suffix == ".ipynb":
-            cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
-            lines = (line for cell in cells for line in "".join(cell["source"]).splitlines())
-            yield from _read_python(ast.parse("\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))))
+            cells = ("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code")
+            text = "\n".join(line for cell in cells for line in cell.splitlines() if not line.lstrip().startswith(("%", "!")))
+        if path.suffix in (".py", ".ipynb"):
+            yield from _read_python(ast.parse(text))
             return
         config = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}.", "Give a config in YAML, JSON or Python.") from error
+        raise RecipeError(f"{path} cannot be read: {error.strerror}.", HINT) from error
     except (ValueError, SyntaxError, RecursionError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path} cannot be read: {first_line(error)}.", "Give a config in YAML, JSON or Python.") from error
+        raise RecipeError(f"{path} cannot be read: {first_line(error)}.", HINT) from error
     if not isinstance(config, dict):
-        raise RecipeError(f"{path} holds no keys with values.", "Give a config in YAML, JSON or Python.")
+        raise RecipeError(f"{path} holds no keys with values.", HINT)
     yield from _flatten(config)
 
 
@@ -180,102 +160,120 @@ def _flatten(config: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _read_python(tree: ast.Module) -> Iterator[tuple[str, Any]]:
-    """The dictionaries that are assigned, and the keywords of `CALLS`; names stand for the literals that they were given."""
+    """The dictionaries that are assigned, and the keywords of known calls; a name stands for the literal that it was given."""
     names: dict[str, Any] = {}
 
     def evaluate(node: ast.expr) -> Any:
         if isinstance(node, ast.Name) and node.id in names:
             return names[node.id]
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch":
             return node.attr
         if isinstance(node, ast.Dict):
-            pairs = zip(node.keys, node.values, strict=True)
-            return {evaluate(key): evaluate(value) for key, value in pairs if key is not None}
+            return {evaluate(key): evaluate(value) for key, value in zip(node.keys, node.values, strict=True) if key}
         try:
             return ast.literal_eval(node)
         except (ValueError, TypeError, SyntaxError):
-            return UNREADABLE
+            return COMPUTED
 
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             name, value = node.targets[0].id, evaluate(node.value)
-            if value != UNREADABLE:
-                names[name] = value
+            names |= {} if value == COMPUTED else {name: value}
             if isinstance(value, dict):
                 yield from _flatten({name: value} if name in SECTIONS else value)
     for node in ast.walk(tree):
         called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-        if not isinstance(node, ast.Call) or called not in CALLS:
-            continue
-        if called.startswith("FastLanguageModel"):
-            yield "FastLanguageModel", None
-        if node.args and CALLS[called]:
-            yield CALLS[called], evaluate(node.args[0])
-        yield from ((keyword.arg, evaluate(keyword.value)) for keyword in node.keywords if keyword.arg)
+        if isinstance(node, ast.Call) and called in PEERS["calls"]:
+            if called.startswith("FastLanguageModel"):
+                yield "FastLanguageModel", True
+            if node.args and PEERS["calls"][called]:
+                yield PEERS["calls"][called], evaluate(node.args[0])
+            yield from ((keyword.arg, evaluate(keyword.value)) for keyword in node.keywords if keyword.arg)
 
 
-def _convert(found: ImportedRecipe, key: str, value: Any, shipped: Mapping[str, Any]) -> None:
-    """Sort one key into the three lists of `found`."""
-    homes = [table for table, model in TABLES.items() if key in model.model_fields]
-    text = str(value).lower()
+def _convert(found: ImportedRecipe, key: str, value: Any) -> None:
+    """Sort one key into the lists of `found`."""
+    home = next((table for table, model in TABLES.items() if ALIASES.get(key, key) in model.model_fields), "")
+    text, allowed = str(value).lower(), PEERS["methods"].get(key, "").split()
+    reason = PEERS["dropped"].get(key, "")
     if value is None or value in ("", [], {}):
-        found.not_needed.append(f"{key}: {EMPTY}")
-    elif value == UNREADABLE and key in shipped["objects"].split():
-        found.not_needed.append(f"{key}: an object of the program, which the recipe's keys describe")
-    elif value == UNREADABLE:
-        found.refused.append(f"{key}: its value is computed by the program; write it yourself")
-    elif key in shipped["methods"] and text not in shipped["methods"][key].split():
-        raise RecipeError(f"{key} = {_show(value)}: {METHOD}.", "Such a config cannot be imported.")
-    elif value == "auto":
-        found.not_needed.append(f"{key} = auto: it is chosen here as well")
-    elif rule := shipped["by_truth"].get(key):
-        written = rule[1] if value else rule[2]
-        if written is None:
-            found.not_needed.append(f"{key} = {_show(value)}: it is off, as it is here")
+        reason = "it is empty there"
+    elif value == COMPUTED:
+        if key in PEERS["objects"].split():
+            reason = "an object of the program, which the keys of the recipe describe"
         else:
-            found.set(rule[0], value if written == "{value}" else written, key)
-    elif key in shipped["dropped"]:
-        found.not_needed.append(f"{key} = {_show(value)}: {shipped['dropped'][key]}")
-    elif key in SPECIAL:
-        SPECIAL[key](found, key, value)
-    elif key in shipped["model_names"].split():
-        _set_model(found, key, str(value))
-    elif key in ("template", "chat_template") and text in shipped["same_templates"].split():
-        found.not_needed.append(f"{key} = {value}: the model's own template is recognized")
-    elif place := shipped["renamed"].get(key):
+            found.refused.append(f"{key}: its value is computed by the program; write it yourself")
+            return
+    elif allowed and text not in allowed:
+        message = f"{key} = {_show(value)} is another kind of training: a recipe is supervised fine-tuning of a LoRA adapter."
+        raise RecipeError(message, "Such a config cannot be imported.")
+    elif value == "auto" and key != "optim":
+        reason = "it is chosen here as well"
+    elif key in ("template", "chat_template") and text in PEERS["same_templates"].split():
+        reason = "the model's own template is recognized"
+    elif rule := PEERS["by_truth"].get(key):
+        written = rule[1] if value else rule[2]
+        reason = OFF if written is None else ""
+    if reason:
+        found.not_needed.append(f"{key} = {_show(value)}: {reason}")
+    elif rule := PEERS["by_truth"].get(key):
+        found.set(rule[0], value if rule[1 if value else 2] == "{value}" else rule[1 if value else 2], key)
+    elif _convert_specially(found, key, value):
+        pass
+    elif place := PEERS["renamed"].get(key):
         found.set(place, value, key)
-    elif homes and (key != "adapter" or text not in ("lora", "qlora")):
-        found.set(f"{homes[0]}.{key}", value, key)
-    elif key in ALIASES:
-        home = next(table for table, model in TABLES.items() if ALIASES[key] in model.model_fields)
-        found.set(f"{home}.{ALIASES[key]}", value, key)
-    elif key in REPLACED or key == "adapter":
-        _replace(found, key, value)
+    elif home and not (key == "adapter" and text in ("lora", "qlora")):
+        found.set(f"{home}.{ALIASES.get(key, key)}", value, key)
     else:
-        found.refused.append(f"{key} = {_show(value)}: this key is not known")
+        _replace(found, key, value)
+
+
+def _convert_specially(found: ImportedRecipe, key: str, value: Any) -> bool:
+    """Convert a key that needs more than another name; False for any other key."""
+    if key in PEERS["model_names"].split():
+        _set_model(found, key, str(value))
+    elif key in ("lora_target", "lora_target_modules", "target_modules"):
+        _set_targets(found, key, value)
+    elif key in ("datasets", "test_datasets"):
+        _set_datasets(found, key, value)
+    elif key in ("dataset", "dataset_name"):
+        names = [name.strip() for name in str(value).split(",")]
+        found.set("data.train", names if len(names) > 1 else names[0], key)
+        if unknown := ", ".join(name for name in names if "/" not in name and not Path(name).suffix):
+            found.refused.append(f"{key} = {unknown}: if only the other program knows that name, write the file or a hub id")
+    elif key == "quantization_bit" and value == 4:
+        found.set("quantization.load_in_4bit", True, key)
+    elif key in ("quantization_bit", "load_in_8bit"):
+        lists = (found.refused, "8 bit is not offered: 4 and 16 bit are") if value else (found.not_needed, OFF)
+        lists[0].append(f"{key} = {_show(value)}: {lists[1]}")
+    elif key in ("evals_per_epoch", "saves_per_epoch"):
+        # `_complete` makes it a share of all steps, when the epochs are known
+        found.keys["training", f"{key[:4]}_steps"] = (str(value), f"{found.peer}: {key}")
+    elif key == "cosine_min_lr_ratio":
+        found.set("training.lr_scheduler_kwargs", {"min_lr_rate": value}, key)
+        found.keys["training", "lr_scheduler_type"] = ("cosine_with_min_lr", f"{found.peer}: {key}")
+    else:
+        return False
+    return True
 
 
 def _replace(found: ImportedRecipe, key: str, value: Any) -> None:
-    """Do what `messages.py` tells people to do with a key: write others, or delete it."""
-    sentence = replacement(key, value)
-    assigned = ASSIGNED.findall(REPLACED.get(key, ""))
-    if value is False or "delete it" in sentence:
+    """Do what `messages.py` tells people to do with a key: write others, or delete it; refuse a key that it does not know."""
+    sentence, assigned = replacement(key, value), ASSIGNED.findall(REPLACED.get(key, ""))
+    if "delete it" in sentence or (sentence and value is False):
         found.not_needed.append(f"{key} = {_show(value)}: {sentence.partition('; ')[2] or sentence}")
     elif assigned:
         for table, ours, written in assigned:
             found.set(f"{table}.{ours}", value if written == "{value}" else json.loads(written), key)
     else:
-        found.refused.append(f"{key} = {_show(value)}: it {sentence}")
+        found.refused.append(f"{key} = {_show(value)}: {f'it {sentence}' if sentence else 'this key is not known'}")
 
 
 def _set_model(found: ImportedRecipe, key: str, name: str) -> None:
     """The model; of Unsloth's copies, whose layers are split as Llama's, the original."""
-    short = re.sub(r"(-unsloth)?(-bnb-4bit|-gguf)?$", "", name.rpartition("/")[2].lower()).replace("-v0", "")
+    short = re.sub(r"(-unsloth)?(-bnb-4bit|-gguf)?$", "", name.rpartition("/")[2].lower())
     original = nearest_known(f"microsoft/{short}") if name.startswith("unsloth/") else None
-    if original and known_config(original):
-        found.set("model.name", original, f"{key} = {name}, a copy with other layers, of which this is the original")
-    else:
-        found.set("model.name", name, key)
+    found.set("model.name", original or name, f"{key} = {name}, a copy with Llama's layers" if original else key)
 
 
 def _set_targets(found: ImportedRecipe, key: str, value: Any) -> None:
@@ -287,70 +285,29 @@ def _set_targets(found: ImportedRecipe, key: str, value: Any) -> None:
 
 
 def _set_datasets(found: ImportedRecipe, key: str, value: Any) -> None:
-    """Axolotl's list of data: path, type, split; other keys of an entry are refused by name."""
-    entries = [entry if isinstance(entry, dict) else {"path": entry} for entry in value] if isinstance(value, list) else [{}]
-    place, known = (
-        ("data.eval" if key == "test_datasets" else "data.train"),
-        {"path", "type", "split", "ds_type", "field_messages", "name"},
-    )
-    paths = [str(entry["data_files"] if isinstance(entry.get("data_files"), str) else entry.get("path")) for entry in entries]
-    found.set(place, paths if len(paths) > 1 else paths[0], f"{key}.path")
+    """Axolotl's list of data: path, type, split, field_messages; other keys of an entry are refused by name."""
+    entries = [entry if isinstance(entry, dict) else {"path": entry} for entry in value] if isinstance(value, list) else []
+    paths = [str(entry.get("data_files") or entry.get("path")) for entry in entries]
+    found.set("data.eval" if key == "test_datasets" else "data.train", paths[0] if len(paths) == 1 else paths, f"{key}.path")
     formats = {"alpaca": "alpaca", "completion": "text", "sharegpt": "sharegpt"}
-    first = entries[0]
-    for name, item in ((name, item) for entry in entries for name, item in entry.items()):
+    places = {"split": "data.split", "name": "data.subset"}
+    for name, item in ((name, item) for entry in entries for name, item in entry.items() if name not in ("path", "data_files")):
         if name == "type" and item in formats:
             found.set("data.format", formats[item], f"{key}.type")
-        elif name == "field_messages" and item != "messages":
+        elif name == "field_messages":
             found.set("data.format", "messages", f"{key}.{name}")
             found.set("data.fields", {"messages": item}, f"{key}.{name}")
-        elif name in ("split", "name") and len(entries) == 1:
-            found.set({"split": "data.split", "name": "data.subset"}[name], first[name], f"{key}.{name}")
-        elif name not in known | {"data_files"} or (name == "type" and item != "chat_template"):
+        elif name in places:
+            found.set(places[name], item, f"{key}.{name}")
+        elif name == "ds_type" or (name, item) == ("type", "chat_template"):
+            found.not_needed.append(f"{key}.{name} = {_show(item)}: the format is recognized")
+        else:
             found.refused.append(f"{key}.{name} = {_show(item)}: write it in [data] with format and fields")
 
 
-def _set_names(found: ImportedRecipe, key: str, value: Any) -> None:
-    """LLaMA-Factory's and TRL's data: several names with commas; a name of dataset_info.json becomes a file or a hub id."""
-    names = [name.strip() for name in str(value).split(",")]
-    found.set("data.train", names if len(names) > 1 else names[0], key)
-    if known := [name for name in names if "/" not in name and not Path(name).suffix]:
-        found.refused.append(f"{key} = {', '.join(known)}: a name that only the other program knows; write the file or a hub id")
-
-
-def _set_bits(found: ImportedRecipe, key: str, value: Any) -> None:
-    if key == "quantization_bit" and value == 4:
-        found.set("quantization.load_in_4bit", True, key)
-    elif value:
-        found.refused.append(f"{key} = {_show(value)}: 8 bit is not offered; [quantization] load_in_4bit = true is, or 16 bit")
-    else:
-        found.not_needed.append(f"{key} = {_show(value)}: it is off, as it is here")
-
-
-def _set_share(found: ImportedRecipe, key: str, value: Any) -> None:
-    """So many evaluations or checkpoints an epoch: `_complete` makes it a share of all steps, when the epochs are known."""
-    found.set(f"training.{key[:4]}_steps", str(value), key)
-
-
-def _set_low_rate(found: ImportedRecipe, key: str, value: Any) -> None:
-    found.set("training.lr_scheduler_kwargs", {"min_lr_rate": value}, key)
-    found.keys["training", "lr_scheduler_type"] = ("cosine_with_min_lr", f"{found.peer}: {key}")
-
-
 def _show(value: Any) -> str:
-    if isinstance(value, str | int | float | list | dict) and value is not None:
-        try:
-            return format_toml(value)
-        except (ValueError, TypeError):
-            pass
-    return repr(value)
-
-
-#: Key -> what converts it, where no table of names does.
-SPECIAL: dict[str, Any] = {
-    **dict.fromkeys(("lora_target", "lora_target_modules", "target_modules"), _set_targets),
-    **dict.fromkeys(("datasets", "test_datasets"), _set_datasets),
-    **dict.fromkeys(("dataset", "dataset_name"), _set_names),
-    **dict.fromkeys(("quantization_bit", "load_in_8bit"), _set_bits),
-    **dict.fromkeys(("evals_per_epoch", "saves_per_epoch"), _set_share),
-    "cosine_min_lr_ratio": _set_low_rate,
-}
+    """A value as TOML writes it, or where TOML has no such value as Python does."""
+    try:
+        return format_toml(value)
+    except (ValueError, TypeError):
+        return repr(value)

@@ -301,13 +301,12 @@ def _data_keys(summary: DataSummary, target: Path, held_out: int) -> Iterator[tu
 
 
 def _evaluation_keys(held_out: int) -> Iterator[tuple[str, Any, str]]:
-    """The keys of evaluation and of what is kept; early stopping belongs here."""
+    """The keys of evaluation and of early stopping."""
     if not held_out:
         yield "do_eval", False, "fewer than 20 rows: none to spare"
         return
     yield "eval_strategy", "epoch", "the held-out loss after each epoch shows when it stops falling"
-    yield "save_strategy", "epoch", "a checkpoint of each evaluation"
-    yield "load_best_model_at_end", True, "keep the epoch with the lowest held-out loss: more epochs do no harm"
+    yield "early_stopping_patience", 2, "ends after 2 epochs without a lower held-out loss, and keeps the best: more do no harm"
 
 
 def _length_reason(summary: DataSummary, option: ModelOption) -> str:

@@ -45,7 +45,7 @@ def format_toml(value: object) -> str:
 
 def commented_toml(tables: Mapping[str, Sequence[tuple[str, Any, str]]], heading: Sequence[str]) -> str:
     """A recipe of (key, value, reason): the reason behind each key, or above one that is long; `heading` as comments on top."""
-    lines = [f"# {line}" for line in heading]
+    lines = ["# " + printable(line).replace("\n", " ") for line in heading]
     for table, keys in tables.items():
         lines += ["", f"[{table}]"]
         pairs = [(f"{key} = {format_toml(value)}", printable(" ".join(reason.split()))) for key, value, reason in keys]

@@ -184,7 +184,7 @@ def _read_python(tree: ast.Module) -> Iterator[tuple[str, Any]]:
     for node in ast.walk(tree):
         called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
         if isinstance(node, ast.Call) and called in PEERS["calls"]:
-            if called.startswith("FastLanguageModel"):
+            if called == "FastLanguageModel.from_pretrained":
                 yield "FastLanguageModel", True
             if node.args and PEERS["calls"][called]:
                 yield PEERS["calls"][called], evaluate(node.args[0])

@@ -308,7 +308,7 @@ MESSAGES = [
     refused("import-of-other-training", import_file("a.yml", "stage: dpo\n"), ('stage = "dpo"',), "cannot be imported"),
     refused(
         "import-gives-no-recipe",
-        import_file("a.yml", "base_model: [1]\n"),
+        import_file("a.yml", f"base_model: {'x' * 300}\n"),
         ("The config gives no recipe: [model] name",),
         "Correct that key",
     ),

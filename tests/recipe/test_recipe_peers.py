@@ -288,6 +288,13 @@ def test_no_key_is_dropped(tmp_path):
         assert [key for key in yaml.safe_load(text) if key not in listed] == []
 
 
+def test_a_key_that_would_control_a_terminal_or_write_toml_stays_a_comment(tmp_path):
+    text = 'base_model: microsoft/phi-4\nmicro_batch_size: 2\n"evil\\e[31m\\n[lora]\\nr = 7": "\\e[2J"\n'
+    found, recipe = imported(tmp_path, "evil.yml", text)
+    assert "\x1b" not in found.as_toml()
+    assert recipe.lora.r == 16
+
+
 @pytest.mark.parametrize("change", ["rl: dpo", "stage: dpo", "full_finetuning: true", "use_peft: false", "finetuning_type: full"])
 def test_another_kind_of_training_is_refused(tmp_path, change):
     with pytest.raises(RecipeError):

@@ -111,6 +111,7 @@ def render_commands() -> str:
     parts = [COMMANDS_HEAD]
 
     def add(command: click.Command, context: click.Context) -> None:
+        command._help_option = None  # click keeps the one of an earlier context, which may have lacked -h
         parts.append(f"\n## {context.command_path}\n\n```text\n{command.get_help(context)}\n```\n")
         for name in command.list_commands(context) if isinstance(command, click.Group) else ():
             child = command.get_command(context, name)

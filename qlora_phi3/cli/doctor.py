@@ -1,7 +1,10 @@
 """`qlora-phi3 doctor`: whether this computer can train, and what to type where it cannot."""
 
 import json
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import click
@@ -35,20 +38,14 @@ def doctor(ctx: click.Context, no_step: bool, wants_json: bool) -> None:
     if not ctx.meta.get("debug"):
         silence_libraries()
     checks = []
-    for check in run_checks():
+    for check in chain(run_checks(), () if no_step else _train(wants_json)):
         checks.append(check)
         if not wants_json:
             _show(check)
-    if not no_step:
-        if not wants_json:
-            click.echo("Training a tiny model ...")
-        checks.append(_train())
-        if not wants_json:
-            _show(checks[-1])
-    failed = any(check.status == "failed" for check in checks)
+    passed = all(check.status != "failed" for check in checks)
     if wants_json:
-        click.echo(json.dumps({"passed": not failed, "checks": list(map(asdict, checks))}, indent=2))
-    ctx.exit(FAILED if failed else 0)
+        click.echo(json.dumps({"passed": passed, "checks": list(map(asdict, checks))}, indent=2))
+    ctx.exit(0 if passed else FAILED)
 
 
 def _show(check: "Check") -> None:
@@ -65,25 +62,30 @@ def _show(check: "Check") -> None:
         console.print(Text(f"         -> {printable(check.fix)}"), soft_wrap=True, highlight=False)
 
 
-def _train() -> "Check":
-    """The training step as a check. A defect of the installation may raise anything; it is shown in one line."""
+def _train(is_silent: bool) -> "Iterator[Check]":
+    """The training of a tiny model as a check. What a broken installation raises is shown in one line."""
     from qlora_phi3.errors import UserError
     from qlora_phi3.files import foreign_errors
     from qlora_phi3.hardware.doctor import Check
     from qlora_phi3.hardware.gpu import choose_gpu, hide_other_gpus
 
+    if not is_silent:
+        click.echo("Training a tiny model ...")
     hide_other_gpus(choose_gpu("auto"))
     try:
-        with foreign_errors(UserError, "{reason}", ""):
+        debug = click.get_current_context().meta.get("debug")
+        with nullcontext() if debug else foreign_errors(UserError, "{reason}", ""):
             from qlora_phi3.training.self_test import train_tiny_model
 
             result = train_tiny_model()
     except (UserError, MemoryError) as error:
-        return Check("training", "failed", f"a tiny model cannot be trained: {error}", "qlora-phi3 doctor --debug")
+        yield Check("training", "failed", f"a tiny model cannot be trained: {error}", "qlora-phi3 doctor --debug")
+        return
     losses = f"loss {result.losses[0]:.2f} to {result.losses[-1]:.2f} in {len(result.losses)} steps"
     text = f"{result.device}, {result.compute_dtype}, 4-bit base, {result.optim}: {losses}, {result.seconds:.0f} s"
     if result.passed:
-        return Check("training", "ok", text)
-    return Check(
-        "training", "failed", f"the loss did not fall, or a gradient was not finite. {text}", "pip install -U qlora-phi3"
-    )
+        yield Check("training", "ok", text)
+    else:
+        yield Check(
+            "training", "failed", f"the loss did not fall, or a gradient was not finite. {text}", "qlora-phi3 doctor --debug"
+        )

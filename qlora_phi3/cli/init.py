@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qlora_phi3.cli.options import debug_option, named_gpu, watching
+from qlora_phi3.cli.options import check_new_file, create_file, debug_option, named_gpu, watching
 from qlora_phi3.cli.output import PIPED_WIDTH, print_rich
-from qlora_phi3.errors import UserError
 
 if TYPE_CHECKING:
     from qlora_phi3.hardware.gpu import Gpu
@@ -55,7 +54,7 @@ def init(
         _write_example(out)
         return
     target = out or Path(data).with_name(f"{Path(data).name.partition('.')[0].replace('*', '') or 'recipe'}.toml")
-    _check_target(target)
+    check_new_file(target)
     from qlora_phi3.hardware.gpu import choose_gpu
 
     device = named_gpu(gpu, vram)
@@ -90,30 +89,9 @@ def init(
 def _write_example(out: Path | None) -> None:
     """Write the eight chats that ship; UserError where the file exists."""
     target = out or Path(EXAMPLE)
-    _create(target, (files("qlora_phi3") / EXAMPLE).read_text(encoding="utf-8"))
+    create_file(target, (files("qlora_phi3") / EXAMPLE).read_text(encoding="utf-8"))
     click.echo(f"Written: {target}, eight chats, one a line. Your own file can look like this; docs/data.md has other formats.")
     click.echo(f"Next: qlora-phi3 init {target}")
-
-
-def _check_target(target: Path) -> None:
-    """Refuse, before anything is computed, a recipe that could not be written."""
-    if target.exists():
-        raise UserError(f"{target} exists already, and init overwrites nothing.", "Name another file with --out, or delete it.")
-    if target.suffix != ".toml":
-        raise UserError(f"--out {target}: init writes a recipe, whose name ends in .toml.", "Name it so.")
-
-
-def _create(target: Path, text: str) -> None:
-    """Write a new file; UserError where it exists, or cannot be written."""
-    try:
-        with target.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-    except FileExistsError as error:
-        raise UserError(
-            f"{target} exists already, and init overwrites nothing.", "Name another file with --out, or delete it."
-        ) from error
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror}.", "Name another file with --out.") from error
 
 
 def _compare(
@@ -205,8 +183,8 @@ def _write(target: Path, summary: "DataSummary", option: "ModelOption", choice: 
     from qlora_phi3.memory.proposal import describe_gpu, recipe_text, training_seconds
     from qlora_phi3.units import describe_duration, describe_epochs
 
-    _check_target(target)
-    _create(target, recipe_text(summary, option, choice, target, describe_gpu(device)))
+    check_new_file(target)
+    create_file(target, recipe_text(summary, option, choice, target, describe_gpu(device)))
     time = f" in about {describe_duration(training_seconds(option, summary, choice))}" if device else ""
     click.echo(f"Written: {target}")
     click.echo(f"{option.name}, rows of at most {option.max_length:,} tokens, {describe_epochs(choice.epochs)}{time}")

@@ -107,6 +107,23 @@ def find_recipe(path: Path) -> Path:
     return recipes[path.name]
 
 
+def check_new_file(target: Path) -> None:
+    """Refuse, before anything is computed, a recipe that could not be written: UserError."""
+    if target.suffix != ".toml":
+        raise UserError(f"--out {target}: a recipe is written, whose name ends in .toml.", "Name it so.")
+    if os.path.lexists(target):
+        raise UserError(f"{target} exists already, and no file is overwritten.", "Name another file with --out, or delete it.")
+
+
+def create_file(target: Path, text: str) -> None:
+    """Write a new file; UserError where it exists, or cannot be written."""
+    try:
+        with target.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}.", "Name another file with --out.") from error
+
+
 def silence_libraries() -> None:
     """Hide warnings, and log lines below an error, for the rest of the process; called before torch is imported."""
     # torch's C++ code writes two or three lines for each out-of-memory error that a run recovers from; both read this at import.

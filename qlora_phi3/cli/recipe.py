@@ -1,15 +1,15 @@
-"""`qlora-phi3 recipe`: check a recipe, and print the schema of all."""
+"""`qlora-phi3 recipe`: check a recipe, import the config of another program, and print the schema of all."""
 
 from pathlib import Path
 
 import click
 
-from qlora_phi3.cli.options import debug_option, find_recipe, set_option
+from qlora_phi3.cli.options import check_new_file, create_file, debug_option, find_recipe, set_option
 
 
 @click.group()
 def recipe() -> None:
-    """Check a recipe, or print the schema that lets an editor complete it."""
+    """Check a recipe, import another program's config, or print the schema that lets an editor complete recipes."""
 
 
 @recipe.command()
@@ -40,3 +40,33 @@ def check(path: Path, overrides: tuple[str, ...]) -> None:
     path = find_recipe(path)
     click.echo(recipe_as_toml(load_recipe(path, overrides, check_files=True)), nl=False)
     click.echo(f"{path} is fine.", err=True)
+
+
+@recipe.command("import")
+@click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FILE", help="The recipe to write. [default: FILE.toml, in this directory]"
+)
+@debug_option
+def import_config(path: Path, out: Path | None) -> None:
+    """Convert FILE, a config of Axolotl, LLaMA-Factory, TRL, Unsloth or Microsoft's notebooks, into a recipe.
+
+    \b
+    Examples:
+      qlora-phi3 recipe import axolotl.yml
+      qlora-phi3 recipe import sample_finetune.py --out my.toml
+
+    FILE is YAML, JSON, Python or a notebook; Python is read and never executed. stderr lists what became of every key; a refused
+    key also stands at the top of the recipe. No file is overwritten.
+    """
+    from qlora_phi3.errors import printable
+    from qlora_phi3.recipe.peers import import_recipe
+
+    target = out or Path(f"{path.stem}.toml")
+    check_new_file(target)
+    found = import_recipe(path)
+    create_file(target, found.as_toml())
+    groups = {"Carried over": found.carried, "Not needed": found.not_needed, "REFUSED, for you to decide": found.refused}
+    for title, lines in groups.items():
+        click.echo(printable(f"{title} ({len(lines)}):" + "".join(f"\n  {line}" for line in lines)), err=True)
+    click.echo(f"Written: {target}, from a config of {found.peer}. Next: qlora-phi3 recipe check {target}")

@@ -23,7 +23,7 @@ from qlora_phi3.memory.margin import read_margin
 from qlora_phi3.memory.report import VramReport
 from qlora_phi3.memory.tables import find_max_lengths
 from qlora_phi3.memory.vram_check import RecipeContext, VramChecker, hub_offline, read_rows, summarize_rows
-from qlora_phi3.recipe.edit import format_toml
+from qlora_phi3.recipe.edit import commented_toml
 from qlora_phi3.recipe.schema import Data, Recipe
 from qlora_phi3.reporter import Progress
 from qlora_phi3.units import MIB, format_count, format_gib
@@ -49,8 +49,6 @@ PROPOSED = ("microsoft/phi-4", "microsoft/Phi-4-mini-instruct", "microsoft/Phi-3
 TOOL_MODEL, SMALLEST_MODEL = PROPOSED[1:]
 NIGHT_SECONDS = 8 * 3600.0
 RANK = 16
-#: A longer key with its value has its reason on the line above.
-WIDEST_KEY = 60
 #: GPU memory beside weights and activations: the CUDA context, cuBLAS, and the fp32 logits of a tile with their gradient.
 FIXED_BYTES = 350 * MIB + 4 * DEFAULT_LOGITS_TILE_BYTES
 #: Bytes of each trained parameter: fp32 weight and gradient, two 8-bit moments.
@@ -282,15 +280,9 @@ def recipe_text(summary: DataSummary, option: ModelOption, choice: TrainingChoic
             *_evaluation_keys(held_out),
         ],
     }
-    lines = [f"# Written by qlora-phi3 init for {where}.", "# Every key, also those that are left out: docs/recipe.md", ""]
-    for table, keys in tables.items():
-        lines.append(f"[{table}]")
-        pairs = [(f"{key} = {format_toml(value)}", reason) for key, value, reason in keys]
-        width = max((len(pair) for pair, _ in pairs if len(pair) <= WIDEST_KEY), default=0)
-        for pair, reason in pairs:
-            lines += [f"{pair:<{width}}   # {reason}"] if len(pair) <= WIDEST_KEY else [f"# {reason}", pair]
-        lines.append("")
-    return "\n".join(lines)
+    return commented_toml(
+        tables, [f"Written by qlora-phi3 init for {where}.", "Every key, also those that are left out: docs/recipe.md"]
+    )
 
 
 def _data_keys(summary: DataSummary, target: Path, held_out: int) -> Iterator[tuple[str, Any, str]]:
@@ -309,13 +301,12 @@ def _data_keys(summary: DataSummary, target: Path, held_out: int) -> Iterator[tu
 
 
 def _evaluation_keys(held_out: int) -> Iterator[tuple[str, Any, str]]:
-    """The keys of evaluation and of what is kept; early stopping belongs here."""
+    """The keys of evaluation and of early stopping."""
     if not held_out:
         yield "do_eval", False, "fewer than 20 rows: none to spare"
         return
     yield "eval_strategy", "epoch", "the held-out loss after each epoch shows when it stops falling"
-    yield "save_strategy", "epoch", "a checkpoint of each evaluation"
-    yield "load_best_model_at_end", True, "keep the epoch with the lowest held-out loss: more epochs do no harm"
+    yield "early_stopping_patience", 2, "ends after 2 epochs without a lower held-out loss, and keeps the best: more do no harm"
 
 
 def _length_reason(summary: DataSummary, option: ModelOption) -> str:

@@ -5,12 +5,12 @@ tomlkit is imported where it is used: a recipe without an error is read without 
 
 import textwrap
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_phi3.errors import RecipeError
+from qlora_phi3.errors import RecipeError, printable
 from qlora_phi3.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Column of the comment behind a new value, where the value is short enough; and columns of the heading.
 COMMENT_COLUMN, WIDTH = 36, 100
+#: A longer key with its value has its reason on the line above.
+WIDEST_KEY = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,18 @@ def format_toml(value: object) -> str:
     table = tomlkit.inline_table()
     table.update(value)
     return table.as_string()
+
+
+def commented_toml(tables: Mapping[str, Sequence[tuple[str, Any, str]]], heading: Sequence[str]) -> str:
+    """A recipe of (key, value, reason): the reason behind each key, or above one that is long; `heading` as comments on top."""
+    lines = ["# " + printable(line).replace("\n", " ") for line in heading]
+    for table, keys in tables.items():
+        lines += ["", f"[{table}]"]
+        pairs = [(f"{key} = {format_toml(value)}", printable(" ".join(reason.split()))) for key, value, reason in keys]
+        width = max((len(pair) for pair, _ in pairs if len(pair) <= WIDEST_KEY), default=0)
+        for pair, reason in pairs:
+            lines += [f"{pair:<{width}}   # {reason}"] if len(pair) <= WIDEST_KEY else [f"# {reason}", pair]
+    return "\n".join((*lines, ""))
 
 
 def fit_recipe(recipe: Recipe, text: str, choices: Sequence[Choice], heading: str) -> tuple[Recipe, str]:

@@ -29,10 +29,6 @@ PYTHON_IN_TOML = re.compile(r"\b(True|False|None)\b|^\s*[\"']\w+[\"']\s*:|,\s*$"
 TEMPLATES = files("qlora_phi3") / "templates"
 #: A line of YAML: key, colon, value; and a list.
 YAML_LINE = re.compile(r"^\s*(- )?[\w-]+:(\s|$)", flags=re.MULTILINE)
-START_HINT = (
-    "Begin with recipes/chat.toml, and run `qlora-phi3 recipe check`: it answers the keys of Axolotl, LLaMA-Factory, TRL and "
-    "Unsloth with ours."
-)
 #: Tables in tables, and lists in lists: a recipe has 3 of them.
 MAX_DEPTH = 16
 #: Suffixes of files that are data, never recipes.
@@ -70,7 +66,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, check_files: bool 
 def _read_toml(path: Path) -> dict[str, Any]:
     kind = path.suffix.lower()
     if kind in (".yaml", ".yml") or (kind == ".json" and _is_json_object(path)):
-        raise RecipeError(f"{path} is {'JSON' if kind == '.json' else 'YAML'}, and a recipe is TOML.", START_HINT)
+        raise RecipeError(
+            f"{path} is {'JSON' if kind == '.json' else 'YAML'}, and a recipe is TOML.",
+            f"Convert it: qlora-phi3 recipe import {path}",
+        )
     if kind in DATA_SUFFIXES:
         raise RecipeError(f"{path} is data, not a recipe.", f'Name it in a recipe: [data] train = "{path.as_posix()}"')
     try:
@@ -87,7 +86,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return _parse_toml(text)
     except ValueError as error:
         if looks_like := "JSON" if text.lstrip()[:1] == "{" else "YAML" if YAML_LINE.search(text) else "":
-            raise RecipeError(f"{path} is {looks_like}, and a recipe is TOML.", START_HINT) from None
+            raise RecipeError(
+                f"{path} is {looks_like}, and a recipe is TOML.", f"Convert it: qlora-phi3 recipe import {path}"
+            ) from None
         found = re.search(r"line (\d+)", str(error))
         line = text.split("\n")[int(found[1]) - 1].strip() if found else ""
         hint = f"The line is: {line}" if line else "Correct that place."

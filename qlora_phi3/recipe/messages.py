@@ -64,7 +64,7 @@ def find_problems(error: ValidationError, raw: Mapping[str, Any], tables: Mappin
             yield Problem(table, key, f"[{table}] needs {key}: {tables[table].model_fields[key].description}")
         elif key in tables[table].model_fields:
             yield Problem(table, key, _describe_value(table, key, raw[table][key], details))
-        elif instead := _replacement(key, raw[table][key]):
+        elif instead := replacement(key, raw[table][key]):
             yield Problem(table, key, f"[{table}] {key} {instead}")
         else:
             yield Problem(table, key, f"[{table}] has no key '{key}'. {suggest_key(table, key, tables)}")
@@ -76,7 +76,7 @@ def _describe_table(table: str, raw: Mapping[str, Any], tables: Mapping[str, typ
     if table in tables:
         required = ", ".join(name for name, field in tables[table].model_fields.items() if field.is_required())
         return f"The table [{table}] is missing; it needs at least {required}."
-    instead = _replacement(table, raw[table])
+    instead = replacement(table, raw[table])
     if not isinstance(raw[table], dict):
         hint = f"It {instead}" if instead else suggest_key("", table, tables)
         return f"{table} is outside of every table. {hint}"
@@ -87,7 +87,7 @@ def _describe_table(table: str, raw: Mapping[str, Any], tables: Mapping[str, typ
     return f"A recipe has no table [{table}]. {hint}"
 
 
-def _replacement(key: str, value: object) -> str:
+def replacement(key: str, value: object) -> str:
     """What `REPLACED` says about a key with this value; empty where it is not there."""
     if key == "adapter" and str(value).lower() in ("lora", "qlora"):  # Axolotl's kind of training, not a trained adapter
         return "has no place here: delete it; LoRA on a base with [quantization] load_in_4bit = true is QLoRA."

@@ -126,5 +126,5 @@ def test_columns_of_likely_names_become_fields_that_the_recipe_states(tmp_path):
 def test_every_key_of_the_recipe_has_its_reason(tmp_path):
     text = recipe_text(ROWS, model_option(SMALLEST_MODEL, ROWS), choose_training(1000), Path("a.toml"), "nothing")
     keys = [line for line in text.splitlines() if " = " in line and not line.startswith("#")]
-    assert len(keys) == 12
+    assert len(keys) == 11
     assert all("   # " in line for line in keys)

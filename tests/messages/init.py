@@ -34,7 +34,7 @@ MESSAGES = [
         ("mine.toml exists already",),
         "--out",
     ),
-    Message("init-example-exists", _init_twice(), UserError, 2, ("example-chats.jsonl exists already",), "--out"),
+    Message("init-example-exists", _init_twice(), UserError, 2, ("example-chats.jsonl cannot be written: File exists",), "--out"),
     Message("init-out-is-no-recipe", _init("a.jsonl", "--out", "a.txt"), UserError, 2, ("--out a.txt",), "Name it so"),
     Message("init-cannot-write", _init("--out", "gone/a.jsonl"), UserError, 2, ("gone/a.jsonl", "No such file"), "--out"),
     Message("init-data-missing", _init("a.jsonl"), DataError, 2, ("no data file 'a.jsonl'",), "Check the path"),

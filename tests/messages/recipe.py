@@ -9,6 +9,7 @@ from qlora_phi3.cli.options import find_recipe
 from qlora_phi3.errors import RecipeError, UserError
 from qlora_phi3.family import StoredQuantization, read_architecture
 from qlora_phi3.recipe.load import check_model_limits, load_recipe, use_stored_quantization
+from qlora_phi3.recipe.peers import import_recipe
 
 START = '[model]\nname = "microsoft/phi-4"\n[data]\ntrain = "owner/chats"\n'
 
@@ -26,6 +27,16 @@ def load_file(name, content=None):
         if content is not None:
             Path(name).write_bytes(content)
         load_recipe(Path(name))
+
+    return trigger
+
+
+def import_file(name, text):
+    """A trigger that imports a config of this name and text."""
+
+    def trigger(shop):
+        Path(name).write_text(text, encoding="utf-8")
+        import_recipe(Path(name))
 
     return trigger
 
@@ -66,9 +77,11 @@ MESSAGES = [
         "microsoft/phi-4",
         UserError,
     ),
-    refused("recipe-is-yaml", load_file("axolotl.yml", b"base_model: x\n"), ("axolotl.yml is YAML",), "recipes/chat.toml"),
-    refused("recipe-is-json", load_file("train.json", b'{"stage": "sft"}'), ("train.json is JSON",), "recipes/chat.toml"),
-    refused("recipe-text-is-yaml", load("base_model: x\nlora_r: 8\n"), ("mine.toml is YAML",), "recipes/chat.toml"),
+    refused(
+        "recipe-is-yaml", load_file("axolotl.yml", b"base_model: x\n"), ("axolotl.yml is YAML",), "recipe import axolotl.yml"
+    ),
+    refused("recipe-is-json", load_file("train.json", b'{"stage": "sft"}'), ("train.json is JSON",), "recipe import train.json"),
+    refused("recipe-text-is-yaml", load("base_model: x\nlora_r: 8\n"), ("mine.toml is YAML",), "recipe import "),
     refused("recipe-nested-too-deeply", load("x = " + "[" * 900 + "]" * 900), ("mine.toml", "nested too"), "Correct"),
     refused("recipe-number-of-many-digits", load("x = " + "1" * 5000), ("mine.toml", "digits"), "Correct"),
     refused(
@@ -286,6 +299,19 @@ MESSAGES = [
     refused("recipe-backslash", load('[data]\ntrain = "C:\\Users"'), ("is not TOML",), "Write paths with /"),
     refused("recipe-missing", load_file("chta.toml"), ("chta.toml: there is no such recipe",), "Did you mean chat.toml?"),
     refused("recipe-of-no-name", lambda shop: find_recipe(Path("caht")), ("caht: there is no such file",), "chat, demo"),
+    refused("import-of-no-config", import_file("a.yml", "x: 1\n"), ("a.yml has no key of Axolotl",), "Give a config"),
+    refused("import-of-no-keys", import_file("a.json", "[1]"), ("a.json holds no keys",), "Give a config"),
+    refused("import-unreadable", import_file("a.py", "x = = 1"), ("a.py cannot be read",), "Give a config"),
+    refused(
+        "import-missing", lambda shop: import_recipe(Path("gone.yml")), ("gone.yml cannot be read: No such",), "Give a config"
+    ),
+    refused("import-of-other-training", import_file("a.yml", "stage: dpo\n"), ('stage = "dpo"',), "cannot be imported"),
+    refused(
+        "import-gives-no-recipe",
+        import_file("a.yml", f"base_model: {'x' * 300}\n"),
+        ("The config gives no recipe: [model] name",),
+        "Correct that key",
+    ),
     refused("recipe-is-a-directory", load_file("."), ("cannot be read",), "Give the path of a .toml file."),
     refused("recipe-not-utf-8", load_file("a.toml", START.encode("utf-16")), ("not UTF-8 text (byte 0)",), "as UTF-8"),
     refused("recipe-is-data", load_file("a.jsonl"), ("a.jsonl is data",), '[data] train = "a.jsonl"'),

@@ -70,11 +70,14 @@ def import_recipe(path: Path) -> ImportedRecipe:
     another kind of training, or gives no recipe.
     """
     settings = list(_read(path))
-    scores = {peer: len({key for key, _ in settings} & set(marks.split())) for peer, marks in PEERS["marks"].items()}
-    peer = "Microsoft" if scores["Microsoft"] else max(scores, key=lambda name: scores[name])
+    keys = {key for key, _ in settings}
+    scores = {peer: len(keys & set(marks.split())) for peer, marks in PEERS["marks"].items()}
+    decisive = "Unsloth" if "FastLanguageModel" in keys else "Microsoft" if scores["Microsoft"] else ""
+    peer = decisive or max(scores, key=lambda name: scores[name])
     if not scores[peer]:
         raise RecipeError(f"{path} has no key of {', '.join(scores)}.", HINT)
-    found, batch = ImportedRecipe(peer), {"micro": ("default", PEERS["defaults"][peer]["micro"]), "times": ("default", 1)}
+    found, defaults = ImportedRecipe(peer), PEERS["defaults"][peer]
+    batch = {"micro": ("default", defaults["micro"]), "times": ("default", defaults.get("times", 1))}
     for key, given in settings:
         value = float(given) if isinstance(given, str) and NUMBER.fullmatch(given) else given
         is_micro = key in ("per_device_train_batch_size", "micro_batch_size") or (key == "batch_size" and peer == "Unsloth")
@@ -94,7 +97,7 @@ def _complete(found: ImportedRecipe) -> None:
     """Add what the other program takes where a key is left out, the shares of steps, and the keys that a recipe needs."""
     evaluates = any(found.get(place) is not None for place in ("data.eval", "data.eval_size", "training.eval_strategy"))
     for place, value in PEERS["defaults"][found.peer].items():
-        if place != "micro" and found.get(place) is None and not (place == "training.do_eval" and evaluates):
+        if place not in ("micro", "times") and found.get(place) is None and not (place == "training.do_eval" and evaluates):
             found.set(place, value, f"default {place.rpartition('.')[2]}")
     if found.get("lora.lora_alpha") is None:
         found.set("lora.lora_alpha", 2 * (found.get("lora.r") or 8), "default lora_alpha, twice the rank")

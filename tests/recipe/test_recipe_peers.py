@@ -256,6 +256,15 @@ def test_unsloth_notebook_and_nested_yaml(tmp_path):
     assert (recipe.training.batch_size, recipe.training.seed) == (8, 1)
 
 
+def test_a_key_that_is_left_out_has_the_other_programs_default(tmp_path):
+    _, recipe = imported(tmp_path, "a.py", 'model = FastLanguageModel.from_pretrained("microsoft/phi-4")\n')
+    run = recipe.training
+    assert (run.batch_size, run.warmup_steps, run.weight_decay, run.seed) == (8, 0.1, 0.001, 3407)  # 4 rows, 2 times
+    _, recipe = imported(tmp_path, "a.yml", "base_model: microsoft/phi-4\nsequence_len: 2048\n")
+    run = recipe.training
+    assert (run.batch_size, run.warmup_steps, run.num_train_epochs, run.lr_scheduler_type) == (1, 0.03, 1, "cosine")
+
+
 def import_recipe_of(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
     return import_recipe(tmp_path / name)

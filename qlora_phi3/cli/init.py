@@ -62,22 +62,21 @@ def init(
         device = chosen.gpu
     with watching() as watcher:
         watcher.info(f"Reading {data}")
-        from qlora_phi3.memory.proposal import choose_training, read_data
+        from qlora_phi3.memory.proposal import choose_training, propose, read_data
 
         summary = read_data(data, Path(), watcher.progress)
         choice = choose_training(len(summary.lengths))
-        summary, options = _compare(model, summary, choice, device, watcher)
+        options = _compare(model, summary, choice, device, watcher)
+        option = _shorten(propose(options, has_tools=summary.has_tools), summary, choice, device, watcher)
     asks = not yes and sys.stdin.isatty() and sys.stdout.isatty()
-    _show(summary, options, device)
-    option = next((each for each in options if each.fits is not False and (each.is_simulated or device is None)), None)
-    if asks and option is not None and len(options) > 1:
+    options = [option if each.name == option.name else each for each in options]
+    _show(summary, options, option, device)
+    if asks and len(options) > 1:
         number = click.prompt("Model", default=options.index(option) + 1, type=click.IntRange(1, len(options)))
         with watching() as watcher:
-            option = _verify(options[number - 1], summary, choice, device, watcher)
-    if option is None or option.fits is False:
-        click.echo(
-            f"No recipe is written: {option.name if option else 'none of them'} does not fit. Try another model or GPU.", err=True
-        )
+            option = _shorten(options[number - 1], summary, choice, device, watcher)
+    if option.report is not None and not option.report.fits:
+        click.echo(f"No recipe is written: {option.name} does not fit. Try another model or GPU.", err=True)
         ctx.exit(DOES_NOT_FIT)
     if asks:
         epochs = click.prompt("Epochs, passes over the rows", default=choice.epochs, type=click.IntRange(1, LARGEST_EPOCHS))
@@ -96,55 +95,33 @@ def _write_example(out: Path | None) -> None:
 
 def _compare(
     model: str | None, summary: "DataSummary", choice: "TrainingChoice", device: "Gpu | None", watcher: "Watcher"
-) -> "tuple[DataSummary, list[ModelOption]]":
-    """The models for the rows; on a GPU each with memory and time, the one that is proposed by the simulation.
-
-    The rows are counted by the tokenizer of the first model that may be proposed, where it is on this computer.
-    """
-    from qlora_phi3.memory.proposal import MODELS, SMALLEST_MODEL, count_tokens, estimate_option, model_option, propose
+) -> "list[ModelOption]":
+    """The models for the rows, each simulated on the GPU; without a GPU the smallest one."""
+    from qlora_phi3.memory.proposal import MODELS, SMALLEST_MODEL, model_option, simulate_option
 
     names = [model] if model else list(MODELS) if device else [SMALLEST_MODEL]
-    options = [model_option(name, summary) for name in names]
-    if device is not None:
-        options = [estimate_option(option, summary, choice, device) for option in options]
-    order = propose(options, summary)
     watcher.info("Starting torch, transformers and peft")
-    summary = count_tokens(summary, order[0], Path(), watcher.progress)
-    if summary.is_exact:
-        options = [model_option(name, summary) for name in names]
-        options = [estimate_option(option, summary, choice, device) for option in options] if device else options
-        order = propose(options, summary)
-    for option in order if device else ():
-        tried = _verify(option, summary, choice, device, watcher, shorten=option is order[-1])
-        options[options.index(option)] = tried
-        if tried.fits:
-            break
-    return summary, options
+    options = [model_option(name, summary, Path(), watcher.progress) for name in names]
+    if device is not None:
+        for number, option in enumerate(options):
+            watcher.progress("Simulating the training of each model", number, len(options))
+            options[number] = simulate_option(option, summary, choice, device, watcher.info)
+    return options
 
 
-def _verify(
-    option: "ModelOption",
-    summary: "DataSummary",
-    choice: "TrainingChoice",
-    device: "Gpu | None",
-    watcher: "Watcher",
-    shorten: bool = True,
+def _shorten(
+    option: "ModelOption", summary: "DataSummary", choice: "TrainingChoice", device: "Gpu | None", watcher: "Watcher"
 ) -> "ModelOption":
-    """A model as `vram-check` finds it; with `shorten`, one that does not fit gets the longest `max_length` that does."""
-    from qlora_phi3.memory.proposal import longest_that_fits, simulate_option
+    """The option; one that does not fit gets the longest `max_length` that does."""
+    from qlora_phi3.memory.proposal import shorten_option
 
-    if option.is_simulated or device is None:
+    if device is None or option.report is None or option.report.fits:
         return option
-    tried, checker = simulate_option(option, summary, choice, device, watcher.info)
-    if tried.fits or not shorten:
-        return tried
     watcher.info(f"{option.name}: searching the longest row that fits")
-    if length := longest_that_fits(option, checker, device):
-        return simulate_option(replace(option, max_length=length), summary, choice, device, watcher.info)[0]
-    return tried
+    return shorten_option(option, summary, choice, device, watcher.info)
 
 
-def _show(summary: "DataSummary", options: "Sequence[ModelOption]", device: "Gpu | None") -> None:
+def _show(summary: "DataSummary", options: "Sequence[ModelOption]", chosen: "ModelOption", device: "Gpu | None") -> None:
     """The rows, and the table of models."""
     from rich.markup import escape
 
@@ -153,7 +130,7 @@ def _show(summary: "DataSummary", options: "Sequence[ModelOption]", device: "Gpu
     from qlora_phi3.ui.vram import build_table
     from qlora_phi3.units import GIB, describe_duration, format_count
 
-    lengths, counted = summary.lengths, "" if summary.is_exact else f", estimated at {BYTES_PER_TOKEN} bytes a token"
+    lengths, counted = chosen.lengths, "" if chosen.is_exact else f", estimated at {BYTES_PER_TOKEN} bytes a token"
     click.echo(f"{format_count(len(lengths), 'usable row')} of format {summary.format}")
     click.echo(f"Tokens: half have at most {lengths[len(lengths) // 2]:,}, the longest {lengths[0]:,}{counted}")
     for count in summary.skipped[:3]:
@@ -163,29 +140,32 @@ def _show(summary: "DataSummary", options: "Sequence[ModelOption]", device: "Gpu
         click.echo("A run on the CPU is for trying things out: it is far slower. --vram 12GB plans for a GPU of that size.")
         return
     wide = shutil.get_terminal_size((PIPED_WIDTH, 0)).columns >= WIDE
-    table = build_table("", "model", "fits", "least GiB>", "max_length>", "tokens/s>", "time>", *([""] if wide else ()))
+    table = build_table("", "model", "fits", "GiB>", "max_length>", "tokens/s>", "time>", *([""] if wide else ()))
     for number, option in enumerate(options, 1):
-        about = "" if option.is_simulated else "~"
-        speed = [f"{about}{option.tokens_per_second:,.0f}", f"{about}{describe_duration(option.seconds)}"]
-        cells = [f"~{option.needed_bytes / GIB:.1f}", f"{option.max_length:,}", *(speed if option.fits else ("", ""))]
-        fits = f"[green]{about}yes[/]" if option.fits else f"[red]{about}no[/]"
-        name = escape(option.name.removeprefix("microsoft/"))
+        report = option.report
+        cells = [f"{report.memory.on_gpu_bytes / GIB:.1f}", f"{option.max_length:,}", "", ""] if report else [""] * 4
+        if report is not None and report.fits:
+            cells[2:] = [f"{report.tokens_per_second:,.0f}", describe_duration(report.run_seconds or 0)]
         notes = [f"[dim]{escape(option.note)}[/]"] if wide else []
-        table.add_row(f"{number}", name, fits, *cells, *notes)
+        fits = "[green]yes[/]" if report is not None and report.fits else "[red]no[/]"
+        table.add_row(f"{number}", escape(option.name.removeprefix("microsoft/")), fits, *cells, *notes)
     click.echo("")
     print_rich(lambda console: console.print(table))
-    click.echo("\n~: estimated; the rest is simulated, as by vram-check. tokens/s and time are by a")
-    click.echo("cost model, not measured.\n")
+    click.echo("\nMemory is simulated, as by vram-check; tokens/s and time are by a cost model, not")
+    click.echo("measured.\n")
 
 
 def _write(target: Path, summary: "DataSummary", option: "ModelOption", choice: "TrainingChoice", device: "Gpu | None") -> None:
     """Write the recipe, and name the next commands."""
-    from qlora_phi3.memory.proposal import describe_gpu, recipe_text, training_seconds
+    from qlora_phi3.memory.proposal import choose_training, describe_gpu, recipe_text
     from qlora_phi3.units import describe_duration, describe_epochs
 
     check_new_file(target)
     create_file(target, recipe_text(summary, option, choice, target, describe_gpu(device)))
-    time = f" in about {describe_duration(training_seconds(option, summary, choice))}" if device else ""
+    time = ""
+    if option.report is not None and option.report.run_seconds is not None:
+        share = choice.epochs / choose_training(len(option.lengths)).epochs  # of the epochs that were simulated
+        time = f" in about {describe_duration(share * option.report.run_seconds)}"
     click.echo(f"Written: {target}")
     click.echo(f"{option.name}, rows of at most {option.max_length:,} tokens, {describe_epochs(choice.epochs)}{time}")
     click.echo(f"Look at the rows as the model sees them: qlora-phi3 inspect {target}")

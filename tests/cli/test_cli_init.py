@@ -1,5 +1,9 @@
 """`qlora-phi3 init` as a person calls it, on a tiny model."""
 
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 from workshop import call, write_chats
 
@@ -51,17 +55,22 @@ def test_the_recipe_may_stand_elsewhere_and_still_finds_the_data(shop, chats):
 def test_rows_longer_than_what_fits_are_cut_to_what_fits(shop, monkeypatch):
     from qlora_phi3.memory import proposal
 
-    monkeypatch.setattr(proposal, "longest_that_fits", lambda option, checker, device: 64)
+    def find(checker, devices, progress, longest):
+        return [SimpleNamespace(max_length=longest)]
 
-    def simulate_small(option, *_):
-        return proposal.replace(option, fits=option.max_length <= 64, tokens_per_second=1.0, seconds=1.0, is_simulated=True), None
+    report = proposal.VramChecker.report
 
-    monkeypatch.setattr(proposal, "simulate_option", simulate_small)
+    def report_small(checker, *arguments, **options):
+        fits = checker.context.recipe.training.max_length <= 64
+        return replace(report(checker, *arguments, **options), verdict="fits" if fits else "does_not_fit")
+
+    monkeypatch.setattr(proposal.VramChecker, "report", report_small)
+    monkeypatch.setattr(proposal, "find_max_lengths", partial(find, longest=100))
     write_chats(shop.path / "a.jsonl", rows=30)
     rows = (shop.path / "a.jsonl").read_text(encoding="utf-8").replace("What is", "Tell me " + "once more " * 30 + "what is")
     (shop.path / "a.jsonl").write_text(rows, encoding="utf-8")
     assert call("init", "a.jsonl", "--model", str(shop.base), "--vram", "8GB").exit_code == 0
     assert load_recipe(shop.path / "a.toml").training.max_length == 64
-    monkeypatch.setattr(proposal, "longest_that_fits", lambda option, checker, device: 0)
+    monkeypatch.setattr(proposal, "find_max_lengths", partial(find, longest=0))
     result = call("init", "a.jsonl", "--out", "b.toml", "--model", str(shop.base), "--vram", "8GB")
     assert (result.exit_code, (shop.path / "b.toml").exists()) == (3, False)

@@ -2,27 +2,27 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from qlora_phi3.hardware.gpu import gpu_of_size
 from qlora_phi3.memory.proposal import (
     MODELS,
+    NIGHT_SECONDS,
     SMALLEST_MODEL,
     TOOL_MODEL,
     DataSummary,
     choose_max_length,
     choose_training,
-    estimate_option,
     model_option,
     propose,
     read_data,
     recipe_text,
-    training_seconds,
+    simulate_option,
 )
-from qlora_phi3.memory.vram_check import RecipeContext, VramChecker, summarize_rows
 from qlora_phi3.recipe.load import load_recipe
-from qlora_phi3.recipe.schema import Data, Recipe
+from qlora_phi3.recipe.schema import Data
 from qlora_phi3.units import GIB
 
 ROWS = DataSummary(
@@ -69,45 +69,32 @@ def test_few_rows_get_more_epochs_smaller_batches_and_a_lower_rate(rows, held_ou
     )
 
 
-def test_the_time_is_of_all_epochs_and_of_the_evaluations_between_and_around_them():
-    """950 rows three times, and 50 rows in five evaluations, each a third of the work: 1,000 tokens each at 100 a second."""
-    option = replace(model_option(SMALLEST_MODEL, ROWS), max_length=1000, tokens_per_second=100.0)
-    assert training_seconds(option, ROWS, choose_training(1000)) == pytest.approx((950 * 3 + 50 * 5 / 3) * 10)
+def option_of(name, summary=ROWS):
+    return model_option(name, summary, Path(), lambda *_: None)
 
 
-def test_the_estimate_is_near_the_simulation():
-    """The plan that needs least memory, without what its allocator adds."""
-    device, choice = gpu_of_size(12 * GIB), choose_training(1000)
-    option = estimate_option(replace(model_option(SMALLEST_MODEL, ROWS), max_length=1024), ROWS, choice, device)
-    recipe = Recipe.model_validate({"model": {"name": option.name}, "data": ROWS.data, "training": {"max_length": 1024}})
-    from qlora_phi3.family import known_config
-    from qlora_phi3.memory.plan import read_lengths
-    from qlora_phi3.memory.search import minimal_memory_plan
-
-    lengths = read_lengths(ROWS.lengths, (1000,), 16)
-    rows = summarize_rows(lengths, "")
-    config = known_config(option.name)
-    checker = VramChecker(
-        RecipeContext(recipe=recipe, config=config, architecture=option.architecture, lengths=lengths, rows=rows), print
-    )
-    predictor = checker.predictor(device)
-    least = predictor.on_gpu_bytes(max(predictor.phases(*minimal_memory_plan(predictor, lengths)).values()))
-    assert option.needed_bytes == pytest.approx(least, rel=0.15)
-    assert option.fits
+def test_a_model_is_simulated_with_the_recipe_that_is_written_for_it():
+    choice = choose_training(1000)
+    option = simulate_option(option_of(SMALLEST_MODEL), ROWS, choice, gpu_of_size(12 * GIB), lambda _: None)
+    report = option.report
+    assert (report.fits, report.max_length, report.batch_size, report.rows.longest) == (True, 1024, 16, 1000)
+    assert (report.epochs, report.total_steps, report.rows.count) == (3, 180, 950)  # 60 steps an epoch, the last of 6 rows
+    seconds = 180 * report.seconds_per_step
+    assert seconds < report.run_seconds < 1.2 * seconds  # and five evaluations of 50 rows, a third of the work a token
 
 
 def test_the_most_capable_model_is_proposed_that_fits_and_is_trained_within_a_night():
-    choice = choose_training(1000)
+    def proposed(*fitting, has_tools=False, seconds=60.0):
+        reports = {name: SimpleNamespace(fits=name in fitting, run_seconds=seconds) for name in MODELS}
+        options = [replace(option_of(name), report=reports[name]) for name in MODELS]
+        return propose(options, has_tools=has_tools).name
 
-    def names(gigabytes, summary=ROWS):
-        options = [estimate_option(model_option(name, summary), summary, choice, gpu_of_size(gigabytes * GIB)) for name in MODELS]
-        return [option.name for option in propose(options, summary)]
-
-    assert names(4) == [SMALLEST_MODEL]
-    assert names(8) == [TOOL_MODEL, SMALLEST_MODEL]
-    assert names(24)[0] == "microsoft/phi-4"
-    assert names(24, replace(ROWS, has_tools=True))[0] == TOOL_MODEL
-    assert names(24, replace(ROWS, lengths=(4000,) * 100_000))[0] == TOOL_MODEL  # phi-4 would take days
+    assert proposed() == SMALLEST_MODEL
+    assert proposed(SMALLEST_MODEL, TOOL_MODEL) == TOOL_MODEL
+    assert proposed(*MODELS) == "microsoft/phi-4"
+    assert proposed(*MODELS, has_tools=True) == TOOL_MODEL
+    assert proposed(*MODELS, seconds=NIGHT_SECONDS + 1) == TOOL_MODEL
+    assert propose([option_of(SMALLEST_MODEL)], has_tools=True).name == SMALLEST_MODEL
 
 
 def test_columns_of_likely_names_become_fields_that_the_recipe_states(tmp_path):
@@ -116,15 +103,13 @@ def test_columns_of_likely_names_become_fields_that_the_recipe_states(tmp_path):
     assert (summary.data.format, summary.data.fields) == ("alpaca", {"instruction": "Question", "output": "Answer"})
     assert summary.lengths == (14,) * 30  # 12 bytes are 4 tokens; the template has 5 more for each of two turns
     target = tmp_path / "faq.toml"
-    target.write_text(
-        recipe_text(summary, model_option(SMALLEST_MODEL, summary), choose_training(30), target, "nothing"), "utf-8"
-    )
+    target.write_text(recipe_text(summary, option_of(SMALLEST_MODEL, summary), choose_training(30), target, "nothing"), "utf-8")
     recipe = load_recipe(target, check_files=True)
     assert (recipe.data.fields, recipe.data.eval_size, recipe.training.eval_strategy) == (summary.data.fields, 3, "epoch")
 
 
 def test_every_key_of_the_recipe_has_its_reason(tmp_path):
-    text = recipe_text(ROWS, model_option(SMALLEST_MODEL, ROWS), choose_training(1000), Path("a.toml"), "nothing")
+    text = recipe_text(ROWS, option_of(SMALLEST_MODEL), choose_training(1000), Path("a.toml"), "nothing")
     keys = [line for line in text.splitlines() if " = " in line and not line.startswith("#")]
     assert len(keys) == 11
     assert all("   # " in line for line in keys)

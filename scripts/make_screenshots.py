@@ -1,87 +1,143 @@
-"""Make the pictures of docs/images from real runs: `python scripts/make_screenshots.py [NAME ...]`.
+"""Make the pictures of docs/images from a real run of the demo: `python scripts/make_screenshots.py [NAME ...]`.
 
-Needs the demo's model and data (scripts/make_demo_model.py, scripts/make_demo_data.py). Each picture is a function of `PICTURES`
-that returns an SVG. Look at what it made.
+Needs the demo's model and data (scripts/make_demo_model.py, scripts/make_demo_data.py), the extras chat and report, tmux, and for
+report.png chromium. The commands are typed into a terminal of tmux, whose screen becomes an SVG. Look at what it made.
 """
 
 import argparse
-import io
 import os
+import re
+import shlex
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 
 from rich.console import Console
-
-from qlora_phi3.cli.options import silence_libraries
-from qlora_phi3.recipe.load import load_recipe
-from qlora_phi3.reporter import StepRecord
-from qlora_phi3.ui.console import ConsoleReporter, LogInterval, build_progress
-from qlora_phi3.ui.live import RunProgress
+from rich.text import Text
 
 REPOSITORY = Path(__file__).parents[1]
-COLUMNS, LINES = 100, 32
-#: Step of the demo whose screen is the picture, and what makes its run short.
-SHOWN_STEP = 19
-DEMO = (
-    "data.max_rows=56", "data.max_eval_rows=8", "training.batch_size=2", "training.eval_strategy=steps",
-    "training.eval_steps=0.2", "training.max_length=128",
-)  # fmt: skip
+IMAGES = Path("docs/images")
+COLUMNS, LINES = 100, 34
+SESSION, PROMPT = "screenshots", "$ "
+PROGRAM = f"{shlex.quote(sys.executable)} -m qlora_phi3"
+#: What makes the demo's run shorter.
+DEMO = "--set data.max_rows=240 --set data.max_eval_rows=64 --set training.eval_strategy=steps --set training.eval_steps=0.2"
+QUESTION = "What does the function `os.path.basename` do?"
+MOST_SECONDS = 1800.0
 
 
-class PictureTakenError(Exception):
-    """Ends the run."""
+def tmux(*arguments: str) -> str:
+    """Run a command of tmux; returns what it prints."""
+    return subprocess.run(["tmux", *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def picture_live() -> str:
-    """The screen of `qlora-phi3 run` in the middle of the demo, with the lines above it."""
-    from qlora_phi3.training.run import run
-
-    lines: list[str] = []
-    pictures: list[str] = []
-    console = Console(width=COLUMNS, height=LINES, file=io.StringIO(), force_terminal=True)
-    bars = build_progress(console, kind=RunProgress)
-
-    class Photographer(ConsoleReporter):
-        def info(self, line: str) -> None:
-            lines.append(line)
-
-        def step(self, record: StepRecord) -> None:
-            super().step(record)
-            if record.step == SHOWN_STEP:
-                paper = Console(width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor", record=True)
-                for line in lines:
-                    paper.print(line, markup=False, highlight=False)
-                paper.print(bars.get_renderable())
-                pictures.append(paper.export_svg(title="qlora-phi3 run recipes/demo.toml"))
-                raise PictureTakenError
-
-    bars.reporter = Photographer(console, console, LogInterval("no", 1), bars)
-    path = Path("recipes/demo.toml")
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = load_recipe(path, (*DEMO, f"training.output_dir={folder}"))
-        try:
-            run(recipe, "demo", path.parent, reporter=bars.reporter)
-        except PictureTakenError:
-            return pictures[0].replace(folder, "runs")
-    raise RuntimeError(f"the run ended before step {SHOWN_STEP}")
+@contextmanager
+def terminal() -> Iterator[None]:
+    """A terminal of `COLUMNS` x `LINES` with an empty shell, in which `qlora-phi3` is this checkout's."""
+    shell = f"PS1='{PROMPT}' bash --norc --noprofile"
+    tmux("new-session", "-d", "-s", SESSION, "-x", str(COLUMNS), "-y", str(LINES), shell)
+    try:
+        enter(f'qlora-phi3() {{ {PROGRAM} "$@"; }}; clear')
+        yield
+    finally:
+        tmux("kill-session", "-t", SESSION)
 
 
-#: Name of the file in docs/images -> what makes it.
-PICTURES: dict[str, Callable[[], str]] = {"live.svg": picture_live}
+def enter(line: str) -> None:
+    """Type a line."""
+    tmux("send-keys", "-t", SESSION, "-l", line)
+    tmux("send-keys", "-t", SESSION, "Enter")
+
+
+def wait_for(pattern: str) -> None:
+    """Wait until the screen has text of this pattern."""
+    until = time.monotonic() + MOST_SECONDS
+    while not re.search(pattern, tmux("capture-pane", "-pt", SESSION), re.MULTILINE):
+        if time.monotonic() > until:
+            raise TimeoutError(f"no {pattern} on the screen:\n{tmux('capture-pane', '-pt', SESSION)}")
+        time.sleep(0.5)
+
+
+def take(name: str, title: str, *, lines_left_out: int = 0) -> None:
+    """Write what the screen shows, without empty lines at its end, as an SVG."""
+    screen = Text.from_ansi(tmux("capture-pane", "-ept", SESSION).rstrip("\n"))
+    paper = Console(width=COLUMNS, file=StringIO(), force_terminal=True, color_system="truecolor", record=True)
+    paper.print(Text("\n").join(screen.split("\n")[lines_left_out:]), soft_wrap=True)
+    (IMAGES / name).write_text(paper.export_svg(title=title), encoding="utf-8")
+
+
+def type_and_take(name: str, command: str) -> None:
+    """Run a command to its end in an empty terminal, and take its picture."""
+    enter(f"clear; {command}")
+    wait_for(rf"\n{re.escape(PROMPT)}$")
+    take(name, command)
+
+
+def picture_live(runs: Path) -> None:
+    """The screen of a run at three quarters of its steps; the run then goes on to its end."""
+    enter(f"clear; qlora-phi3 run recipes/demo.toml {DEMO} --set training.output_dir={runs}")
+    wait_for(r"2[2-9]/30")
+    take("live.svg", "qlora-phi3 run recipes/demo.toml")
+    wait_for(rf"\n{re.escape(PROMPT)}$")
+
+
+def picture_inspect(runs: Path) -> None:
+    """Three rows of the demo, the learned part of each marked, and the statistics."""
+    type_and_take("inspect.svg", "qlora-phi3 inspect recipes/demo.toml")
+
+
+def picture_chat(runs: Path) -> None:
+    """A question to the base and to the tuned model of the run, in two columns."""
+    enter(f"clear; qlora-phi3 chat {newest(runs)} --compare --max-new-tokens 60")
+    wait_for("^> ")
+    enter(QUESTION)
+    wait_for(r"tokens/s.*tokens/s")
+    take("chat.svg", "qlora-phi3 chat demo --compare")
+    tmux("send-keys", "-t", SESSION, "C-d")
+
+
+def picture_report(runs: Path) -> None:
+    """report.html of the run, at 1,000 pixels."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,1500"]
+    page = (newest(runs) / "report.html").as_uri()
+    with tempfile.TemporaryDirectory() as profile:
+        subprocess.run(
+            ["chromium", *options, f"--user-data-dir={profile}", f"--screenshot={(IMAGES / 'report.png').absolute()}", page],
+            check=True,
+        )
+
+
+def newest(runs: Path) -> Path:
+    """The directory of the newest run."""
+    return max(runs.glob("*/20*"))
+
+
+#: Name of the file in docs/images -> what makes it. The first makes the run that the others show.
+PICTURES: dict[str, Callable[[Path], None]] = {
+    "live.svg": picture_live,
+    "inspect.svg": picture_inspect,
+    "chat.svg": picture_chat,
+    "report.png": picture_report,
+}
 
 
 def main() -> None:
     """Make the pictures that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)}; default: all")
+    parser.add_argument("--runs", type=Path, help="directory of the demo's runs, to use its newest; default: a temporary one")
+    arguments = parser.parse_args()
     os.chdir(REPOSITORY)
-    silence_libraries()
-    target = Path("docs/images")
-    target.mkdir(exist_ok=True)
-    for name in parser.parse_args().names or PICTURES:
-        (target / name).write_text(PICTURES[name](), encoding="utf-8")
-        print(target / name)
+    IMAGES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, terminal():
+        for name in arguments.names or PICTURES:
+            PICTURES[name](arguments.runs or Path(folder))
+            print(IMAGES / name)
 
 
 if __name__ == "__main__":

@@ -57,9 +57,17 @@ def test_the_shortest_recipe_of_the_readme_loads(tmp_path):
     assert load_recipe(tmp_path / "my.toml").training.batch_size == 16
 
 
-def test_the_python_of_the_readme_compiles():
-    (text,) = [text for kind, text in BLOCKS if kind == "python"]
-    compile(text, "README.md", "exec")
+def test_the_python_of_the_docs_compiles():
+    blocks = [text for page in PAGES for text in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL)]
+    assert blocks
+    for text in blocks:
+        compile(text, "docs", "exec")
+
+
+def test_every_link_of_the_docs_leads_to_a_file():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_the_pages_made_from_the_program_are_up_to_date(monkeypatch):

@@ -23,7 +23,7 @@ from rich.text import Text
 REPOSITORY = Path(__file__).parents[1]
 IMAGES = Path("docs/images")
 COLUMNS, LINES = 100, 34
-SESSION, PROMPT = "screenshots", "$ "
+SESSION, PROMPT, PROMPT_LINE = "screenshots", "$ ", r"^\$\s*$"
 PROGRAM = f"{shlex.quote(sys.executable)} -m qlora_phi3"
 #: What makes the demo's run shorter.
 DEMO = "--set data.max_rows=240 --set data.max_eval_rows=64 --set training.eval_strategy=steps --set training.eval_steps=0.2"
@@ -33,7 +33,7 @@ MOST_SECONDS = 1800.0
 
 def tmux(*arguments: str) -> str:
     """Run a command of tmux; returns what it prints."""
-    return subprocess.run(["tmux", *arguments], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(["tmux", "-L", SESSION, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def terminal() -> Iterator[None]:
         enter(f'qlora-phi3() {{ {PROGRAM} "$@"; }}; clear')
         yield
     finally:
-        tmux("kill-session", "-t", SESSION)
+        tmux("kill-server")
 
 
 def enter(line: str) -> None:
@@ -74,16 +74,16 @@ def take(name: str, title: str, *, lines_left_out: int = 0) -> None:
 def type_and_take(name: str, command: str) -> None:
     """Run a command to its end in an empty terminal, and take its picture."""
     enter(f"clear; {command}")
-    wait_for(rf"\n{re.escape(PROMPT)}$")
+    wait_for(PROMPT_LINE)
     take(name, command)
 
 
 def picture_live(runs: Path) -> None:
     """The screen of a run at three quarters of its steps; the run then goes on to its end."""
     enter(f"clear; qlora-phi3 run recipes/demo.toml {DEMO} --set training.output_dir={runs}")
-    wait_for(r"2[2-9]/30")
+    wait_for(r"done .* 2[2-9] of 30")
     take("live.svg", "qlora-phi3 run recipes/demo.toml")
-    wait_for(rf"\n{re.escape(PROMPT)}$")
+    wait_for(PROMPT_LINE)
 
 
 def picture_inspect(runs: Path) -> None:
@@ -94,7 +94,7 @@ def picture_inspect(runs: Path) -> None:
 def picture_chat(runs: Path) -> None:
     """A question to the base and to the tuned model of the run, in two columns."""
     enter(f"clear; qlora-phi3 chat {newest(runs)} --compare --max-new-tokens 60")
-    wait_for("^> ")
+    wait_for(r"^>\s*$")
     enter(QUESTION)
     wait_for(r"tokens/s.*tokens/s")
     take("chat.svg", "qlora-phi3 chat demo --compare")

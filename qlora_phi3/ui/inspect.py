@@ -1,13 +1,10 @@
 """What `qlora-phi3 inspect` shows: rows with the learned text marked, and statistics; in a terminal, or as a page of HTML."""
 
-import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_phi3.data.inspect import DataStatistics, Problem, RowView
-from qlora_phi3.errors import printable
+from qlora_phi3.ui.console import shown
 from qlora_phi3.units import format_count
 
 if TYPE_CHECKING:
@@ -26,11 +23,6 @@ MOST_PROBLEMS = 100
 def is_styled(console: "Console") -> bool:
     """Whether underlining can be seen: on a terminal that is not a dumb one. With NO_COLOR it stays."""
     return console.is_terminal and console.color_system is not None
-
-
-def shown(text: str) -> str:
-    """A text without what controls a terminal, complete, and with files below the current directory by their relative paths."""
-    return printable(text, longest_line=sys.maxsize).replace(f"{Path.cwd()}{os.sep}", "")
 
 
 def show_row(console: "Console", view: RowView, *, ids: bool = False, is_complete: bool = False) -> None:

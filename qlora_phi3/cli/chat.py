@@ -200,7 +200,7 @@ def _columns(answers: list[tuple[str, str]], width: int, most_lines: int = 0) ->
     for column in table.columns:
         column.width = width
     for text, _ in answers:
-        shown = "".join(printable(text[start : start + 1000]) for start in range(0, len(text), 1000))  # cuts no line
+        shown = printable(text.strip(), longest_line=sys.maxsize)
         cells.append(Text("\n").join(Text(shown).wrap(Console(), width)[-most_lines:]))
     table.add_row(*cells)
     table.add_row(*(Text(figures, style="dim") for _, figures in answers))

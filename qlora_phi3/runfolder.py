@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from qlora_phi3.errors import RunError
+from qlora_phi3.errors import RunError, quoted
 from qlora_phi3.family import is_hub_id
 from qlora_phi3.files import atomic_write, disk_errors, flush_to_disk, is_dir, make_directory, read_json_object, remove
 
@@ -50,10 +50,15 @@ class RunFolder:
         for name in (*files, "samples.json", "adapter", "quantized_base", "checkpoints"):
             object.__setattr__(self, name.partition(".")[0], self.path / name)
 
+    @property
+    def resume_command(self) -> str:
+        """The command that continues this run."""
+        return f"qlora-phi3 run --resume {quoted(self.path)}"
+
     def read_report(self) -> dict[str, Any]:
         """The content of report.json; RunError where there is none, or it holds no JSON object."""
         if self.recipe.is_file() and not self.report.exists():
-            hint = f"Put it back, or train again: qlora-phi3 run {self.recipe}"
+            hint = f"Put it back, or train again: qlora-phi3 run {quoted(self.recipe)}"
             raise RunError(f"{self.path} is a run without its report.json.", hint)
         hint = "Give the directory of a run: runs/<recipe>/<time>."
         report = read_json_object(self.report, RunError, hint)
@@ -179,6 +184,16 @@ def list_runs(root: Path) -> list[RunFolder]:
     """The runs that are in `root`, or in a directory in it, the newest last. A run is a directory with a report.json."""
     reports = [report for depth in ("*", "*/*") for report in root.glob(f"{depth}/report.json")]
     return sorted((RunFolder(report.parent) for report in reports), key=lambda run: (run.started, run.path.name))
+
+
+def find_unfinished(group: Path) -> RunFolder | None:
+    """The newest run in a directory, if it has a checkpoint and did not end; None where it is written now."""
+    newest = next(reversed(list_runs(group)), None)
+    if newest is None or not any(newest.checkpoints.glob("checkpoint-*")) or is_locked(newest):
+        return None
+    with suppress(RunError):
+        return None if newest.read_report().get("status") == "done" else newest
+    return None
 
 
 def resolve_run(text: str | Path, root: Path = Path("runs")) -> RunFolder:

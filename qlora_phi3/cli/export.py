@@ -10,7 +10,7 @@ import click
 
 from qlora_phi3.cli.options import debug_option, silence_libraries
 from qlora_phi3.cli.output import keep_running_without_output
-from qlora_phi3.errors import ExportError, Interrupted, UserError
+from qlora_phi3.errors import ExportError, Interrupted, UserError, quoted
 from qlora_phi3.export.request import DEFAULT_DTYPE, DEFAULT_ONTO, DTYPES, MODELFILE, ExportOptions, make_request
 
 KIND_HELP = "hf: safetensors for transformers, vLLM and others; gguf: one file for llama.cpp and Ollama."
@@ -25,7 +25,7 @@ OLLAMA_HELP = "Write a GGUF (q4_k_m without --quant), and create the model NAME 
 FOLDER = click.Path(path_type=Path)
 
 
-@click.command()
+@click.command(short_help="Write a run as a model for other programs, with a proof.")
 @click.argument("run", metavar="RUN", type=FOLDER)
 @click.option("--out", type=FOLDER, help="Folder to write; by default RUN/merged, RUN/gguf-q8_0 and so on.")
 @click.option("--format", "kind", type=click.Choice(["hf", "gguf"]), default="hf", show_default=True, help=KIND_HELP)
@@ -92,7 +92,8 @@ def create_in_ollama(name: str, modelfile: Path) -> None:
     """Run `ollama create`, whose output is shown as it comes. ExportError where it fails; the export stays."""
     program = shutil.which("ollama")
     if program is None:
-        click.echo("Ollama is not on this PATH: install it (https://ollama.com/download), then type the two lines above.")
+        click.echo("Ollama is not on this PATH: install it (https://ollama.com/download), then type:")
+        click.echo(f"ollama create {name} -f {quoted(modelfile)}\nollama run {name}")
         return
     sys.stdout.flush()
     try:
@@ -102,6 +103,6 @@ def create_in_ollama(name: str, modelfile: Path) -> None:
             f"{program} cannot be started: {error.strerror}.", f"The export is complete: {modelfile.parent}"
         ) from error
     if code:
-        hint = f"The export is complete. Start Ollama (ollama serve), then: ollama create {name} -f {modelfile}"
+        hint = f"The export is complete. Start Ollama (ollama serve), then: ollama create {name} -f {quoted(modelfile)}"
         raise ExportError(f"ollama create {name} ended with exit code {code}.", hint)
     click.echo(f"Chat with it: ollama run {name}")

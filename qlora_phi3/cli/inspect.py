@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FIRST_ROWS = 3
 
 
-@click.command()
+@click.command(short_help="Show the rows as they are trained on, and what is left out.")
 @click.argument("recipe", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.option("--row", "rows", multiple=True, metavar="N", help="Show this row, complete: its number, or file:number.")
 @click.option("--random", "count", type=click.IntRange(1), metavar="N", help="Show N rows drawn at random.")

@@ -118,7 +118,7 @@ def find_finished_run(path: Path, *, verify: bool) -> tuple[RunFolder, dict[str,
     run = resolve_run(path)
     report = run.read_report()
     if report.get("status") != "done":
-        hint = f"Finish it: qlora-phi3 run {run.recipe} --resume {run.path}"
+        hint = f"Finish it: {run.resume_command}"
         raise ExportError(f"The run {run.path} is not finished: its status is {report.get('status')}.", hint)
     for needed in (*(run.adapter / name for name in ADAPTER_FILES), run.base, run.recipe):
         if not needed.is_file():

@@ -204,7 +204,7 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
     free = FREE_KEYS if decides else FREE_KEYS | INTERVAL_KEYS
     differing = [f"[{table}] {key}" for table, key in changed if table != "training" or key not in free]
     if differing:
-        hint = f"Go on with its own: qlora-phi3 run {folder.recipe} --resume {folder.path}"
+        hint = f"Go on with its own: {folder.resume_command}"
         raise RunError(f"The recipe differs from the one {folder.path} began with in {', '.join(differing)}.", hint)
     if report.get("status") == "done" and not any(key in STEP_KEYS for _, key in changed):
         if not (damaged := reports.damaged_files(folder, report)):
@@ -290,7 +290,7 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
     trainer.trackers.finish(trainer.args, state, trainer.control, trainer.model)
     if trainer.stop.requested:
         trainer._save_checkpoint(trainer.model, None)  # it is there already, but for save_strategy = "no"
-        hint = f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
+        hint = f"Go on with: {folder.resume_command}"
         raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; everything is saved.", hint)
 
 
@@ -300,7 +300,7 @@ def _lost_process_reported(trainer: Phi3Trainer, folder: RunFolder, started: flo
     try:
         yield
     except processes.ProcessLost as lost:
-        step, hint = trainer.state.global_step, f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
+        step, hint = trainer.state.global_step, f"Go on with: {folder.resume_command}"
         error = processes.ProcessLost(f"Another process of this run has ended; the last completed step is {step}.", hint)
         with runfolder.lock_run(folder, wait_seconds=processes.TAKE_OVER_SECONDS) if processes.own_rank() else nullcontext():
             if (report := folder.read_report()).get("status") != "running":

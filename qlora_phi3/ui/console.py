@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_phi3.errors import LONGEST_LINE, Interrupted, printable
+from qlora_phi3.errors import LONGEST_LINE, Interrupted, printable, quoted
 from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, RunOutline, StepRecord
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.ui.eta import BLENDED_STEPS, EtaEstimator
@@ -227,7 +227,7 @@ class ConsoleReporter:
             message = f"Stopped at once after step {step} of {total}; the newest checkpoint is of step {saved}."
         if folder is None:
             return Interrupted(message, "Start again with the same command.")
-        return Interrupted(message, f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}")
+        return Interrupted(message, f"Go on with: {folder.resume_command}")
 
     def finish(self, steps: int, before: float | None, after: float | None, seconds: float, adapter: Path) -> None:
         """Print the end of a run: its steps, held-out losses in nats (None: no rows), seconds, and the adapter's directory."""
@@ -241,6 +241,12 @@ class ConsoleReporter:
                 self.warning(HELD_OUT_ROSE)
         done = f"{format_count(steps, 'step')} in {format_duration(seconds)}"
         self.info(f"Done: {done}. The adapter: {adapter.absolute()}")
+        if (page := adapter.parent / "report.html").is_file():
+            self.info(f"Report: {page.absolute()}")
+        run = quoted(shown(str(adapter.parent.absolute())))
+        self.info(f"Next: qlora-phi3 chat {run} --compare")
+        self.info(f"      qlora-phi3 eval {run}")
+        self.info(f"      qlora-phi3 export {run} --ollama NAME")
 
 
 @contextmanager

@@ -75,7 +75,8 @@ def show_problems(console: "Console", problems: Sequence[Problem]) -> None:
 
 def legend(console: "Console") -> str:
     """How learned text is marked."""
-    return "Learned: green and underlined." if is_styled(console) else f"Learned: between {MARKS[0]} and {MARKS[1]}."
+    how = "green and underlined" if is_styled(console) else f"between {MARKS[0]} and {MARKS[1]}"
+    return f"Learned: {how}, with the token that ends an answer. The rest is only read."
 
 
 def statistics_lines(figures: DataStatistics) -> list[str]:
@@ -94,7 +95,9 @@ def statistics_lines(figures: DataStatistics) -> list[str]:
         lines.append(f"{cut.max_length:>15,}  {cut.rows_share:>9.1%}  {cut.learned_share:>20.1%}  {cut.rows_dropped:>13,}{mark}")
     lines += ["", f"Learned: {figures.learned_share:.1%} of the tokens"]
     rows_padded = format_count(figures.batch_size, "row")
-    lines.append(f"Packing: none is padded; {rows_padded} padded to the longest would be {figures.padding_share:.0%} padding")
+    lines.append(
+        f"Packing: no token is padding ({rows_padded} padded to the longest would be {figures.padding_share:.0%} padding)"
+    )
     if figures.first_duplicate:
         first, second = figures.first_duplicate
         rows = format_count(figures.duplicates, "row")

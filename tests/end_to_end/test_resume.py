@@ -96,7 +96,7 @@ def test_ctrl_c_ends_with_130_and_names_the_command_to_go_on(stopped):
     note, last = result.stderr.splitlines()
     assert note.startswith("Note: Ctrl-C: ")
     assert f"step 5 of {STEPS}" in last
-    assert last.endswith(f"qlora-phi3 run {place}/recipe.toml --resume {place}")
+    assert last.endswith(f"qlora-phi3 run --resume {place}")
     assert report["status"] == "interrupted"
     assert not (folder / "adapter").exists()
     assert steps_of(folder) == [1, 2, 3, 4, 5]
@@ -133,7 +133,7 @@ def test_a_second_ctrl_c_names_the_checkpoint_to_go_on_from(shop, monkeypatch):
     last = result.stderr.splitlines()[-1]
     assert f"step 5 of {STEPS}" in last
     assert "step 4" in last
-    assert last.endswith(f"qlora-phi3 run {folder}/recipe.toml --resume {folder}")
+    assert last.endswith(f"qlora-phi3 run --resume {folder}")
     assert shop.run("--resume").exit_code == 0
 
 

@@ -1,7 +1,7 @@
 """Training objectives: functions from a model and a micro-batch to a loss and metrics.
 
 `step.py`, the retry after an out-of-memory error, the memory simulation and the dry run take an objective and do not know which
-one it is. A preference method is one more function here, on `model.loss.token_logprobs`.
+one it is. A preference method is one more function here.
 """
 
 from collections.abc import Callable, Mapping

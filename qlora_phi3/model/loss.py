@@ -1,8 +1,7 @@
-"""Losses on the supervised positions, computed in tiles so that the full logits never exist.
+"""The loss on the supervised positions, computed in tiles so that the full logits never exist.
 
 The full logits of Phi-3-mini take 0.31 MiB a token. `tiled_cross_entropy` computes the gradient with respect to the hidden states
-from the same tile in the forward pass, so its backward pass needs neither logits nor a second matmul. `token_logprobs` recomputes
-each tile in the backward pass, because the gradient of a general loss on log-probabilities is known only then.
+from the same tile in the forward pass, so its backward pass needs neither logits nor a second matmul.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, IGNORE_INDEX
 
@@ -48,14 +46,6 @@ def tiled_cross_entropy(
     """
     loss, num_correct = _TiledCrossEntropy.apply(hidden, weight, targets, normalizer, tile_bytes)  # type: ignore[no-untyped-call]
     return loss, num_correct
-
-
-def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, tile_bytes: int = DEFAULT_LOGITS_TILE_BYTES) -> Tensor:
-    """Compute the log-probability of each target; the arguments have the shapes and dtypes of `tiled_cross_entropy`. Returns
-    (positions,), fp32 (fp64 for fp64 inputs), differentiable once with respect to `hidden` and `weight`.
-    """
-    logprobs: Tensor = _TiledLogprobs.apply(hidden, weight, targets, tile_bytes)  # type: ignore[no-untyped-call]
-    return logprobs
 
 
 def _iter_logits(hidden: Tensor, head: Tensor, tile_bytes: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -121,39 +111,3 @@ class _TiledCrossEntropy(torch.autograd.Function):
         grad_loss = grads[0]
         saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return *(None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in saved), None, None, None
-
-
-class _TiledLogprobs(torch.autograd.Function):
-    """logprobs[i] = log_softmax(hidden[i] @ weight.T)[targets[i]]; saves its inputs only."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, tile_bytes: int) -> Tensor:
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.tile_bytes = tile_bytes
-        logprobs = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows, _, logits in _iter_logits(hidden, weight.to(hidden.dtype), tile_bytes):
-                max_logits = logits.amax(dim=-1, keepdim=True)
-                target_logits = logits.gather(1, targets[rows, None]) - max_logits
-                logprobs[rows] = (target_logits - logits.sub_(max_logits).exp_().sum(dim=-1, keepdim=True).log())[:, 0]
-        return logprobs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets = ctx.saved_tensors
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if needs_weight else None
-        head = weight.to(hidden.dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows, grad_logits, logits in _iter_logits(hidden, head, ctx.tile_bytes):
-                logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
-                logits.div_(logits.sum(dim=-1, keepdim=True)).mul_(-grad[rows, None])
-                logits.scatter_add_(1, targets[rows, None], grad[rows, None])
-                grad_logits.copy_(logits)
-                if grad_hidden is not None:
-                    grad_hidden[rows] = grad_logits @ head
-                if grad_weight is not None:
-                    grad_weight += (grad_logits.T @ hidden[rows]).to(grad.dtype)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None

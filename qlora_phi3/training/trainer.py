@@ -214,7 +214,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         self._num_recovered = 0  # out-of-memory errors, up to the last step
         self._last: tuple[Batch, float, float] | None = None  # batch, its loss, its token accuracy
         self._step_started = time.perf_counter()
-        watching = (reporter, self.divergence, self.early_stopping, trackers, self.stop)
+        watching = (self.divergence, self.early_stopping, trackers, self.stop)
         with _undo_trl_changes(model):
             super().__init__(
                 model=model,

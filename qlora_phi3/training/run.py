@@ -4,7 +4,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch.nn.utils import clip_grad_norm_
 
 from qlora_phi3 import runfolder
-from qlora_phi3.errors import Interrupted, RunError, is_out_of_memory
+from qlora_phi3.errors import Interrupted, RunError, memory_errors
 from qlora_phi3.family import read_architecture
 from qlora_phi3.files import atomic_write, disk_errors, remove, remove_leftovers
 from qlora_phi3.hardware.gpu import Gpu
@@ -265,7 +265,7 @@ def _begin(trainer: Phi3Trainer, context: RunContext, planned: PlannedRun, check
     """Run the heaviest step once and undo it, and evaluate the adapter that a new run starts with."""
     if wants_dry_run(context.recipe.memory, context.device):
         context.reporter.progress("Rehearsing the heaviest step", 0, None)
-        with _optimizer_memory_errors(context.device, lambda: 0):
+        with _optimizer_memory_errors(context.device):
             measured = dry_run_heaviest_step(trainer, context.gpu)
         context.reporter.progress("Rehearsing the heaviest step", 1, 1)
         context.reporter.info(f"Rehearsal: {PredictionCheck(predicted=planned.predicted, measured=measured).line()}")
@@ -277,7 +277,7 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
     """Train to the last step, and evaluate the adapter that is saved. Ctrl-C, SIGTERM and SIGHUP raise Interrupted; a checkpoint
     is saved.
     """
-    with suppress(EvaluationStopped), _optimizer_memory_errors(context.device, lambda: trainer.state.global_step):
+    with suppress(EvaluationStopped), _optimizer_memory_errors(context.device):
         if checkpoint is None or not trainer.load_finished(checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
@@ -378,15 +378,8 @@ def _check_prediction(trainer: Phi3Trainer, context: RunContext, planned: Planne
     return check
 
 
-@contextmanager
-def _optimizer_memory_errors(device: torch.device, step: Callable[[], int]) -> Iterator[None]:
+def _optimizer_memory_errors(device: torch.device) -> AbstractContextManager[None]:
     """Report in one line that memory ran out in the optimizer's update, the only place where nothing is tried again."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RunError(
-            f"The memory of {reports.describe_device(device)} ran out in the optimizer's update after step {step()}.",
-            "Close other programs that use it and go on with --resume; or start a new run with a smaller [lora] r.",
-        ) from error
+    problem = f"The memory of {reports.describe_device(device)} ran out in the optimizer's update: {{reason}}."
+    hint = "Close other programs that use it and go on with --resume; or start a new run with a smaller [lora] r."
+    return memory_errors(RunError, problem, hint)

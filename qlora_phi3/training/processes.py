@@ -15,11 +15,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
 from qlora_phi3.errors import RunError, UserError, first_line
 
@@ -103,11 +102,6 @@ def first_then_others(make: Callable[[], Result]) -> Result:
     return made[0] if made else make()
 
 
-@lru_cache(1)
-def _buffer(size: int) -> Tensor:
-    return torch.empty(size)  # kept, as fresh memory costs more than the sum
-
-
 @torch.no_grad()
 def add_up_gradients(model: nn.Module) -> None:
     """Replace the gradients by their sums over all processes, in fp32. Call it only after `gather`, as it passes on no error."""
@@ -116,13 +110,8 @@ def add_up_gradients(model: nn.Module) -> None:
         for weight in trained:
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         gradients = [weight.grad for weight in trained if weight.grad is not None]
-        sums = _buffer(sum(map(Tensor.numel, gradients)))
-        parts = [
-            part.view_as(of) for part, of in zip(torch.split(sums, list(map(Tensor.numel, gradients))), gradients, strict=True)
-        ]
-        for part, gradient in zip(parts, gradients, strict=True):
-            part.copy_(gradient)
+        sums = torch.cat([gradient.float().flatten().cpu() for gradient in gradients])
         with _peers_needed():
             distributed.all_reduce(sums)
-        for part, gradient in zip(parts, gradients, strict=True):
-            gradient.copy_(part)
+        for part, gradient in zip(torch.split(sums, [each.numel() for each in gradients]), gradients, strict=True):
+            gradient.copy_(part.view_as(gradient))

@@ -29,7 +29,7 @@ from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.training import artifacts, processes
 from qlora_phi3.training import report as reports
 from qlora_phi3.training.callbacks import stop_on_interrupt
-from qlora_phi3.training.oom import RngState, restore_execution_plan
+from qlora_phi3.training.oom import read_rng_state, restore_execution_plan
 from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, outline_run, plan_run, prepare, wants_dry_run
 from qlora_phi3.training.report import PredictionCheck
 from qlora_phi3.training.samples import save_samples
@@ -352,7 +352,7 @@ def _undone(trainer: Phi3Trainer) -> Iterator[None]:
     device, model = trainer.args.device, trainer.model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = [parameter.detach().to("cpu", copy=True) for parameter in trained]
-    rng_state, was_training = RngState.read(device), model.training
+    restore_rng_state, was_training = read_rng_state(device), model.training
     try:
         yield
     finally:
@@ -363,7 +363,7 @@ def _undone(trainer: Phi3Trainer) -> Iterator[None]:
                 parameter.copy_(weight)
                 parameter.grad = None
         gc.collect()
-        rng_state.restore()
+        restore_rng_state()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -77,7 +77,9 @@ class Bench:
             device=CPU,
             reporter=SimpleNamespace(oom=self.records.append),
             sources=("chats.jsonl", "more.jsonl"),
-            apply=self.applied.append,
+            apply=lambda plan: self.applied.append(
+                replace(plan, micro_batch=execution.micro_batch, evaluation=execution.evaluation)
+            ),
         )
 
     def compute(self, lengths, fails, *, step=1, phase="training"):

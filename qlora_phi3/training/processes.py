@@ -15,10 +15,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from qlora_phi3.errors import RunError, UserError, first_line
 
@@ -102,6 +103,11 @@ def first_then_others(make: Callable[[], Result]) -> Result:
     return made[0] if made else make()
 
 
+@lru_cache(1)
+def _buffer(size: int) -> Tensor:
+    return torch.empty(size)  # kept, as fresh memory costs more than the sum
+
+
 @torch.no_grad()
 def add_up_gradients(model: nn.Module) -> None:
     """Replace the gradients by their sums over all processes, in fp32. Call it only after `gather`, as it passes on no error."""
@@ -110,8 +116,12 @@ def add_up_gradients(model: nn.Module) -> None:
         for weight in trained:
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         gradients = [weight.grad for weight in trained if weight.grad is not None]
-        sums = torch.cat([gradient.float().flatten().cpu() for gradient in gradients])
+        sizes = [gradient.numel() for gradient in gradients]
+        sums = _buffer(sum(sizes))
+        pairs = list(zip(torch.split(sums, sizes), gradients, strict=True))
+        for part, gradient in pairs:
+            part.view_as(gradient).copy_(gradient)
         with _peers_needed():
             distributed.all_reduce(sums)
-        for part, gradient in zip(torch.split(sums, [each.numel() for each in gradients]), gradients, strict=True):
+        for part, gradient in pairs:
             gradient.copy_(part.view_as(gradient))

@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora_phi3.errors import RunError
 from qlora_phi3.family import is_hub_id
-from qlora_phi3.files import atomic_write, disk_errors, flush_to_disk, is_dir, make_directory, read_json_object
+from qlora_phi3.files import atomic_write, disk_errors, is_dir, make_directory, read_json_object
 
 #: Held by the process that writes a run directory, and the file with its process id.
 LOCK, LOCK_PID = "checkpoints/.lock", "checkpoints/.lock.pid"
@@ -259,9 +259,3 @@ def restore_metrics(folder: RunFolder, checkpoint: Path | None) -> None:
     kept = [] if checkpoint is None else read_metrics(checkpoint / folder.metrics.name)
     kept += [record for record in read_metrics(folder.metrics) if record["kind"] == "oom" and record not in kept]
     atomic_write(folder.metrics, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def flush_metrics(folder: RunFolder) -> None:
-    """Let metrics.jsonl reach the disk; RunError where the disk is full or refuses."""
-    with disk_errors(folder.metrics, hint="{cause}, then go on with --resume."):
-        flush_to_disk(folder.metrics)

@@ -138,14 +138,9 @@ class SpillWatch:
         if factor <= SUSPICIOUS_FACTOR:
             return None
         self._warned = True
-        if driver_spills():
-            return (
-                f"This step took {factor:.0f} times as long as those before it: the driver has probably moved GPU memory into "
-                "the computer's memory, because another program took it. Close other programs that use the GPU."
-            )
         return (
-            f"This step took {factor:.0f} times as long as those before it: another program is probably computing on the GPU, "
-            "or the GPU slows down to cool. Close other programs that use the GPU."
+            f"This step took {factor:.0f} times as long as those before it. Close other programs that use the GPU: they take its "
+            "time, and on Windows its driver moves memory that they take into the computer's memory."
         )
 
 

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from qlora_phi3 import runfolder
 from qlora_phi3.errors import Interrupted, RunError, memory_errors
 from qlora_phi3.family import read_architecture
-from qlora_phi3.files import atomic_write, disk_errors, remove, remove_leftovers
+from qlora_phi3.files import atomic_write, disk_errors, flush_to_disk, remove, remove_leftovers
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.inference import template_to_save
 from qlora_phi3.memory.report import MemoryReport
@@ -151,7 +151,8 @@ def _run_in(
                 )
             trainer.divergence.raise_failure(folder.adapter)
             check = _check_prediction(trainer, context, planned)
-            runfolder.flush_metrics(folder)
+            with disk_errors(folder.metrics, hint="{cause}, then go on with --resume."):
+                flush_to_disk(folder.metrics)
             report = reports.last_report(folder, report, check, steps=int(trainer.state.global_step), started=started)
             report |= best
             report["unlearned"] = reports.describe_unlearned(model, report)

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from qlora_phi3 import runfolder
 from qlora_phi3.errors import Interrupted, RunError, memory_errors
 from qlora_phi3.family import read_architecture
-from qlora_phi3.files import atomic_write, disk_errors, flush_to_disk, remove, remove_leftovers
+from qlora_phi3.files import atomic_write, disk_errors, flush_to_disk, read_json_object, remove, remove_leftovers
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.inference import template_to_save
 from qlora_phi3.memory.report import MemoryReport
@@ -226,15 +226,18 @@ def _checkpoint_to_resume(folder: RunFolder, recipe: Recipe, reporter: Reporter)
     for path, reason in refused.items():
         kept = artifacts.set_aside(path)
         reporter.warning(f"{path} is incomplete and is {f'kept as {kept.name}' if kept else 'removed'}: {reason}.")
-    if checkpoint is not None and artifacts.restore_base_record(folder, checkpoint):
-        reporter.warning(f"{folder.base} was damaged or missing and is restored from {checkpoint.name}.")
-    own, other = folder.started.isoformat(), None if checkpoint is None else artifacts.start_of_run(checkpoint)
-    if other and other != own:
-        reporter.warning(f"{checkpoint} is of a run that started at {other}, and this one started at {own}.")
     if checkpoint is None:
         reporter.info("No complete checkpoint yet: starting from the first step.")
-    else:
-        reporter.info(f"Going on from {checkpoint}")
+        return None
+    base = checkpoint / folder.base.name
+    if base.is_file() and not (folder.base.is_file() and folder.base.read_bytes() == base.read_bytes()):
+        atomic_write(folder.base, base.read_text(encoding="utf-8"))
+        reporter.warning(f"{folder.base} was damaged or missing and is restored from {checkpoint.name}.")
+    with suppress(RunError):
+        own, other = folder.started.isoformat(), read_json_object(base, RunError, "").get("run_started")
+        if other and other != own:
+            reporter.warning(f"{checkpoint} is of a run that started at {other}, and this one started at {own}.")
+    reporter.info(f"Going on from {checkpoint}")
     return checkpoint
 
 

@@ -4,7 +4,6 @@ transformers ignores tensors that the model lacks, and fills in those that the f
 kind of quantization would be trained without, or not as what they are. Run and `vram-check` both compare.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,7 +23,7 @@ POINTER_BYTES = 1024
 
 
 def check_checkpoint(name: str, architecture: Architecture) -> None:
-    """Check the files of a local checkpoint; a model of the hub, and a folder without weights, pass. ModelError for an adapter or
+    """Check the files of a local checkpoint; a name on the hub, and a folder without weights, pass. ModelError for an adapter or
     a Git LFS pointer among the files, weights that cannot be read, or other tensors than the architecture has: missing, more, of
     another shape, or quantized in another way than config.json says.
     """
@@ -53,7 +52,8 @@ def _check_tensors(stored: StoredWeights, name: str, architecture: Architecture)
         problem = "a Phi-3 whose qkv_proj and gate_up_proj are split, under model_type phi3"
         raise ModelError(f"The weights of {name} have {parts[0]}: {problem}.", _use_original(name, architecture))
     if more := sorted(tensor for tensor in found.keys() - expected.keys() if not tensor.endswith(REDUNDANT)):
-        raise surplus_tensors(more, name, architecture)
+        problem = f"{format_count(len(more), 'tensor')} that phi3 lacks and would ignore, first {more[0]}"
+        raise ModelError(f"The weights of {name} have {problem}.", _use_original(name, architecture))
     wrong = [
         tensor
         for tensor, shape in expected.items()
@@ -63,12 +63,6 @@ def _check_tensors(stored: StoredWeights, name: str, architecture: Architecture)
         count = format_count(len(wrong), "tensor")
         message = f"The weights of {name} are incomplete: {count} missing or of another shape or type, first {wrong[0]}."
         raise ModelError(message, "Download the checkpoint again.")
-
-
-def surplus_tensors(names: Sequence[str], name: str, architecture: Architecture) -> ModelError:
-    """The error for tensors of a checkpoint, such as biases, that the model would be trained without."""
-    problem = f"{format_count(len(names), 'tensor')} that phi3 lacks and would ignore, first {names[0]}"
-    return ModelError(f"The weights of {name} have {problem}.", _use_original(name, architecture))
 
 
 def _use_original(name: str, architecture: Architecture) -> str:

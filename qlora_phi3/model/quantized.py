@@ -56,16 +56,6 @@ def quantization_config(config: Quantization, compute_dtype: torch.dtype) -> Bit
     )
 
 
-def find_wrong_shapes(model: nn.Module) -> list[str]:
-    """The names of 4-bit weights whose shape is not the config's; transformers 5.23 compares only unquantized ones."""
-    return [
-        f"{name}.weight"
-        for name, layer in model.named_modules()
-        if isinstance(layer, bnb.nn.Linear4bit)
-        and tuple(layer.weight.quant_state.shape) != (layer.out_features, layer.in_features)
-    ]
-
-
 def disable_cpu_repacking(model: nn.Module) -> None:
     """Stop bitsandbytes 0.50 from repacking 4-bit weights in place at the first evaluation on CPUs with AVX512-BF16.
 

@@ -204,8 +204,8 @@ MESSAGES = [
     row(
         "base-weights-cut-short",
         lambda shop: load(with_base(shop, truncate)),
-        ("copy", "cannot be read"),
-        "Download the checkpoint again",
+        ("copy", "no complete safetensors file"),
+        "Download or write the file again",
     ),
     row(
         "base-weights-missing-tensor",

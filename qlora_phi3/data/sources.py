@@ -14,10 +14,10 @@ import logging
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, dropwhile
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -223,19 +223,17 @@ def _read_json_file(name: str, path: Path) -> RowIterator:
 
 
 def _read_jsonl_file(name: str, path: Path) -> RowIterator:
-    """One object a line; blank lines are skipped. A file that starts with an array is read as a .json file."""
+    """One object a line; blank lines are skipped. A file that starts with an array, or is UTF-16, is read as a .json file."""
     with _read_errors(name), _open_bytes(path) as file:
         head = file.read(4096)
-        is_utf16 = head[:2] in UTF16_MARKS
-        if head.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace").lstrip().startswith("["):
+        if head[:2] in UTF16_MARKS or head.decode("utf-8-sig", errors="replace").lstrip().startswith("["):
             yield from _read_json_file(name, path)
             return
         file.seek(0)
         # Decoded line by line, so that a wrong byte has a line; no other character than a line feed ends a line.
-        lines: Iterable[str | bytes] = io.TextIOWrapper(file, "utf-16", newline="\n") if is_utf16 else file
-        for number, raw in enumerate(lines, 1):
+        for number, raw in enumerate(file, 1):
             try:
-                line = (raw if isinstance(raw, str) else raw.decode("utf-8-sig")).strip()
+                line = raw.decode("utf-8-sig").strip()
                 if not line:
                     continue
                 row = DECODER.decode(line)
@@ -286,19 +284,17 @@ def _invalid_json(where: str, error: Exception) -> DataError:
 def _read_csv_file(name: str, path: Path) -> RowIterator:
     """One row a record. The first record names the columns; an empty cell is an empty text.
 
-    The separator is the one of `,;\\t|` that the first line has most often outside quotes; or Excel's `sep=` line names it.
+    The separator is the one of `,;\\t|` that the first line has most often outside quotes.
     """
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # some conversations exceed the default of 128 KiB
     start = 1
     try:
         with _read_errors(name), _open_text(path) as file:
-            lines = _skipping_separator(file)
-            separator, head, second = next(lines), next(lines, ""), next(lines, "")
-            marks = "\t,;|" if _suffix(name) == ".tsv" else ",;\t|"
+            lines: Iterator[str] = dropwhile(lambda line: not line.strip(), file)
+            head, second = next(lines, ""), next(lines, "")
             bare = re.sub(r'"[^"]*"?', "", head)
-            if not separator:
-                is_tab = marks[0] == "\t" and "\t" in bare
-                separator = "\t" if is_tab else max(marks, key=bare.count) if re.search(r"[,;\t|]", bare) else marks[0]
+            is_tab = _suffix(name) == ".tsv" and ("\t" in bare or not re.search("[,;|]", bare))
+            separator = "\t" if is_tab else max(",;\t|", key=bare.count)
             # A space between separator and quote would make the quotes part of the text.
             spaced = re.search(f'{re.escape(separator)} +"', re.sub(r'"[^"]*"', '""', f"{head}{second}")) is not None
             lines = chain([line for line in (head, second) if line], lines)
@@ -319,17 +315,6 @@ def _read_csv_file(name: str, path: Path) -> RowIterator:
         raise DataError(f"{name}:{start}: not valid CSV ({error}).", "Correct that record, or delete it.") from error
     finally:
         csv.field_size_limit(limit)
-
-
-def _skipping_separator(lines: Iterable[str]) -> Iterator[str]:
-    """The separator of Excel's first line `sep=;`, or nothing; then the lines of the file, without that line."""
-    rest = iter(lines)
-    first = next((line for line in rest if line.strip()), "")
-    found = re.fullmatch(r'"?sep=(.)"?\s*', first, re.IGNORECASE)
-    yield found[1] if found else ""
-    if not found:
-        yield first
-    yield from rest
 
 
 def _read_parquet_file(name: str, path: Path) -> RowIterator:

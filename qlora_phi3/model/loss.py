@@ -4,7 +4,7 @@ The full logits of Phi-3-mini take 0.31 MiB a token. `tiled_cross_entropy` compu
 from the same tile in the forward pass, so its backward pass needs neither logits nor a second matmul.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,23 +48,6 @@ def tiled_cross_entropy(
     return loss, num_correct
 
 
-def _iter_logits(hidden: Tensor, head: Tensor, tile_bytes: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Compute `hidden @ head.T` tile by tile, in two buffers that every tile reuses; call it with autocast disabled.
-
-    Yields:
-        The positions of the tile; its logits (positions, vocabulary) in the dtype of `hidden`; the same in at least fp32. Both
-        are one tensor where `hidden` is fp32 or fp64.
-    """
-    tile_rows = max(1, tile_bytes // (4 * len(head)))
-    logits_16 = hidden.new_empty((min(tile_rows, len(hidden)), len(head)))
-    dtype_32 = torch.promote_types(logits_16.dtype, torch.float32)
-    logits_32 = logits_16 if logits_16.dtype == dtype_32 else torch.empty_like(logits_16, dtype=dtype_32)
-    for start in tile_starts(len(hidden), tile_rows):
-        tile = hidden[start : start + tile_rows]
-        low = torch.mm(tile, head.T, out=logits_16[: len(tile)])
-        yield slice(start, start + tile_rows), low, low if logits_32 is logits_16 else logits_32[: len(tile)].copy_(low)
-
-
 def tile_starts(positions: int, tile_rows: int) -> Sequence[int]:
     """The first position of each tile; the memory simulation leaves out those that only repeat what the others do."""
     return range(0, positions, tile_rows)
@@ -85,9 +68,17 @@ class _TiledCrossEntropy(torch.autograd.Function):
         head = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        tile_rows = max(1, tile_bytes // (4 * len(head)))
+        # Two buffers that every tile reuses; they are one where `hidden` is fp32 or fp64.
+        logits_16 = hidden.new_empty((min(tile_rows, len(hidden)), len(head)))
+        dtype_32 = torch.promote_types(logits_16.dtype, torch.float32)
+        logits_32 = logits_16 if logits_16.dtype == dtype_32 else torch.empty_like(logits_16, dtype=dtype_32)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, grad_logits, logits in _iter_logits(hidden, head, tile_bytes):
-                target = targets[rows, None]
+            for start in tile_starts(len(hidden), tile_rows):
+                rows = slice(start, start + tile_rows)
+                tile, target = hidden[rows], targets[rows, None]
+                grad_logits = torch.mm(tile, head.T, out=logits_16[: len(tile)])
+                logits = grad_logits if logits_32 is logits_16 else logits_32[: len(tile)].copy_(grad_logits)
                 max_logits, top = logits.max(dim=-1, keepdim=True)
                 num_correct += (top == target).sum()
                 target_logits = logits.gather(1, target)
@@ -100,7 +91,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[rows] = (grad_logits @ head).float() / normalizer
                 if grad_weight is not None:
-                    grad_weight += (grad_logits.T @ hidden[rows]).float() / normalizer
+                    grad_weight += (grad_logits.T @ tile).float() / normalizer
         ctx.mark_non_differentiable(num_correct)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype

@@ -53,8 +53,6 @@ class MemoryGuard:
 
     Args:
         model: the owner of the gradients that a failed pass leaves, on `device`.
-        execution: the plan that the run starts with.
-        reporter: gets a record of every recovery.
         sources: names of the data's sources, to name a row that does not fit.
         apply: applies a lowered plan to the model.
     """
@@ -89,7 +87,6 @@ class MemoryGuard:
         Args:
             rows: of one batch, as `collate` takes them.
             run_pass: forward, and in training backward; raises MicroBatchMemoryError.
-            phase: selects the plan.
             step: for the record; of an evaluation, the step it follows.
 
         Returns:

@@ -166,7 +166,6 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
     Args:
         args: with the rows of an optimizer step as per_device_train_batch_size and no accumulation.
         execution: the plan that batches are collated by, until memory runs out.
-        reporter: gets a record of each step, evaluation and out-of-memory error.
     """
 
     def __init__(

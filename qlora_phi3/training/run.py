@@ -4,7 +4,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,11 @@ def run(
         reporter.warning(line)
     recipe = resolve_paths(recipe, recipe_dir)
     recipe = use_stored_quantization(recipe, read_architecture(recipe.model.name, recipe.model.revision))
-    if resume is not None and not processes.own_rank():
-        check_resumable(resume, recipe, reporter)
-    with runfolder.lock_run(resume) if resume and not processes.own_rank() else nullcontext():
+    checkpoint = None
+    with ExitStack() as at_exit:
+        if resume is not None and not processes.own_rank():
+            check_resumable(resume, recipe, reporter)
+            at_exit.enter_context(runfolder.lock_run(resume))
         context = processes.first_then_others(lambda: prepare(recipe, recipe_dir, reporter))
         device, compute_dtype, count = context.device, context.precision.compute_dtype, processes.count_processes()
         report = reports.first_report(
@@ -91,21 +93,13 @@ def run(
                 line = f"The run began with {was[key]} and goes on with {report[key]}: the result is not equal bit for bit."
                 reporter.warning(line)
             checkpoint = processes.from_first(lambda: _checkpoint_to_resume(resume, recipe, reporter))
-            with _calling_at_end(at_end, resume):
-                return _run_in(resume, checkpoint, context, planned, report, started)
-        folder = processes.from_first(lambda: runfolder.create_run_folder(Path(recipe.training.output_dir), name))
-        with runfolder.lock_run(folder) if not processes.own_rank() else nullcontext(), _calling_at_end(at_end, folder):
-            return _run_in(folder, None, context, planned, report, started, is_new=True)
-
-
-@contextmanager
-def _calling_at_end(at_end: Callable[[RunFolder], object], folder: RunFolder) -> Iterator[None]:
-    """Call `at_end` in process 0, however the block ends, unless nothing was written."""
-    try:
-        yield
-    finally:
-        if not processes.own_rank() and folder.report.is_file():
-            at_end(folder)
+        output_dir = Path(recipe.training.output_dir)
+        folder = resume or processes.from_first(lambda: runfolder.create_run_folder(output_dir, name))
+        if not processes.own_rank():
+            if resume is None:
+                at_exit.enter_context(runfolder.lock_run(folder))
+            at_exit.callback(lambda: at_end(folder) if folder.report.is_file() else None)
+        return _run_in(folder, checkpoint, context, planned, report, started, is_new=resume is None)
 
 
 def _run_in(

@@ -67,11 +67,13 @@ def open_local(name: str, base_dir: Path, split: str = "train") -> list[Source]:
     DataError where nothing of this name is there, or a file is unreadable or of an unsupported type.
     """
     path = _find(name, base_dir)
-    if path is not None and not path.is_dir():
-        return [open_file(name, base_dir)]
     if path is not None and any((path / saved).is_file() for saved in ("state.json", "dataset_dict.json")):
         return [_open_saved(name, path, split)]
-    patterns = [path] if path is not None else candidate_paths(name, base_dir) if GLOB.search(name) else []
+    patterns = candidate_paths(name, base_dir) if GLOB.search(name) else []
+    if path is not None:
+        patterns = [path] if path.is_dir() else []
+    if not patterns:
+        return [open_file(name, base_dir)]  # it says where a missing file was looked for
     for pattern in patterns:
         files = [file for file in local_files(pattern) if file.is_file() and not NO_DATA.fullmatch(file.name)]
         if other := [file.name for file in files if _suffix(str(file)) not in READERS]:
@@ -81,8 +83,6 @@ def open_local(name: str, base_dir: Path, split: str = "train") -> list[Source]:
             )
         if files:
             return [open_file(str(file), base_dir) for file in files]
-    if path is None and not patterns:
-        return [open_file(name, base_dir)]  # it says where the file was looked for
     raise DataError(f"{name} has no data file.", f"Supported are {', '.join(READERS)}, each also with .gz at its end.")
 
 
@@ -158,9 +158,8 @@ def open_hub(name: str, *, split: str, subset: str | None, revision: str | None)
         with _silent_downloads():
             dataset = load_dataset(name, subset, split=split, revision=revision)
     except (OSError, ValueError, DatasetsError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DataError(
-            f"The hub's data set {name!r} (split {split!r}) cannot be loaded: {reason}.",
+            f"The hub's data set {name!r} (split {split!r}) cannot be loaded: {first_line(error)}.",
             "Check the id, [data] split, subset and revision, the connection, and `hf auth login` for a gated set; "
             "or download it and name its files.",
         ) from error
@@ -326,8 +325,7 @@ def _read_parquet_file(name: str, path: Path) -> RowIterator:
             batches = file.iter_batches(batch_size=1000)
             yield from enumerate((_without_nulls(row) for batch in batches for row in batch.to_pylist()), 1)
     except (pyarrow.ArrowException, OverflowError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise DataError(f"{name} is not a readable .parquet file: {reason}.", "Copy the file again.") from error
+        raise DataError(f"{name} is not a readable .parquet file: {first_line(error)}.", "Copy the file again.") from error
 
 
 READERS: dict[str, Callable[[str, Path], RowIterator]] = {

@@ -16,7 +16,7 @@ from qlora_phi3.model.phi3 import find_base
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveOutput:
-    """The result of an objective on one micro-batch."""
+    """The result of an objective on one micro-batch; of a batch, the sums over its micro-batches."""
 
     #: 0-dim fp32, already divided by the normalizer; its backward pass gives this micro-batch's share of the gradient.
     loss: Tensor

@@ -26,8 +26,9 @@ from torch import nn
 
 from qlora_phi3.errors import RunError
 from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan, smaller_mlp_tile, split_plan
+from qlora_phi3.objectives import ObjectiveOutput
 from qlora_phi3.reporter import OomRecord, Phase, Remedy, Reporter, record_as_json
-from qlora_phi3.step import Batch, MicroBatchMemoryError, StepResult, collate
+from qlora_phi3.step import Batch, MicroBatchMemoryError, collate
 from qlora_phi3.training.processes import count_processes, own_rank
 from qlora_phi3.training.report import describe_device, row_name
 
@@ -80,8 +81,8 @@ class MemoryGuard:
         return {"training": self._execution.micro_batch, "evaluation": self._execution.evaluation}
 
     def compute(
-        self, rows: Sequence[Mapping[str, Any]], run_pass: Callable[[Batch], StepResult], *, phase: Phase, step: int
-    ) -> tuple[Batch, StepResult]:
+        self, rows: Sequence[Mapping[str, Any]], run_pass: Callable[[Batch], ObjectiveOutput], *, phase: Phase, step: int
+    ) -> tuple[Batch, ObjectiveOutput]:
         """Collate rows and run a pass over them, again until memory suffices.
 
         Args:

@@ -39,7 +39,7 @@ from qlora_phi3.objectives import Objective, ObjectiveOutput, sft
 from qlora_phi3.recipe.schema import Training
 from qlora_phi3.reporter import EvalRecord, Phase, StepRecord
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.step import Batch, StepResult, evaluate, forward_backward
+from qlora_phi3.step import Batch, evaluate, forward_backward
 from qlora_phi3.training.artifacts import damage, write_manifest
 from qlora_phi3.training.callbacks import MetricsWriter, SaveByTime, SpillWatch, StopOnRequest
 from qlora_phi3.training.divergence import DivergenceGuard, check_evaluation
@@ -331,7 +331,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
                 raise EvaluationStopped
             return self.objective(*inputs)
 
-        def run_pass(batch: Batch) -> StepResult:
+        def run_pass(batch: Batch) -> ObjectiveOutput:
             if phase == "training":
                 return forward_backward(model, batch, backward=self.accelerator.backward, **options)
             options["objective"] = stoppable

@@ -73,13 +73,13 @@ def _use_original(name: str, architecture: Architecture) -> str:
 def _check_quantization(stored: StoredWeights, name: str, architecture: Architecture) -> None:
     kind = architecture.stored
     skip = ("lm_head",) if kind is None or kind.skip_modules is None else kind.skip_modules
+    original = original_of(asdict(architecture), name)
+    hint = f"Put the config.json of these weights back, or use the unquantized original, such as {original}."
     for tensor, shape in tensor_shapes(architecture).items():
         layer = tensor.removesuffix(".weight")
         says = kind is not None and len(shape) == 2 and "embed_tokens" not in layer
         says = says and should_convert_module(layer, list(skip))
         is_quantized = is_stored_quantized(stored, tensor)
-        hint = "Put the config.json of these weights back, or use the unquantized original, such as "
-        hint += f"{original_of(asdict(architecture), name)}."
         if says != is_quantized:
             told, held = ("in 4 bit", "unquantized") if says else ("unquantized", "in 4 bit")
             raise ModelError(f"The weights of {name} hold {tensor} {held}, and its config.json says {told}.", hint)

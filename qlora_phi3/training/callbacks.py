@@ -22,17 +22,11 @@ from qlora_phi3.training.processes import count_processes, own_rank
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-class StopOnRequest(TrainerCallback):  # type: ignore[misc]
-    """Makes the Trainer save and stop after the current step, once `requested` is set."""
+class StopOnRequest:
+    """Makes `Phi3Trainer` save and stop after the current step, once `requested` is set."""
 
     requested = False
-    is_signalled = False  #: The signal came to this process; several processes stop once all of them know (`Phi3Trainer`).
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        """Request a checkpoint and the end of training."""
-        if self.requested:
-            control.should_save = control.should_training_stop = True
-        return control
+    is_signalled = False  #: The signal came to this process; several processes stop once all of them know.
 
 
 @contextmanager

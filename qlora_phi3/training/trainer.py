@@ -205,7 +205,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         self._num_recovered = 0  # out-of-memory errors, up to the last step
         self._last: tuple[Batch, float, float] | None = None  # batch, its loss, its token accuracy
         self._step_started = time.perf_counter()
-        watching = (self.divergence, self.early_stopping, trackers, self.stop)
+        watching = (self.divergence, self.early_stopping, trackers)
         with _undo_trl_changes(model):
             super().__init__(
                 model=model,
@@ -427,10 +427,12 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         return total_loss / max(1.0, tokens), correct / max(1.0, tokens), int(tokens)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Log, evaluate and save what is due; where a signal stops the evaluation, save without it.
+        """Log, evaluate and save what is due, or what a signal asks for; where it stops the evaluation, save without it.
 
         The checkpoint says that the evaluation is still due, and the resumed run begins with it (`FinishEvaluation`).
         """
+        if self.stop.requested:
+            self.control.should_save = self.control.should_training_stop = True
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         except EvaluationStopped:

@@ -103,9 +103,9 @@ def test_ctrl_c_ends_with_130_and_names_the_command_to_go_on(stopped):
 
 
 def test_a_second_ctrl_c_stops_at_once(shop, monkeypatch):
-    from qlora_phi3.training.callbacks import StopOnRequest
+    from qlora_phi3.training.callbacks import SaveByTime
 
-    monkeypatch.setattr(StopOnRequest, "on_step_end", lambda *args, **kwargs: [signal.raise_signal(signal.SIGINT) for _ in "12"])
+    monkeypatch.setattr(SaveByTime, "on_step_end", lambda *args, **kwargs: [signal.raise_signal(signal.SIGINT) for _ in "12"])
     shop.write()
     result = shop.run()
     assert result.exit_code == 130

@@ -21,10 +21,10 @@ from xxhash import xxh3_64_intdigest, xxh3_128
 
 from qlora_phi3.data.formats import SYNONYMS, Chat, Document, check_document, detect_format, read_row
 from qlora_phi3.data.messages import CONTENT_KEYS, SkipRow, check_unread, parse_json
-from qlora_phi3.data.report import SourceReport
+from qlora_phi3.data.report import NAMED, SourceReport
 from qlora_phi3.data.sources import Source, UnusableRow
-from qlora_phi3.data.special_tokens import MARK, Span, SpecialTokens
 from qlora_phi3.data.template import LEADING_UNICODE_SPACE, ChatTemplate, render_chat
+from qlora_phi3.data.tokenizer import MARK, Span, SpecialTokens
 from qlora_phi3.errors import DataError
 from qlora_phi3.execution import IGNORE_INDEX
 from qlora_phi3.files import atomic_dir, disk_errors
@@ -400,6 +400,6 @@ def _truncate_rows(
             report.truncated += is_long
             yield number, ids[:max_length] if is_long else ids, kept, supervised
         elif is_long:
-            report.add_fully_truncated(number)
+            report.fully_truncated = report.fully_truncated.plus(1, [f"{report.name}:{number}"], named=NAMED)
         else:
             report.add(report.skipped, "the chat template marks nothing to learn", number)

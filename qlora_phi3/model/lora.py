@@ -5,7 +5,7 @@ clones the base's output, scales the update and adds it: three passes over (toke
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,11 +127,11 @@ def measure_coverage(model: PeftModel) -> Coverage:
             targets.add(name.rpartition(".")[2])
         elif isinstance(module, nn.Linear) and "lora_" not in name and "lm_head" not in name:
             total += module.in_features * module.out_features
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trainable = model.get_nb_trainable_parameters()[0]
     return Coverage(share=covered / total, trainable_parameters=trainable, targets=tuple(sorted(targets)))
 
 
-def fuse_lora_forward(model: nn.Module, adapter: str = "default") -> None:
+def fuse_lora_forward(model: nn.Module) -> None:
     """Make every plain LoRA layer of a PEFT model add its update by `addmm`.
 
     Layers with dropout, DoRA or a bias on B keep PEFT's own forward, and so does every call with the adapter disabled or merged.
@@ -140,35 +140,34 @@ def fuse_lora_forward(model: nn.Module, adapter: str = "default") -> None:
         if (
             isinstance(layer, LoraLayer)
             and isinstance(layer.get_base_layer(), nn.Linear)
-            and adapter in layer.lora_A
-            and adapter not in layer.lora_variant
-            and isinstance(layer.lora_dropout[adapter], nn.Identity)
-            and layer.lora_B[adapter].bias is None
+            and "default" in layer.lora_A
+            and "default" not in layer.lora_variant
+            and isinstance(layer.lora_dropout["default"], nn.Identity)
+            and layer.lora_B["default"].bias is None
         ):
-            layer.forward = _FusedLoraForward(layer, adapter)
+            layer.forward = _FusedLoraForward(layer, layer.forward)
 
 
+@dataclass(frozen=True, slots=True)
 class _FusedLoraForward:
     """Replaces a layer's forward: base(x) + B(scaling * A(x)). The scaling is applied to the rank-sized tensor."""
 
-    def __init__(self, layer: Any, adapter: str) -> None:
-        self.layer, self.adapter = layer, adapter
-        self.peft_forward = layer.forward
+    layer: Any
+    peft_forward: Callable[..., Tensor]
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of the base layer's output."""
         layer = self.layer
-        lora_A, lora_B = layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
+        lora_A, lora_B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         if (
             args
             or kwargs
             or layer.disable_adapters
             or layer.merged
-            or layer.active_adapters != [self.adapter]
+            or layer.active_adapters != ["default"]
             or not (x.dtype == lora_A.dtype or torch.is_autocast_enabled(x.device.type))
         ):
-            output: Tensor = self.peft_forward(x, *args, **kwargs)
-            return output
+            return self.peft_forward(x, *args, **kwargs)
         base: Tensor = layer.base_layer(x)
-        low_rank = linear(x, lora_A) * layer.scaling[self.adapter]
+        low_rank = linear(x, lora_A) * layer.scaling["default"]
         return torch.addmm(base.flatten(0, -2), low_rank.flatten(0, -2), lora_B.T).view_as(base)

@@ -107,7 +107,7 @@ def test_the_counts_of_a_hundred_thousand_unusable_rows_name_only_the_first_few(
     assert not list(tokenize.read_examples(source, Data(train="a.jsonl"), report, set()))
     for number in range(1, 100_001):
         report.add(report.notes, "noted", number)
-        report.add_fully_truncated(number)
+        report.fully_truncated = report.fully_truncated.plus(1, [f"{report.name}:{number}"], named=NAMED)
     (skipped,), (noted,) = report.skipped.values(), report.notes.values()
     assert [count.rows for count in (skipped, noted, report.fully_truncated)] == [100_000] * 3
     assert [len(count.where) for count in (skipped, noted, report.fully_truncated)] == [NAMED, EXAMPLES, NAMED]

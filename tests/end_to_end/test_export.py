@@ -635,7 +635,7 @@ def cut_base(run, tmp_path):
     base = Path(shutil.copytree(load_recipe(run / "recipe.toml").model.name, tmp_path / "cut"))
     path = base / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    return ("--base", str(base)), "cut short"
+    return ("--base", str(base)), "no complete safetensors file"
 
 
 def pickled_base(run, tmp_path):

@@ -344,7 +344,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         try:
             with suppress(EvaluationStopped):
                 batch, result = self.guard.compute(rows, run_pass, phase=phase, step=step)
-                own = float(result.loss), float(result.metrics.get("num_correct", 0.0))
+                own = float(result.loss), float(result.metrics.get("num_correct", float("nan")))
             unshared, self.guard.unshared = self.guard.unshared, []
             results, signalled, recoveries = zip(*gather((own, self.stop.is_signalled, unshared)), strict=True)
             for records in (records for rank, records in enumerate(recoveries) if records and rank != own_rank()):

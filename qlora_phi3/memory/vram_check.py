@@ -214,6 +214,7 @@ class VramChecker:
         """The simulator for a GPU; those of one kind share what was simulated."""
         import torch
 
+        _import_bitsandbytes()
         from qlora_phi3.memory.predict import Predictor
 
         dtype, capability = kind = self.kind(device)
@@ -320,6 +321,18 @@ class VramChecker:
         seconds = [estimate_step_seconds(*step, gpu) for gpu in rates] or [plan.step_seconds]
         tokens = sum(plan.workload.lengths)
         return tokens / plan.step_seconds, tokens / max(seconds), tokens / min(seconds)
+
+
+def _import_bitsandbytes() -> None:
+    """Without `torch.compile`, whose import takes two seconds; bitsandbytes 0.50 compiles operators that no prediction runs."""
+    import torch
+
+    usual = torch.compile
+    torch.compile = lambda function, **_: function  # type: ignore[assignment]
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        torch.compile = usual
 
 
 def compute_dtype_on(wanted: str, device: Gpu) -> str:

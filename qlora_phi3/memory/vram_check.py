@@ -125,6 +125,7 @@ def read_rows(
         ModelError: a row has a token that the model's embedding lacks.
     """
     gc.disable()  # Python's collector takes a tenth of the time of these imports, which start torch
+    _import_bitsandbytes()
     from qlora_phi3.data.prepare import check_files, row_lengths
     from qlora_phi3.memory.plan import assume_lengths, read_lengths
     from qlora_phi3.recipe.load import as_list, is_local_data
@@ -214,7 +215,6 @@ class VramChecker:
         """The simulator for a GPU; those of one kind share what was simulated."""
         import torch
 
-        _import_bitsandbytes()
         from qlora_phi3.memory.predict import Predictor
 
         dtype, capability = kind = self.kind(device)
@@ -324,7 +324,7 @@ class VramChecker:
 
 
 def _import_bitsandbytes() -> None:
-    """Without `torch.compile`, whose import takes two seconds; bitsandbytes 0.50 compiles operators that no prediction runs."""
+    """Without `torch.compile`, whose first use takes a second; bitsandbytes 0.50 decorates operators that no prediction runs."""
     import torch
 
     usual = torch.compile

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from qlora_phi3.hardware.gpu import Gpu, GpuProcess
 from qlora_phi3.units import MIB
@@ -195,17 +195,8 @@ def from_json(saved: Mapping[str, Any]) -> VramReport:
         raise ValueError(f"no report of vram-check: {error}") from error
 
 
-class PlannedKey(NamedTuple):
-    """A key of the recipe, the value that the plan gives it, and why."""
-
-    table: str
-    key: str
-    value: int | bool | str
-    reason: str
-
-
-def planned_keys(report: VramReport) -> list[PlannedKey]:
-    """All keys that the plan decides, as a person would write them into a recipe."""
+def planned_keys(report: VramReport) -> list[tuple[str, str, int | bool | str, str]]:
+    """Table, key, value and reason of all keys that the plan decides, as a person would write them into a recipe."""
     every, tile = report.checkpoint_every_n_layers, report.logits_tile_bytes
     chosen: list[tuple[str, str, int | bool | str]] = [
         ("memory", "micro_batch_tokens", report.micro_batch_tokens),
@@ -216,7 +207,7 @@ def planned_keys(report: VramReport) -> list[PlannedKey]:
         ("memory", "mlp_tile_tokens", report.mlp_tile_tokens),
         ("memory", "logits_tile", f"{tile // 1024}KiB" if tile % MIB else f"{tile // MIB}MiB"),
     ]
-    return [PlannedKey(table, key, value, report.reasons[key]) for table, key, value in chosen]
+    return [(table, key, value, report.reasons[key]) for table, key, value in chosen]
 
 
 def read_versions() -> dict[str, str]:

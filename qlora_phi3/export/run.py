@@ -241,8 +241,8 @@ def _publish(request: Request, draft: Path, fault: str | None) -> ProofError | N
 
 def _export_gguf(request: Request, target: Path, report: Mapping[str, Any], reporter: Reporter) -> GgufResult:
     """Write the merged model as a GGUF, with Modelfile, model card and report in place of those of an earlier GGUF."""
-    quant, force, progress = request.quant, request.options.force, partial(_report_megabytes, reporter)
-    result = convert_to_gguf(request.target, target, quant=quant, name=request.name, progress=progress, force=force)
+    progress = partial(_report_megabytes, reporter)
+    result = convert_to_gguf(request.target, target, quant=request.quant, name=request.name, progress=progress)
     folder, earlier = target.parent, requests.read_existing_report(target.parent)["files"]["written"]
     measured = is_measured(request.quant, report["dtype"]) or not report["status"].startswith(PROVED)
     written = {name for name in earlier if (folder / name).is_file()} | {target.name, CARD, MODELFILE, REPORT}
@@ -254,5 +254,5 @@ def _export_gguf(request: Request, target: Path, report: Mapping[str, Any], repo
     }
     with disk_errors(folder, ExportError, hint=DISK_HINT):
         _write_report(folder, request, gguf_report, base=request.target)
-        write_modelfile(request.target, target, folder / MODELFILE, force=True)
+        write_modelfile(request.target, target)
     return result

@@ -108,11 +108,7 @@ def _read_records() -> Mapping[str, Sequence[Mapping[str, Any]]]:
     found: dict[str, list[Mapping[str, Any]]] = {}
     for name, records in saved.items():
         for record in records if isinstance(records, list) else ():
-            known = record if isinstance(record, dict) else {}
-            predicted, measured = (known.get(key) for key in ("predicted_bytes", "measured_bytes"))
-            if not (isinstance(predicted, int) and isinstance(measured, int)):
-                continue
-            if 0 < predicted < measured * LARGEST_FACTOR and 0 < measured < predicted * LARGEST_FACTOR:
-                sizes = {"predicted_bytes": predicted, "measured_bytes": measured}
-                found.setdefault(name, []).append({**sizes, "date": str(known.get("date", ""))[:10]})
+            with suppress(TypeError, KeyError, ArithmeticError):
+                if 1 / LARGEST_FACTOR < record["measured_bytes"] / record["predicted_bytes"] < LARGEST_FACTOR:
+                    found.setdefault(name, []).append(record)
     return found

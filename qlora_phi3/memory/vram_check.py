@@ -325,14 +325,12 @@ class VramChecker:
 
 def _import_bitsandbytes() -> None:
     """Without `torch.compile`, whose first use takes a second; bitsandbytes 0.50 decorates operators that no prediction runs."""
+    from unittest.mock import patch
+
     import torch
 
-    usual = torch.compile
-    torch.compile = lambda function, **_: function  # type: ignore[assignment]
-    try:
+    with patch.object(torch, "compile", lambda function, **_: function):
         import bitsandbytes  # noqa: F401
-    finally:
-        torch.compile = usual
 
 
 def compute_dtype_on(wanted: str, device: Gpu) -> str:

@@ -462,7 +462,7 @@ def test_a_template_that_is_more_than_fixed_text_is_left_to_ollama(tmp_path):
 
 
 def test_phi_3s_modelfile(folders, tmp_path):
-    path = write_modelfile(folders["plain"], tmp_path / "bot.gguf", tmp_path / "Modelfile")
+    path = write_modelfile(folders["plain"], tmp_path / "bot.gguf")
     assert path.read_text(encoding="utf-8") == (
         "FROM ./bot.gguf\n"
         'TEMPLATE """{{- range $i, $_ := .Messages }}\n'
@@ -479,7 +479,7 @@ def test_phi_3s_modelfile(folders, tmp_path):
 
 
 def test_with_longrope_ollamas_context_is_what_the_short_factors_serve(folders, tmp_path):
-    path = write_modelfile(folders["longrope"], tmp_path / "bot.gguf", tmp_path / "Modelfile")
+    path = write_modelfile(folders["longrope"], tmp_path / "bot.gguf")
     assert path.read_text(encoding="utf-8").endswith("PARAMETER num_ctx 256\n")
 
 
@@ -498,16 +498,6 @@ def test_what_llama_cpp_does_differently_is_in_the_notes(results):
     assert "begins with white space beyond ASCII, such as U+3000" in note
     assert "past 64 tokens it attends to everything" in results["window"].notes[1]
     assert "larger than 256" in results["longrope"].notes[1]
-
-
-def test_an_existing_file_is_replaced_only_with_force(folders, tmp_path):
-    target = tmp_path / "x.gguf"
-    target.write_bytes(b"mine")
-    with pytest.raises(ExportError, match=r"x\.gguf"):
-        convert(folders["plain"], target)
-    assert target.read_bytes() == b"mine"
-    convert(folders["plain"], target, force=True)
-    assert target.read_bytes()[:4] == b"GGUF"
 
 
 def test_a_failure_in_the_middle_leaves_nothing(copy, tmp_path):

@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from qlora_phi3.data.tokenizer import load_tokenizer
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.gguf.prompt import Prompting, plan_prompting
-from qlora_phi3.export.gguf.tensors import QUANTIZED, TensorPlan, check_quant, encode, plan_tensors, quantize_file
+from qlora_phi3.export.gguf.tensors import QUANTIZED, TensorPlan, encode, plan_tensors, quantize_file
 from qlora_phi3.export.gguf.vocab import LIMITS, Vocabulary, read_vocabulary
 from qlora_phi3.export.writer import check_disk
 from qlora_phi3.family import parse_architecture, read_config
@@ -69,21 +69,16 @@ def plan_gguf(folder: Path, info: Mapping[str, TensorInfo], *, quant: str, name:
     )
 
 
-def convert_to_gguf(folder: Path, target: Path, *, quant: str, name: str, progress: Progress, force: bool = False) -> GgufResult:
-    """Write a checkpoint as a .gguf file, completely or not at all. ExportError where there is no such quant, a library is
-    missing, the target exists, the disk is too small, or llama.cpp cannot hold this model or its vocabulary; ModelError where the
-    directory is not a complete checkpoint.
+def convert_to_gguf(folder: Path, target: Path, *, quant: str, name: str, progress: Progress) -> GgufResult:
+    """Write a checkpoint as a .gguf file, completely or not at all. ExportError where llama.cpp's quantizer is missing, the disk
+    is too small, or llama.cpp cannot hold this model or its vocabulary; ModelError where the checkpoint is not complete.
 
     Args:
         folder: a Phi-3 checkpoint in safetensors with its tokenizer files.
-        quant: of `tensors.QUANTS`.
+        quant: that `check_quant` accepts.
         name: of the model; `GgufResult.name` is the name that was written.
         progress: called after every few rows.
-        force: replace a file at the target.
     """
-    check_quant(quant)
-    if target.exists() and not force:
-        raise ExportError(f"{target} exists.", "Give another place, or --force.")
     weights = open_weights(folder)
     plan = plan_gguf(folder, weights.info, quant=quant, name=name)
     with disk_errors(target, ExportError):

@@ -214,12 +214,8 @@ def _visible_gpus(nvml: Any) -> list[tuple[int, str, Any]]:
 
 
 def _read(nvml: Any, handle: Any) -> Gpu:
-    try:
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
-        total_bytes = memory.total - memory.reserved
-    except nvml.NVMLError:  # drivers before R510 do not report what they reserve; then it counts as in use
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        total_bytes = memory.total
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+    total_bytes = memory.total - memory.reserved
     name = str(nvml.nvmlDeviceGetName(handle))
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     multiprocessors, bandwidth, tflops = _read_speed(nvml, handle, name, total_bytes, major, minor)

@@ -52,13 +52,8 @@ class Margin:
 
 
 def budget_of(memory: "Memory", device: Gpu, *, strict: bool = True) -> int:
-    """Bytes a run may take on a GPU, its margin included: what is free there, or less where [memory] budget says so.
-
-    Args:
-        strict: refuse a budget that the GPU does not have; else such a GPU gives what it has.
-
-    Raises:
-        DeviceError: the recipe's budget is more than the GPU has.
+    """Bytes a run may take on a GPU, its margin included: what is free there, or less where [memory] budget says so. DeviceError
+    where the recipe's budget is more than the GPU has; without `strict` such a GPU gives what it has.
     """
     wanted = memory.budget
     if wanted == "auto":

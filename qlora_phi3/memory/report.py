@@ -176,23 +176,16 @@ def as_json(report: VramReport) -> dict[str, Any]:
 
 
 def from_json(saved: Mapping[str, Any]) -> VramReport:
-    """The report that `as_json` wrote.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    try:
-        fields = {key: value for key, value in saved.items() if key not in ("processes", "other_processes_bytes")}
-        device = fields["device"] | {key: tuple(fields["device"][key]) for key in ("compute_capability", "represents")}
-        processes = tuple(GpuProcess(**process) for process in saved["processes"])
-        fields["device"] = Gpu(**device, processes=processes)
-        known: dict[str, Any] = {name: value for name, value in fields["memory"].items() if value is not None}
-        fields["memory"] = MemoryReport(**known)
-        fields["suggestions"] = tuple(Suggestion(**suggestion) for suggestion in fields["suggestions"])
-        fields["rows"] = RowSummary(**fields["rows"])
-        return VramReport(**fields)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"no report of vram-check: {error}") from error
+    """The report that `as_json` of the same version wrote."""
+    fields = {key: value for key, value in saved.items() if key not in ("processes", "other_processes_bytes")}
+    device = fields["device"] | {key: tuple(fields["device"][key]) for key in ("compute_capability", "represents")}
+    processes = tuple(GpuProcess(**process) for process in saved["processes"])
+    fields["device"] = Gpu(**device, processes=processes)
+    known: dict[str, Any] = {name: value for name, value in fields["memory"].items() if value is not None}
+    fields["memory"] = MemoryReport(**known)
+    fields["suggestions"] = tuple(Suggestion(**suggestion) for suggestion in fields["suggestions"])
+    fields["rows"] = RowSummary(**fields["rows"])
+    return VramReport(**fields)
 
 
 def planned_keys(report: VramReport) -> list[tuple[str, str, int | bool | str, str]]:

@@ -55,7 +55,7 @@ def group_gpus() -> list[Gpu]:
 
 
 def build_gpu_table(checker: VramChecker, devices: Sequence[Gpu], progress: GpuProgress) -> list[VramReport]:
-    """Plan for each GPU; a budget of the recipe that a GPU does not have is cut to what it has. ModelError as below."""
+    """Plan for each GPU; a budget of the recipe that a GPU does not have is cut to what it has. Raises as `report`."""
 
     def plan(device: Gpu) -> VramReport:
         budget_bytes = budget_of(checker.context.recipe.memory, device, strict=False)
@@ -65,11 +65,7 @@ def build_gpu_table(checker: VramChecker, devices: Sequence[Gpu], progress: GpuP
 
 
 def find_max_lengths(checker: VramChecker, devices: Sequence[Gpu], progress: GpuProgress) -> list[MaxLengthRow]:
-    """The longest row for each GPU, alone in its step, with the plan that needs least memory.
-
-    Raises:
-        ModelError: the recipe's adapter does not fit the model.
-    """
+    """The longest row for each GPU, alone in its step, with the plan that needs least memory. Raises as `build_gpu_table`."""
     searches: dict[tuple[Any, ...], _MaxLengths] = {}
     counted = _counted(devices, progress)
     return [searches.setdefault(checker.kind(device), _MaxLengths(checker)).on(device) for device in counted]

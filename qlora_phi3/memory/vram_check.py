@@ -119,10 +119,8 @@ def hub_offline() -> Iterator[None]:
 def read_rows(
     recipe: "Recipe", architecture: "Architecture", base_folder: Path, progress: Progress
 ) -> tuple["RowLengths", RowSummary]:
-    """The lengths of the rows, tokenized as a run does it; of `max_length` tokens each where they cannot be read.
-
-    Raises:
-        ModelError: a row has a token that the model's embedding lacks.
+    """The lengths of the rows, tokenized as a run does it; of `max_length` tokens each where they cannot be read. ModelError
+    where a row has a token that the model's embedding lacks.
     """
     gc.disable()  # Python's collector takes a tenth of the time of these imports, which start torch
     _import_bitsandbytes()
@@ -231,13 +229,8 @@ class VramChecker:
         return self._predictors[kind].on_gpu(device.compute_capability, device.multiprocessors)
 
     def report(self, device: Gpu, budget_bytes: int, *, with_suggestions: bool = True) -> VramReport:
-        """Plan for a GPU, and where nothing fits suggest what to change.
-
-        Args:
-            budget_bytes: what the run may take there, its margin included.
-
-        Raises:
-            ModelError: the recipe's adapter does not fit the model.
+        """Plan for a GPU, and where nothing fits suggest what to change; `budget_bytes` are what the run may take there, its
+        margin included. ModelError where the recipe's adapter does not fit the model.
         """
         from qlora_phi3.memory.cost import GpuLimits
         from qlora_phi3.memory.search import find_plan

@@ -41,18 +41,6 @@ def test_the_total_of_a_local_gpu_leaves_out_what_the_driver_reserves():
     assert not nvml.is_open
 
 
-def test_an_old_driver_that_does_not_report_its_reserve_is_read_too():
-    class Old(FakeNVML):
-        def nvmlDeviceGetMemoryInfo(self, gpu, version=None):  # noqa: N802
-            if version:
-                raise NVMLError("Function Not Found")
-            return super().nvmlDeviceGetMemoryInfo(gpu)
-
-    gpu = read_gpu(nvml=Old(laptop()))
-    assert gpu.total_bytes == 8188 * MIB
-    assert gpu.free_bytes == 7000 * MIB
-
-
 def test_other_processes_are_listed_once_each_the_largest_first_and_without_this_one():
     gpu = laptop(
         computing=[process(20, 900 * MIB), process(os.getpid(), 300 * MIB)],

@@ -230,7 +230,6 @@ def test_before_llama_cpps_quantizer_every_tensor_is_in_its_own_type(copy, tmp_p
         shutil.copyfile(source, target)
 
     monkeypatch.setattr(converter, "quantize_file", quantize)
-    monkeypatch.setattr(converter, "check_quant", lambda quant: None)
     convert(copy, tmp_path / "x.gguf", "q4_k_m")
     stored, read = load_file(copy / "model.safetensors"), Reading(first)
     types = {name: tensor.tensor_type.name for name, tensor in read.tensors.items()}

@@ -32,9 +32,7 @@ class GgufResult:
     """What was written."""
 
     path: Path
-    num_bytes: int
     quant: str
-    name: str  #: `general.name`, which decides how llama.cpp reads prompts.
     notes: tuple[str, ...]  #: What llama.cpp does differently from training, for a person to read.
 
 
@@ -76,7 +74,7 @@ def convert_to_gguf(folder: Path, target: Path, *, quant: str, name: str, progre
     Args:
         folder: a Phi-3 checkpoint in safetensors with its tokenizer files.
         quant: that `check_quant` accepts.
-        name: of the model; `GgufResult.name` is the name that was written.
+        name: of the model; see `plan_prompting`.
         progress: called after every few rows.
     """
     weights = open_weights(folder)
@@ -96,9 +94,7 @@ def convert_to_gguf(folder: Path, target: Path, *, quant: str, name: str, progre
                 _write(staging, plan, weights, progress)
     return GgufResult(
         path=target,
-        num_bytes=target.stat().st_size,
         quant=quant,
-        name=plan.prompting.name,
         notes=(*plan.prompting.notes, *describe_limits(plan.config), *LIMITS.get(plan.vocabulary.pre, ())),
     )
 

@@ -52,8 +52,8 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
       qlora-phi3 export runs/chat/latest --ollama my-phi3
       qlora-phi3 export runs/chat/2026-11-21_10-00-00 --push me/phi3-chat
 
-    RUN is the folder of a run; of a folder with several runs the newest is exported. The same command continues an interrupted
-    export. Exit codes: 0 proved, 5 written but not what was trained, 2 bad input.
+    RUN is the folder of a run; of a folder with several runs the newest is exported. After an interruption
+    the same command uses a complete proof again. Exit codes: 0 proved, 5 written but not what was trained, 2 bad input.
     """
     keep_running_without_output()
     if len(quants) > 1:
@@ -80,7 +80,7 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
             exported = export_run(request, view)
             show_export(view, exported, ollama=name)
         except KeyboardInterrupt as interrupt:
-            message = "Stopped. Complete files and a complete proof are used again."
+            message = "Stopped. A complete proof is used again."
             raise Interrupted(message, "Continue with the same command.") from interrupt
     if exported.fault is not None:
         raise exported.fault

@@ -1,8 +1,9 @@
 """`qlora-phi3 init`: from a file of chats to a commented recipe that fits this computer's GPU."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,14 +85,8 @@ def init(
         option = _shorten(propose(options, has_tools=summary.has_tools), summary, choice, device, watcher)
     options = [option if each.name == option.name else each for each in options]
     _show(summary, options, option, device)
-    while asks and len(options) > 1:
-        number = click.prompt("Model", default=options.index(option) + 1, type=click.IntRange(1, len(options)))
-        with watching() as watcher:
-            picked = _shorten(options[number - 1], summary, choice, device, watcher)
-        if picked.report is None or picked.report.fits:
-            option = picked
-            break
-        click.echo(f"{picked.name} does not fit. Ctrl-C ends.")
+    if asks and len(options) > 1:
+        option = _ask_model(options, option, partial(_shorten, summary=summary, choice=choice, device=device))
     if option.report is not None and not option.report.fits:
         click.echo(f"No recipe is written: {option.name} does not fit. Try another model or GPU.", err=True)
         ctx.exit(DOES_NOT_FIT)
@@ -164,6 +159,17 @@ def _shorten(
         return option
     watcher.info(f"{option.name}: searching the longest row that fits")
     return shorten_option(option, summary, choice, device, watcher.info)
+
+
+def _ask_model(options: "Sequence[ModelOption]", proposed: "ModelOption", shorten: "Callable[..., ModelOption]") -> "ModelOption":
+    """Let a person choose a model by its number, until it fits."""
+    while True:
+        number = click.prompt("Model", default=options.index(proposed) + 1, type=click.IntRange(1, len(options)))
+        with watching() as watcher:
+            option = shorten(options[number - 1], watcher=watcher)
+        if option.report is None or option.report.fits:
+            return option
+        click.echo(f"{option.name} does not fit. Choose another one; Ctrl-C ends.")
 
 
 def _show(summary: "DataSummary", options: "Sequence[ModelOption]", chosen: "ModelOption", device: "Gpu | None") -> None:

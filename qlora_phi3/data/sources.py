@@ -104,7 +104,7 @@ def open_file(name: str, base_dir: Path) -> Source:
     path = _find(name, base_dir)
     if path is None:
         looked = " or ".join(dict.fromkeys(str(candidate.absolute().parent) for candidate in candidate_paths(name, base_dir)))
-        raise DataError(f"There is no data file {name!r} in {looked}.", "Check the path in [data].")
+        raise DataError(f"There is no data file {name!r} in {looked}.", "Check the path.")
     suffix = _suffix(name)
     if suffix not in READERS:
         raise DataError(f"{name} ends in {suffix!r}, which is not supported.", f"Use one of {', '.join(READERS)}, or .gz of one.")

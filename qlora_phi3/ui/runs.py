@@ -63,7 +63,6 @@ class Answer:
 class Sample:
     """A held-out prompt with the row's own answer, the base's, and the tuned model's."""
 
-    row: str
     prompt: str
     expected: str
     base: Answer
@@ -84,6 +83,7 @@ class Run:
     predicted: "MemoryReport | None"
     measured: "MemoryReport | None"
     samples: Sequence[Sample]
+    no_samples: str  #: Why there are none; empty where no reason is known.
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps that have a finite figure of this name, and the figures."""
@@ -183,6 +183,7 @@ def read_run(folder: RunFolder) -> Run:
         predicted=reports.get("predicted"),
         measured=reports.get("measured"),
         samples=_as(list[Sample], saved.get("samples")) or [],
+        no_samples=str(saved.get("reason", "")),
     )
 
 

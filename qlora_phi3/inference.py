@@ -30,6 +30,7 @@ from qlora_phi3.model.lora import fuse_lora_forward
 from qlora_phi3.model.phi3 import choose_precision, find_base, load_base, quiet_transformers
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.recipe.schema import Model, Quantization
+from qlora_phi3.reporter import Progress
 from qlora_phi3.runfolder import RunFolder
 
 #: The tokens that end a turn in the family's templates.
@@ -96,6 +97,7 @@ def load_for_inference(
     base: Path | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | Literal["auto"] = "auto",
+    progress: Progress = lambda *_: None,
 ) -> InferenceModel:
     """Load a model for generation, in 4-bit if it was trained in 4-bit.
 
@@ -126,7 +128,15 @@ def load_for_inference(
     tokenizer = load_tokenizer(Model(name=str(adapter)) if has_tokenizer else config)
     precision = choose_precision(source.dtype if dtype == "auto" else str(dtype).removeprefix("torch."), device)
     longest = architecture.max_position_embeddings
-    model: Any = load_base(config, source.quantization, architecture, precision=precision, device=device, longest_row=longest)
+    model: Any = load_base(
+        config,
+        source.quantization,
+        architecture,
+        precision=precision,
+        device=device,
+        longest_row=longest,
+        progress=progress,
+    )
     eos_token_id, end_of_turn = model.generation_config.eos_token_id, None
     if adapter is not None:
         ending = _read_ending(tokenizer, source)

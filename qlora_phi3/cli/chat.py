@@ -76,7 +76,7 @@ def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bo
         from qlora_phi3.inference import load_for_inference, sampling
 
         watcher.info(f"Loading {path}")
-        inference = load_for_inference(path, base=base)
+        inference = load_for_inference(path, base=base, progress=watcher.progress)
     if compare and not hasattr(inference.model, "disable_adapter"):
         raise UserError(f"{path} has no adapter: there is nothing to compare.", "Leave --compare out, or give a run.")
     seed = torch.seed() % 2**62 if options["seed"] is None else options["seed"]

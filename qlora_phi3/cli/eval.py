@@ -81,7 +81,7 @@ def eval(
 
             view.progress("Starting torch, transformers and peft", 1, 1)
             view.progress("Loading the model", 0, None)
-            inference = load_for_inference(path, base=base)
+            inference = load_for_inference(path, base=base, progress=view.progress)
             view.progress("Loading the model", 1, 1)
             if data is None and folder is not None:
                 chosen = evaluation.read_own_rows(inference, folder, view.progress)

@@ -21,11 +21,13 @@ from transformers.utils import logging as transformers_logging
 from qlora_phi3.errors import ModelError, memory_errors
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan
 from qlora_phi3.family import Architecture, find_config, read_config
-from qlora_phi3.files import foreign_errors, is_dir
+from qlora_phi3.files import foreign_errors
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
 from qlora_phi3.model.checkpoint import check_checkpoint
 from qlora_phi3.model.quantized import disable_cpu_repacking, quantization_config
+from qlora_phi3.model.weights import download_weights
 from qlora_phi3.recipe.schema import Model, Quantization
+from qlora_phi3.reporter import Progress
 
 
 class PackedPhi3ForCausalLM(Phi3ForCausalLM):  # type: ignore[misc]
@@ -140,15 +142,15 @@ def load_base(
     precision: Precision,
     device: torch.device,
     longest_row: int,
+    progress: Progress = lambda *_: None,
 ) -> PackedPhi3ForCausalLM:
-    """Load the frozen base, in 4-bit if the recipe says so. ModelError where its weights cannot be read, and as
-    `check_checkpoint`, which sees a model of the hub once it is downloaded.
+    """Load the frozen base, in 4-bit if the recipe says so, after a download if it is not here (with `progress`). ModelError where
+    its weights cannot be read, and as `check_checkpoint`.
 
     `longest_row`: tokens of the longest row that the model will process. The sliding window is removed if no row reaches it: the
     model is the same, and needs no explicit attention mask.
     """
     register_attention()
-    check_checkpoint(config.name, architecture)
     path, quantized = (find_config(config.name, config.revision), quantization_config(quantization, precision.compute_dtype))
     settings = build_config(read_config(config.name, config.revision), config.name)
     # In the hub's cache the folder's name is the commit, which transformers 5.23 no longer records.
@@ -159,6 +161,9 @@ def load_base(
     problem = f"The weights of {config.name} cannot be read: {{reason}}."
     hint = "Download the checkpoint again, complete, as safetensors."
     memory = f"The memory of {device} ran out while {config.name} was loaded: {{reason}}."
+    with foreign_errors(ModelError, problem, hint):
+        folder = download_weights(config.name, settings._commit_hash or config.revision, progress)
+    check_checkpoint(str(folder), architecture)
     with quiet_transformers(), foreign_errors(ModelError, problem, hint), memory_errors(ModelError, memory, MEMORY_HINT):
         model = PackedPhi3ForCausalLM.from_pretrained(
             config.name,
@@ -170,8 +175,6 @@ def load_base(
             device_map={"": device},
             use_safetensors=True,
         )
-    if not is_dir(config.name):
-        check_checkpoint(str(path.parent), architecture)
     _set_compute_dtype(model, precision.compute_dtype)
     configure_base(model, architecture, longest_row=longest_row)
     return cast(PackedPhi3ForCausalLM, model)

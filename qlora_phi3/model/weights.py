@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from qlora_phi3.errors import ModelError, UserError
-from qlora_phi3.files import check_no_pointer, read_json_object
+from qlora_phi3.files import check_no_pointer, is_dir, read_json_object
+from qlora_phi3.reporter import Progress
+from qlora_phi3.units import MIB
 
 #: Bytes of a row chunk, at most; see `rows_per_chunk`.
 ROW_CHUNK_BYTES = 4 * 2**20
@@ -28,6 +32,36 @@ DTYPES = {
     "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _DOWNLOAD_AGAIN = "Download the checkpoint again, complete, as safetensors."
+
+
+def download_weights(name: str, revision: str | None, progress: Progress) -> Path:
+    """The directory of a model's weights. Those of a hub model are downloaded where they are not here; huggingface_hub continues
+    what was interrupted. It raises its own errors.
+
+    Args:
+        progress: called with the MiB that are done.
+    """
+    if is_dir(name):
+        return Path(name)
+    activity, done = f"Downloading {name} (MiB)", [0]
+
+    class Bar(tqdm):  # type: ignore[misc]
+        """huggingface_hub's bars of bytes, one for what comes and one for what is written."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "disable": True})
+            self._counts_bytes = options.get("unit") == "B"
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if self._counts_bytes and self.total and self.n // MIB > done[0]:
+                done[0] = int(self.n // MIB)
+                progress(activity, done[0], max(done[0] + 1, int(self.total // MIB)))
+
+    folder = snapshot_download(name, revision=revision, allow_patterns=["model*.safetensors", INDEX_NAME], tqdm_class=Bar)
+    if done[0]:
+        progress(activity, done[0], done[0])
+    return Path(folder)
 
 
 @dataclass(frozen=True, slots=True)

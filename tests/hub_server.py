@@ -28,7 +28,7 @@ def serve_model(name: str, folder: Path) -> Iterator[str]:
             if self.command == "GET":
                 self.wfile.write(body)
 
-        def do_GET(self) -> None:
+        def do_GET(self) -> None:  # noqa: N802
             path = self.path.partition("?")[0]
             if path.startswith(f"/{name}/resolve/") and path.rpartition("/")[2] in files:
                 body = files[path.rpartition("/")[2]]
@@ -51,7 +51,7 @@ def serve_model(name: str, folder: Path) -> Iterator[str]:
             else:
                 self.send_error(404)
 
-        do_HEAD = do_GET
+        do_HEAD = do_GET  # noqa: N815
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -144,8 +144,8 @@ def load_base(
     longest_row: int,
     progress: Progress = lambda *_: None,
 ) -> PackedPhi3ForCausalLM:
-    """Load the frozen base, in 4-bit if the recipe says so, after a download if it is not here (with `progress`). ModelError where
-    its weights cannot be read, and as `check_checkpoint`.
+    """Load the frozen base, in 4-bit if the recipe says so; what is not here is downloaded, with `progress`. ModelError where its
+    weights cannot be read, and as `check_checkpoint`.
 
     `longest_row`: tokens of the longest row that the model will process. The sliding window is removed if no row reaches it: the
     model is the same, and needs no explicit attention mask.

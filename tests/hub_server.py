@@ -28,7 +28,7 @@ def serve_model(name: str, folder: Path) -> Iterator[str]:
             if self.command == "GET":
                 self.wfile.write(body)
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             if path.startswith(f"/{name}/resolve/") and path.rpartition("/")[2] in files:
                 body = files[path.rpartition("/")[2]]

@@ -47,6 +47,8 @@ RENDERED_CHAT = re.compile(
     r"|^(### ?|<)?(Human|Assistant|User|Instruction|Response|Question|Answer)[:>]|### ?(Human|Assistant|Response):",
     re.MULTILINE | re.IGNORECASE,
 )
+#: `max_length` at which no row is cut.
+UNCUT = 2**31 - 1
 #: One row's token ids, or its labels: int32, shape (length,).
 Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
 
@@ -135,19 +137,25 @@ def _cache_key(source: Source, config: TokenizeConfig, max_rows: int | None) -> 
 
 
 def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: int | None) -> SourceReport:
-    """Write the usable rows of a source as an Arrow stream, `BATCH_ROWS` at a time."""
+    """Write the usable rows of a source as an Arrow stream, `BATCH_ROWS` at a time.
+
+    Where the cache has the rows uncut, as after `inspect`, they are only cut.
+    """
     import pyarrow as pa
 
     tokens, count = pa.list_(pa.int32()), pa.int32()
     columns = {"input_ids": tokens, "labels": tokens, "length": count, "supervised": count}
     schema = pa.schema({**columns, "source_row": pa.int64(), "digest": pa.uint64()})
     report, names, activity = SourceReport(source.name), set[str](), f"Reading {Path(source.name).name}"
-    examples = read_examples(source, config.data, report, names)
-    special = SpecialTokens(config.tokenizer, written=config.template.rendered)
-    most = float("inf") if max_rows is None else max_rows
+    uncut_key = _cache_key(source, replace(config, max_length=UNCUT), None)
+    if max_rows is None and config.max_length != UNCUT and (uncut := _read_entry(config.cache_dir / uncut_key)) is not None:
+        report = replace(uncut[1], rows_kept=0)
+        batches = _read_batches(uncut[0])
+    else:
+        batches = _tokenize_batches(source, config, max_rows, report, names)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        while batch := list(islice(examples, int(min(BATCH_ROWS, most - report.rows_kept)))):
-            rows = list(_truncate_rows(_tokenize_batch(batch, config, special, report), config.max_length, report))
+        for batch in batches:
+            rows = list(_truncate_rows(batch, config.max_length, report))
             if rows:
                 numbers, ids, labels, supervised = zip(*rows, strict=True)
                 lengths = [len(row) for row in ids]
@@ -169,6 +177,28 @@ def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: in
             f"Its columns are: {', '.join(sorted(names))}.",
         )
     return report
+
+
+def _tokenize_batches(
+    source: Source, config: TokenizeConfig, max_rows: int | None, report: SourceReport, names: set[str]
+) -> Iterator[Iterable[tuple[int, Ids, Ids]]]:
+    """Number, ids and labels of the rows of a source, until `report` has counted `max_rows` that are kept."""
+    examples = read_examples(source, config.data, report, names)
+    special = SpecialTokens(config.tokenizer, written=config.template.rendered)
+    most = float("inf") if max_rows is None else max_rows
+    while batch := list(islice(examples, int(min(BATCH_ROWS, most - report.rows_kept)))):
+        yield _tokenize_batch(batch, config, special, report)
+
+
+def _read_batches(rows: Any) -> Iterator[Iterable[tuple[int, Ids, Ids]]]:
+    """The same of rows that are in the cache."""
+    for table in rows.with_format("arrow").iter(batch_size=BATCH_ROWS):
+        columns = []
+        for name in ("input_ids", "labels"):
+            part = table[name].combine_chunks()
+            offsets = part.offsets.to_numpy()
+            columns.append(np.split(part.flatten().to_numpy(), offsets[1:-1] - offsets[0]))
+        yield zip(table["source_row"].to_pylist(), *columns, strict=True)
 
 
 def read_examples(source: Source, data: Data, report: SourceReport, columns: set[str]) -> Iterator[tuple[int, Chat | Document]]:

@@ -239,6 +239,29 @@ def test_the_same_data_a_second_time_are_read_from_the_cache_with_the_same_repor
     assert second.train[:] == first.train[:]
 
 
+@pytest.mark.parametrize("max_length", [4, 12, 30, 200])
+def test_rows_that_are_in_the_cache_uncut_are_cut_without_the_tokenizer_to_the_same_rows(
+    prepare_in, tmp_path, monkeypatch, max_length
+):
+    rows = [{"messages": []}, *[row("ask " * (n % 3), "word " * n) for n in range(1, 41)], row("long " * 60)]
+    first, second = save(tmp_path / "a.jsonl", rows), save(tmp_path / "b.jsonl", rows)
+    try:
+        expected = prepare_in(second, max_length=max_length)
+    except DataError as error:
+        expected = error
+    prepare_in(first, max_length=tokenize.UNCUT)
+    monkeypatch.setattr(tokenize, "_tokenize_batch", lambda *_: pytest.fail("tokenized again"))
+    if isinstance(expected, DataError):
+        with pytest.raises(DataError, match=r"Raise \[training\] max_length"):
+            prepare_in(first, max_length=max_length)
+        return
+    found = prepare_in(first, max_length=max_length)
+    assert found.train[:] == expected.train[:]
+    assert found.left_out == {name.replace("b.jsonl", "a.jsonl"): reason for name, reason in expected.left_out.items()}
+    assert (found.report.truncated, found.report.rows_kept) == (expected.report.truncated, expected.report.rows_kept)
+    assert found.report.fully_truncated.rows == expected.report.fully_truncated.rows
+
+
 def entries_of(tmp_path):
     return [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 

@@ -40,6 +40,9 @@ READ_AS_TOKENS = "special tokens of the model in the words of the row: read as t
 UNICODE_SPACE = "a message begins with Unicode white space: llama.cpp reads it as other tokens (docs/gguf.md)"
 CHAT_IN_TURN = "a turn that holds a rendered chat: it is rendered a second time (the format text reads rendered chats)"
 CHAT_IN_TEXT = "raw text that looks like a rendered chat: its prompts are learned too"
+PLACEHOLDER = "words in double braces, as in {{name}}: they are learned as they stand (write the real ones)"
+#: A place in a template that was not filled.
+UNFILLED = re.compile(r"\{\{ ?[A-Za-z_]\w{0,30} ?\}\}")
 #: The headers that chat templates and prompts of the field write before a turn.
 RENDERED_CHAT = re.compile(
     r"<[|\uff5c](user|assistant|system|im_start|start_header_id|start_of_role)[|\uff5c]>|<start_of_turn>|\[/?INST\]|<(human|bot)>:"
@@ -311,10 +314,12 @@ def _render_row(
         notes.append(READ_AS_TEXT if is_broken else READ_AS_TOKENS)
     if special.takes_space and isinstance(example, Chat) and any(map(LEADING_UNICODE_SPACE.match, words)):
         notes.append(UNICODE_SPACE)
+    if any(map(UNFILLED.search, words)):
+        notes.append(PLACEHOLDER)
     if isinstance(example, Document):
         text = special.break_in(example.text) if is_broken else example.text
         end = config.tokenizer.eos_token
-        if notes and not is_broken and end and text.rstrip().endswith(end):
+        if READ_AS_TOKENS in notes and end and text.rstrip().endswith(end):
             text = text.rstrip()  # a rendered text that ends already
         if RENDERED_CHAT.search(text.replace(MARK, "")):
             notes.append(CHAT_IN_TEXT)

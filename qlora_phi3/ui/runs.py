@@ -226,6 +226,8 @@ def warnings(run: Run) -> list[str]:
     if len(run.samples) >= MIN_ANSWERS and 2 * runaway > len(run.samples):
         count = f"{runaway} of {len(run.samples)}"
         lines.append(f"{count} sample answers did not end by themselves: too little training, or rows cut at max_length.")
+    if empty := sum(not sample.tuned.text for sample in run.samples):
+        lines.append(f"{empty} of {len(run.samples)} sample answers are empty: the model ends its turn at once.")
     if run.events:
         lines.append(f"{format_count(len(run.events), 'event')}: memory ran out, or a step diverged; see below.")
     if run.data is not None and run.data.repeated:

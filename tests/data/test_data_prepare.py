@@ -61,6 +61,12 @@ def test_rows_keep_their_source_and_line(prepare_in, tmp_path):
     assert data.evaluation is None
 
 
+def test_rows_with_a_place_that_nobody_filled_are_counted(prepare_in, tmp_path):
+    data = prepare_in(save(tmp_path / "a.jsonl", [row(answer="I am {{name}}."), row(answer="{x}"), row("{{ a b }}")]))
+    (note,) = data.report.notes
+    assert (note.rows, note.where, "{{name}}" in note.reason) == (1, ("a.jsonl:1",), True)
+
+
 def test_the_report_counts_the_tokens_of_memory_mapped_rows(prepare_in, tmp_path):
     data = prepare_in(save(tmp_path / "a.jsonl", [row(answer="word " * n) for n in range(1, 9)]))
     assert str(data.train.features["input_ids"]) == "List(Value('int32'))"

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from qlora_phi3.cli.options import debug_option, silence_libraries
+from qlora_phi3.cli.options import debug_option, silence_libraries, watching
 from qlora_phi3.cli.output import keep_running_without_output
-from qlora_phi3.errors import ExportError, Interrupted, UserError, quoted
-from qlora_phi3.export.request import DEFAULT_DTYPE, DEFAULT_ONTO, DTYPES, MODELFILE, ExportOptions, make_request
+from qlora_phi3.errors import ExportError, Interrupted, UserError, printable, quoted
+from qlora_phi3.export.request import DEFAULT_DTYPE, DEFAULT_ONTO, DTYPES, MODELFILE, OLLAMA_NAME, ExportOptions, make_request
 
 KIND_HELP = "hf: safetensors for transformers, vLLM and others; gguf: one file for llama.cpp and Ollama."
 QUANT_HELP = "With --format gguf: q8_0, q4_k_m and others; docs/gguf.md lists them. [default: the type of --dtype]"
@@ -21,7 +21,10 @@ ONTO_HELP = (
     "Weights that the adapter is added to. nf4: the 4-bit weights it was trained on (NF4 or FP4). original: the base's own. "
     "auto: original where its held-out loss is lower by more than two standard errors, else nf4."
 )
-OLLAMA_HELP = "Write a GGUF (q4_k_m without --quant), and create the model NAME in Ollama where it is installed."
+OLLAMA_HELP = (
+    "Write a GGUF, and create the model NAME in Ollama where it is installed. Without --quant q4_k_m, or q8_0 where llama.cpp's "
+    "quantizer is not here."
+)
 FOLDER = click.Path(path_type=Path)
 
 
@@ -60,7 +63,10 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
         raise UserError(f"--quant is given {len(quants)} times ({', '.join(quants)}).", "Give one type a command.")
     name = options["ollama"]
     if name is not None:
-        options["kind"], quants = "gguf", quants or ("q4_k_m",)
+        if not OLLAMA_NAME.fullmatch(name):
+            hint = "Write [namespace/]name[:tag] of letters, digits, _ - and ., as in --ollama my-phi3:v1"
+            raise ExportError(f"--ollama {name} is no name for Ollama.", hint)
+        options["kind"], quants = "gguf", quants or (choose_quant(),)
     if quants and options["kind"] != "gguf":
         raise UserError(f"--quant {quants[0]} is for GGUF.", "Add --format gguf, or use --dtype for safetensors.")
     if options["private"] and not options["push"]:
@@ -86,6 +92,23 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
         raise exported.fault
     if name is not None:
         create_in_ollama(name, exported.folder / MODELFILE)
+
+
+def choose_quant() -> str:
+    """The type for Ollama: q4_k_m, or q8_0 with a note where llama.cpp's quantizer is not here."""
+    with watching() as watcher:
+        watcher.info("Looking for llama.cpp's quantizer")
+        from qlora_phi3.export.gguf.tensors import find_library
+
+        try:
+            find_library("q4_k_m")
+        except ExportError as error:
+            missing = error
+        else:
+            return "q4_k_m"
+    note = f"{missing} Taking q8_0, of twice the size."
+    click.echo(f"Note: {printable(note)}", err=True)
+    return "q8_0"
 
 
 def create_in_ollama(name: str, modelfile: Path) -> None:

@@ -73,9 +73,6 @@ def make_request(run: Path, options: ExportOptions) -> Request:
     Without `options.out` the export goes into the run, under a name that contains every option that changes the weights, and of a
     GGUF always its type.
     """
-    if options.ollama is not None and not OLLAMA_NAME.fullmatch(options.ollama):
-        hint = "Write [namespace/]name[:tag] of letters, digits, _ - and ., as in --ollama my-phi3:v1"
-        raise ExportError(f"--ollama {options.ollama} is no name for Ollama.", hint)
     folder, report = find_finished_run(run, verify=options.verify)
     if options.base is not None and not (options.base / "config.json").is_file():
         hint = "Give the folder of the base that was trained on."

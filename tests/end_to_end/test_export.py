@@ -887,19 +887,20 @@ def test_without_ollama_the_lines_to_type_are_printed(merged, tmp_path, monkeypa
     lines = [line.strip() for line in result.stdout.splitlines()]
     for line in (f"Ollama: ollama create my-phi3 -f {tmp_path / 'out' / 'Modelfile'}", "ollama run my-phi3"):
         assert line in lines
-    assert lines[-1].startswith("Ollama is not on this PATH")
+    assert lines[-3].startswith("Ollama is not on this PATH")
+    assert lines[-2:] == [f"ollama create my-phi3 -f {tmp_path / 'out' / 'Modelfile'}", "ollama run my-phi3"]
 
 
-def test_ollamas_type_is_q4_k_m_and_without_its_quantizer_another_is_named(merged, tmp_path, monkeypatch):
+def test_ollamas_type_is_q4_k_m_and_without_its_quantizer_q8_0(merged, tmp_path, monkeypatch):
     pytest.importorskip("gguf")
     monkeypatch.setattr("qlora_phi3.export.gguf.tensors.PACKAGES", ())
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("LLAMA_CPP_LIB", raising=False)
     result = call("export", str(merged), "--ollama", "my-phi3", "--out", str(tmp_path / "out"))
-    assert result.exit_code == 2
-    assert len(result.stderr.splitlines()) == 1
-    assert "--quant q4_k_m needs llama.cpp's own quantizer" in result.stderr
-    assert "--quant q8_0" in result.stderr
-    assert not (tmp_path / "out").exists()
+    assert result.exit_code == 0, result.stderr
+    assert "--quant q4_k_m needs llama.cpp's own quantizer" in result.stderr.splitlines()[0]
+    assert "Taking q8_0" in result.stderr.splitlines()[0]
+    assert (tmp_path / "out" / "mine-q8_0.gguf").is_file()
 
 
 @pytest.mark.parametrize("name", ["-f", "", "a b", "../x", "a/b/c", "x:", "héllo", "a..b", "x" * 81])

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, get_scheduler
@@ -49,6 +50,8 @@ from qlora_phi3.units import format_gib, parse_size
 #: matmuls busy next to the dequantization, which costs the same whatever the micro-batch holds. On CPU (SmolLM2-135M, bf16,
 #: Zen 5) 512 is as fast as 1,024, at a peak of 1.06-1.10 GiB instead of 1.11-1.35.
 DEFAULT_MICRO_BATCH_TOKENS = 512
+#: Share of the computer's available memory that a step may take on a CPU without recomputation: other programs need the rest.
+CPU_MEMORY_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +161,7 @@ def wants_dry_run(memory: Memory, device: torch.device) -> bool:
 
 
 def plan_run(context: RunContext) -> PlannedRun:
-    """Plan the execution: the fastest plan that fits the GPU, or the default plan, simulated on a CPU if there is a dry run.
+    """Plan the execution: the fastest plan that fits the GPU; on a CPU the default plan, without recomputation where that fits.
 
     Several processes share the plan for the GPU with the least memory.
     """
@@ -174,12 +177,20 @@ def _plan(context: RunContext) -> PlannedRun:
     if device.type == "cpu" and recipe.memory.budget != "auto":
         context.reporter.warning("[memory] budget is for GPUs; a run on a CPU ignores it.")
     execution = default_execution_plan(recipe.training, recipe.memory, context.architecture, device)
-    if device.type != "cpu" or not wants_dry_run(recipe.memory, device):
+    if device.type != "cpu":
         return PlannedRun(execution=execution, predicted=None)
     shape, compute_dtype = step_shape(context.row_lengths, execution), context.precision.compute_dtype
-    model = (recipe, context.config, context.architecture)
-    memory = simulate(*model, execution, shape, compute_dtype=compute_dtype, path="cpu").report()
-    return PlannedRun(execution=execution, predicted=replace(memory, trace=()))
+
+    def predict(execution: ExecutionPlan) -> MemoryReport:
+        model = (recipe, context.config, context.architecture)
+        return simulate(*model, execution, shape, compute_dtype=compute_dtype, path="cpu").report()
+
+    if recipe.training.gradient_checkpointing == recipe.memory.checkpoint_every_n_layers == "auto":
+        keeping, free_bytes = replace(execution, checkpoint_every=0), psutil.virtual_memory().available
+        if predict(keeping).allocated_bytes <= CPU_MEMORY_SHARE * free_bytes / count_processes():
+            execution = keeping
+    wants_prediction = wants_dry_run(recipe.memory, device)
+    return PlannedRun(execution=execution, predicted=replace(predict(execution), trace=()) if wants_prediction else None)
 
 
 def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
@@ -237,7 +248,7 @@ def outline_run(
 
 
 def default_execution_plan(training: Training, memory: Memory, architecture: Architecture, device: torch.device) -> ExecutionPlan:
-    """The plan of a CPU, and of a GPU that NVML cannot read: what the recipe fixes, else all layers recomputed.
+    """The plan of a GPU that NVML cannot read, and where a CPU's begins: what the recipe fixes, else all layers recomputed.
 
     Without a fixed size, a micro-batch has DEFAULT_MICRO_BATCH_TOKENS tokens or one row.
     """

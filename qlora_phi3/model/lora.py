@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from qlora_phi3.errors import ModelError, first_line
+from qlora_phi3.model.layer import read_lora
 from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM
 from qlora_phi3.model.weights import Weights, read_tensor
 from qlora_phi3.recipe.schema import Lora
@@ -131,44 +132,28 @@ def measure_coverage(model: PeftModel) -> Coverage:
     return Coverage(share=covered / total, trainable_parameters=trainable, targets=tuple(sorted(targets)))
 
 
-def fuse_lora_forward(model: nn.Module, adapter: str = "default") -> None:
+def fuse_lora_forward(model: nn.Module) -> None:
     """Make every plain LoRA layer of a PEFT model add its update by `addmm`.
 
     Layers with dropout, DoRA or a bias on B keep PEFT's own forward, and so does every call with the adapter disabled or merged.
     """
     for layer in model.modules():
-        if (
-            isinstance(layer, LoraLayer)
-            and isinstance(layer.get_base_layer(), nn.Linear)
-            and adapter in layer.lora_A
-            and adapter not in layer.lora_variant
-            and isinstance(layer.lora_dropout[adapter], nn.Identity)
-            and layer.lora_B[adapter].bias is None
-        ):
-            layer.forward = _FusedLoraForward(layer, adapter)
+        if read_lora(layer) is not None:
+            layer.forward = _FusedLoraForward(layer)
 
 
 class _FusedLoraForward:
     """Replaces a layer's forward: base(x) + B(scaling * A(x)). The scaling is applied to the rank-sized tensor."""
 
-    def __init__(self, layer: Any, adapter: str) -> None:
-        self.layer, self.adapter = layer, adapter
-        self.peft_forward = layer.forward
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.peft_forward = layer, layer.forward
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of the base layer's output."""
-        layer = self.layer
-        lora_A, lora_B = layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
-        if (
-            args
-            or kwargs
-            or layer.disable_adapters
-            or layer.merged
-            or layer.active_adapters != [self.adapter]
-            or not (x.dtype == lora_A.dtype or torch.is_autocast_enabled(x.device.type))
-        ):
+        lora = read_lora(self.layer)
+        if args or kwargs or lora is None or not (x.dtype == lora.lora_A.dtype or torch.is_autocast_enabled(x.device.type)):
             output: Tensor = self.peft_forward(x, *args, **kwargs)
             return output
-        base: Tensor = layer.base_layer(x)
-        low_rank = linear(x, lora_A) * layer.scaling[self.adapter]
-        return torch.addmm(base.flatten(0, -2), low_rank.flatten(0, -2), lora_B.T).view_as(base)
+        base: Tensor = lora.base(x)
+        low_rank = linear(x, lora.lora_A) * lora.scaling
+        return torch.addmm(base.flatten(0, -2), low_rank.flatten(0, -2), lora.lora_B.T).view_as(base)

@@ -209,18 +209,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if x.is_cuda:
         normed, scale = _aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)
         return normed, scale
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    wide = x.float()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (x * scale).mul_(weight).to(x.dtype), scale
+    return (wide * scale if wide is x else wide.mul_(scale)).mul_(weight).to(x.dtype), scale
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The gradient of x, in the dtype of `grad`; `scale` as `rms_norm` returns it."""
     if x.is_cuda:
         return cast(Tensor, _aten._fused_rms_norm_backward(grad, x, [x.shape[-1]], scale, weight, [True, False])[0])
-    wide = grad * weight.float()
-    along = (wide * x).sum(-1, keepdim=True).mul_(scale**3).div_(x.shape[-1])
-    return wide.mul_(scale).sub_(x * along).to(grad.dtype)
+    wide, wide_grad = x.float(), grad.float()
+    wide_grad = wide_grad * weight if wide_grad is grad else wide_grad.mul_(weight)
+    along = (wide_grad * wide).sum(-1, keepdim=True).mul_(scale**3).div_(x.shape[-1])
+    return wide_grad.mul_(scale).addcmul_(wide, along, value=-1).to(grad.dtype)
 
 
 class _Cast(Function):

@@ -4,7 +4,9 @@ Any other exception is a defect of this program and keeps its traceback.
 """
 
 import errno
+import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,6 +33,12 @@ def printable(text: str, *, longest_line: int = LONGEST_LINE) -> str:
     half = longest_line // 2
     lines = text.split("\n")
     return "\n".join(line if len(line) <= longest_line else f"{line[:half]} ... {line[-half:]}" for line in lines)
+
+
+def quoted(path: object) -> str:
+    """A path as one word of a command that people copy into a shell."""
+    text = str(path)
+    return shlex.quote(text) if os.name != "nt" else f'"{text}"' if " " in text else text
 
 
 class UserError(Exception):

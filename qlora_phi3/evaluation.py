@@ -151,6 +151,8 @@ def evaluate_model(inference: InferenceModel, data: EvalRows, settings: EvalSett
         notes.append("With so few rows these are rough figures.")
     if settings.rows and not questions:
         notes.append("Nothing was generated: no row has a prompt and a complete answer.")
+    if empty := sum(not row["tuned"] for row in shown):
+        notes.append(f"{empty} of {len(shown)} answers are empty: the model ends its turn at once.")
     metrics = compare(measured[sides[0]], measured["tuned"], settings.seed)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -5,7 +5,6 @@ and without torch.
 """
 
 import math
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -89,16 +88,15 @@ def share_rows(lengths: Sequence[int], count: int) -> list[list[int]]:
 def _pack(order: Sequence[int], lengths: Sequence[int], plan: MicroBatchPlan) -> list[list[int]]:
     """Best-fit decreasing: each row goes where it leaves the fewest tokens free, or into a micro-batch of its own."""
     packs: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (tokens left, number of the pack), sorted
+    free: list[int] = []  # tokens left in each pack
     for row in order:
-        fit = bisect_left(free, (lengths[row], 0))
-        if fit < len(free):
-            left, pack = free.pop(fit)
-        else:
-            left, pack = plan.max_tokens, len(packs)
+        fitting = (pack for pack in range(len(packs)) if free[pack] >= lengths[row])
+        pack = min(fitting, key=free.__getitem__, default=len(packs))
+        if pack == len(packs):
             packs.append([])
+            free.append(plan.max_tokens)
         packs[pack].append(row)
-        insort(free, (left - lengths[row], pack))
+        free[pack] -= lengths[row]
     return packs
 
 

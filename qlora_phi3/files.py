@@ -215,13 +215,10 @@ def read_json_object(path: Path, error_class: type[UserError], hint: str) -> dic
 
 def nesting(value: object, enough: int) -> int:
     """How deep lists and tables are nested; counting ends above `enough`."""
-    deepest, values = 0, [(value, 0)]
-    while values and deepest <= enough:
-        each, depth = values.pop()
-        inner = each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
-        deepest = max(deepest, depth + bool(inner))
-        values += [(one, depth + 1) for one in inner if isinstance(one, dict | list)]
-    return deepest
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if not inner or enough < 0:
+        return bool(inner)
+    return 1 + max(nesting(each, enough - 1) for each in inner)
 
 
 def check_no_pointer(path: Path, error_class: type[UserError]) -> None:

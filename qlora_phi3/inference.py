@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Queue
 from threading import Event
@@ -30,6 +30,7 @@ from qlora_phi3.model.lora import fuse_lora_forward
 from qlora_phi3.model.phi3 import choose_precision, find_base, load_base, quiet_transformers
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.recipe.schema import Model, Quantization
+from qlora_phi3.reporter import Progress
 from qlora_phi3.runfolder import RunFolder
 
 #: The tokens that end a turn in the family's templates.
@@ -91,13 +92,19 @@ class _Source:
 
 
 def load_for_inference(
-    run_or_export: Path, *, device: torch.device | None = None, dtype: torch.dtype | Literal["auto"] = "auto"
+    run_or_export: Path,
+    *,
+    base: Path | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    progress: Progress = lambda *_: None,
 ) -> InferenceModel:
     """Load a model for generation, in 4-bit if it was trained in 4-bit.
 
     Args:
         run_or_export: the directory of a run (its base, its adapter and its chat template are loaded), of a PEFT adapter (its
             base is loaded in 4-bit), of an export or a base; or the hub id of a base, which is loaded in 4-bit.
+        base: directory of the base of a run or an adapter, if it has moved.
         device: None for the GPU if there is one.
         dtype: of the matmuls. "auto": for a run the dtype of its recipe, for an adapter bf16 if the device has it, for an export
             the dtype of its files.
@@ -107,6 +114,13 @@ def load_for_inference(
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = _read_source(run_or_export)
+    if base is not None and source.adapter is not None:
+        source = replace(source, base=Model(name=str(base)))
+    if source.adapter is not None and Path(source.base.name).is_absolute() and not Path(source.base.name).is_dir():
+        raise ModelError(
+            f"The base of {run_or_export} is gone: there is no folder {source.base.name}.",
+            "Say where it is now with --base FOLDER; an export of the run needs no base.",
+        )
     config, adapter = source.base, source.adapter
     architecture = read_architecture(config.name, config.revision)
     # A copy of the tokenizer without config.json gives other ids in transformers 5.
@@ -114,7 +128,15 @@ def load_for_inference(
     tokenizer = load_tokenizer(Model(name=str(adapter)) if has_tokenizer else config)
     precision = choose_precision(source.dtype if dtype == "auto" else str(dtype).removeprefix("torch."), device)
     longest = architecture.max_position_embeddings
-    model: Any = load_base(config, source.quantization, architecture, precision=precision, device=device, longest_row=longest)
+    model: Any = load_base(
+        config,
+        source.quantization,
+        architecture,
+        precision=precision,
+        device=device,
+        longest_row=longest,
+        progress=progress,
+    )
     eos_token_id, end_of_turn = model.generation_config.eos_token_id, None
     if adapter is not None:
         ending = _read_ending(tokenizer, source)
@@ -128,7 +150,7 @@ def _read_source(path: Path) -> _Source:
     run = RunFolder(path.parent if path.name == "adapter" and RunFolder(path.parent).recipe.is_file() else path)
     if run.recipe.is_file():
         if not (run.adapter / "adapter_config.json").is_file():
-            raise ModelError(f"The run {run.path} has no adapter.", "Finish its training first, with --resume.")
+            raise ModelError(f"The run {run.path} has no adapter.", f"Finish its training first: {run.resume_command}")
         recipe = load_recipe(run.recipe)
         record = read_json_object(run.base, ModelError, "Train the run again.") if run.base.is_file() else {}
         base = recipe.model.model_copy(update={"revision": record.get("revision") or recipe.model.revision})

@@ -1,7 +1,7 @@
 """Training objectives: functions from a model and a micro-batch to a loss and metrics.
 
 `step.py`, the retry after an out-of-memory error, the memory simulation and the dry run take an objective and do not know which
-one it is. A preference method is one more function here, on `model.loss.token_logprobs`.
+one it is. A preference method is one more function here.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from qlora_phi3.model.phi3 import find_base
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveOutput:
-    """The result of an objective on one micro-batch."""
+    """The result of an objective on one micro-batch; of a batch, the sums over its micro-batches."""
 
     #: 0-dim fp32, already divided by the normalizer; its backward pass gives this micro-batch's share of the gradient.
     loss: Tensor

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from qlora_phi3.errors import RunError
+from qlora_phi3.errors import RunError, quoted
 from qlora_phi3.family import is_hub_id
-from qlora_phi3.files import atomic_write, disk_errors, flush_to_disk, is_dir, make_directory, read_json_object, remove
+from qlora_phi3.files import atomic_write, disk_errors, is_dir, make_directory, read_json_object
 
 #: Held by the process that writes a run directory, and the file with its process id.
 LOCK, LOCK_PID = "checkpoints/.lock", "checkpoints/.lock.pid"
@@ -25,8 +25,6 @@ REPORT_TYPES: dict[str, type | tuple[type, ...]] = {
     "device": str, "compute_dtype": str, "adapter": dict, "files": dict, "steps": int, "memory": dict,
     "eval_loss_before": (int, float, NoneType), "eval_loss_after": (int, float, NoneType),
 }  # fmt: skip
-#: Age at which a run directory without a report belongs to no process that is about to write it.
-STARTING_SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +48,15 @@ class RunFolder:
         for name in (*files, "samples.json", "adapter", "quantized_base", "checkpoints"):
             object.__setattr__(self, name.partition(".")[0], self.path / name)
 
+    @property
+    def resume_command(self) -> str:
+        """The command that continues this run."""
+        return f"qlora-phi3 run --resume {quoted(self.path)}"
+
     def read_report(self) -> dict[str, Any]:
         """The content of report.json; RunError where there is none, or it holds no JSON object."""
         if self.recipe.is_file() and not self.report.exists():
-            hint = f"Put it back, or train again: qlora-phi3 run {self.recipe}"
+            hint = f"Put it back, or train again: qlora-phi3 run {quoted(self.recipe)}"
             raise RunError(f"{self.path} is a run without its report.json.", hint)
         hint = "Give the directory of a run: runs/<recipe>/<time>."
         report = read_json_object(self.report, RunError, hint)
@@ -72,12 +75,7 @@ class RunFolder:
 
 
 def create_run_folder(root: Path, recipe_name: str) -> RunFolder:
-    """Create `root/recipe_name/<time>`, never one that exists; RunError where that is impossible.
-
-    Directories of runs that were killed before they wrote anything are removed.
-    """
-    for path in (root / recipe_name).glob("*"):
-        _remove_unstarted(RunFolder(path))
+    """Create `root/recipe_name/<time>`, never one that exists; RunError where that is impossible."""
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 100):
         path = root / recipe_name / (stamp if attempt == 1 else f"{stamp}-{attempt}")
@@ -93,18 +91,6 @@ def create_run_folder(root: Path, recipe_name: str) -> RunFolder:
             raise RunError(f"The run directory {path} cannot be created: {error.strerror}.", hint) from error
         return RunFolder(path)
     raise RunError(f"{root / recipe_name} has 99 runs of this second.", "Try again.")
-
-
-def _remove_unstarted(folder: RunFolder) -> None:
-    """Remove a run directory that holds neither a report nor a checkpoint, unless a process is about to write it."""
-    with suppress(OSError, RunError):
-        names = {path.name for path in folder.path.iterdir() if path.suffix != ".partial"}
-        names |= {f"checkpoints/{path.name}" for path in folder.checkpoints.iterdir()}
-        age_seconds = time.time() - folder.path.stat().st_mtime
-        is_unstarted = names <= {"checkpoints", "recipe.toml", LOCK, LOCK_PID} and not folder.path.is_symlink()
-        if is_unstarted and age_seconds >= STARTING_SECONDS:
-            with lock_run(folder):
-                remove(folder.path)
 
 
 @contextmanager
@@ -179,6 +165,16 @@ def list_runs(root: Path) -> list[RunFolder]:
     """The runs that are in `root`, or in a directory in it, the newest last. A run is a directory with a report.json."""
     reports = [report for depth in ("*", "*/*") for report in root.glob(f"{depth}/report.json")]
     return sorted((RunFolder(report.parent) for report in reports), key=lambda run: (run.started, run.path.name))
+
+
+def find_unfinished(group: Path) -> RunFolder | None:
+    """The newest run in a directory, if it has a checkpoint and did not end; None where it is written now."""
+    newest = next(reversed(list_runs(group)), None)
+    if newest is None or not any(newest.checkpoints.glob("checkpoint-*")) or is_locked(newest):
+        return None
+    with suppress(RunError):
+        return None if newest.read_report().get("status") == "done" else newest
+    return None
 
 
 def resolve_run(text: str | Path, root: Path = Path("runs")) -> RunFolder:
@@ -278,9 +274,3 @@ def restore_metrics(folder: RunFolder, checkpoint: Path | None) -> None:
     kept = [] if checkpoint is None else read_metrics(checkpoint / folder.metrics.name)
     kept += [record for record in read_metrics(folder.metrics) if record["kind"] == "oom" and record not in kept]
     atomic_write(folder.metrics, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def flush_metrics(folder: RunFolder) -> None:
-    """Let metrics.jsonl reach the disk; RunError where the disk is full or refuses."""
-    with disk_errors(folder.metrics, hint="{cause}, then go on with --resume."):
-        flush_to_disk(folder.metrics)

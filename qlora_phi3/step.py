@@ -42,10 +42,6 @@ class Batch:
     num_supervised: int
 
 
-class StepResult(ObjectiveOutput):
-    """The result of a pass over a batch: loss and metrics, each summed over the micro-batches."""
-
-
 class MicroBatchMemoryError(Exception):
     """Memory ran out in the micro-batch of this index; the gradients of its batch are incomplete.
 
@@ -107,7 +103,7 @@ def _pad_rows(rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
 
 def forward_backward(
     model: nn.Module, batch: Batch, *, objective: Objective = sft, compute_dtype: torch.dtype, backward: Callable[[Tensor], None]
-) -> StepResult:
+) -> ObjectiveOutput:
     """Add the gradients of a complete optimizer batch to the model's parameters, micro-batch by micro-batch.
     MicroBatchMemoryError where memory ran out; the caller must discard the gradients.
 
@@ -127,7 +123,7 @@ def forward_backward(
 
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], *, objective: Objective = sft, compute_dtype: torch.dtype
-) -> Iterator[tuple[Batch, StepResult]]:
+) -> Iterator[tuple[Batch, ObjectiveOutput]]:
     """Evaluate batches without gradients, one at a time; every loss is normalized by its own batch's supervised tokens.
     MicroBatchMemoryError where memory ran out.
     """
@@ -172,10 +168,10 @@ def _forward(
         return objective(model, inputs, max(1, normalizer))
 
 
-def _sum(outputs: Sequence[ObjectiveOutput]) -> StepResult:
+def _sum(outputs: Sequence[ObjectiveOutput]) -> ObjectiveOutput:
     if not outputs:  # this process has no row of a short batch
-        return StepResult(loss=torch.zeros(()), metrics={})
+        return ObjectiveOutput(loss=torch.zeros(()), metrics={})
     with _in_micro_batch(len(outputs) - 1):
         names = outputs[0].metrics
         metrics = {name: torch.stack([output.metrics[name] for output in outputs]).sum() for name in names}
-        return StepResult(loss=torch.stack([output.loss for output in outputs]).sum(), metrics=metrics)
+        return ObjectiveOutput(loss=torch.stack([output.loss for output in outputs]).sum(), metrics=metrics)

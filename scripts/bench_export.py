@@ -100,7 +100,7 @@ def make_input(folder: Path, layers: int) -> None:
     info = {name: TensorInfo(shape, torch.bfloat16) for name, shape in shapes.items()}
     info |= {name: TensorInfo((HIDDEN,), torch.bfloat16) for name in [*plain, "model.norm.weight"]}
     base, adapter = folder / "base", folder / "adapter"
-    write_shards(RandomWeights(info, 0.02), base, plan_shards(info, SHARD_BYTES), key="base")
+    write_shards(RandomWeights(info, 0.02), base, plan_shards(info, SHARD_BYTES))
     build_config(layers).save_pretrained(base)
     kinds = {name: "4bit" if "_proj" in name else "plain" for name in info}
     record = {
@@ -116,7 +116,7 @@ def make_input(folder: Path, layers: int) -> None:
     for name, (rows, columns) in linears(layers).items():
         parts[f"base_model.model.{name}.lora_A.weight"] = TensorInfo((RANK, columns), torch.float32)
         parts[f"base_model.model.{name}.lora_B.weight"] = TensorInfo((rows, RANK), torch.float32)
-    write_shards(RandomWeights(parts, 0.01), adapter, plan_shards(parts, 2**40), key="adapter")
+    write_shards(RandomWeights(parts, 0.01), adapter, plan_shards(parts, 2**40))
     (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
     names = [name.rpartition(".")[2] for name in LINEARS]
     LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, task_type="CAUSAL_LM").save_pretrained(adapter)
@@ -127,7 +127,7 @@ def merge_ours(folder: Path, target: Path, onto: Any) -> None:
     base = RecordedBase(open_weights(folder / "base"), read_record(folder / "base.json"))
     config = json.loads((folder / "base" / "config.json").read_text(encoding="utf-8"))
     merged = MergedWeights(base, read_deltas(folder / "adapter", config), onto=onto, dtype=torch.float16)
-    write_shards(merged, target, plan_shards(merged.info, SHARD_BYTES), key=onto, notes=base.notes)
+    write_shards(merged, target, plan_shards(merged.info, SHARD_BYTES))
     assert summarise(base.compared).num_tensors == len(merged.info)
 
 

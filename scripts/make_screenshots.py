@@ -23,17 +23,18 @@ from rich.text import Text
 REPOSITORY = Path(__file__).parents[1]
 IMAGES = Path("docs/images")
 COLUMNS, LINES = 100, 34
-SESSION, PROMPT = "screenshots", "$ "
+SESSION, PROMPT, PROMPT_LINE = "screenshots", "$ ", r"^\$\s*$"
 PROGRAM = f"{shlex.quote(sys.executable)} -m qlora_phi3"
 #: What makes the demo's run shorter.
 DEMO = "--set data.max_rows=240 --set data.max_eval_rows=64 --set training.eval_strategy=steps --set training.eval_steps=0.2"
+RUNS = Path("runs/demo")
 QUESTION = "What does the function `os.path.basename` do?"
 MOST_SECONDS = 1800.0
 
 
 def tmux(*arguments: str) -> str:
     """Run a command of tmux; returns what it prints."""
-    return subprocess.run(["tmux", *arguments], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(["tmux", "-L", SESSION, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def terminal() -> Iterator[None]:
         enter(f'qlora-phi3() {{ {PROGRAM} "$@"; }}; clear')
         yield
     finally:
-        tmux("kill-session", "-t", SESSION)
+        tmux("kill-server")
 
 
 def enter(line: str) -> None:
@@ -63,48 +64,48 @@ def wait_for(pattern: str) -> None:
         time.sleep(0.5)
 
 
-def take(name: str, title: str, *, lines_left_out: int = 0) -> None:
-    """Write what the screen shows, without empty lines at its end, as an SVG."""
-    screen = Text.from_ansi(tmux("capture-pane", "-ept", SESSION).rstrip("\n"))
+def take(name: str, title: str) -> None:
+    """Write what the screen shows, without the prompt at its end, as an SVG."""
+    screen = Text.from_ansi(tmux("capture-pane", "-ept", SESSION).rstrip().removesuffix("$"))
     paper = Console(width=COLUMNS, file=StringIO(), force_terminal=True, color_system="truecolor", record=True)
-    paper.print(Text("\n").join(screen.split("\n")[lines_left_out:]), soft_wrap=True)
+    paper.print(screen, soft_wrap=True)
     (IMAGES / name).write_text(paper.export_svg(title=title), encoding="utf-8")
 
 
 def type_and_take(name: str, command: str) -> None:
     """Run a command to its end in an empty terminal, and take its picture."""
     enter(f"clear; {command}")
-    wait_for(rf"\n{re.escape(PROMPT)}$")
+    wait_for(PROMPT_LINE)
     take(name, command)
 
 
-def picture_live(runs: Path) -> None:
+def picture_live() -> None:
     """The screen of a run at three quarters of its steps; the run then goes on to its end."""
-    enter(f"clear; qlora-phi3 run recipes/demo.toml {DEMO} --set training.output_dir={runs}")
-    wait_for(r"2[2-9]/30")
+    enter(f"clear; qlora-phi3 run recipes/demo.toml {DEMO}")
+    wait_for(r"done .* 2[2-9] of 30")
     take("live.svg", "qlora-phi3 run recipes/demo.toml")
-    wait_for(rf"\n{re.escape(PROMPT)}$")
+    wait_for(PROMPT_LINE)
 
 
-def picture_inspect(runs: Path) -> None:
+def picture_inspect() -> None:
     """Three rows of the demo, the learned part of each marked, and the statistics."""
     type_and_take("inspect.svg", "qlora-phi3 inspect recipes/demo.toml")
 
 
-def picture_chat(runs: Path) -> None:
+def picture_chat() -> None:
     """A question to the base and to the tuned model of the run, in two columns."""
-    enter(f"clear; qlora-phi3 chat {newest(runs)} --compare --max-new-tokens 60")
-    wait_for("^> ")
+    enter("clear; qlora-phi3 chat demo --compare --max-new-tokens 60")
+    wait_for(r"^>\s*$")
     enter(QUESTION)
     wait_for(r"tokens/s.*tokens/s")
     take("chat.svg", "qlora-phi3 chat demo --compare")
     tmux("send-keys", "-t", SESSION, "C-d")
 
 
-def picture_report(runs: Path) -> None:
+def picture_report() -> None:
     """report.html of the run, at 1,000 pixels."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,1500"]
-    page = (newest(runs) / "report.html").as_uri()
+    page = (newest() / "report.html").as_uri()
     with tempfile.TemporaryDirectory() as profile:
         subprocess.run(
             ["chromium", *options, f"--user-data-dir={profile}", f"--screenshot={(IMAGES / 'report.png').absolute()}", page],
@@ -112,13 +113,13 @@ def picture_report(runs: Path) -> None:
         )
 
 
-def newest(runs: Path) -> Path:
+def newest() -> Path:
     """The directory of the newest run."""
-    return max(runs.glob("*/20*"))
+    return max(RUNS.glob("20*"))
 
 
-#: Name of the file in docs/images -> what makes it. The first makes the run that the others show.
-PICTURES: dict[str, Callable[[Path], None]] = {
+#: Name of the file in docs/images -> what makes it. The first makes the run, in runs/demo, that the others show.
+PICTURES: dict[str, Callable[[], None]] = {
     "live.svg": picture_live,
     "inspect.svg": picture_inspect,
     "chat.svg": picture_chat,
@@ -130,13 +131,12 @@ def main() -> None:
     """Make the pictures that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)}; default: all")
-    parser.add_argument("--runs", type=Path, help="directory of the demo's runs, to use its newest; default: a temporary one")
     arguments = parser.parse_args()
     os.chdir(REPOSITORY)
     IMAGES.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, terminal():
+    with terminal():
         for name in arguments.names or PICTURES:
-            PICTURES[name](arguments.runs or Path(folder))
+            PICTURES[name]()
             print(IMAGES / name)
 
 

@@ -19,7 +19,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.initialization import no_init_weights
 
 from qlora_phi3.adapters.delta import LoraDelta, LowRankBlock
-from qlora_phi3.adapters.peft_io import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, PREFIX, check_config, read_config
+from qlora_phi3.adapters.peft_io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, check_config, read_config
 from qlora_phi3.errors import ExportError, first_line
 from qlora_phi3.model.weights import StoredWeights, open_file, read_tensor
 from qlora_phi3.units import format_count
@@ -67,9 +67,6 @@ def read_deltas(folder: Path, config: Mapping[str, Any]) -> AdapterDeltas:
     """
     settings = load_lora_config(folder)
     path = folder / ADAPTER_WEIGHTS
-    if not path.is_file() and (folder / ADAPTER_PICKLE).is_file():
-        problem = f"{folder} holds its adapter only as a pickle ({ADAPTER_PICKLE}), which can run code when it is read."
-        raise ExportError(problem, "Save it again as safetensors.")
     stored = open_file(path, error=ExportError)
     base_model = _build_model(settings, config, folder).get_base_model()
     targets: dict[str, Target] = {}

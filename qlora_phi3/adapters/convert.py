@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig
 
 from qlora_phi3.adapters import peft_io
-from qlora_phi3.adapters.delta import Adapter, Progress, check_layers, fuse, last_name, relative_difference, split
+from qlora_phi3.adapters.delta import Adapter, check_layers, fuse, last_name, relative_difference, split
 from qlora_phi3.adapters.loralib import Spec, build_loralib_layers, build_state_dict, read_loralib
 from qlora_phi3.errors import ExportError, ModelError
 from qlora_phi3.family import FUSED, PARTS, UNFUSED, Architecture, layer_shapes, parse_architecture
@@ -100,9 +100,7 @@ def check_target(source: Path, target: Path, *, force: bool, is_folder: bool = T
         raise ExportError(f"{target} exists already.", "Choose another place, or replace it with --force.")
 
 
-def loralib_to_peft(
-    source: Path, target: Path, spec: Spec, *, base: Base | None = None, force: bool = False, progress: Progress = None
-) -> Converted:
+def loralib_to_peft(source: Path, target: Path, spec: Spec, *, base: Base | None = None, force: bool = False) -> Converted:
     """Write a loralib state dict (.pt, .bin or .safetensors) as a PEFT adapter. ExportError where the file or the target cannot
     be used, or PEFT cannot hold something in it.
 
@@ -110,7 +108,6 @@ def loralib_to_peft(
         spec: what the file does not hold.
         base: the model it was trained on; with it, every name and shape is checked.
         force: replace an adapter at the target.
-        progress: called for every layer that was compared.
     """
     if source.is_dir():
         hint = "For a PEFT adapter write --to loralib, fused or split."
@@ -128,12 +125,10 @@ def loralib_to_peft(
         notes.append("Names and shapes were not checked against a base; --base does that.")
     for_base = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base.name} if base else {}
     config = LoraConfig(**for_base, inference_mode=True).to_dict()
-    return _write_peft(adapter, config, target, None, all_layers=shapes, notes=notes, progress=progress)
+    return _write_peft(adapter, config, target, None, all_layers=shapes, notes=notes)
 
 
-def peft_to_loralib(
-    source: Path, target: Path, spec: Spec, *, base: Base | None = None, force: bool = False, progress: Progress = None
-) -> Converted:
+def peft_to_loralib(source: Path, target: Path, spec: Spec, *, base: Base | None = None, force: bool = False) -> Converted:
     """Write a PEFT adapter as a loralib state dict, for `model.load_state_dict(torch.load(target), strict=False)`.
 
     The arguments are those of `loralib_to_peft`, but `source` is a PEFT directory or a run's, and of `spec` `enable` makes
@@ -159,7 +154,7 @@ def peft_to_loralib(
         with atomic_file(target) as staging:
             with staging.open("wb") as file:  # given a path, torch writes its name into the file
                 torch.save(build_state_dict(adapter, layers), file)
-            largest, worst = compare(adapter, read_loralib(peft_io.read_tensors(staging), written_spec, staging), progress)
+            largest, worst = compare(adapter, read_loralib(peft_io.read_tensors(staging), written_spec, staging))
     # How to build the layers: a line for all layers of a name, or one for each where they are not all alike.
     alike: dict[str, list[str]] = defaultdict(list)
     for name, layer in layers.items():
@@ -170,9 +165,7 @@ def peft_to_loralib(
     return Converted(target, len(adapter.deltas), largest, worst, tuple(notes))
 
 
-def change_fusion(
-    source: Path, target: Path, *, fused: bool, base: str | None = None, force: bool = False, progress: Progress = None
-) -> Converted:
+def change_fusion(source: Path, target: Path, *, fused: bool, base: str | None = None, force: bool = False) -> Converted:
     """Write a PEFT adapter of q, k, v, gate and up as one of qkv_proj and gate_up_proj, or the other way. ExportError where the
     adapter cannot be read, fits no layer of the base, or cannot be converted without loss.
 
@@ -180,7 +173,7 @@ def change_fusion(
         source: a PEFT directory, or a run's.
         fused: whether the new adapter is fused; else it is split, for an unfused Phi-3.
         base: the model that the new adapter is for, where the adapter does not lead to it.
-        force, progress: as in `loralib_to_peft`.
+        force: as in `loralib_to_peft`.
     """
     folder = peft_io.find_adapter(source)
     check_target(folder, target, force=force)
@@ -206,7 +199,7 @@ def change_fusion(
     if new_name is None or new_name != old_name:
         config["revision"] = None
     shapes = layer_shapes(found.architecture, fused=fused)
-    return _write_peft(converted, config, target, folder, all_layers=shapes, notes=notes, progress=progress)
+    return _write_peft(converted, config, target, folder, all_layers=shapes, notes=notes)
 
 
 def _read_grouped(folder: Path, config: Mapping[str, Any], base: Base, *, fused: bool) -> Adapter:
@@ -231,31 +224,26 @@ def _write_peft(
     *,
     all_layers: Iterable[str],
     notes: Iterable[str],
-    progress: Progress,
 ) -> Converted:
     """Write a PEFT directory, read it again, and compare every delta with what it was made of."""
     config = {**config, **peft_io.build_peft_config(adapter, all_layers=all_layers)}
     with disk_errors(target, ExportError), atomic_dir(target) as staging:
         peft_io.write_peft(staging, peft_io.build_peft_tensors(adapter), config, tokenizer_from)
         written = peft_io.read_peft(peft_io.read_weights(staging), peft_io.read_config(staging), staging)
-        largest, worst = compare(adapter, written, progress)
+        largest, worst = compare(adapter, written)
     strength = f"PEFT's r = {config['r']}, lora_alpha = {config['lora_alpha']}"
     if pattern := {**config["rank_pattern"], **config["alpha_pattern"]}:
         strength += f"; others by pattern: {', '.join(sorted({last_name(name) for name in pattern}))}"
     return Converted(target, len(adapter.deltas), largest, worst, (strength, *notes))
 
 
-def compare(expected: Adapter, written: Adapter, progress: Progress = None) -> tuple[float, str]:
+def compare(expected: Adapter, written: Adapter) -> tuple[float, str]:
     """The largest relative difference of scaling * B A, and its layer; ExportError above `TOLERANCE`, or where others differ."""
     full, written_full = expected.full_tensors, written.full_tensors
     same_names = expected.deltas.keys() == written.deltas.keys() and full.keys() == written_full.keys()
     if not same_names or not all(torch.equal(tensor, written_full[name]) for name, tensor in full.items()):
         raise ExportError("The written tensors differ from those read.", "Nothing was saved; please report this.")
-    differences: dict[str, float] = {}
-    for name, delta in expected.deltas.items():
-        differences[name] = relative_difference(delta, written.deltas[name])
-        if progress:
-            progress(len(differences), len(expected.deltas))
+    differences = {name: relative_difference(delta, written.deltas[name]) for name, delta in expected.deltas.items()}
     worst = max(differences, key=differences.__getitem__)
     largest = differences[worst]
     if largest > TOLERANCE:

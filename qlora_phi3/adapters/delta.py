@@ -19,8 +19,6 @@ from qlora_phi3.errors import ExportError
 from qlora_phi3.family import FUSED, PARTS, Architecture, part_rows
 
 Kind = Literal["linear", "embedding", "conv2d"]
-#: Called with the number of layers done and of all layers.
-Progress = Callable[[int, int], None] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,16 +8,13 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import set_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_phi3.adapters import peft_io
-from qlora_phi3.adapters.delta import Adapter, Kind, LoraDelta, LowRankBlock, check_layers, last_name, scale_lora_b, stack
+from qlora_phi3.adapters.delta import Adapter, Kind, LoraDelta, LowRankBlock, last_name, scale_lora_b, stack
 from qlora_phi3.errors import ExportError
 
 T = TypeVar("T")
@@ -215,49 +212,3 @@ def build_state_dict(adapter: Adapter, layers: Mapping[str, Layer]) -> dict[str,
     for name, layer in layers.items():
         tensors |= {f"{name}.lora_A": layer.lora_A, f"{name}.lora_B": layer.lora_B}
     return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # a view is saved with its storage
-
-
-def load_loralib(
-    model: nn.Module,
-    path: str | Path,
-    *,
-    alpha: float | Mapping[str, float],
-    enable: Mapping[str, Sequence[bool]] | None = None,
-    lora_dropout: float = 0.0,
-) -> PeftModel:
-    """Put a loralib checkpoint on its base, quantized or not; the adapter is trainable and in fp32. Which layers are embeddings
-    or convolutions is taken from the model. ExportError where the file cannot be read, or does not fit the model.
-
-    Args:
-        model: the base, without an adapter.
-        path: what `torch.save(loralib.lora_state_dict(model), path)` wrote, or the same as safetensors.
-        alpha: the layers' lora_alpha, one for all or by name or end of name; loralib's default is 1.
-        enable: enable_lora of every MergedLinear, by name or end of name: {"qkv_proj": [True, False, True]}.
-        lora_dropout: for further training; the file does not hold it.
-    """
-    path = Path(path)
-    if isinstance(model, PeftModel):
-        raise ExportError("The model has an adapter already.", "Give the base: model.unload().")
-    shapes: dict[str, tuple[int, int]] = {}
-    embeddings, kernels = set(), {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear):  # bitsandbytes' as well, whose packed weight has another shape
-            shapes[name] = (layer.out_features, layer.in_features)
-        elif isinstance(layer, nn.Embedding):
-            shapes[name] = (layer.embedding_dim, layer.num_embeddings)
-            embeddings.add(name)
-        elif isinstance(layer, nn.Conv2d):
-            shapes[name] = (len(layer.weight), layer.weight[0].numel())
-            if layer.kernel_size[0] == layer.kernel_size[1] and layer.groups == 1:
-                kernels[name] = layer.kernel_size[0]
-    alphas = alpha if isinstance(alpha, Mapping) else {"": alpha}
-    spec = Spec(alpha=alphas, enable=enable or {}, embedding=frozenset(embeddings), conv2d=kernels)
-    adapter = read_loralib(peft_io.read_tensors(path), spec, path)
-    check_layers(adapter, shapes, type(model).__name__, path)
-    config = LoraConfig(**peft_io.build_peft_config(adapter, all_layers=shapes), lora_dropout=lora_dropout)
-    adapted = get_peft_model(model, config)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    set_peft_model_state_dict(adapted, peft_io.build_peft_tensors(adapter))
-    return adapted

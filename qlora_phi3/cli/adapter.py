@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -83,19 +82,18 @@ def _convert(source: Path, target: Path, form: str, given: Mapping[str, Any], *,
     from qlora_phi3.ui.console import Watcher
 
     watcher = Watcher()
-    common: dict[str, Any] = {"force": force, "progress": partial(watcher.progress, "Comparing layers")}
     try:
         with nullcontext() if debug else libraries_silenced():
             watcher.info("Starting torch and peft")
             os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as in cli/run.py
             from qlora_phi3.adapters import convert as conversions
 
-            watcher.info(f"Reading {source}")
+            watcher.info(f"Converting {source}")
             if form in ("fused", "split"):
-                return conversions.change_fusion(source, target, fused=form == "fused", base=given["base"], **common)
+                return conversions.change_fusion(source, target, fused=form == "fused", base=given["base"], force=force)
             base = conversions.read_base(given["base"]) if given["base"] else None
             translate = conversions.loralib_to_peft if form == "peft" else conversions.peft_to_loralib
-            return translate(source, target, _read_spec(source, form, given, base), base=base, **common)
+            return translate(source, target, _read_spec(source, form, given, base), base=base, force=force)
     finally:
         watcher.close()
 

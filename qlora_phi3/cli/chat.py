@@ -4,7 +4,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_phi3.cli.options import check_sampling, debug_option, sampling_options, silence_libraries
-from qlora_phi3.errors import RunError, UserError, printable
+from qlora_phi3.cli.options import base_option, check_sampling, debug_option, sampling_options, silence_libraries
+from qlora_phi3.errors import RunError, UserError, printable, quoted
 from qlora_phi3.files import atomic_write, user_state_dir
 from qlora_phi3.runfolder import find_model, list_runs
+from qlora_phi3.units import format_count
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from qlora_phi3.inference import InferenceModel
@@ -39,18 +41,19 @@ print_dim = partial(click.secho, dim=True, err=True)
 @click.option("--system", metavar="TEXT", default="", help="System turn: how the model is to answer.")
 @click.option("--compare", is_flag=True, help="Show the answer of the untuned base beside that of the tuned model.")
 @click.option("--prompt", metavar="TEXT", help="Print one answer and exit; with - the prompt is read from stdin.")
+@base_option
 @sampling_options(512)
 @click.option("--seed", type=click.IntRange(0), help="Of drawn tokens. [default: another one each time]")
 @debug_option
 @click.pass_context
-def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bool, **options: Any) -> None:
+def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bool, base: Path | None, **options: Any) -> None:
     """Talk to the model of RUN.
 
     \b
     Examples:
-      qlora-phi3 chat runs/chat/latest
-      qlora-phi3 chat chat --compare
-      qlora-phi3 chat chat --prompt "What is a mutex?"
+      qlora-phi3 chat runs/my-chats/latest
+      qlora-phi3 chat my-chats --compare
+      qlora-phi3 chat my-chats --prompt "What is a mutex?"
       qlora-phi3 chat microsoft/Phi-3-mini-4k-instruct
 
     RUN is a run, the name of a recipe (its newest run), a PEFT adapter, an export, or a base; without it the runs are listed.
@@ -59,6 +62,8 @@ def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bo
     path = find_model(run if run is not None else _choose_run())
     if prompt is not None and not (prompt := _as_unicode(sys.stdin.read() if prompt == "-" else prompt).strip()):
         raise UserError("The prompt is empty.", "Write the question after --prompt.")
+
+    from rich.console import Console
 
     from qlora_phi3.ui.console import Watcher
 
@@ -71,11 +76,13 @@ def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bo
         from qlora_phi3.inference import load_for_inference, sampling
 
         watcher.info(f"Loading {path}")
-        inference = load_for_inference(path)
+        inference = load_for_inference(path, base=base, progress=watcher.progress)
     if compare and not hasattr(inference.model, "disable_adapter"):
         raise UserError(f"{path} has no adapter: there is nothing to compare.", "Leave --compare out, or give a run.")
     seed = torch.seed() % 2**62 if options["seed"] is None else options["seed"]
     sides = ("base", "tuned") if compare else ("tuned",)
+    if compare and not is_beside(Console(), sides):
+        sides = ("tuned", "base")  # below each other, the base's long answer comes last
     talk = Conversation(inference, sampling(**wanted), options["max_new_tokens"], seed, sides, _as_unicode(options["system"]))
     if prompt is None:
         _converse(talk, str(path))
@@ -83,11 +90,16 @@ def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bo
         raise KeyboardInterrupt
 
 
+def is_beside(console: "Console", sides: Sequence[str]) -> bool:
+    """Whether the answers of two sides are shown in columns."""
+    return len(sides) > 1 and console.is_terminal and console.width >= MIN_WIDTH_COMPARE
+
+
 def _choose_run() -> str:
     """Let the user choose one of the newest runs by its number; RunError, which lists them, where there is no terminal."""
-    runs, lines = list_runs(Path("runs"))[: -OFFERED_RUNS - 1 : -1], []
+    runs, lines = [run for run in reversed(list_runs(Path("runs"))) if run.adapter.is_dir()][:OFFERED_RUNS], []
     if not runs:
-        raise RunError("No model is named, and there is no run under runs.", "Train one: qlora-phi3 run RECIPE.toml")
+        raise RunError("No model is named, and there is no trained run under runs.", "Train one: qlora-phi3 run RECIPE.toml")
     for number, run in enumerate(runs, start=1):
         report: dict[str, Any] = {}
         with suppress(RunError):
@@ -97,10 +109,10 @@ def _choose_run() -> str:
         lines.append(printable(f"{number:>3}  {run.path}   {report.get('status', 'damaged')}{loss}"))
     shown = "\n".join(lines)
     if not _is_terminal():
-        raise RunError(f"No run is named. The newest are:\n{shown}\n", f"Name one: qlora-phi3 chat {runs[0].path}")
+        raise RunError(f"No run is named. The newest are:\n{shown}\n", f"Name one: qlora-phi3 chat {quoted(runs[0].path)}")
     click.echo(shown)
     try:
-        return str(runs[click.prompt("Number", type=click.IntRange(1, len(lines)), default=1) - 1].path)
+        return str(runs[click.prompt("Number (Ctrl-C ends)", type=click.IntRange(1, len(lines)), default=1) - 1].path)
     except click.Abort:
         raise KeyboardInterrupt from None
 
@@ -136,11 +148,11 @@ class Conversation:
         from rich.live import Live
 
         console, answers = Console(highlight=False), list[tuple[str, str]]()
-        is_beside = len(self.sides) > 1 and console.is_terminal and console.width >= MIN_WIDTH_COMPARE
+        beside = is_beside(console, self.sides)
         width = console.width // 2 - 2
         for side in self.sides:
             messages = [*self.messages(side), {"role": "user", "content": question}]
-            if is_beside:
+            if beside:
                 with Live(console=console, transient=True, auto_refresh=False) as live:
 
                     def show(text: str, live: Live = live) -> None:
@@ -153,7 +165,7 @@ class Conversation:
             answers.append(self._answer(side, messages, lambda pieces: click.echo(printable(pieces[-1]), nl=False)))
             click.echo()
             print_dim(answers[-1][1])
-        if is_beside:
+        if beside:
             console.print(_columns(answers, width))
         for side, (text, _) in zip(self.sides, answers, strict=True):
             new = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
@@ -187,7 +199,7 @@ class Conversation:
         tokens, is_full = answer.num_tokens, answer.num_tokens < limit
         cut = "cut: the model has no more positions" if is_full else "cut at --max-new-tokens"
         speed = f"{tokens / (time.perf_counter() - started):.1f} tokens/s"
-        return answer.text, f"{tokens} tokens, {speed}, {'ended by itself' if answer.ended_by_itself else cut}"
+        return answer.text, f"{format_count(tokens, 'token')}, {speed}, {'ended by itself' if answer.ended_by_itself else cut}"
 
 
 def _columns(answers: list[tuple[str, str]], width: int, most_lines: int = 0) -> "Table":
@@ -200,7 +212,7 @@ def _columns(answers: list[tuple[str, str]], width: int, most_lines: int = 0) ->
     for column in table.columns:
         column.width = width
     for text, _ in answers:
-        shown = "".join(printable(text[start : start + 1000]) for start in range(0, len(text), 1000))  # cuts no line
+        shown = printable(text.strip(), longest_line=sys.maxsize)
         cells.append(Text("\n").join(Text(shown).wrap(Console(), width)[-most_lines:]))
     table.add_row(*cells)
     table.add_row(*(Text(figures, style="dim") for _, figures in answers))

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from qlora_phi3.cli.options import check_sampling, debug_option, sampling_options, silence_libraries
+from qlora_phi3.cli.options import base_option, check_sampling, debug_option, sampling_options, silence_libraries
 from qlora_phi3.errors import Interrupted, RunError, UserError, printable
 from qlora_phi3.files import atomic_write
 from qlora_phi3.runfolder import RunFolder, find_model
@@ -31,18 +31,21 @@ FIGURES = (
 PARTS = ("base", "tuned", "difference", "low", "high")
 
 
-@click.command("eval")
+@click.command("eval", short_help="Measure a trained model beside its base.")
 @click.argument("run", metavar="RUN")
 @click.option("--data", metavar="FILE", help="Rows to evaluate on, in any format; by default those that the run held out.")
 @click.option("--rows", type=click.IntRange(1), default=100, show_default=True, help="Answers to generate, at most.")
 @click.option("--no-generate", is_flag=True, help="Only loss, perplexity and token accuracy.")
+@base_option
 @sampling_options(256)
 @click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="Of the chosen rows and of what is drawn.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write; by default RUN/eval.json.")
 @click.option("--json", "wants_json", is_flag=True, help="Print JSON, for programs.")
 @debug_option
 @click.pass_context
-def eval(ctx: click.Context, /, run: str, data: str | None, out: Path | None, wants_json: bool, **options: Any) -> None:
+def eval(
+    ctx: click.Context, /, run: str, data: str | None, out: Path | None, base: Path | None, wants_json: bool, **options: Any
+) -> None:
     """Measure the model of RUN beside its base: loss on held-out rows, and answers compared with those of the rows.
 
     \b
@@ -78,7 +81,7 @@ def eval(ctx: click.Context, /, run: str, data: str | None, out: Path | None, wa
 
             view.progress("Starting torch, transformers and peft", 1, 1)
             view.progress("Loading the model", 0, None)
-            inference = load_for_inference(path)
+            inference = load_for_inference(path, base=base, progress=view.progress)
             view.progress("Loading the model", 1, 1)
             if data is None and folder is not None:
                 chosen = evaluation.read_own_rows(inference, folder, view.progress)
@@ -116,8 +119,8 @@ def _show(result: Mapping[str, Any], out: Path | None) -> None:
         table.add_row(name, *(cells if result["has_adapter"] else cells[1:2]))
     answered = f", {format_count(data['questions'], 'answer')} generated" if data["questions"] else ""
     click.echo(printable(f"{result['model']} on {format_count(data['rows'], 'row')} ({data['name']}){answered}"))
+    click.secho(printable(result["verdict"]), bold=True)
     Console(highlight=False).print(table)
-    click.echo(printable(result["verdict"]))
     for note in data["notes"]:
         click.echo(f"Note: {printable(note)}", err=True)
     if out is not None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from qlora_phi3.cli.options import debug_option, silence_libraries
+from qlora_phi3.cli.options import debug_option, silence_libraries, watching
 from qlora_phi3.cli.output import keep_running_without_output
-from qlora_phi3.errors import ExportError, Interrupted, UserError
-from qlora_phi3.export.request import DEFAULT_DTYPE, DEFAULT_ONTO, DTYPES, MODELFILE, ExportOptions, make_request
+from qlora_phi3.errors import ExportError, Interrupted, UserError, printable, quoted
+from qlora_phi3.export.request import DEFAULT_DTYPE, DEFAULT_ONTO, DTYPES, MODELFILE, OLLAMA_NAME, ExportOptions, make_request
 
 KIND_HELP = "hf: safetensors for transformers, vLLM and others; gguf: one file for llama.cpp and Ollama."
 QUANT_HELP = "With --format gguf: q8_0, q4_k_m and others; docs/gguf.md lists them. [default: the type of --dtype]"
@@ -21,11 +21,14 @@ ONTO_HELP = (
     "Weights that the adapter is added to. nf4: the 4-bit weights it was trained on (NF4 or FP4). original: the base's own. "
     "auto: original where its held-out loss is lower by more than two standard errors, else nf4."
 )
-OLLAMA_HELP = "Write a GGUF (q4_k_m without --quant), and create the model NAME in Ollama where it is installed."
+OLLAMA_HELP = (
+    "Write a GGUF, and create the model NAME in Ollama where it is installed. Without --quant q4_k_m, or q8_0 where llama.cpp's "
+    "quantizer is not here."
+)
 FOLDER = click.Path(path_type=Path)
 
 
-@click.command()
+@click.command(short_help="Write a run as a model for other programs, with a proof.")
 @click.argument("run", metavar="RUN", type=FOLDER)
 @click.option("--out", type=FOLDER, help="Folder to write; by default RUN/merged, RUN/gguf-q8_0 and so on.")
 @click.option("--format", "kind", type=click.Choice(["hf", "gguf"]), default="hf", show_default=True, help=KIND_HELP)
@@ -52,15 +55,18 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
       qlora-phi3 export runs/chat/latest --ollama my-phi3
       qlora-phi3 export runs/chat/2026-11-21_10-00-00 --push me/phi3-chat
 
-    RUN is the folder of a run; of a folder with several runs the newest is exported. The same command continues an interrupted
-    export. Exit codes: 0 proved, 5 written but not what was trained, 2 bad input.
+    RUN is the folder of a run; of a folder with several runs the newest is exported. After an interruption
+    the same command uses a complete proof again. Exit codes: 0 proved, 5 written but not what was trained, 2 bad input.
     """
     keep_running_without_output()
     if len(quants) > 1:
         raise UserError(f"--quant is given {len(quants)} times ({', '.join(quants)}).", "Give one type a command.")
     name = options["ollama"]
     if name is not None:
-        options["kind"], quants = "gguf", quants or ("q4_k_m",)
+        if not OLLAMA_NAME.fullmatch(name):
+            hint = "Write [namespace/]name[:tag] of letters, digits, _ - and ., as in --ollama my-phi3:v1"
+            raise ExportError(f"--ollama {name} is no name for Ollama.", hint)
+        options["kind"], quants = "gguf", quants or (choose_quant(),)
     if quants and options["kind"] != "gguf":
         raise UserError(f"--quant {quants[0]} is for GGUF.", "Add --format gguf, or use --dtype for safetensors.")
     if options["private"] and not options["push"]:
@@ -80,7 +86,7 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
             exported = export_run(request, view)
             show_export(view, exported, ollama=name)
         except KeyboardInterrupt as interrupt:
-            message = "Stopped. Complete files and a complete proof are used again."
+            message = "Stopped. A complete proof is used again."
             raise Interrupted(message, "Continue with the same command.") from interrupt
     if exported.fault is not None:
         raise exported.fault
@@ -88,11 +94,29 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
         create_in_ollama(name, exported.folder / MODELFILE)
 
 
+def choose_quant() -> str:
+    """The type for Ollama: q4_k_m, or q8_0 with a note where llama.cpp's quantizer is not here."""
+    with watching() as watcher:
+        watcher.info("Looking for llama.cpp's quantizer")
+        from qlora_phi3.export.gguf.tensors import find_library
+
+        try:
+            find_library("q4_k_m")
+        except ExportError as error:
+            missing = error
+        else:
+            return "q4_k_m"
+    note = f"{missing} Taking q8_0, of twice the size."
+    click.echo(f"Note: {printable(note)}", err=True)
+    return "q8_0"
+
+
 def create_in_ollama(name: str, modelfile: Path) -> None:
     """Run `ollama create`, whose output is shown as it comes. ExportError where it fails; the export stays."""
     program = shutil.which("ollama")
     if program is None:
-        click.echo("Ollama is not on this PATH: install it (https://ollama.com/download), then type the two lines above.")
+        click.echo("Ollama is not on this PATH: install it (https://ollama.com/download), then type:")
+        click.echo(f"ollama create {name} -f {quoted(modelfile)}\nollama run {name}")
         return
     sys.stdout.flush()
     try:
@@ -102,6 +126,6 @@ def create_in_ollama(name: str, modelfile: Path) -> None:
             f"{program} cannot be started: {error.strerror}.", f"The export is complete: {modelfile.parent}"
         ) from error
     if code:
-        hint = f"The export is complete. Start Ollama (ollama serve), then: ollama create {name} -f {modelfile}"
+        hint = f"The export is complete. Start Ollama (ollama serve), then: ollama create {name} -f {quoted(modelfile)}"
         raise ExportError(f"ollama create {name} ended with exit code {code}.", hint)
     click.echo(f"Chat with it: ollama run {name}")

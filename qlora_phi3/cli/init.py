@@ -1,9 +1,9 @@
 """`qlora-phi3 init`: from a file of chats to a commented recipe that fits this computer's GPU."""
 
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from qlora_phi3.cli.options import check_new_file, create_file, debug_option, named_gpu, watching
-from qlora_phi3.cli.output import PIPED_WIDTH, print_rich
+from qlora_phi3.cli.output import print_rich
+from qlora_phi3.errors import UserError, quoted
 
 if TYPE_CHECKING:
     from qlora_phi3.hardware.gpu import Gpu
@@ -21,11 +22,9 @@ if TYPE_CHECKING:
 EXAMPLE = "example-chats.jsonl"
 DOES_NOT_FIT = 3
 LARGEST_EPOCHS = 100
-#: Columns that the notes on the models need beside the figures.
-WIDE = 110
 
 
-@click.command()
+@click.command(short_help="Write a recipe for a file of chats: the model that fits.")
 @click.argument("data", required=False)
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE", help="The recipe to write. [default: DATA.toml, beside it]"
@@ -33,11 +32,22 @@ WIDE = 110
 @click.option("--model", metavar="NAME", help="Take this model, a hub id or a folder, instead of comparing several.")
 @click.option("--gpu", metavar="NAME", help="Plan for a GPU that is not here: --gpu 'RTX 4070 Laptop'.")
 @click.option("--vram", metavar="SIZE", help="Plan for any GPU of a size: --vram 12GB.")
+@click.option("--question", metavar="COLUMN", help="Column of the questions, where it has a name of its own.")
+@click.option("--answer", metavar="COLUMN", help="Column of the answers.")
 @click.option("--yes", is_flag=True, help="Ask nothing, and take what is proposed.")
 @debug_option
 @click.pass_context
 def init(
-    ctx: click.Context, /, data: str | None, out: Path | None, model: str | None, gpu: str | None, vram: str | None, yes: bool
+    ctx: click.Context,
+    /,
+    data: str | None,
+    out: Path | None,
+    model: str | None,
+    gpu: str | None,
+    vram: str | None,
+    question: str | None,
+    answer: str | None,
+    yes: bool,
 ) -> None:
     """Write a recipe for DATA: which model fits, how long its rows are, how often to go over them, each with its reason.
 
@@ -46,17 +56,22 @@ def init(
       qlora-phi3 init
       qlora-phi3 init my-chats.jsonl
       qlora-phi3 init my-chats.jsonl --vram 8GB --yes
+      qlora-phi3 init support.csv --question customer_text --answer our_reply
 
     DATA is a .jsonl, .json, .csv or .parquet file of chats or of questions and answers (docs/data.md). Without DATA a file of
     eight chats is written to look at. Nothing is downloaded, and no file is overwritten. Exit code 3: no model fits the GPU.
     """
     if data is None:
-        _write_example(out)
+        if out is not None:
+            raise UserError(f"--out {out} is for a recipe, and no DATA is named.", "Leave --out out for a file of example chats.")
+        _write_example()
         return
     target = out or Path(data).with_name(f"{Path(data).name.partition('.')[0].replace('*', '') or 'recipe'}.toml")
     check_new_file(target)
     from qlora_phi3.hardware.gpu import choose_gpu
 
+    asks = not yes and sys.stdin.isatty() and sys.stdout.isatty()
+    columns = _choose_columns(data, question, answer, asks)
     device = named_gpu(gpu, vram)
     if device is None and (chosen := choose_gpu("auto")):
         device = chosen.gpu
@@ -64,17 +79,14 @@ def init(
         watcher.info(f"Reading {data}")
         from qlora_phi3.memory.proposal import choose_training, propose, read_data
 
-        summary = read_data(data, Path(), watcher.progress)
+        summary = read_data(data, columns, Path(), watcher.progress)
         choice = choose_training(len(summary.lengths))
         options = _compare(model, summary, choice, device, watcher)
         option = _shorten(propose(options, has_tools=summary.has_tools), summary, choice, device, watcher)
-    asks = not yes and sys.stdin.isatty() and sys.stdout.isatty()
     options = [option if each.name == option.name else each for each in options]
     _show(summary, options, option, device)
     if asks and len(options) > 1:
-        number = click.prompt("Model", default=options.index(option) + 1, type=click.IntRange(1, len(options)))
-        with watching() as watcher:
-            option = _shorten(options[number - 1], summary, choice, device, watcher)
+        option = _ask_model(options, option, partial(_shorten, summary=summary, choice=choice, device=device))
     if option.report is not None and not option.report.fits:
         click.echo(f"No recipe is written: {option.name} does not fit. Try another model or GPU.", err=True)
         ctx.exit(DOES_NOT_FIT)
@@ -85,12 +97,40 @@ def init(
     _write(target, summary, option, choice, device)
 
 
-def _write_example(out: Path | None) -> None:
+def _write_example() -> None:
     """Write the eight chats that ship; UserError where the file exists."""
-    target = out or Path(EXAMPLE)
+    target = Path(EXAMPLE)
+    if target.exists():
+        raise UserError(f"{target} exists already.", f"Go on with it: qlora-phi3 init {target}")
     create_file(target, (files("qlora_phi3") / EXAMPLE).read_text(encoding="utf-8"))
     click.echo(f"Written: {target}, eight chats, one a line. Your own file can look like this; docs/data.md has other formats.")
-    click.echo(f"Next: qlora-phi3 init {target}")
+    click.echo(f"Next: qlora-phi3 init {quoted(target)}")
+
+
+def _choose_columns(data: str, question: str | None, answer: str | None, asks: bool) -> dict[str, str]:
+    """[data] fields for a file of questions and answers whose columns have names of their own; empty for any other file.
+
+    Raises:
+        DataError: the file is missing or unreadable, or names no column of questions and of answers, and nobody is asked.
+    """
+    from qlora_phi3.memory.proposal import unknown_columns
+
+    if bool(question) != bool(answer):
+        raise UserError("--question and --answer belong together.", "Name both columns.")
+    columns = unknown_columns(data, Path())
+    if question is not None and answer is not None:
+        for name in (question, answer):
+            if columns and name not in columns:
+                raise UserError(f"{data} has no column {name!r}.", f"Its columns are {', '.join(columns)}.")
+        return {"instruction": question, "output": answer}
+    if len(columns) < 2 or not asks:
+        return {}
+    click.echo(f"The columns of {data}: {', '.join(columns)}")
+    names = click.Choice(columns)
+    return {
+        "instruction": click.prompt("Which one is the question", type=names, show_choices=False),
+        "output": click.prompt("Which one is the answer", type=names, show_choices=False),
+    }
 
 
 def _compare(
@@ -121,17 +161,28 @@ def _shorten(
     return shorten_option(option, summary, choice, device, watcher.info)
 
 
+def _ask_model(options: "Sequence[ModelOption]", proposed: "ModelOption", shorten: "Callable[..., ModelOption]") -> "ModelOption":
+    """Let a person choose a model by its number, until it fits."""
+    while True:
+        number = click.prompt("Model", default=options.index(proposed) + 1, type=click.IntRange(1, len(options)))
+        with watching() as watcher:
+            option = shorten(options[number - 1], watcher=watcher)
+        if option.report is None or option.report.fits:
+            return option
+        click.echo(f"{option.name} does not fit. Choose another one; Ctrl-C ends.")
+
+
 def _show(summary: "DataSummary", options: "Sequence[ModelOption]", chosen: "ModelOption", device: "Gpu | None") -> None:
     """The rows, and the table of models."""
-    from rich.markup import escape
-
     from qlora_phi3.errors import printable
     from qlora_phi3.memory.proposal import BYTES_PER_TOKEN, describe_gpu
-    from qlora_phi3.ui.vram import build_table
-    from qlora_phi3.units import GIB, describe_duration, format_count
+    from qlora_phi3.ui.vram import show_models
+    from qlora_phi3.units import format_count
 
     lengths, counted = chosen.lengths, "" if chosen.is_exact else f", estimated at {BYTES_PER_TOKEN} bytes a token"
     click.echo(f"{format_count(len(lengths), 'usable row')} of format {summary.format}")
+    if summary.format == "text":
+        click.echo("That is plain text: the model learns to continue it, not to answer. Chats have questions and answers.")
     click.echo(f"Tokens: half have at most {lengths[len(lengths) // 2]:,}, the longest {lengths[0]:,}{counted}")
     for count in summary.skipped[:3]:
         click.echo(printable(f"  {format_count(count.rows, 'row')} cannot be used: {count.reason} (first: {count.where[0]})"))
@@ -139,24 +190,15 @@ def _show(summary: "DataSummary", options: "Sequence[ModelOption]", chosen: "Mod
     if device is None:
         click.echo("A run on the CPU is for trying things out: it is far slower. --vram 12GB plans for a GPU of that size.")
         return
-    wide = shutil.get_terminal_size((PIPED_WIDTH, 0)).columns >= WIDE
-    table = build_table("", "model", "fits", "GiB>", "max_length>", "tokens/s>", "time>", *([""] if wide else ()))
-    for number, option in enumerate(options, 1):
-        report = option.report
-        cells = [f"{report.memory.on_gpu_bytes / GIB:.1f}", f"{option.max_length:,}", "", ""] if report else [""] * 4
-        if report is not None and report.fits:
-            cells[2:] = [f"{report.tokens_per_second:,.0f}", describe_duration(report.run_seconds or 0)]
-        notes = [f"[dim]{escape(option.note)}[/]"] if wide else []
-        fits = "[green]yes[/]" if report is not None and report.fits else "[red]no[/]"
-        table.add_row(f"{number}", escape(option.name.removeprefix("microsoft/")), fits, *cells, *notes)
     click.echo("")
-    print_rich(lambda console: console.print(table))
-    click.echo("\nMemory is simulated, as by vram-check; tokens/s and time are by a cost model, not")
-    click.echo("measured.\n")
+    print_rich(lambda console: show_models(console, options))
+    click.echo("\nMemory is simulated; speed and time are estimated. The time is of the training alone.\n")
 
 
 def _write(target: Path, summary: "DataSummary", option: "ModelOption", choice: "TrainingChoice", device: "Gpu | None") -> None:
     """Write the recipe, and name the next commands."""
+    from qlora_phi3.family import is_hub_id
+    from qlora_phi3.memory.cost import count_weights
     from qlora_phi3.memory.proposal import choose_training, describe_gpu, recipe_text
     from qlora_phi3.units import describe_duration, describe_epochs
 
@@ -168,5 +210,9 @@ def _write(target: Path, summary: "DataSummary", option: "ModelOption", choice: 
         time = f" in about {describe_duration(share * option.report.run_seconds)}"
     click.echo(f"Written: {target}")
     click.echo(f"{option.name}, rows of at most {option.max_length:,} tokens, {describe_epochs(choice.epochs)}{time}")
-    click.echo(f"Look at the rows as the model sees them: qlora-phi3 inspect {target}")
-    click.echo(f"Then train:                              qlora-phi3 run {target}")
+    if is_hub_id(option.name) and not Path(option.name).is_dir():
+        model = option.architecture
+        size = sum(count_weights(model)) + (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size
+        click.echo(f"The first run downloads the model, about {2 * size / 1e9:.0f} GB, unless it is here already.")
+    click.echo(f"Look at the rows as the model sees them: qlora-phi3 inspect {quoted(target)}")
+    click.echo(f"Then train:                              qlora-phi3 run {quoted(target)}")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FIRST_ROWS = 3
 
 
-@click.command()
+@click.command(short_help="Show the rows as they are trained on, and what is left out.")
 @click.argument("recipe", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.option("--row", "rows", multiple=True, metavar="N", help="Show this row, complete: its number, or file:number.")
 @click.option("--random", "count", type=click.IntRange(1), metavar="N", help="Show N rows drawn at random.")
@@ -89,8 +89,8 @@ class _Inspection:
 
     def read(self, *, max_rows: int | None = None, is_cut: bool = True, evaluate: bool = False) -> "PreparedData":
         """The rows as a run reads them, nothing held out unless `evaluate`; or the first `max_rows` alone, or rows not cut."""
-        from qlora_phi3.data.inspect import UNCUT
         from qlora_phi3.data.prepare import prepare_datasets
+        from qlora_phi3.data.tokenize import UNCUT
         from qlora_phi3.data.tokenizer import check_token_ids
 
         data = self.recipe.data
@@ -134,9 +134,8 @@ class _Inspection:
             views = inspection.with_cuts(views, self.read(max_rows=FIRST_ROWS, is_cut=False))
             self._print_rows(console, views, ids=ids, is_complete=False)
         evaluate = self.recipe.training.do_eval
-        data = self.read(evaluate=evaluate)
-        is_complete = not data.report.truncated and not data.report.fully_truncated.rows
-        uncut = self.read(is_cut=is_complete, evaluate=evaluate and self.recipe.data.eval is not None)
+        uncut = self.read(is_cut=False, evaluate=evaluate and self.recipe.data.eval is not None)
+        data = self.read(evaluate=evaluate)  # made of the uncut rows
         if count:
             drawn = np.random.default_rng(seed).choice(len(data.train), min(count, len(data.train)), replace=False)
             views = inspection.view_rows(data.train, sorted(drawn.tolist()), data, self.tokenizer)

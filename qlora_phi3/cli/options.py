@@ -33,6 +33,12 @@ set_option = click.option(
 )
 
 
+#: `--base`, of commands that load a run.
+base_option = click.option(
+    "--base", type=click.Path(path_type=Path), help="Folder of the model that the run was trained on, if it has moved."
+)
+
+
 def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
     """`--temperature`, `--top-p`, `--top-k`, and `--max-new-tokens` with its default; `check_sampling` reads the first three."""
     limit = click.IntRange(1)
@@ -64,7 +70,7 @@ def named_gpu(gpu: str | None, vram: str | None) -> "Gpu | None":
     if gpu is not None or vram is None:
         return None if gpu is None else find_gpu(gpu)
     try:
-        num_bytes = parse_size(vram, binary=True)
+        num_bytes = parse_size(f"{vram}GB" if vram.isdecimal() else vram, binary=True)
     except ValueError as error:
         raise DeviceError(f"--vram: {error}", "Write what the box says, such as --vram 12GB.") from error
     return gpu_of_size(num_bytes)
@@ -93,13 +99,15 @@ def packaged_recipes() -> dict[str, Path]:
 
 
 def find_recipe(path: Path) -> Path:
-    """The recipe that a person names: a path; where there is none, the name of a recipe that ships, such as `chat`.
+    """The recipe that a person names: a path, also without `.toml`; else the name of a recipe that ships, such as `chat`.
 
     Raises:
         RecipeError: a name that is neither; the message lists those that ship. For a missing `.toml` file reading it says so.
     """
     if len(path.parts) != 1 or path.suffix or os.path.lexists(path):
         return path
+    if (own := path.with_suffix(".toml")).is_file():
+        return own
     recipes = packaged_recipes()
     if path.name not in recipes:
         hint = f"Give the path of a .toml file, or a recipe that ships: {', '.join(recipes)}."
@@ -131,7 +139,17 @@ def silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore")
     # torch resets the level of its own logger when it is imported; without Triton (Windows) its flop_counter logs a warning.
-    for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "peft", "trl", "torch", "torch.utils.flop_counter"):
+    for name in (
+        "bitsandbytes",
+        "transformers",
+        "datasets",
+        "accelerate",
+        "peft",
+        "trl",
+        "torch",
+        "torch.utils.flop_counter",
+        "huggingface_hub",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

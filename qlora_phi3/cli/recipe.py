@@ -7,7 +7,7 @@ import click
 from qlora_phi3.cli.options import check_new_file, create_file, debug_option, find_recipe, set_option
 
 
-@click.group()
+@click.group(short_help="Check a recipe, or import another program's config.")
 def recipe() -> None:
     """Check a recipe, import another program's config, or print the schema that lets an editor complete recipes."""
 
@@ -59,7 +59,7 @@ def import_config(path: Path, out: Path | None) -> None:
     FILE is YAML, JSON, Python or a notebook; Python is read and never executed. stderr lists what became of every key; a refused
     key also stands at the top of the recipe. No file is overwritten.
     """
-    from qlora_phi3.errors import printable
+    from qlora_phi3.errors import printable, quoted
     from qlora_phi3.recipe.peers import import_recipe
 
     target = out or Path(f"{path.stem}.toml")
@@ -69,4 +69,4 @@ def import_config(path: Path, out: Path | None) -> None:
     groups = {"Carried over": found.carried, "Not needed": found.not_needed, "REFUSED, for you to decide": found.refused}
     for title, lines in groups.items():
         click.echo(printable(f"{title} ({len(lines)}):" + "".join(f"\n  {line}" for line in lines)), err=True)
-    click.echo(f"Written: {target}, from a config of {found.peer}. Next: qlora-phi3 recipe check {target}")
+    click.echo(f"Written: {target}, from a config of {found.peer}. Next: qlora-phi3 recipe check {quoted(target)}")

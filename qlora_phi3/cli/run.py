@@ -13,7 +13,7 @@ from qlora_phi3.errors import RunError
 NEWEST = "newest"
 
 
-@click.command()
+@click.command(short_help="Train the model that a recipe describes.")
 @click.argument("recipe", metavar="RECIPE", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--resume",
@@ -62,12 +62,13 @@ def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tupl
     """Train with the GPU of this process, of so many that share the run."""
     from qlora_phi3.hardware.gpu import choose_gpu, hide_other_gpus
     from qlora_phi3.recipe.load import check_processes, load_recipe
-    from qlora_phi3.runfolder import RunFolder, find_run, run_group_name
+    from qlora_phi3.runfolder import RunFolder, find_run, find_unfinished, run_group_name
 
     loaded = load_recipe(recipe, overrides, check_files=True)
     check_processes(loaded.training, count)
     name, training, named = run_group_name(recipe), loaded.training, None if resume == NEWEST else resume
     folder = None if resume is None else find_run(Path(training.output_dir), name, named)
+    unfinished = None if folder is not None else find_unfinished(Path(training.output_dir) / name)
     hide_other_gpus(choose_gpu(loaded.memory.gpu, rank if count > 1 else None), rank)
 
     from qlora_phi3.ui.console import LogInterval
@@ -83,6 +84,10 @@ def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tupl
             except RunError as error:
                 console.warning(str(error))
 
+        if unfinished is not None:
+            console.warning(
+                f"{unfinished.path} is unfinished, and this is a new run. To go on with that one: {unfinished.resume_command}"
+            )
         try:
             console.progress("Starting torch, transformers and peft", 0, None)
             if not ctx.meta.get("debug") and training.log_level == "passive":

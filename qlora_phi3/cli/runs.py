@@ -17,7 +17,7 @@ RUN = click.argument("run", metavar="RUN")
 WIDE = 104
 
 
-@click.group(invoke_without_command=True)
+@click.group(invoke_without_command=True, short_help="List, show, compare and delete runs.")
 @DIRECTORY
 @JSON
 @debug_option
@@ -168,7 +168,7 @@ def delete(root: Path, names: tuple[str, ...], yes: bool) -> None:
     from qlora_phi3.files import remove
     from qlora_phi3.runfolder import lock_run, resolve_run
     from qlora_phi3.ui.page import list_sizes
-    from qlora_phi3.units import format_gib
+    from qlora_phi3.units import format_count, format_gib
 
     folders = list(dict.fromkeys(resolve_run(name, root) for name in names))
     for name, folder in ((name, resolve_run(name, root)) for name in names):
@@ -180,7 +180,7 @@ def delete(root: Path, names: tuple[str, ...], yes: bool) -> None:
             printable(f"{folder.path}: {format_gib(sum(size for _, size in sizes))} ({', '.join(name for name, _ in sizes)})")
         )
     if not yes:
-        click.confirm(f"Delete {len(folders)} of these for good?", abort=True)
+        click.confirm(f"Delete {format_count(len(folders), 'run')} for good?", abort=True)
     for folder in folders:
         with lock_run(folder):
             remove(folder.path)

@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from qlora_phi3.data.prepare import PreparedData, read_column, row_lengths
 from qlora_phi3.data.report import DataReport
 from qlora_phi3.data.sources import open_sources
+from qlora_phi3.data.tokenize import UNCUT
 from qlora_phi3.errors import DataError
 from qlora_phi3.execution import IGNORE_INDEX
 from qlora_phi3.recipe.load import as_list
 from qlora_phi3.recipe.schema import Data, Recipe
 
-#: `max_length` at which no row is cut.
-UNCUT = 2**31 - 1
 #: The suggested max_length is the smallest multiple of 64 that cuts at most this share of the rows, and of the learned tokens.
 CUT_SHARE = 0.01
 #: Lengths at which the cuts are listed, in tokens.

@@ -55,11 +55,8 @@ def prepare_datasets(
     formats, with an unknown role, or hold nothing to train on.
 
     Args:
-        data: the recipe's [data].
         max_length: tokens; longer rows are cut at the right.
         evaluate: read or hold out rows to measure on.
-        tokenizer: a fast one of transformers.
-        template: from `choose_template`.
         base_dir: the recipe's directory, where its relative paths are looked for first.
         progress: called with the rows read so far.
         cache_dir: for the tokenised rows; None: below that of the datasets library.

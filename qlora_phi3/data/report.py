@@ -60,10 +60,6 @@ class SourceReport:
         named = NAMED if counts is self.skipped else EXAMPLES
         counts[reason] = counts.get(reason, RowCount(reason)).plus(1, [f"{self.name}:{number}"], named=named)
 
-    def add_fully_truncated(self, number: int) -> None:
-        """Count a row in which truncation left nothing supervised."""
-        self.fully_truncated = self.fully_truncated.plus(1, [f"{self.name}:{number}"], named=NAMED)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:

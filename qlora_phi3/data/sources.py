@@ -14,10 +14,10 @@ import logging
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, dropwhile
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -67,11 +67,13 @@ def open_local(name: str, base_dir: Path, split: str = "train") -> list[Source]:
     DataError where nothing of this name is there, or a file is unreadable or of an unsupported type.
     """
     path = _find(name, base_dir)
-    if path is not None and not path.is_dir():
-        return [open_file(name, base_dir)]
     if path is not None and any((path / saved).is_file() for saved in ("state.json", "dataset_dict.json")):
         return [_open_saved(name, path, split)]
-    patterns = [path] if path is not None else candidate_paths(name, base_dir) if GLOB.search(name) else []
+    patterns = candidate_paths(name, base_dir) if GLOB.search(name) else []
+    if path is not None:
+        patterns = [path] if path.is_dir() else []
+    if not patterns:
+        return [open_file(name, base_dir)]  # it says where a missing file was looked for
     for pattern in patterns:
         files = [file for file in local_files(pattern) if file.is_file() and not NO_DATA.fullmatch(file.name)]
         if other := [file.name for file in files if _suffix(str(file)) not in READERS]:
@@ -81,8 +83,6 @@ def open_local(name: str, base_dir: Path, split: str = "train") -> list[Source]:
             )
         if files:
             return [open_file(str(file), base_dir) for file in files]
-    if path is None and not patterns:
-        return [open_file(name, base_dir)]  # it says where the file was looked for
     raise DataError(f"{name} has no data file.", f"Supported are {', '.join(READERS)}, each also with .gz at its end.")
 
 
@@ -104,7 +104,7 @@ def open_file(name: str, base_dir: Path) -> Source:
     path = _find(name, base_dir)
     if path is None:
         looked = " or ".join(dict.fromkeys(str(candidate.absolute().parent) for candidate in candidate_paths(name, base_dir)))
-        raise DataError(f"There is no data file {name!r} in {looked}.", "Check the path in [data].")
+        raise DataError(f"There is no data file {name!r} in {looked}.", "Check the path.")
     suffix = _suffix(name)
     if suffix not in READERS:
         raise DataError(f"{name} ends in {suffix!r}, which is not supported.", f"Use one of {', '.join(READERS)}, or .gz of one.")
@@ -158,9 +158,8 @@ def open_hub(name: str, *, split: str, subset: str | None, revision: str | None)
         with _silent_downloads():
             dataset = load_dataset(name, subset, split=split, revision=revision)
     except (OSError, ValueError, DatasetsError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DataError(
-            f"The hub's data set {name!r} (split {split!r}) cannot be loaded: {reason}.",
+            f"The hub's data set {name!r} (split {split!r}) cannot be loaded: {first_line(error)}.",
             "Check the id, [data] split, subset and revision, the connection, and `hf auth login` for a gated set; "
             "or download it and name its files.",
         ) from error
@@ -223,19 +222,17 @@ def _read_json_file(name: str, path: Path) -> RowIterator:
 
 
 def _read_jsonl_file(name: str, path: Path) -> RowIterator:
-    """One object a line; blank lines are skipped. A file that starts with an array is read as a .json file."""
+    """One object a line; blank lines are skipped. A file that starts with an array, or is UTF-16, is read as a .json file."""
     with _read_errors(name), _open_bytes(path) as file:
         head = file.read(4096)
-        is_utf16 = head[:2] in UTF16_MARKS
-        if head.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace").lstrip().startswith("["):
+        if head[:2] in UTF16_MARKS or head.decode("utf-8-sig", errors="replace").lstrip().startswith("["):
             yield from _read_json_file(name, path)
             return
         file.seek(0)
         # Decoded line by line, so that a wrong byte has a line; no other character than a line feed ends a line.
-        lines: Iterable[str | bytes] = io.TextIOWrapper(file, "utf-16", newline="\n") if is_utf16 else file
-        for number, raw in enumerate(lines, 1):
+        for number, raw in enumerate(file, 1):
             try:
-                line = (raw if isinstance(raw, str) else raw.decode("utf-8-sig")).strip()
+                line = raw.decode("utf-8-sig").strip()
                 if not line:
                     continue
                 row = DECODER.decode(line)
@@ -286,19 +283,17 @@ def _invalid_json(where: str, error: Exception) -> DataError:
 def _read_csv_file(name: str, path: Path) -> RowIterator:
     """One row a record. The first record names the columns; an empty cell is an empty text.
 
-    The separator is the one of `,;\\t|` that the first line has most often outside quotes; or Excel's `sep=` line names it.
+    The separator is the one of `,;\\t|` that the first line has most often outside quotes.
     """
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # some conversations exceed the default of 128 KiB
     start = 1
     try:
         with _read_errors(name), _open_text(path) as file:
-            lines = _skipping_separator(file)
-            separator, head, second = next(lines), next(lines, ""), next(lines, "")
-            marks = "\t,;|" if _suffix(name) == ".tsv" else ",;\t|"
+            lines: Iterator[str] = dropwhile(lambda line: not line.strip(), file)
+            head, second = next(lines, ""), next(lines, "")
             bare = re.sub(r'"[^"]*"?', "", head)
-            if not separator:
-                is_tab = marks[0] == "\t" and "\t" in bare
-                separator = "\t" if is_tab else max(marks, key=bare.count) if re.search(r"[,;\t|]", bare) else marks[0]
+            is_tab = _suffix(name) == ".tsv" and ("\t" in bare or not re.search("[,;|]", bare))
+            separator = "\t" if is_tab else max(",;\t|", key=bare.count)
             # A space between separator and quote would make the quotes part of the text.
             spaced = re.search(f'{re.escape(separator)} +"', re.sub(r'"[^"]*"', '""', f"{head}{second}")) is not None
             lines = chain([line for line in (head, second) if line], lines)
@@ -321,17 +316,6 @@ def _read_csv_file(name: str, path: Path) -> RowIterator:
         csv.field_size_limit(limit)
 
 
-def _skipping_separator(lines: Iterable[str]) -> Iterator[str]:
-    """The separator of Excel's first line `sep=;`, or nothing; then the lines of the file, without that line."""
-    rest = iter(lines)
-    first = next((line for line in rest if line.strip()), "")
-    found = re.fullmatch(r'"?sep=(.)"?\s*', first, re.IGNORECASE)
-    yield found[1] if found else ""
-    if not found:
-        yield first
-    yield from rest
-
-
 def _read_parquet_file(name: str, path: Path) -> RowIterator:
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
@@ -341,8 +325,7 @@ def _read_parquet_file(name: str, path: Path) -> RowIterator:
             batches = file.iter_batches(batch_size=1000)
             yield from enumerate((_without_nulls(row) for batch in batches for row in batch.to_pylist()), 1)
     except (pyarrow.ArrowException, OverflowError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise DataError(f"{name} is not a readable .parquet file: {reason}.", "Copy the file again.") from error
+        raise DataError(f"{name} is not a readable .parquet file: {first_line(error)}.", "Copy the file again.") from error
 
 
 READERS: dict[str, Callable[[str, Path], RowIterator]] = {

@@ -20,7 +20,7 @@ import psutil  # type: ignore[import-untyped]
 
 from qlora_phi3.data.formats import Chat
 from qlora_phi3.data.messages import SkipRow, Turn
-from qlora_phi3.data.special_tokens import Span
+from qlora_phi3.data.tokenizer import Span
 from qlora_phi3.errors import DataError, first_line
 from qlora_phi3.units import GIB, format_count
 

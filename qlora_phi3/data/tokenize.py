@@ -21,10 +21,10 @@ from xxhash import xxh3_64_intdigest, xxh3_128
 
 from qlora_phi3.data.formats import SYNONYMS, Chat, Document, check_document, detect_format, read_row
 from qlora_phi3.data.messages import CONTENT_KEYS, SkipRow, check_unread, parse_json
-from qlora_phi3.data.report import SourceReport
+from qlora_phi3.data.report import NAMED, SourceReport
 from qlora_phi3.data.sources import Source, UnusableRow
-from qlora_phi3.data.special_tokens import MARK, Span, SpecialTokens
 from qlora_phi3.data.template import LEADING_UNICODE_SPACE, ChatTemplate, render_chat
+from qlora_phi3.data.tokenizer import MARK, Span, SpecialTokens
 from qlora_phi3.errors import DataError
 from qlora_phi3.execution import IGNORE_INDEX
 from qlora_phi3.files import atomic_dir, disk_errors
@@ -40,6 +40,9 @@ READ_AS_TOKENS = "special tokens of the model in the words of the row: read as t
 UNICODE_SPACE = "a message begins with Unicode white space: llama.cpp reads it as other tokens (docs/gguf.md)"
 CHAT_IN_TURN = "a turn that holds a rendered chat: it is rendered a second time (the format text reads rendered chats)"
 CHAT_IN_TEXT = "raw text that looks like a rendered chat: its prompts are learned too"
+PLACEHOLDER = "words in double braces, as in {{name}}: they are learned as they stand (write the real ones)"
+#: A place in a template that was not filled.
+UNFILLED = re.compile(r"\{\{ ?[A-Za-z_]\w{0,30} ?\}\}")
 #: The headers that chat templates and prompts of the field write before a turn.
 RENDERED_CHAT = re.compile(
     r"<[|\uff5c](user|assistant|system|im_start|start_header_id|start_of_role)[|\uff5c]>|<start_of_turn>|\[/?INST\]|<(human|bot)>:"
@@ -47,6 +50,8 @@ RENDERED_CHAT = re.compile(
     r"|^(### ?|<)?(Human|Assistant|User|Instruction|Response|Question|Answer)[:>]|### ?(Human|Assistant|Response):",
     re.MULTILINE | re.IGNORECASE,
 )
+#: `max_length` at which no row is cut.
+UNCUT = 2**31 - 1
 #: One row's token ids, or its labels: int32, shape (length,).
 Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
 
@@ -135,19 +140,25 @@ def _cache_key(source: Source, config: TokenizeConfig, max_rows: int | None) -> 
 
 
 def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: int | None) -> SourceReport:
-    """Write the usable rows of a source as an Arrow stream, `BATCH_ROWS` at a time."""
+    """Write the usable rows of a source as an Arrow stream, `BATCH_ROWS` at a time.
+
+    Where the cache has the rows uncut, as after `inspect`, they are only cut.
+    """
     import pyarrow as pa
 
     tokens, count = pa.list_(pa.int32()), pa.int32()
     columns = {"input_ids": tokens, "labels": tokens, "length": count, "supervised": count}
     schema = pa.schema({**columns, "source_row": pa.int64(), "digest": pa.uint64()})
     report, names, activity = SourceReport(source.name), set[str](), f"Reading {Path(source.name).name}"
-    examples = read_examples(source, config.data, report, names)
-    special = SpecialTokens(config.tokenizer, written=config.template.rendered)
-    most = float("inf") if max_rows is None else max_rows
+    uncut_key = _cache_key(source, replace(config, max_length=UNCUT), None)
+    if max_rows is None and config.max_length != UNCUT and (uncut := _read_entry(config.cache_dir / uncut_key)) is not None:
+        report = replace(uncut[1], rows_kept=0)
+        batches = _read_batches(uncut[0])
+    else:
+        batches = _tokenize_batches(source, config, max_rows, report, names)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        while batch := list(islice(examples, int(min(BATCH_ROWS, most - report.rows_kept)))):
-            rows = list(_truncate_rows(_tokenize_batch(batch, config, special, report), config.max_length, report))
+        for batch in batches:
+            rows = list(_truncate_rows(batch, config.max_length, report))
             if rows:
                 numbers, ids, labels, supervised = zip(*rows, strict=True)
                 lengths = [len(row) for row in ids]
@@ -169,6 +180,28 @@ def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: in
             f"Its columns are: {', '.join(sorted(names))}.",
         )
     return report
+
+
+def _tokenize_batches(
+    source: Source, config: TokenizeConfig, max_rows: int | None, report: SourceReport, names: set[str]
+) -> Iterator[Iterable[tuple[int, Ids, Ids]]]:
+    """Number, ids and labels of the rows of a source, until `report` has counted `max_rows` that are kept."""
+    examples = read_examples(source, config.data, report, names)
+    special = SpecialTokens(config.tokenizer, written=config.template.rendered)
+    most = float("inf") if max_rows is None else max_rows
+    while batch := list(islice(examples, int(min(BATCH_ROWS, most - report.rows_kept)))):
+        yield _tokenize_batch(batch, config, special, report)
+
+
+def _read_batches(rows: Any) -> Iterator[Iterable[tuple[int, Ids, Ids]]]:
+    """The same of rows that are in the cache."""
+    for table in rows.with_format("arrow").iter(batch_size=BATCH_ROWS):
+        columns = []
+        for name in ("input_ids", "labels"):
+            part = table[name].combine_chunks()
+            offsets = part.offsets.to_numpy()
+            columns.append(np.split(part.flatten().to_numpy(), offsets[1:-1] - offsets[0]))
+        yield zip(table["source_row"].to_pylist(), *columns, strict=True)
 
 
 def read_examples(source: Source, data: Data, report: SourceReport, columns: set[str]) -> Iterator[tuple[int, Chat | Document]]:
@@ -281,10 +314,12 @@ def _render_row(
         notes.append(READ_AS_TEXT if is_broken else READ_AS_TOKENS)
     if special.takes_space and isinstance(example, Chat) and any(map(LEADING_UNICODE_SPACE.match, words)):
         notes.append(UNICODE_SPACE)
+    if any(map(UNFILLED.search, words)):
+        notes.append(PLACEHOLDER)
     if isinstance(example, Document):
         text = special.break_in(example.text) if is_broken else example.text
         end = config.tokenizer.eos_token
-        if notes and not is_broken and end and text.rstrip().endswith(end):
+        if READ_AS_TOKENS in notes and end and text.rstrip().endswith(end):
             text = text.rstrip()  # a rendered text that ends already
         if RENDERED_CHAT.search(text.replace(MARK, "")):
             notes.append(CHAT_IN_TEXT)
@@ -400,6 +435,6 @@ def _truncate_rows(
             report.truncated += is_long
             yield number, ids[:max_length] if is_long else ids, kept, supervised
         elif is_long:
-            report.add_fully_truncated(number)
+            report.fully_truncated = report.fully_truncated.plus(1, [f"{report.name}:{number}"], named=NAMED)
         else:
             report.add(report.skipped, "the chat template marks nothing to learn", number)

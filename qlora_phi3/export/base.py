@@ -5,8 +5,8 @@ A tensor is compared while it is read for the merge or the proof; nothing is rea
 
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -197,14 +197,6 @@ class RecordedBase:
             count = f"at least {len(others)} of {total} tensors differ from the run's record, first {others[0]}"
             message = f"{folder} is not the base that was trained on: {count}."
             raise ExportError(message, "Give the folder of the right one with --base.")
-
-    def notes(self, names: Sequence[str]) -> dict[str, Any]:
-        """The comparison of these tensors for JSON, so that an interrupted export does not need to read them again."""
-        return {name: asdict(self.compared[name]) for name in names if name in self.compared}
-
-    def restore(self, notes: Mapping[str, Any]) -> None:
-        """Take the `notes` of an earlier attempt."""
-        self.compared |= {name: Compared(**noted) for name, noted in notes.items()}
 
 
 def _are_other_weights(found: Quantized, recorded: Mapping[str, Any]) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 from qlora_phi3.adapters.base_files import DOWNLOAD_AGAIN, GENERATION_CONFIG
 from qlora_phi3.errors import ExportError
 from qlora_phi3.execution import IGNORE_INDEX, MicroBatchPlan
+from qlora_phi3.export.base import Compared
 from qlora_phi3.export.inputs import Sources
 from qlora_phi3.export.merge import Onto, ScoredModel, build_models
 from qlora_phi3.export.request import Request
@@ -91,10 +92,11 @@ class Proof:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """The proof, and onto -> tensor -> SHA-256 of the merged tensors that were scored."""
+    """The proof, onto -> tensor -> SHA-256 of the merged tensors that were scored, and how the base's tensors compared."""
 
     proof: Proof
     checksums: Mapping[str, Mapping[str, str]]
+    compared: Mapping[str, Compared]
 
 
 def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: Onto, reporter: Reporter) -> Scored:
@@ -128,10 +130,9 @@ def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: O
             max_tokens //= 4
             reporter.info(f"The GPU's memory ran out: the proof is made again with {max_tokens:,} tokens")
     checksums = {model.name: dict(model.checksums) for model in models if model.checksums is not None}
-    scored = Scored(proof=proof, checksums=checksums)
-    saved = {"key": key, **asdict(scored), "notes": sources.base.notes(list(sources.base.compared))}
+    scored = Scored(proof=proof, checksums=checksums, compared=sources.base.compared)
     with disk_errors(draft, ExportError, hint=DISK_HINT), atomic_file(draft / SCORED) as staging:
-        staging.write_text(json.dumps(saved), encoding="utf-8")
+        staging.write_text(json.dumps({"key": key, **asdict(scored)}), encoding="utf-8")
     return scored
 
 
@@ -141,7 +142,7 @@ def _read_scored(path: Path, key: str, sources: Sources) -> Scored | None:
         if saved["key"] != key:
             return None
         scored = TypeAdapter(Scored).validate_python(saved)
-        sources.base.restore(saved["notes"])
+        sources.base.compared |= scored.compared
         return scored
     except (OSError, ValueError, KeyError, TypeError):  # absent, damaged, or of another version: scored again
         return None

@@ -73,9 +73,6 @@ def make_request(run: Path, options: ExportOptions) -> Request:
     Without `options.out` the export goes into the run, under a name that contains every option that changes the weights, and of a
     GGUF always its type.
     """
-    if options.ollama is not None and not OLLAMA_NAME.fullmatch(options.ollama):
-        hint = "Write [namespace/]name[:tag] of letters, digits, _ - and ., as in --ollama my-phi3:v1"
-        raise ExportError(f"--ollama {options.ollama} is no name for Ollama.", hint)
     folder, report = find_finished_run(run, verify=options.verify)
     if options.base is not None and not (options.base / "config.json").is_file():
         hint = "Give the folder of the base that was trained on."
@@ -118,7 +115,7 @@ def find_finished_run(path: Path, *, verify: bool) -> tuple[RunFolder, dict[str,
     run = resolve_run(path)
     report = run.read_report()
     if report.get("status") != "done":
-        hint = f"Finish it: qlora-phi3 run {run.recipe} --resume {run.path}"
+        hint = f"Finish it: {run.resume_command}"
         raise ExportError(f"The run {run.path} is not finished: its status is {report.get('status')}.", hint)
     for needed in (*(run.adapter / name for name in ADAPTER_FILES), run.base, run.recipe):
         if not needed.is_file():

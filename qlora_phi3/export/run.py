@@ -1,7 +1,7 @@
 """An export from start to end: base and adapter -> proof -> merged weights -> a directory that other programs load.
 
-Everything is written into a hidden staging directory next to the target, in which an interrupted export continues and which is
-renamed at the very end: an incomplete model never has the target's name.
+Everything is written into a hidden staging directory next to the target, in which the proof of an interrupted export stays, and
+which is renamed at the very end: an incomplete model never has the target's name.
 """
 
 import json
@@ -31,7 +31,7 @@ from qlora_phi3.export.merge import Onto
 from qlora_phi3.export.proof import SCORED, Proof
 from qlora_phi3.export.request import CARD, MODELFILE, REPORT, Request, check_replaceable, find_reusable
 from qlora_phi3.export.stop import measure_stops
-from qlora_phi3.export.writer import DISK_HINT, PROGRESS_NAME
+from qlora_phi3.export.writer import DISK_HINT
 from qlora_phi3.files import disk_errors, replace_dir
 from qlora_phi3.model.phi3 import quiet_transformers
 from qlora_phi3.model.weights import open_weights
@@ -81,7 +81,7 @@ def export_run(request: Request, reporter: Reporter) -> Exported:
                 inputs.check_memory(request.max_ram_bytes)
         else:
             draft = folder.with_name(f".{folder.name}.partial")
-            stack.enter_context(writer.staging_dir(draft, reusable=[SCORED]))
+            stack.enter_context(writer.staging_dir(draft, SCORED))
             device = "the GPU" if torch.cuda.is_available() else "this computer"
             with memory_errors(ExportError, f"The memory of {device} ran out in the export: {{reason}}.", MEMORY_HINT):
                 report, fault = _export_merged(request, draft, reporter)
@@ -109,15 +109,14 @@ def _export_merged(request: Request, draft: Path, reporter: Reporter) -> tuple[d
     onto: Onto = "nf4" if request.options.onto != "original" and sources.can_merge("nf4") else "original"
     if request.options.onto == "nf4" and onto == "original":
         raise ExportError("--onto nf4: the run did not quantize its base.", "Leave --onto out.")
-    # A draft is continued only with the files of the base that it was started from.
+    # A proof is used again only with the files of the base that it was made from.
     files = ((path.name, path.stat()) for path in sorted(sources.folder.glob("*.safetensors")))
     state = [str(sources.folder.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)]
     key = f"{request.key} {state}"
     with disk_errors(draft, ExportError, hint=DISK_HINT):
-        writer.clear_draft(draft, reusable=[SCORED])
         folders, untied, ending = (sources.folder, sources.adapter, draft), sources.deltas.unties, sources.ending
         companions = write_companions(*folders, dtype=request.dtype, untied=untied, ending=ending)
-    _check_space(request, sources, draft, key, onto)
+    _check_space(request, sources, draft, onto)
     scored = stops = fault = None
     if request.options.verify:
         scored = proofs.score_all(request, sources, draft, key, onto, reporter)
@@ -125,7 +124,7 @@ def _export_merged(request: Request, draft: Path, reporter: Reporter) -> tuple[d
     elif auto and onto == "nf4":
         label = sources.base.record.label(onto)
         reporter.info(f"Without the proof it is not known which merge is better: onto {label}, which was trained")
-    _write_weights(request, sources, draft, key, onto, reporter)
+    _write_weights(request, sources, draft, onto, reporter)
     if scored is not None:
         fault = proofs.find_difference(scored.checksums[onto], open_weights(draft), reporter.progress)
         fault = fault or proofs.find_fault(scored.proof.of(onto), getattr(torch, request.dtype))
@@ -164,7 +163,7 @@ def _describe_export(request: Request, sources: Sources, draft: Path, companions
         "onto_asked": request.options.onto,
         "dtype": request.dtype,
         "files": {
-            "written": sorted({path.name for path in draft.iterdir()} - {SCORED, PROGRESS_NAME} | {CARD, REPORT}),
+            "written": sorted({path.name for path in draft.iterdir()} - {SCORED} | {CARD, REPORT}),
             **companions,
         },
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -183,11 +182,11 @@ def _choose_onto(sources: Sources, proof: Proof, reporter: Reporter) -> Onto:
     return chosen
 
 
-def _check_space(request: Request, sources: Sources, draft: Path, key: str, onto: Onto) -> None:
+def _check_space(request: Request, sources: Sources, draft: Path, onto: Onto) -> None:
     """Refuse what the disk cannot hold, and what llama.cpp cannot, before hours are spent on it."""
     weights = sources.merged(onto, request.dtype)
     shards = writer.plan_shards(weights.info, request.shard_bytes)
-    merge = writer.missing_bytes(shards, draft, f"{key} {onto}") + COMPANION_BYTES
+    merge = sum(shard.num_bytes for shard in shards) + COMPANION_BYTES
     writer.check_disk(draft.parent, merge)
     if request.gguf_file is not None:
         gguf = plan_gguf(draft, weights.info, quant=request.quant, name=request.name).num_bytes
@@ -195,14 +194,11 @@ def _check_space(request: Request, sources: Sources, draft: Path, key: str, onto
         writer.check_disk(folder, gguf + (merge if folder.stat().st_dev == draft.stat().st_dev else 0))
 
 
-def _write_weights(request: Request, sources: Sources, draft: Path, key: str, onto: Onto, reporter: Reporter) -> None:
+def _write_weights(request: Request, sources: Sources, draft: Path, onto: Onto, reporter: Reporter) -> None:
     base, weights = sources.base, sources.merged(onto, request.dtype)
     shards = writer.plan_shards(weights.info, request.shard_bytes)
     progress = partial(_report_megabytes, reporter, f"Merging onto {base.record.label(onto)}")
-    num_resumed, notes = writer.write_shards(weights, draft, shards, key=f"{key} {onto}", progress=progress, notes=base.notes)
-    if num_resumed:
-        reporter.info(f"Continued after {num_resumed} of {len(shards)} files that were complete")
-    base.restore(notes)
+    writer.write_shards(weights, draft, shards, progress=progress)
     if not request.options.verify:  # the proof has checked it already
         proofs.refuse_other_base(sources, draft)
     compared = summarise(base.compared)
@@ -233,8 +229,7 @@ def _publish(request: Request, draft: Path, fault: str | None) -> ProofError | N
     check_replaceable(target)
     if fault is None and not request.options.force and target.exists() and any(target.iterdir()):
         raise ExportError(f"{target} was created during the export.", "Move it away and give the same command again.")
-    for name in (PROGRESS_NAME, SCORED):
-        (draft / name).unlink(missing_ok=True)
+    (draft / SCORED).unlink(missing_ok=True)
     replace_dir(draft, target)
     if fault is None:
         return None
@@ -246,8 +241,8 @@ def _publish(request: Request, draft: Path, fault: str | None) -> ProofError | N
 
 def _export_gguf(request: Request, target: Path, report: Mapping[str, Any], reporter: Reporter) -> GgufResult:
     """Write the merged model as a GGUF, with Modelfile, model card and report in place of those of an earlier GGUF."""
-    quant, force, progress = request.quant, request.options.force, partial(_report_megabytes, reporter)
-    result = convert_to_gguf(request.target, target, quant=quant, name=request.name, progress=progress, force=force)
+    progress = partial(_report_megabytes, reporter)
+    result = convert_to_gguf(request.target, target, quant=request.quant, name=request.name, progress=progress)
     folder, earlier = target.parent, requests.read_existing_report(target.parent)["files"]["written"]
     measured = is_measured(request.quant, report["dtype"]) or not report["status"].startswith(PROVED)
     written = {name for name in earlier if (folder / name).is_file()} | {target.name, CARD, MODELFILE, REPORT}
@@ -259,5 +254,5 @@ def _export_gguf(request: Request, target: Path, report: Mapping[str, Any], repo
     }
     with disk_errors(folder, ExportError, hint=DISK_HINT):
         _write_report(folder, request, gguf_report, base=request.target)
-        write_modelfile(request.target, target, folder / MODELFILE, force=True)
+        write_modelfile(request.target, target)
     return result

@@ -41,6 +41,7 @@ class StopTest:
     turns: int
     stopped: int
     live_share: float | None  # the live model's share, 0 to 1, if the method is the proof's count
+    empty: int = 0  # of the generated answers: those that are a stop id alone
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the fields, and the share of turns that ended, 0 to 1 (None if no turn was tested)."""
@@ -61,8 +62,12 @@ class Prompt:
 
 
 def runaway_warning(stops: Mapping[str, Any]) -> str | None:
-    """The warning about a model that rarely ends its turns (`StopTest.as_dict`); None without one, or with too few turns."""
-    turns, stopped = stops["turns"], stops["stopped"]
+    """The warning about a model that answers nothing, or rarely ends its turns (`StopTest.as_dict`); None if there is no reason,
+    or there are too few turns.
+    """
+    turns, stopped, empty = stops["turns"], stops["stopped"], stops.get("empty", 0)
+    if turns >= MIN_TURNS and 2 * empty >= turns:
+        return f"{empty} of {turns} answers are empty: the model ends its turn at once. It was trained too little for an answer."
     if turns < MIN_TURNS or 2 * stopped >= turns:
         return None
     reason = "It was trained too little for that, or on answers whose end was cut off (max_length)."
@@ -101,7 +106,7 @@ def measure_stops(
         if batches[-1] and (len(batches[-1]) + 1) * prompt.length > CACHED_TOKENS:
             batches.append([])
         batches[-1].append(prompt)
-    total, done, stopped = sum(max(prompt.limit for prompt in batch) for batch in batches), 0, 0
+    total, done, stopped, empty = sum(max(prompt.limit for prompt in batch) for batch in batches), 0, 0, 0
 
     def report(new_ids: Tensor) -> bool:
         progress("Answering held-out prompts", done + new_ids.shape[1], total)
@@ -111,9 +116,10 @@ def measure_stops(
         limits = [prompt.limit for prompt in batch]
         answers = generate_batch(inference, [prompt.ids for prompt in batch], limits, after_token=report)
         stopped += sum(answer[-1] in inference.stop_ids for answer in answers)
+        empty += sum(len(answer) == 1 and answer[0] in inference.stop_ids for answer in answers)
         done += max(limits)
     progress("Answering held-out prompts", total, total)
-    return StopTest(method="generated", turns=len(prompts), stopped=stopped, live_share=None)
+    return StopTest(method="generated", turns=len(prompts), stopped=stopped, live_share=None, empty=empty)
 
 
 def choose_prompts(rows: Sequence[Mapping[str, Any]]) -> list[Prompt]:

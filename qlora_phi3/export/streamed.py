@@ -24,7 +24,7 @@ from transformers.initialization import no_init_weights
 
 from qlora_phi3.adapters.adapter_deltas import EMBEDDING, HEAD, load_lora_config
 from qlora_phi3.adapters.peft_io import ADAPTER_WEIGHTS, PREFIX
-from qlora_phi3.errors import ExportError, ModelError, first_line
+from qlora_phi3.errors import ExportError, ModelError
 from qlora_phi3.export.base import CPU, RecordedBase
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
 from qlora_phi3.model.loss import select_supervised
@@ -32,8 +32,6 @@ from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM
 from qlora_phi3.model.weights import ComputedWeights, StoredWeights, TensorInfo, Weights, open_file, read_tensor, split_rows
 from qlora_phi3.reporter import Progress
 from qlora_phi3.step import Batch, evaluating
-
-OTHER_BASE = "Give the base that the adapter was trained on."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,8 +132,7 @@ def stream_plain(weights: Weights, config: dict[str, Any], *, device: torch.devi
 
 
 def stream_live(base: Weights, config: dict[str, Any], adapter: Path, *, device: torch.device = CPU) -> StreamedModel:
-    """A base with PEFT's own layers and the adapter of a PEFT directory around it. ExportError where the adapter does not fit the
-    model; ModelError as `stream_plain`.
+    """A base with PEFT's own layers around it, and the adapter, which `read_deltas` has checked. ModelError as `stream_plain`.
 
     `base` is `trained_base` for the model as it was trained, and `RecordedBase` for the base as its files hold it.
     """
@@ -151,10 +148,6 @@ def stream_live(base: Weights, config: dict[str, Any], adapter: Path, *, device:
     for module in _attach_adapter(model, stored, replaced, adapter).modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.to(device)
-    for module in (model.model.embed_tokens, model.lm_head):
-        if isinstance(module, LoraLayer):
-            message = "The adapter has a LoRA on the embedding or on the output head, which cannot be merged."
-            raise ExportError(message, "Use it with PEFT, unmerged.")
     return StreamedModel(model, slots, weights, device)
 
 
@@ -165,16 +158,10 @@ def _attach_adapter(model: PackedPhi3ForCausalLM, stored: StoredWeights, replace
     others = [name for name in settings.modules_to_save or () if not any(path.endswith(name) for path in paths)]
     settings.modules_to_save = others or None
     tensors = {key: read_tensor(stored, key).float() for key in stored.info if key not in replaced.values()}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT's advice is for training
-            adapted = get_peft_model(model, settings, low_cpu_mem_usage=True)
-            result = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ExportError(f"The adapter {adapter} does not fit the model: {first_line(error)}.", OTHER_BASE) from error
-    wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]
-    if wrong:
-        raise ExportError(f"The adapter {adapter} does not fit the model: it has no {wrong[0]}.", OTHER_BASE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice is for training
+        adapted = get_peft_model(model, settings, low_cpu_mem_usage=True)
+        set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
     return adapted
 
 

@@ -1,7 +1,7 @@
 """Write a checkpoint as its tensors are computed: safetensors files of a chosen size, each complete or absent, and their index.
 
 safetensors' own writer needs all tensors of a file in memory. We write the header, which is known before, and then the bytes, a
-chunk at a time. Also here: the staging directory in which an interrupted export continues, and the locks against a second one.
+chunk at a time. Also here: the staging directory of an export, and the locks against a second one.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -21,14 +21,12 @@ import torch
 from filelock import FileLock, Timeout
 
 from qlora_phi3.errors import ExportError
-from qlora_phi3.files import atomic_file, disk_errors, remove, user_state_dir
+from qlora_phi3.files import atomic_file, disk_errors, user_state_dir
 from qlora_phi3.model.weights import DTYPES, INDEX_NAME, WEIGHTS_NAME, TensorInfo, Weights
 from qlora_phi3.units import format_gib
 
-#: In the staging directory: which shards are complete, and what they were made from.
-PROGRESS_NAME = ".shards.json"
 #: For `disk_errors`.
-DISK_HINT = "{cause}, and give the same command again; complete files are used again."
+DISK_HINT = "{cause}, and give the same command again; a complete proof is used again."
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -75,31 +73,6 @@ def _plan_shard(file_name: str, names: Sequence[str], info: Mapping[str, TensorI
     return Shard(file_name=file_name, names=tuple(ordered), header=full, num_bytes=len(full) + end)
 
 
-def missing_bytes(shards: Sequence[Shard], folder: Path, key: str) -> int:
-    """Bytes of disk that `write_shards` will take: all shards, less those that are complete and what it removes."""
-    _, done, leftovers = _find_progress(shards, folder, key)
-    removed = sum(path.stat().st_size for path in leftovers)
-    return max(0, sum(shard.num_bytes for shard in shards if shard.file_name not in done) - removed)
-
-
-def _find_progress(shards: Sequence[Shard], folder: Path, key: str) -> tuple[str, dict[str, Any], list[Path]]:
-    """What an earlier attempt left in a directory: a key of the shards and their content; by file name the notes of the shards
-    that are complete under it; and all other weights, which a reader would find first and a push would upload.
-    """
-    digest, done = hashlib.sha256(key.encode()), {}
-    for shard in shards:
-        digest.update(f"\n{shard.file_name}\n".encode() + shard.header)
-    sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
-    with suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged: nothing is complete
-        saved = json.loads((folder / PROGRESS_NAME).read_text(encoding="utf-8"))
-        complete = {shard.file_name for shard in shards if sizes.get(shard.file_name) == shard.num_bytes}
-        if saved["key"] == digest.hexdigest():
-            done = {name: saved["shards"][name] for name in complete & saved["shards"].keys()}
-    patterns = (WEIGHTS_NAME, "model-*-of-*.safetensors", INDEX_NAME, ".model*.partial")
-    leftovers = [path for pattern in patterns for path in folder.glob(pattern) if path.name not in done]
-    return digest.hexdigest(), done, leftovers
-
-
 def check_disk(folder: Path, needed_bytes: int) -> None:
     """Raise ExportError for what does not fit on the disk of a directory, or of the nearest one above that exists."""
     existing = next(path for path in [folder, *folder.resolve().parents] if path.is_dir())
@@ -111,46 +84,24 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
 
 
 def write_shards(
-    weights: Weights,
-    folder: Path,
-    shards: Sequence[Shard],
-    *,
-    key: str,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    notes: Callable[[Sequence[str]], dict[str, Any]] = lambda names: {},
-) -> tuple[int, dict[str, Any]]:
-    """Write the planned shards and, where there are several, their index; complete shards of an earlier attempt stay.
-
-    Any other weights in the directory are removed. The progress file stays: remove it when the directory is complete. ExportError
-    where the disk is full or refuses (complete shards stay), or what `weights.iter_row_chunks` raises.
+    weights: Weights, folder: Path, shards: Sequence[Shard], *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Write the planned shards and, where there are several, their index. ExportError where the disk is full or refuses, or what
+    `weights.iter_row_chunks` raises.
 
     Args:
         shards: `plan_shards(weights.info, ...)`.
-        key: names everything that decides the bytes (base, adapter, dtype, ...); shards of another key are written again.
         progress: called after every chunk: bytes written, of all bytes.
-        notes: what to save with a shard in the progress file, given its tensors' names.
-
-    Returns:
-        How many shards an earlier attempt had written, and the notes of all shards.
     """
-    full_key, done, leftovers = _find_progress(shards, folder, key)
-    total, written, num_resumed = sum(shard.num_bytes for shard in shards), 0, len(done)
+    total, written = sum(shard.num_bytes for shard in shards), 0
 
     def report(new: int) -> None:
         progress(written + new, total)
 
     with disk_errors(folder, ExportError, hint=DISK_HINT):
         folder.mkdir(parents=True, exist_ok=True)
-        if not done:
-            (folder / PROGRESS_NAME).unlink(missing_ok=True)  # after a kill its old key would vouch for new shards
-        for path in leftovers:
-            path.unlink()
         for shard in shards:
-            if shard.file_name not in done:
-                _write_shard(weights, folder, shard, report)
-                done[shard.file_name] = notes(shard.names)
-                with atomic_file(folder / PROGRESS_NAME) as staging:
-                    staging.write_text(json.dumps({"key": full_key, "shards": done}), encoding="utf-8")
+            _write_shard(weights, folder, shard, report)
             written += shard.num_bytes
             report(0)
         if len(shards) > 1:
@@ -159,7 +110,6 @@ def write_shards(
             index = json.dumps({"metadata": {"total_size": size}, "weight_map": names}, indent=2) + "\n"
             with atomic_file(folder / INDEX_NAME) as staging:
                 staging.write_text(index, encoding="utf-8", newline="\n")
-    return num_resumed, {name: note for shard in shards for name, note in done[shard.file_name].items()}
 
 
 def _write_shard(weights: Weights, folder: Path, shard: Shard, progress: Callable[[int], None]) -> None:
@@ -204,24 +154,23 @@ def ensure_dir(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def staging_dir(draft: Path, reusable: Collection[str] = ()) -> Iterator[None]:
-    """Create the staging directory of an export; unless it is renamed, it stays only to be continued. `reusable` are the names of
-    files that a later attempt can use, in addition to complete shards.
-    """
+def staging_dir(draft: Path, reusable: str) -> Iterator[None]:
+    """Create the staging directory of an export. Of an attempt that ended or was killed, only the file `reusable` stays in it."""
     with ensure_dir(draft):
+        with disk_errors(draft, ExportError, hint=DISK_HINT):
+            _empty(draft, reusable)
         try:
             yield
         finally:
-            if not any((draft / name).is_file() for name in (PROGRESS_NAME, *reusable)):
-                remove(draft)
+            with suppress(OSError):  # it was renamed
+                _empty(draft, reusable)
 
 
-def clear_draft(folder: Path, reusable: Collection[str] = ()) -> None:
-    """Empty a staging directory, except for what `write_shards` uses again or removes itself, and the files of these names."""
+def _empty(folder: Path, reusable: str) -> None:
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)  # not `files.remove`: what cannot be removed must not be exported
-        elif path.name not in (PROGRESS_NAME, *reusable) and (path.suffix != ".safetensors" or not path.is_file()):
+        elif path.name != reusable:
             path.unlink()
 
 

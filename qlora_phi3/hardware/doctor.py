@@ -112,10 +112,8 @@ def check_gpu(chosen: ChosenGpu | None, reason: str) -> Check:
 
 def check_torch(torch: Any, chosen: ChosenGpu | None) -> Check:
     """Whether torch's build, the driver and the GPU work together."""
-    built, text = (
-        torch.version.cuda,
-        f"{torch.__version__}, built {f'for CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA'}",
-    )
+    built = torch.version.cuda
+    text = f"{torch.__version__}, built {f'for CUDA {built}' if built else 'without CUDA'}"
     if chosen is None:
         return Check("torch", "ok", text)
     install = f"pip install --force-reinstall torch --index-url {TORCH_INDEX}"

@@ -7,7 +7,7 @@ and drives no display; on Windows a desktop takes 0.3 to 1 GiB.
 import difflib
 import os
 import re
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -159,20 +159,16 @@ def hide_other_gpus(chosen: ChosenGpu | None, rank: int = 0) -> None:
         os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the numbers of NVML and nvidia-smi
 
 
-def read_gpu(index: int = 0, *, nvml: Any = None) -> Gpu:
-    """Read the current state of the GPU that PyTorch calls `cuda:<index>`, of those that CUDA_VISIBLE_DEVICES shows.
-    NoDeviceError where there is no nvidia-ml-py, no driver, no such GPU, or the driver fails. `nvml` is the module `pynvml`, or a
-    stand-in.
+def read_gpu(*, nvml: Any = None) -> Gpu:
+    """Read the current state of the first GPU that CUDA_VISIBLE_DEVICES shows, torch's `cuda:0`. NoDeviceError where there is no
+    nvidia-ml-py, no driver, no such GPU, or the driver fails. `nvml` is the module `pynvml`, or a stand-in.
 
     NVML counts GPUs by their slot. CUDA puts the fastest first unless CUDA_DEVICE_ORDER=PCI_BUS_ID is set.
     """
     with _nvml_session(nvml) as session:
-        visible = _visible_gpus(session)
-        if 0 <= index < len(visible):
-            return _read(session, visible[index][2])
-    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
-    reason = "" if setting is None else f" with CUDA_VISIBLE_DEVICES={setting!r}"
-    raise NoDeviceError(f"There is no GPU {index} on this computer{reason}: it shows {len(visible)}.", OTHER_GPU_HINT)
+        if visible := _visible_gpus(session):
+            return _read(session, visible[0][2])
+    raise NoDeviceError(f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} shows no GPU.", OTHER_GPU_HINT)
 
 
 @contextmanager
@@ -218,12 +214,8 @@ def _visible_gpus(nvml: Any) -> list[tuple[int, str, Any]]:
 
 
 def _read(nvml: Any, handle: Any) -> Gpu:
-    try:
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
-        total_bytes = memory.total - memory.reserved
-    except nvml.NVMLError:  # drivers before R510 do not report what they reserve; then it counts as in use
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        total_bytes = memory.total
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+    total_bytes = memory.total - memory.reserved
     name = str(nvml.nvmlDeviceGetName(handle))
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     multiprocessors, bandwidth, tflops = _read_speed(nvml, handle, name, total_bytes, major, minor)
@@ -393,37 +385,28 @@ def _specs_of_nearest_size(num_bytes: int) -> list[GpuSpec]:
 
 
 class GpuLoad(NamedTuple):
-    """What a GPU does now, and the memory of this process on it; None where the driver does not report it."""
+    """What a GPU does now; None where the driver does not report it."""
 
-    watts: float | None = None
-    celsius: float | None = None
-    own_bytes: int | None = None
+    watts: float | None
+    celsius: float | None
+    own_bytes: int | None  #: Of this process as the driver shows it, its CUDA context included.
 
 
-def read_load(index: int = 0, *, nvml: Any = None) -> GpuLoad | None:
-    """What the GPU does now; None where NVML does not answer. The arguments are those of `read_gpu`."""
+def read_load(*, nvml: Any = None) -> GpuLoad | None:
+    """What the GPU that `read_gpu` reads does now; None where NVML does not answer."""
     with suppress(DeviceError, IndexError), _nvml_session(nvml) as session:
-        handle, load = _visible_gpus(session)[index][2], GpuLoad()
-        with suppress(session.NVMLError):
-            load = load._replace(watts=session.nvmlDeviceGetPowerUsage(handle) / 1000)
-        with suppress(session.NVMLError):
-            load = load._replace(celsius=session.nvmlDeviceGetTemperature(handle, session.NVML_TEMPERATURE_GPU))
-        with suppress(session.NVMLError):
-            load = load._replace(own_bytes=_own_bytes(session, handle))
-        return load
+        handle = _visible_gpus(session)[0][2]
+
+        def ask(read: Callable[..., Any], *arguments: Any) -> Any:
+            with suppress(session.NVMLError):
+                return read(handle, *arguments)
+            return None
+
+        milliwatts = ask(session.nvmlDeviceGetPowerUsage)
+        processes = ask(session.nvmlDeviceGetComputeRunningProcesses) or ()
+        return GpuLoad(
+            watts=None if milliwatts is None else milliwatts / 1000,
+            celsius=ask(session.nvmlDeviceGetTemperature, session.NVML_TEMPERATURE_GPU),
+            own_bytes=next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None),
+        )
     return None
-
-
-def read_own_bytes(index: int = 0, *, nvml: Any = None) -> int | None:
-    """GPU memory of this process as the driver shows it, its CUDA context included; None where the driver does not show it.
-
-    The arguments are those of `read_gpu`.
-    """
-    with suppress(DeviceError, IndexError), _nvml_session(nvml) as session:
-        return _own_bytes(session, _visible_gpus(session)[index][2])
-    return None
-
-
-def _own_bytes(nvml: Any, handle: Any) -> int | None:
-    processes: Sequence[Any] = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)

@@ -11,6 +11,7 @@ tokens among several blocks (at most 25 MiB).
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 import transformers.modeling_utils
@@ -206,29 +207,18 @@ def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> It
         return usual_softmax(values, dim, dtype=dtype)
 
     with (
-        replaced(qlora_phi3.model.attention, "CPU_SCORES_BYTES", 0),
-        replaced(qlora_phi3.model.attention, "_takes_groups", takes_groups),
-        replaced(qlora_phi3.model.layer, "rms_norm", rms_norm),
-        replaced(qlora_phi3.model.layer, "rms_norm_backward", lambda grad, *_: torch.empty_like(grad)),
-        replaced(transformers.modeling_utils, "save_on_cpu", lambda **_: saved_tensors_hooks(offload, torch.empty_like)),
-        replaced(functional, "scaled_dot_product_attention", _attention_on(tracker, capability)),
-        replaced(functional, "dropout", dropout),
-        replaced(functional, "softmax", softmax),
+        patch.object(qlora_phi3.model.attention, "CPU_SCORES_BYTES", 0),
+        patch.object(qlora_phi3.model.attention, "_takes_groups", takes_groups),
+        patch.object(qlora_phi3.model.layer, "rms_norm", rms_norm),
+        patch.object(qlora_phi3.model.layer, "rms_norm_backward", lambda grad, *_: torch.empty_like(grad)),
+        patch.object(transformers.modeling_utils, "save_on_cpu", lambda **_: saved_tensors_hooks(offload, torch.empty_like)),
+        patch.object(functional, "scaled_dot_product_attention", _attention_on(tracker, capability)),
+        patch.object(functional, "dropout", dropout),
+        patch.object(functional, "softmax", softmax),
         # Without a device it is CUDA's; PEFT 0.21 asks so, and casts the input of dropout and DoRA to fp32 where there is none.
-        replaced(torch, "is_autocast_enabled", lambda *device: autocasts(*(device or ("cpu",)))),
+        patch.object(torch, "is_autocast_enabled", lambda *device: autocasts(*(device or ("cpu",)))),
     ):
         yield
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute of a module or a class until the end of the block."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def _attention_on(tracker: MemoryTracker, capability: tuple[int, int]) -> Callable[..., Tensor]:

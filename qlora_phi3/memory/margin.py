@@ -52,13 +52,8 @@ class Margin:
 
 
 def budget_of(memory: "Memory", device: Gpu, *, strict: bool = True) -> int:
-    """Bytes a run may take on a GPU, its margin included: what is free there, or less where [memory] budget says so.
-
-    Args:
-        strict: refuse a budget that the GPU does not have; else such a GPU gives what it has.
-
-    Raises:
-        DeviceError: the recipe's budget is more than the GPU has.
+    """Bytes a run may take on a GPU, its margin included: what is free there, or less where [memory] budget says so. DeviceError
+    where the recipe's budget is more than the GPU has; without `strict` such a GPU gives what it has.
     """
     wanted = memory.budget
     if wanted == "auto":
@@ -108,11 +103,7 @@ def _read_records() -> Mapping[str, Sequence[Mapping[str, Any]]]:
     found: dict[str, list[Mapping[str, Any]]] = {}
     for name, records in saved.items():
         for record in records if isinstance(records, list) else ():
-            known = record if isinstance(record, dict) else {}
-            predicted, measured = (known.get(key) for key in ("predicted_bytes", "measured_bytes"))
-            if not (isinstance(predicted, int) and isinstance(measured, int)):
-                continue
-            if 0 < predicted < measured * LARGEST_FACTOR and 0 < measured < predicted * LARGEST_FACTOR:
-                sizes = {"predicted_bytes": predicted, "measured_bytes": measured}
-                found.setdefault(name, []).append({**sizes, "date": str(known.get("date", ""))[:10]})
+            with suppress(TypeError, KeyError, ArithmeticError):
+                if 1 / LARGEST_FACTOR < record["measured_bytes"] / record["predicted_bytes"] < LARGEST_FACTOR:
+                    found.setdefault(name, []).append(record)
     return found

@@ -78,19 +78,15 @@ def step_shape(rows: RowLengths, execution: ExecutionPlan) -> StepShape:
 
 def describe_kind(execution: ExecutionPlan) -> str:
     """What a plan does with activations, in a few words."""
-    every = execution.checkpoint_every
+    every, tile = execution.checkpoint_every, execution.mlp_tile_tokens
     recomputed = {0: "no recomputation", 1: "recomputing all layers"}.get(every, f"recomputing one layer in {every}")
     offloaded = ", offloading" if execution.activation_offloading else ""
-    return f"{recomputed}{offloaded}{', MLPs in tiles' if execution.mlp_tile_tokens else ''}"
+    return f"{recomputed}{offloaded}{f', MLPs in tiles of {tile:,} tokens' if tile else ''}"
 
 
 def describe_plan(execution: ExecutionPlan) -> str:
     """An execution plan in one line."""
-    every = execution.checkpoint_every
-    recomputed = {0: "nothing recomputed", 1: "every layer recomputed"}.get(every, f"one layer in {every} recomputed")
-    offloaded = ", activations offloaded" if execution.activation_offloading else ""
-    tiled = f", MLPs in tiles of {execution.mlp_tile_tokens:,} tokens" if execution.mlp_tile_tokens else ""
-    return f"{execution.micro_batch.max_tokens:,} tokens at once, {recomputed}{offloaded}{tiled}, {execution.optim}"
+    return f"{execution.micro_batch.max_tokens:,} tokens at once, {describe_kind(execution)}, {execution.optim}"
 
 
 def explain_choices(

@@ -6,7 +6,7 @@ Each model is simulated with the recipe that would be written for it, as by `vra
 import math
 import os
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from qlora_phi3.data.prepare import check_files
 from qlora_phi3.data.report import RowCount, SourceReport, merge_counts
 from qlora_phi3.data.sources import open_local
 from qlora_phi3.data.tokenize import read_examples
+from qlora_phi3.errors import DataError, quoted
 from qlora_phi3.family import Architecture, parse_architecture, read_config
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.memory.report import VramReport
@@ -44,6 +45,8 @@ PROPOSED = ("microsoft/phi-4", "microsoft/Phi-4-mini-instruct", "microsoft/Phi-3
 TOOL_MODEL, SMALLEST_MODEL = PROPOSED[1:]
 NIGHT_SECONDS = 8 * 3600.0
 RANK = 16
+#: Tokens of each row, where no data are named.
+TYPICAL_LENGTH = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,16 +88,32 @@ class ModelOption:
     report: VramReport | None = None
 
 
-def read_data(name: str, base_dir: Path, progress: Progress) -> DataSummary:
+def unknown_columns(name: str, base_dir: Path) -> list[str]:
+    """The columns of a local file, if they are of no format and none has a likely name; else none. DataError as `read_data`."""
+    first = next((row for _, row in open_local(name, base_dir)[0].rows()), None)
+    known = not isinstance(first, dict) or detect_format(first) is not None or guess_mapping(first) is not None
+    return [] if known or not isinstance(first, dict) else [str(column) for column in first]
+
+
+def read_data(name: str, columns: Mapping[str, str], base_dir: Path, progress: Progress) -> DataSummary:
     """Read local data, and estimate the tokens of each row from its bytes; formats and columns are recognized.
+
+    Args:
+        columns: [data] fields where a person named them; empty to recognize them.
 
     Raises:
         DataError: the file is missing or unreadable, no row can be used, or the columns are of no format and have no likely name.
     """
     data, sources = Data(train=name), open_local(name, base_dir)
     first = next((row for _, row in sources[0].rows()), None)
-    if isinstance(first, dict) and detect_format(first) is None and (guess := guess_mapping(first)) and guess[1]:
+    guess = ("alpaca", dict(columns)) if columns else None
+    if not columns and isinstance(first, dict) and detect_format(first) is None:
+        guess = guess_mapping(first)
+    if guess and guess[1]:
         data = Data.model_validate({"train": name, "format": guess[0], "fields": guess[1]})
+    elif names := unknown_columns(name, base_dir):
+        hint = f"Say which is which: qlora-phi3 init {quoted(name)} --question COLUMN --answer COLUMN"
+        raise DataError(f"The columns of {name} are of no known format: {', '.join(names)}.", hint)
     check_files(data, base_dir, evaluate=False)
     lengths, reports, has_tools = [], [], False
     for source in sources:
@@ -195,6 +214,17 @@ def _build_checker(option: ModelOption, summary: DataSummary, choice: TrainingCh
     return VramChecker(context, lambda what: info(f"{option.name}: {what}"))
 
 
+def compare_models(device: Gpu, progress: Progress, info: Callable[[str], None]) -> list[ModelOption]:
+    """What each model of the family takes on a GPU for 1,000 rows of `TYPICAL_LENGTH` tokens, seen once."""
+    rows = (TYPICAL_LENGTH,) * 1000
+    summary = DataSummary(data=Data(train="."), format="", rows_read=1000, lengths=rows, skipped=(), has_tools=False)
+    choice, options = TrainingChoice(evaluation_rows=0, batch_size=16, epochs=1, learning_rate=2e-4), list[ModelOption]()
+    for number, name in enumerate(MODELS):
+        progress("Simulating the training of each model", number, len(MODELS))
+        options.append(simulate_option(model_option(name, summary, Path(), progress), summary, choice, device, info))
+    return options
+
+
 def propose(options: Sequence[ModelOption], *, has_tools: bool) -> ModelOption:
     """The option to take: the first of `PROPOSED` that fits, else the smallest model; phi-4 where it is trained within a night.
 
@@ -230,7 +260,11 @@ def recipe_text(summary: DataSummary, option: ModelOption, choice: TrainingChoic
             ("max_length", option.max_length, _length_reason(option)),
             ("batch_size", choice.batch_size, f"{-(-(rows - held_out) // choice.batch_size):,} optimizer steps an epoch"),
             ("num_train_epochs", choice.epochs, f"{chosen}rule: 5 up to 300 rows, 3 up to 3,000, 2 up to 30,000, else 1"),
-            ("learning_rate", choice.learning_rate, "rule: 2e-4, as in the QLoRA paper; 1e-4 for 5 epochs over few rows"),
+            (
+                "learning_rate",
+                choice.learning_rate,
+                "rule: 1e-4 up to 300 rows, which are seen often; else 2e-4, as in the QLoRA paper",
+            ),
             *_evaluation_keys(held_out),
         ],
     }
@@ -249,9 +283,13 @@ def _data_keys(summary: DataSummary, target: Path, held_out: int) -> Iterator[tu
     yield "train", train, f"{format_count(len(summary.lengths), 'row')} of format {summary.format}{unusable}"
     if summary.data.fields:
         yield "format", summary.data.format, "the format whose columns yours stand for"
-        yield "fields", summary.data.fields, "its columns = yours, guessed from their names: check that they are right"
+        yield "fields", summary.data.fields, "its columns = yours: check that they are right"
     if held_out:
-        yield "eval_size", held_out, "rows held out to see whether it learns more than the words: 5 %, at most 500"
+        yield (
+            "eval_size",
+            held_out,
+            f"rows held out ({held_out / len(summary.lengths):.0%}) to see whether it learns more than the words",
+        )
 
 
 def _evaluation_keys(held_out: int) -> Iterator[tuple[str, Any, str]]:

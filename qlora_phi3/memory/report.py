@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from qlora_phi3.hardware.gpu import Gpu, GpuProcess
 from qlora_phi3.units import MIB
@@ -176,36 +176,20 @@ def as_json(report: VramReport) -> dict[str, Any]:
 
 
 def from_json(saved: Mapping[str, Any]) -> VramReport:
-    """The report that `as_json` wrote.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    try:
-        fields = {key: value for key, value in saved.items() if key not in ("processes", "other_processes_bytes")}
-        device = fields["device"] | {key: tuple(fields["device"][key]) for key in ("compute_capability", "represents")}
-        processes = tuple(GpuProcess(**process) for process in saved["processes"])
-        fields["device"] = Gpu(**device, processes=processes)
-        known: dict[str, Any] = {name: value for name, value in fields["memory"].items() if value is not None}
-        fields["memory"] = MemoryReport(**known)
-        fields["suggestions"] = tuple(Suggestion(**suggestion) for suggestion in fields["suggestions"])
-        fields["rows"] = RowSummary(**fields["rows"])
-        return VramReport(**fields)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"no report of vram-check: {error}") from error
+    """The report that `as_json` of the same version wrote."""
+    fields = {key: value for key, value in saved.items() if key not in ("processes", "other_processes_bytes")}
+    device = fields["device"] | {key: tuple(fields["device"][key]) for key in ("compute_capability", "represents")}
+    processes = tuple(GpuProcess(**process) for process in saved["processes"])
+    fields["device"] = Gpu(**device, processes=processes)
+    known: dict[str, Any] = {name: value for name, value in fields["memory"].items() if value is not None}
+    fields["memory"] = MemoryReport(**known)
+    fields["suggestions"] = tuple(Suggestion(**suggestion) for suggestion in fields["suggestions"])
+    fields["rows"] = RowSummary(**fields["rows"])
+    return VramReport(**fields)
 
 
-class PlannedKey(NamedTuple):
-    """A key of the recipe, the value that the plan gives it, and why."""
-
-    table: str
-    key: str
-    value: int | bool | str
-    reason: str
-
-
-def planned_keys(report: VramReport) -> list[PlannedKey]:
-    """All keys that the plan decides, as a person would write them into a recipe."""
+def planned_keys(report: VramReport) -> list[tuple[str, str, int | bool | str, str]]:
+    """Table, key, value and reason of all keys that the plan decides, as a person would write them into a recipe."""
     every, tile = report.checkpoint_every_n_layers, report.logits_tile_bytes
     chosen: list[tuple[str, str, int | bool | str]] = [
         ("memory", "micro_batch_tokens", report.micro_batch_tokens),
@@ -216,7 +200,7 @@ def planned_keys(report: VramReport) -> list[PlannedKey]:
         ("memory", "mlp_tile_tokens", report.mlp_tile_tokens),
         ("memory", "logits_tile", f"{tile // 1024}KiB" if tile % MIB else f"{tile // MIB}MiB"),
     ]
-    return [PlannedKey(table, key, value, report.reasons[key]) for table, key, value in chosen]
+    return [(table, key, value, report.reasons[key]) for table, key, value in chosen]
 
 
 def read_versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
+from unittest.mock import patch
 
 import bitsandbytes as bnb
 import torch
@@ -27,7 +28,7 @@ from torch.optim import Optimizer
 import qlora_phi3.model.loss
 from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan
 from qlora_phi3.family import Architecture
-from qlora_phi3.memory.cuda_path import following_cuda, matmul_workspace_bytes, replaced
+from qlora_phi3.memory.cuda_path import following_cuda, matmul_workspace_bytes
 from qlora_phi3.memory.report import (
     ADAPTER,
     CHECKPOINTED_INPUTS,
@@ -185,9 +186,9 @@ def _fake_tensors() -> Iterator[None]:
     PEFT 0.21's DoRA knows 4-bit weights by their class, which is FakeTensor here. transformers 5.23 takes fake positions of rows
     without padding for those of a pack, and builds a mask; a real pack has a mask of ours.
     """
-    no_packs = replaced(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None)
-    few_tiles = replaced(qlora_phi3.model.loss, "tile_starts", _few_tile_starts)
-    with _FakeMode(), replaced(dora, "dequantize_module_weight", _dequantize), no_packs, few_tiles:
+    no_packs = patch.object(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None)
+    few_tiles = patch.object(qlora_phi3.model.loss, "tile_starts", _few_tile_starts)
+    with _FakeMode(), patch.object(dora, "dequantize_module_weight", _dequantize), no_packs, few_tiles:
         yield
 
 
@@ -239,7 +240,7 @@ def _load(skeleton: PackedPhi3ForCausalLM, lora: Lora, execution: ExecutionPlan,
     # PEFT makes an adapter on the CPU, and `Module.to` moves it; on torch 2.13 that raises for parameters without storage.
     place = nullcontext() if tracker.rounding == 1 else tracker.attribute_to(ON_CPU)
     with (
-        replaced(nn.Module, "to", lambda module, *places, **named: _move(tracker, module, *places, **named)),
+        patch.object(nn.Module, "to", lambda module, *places, **named: _move(tracker, module, *places, **named)),
         place,
         warnings.catch_warnings(),
     ):

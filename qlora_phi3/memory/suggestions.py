@@ -63,12 +63,14 @@ def find_suggestions(
 def _changes(recipe: Recipe) -> Iterator[_Change]:
     """The keys that decide memory alone, left to the plan; then what is learned in a slightly different way."""
     training, memory, quantization, lora = recipe.training, recipe.memory, recipe.quantization, recipe.lora
+
+    def left(table: str, key: str, effect: str) -> _Change:
+        return _Change(f'Write [{table}] {key} = "auto": {effect}', table, {key: "auto"})
+
     if training.gradient_checkpointing is False:
-        text = 'Write [training] gradient_checkpointing = "auto": activations may be computed twice instead of saved'
-        yield _Change(text, "training", {"gradient_checkpointing": "auto"})
+        yield left("training", "gradient_checkpointing", "activations may be computed twice instead of saved")
     if memory.checkpoint_every_n_layers not in ("auto", 1):
-        text = 'Write [memory] checkpoint_every_n_layers = "auto": every layer may be computed twice'
-        yield _Change(text, "memory", {"checkpoint_every_n_layers": "auto"})
+        yield left("memory", "checkpoint_every_n_layers", "every layer may be computed twice")
     if (training.micro_batch_size or 1) > 1:
         text = (
             f'Write [training] per_device_train_batch_size = "auto" and batch_size = {training.batch_size} '
@@ -77,19 +79,15 @@ def _changes(recipe: Recipe) -> Iterator[_Change]:
         keys = {"per_device_train_batch_size": "auto", "gradient_accumulation_steps": None}
         yield _Change(text, "training", keys)
     if memory.micro_batch_tokens != "auto":
-        text = 'Write [memory] micro_batch_tokens = "auto": the same update from fewer tokens at a time'
-        yield _Change(text, "memory", {"micro_batch_tokens": "auto"})
+        yield left("memory", "micro_batch_tokens", "the same update from fewer tokens at a time")
     if training.activation_offloading is False:
-        text = 'Write [training] activation_offloading = "auto": layer inputs may be in host memory'
-        yield _Change(text, "training", {"activation_offloading": "auto"})
+        yield left("training", "activation_offloading", "layer inputs may be in host memory")
     if memory.mlp_tile_tokens != "auto" and not 0 < memory.mlp_tile_tokens <= SMALLEST_MLP_TILE_TOKENS:
-        text = 'Write [memory] mlp_tile_tokens = "auto": the MLPs may be computed in tiles'
-        yield _Change(text, "memory", {"mlp_tile_tokens": "auto"})
+        yield left("memory", "mlp_tile_tokens", "the MLPs may be computed in tiles")
     if memory.logits_tile != "auto":
-        yield _Change('Write [memory] logits_tile = "auto"', "memory", {"logits_tile": "auto"})
+        yield left("memory", "logits_tile", "the loss in smaller tiles")
     if training.optim not in ("auto", "paged_adamw_8bit"):
-        text = 'Write [training] optim = "auto": Adam with 8-bit state, which can leave the GPU'
-        yield _Change(text, "training", {"optim": "auto"})
+        yield left("training", "optim", "Adam with 8-bit state, which can leave the GPU")
     if not quantization.load_in_4bit:
         text = "Write [quantization] load_in_4bit = true: the frozen base in 4 bit (QLoRA)"
         yield _Change(text, "quantization", {"load_in_4bit": True})
@@ -218,10 +216,10 @@ def write_fitted(
         value = getattr(recipe, table).model_dump(exclude_none=True).get(key)
         if value is not None:
             choices.append(Choice(table, key, value, "from --set"))
-    for planned in planned_keys(report):
-        fixed = planned.key == "micro_batch_tokens" and recipe.training.micro_batch_size is not None
-        if getattr(getattr(recipe, planned.table), planned.key) == "auto" and not fixed:
-            choices.append(Choice(planned.table, planned.key, planned.value, planned.reason))
+    for table, key, value, reason in planned_keys(report):
+        fixed = key == "micro_batch_tokens" and recipe.training.micro_batch_size is not None
+        if getattr(getattr(recipe, table), key) == "auto" and not fixed:
+            choices.append(Choice(table, key, value, reason))
     heading = (
         f"Fitted to {report.device.name} by qlora-phi3 {report.versions['qlora-phi3']} on {report.created[:10]}: predicted "
         f"{format_gib(report.memory.on_gpu_bytes)} and a margin of {format_gib(report.margin_bytes)}, of "

@@ -5,7 +5,7 @@ bfloat16 (GTX 16, RTX 20) are a group of their own: they compute in float16 and 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,33 +55,27 @@ def group_gpus() -> list[Gpu]:
 
 
 def build_gpu_table(checker: VramChecker, devices: Sequence[Gpu], progress: GpuProgress) -> list[VramReport]:
-    """Plan for each GPU; a budget of the recipe that a GPU does not have is cut to what it has.
+    """Plan for each GPU; a budget of the recipe that a GPU does not have is cut to what it has. Raises as `report`."""
 
-    Raises:
-        ModelError: the recipe's adapter does not fit the model.
-    """
-    reports = []
-    for number, device in enumerate(devices):
-        progress(device.name, number, len(devices))
+    def plan(device: Gpu) -> VramReport:
         budget_bytes = budget_of(checker.context.recipe.memory, device, strict=False)
-        reports.append(checker.report(device, budget_bytes, with_suggestions=False))
-    progress("", len(devices), len(devices))
-    return reports
+        return checker.report(device, budget_bytes, with_suggestions=False)
+
+    return [plan(device) for device in _counted(devices, progress)]
 
 
 def find_max_lengths(checker: VramChecker, devices: Sequence[Gpu], progress: GpuProgress) -> list[MaxLengthRow]:
-    """The longest row for each GPU, alone in its step, with the plan that needs least memory.
-
-    Raises:
-        ModelError: the recipe's adapter does not fit the model.
-    """
+    """The longest row for each GPU, alone in its step, with the plan that needs least memory. Raises as `build_gpu_table`."""
     searches: dict[tuple[Any, ...], _MaxLengths] = {}
-    rows = []
+    counted = _counted(devices, progress)
+    return [searches.setdefault(checker.kind(device), _MaxLengths(checker)).on(device) for device in counted]
+
+
+def _counted(devices: Sequence[Gpu], progress: GpuProgress) -> Iterator[Gpu]:
     for number, device in enumerate(devices):
         progress(device.name, number, len(devices))
-        rows.append(searches.setdefault(checker.kind(device), _MaxLengths(checker)).on(device))
+        yield device
     progress("", len(devices), len(devices))
-    return rows
 
 
 class _MaxLengths:

@@ -119,12 +119,11 @@ def hub_offline() -> Iterator[None]:
 def read_rows(
     recipe: "Recipe", architecture: "Architecture", base_folder: Path, progress: Progress
 ) -> tuple["RowLengths", RowSummary]:
-    """The lengths of the rows, tokenized as a run does it; of `max_length` tokens each where they cannot be read.
-
-    Raises:
-        ModelError: a row has a token that the model's embedding lacks.
+    """The lengths of the rows, tokenized as a run does it; of `max_length` tokens each where they cannot be read. ModelError
+    where a row has a token that the model's embedding lacks.
     """
     gc.disable()  # Python's collector takes a tenth of the time of these imports, which start torch
+    _import_bitsandbytes()
     from qlora_phi3.data.prepare import check_files, row_lengths
     from qlora_phi3.memory.plan import assume_lengths, read_lengths
     from qlora_phi3.recipe.load import as_list, is_local_data
@@ -230,13 +229,8 @@ class VramChecker:
         return self._predictors[kind].on_gpu(device.compute_capability, device.multiprocessors)
 
     def report(self, device: Gpu, budget_bytes: int, *, with_suggestions: bool = True) -> VramReport:
-        """Plan for a GPU, and where nothing fits suggest what to change.
-
-        Args:
-            budget_bytes: what the run may take there, its margin included.
-
-        Raises:
-            ModelError: the recipe's adapter does not fit the model.
+        """Plan for a GPU, and where nothing fits suggest what to change; `budget_bytes` are what the run may take there, its
+        margin included. ModelError where the recipe's adapter does not fit the model.
         """
         from qlora_phi3.memory.cost import GpuLimits
         from qlora_phi3.memory.search import find_plan
@@ -320,6 +314,16 @@ class VramChecker:
         seconds = [estimate_step_seconds(*step, gpu) for gpu in rates] or [plan.step_seconds]
         tokens = sum(plan.workload.lengths)
         return tokens / plan.step_seconds, tokens / max(seconds), tokens / min(seconds)
+
+
+def _import_bitsandbytes() -> None:
+    """Without `torch.compile`, whose first use takes a second; bitsandbytes 0.50 decorates operators that no prediction runs."""
+    from unittest.mock import patch
+
+    import torch
+
+    with patch.object(torch, "compile", lambda function, **_: function):
+        import bitsandbytes  # noqa: F401
 
 
 def compute_dtype_on(wanted: str, device: Gpu) -> str:

@@ -114,16 +114,15 @@ def build_window_masks(
     """Build the sliding-window masks of the documents longer than the window, one for each length, shared by all layers.
 
     Args:
-        document_lengths: tokens of each document.
         window: tokens that a position can attend to; None for full attention.
         dtype: the dtype of the scores. Every layer would convert a boolean mask to it and store the result for the backward pass.
 
     Returns:
         length -> (1, 1, length, length) in `dtype`: 0 where a position attends, else -inf.
     """
-    masks: dict[int, Tensor] = {}
     if window is None:
-        return masks
+        return {}
+    masks = {}
     for length in {length for length in document_lengths if length > window}:
         position = torch.arange(length, device=device)
         distance = position[:, None] - position[None, :]

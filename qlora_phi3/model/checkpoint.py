@@ -4,7 +4,6 @@ transformers ignores tensors that the model lacks, and fills in those that the f
 kind of quantization would be trained without, or not as what they are. Run and `vram-check` both compare.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,7 +23,7 @@ POINTER_BYTES = 1024
 
 
 def check_checkpoint(name: str, architecture: Architecture) -> None:
-    """Check the files of a local checkpoint; a model of the hub, and a folder without weights, pass. ModelError for an adapter or
+    """Check the files of a local checkpoint; a name on the hub, and a folder without weights, pass. ModelError for an adapter or
     a Git LFS pointer among the files, weights that cannot be read, or other tensors than the architecture has: missing, more, of
     another shape, or quantized in another way than config.json says.
     """
@@ -53,7 +52,8 @@ def _check_tensors(stored: StoredWeights, name: str, architecture: Architecture)
         problem = "a Phi-3 whose qkv_proj and gate_up_proj are split, under model_type phi3"
         raise ModelError(f"The weights of {name} have {parts[0]}: {problem}.", _use_original(name, architecture))
     if more := sorted(tensor for tensor in found.keys() - expected.keys() if not tensor.endswith(REDUNDANT)):
-        raise surplus_tensors(more, name, architecture)
+        problem = f"{format_count(len(more), 'tensor')} that phi3 lacks and would ignore, first {more[0]}"
+        raise ModelError(f"The weights of {name} have {problem}.", _use_original(name, architecture))
     wrong = [
         tensor
         for tensor, shape in expected.items()
@@ -65,12 +65,6 @@ def _check_tensors(stored: StoredWeights, name: str, architecture: Architecture)
         raise ModelError(message, "Download the checkpoint again.")
 
 
-def surplus_tensors(names: Sequence[str], name: str, architecture: Architecture) -> ModelError:
-    """The error for tensors of a checkpoint, such as biases, that the model would be trained without."""
-    problem = f"{format_count(len(names), 'tensor')} that phi3 lacks and would ignore, first {names[0]}"
-    return ModelError(f"The weights of {name} have {problem}.", _use_original(name, architecture))
-
-
 def _use_original(name: str, architecture: Architecture) -> str:
     original = original_of(asdict(architecture), name)
     return f"Use the model that these weights belong to, or the original, such as {original}."
@@ -79,13 +73,13 @@ def _use_original(name: str, architecture: Architecture) -> str:
 def _check_quantization(stored: StoredWeights, name: str, architecture: Architecture) -> None:
     kind = architecture.stored
     skip = ("lm_head",) if kind is None or kind.skip_modules is None else kind.skip_modules
+    original = original_of(asdict(architecture), name)
+    hint = f"Put the config.json of these weights back, or use the unquantized original, such as {original}."
     for tensor, shape in tensor_shapes(architecture).items():
         layer = tensor.removesuffix(".weight")
         says = kind is not None and len(shape) == 2 and "embed_tokens" not in layer
         says = says and should_convert_module(layer, list(skip))
         is_quantized = is_stored_quantized(stored, tensor)
-        hint = "Put the config.json of these weights back, or use the unquantized original, such as "
-        hint += f"{original_of(asdict(architecture), name)}."
         if says != is_quantized:
             told, held = ("in 4 bit", "unquantized") if says else ("unquantized", "in 4 bit")
             raise ModelError(f"The weights of {name} hold {tensor} {held}, and its config.json says {told}.", hint)

@@ -5,7 +5,7 @@ clones the base's output, scales the update and adds it: three passes over (toke
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +128,7 @@ def measure_coverage(model: PeftModel) -> Coverage:
             targets.add(name.rpartition(".")[2])
         elif isinstance(module, nn.Linear) and "lora_" not in name and "lm_head" not in name:
             total += module.in_features * module.out_features
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trainable = model.get_nb_trainable_parameters()[0]
     return Coverage(share=covered / total, trainable_parameters=trainable, targets=tuple(sorted(targets)))
 
 
@@ -139,21 +139,21 @@ def fuse_lora_forward(model: nn.Module) -> None:
     """
     for layer in model.modules():
         if read_lora(layer) is not None:
-            layer.forward = _FusedLoraForward(layer)
+            layer.forward = _FusedLoraForward(layer, layer.forward)
 
 
+@dataclass(frozen=True, slots=True)
 class _FusedLoraForward:
     """Replaces a layer's forward: base(x) + B(scaling * A(x)). The scaling is applied to the rank-sized tensor."""
 
-    def __init__(self, layer: Any) -> None:
-        self.layer, self.peft_forward = layer, layer.forward
+    layer: Any
+    peft_forward: Callable[..., Tensor]
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of the base layer's output."""
         lora = read_lora(self.layer)
         if args or kwargs or lora is None or not (x.dtype == lora.lora_A.dtype or torch.is_autocast_enabled(x.device.type)):
-            output: Tensor = self.peft_forward(x, *args, **kwargs)
-            return output
+            return self.peft_forward(x, *args, **kwargs)
         base: Tensor = lora.base(x)
         low_rank = linear(x, lora.lora_A) * lora.scaling
         return torch.addmm(base.flatten(0, -2), low_rank.flatten(0, -2), lora.lora_B.T).view_as(base)

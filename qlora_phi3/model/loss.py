@@ -1,16 +1,14 @@
-"""Losses on the supervised positions, computed in tiles so that the full logits never exist.
+"""The loss on the supervised positions, computed in tiles so that the full logits never exist.
 
 The full logits of Phi-3-mini take 0.31 MiB a token. `tiled_cross_entropy` computes the gradient with respect to the hidden states
-from the same tile in the forward pass, so its backward pass needs neither logits nor a second matmul. `token_logprobs` recomputes
-each tile in the backward pass, because the gradient of a general loss on log-probabilities is known only then.
+from the same tile in the forward pass, so its backward pass needs neither logits nor a second matmul.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, IGNORE_INDEX
 
@@ -50,31 +48,6 @@ def tiled_cross_entropy(
     return loss, num_correct
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, tile_bytes: int = DEFAULT_LOGITS_TILE_BYTES) -> Tensor:
-    """Compute the log-probability of each target; the arguments have the shapes and dtypes of `tiled_cross_entropy`. Returns
-    (positions,), fp32 (fp64 for fp64 inputs), differentiable once with respect to `hidden` and `weight`.
-    """
-    logprobs: Tensor = _TiledLogprobs.apply(hidden, weight, targets, tile_bytes)  # type: ignore[no-untyped-call]
-    return logprobs
-
-
-def _iter_logits(hidden: Tensor, head: Tensor, tile_bytes: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Compute `hidden @ head.T` tile by tile, in two buffers that every tile reuses; call it with autocast disabled.
-
-    Yields:
-        The positions of the tile; its logits (positions, vocabulary) in the dtype of `hidden`; the same in at least fp32. Both
-        are one tensor where `hidden` is fp32 or fp64.
-    """
-    tile_rows = max(1, tile_bytes // (4 * len(head)))
-    logits_16 = hidden.new_empty((min(tile_rows, len(hidden)), len(head)))
-    dtype_32 = torch.promote_types(logits_16.dtype, torch.float32)
-    logits_32 = logits_16 if logits_16.dtype == dtype_32 else torch.empty_like(logits_16, dtype=dtype_32)
-    for start in tile_starts(len(hidden), tile_rows):
-        tile = hidden[start : start + tile_rows]
-        low = torch.mm(tile, head.T, out=logits_16[: len(tile)])
-        yield slice(start, start + tile_rows), low, low if logits_32 is logits_16 else logits_32[: len(tile)].copy_(low)
-
-
 def tile_starts(positions: int, tile_rows: int) -> Sequence[int]:
     """The first position of each tile; the memory simulation leaves out those that only repeat what the others do."""
     return range(0, positions, tile_rows)
@@ -95,9 +68,17 @@ class _TiledCrossEntropy(torch.autograd.Function):
         head = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        tile_rows = max(1, tile_bytes // (4 * len(head)))
+        # Two buffers that every tile reuses; they are one where `hidden` is fp32 or fp64.
+        logits_16 = hidden.new_empty((min(tile_rows, len(hidden)), len(head)))
+        dtype_32 = torch.promote_types(logits_16.dtype, torch.float32)
+        logits_32 = logits_16 if logits_16.dtype == dtype_32 else torch.empty_like(logits_16, dtype=dtype_32)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, grad_logits, logits in _iter_logits(hidden, head, tile_bytes):
-                target = targets[rows, None]
+            for start in tile_starts(len(hidden), tile_rows):
+                rows = slice(start, start + tile_rows)
+                tile, target = hidden[rows], targets[rows, None]
+                grad_logits = torch.mm(tile, head.T, out=logits_16[: len(tile)])
+                logits = grad_logits if logits_32 is logits_16 else logits_32[: len(tile)].copy_(grad_logits)
                 max_logits, top = logits.max(dim=-1, keepdim=True)
                 num_correct += (top == target).sum()
                 target_logits = logits.gather(1, target)
@@ -110,7 +91,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[rows] = (grad_logits @ head).float() / normalizer
                 if grad_weight is not None:
-                    grad_weight += (grad_logits.T @ hidden[rows]).float() / normalizer
+                    grad_weight += (grad_logits.T @ tile).float() / normalizer
         ctx.mark_non_differentiable(num_correct)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
@@ -121,39 +102,3 @@ class _TiledCrossEntropy(torch.autograd.Function):
         grad_loss = grads[0]
         saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return *(None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in saved), None, None, None
-
-
-class _TiledLogprobs(torch.autograd.Function):
-    """logprobs[i] = log_softmax(hidden[i] @ weight.T)[targets[i]]; saves its inputs only."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, tile_bytes: int) -> Tensor:
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.tile_bytes = tile_bytes
-        logprobs = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows, _, logits in _iter_logits(hidden, weight.to(hidden.dtype), tile_bytes):
-                max_logits = logits.amax(dim=-1, keepdim=True)
-                target_logits = logits.gather(1, targets[rows, None]) - max_logits
-                logprobs[rows] = (target_logits - logits.sub_(max_logits).exp_().sum(dim=-1, keepdim=True).log())[:, 0]
-        return logprobs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets = ctx.saved_tensors
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if needs_weight else None
-        head = weight.to(hidden.dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows, grad_logits, logits in _iter_logits(hidden, head, ctx.tile_bytes):
-                logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
-                logits.div_(logits.sum(dim=-1, keepdim=True)).mul_(-grad[rows, None])
-                logits.scatter_add_(1, targets[rows, None], grad[rows, None])
-                grad_logits.copy_(logits)
-                if grad_hidden is not None:
-                    grad_hidden[rows] = grad_logits @ head
-                if grad_weight is not None:
-                    grad_weight += (grad_logits.T @ hidden[rows]).to(grad.dtype)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None

@@ -6,7 +6,6 @@ Every loaded base is frozen, has no cache, and never repacks its 4-bit weights (
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,11 +21,12 @@ from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan
 from qlora_phi3.family import Architecture, find_config, read_config
 from qlora_phi3.files import foreign_errors
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
-from qlora_phi3.model.checkpoint import REDUNDANT, surplus_tensors
+from qlora_phi3.model.checkpoint import check_checkpoint
 from qlora_phi3.model.layer import LeanDecoderLayer
-from qlora_phi3.model.quantized import disable_cpu_repacking, find_wrong_shapes, quantization_config
-from qlora_phi3.model.weights import refuse_pickles
+from qlora_phi3.model.quantized import disable_cpu_repacking, quantization_config
+from qlora_phi3.model.weights import download_weights
 from qlora_phi3.recipe.schema import Model, Quantization
+from qlora_phi3.reporter import Progress
 
 
 class PackedPhi3ForCausalLM(Phi3ForCausalLM):  # type: ignore[misc]
@@ -146,9 +146,10 @@ def load_base(
     precision: Precision,
     device: torch.device,
     longest_row: int,
+    progress: Progress = lambda *_: None,
 ) -> PackedPhi3ForCausalLM:
-    """Load the frozen base, in 4-bit if the recipe says so. ModelError where weights are missing, truncated, of another shape
-    than the config's, or stored only as a pickle.
+    """Load the frozen base, in 4-bit if the recipe says so; what is not here is downloaded, with `progress`. ModelError where its
+    weights cannot be read, and as `check_checkpoint`.
 
     `longest_row`: tokens of the longest row that the model will process. The sliding window is removed if no row reaches it: the
     model is the same, and needs no explicit attention mask.
@@ -161,12 +162,14 @@ def load_base(
     if architecture.stored is not None:
         settings.quantization_config["bnb_4bit_compute_dtype"] = str(precision.compute_dtype).removeprefix("torch.")
         quantized = None
-    refuse_pickles(Path(config.name))
     problem = f"The weights of {config.name} cannot be read: {{reason}}."
     hint = "Download the checkpoint again, complete, as safetensors."
     memory = f"The memory of {device} ran out while {config.name} was loaded: {{reason}}."
+    with foreign_errors(ModelError, problem, hint):
+        folder = download_weights(config.name, settings._commit_hash or config.revision, progress)
+    check_checkpoint(str(folder), architecture)
     with quiet_transformers(), foreign_errors(ModelError, problem, hint), memory_errors(ModelError, memory, MEMORY_HINT):
-        model, info = PackedPhi3ForCausalLM.from_pretrained(
+        model = PackedPhi3ForCausalLM.from_pretrained(
             config.name,
             config=settings,
             revision=settings._commit_hash or config.revision,
@@ -175,21 +178,8 @@ def load_base(
             attn_implementation=attention_name(config),
             device_map={"": device},
             use_safetensors=True,
-            output_loading_info=True,
         )
-    if getattr(model, "_hf_peft_config_loaded", False):
-        hint = "Name the base in [model] name and the adapter in [model] adapter."
-        raise ModelError(f"[model] name: {config.name} has an adapter beside its weights, which was put on them.", hint)
     _set_compute_dtype(model, precision.compute_dtype)
-    if more := sorted(name for name in info["unexpected_keys"] if not name.endswith(REDUNDANT)):
-        raise surplus_tensors(more, config.name, architecture)  # of a model of the hub; a local one is checked before
-    absent = [*sorted(info["missing_keys"]), *sorted(map(str, info["mismatched_keys"]))] or find_wrong_shapes(model)
-    if absent:
-        raise ModelError(
-            f"The weights of {config.name} are incomplete: {len(absent)} tensors are missing or of another shape, "
-            f"first {absent[0]}.",
-            "Download the checkpoint again.",
-        )
     configure_base(model, architecture, longest_row=longest_row)
     return cast(PackedPhi3ForCausalLM, model)
 
@@ -222,7 +212,7 @@ def attention_name(config: Model) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' warnings and progress bars; `load_base` reads the loading report from the return value."""
+    """Silence transformers' warnings and progress bars; `check_checkpoint` reports what is missing."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

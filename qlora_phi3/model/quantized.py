@@ -56,16 +56,6 @@ def quantization_config(config: Quantization, compute_dtype: torch.dtype) -> Bit
     )
 
 
-def find_wrong_shapes(model: nn.Module) -> list[str]:
-    """The names of 4-bit weights whose shape is not the config's; transformers 5.23 compares only unquantized ones."""
-    return [
-        f"{name}.weight"
-        for name, layer in model.named_modules()
-        if isinstance(layer, bnb.nn.Linear4bit)
-        and tuple(layer.weight.quant_state.shape) != (layer.out_features, layer.in_features)
-    ]
-
-
 def disable_cpu_repacking(model: nn.Module) -> None:
     """Stop bitsandbytes 0.50 from repacking 4-bit weights in place at the first evaluation on CPUs with AVX512-BF16.
 
@@ -144,9 +134,10 @@ def hash_rows(rows: Iterable[Tensor], report: Callable[[str], None], *, dtype: t
 
 def checksum_of(chunks: Iterable[Tensor]) -> str:
     """SHA-256, in hex, of consecutive tensors of any shape, dtype and device. The row chunks of a tensor give its own."""
-    found: list[str] = []
-    deque(hash_rows(chunks, found.append), maxlen=0)
-    return found[0]
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        add_bytes(digest, chunk)
+    return digest.hexdigest()
 
 
 def add_bytes(digest: Any, tensor: Tensor) -> Any:

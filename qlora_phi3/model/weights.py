@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from qlora_phi3.errors import ModelError, UserError
-from qlora_phi3.files import check_no_pointer, read_json_object
+from qlora_phi3.files import check_no_pointer, is_dir, read_json_object
+from qlora_phi3.reporter import Progress
+from qlora_phi3.units import MIB
 
 #: Bytes of a row chunk, at most; see `rows_per_chunk`.
 ROW_CHUNK_BYTES = 4 * 2**20
@@ -28,6 +32,36 @@ DTYPES = {
     "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _DOWNLOAD_AGAIN = "Download the checkpoint again, complete, as safetensors."
+
+
+def download_weights(name: str, revision: str | None, progress: Progress) -> Path:
+    """The directory of a model's weights. Those of a hub model are downloaded where they are not here; huggingface_hub continues
+    what was interrupted. It raises its own errors.
+
+    Args:
+        progress: called with the MiB that are done.
+    """
+    if is_dir(name):
+        return Path(name)
+    activity, done = f"Downloading {name} (MiB)", [0]
+
+    class Bar(tqdm):  # type: ignore[misc]
+        """huggingface_hub's bars of bytes, one for what comes and one for what is written."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "disable": True})
+            self._counts_bytes = options.get("unit") == "B"
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if self._counts_bytes and self.total and self.n // MIB > done[0]:
+                done[0] = int(self.n // MIB)
+                progress(activity, done[0], max(done[0] + 1, int(self.total // MIB)))
+
+    folder = snapshot_download(name, revision=revision, allow_patterns=["model*.safetensors", INDEX_NAME], tqdm_class=Bar)
+    if done[0]:
+        progress(activity, done[0], done[0])
+    return Path(folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,33 +209,25 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def open_file(path: Path, *, error: type[UserError] = ModelError) -> StoredWeights:
-    """Open the tensors of one safetensors file; only its header is read, and the file's length is checked against it. `error`
-    where it is missing, not safetensors, or truncated, which names the first incomplete tensor.
+    """Open the tensors of one safetensors file, of which only the header is read; `error` where it is missing, truncated or not
+    safetensors, or has an element type that is not in DTYPES.
     """
     hint = "Download or write the file again."
-    locations = {}
     try:
         check_no_pointer(path, error)
-        size = path.stat().st_size
+        with safe_open(path, framework="pt"):  # checks the header, and that its tensors cover the file without gaps
+            pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise error(f"{path} is cut short at {size} bytes: its header is incomplete, or not safetensors.", hint)
             header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            if entry["dtype"] not in DTYPES:
-                raise error(f"{path}: {name} has dtype {entry['dtype']}.", f"Use a checkpoint of {', '.join(DTYPES)}.")
-            info = TensorInfo(tuple(map(int, entry["shape"])), DTYPES[entry["dtype"]])
-            locations[str(name)] = TensorLocation(path, 8 + length + int(entry["data_offsets"][0]), info)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as cause:
-        raise error(f"{path} cannot be read as safetensors: {type(cause).__name__}: {cause}.", hint) from cause
-    for name, location in sorted(locations.items(), key=lambda item: item[1].offset):
-        if location.offset + location.info.num_bytes > size:
-            raise error(f"{path} is cut short at {size} bytes: {name} is incomplete.", hint)
-    try:
-        with safe_open(path, framework="pt"):  # the library's own checks: no gap, no overlap, nothing after the end
-            pass
-    except (SafetensorError, OSError) as cause:
-        raise error(f"{path} cannot be read as safetensors: {cause}.", hint) from cause
+    except (OSError, SafetensorError) as cause:
+        size = f" ({path.stat().st_size:,} bytes)" if path.is_file() else ""
+        raise error(f"{path}{size} is no complete safetensors file: {cause}.", hint) from cause
+    header.pop("__metadata__", None)
+    locations = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise error(f"{path}: {name} has dtype {entry['dtype']}.", f"Use a checkpoint of {', '.join(DTYPES)}.")
+        info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        locations[name] = TensorLocation(path, 8 + length + entry["data_offsets"][0], info)
     return StoredWeights(locations)

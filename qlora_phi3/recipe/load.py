@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qlora_phi3.errors import RecipeError, UserError
+from qlora_phi3.errors import RecipeError, UserError, quoted
 from qlora_phi3.family import Architecture, is_hub_id, original_of
 from qlora_phi3.files import is_dir, nesting
 from qlora_phi3.recipe.edit import format_toml
@@ -68,10 +68,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
     if kind in (".yaml", ".yml") or (kind == ".json" and _is_json_object(path)):
         raise RecipeError(
             f"{path} is {'JSON' if kind == '.json' else 'YAML'}, and a recipe is TOML.",
-            f"Convert it: qlora-phi3 recipe import {path}",
+            f"Convert it: qlora-phi3 recipe import {quoted(path)}",
         )
     if kind in DATA_SUFFIXES:
-        raise RecipeError(f"{path} is data, not a recipe.", f'Name it in a recipe: [data] train = "{path.as_posix()}"')
+        raise RecipeError(f"{path} is data, not a recipe.", f"Write a recipe for it: qlora-phi3 init {quoted(path)}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -87,7 +87,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except ValueError as error:
         if looks_like := "JSON" if text.lstrip()[:1] == "{" else "YAML" if YAML_LINE.search(text) else "":
             raise RecipeError(
-                f"{path} is {looks_like}, and a recipe is TOML.", f"Convert it: qlora-phi3 recipe import {path}"
+                f"{path} is {looks_like}, and a recipe is TOML.", f"Convert it: qlora-phi3 recipe import {quoted(path)}"
             ) from None
         found = re.search(r"line (\d+)", str(error))
         line = text.split("\n")[int(found[1]) - 1].strip() if found else ""

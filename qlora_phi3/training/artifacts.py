@@ -9,7 +9,6 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from pickle import UnpicklingError
@@ -111,22 +110,6 @@ def find_checkpoint(folder: Path, *, needs_best: bool = False) -> tuple[Path | N
             return path, refused
         refused[path] = reason
     return None, refused
-
-
-def restore_base_record(folder: RunFolder, checkpoint: Path) -> bool:
-    """Replace base.json by the copy in a checkpoint where it differs; whether it did."""
-    copy = checkpoint / folder.base.name
-    if not copy.is_file() or (folder.base.is_file() and folder.base.read_bytes() == copy.read_bytes()):
-        return False
-    files.atomic_write(folder.base, copy.read_text(encoding="utf-8"))
-    return True
-
-
-def start_of_run(checkpoint: Path) -> str | None:
-    """When the run that wrote a checkpoint started; None where the checkpoint does not say."""
-    with suppress(RunError):
-        return files.read_json_object(checkpoint / "base.json", RunError, "").get("run_started")
-    return None
 
 
 def set_aside(checkpoint: Path) -> Path | None:

@@ -10,27 +10,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, Record, Reporter, StepRecord, record_as_json
+from qlora_phi3.reporter import Record, Reporter, record_as_json
 from qlora_phi3.runfolder import RunFolder, append_metrics
 from qlora_phi3.training.processes import count_processes, own_rank
 
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
-class StopOnRequest(TrainerCallback):  # type: ignore[misc]
-    """Makes the Trainer save and stop after the current step, once `requested` is set."""
+
+class StopOnRequest:
+    """Makes `Phi3Trainer` save and stop after the current step, once `requested` is set."""
 
     requested = False
-    is_signalled = False  #: The signal came to this process; several processes stop once all of them know (`Phi3Trainer`).
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        """Request a checkpoint and the end of training."""
-        if self.requested:
-            control.should_save = control.should_training_stop = True
-        return control
+    is_signalled = False  #: The signal came to this process; several processes stop once all of them know.
 
 
 @contextmanager
@@ -56,7 +52,8 @@ def stop_on_interrupt(reporter: Reporter, callback: StopOnRequest) -> Iterator[N
     is_main = threading.current_thread() is threading.main_thread()  # the only thread that may set handlers
     names = ("SIGINT", "SIGTERM", "SIGHUP") if is_main else ()  # Windows has no SIGHUP
     signals = [signal.Signals[name] for name in names if hasattr(signal, name)]
-    signals = [number for number in signals if not is_ignored_hangup(number)]
+    if is_main and signal.SIG_IGN in map(signal.getsignal, signals[2:]):  # `nohup`
+        signals = signals[:2]
     handlers_before = {number: signal.signal(number, request_stop) for number in signals}
     try:
         yield
@@ -64,11 +61,6 @@ def stop_on_interrupt(reporter: Reporter, callback: StopOnRequest) -> Iterator[N
         for number, handler in handlers_before.items():
             if signal.getsignal(number) is request_stop:
                 signal.signal(number, handler)
-
-
-def is_ignored_hangup(number: int) -> bool:
-    """Whether this is SIGHUP and `nohup` switched it off."""
-    return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
 
 
 class SaveByTime(TrainerCallback):  # type: ignore[misc]
@@ -140,45 +132,28 @@ class SpillWatch:
         if factor <= SUSPICIOUS_FACTOR:
             return None
         self._warned = True
-        if driver_spills():
-            return (
-                f"This step took {factor:.0f} times as long as those before it: the driver has probably moved GPU memory into "
-                "the computer's memory, because another program took it. Close other programs that use the GPU."
-            )
         return (
-            f"This step took {factor:.0f} times as long as those before it: another program is probably computing on the GPU, "
-            "or the GPU slows down to cool. Close other programs that use the GPU."
+            f"This step took {factor:.0f} times as long as those before it. Close other programs that use the GPU: they take its "
+            "time, and on Windows its driver moves memory that they take into the computer's memory."
         )
 
 
-class MetricsWriter(TrainerCallback):  # type: ignore[misc]
+class MetricsWriter:
     """A reporter that writes every record to metrics.jsonl (in process 0), and passes everything on to another reporter."""
 
     def __init__(self, reporter: Reporter, folder: RunFolder) -> None:
-        self._reporter, self._folder, self.is_writer = reporter, folder, own_rank() == 0
+        self._folder, self.is_writer = folder, own_rank() == 0
         self.info, self.warning, self.progress = reporter.info, reporter.warning, reporter.progress
         self.begin, self.checkpoint_saved = reporter.begin, reporter.checkpoint_saved
+        self.step, self.evaluation = self._written(reporter.step), self._written(reporter.evaluation)
+        self.oom, self.divergence = self._written(reporter.oom), self._written(reporter.divergence)
 
-    def step(self, record: StepRecord) -> None:
-        """Write the step, then pass it on."""
-        self._write(record)
-        self._reporter.step(record)
+    def _written(self, show: Callable[[AnyRecord], None]) -> Callable[[AnyRecord], None]:
+        """A function that writes a record, then shows it."""
 
-    def evaluation(self, record: EvalRecord) -> None:
-        """Write the evaluation, then pass it on."""
-        self._write(record)
-        self._reporter.evaluation(record)
+        def write(record: AnyRecord) -> None:
+            if self.is_writer:
+                append_metrics(self._folder, record_as_json(record))
+            show(record)
 
-    def oom(self, record: OomRecord) -> None:
-        """Write the out-of-memory error, then pass it on."""
-        self._write(record)
-        self._reporter.oom(record)
-
-    def divergence(self, record: DivergenceRecord) -> None:
-        """Write the divergence, then pass it on."""
-        self._write(record)
-        self._reporter.divergence(record)
-
-    def _write(self, record: Record) -> None:
-        if self.is_writer:
-            append_metrics(self._folder, record_as_json(record))
+        return write

@@ -17,19 +17,18 @@ tokens of the complete batch, so that without dropout a split changes only the o
 """
 
 import gc
-import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any
 
-import numpy
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qlora_phi3.errors import RunError
 from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan, smaller_mlp_tile, split_plan
+from qlora_phi3.objectives import ObjectiveOutput
 from qlora_phi3.reporter import OomRecord, Phase, Remedy, Reporter, record_as_json
-from qlora_phi3.step import Batch, MicroBatchMemoryError, StepResult, collate
+from qlora_phi3.step import Batch, MicroBatchMemoryError, collate
 from qlora_phi3.training.processes import count_processes, own_rank
 from qlora_phi3.training.report import describe_device, row_name
 
@@ -37,38 +36,17 @@ from qlora_phi3.training.report import describe_device, row_name
 RETRY_COOLDOWN_STEPS = 20
 
 
-@dataclass(frozen=True, slots=True)
-class RngState:
-    """The state of every random number generator of this process."""
+def read_rng_state(device: torch.device) -> Callable[[], None]:
+    """A function that puts torch's random number generators, which a pass draws from, back to their present state."""
+    on_cuda = device.type == "cuda"
+    cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_cuda else None
 
-    device: torch.device
-    python: Any
-    numpy: Any
-    cpu: Tensor
-    cuda: Tensor | None  #: None on a CPU.
+    def restore() -> None:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
 
-    @classmethod
-    def read(cls, device: torch.device) -> Self:
-        """The present state, with CUDA's generator if `device` is one."""
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(device, random.getstate(), numpy.random.get_state(), torch.get_rng_state(), cuda)
-
-    def restore(self) -> None:
-        """Put every generator back to this state."""
-        random.setstate(self.python)
-        numpy.random.set_state(self.numpy)
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """The micro-batch that ran out of memory, and the bytes that were allocated then (None on a CPU)."""
-
-    micro_batch: int
-    reason: str
-    allocated_bytes: int | None
+    return restore
 
 
 class MemoryGuard:
@@ -76,8 +54,6 @@ class MemoryGuard:
 
     Args:
         model: the owner of the gradients that a failed pass leaves, on `device`.
-        execution: the plan that the run starts with.
-        reporter: gets a record of every recovery.
         sources: names of the data's sources, to name a row that does not fit.
         apply: applies a lowered plan to the model.
     """
@@ -92,8 +68,6 @@ class MemoryGuard:
         sources: Sequence[str],
         apply: Callable[[ExecutionPlan], None],
     ) -> None:
-        self.plans: dict[Phase, MicroBatchPlan]
-        self.plans = {"training": execution.micro_batch, "evaluation": execution.evaluation}
         #: Recoveries of this session, and those that the other processes do not know of yet.
         self.num_recovered = 0
         self.unshared: list[OomRecord] = []
@@ -101,44 +75,63 @@ class MemoryGuard:
         self._execution, self._apply = execution, apply
         self._last_again: dict[Phase, int] = {}
 
+    @property
+    def plans(self) -> dict[Phase, MicroBatchPlan]:
+        """How rows become tensors now."""
+        return {"training": self._execution.micro_batch, "evaluation": self._execution.evaluation}
+
     def compute(
-        self, rows: Sequence[Mapping[str, Any]], run_pass: Callable[[Batch], StepResult], *, phase: Phase, step: int
-    ) -> tuple[Batch, StepResult]:
+        self, rows: Sequence[Mapping[str, Any]], run_pass: Callable[[Batch], ObjectiveOutput], *, phase: Phase, step: int
+    ) -> tuple[Batch, ObjectiveOutput]:
         """Collate rows and run a pass over them, again until memory suffices.
 
         Args:
             rows: of one batch, as `collate` takes them.
             run_pass: forward, and in training backward; raises MicroBatchMemoryError.
-            phase: selects the plan.
             step: for the record; of an evaluation, the step it follows.
 
         Returns:
             The batch in its last layout, and the result of the pass that succeeded. RunError where a single row does not fit;
             gradients are dropped, weights and random numbers are those of before.
         """
-        rng_state = RngState.read(self._device)
+        restore_rng_state = read_rng_state(self._device)
         failed: list[tuple[int, ...]] = []
         while True:
             batch = collate(rows, self.plans[phase], rank=own_rank(), count=count_processes())
             try:
                 return batch, run_pass(batch)
             except MicroBatchMemoryError as error:
+                indices, reason = batch.row_indices[error.micro_batch], error.reason
                 allocated_bytes = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None
-                failure = _Failure(error.micro_batch, error.reason, allocated_bytes)
             # Here the error is released, and with it every tensor that its traceback held.
             for parameter in self._model.parameters():
                 parameter.grad = None
             gc.collect()  # an error and the frames of its traceback may hold each other
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
-            rng_state.restore()
-            indices = batch.row_indices[failure.micro_batch]
+            restore_rng_state()
             lengths = [len(rows[index]["input_ids"]) for index in indices]
             remedy = self._choose_remedy(lengths, phase, step, is_first=not failed, is_repeated=indices in failed)
             failed.append(indices)
             if remedy is None:
-                raise self._row_does_not_fit(rows[indices[0]], failure, len(failed), phase, step)
-            self._recover(lengths, failure, remedy, phase, step)
+                raise self._row_does_not_fit(rows[indices[0]], reason, len(failed), phase, step)
+            if remedy == "again":
+                self._last_again[phase] = step
+            before = self.plans[phase]
+            record = OomRecord(
+                step=step,
+                phase=phase,
+                remedy=remedy,
+                rows=len(lengths),
+                tokens=sum(lengths),
+                before=before,
+                after=split_plan(before, lengths) if remedy == "split" else before,
+                allocated_bytes=allocated_bytes,
+                free_bytes=torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else None,
+                reason=reason,
+            )
+            self.unshared.append(record)
+            self.adopt([record])
 
     def _choose_remedy(
         self, lengths: Sequence[int], phase: Phase, step: int, *, is_first: bool, is_repeated: bool
@@ -158,49 +151,22 @@ class MemoryGuard:
             return "tile"
         return None if is_repeated else "again"
 
-    def _recover(self, lengths: Sequence[int], failure: _Failure, remedy: Remedy, phase: Phase, step: int) -> None:
-        before = self.plans[phase]
-        if remedy == "split":
-            self.plans[phase] = split_plan(before, lengths)
-        elif remedy == "again":
-            self._last_again[phase] = step
-        else:
-            offloaded, tiled = _offloaded(self._execution, self._device), _tiled(self._execution, lengths[0])
-            self._execution = offloaded if remedy == "offload" else tiled
-            self._apply(self._execution)
-        record = OomRecord(
-            step=step,
-            phase=phase,
-            remedy=remedy,
-            rows=len(lengths),
-            tokens=sum(lengths),
-            before=before,
-            after=self.plans[phase],
-            allocated_bytes=failure.allocated_bytes,
-            free_bytes=torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else None,
-            reason=failure.reason,
-        )
-        self.num_recovered += 1
-        self.unshared.append(record)
-        self._reporter.oom(record)
-
     def adopt(self, records: Sequence[OomRecord]) -> None:
-        """Report the recoveries of another process, and lower the plan as it did."""
-        before = replace(self._execution, micro_batch=self.plans["training"], evaluation=self.plans["evaluation"])
-        self._execution = restore_execution_plan(before, list(map(record_as_json, records)), self._device)
-        self.plans = {"training": self._execution.micro_batch, "evaluation": self._execution.evaluation}
+        """Lower the plan for recoveries of this process or of another, and report them."""
+        self._execution = restore_execution_plan(self._execution, list(map(record_as_json, records)), self._device)
+        if any(record.remedy in ("offload", "tile") for record in records):
+            self._apply(self._execution)
         self.num_recovered += len(records)
-        self._apply(self._execution)
         for record in records:
             self._reporter.oom(record)
 
-    def _row_does_not_fit(self, row: Mapping[str, Any], failure: _Failure, times: int, phase: Phase, step: int) -> RunError:
-        length, device, reason = len(row["input_ids"]), describe_device(self._device), failure.reason.rstrip(".")
+    def _row_does_not_fit(self, row: Mapping[str, Any], reason: str, times: int, phase: Phase, step: int) -> RunError:
+        length, device = len(row["input_ids"]), describe_device(self._device)
         name = row_name(row, self._sources)
         where = f"step {step}" if phase == "training" else f"the evaluation after step {step}"
         return RunError(
             f"{name} with its {length:,} tokens does not fit in the memory of {device}: "
-            f"{where} ran out of memory {times} times, the last time with this row alone ({reason}).",
+            f"{where} ran out of memory {times} times, the last time with this row alone ({reason.rstrip('.')}).",
             "Close other programs that use this memory and go on with --resume; or start a new run with a smaller "
             f"[training] max_length than {length}.",
         )
@@ -208,19 +174,20 @@ class MemoryGuard:
 
 def restore_execution_plan(execution: ExecutionPlan, records: Sequence[Mapping[str, Any]], device: torch.device) -> ExecutionPlan:
     """Lower a plan as the out-of-memory errors in `records`, of the run's metrics.jsonl, lowered theirs."""
-    plans: dict[Phase, MicroBatchPlan] = {"training": execution.micro_batch, "evaluation": execution.evaluation}
     for record in records:
         if record["kind"] != OomRecord.kind:
             continue
-        plan = plans[record["phase"]]
         remedy = record.get("remedy", record.get("measure"))  # version 0.1 wrote "measure"
         if remedy == "split":
-            plans[record["phase"]] = replace(plan, max_tokens=min(plan.max_tokens, record["after"]["max_tokens"]))
+            name = "micro_batch" if record["phase"] == "training" else "evaluation"
+            plan: MicroBatchPlan = getattr(execution, name)
+            lowered = replace(plan, max_tokens=min(plan.max_tokens, record["after"]["max_tokens"]))
+            execution = replace(execution, **{name: lowered})  # type: ignore[arg-type]
         elif remedy == "offload":
             execution = _offloaded(execution, device)
         elif remedy == "tile":
             execution = _tiled(execution, record["tokens"])
-    return replace(execution, micro_batch=plans["training"], evaluation=plans["evaluation"])
+    return execution
 
 
 def _offloaded(execution: ExecutionPlan, device: torch.device) -> ExecutionPlan:

@@ -1,5 +1,6 @@
 """Which rows a step of a run was trained on: their order is drawn again, as the run drew it, from recipe and data."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,10 +65,13 @@ def read_step_rows(folder: RunFolder, steps: Sequence[int], progress: Progress) 
         for key in [key for key in found if found[key] != record.get(key)]:
             raise RunError(f"Step {step} of {folder.path} had {record.get(key)} {key}, and the data now give {found[key]}.", hint)
 
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = re.compile(rf"(?:{'|'.join(map(re.escape, added))})\s*")  # where a turn begins or ends
+
     def describe(row: Any) -> TrainedRow:
         learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORE_INDEX]
         prompt = row["input_ids"][: next(at for at, label in enumerate(row["labels"]) if label != IGNORE_INDEX)]
-        texts = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (prompt, learned))
+        texts = (special.sub("\n", tokenizer.decode(ids)).strip() for ids in (prompt, learned))
         return TrainedRow(row_name(row, data.report.sources), row["length"], row["supervised"], *texts)
 
     return {step: sorted(map(describe, rows[step]), key=lambda row: -row.supervised) for step in steps}

@@ -287,6 +287,7 @@ def load_model(context: RunContext, *, is_first_session: bool = True) -> PeftMod
         precision=context.precision,
         device=context.device,
         longest_row=context.data.report.longest_row,
+        progress=reporter.progress,
     )
     set_seed(recipe.training.seed)
     base.neftune_noise_alpha = recipe.training.neftune_noise_alpha

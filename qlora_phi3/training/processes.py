@@ -116,13 +116,12 @@ def add_up_gradients(model: nn.Module) -> None:
         for weight in trained:
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         gradients = [weight.grad for weight in trained if weight.grad is not None]
-        sums = _buffer(sum(map(Tensor.numel, gradients)))
-        parts = [
-            part.view_as(of) for part, of in zip(torch.split(sums, list(map(Tensor.numel, gradients))), gradients, strict=True)
-        ]
-        for part, gradient in zip(parts, gradients, strict=True):
-            part.copy_(gradient)
+        sizes = [gradient.numel() for gradient in gradients]
+        sums = _buffer(sum(sizes))
+        pairs = list(zip(torch.split(sums, sizes), gradients, strict=True))
+        for part, gradient in pairs:
+            part.view_as(gradient).copy_(gradient)
         with _peers_needed():
             distributed.all_reduce(sums)
-        for part, gradient in zip(parts, gradients, strict=True):
-            gradient.copy_(part)
+        for part, gradient in pairs:
+            gradient.copy_(part.view_as(gradient))

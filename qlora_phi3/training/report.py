@@ -20,7 +20,7 @@ from qlora_phi3.adapters.peft_io import adapter_record
 from qlora_phi3.data.report import DataReport
 from qlora_phi3.errors import Interrupted, RunError
 from qlora_phi3.files import sha256_file
-from qlora_phi3.hardware.gpu import Gpu, read_own_bytes
+from qlora_phi3.hardware.gpu import Gpu, read_load
 from qlora_phi3.memory.cuda_path import context_bytes
 from qlora_phi3.memory.margin import record_error
 from qlora_phi3.memory.report import OPTIMIZER_STATE, QUANTIZATION_STATE, MemoryReport, read_versions
@@ -117,7 +117,8 @@ def _own_gpu_bytes(device: torch.device) -> int:
     The driver counts the segments and the context; where it shows no process (Windows, containers), the context is computed.
     """
     properties, reserved = torch.cuda.get_device_properties(device), torch.cuda.memory_reserved(device)
-    used = read_own_bytes()
+    load = read_load()
+    used = load and load.own_bytes
     if used is None or used <= reserved:
         used = reserved + context_bytes(properties.multi_processor_count)
     return torch.cuda.max_memory_reserved(device) + used - reserved

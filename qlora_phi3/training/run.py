@@ -4,7 +4,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from torch.nn.utils import clip_grad_norm_
 
 from qlora_phi3 import runfolder
-from qlora_phi3.errors import Interrupted, RunError, is_out_of_memory
+from qlora_phi3.errors import Interrupted, RunError, memory_errors
 from qlora_phi3.family import read_architecture
-from qlora_phi3.files import atomic_write, disk_errors, remove, remove_leftovers
+from qlora_phi3.files import atomic_write, disk_errors, flush_to_disk, read_json_object, remove, remove_leftovers
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.inference import template_to_save
 from qlora_phi3.memory.report import MemoryReport
@@ -29,7 +29,7 @@ from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.training import artifacts, processes
 from qlora_phi3.training import report as reports
 from qlora_phi3.training.callbacks import stop_on_interrupt
-from qlora_phi3.training.oom import RngState, restore_execution_plan
+from qlora_phi3.training.oom import read_rng_state, restore_execution_plan
 from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, outline_run, plan_run, prepare, wants_dry_run
 from qlora_phi3.training.report import PredictionCheck
 from qlora_phi3.training.samples import save_samples
@@ -71,9 +71,11 @@ def run(
         reporter.warning(line)
     recipe = resolve_paths(recipe, recipe_dir)
     recipe = use_stored_quantization(recipe, read_architecture(recipe.model.name, recipe.model.revision))
-    if resume is not None and not processes.own_rank():
-        check_resumable(resume, recipe, reporter)
-    with runfolder.lock_run(resume) if resume and not processes.own_rank() else nullcontext():
+    checkpoint = None
+    with ExitStack() as at_exit:
+        if resume is not None and not processes.own_rank():
+            check_resumable(resume, recipe, reporter)
+            at_exit.enter_context(runfolder.lock_run(resume))
         context = processes.first_then_others(lambda: prepare(recipe, recipe_dir, reporter))
         device, compute_dtype, count = context.device, context.precision.compute_dtype, processes.count_processes()
         report = reports.first_report(
@@ -91,21 +93,13 @@ def run(
                 line = f"The run began with {was[key]} and goes on with {report[key]}: the result is not equal bit for bit."
                 reporter.warning(line)
             checkpoint = processes.from_first(lambda: _checkpoint_to_resume(resume, recipe, reporter))
-            with _calling_at_end(at_end, resume):
-                return _run_in(resume, checkpoint, context, planned, report, started)
-        folder = processes.from_first(lambda: runfolder.create_run_folder(Path(recipe.training.output_dir), name))
-        with runfolder.lock_run(folder) if not processes.own_rank() else nullcontext(), _calling_at_end(at_end, folder):
-            return _run_in(folder, None, context, planned, report, started, is_new=True)
-
-
-@contextmanager
-def _calling_at_end(at_end: Callable[[RunFolder], object], folder: RunFolder) -> Iterator[None]:
-    """Call `at_end` in process 0, however the block ends, unless nothing was written."""
-    try:
-        yield
-    finally:
-        if not processes.own_rank() and folder.report.is_file():
-            at_end(folder)
+        output_dir = Path(recipe.training.output_dir)
+        folder = resume or processes.from_first(lambda: runfolder.create_run_folder(output_dir, name))
+        if not processes.own_rank():
+            if resume is None:
+                at_exit.enter_context(runfolder.lock_run(folder))
+            at_exit.callback(lambda: at_end(folder) if folder.report.is_file() else None)
+        return _run_in(folder, checkpoint, context, planned, report, started, is_new=resume is None)
 
 
 def _run_in(
@@ -151,7 +145,8 @@ def _run_in(
                 )
             trainer.divergence.raise_failure(folder.adapter)
             check = _check_prediction(trainer, context, planned)
-            runfolder.flush_metrics(folder)
+            with disk_errors(folder.metrics, hint="{cause}, then go on with --resume."):
+                flush_to_disk(folder.metrics)
             report = reports.last_report(folder, report, check, steps=int(trainer.state.global_step), started=started)
             report |= best
             report["unlearned"] = reports.describe_unlearned(model, report)
@@ -204,7 +199,7 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
     free = FREE_KEYS if decides else FREE_KEYS | INTERVAL_KEYS
     differing = [f"[{table}] {key}" for table, key in changed if table != "training" or key not in free]
     if differing:
-        hint = f"Go on with its own: qlora-phi3 run {folder.recipe} --resume {folder.path}"
+        hint = f"Go on with its own: {folder.resume_command}"
         raise RunError(f"The recipe differs from the one {folder.path} began with in {', '.join(differing)}.", hint)
     if report.get("status") == "done" and not any(key in STEP_KEYS for _, key in changed):
         if not (damaged := reports.damaged_files(folder, report)):
@@ -225,15 +220,18 @@ def _checkpoint_to_resume(folder: RunFolder, recipe: Recipe, reporter: Reporter)
     for path, reason in refused.items():
         kept = artifacts.set_aside(path)
         reporter.warning(f"{path} is incomplete and is {f'kept as {kept.name}' if kept else 'removed'}: {reason}.")
-    if checkpoint is not None and artifacts.restore_base_record(folder, checkpoint):
-        reporter.warning(f"{folder.base} was damaged or missing and is restored from {checkpoint.name}.")
-    own, other = folder.started.isoformat(), None if checkpoint is None else artifacts.start_of_run(checkpoint)
-    if other and other != own:
-        reporter.warning(f"{checkpoint} is of a run that started at {other}, and this one started at {own}.")
     if checkpoint is None:
         reporter.info("No complete checkpoint yet: starting from the first step.")
-    else:
-        reporter.info(f"Going on from {checkpoint}")
+        return None
+    base = checkpoint / folder.base.name
+    if base.is_file() and not (folder.base.is_file() and folder.base.read_bytes() == base.read_bytes()):
+        atomic_write(folder.base, base.read_text(encoding="utf-8"))
+        reporter.warning(f"{folder.base} was damaged or missing and is restored from {checkpoint.name}.")
+    with suppress(RunError):
+        own, other = folder.started.isoformat(), read_json_object(base, RunError, "").get("run_started")
+        if other and other != own:
+            reporter.warning(f"{checkpoint} is of a run that started at {other}, and this one started at {own}.")
+    reporter.info(f"Going on from {checkpoint}")
     return checkpoint
 
 
@@ -265,7 +263,7 @@ def _begin(trainer: Phi3Trainer, context: RunContext, planned: PlannedRun, check
     """Run the heaviest step once and undo it, and evaluate the adapter that a new run starts with."""
     if wants_dry_run(context.recipe.memory, context.device):
         context.reporter.progress("Rehearsing the heaviest step", 0, None)
-        with _optimizer_memory_errors(context.device, lambda: 0):
+        with _optimizer_memory_errors(context.device):
             measured = dry_run_heaviest_step(trainer, context.gpu)
         context.reporter.progress("Rehearsing the heaviest step", 1, 1)
         context.reporter.info(f"Rehearsal: {PredictionCheck(predicted=planned.predicted, measured=measured).line()}")
@@ -277,7 +275,7 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
     """Train to the last step, and evaluate the adapter that is saved. Ctrl-C, SIGTERM and SIGHUP raise Interrupted; a checkpoint
     is saved.
     """
-    with suppress(EvaluationStopped), _optimizer_memory_errors(context.device, lambda: trainer.state.global_step):
+    with suppress(EvaluationStopped), _optimizer_memory_errors(context.device):
         if checkpoint is None or not trainer.load_finished(checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
@@ -290,7 +288,7 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
     trainer.trackers.finish(trainer.args, state, trainer.control, trainer.model)
     if trainer.stop.requested:
         trainer._save_checkpoint(trainer.model, None)  # it is there already, but for save_strategy = "no"
-        hint = f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
+        hint = f"Go on with: {folder.resume_command}"
         raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; everything is saved.", hint)
 
 
@@ -300,7 +298,7 @@ def _lost_process_reported(trainer: Phi3Trainer, folder: RunFolder, started: flo
     try:
         yield
     except processes.ProcessLost as lost:
-        step, hint = trainer.state.global_step, f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}"
+        step, hint = trainer.state.global_step, f"Go on with: {folder.resume_command}"
         error = processes.ProcessLost(f"Another process of this run has ended; the last completed step is {step}.", hint)
         with runfolder.lock_run(folder, wait_seconds=processes.TAKE_OVER_SECONDS) if processes.own_rank() else nullcontext():
             if (report := folder.read_report()).get("status") != "running":
@@ -352,7 +350,7 @@ def _undone(trainer: Phi3Trainer) -> Iterator[None]:
     device, model = trainer.args.device, trainer.model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = [parameter.detach().to("cpu", copy=True) for parameter in trained]
-    rng_state, was_training = RngState.read(device), model.training
+    restore_rng_state, was_training = read_rng_state(device), model.training
     try:
         yield
     finally:
@@ -363,7 +361,7 @@ def _undone(trainer: Phi3Trainer) -> Iterator[None]:
                 parameter.copy_(weight)
                 parameter.grad = None
         gc.collect()
-        rng_state.restore()
+        restore_rng_state()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -378,15 +376,8 @@ def _check_prediction(trainer: Phi3Trainer, context: RunContext, planned: Planne
     return check
 
 
-@contextmanager
-def _optimizer_memory_errors(device: torch.device, step: Callable[[], int]) -> Iterator[None]:
+def _optimizer_memory_errors(device: torch.device) -> AbstractContextManager[None]:
     """Report in one line that memory ran out in the optimizer's update, the only place where nothing is tried again."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RunError(
-            f"The memory of {reports.describe_device(device)} ran out in the optimizer's update after step {step()}.",
-            "Close other programs that use it and go on with --resume; or start a new run with a smaller [lora] r.",
-        ) from error
+    problem = f"The memory of {reports.describe_device(device)} ran out in the optimizer's update: {{reason}}."
+    hint = "Close other programs that use it and go on with --resume; or start a new run with a smaller [lora] r."
+    return memory_errors(RunError, problem, hint)

@@ -3,7 +3,6 @@
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -51,7 +50,10 @@ def train_tiny_model() -> SelfTest:
     )
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="qlora-phi3-doctor-") as folder, quiet_transformers():
-        _save_random_model(Path(folder))
+        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+        special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        config = Phi3Config(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **sizes, **special)
+        Phi3ForCausalLM(config).save_pretrained(folder)
         base = load_base(
             Model(name=folder),
             Quantization(),
@@ -82,9 +84,3 @@ def train_tiny_model() -> SelfTest:
         grad_norms=tuple(grad_norms),
         seconds=time.perf_counter() - started,
     )
-
-
-def _save_random_model(folder: Path) -> None:
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    Phi3ForCausalLM(Phi3Config(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **sizes, **ids)).save_pretrained(folder)

@@ -39,7 +39,7 @@ from qlora_phi3.objectives import Objective, ObjectiveOutput, sft
 from qlora_phi3.recipe.schema import Training
 from qlora_phi3.reporter import EvalRecord, Phase, StepRecord
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.step import Batch, StepResult, evaluate, forward_backward
+from qlora_phi3.step import Batch, evaluate, forward_backward
 from qlora_phi3.training.artifacts import damage, write_manifest
 from qlora_phi3.training.callbacks import MetricsWriter, SaveByTime, SpillWatch, StopOnRequest
 from qlora_phi3.training.divergence import DivergenceGuard, check_evaluation
@@ -75,12 +75,6 @@ SAME_ARGUMENTS = (
 )  # fmt: skip
 
 
-def evaluation_batch_size(training: Training) -> int:
-    """Held-out rows that are read at once: enough for the micro-batches that the recipe asks for."""
-    wanted = training.per_device_eval_batch_size
-    return max(training.batch_size, 0 if wanted == "auto" else wanted)
-
-
 def build_arguments(
     training: Training, checkpoints: Path, *, device: torch.device, fp16: bool, optim: str, evaluates: bool
 ) -> SFTConfig:
@@ -90,13 +84,15 @@ def build_arguments(
     """
     for name in ("trainer_utils", "training_args"):
         logging.getLogger(f"transformers.{name}").addFilter(is_not_mistaken_warning)
+    eval_rows = training.per_device_eval_batch_size
     arguments = SFTConfig(
         **{name: getattr(training, name) for name in SAME_ARGUMENTS},
         report_to="none",  # `Trackers`
         output_dir=str(checkpoints),
         # One batch of the Trainer is one optimizer step; step.py splits it into micro-batches.
         per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=evaluation_batch_size(training),
+        # Enough held-out rows for the micro-batches that the recipe asks for.
+        per_device_eval_batch_size=max(training.batch_size, 0 if eval_rows == "auto" else eval_rows),
         gradient_accumulation_steps=1,
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
@@ -132,10 +128,6 @@ class RowBatch:
     """The rows of one optimizer batch, as the data set holds them. The Trainer moves no such object to a device."""
 
     rows: Sequence[Mapping[str, Any]]
-
-
-#: A batch; the mean loss over its supervised tokens; and how many of them were predicted correctly.
-Computed = tuple[Batch, float, float]
 
 
 class EvaluationStopped(Exception):  # noqa: N818 - no error: a signal requested it
@@ -174,7 +166,6 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
     Args:
         args: with the rows of an optimizer step as per_device_train_batch_size and no accumulation.
         execution: the plan that batches are collated by, until memory runs out.
-        reporter: gets a record of each step, evaluation and out-of-memory error.
     """
 
     def __init__(
@@ -214,7 +205,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         self._num_recovered = 0  # out-of-memory errors, up to the last step
         self._last: tuple[Batch, float, float] | None = None  # batch, its loss, its token accuracy
         self._step_started = time.perf_counter()
-        watching = (reporter, self.divergence, self.early_stopping, trackers, self.stop)
+        watching = (self.divergence, self.early_stopping, trackers)
         with _undo_trl_changes(model):
             super().__init__(
                 model=model,
@@ -326,9 +317,12 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         rows = [dataset[int(number)] for number in longest[:size]]
         self._compute(self.model, rows, phase, 0)
 
-    def _compute(self, model: nn.Module, rows: Sequence[Mapping[str, Any]], phase: Phase, step: int) -> Computed:
-        """Forward, and in training backward, of all micro-batches; several processes compute a share of them each. RunError where
-        one row does not fit, or another process has died; the checkpoint of the last step is saved.
+    def _compute(
+        self, model: nn.Module, rows: Sequence[Mapping[str, Any]], phase: Phase, step: int
+    ) -> tuple[Batch, float, float]:
+        """Forward, and in training backward, of all micro-batches; several processes compute a share of them each. Returns the
+        batch, the mean loss over its supervised tokens, and how many of these were predicted correctly. RunError where one row
+        does not fit, or another process has died; the checkpoint of the last step is saved.
         """
         options: dict[str, Any] = {"objective": self.objective, "compute_dtype": self.compute_dtype}
 
@@ -337,7 +331,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
                 raise EvaluationStopped
             return self.objective(*inputs)
 
-        def run_pass(batch: Batch) -> StepResult:
+        def run_pass(batch: Batch) -> ObjectiveOutput:
             if phase == "training":
                 return forward_backward(model, batch, backward=self.accelerator.backward, **options)
             options["objective"] = stoppable
@@ -350,7 +344,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         try:
             with suppress(EvaluationStopped):
                 batch, result = self.guard.compute(rows, run_pass, phase=phase, step=step)
-                own = float(result.loss), _num_correct(result)
+                own = float(result.loss), float(result.metrics.get("num_correct", float("nan")))
             unshared, self.guard.unshared = self.guard.unshared, []
             results, signalled, recoveries = zip(*gather((own, self.stop.is_signalled, unshared)), strict=True)
             for records in (records for rank, records in enumerate(recoveries) if records and rank != own_rank()):
@@ -392,10 +386,9 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
                 )
             )
             # A step that was computed several times is no measure of the GPU's speed.
-            if self.args.device.type == "cuda" and self._num_recovered == self.guard.num_recovered:
-                line = self._spill_watch.observe(batch.num_tokens, seconds)
-                if line is not None:
-                    self.reporter.warning(line)
+            is_measure = self.args.device.type == "cuda" and self._num_recovered == self.guard.num_recovered
+            if is_measure and (line := self._spill_watch.observe(batch.num_tokens, seconds)):
+                self.reporter.warning(line)
             self._num_recovered = self.guard.num_recovered
         super().log(logs, start_time)
 
@@ -434,10 +427,12 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         return total_loss / max(1.0, tokens), correct / max(1.0, tokens), int(tokens)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Log, evaluate and save what is due; where a signal stops the evaluation, save without it.
+        """Log, evaluate and save what is due, or what a signal asks for; where it stops the evaluation, save without it.
 
         The checkpoint says that the evaluation is still due, and the resumed run begins with it (`FinishEvaluation`).
         """
+        if self.stop.requested:
+            self.control.should_save = self.control.should_training_stop = True
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         except EvaluationStopped:
@@ -446,7 +441,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
             self.control.should_log = self.control.should_evaluate = self.control.should_save = False
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader[RowBatch]:
-        """The held-out rows in their own order, `evaluation_batch_size` at a time."""
+        """The held-out rows in their own order."""
         rows: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
         return DataLoader(
             rows,
@@ -460,20 +455,16 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         """Not counted: the Trainer would look for tensors in the batch."""
         return 0
 
-    @property
-    def checkpoint_path(self) -> Path:
-        """Where the checkpoint of the present step is, or will be."""
-        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint of this step and its manifest unless it is there, and only then remove older checkpoints.
 
         RunError where the disk is full or refuses; the new checkpoint is removed then.
         """
-        target = self.checkpoint_path
+        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if not self.reporter.is_writer:
             self.state.best_model_checkpoint = str(target.with_name(f"checkpoint-{self.state.best_global_step}"))
-        if not self.reporter.is_writer or damage(target) is None:
+            return
+        if damage(target) is None:
             return
         remove(target)
         try:
@@ -509,11 +500,6 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the export writes a model card, a checkpoint needs none."""
-
-
-def _num_correct(result: StepResult) -> float:
-    """How many supervised tokens were predicted correctly; NaN if the objective does not count them. 0 without any row."""
-    return float(result.metrics.get("num_correct", math.nan if result.metrics else 0.0))
 
 
 @contextmanager

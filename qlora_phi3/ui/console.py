@@ -6,6 +6,7 @@ starts without it.
 """
 
 import math
+import os
 import shlex
 import sys
 import time
@@ -17,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_phi3.errors import Interrupted, printable
+from qlora_phi3.errors import LONGEST_LINE, Interrupted, printable, quoted
 from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, RunOutline, StepRecord
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.ui.eta import BLENDED_STEPS, EtaEstimator
@@ -73,6 +74,11 @@ class LogInterval:
         return step % interval == 0 or step in (1, total)
 
 
+def shown(text: str, *, longest_line: int = sys.maxsize) -> str:
+    """A text without what controls a terminal, and with files below the current directory by their relative paths."""
+    return printable(text, longest_line=longest_line).replace(f"{Path.cwd()}{os.sep}", "")
+
+
 class ConsoleReporter:
     """Shows a run: lines above, and on a terminal progress bars or the screen of `ui/live.py` below them.
 
@@ -94,11 +100,19 @@ class ConsoleReporter:
 
     def info(self, line: str) -> None:
         """Print a fact on stdout."""
-        self._console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+        self._console.print(
+            shown(line, longest_line=LONGEST_LINE), highlight=False, markup=False, soft_wrap=not self._console.is_terminal
+        )
 
     def warning(self, line: str) -> None:
         """Print on stderr what the user should look at."""
-        self._errors.print(f"Note: {printable(line)}", style=COLOURS["warning"], highlight=False, markup=False, soft_wrap=True)
+        self._errors.print(
+            f"Note: {shown(line, longest_line=LONGEST_LINE)}",
+            style=COLOURS["warning"],
+            highlight=False,
+            markup=False,
+            soft_wrap=not self._errors.is_terminal,
+        )
 
     def progress(self, what: str, done: int, total: int | None) -> None:
         """Move the bar of `what`, and remove it at `done >= total`; without bars print a line at the start and every 10 s."""
@@ -213,7 +227,7 @@ class ConsoleReporter:
             message = f"Stopped at once after step {step} of {total}; the newest checkpoint is of step {saved}."
         if folder is None:
             return Interrupted(message, "Start again with the same command.")
-        return Interrupted(message, f"Go on with: qlora-phi3 run {folder.recipe} --resume {folder.path}")
+        return Interrupted(message, f"Go on with: {folder.resume_command}")
 
     def finish(self, steps: int, before: float | None, after: float | None, seconds: float, adapter: Path) -> None:
         """Print the end of a run: its steps, held-out losses in nats (None: no rows), seconds, and the adapter's directory."""
@@ -227,6 +241,12 @@ class ConsoleReporter:
                 self.warning(HELD_OUT_ROSE)
         done = f"{format_count(steps, 'step')} in {format_duration(seconds)}"
         self.info(f"Done: {done}. The adapter: {adapter.absolute()}")
+        if (page := adapter.parent / "report.html").is_file():
+            self.info(f"Report: {page.absolute()}")
+        run = quoted(shown(str(adapter.parent.absolute())))
+        self.info(f"Next: qlora-phi3 chat {run} --compare")
+        self.info(f"      qlora-phi3 eval {run}")
+        self.info(f"      qlora-phi3 export {run} --ollama NAME")
 
 
 @contextmanager

@@ -1,13 +1,10 @@
 """What `qlora-phi3 inspect` shows: rows with the learned text marked, and statistics; in a terminal, or as a page of HTML."""
 
-import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_phi3.data.inspect import DataStatistics, Problem, RowView
-from qlora_phi3.errors import printable
+from qlora_phi3.ui.console import shown
 from qlora_phi3.units import format_count
 
 if TYPE_CHECKING:
@@ -26,11 +23,6 @@ MOST_PROBLEMS = 100
 def is_styled(console: "Console") -> bool:
     """Whether underlining can be seen: on a terminal that is not a dumb one. With NO_COLOR it stays."""
     return console.is_terminal and console.color_system is not None
-
-
-def shown(text: str) -> str:
-    """A text without what controls a terminal, complete, and with files below the current directory by their relative paths."""
-    return printable(text, longest_line=sys.maxsize).replace(f"{Path.cwd()}{os.sep}", "")
 
 
 def show_row(console: "Console", view: RowView, *, ids: bool = False, is_complete: bool = False) -> None:
@@ -83,7 +75,8 @@ def show_problems(console: "Console", problems: Sequence[Problem]) -> None:
 
 def legend(console: "Console") -> str:
     """How learned text is marked."""
-    return "Learned: green and underlined." if is_styled(console) else f"Learned: between {MARKS[0]} and {MARKS[1]}."
+    how = "green and underlined" if is_styled(console) else f"between {MARKS[0]} and {MARKS[1]}"
+    return f"Learned: {how}, with the token that ends an answer. The rest is only read."
 
 
 def statistics_lines(figures: DataStatistics) -> list[str]:
@@ -102,7 +95,9 @@ def statistics_lines(figures: DataStatistics) -> list[str]:
         lines.append(f"{cut.max_length:>15,}  {cut.rows_share:>9.1%}  {cut.learned_share:>20.1%}  {cut.rows_dropped:>13,}{mark}")
     lines += ["", f"Learned: {figures.learned_share:.1%} of the tokens"]
     rows_padded = format_count(figures.batch_size, "row")
-    lines.append(f"Packing: none is padded; {rows_padded} padded to the longest would be {figures.padding_share:.0%} padding")
+    lines.append(
+        f"Packing: no token is padding ({rows_padded} padded to the longest would be {figures.padding_share:.0%} padding)"
+    )
     if figures.first_duplicate:
         first, second = figures.first_duplicate
         rows = format_count(figures.duplicates, "row")

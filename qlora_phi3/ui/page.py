@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from qlora_phi3.errors import RunError, printable
+from qlora_phi3.errors import RunError, printable, quoted
 from qlora_phi3.files import atomic_write, foreign_errors
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.ui.console import draw_curve, mean_ends
@@ -66,6 +66,7 @@ def render(template: str, **values: Any) -> str:
     environment.filters.update(gib=show_size, duration=format_duration, count=format_count, curve=draw_curve, sizes=list_sizes)
     environment.globals.update(verdict=verdict, warnings=warnings, draw_plot=draw_plot, now=datetime.now().astimezone, zip=zip)
     environment.filters["tojson_plain"] = lambda value: json.dumps(value, ensure_ascii=False)
+    environment.filters["quoted"] = quoted
     environment.filters["largest"] = lambda values: max(values, default=0)
     environment.filters.update(ends=mean_ends, median=lambda values: median(values or [0.0]))
     environment.globals.update(table_rows=TABLE_ROWS, smoothed_share=SMOOTHED_SHARE)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Steps before and after a step whose median loss is its usual loss.
 SPIKE_WINDOW = 10
+#: A step that has fewer before it is not judged; and how many times the usual distance from the median is much.
+FEW_STEPS, SPIKE_SPREADS = 3, 3.0
 #: A held-out loss that ends by more than this share above its lowest value has risen.
 RISEN_SHARE = 0.01
 #: With fewer answers, the number of those that ended by themselves means nothing.
@@ -61,7 +63,6 @@ class Answer:
 class Sample:
     """A held-out prompt with the row's own answer, the base's, and the tuned model's."""
 
-    row: str
     prompt: str
     expected: str
     base: Answer
@@ -82,6 +83,7 @@ class Run:
     predicted: "MemoryReport | None"
     measured: "MemoryReport | None"
     samples: Sequence[Sample]
+    no_samples: str  #: Why there are none; empty where no reason is known.
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps that have a finite figure of this name, and the figures."""
@@ -181,6 +183,7 @@ def read_run(folder: RunFolder) -> Run:
         predicted=reports.get("predicted"),
         measured=reports.get("measured"),
         samples=_as(list[Sample], saved.get("samples")) or [],
+        no_samples=str(saved.get("reason", "")),
     )
 
 
@@ -223,6 +226,8 @@ def warnings(run: Run) -> list[str]:
     if len(run.samples) >= MIN_ANSWERS and 2 * runaway > len(run.samples):
         count = f"{runaway} of {len(run.samples)}"
         lines.append(f"{count} sample answers did not end by themselves: too little training, or rows cut at max_length.")
+    if empty := sum(not sample.tuned.text for sample in run.samples):
+        lines.append(f"{empty} of {len(run.samples)} sample answers are empty: the model ends its turn at once.")
     if run.events:
         lines.append(f"{format_count(len(run.events), 'event')}: memory ran out, or a step diverged; see below.")
     if run.data is not None and run.data.repeated:
@@ -267,7 +272,7 @@ def draw_plot(*curves: tuple[Sequence[int], Sequence[float]]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Spike:
-    """A step, its loss, and the median loss of its neighbours, in nats per token."""
+    """A step, its loss, and the larger median of the losses before and after it, in nats per token."""
 
     step: int
     loss: float
@@ -275,10 +280,18 @@ class Spike:
 
 
 def find_spikes(steps: Sequence[Mapping[str, Any]], count: int) -> list[Spike]:
-    """The `count` steps whose loss is furthest above the median of the SPIKE_WINDOW steps before and after; largest first."""
+    """The `count` steps whose loss stands out most; largest first.
+
+    Such a loss is above the medians of the SPIKE_WINDOW steps before and of those after, by SPIKE_SPREADS times the median
+    distance of their losses from these medians.
+    """
     losses, spikes = [record["loss"] for record in steps], []
     for index, record in enumerate(steps):
-        around = losses[max(0, index - SPIKE_WINDOW) : index] + losses[index + 1 : index + 1 + SPIKE_WINDOW]
-        if around and losses[index] > median(around):
-            spikes.append(Spike(record["step"], losses[index], median(around)))
+        before, after = losses[max(0, index - SPIKE_WINDOW) : index], losses[index + 1 : index + 1 + SPIKE_WINDOW]
+        if len(before) < FEW_STEPS:  # at the start a loss falls, and stands above those that follow
+            continue
+        usual = max(median(before), median(after or before))
+        spread = median(abs(loss - median(side)) for side in (before, after) for loss in side)
+        if losses[index] > usual + SPIKE_SPREADS * spread:
+            spikes.append(Spike(record["step"], losses[index], usual))
     return sorted(spikes, key=lambda spike: spike.usual - spike.loss)[:count]

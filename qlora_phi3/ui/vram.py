@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,12 +16,17 @@ from qlora_phi3.memory.report import VramReport, planned_keys
 from qlora_phi3.memory.tables import MaxLengthRow
 from qlora_phi3.units import GIB, describe_duration, describe_epochs, format_count, format_gib
 
+if TYPE_CHECKING:
+    from qlora_phi3.memory.proposal import ModelOption
+
 #: Colours of the categories, the largest first.
 COLOURS = ("cyan", "blue", "magenta", "green", "bright_blue", "bright_magenta", "bright_cyan", "bright_green")
 #: Categories of less than this share of the peak are shown as one.
 SMALL_SHARE = 0.004
 #: Columns of the bar, at most, and of the largest bar in the table of categories.
 WIDEST_BAR, CATEGORY_BAR = 100, 24
+#: Columns that the notes on the models need beside their figures.
+WIDE = 110
 
 
 def show_gpu(console: Console, device: Gpu) -> None:
@@ -56,7 +62,9 @@ def _describe_memory(device: Gpu) -> str:
 
 def show_report(console: Console, report: VramReport) -> None:
     """The report for one recipe on one GPU."""
-    _print(console, "\n".join((*_heading(report), "")))
+    _print(console, "\n".join(_heading(report)))
+    line, style = next(_verdict(report))
+    _print(console, f"{line}\n", style)
     memory, least = report.memory, SMALL_SHARE * report.memory.allocated_bytes
     large = [(name, size) for name, size in memory.by_category.items() if size >= least]
     categories = [(name, size, COLOURS[number % len(COLOURS)]) for number, (name, size) in enumerate(large)]
@@ -247,6 +255,21 @@ def show_gpu_table(console: Console, reports: Sequence[VramReport]) -> None:
         _print(console, f"Note: a run would stop at its data. {first.rows.problem}", "yellow")
 
 
+def show_models(console: Console, options: "Sequence[ModelOption]") -> None:
+    """One line for each model of the family on one GPU; with what it is chosen for, where there is room."""
+    wide = console.width >= WIDE
+    table = build_table("", "model", "fits", "GiB>", "max_length>", "tokens/s>", "time>", *([""] if wide else ()))
+    for number, option in enumerate(options, 1):
+        report = option.report
+        cells = [f"{report.memory.on_gpu_bytes / GIB:.1f}", f"{option.max_length:,}", "", ""] if report else [""] * 4
+        if report is not None and report.fits:
+            cells[2:] = [f"{report.tokens_per_second:,.0f}", describe_duration(report.run_seconds or 0)]
+        notes = [f"[dim]{escape(option.note)}[/]"] if wide else []
+        fits = "[green]yes[/]" if report is not None and report.fits else "[red]no[/]"
+        table.add_row(f"{number}", escape(option.name.removeprefix("microsoft/")), fits, *cells, *notes)
+    console.print(table)
+
+
 def show_max_lengths(console: Console, rows: Sequence[MaxLengthRow]) -> None:
     """The longest row for each GPU."""
     heading = f"{rows[0].model}: the longest row that fits, alone in its step, with the plan that needs least memory"
@@ -267,7 +290,8 @@ def build_table(*headings: str) -> Table:
     has_headings = any(heading.rstrip(">") for heading in headings)
     table = Table(box=None, show_header=has_headings, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for heading in headings:
-        table.add_column(heading.rstrip(">"), justify="right" if heading.endswith(">") else "left", no_wrap=True)
+        justify: Literal["left", "right"] = "right" if heading.endswith(">") else "left"
+        table.add_column(name := heading.rstrip(">"), justify=justify, no_wrap=True, min_width=len(name))
     return table
 
 

@@ -190,13 +190,6 @@ def test_an_incomplete_file_is_named(run, tmp_path):
         read_deltas(path.parent, CONFIG)
 
 
-def test_a_pickled_adapter_is_refused(run, tmp_path):
-    folder = spoil(run.adapter, tmp_path / "a")
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(ExportError, match="pickle"):
-        read_deltas(folder, CONFIG)
-
-
 @pytest.mark.parametrize("text", [None, "{", "[]"])
 def test_a_folder_without_a_readable_config_is_refused(run, tmp_path, text):
     folder = spoil(run.adapter, tmp_path / "a")

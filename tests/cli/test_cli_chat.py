@@ -36,7 +36,7 @@ def loaded(run):
 @pytest.fixture(autouse=True)
 def loaded_once(loaded, monkeypatch):
     """A command gets the model that is loaded already."""
-    monkeypatch.setattr("qlora_phi3.inference.load_for_inference", lambda _: loaded)
+    monkeypatch.setattr("qlora_phi3.inference.load_for_inference", lambda *_, **__: loaded)
 
 
 def talk(loaded, *sides, limit=8):
@@ -76,7 +76,7 @@ def test_base_and_tuned_answer_below_each_other_where_there_is_no_terminal(run, 
     with loaded.model.disable_adapter():
         base = answer_of(loaded, "What is red?")
     printed = chat_module.printable
-    assert stdout == f"base:\n{printed(base)}\ntuned:\n{printed(answer_of(loaded, 'What is red?'))}\n"
+    assert stdout == f"tuned:\n{printed(answer_of(loaded, 'What is red?'))}\nbase:\n{printed(base)}\n"
 
 
 def test_a_conversation_is_saved_as_a_row_to_train_on_and_never_over_a_file(run, tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def run_python(*arguments, encoding):
 def test_a_run_reaches_its_last_line_in_every_encoding(encoding):
     code, out, err = run_python("-c", WITH_COMMAND.format(body=FINISH), encoding=encoding)
     assert code == 0, err
-    curve, *_, done = out.decode(encoding).splitlines()
+    curve, *_, done, _, _, _ = out.decode(encoding).splitlines()
     assert curve.split()[2] == {"utf-8": "█▅▁", "cp437": "█=_"}.get(encoding, "#=_")
     assert done.startswith("Done: 3 steps in 0:05. ")
     assert done.endswith("caf\\u00e9" if encoding == "ascii" else "café")

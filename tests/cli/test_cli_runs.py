@@ -10,7 +10,7 @@ from run_files import data_report, divergence_record, evaluation_record, sample,
 from workshop import Workshop, call, read_lines
 
 from qlora_phi3.runfolder import LOCK, RunFolder
-from qlora_phi3.ui.runs import differing_keys, draw_plot, find_spikes, list_summaries
+from qlora_phi3.ui.runs import Spike, differing_keys, draw_plot, find_spikes, list_summaries
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_run_is_shown_with_its_results_events_files_and_the_next_command(here)
         assert words in shown
     assert "\x1b" not in shown
     folder.report.write_text('{"status": "interrupted"}', encoding="utf-8")
-    assert "Next: qlora-phi3 run runs/mine/1/recipe.toml --resume runs/mine/1" in call("runs", "show", "mine").stdout
+    assert "Next: qlora-phi3 run --resume runs/mine/1" in call("runs", "show", "mine").stdout
 
 
 def test_two_runs_of_one_name_are_told_apart_by_their_directories(here):
@@ -169,6 +169,18 @@ def test_a_spike_is_measured_from_the_median_of_its_neighbours():
     spikes = find_spikes([{"step": n, "loss": loss} for n, loss in enumerate(losses, 1)], 5)
     assert [(spike.step, spike.loss, spike.usual) for spike in spikes] == [(5, 5.0, 2.0), (21, 3.0, 2.0)]
     assert find_spikes([{"step": 1, "loss": 2.0}], 5) == []
+    falling = [5.6, 5.3, 5.0, 4.1, 3.2, 2.6, 2.1, 1.9, 1.7, 1.6, *[1.5] * 10]  # a steep start is no jump
+    assert find_spikes([{"step": n, "loss": loss} for n, loss in enumerate(falling, 1)], 5) == []
+
+
+@pytest.fixture
+def two_spikes(monkeypatch):
+    """Steps 4 and 5 stand out, whatever their losses are."""
+
+    def find(steps, count):
+        return [Spike(record["step"], record["loss"], 1.0) for record in steps if record["step"] in (4, 5)]
+
+    monkeypatch.setattr("qlora_phi3.ui.runs.find_spikes", find)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +203,7 @@ def test_a_run_leaves_its_page_and_the_answers(trained):
     assert samples[0]["prompt"] in (folder.path / "report.html").read_text(encoding="utf-8")
 
 
-def test_why_finds_the_rows_of_a_step_as_the_trainer_drew_them(trained, monkeypatch):
+def test_why_finds_the_rows_of_a_step_as_the_trainer_drew_them(trained, two_spikes, monkeypatch):
     from qlora_phi3.training.order import read_step_rows
 
     shop, folder = trained
@@ -213,7 +225,7 @@ def test_why_finds_the_rows_of_a_step_as_the_trainer_drew_them(trained, monkeypa
     assert "What is " in shown.stdout
 
 
-def test_why_says_plainly_that_the_data_changed(trained, monkeypatch, tmp_path):
+def test_why_says_plainly_that_the_data_changed(trained, two_spikes, monkeypatch, tmp_path):
     shop, folder = trained
     monkeypatch.chdir(shop.path)
     lines = (shop.path / "chats.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -227,7 +239,7 @@ def test_why_says_plainly_that_the_data_changed(trained, monkeypatch, tmp_path):
     assert "changed since it was trained" in result.stderr
 
 
-def test_why_names_a_step_whose_rows_are_others_than_it_recorded(trained, monkeypatch, tmp_path):
+def test_why_names_a_step_whose_rows_are_others_than_it_recorded(trained, two_spikes, monkeypatch, tmp_path):
     copy = RunFolder(shutil.copytree(trained[1].path, tmp_path / "runs" / "mine" / "1"))
     text = copy.metrics.read_text(encoding="utf-8")
     records = [json.loads(line) for line in text.splitlines()]

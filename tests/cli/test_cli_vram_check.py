@@ -307,7 +307,7 @@ def test_the_shapes_of_a_model_of_the_hub_are_known_offline(home):
 WRONG = {
     "an unknown GPU": (["--gpu", "RTX 4071"], "'RTX 4071'"),
     "a GPU of two sizes": (["--gpu", "RTX 4060 Ti"], "8 GB and 16 GB"),
-    "a size without unit": (["--vram", "12"], "'12'"),
+    "a size without unit": (["--vram", "12.5"], "'12.5'"),
     "a negative size": (["--vram", "-3GB"], "'-3GB'"),
     "no size": (["--vram", "big"], "'big'"),
     "a size that no GPU has": (["--vram", "100KB"], "--vram"),

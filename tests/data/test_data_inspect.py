@@ -9,6 +9,7 @@ from tiny import build_tokenizer, hub_template
 from qlora_phi3.data import inspect
 from qlora_phi3.data.prepare import prepare_datasets
 from qlora_phi3.data.template import choose_template
+from qlora_phi3.data.tokenize import UNCUT
 from qlora_phi3.errors import DataError
 from qlora_phi3.execution import IGNORE_INDEX
 from qlora_phi3.recipe.schema import Data, Recipe
@@ -47,7 +48,7 @@ def test_the_pieces_of_a_row_are_the_ids_and_labels_that_are_trained_on(read):
 
 def test_a_row_that_is_cut_says_by_how_much_and_is_listed_with_its_content(read, tmp_path):
     rows = [chat("a", "b"), chat("a", "b" * 60)]
-    data, uncut = read(rows, 32), read(rows, inspect.UNCUT)
+    data, uncut = read(rows, 32), read(rows, UNCUT)
     views = inspect.with_cuts(inspect.view_rows(data.train, [0, 1], data, TOKENIZER), uncut)
     length = len(uncut.train[1]["input_ids"])
     assert [view.num_cut for view in views] == [0, length - 32]
@@ -59,7 +60,7 @@ def test_a_row_that_is_cut_says_by_how_much_and_is_listed_with_its_content(read,
 
 def test_a_row_that_is_skipped_or_loses_its_answer_is_a_problem(read, tmp_path):
     rows = [chat("a", "b"), {"messages": []}, chat("q" * 60, "b")]
-    data, uncut = read(rows, 32), read(rows, inspect.UNCUT)
+    data, uncut = read(rows, 32), read(rows, UNCUT)
     problems = list(inspect.find_problems(data, uncut, Data(train="rows.jsonl"), tmp_path))
     assert [problem.name for problem in problems] == ["rows.jsonl:2", "rows.jsonl:3"]
     assert problems[1].reason == "nothing left to learn after truncation"
@@ -67,7 +68,7 @@ def test_a_row_that_is_skipped_or_loses_its_answer_is_a_problem(read, tmp_path):
 
 def test_every_row_that_is_left_out_is_a_problem_and_its_number_says_why(read, tmp_path):
     rows = [chat("a", "b"), *({"messages": []} for _ in range(6))]
-    data, uncut = read(rows, 64), read(rows, inspect.UNCUT)
+    data, uncut = read(rows, 64), read(rows, UNCUT)
     problems = list(inspect.find_problems(data, uncut, Data(train="rows.jsonl"), tmp_path))
     assert [problem.name for problem in problems] == [f"rows.jsonl:{number}" for number in range(2, 8)]
     with pytest.raises(DataError, match=r"--row 7: rows\.jsonl:7 is not trained on: "):
@@ -81,7 +82,7 @@ def test_rows_that_start_on_one_line_are_told_apart_by_their_ids(tmp_path):
     recipe, options = Data(train="rows.json"), {"tokenizer": TOKENIZER, "template": choose_template(TOKENIZER, "auto")}
     data, uncut = (
         prepare_datasets(recipe, max_length=length, evaluate=False, base_dir=tmp_path, cache_dir=tmp_path / "cache", **options)
-        for length in (32, inspect.UNCUT)
+        for length in (32, UNCUT)
     )
     views = inspect.with_cuts(inspect.view_rows(data.train, [0, 1], data, TOKENIZER), uncut)
     assert [view.name for view in views] == ["rows.json:1"] * 2
@@ -93,7 +94,7 @@ def test_rows_that_start_on_one_line_are_told_apart_by_their_ids(tmp_path):
 def test_a_suggestion_is_no_longer_than_the_model(read):
     rows = [chat("a", "b" * 300)]
     recipe = Recipe.model_validate({"model": {"name": "x"}, "data": {"train": "rows.jsonl"}, "training": {"max_length": 64}})
-    assert inspect.measure(read(rows, 64), read(rows, inspect.UNCUT), recipe, 128).suggested_max_length == 128
+    assert inspect.measure(read(rows, 64), read(rows, UNCUT), recipe, 128).suggested_max_length == 128
 
 
 def test_a_row_is_found_by_its_number_or_its_file(read):
@@ -108,7 +109,7 @@ def test_a_row_is_found_by_its_number_or_its_file(read):
 def test_the_figures_of_rows_of_known_lengths(read):
     rows = [chat("a", "b"), chat("a", "b"), chat("a", "b" * 40), chat("a", "b" * 90)]
     recipe = Recipe.model_validate({"model": {"name": "x"}, "data": {"train": "rows.jsonl"}, "training": {"max_length": 64}})
-    data, uncut = read(rows, 64), read(rows, inspect.UNCUT)
+    data, uncut = read(rows, 64), read(rows, UNCUT)
     figures = inspect.measure(data, uncut, recipe, 4096)
     lengths = [len(row["input_ids"]) for row in uncut.train]
     learned = [sum(label != IGNORE_INDEX for label in row["labels"]) for row in uncut.train]

@@ -61,6 +61,12 @@ def test_rows_keep_their_source_and_line(prepare_in, tmp_path):
     assert data.evaluation is None
 
 
+def test_rows_with_a_place_that_nobody_filled_are_counted(prepare_in, tmp_path):
+    data = prepare_in(save(tmp_path / "a.jsonl", [row(answer="I am {{name}}."), row(answer="{x}"), row("{{ a b }}")]))
+    (note,) = data.report.notes
+    assert (note.rows, note.where, "{{name}}" in note.reason) == (1, ("a.jsonl:1",), True)
+
+
 def test_the_report_counts_the_tokens_of_memory_mapped_rows(prepare_in, tmp_path):
     data = prepare_in(save(tmp_path / "a.jsonl", [row(answer="word " * n) for n in range(1, 9)]))
     assert str(data.train.features["input_ids"]) == "List(Value('int32'))"
@@ -107,7 +113,7 @@ def test_the_counts_of_a_hundred_thousand_unusable_rows_name_only_the_first_few(
     assert not list(tokenize.read_examples(source, Data(train="a.jsonl"), report, set()))
     for number in range(1, 100_001):
         report.add(report.notes, "noted", number)
-        report.add_fully_truncated(number)
+        report.fully_truncated = report.fully_truncated.plus(1, [f"{report.name}:{number}"], named=NAMED)
     (skipped,), (noted,) = report.skipped.values(), report.notes.values()
     assert [count.rows for count in (skipped, noted, report.fully_truncated)] == [100_000] * 3
     assert [len(count.where) for count in (skipped, noted, report.fully_truncated)] == [NAMED, EXAMPLES, NAMED]
@@ -237,6 +243,29 @@ def test_the_same_data_a_second_time_are_read_from_the_cache_with_the_same_repor
     second = prepare_in(name)
     assert second.report == first.report
     assert second.train[:] == first.train[:]
+
+
+@pytest.mark.parametrize("max_length", [4, 12, 30, 200])
+def test_rows_that_are_in_the_cache_uncut_are_cut_without_the_tokenizer_to_the_same_rows(
+    prepare_in, tmp_path, monkeypatch, max_length
+):
+    rows = [{"messages": []}, *[row("ask " * (n % 3), "word " * n) for n in range(1, 41)], row("long " * 60)]
+    first, second = save(tmp_path / "a.jsonl", rows), save(tmp_path / "b.jsonl", rows)
+    try:
+        expected = prepare_in(second, max_length=max_length)
+    except DataError as error:
+        expected = error
+    prepare_in(first, max_length=tokenize.UNCUT)
+    monkeypatch.setattr(tokenize, "_tokenize_batch", lambda *_: pytest.fail("tokenized again"))
+    if isinstance(expected, DataError):
+        with pytest.raises(DataError, match=r"Raise \[training\] max_length"):
+            prepare_in(first, max_length=max_length)
+        return
+    found = prepare_in(first, max_length=max_length)
+    assert found.train[:] == expected.train[:]
+    assert found.left_out == {name.replace("b.jsonl", "a.jsonl"): reason for name, reason in expected.left_out.items()}
+    assert (found.report.truncated, found.report.rows_kept) == (expected.report.truncated, expected.report.rows_kept)
+    assert found.report.fully_truncated.rows == expected.report.fully_truncated.rows
 
 
 def entries_of(tmp_path):

@@ -137,7 +137,6 @@ LINES = json.dumps(ROW, ensure_ascii=False) + "\n"
     [
         ("a.tsv", CSV.replace(",", "\t", 1).replace('","', '"\t"').encode()),
         ("a.csv", CSV.replace('","', '", "').replace(",output", ", output").encode()),
-        ("a.csv", ("sep=;\r\n" + CSV.replace(",output", ";output").replace('","', '";"')).encode()),
         ("a.csv", CSV.replace(",output", ";output").replace('","', '";"').encode("utf-16")),
         ("a.csv", CSV.replace(",output", "|output").replace('","', '"|"').encode()),
         ("a.csv", CSV.replace("\n", "\r").encode()),

@@ -10,8 +10,8 @@ from tokenizers import AddedToken
 
 from qlora_phi3.data.messages import SkipRow
 from qlora_phi3.data.prepare import prepare_datasets
-from qlora_phi3.data.special_tokens import MARK, SpecialTokens
 from qlora_phi3.data.template import choose_template
+from qlora_phi3.data.tokenizer import MARK, SpecialTokens
 from qlora_phi3.execution import IGNORE_INDEX
 from qlora_phi3.recipe.schema import Data
 

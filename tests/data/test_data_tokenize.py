@@ -6,9 +6,9 @@ from tiny import TEMPLATE_FOLDER, build_byte_tokenizer, build_tokenizer, hub_tem
 
 from qlora_phi3.data.formats import Chat
 from qlora_phi3.data.messages import Turn
-from qlora_phi3.data.special_tokens import SpecialTokens
 from qlora_phi3.data.template import choose_template, render_chat
 from qlora_phi3.data.tokenize import tokenize_chats, tokenize_documents
+from qlora_phi3.data.tokenizer import SpecialTokens
 from qlora_phi3.execution import IGNORE_INDEX
 
 MODELS = sorted(path.stem for path in TEMPLATE_FOLDER.glob("*.jinja"))

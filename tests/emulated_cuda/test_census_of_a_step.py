@@ -52,7 +52,7 @@ PRODUCTS = {"product cublasGemmEx": 114}
 WAITS = [
     "model/loss.py select_supervised",  # how many positions are supervised
     "training/trainer.py _compute",  # the loss
-    "training/trainer.py _num_correct",
+    "training/trainer.py _compute",  # how many tokens were predicted correctly
     "training/trainer.py _get_grad_norm",
     "transformers/trainer.py _maybe_log_save_evaluate",  # the loss again, which it has summed up
     "transformers/trainer.py _maybe_log_save_evaluate",  # the norm again

@@ -1,6 +1,5 @@
 """The merged tensors are the live model, and the base they are made from is held against the one that was trained on."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -283,13 +282,3 @@ def test_a_run_that_did_not_note_its_base_is_refused(tmp_path, text):
         (tmp_path / "base.json").write_text(text, encoding="utf-8")
     with pytest.raises(ExportError, match=r"base\.json"):
         read_record(tmp_path / "base.json")
-
-
-def test_what_was_compared_survives_an_interruption_as_json(run):
-    merged = run.merged()
-    for name in (DOWN, EMBEDDING):
-        read_tensor(merged, name)
-    noted = json.loads(json.dumps(merged.base.notes([DOWN, EMBEDDING, HEAD])))
-    later = run.open_base()
-    later.restore(noted)
-    assert later.compared == merged.base.compared

@@ -126,6 +126,12 @@ def test_a_model_that_rarely_ends_its_turn_gets_a_warning(stopped, turns, part):
     assert (part in runaway_warning(stops)) if part else runaway_warning(stops) is None
 
 
+def test_a_model_that_answers_nothing_gets_a_warning_although_it_ends_every_turn():
+    stops = StopTest(method="generated", turns=6, stopped=6, live_share=None, empty=6).as_dict()
+    assert "6 of 6 answers are empty" in runaway_warning(stops)
+    assert runaway_warning(stops | {"empty": 2}) is None
+
+
 def test_prompts_end_where_the_first_turn_begins_and_the_shortest_go_first():
     two_turns = {"input_ids": [1, 2, 3, 4, 5, 6], "labels": [-100, -100, 3, -100, 5, 6]}
     assert choose_prompts([row(7, 12, 60), two_turns]) == [Prompt([1, 2], 32), Prompt([5] * 11 + [7], 120)]

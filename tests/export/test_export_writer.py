@@ -1,8 +1,9 @@
-"""What is written a piece at a time is a checkpoint like any other, and an interrupted writing goes on."""
+"""What is written a piece at a time is a checkpoint like any other."""
 
 import errno
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,7 @@ from transformers import Phi3ForCausalLM
 
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export import writer
-from qlora_phi3.export.writer import (
-    check_disk,
-    clear_draft,
-    ensure_dir,
-    missing_bytes,
-    plan_shards,
-    staging_dir,
-    write_shards,
-)
+from qlora_phi3.export.writer import check_disk, ensure_dir, plan_shards, staging_dir, write_shards
 from qlora_phi3.model.weights import TensorInfo, open_weights, read_tensor, split_rows
 
 
@@ -52,8 +45,8 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def write(weights: Any, folder: Path, shard_bytes: int = 51_400, key: str = "one", **options: Any) -> Any:
-    return write_shards(weights, folder, plan_shards(weights.info, shard_bytes), key=key, **options)
+def write(weights: Any, folder: Path, shard_bytes: int = 51_400, **options: Any) -> None:
+    write_shards(weights, folder, plan_shards(weights.info, shard_bytes), **options)
 
 
 def test_the_library_reads_one_file_back(tmp_path, tensors):
@@ -94,11 +87,8 @@ def test_transformers_loads_what_was_written(tmp_path):
 
 def test_the_size_is_known_to_the_byte_beforehand(tmp_path, tensors):
     shards = plan_shards(Held(tensors).info, 51_400)
-    assert missing_bytes(shards, tmp_path, "one") == sum(shard.num_bytes for shard in shards)
     write(Held(tensors), tmp_path)
     assert [(tmp_path / shard.file_name).stat().st_size for shard in shards] == [shard.num_bytes for shard in shards]
-    assert missing_bytes(shards, tmp_path, "one") == 0
-    assert missing_bytes(shards[:1], tmp_path, "two") == 0  # what stands there is taken away first
 
 
 def test_no_shard_is_larger_than_asked_unless_one_tensor_is(tensors):
@@ -107,77 +97,7 @@ def test_no_shard_is_larger_than_asked_unless_one_tensor_is(tensors):
     assert [shard.names for shard in plan_shards(Held(tensors).info, 58_000)] == [("wide", "norm"), ("half", "last")]
 
 
-def test_an_interrupted_writing_goes_on_at_the_last_whole_shard(tmp_path, tensors):
-    with pytest.raises(KeyboardInterrupt):
-        write(Held(tensors, fail_at="half"), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".shards.json", "model-00001-of-00003.safetensors"]
-    weights = Held(tensors)
-    num_resumed, _ = write(weights, tmp_path)
-    assert weights.asked == ["half", "last"]
-    assert num_resumed == 1
-    stored = open_weights(tmp_path)
-    assert all(torch.equal(read_tensor(stored, name), tensor) for name, tensor in tensors.items())
-
-
-@pytest.mark.parametrize("change", ["key", "size", "shape", "progress"])
-def test_a_shard_made_from_something_else_is_written_again(tmp_path, tensors, change):
-    write(Held(tensors), tmp_path)
-    first = tmp_path / "model-00001-of-00003.safetensors"
-    if change == "size":
-        first.write_bytes(first.read_bytes() + b"x")
-    if change == "shape":
-        tensors["last"] = tensors["last"][:149]
-    if change == "progress":
-        (tmp_path / writer.PROGRESS_NAME).write_text("{", encoding="utf-8")
-    weights = Held(tensors)
-    num_resumed, _ = write(weights, tmp_path, key="two" if change == "key" else "one")
-    assert num_resumed == (2 if change == "size" else 0)
-    assert "wide" in weights.asked
-
-
-def test_a_kill_before_the_first_note_of_another_key_leaves_no_shard_of_it_behind(tmp_path, tensors, monkeypatch):
-    write(Held(tensors), tmp_path)
-    others = {name: tensor + 1 for name, tensor in tensors.items()}
-
-    def kill(path: Path, atomic_file: Any = writer.atomic_file) -> Any:
-        if path.name == writer.PROGRESS_NAME:
-            raise KeyboardInterrupt
-        return atomic_file(path)
-
-    monkeypatch.setattr(writer, "atomic_file", kill)
-    with pytest.raises(KeyboardInterrupt):
-        write(Held(others), tmp_path, key="two")
-    monkeypatch.undo()
-    assert write(Held(tensors), tmp_path)[0] == 0
-    stored = open_weights(tmp_path)
-    assert all(torch.equal(read_tensor(stored, name), tensor) for name, tensor in tensors.items())
-
-
-def test_a_draft_is_emptied_but_for_what_can_be_gone_on_with(tmp_path, tensors):
-    write(Held(tensors), tmp_path)
-    for name in ("tokenizer.model", "..shards.json.123", ".scored.json"):
-        (tmp_path / name).write_text("former", encoding="utf-8")
-    (tmp_path / "figures" / "more").mkdir(parents=True)
-    clear_draft(tmp_path, reusable=[".scored.json"])
-    shards = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".scored.json", ".shards.json", *shards]
-    assert write(Held(tensors), tmp_path)[0] == 3
-
-
-def test_weights_of_an_attempt_with_other_shards_are_taken_away(tmp_path, tensors):
-    write(Held(tensors), tmp_path, shard_bytes=10**9)
-    (tmp_path / ".model-00002-of-00003.safetensors.123.partial").write_bytes(b"half")
-    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
-    write(Held(tensors), tmp_path)
-    names = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [".shards.json", *names, "model.safetensors.index.json", "tokenizer.json"]
-    )
-    write(Held(tensors), tmp_path, shard_bytes=10**9)
-    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
-
-
-def test_after_a_full_disk_the_complete_shards_stay(tmp_path, tensors, monkeypatch):
+def test_a_full_disk_is_one_line(tmp_path, tensors, monkeypatch):
     written, write_all = [], writer._write_all
 
     def fill_up(write: Any, data: Any) -> None:
@@ -189,9 +109,6 @@ def test_after_a_full_disk_the_complete_shards_stay(tmp_path, tensors, monkeypat
     monkeypatch.setattr(writer, "_write_all", fill_up)
     with pytest.raises(ExportError, match="No space left on device"):
         write(Held(tensors), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".shards.json", "model-00001-of-00003.safetensors"]
-    monkeypatch.undo()
-    assert write(Held(tensors), tmp_path)[0] == 1
 
 
 def test_a_write_that_takes_only_a_part_is_continued(tmp_path):
@@ -205,43 +122,29 @@ def test_a_write_that_takes_only_a_part_is_continued(tmp_path):
     assert b"".join(taken) == b"0123456789"
 
 
-def test_notes_of_every_shard_come_together_after_an_interruption(tmp_path, tensors):
-    def note(names: Any) -> dict[str, Any]:
-        return {name: len(name) for name in names}
-
-    with pytest.raises(KeyboardInterrupt):
-        write(Held(tensors, fail_at="half"), tmp_path, notes=note)
-    _, notes = write(Held(tensors), tmp_path, notes=lambda names: dict.fromkeys(names, "later"))
-    assert notes == {"norm": 4, "wide": 4, "half": "later", "last": "later"}
-
-
 def test_progress_ends_at_all_bytes(tmp_path, tensors):
     told: list[tuple[int, int]] = []
     write(Held(tensors), tmp_path, progress=lambda done, total: told.append((done, total)))
     total = sum(shard.num_bytes for shard in plan_shards(Held(tensors).info, 51_400))
     assert told[-1] == (total, total)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
-    write(Held(tensors), tmp_path, progress=lambda done, total: told.append((done, total)))
-    assert told[-1] == (total, total)
 
 
-def test_a_draft_stays_only_where_there_is_something_to_go_on_with(tmp_path, tensors):
-    draft = tmp_path / "deep" / ".model.partial"
-    for name in ("config.json", "model-00001-of-00003.safetensors"):
-        with staging_dir(draft, reusable=[".scored.json"]):
-            (draft / name).touch()
-        assert not (tmp_path / "deep").exists()
-    with pytest.raises(KeyboardInterrupt), staging_dir(draft):
+def test_of_a_draft_only_what_a_later_attempt_can_use_stays(tmp_path, tensors):
+    draft, scored = tmp_path / "deep" / ".model.partial", ".scored.json"
+    with pytest.raises(KeyboardInterrupt), staging_dir(draft, scored):
         write(Held(tensors, fail_at="half"), draft)
-    with pytest.raises(KeyError), staging_dir(draft):
+    assert not (tmp_path / "deep").exists()
+    (draft / "figures" / "more").mkdir(parents=True)
+    (draft / "tokenizer.model").touch()
+    with suppress(KeyError), staging_dir(draft, scored):
+        assert [*draft.iterdir()] == []
+        (draft / scored).touch()
+        write(Held(tensors), draft)
         raise KeyError
-    assert sorted(path.name for path in draft.iterdir()) == [".shards.json", "model-00001-of-00003.safetensors"]
-    other = tmp_path / ".other.partial"
-    with staging_dir(other, reusable=[".scored.json"]):
-        (other / ".scored.json").touch()
-    assert other.is_dir()
-    with staging_dir(other):
-        other.replace(tmp_path / "other")
+    assert [path.name for path in draft.iterdir()] == [scored]
+    with staging_dir(draft, scored):
+        draft.replace(tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "other"]
 
 

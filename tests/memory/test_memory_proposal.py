@@ -99,7 +99,7 @@ def test_the_most_capable_model_is_proposed_that_fits_and_is_trained_within_a_ni
 
 def test_columns_of_likely_names_become_fields_that_the_recipe_states(tmp_path):
     (tmp_path / "faq.csv").write_text("Question,Answer\n" + "Why?,Because.\n" * 30, encoding="utf-8")
-    summary = read_data(str(tmp_path / "faq.csv"), tmp_path, lambda *_: None)
+    summary = read_data(str(tmp_path / "faq.csv"), {}, tmp_path, lambda *_: None)
     assert (summary.data.format, summary.data.fields) == ("alpaca", {"instruction": "Question", "output": "Answer"})
     assert summary.lengths == (14,) * 30  # 12 bytes are 4 tokens; the template has 5 more for each of two turns
     target = tmp_path / "faq.toml"

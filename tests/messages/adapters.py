@@ -12,7 +12,7 @@ from workshop import Workshop
 from qlora_phi3.adapters.adapter_deltas import read_deltas
 from qlora_phi3.adapters.convert import change_fusion, check_target, find_base, peft_to_loralib
 from qlora_phi3.adapters.delta import check_layers, fuse, read_enable, split
-from qlora_phi3.adapters.loralib import Spec, build_loralib_layers, load_loralib, read_loralib
+from qlora_phi3.adapters.loralib import Spec, build_loralib_layers, read_loralib
 from qlora_phi3.adapters.peft_io import find_adapter, read_config, read_peft, read_tensors, read_weights
 from qlora_phi3.adapters.start import check_start
 from qlora_phi3.errors import ExportError
@@ -193,12 +193,6 @@ MESSAGES = [
         lambda shop: build_loralib_layers(read_phi3(), Spec(enable={"qkv_proj": [True, False]}), "here"),
         "group 2 of 2",
         hint="every trained group",
-    ),
-    row(
-        "model-has-an-adapter",
-        lambda shop: load_loralib(with_adapter(), shop.path / "lora.pt", alpha=1),
-        "adapter already",
-        hint="model.unload()",
     ),
     row(
         "layer-not-in-base",
@@ -416,9 +410,3 @@ def unfused(shop: Workshop) -> Any:
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     (base / "config.json").write_text(json.dumps({**config, "model_type": "llama"}), encoding="utf-8")
     return base
-
-
-def with_adapter() -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))

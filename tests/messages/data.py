@@ -95,7 +95,7 @@ MESSAGES = [
         "data-file-missing",
         lambda shop: open_file("gone.jsonl", shop.path),
         ("'gone.jsonl'",),
-        "Check the path in [data].",
+        "Check the path.",
     ),
     message("data-folder-without-files", empty_folder, ("empty has no data file",), ".jsonl"),
     message(

@@ -14,7 +14,6 @@ from workshop import Workshop
 
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.gguf import tensors
-from qlora_phi3.export.gguf.prompt import write_modelfile
 from qlora_phi3.export.gguf.tensors import check_quant
 from qlora_phi3.export.gguf.vocab import read_vocabulary
 from qlora_phi3.export.gguf.write import convert_to_gguf, read_phi3_config
@@ -28,11 +27,6 @@ def convert(shop: Workshop, quant: str = "f16", **changes: Any) -> object:
     tensors = {**load_file(base / "model.safetensors"), **changes}
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, base / "model.safetensors")
     return convert_to_gguf(base, shop.path / "x.gguf", quant=quant, name="x", progress=lambda *_: None)
-
-
-def convert_over(shop: Workshop) -> object:
-    (shop.path / "x.gguf").touch()
-    return convert(shop)
 
 
 def read_changed(folder: Path, *, sentencepiece: bool, rows: int = 832, **changes: Any) -> object:
@@ -68,11 +62,6 @@ def check_without(library: str, quant: str) -> None:
         check_quant(quant)
 
 
-def write_over_modelfile(shop: Workshop) -> object:
-    (shop.path / "Modelfile").touch()
-    return write_modelfile(shop.base, shop.path / "x.gguf", shop.path / "Modelfile")
-
-
 def row(name: str, trigger: Any, *says: str, hint: str) -> Message:
     return Message(name=name, trigger=trigger, error=ExportError, exit_code=2, says=says, hint=hint)
 
@@ -87,8 +76,6 @@ MESSAGES = [
         "/nowhere/libllama.so cannot be loaded: OSError",
         hint="LLAMA_CPP_LIB",
     ),
-    row("gguf-exists", convert_over, "x.gguf", hint="--force"),
-    row("modelfile-exists", write_over_modelfile, "Modelfile", hint="--force"),
     row(
         "gguf-unsupported-config",
         lambda shop: read_phi3_config(change_config(shop, hidden_act="gelu")),

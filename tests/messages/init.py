@@ -34,16 +34,44 @@ MESSAGES = [
         ("mine.toml exists already",),
         "--out",
     ),
-    Message("init-example-exists", _init_twice(), UserError, 2, ("example-chats.jsonl cannot be written: File exists",), "--out"),
+    Message(
+        "init-example-exists",
+        _init_twice(),
+        UserError,
+        2,
+        ("example-chats.jsonl exists already",),
+        "qlora-phi3 init example-chats.jsonl",
+    ),
     Message("init-out-is-no-recipe", _init("a.jsonl", "--out", "a.txt"), UserError, 2, ("--out a.txt",), "Name it so"),
-    Message("init-cannot-write", _init("--out", "gone/a.jsonl"), UserError, 2, ("gone/a.jsonl", "No such file"), "--out"),
+    Message(
+        "init-out-without-data", _init("--out", "a.toml"), UserError, 2, ("--out a.toml is for a recipe",), "Leave --out out"
+    ),
+    Message(
+        "init-cannot-write",
+        _init("a.jsonl", "--out", "gone/a.toml", content='{"prompt": "a", "completion": "b"}\n'),
+        UserError,
+        2,
+        ("gone/a.toml", "No such file"),
+        "--out",
+    ),
+    Message(
+        "init-one-column", _init("a.jsonl", "--answer", "y"), UserError, 2, ("--question and --answer belong together",), "both"
+    ),
+    Message(
+        "init-column-missing",
+        _init("a.jsonl", "--question", "x", "--answer", "z", content='{"x": 1, "y": 2}\n'),
+        UserError,
+        2,
+        ("a.jsonl has no column 'z'",),
+        "x, y",
+    ),
     Message("init-data-missing", _init("a.jsonl"), DataError, 2, ("no data file 'a.jsonl'",), "Check the path"),
     Message(
         "init-data-of-unknown-columns",
         _init("a.jsonl", content='{"x": 1, "y": 2}\n'),
         DataError,
         2,
-        ("None of the 1 row of a.jsonl", "x, y"),
-        "The formats are messages",
+        ("The columns of a.jsonl are of no known format", "x, y"),
+        "--question COLUMN --answer COLUMN",
     ),
 ]

@@ -24,10 +24,10 @@ MESSAGES = [
     ),
     Message(
         name="vram-unreadable",
-        trigger=lambda shop: _check(shop, "--vram", "12"),
+        trigger=lambda shop: _check(shop, "--vram", "12G B"),
         error=DeviceError,
         exit_code=2,
-        says=("--vram", "'12'"),
+        says=("--vram", "'12G B'"),
         hint="--vram 12GB",
     ),
     Message(

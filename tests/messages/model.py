@@ -204,8 +204,8 @@ MESSAGES = [
     row(
         "base-weights-cut-short",
         lambda shop: load(with_base(shop, truncate)),
-        ("copy", "cannot be read"),
-        "Download the checkpoint again",
+        ("copy", "no complete safetensors file"),
+        "Download or write the file again",
     ),
     row(
         "base-weights-missing-tensor",
@@ -296,7 +296,7 @@ MESSAGES = [
     row(
         "safetensors-cut-short",
         lambda shop: open_weights(with_base(shop, truncate)),
-        ("cut short", "incomplete"),
+        ("no complete safetensors file",),
         "Download or write the file again",
     ),
     row("safetensors-header-cut-short", lambda shop: write_file(shop, b"\x09"), ("1 bytes",), "Download or write"),

@@ -314,7 +314,7 @@ MESSAGES = [
     ),
     refused("recipe-is-a-directory", load_file("."), ("cannot be read",), "Give the path of a .toml file."),
     refused("recipe-not-utf-8", load_file("a.toml", START.encode("utf-16")), ("not UTF-8 text (byte 0)",), "as UTF-8"),
-    refused("recipe-is-data", load_file("a.jsonl"), ("a.jsonl is data",), '[data] train = "a.jsonl"'),
+    refused("recipe-is-data", load_file("a.jsonl"), ("a.jsonl is data",), "qlora-phi3 init a.jsonl"),
     refused("set-without-a-value", load(START, "lora.r"), ("--set lora.r",), "--set lora.r=32"),
     refused("set-below-a-value", load(START + "[lora]\nr = 3", "lora.r.x=3"), ("r is not a table",), "--set lora.r=32"),
     refused("set-list-without-quotes", load(START, "data.train=[a]"), ("--set data.train=[a]",), """train=["a"]'"""),

@@ -10,6 +10,7 @@ from run_files import data_report, step_record, write_run
 
 from qlora_phi3.cli.runs import runs
 from qlora_phi3.errors import RunError
+from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.training import order, samples
 from qlora_phi3.training.order import read_step_rows
 from qlora_phi3.ui import page
@@ -55,22 +56,18 @@ def rows_of(shop, sha256, records):
 
 
 def too_slow():
-    with mock.patch.object(samples.time, "perf_counter", side_effect=[0.0, 1.0, 101.0]):
-        count = samples.limit_seconds(60.0, 16, lambda *arguments: None)
-        count(1)
-        count(8)
+    with mock.patch.object(samples.time, "perf_counter", side_effect=[0.0, 101.0]):
+        samples.limit_seconds(60.0, lambda *arguments: None)(8, 16)
 
 
 def generation_fails(shop):
     """The warning that the reporter gets."""
     heard = []
     reporter = SimpleNamespace(progress=lambda *arguments: None, warning=heard.append)
-    context = SimpleNamespace(reporter=reporter, recipe=SimpleNamespace(training=SimpleNamespace(report_samples=1)))
-    with (
-        mock.patch.object(samples, "choose_prompts", return_value=[None]),
-        mock.patch.object(samples, "_answer_with_both", side_effect=ValueError("no such cache")),
-    ):
-        samples.save_samples(None, context, None, 0.0)
+    recipe = SimpleNamespace(training=SimpleNamespace(report_samples=1))
+    context = SimpleNamespace(reporter=reporter, recipe=recipe, data=SimpleNamespace(evaluation=[None]))
+    with mock.patch.object(samples, "_answer_with_both", side_effect=ValueError("no such cache")):
+        samples.save_samples(None, context, RunFolder(shop.path), 0.0)
     raise RunError(*heard)
 
 
@@ -128,7 +125,7 @@ MESSAGES = [
         trigger=lambda shop: too_slow(),
         error=RunError,
         exit_code=2,
-        says=("3:35",),
+        says=("3:22",),
         hint="[training] report_samples",
     ),
     Message(

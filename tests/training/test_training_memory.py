@@ -8,7 +8,7 @@ import torch
 from tiny_check import GPU
 from tiny_model import load_tiny, save_tiny_model
 
-from qlora_phi3.hardware.gpu import read_own_bytes
+from qlora_phi3.hardware.gpu import GpuLoad, read_load
 from qlora_phi3.memory.cuda_path import context_bytes
 from qlora_phi3.memory.report import ADAPTER, EMBEDDING_AND_HEAD, OPTIMIZER_STATE, QUANTIZATION_STATE, QUANTIZED_WEIGHTS
 from qlora_phi3.training import report
@@ -18,6 +18,8 @@ from qlora_phi3.units import GIB, MIB
 
 class Nvml:
     """NVML with one GPU and these processes; None: the driver does not list any."""
+
+    NVML_TEMPERATURE_GPU = 0
 
     class NVMLError(Exception):
         pass
@@ -34,6 +36,12 @@ class Nvml:
 
     def nvmlDeviceGetUUID(self, handle):  # noqa: N802
         return "GPU-0"
+
+    def nvmlDeviceGetPowerUsage(self, handle):  # noqa: N802
+        raise self.NVMLError
+
+    def nvmlDeviceGetTemperature(self, handle, sensor):  # noqa: N802
+        return 50
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle):  # noqa: N802
         if self.processes == (None,):
@@ -52,7 +60,7 @@ class Nvml:
 )
 def test_the_driver_says_what_this_process_takes_or_nothing(monkeypatch, processes, own):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert read_own_bytes(nvml=Nvml(*processes)) == own
+    assert read_load(nvml=Nvml(*processes)) == GpuLoad(watts=None, celsius=50, own_bytes=own)
 
 
 @pytest.fixture
@@ -71,7 +79,7 @@ def on_cuda(monkeypatch):
     [(1150 * MIB, 150 * MIB), (None, context_bytes(28)), (900 * MIB, context_bytes(28))],
 )
 def test_a_run_is_measured_by_its_own_peak_whatever_other_programs_take(monkeypatch, on_cuda, own, context):
-    monkeypatch.setattr(report, "read_own_bytes", lambda: own)
+    monkeypatch.setattr(report, "read_load", lambda: GpuLoad(watts=None, celsius=None, own_bytes=own))
     measured = measure_memory(torch.nn.Linear(4, 4), None, on_cuda, GPU)
     assert measured.on_gpu_bytes == 1200 * MIB + context
     assert (measured.allocated_bytes, measured.reserved_bytes) == (1100 * MIB, 1200 * MIB)

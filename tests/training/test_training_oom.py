@@ -14,8 +14,9 @@ from workshop import Workshop, read_json, read_lines
 
 from qlora_phi3.errors import RunError, is_out_of_memory
 from qlora_phi3.execution import SMALLEST_MLP_TILE_TOKENS, ExecutionPlan, MicroBatchPlan
+from qlora_phi3.objectives import ObjectiveOutput
 from qlora_phi3.reporter import record_as_json
-from qlora_phi3.step import MicroBatchMemoryError, StepResult
+from qlora_phi3.step import MicroBatchMemoryError
 from qlora_phi3.training.oom import MemoryGuard, restore_execution_plan
 
 PLAN = MicroBatchPlan(max_tokens=100, max_rows=8, packing=True, longrope_boundary=None)
@@ -77,7 +78,9 @@ class Bench:
             device=CPU,
             reporter=SimpleNamespace(oom=self.records.append),
             sources=("chats.jsonl", "more.jsonl"),
-            apply=self.applied.append,
+            apply=lambda plan: self.applied.append(
+                replace(plan, micro_batch=execution.micro_batch, evaluation=execution.evaluation)
+            ),
         )
 
     def compute(self, lengths, fails, *, step=1, phase="training"):
@@ -90,7 +93,7 @@ class Bench:
             self.passes.append(batch.row_indices)
             if micro is not None:
                 raise MicroBatchMemoryError(micro, MESSAGE)
-            return StepResult(loss=torch.zeros(()), metrics={})
+            return ObjectiveOutput(loss=torch.zeros(()), metrics={})
 
         rows = [
             {"input_ids": [1] * length, "labels": [1] * length, "source": 1, "source_row": 10 + row}
@@ -355,4 +358,4 @@ def test_memory_that_runs_out_in_the_optimizer_is_one_line(shop, monkeypatch):
     shop.write(**TABLES)
     result = shop.run()
     assert result.exit_code == 2
-    assert "optimizer's update after step 0" in result.stderr.splitlines()[-1]
+    assert "optimizer's update: " in result.stderr.splitlines()[-1]

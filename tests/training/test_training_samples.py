@@ -1,7 +1,7 @@
-"""Answers to held-out prompts at the end of a run: the same in any batch, and nothing that goes wrong with them ends the run."""
+"""Answers to held-out prompts at the end of a run: those of both models, and nothing that goes wrong with them ends the run."""
 
 import json
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.training import samples
 from qlora_phi3.training.prepare import load_model, prepare
-from qlora_phi3.training.samples import MAX_NEW_TOKENS, choose_prompts, limit_seconds, save_samples
+from qlora_phi3.training.samples import limit_seconds, save_samples
 
 
 class Heard:
@@ -41,7 +41,7 @@ def lab(tmp_path_factory, base):
 
 @pytest.fixture
 def answer(lab, tmp_path, monkeypatch):
-    """Save samples after changing the module; returns them (None: no file) and the warnings."""
+    """Save samples after changing the module; returns what samples.json holds, and the warnings."""
     model, context = lab
     context.reporter.warnings.clear()
     monkeypatch.setattr(samples, "MAX_NEW_TOKENS", 12)
@@ -49,107 +49,64 @@ def answer(lab, tmp_path, monkeypatch):
     def answer(**changes):
         for name, value in changes.items():
             monkeypatch.setattr(samples, name, value)
-        folder = RunFolder(tmp_path)
-        folder.samples.unlink(missing_ok=True)
-        save_samples(model, context, folder, run_seconds=0.0)
-        saved = json.loads(folder.samples.read_text(encoding="utf-8"))["samples"] if folder.samples.exists() else None
-        return saved, context.reporter.warnings
+        save_samples(model, context, RunFolder(tmp_path), run_seconds=0.0)
+        return json.loads((tmp_path / "samples.json").read_text(encoding="utf-8")), context.reporter.warnings
 
     return answer
 
 
-def test_a_batch_gives_the_answers_that_each_prompt_gets_alone(answer):
-    together, _ = answer()
-    alone, warnings = answer(CACHED_TOKENS=1)
-    assert together == alone
-    assert warnings == []
-    assert [each["row"] for each in together] == ["chats.jsonl:" + each["row"].partition(":")[2] for each in together]
-    assert all(each["prompt"].startswith("What is ") for each in together)
-    assert any(each["base"]["text"] != each["tuned"]["text"] for each in together)
-
-
-def test_the_base_answers_as_the_model_without_its_adapter(answer, lab):
+def test_the_base_answers_as_the_model_without_its_adapter_and_the_tuned_model_as_with_it(answer, lab):
     model, context = lab
-    saved, _ = answer()
-    prompt = choose_prompts(context, 1)[0]
+    saved, warnings = answer()
+    assert (len(saved["samples"]), warnings, "reason" in saved) == (3, [], False)
+    assert all(each["prompt"].startswith("What is ") for each in saved["samples"])
+    assert any(each["base"]["text"] != each["tuned"]["text"] for each in saved["samples"])
+    ids = [row["input_ids"] for row in context.data.evaluation]
+    labels = [row["labels"] for row in context.data.evaluation]
+    prompts = [row[: next(at for at, label in enumerate(marks) if label != -100)] for row, marks in zip(ids, labels, strict=True)]
+    texts = [context.tokenizer.decode(prompt, skip_special_tokens=True).strip() for prompt in prompts]
+    prompt = prompts[texts.index(saved["samples"][0]["prompt"])]
     with model.disable_adapter(), torch.no_grad():
-        ids = model.eval().generate(
-            input_ids=torch.tensor([prompt.ids]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+        new = model.eval().generate(
+            input_ids=torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
         )
-    text = context.tokenizer.decode(ids[0, len(prompt.ids) :], skip_special_tokens=True).strip()
-    assert text.startswith(saved[0]["base"]["text"])
-
-
-def test_memory_that_runs_out_halves_the_batch_and_one_row_that_does_not_fit_is_a_warning(answer, monkeypatch):
-    generate, sizes = samples._answer, []
-
-    def limited(most):
-        def run(model, context, batch, *arguments):
-            sizes.append(len(batch))
-            if len(batch) > most:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return generate(model, context, batch, *arguments)
-
-        return run
-
-    expected, _ = answer()
-    found, warnings = answer(_answer=limited(1))
-    assert found == expected
-    assert warnings == []
-    assert max(sizes) > 1
-    nothing, warnings = answer(_answer=limited(0))
-    assert nothing is None
-    assert "memory ran out" in warnings[0]
+    text = context.tokenizer.decode(new[0, len(prompt) :], skip_special_tokens=True).strip()
+    assert text.startswith(saved["samples"][0]["base"]["text"])
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a fault of a library"), ValueError("another")])
-def test_whatever_happens_the_run_goes_on_with_one_warning(answer, error):
+def test_whatever_happens_the_run_goes_on_with_one_warning_which_the_report_has(answer, error):
     def fail(*arguments):
         raise error
 
-    saved, warnings = answer(_answer=fail)
-    assert saved is None
-    assert len(warnings) == 1
+    saved, warnings = answer(answer_questions=fail)
+    assert saved["samples"] == []
+    assert [saved["reason"]] == warnings
     assert "The run itself is complete" in warnings[0]
 
 
 def test_answers_that_would_take_too_long_are_left_out(answer):
     saved, warnings = answer(ALLOWED_SECONDS=0.0)
-    assert saved is None
+    assert saved["samples"] == []
     assert "as it would take" in warnings[0]
 
 
-def test_the_estimate_leaves_out_the_time_of_the_first_token(monkeypatch):
+def test_the_time_is_estimated_from_the_answers_done(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(samples.time, "perf_counter", lambda: now[0])
-    count = limit_seconds(60.0, 101, lambda *arguments: None)
-    for done in range(1, 9):  # 20 s for the prompts, then 0.35 s a token: 20 + 100 * 0.35 = 55 s
-        now[0] = 20 + 0.35 * (done - 1)
-        count(done)
-    now[0] = 20 + 0.45 * 8  # 20 + 100 * 0.45 = 65 s
-    with pytest.raises(RunError, match="1:05"):
-        count(9)
+    report = limit_seconds(60.0, lambda *arguments: None)
+    now[0] = 100.0
+    report(1, 16)  # one answer tells too little
+    now[0] = 7.0
+    report(2, 16)  # 16 / 2 * 7 s = 56 s
+    now[0] = 8.0
+    with pytest.raises(RunError, match="1:04"):
+        report(2, 16)
 
 
-def test_an_answer_ends_at_its_first_stop_id(lab, monkeypatch):
+def test_nothing_is_written_where_the_recipe_wants_no_samples(lab, tmp_path):
     model, context = lab
-    prompts, stop = choose_prompts(context, 2), 5
-    start = max(len(prompt.ids) for prompt in prompts)
-    new = torch.tensor([[7, stop, 8, stop], [7, 7, 7, 7]])
-    monkeypatch.setattr(model, "generate", lambda **options: torch.cat([torch.zeros(2, start, dtype=torch.int64), new], dim=1))
-    assert samples._answer(model, context, prompts, [stop], lambda done: None, 0) == [[7, stop], [7, 7, 7, 7]]
-
-
-def row(prompt, answer):
-    ids = list(range(1, prompt + answer + 1))
-    return {"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "source": 0, "source_row": 1}
-
-
-def test_prompts_end_before_the_first_learned_token_and_long_ones_are_passed_over():
-    rows = [row(600, 5), row(10, 300), row(1, 19)]
-    data = SimpleNamespace(evaluation=rows, report=SimpleNamespace(sources=("a.jsonl",)))
-    chosen = choose_prompts(SimpleNamespace(data=data), 8)
-    assert [len(prompt.ids) for prompt in chosen] == [10, 10]  # raw text is continued from its half
-    assert [len(prompt.expected) for prompt in chosen] == [MAX_NEW_TOKENS, 10]
-    assert choose_prompts(SimpleNamespace(data=data), 1) == chosen[:1]
-    assert choose_prompts(SimpleNamespace(data=data), 0) == []
+    training = context.recipe.training.model_copy(update={"report_samples": 0})
+    without = context.recipe.model_copy(update={"training": training})
+    save_samples(model, replace(context, recipe=without), RunFolder(tmp_path), run_seconds=0.0)
+    assert not (tmp_path / "samples.json").exists()

@@ -137,7 +137,12 @@ def test_a_run_that_is_only_warm_up_is_reported_before_it_starts(printed, total,
 @pytest.mark.parametrize(("after", "warned"), [(2.5, True), (1.5, False), (None, False)])
 def test_a_held_out_loss_that_rose_is_reported_at_the_end(printed, tmp_path, after, warned):
     out, err = printed(lambda reporter: reporter.finish(1, 2.0, after, 61, tmp_path))
-    assert out[-1] == f"Done: 1 step in 1:01. The adapter: {tmp_path}"
+    assert out[-4] == f"Done: 1 step in 1:01. The adapter: {tmp_path}"
+    assert out[-3:] == [
+        f"Next: qlora-phi3 chat {tmp_path.parent} --compare",
+        f"      qlora-phi3 eval {tmp_path.parent}",
+        f"      qlora-phi3 export {tmp_path.parent} --ollama NAME",
+    ]
     assert ["learning_rate" in line for line in err] == [True] * warned
 
 
@@ -150,7 +155,7 @@ def test_the_loss_at_the_end_is_that_of_all_sessions_as_means_of_the_first_and_l
         reporter.step(record(20, loss=losses[19]))
         reporter.finish(20, None, None, 1, tmp_path)
 
-    line = printed(act)[0][-2]
+    line = printed(act)[0][-5]
     assert line == f"Training loss  {draw_curve(losses)}  3.0000 -> 0.7500 (first and last 2 steps)"
 
 
@@ -208,7 +213,7 @@ def test_plain_lines_about_one_work_are_ten_seconds_apart(printed, clock):
 def test_stopping_at_once_names_the_newest_checkpoint_and_the_command_that_goes_on(tmp_path):
     reporter = ConsoleReporter(Console(), Console(), EVERY_STEP, build_progress(Console(), disable=True))
     resumed = RunFolder(tmp_path / "runs" / "mine" / "now")
-    go_on = f"Go on with: qlora-phi3 run {resumed.recipe} --resume {resumed.path}"
+    go_on = f"Go on with: qlora-phi3 run --resume {resumed.path}"
     assert reporter.interruption(None).hint == "Start again with the same command."
     assert reporter.interruption(resumed).hint == go_on
     reporter.begin(RunOutline(total_steps=9, epochs=1, first_step=4))

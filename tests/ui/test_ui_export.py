@@ -42,7 +42,7 @@ def shown(*, dtype: str = "float16", quant: str | None = None, stopped: int = 8,
         },
         "stop_test": {"method": "generated", "turns": 8, "stopped": stopped, "live_share": None},
     }
-    result = quant and GgufResult(path=Path("x.gguf"), num_bytes=1, num_tensors=1, quant=quant, name="x", notes=("A note.",))
+    result = quant and GgufResult(path=Path("x.gguf"), quant=quant, notes=("A note.",))
     view = Lines()
     show_export(view, Exported(folder=Path("x"), report=report, gguf=result or None))  # type: ignore[arg-type]
     return view

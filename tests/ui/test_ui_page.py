@@ -56,7 +56,7 @@ def shown(tmp_path_factory, pages_have_no_charts):
 
 def write_full(path):
     records = [evaluation_record(0, 4.0), *(step_record(n, 4 - n / 10) for n in range(1, 11)), evaluation_record(10, 2.5)]
-    samples = [sample(row=f"chats.jsonl:{number}") for number in range(8)]
+    samples = [sample() for _ in range(8)]
     return write_run(path, records=[*records, memory_record(), divergence_record()], samples=samples)
 
 

@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from qlora_phi3.adapters.base_files import DOWNLOAD_AGAIN, GENERATION_CONFIG
 from qlora_phi3.data.tokenizer import load_tokenizer
 from qlora_phi3.errors import ExportError
+from qlora_phi3.export.request import MODELFILE
 from qlora_phi3.family import read_architecture
 from qlora_phi3.files import atomic_file, disk_errors, read_json_object
 from qlora_phi3.inference import ENDS_OF_TURN, stop_ids
@@ -205,26 +206,18 @@ def _remove_white_space(text: str, left: list[str], right: list[str], space: str
     return text
 
 
-def write_modelfile(folder: Path, gguf: Path, target: Path, *, force: bool = False) -> Path:
-    """Write the Modelfile with which `ollama create` takes a .gguf file that was made from a checkpoint.
-
-    The file is named by its name alone where it is in the Modelfile's directory, `target.parent`. ExportError where the Modelfile
-    exists, or generation_config.json cannot be read; ModelError where the tokenizer or the config cannot.
+def write_modelfile(folder: Path, gguf: Path) -> Path:
+    """Write the Modelfile with which `ollama create` takes a .gguf file, next to it; `folder` is the export that it was made of.
+    ExportError where its generation_config.json cannot be read; ModelError where the tokenizer or the config cannot.
     """
-    if target.exists() and not force:
-        raise ExportError(f"{target} exists.", "Give another place, or --force.")
-    tokenizer = load_tokenizer(Model(name=str(folder)))
+    tokenizer, target = load_tokenizer(Model(name=str(folder))), gguf.with_name(MODELFILE)
     prompting = plan_prompting(tokenizer, gguf.stem)
-    generation_config, eos_token_id = folder / GENERATION_CONFIG, None
-    if generation_config.is_file():
-        config = read_json_object(generation_config, ExportError, DOWNLOAD_AGAIN)
-        eos_token_id = config.get("eos_token_id")
-    stops = tokenizer.convert_ids_to_tokens(sorted(stop_ids(eos_token_id, prompting.end_of_turn)))
+    config = read_json_object(folder / GENERATION_CONFIG, ExportError, DOWNLOAD_AGAIN)
+    stops = tokenizer.convert_ids_to_tokens(sorted(stop_ids(config.get("eos_token_id"), prompting.end_of_turn)))
     architecture = read_architecture(str(folder))
     # With longrope no more than the short factors serve, because llama.cpp decides by this number.
     limits = (architecture.longrope_boundary, architecture.max_position_embeddings, LARGEST_CONTEXT)
-    same_directory = gguf.resolve().parent == target.resolve().parent
-    lines = [f"FROM ./{gguf.name}" if same_directory else f"FROM {gguf.resolve()}"]
+    lines = [f"FROM ./{gguf.name}"]
     if prompting.turns:  # without it Ollama guesses the template from the one inside the file
         lines.append(f'TEMPLATE """{build_template(prompting.turns)}"""')
     lines += [f"PARAMETER stop {json.dumps(stop)}" for stop in stops if stop is not None]

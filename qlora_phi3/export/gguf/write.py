@@ -1,7 +1,6 @@
 """A finished export as one .gguf file, for llama.cpp and Ollama; written tensor by tensor, a few rows at a time."""
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,15 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from qlora_phi3.data.tokenizer import load_tokenizer
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.gguf.prompt import Prompting, plan_prompting
-from qlora_phi3.export.gguf.tensors import QUANTIZED, TensorPlan, check_quant, encode, plan_tensors, quantize_file
+from qlora_phi3.export.gguf.tensors import QUANTIZED, TensorPlan, encode, plan_tensors, quantize_file
 from qlora_phi3.export.gguf.vocab import LIMITS, Vocabulary, read_vocabulary
+from qlora_phi3.export.writer import check_disk
 from qlora_phi3.family import parse_architecture, read_config
 from qlora_phi3.files import atomic_file, disk_errors
 from qlora_phi3.model.weights import TensorInfo, Weights, open_weights
 from qlora_phi3.recipe.schema import Model
 from qlora_phi3.reporter import Progress
-from qlora_phi3.units import MIB, format_gib
+from qlora_phi3.units import MIB
 
 #: Bytes on the disk for what is not a tensor: header, vocabulary, padding.
 HEADER_BYTES = 32 * MIB
@@ -32,10 +32,7 @@ class GgufResult:
     """What was written."""
 
     path: Path
-    num_bytes: int
-    num_tensors: int
     quant: str
-    name: str  #: `general.name`, which decides how llama.cpp reads prompts.
     notes: tuple[str, ...]  #: What llama.cpp does differently from training, for a person to read.
 
 
@@ -70,29 +67,21 @@ def plan_gguf(folder: Path, info: Mapping[str, TensorInfo], *, quant: str, name:
     )
 
 
-def convert_to_gguf(folder: Path, target: Path, *, quant: str, name: str, progress: Progress, force: bool = False) -> GgufResult:
-    """Write a checkpoint as a .gguf file, completely or not at all. ExportError where there is no such quant, a library is
-    missing, the target exists, the disk is too small, or llama.cpp cannot hold this model or its vocabulary; ModelError where the
-    directory is not a complete checkpoint.
+def convert_to_gguf(folder: Path, target: Path, *, quant: str, name: str, progress: Progress) -> GgufResult:
+    """Write a checkpoint as a .gguf file, completely or not at all. ExportError where llama.cpp's quantizer is missing, the disk
+    is too small, or llama.cpp cannot hold this model or its vocabulary; ModelError where the checkpoint is not complete.
 
     Args:
         folder: a Phi-3 checkpoint in safetensors with its tokenizer files.
-        quant: of `tensors.QUANTS`.
-        name: of the model; `GgufResult.name` is the name that was written.
+        quant: that `check_quant` accepts.
+        name: of the model; see `plan_prompting`.
         progress: called after every few rows.
-        force: replace a file at the target.
     """
-    check_quant(quant)
-    if target.exists() and not force:
-        raise ExportError(f"{target} exists.", "Give another place, or --force.")
     weights = open_weights(folder)
     plan = plan_gguf(folder, weights.info, quant=quant, name=name)
     with disk_errors(target, ExportError):
         target.parent.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(target.parent).free
-        if plan.num_bytes > free_bytes:
-            message = f"The .gguf file needs {format_gib(plan.num_bytes)}, and {target.parent} has {format_gib(free_bytes)} free."
-            raise ExportError(message, "Free some, choose a smaller --quant, or write it elsewhere.")
+        check_disk(target.parent, plan.num_bytes)
         with atomic_file(target) as staging:
             if quant in QUANTIZED:
                 unquantized = staging.with_suffix(".unquantized")
@@ -105,10 +94,7 @@ def convert_to_gguf(folder: Path, target: Path, *, quant: str, name: str, progre
                 _write(staging, plan, weights, progress)
     return GgufResult(
         path=target,
-        num_bytes=target.stat().st_size,
-        num_tensors=len(plan.tensors),
         quant=quant,
-        name=plan.prompting.name,
         notes=(*plan.prompting.notes, *describe_limits(plan.config), *LIMITS.get(plan.vocabulary.pre, ())),
     )
 

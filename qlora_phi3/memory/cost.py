@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 ARITHMETIC_SHARE, BANDWIDTH_SHARE = 0.65, 0.4
 #: Bytes a second between host and GPU, pinned memory, PCIe 4.0 x8 (16 GB/s stated): one published run on a laptop had 9.4.
 OFFLOAD_BYTES_PER_SECOND = 9e9
-#: Starting the kernels of one decoder layer, forward or backward: about 60 of them at 5 microseconds. An assumption.
-LAYER_LAUNCH_SECONDS = 3e-4
+#: Starting the kernels of one decoder layer in one of its passes: 38 forward, 67 backward, 30 recomputed (counted on an emulated
+#: GPU, Phi-3-mini, one document, torch 2.14.1), at 5 microseconds, which is an assumption.
+LAYER_LAUNCH_SECONDS = 45 * 5e-6
 #: Bytes read and written when one weight is dequantized to 16 bit: NF4 with double quantization is 4.127 bit (QLoRA, section 3).
 DEQUANTIZED_BYTES_PER_WEIGHT = 4.127 / 8 + 2
 
@@ -52,29 +53,30 @@ class Recomputation(NamedTuple):
 
     #: Share of the layers that are computed twice.
     layers: float
-    #: Tiles of the MLP in a typical micro-batch, and the share of all MLPs that are computed once more for them.
+    #: Share of the layers whose gate_up projection is computed twice.
+    gate_up: float = 0.0
+    #: Tiles of the MLP in a typical micro-batch.
     mlp_tiles: int = 1
-    extra_mlp_passes: float = 0.0
 
 
 def recomputation_of(architecture: Architecture, execution: ExecutionPlan, workload: StepWorkload) -> Recomputation:
     """What an execution plan computes again.
 
-    In tiles the MLP is computed once more, except its last tile where the complete layer is recomputed: that recomputation stops
-    where the last tile begins.
+    A recomputed layer leaves out its down projection, whose result nothing reads (`model/layer.py`; with DoRA or dropout PEFT
+    computes it, which is not counted). In tiles the MLP is recomputed tile by tile, and not with its layer.
     """
     every, number = execution.checkpoint_every, architecture.num_hidden_layers
     layers = math.ceil(number / every) / number if every else 0.0
     if not execution.mlp_tile_tokens:
-        return Recomputation(layers)
+        return Recomputation(layers, layers)
     tiles = math.ceil(sum(workload.lengths) / workload.num_micro_batches / execution.mlp_tile_tokens)
-    return Recomputation(layers, tiles, 1 - layers / tiles)
+    return Recomputation(layers, 1.0, tiles)
 
 
-def count_weights(architecture: Architecture) -> tuple[int, int]:
-    """Number of weights in all linear layers of the decoder: those around the attention, and those of the MLPs."""
+def count_weights(architecture: Architecture) -> tuple[int, int, int]:
+    """Number of weights in all linear layers of the decoder: around the attention, in gate_up_proj, in down_proj."""
     numbers = {name: math.prod(shape) * architecture.num_hidden_layers for name, shape in linear_shapes(architecture).items()}
-    return numbers["qkv_proj"] + numbers["o_proj"], numbers["gate_up_proj"] + numbers["down_proj"]
+    return numbers["qkv_proj"] + numbers["o_proj"], numbers["gate_up_proj"], numbers["down_proj"]
 
 
 def step_flops(architecture: Architecture, workload: StepWorkload, again: Recomputation) -> float:
@@ -85,9 +87,8 @@ def step_flops(architecture: Architecture, workload: StepWorkload, again: Recomp
     """
     tokens, squares = sum(workload.lengths), sum(length**2 for length in workload.lengths)
     hidden, layers = architecture.hidden_size, architecture.num_hidden_layers
-    attention_weights, mlp_weights = count_weights(architecture)
-    weights = attention_weights * 2 * (2 + again.layers)
-    weights += mlp_weights * 2 * (2 + again.layers + again.extra_mlp_passes)
+    attention_weights, gate_up, down = count_weights(architecture)
+    weights = 2 * (attention_weights * (2 + again.layers) + gate_up * (2 + again.gate_up) + down * 2)
     widths = 9 * hidden + 3 * architecture.intermediate_size  # inputs and outputs of a layer's four matmuls, about
     adapter = layers * workload.rank * widths * 2 * (3 + again.layers)
     attention = 2 * layers * hidden * squares * (3.5 + again.layers)
@@ -99,8 +100,8 @@ def estimate_step_seconds(architecture: Architecture, execution: ExecutionPlan, 
     """The time of one optimizer step; the MLP's weights are dequantized for every tile in each of its passes."""
     again = recomputation_of(architecture, execution, workload)
     layers, passes = architecture.num_hidden_layers, 2 + again.layers
-    attention_weights, mlp_weights = count_weights(architecture)
-    dequantized = attention_weights * passes + mlp_weights * again.mlp_tiles * (passes + again.extra_mlp_passes)
+    attention_weights, gate_up, down = count_weights(architecture)
+    dequantized = attention_weights * passes + again.mlp_tiles * (gate_up * (2 + again.gate_up) + down * 2)
     moved = dequantized * DEQUANTIZED_BYTES_PER_WEIGHT if workload.quantized else 0.0
     offloaded = 2 * sum(workload.lengths) * architecture.hidden_size * 2 * layers * again.layers
     return (

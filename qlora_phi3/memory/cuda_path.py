@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qlora_phi3.model.attention
+import qlora_phi3.model.layer
 from qlora_phi3.memory.report import ATTENTION_MASK, ATTENTION_WORKSPACE
 from qlora_phi3.memory.tracker import PINNED, MemoryTracker
 from qlora_phi3.units import MIB
@@ -195,6 +196,9 @@ def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> It
         # CUDA's saves one byte an element for the backward pass; the CPU's saves the scaled mask.
         return torch.native_dropout(values, p, True)[0] if training and p else values
 
+    def rms_norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
     usual_softmax = functional.softmax
 
     def softmax(values: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -205,6 +209,8 @@ def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> It
     with (
         patch.object(qlora_phi3.model.attention, "CPU_SCORES_BYTES", 0),
         patch.object(qlora_phi3.model.attention, "_takes_groups", takes_groups),
+        patch.object(qlora_phi3.model.layer, "rms_norm", rms_norm),
+        patch.object(qlora_phi3.model.layer, "rms_norm_backward", lambda grad, *_: torch.empty_like(grad)),
         patch.object(transformers.modeling_utils, "save_on_cpu", lambda **_: saved_tensors_hooks(offload, torch.empty_like)),
         patch.object(functional, "scaled_dot_product_attention", _attention_on(tracker, capability)),
         patch.object(functional, "dropout", dropout),

@@ -29,7 +29,7 @@ UNSHARED = (2, 4)
 
 _aten, _bnb = torch.ops.aten, torch.ops.bitsandbytes
 _device_of = torch.ops.prim.device.default
-_PRODUCTS = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.linear.default)
+_PRODUCTS = tuple(getattr(_aten, name).default for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear"))
 
 
 class NullTracker:

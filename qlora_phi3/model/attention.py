@@ -58,8 +58,9 @@ def attend_by_document(
     if document_lengths is None:
         return _attend(module, query, key, value, attention_mask, **kwargs), None
     outputs = []
-    documents = (torch.split(tensor, list(document_lengths), 2) for tensor in (query, key, value))
-    for one_query, one_key, one_value in zip(*documents, strict=True):
+    is_whole = len(document_lengths) == 1  # no split, whose backward pass copies three gradients, and no concatenation
+    parts = [(tensor,) if is_whole else torch.split(tensor, list(document_lengths), 2) for tensor in (query, key, value)]
+    for one_query, one_key, one_value in zip(*parts, strict=True):
         heads, length = one_query.shape[1:3]
         mask = (window_masks or {}).get(length)
         is_16_bit_on_cpu = one_query.device.type == "cpu" and one_query.element_size() == 2
@@ -67,7 +68,7 @@ def attend_by_document(
             outputs.append(_attend_by_matmul(one_query, one_key, one_value, scaling=kwargs["scaling"]))
         else:
             outputs.append(_attend(module, one_query, one_key, one_value, mask, **kwargs))
-    return torch.cat(outputs, dim=1), None
+    return outputs[0] if is_whole else torch.cat(outputs, dim=1), None
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from qlora_phi3.errors import ModelError, first_line
+from qlora_phi3.model.layer import read_lora
 from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM
 from qlora_phi3.model.weights import Weights, read_tensor
 from qlora_phi3.recipe.schema import Lora
@@ -137,14 +138,7 @@ def fuse_lora_forward(model: nn.Module) -> None:
     Layers with dropout, DoRA or a bias on B keep PEFT's own forward, and so does every call with the adapter disabled or merged.
     """
     for layer in model.modules():
-        if (
-            isinstance(layer, LoraLayer)
-            and isinstance(layer.get_base_layer(), nn.Linear)
-            and "default" in layer.lora_A
-            and "default" not in layer.lora_variant
-            and isinstance(layer.lora_dropout["default"], nn.Identity)
-            and layer.lora_B["default"].bias is None
-        ):
+        if read_lora(layer) is not None:
             layer.forward = _FusedLoraForward(layer, layer.forward)
 
 
@@ -157,17 +151,9 @@ class _FusedLoraForward:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of the base layer's output."""
-        layer = self.layer
-        lora_A, lora_B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        if (
-            args
-            or kwargs
-            or layer.disable_adapters
-            or layer.merged
-            or layer.active_adapters != ["default"]
-            or not (x.dtype == lora_A.dtype or torch.is_autocast_enabled(x.device.type))
-        ):
+        lora = read_lora(self.layer)
+        if args or kwargs or lora is None or not (x.dtype == lora.lora_A.dtype or torch.is_autocast_enabled(x.device.type)):
             return self.peft_forward(x, *args, **kwargs)
-        base: Tensor = layer.base_layer(x)
-        low_rank = linear(x, lora_A) * layer.scaling["default"]
-        return torch.addmm(base.flatten(0, -2), low_rank.flatten(0, -2), lora_B.T).view_as(base)
+        base: Tensor = lora.base(x)
+        low_rank = linear(x, lora.lora_A) * lora.scaling
+        return torch.addmm(base.flatten(0, -2), low_rank.flatten(0, -2), lora.lora_B.T).view_as(base)

@@ -3,7 +3,7 @@
 Every loaded base is frozen, has no cache, and never repacks its 4-bit weights (`configure_base`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,10 +12,8 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.utils import logging as transformers_logging
 
 from qlora_phi3.errors import ModelError, memory_errors
@@ -24,6 +22,7 @@ from qlora_phi3.family import Architecture, find_config, read_config
 from qlora_phi3.files import foreign_errors
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
 from qlora_phi3.model.checkpoint import check_checkpoint
+from qlora_phi3.model.layer import LeanDecoderLayer
 from qlora_phi3.model.quantized import disable_cpu_repacking, quantization_config
 from qlora_phi3.model.weights import download_weights
 from qlora_phi3.recipe.schema import Model, Quantization
@@ -32,6 +31,11 @@ from qlora_phi3.reporter import Progress
 
 class PackedPhi3ForCausalLM(Phi3ForCausalLM):  # type: ignore[misc]
     """Phi-3 that accepts packed documents, and can return its final hidden states in place of logits."""
+
+    def __init__(self, config: Phi3Config) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.__class__ = LeanDecoderLayer  # the same modules and parameters, another forward
 
     #: Bytes of fp32 logits that an objective may hold at once.
     logits_tile_bytes = DEFAULT_LOGITS_TILE_BYTES
@@ -242,36 +246,7 @@ def set_checkpointing(model: PeftModel, every: int, *, offload: bool = False) ->
         base.activation_checkpointing_disable()
 
 
-@dataclass(frozen=True, slots=True)
-class _TiledForward:
-    """Replaces the forward of an MLP: its norm, then the MLP, tile by tile, each recomputed in its own backward pass.
-
-    The MLP's inner tensors are the widest of a layer, in Phi-3-mini 96 of the 176 KiB a token in the backward pass. In tiles they
-    exist for one tile at a time. The norm is part of the tile because its backward pass takes five fp32 copies of its input.
-    """
-
-    norm: Callable[[Tensor], Tensor]
-    mlp: Callable[[Tensor], Tensor]
-    tile_tokens: int
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """(rows, length, hidden_size) -> same shape and dtype."""
-
-        def compute(tile: Tensor) -> Tensor:
-            return self.mlp(self.norm(tile))
-
-        tiles = torch.split(hidden.flatten(0, 1), self.tile_tokens)
-        return torch.cat([checkpoint(compute, tile, use_reentrant=False) for tile in tiles]).view_as(hidden)
-
-
 def set_mlp_tiles(model: nn.Module, tile_tokens: int) -> None:
     """Compute norm and MLP of every decoder layer in tiles of tokens, 0 for untiled; it may be called again at any time."""
-    for layer in model.modules():
-        if not isinstance(layer, Phi3DecoderLayer):
-            continue
-        norm, mlp = layer.post_attention_layernorm, layer.mlp
-        if isinstance(mlp.forward, _TiledForward):
-            norm.forward, mlp.forward = mlp.forward.norm, mlp.forward.mlp
-        if tile_tokens:
-            mlp.forward = _TiledForward(norm.forward, mlp.forward, tile_tokens)
-            norm.forward = lambda hidden: hidden  # the tiles compute the norm
+    for layer in find_base(model).model.layers:
+        layer.mlp_tile_tokens = tile_tokens

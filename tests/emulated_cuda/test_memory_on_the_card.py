@@ -89,7 +89,8 @@ def compare(name: str, case: Case, *, expandable: bool = True) -> None:
     peak, real = (max(each["phases"].values()) / MIB for each in (predicted, measured))
     reserved, really = (each["reserved_bytes"] / MIB for each in (predicted, measured))
     print(f"allocated {peak:.1f} MiB predicted, {real:.1f} taken; reserved {reserved:.0f} predicted, {really:.0f} taken")
-    assert abs(peak - real) < 0.001 * real
+    # A segment that cannot grow leaves a remainder of up to 1 MiB with a block, which counts as allocated.
+    assert abs(peak - real) < 0.001 * real + (0 if expandable else 1)
     for phase, size in measured["phases"].items():
         assert predicted["phases"][phase] / MIB - size / MIB > -0.03 * real, phase
     # Seen: all but two exact to a page of 20 MiB; of 1.2 GiB one 42 MiB too low.

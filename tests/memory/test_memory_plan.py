@@ -55,5 +55,5 @@ def test_every_eighth_and_every_tenth_layer_of_32_are_the_same_four():
 def test_the_cost_model_counts_the_weights_of_the_linear_layers():
     architecture = read_architecture("microsoft/Phi-4-mini-instruct", prefer_shipped=True)
     # 32 layers of 3,072 / 8,192; of 24 heads of 128 there are 8 for key and value.
-    attention, mlp = 32 * 3072 * (3072 + 2 * 1024 + 3072), 32 * 3 * 3072 * 8192
-    assert count_weights(architecture) == (attention, mlp)
+    attention, down = 32 * 3072 * (3072 + 2 * 1024 + 3072), 32 * 3072 * 8192
+    assert count_weights(architecture) == (attention, 2 * down, down)

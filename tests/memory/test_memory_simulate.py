@@ -163,21 +163,21 @@ def test_offloading_moves_the_inputs_of_recomputed_layers_to_host_memory():
 def test_an_mlp_in_tiles_holds_its_widest_tensors_for_one_tile_at_a_time():
     case = Case(name="whole", config=TINY | {"intermediate_size": 4096}, lengths=(2048,), offloading=True)
     whole, tiled = predict(case, path="cuda"), predict(replace(case, mlp_tile_tokens=512), path="cuda")
-    inner_bytes = 6 * 4096 * 2  # a token: gate and up, their product and its two factors' gradients, in 16 bit
+    inner_bytes = 5 * 4096 * 2  # a token: gate and up, the gradient of their product, silu(gate), and a buffer, in 16 bit
     saved = whole.by_phase["backward"] - tiled.by_phase["backward"]
     assert 0.9 * 1536 * inner_bytes < saved < 1.2 * 1536 * inner_bytes
-    assert whole.by_phase["forward"] > tiled.by_phase["forward"]
+    assert whole.by_phase["forward"] >= tiled.by_phase["forward"]  # the loss holds more than a layer does
     assert whole.by_phase["evaluation"] > tiled.by_phase["evaluation"]
 
 
 #: Two layers of a model, tokens of a row -> MiB allocated at most in a first step by torch 2.14.1's CUDA code and
 #: bitsandbytes 0.50.2 on an emulated card, which hands out addresses and computes nothing.
 EMULATED = [
-    ("Phi-3-mini-128k-instruct", (8, 6), {}, 1, "sdpa", 512, 686.3),
-    ("Phi-3-mini-128k-instruct", (8, 6), {"lora_dropout": 0.05}, 1, "sdpa", 2048, 956.8),
-    ("Phi-3-mini-128k-instruct", (8, 6), {"use_dora": True}, 0, "sdpa", 512, 1566.6),
+    ("Phi-3-mini-128k-instruct", (8, 6), {}, 1, "sdpa", 512, 663.3),
+    ("Phi-3-mini-128k-instruct", (8, 6), {"lora_dropout": 0.05}, 1, "sdpa", 2048, 884.8),
+    ("Phi-3-mini-128k-instruct", (8, 6), {"use_dora": True}, 0, "sdpa", 512, 1552.8),
     ("Phi-3-mini-128k-instruct", (8, 6), {}, 1, "eager", 1024, 1085.3),
-    ("Phi-4-mini-instruct", (7, 5), {"use_dora": True, "lora_dropout": 0.05}, 0, "sdpa", 512, 4340.4),
+    ("Phi-4-mini-instruct", (7, 5), {"use_dora": True, "lora_dropout": 0.05}, 0, "sdpa", 512, 4316.5),
 ]
 
 

@@ -278,8 +278,7 @@ class Training(Table):
     recover_from_divergence: bool = True
     """Go back to the last good adapter when a step diverges (see below); false: a loss that is not finite ends the run."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute activations in the backward pass instead of storing them; auto: planned (on a CPU: where storing
-    them would take more than half of the free memory)."""
+    """Recompute activations in the backward pass instead of storing them; auto: planned from the free memory."""
     gradient_checkpointing_kwargs: CheckpointingKwargs = CheckpointingKwargs()
     """Kind of checkpointing; non-reentrant is the only one."""
     activation_offloading: bool | Literal["auto"] = "auto"

@@ -27,6 +27,10 @@ FIGURES = (
     ("ended_by_itself", "Ended by itself, %", ".1f", 100),
     ("answer_tokens", "Tokens an answer", ".1f", 1),
 )
+EXPLANATION = (
+    "Loss and perplexity (e to the loss): lower is better. ROUGE: words shared with the row's answer, 0 to 100. "
+    "An interval without 0: the difference is no accident of these rows."
+)
 #: Of a figure in the JSON.
 PARTS = ("base", "tuned", "difference", "low", "high")
 
@@ -121,6 +125,7 @@ def _show(result: Mapping[str, Any], out: Path | None) -> None:
     click.echo(printable(f"{result['model']} on {format_count(data['rows'], 'row')} ({data['name']}){answered}"))
     click.secho(printable(result["verdict"]), bold=True)
     Console(highlight=False).print(table)
+    click.secho(EXPLANATION, dim=True, err=True)
     for note in data["notes"]:
         click.echo(f"Note: {printable(note)}", err=True)
     if out is not None:

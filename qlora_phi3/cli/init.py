@@ -93,8 +93,17 @@ def init(
     if asks:
         epochs = click.prompt("Epochs, passes over the rows", default=choice.epochs, type=click.IntRange(1, LARGEST_EPOCHS))
         choice = replace(choice, epochs=epochs)
-        target = out or Path(click.prompt("Write the recipe to", default=str(target)))
+        target = out or click.prompt("Write the recipe to", default=str(target), value_proc=_read_target)
     _write(target, summary, option, choice, device)
+
+
+def _read_target(text: str) -> Path:
+    """The file that a person types; asked again where a recipe cannot be written there."""
+    try:
+        check_new_file(Path(text))
+    except UserError as error:
+        raise click.BadParameter(str(error)) from error
+    return Path(text)
 
 
 def _write_example() -> None:

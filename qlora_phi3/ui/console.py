@@ -7,6 +7,7 @@ starts without it.
 
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 #: Characters of the loss curve, lowest first. cli/main.py writes others where the output's encoding lacks them.
 CURVE_BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 24
+#: What begins a command in a line.
+COMMAND = re.compile(r"\b(qlora-phi3|ollama|llama-cli|pip|hf) ")
 #: Columns that a terminal needs to show the speed next to the loss, and the curve next to both.
 MIN_WIDTH_SPEED, MIN_WIDTH_CURVE = 70, 110
 #: The warning about a held-out loss that rose.
@@ -79,6 +82,11 @@ def shown(text: str, *, longest_line: int = sys.maxsize) -> str:
     return printable(text, longest_line=longest_line).replace(f"{Path.cwd()}{os.sep}", "")
 
 
+def _is_whole(console: "Console", line: str) -> bool:
+    """Whether rich must break no line: in a pipe, or where people copy a command."""
+    return not console.is_terminal or COMMAND.search(line) is not None
+
+
 class ConsoleReporter:
     """Shows a run: lines above, and on a terminal progress bars or the screen of `ui/live.py` below them.
 
@@ -101,7 +109,7 @@ class ConsoleReporter:
     def info(self, line: str) -> None:
         """Print a fact on stdout."""
         self._console.print(
-            shown(line, longest_line=LONGEST_LINE), highlight=False, markup=False, soft_wrap=not self._console.is_terminal
+            shown(line, longest_line=LONGEST_LINE), highlight=False, markup=False, soft_wrap=_is_whole(self._console, line)
         )
 
     def warning(self, line: str) -> None:
@@ -111,7 +119,7 @@ class ConsoleReporter:
             style=COLOURS["warning"],
             highlight=False,
             markup=False,
-            soft_wrap=not self._errors.is_terminal,
+            soft_wrap=_is_whole(self._errors, line),
         )
 
     def progress(self, what: str, done: int, total: int | None) -> None:

@@ -1,6 +1,7 @@
 """Runs that learn nothing, and runs that diverge: they go back, give up after some tries, or, if the recipe says so, stop."""
 
 import signal
+from pathlib import Path
 from contextlib import contextmanager
 
 import pytest
@@ -118,7 +119,7 @@ def test_a_step_that_diverges_is_undone_and_its_rows_are_named(shop, ruin):
     assert all("/chats.jsonl:" in name for name in record["rows"])
     (note,) = result.stderr.splitlines()
     assert "Step 7 diverged" in note
-    assert record["rows"][0] in note
+    assert Path(record["rows"][0]).name in note
     trained = {record["step"]: record["learning_rate"] for record in records(folder, "train")}
     assert list(trained) == [1, 2, 3, 4, 5, 6, 8, 9, 10]
     assert trained[8] < 0.6 * trained[6]

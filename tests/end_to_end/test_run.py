@@ -26,7 +26,7 @@ def done(tmp_path_factory, base):
 
 
 def test_a_run_ends_with_0_says_what_it_did_and_nothing_on_stderr(done):
-    _, result, folder = done
+    shop, result, folder = done
     assert result.stderr == ""
     for words in (
         "Data: 40 rows",
@@ -34,7 +34,7 @@ def test_a_run_ends_with_0_says_what_it_did_and_nothing_on_stderr(done):
         "covers 100% of the linear weights",
         "Optimizer: adamw_torch, 4 rows a step",
         f"step {STEPS}/{STEPS}  loss ",
-        f"{folder}/adapter",
+        f"The adapter: {folder.relative_to(shop.path)}/adapter",
     ):
         assert words in result.stdout
 

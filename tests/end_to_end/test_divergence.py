@@ -1,8 +1,8 @@
 """Runs that learn nothing, and runs that diverge: they go back, give up after some tries, or, if the recipe says so, stop."""
 
 import signal
-from pathlib import Path
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch

@@ -355,9 +355,7 @@ def test_memory_that_runs_out_in_the_optimizer_is_one_line(shop, monkeypatch):
         raise torch.OutOfMemoryError(MESSAGE)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    shop.write(
-        **TABLES | {"training": TABLES.get("training", {}) | {"gradient_checkpointing": True}}
-    )
+    shop.write(**TABLES | {"training": TABLES.get("training", {}) | {"gradient_checkpointing": True}})
     result = shop.run()
     assert result.exit_code == 2
     assert "optimizer's update: " in result.stderr.splitlines()[-1]

@@ -234,6 +234,8 @@ def _converse(talk: Conversation, name: str) -> None:
         try:
             if re.fullmatch(r"/\w+", command):
                 print_dim(printable(_obey(talk, command, rest.strip())))
+            elif text.lower() in ("quit", "exit"):
+                print_dim("To end, type /quit or press Ctrl-D.")
             elif text:
                 talk.ask(text)
         except UserError as error:

@@ -11,7 +11,16 @@ import click
 from qlora_phi3.cli.options import debug_option, silence_libraries, watching
 from qlora_phi3.cli.output import keep_running_without_output
 from qlora_phi3.errors import ExportError, Interrupted, UserError, printable, quoted
-from qlora_phi3.export.request import DEFAULT_DTYPE, DEFAULT_ONTO, DTYPES, MODELFILE, OLLAMA_NAME, ExportOptions, make_request
+from qlora_phi3.export.request import (
+    DEFAULT_DTYPE,
+    DEFAULT_ONTO,
+    DTYPES,
+    MODELFILE,
+    OLLAMA_NAME,
+    ExportOptions,
+    find_finished_run,
+    make_request,
+)
 
 KIND_HELP = "hf: safetensors for transformers, vLLM and others; gguf: one file for llama.cpp and Ollama."
 QUANT_HELP = "With --format gguf: q8_0, q4_k_m and others; docs/gguf.md lists them. [default: the type of --dtype]"
@@ -66,6 +75,7 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
         if not OLLAMA_NAME.fullmatch(name):
             hint = "Write [namespace/]name[:tag] of letters, digits, _ - and ., as in --ollama my-phi3:v1"
             raise ExportError(f"--ollama {name} is no name for Ollama.", hint)
+        find_finished_run(run, verify=not no_verify)  # before anything that takes long
         options["kind"], quants = "gguf", quants or (choose_quant(),)
     if quants and options["kind"] != "gguf":
         raise UserError(f"--quant {quants[0]} is for GGUF.", "Add --format gguf, or use --dtype for safetensors.")

@@ -198,6 +198,7 @@ def _show(summary: "DataSummary", options: "Sequence[ModelOption]", chosen: "Mod
     click.echo(f"Planned for {describe_gpu(device)}")
     if device is None:
         click.echo("A run on the CPU is for trying things out: it is far slower. --vram 12GB plans for a GPU of that size.")
+        click.echo("Taken is the smallest model; --model names another one.")
         return
     click.echo("")
     print_rich(lambda console: show_models(console, options))

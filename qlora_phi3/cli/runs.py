@@ -12,7 +12,7 @@ from qlora_phi3.errors import RunError, printable
 
 DIRECTORY = click.option("--dir", "root", type=click.Path(path_type=Path), default="runs", show_default=True, help="Of the runs.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-RUN = click.argument("run", metavar="RUN")
+RUN = click.argument("run", metavar="[RUN]", required=False)
 #: Columns of a terminal from which the list shows steps and rows as well.
 WIDE = 104
 
@@ -32,7 +32,7 @@ def runs(ctx: click.Context, root: Path, as_json: bool) -> None:
       qlora-phi3 runs compare runs/chat/2026-11-21_10-00-00 runs/chat/latest
       qlora-phi3 runs why runs/chat/latest
 
-    RUN is the directory of a run, runs/NAME/latest, or the name of a recipe: its newest run.
+    RUN is the directory of a run, runs/NAME/latest, or the name of a recipe: its newest run. Without RUN it is the newest of all.
     """
     ctx.obj = root
     if ctx.invoked_subcommand is None:
@@ -87,7 +87,7 @@ def print_list(root: Path, as_json: bool) -> None:
 @RUN
 @debug_option
 @click.pass_obj
-def show(root: Path, run: str) -> None:
+def show(root: Path, run: str | None) -> None:
     """Show what is known about RUN: results, curves, events, files, and what to do next."""
     print_text("runs_show.jinja", run=find(root, run))
 
@@ -119,12 +119,11 @@ def compare(root: Path, a: str, b: str, svg: Path | None) -> None:
 @RUN
 @debug_option
 @click.pass_obj
-def report(root: Path, run: str) -> None:
+def report(root: Path, run: str | None) -> None:
     """Make the report.html of RUN (again), from its files alone."""
-    from qlora_phi3.runfolder import resolve_run
     from qlora_phi3.ui.page import write_page
 
-    click.echo(printable(str(write_page(resolve_run(run, root)))))
+    click.echo(printable(str(write_page(resolve(root, run)))))
 
 
 @runs.command()
@@ -133,7 +132,7 @@ def report(root: Path, run: str) -> None:
 @click.option("--full", is_flag=True, help="Every row of these steps, with its complete text.")
 @debug_option
 @click.pass_context
-def why(ctx: click.Context, run: str, spikes: int, full: bool) -> None:
+def why(ctx: click.Context, run: str | None, spikes: int, full: bool) -> None:
     """Print the rows behind the largest jumps of the training loss of RUN.
 
     A jump is measured from the median loss of the ten steps before and after. Needs the data and the tokenizer of the run.
@@ -190,12 +189,20 @@ def delete(root: Path, names: tuple[str, ...], yes: bool) -> None:
         click.echo(printable(f"Deleted {folder.path}"))
 
 
-def find(root: Path, name: str) -> Any:
-    """The run of this name, with what its files hold."""
-    from qlora_phi3.runfolder import resolve_run
+def find(root: Path, name: str | None) -> Any:
+    """The run of this name, or the newest, with what its files hold."""
     from qlora_phi3.ui.runs import read_run
 
-    return read_run(resolve_run(name, root))
+    return read_run(resolve(root, name))
+
+
+def resolve(root: Path, name: str | None) -> Any:
+    """The run of this name, or the newest; RunError where there is none."""
+    from qlora_phi3.runfolder import list_runs, resolve_run
+
+    if name is None and not (runs := list_runs(root)):
+        raise RunError(f"There is no run under {root}.", "Train one: qlora-phi3 run RECIPE.toml")
+    return runs[-1] if name is None else resolve_run(name, root)
 
 
 def print_text(template: str, **values: Any) -> None:

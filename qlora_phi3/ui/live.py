@@ -63,6 +63,8 @@ class RunProgress(Progress):
         yield "done", bar.append(f"  {step:,} of {format_count(total, 'step')}, epoch {epoch:.2f} of {epochs:.3g}")
         left, by = eta.left(), "measured" if eta.num_measured >= BLENDED_STEPS else "estimated"
         ahead = "the time left is known after two steps" if left is None else f"about {describe_duration(left)} left, {by}"
+        if step >= total and others:
+            ahead = "the steps are done"  # what follows them is not in the estimate
         yield "time", Text(f"{describe_duration(eta.passed())} passed, {ahead}")
         columns = min(WIDEST_CURVE, self.console.width - BESIDE_CURVE)
         yield "loss", _with_curve(reporter.losses, columns)

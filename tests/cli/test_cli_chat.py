@@ -98,7 +98,8 @@ def test_reset_forgets_the_turns_and_keeps_the_system_turn(run, tmp_path, monkey
 
 
 def test_an_unknown_command_is_named_and_a_path_is_a_question(run):
-    stdout, stderr = converse(run, "/hlep", "/etc/passwd?", "/quit", "never read")
+    stdout, stderr = converse(run, "/hlep", "/etc/passwd?", "quit", "/quit", "never read")
+    assert "To end, type /quit" in stderr
     assert "no command /hlep" in stderr
     assert stderr.count("tokens/s") == 1
     assert stdout

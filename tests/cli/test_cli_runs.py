@@ -157,6 +157,12 @@ def test_delete_refuses_a_group_of_runs_what_is_no_run_and_a_run_that_is_written
     assert not folder.path.exists()
 
 
+def test_without_a_name_the_newest_run_is_shown(here):
+    write_run(here / "runs" / "mine" / "1", started="2026-11-20T10:00:00+00:00")
+    write_run(here / "runs" / "other" / "2", started="2026-11-21T10:00:00+00:00")
+    assert call("runs", "show").stdout.startswith("runs/other/2: ")
+
+
 def test_report_makes_the_page_of_any_run(here):
     folder = write_run(here / "runs" / "mine" / "1")
     assert call("runs", "report", "mine").stdout == "runs/mine/1/report.html\n"

@@ -105,6 +105,14 @@ MESSAGES = [
         hint="are complete",
     ),
     Message(
+        name="no-run-to-show",
+        trigger=lambda shop: command("show"),
+        error=RunError,
+        exit_code=2,
+        says=("There is no run under runs",),
+        hint="qlora-phi3 run RECIPE.toml",
+    ),
+    Message(
         name="rows-of-changed-data",
         trigger=lambda shop: rows_of(shop, "c" * 64, []),
         error=RunError,

@@ -534,7 +534,7 @@ def test_another_recipe_is_not_resumed_and_what_differs_is_named(halfway):
     shop, folder = halfway
     before = (folder / "report.json").read_bytes()
     result = shop.run("--resume", "--set", "lora.r=8", "--set", "training.seed=1")
-    assert refused(result, "[lora] r, [training] seed", f"qlora-phi3 run {folder.relative_to(shop.path)}")
+    assert refused(result, "[lora] r, [training] seed", f"qlora-phi3 run --resume {folder.relative_to(shop.path)}")
     assert (folder / "report.json").read_bytes() == before
 
 

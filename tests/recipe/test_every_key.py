@@ -268,7 +268,7 @@ EFFECTS = {
     "training.loraplus_lr_ratio": (16, Lab.rates),
     "training.neftune_noise_alpha": (5, Lab.first_loss),
     "training.recover_from_divergence": (False, Lab.recovery),
-    "training.gradient_checkpointing": (False, Lab.recomputed),
+    "training.gradient_checkpointing": (True, Lab.recomputed),  # auto: false, as a tiny model fits in any memory
     "training.activation_offloading": (True, Lab.execution_on_a_gpu),
     "training.bf16": (True, Lab.dtype),
     "training.fp16": (True, Lab.dtype),

@@ -13,7 +13,7 @@ from qlora_phi3.adapters.base_files import MARK
 from qlora_phi3.data.formats import Chat
 from qlora_phi3.data.messages import Turn
 from qlora_phi3.data.template import choose_template, render_chat
-from qlora_phi3.errors import DataError
+from qlora_phi3.errors import DataError, ModelError
 from qlora_phi3.inference import (
     encode,
     fit_messages,
@@ -80,6 +80,17 @@ def test_an_adapter_by_itself_is_loaded_onto_its_base_in_4bit(run, loaded, tmp_p
     assert len(linear_4bit(alone.model)) == 8
     assert torch.equal(logits(alone.model), logits(loaded.model))
     assert alone.stop_ids == loaded.stop_ids
+
+
+def test_a_base_that_has_moved_is_named_and_one_that_is_gone_is_one_line(tmp_path, base):
+    here = shutil.copytree(base, tmp_path / "here")
+    run = leave_trained(tmp_path / "run", here)
+    there = here.rename(tmp_path / "there")
+    with pytest.raises(ModelError, match=rf"The base of {tmp_path}/run is gone: there is no folder {here}"):
+        load_for_inference(tmp_path / "run", device=CPU)
+    assert torch.equal(logits(load_for_inference(tmp_path / "run", base=there, device=CPU).model), logits(run.live))
+    with pytest.raises(ModelError, match="has no adapter, and so no base"):
+        load_for_inference(there, base=there, device=CPU)
 
 
 def test_a_run_that_was_not_quantized_is_not_quantized(tmp_path, base):

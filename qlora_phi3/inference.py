@@ -115,7 +115,7 @@ def load_for_inference(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = _read_source(run_or_export)
     if base is not None and source.adapter is None:
-        raise ModelError(f"{run_or_export} has no adapter, and so no base beside itself.", "Leave --base out.")
+        raise ModelError(f"{run_or_export} has no adapter: it is a complete model and needs no base.", "Leave --base out.")
     if base is not None:
         source = replace(source, base=Model(name=str(base)))
     if source.adapter is not None and Path(source.base.name).is_absolute() and not Path(source.base.name).is_dir():

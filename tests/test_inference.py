@@ -89,7 +89,7 @@ def test_a_base_that_has_moved_is_named_and_one_that_is_gone_is_one_line(tmp_pat
     with pytest.raises(ModelError, match=rf"The base of {tmp_path}/run is gone: there is no folder {here}"):
         load_for_inference(tmp_path / "run", device=CPU)
     assert torch.equal(logits(load_for_inference(tmp_path / "run", base=there, device=CPU).model), logits(run.live))
-    with pytest.raises(ModelError, match="has no adapter, and so no base"):
+    with pytest.raises(ModelError, match="it is a complete model"):
         load_for_inference(there, base=there, device=CPU)
 
 

@@ -222,7 +222,7 @@ def _write(target: Path, summary: "DataSummary", option: "ModelOption", choice: 
     click.echo(f"{option.name}, rows of at most {option.max_length:,} tokens, {describe_epochs(choice.epochs)}{time}")
     if is_hub_id(option.name) and not Path(option.name).is_dir():
         model = option.architecture
-        size = sum(count_weights(model)) + (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size
+        size = count_weights(model) + (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size
         click.echo(f"The first run downloads the model, about {2 * size / 1e9:.0f} GB, unless it is here already.")
     click.echo(f"Look at the rows as the model sees them: qlora-phi3 inspect {quoted(target)}")
     click.echo(f"Then train:                              qlora-phi3 run {quoted(target)}")

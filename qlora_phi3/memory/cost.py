@@ -1,30 +1,29 @@
 """How long an optimizer step and a run take on a GPU, in seconds: a model to compare execution plans with, not a promise.
 
-A step is arithmetic (recomputation included), the dequantization of every 4-bit weight once in each pass of each micro-batch, and
-what offloading moves. Arithmetic and memory traffic are added, as the dequantization runs by itself before each matmul.
+The simulation of a step records every kernel that a GPU would start (`tracker.py`). Each takes as long as its bytes or its
+floating-point operations, whichever takes longer at the share of the GPU's stated rate that such kernels reach, and its launch.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.family import Architecture, linear_shapes
 
 if TYPE_CHECKING:
     from qlora_phi3.recipe.schema import Training
 
-#: Shares of the GPU's stated rates that such a step reaches. Fitted to QLoRA runs that other people published for an RTX 3050
-#: Laptop, an RTX 3090 and an RTX 5070 Laptop, from which this model differs by 12 % in the mean; none of them is ours.
-ARITHMETIC_SHARE, BANDWIDTH_SHARE = 0.65, 0.4
+Kind = Literal["matmul", "attention", "dequantize", "elementwise", "offload"]
+
+#: Shares of the GPU's stated rates that kernels reach.
+ARITHMETIC_SHARE = 0.75
+BANDWIDTH_SHARE: Mapping[str, float] = {"matmul": 0.7, "attention": 0.7, "dequantize": 0.4, "elementwise": 0.7}
 #: Bytes a second between host and GPU, pinned memory, PCIe 4.0 x8 (16 GB/s stated): one published run on a laptop had 9.4.
 OFFLOAD_BYTES_PER_SECOND = 9e9
-#: Starting the kernels of one decoder layer in one of its passes: 38 forward, 67 backward, 30 recomputed (counted on an emulated
-#: GPU, Phi-3-mini, one document, torch 2.14.1), at 5 microseconds, which is an assumption.
-LAYER_LAUNCH_SECONDS = 45 * 5e-6
-#: Bytes read and written when one weight is dequantized to 16 bit: NF4 with double quantization is 4.127 bit (QLoRA, section 3).
-DEQUANTIZED_BYTES_PER_WEIGHT = 4.127 / 8 + 2
+#: From the end of one kernel to the begin of the next, an assumption.
+LAUNCH_SECONDS = 5e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +36,43 @@ class GpuLimits:
     bandwidth_bytes_per_second: float
 
 
+class Kernel(NamedTuple):
+    """One kernel on a GPU, or one copy between host and GPU."""
+
+    kind: Kind
+    #: Floating-point operations of a matrix product; 0 for others.
+    flops: float
+    #: Bytes read and written of what grows with the tokens of a micro-batch.
+    activation_bytes: int
+    #: And of weights, their gradients and the optimizer's state.
+    weight_bytes: int
+
+
+#: Kernel -> how often it is started. Not a whole number where layers were interpolated.
+Kernels = Mapping[Kernel, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepKernels:
+    """What the complete model starts for one micro-batch, and once in a step."""
+
+    forward: Kernels
+    backward: Kernels
+    #: Clipping, and the optimizer.
+    update: Kernels
+    #: Of all layers alone, in both passes.
+    layers: Kernels
+    num_layers: int
+    #: Bytes that a forward pass keeps of all layers for the backward pass.
+    kept_bytes: float
+    #: Of the micro-batch, and the sum of the squares of its rows' tokens, which attention grows with.
+    tokens: int
+    squares: int
+    #: Tokens of a tile of the MLP, 0 where it is in one piece; and all kernels with every MLP in one piece.
+    mlp_tile_tokens: int = 0
+    untiled: "StepKernels | None" = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepWorkload:
     """What one optimizer step of a recipe works on."""
@@ -44,77 +80,103 @@ class StepWorkload:
     #: Tokens of each row of a typical step.
     lengths: Sequence[int]
     num_micro_batches: int
-    rank: int
-    quantized: bool
+    #: With padding.
+    tokens: int
+    #: Sum of the squares of its rows' tokens, with padding.
+    squares: int
 
 
-class Recomputation(NamedTuple):
-    """What is computed more often than once forward and once backward."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSeconds:
+    """Where time goes, by kind of kernel; `launch` is what lies between kernels."""
 
-    #: Share of the layers that are computed twice.
-    layers: float
-    #: Share of the layers whose gate_up projection is computed twice.
-    gate_up: float = 0.0
-    #: Tiles of the MLP in a typical micro-batch.
-    mlp_tiles: int = 1
+    matmul: float = 0.0
+    attention: float = 0.0
+    dequantize: float = 0.0
+    elementwise: float = 0.0
+    offload: float = 0.0
+    launch: float = 0.0
 
-
-def recomputation_of(architecture: Architecture, execution: ExecutionPlan, workload: StepWorkload) -> Recomputation:
-    """What an execution plan computes again.
-
-    A recomputed layer leaves out its down projection, whose result nothing reads (`model/layer.py`; with DoRA or dropout PEFT
-    computes it, which is not counted). In tiles the MLP is recomputed tile by tile, and not with its layer.
-    """
-    every, number = execution.checkpoint_every, architecture.num_hidden_layers
-    layers = math.ceil(number / every) / number if every else 0.0
-    if not execution.mlp_tile_tokens:
-        return Recomputation(layers, layers)
-    tiles = math.ceil(sum(workload.lengths) / workload.num_micro_batches / execution.mlp_tile_tokens)
-    return Recomputation(layers, 1.0, tiles)
+    @property
+    def total(self) -> float:
+        """The sum."""
+        return self.matmul + self.attention + self.dequantize + self.elementwise + self.offload + self.launch
 
 
-def count_weights(architecture: Architecture) -> tuple[int, int, int]:
-    """Number of weights in all linear layers of the decoder: around the attention, in gate_up_proj, in down_proj."""
-    numbers = {name: math.prod(shape) * architecture.num_hidden_layers for name, shape in linear_shapes(architecture).items()}
-    return numbers["qkv_proj"] + numbers["o_proj"], numbers["gate_up_proj"], numbers["down_proj"]
+def add_kernels(*parts: tuple[float, Kernels]) -> Kernels:
+    """The sum of kernels, each taken so many times, which may be less than none."""
+    total: defaultdict[Kernel, float] = defaultdict(float)
+    for times, kernels in parts:
+        for kernel, count in kernels.items():
+            total[kernel] += times * count
+    return total
 
 
-def step_flops(architecture: Architecture, workload: StepWorkload, again: Recomputation) -> float:
-    """Floating-point operations of one step.
-
-    A frozen weight costs 2 a token forward, 2 backward (the gradient of its input alone) and 2 recomputed; causal attention
-    half of 4 n^2 x hidden forward and 2.5 times that backward (FlashAttention-2, section 3).
-    """
-    tokens, squares = sum(workload.lengths), sum(length**2 for length in workload.lengths)
-    hidden, layers = architecture.hidden_size, architecture.num_hidden_layers
-    attention_weights, gate_up, down = count_weights(architecture)
-    weights = 2 * (attention_weights * (2 + again.layers) + gate_up * (2 + again.gate_up) + down * 2)
-    widths = 9 * hidden + 3 * architecture.intermediate_size  # inputs and outputs of a layer's four matmuls, about
-    adapter = layers * workload.rank * widths * 2 * (3 + again.layers)
-    attention = 2 * layers * hidden * squares * (3.5 + again.layers)
-    head = 4 * architecture.vocab_size * hidden
-    return tokens * (weights + adapter + head) + attention
+def estimate_step(step: StepKernels, workload: StepWorkload, gpu: GpuLimits, *, trains: bool = True) -> StepSeconds:
+    """The time of one optimizer step with a GPU; or of an evaluation of these tokens, forward alone."""
+    number = workload.num_micro_batches
+    passes = _estimate_pass(step, workload.tokens / number, workload.squares / number, gpu, trains=trains)
+    update = _estimate(step.update, gpu) if trains else {}
+    kinds = passes.keys() | update.keys()
+    return StepSeconds(**{kind: number * passes.get(kind, 0.0) + update.get(kind, 0.0) for kind in kinds})
 
 
-def estimate_step_seconds(architecture: Architecture, execution: ExecutionPlan, workload: StepWorkload, gpu: GpuLimits) -> float:
-    """The time of one optimizer step; the MLP's weights are dequantized for every tile in each of its passes."""
-    again = recomputation_of(architecture, execution, workload)
-    layers, passes = architecture.num_hidden_layers, 2 + again.layers
-    attention_weights, gate_up, down = count_weights(architecture)
-    dequantized = attention_weights * passes + again.mlp_tiles * (gate_up * (2 + again.gate_up) + down * 2)
-    moved = dequantized * DEQUANTIZED_BYTES_PER_WEIGHT if workload.quantized else 0.0
-    offloaded = 2 * sum(workload.lengths) * architecture.hidden_size * 2 * layers * again.layers
-    return (
-        step_flops(architecture, workload, again) / (gpu.tflops_16bit * 1e12 * ARITHMETIC_SHARE)
-        + workload.num_micro_batches * moved / (gpu.bandwidth_bytes_per_second * BANDWIDTH_SHARE)
-        + (offloaded / OFFLOAD_BYTES_PER_SECOND if execution.activation_offloading else 0.0)
-        + workload.num_micro_batches * layers * passes * LAYER_LAUNCH_SECONDS
+def _estimate_pass(step: StepKernels, tokens: float, squares: float, gpu: GpuLimits, *, trains: bool) -> dict[str, float]:
+    """Of one micro-batch. Tiles of an MLP dequantize its weights and start its kernels once each."""
+    kernels = add_kernels((1, step.forward), (1, step.backward)) if trains else step.forward
+    seconds = _estimate(kernels, gpu, tokens / step.tokens, squares / step.squares)
+    if step.untiled is not None:
+        once = _estimate_pass(step.untiled, tokens, squares, gpu, trains=trains)
+        tiles, simulated = (math.ceil(number / step.mlp_tile_tokens) for number in (tokens, step.tokens))
+        for kind in ("dequantize", "launch") if simulated > 1 else ():
+            seconds[kind] = once[kind] + (seconds[kind] - once[kind]) * (tiles - 1) / (simulated - 1)
+    return seconds
+
+
+def _estimate(kernels: Kernels, gpu: GpuLimits, tokens_ratio: float = 1.0, squares_ratio: float = 1.0) -> dict[str, float]:
+    """Seconds by kind. The kernels were counted for another number of tokens: what grows with it grows by these ratios."""
+    arithmetic = gpu.tflops_16bit * 1e12 * ARITHMETIC_SHARE
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for (kind, flops, activations, weights), count in kernels.items():
+        num_bytes = activations * tokens_ratio + weights
+        if kind == "offload":
+            seconds[kind] += count * num_bytes / OFFLOAD_BYTES_PER_SECOND
+            continue
+        computing = flops * (squares_ratio if kind == "attention" else tokens_ratio) / arithmetic
+        moving = num_bytes / (gpu.bandwidth_bytes_per_second * BANDWIDTH_SHARE[kind])
+        seconds[kind] += count * max(computing, moving)
+        seconds["launch"] += count * LAUNCH_SECONDS
+    return seconds
+
+
+def count_flops(step: StepKernels, workload: StepWorkload) -> float:
+    """Floating-point operations of the matrix products of one optimizer step, recomputation included."""
+    ratios = {"attention": workload.squares / step.squares}
+    kernels = add_kernels((1, step.forward), (1, step.backward))
+    return sum(count * kernel.flops * ratios.get(kernel.kind, workload.tokens / step.tokens) for kernel, count in kernels.items())
+
+
+def describe_step(step: StepKernels, workload: StepWorkload, seconds: StepSeconds) -> dict[str, Any]:
+    """The `step` of a report: where the time of an optimizer step goes, and what each decoder layer asks of the GPU."""
+    each = step.tokens * step.num_layers
+    traffic = sum(
+        count * (kernel.activation_bytes + kernel.weight_bytes)
+        for kernel, count in step.layers.items()
+        if kernel.kind == "elementwise"
     )
+    launches = sum(count for kernel, count in step.layers.items() if kernel.kind != "offload")
+    return {
+        "seconds": {kind: round(value, 6) for kind, value in asdict(seconds).items()},
+        "flops": count_flops(step, workload),
+        "launches_per_layer": round(launches / step.num_layers, 2),
+        "elementwise_bytes_per_token_and_layer": round(traffic / each),
+        "kept_bytes_per_token_and_layer": round(step.kept_bytes / each),
+    }
 
 
-def estimate_evaluation_seconds(step_seconds: float, step_tokens: int, tokens: int, again: Recomputation) -> float:
-    """The time of an evaluation of so many tokens: forward alone, one of the 2 or 3 equal passes that a step has."""
-    return step_seconds * tokens / step_tokens / (2 + again.layers)
+def count_weights(architecture: Architecture) -> int:
+    """Number of weights in all linear layers of the decoder."""
+    return architecture.num_hidden_layers * sum(math.prod(shape) for shape in linear_shapes(architecture).values())
 
 
 def count_steps(training: "Training", num_rows: int, *, evaluates: bool, first_step: int = 0) -> tuple[int, float, int]:

@@ -8,7 +8,7 @@ bytes a position, 64 in the backward pass); the flash kernel's forward pass wher
 tokens among several blocks (at most 25 MiB).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 from unittest.mock import patch
@@ -68,6 +68,17 @@ def attention_kernel(
     if known and not emulated and not grouped and head_size % alignment == 0:
         return "efficient"
     return "math"
+
+
+def attention_flops(query_shape: Sequence[int], *, has_mask: bool) -> float:
+    """Of the forward pass: causal kernels leave out what lies above the diagonal, a mask's kernel computes all. The backward pass
+    has 2.5 times as many (FlashAttention-2, section 3).
+
+    Args:
+        query_shape: (batch, heads, length, head_size).
+    """
+    batch, heads, length, head_size = query_shape
+    return 4 * batch * heads * length**2 * head_size * (1 if has_mask else 0.5)
 
 
 def attention_backward_bytes(
@@ -189,15 +200,26 @@ def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> It
         return capability >= (8, 0) and (query.element_size() == 2 or autocasts("cpu"))
 
     def offload(tensor: Tensor) -> Tensor:
+        tracker.count_kernel("offload", tensor)
         with tracker.attribute_to(PINNED):
             return torch.empty_like(tensor)
+
+    def load(tensor: Tensor) -> Tensor:
+        tracker.count_kernel("offload", tensor)
+        return torch.empty_like(tensor)
 
     def dropout(values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         # CUDA's saves one byte an element for the backward pass; the CPU's saves the scaled mask.
         return torch.native_dropout(values, p, True)[0] if training and p else values
 
     def rms_norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+        normed = torch.empty_like(x)
+        tracker.count_kernel("elementwise", x, normed)
+        return normed, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+    def rms_norm_backward(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
+        tracker.count_kernel("elementwise", grad, x, grad)
+        return torch.empty_like(grad)
 
     usual_softmax = functional.softmax
 
@@ -210,8 +232,8 @@ def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> It
         patch.object(qlora_phi3.model.attention, "CPU_SCORES_BYTES", 0),
         patch.object(qlora_phi3.model.attention, "_takes_groups", takes_groups),
         patch.object(qlora_phi3.model.layer, "rms_norm", rms_norm),
-        patch.object(qlora_phi3.model.layer, "rms_norm_backward", lambda grad, *_: torch.empty_like(grad)),
-        patch.object(transformers.modeling_utils, "save_on_cpu", lambda **_: saved_tensors_hooks(offload, torch.empty_like)),
+        patch.object(qlora_phi3.model.layer, "rms_norm_backward", rms_norm_backward),
+        patch.object(transformers.modeling_utils, "save_on_cpu", lambda **_: saved_tensors_hooks(offload, load)),
         patch.object(functional, "scaled_dot_product_attention", _attention_on(tracker, capability)),
         patch.object(functional, "dropout", dropout),
         patch.object(functional, "softmax", softmax),
@@ -273,12 +295,14 @@ class _FusedAttention(torch.autograd.Function):
         log_sum = torch.empty((batch, heads, length))
         ctx.save_for_backward(query, key, value, output, log_sum, mask)
         ctx.kernel, ctx.capability, ctx.tracker = kernel, capability, tracker
+        flops = attention_flops(query.shape, has_mask=mask is not None)
+        tracker.count_kernel("attention", query, key, value, output, flops=flops)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # recomputed tensors live no longer than this reference, as in torch's own function
-        query, key, value, output = saved[:4]
+        query, key, value, output, _, mask = saved
         if ctx.kernel == "flash":
             copies = [tensor.transpose(1, 2).contiguous() for tensor in (grads[0], output)]  # noqa: F841  # until it returns
         shape, itemsize = tuple(query.shape), query.element_size()
@@ -289,4 +313,8 @@ class _FusedAttention(torch.autograd.Function):
         releases = [ctx.tracker.track_bytes(size, ATTENTION_WORKSPACE) for size in sizes]
         for release in releases:
             release()
+        flops = 2.5 * attention_flops(query.shape, has_mask=mask is not None)
+        ctx.tracker.count_kernel("attention", query, key, value, output, grads[0], *gradients, flops=flops)
+        for tensors in ((output, grads[0]), gradients[:1])[: 2 if ctx.kernel == "flash" else 1]:
+            ctx.tracker.count_kernel("elementwise", *tensors)  # the sum of their products; dq from fp32
         return *gradients, None, None, None, None

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, plan_micro_batches
-from qlora_phi3.memory.cost import StepWorkload
+from qlora_phi3.memory.cost import StepKernels, StepSeconds, StepWorkload
 from qlora_phi3.memory.predict import Prediction
 from qlora_phi3.memory.simulate import StepShape
 from qlora_phi3.recipe.schema import Memory, Training
@@ -37,13 +37,19 @@ class RowLengths:
 class Plan(Prediction):
     """What was chosen for a GPU, and why."""
 
+    kernels: StepKernels
     #: Of a typical step, as its time is.
     workload: StepWorkload
-    step_seconds: float
+    seconds: StepSeconds
     #: Of an evaluation of all held-out rows.
     evaluation_seconds: float
     #: Key of the recipe -> why it has this value.
     reasons: dict[str, str]
+
+    @property
+    def step_seconds(self) -> float:
+        """The time of a typical step."""
+        return self.seconds.total
 
 
 def read_lengths(training: Sequence[int], evaluation: Sequence[int], batch_size: int) -> RowLengths:

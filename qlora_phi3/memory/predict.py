@@ -1,6 +1,7 @@
 """Predicts the memory of a recipe under an execution plan: simulates the step, then replays it in a model of the allocator."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.family import Architecture, linear_shapes
 from qlora_phi3.memory.allocator import Footprint, replay, uses_expandable_segments
+from qlora_phi3.memory.cost import Kernels, StepKernels, add_kernels
 from qlora_phi3.memory.cuda_path import MOST_FUSED_ROWS, context_bytes, fused_rows
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.simulate import StepShape, simulate
@@ -25,6 +27,8 @@ DEFAULT_RATIO, DEFAULT_SLACK_BYTES, SLACK_SHARE = 1.025, 140 * MIB, 0.05
 #: Layers (or groups of layers with one recomputed, or layers in each) of the smaller of two models that a larger one
 #: is continued from. The first and the last differ from the others: of 3 one in five could not be continued, of 4 all could.
 FEW = 4
+#: Tokens of the longest micro-batch whose kernels are counted: those of longer ones do more of the same.
+LONGEST_COUNTED = 4096
 #: Two models of fewer layers than this share of the complete model's are worth it.
 WORTH = 0.75
 
@@ -154,6 +158,43 @@ class Predictor:
             loss = start[phase] + num_recomputed * recomputed[phase] + (layers - num_recomputed) * saved[phase]
             peaks[phase] = max(loss, loss + all_layers[phase] - none[phase] - above * saved[phase])
         return peaks
+
+    def step_kernels(self, execution: ExecutionPlan, shape: StepShape) -> StepKernels:
+        """The kernels of the complete model; from models of few layers, where all layers are alike.
+
+        Of rows that are longer than `LONGEST_COUNTED` one of that length is counted.
+        """
+        lengths = shape.lengths if sum(shape.lengths) <= LONGEST_COUNTED else (LONGEST_COUNTED,)
+        shape = replace(shape, lengths=lengths, evaluation_lengths=())
+        every, layers, tile = execution.checkpoint_every, self.architecture.num_hidden_layers, execution.mlp_tile_tokens
+        recomputed = math.ceil(layers / every) if every else 0
+        outside: list[tuple[int, Trace]] = []
+        of_layers: list[tuple[int, Trace]] = []
+        if self._can_extrapolate(1):
+            for number, kind in ((layers - recomputed, 0), (recomputed, 1)):
+                if number:
+                    small, large = (self._trace(replace(execution, checkpoint_every=kind), shape, few) for few in (2, 3))
+                    of_layers += [(number, large), (-number, small)]
+                    outside = [(3, small), (-2, large)]
+        else:
+            of_layers = [(1, self._trace(execution, shape, layers))]
+        widths = lengths if execution.micro_batch.packing else [max(lengths)] * len(lengths)
+
+        def add(*phases: str, parts: Sequence[tuple[int, Trace]] = (*of_layers, *outside)) -> Kernels:
+            return add_kernels(*((times, trace.kernels[phase]) for times, trace in parts for phase in phases))
+
+        return StepKernels(
+            forward=add("forward"),
+            backward=add("backward"),
+            update=add("update"),
+            layers=add("forward", "backward", parts=of_layers),
+            num_layers=layers,
+            kept_bytes=sum(times * trace.kept_bytes() for times, trace in of_layers),
+            tokens=sum(widths),
+            squares=sum(width**2 for width in widths),
+            mlp_tile_tokens=tile,
+            untiled=self.step_kernels(replace(execution, mlp_tile_tokens=0), shape) if tile else None,
+        )
 
     def _per_layer_fit(self, execution: ExecutionPlan, shape: StepShape) -> tuple[Mapping[str, int], Mapping[str, int]]:
         """Phase -> bytes without any layer, and with each group of as many layers as recomputation goes by."""

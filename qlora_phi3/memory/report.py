@@ -141,8 +141,9 @@ class VramReport:
     #: Why no suggestion makes it fit, where none does.
     no_fix_reason: str = ""
     rows: RowSummary
-    #: By the cost model: an estimate to compare plans with, never measured.
+    #: By the cost model: an estimate to compare plans with, never measured. `step` is of `cost.describe_step`.
     seconds_per_step: float
+    step: Mapping[str, Any]
     seconds_per_1000_rows: float
     #: Of the recipe's run with its evaluations, without what comes before the first step; None where the data could not be read.
     epochs: float | None = None
@@ -156,7 +157,7 @@ class VramReport:
     created: str
 
     @property
-    def step(self) -> str:
+    def step_rows(self) -> str:
         """The rows of an optimizer step, in words."""
         shared = "" if self.rows_per_gpu == self.batch_size else f" ({self.rows_per_gpu} of them at most on each GPU)"
         return f"{self.batch_size} rows an optimizer step{shared}"

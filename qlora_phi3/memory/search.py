@@ -5,12 +5,14 @@ recomputed, offloading, the MLPs in tiles) are tried in the order of their speed
 that seems to fit; the fastest is simulated in full and replayed in the allocator's model at the exact limit.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan, plan_micro_batches, smaller_mlp_tile
-from qlora_phi3.memory.cost import GpuLimits, StepWorkload, estimate_evaluation_seconds, estimate_step_seconds, recomputation_of
+from qlora_phi3.family import linear_shapes
+from qlora_phi3.memory.cost import GpuLimits, StepKernels, StepWorkload, estimate_step
 from qlora_phi3.memory.plan import Plan, RowLengths, describe_kind, explain_choices, step_shape
 from qlora_phi3.memory.predict import Predictor, estimate_allocated, estimate_reserved
 from qlora_phi3.memory.simulate import StepShape
@@ -84,6 +86,7 @@ class _Search:
         self.minimal = self._smallest(*self.kinds[-1], self.tiles[-1])
         #: Kinds that would be faster and do not fit, and what each would need on the GPU.
         self.refused: dict[ExecutionPlan, int] = {}
+        self._kernels: dict[ExecutionPlan, StepKernels] = {}
 
     def stages(self) -> Iterator[list[ExecutionPlan]]:
         """Kinds of plan, each with its smallest micro-batch: where nothing of one stage fits, the next is tried.
@@ -110,7 +113,9 @@ class _Search:
         #: Plans, and whether they were sized; else they stand for the best that their kind could do.
         waiting = [(self._with_tokens(kind, self.most), False) for kind in kinds]
         while waiting:
-            execution, is_sized = best = min(waiting, key=lambda each: self._time_step(each[0])[1])
+            execution, is_sized = best = min(waiting, key=lambda each: self._least_seconds(each[0]))
+            if self._least_seconds(execution) < self._time_step(execution):
+                continue  # now that its kernels are counted
             waiting.remove(best)
             kind = self._with_tokens(execution, self.fewest)
             if not is_sized:
@@ -139,16 +144,16 @@ class _Search:
         if optim != self.optimizers[-1] and not prediction.fits:
             execution = replace(execution, optim=self.optimizers[-1])
             prediction = self.predictor.predict(execution, shape, limit_bytes=limit_bytes)
-        recipe, (workload, step_seconds) = self.predictor.recipe, self._time_step(prediction.execution)
-        again = recomputation_of(self.predictor.architecture, prediction.execution, workload)
-        step_tokens, tokens = sum(workload.lengths), self.rows.evaluation_tokens
+        recipe, kernels = self.predictor.recipe, self._step_kernels(execution)
+        workload, held_out = self._workload(execution), self._held_out(execution)
         return Plan(
             execution=prediction.execution,
             memory=prediction.memory,
             fits=prediction.fits,
+            kernels=kernels,
             workload=workload,
-            step_seconds=step_seconds,
-            evaluation_seconds=estimate_evaluation_seconds(step_seconds, step_tokens, tokens, again),
+            seconds=estimate_step(kernels, workload, self.limits),
+            evaluation_seconds=estimate_step(kernels, held_out, self.limits, trains=False).total if held_out else 0.0,
             reasons=explain_choices(recipe.training, recipe.memory, prediction.execution, self.rows, self.refused, limit_bytes),
         )
 
@@ -175,10 +180,10 @@ class _Search:
         growing = max(1, max(phases.values()) - phases["save"])
         fitting = self.fewest * (self.most_allocated - phases["save"]) // growing
         largest = self._with_tokens(kind, max(self.fewest, min(self.most, fitting)))
-        most, slowest = largest.micro_batch.max_tokens, self._time_step(largest)[1] * WORTH
+        most, slowest = largest.micro_batch.max_tokens, self._time_step(largest) * WORTH
         sizes = range(self.fewest, most, max(ROUNDING_TOKENS, (most - self.fewest) // 32))
         smaller = (self._with_tokens(kind, tokens) for tokens in sizes)
-        return next((each for each in smaller if self._time_step(each)[1] <= slowest), largest)
+        return next((each for each in smaller if self._time_step(each) <= slowest), largest)
 
     def _smallest(self, every: int, offload: bool, tiles: _Tiles) -> ExecutionPlan:
         return ExecutionPlan(
@@ -213,16 +218,49 @@ class _Search:
     def _phases(self, execution: ExecutionPlan) -> Mapping[str, int]:
         return self.predictor.estimate(execution, step_shape(self.rows, execution))
 
-    def _time_step(self, execution: ExecutionPlan) -> tuple[StepWorkload, float]:
-        """A typical step, and its seconds by the cost model."""
-        recipe, lengths = self.predictor.recipe, self.rows.typical_step()
-        workload = StepWorkload(
-            lengths=lengths,
-            num_micro_batches=len(plan_micro_batches(lengths, execution.micro_batch)),
-            rank=recipe.lora.r,
-            quantized=recipe.quantization.load_in_4bit,
+    def _least_seconds(self, execution: ExecutionPlan) -> float:
+        """The time of a typical step; where it was not simulated with the MLPs in tiles, what it takes at least.
+
+        In tiles the gate_up projections of the other layers are computed once more, as they are in a recomputed layer.
+        """
+        if not execution.mlp_tile_tokens or self._kind(execution) in self._kernels:
+            return self._time_step(execution)
+        shapes, every = self.predictor.architecture, execution.checkpoint_every
+        layers = shapes.num_hidden_layers - (math.ceil(shapes.num_hidden_layers / every) if every else 0)
+        flops = 2 * layers * math.prod(linear_shapes(shapes)["gate_up_proj"]) * self._workload(execution).tokens
+        return self._time_step(replace(execution, mlp_tile_tokens=0)) + flops / (self.limits.tflops_16bit * 1e12)
+
+    def _time_step(self, execution: ExecutionPlan) -> float:
+        """Seconds of a typical step by the cost model."""
+        return estimate_step(self._step_kernels(execution), self._workload(execution), self.limits).total
+
+    def _workload(self, execution: ExecutionPlan) -> StepWorkload:
+        """A typical step."""
+        lengths, layout = self.rows.typical_step(), execution.micro_batch
+        groups = [[lengths[row] for row in group] for group in plan_micro_batches(lengths, layout)]
+        widths = [length if layout.packing else max(group) for group in groups for length in group]
+        return StepWorkload(
+            lengths=lengths, num_micro_batches=len(groups), tokens=sum(widths), squares=sum(width**2 for width in widths)
         )
-        return workload, estimate_step_seconds(self.predictor.architecture, execution, workload, self.limits)
+
+    def _held_out(self, execution: ExecutionPlan) -> StepWorkload | None:
+        """All held-out rows, as if they were as long as those of a typical step."""
+        tokens, step = self.rows.evaluation_tokens, self._workload(execution)
+        number = math.ceil(tokens / execution.evaluation.max_tokens)
+        squares = tokens * step.squares // step.tokens
+        return StepWorkload(lengths=(), num_micro_batches=number, tokens=tokens, squares=squares) if tokens else None
+
+    def _kind(self, execution: ExecutionPlan) -> ExecutionPlan:
+        """With the smallest micro-batch."""
+        return replace(self._with_tokens(execution, self.fewest), optim=self.optimizers[-1])
+
+    def _step_kernels(self, execution: ExecutionPlan) -> StepKernels:
+        """Of the longest row alone: larger micro-batches start the same ones, whatever the recipe sets."""
+        kind = self._kind(execution)
+        if kind not in self._kernels:
+            shape = StepShape(lengths=(self.rows.longest,), accumulates=self.rows.batch_size > 1)
+            self._kernels[kind] = self.predictor.step_kernels(kind, shape)
+        return self._kernels[kind]
 
 
 def _allowed_kinds(training: Training, memory: Memory, num_layers: int) -> list[tuple[int, bool]]:

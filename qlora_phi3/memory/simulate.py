@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 from unittest.mock import patch
@@ -110,7 +111,7 @@ def simulate(
         num_supervised=batch.num_supervised, vocabulary=architecture.vocab_size, rounding=rounding, fused_rows=fused_rows
     )
     kernels = following_cuda(tracker, capability=capability) if path == "cuda" else nullcontext()
-    with _fake_tensors(), tracker, kernels, _no_collector():
+    with _fake_tensors(tracker), tracker, kernels, _no_collector():
         skeleton.neftune_noise_alpha = recipe.training.neftune_noise_alpha
         model = _load(skeleton, recipe.lora, execution, tracker)
         if path == "cuda":
@@ -131,10 +132,14 @@ def simulate(
     return tracker.trace()
 
 
-def _few_tile_starts(positions: int, tile_rows: int) -> Sequence[int]:
+def _few_tile_starts(tracker: MemoryTracker, positions: int, tile_rows: int) -> Iterator[int]:
     """The first `FEW_TILES` or one more, and the last: the others find the allocator as the one two before them left it."""
     starts = range(0, positions, tile_rows)
-    return [*starts[: FEW_TILES + len(starts) % 2], starts[-1]] if len(starts) > FEW_TILES + 2 else starts
+    few = [*starts[: FEW_TILES + len(starts) % 2], starts[-1]] if len(starts) > FEW_TILES + 2 else list(starts)
+    for start in few:
+        tracker.repeats = 1 + (len(starts) - len(few)) * (start == few[-2]) if len(few) > 1 else 1
+        yield start
+    tracker.repeats = 1
 
 
 _aten, _CPU = torch.ops.aten, torch.device("cpu")
@@ -180,14 +185,14 @@ def _no_collector() -> Iterator[None]:
 
 
 @contextmanager
-def _fake_tensors() -> Iterator[None]:
+def _fake_tensors(tracker: MemoryTracker) -> Iterator[None]:
     """Tensors without storage, and answers to two questions that libraries ask about them.
 
     PEFT 0.21's DoRA knows 4-bit weights by their class, which is FakeTensor here. transformers 5.23 takes fake positions of rows
     without padding for those of a pack, and builds a mask; a real pack has a mask of ours.
     """
     no_packs = patch.object(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None)
-    few_tiles = patch.object(qlora_phi3.model.loss, "tile_starts", _few_tile_starts)
+    few_tiles = patch.object(qlora_phi3.model.loss, "tile_starts", partial(_few_tile_starts, tracker))
     with _FakeMode(), patch.object(dora, "dequantize_module_weight", _dequantize), no_packs, few_tiles:
         yield
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
 
+from qlora_phi3.memory.cost import Kernel
 from qlora_phi3.memory.report import CUBLAS_WORKSPACE, MemoryReport
 
 #: Of one event, what is alike in every layer: its bytes, negative where they are freed, and its category.
@@ -26,6 +27,8 @@ class Trace:
     host_bytes: int
     #: Bytes up to a multiple of which each allocation is rounded in a report.
     rounding: int
+    #: Phase -> kernel -> how often it is started; on the CPU's path none.
+    kernels: Mapping[str, Mapping[Kernel, int]]
 
     def report(self) -> MemoryReport:
         """The memory at its peak, by phase and by category."""
@@ -36,6 +39,11 @@ class Trace:
     def rounded(self, num_bytes: int) -> int:
         """What the allocator takes for so many bytes."""
         return -(-num_bytes // self.rounding) * self.rounding
+
+    def kept_bytes(self) -> int:
+        """What a forward pass leaves for the backward pass."""
+        begin, end = self.phases["forward"], self.phases["backward"]
+        return sum(self._live_at(end).values()) - sum(self._live_at(begin).values())
 
     def _report(self) -> MemoryReport:
         peaks = self._peaks()
@@ -131,6 +139,7 @@ def add_layers(small: Trace, large: Trace, times: int) -> Trace | None:
         paged_bytes=large.paged_bytes + times * (large.paged_bytes - small.paged_bytes),
         host_bytes=large.host_bytes + times * (large.host_bytes - small.host_bytes),
         rounding=large.rounding,
+        kernels={},
     )
 
 

@@ -2,6 +2,7 @@
 
 import sys
 import weakref
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_phi3.memory import report
+from qlora_phi3.memory.cost import Kernel, Kind
 from qlora_phi3.memory.trace import Trace, in_order
 
 #: c10::cuda::CUDACachingAllocator rounds requests up to multiples of this.
@@ -30,6 +32,22 @@ UNSHARED = (2, 4)
 _aten, _bnb = torch.ops.aten, torch.ops.bitsandbytes
 _device_of = torch.ops.prim.device.default
 _PRODUCTS = tuple(getattr(_aten, name).default for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear"))
+#: Operators by what the GPU does for them. The second kind starts no kernel; of the next two the first operand is not read, or
+#: only in the places that the result has; the last write so few values that their kernel alone counts.
+_ADDED_PRODUCTS = {_aten.addmm, _aten.addmm_, _aten.baddbmm}
+_MATMULS = {_aten.mm, _aten.linear, _aten.addmm, _aten.addmm_, _bnb.gemm_4bit}
+_NO_KERNEL = {
+    _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided, _aten._unsafe_view, _aten.alias,
+    _aten.lift_fresh, _aten._reshape_alias,
+}  # fmt: skip
+_OVERWRITES = {_aten.copy_, _aten.zero_, _aten.fill_}
+_SELECTIONS = {_aten.embedding, _aten.gather, _aten.index}
+_FEW_VALUES = {_aten.scatter_add_, _aten.scatter_}
+#: Categories of what has the same size for any number of tokens.
+_WEIGHTS = {
+    report.QUANTIZED_WEIGHTS, report.QUANTIZATION_STATE, report.UNQUANTIZED_WEIGHTS, report.EMBEDDING_AND_HEAD, report.ADAPTER,
+    report.GRADIENTS, report.OPTIMIZER_STATE, report.DEQUANTIZED_WEIGHT,
+}  # fmt: skip
 
 
 class NullTracker:
@@ -74,6 +92,9 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         self.first_events: dict[str, int] = {}
         self.first_products: dict[str, int] = {}
         self.phase, self.host_bytes, self.peak_host_bytes, self.paged_bytes = "load", 0, 0, 0
+        #: Phase -> kernel -> how often it is started; and how often the one that is started now stands for another.
+        self.kernels: dict[str, Counter[Kernel]] = defaultdict(Counter)
+        self.repeats = 1
         self._category: str | None = None
         #: By the storage's address: its id, and the reference whose callback sees it end.
         self._ids: dict[int, int] = {}
@@ -136,7 +157,47 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
             paged_bytes=self.paged_bytes,
             host_bytes=self.peak_host_bytes,
             rounding=self.rounding,
+            kernels={phase: dict(kernels) for phase, kernels in self.kernels.items()},
         )
+
+    def count_kernel(self, kind: Kind, *tensors: Tensor, flops: float = 0) -> None:
+        """Count a kernel that reads or writes these tensors."""
+        sizes = [0, 0]
+        for tensor in tensors:
+            numel = 1
+            for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+                numel *= size if stride else 1  # what is expanded is read once
+            number = self._ids.get(tensor.untyped_storage()._cdata)
+            is_weight = number is not None and self.categories[number] in _WEIGHTS
+            sizes[is_weight] += numel * tensor.element_size()
+        self.kernels[self.phase][Kernel(kind, flops, *sizes)] += self.repeats
+
+    def _count_operator(self, func: Any, args: Sequence[Any], results: Sequence[Any]) -> None:
+        """Count the kernel of an operator, if it starts one."""
+        packet = func.overloadpacket
+        if self.phase == "load" or packet in _NO_KERNEL or func.is_view or func.namespace == "profiler":
+            return
+        inputs, outputs = _tensors(args), _tensors(results)
+        if self.phase == "update" and (not inputs or packet is _aten.zeros_like):
+            return  # state and gradients, which only the first step makes
+        if packet in _MATMULS or packet in (_aten.bmm, _aten.baddbmm):
+            kind: Kind = "matmul" if packet in _MATMULS else "attention"
+            depth = args[packet in _ADDED_PRODUCTS].shape[-1]
+            self.count_kernel(kind, *inputs, *outputs, flops=2 * outputs[0].numel() * depth)
+            return
+        if packet in _SELECTIONS:
+            inputs = outputs
+        elif packet in _FEW_VALUES:
+            inputs, outputs = inputs[1:], inputs[1:]
+        elif packet in _OVERWRITES:
+            inputs = inputs[1:]
+        elif not outputs:
+            outputs = inputs
+        kind = "dequantize" if packet is _bnb.dequantize_4bit or packet is _bnb.dequantize_blockwise else "elementwise"
+        shape = outputs[0].shape if outputs else ()
+        if len(shape) > 3 and shape[-1] == shape[-2]:
+            kind = "attention"
+        self.count_kernel(kind, *inputs, *outputs)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator and follow the tensors that it returns."""
@@ -155,6 +216,7 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
             with self:  # CUDA's kernel takes the product of gradient and output
                 args = (args[0] * args[1], *args[1:])
         if func in (_aten.add.Tensor, _aten.index_put.default) and _is_in_place_on_real_tensors(*args[:2]):
+            self._count_operator(func, args, args[:1])
             return args[0]
         if func is _bnb.dequantize_4bit.default:  # as bitsandbytes registers the shapes of both, in a tenth of the time
             result = args[0].new_empty(args[4], dtype=args[5])
@@ -171,6 +233,8 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         for tensor in reversed(results) if func is _aten.native_dropout.default else results:  # the mask is allocated first
             if isinstance(tensor, Tensor):
                 self._follow(tensor, category)
+        if self.rounding != 1:
+            self._count_operator(func, args, results)
         if func in _PRODUCTS:
             self.first_products.setdefault(self.phase, len(self.events))
         return result
@@ -212,6 +276,12 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         if self.phase == "backward":
             return report.RECOMPUTED_LAYER if torch.is_grad_enabled() else report.ACTIVATION_GRADIENTS
         return report.ACTIVATIONS if self.phase in ("forward", "evaluation") else report.OTHER
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors among an operator's arguments or results, and in lists among them."""
+    parts = [part for value in values for part in (value if isinstance(value, list | tuple) else (value,))]
+    return [part for part in parts if isinstance(part, Tensor)]
 
 
 def parameter_category(name: str, parameter: Tensor) -> str:

@@ -250,6 +250,8 @@ class VramChecker:
         return replace(report, suggestions=suggestions, no_fix_reason=no_fix_reason)
 
     def _build_report(self, device: Gpu, plan: "Plan", budget_bytes: int) -> VramReport:
+        from qlora_phi3.memory.cost import describe_step
+
         memory, execution, training = plan.memory, plan.execution, self.context.recipe.training
         rows_per_gpu = self.context.lengths.batch_size
         margin, (speed, slowest, fastest) = read_margin(device.name), self._speeds(device, plan)
@@ -281,6 +283,7 @@ class VramChecker:
             reasons=plan.reasons,
             rows=self.context.rows,
             seconds_per_step=plan.step_seconds,
+            step=describe_step(plan.kernels, plan.workload, plan.seconds),
             **self._estimate_run(plan),
             tokens_per_second=speed,
             slowest_tokens_per_second=slowest,
@@ -303,15 +306,14 @@ class VramChecker:
 
     def _speeds(self, device: Gpu, plan: "Plan") -> tuple[float, float, float]:
         """Tokens a second by the cost model: on the device, on the slowest and on the fastest of the GPUs that it represents."""
-        from qlora_phi3.memory.cost import GpuLimits, estimate_step_seconds
+        from qlora_phi3.memory.cost import GpuLimits, estimate_step
 
         rates = [
             GpuLimits(limit_bytes=0, tflops_16bit=gpu.tflops_16bit, bandwidth_bytes_per_second=gpu.bandwidth_gb * 1e9)
             for gpu in GPU_TABLE
             if gpu.label in device.represents
         ]
-        step = (self.context.architecture, plan.execution, plan.workload)
-        seconds = [estimate_step_seconds(*step, gpu) for gpu in rates] or [plan.step_seconds]
+        seconds = [estimate_step(plan.kernels, plan.workload, gpu).total for gpu in rates] or [plan.step_seconds]
         tokens = sum(plan.workload.lengths)
         return tokens / plan.step_seconds, tokens / max(seconds), tokens / min(seconds)
 

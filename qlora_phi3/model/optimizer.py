@@ -2,8 +2,10 @@
 
 import re
 from typing import Any
+from unittest.mock import patch
 
 import bitsandbytes as bnb
+import bitsandbytes.optim.optimizer
 import torch
 from bitsandbytes.optim import GlobalOptimManager
 from torch import nn
@@ -22,6 +24,21 @@ def default_optimizer(training: Training, *, is_cuda: bool) -> str:
     if training.optim != "auto":
         return training.optim
     return "adamw_8bit" if is_cuda else "adamw_torch"
+
+
+class BitsandbytesAdamW(bnb.optim.AdamW):  # type: ignore[misc]
+    """bitsandbytes' AdamW, for which the host does not wait after the update of each matrix (`sync_gpu`, 0.50).
+
+    The kernels of one stream run in order. Paged state is waited for once, as the driver may move it while they run.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters."""
+        with patch.object(bitsandbytes.optim.optimizer, "sync_gpu", lambda _: None):
+            loss = super().step(closure)
+        if self.is_paged and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+        return loss
 
 
 def build_optimizer(name: str, model: nn.Module, training: Training, *, is_cuda: bool) -> torch.optim.Optimizer:
@@ -50,7 +67,7 @@ def build_optimizer(name: str, model: nn.Module, training: Training, *, is_cuda:
         fused = name == "adamw_torch_fused"
         return torch.optim.AdamW(groups, fused=fused or None, foreach=is_cuda and not fused, **shared)
     bits, paged = 8 if "8bit" in name else 32, name.startswith("paged")
-    optimizer: torch.optim.Optimizer = bnb.optim.AdamW(groups, optim_bits=bits, is_paged=paged, **shared)
+    optimizer: torch.optim.Optimizer = BitsandbytesAdamW(groups, optim_bits=bits, is_paged=paged, **shared)
     if bits == 8:
         # The Trainer keeps the state of trained embeddings in 32 bit. It says so to bitsandbytes' global manager, which holds
         # every module for ever and applies the setting by index to optimizers that are built later; ours has its own manager.

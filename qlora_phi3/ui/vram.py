@@ -25,6 +25,15 @@ COLOURS = ("cyan", "blue", "magenta", "green", "bright_blue", "bright_magenta", 
 SMALL_SHARE = 0.004
 #: Columns of the bar, at most, and of the largest bar in the table of categories.
 WIDEST_BAR, CATEGORY_BAR = 100, 24
+#: Names of the kinds of kernels.
+KINDS_OF_TIME = {
+    "matmul": "matrix products",
+    "attention": "attention",
+    "dequantize": "dequantization",
+    "elementwise": "element-wise kernels",
+    "offload": "offloading",
+    "launch": "kernel launches",
+}
 #: Columns that the notes on the models need beside their figures.
 WIDE = 110
 
@@ -127,7 +136,7 @@ def _heading(report: VramReport) -> Iterator[str]:
         yield f"[memory] budget: a run may use {format_gib(report.budget_bytes)} of it"
     stored = f", stored in {report.stored}" if report.stored else ""
     dtype = "" if report.compute_dtype == "bfloat16" else f", computing in {report.compute_dtype}"
-    yield f"{report.model}{stored}{dtype}; {report.step}"
+    yield f"{report.model}{stored}{dtype}; {report.step_rows}"
     yield f"Rows: {report.rows.origin}"
 
 
@@ -206,6 +215,10 @@ def _speed_lines(report: VramReport) -> Iterator[str]:
         yield f"About {slow} an optimizer step, {low:,.0f} tokens a second, on the slowest of these GPUs;"
         yield f"{fast}, {high:,.0f} on the fastest: estimated from their stated rates, not measured."
     yield _describe_run(report)
+    seconds = report.step["seconds"]
+    shares = sorted(((value / sum(seconds.values()), kind) for kind, value in seconds.items()), reverse=True)
+    named = [f"{share:.0%} {KINDS_OF_TIME[kind]}" for share, kind in shares if share >= 0.005]
+    yield f"That is {', '.join(named)}."
 
 
 def _describe_run(report: VramReport) -> str:
@@ -223,7 +236,7 @@ def _describe_run(report: VramReport) -> str:
 def show_gpu_table(console: Console, reports: Sequence[VramReport]) -> None:
     """One line for each size of GPU."""
     first = reports[0]
-    _print(console, f"{first.model}; {first.step} of at most {first.max_length:,} tokens")
+    _print(console, f"{first.model}; {first.step_rows} of at most {first.max_length:,} tokens")
     _print(console, f"Rows: {first.rows.origin}\n")
     table = build_table("GPU", "usable>", "needed>", "fits", "tokens at once>", "recomputed", "tokens/s>")
     for report in reports:

@@ -6,7 +6,7 @@ import pytest
 
 from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan
 from qlora_phi3.family import read_architecture
-from qlora_phi3.memory.cost import StepWorkload, count_weights, recomputation_of
+from qlora_phi3.memory.cost import count_weights
 from qlora_phi3.memory.plan import assume_lengths, read_lengths, step_shape
 
 LAYOUT = MicroBatchPlan(max_tokens=2048, max_rows=2, packing=True, longrope_boundary=None)
@@ -44,16 +44,8 @@ def test_evaluation_has_as_many_of_the_longest_held_out_row_as_a_micro_batch_tak
     assert step_shape(assume_lengths(3000, 8), EXECUTION).evaluation_lengths == (3000,)
 
 
-def test_every_eighth_and_every_tenth_layer_of_32_are_the_same_four():
-    architecture = read_architecture("microsoft/Phi-3-mini-4k-instruct", prefer_shipped=True)
-    workload = StepWorkload(lengths=(2048,), num_micro_batches=1, rank=16, quantized=True)
-    eighth, tenth, sixth = (recomputation_of(architecture, replace(EXECUTION, checkpoint_every=n), workload) for n in (8, 10, 6))
-    assert eighth == tenth
-    assert (eighth.layers, sixth.layers) == (4 / 32, 6 / 32)
-
-
 def test_the_cost_model_counts_the_weights_of_the_linear_layers():
     architecture = read_architecture("microsoft/Phi-4-mini-instruct", prefer_shipped=True)
     # 32 layers of 3,072 / 8,192; of 24 heads of 128 there are 8 for key and value.
     attention, down = 32 * 3072 * (3072 + 2 * 1024 + 3072), 32 * 3072 * 8192
-    assert count_weights(architecture) == (attention, 2 * down, down)
+    assert count_weights(architecture) == attention + 3 * down

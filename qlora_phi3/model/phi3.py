@@ -20,7 +20,7 @@ from qlora_phi3.errors import ModelError, memory_errors
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan
 from qlora_phi3.family import Architecture, find_config, read_config
 from qlora_phi3.files import foreign_errors
-from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
+from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, takes_packs, without_mask
 from qlora_phi3.model.checkpoint import check_checkpoint
 from qlora_phi3.model.layer import LeanDecoderLayer
 from qlora_phi3.model.quantized import disable_cpu_repacking, quantization_config
@@ -47,6 +47,7 @@ class PackedPhi3ForCausalLM(Phi3ForCausalLM):  # type: ignore[misc]
         input_ids: Tensor | None = None,
         *,
         document_lengths: tuple[int, ...] | None = None,
+        document_starts: Tensor | None = None,
         return_final_hidden: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | BaseModelOutputWithPast:
@@ -55,6 +56,7 @@ class PackedPhi3ForCausalLM(Phi3ForCausalLM):  # type: ignore[misc]
         Args:
             input_ids: (rows, length), int64.
             document_lengths: tokens of each document of a packed sequence, in order; they sum to length.
+            document_starts: (documents + 1,) int32, their sums, which the GPU's kernel for packs reads.
             return_final_hidden: return (rows, length, hidden_size) as `last_hidden_state`, without computing logits.
         """
         if self.training and self.neftune_noise_alpha and input_ids is not None:
@@ -65,8 +67,14 @@ class PackedPhi3ForCausalLM(Phi3ForCausalLM):  # type: ignore[misc]
             device, window = self.device, self.config.sliding_window
             autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else self.model.embed_tokens.weight.dtype
-            masks = build_window_masks(document_lengths, window, device=device, dtype=dtype)
-            kwargs.update(document_lengths=document_lengths, attention_mask=without_mask(device), window_masks=masks)
+            is_plain = len(document_lengths) == 1 and (window is None or window >= document_lengths[0])
+            has_dropout = self.training and self.config.attention_dropout
+            head_size = self.model.layers[0].self_attn.head_dim
+            if is_plain or has_dropout or document_starts is None or not takes_packs(device, dtype, head_size):
+                document_starts = None
+                kwargs["window_masks"] = build_window_masks(document_lengths, window, device=device, dtype=dtype)
+            kwargs |= {"document_lengths": document_lengths, "document_starts": document_starts}
+            kwargs["attention_mask"] = without_mask(device)
         if not return_final_hidden:
             return super().forward(input_ids, **kwargs)
         kwargs.pop("labels", None)  # PeftModelForCausalLM always passes it

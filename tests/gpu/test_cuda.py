@@ -40,9 +40,10 @@ def run_step(model, dtype, *, packing):
     return float(result.loss), gradients(model)
 
 
+@pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize(("name", "tolerance"), [("float32", 1e-4), ("bfloat16", 5e-2)])
-def test_packing_changes_no_gradient_on_the_card(tmp_path, values, name, tolerance):
-    model = load(save_tiny_model(tmp_path), name)
+def test_packing_changes_no_gradient_on_the_card(tmp_path, values, name, tolerance, window):
+    model = load(save_tiny_model(tmp_path, sliding_window=window), name)
     dtype = getattr(torch, name)
     loss, expected = run_step(model, dtype, packing=False)
     packed_loss, packed = run_step(model, dtype, packing=True)

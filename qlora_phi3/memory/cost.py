@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 Kind = Literal["matmul", "attention", "dequantize", "elementwise", "offload"]
 
-#: Shares of the GPU's stated rates that kernels reach.
+#: Share of the GPU's stated 16-bit rate that matrix products reach: chosen on eight speeds that other people published, of which
+#: the median is then 1.05 (scripts/fit_cost.py, docs/performance.md). None of them is ours.
 ARITHMETIC_SHARE = 0.75
+#: And of its bandwidth. Dequantization had 0.44, 0.38 and 0.32 on an RTX 3050 Laptop, an RTX 5070 Laptop and an A100; the others
+#: are assumptions.
 BANDWIDTH_SHARE: Mapping[str, float] = {"matmul": 0.7, "attention": 0.7, "dequantize": 0.4, "elementwise": 0.7}
 #: Bytes a second between host and GPU, pinned memory, PCIe 4.0 x8 (16 GB/s stated): one published run on a laptop had 9.4.
 OFFLOAD_BYTES_PER_SECOND = 9e9

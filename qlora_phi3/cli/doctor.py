@@ -18,7 +18,7 @@ COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 FAILED = 1
 
 
-@click.command(short_help="Check whether this computer can train.")
+@click.command()
 @click.option("--no-step", is_flag=True, help="Leave out the training of a tiny model.")
 @click.option("--json", "wants_json", is_flag=True, help="Print JSON, for programs.")
 @debug_option

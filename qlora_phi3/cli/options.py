@@ -14,6 +14,8 @@ import click
 from qlora_phi3.errors import DeviceError, RecipeError, UserError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from qlora_phi3.hardware.gpu import Gpu
     from qlora_phi3.ui.console import Watcher
 
@@ -37,6 +39,17 @@ set_option = click.option(
 base_option = click.option(
     "--base", type=click.Path(path_type=Path), help="Folder of the model that the run was trained on, if it has moved."
 )
+
+
+def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """What Tab offers for RUN: recipes with runs, their newest run, below a `/` each run, and directories."""
+    from click.shell_completion import CompletionItem
+
+    runs = sorted(path.parent for path in Path("runs").glob("*/*/report.json"))
+    groups = list(dict.fromkeys(path.parent for path in runs))
+    names = [*(group.name for group in groups), *((group / "latest").as_posix() for group in groups)]
+    names += [path.as_posix() for path in runs if "/" in incomplete]
+    return [CompletionItem(incomplete, type="dir"), *(CompletionItem(name) for name in names if name.startswith(incomplete))]
 
 
 def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
@@ -90,12 +103,13 @@ def watching() -> "Iterator[Watcher]":
             watcher.close()
 
 
-def packaged_recipes() -> dict[str, Path]:
-    """Name -> file of each recipe that ships: in the installed package, or in `recipes/` at the top of a checkout."""
+def shipped_files(folder: str, suffix: str) -> dict[str, Path]:
+    """Name -> file of each recipe ("recipes", "toml") or page ("docs", "md") that ships: in the installed package, or in the
+    folder at the top of a checkout.
+    """
     package = Path(__file__).parents[1]
-    inside = package / "recipes"
-    folder = inside if inside.is_dir() else package.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    inside = package / folder
+    return {path.stem: path for path in sorted((inside if inside.is_dir() else package.parent / folder).glob(f"*.{suffix}"))}
 
 
 def find_recipe(path: Path) -> Path:
@@ -108,7 +122,7 @@ def find_recipe(path: Path) -> Path:
         return path
     if (own := path.with_suffix(".toml")).is_file():
         return own
-    recipes = packaged_recipes()
+    recipes = shipped_files("recipes", "toml")
     if path.name not in recipes:
         hint = f"Give the path of a .toml file, or a recipe that ships: {', '.join(recipes)}."
         raise RecipeError(f"{path}: there is no such file, and no recipe of that name.", hint)

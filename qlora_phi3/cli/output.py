@@ -8,9 +8,12 @@ import select
 import shutil
 import stat
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
+
+import click
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,7 +74,6 @@ def safe_output() -> Iterator[None]:
 
 def print_rich(show: "Callable[[Console], None]") -> None:
     """Print what `show` prints on a console; where stdout is no terminal, without colours and blanks at the ends of lines."""
-    import click
     from rich.console import Console
 
     console = Console()
@@ -83,6 +85,17 @@ def print_rich(show: "Callable[[Console], None]") -> None:
         show(console)
     for line in captured.get().splitlines():
         click.echo(line.rstrip())
+
+
+def echo(text: str, *, err: bool = False, **style: Any) -> None:
+    """Print a text in a style of click's; on a terminal no word is broken. A line with a command stays whole, to be copied."""
+    columns, lines = shutil.get_terminal_size().columns, text.split("\n")
+    if max(map(len, lines)) > columns and (sys.stderr if err else sys.stdout).isatty():
+        from qlora_phi3.ui.console import COMMAND
+
+        wrapper = textwrap.TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
+        lines = [line if len(line) <= columns or COMMAND.search(line) else wrapper.fill(line) for line in lines]
+    click.secho("\n".join(lines), err=err, **style)
 
 
 def keep_running_without_output() -> None:

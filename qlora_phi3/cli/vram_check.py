@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_phi3.cli.options import debug_option, find_recipe, named_gpu, packaged_recipes, set_option, watching
+from qlora_phi3.cli.options import debug_option, find_recipe, named_gpu, set_option, shipped_files, watching
 from qlora_phi3.cli.output import print_rich
 from qlora_phi3.errors import CannotTellError, DeviceError, UserError, quoted
 
@@ -37,7 +37,7 @@ class _Options:
     overrides: tuple[str, ...]
 
 
-@click.command("vram-check", short_help="Check whether a recipe fits a GPU, before anything is loaded.")
+@click.command("vram-check")
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
 @click.option("--gpu", metavar="NAME", help="Check for a GPU that is not here: --gpu 'RTX 4070 Laptop'.")
 @click.option("--vram", metavar="SIZE", help="Check for any GPU of a size: --vram 12GB.")
@@ -171,7 +171,9 @@ def _fit_target(recipe: Path, device: "Gpu", fit: str) -> Path:
     path = Path(fit)
     if fit == NEXT_TO_RECIPE:
         path = recipe.with_name(f"{recipe.stem}-{math.ceil(device.total_bytes / 2**30)}gb.toml")
-        path = Path(path.name) if recipe in packaged_recipes().values() else path  # no file of ours is in an installed package
+        path = (
+            Path(path.name) if recipe in shipped_files("recipes", "toml").values() else path
+        )  # no file of ours is in an installed package
     parent = path.absolute().parent
     if path.exists():
         raise UserError(f"{path} exists already, and --fit overwrites nothing.", "Name another file, or delete it first.")

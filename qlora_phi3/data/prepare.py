@@ -169,7 +169,7 @@ def _nothing_to_learn(sources: Sequence[Source], reports: Sequence[SourceReport]
         if num_read == 1 and len(lists) == 1:
             return DataError(message, f"Its rows lie in the list {lists[0]!r}: save that list alone.")
         return DataError(message, f"The formats are {', '.join(FORMATS)}; [data] fields maps other column names to theirs.")
-    return DataError(message, "Correct these rows; docs/data.md says what a row of this format may hold.")
+    return DataError(message, "Correct these rows; what a row of this format may hold: qlora-phi3 docs data")
 
 
 def _build_report(
@@ -180,9 +180,18 @@ def _build_report(
     config: TokenizeConfig,
     eval_indices: tuple[int, ...],
 ) -> DataReport:
-    lengths, repeated = row_lengths(train), 0
+    lengths, digests, repeated = row_lengths(train), read_column(train, "digest", np.uint64), 0
     if evaluation is not None:  # rows with the tokens of a training row
-        repeated = int(np.isin(read_column(evaluation, "digest", np.uint64), read_column(train, "digest", np.uint64)).sum())
+        repeated = int(np.isin(read_column(evaluation, "digest", np.uint64), digests).sum())
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    duplicates = np.flatnonzero(first[inverse] != np.arange(len(digests)))
+    where, numbers = (read_column(train, name) for name in ("source", "source_row"))
+    pairs = [
+        (f"{reports[where[a]].name}:{numbers[a]}", f"{reports[where[b]].name}:{numbers[b]}")
+        for b in duplicates[:1]
+        for a in first[inverse][[b]]
+    ]
+    systems = {system for report in reports for system in report.systems}
     return DataReport(
         sources=tuple(report.name for report in reports),
         formats=tuple(report.format for report in reports),
@@ -196,6 +205,9 @@ def _build_report(
         notes=merge_counts(chain.from_iterable(report.notes.values() for report in reports)),
         unread=merge_counts(chain.from_iterable(report.unread.values() for report in reports)),
         repeated=repeated,
+        duplicates=len(duplicates),
+        first_duplicate=next(iter(pairs), None),
+        system=next(iter(systems)) if len(systems) == 1 else "",
         truncated=sum(report.truncated for report in reports),
         fully_truncated=merge_counts((report.fully_truncated for report in reports), named=NAMED)[0],
         tokens=int(lengths.sum()),

@@ -51,6 +51,7 @@ class SourceReport:
     skipped: dict[str, RowCount] = field(default_factory=dict)
     notes: dict[str, RowCount] = field(default_factory=dict)
     unread: dict[str, RowCount] = field(default_factory=dict)
+    systems: list[str] = field(default_factory=list)  #: The first two system turns that differ; "" for a row without one.
 
     def add(self, counts: dict[str, RowCount], reason: str, number: int) -> None:
         """Count a row, by its number in the source, in `skipped`, `notes` or `unread`."""
@@ -77,6 +78,9 @@ class DataReport:
     notes: tuple[RowCount, ...]  #: Rows that are used, but changed or remarkable.
     unread: tuple[RowCount, ...]  #: Columns, and keys of messages, that hold something and were not read, with their rows.
     repeated: int  #: Held-out rows whose tokens are those of a training row.
+    duplicates: int = 0  #: Training rows whose tokens are those of an earlier one.
+    first_duplicate: tuple[str, str] | None = None  #: The earlier row and the first that repeats one, as `file:line`.
+    system: str = ""  #: The system turn that every row has.
     truncated: int  #: Rows kept that were cut at `max_length`.
     fully_truncated: RowCount  #: Rows dropped because the cut left nothing supervised; the first 1,000 are named.
     tokens: int  #: Of the training rows, and so are `supervised_tokens`.
@@ -114,6 +118,10 @@ class DataReport:
         if self.unread:
             named = [f"{count.reason} ({format_count(count.rows, 'row')})" for count in self.unread[:NAMED_COLUMNS]]
             lines.append(f"Columns not read: {', '.join(named)}{', …' if len(self.unread) > NAMED_COLUMNS else ''}")
+        if self.first_duplicate is not None:
+            first, second = self.first_duplicate
+            rows = format_count(self.train_rows, "training row")
+            lines.append(f"{self.duplicates:,} of {rows} repeat an earlier one token by token, first {second} as {first}")
         if self.repeated:
             rows = format_count(self.evaluation_rows, "held-out row")
             lines.append(f"{self.repeated:,} of {rows} are training rows too: the held-out loss is too good by them")

@@ -35,6 +35,15 @@ MAX_DEPTH = 16
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 #: Suffixes that mean a file even where no such file exists, so that a misspelt name is never requested from the hub.
 FILE_SUFFIXES = frozenset([*DATA_SUFFIXES, ".txt", ".md", ".xml", ".arrow", ".xlsx", ".gz", ".zip", ".zst"])
+#: Usual values of keys; others are hardly ever meant.
+USUAL = {
+    ("lora", "r"): (2, 512),
+    ("lora", "lora_dropout"): (0, 0.3),
+    ("training", "learning_rate"): (1e-6, 5e-3),
+    ("training", "num_train_epochs"): (0, 20),
+    ("training", "batch_size"): (1, 1024),
+    ("training", "weight_decay"): (0, 0.3),
+}
 #: A name that stands for several files.
 GLOB = re.compile(r"[*?\[]")
 
@@ -61,6 +70,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, check_files: bool 
         return recipe
     lines = [f"{sources.get((problem.table, problem.key), path)}: {problem.sentence}" for problem in problems]
     raise RecipeError(lines[0] if len(lines) == 1 else "\n".join((f"{path} has {len(lines)} problems:", *lines)))
+
+
+def describe_unusual(recipe: Recipe) -> str | None:
+    """A line about the values that are out of the usual range, and may be slips of the keyboard; None where there are none."""
+    values = [(table, key, getattr(getattr(recipe, table), key), low, high) for (table, key), (low, high) in USUAL.items()]
+    found = [
+        f"[{table}] {key} = {format_toml(value)} (usual: {low:g} to {high:g})"
+        for table, key, value, low, high in values
+        if not low <= value <= high
+    ]
+    return f"Unusual, is it meant? {', '.join(found)}" if found else None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class ConsoleReporter:
             soft_wrap=_is_whole(self._errors, line),
         )
 
-    def progress(self, what: str, done: int, total: int | None) -> None:
+    def progress(self, what: str, done: float, total: int | None) -> None:
         """Move the bar of `what`, and remove it at `done >= total`; without bars print a line at the start and every 10 s."""
         now, finished = time.perf_counter(), total is not None and done >= total
         if self._bars.disable and what not in self._tasks:
@@ -130,7 +130,7 @@ class ConsoleReporter:
             self.info(f"{what} ...")
         elif self._bars.disable and not finished and now - self._last_line[what] > PLAIN_INTERVAL_SECONDS:
             self._last_line[what] = now
-            self.info(f"{what}: {done:,} of {total:,}" if total else f"{what}: {done:,}")
+            self.info(f"{what}: {int(done):,} of {total:,}" if total else f"{what}: {int(done):,}")
         self._move(what, done, total)
         if self.eta is not None and what == EVALUATING and total:
             self.eta.evaluated_share = done / total
@@ -139,13 +139,13 @@ class ConsoleReporter:
         if TRAINING in self._tasks and self._console.width < MIN_WIDTH_CURVE:  # two bars would both be cut
             self._bars.update(self._tasks[TRAINING], visible=finished)
 
-    def _move(self, what: str, done: int, total: int | None, figures: str = "") -> None:
-        count = f"{done:,}/{total:,}" if total is not None else f"{done:,}" if done else ""
+    def _move(self, what: str, done: float, total: int | None, figures: str = "") -> None:
+        count = f"{int(done):,}/{total:,}" if total is not None else f"{int(done):,}" if done else ""
         fields: dict[str, Any] = {"figures": f"{count}  {figures}".rstrip(), "left": "" if total is None else "left"}
         if what in self._tasks:
             self._bars.update(self._tasks[what], completed=done, total=total, **fields)
         else:
-            self._tasks[what] = self._bars.add_task(what, completed=done, total=total, **fields)
+            self._tasks[what] = self._bars.add_task(what, completed=int(done), total=total, **fields)
 
     def begin(self, outline: RunOutline) -> None:
         """Announce the time of the run, and open its screen. Steps of earlier sessions do not count for the speed."""
@@ -325,9 +325,9 @@ class Watcher:
         """Name the current work."""
         self._update(description=f"{self._gpu}{printable(what)}")
 
-    def progress(self, what: str, done: int, total: int | None) -> None:
+    def progress(self, what: str, done: float, total: int | None) -> None:
         """Name the current work with its units done, of `total` where that is known."""
-        self.info(f"{what}: {done:,} of {total:,}" if total else f"{what}: {done:,}")
+        self.info(f"{what}: {int(done):,} of {total:,}" if total else f"{what}: {int(done):,}")
 
     def card(self, name: str, done: int, total: int) -> None:
         """Name the GPU that is being computed, and move the bar to `done` of `total` GPUs."""

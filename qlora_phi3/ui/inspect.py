@@ -98,10 +98,6 @@ def statistics_lines(figures: DataStatistics) -> list[str]:
     lines.append(
         f"Packing: no token is padding ({rows_padded} padded to the longest would be {figures.padding_share:.0%} padding)"
     )
-    if figures.first_duplicate:
-        first, second = figures.first_duplicate
-        rows = format_count(figures.duplicates, "row")
-        lines.append(f"Duplicates: {rows} with the same tokens as an earlier one, first {second} as {first}")
     if figures.suggested_max_length < report.max_length or any(
         cut.max_length == report.max_length and max(cut.rows_share, cut.learned_share) > 0.01 for cut in figures.cuts
     ):

@@ -215,7 +215,8 @@ class Conversation:
         tokens, is_full = answer.num_tokens, answer.num_tokens < limit
         cut = "cut: the model has no more positions" if is_full else "cut at --max-new-tokens"
         speed = f"{tokens / (time.perf_counter() - started):.1f} tokens/s"
-        return answer.text, f"{format_count(tokens, 'token')}, {speed}, {'ended by itself' if answer.ended_by_itself else cut}"
+        ended = "ended by itself" if tokens else "no answer: it ended its turn at once"
+        return answer.text, f"{format_count(tokens, 'token')}, {speed}, {ended if answer.ended_by_itself else cut}"
 
 
 def _columns(answers: list[tuple[str, str]], width: int, most_lines: int = 0) -> "Table":
@@ -254,6 +255,8 @@ def _converse(talk: Conversation, name: str) -> None:
                 print_dim("To end, type /quit or press Ctrl-D.")
             elif text:
                 talk.ask(text)
+        except KeyboardInterrupt:  # before or after the tokens of an answer
+            print_dim(STOPPED)
         except UserError as error:
             echo(f"Error: {error}", err=True)
 

@@ -20,9 +20,9 @@ def docs(page: str | None) -> None:
     if page is None:
         for name, path in pages.items():
             with path.open(encoding="utf-8") as file:
-                click.echo(f"{name:16}{file.readline().lstrip('# ')}", nl=False)
+                click.echo(f"{name:18}{file.readline().lstrip('# ')}", nl=False)
         click.echo("\nRead one: qlora-phi3 docs data")
         return
     if page not in pages:
         raise UserError(f"There is no page {page!r}.", f"The pages are {', '.join(pages)}.")
-    click.echo_via_pager(pages[page].read_text(encoding="utf-8"))
+    click.echo_via_pager(pages[page].read_text(encoding="utf-8").rstrip())

@@ -95,7 +95,7 @@ def echo(text: str, *, err: bool = False, **style: Any) -> None:
 
         wrapper = textwrap.TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
         lines = [line if len(line) <= columns or COMMAND.search(line) else wrapper.fill(line) for line in lines]
-    click.secho("\n".join(lines), err=err, **style)
+    click.echo(click.style("\n".join(lines), **style) if style else "\n".join(lines), err=err)
 
 
 def keep_running_without_output() -> None:

@@ -126,7 +126,7 @@ def test_the_figures_of_rows_of_known_lengths(read):
     assert cut.rows_dropped == kept.count(0)
     short = [min(length, 64) for length in lengths]
     assert figures.padding_share == pytest.approx(1 - sum(short) / (4 * max(short)))
-    assert (figures.duplicates, figures.first_duplicate) == (1, ("rows.jsonl:1", "rows.jsonl:2"))
+    assert (figures.report.duplicates, figures.report.first_duplicate) == (1, ("rows.jsonl:1", "rows.jsonl:2"))
     assert figures.suggested_max_length == -(-max(lengths) // 64) * 64
 
 

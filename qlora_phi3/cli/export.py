@@ -94,7 +94,7 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
 
             view.progress("Starting torch, transformers and peft", 1, 1)
             exported = export_run(request, view)
-            show_export(view, exported, ollama=name)
+            show_export(view, exported, for_ollama=name is not None)
         except KeyboardInterrupt as interrupt:
             message = "Stopped. A complete proof is used again."
             raise Interrupted(message, "Continue with the same command.") from interrupt

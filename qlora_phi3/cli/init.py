@@ -194,6 +194,8 @@ def _show(summary: "DataSummary", options: "Sequence[ModelOption]", chosen: "Mod
     if summary.format == "text":
         echo("That is plain text: the model learns to continue it, not to answer. Chats have questions and answers.")
     echo(f"Tokens: half have at most {lengths[len(lengths) // 2]:,}, the longest {lengths[0]:,}{counted}")
+    if summary.data.fields:
+        echo("Columns: " + ", ".join(f"{theirs!r} is the {ours}" for ours, theirs in summary.data.fields.items()))
     if summary.duplicates:
         echo(f"  {format_count(summary.duplicates, 'row')} with the words of an earlier row")
     for count in summary.skipped[:3]:

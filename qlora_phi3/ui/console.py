@@ -352,8 +352,8 @@ class Watcher:
         self._bars.update(self._bars.task_ids[0], **changes)
 
 
-def show_export(view: ConsoleReporter, exported: "Exported", *, ollama: str | None = None) -> None:
-    """Print the proof of an export and, unless it failed, what to do next; `ollama` is the model's name there."""
+def show_export(view: ConsoleReporter, exported: "Exported", *, for_ollama: bool = False) -> None:
+    """Print the proof of an export and, unless it failed, what to do next; `for_ollama`: what follows says it for Ollama."""
     from qlora_phi3.export.bundle import other_bits_warning
     from qlora_phi3.export.stop import runaway_warning
 
@@ -377,13 +377,16 @@ def show_export(view: ConsoleReporter, exported: "Exported", *, ollama: str | No
             view.warning(warning)
     if exported.fault is not None:
         return
+    if report["proof"]:
+        view.info("Proved: the merged model computes what base and adapter compute together.")
     if exported.gguf is not None:
         for note in exported.gguf.notes:
             view.info(note)
         view.info(f"Try it: llama-cli -m {exported.gguf.path}")
-        name = ollama or exported.gguf.path.stem
-        view.info(f"Ollama: ollama create {name} -f {shlex.quote(str(exported.folder / 'Modelfile'))}")
-        view.info(f"        ollama run {name}")
+        if not for_ollama:
+            name = exported.gguf.path.stem
+            view.info(f"Ollama: ollama create {name} -f {shlex.quote(str(exported.folder / 'Modelfile'))}")
+            view.info(f"        ollama run {name}")
     if exported.page:
         view.info(f"On the hub: {exported.page}")
     view.info(f"Done: {exported.folder.absolute()}")

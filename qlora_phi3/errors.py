@@ -122,11 +122,12 @@ def disk_error_hint(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text without its full stop; the name of its class where it has no text.
+    """The first line of an error's text without its full stop; the name of its class where it has no text. A KeyError's is a key.
 
     torch's text on memory that ran out ends with what is free, and not with its account of who holds what.
     """
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = f"it has no {line}" if isinstance(error, KeyError) else line
     return line.partition(" Including non-PyTorch memory")[0].rstrip(" :.")
 
 

@@ -246,7 +246,7 @@ def answer_questions(
             if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
-                message = f"Memory ran out in an answer to {len(prompts[0]):,} tokens: {first_line(error)}."
+                message = f"Memory ran out in the answer to a prompt of {len(prompts[0]):,} tokens: {first_line(error)}."
                 raise ModelError(message, MEMORY_HINT) from error
             most = len(batch) // 2
             continue

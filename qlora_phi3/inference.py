@@ -175,6 +175,8 @@ def _read_source(path: Path) -> _Source:
 
 
 def _load_adapter(base: Any, adapter: Path) -> PeftModel:
+    if not any((adapter / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):  # PEFT would ask the hub
+        raise ModelError(f"{adapter} has no adapter_model.safetensors.", "Copy the adapter again, with all its files.")
     try:
         with warnings.catch_warnings(), quiet_transformers():
             warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT 0.21 only warns

@@ -27,7 +27,7 @@ COMMANDS = {
     "qlora-phi3 chat chat --temperature 0.7 --top-p 0.95 --seed 1": "--max-new-tokens 4",
     "qlora-phi3 eval chat --data test.jsonl": "--max-new-tokens 4",
     "qlora-phi3 eval chat --no-generate": "",
-    "qlora-phi3 eval chat --rows 500 --max-new-tokens 256 --temperature 0.3 --top-k 50 --top-p 0.95": "--rows 2 --max-new-tokens 4",
+    "qlora-phi3 eval chat --rows 500 --max-new-tokens 256 --temperature 0.3 --top-k 50 --top-p 0.95": "--rows=2 --max-new-tokens=4",
     "qlora-phi3 eval runs/chat/latest": "--max-new-tokens 4",
     f"qlora-phi3 export {RUN}": "--force",
     f"qlora-phi3 export {RUN} --format gguf --quant q8_0": "",

@@ -260,7 +260,7 @@ MESSAGES = [
         "lora-refused-by-peft",
         lambda shop: adapted(shop, exclude_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
         ("PEFT", "[lora]"),
-        "Change [lora]",
+        "Correct target_modules",
     ),
     row(
         "safetensors-none",

@@ -13,6 +13,7 @@ from workshop import Workshop, write_chats
 from qlora_phi3.cli.main import main
 
 #: Commands that are run, in this order, each with the words that a tiny base without a hub needs. `RUN` is a finished run.
+SETTINGS = "--rows 500 --max-new-tokens 256 --temperature 0.3 --top-k 50 --top-p 0.95"
 RUN = "runs/chat/2026-11-21_10-00-00"
 COMMANDS = {
     "qlora-phi3 init my-chats.jsonl": "--yes --model base",
@@ -27,7 +28,7 @@ COMMANDS = {
     "qlora-phi3 chat chat --temperature 0.7 --top-p 0.95 --seed 1": "--max-new-tokens 4",
     "qlora-phi3 eval chat --data test.jsonl": "--max-new-tokens 4",
     "qlora-phi3 eval chat --no-generate": "",
-    "qlora-phi3 eval chat --rows 500 --max-new-tokens 256 --temperature 0.3 --top-k 50 --top-p 0.95": "--rows=2 --max-new-tokens=4",
+    f"qlora-phi3 eval chat {SETTINGS}": "--rows 2 --max-new-tokens 4",
     "qlora-phi3 eval runs/chat/latest": "--max-new-tokens 4",
     f"qlora-phi3 export {RUN}": "--force",
     f"qlora-phi3 export {RUN} --format gguf --quant q8_0": "",

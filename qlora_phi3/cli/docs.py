@@ -1,8 +1,11 @@
 """`qlora-phi3 docs`: the documentation that ships, in the terminal."""
 
+import sys
+
 import click
 
 from qlora_phi3.cli.options import shipped_files
+from qlora_phi3.cli.output import wrapped
 from qlora_phi3.errors import UserError
 
 
@@ -25,4 +28,5 @@ def docs(page: str | None) -> None:
         return
     if page not in pages:
         raise UserError(f"There is no page {page!r}.", f"The pages are {', '.join(pages)}.")
-    click.echo_via_pager(pages[page].read_text(encoding="utf-8").rstrip())
+    text = pages[page].read_text(encoding="utf-8").rstrip()
+    click.echo_via_pager(wrapped(text) if sys.stdout.isatty() else text)

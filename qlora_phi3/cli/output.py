@@ -88,14 +88,20 @@ def print_rich(show: "Callable[[Console], None]") -> None:
 
 
 def echo(text: str, *, err: bool = False, **style: Any) -> None:
-    """Print a text in a style of click's; on a terminal no word is broken. A line with a command stays whole, to be copied."""
-    columns, lines = shutil.get_terminal_size().columns, text.split("\n")
-    if max(map(len, lines)) > columns and (sys.stderr if err else sys.stdout).isatty():
-        from qlora_phi3.ui.console import COMMAND
+    """Print a text in a style of click's, on a terminal as `wrapped`."""
+    text = wrapped(text) if (sys.stderr if err else sys.stdout).isatty() else text
+    click.echo(click.style(text, **style) if style else text, err=err)
 
-        wrapper = textwrap.TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
-        lines = [line if len(line) <= columns or COMMAND.search(line) else wrapper.fill(line) for line in lines]
-    click.echo(click.style("\n".join(lines), **style) if style else "\n".join(lines), err=err)
+
+def wrapped(text: str) -> str:
+    """A text whose lines end between words on this terminal. A line with a command stays whole, to be copied."""
+    columns, lines = shutil.get_terminal_size().columns, text.split("\n")
+    if max(map(len, lines)) <= columns:
+        return text
+    from qlora_phi3.ui.console import COMMAND
+
+    wrapper = textwrap.TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(line if len(line) <= columns or COMMAND.search(line) else wrapper.fill(line) for line in lines)
 
 
 def keep_running_without_output() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from qlora_phi3.cli.options import check_new_file, create_file, debug_option, find_recipe, set_option
+from qlora_phi3.cli.output import echo
 
 
 @click.group()
@@ -41,7 +42,7 @@ def check(path: Path, overrides: tuple[str, ...]) -> None:
     loaded = load_recipe(path, overrides, check_files=True)
     click.echo(recipe_as_toml(loaded), nl=False)
     if line := describe_unusual(loaded):
-        click.echo(f"Note: {line}", err=True)
+        echo(f"Note: {line}", err=True)
     click.echo(f"{path} is fine.", err=True)
 
 

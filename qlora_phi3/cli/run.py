@@ -9,6 +9,7 @@ import click
 from qlora_phi3.cli.options import complete_run, debug_option, find_recipe, set_option, silence_libraries
 from qlora_phi3.cli.output import keep_running_without_output
 from qlora_phi3.errors import RunError
+from qlora_phi3.runfolder import resolve_run
 
 NEWEST = "newest"
 
@@ -113,7 +114,5 @@ def _recipe_and_run(ctx: click.Context, recipe: Path | None, resume: str | None)
     path = Path(resume)
     if path.suffix == ".toml":
         return path, NEWEST
-    if os.path.isfile(path / "recipe.toml"):  # noqa: PTH113 - Path.is_file raises for a name that is too long
-        return path / "recipe.toml", resume
-    hint = "Write: qlora-phi3 run RECIPE.toml --resume"
-    raise RunError(f"There is no run directory {resume}, and no recipe is named.", hint)
+    folder = resolve_run(resume)
+    return folder.recipe, str(folder.path)

@@ -17,6 +17,8 @@ OUT_OF_MEMORY = re.compile(
     r"|bad[_ ]alloc",
     re.IGNORECASE,
 )
+#: What begins a command in a line.
+COMMAND = re.compile(r"\b(qlora-phi3|ollama|llama-cli|pip|hf) ")
 #: Characters of a line of a message.
 LONGEST_LINE = 2000
 
@@ -122,12 +124,12 @@ def disk_error_hint(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text without its full stop; the name of its class where it has no text.
+    """The first line of an error's text without its full stop; the name of its class where it has no text. A KeyError's is a key.
 
     torch's text on memory that ran out ends with what is free, and not with its account of who holds what.
     """
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.partition(" Including non-PyTorch memory")[0].rstrip(" :.")
+    return ("it has no " * isinstance(error, KeyError)) + line.partition(" Including non-PyTorch memory")[0].rstrip(" :.")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

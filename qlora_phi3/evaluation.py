@@ -48,8 +48,8 @@ MEMORY_HINT = "Close other programs that use the memory."
 Measured = tuple[NDArray[np.float64], NDArray[np.float64]]
 #: The ids of a conversation up to its first answer, and that answer as the row has it.
 Question = tuple[list[int], str]
-#: Called with the rows done and their number.
-Report = Callable[[int, int], None]
+#: Called with the rows done, the one that is being answered in part, and their number.
+Report = Callable[[float, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def evaluate_model(inference: InferenceModel, data: EvalRows, settings: EvalSett
     for what in ("Measuring the loss", "Answering") if questions else ("Measuring the loss",):
         for number, side in enumerate(sides):
 
-            def report(done: int, total: int, before: int = number, what: str = what) -> None:
+            def report(done: float, total: int, before: int = number, what: str = what) -> None:
                 progress(what, before * total + done, len(sides) * total)
 
             with inference.model.disable_adapter() if side == "base" else nullcontext():
@@ -153,10 +153,15 @@ def evaluate_model(inference: InferenceModel, data: EvalRows, settings: EvalSett
         notes.append("Nothing was generated: no row has a prompt and a complete answer.")
     if empty := sum(not row["tuned"] for row in shown):
         notes.append(f"{empty} of {len(shown)} answers are empty: the model ends its turn at once.")
+    same = sum(row["base"] == row["tuned"] for row in shown) if has_adapter else 0
+    if 2 * same > len(shown):
+        notes.append(
+            f"{same} of {len(shown)} answers are the base's, word for word: train longer, or with a larger learning_rate."
+        )
     metrics = compare(measured[sides[0]], measured["tuned"], settings.seed)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "verdict": judge(metrics, has_adapter=has_adapter),
+        "verdict": judge(metrics, has_adapter=has_adapter, same_answers=0 < same == len(shown)),
         "has_adapter": has_adapter,
         "data": {"name": data.name, "sha256": data.sha256, "rows": len(data.rows), "questions": len(questions), "notes": notes},
         "settings": asdict(settings),
@@ -225,13 +230,14 @@ def answer_questions(
     order = sorted(range(len(questions)), key=lambda number: -len(questions[number][0]))
     answers: list[list[int]] = [[] for _ in questions]
     budget, most, done, limit = _cache_tokens(inference), BATCH_PROMPTS, 0, settings.max_new_tokens
+    expected = limit  # tokens of the longest answer of a batch: the limit, and then as many as the batch before it had
     while done < len(order):
         batch = order[done:][: max(1, min(most, budget // (len(questions[order[done]][0]) + limit)))]
         prompts = [questions[number][0] for number in batch]
         limits = [min(limit, inference.max_positions - len(ids)) for ids in prompts]
 
-        def after_token(new_ids: Tensor, done: int = done, size: int = len(batch)) -> bool:
-            report(done + (size - 1) * new_ids.shape[1] // limit, len(order))
+        def after_token(new_ids: Tensor, done: int = done, size: int = len(batch), expected: int = expected) -> bool:
+            report(done + size * min(new_ids.shape[1] / expected, 0.99), len(order))
             return False
 
         try:
@@ -240,13 +246,13 @@ def answer_questions(
             if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
-                message = f"Memory ran out in an answer to {len(prompts[0]):,} tokens: {first_line(error)}."
+                message = f"Memory ran out in the answer to a prompt of {len(prompts[0]):,} tokens: {first_line(error)}."
                 raise ModelError(message, MEMORY_HINT) from error
             most = len(batch) // 2
             continue
         for number, ids in zip(batch, new_ids, strict=True):
             answers[number] = ids
-        done += len(batch)
+        done, expected = done + len(batch), max(map(len, new_ids))
         report(done, len(order))
     return answers
 
@@ -302,8 +308,8 @@ def bootstrap_interval(differences: NDArray[np.float64], weights: NDArray[np.flo
     return float(low), float(high)
 
 
-def judge(metrics: Mapping[str, Mapping[str, Any]], *, has_adapter: bool) -> str:
-    """The result in one line. The loss and ROUGE-L decide, each where its interval has no zero in it."""
+def judge(metrics: Mapping[str, Mapping[str, Any]], *, has_adapter: bool, same_answers: bool = False) -> str:
+    """The result in one line. Loss and ROUGE-L decide, each where its interval has no zero, unless all answers are the base's."""
     loss, rouge, ends = metrics["loss"], metrics.get("rougeL"), metrics.get("ended_by_itself")
     ended = f"; {ends['tuned']:.0%} of the answers end by themselves" if ends else ""
     if not has_adapter:
@@ -311,5 +317,6 @@ def judge(metrics: Mapping[str, Mapping[str, Any]], *, has_adapter: bool) -> str
     is_better = loss["high"] < 0 or (rouge is not None and rouge["low"] > 0)
     is_worse = loss["low"] > 0 or (rouge is not None and rouge["high"] < 0)
     word = ("Mixed" if is_worse else "Better") if is_better else "Worse" if is_worse else "No clear difference"
+    word = "The same answers as the base's" if same_answers else word
     answers = f"; ROUGE-L {rouge['difference']:+.1f} ({rouge['low']:+.1f} to {rouge['high']:+.1f})" if rouge else ""
     return f"{word}: held-out loss {loss['tuned']:.2f} against {loss['base']:.2f}{answers}{ended}."

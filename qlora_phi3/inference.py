@@ -151,8 +151,7 @@ def load_for_inference(
 def _read_source(path: Path) -> _Source:
     run = RunFolder(path.parent if path.name == "adapter" and RunFolder(path.parent).recipe.is_file() else path)
     if run.recipe.is_file():
-        if not (run.adapter / "adapter_config.json").is_file():
-            raise ModelError(f"The run {run.path} has no adapter.", f"Finish its training first: {run.resume_command}")
+        run.check_trained()
         recipe = load_recipe(run.recipe)
         record = read_json_object(run.base, ModelError, "Train the run again.") if run.base.is_file() else {}
         base = recipe.model.model_copy(update={"revision": record.get("revision") or recipe.model.revision})
@@ -176,6 +175,8 @@ def _read_source(path: Path) -> _Source:
 
 
 def _load_adapter(base: Any, adapter: Path) -> PeftModel:
+    if not any((adapter / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):  # PEFT would ask the hub
+        raise ModelError(f"{adapter} has no adapter_model.safetensors.", "Copy the adapter again, with all its files.")
     try:
         with warnings.catch_warnings(), quiet_transformers():
             warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT 0.21 only warns

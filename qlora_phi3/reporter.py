@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal, Protocol
 from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.units import format_count, format_gib
 
-#: Called with what is being done, how much is done, and the total (None where it is not known). `done == total` ends it.
-Progress = Callable[[str, int, int | None], None]
+#: Called with what is being done, how much is done, in parts too, and the total (None: not known). `done == total` ends it.
+Progress = Callable[[str, float, int | None], None]
 Phase = Literal["training", "evaluation"]
 #: What is done about an out-of-memory error. "again": empty the cache and compute the batch again. The others also change all
 #: later batches: "split" makes micro-batches smaller, "offload" recomputes every layer from inputs in the computer's memory,
@@ -132,7 +132,7 @@ class Reporter(Protocol):
     def warning(self, line: str) -> None:
         """Show one line that a person should look at."""
 
-    def progress(self, what: str, done: int, total: int | None) -> None:
+    def progress(self, what: str, done: float, total: int | None) -> None:
         """Show how far a part of the work, `what` in words, is; `done == total` ends it, a total of None is not known."""
 
     def begin(self, outline: RunOutline) -> None:

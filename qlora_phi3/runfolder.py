@@ -11,8 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from qlora_phi3.errors import RunError, quoted
-from qlora_phi3.family import is_hub_id
+from qlora_phi3.errors import ModelError, RunError, quoted
 from qlora_phi3.files import atomic_write, disk_errors, is_dir, make_directory, read_json_object
 
 #: Held by the process that writes a run directory, and the file with its process id.
@@ -53,6 +52,11 @@ class RunFolder:
         """The command that continues this run."""
         return f"qlora-phi3 run --resume {quoted(self.path)}"
 
+    def check_trained(self) -> None:
+        """Raise ModelError where the run has no adapter yet."""
+        if not (self.adapter / "adapter_config.json").is_file():
+            raise ModelError(f"The run {self.path} has no adapter.", f"Finish its training first: {self.resume_command}")
+
     def read_report(self) -> dict[str, Any]:
         """The content of report.json; RunError where there is none, or it holds no JSON object."""
         if self.recipe.is_file() and not self.report.exists():
@@ -84,7 +88,7 @@ def create_run_folder(root: Path, recipe_name: str) -> RunFolder:
             make_directory(path / "checkpoints")
         except FileExistsError:
             if not path.is_dir():
-                raise RunError(f"{path.parent} is not a directory.", "Choose another [training] output_dir.") from None
+                raise RunError(f"{path} is a file.", "Delete it, or choose another [training] output_dir.") from None
             continue
         except OSError as error:
             hint = "Choose another [training] output_dir, or free the disk."
@@ -215,17 +219,21 @@ def resolve_run(text: str | Path, root: Path = Path("runs")) -> RunFolder:
 
 def find_model(text: str, root: Path = Path("runs")) -> Path:
     """What `load_for_inference` loads for a name that a person gives: the directory of a run, as `resolve_run` finds it; of an
-    adapter, an export or a base; or the hub id of a base. RunError where it is none of these.
+    adapter, an export or a base; or the hub id of a base. RunError where it is none of these, ModelError for an untrained run.
     """
     try:
-        return resolve_run(text, root).path
+        run = resolve_run(text, root)
     except RunError:
+        from qlora_phi3.family import is_hub_id  # not above: the help of most commands imports this file
+
         path = Path(text)
         if is_dir(path) and any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             return path
         if is_hub_id(text) and not is_dir(path) and not is_dir(path.parent):
             return path
         raise
+    run.check_trained()
+    return run.path
 
 
 def run_group_name(recipe: Path) -> str:

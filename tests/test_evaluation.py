@@ -178,6 +178,27 @@ def test_the_verdict_is_one_line_with_its_figures():
     )
 
 
+def test_a_lower_loss_is_not_better_where_all_answers_are_the_base_s(loaded, rows, monkeypatch):
+    monkeypatch.setattr(evaluation, "answer_questions", lambda _, questions, *__: [[5, 6] for _ in questions])
+    result = evaluate_model(loaded, rows, SETTINGS, progress=no_progress)
+    assert result["verdict"].startswith("The same answers as the base's: held-out loss ")
+    assert any(note.startswith("4 of 4 answers are the base's, word for word") for note in result["data"]["notes"])
+
+
+def test_answers_are_counted_in_part_by_their_tokens(loaded, rows, monkeypatch):
+    questions, calls = choose_questions(loaded, rows.rows, SETTINGS), []
+    monkeypatch.setattr(evaluation, "BATCH_PROMPTS", 2)
+
+    def generate(inference, prompts, limits, *, sampling, after_token):
+        after_token(torch.zeros(2, 3))
+        return [[5] * 3, [6] * 2]
+
+    monkeypatch.setattr(evaluation, "generate_batch", generate)
+    answer_questions(loaded, questions, SETTINGS, lambda done, total: calls.append((done, total)))
+    # Half of the limit of 6; then the answers before had at most 3 tokens.
+    assert calls == [(1.0, 4), (2, 4), (2 + 2 * 0.99, 4), (4, 4)]
+
+
 def test_memory_that_runs_out_halves_the_batch_and_changes_no_answer(loaded, rows, monkeypatch):
     questions, sizes = choose_questions(loaded, rows.rows, SETTINGS), []
     expected = answer_questions(loaded, questions, SETTINGS, no_progress)

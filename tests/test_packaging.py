@@ -8,7 +8,7 @@ import pytest
 from workshop import call
 
 from qlora_phi3.cli import options
-from qlora_phi3.cli.options import find_recipe, packaged_recipes
+from qlora_phi3.cli.options import find_recipe, shipped_files
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
@@ -17,7 +17,7 @@ SHIPPED = {path.stem for path in (ROOT / "recipes").glob("*.toml")}
 
 def test_the_wheel_lists_every_directory_with_modules():
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "qlora_phi3").rglob("*.py")}
-    assert set(SETTINGS["packages"]) == found | {"qlora_phi3.recipes"}
+    assert set(SETTINGS["packages"]) == found | {"qlora_phi3.recipes", "qlora_phi3.docs"}
 
 
 def test_the_wheel_has_every_file_that_is_no_module():
@@ -25,14 +25,15 @@ def test_the_wheel_has_every_file_that_is_no_module():
     listed = {path for pattern in SETTINGS["package-data"]["qlora_phi3"] for path in package.glob(pattern)}
     others = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert listed == others
-    assert SETTINGS["package-dir"] == {"qlora_phi3.recipes": "recipes"}
+    assert SETTINGS["package-dir"] == {"qlora_phi3.recipes": "recipes", "qlora_phi3.docs": "docs"}
+    assert SETTINGS["package-data"]["qlora_phi3.docs"] == ["*.md"]
     assert {
         path.stem for pattern in SETTINGS["package-data"]["qlora_phi3.recipes"] for path in (ROOT / "recipes").glob(pattern)
     } == SHIPPED
 
 
 def test_a_recipe_that_ships_is_found_by_name_from_any_directory(shop):
-    assert packaged_recipes().keys() == SHIPPED
+    assert shipped_files("recipes", "toml").keys() == SHIPPED
     assert find_recipe(Path("chat")) == ROOT / "recipes" / "chat.toml"
     assert '"HuggingFaceH4/ultrachat_200k"' in call("recipe", "check", "chat").stdout
 
@@ -53,8 +54,8 @@ def test_a_path_wins_over_a_name(shop, name):
 
 def test_a_recipe_that_ships_and_whose_data_is_missing_gets_the_usual_error(shop, monkeypatch):
     (shop.path / "installed").mkdir()  # as a wheel has it: in a checkout the demo may have made the data
-    copied = shutil.copy(packaged_recipes()["demo"], shop.path / "installed" / "demo.toml")
-    monkeypatch.setattr("qlora_phi3.cli.options.packaged_recipes", lambda: {"demo": copied})
+    copied = shutil.copy(shipped_files("recipes", "toml")["demo"], shop.path / "installed" / "demo.toml")
+    monkeypatch.setattr("qlora_phi3.cli.options.shipped_files", lambda *_: {"demo": copied})
     result = call("run", "demo")
     assert (result.exit_code, "There is no file" in result.stderr) == (2, True)
 

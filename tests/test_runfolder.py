@@ -1,11 +1,13 @@
 """The run that a person names: a directory, `latest`, a recipe file, or the name of a recipe."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from qlora_phi3.errors import RunError
-from qlora_phi3.runfolder import list_runs, resolve_run
+from qlora_phi3.cli.run import _recipe_and_run
+from qlora_phi3.errors import ModelError, RunError
+from qlora_phi3.runfolder import find_model, list_runs, resolve_run
 
 
 @pytest.fixture
@@ -37,3 +39,17 @@ def test_a_run_is_named_by_its_directory_its_adapter_or_its_recipe(two_runs, end
 def test_a_name_without_a_run_lists_the_recipes_that_have_one(two_runs):
     with pytest.raises(RunError, match=r"There is no run other\. .* \(my\), .* the newest is runs/my/2026-01-01_23-00-00\."):
         resolve_run("other")
+
+
+@pytest.mark.parametrize("text", ["my", "runs/my/latest", "runs/my/2026-01-01_23-00-00"])
+def test_a_run_to_resume_has_every_name_of_a_run(two_runs, text):
+    recipe, folder = _recipe_and_run(None, None, text)
+    assert (recipe, Path(folder).name) == (Path(folder) / "recipe.toml", two_runs[-1])
+
+
+def test_a_run_without_an_adapter_is_no_model(two_runs, tmp_path):
+    with pytest.raises(ModelError, match=r"The run runs/my/2026-01-01_23-00-00 has no adapter"):
+        find_model("my")
+    (tmp_path / "runs" / "my" / two_runs[-1] / "adapter").mkdir()
+    (tmp_path / "runs" / "my" / two_runs[-1] / "adapter" / "adapter_config.json").touch()
+    assert find_model("my").name == two_runs[-1]

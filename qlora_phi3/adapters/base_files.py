@@ -16,7 +16,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from qlora_phi3.errors import ExportError
+from qlora_phi3.errors import ExportError, first_line
 from qlora_phi3.files import read_json_object
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -118,7 +118,7 @@ def portable_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         model = Phi3Config(**known)
         rope_keys = _rope_keys(model)
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
-        raise ExportError(f"{path} cannot be read: {error!r}.", "Put the base's own back.") from error
+        raise ExportError(f"{path} cannot be read: {first_line(error)}.", "Put the base's own back.") from error
     portable = dict(config)
     for key in Phi3Config.__annotations__:
         value = getattr(model, key)

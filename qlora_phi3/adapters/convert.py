@@ -72,7 +72,7 @@ def find_base(given: str | None, folder: Path) -> Base:
         return read_base(given)
     own = peft_io.read_config(folder).get("base_model_name_or_path")
     try:
-        return read_base(str(folder) if (folder / "config.json").is_file() else own or "", label=own)
+        return read_base(str(folder) if (folder / "config.json").is_file() else own or "(no name)", label=own)
     except ModelError as error:
         raise ExportError(
             f"The base of {folder} cannot be found: {error.message}", "Name it: --base microsoft/Phi-3-mini-4k-instruct"

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_phi3.cli.options import base_option, check_sampling, debug_option, sampling_options, silence_libraries
+from qlora_phi3.cli.options import base_option, check_sampling, complete_run, debug_option, sampling_options, silence_libraries
+from qlora_phi3.cli.output import echo
 from qlora_phi3.errors import RunError, UserError, printable, quoted
 from qlora_phi3.files import atomic_write, user_state_dir
-from qlora_phi3.runfolder import find_model, list_runs
+from qlora_phi3.runfolder import RunFolder, find_model, list_runs
 from qlora_phi3.units import format_count
 
 if TYPE_CHECKING:
@@ -33,12 +34,12 @@ Alt-Enter begins a new line; Ctrl-C stops an answer."""
 #: Columns that two answers beside each other need; runs that are offered where none is named; what Ctrl-C did to an answer.
 MIN_WIDTH_COMPARE, OFFERED_RUNS, STOPPED = 100, 20, "stopped"
 #: What is no answer is on stderr.
-print_dim = partial(click.secho, dim=True, err=True)
+print_dim = partial(echo, dim=True, err=True)
 
 
 @click.command()
-@click.argument("run", metavar="[RUN]", required=False)
-@click.option("--system", metavar="TEXT", default="", help="System turn: how the model is to answer.")
+@click.argument("run", metavar="[RUN]", required=False, shell_complete=complete_run)
+@click.option("--system", metavar="TEXT", help="System turn: how the model is to answer. [default: that of all training rows]")
 @click.option("--compare", is_flag=True, help="Show the answer of the untuned base beside that of the tuned model.")
 @click.option("--prompt", metavar="TEXT", help="Print one answer and exit; with - the prompt is read from stdin.")
 @base_option
@@ -80,14 +81,25 @@ def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bo
     if compare and not hasattr(inference.model, "disable_adapter"):
         raise UserError(f"{path} has no adapter: there is nothing to compare.", "Leave --compare out, or give a run.")
     seed = torch.seed() % 2**62 if options["seed"] is None else options["seed"]
+    system = _trained_system(path) if options["system"] is None else _as_unicode(options["system"])
     sides = ("base", "tuned") if compare else ("tuned",)
     if compare and not is_beside(Console(), sides):
         sides = ("tuned", "base")  # below each other, the base's long answer comes last
-    talk = Conversation(inference, sampling(**wanted), options["max_new_tokens"], seed, sides, _as_unicode(options["system"]))
+    talk = Conversation(inference, sampling(**wanted), options["max_new_tokens"], seed, sides, system)
     if prompt is None:
         _converse(talk, str(path))
     elif talk.ask(prompt) == STOPPED:
         raise KeyboardInterrupt
+
+
+def _trained_system(path: Path) -> str:
+    """The system turn that every training row of a run had, which is printed; empty where there is none."""
+    with suppress(RunError):
+        if system := str(RunFolder(path).read_report().get("data", {}).get("system", "")):
+            shown = printable(" ".join(system.split()), longest_line=200)
+            print_dim(f"System turn, as in all training rows (none: --system ''): {shown}")
+        return system
+    return ""
 
 
 def is_beside(console: "Console", sides: Sequence[str]) -> bool:
@@ -151,6 +163,8 @@ class Conversation:
         beside = is_beside(console, self.sides)
         width = console.width // 2 - 2
         for side in self.sides:
+            if answers and answers[-1][1] == STOPPED:
+                break
             messages = [*self.messages(side), {"role": "user", "content": question}]
             if beside:
                 with Live(console=console, transient=True, auto_refresh=False) as live:
@@ -167,7 +181,7 @@ class Conversation:
             print_dim(answers[-1][1])
         if beside:
             console.print(_columns(answers, width))
-        for side, (text, _) in zip(self.sides, answers, strict=True):
+        for side, (text, _) in zip(self.sides, answers if len(answers) == len(self.sides) else (), strict=False):
             new = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
             self.turns.setdefault(side, []).extend(new if text else [])
         return answers[-1][1]
@@ -199,7 +213,8 @@ class Conversation:
         tokens, is_full = answer.num_tokens, answer.num_tokens < limit
         cut = "cut: the model has no more positions" if is_full else "cut at --max-new-tokens"
         speed = f"{tokens / (time.perf_counter() - started):.1f} tokens/s"
-        return answer.text, f"{format_count(tokens, 'token')}, {speed}, {'ended by itself' if answer.ended_by_itself else cut}"
+        ended = "ended by itself" if tokens else "no answer: it ended its turn at once"
+        return answer.text, f"{format_count(tokens, 'token')}, {speed}, {ended if answer.ended_by_itself else cut}"
 
 
 def _columns(answers: list[tuple[str, str]], width: int, most_lines: int = 0) -> "Table":
@@ -238,8 +253,10 @@ def _converse(talk: Conversation, name: str) -> None:
                 print_dim("To end, type /quit or press Ctrl-D.")
             elif text:
                 talk.ask(text)
+        except KeyboardInterrupt:  # before or after the tokens of an answer
+            print_dim(STOPPED)
         except UserError as error:
-            click.echo(f"Error: {error}", err=True)
+            echo(f"Error: {error}", err=True)
 
 
 def _obey(talk: Conversation, command: str, rest: str) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from qlora_phi3.cli.options import base_option, check_sampling, debug_option, sampling_options, silence_libraries
+from qlora_phi3.cli.options import base_option, check_sampling, complete_run, debug_option, sampling_options, silence_libraries
+from qlora_phi3.cli.output import echo
 from qlora_phi3.errors import Interrupted, RunError, UserError, printable
 from qlora_phi3.files import atomic_write
 from qlora_phi3.runfolder import RunFolder, find_model
@@ -35,8 +36,8 @@ EXPLANATION = (
 PARTS = ("base", "tuned", "difference", "low", "high")
 
 
-@click.command("eval", short_help="Measure a trained model beside its base.")
-@click.argument("run", metavar="RUN")
+@click.command("eval")
+@click.argument("run", metavar="RUN", shell_complete=complete_run)
 @click.option("--data", metavar="FILE", help="Rows to evaluate on, in any format; by default those that the run held out.")
 @click.option("--rows", type=click.IntRange(1), default=100, show_default=True, help="Answers to generate, at most.")
 @click.option("--no-generate", is_flag=True, help="Only loss, perplexity and token accuracy.")
@@ -122,11 +123,11 @@ def _show(result: Mapping[str, Any], out: Path | None) -> None:
         cells.append("" if low is None else f"{low:+{form}} to {high:+{form}}")
         table.add_row(name, *(cells if result["has_adapter"] else cells[1:2]))
     answered = f", {format_count(data['questions'], 'answer')} generated" if data["questions"] else ""
-    click.echo(printable(f"{result['model']} on {format_count(data['rows'], 'row')} ({data['name']}){answered}"))
-    click.secho(printable(result["verdict"]), bold=True)
+    echo(printable(f"{result['model']} on {format_count(data['rows'], 'row')} ({data['name']}){answered}"))
+    echo(printable(result["verdict"]), bold=True)
     Console(highlight=False).print(table)
-    click.secho(EXPLANATION, dim=True, err=True)
+    echo(EXPLANATION, dim=True, err=True)
     for note in data["notes"]:
-        click.echo(f"Note: {printable(note)}", err=True)
+        echo(f"Note: {printable(note)}", err=True)
     if out is not None:
         click.echo(printable(f"Written: {out}"))

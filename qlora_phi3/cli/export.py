@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from qlora_phi3.cli.options import debug_option, silence_libraries, watching
+from qlora_phi3.cli.options import complete_run, debug_option, silence_libraries, watching
 from qlora_phi3.cli.output import keep_running_without_output
 from qlora_phi3.errors import ExportError, Interrupted, UserError, printable, quoted
 from qlora_phi3.export.request import (
@@ -23,7 +23,7 @@ from qlora_phi3.export.request import (
 )
 
 KIND_HELP = "hf: safetensors for transformers, vLLM and others; gguf: one file for llama.cpp and Ollama."
-QUANT_HELP = "With --format gguf: q8_0, q4_k_m and others; docs/gguf.md lists them. [default: the type of --dtype]"
+QUANT_HELP = "With --format gguf: q8_0, q4_k_m and others; `qlora-phi3 docs gguf` lists them. [default: the type of --dtype]"
 DTYPE_HELP = "Of the merged weights, and of a GGUF without --quant."
 ONTO = ["auto", "nf4", "original"]
 ONTO_HELP = (
@@ -37,8 +37,8 @@ OLLAMA_HELP = (
 FOLDER = click.Path(path_type=Path)
 
 
-@click.command(short_help="Write a run as a model for other programs, with a proof.")
-@click.argument("run", metavar="RUN", type=FOLDER)
+@click.command()
+@click.argument("run", metavar="RUN", type=FOLDER, shell_complete=complete_run)
 @click.option("--out", type=FOLDER, help="Folder to write; by default RUN/merged, RUN/gguf-q8_0 and so on.")
 @click.option("--format", "kind", type=click.Choice(["hf", "gguf"]), default="hf", show_default=True, help=KIND_HELP)
 @click.option("--quant", "quants", multiple=True, metavar="NAME", help=QUANT_HELP)
@@ -94,7 +94,7 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
 
             view.progress("Starting torch, transformers and peft", 1, 1)
             exported = export_run(request, view)
-            show_export(view, exported, ollama=name)
+            show_export(view, exported, for_ollama=name is not None)
         except KeyboardInterrupt as interrupt:
             message = "Stopped. A complete proof is used again."
             raise Interrupted(message, "Continue with the same command.") from interrupt

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qlora_phi3.cli.options import check_new_file, create_file, debug_option, named_gpu, watching
-from qlora_phi3.cli.output import print_rich
+from qlora_phi3.cli.output import echo, print_rich
 from qlora_phi3.errors import UserError, quoted
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ DOES_NOT_FIT = 3
 LARGEST_EPOCHS = 100
 
 
-@click.command(short_help="Write a recipe for a file of chats: the model that fits.")
+@click.command()
 @click.argument("data", required=False)
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE", help="The recipe to write. [default: DATA.toml, beside it]"
@@ -58,7 +58,7 @@ def init(
       qlora-phi3 init my-chats.jsonl --vram 8GB --yes
       qlora-phi3 init support.csv --question customer_text --answer our_reply
 
-    DATA is a .jsonl, .json, .csv or .parquet file of chats or of questions and answers (docs/data.md). Without DATA a file of
+    DATA is a .jsonl, .json, .csv or .parquet file of chats or questions and answers (qlora-phi3 docs data). Without it a file of
     eight chats is written to look at. Nothing is downloaded, and no file is overwritten. Exit code 3: no model fits the GPU.
     """
     if data is None:
@@ -88,7 +88,7 @@ def init(
     if asks and len(options) > 1:
         option = _ask_model(options, option, partial(_shorten, summary=summary, choice=choice, device=device))
     if option.report is not None and not option.report.fits:
-        click.echo(f"No recipe is written: {option.name} does not fit. Try another model or GPU.", err=True)
+        echo(f"No recipe is written: {option.name} does not fit. Try another model or GPU.", err=True)
         ctx.exit(DOES_NOT_FIT)
     if asks:
         epochs = click.prompt("Epochs, passes over the rows", default=choice.epochs, type=click.IntRange(1, LARGEST_EPOCHS))
@@ -112,7 +112,7 @@ def _write_example() -> None:
     if target.exists():
         raise UserError(f"{target} exists already.", f"Go on with it: qlora-phi3 init {target}")
     create_file(target, (files("qlora_phi3") / EXAMPLE).read_text(encoding="utf-8"))
-    click.echo(f"Written: {target}, eight chats, one a line. Your own file can look like this; docs/data.md has other formats.")
+    echo(f"Written: {target}, eight chats, one a line. Your own file can look like this; other formats: qlora-phi3 docs data")
     click.echo(f"Next: qlora-phi3 init {quoted(target)}")
 
 
@@ -189,20 +189,24 @@ def _show(summary: "DataSummary", options: "Sequence[ModelOption]", chosen: "Mod
     from qlora_phi3.units import format_count
 
     lengths, counted = chosen.lengths, "" if chosen.is_exact else f", estimated at {BYTES_PER_TOKEN} bytes a token"
-    click.echo(f"{format_count(len(lengths), 'usable row')} of format {summary.format}")
+    echo(f"{format_count(len(lengths), 'usable row')} of format {summary.format}")
     if summary.format == "text":
-        click.echo("That is plain text: the model learns to continue it, not to answer. Chats have questions and answers.")
-    click.echo(f"Tokens: half have at most {lengths[len(lengths) // 2]:,}, the longest {lengths[0]:,}{counted}")
+        echo("That is plain text: the model learns to continue it, not to answer. Chats have questions and answers.")
+    echo(f"Tokens: half have at most {lengths[len(lengths) // 2]:,}, the longest {lengths[0]:,}{counted}")
+    if summary.data.fields:
+        echo("Columns: " + ", ".join(f"{theirs!r} is the {ours}" for ours, theirs in summary.data.fields.items()))
+    if summary.duplicates:
+        echo(f"  {format_count(summary.duplicates, 'row')} with the words of an earlier row")
     for count in summary.skipped[:3]:
-        click.echo(printable(f"  {format_count(count.rows, 'row')} cannot be used: {count.reason} (first: {count.where[0]})"))
-    click.echo(f"Planned for {describe_gpu(device)}")
+        echo(printable(f"  {format_count(count.rows, 'row')} cannot be used: {count.reason} (first: {count.where[0]})"))
+    echo(f"Planned for {describe_gpu(device)}")
     if device is None:
-        click.echo("A run on the CPU is for trying things out: it is far slower. --vram 12GB plans for a GPU of that size.")
-        click.echo("Taken is the smallest model; --model names another one.")
+        echo("A run on the CPU is for trying things out: it is far slower. --vram 12GB plans for a GPU of that size.")
+        echo(f"Taken is {chosen.name}; --model names another one.")
         return
-    click.echo("")
+    echo("")
     print_rich(lambda console: show_models(console, options))
-    click.echo("\nMemory is simulated; speed and time are estimated. The time is of the training alone.\n")
+    echo("\nMemory is simulated; speed and time are estimated. The time is of the training alone.\n")
 
 
 def _write(target: Path, summary: "DataSummary", option: "ModelOption", choice: "TrainingChoice", device: "Gpu | None") -> None:
@@ -218,11 +222,11 @@ def _write(target: Path, summary: "DataSummary", option: "ModelOption", choice: 
     if option.report is not None and option.report.run_seconds is not None:
         share = choice.epochs / choose_training(len(option.lengths)).epochs  # of the epochs that were simulated
         time = f" in about {describe_duration(share * option.report.run_seconds)}"
-    click.echo(f"Written: {target}")
-    click.echo(f"{option.name}, rows of at most {option.max_length:,} tokens, {describe_epochs(choice.epochs)}{time}")
+    echo(f"Written: {target}")
+    echo(f"{option.name}, rows of at most {option.max_length:,} tokens, {describe_epochs(choice.epochs)}{time}")
     if is_hub_id(option.name) and not Path(option.name).is_dir():
         model = option.architecture
         size = count_weights(model) + (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size
-        click.echo(f"The first run downloads the model, about {2 * size / 1e9:.0f} GB, unless it is here already.")
-    click.echo(f"Look at the rows as the model sees them: qlora-phi3 inspect {quoted(target)}")
-    click.echo(f"Then train:                              qlora-phi3 run {quoted(target)}")
+        echo(f"The first run downloads the model, about {2 * size / 1e9:.0f} GB, unless it is here already.")
+    echo(f"Look at the rows as the model sees them: qlora-phi3 inspect {quoted(target)}")
+    echo(f"Then train:                              qlora-phi3 run {quoted(target)}")

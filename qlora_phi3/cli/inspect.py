@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qlora_phi3.cli.options import debug_option, find_recipe, set_option, watching
-from qlora_phi3.errors import UserError
+from qlora_phi3.cli.output import echo
+from qlora_phi3.errors import UserError, quoted
+from qlora_phi3.files import atomic_write
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 FIRST_ROWS = 3
 
 
-@click.command(short_help="Show the rows as they are trained on, and what is left out.")
+@click.command()
 @click.argument("recipe", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.option("--row", "rows", multiple=True, metavar="N", help="Show this row, complete: its number, or file:number.")
 @click.option("--random", "count", type=click.IntRange(1), metavar="N", help="Show N rows drawn at random.")
@@ -155,15 +157,18 @@ class _Inspection:
             self._print_rows(console, views, ids=ids, is_complete=True)
         else:
             for line in ui.statistics_lines(figures):
-                click.echo(line)
+                echo(line)
+            echo(f"Then train: qlora-phi3 run {quoted(self.path)}", err=True)
         if page is not None:
-            page.write_text(ui.render_page(figures, views, found, recipe=self.path.name), encoding="utf-8")
+            atomic_write(
+                page, ui.render_page(figures, views, found, recipe=self.path.name), hint="{cause}, or name another file."
+            )
             click.echo(f"Written: {page}", err=True)
 
     def _print_rows(self, console: "Console", views: "Sequence[RowView]", *, ids: bool, is_complete: bool) -> None:
         from qlora_phi3.ui import inspect as ui
 
         self.watcher.close()
-        click.echo(ui.legend(console))
+        echo(ui.legend(console))
         for view in views:
             ui.show_row(console, view, ids=ids, is_complete=is_complete)

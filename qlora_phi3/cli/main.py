@@ -14,28 +14,27 @@ from typing import Any
 
 import click
 
-from qlora_phi3.cli.output import FULL_DISK, safe_output
+from qlora_phi3.cli.output import FULL_DISK, echo, safe_output
 from qlora_phi3.errors import Interrupted, UserError, disk_error_hint
 
 #: Errors of the operating system that the user can fix: the disk is full or fails, the place may not be written, or is none.
 FULL_OR_REFUSED = (
     *FULL_DISK, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR,
 )  # fmt: skip
-
-
-#: The commands in the order of `--help`, each with the module of `qlora_phi3.cli` that holds a click command of this name.
+#: The commands in the order of `--help`, each with its line there. Its click command is in a module of the same name.
 COMMANDS = {
-    "init": "init",
-    "vram-check": "vram_check",
-    "inspect": "inspect",
-    "run": "run",
-    "runs": "runs",
-    "chat": "chat",
-    "eval": "eval",
-    "export": "export",
-    "adapter": "adapter",
-    "recipe": "recipe",
-    "doctor": "doctor",
+    "init": "Write a recipe for a file of chats: the model that fits.",
+    "vram-check": "Check whether a recipe fits a GPU, before anything is loaded.",
+    "inspect": "Show the rows as they are trained on, and what is left out.",
+    "run": "Train the model that a recipe describes.",
+    "runs": "List, show, compare and delete runs.",
+    "chat": "Talk to the model of RUN.",
+    "eval": "Measure a trained model beside its base.",
+    "export": "Write a run as a model for other programs, with a proof.",
+    "adapter": "Turn adapters into other forms.",
+    "recipe": "Check a recipe, or import another program's config.",
+    "docs": "Print a page of the documentation.",
+    "doctor": "Check whether this computer can train.",
 }
 
 
@@ -53,9 +52,14 @@ class Commands(click.Group):
         """The command of this name; None where there is none."""
         if cmd_name not in COMMANDS:
             return super().get_command(ctx, cmd_name)
-        module = import_module(f"qlora_phi3.cli.{COMMANDS[cmd_name]}")
-        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(import_module(f"qlora_phi3.cli.{name}"), name)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click's, without importing the commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         """As click's, with the nearest name for a command that does not exist."""
@@ -82,7 +86,7 @@ class Commands(click.Group):
                 where = f" ({error.filename})" if error.filename else ""
                 error = UserError(f"{error.strerror}{where}.", f"{disk_error_hint(error)}, or choose another folder.")
             if not ctx.meta.get("is_silent") or error.is_shown:
-                click.echo(error if isinstance(error, Interrupted) else f"Error: {error}", err=True)
+                echo(str(error) if isinstance(error, Interrupted) else f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
 
 

@@ -14,6 +14,8 @@ import click
 from qlora_phi3.errors import DeviceError, RecipeError, UserError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from qlora_phi3.hardware.gpu import Gpu
     from qlora_phi3.ui.console import Watcher
 
@@ -31,12 +33,21 @@ debug_option = click.option(
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Change a key of the recipe: --set lora.r=32"
 )
-
-
 #: `--base`, of commands that load a run.
 base_option = click.option(
     "--base", type=click.Path(path_type=Path), help="Folder of the model that the run was trained on, if it has moved."
 )
+
+
+def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """What Tab offers for RUN: recipes with runs, their newest run, below a `/` each run, and directories."""
+    from click.shell_completion import CompletionItem
+
+    runs = sorted(path.parent for path in Path("runs").glob("*/*/report.json"))
+    names = [name for run in runs for name in (run.parent.name, f"{run.parent.as_posix()}/latest")]
+    names += [run.as_posix() for run in runs if "/" in incomplete]
+    found = [CompletionItem(name) for name in dict.fromkeys(names) if name.startswith(incomplete)]
+    return [CompletionItem(incomplete, type="dir"), *found]
 
 
 def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
@@ -90,12 +101,11 @@ def watching() -> "Iterator[Watcher]":
             watcher.close()
 
 
-def packaged_recipes() -> dict[str, Path]:
-    """Name -> file of each recipe that ships: in the installed package, or in `recipes/` at the top of a checkout."""
+def shipped_files(folder: str, suffix: str) -> dict[str, Path]:
+    """Name -> recipe ("recipes", "toml") or page ("docs", "md") that ships: in the package, or at the top of a checkout."""
     package = Path(__file__).parents[1]
-    inside = package / "recipes"
-    folder = inside if inside.is_dir() else package.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    found = package / folder if (package / folder).is_dir() else package.parent / folder
+    return {path.stem: path for path in sorted(found.glob(f"*.{suffix}"))}
 
 
 def find_recipe(path: Path) -> Path:
@@ -108,19 +118,23 @@ def find_recipe(path: Path) -> Path:
         return path
     if (own := path.with_suffix(".toml")).is_file():
         return own
-    recipes = packaged_recipes()
+    recipes = shipped_files("recipes", "toml")
     if path.name not in recipes:
         hint = f"Give the path of a .toml file, or a recipe that ships: {', '.join(recipes)}."
         raise RecipeError(f"{path}: there is no such file, and no recipe of that name.", hint)
     return recipes[path.name]
 
 
-def check_new_file(target: Path) -> None:
+def check_new_file(target: Path, option: str = "--out") -> None:
     """Refuse, before anything is computed, a recipe that could not be written: UserError."""
     if target.suffix != ".toml":
-        raise UserError(f"--out {target}: a recipe is written, whose name ends in .toml.", "Name it so.")
+        raise UserError(f"{option} {target}: a recipe is written, whose name ends in .toml.", "Name it so.")
     if os.path.lexists(target):
-        raise UserError(f"{target} exists already, and no file is overwritten.", "Name another file with --out, or delete it.")
+        raise UserError(
+            f"{target} exists already, and no file is overwritten.", f"Name another file with {option}, or delete it."
+        )
+    if not (parent := target.absolute().parent).is_dir():
+        raise UserError(f"{option} {target}: there is no directory {parent}.", "Make it, or name another file.")
 
 
 def create_file(target: Path, text: str) -> None:
@@ -140,16 +154,9 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore")
     # torch resets the level of its own logger when it is imported; without Triton (Windows) its flop_counter logs a warning.
     for name in (
-        "bitsandbytes",
-        "transformers",
-        "datasets",
-        "accelerate",
-        "peft",
-        "trl",
-        "torch",
-        "torch.utils.flop_counter",
+        "bitsandbytes", "transformers", "datasets", "accelerate", "peft", "trl", "torch", "torch.utils.flop_counter",
         "huggingface_hub",
-    ):
+    ):  # fmt: skip
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

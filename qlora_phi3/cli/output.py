@@ -8,9 +8,14 @@ import select
 import shutil
 import stat
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from qlora_phi3.errors import COMMAND
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,7 +76,6 @@ def safe_output() -> Iterator[None]:
 
 def print_rich(show: "Callable[[Console], None]") -> None:
     """Print what `show` prints on a console; where stdout is no terminal, without colours and blanks at the ends of lines."""
-    import click
     from rich.console import Console
 
     console = Console()
@@ -83,6 +87,19 @@ def print_rich(show: "Callable[[Console], None]") -> None:
         show(console)
     for line in captured.get().splitlines():
         click.echo(line.rstrip())
+
+
+def echo(text: str, *, err: bool = False, **style: Any) -> None:
+    """Print a text in a style of click's, on a terminal as `wrapped`."""
+    text = wrapped(text) if (sys.stderr if err else sys.stdout).isatty() else text
+    click.echo(click.style(text, **style) if style else text, err=err)
+
+
+def wrapped(text: str) -> str:
+    """A text whose lines end between words on this terminal. A line with a command stays whole, to be copied."""
+    columns, lines = shutil.get_terminal_size().columns, text.split("\n")
+    wrapper = textwrap.TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(line if len(line) <= columns or COMMAND.search(line) else wrapper.fill(line) for line in lines)
 
 
 def keep_running_without_output() -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 import click
 
 from qlora_phi3.cli.options import check_new_file, create_file, debug_option, find_recipe, set_option
+from qlora_phi3.cli.output import echo
 
 
-@click.group(short_help="Check a recipe, or import another program's config.")
+@click.group()
 def recipe() -> None:
     """Check a recipe, import another program's config, or print the schema that lets an editor complete recipes."""
 
@@ -35,10 +36,13 @@ def schema() -> None:
 @debug_option
 def check(path: Path, overrides: tuple[str, ...]) -> None:
     """Check RECIPE and the files it names, and print it with all default values."""
-    from qlora_phi3.recipe.load import load_recipe, recipe_as_toml
+    from qlora_phi3.recipe.load import describe_unusual, load_recipe, recipe_as_toml
 
     path = find_recipe(path)
-    click.echo(recipe_as_toml(load_recipe(path, overrides, check_files=True)), nl=False)
+    loaded = load_recipe(path, overrides, check_files=True)
+    click.echo(recipe_as_toml(loaded), nl=False)
+    if line := describe_unusual(loaded):
+        echo(f"Note: {line}", err=True)
     click.echo(f"{path} is fine.", err=True)
 
 

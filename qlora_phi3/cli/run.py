@@ -6,20 +6,22 @@ from pathlib import Path
 
 import click
 
-from qlora_phi3.cli.options import debug_option, find_recipe, set_option, silence_libraries
+from qlora_phi3.cli.options import complete_run, debug_option, find_recipe, set_option, silence_libraries
 from qlora_phi3.cli.output import keep_running_without_output
 from qlora_phi3.errors import RunError
+from qlora_phi3.runfolder import RunFolder, find_run, find_unfinished, resolve_run, run_group_name
 
 NEWEST = "newest"
 
 
-@click.command(short_help="Train the model that a recipe describes.")
+@click.command()
 @click.argument("recipe", metavar="RECIPE", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--resume",
     is_flag=False,
     flag_value=NEWEST,
     metavar="[RUN]",
+    shell_complete=complete_run,
     help="Continue an unfinished run: its directory, or the newest of this recipe.",
 )
 @click.option("--no-rehearsal", is_flag=True, help="Do not run the heaviest step once before the first.")
@@ -61,8 +63,7 @@ def run(ctx: click.Context, recipe: Path | None, resume: str | None, no_rehearsa
 def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tuple[str, ...], rank: int, count: int) -> None:
     """Train with the GPU of this process, of so many that share the run."""
     from qlora_phi3.hardware.gpu import choose_gpu, hide_other_gpus
-    from qlora_phi3.recipe.load import check_processes, load_recipe
-    from qlora_phi3.runfolder import RunFolder, find_run, find_unfinished, run_group_name
+    from qlora_phi3.recipe.load import check_processes, describe_unusual, load_recipe
 
     loaded = load_recipe(recipe, overrides, check_files=True)
     check_processes(loaded.training, count)
@@ -84,6 +85,8 @@ def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tupl
             except RunError as error:
                 console.warning(str(error))
 
+        if line := describe_unusual(loaded):
+            console.warning(line)
         if unfinished is not None:
             console.warning(
                 f"{unfinished.path} is unfinished, and this is a new run. To go on with that one: {unfinished.resume_command}"
@@ -110,7 +113,5 @@ def _recipe_and_run(ctx: click.Context, recipe: Path | None, resume: str | None)
     path = Path(resume)
     if path.suffix == ".toml":
         return path, NEWEST
-    if os.path.isfile(path / "recipe.toml"):  # noqa: PTH113 - Path.is_file raises for a name that is too long
-        return path / "recipe.toml", resume
-    hint = "Write: qlora-phi3 run RECIPE.toml --resume"
-    raise RunError(f"There is no run directory {resume}, and no recipe is named.", hint)
+    folder = resolve_run(resume)
+    return folder.recipe, str(folder.path)

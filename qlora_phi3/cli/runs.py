@@ -7,17 +7,18 @@ from typing import Any
 
 import click
 
-from qlora_phi3.cli.options import debug_option, silence_libraries
+from qlora_phi3.cli.options import complete_run, debug_option, silence_libraries
+from qlora_phi3.cli.output import echo
 from qlora_phi3.errors import RunError, printable
 
 DIRECTORY = click.option("--dir", "root", type=click.Path(path_type=Path), default="runs", show_default=True, help="Of the runs.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-RUN = click.argument("run", metavar="[RUN]", required=False)
+RUN = click.argument("run", metavar="[RUN]", required=False, shell_complete=complete_run)
 #: Columns of a terminal from which the list shows steps and rows as well.
 WIDE = 104
 
 
-@click.group(invoke_without_command=True, short_help="List, show, compare and delete runs.")
+@click.group(invoke_without_command=True)
 @DIRECTORY
 @JSON
 @debug_option
@@ -93,8 +94,8 @@ def show(root: Path, run: str | None) -> None:
 
 
 @runs.command()
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
+@click.argument("a", metavar="A", shell_complete=complete_run)
+@click.argument("b", metavar="B", shell_complete=complete_run)
 @click.option("--svg", type=click.Path(path_type=Path, dir_okay=False), help="Also draw the losses into this file.")
 @debug_option
 @click.pass_obj
@@ -158,7 +159,7 @@ def why(ctx: click.Context, run: str | None, spikes: int, full: bool) -> None:
 
 
 @runs.command()
-@click.argument("names", metavar="RUN...", nargs=-1, required=True)
+@click.argument("names", metavar="RUN...", nargs=-1, required=True, shell_complete=complete_run)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @debug_option
 @click.pass_obj
@@ -210,4 +211,4 @@ def print_text(template: str, **values: Any) -> None:
     from qlora_phi3.ui.page import render
 
     lines = [line.rstrip() for line in render(template, **values).strip().splitlines()]
-    click.echo("\n".join(line for at, line in enumerate(lines) if line or lines[at - 1]))
+    echo("\n".join(line for at, line in enumerate(lines) if line or lines[at - 1]))

@@ -83,9 +83,6 @@ class DataStatistics:
     learned_share: float  #: Of the tokens that are trained on.
     cuts: tuple[Cut, ...]
     padding_share: float  #: Of the positions, if all rows of a step were padded to the longest of them.
-    batch_size: int
-    duplicates: int  #: Rows whose tokens an earlier row has.
-    first_duplicate: tuple[str, str] | None
     suggested_max_length: int
 
 
@@ -177,7 +174,6 @@ def measure(data: PreparedData, uncut: PreparedData, recipe: Recipe, positions: 
     """
     training, lengths = recipe.training, row_lengths(uncut.train)
     learned_before = _learned_before(uncut.train)
-    duplicates, pair = _find_duplicates(uncut)
     first, last = (int(length - 1).bit_length() for length in (lengths.min(), lengths.max()))
     classes = [2**power for power in range(first, last + 1)]
     counts = np.histogram(lengths, bins=[0.5, *(edge + 0.5 for edge in classes)])[0]
@@ -189,9 +185,6 @@ def measure(data: PreparedData, uncut: PreparedData, recipe: Recipe, positions: 
         learned_share=data.report.supervised_tokens / data.report.tokens,
         cuts=tuple(_cut(length, lengths, learned_before) for length in sorted({*near, training.max_length})),
         padding_share=_padding_share(row_lengths(data.train).tolist(), training.batch_size),
-        batch_size=training.batch_size,
-        duplicates=duplicates,
-        first_duplicate=pair,
         suggested_max_length=min(suggest_max_length(lengths, learned_before), positions),
     )
 
@@ -232,16 +225,3 @@ def _padding_share(lengths: Sequence[int], batch_size: int) -> float:
     """Share of padding in the positions where every `batch_size` rows are padded to the longest of them."""
     batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
     return 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
-
-
-def _find_duplicates(uncut: PreparedData) -> tuple[int, tuple[str, str] | None]:
-    """How many rows repeat an earlier one, and the first pair."""
-    digests = read_column(uncut.train, "digest", np.uint64)
-    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    repeated = np.flatnonzero(first[inverse] != np.arange(len(digests)))
-    if not len(repeated):
-        return 0, None
-    sources, numbers = read_column(uncut.train, "source"), read_column(uncut.train, "source_row")
-    pair = (int(first[inverse][repeated[0]]), int(repeated[0]))
-    one, other = (f"{uncut.report.sources[sources[index]]}:{numbers[index]}" for index in pair)
-    return len(repeated), (one, other)

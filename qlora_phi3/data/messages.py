@@ -213,7 +213,7 @@ def check_unread(row: Mapping[Any, Any], names: Iterable[Any], where: str) -> No
         )
     for name in names:
         if SWITCH_LIKE.fullmatch(str(name)) and row[name] in (True, False, "true", "false", "True", "False"):
-            raise SkipRow(f"{str(name)!r} may switch a turn off, and is not a switch that is known (docs/data.md)")
+            raise SkipRow(f"{str(name)!r} may switch a turn off, and is not a switch that is known (qlora-phi3 docs data)")
 
 
 def _is_preference(name: str, value: Any) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_phi3.data.formats import FORMATS, check_fields, detect_format, guess_mapping
-from qlora_phi3.data.report import NAMED, DataReport, SourceReport, merge_counts
+from qlora_phi3.data.report import EXAMPLES, NAMED, DataReport, RowCount, SourceReport, merge_counts
 from qlora_phi3.data.sources import Source, open_local, open_sources
 from qlora_phi3.data.template import ChatTemplate
 from qlora_phi3.data.tokenize import TokenizeConfig, read_examples, tokenize_source
@@ -169,7 +169,7 @@ def _nothing_to_learn(sources: Sequence[Source], reports: Sequence[SourceReport]
         if num_read == 1 and len(lists) == 1:
             return DataError(message, f"Its rows lie in the list {lists[0]!r}: save that list alone.")
         return DataError(message, f"The formats are {', '.join(FORMATS)}; [data] fields maps other column names to theirs.")
-    return DataError(message, "Correct these rows; docs/data.md says what a row of this format may hold.")
+    return DataError(message, "Correct these rows; what a row of this format may hold: qlora-phi3 docs data")
 
 
 def _build_report(
@@ -180,9 +180,16 @@ def _build_report(
     config: TokenizeConfig,
     eval_indices: tuple[int, ...],
 ) -> DataReport:
-    lengths, repeated = row_lengths(train), 0
+    lengths, digests, repeated = row_lengths(train), read_column(train, "digest", np.uint64), 0
     if evaluation is not None:  # rows with the tokens of a training row
-        repeated = int(np.isin(read_column(evaluation, "digest", np.uint64), read_column(train, "digest", np.uint64)).sum())
+        repeated = int(np.isin(read_column(evaluation, "digest", np.uint64), digests).sum())
+    again = np.setdiff1d(np.arange(len(digests)), np.unique(digests, return_index=True)[1])
+    origins = zip(*(read_column(train, name)[again[:EXAMPLES]] for name in ("source", "source_row")), strict=True)
+    duplicates = RowCount(
+        "the same tokens as an earlier row", len(again), tuple(f"{reports[source].name}:{number}" for source, number in origins)
+    )
+    notes = [*chain.from_iterable(report.notes.values() for report in reports), *([duplicates] if len(again) else [])]
+    systems = {system for report in reports for system in report.systems}
     return DataReport(
         sources=tuple(report.name for report in reports),
         formats=tuple(report.format for report in reports),
@@ -193,9 +200,10 @@ def _build_report(
         train_rows=len(train),
         evaluation_rows=0 if evaluation is None else len(evaluation),
         skipped=merge_counts(chain.from_iterable(report.skipped.values() for report in reports)),
-        notes=merge_counts(chain.from_iterable(report.notes.values() for report in reports)),
+        notes=merge_counts(notes),
         unread=merge_counts(chain.from_iterable(report.unread.values() for report in reports)),
         repeated=repeated,
+        system=next(iter(systems)) if len(systems) == 1 else "",
         truncated=sum(report.truncated for report in reports),
         fully_truncated=merge_counts((report.fully_truncated for report in reports), named=NAMED)[0],
         tokens=int(lengths.sum()),

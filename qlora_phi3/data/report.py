@@ -51,6 +51,7 @@ class SourceReport:
     skipped: dict[str, RowCount] = field(default_factory=dict)
     notes: dict[str, RowCount] = field(default_factory=dict)
     unread: dict[str, RowCount] = field(default_factory=dict)
+    systems: list[str] = field(default_factory=list)  #: The first two system turns that differ; "" for a row without one.
 
     def add(self, counts: dict[str, RowCount], reason: str, number: int) -> None:
         """Count a row, by its number in the source, in `skipped`, `notes` or `unread`."""
@@ -77,6 +78,7 @@ class DataReport:
     notes: tuple[RowCount, ...]  #: Rows that are used, but changed or remarkable.
     unread: tuple[RowCount, ...]  #: Columns, and keys of messages, that hold something and were not read, with their rows.
     repeated: int  #: Held-out rows whose tokens are those of a training row.
+    system: str = ""  #: The system turn that every row has.
     truncated: int  #: Rows kept that were cut at `max_length`.
     fully_truncated: RowCount  #: Rows dropped because the cut left nothing supervised; the first 1,000 are named.
     tokens: int  #: Of the training rows, and so are `supervised_tokens`.

@@ -239,7 +239,7 @@ def _read_jsonl_file(name: str, path: Path) -> RowIterator:
             except UnicodeDecodeError as error:
                 raise DataError(f"{name}:{number} is not UTF-8 text ({error.reason}).", "Save the file as UTF-8.") from error
             except (ValueError, RecursionError) as error:
-                raise _invalid_json(f"{name}:{number}", error) from None
+                raise _invalid_json(name, number, error, is_line=True) from None
             yield number, row
 
 
@@ -262,22 +262,27 @@ def _parse_json(name: str, text: str) -> RowIterator:
         try:
             value, position = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            raise _invalid_json(f"{name}:{getattr(error, 'lineno', line)}", error) from None
+            raise _invalid_json(name, line, error) from None
         yield line, value
-        position = skip(position)
+        end, position = position, skip(position)
         if in_array and text.startswith(",", position):
             position = skip(position + 1)
         elif in_array and position < len(text) and text[position] != "]":
-            raise invalid(position, "no ',' or ']' after an object")
+            raise invalid(end, "no ',' or ']' after an object")
     if in_array and position == len(text):
         raise invalid(position, "the array is cut short")
     if in_array and (after := skip(position + 1)) < len(text):
         raise invalid(after, "text after the array's end")
 
 
-def _invalid_json(where: str, error: Exception) -> DataError:
-    reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-    return DataError(f"{where}: not valid JSON ({reason}).", "Correct that line, or delete it.")
+def _invalid_json(name: str, line: int, error: Exception, *, is_line: bool = False) -> DataError:
+    """The error for text that starts in `line`, of which it is all where `is_line`."""
+    reason = str(error)
+    if isinstance(error, json.JSONDecodeError):
+        if error.msg.startswith("Expecting ','"):  # Python names the place after it, maybe lines below
+            error = json.JSONDecodeError(error.msg, error.doc, len(error.doc[: error.pos].rstrip()))
+        line, reason = line if is_line else error.lineno, f"{error.msg} at column {error.colno}"
+    return DataError(f"{name}:{line}: not valid JSON ({reason}).", "Correct that line, or delete it.")
 
 
 def _read_csv_file(name: str, path: Path) -> RowIterator:

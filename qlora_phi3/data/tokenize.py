@@ -37,7 +37,7 @@ BATCH_ROWS = 256
 ROWS_NAME, REPORT_NAME = "rows.arrow", "report.json"
 READ_AS_TEXT = "special tokens of the model in the words of the row: read as text"
 READ_AS_TOKENS = "special tokens of the model in the words of the row: read as these tokens (allow_special_tokens)"
-UNICODE_SPACE = "a message begins with Unicode white space: llama.cpp reads it as other tokens (docs/gguf.md)"
+UNICODE_SPACE = "a message begins with Unicode white space: llama.cpp reads it as other tokens (qlora-phi3 docs gguf)"
 CHAT_IN_TURN = "a turn that holds a rendered chat: it is rendered a second time (the format text reads rendered chats)"
 CHAT_IN_TEXT = "raw text that looks like a rendered chat: its prompts are learned too"
 PLACEHOLDER = "words in double braces, as in {{name}}: they are learned as they stand (write the real ones)"
@@ -286,6 +286,9 @@ def _tokenize_batch(
             report.add(report.skipped, str(reason), number)
             continue
         rendered.append(row)
+        if isinstance(example, Chat) and len(report.systems) < 2:
+            system = example.turns[0].text if example.turns[0].role == "system" else ""
+            report.systems += [] if system in report.systems else [system]
         for note in (*example.notes, *notes):
             report.add(report.notes, note, number)
         for name in example.unread:

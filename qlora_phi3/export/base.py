@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_phi3.errors import ExportError
+from qlora_phi3.errors import ExportError, first_line
 from qlora_phi3.model import quantized as four_bit
 from qlora_phi3.model.quantized import Quantized, Scheme, is_stored_quantized, quantized_record
 from qlora_phi3.model.weights import StoredWeights, TensorInfo
@@ -70,7 +70,7 @@ def read_record(path: Path) -> BaseRecord:
             tensors=tensors,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"{path} does not describe the base that was trained on: {error!r}."
+        message = f"{path} does not describe the base that was trained on: {first_line(error)}."
         raise ExportError(message, "Export a run that this version trained.") from error
 
 

@@ -169,7 +169,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [{**row, "input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        message = f"The held-out rows in {path} cannot be read: {error!r}."
+        message = f"The held-out rows in {path} cannot be read: {first_line(error)}."
         raise ExportError(message, "Export with --no-verify.") from error
 
 

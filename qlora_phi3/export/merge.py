@@ -113,7 +113,6 @@ class ScoredModel:
     """A model that a proof scores: the live one, a merge, or the base of a merge with the adapter unmerged."""
 
     name: str  # "live", "nf4" or "original", which are reported; "nf4, unmerged" and so on, which merges are compared with
-    label: str  # what people read for it
     open: Callable[[], StreamedModel]
     origin: str | None = None  # the model that it must agree with; None where that is not checked
     checksums: Mapping[str, str] | None = None  # of a merge, tensor -> SHA-256, filled as the tensors are read
@@ -136,17 +135,17 @@ def build_models(
     """
     merged_config = {**config, "tie_word_embeddings": False} if deltas.unties else config
     live = partial(stream_live, trained_base(base), config, adapter, device=base.device)
-    models = [ScoredModel(name="live", label="live", open=live, origin="live")]
+    models = [ScoredModel(name="live", open=live, origin="live")]
     for onto in ontos:
         weights, checksums = _record_checksums(MergedWeights(base, deltas, onto=onto, dtype=dtype))
-        (unmerged, is_live), label, origin = _unmerged_base(base, deltas, onto), base.record.label(onto), None
+        (unmerged, is_live), origin = _unmerged_base(base, deltas, onto), None
         if onto in checked:
             origin = "live" if is_live else f"{onto}, unmerged"
         build = partial(stream_plain, weights, merged_config, device=base.device)
-        models.append(ScoredModel(name=onto, label=label, open=build, origin=origin, checksums=checksums))
+        models.append(ScoredModel(name=onto, open=build, origin=origin, checksums=checksums))
         if origin not in (None, "live"):
             build = partial(stream_live, unmerged, config, adapter, device=base.device)
-            models.append(ScoredModel(name=f"{onto}, unmerged", label=f"{label}, unmerged", open=build))
+            models.append(ScoredModel(name=f"{onto}, unmerged", open=build))
     return models
 
 

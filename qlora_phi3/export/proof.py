@@ -178,10 +178,14 @@ def prove(
     plan = MicroBatchPlan(max_tokens=max_tokens, max_rows=len(chosen), packing=True, longrope_boundary=boundary)
     batch = collate(chosen, plan)
     targets = torch.cat([micro["labels"][micro["labels"] != IGNORE_INDEX] for micro in batch.micro_batches])
-    finals = {}
-    for number, model in enumerate(models, 1):
-        streamed, what = model.open(), f"Proof {number} of {len(models)}: scoring {model.label}, layers"
-        finals[model.name] = streamed.run(batch, what, progress)
+    finals, all_layers = {}, len(models) * architecture.num_hidden_layers * len(batch.micro_batches)
+    for number, model in enumerate(models):
+
+        def report(done: int, before: int = number * all_layers // len(models)) -> None:
+            progress(f"Proof: scoring {len(models)} models, layers", before + done, all_layers)
+
+        streamed = model.open()
+        finals[model.name] = streamed.run(batch, report)
         streamed.model.to("meta")  # frees the adapter now: modules and their hooks refer to each other
         del streamed
         check()

@@ -30,7 +30,6 @@ from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register
 from qlora_phi3.model.loss import select_supervised
 from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM
 from qlora_phi3.model.weights import ComputedWeights, StoredWeights, TensorInfo, Weights, open_file, read_tensor, split_rows
-from qlora_phi3.reporter import Progress
 from qlora_phi3.step import Batch, evaluating
 
 
@@ -60,18 +59,17 @@ class StreamedModel:
             owner.register_forward_pre_hook(partial(self._fill, name, module, attribute))
             owner.register_forward_hook(partial(_set_parameter, module, attribute, getattr(module, attribute)))
 
-    def run(self, batch: Batch, what: str, progress: Progress) -> Final:
-        """Compute the final hidden states of the supervised positions of a batch; `progress` counts layers of `what`.
+    def run(self, batch: Batch, report: Callable[[int], None]) -> Final:
+        """Compute the final hidden states of the supervised positions of a batch; `report` is called with the layers done.
 
         The weights are read once for each of the packed micro-batches.
         """
-        layers = self.model.model.layers
-        done, total = 0, len(layers) * len(batch.micro_batches)
+        layers, done = self.model.model.layers, 0
 
         def count_layer(*_: Any) -> None:
             nonlocal done
             done += 1
-            progress(what, done, total)
+            report(done)
 
         hooks = [layer.register_forward_hook(count_layer) for layer in layers]
         self._buffer = torch.empty(self._buffer_size, device=self.device)

@@ -61,6 +61,7 @@ class DataSummary:
     lengths: tuple[int, ...]
     skipped: tuple[RowCount, ...]
     has_tools: bool
+    duplicates: int = 0  #: Usable rows with the words of an earlier one.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +116,7 @@ def read_data(name: str, columns: Mapping[str, str], base_dir: Path, progress: P
         hint = f"Say which is which: qlora-phi3 init {quoted(name)} --question COLUMN --answer COLUMN"
         raise DataError(f"The columns of {name} are of no known format: {', '.join(names)}.", hint)
     check_files(data, base_dir, evaluate=False)
-    lengths, reports, has_tools = [], [], False
+    lengths, reports, has_tools, seen = [], [], False, set[int]()
     for source in sources:
         reports.append(report := SourceReport(source.name))
         for _, example in read_examples(source, data, report, set()):
@@ -126,6 +127,7 @@ def read_data(name: str, columns: Mapping[str, str], base_dir: Path, progress: P
                 has_tools = has_tools or bool(example.tools)
             else:
                 words = [example.text]
+            seen.add(hash(tuple(words)))
             num_bytes = sum(len(text.encode(errors="replace")) for text in words)
             lengths.append(math.ceil(num_bytes / BYTES_PER_TOKEN) + TOKENS_PER_TURN * turns)
             if len(lengths) % 1000 == 0:
@@ -137,6 +139,7 @@ def read_data(name: str, columns: Mapping[str, str], base_dir: Path, progress: P
         lengths=tuple(sorted(lengths, reverse=True)),
         skipped=merge_counts(count for report in reports for count in report.skipped.values()),
         has_tools=has_tools,
+        duplicates=len(lengths) - len(seen),
     )
 
 
@@ -269,7 +272,7 @@ def recipe_text(summary: DataSummary, option: ModelOption, choice: TrainingChoic
         ],
     }
     return commented_toml(
-        tables, [f"Written by qlora-phi3 init for {where}.", "Every key, also those that are left out: docs/recipe.md"]
+        tables, [f"Written by qlora-phi3 init for {where}.", "Every key, also those that are left out: qlora-phi3 docs recipe"]
     )
 
 
@@ -288,7 +291,7 @@ def _data_keys(summary: DataSummary, target: Path, held_out: int) -> Iterator[tu
         yield (
             "eval_size",
             held_out,
-            f"rows held out ({held_out / len(summary.lengths):.0%}) to see whether it learns more than the words",
+            f"rows held out ({held_out / len(summary.lengths):.0%}) whose loss shows whether it learns more than by heart",
         )
 
 

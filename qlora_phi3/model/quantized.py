@@ -25,7 +25,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from qlora_phi3.errors import ModelError
+from qlora_phi3.errors import ModelError, first_line
 from qlora_phi3.files import atomic_dir, disk_errors
 from qlora_phi3.model.weights import StoredWeights, TensorInfo, Weights, read_tensor, rows_per_chunk
 from qlora_phi3.recipe.schema import Quantization
@@ -208,7 +208,7 @@ def read_quantized(stored: StoredWeights, name: str, device: torch.device) -> Qu
         mean = float(state.offset if state.nested else state.absmax.mean())
         return Quantized(read_tensor(stored, name).to(device), state, mean)
     except (KeyError, ValueError, AssertionError) as error:
-        raise ModelError(f"The 4-bit tensor {name} is incomplete: {error!r}.", "Use the base's 16-bit weights.") from error
+        raise ModelError(f"The 4-bit tensor {name} is incomplete: {first_line(error)}.", "Use 16-bit weights.") from error
 
 
 def logical_info(stored: StoredWeights) -> dict[str, TensorInfo]:
@@ -237,7 +237,7 @@ def read_quant_state(stored: StoredWeights, name: str) -> dict[str, Any]:
             raise ValueError(state)
         return dict(state)
     except (StopIteration, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"The 4-bit tensor {name} is incomplete: {error!r}.", "Use the base's 16-bit weights.") from error
+        raise ModelError(f"The 4-bit tensor {name} is incomplete: {first_line(error)}.", "Use 16-bit weights.") from error
 
 
 def quantize(

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from qlora_phi3.errors import ModelError, UserError
+from qlora_phi3.errors import ModelError, UserError, first_line
 from qlora_phi3.files import check_no_pointer, is_dir, read_json_object
 from qlora_phi3.reporter import Progress
 from qlora_phi3.units import MIB
@@ -200,7 +200,7 @@ def _read_index(path: Path) -> dict[str, str]:
         weight_map = read_json_object(path, ModelError, _DOWNLOAD_AGAIN)["weight_map"]
         shards = {str(name): str(shard) for name, shard in weight_map.items()}
     except (KeyError, AttributeError) as error:
-        raise ModelError(f"{path} is not the index of a checkpoint: {error!r}.", _DOWNLOAD_AGAIN) from error
+        raise ModelError(f"{path} is not the index of a checkpoint: {first_line(error)}.", _DOWNLOAD_AGAIN) from error
     hint = "Use the checkpoint's safetensors; a pickle can run code when it is read."
     for name, shard in shards.items():
         if Path(shard).name != shard or len(shard) > 200 or not shard.isprintable() or not shard.endswith(".safetensors"):

@@ -35,6 +35,8 @@ MAX_DEPTH = 16
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 #: Suffixes that mean a file even where no such file exists, so that a misspelt name is never requested from the hub.
 FILE_SUFFIXES = frozenset([*DATA_SUFFIXES, ".txt", ".md", ".xml", ".arrow", ".xlsx", ".gz", ".zip", ".zst"])
+#: Usual values of keys; others are hardly ever meant.
+USUAL = {"lora.r": (2, 512), "training.learning_rate": (1e-6, 1e-2), "training.num_train_epochs": (0, 20)}
 #: A name that stands for several files.
 GLOB = re.compile(r"[*?\[]")
 
@@ -61,6 +63,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, check_files: bool 
         return recipe
     lines = [f"{sources.get((problem.table, problem.key), path)}: {problem.sentence}" for problem in problems]
     raise RecipeError(lines[0] if len(lines) == 1 else "\n".join((f"{path} has {len(lines)} problems:", *lines)))
+
+
+def describe_unusual(recipe: Recipe) -> str | None:
+    """A line about the values that are out of the usual range, and may be slips of the keyboard; None where there are none."""
+    found = []
+    for (table, key), (low, high) in ((name.split("."), ends) for name, ends in USUAL.items()):
+        if not low <= (value := getattr(getattr(recipe, table), key)) <= high:
+            found.append(f"[{table}] {key} = {format_toml(value)} (usual: {low:g} to {high:g})")
+    return f"Unusual, is it meant? {', '.join(found)}" if found else None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -237,7 +237,7 @@ def record_base(
     try:
         differing = _differing(was, record)
     except (KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{folder.base} is damaged: {error!r}.", START_NEW) from error
+        raise RunError(f"{folder.base} is damaged: {first_line(error)}.", START_NEW) from error
     if differing:
         raise RunError(
             f"The base {name} or the data are not those {folder.path} started with: {len(differing)} checksums differ, "

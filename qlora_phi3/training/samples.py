@@ -53,18 +53,18 @@ def save_samples(model: PeftModel, context: RunContext, folder: RunFolder, run_s
     atomic_write(folder.samples, json.dumps(saved, ensure_ascii=False))
 
 
-def limit_seconds(allowed_seconds: float, progress: Progress) -> Callable[[int, int], None]:
+def limit_seconds(allowed_seconds: float, progress: Progress) -> Callable[[float, int], None]:
     """A function to call with the number of answers done, and of all; it raises RunError once they will take too many seconds."""
     started = time.perf_counter()
 
-    def report(done: int, total: int) -> None:
+    def report(done: float, total: int) -> None:
         seconds = (time.perf_counter() - started) * total / max(1, done)
         if done >= FIRST_ANSWERS and seconds > allowed_seconds:
             raise RunError(
                 f"Held-out prompts are not answered, as it would take {format_duration(seconds)}: the report has no answers.",
                 "The run itself is complete; with a smaller [training] report_samples it takes less.",
             )
-        progress(PROGRESS, min(done, total - 1), total)
+        progress(PROGRESS, min(done, total - 0.01), total)
 
     return report
 
@@ -81,16 +81,12 @@ def _answer_with_both(model: PeftModel, context: RunContext, allowed_seconds: fl
         torch.cuda.empty_cache()  # what the training had reserved is free for answers
     for number, adapter in enumerate((model.disable_adapter, nullcontext)):
 
-        def report(done: int, total: int, before: int = number) -> None:
+        def report(done: float, total: int, before: int = number) -> None:
             limited(before * total + done, 2 * total)
 
         with adapter(), evaluating(model):
             answers = answer_questions(inference, questions, settings, report)
-        sides.append(
-            [
-                {"text": decode(inference, ids).strip(), "tokens": len(ids), "ended": bool(ids) and ids[-1] in stops}
-                for ids in answers
-            ]
-        )
+        rows = [(decode(inference, ids).strip(), len(ids), bool(ids) and ids[-1] in stops) for ids in answers]
+        sides.append([dict(zip(("text", "tokens", "ended"), row, strict=True)) for row in rows])
     texts = [{"prompt": decode(inference, ids).strip(), "expected": answer} for ids, answer in questions]
     return [{**text, "base": base, "tuned": tuned} for text, base, tuned in zip(texts, *sides, strict=True)]

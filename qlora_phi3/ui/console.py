@@ -7,7 +7,6 @@ starts without it.
 
 import math
 import os
-import re
 import shlex
 import sys
 import time
@@ -19,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_phi3.errors import LONGEST_LINE, Interrupted, printable, quoted
+from qlora_phi3.errors import COMMAND, LONGEST_LINE, Interrupted, printable, quoted
 from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, RunOutline, StepRecord
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.ui.eta import BLENDED_STEPS, EtaEstimator
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 #: Characters of the loss curve, lowest first. cli/main.py writes others where the output's encoding lacks them.
 CURVE_BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 24
-#: What begins a command in a line.
-COMMAND = re.compile(r"\b(qlora-phi3|ollama|llama-cli|pip|hf) ")
 #: Columns that a terminal needs to show the speed next to the loss, and the curve next to both.
 MIN_WIDTH_SPEED, MIN_WIDTH_CURVE = 70, 110
 #: The warning about a held-out loss that rose.
@@ -122,7 +119,7 @@ class ConsoleReporter:
             soft_wrap=_is_whole(self._errors, line),
         )
 
-    def progress(self, what: str, done: int, total: int | None) -> None:
+    def progress(self, what: str, done: float, total: int | None) -> None:
         """Move the bar of `what`, and remove it at `done >= total`; without bars print a line at the start and every 10 s."""
         now, finished = time.perf_counter(), total is not None and done >= total
         if self._bars.disable and what not in self._tasks:
@@ -130,7 +127,7 @@ class ConsoleReporter:
             self.info(f"{what} ...")
         elif self._bars.disable and not finished and now - self._last_line[what] > PLAIN_INTERVAL_SECONDS:
             self._last_line[what] = now
-            self.info(f"{what}: {done:,} of {total:,}" if total else f"{what}: {done:,}")
+            self.info(f"{what}: {int(done):,} of {total:,}" if total else f"{what}: {int(done):,}")
         self._move(what, done, total)
         if self.eta is not None and what == EVALUATING and total:
             self.eta.evaluated_share = done / total
@@ -139,13 +136,13 @@ class ConsoleReporter:
         if TRAINING in self._tasks and self._console.width < MIN_WIDTH_CURVE:  # two bars would both be cut
             self._bars.update(self._tasks[TRAINING], visible=finished)
 
-    def _move(self, what: str, done: int, total: int | None, figures: str = "") -> None:
-        count = f"{done:,}/{total:,}" if total is not None else f"{done:,}" if done else ""
+    def _move(self, what: str, done: float, total: int | None, figures: str = "") -> None:
+        count = f"{int(done):,}/{total:,}" if total is not None else f"{int(done):,}" if done else ""
         fields: dict[str, Any] = {"figures": f"{count}  {figures}".rstrip(), "left": "" if total is None else "left"}
         if what in self._tasks:
             self._bars.update(self._tasks[what], completed=done, total=total, **fields)
         else:
-            self._tasks[what] = self._bars.add_task(what, completed=done, total=total, **fields)
+            self._tasks[what] = self._bars.add_task(what, completed=int(done), total=total, **fields)
 
     def begin(self, outline: RunOutline) -> None:
         """Announce the time of the run, and open its screen. Steps of earlier sessions do not count for the speed."""
@@ -325,9 +322,9 @@ class Watcher:
         """Name the current work."""
         self._update(description=f"{self._gpu}{printable(what)}")
 
-    def progress(self, what: str, done: int, total: int | None) -> None:
+    def progress(self, what: str, done: float, total: int | None) -> None:
         """Name the current work with its units done, of `total` where that is known."""
-        self.info(f"{what}: {done:,} of {total:,}" if total else f"{what}: {done:,}")
+        self.info(f"{what}: {int(done):,} of {total:,}" if total else f"{what}: {int(done):,}")
 
     def card(self, name: str, done: int, total: int) -> None:
         """Name the GPU that is being computed, and move the bar to `done` of `total` GPUs."""
@@ -352,8 +349,8 @@ class Watcher:
         self._bars.update(self._bars.task_ids[0], **changes)
 
 
-def show_export(view: ConsoleReporter, exported: "Exported", *, ollama: str | None = None) -> None:
-    """Print the proof of an export and, unless it failed, what to do next; `ollama` is the model's name there."""
+def show_export(view: ConsoleReporter, exported: "Exported", *, for_ollama: bool = False) -> None:
+    """Print the proof of an export and, unless it failed, what to do next; `for_ollama`: what follows says it for Ollama."""
     from qlora_phi3.export.bundle import other_bits_warning
     from qlora_phi3.export.stop import runaway_warning
 
@@ -377,13 +374,16 @@ def show_export(view: ConsoleReporter, exported: "Exported", *, ollama: str | No
             view.warning(warning)
     if exported.fault is not None:
         return
+    if report["proof"]:
+        view.info("Proved: the merged model computes what base and adapter compute together.")
     if exported.gguf is not None:
         for note in exported.gguf.notes:
             view.info(note)
         view.info(f"Try it: llama-cli -m {exported.gguf.path}")
-        name = ollama or exported.gguf.path.stem
-        view.info(f"Ollama: ollama create {name} -f {shlex.quote(str(exported.folder / 'Modelfile'))}")
-        view.info(f"        ollama run {name}")
+        if not for_ollama:
+            name = exported.gguf.path.stem
+            view.info(f"Ollama: ollama create {name} -f {shlex.quote(str(exported.folder / 'Modelfile'))}")
+            view.info(f"        ollama run {name}")
     if exported.page:
         view.info(f"On the hub: {exported.page}")
     view.info(f"Done: {exported.folder.absolute()}")

@@ -11,6 +11,7 @@ from datetime import datetime
 from math import isfinite
 from pathlib import Path
 from statistics import median
+from time import time
 from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.errors import RunError
@@ -114,20 +115,24 @@ def _summarize(folder: RunFolder) -> RunSummary:
     report: dict[str, Any] = {"status": "damaged"}
     with suppress(RunError):
         report = folder.read_report()
-    records = [] if report.get("status") == "done" else _last_records(folder.metrics)
+    records, status = [] if report.get("status") == "done" else _last_records(folder.metrics), read_status(folder, report)
     losses = [(record["step"], record.get("eval_loss")) for record in records if record["kind"] == "eval"]
     started = datetime.fromtimestamp(folder.path.stat().st_mtime)
     with suppress(KeyError, TypeError, ValueError):
         started = datetime.fromisoformat(report["started"])
+    seconds = report.get("seconds")
+    if report.get("status") == "running" and seconds is not None:  # of earlier sessions; this one began when it wrote the report
+        began, written = folder.report.stat().st_mtime, folder.metrics.stat().st_mtime if folder.metrics.is_file() else 0.0
+        seconds += max(0.0, (time() if status == "running" else written) - began)
     return RunSummary(
         path=str(folder.path),
-        status=read_status(folder, report),
+        status=status,
         started=started.astimezone().isoformat(timespec="seconds"),
         steps=report.get("steps", max((record["step"] for record in records if record["kind"] == "train"), default=None)),
         eval_loss_before=report.get("eval_loss_before", next((loss for step, loss in losses if step == 0), None)),
         eval_loss_after=report.get("eval_loss_after", losses[-1][1] if losses and losses[-1][0] else None),
         rows=report.get("data", {}).get("train_rows"),
-        seconds=report.get("seconds"),
+        seconds=seconds,
         size_bytes=sum(map(size_of, scan(folder.path))),
     )
 

@@ -1,7 +1,9 @@
 """A conversation line by line, one answer, base beside tuned, Ctrl-C, the choice of a run, and the keys of the prompt."""
 
 import json
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,6 +132,36 @@ def test_ctrl_c_stops_an_answer_which_stays_as_far_as_it_came(loaded, monkeypatc
 def test_ctrl_c_while_a_single_answer_is_generated_ends_the_program(run, monkeypatch):
     monkeypatch.setattr(Conversation, "_answer", lambda *_: ("", "stopped"))
     assert call("chat", str(run), "--prompt", "?").exit_code == 130
+
+
+def test_ctrl_c_stops_the_sides_that_have_not_answered_yet(loaded, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(Conversation, "_answer", lambda _, side, *__: asked.append(side) or ("a part", "stopped"))
+    conversation = talk(loaded, "tuned", "base")
+    assert conversation.ask("?") == "stopped"
+    assert (asked, conversation.turns) == (["tuned"], {})
+
+
+def test_ctrl_c_between_the_answers_ends_no_conversation(run, monkeypatch):
+    monkeypatch.setattr(Conversation, "ask", lambda *_: signal.raise_signal(signal.SIGINT))
+    _, stderr = converse(run, "What is red?", "/help")
+    assert stderr.index("stopped") < stderr.index("/reset")
+
+
+@pytest.mark.parametrize(("options", "shown"), [((), "Be brief."), (("--system", ""), None), (("--system", "Rhyme."), "Rhyme.")])
+def test_the_system_turn_of_the_training_rows_is_used_unless_another_is_named(run, monkeypatch, options, shown):
+    report = json.dumps({"status": "done", "data": {"system": "Be brief."}})
+    monkeypatch.setattr(
+        chat_module,
+        "RunFolder",
+        lambda path: SimpleNamespace(recipe=path / "recipe.toml", read_report=lambda: json.loads(report)),
+    )
+    systems = []
+    monkeypatch.setattr(Conversation, "ask", lambda talk, _: systems.append(talk.system) or "")
+    result = call("chat", str(run), "--prompt", "?", *options)
+    assert result.exit_code == 0, result.stderr
+    assert systems == [shown or ""]
+    assert ("System turn, as in all training rows (none: --system ''): Be brief." in result.stderr) == (not options)
 
 
 def test_the_sides_keep_conversations_of_their_own(loaded, capsys):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 
 import pytest
 from filelock import FileLock
@@ -64,6 +65,16 @@ def test_a_run_is_running_while_a_process_holds_its_lock_and_killed_after_that(h
     with FileLock(folder.path / LOCK):
         assert list_json()[0]["status"] == "running"
     assert list_json()[0]["status"] == "killed"
+
+
+def test_the_time_of_a_run_that_is_resumed_grows_from_that_of_its_earlier_sessions(here):
+    folder = write_run(here / "runs" / "mine" / "1", status="running", seconds=1000.0)
+    now = time.time()
+    os.utime(folder.report, (now - 50, now - 50))  # written when this session began
+    os.utime(folder.metrics, (now - 20, now - 20))
+    assert list_json()[0]["seconds"] == pytest.approx(1030)
+    with FileLock(folder.path / LOCK):
+        assert list_json()[0]["seconds"] == pytest.approx(1050, abs=5)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"seconds": "soon"}', '{"eval_loss_before": "low"}', "[" * 10_000, None])

@@ -83,7 +83,7 @@ def test_parquet_rows_are_numbered_from_one(tmp_path):
     [
         ("a.jsonl", '{"a": 1}\n{"a": }\n', r"a\.jsonl:2: .*column 7"),
         ("a.json", '[{"a": 1},\n{"a": }]', r"a\.json:2: "),
-        ("a.json", '[{"a": 1}\n{"a": 2}]', r"a\.json:2: "),
+        ("a.json", '[{"a": 1}\n{"a": 2}]', r"a\.json:1: "),
         ("a.json", '[{"a": 1},\n', r"a\.json:2: "),
         ("a.json", '[{"a": 1}]\n]', r"a\.json:2: "),
         ("a.json", '{"a": 1}\n{"a"', r"a\.json:2: "),
@@ -174,6 +174,20 @@ def test_a_name_that_stands_twice_is_refused_as_one_value_would_be_lost(tmp_path
     with pytest.raises(DataError) as caught:
         rows_of(write(tmp_path / name, text))
     assert named in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "where"),
+    [
+        ("a.json", '[\n {\n  "a": 1\n  "b": 2\n }\n]\n', "a.json:3: not valid JSON (Expecting ',' delimiter at column 9)"),
+        ("a.json", '[\n {"a": 1}\n\n {"b": 2}\n]\n', "a.json:2: not valid JSON (no ',' or ']' after an object)"),
+        ("a.jsonl", '{"a": 1}\n{"b": 1 "c": 2}\n', "a.jsonl:2: not valid JSON (Expecting ',' delimiter at column 8)"),
+    ],
+)
+def test_a_lost_comma_is_reported_in_the_line_that_lacks_it(tmp_path, name, text, where):
+    with pytest.raises(DataError) as caught:
+        rows_of(write(tmp_path / name, text))
+    assert caught.value.message.endswith(f"{where}.")
 
 
 @pytest.mark.parametrize("content", [b"\x1f\x8bnothing", gzip.compress(LINES.encode(), mtime=0)[:-9], b"no gz"])

@@ -102,7 +102,7 @@ def without_absmax(shop):
 
 def adapter_with(shop, **config):
     folder = shop.path / "an-adapter"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}), encoding="utf-8")
     return load_for_inference(folder, device=CPU)
 
@@ -111,6 +111,12 @@ def run_without_adapter(shop):
     (shop.path / "a-run").mkdir()
     shop.write(name="a-run/recipe.toml")
     return load_for_inference(shop.path / "a-run", device=CPU)
+
+
+def adapter_of_other_tensors(shop):
+    (shop.path / "an-adapter").mkdir()
+    save_file({"other": torch.zeros(1)}, shop.path / "an-adapter" / "adapter_model.safetensors")
+    return adapter_with(shop, base_model_name_or_path=str(shop.base), target_modules=["o_proj"])
 
 
 def template_with_end(shop, end):
@@ -260,7 +266,7 @@ MESSAGES = [
         "lora-refused-by-peft",
         lambda shop: adapted(shop, exclude_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
         ("PEFT", "[lora]"),
-        "Change [lora]",
+        "target_modules",
     ),
     row(
         "safetensors-none",
@@ -322,8 +328,11 @@ MESSAGES = [
     row(
         "inference-adapter-without-weights",
         lambda shop: adapter_with(shop, base_model_name_or_path=str(shop.base), target_modules=["o_proj"]),
-        ("an-adapter",),
-        "base_model_name_or_path",
+        ("an-adapter has no adapter_model.safetensors",),
+        "all its files",
+    ),
+    row(
+        "inference-adapter-of-another-base", adapter_of_other_tensors, ("an-adapter cannot be loaded",), "base_model_name_or_path"
     ),
     row(
         "template-end-of-turn-is-no-token",

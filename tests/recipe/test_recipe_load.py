@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from qlora_phi3.errors import RecipeError
 from qlora_phi3.recipe.edit import format_toml
-from qlora_phi3.recipe.load import load_recipe, recipe_as_toml, recipe_schema
+from qlora_phi3.recipe.load import describe_unusual, load_recipe, recipe_as_toml, recipe_schema
 from qlora_phi3.recipe.messages import ALIASES, REPLACED, suggest_key
 from qlora_phi3.recipe.schema import TABLES, Recipe
 from qlora_phi3.runfolder import run_group_name
@@ -79,6 +79,18 @@ def as_toml(tables: dict[str, dict[str, object]]) -> str:
 
 
 # What is read
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("training.learning_rate=1", "Unusual, is it meant? [training] learning_rate = 1.0 (usual: 1e-06 to 0.01)"),
+        ("training.learning_rate=1e-3", None),
+        ("lora.r=1024", "Unusual, is it meant? [lora] r = 1024 (usual: 2 to 512)"),
+    ],
+)
+def test_an_unusual_value_is_named_in_one_line(tmp_path: Path, override: str, line: str | None):
+    assert describe_unusual(read(tmp_path, SHORTEST, override)) == line
 
 
 def test_the_shortest_recipe_has_a_default_for_every_other_key(tmp_path: Path):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_phi3.recipe.load import load_recipe
+from qlora_phi3.recipe.load import describe_unusual, load_recipe
 from qlora_phi3.recipe.schema import Recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -32,6 +32,7 @@ def figures(recipe: Recipe) -> tuple[object, ...]:
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_recipe_loads_and_adapts_all_linear_layers(path: Path):
     assert load_recipe(path).lora.target_modules == "all-linear"
+    assert describe_unusual(load_recipe(path)) is None
 
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -24,7 +24,14 @@ class Lines:
         self.warnings.append(line)
 
 
-def shown(*, dtype: str = "float16", quant: str | None = None, stopped: int = 8, quant_type: str = "nf4") -> Lines:
+def test_the_lines_for_ollama_are_left_out_where_the_command_prints_its_own():
+    assert any(line.startswith("Ollama: ollama create x -f ") for line in shown(quant="q8_0").infos)
+    assert not any("ollama create" in line for line in shown(quant="q8_0", for_ollama=True).infos)
+
+
+def shown(
+    *, dtype: str = "float16", quant: str | None = None, stopped: int = 8, quant_type: str = "nf4", for_ollama: bool = False
+) -> Lines:
     """The end of an export of which so many of 8 answers stopped, or of a GGUF made of it."""
     score = {"loss": 2.0, "mean_kl": 1e-8, "max_kl": 1e-7, "top_agreement": 1.0}
     report: dict[str, Any] = {
@@ -44,7 +51,7 @@ def shown(*, dtype: str = "float16", quant: str | None = None, stopped: int = 8,
     }
     result = quant and GgufResult(path=Path("x.gguf"), quant=quant, notes=("A note.",))
     view = Lines()
-    show_export(view, Exported(folder=Path("x"), report=report, gguf=result or None))  # type: ignore[arg-type]
+    show_export(view, Exported(folder=Path("x"), report=report, gguf=result or None), for_ollama=for_ollama)  # type: ignore[arg-type]
     return view
 
 
@@ -71,6 +78,7 @@ def test_the_mark_stands_at_what_a_gguf_of_other_weights_was_made_from(quant, dt
 @pytest.mark.parametrize(("stopped", "warned"), [(0, ["never ended its turn"]), (3, ["in only 3 of 8"]), (4, [])])
 def test_a_model_that_does_not_end_its_turns_is_warned_of(stopped, warned):
     view = shown(stopped=stopped)
+    assert "Proved: the merged model computes what base and adapter compute together." in view.infos
     assert f"Stop test: {stopped} of 8 answers to held-out prompts ended by themselves." in view.infos
     assert len(view.warnings) == len(warned)
     assert all(words in line for words, line in zip(warned, view.warnings, strict=True))

@@ -35,7 +35,7 @@ PACKAGES = ("llama_cpp_py_sync", "llama_cpp")
 LIBRARY_VARIABLE = "LLAMA_CPP_LIB"
 LIBRARY_NAME = re.compile(r"libllama(\.\S+)?\.(so|dylib)|libllama\.so\.\d+|(lib)?llama\.dll")
 INSTALL = "pip install llama-cpp-py-sync"
-OTHER_WAYS = f"{INSTALL}, or set {LIBRARY_VARIABLE} to a libllama; docs/gguf.md names three ways"
+OTHER_WAYS = f"{INSTALL}, or set {LIBRARY_VARIABLE} to a libllama; three ways: qlora-phi3 docs gguf"
 #: llama.cpp's quantizer writes to the terminal, ends the process where it fails, and ignores Ctrl-C: it has its own process.
 #: Without files it only loads the library. Only the first two options are named: llama.cpp changed those after them in 2025 and
 #: 2026, and the structure has more room than any version needs.

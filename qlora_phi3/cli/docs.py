@@ -1,0 +1,21 @@
+"""`qlora-phi3 docs`: the documentation that ships, in the terminal."""
+
+import sys
+
+import click
+
+from qlora_phi3.cli.options import shipped_files
+from qlora_phi3.cli.output import wrapped
+from qlora_phi3.errors import UserError
+
+
+@click.command()
+@click.argument("page", metavar="[PAGE]", required=False)
+def docs(page: str | None) -> None:
+    """Print PAGE of the documentation, such as data; without PAGE list the pages."""
+    pages = {name: path.read_text(encoding="utf-8").rstrip() for name, path in shipped_files("docs", "md").items()}
+    if page not in pages and page is not None:
+        raise UserError(f"There is no page {page!r}.", f"The pages are {', '.join(pages)}.")
+    text = "\n".join(f"{name:18}{text.splitlines()[0].lstrip('# ')}" for name, text in pages.items())
+    text = f"{text}\n\nRead one: qlora-phi3 docs data" if page is None else pages[page]
+    click.echo_via_pager(wrapped(text) if sys.stdout.isatty() else text)

@@ -1,0 +1,75 @@
+"""The help, the documentation that ships, what Tab offers, and lines on a narrow terminal."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from run_files import write_run
+from workshop import call
+
+from qlora_phi3.cli import output
+from qlora_phi3.cli.main import COMMANDS, main
+from qlora_phi3.cli.options import complete_run
+
+PAGES = Path(__file__).parents[2] / "docs"
+
+
+def test_the_help_lists_every_command_and_imports_none_of_them():
+    program = (
+        "import sys; from qlora_phi3.cli.main import main; main(['--help'], standalone_mode=False);"
+        "print([name for name in sys.modules if name.startswith('qlora_phi3')], file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    listed = result.stdout.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == list(COMMANDS)
+    needed = ["", ".cli", ".errors", ".cli.output", ".cli.main"]
+    assert sorted(eval(result.stderr)) == sorted(f"qlora_phi3{name}" for name in needed)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_that_is_listed_exists(name):
+    assert isinstance(main.get_command(click.Context(main), name), click.Command)
+
+
+def test_the_documentation_is_listed_and_printed():
+    listed = call("docs").stdout
+    assert all(f"{path.stem} " in listed for path in PAGES.glob("*.md"))
+    assert call("docs", "data").stdout == (PAGES / "data.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("", ["a", "runs/a/latest", "b", "runs/b/latest"]),
+        ("runs/b", ["runs/b/latest", "runs/b/1"]),
+        ("runs/a/", ["runs/a/latest", "runs/a/1", "runs/a/2"]),
+        ("other/", []),
+    ],
+)
+def test_tab_offers_runs_and_directories(tmp_path, monkeypatch, typed, offered):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/1", "a/2", "b/1"):
+        write_run(tmp_path / "runs" / name)
+    first, *others = complete_run(None, None, typed)
+    assert (first.type, first.value) == ("dir", typed)
+    assert [item.value for item in others] == offered
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("of twelve letters, and of more", "of twelve letters,\nand of more\n"),
+        ("type: qlora-phi3 run my-chats.toml", "type: qlora-phi3 run my-chats.toml\n"),
+        ("a-word-without-any-space", "a-word-without-any-space\n"),
+    ],
+)
+def test_a_terminal_breaks_lines_between_words_and_no_command(monkeypatch, capsys, text, shown):
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    output.echo(text)
+    assert capsys.readouterr().out == shown
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    output.echo(text)
+    assert capsys.readouterr().out == f"{text}\n"

@@ -35,6 +35,7 @@ COMMANDS = {
     "export": "export",
     "adapter": "adapter",
     "recipe": "recipe",
+    "cache": "cache",
     "doctor": "doctor",
 }
 

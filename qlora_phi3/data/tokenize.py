@@ -8,16 +8,18 @@ Everything else has the label -100, and so has position 0, which no position pre
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from xxhash import xxh3_64_intdigest, xxh3_128
+from xxhash import xxh3_64_intdigest
 
 from qlora_phi3.data.formats import SYNONYMS, Chat, Document, check_document, detect_format, read_row
 from qlora_phi3.data.messages import CONTENT_KEYS, SkipRow, check_unread, parse_json
@@ -27,7 +29,7 @@ from qlora_phi3.data.template import LEADING_UNICODE_SPACE, ChatTemplate, render
 from qlora_phi3.data.tokenizer import MARK, Span, SpecialTokens
 from qlora_phi3.errors import DataError
 from qlora_phi3.execution import IGNORE_INDEX
-from qlora_phi3.files import atomic_dir, disk_errors
+from qlora_phi3.files import atomic_dir, disk_errors, hash_file
 from qlora_phi3.recipe.schema import Data
 from qlora_phi3.reporter import Progress
 from qlora_phi3.units import format_count
@@ -90,7 +92,7 @@ def tokenize_source(source: Source, config: TokenizeConfig, max_rows: int | None
             if _read_entry(entry) is None:
                 with atomic_dir(entry) as staging:
                     report = _write_rows(staging / ROWS_NAME, source, config, max_rows)
-                    report.rows_digest = _hash(staging / ROWS_NAME)
+                    report.rows_digest = hash_file(staging / ROWS_NAME)
                     (staging / REPORT_NAME).write_text(json.dumps(asdict(report)), encoding="utf-8")
         if (found := _read_entry(entry)) is None:
             raise OSError("what was written cannot be read back")
@@ -105,16 +107,13 @@ def _read_entry(entry: Path) -> tuple[Any, SourceReport] | None:
 
     try:
         report = TypeAdapter(SourceReport).validate_json((entry / REPORT_NAME).read_bytes())
-        if _hash(entry / ROWS_NAME) != report.rows_digest:
+        if hash_file(entry / ROWS_NAME) != report.rows_digest:
             return None
+        with suppress(OSError):
+            os.utime(entry / REPORT_NAME)  # shown by `qlora-phi3 cache`
         return Dataset.from_file(str(entry / ROWS_NAME)), report
     except (OSError, ValueError, pyarrow.ArrowException):
         return None
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, xxh3_128).hexdigest()
 
 
 def _cache_key(source: Source, config: TokenizeConfig, max_rows: int | None) -> str:

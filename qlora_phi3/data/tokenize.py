@@ -10,7 +10,9 @@ Everything else has the label -100, and so has position 0, which no position pre
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -36,6 +38,8 @@ from qlora_phi3.units import format_count
 
 #: Rows that are tokenised at once.
 BATCH_ROWS = 256
+#: Batches that are read and rendered before the ids of the first are taken.
+BATCHES_AHEAD = 2
 ROWS_NAME, REPORT_NAME = "rows.arrow", "report.json"
 READ_AS_TEXT = "special tokens of the model in the words of the row: read as text"
 READ_AS_TOKENS = "special tokens of the model in the words of the row: read as these tokens (allow_special_tokens)"
@@ -56,6 +60,8 @@ RENDERED_CHAT = re.compile(
 UNCUT = 2**31 - 1
 #: One row's token ids, or its labels: int32, shape (length,).
 Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
+#: The rows of a source read so far, and number, ids and labels of some of them.
+Batches = Iterator[tuple[int, Iterable[tuple[int, Ids, Ids]]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +158,11 @@ def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: in
     uncut_key = _cache_key(source, replace(config, max_length=UNCUT), None)
     if max_rows is None and config.max_length != UNCUT and (uncut := _read_entry(config.cache_dir / uncut_key)) is not None:
         report = replace(uncut[1], rows_kept=0)
-        batches = _read_batches(uncut[0])
+        batches: Batches = ((report.rows_read, batch) for batch in _read_batches(uncut[0]))
     else:
         batches = _tokenize_batches(source, config, max_rows, report, names)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for batch in batches:
+        for rows_read, batch in batches:
             rows = list(_truncate_rows(batch, config.max_length, report))
             if rows:
                 numbers, ids, labels, supervised = zip(*rows, strict=True)
@@ -164,11 +170,12 @@ def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: in
                 all_ids, all_labels = np.concatenate(ids), np.concatenate(labels)
                 if lengths != list(map(len, labels)) or ((all_labels != all_ids) & (all_labels != IGNORE_INDEX)).any():
                     raise RuntimeError("a label is neither -100 nor the id at its position; no run can be made of these rows")
-                digests = [xxh3_64_intdigest(row.tobytes()) for row in ids]
-                writer.write_batch(pa.record_batch([ids, labels, lengths, supervised, numbers, digests], schema=schema))
+                digests, ends = [xxh3_64_intdigest(row) for row in ids], np.cumsum([0, *lengths], dtype=np.int32)
+                lists = [pa.ListArray.from_arrays(ends, values) for values in (all_ids, all_labels)]
+                writer.write_batch(pa.record_batch([*lists, lengths, supervised, numbers, digests], schema=schema))
             report.rows_kept += len(rows)
             if config.progress is not None:
-                config.progress(activity, report.rows_read, None)
+                config.progress(activity, rows_read, None)
     if config.progress is not None and report.rows_read:
         config.progress(activity, report.rows_read, report.rows_read)
     missing = sorted(theirs for theirs in config.data.fields.values() if theirs not in names)
@@ -183,13 +190,22 @@ def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: in
 
 def _tokenize_batches(
     source: Source, config: TokenizeConfig, max_rows: int | None, report: SourceReport, names: set[str]
-) -> Iterator[Iterable[tuple[int, Ids, Ids]]]:
-    """Number, ids and labels of the rows of a source, until `report` has counted `max_rows` that are kept."""
+) -> Batches:
+    """The rows of a source, until `report` has counted `max_rows` that are kept."""
     examples = read_examples(source, config.data, report, names)
     special = SpecialTokens(config.tokenizer, written=config.template.rendered)
-    most = float("inf") if max_rows is None else max_rows
-    while batch := list(islice(examples, int(min(BATCH_ROWS, most - report.rows_kept)))):
-        yield _tokenize_batch(batch, config, special, report)
+    most, ahead = (float("inf"), BATCHES_AHEAD) if max_rows is None else (max_rows, 0)
+    pending: deque[tuple[int, Future[list[tuple[int, Ids, Ids]]]]] = deque()
+    with ThreadPoolExecutor(1) as pool:  # tokenizers releases Python's lock: meanwhile this thread reads, renders and writes
+        while batch := list(islice(examples, int(min(BATCH_ROWS, most - report.rows_kept)))):
+            rendered, is_chat = _render_batch(batch, config, special, report), isinstance(batch[0][1], Chat)
+            tokenized = pool.submit(_tokenize_batch, rendered, is_chat, config.tokenizer, special)
+            pending.append((report.rows_read, tokenized))
+            if len(pending) > ahead:
+                rows_read, tokenized = pending.popleft()
+                yield rows_read, tokenized.result()
+        for rows_read, tokenized in pending:
+            yield rows_read, tokenized.result()
 
 
 def _read_batches(rows: Any) -> Iterator[Iterable[tuple[int, Ids, Ids]]]:
@@ -273,11 +289,11 @@ class _Rendered:
     is_broken: bool
 
 
-def _tokenize_batch(
+def _render_batch(
     batch: Sequence[tuple[int, Chat | Document]], config: TokenizeConfig, special: SpecialTokens, report: SourceReport
-) -> Iterator[tuple[int, Ids, Ids]]:
-    """Number, ids and labels of rows of one format, with a note for each that is changed or remarkable."""
-    rendered, is_chat = [], isinstance(batch[0][1], Chat)
+) -> list[_Rendered]:
+    """Rows as text, with a note for each that is changed or remarkable."""
+    rendered = []
     for number, example in batch:
         try:
             row, notes = _render_row(number, example, config, special)
@@ -289,14 +305,23 @@ def _tokenize_batch(
             report.add(report.notes, note, number)
         for name in example.unread:
             report.add(report.unread, name, number)
+    return rendered
+
+
+def _tokenize_batch(
+    rendered: Sequence[_Rendered], is_chat: bool, tokenizer: Any, special: SpecialTokens
+) -> list[tuple[int, Ids, Ids]]:
+    """Number, ids and labels of rows, all of them chats or none."""
     whole = [row for row in rendered if not row.is_broken]
     texts = [row.text for row in whole]
     if is_chat:
-        rows = iter(tokenize_chats(texts, [row.spans for row in whole], config.tokenizer))
+        rows = iter(tokenize_chats(texts, [row.spans for row in whole], tokenizer))
     else:
-        rows = iter(tokenize_documents(texts, config.tokenizer))
-    for row in rendered:
-        yield row.number, *(tokenize_broken(row.text, row.spans, special, is_chat) if row.is_broken else next(rows))
+        rows = iter(tokenize_documents(texts, tokenizer))
+    return [
+        (row.number, *(tokenize_broken(row.text, row.spans, special, is_chat) if row.is_broken else next(rows)))
+        for row in rendered
+    ]
 
 
 def _render_row(

@@ -50,6 +50,8 @@ def cache(ctx: click.Context) -> None:
 @debug_option
 def clean(kinds: tuple[str, ...], yes: bool) -> None:
     """Delete what is kept: everything, or each KIND: bases, rows, vram-check. A run that is reading it is not disturbed."""
+    from filelock import FileLock, Timeout
+
     from qlora_phi3.files import remove
 
     entries = [entry for entry in list_entries() if entry.kind in (kinds or KINDS)]
@@ -57,7 +59,11 @@ def clean(kinds: tuple[str, ...], yes: bool) -> None:
     if entries and not yes:
         click.confirm("Delete it?", abort=True)
     for entry in entries:
-        remove(entry.path)
+        try:
+            with FileLock(entry.path.with_name(f"{entry.path.name.lstrip('.').partition('.')[0]}.lock"), timeout=0):
+                remove(entry.path)
+        except Timeout:
+            raise UserError(f"{entry.path} is being written.", "Try again when that run has started its training.") from None
         if entry.path.exists():
             raise UserError(f"{entry.path} cannot be deleted completely.", "Check that you may write to it.")
 

@@ -107,7 +107,7 @@ def check_files(data: Data, base_dir: Path, *, evaluate: bool) -> None:
         if is_local_data(name, base_dir):
             for source in open_local(name, base_dir, data.split):
                 report = SourceReport(source.name)
-                if next(read_examples(source, data, report, set()), None) is None:
+                if next(read_examples(source, data, report), None) is None:
                     raise _nothing_to_learn([source], [report], data, max_length=0)
 
 

@@ -5,6 +5,7 @@ import os
 
 import pytest
 from click.testing import CliRunner
+from filelock import FileLock
 from workshop import call, read_json, read_lines
 
 from qlora_phi3.cli.main import main
@@ -59,6 +60,18 @@ def test_nothing_is_deleted_before_the_answer_is_yes(kept):
     assert "In all 6 MiB." in agreed.stdout
     assert [path.exists() for path in kept.values()] == [False, False, False]
     assert call("cache").stdout == call("cache", "clean").stdout == "Nothing is kept.\n"
+
+
+def test_what_another_process_writes_is_not_deleted(kept):
+    partial = kept["rows"].with_name("3.partial")
+    partial.mkdir()
+    with FileLock(kept["rows"].with_name("3.lock")):
+        result = call("cache", "clean", "rows", "--yes")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"Error: {partial} is being written. Try again")
+    assert partial.exists()
+    assert call("cache", "clean", "rows", "--yes").exit_code == 0
+    assert not partial.exists()
 
 
 def test_a_second_run_reads_the_base_from_the_cache_and_learns_the_same(shop, monkeypatch, tmp_path):

@@ -1,10 +1,8 @@
 """`qlora-phi3 cache`: what is kept on the disk to be faster the next time, and deleting it."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -17,7 +15,7 @@ KINDS = ("bases", "rows", "vram-check")
 
 @dataclass(frozen=True, slots=True)
 class CacheEntry:
-    """What is kept, and can be made again."""
+    """A directory of what is kept, and can be made again."""
 
     kind: str
     path: Path
@@ -41,7 +39,7 @@ def cache(ctx: click.Context) -> None:
     Bases and answers are below XDG_CACHE_HOME, rows below HF_DATASETS_CACHE.
     """
     if ctx.invoked_subcommand is None:
-        show(list(list_entries()))
+        show(list_entries())
 
 
 @cache.command()
@@ -72,43 +70,26 @@ def show(entries: list[CacheEntry]) -> None:
     """Print a line for each entry, and the sum."""
     from qlora_phi3.units import format_gib
 
-    if not entries:
-        click.echo("Nothing is kept.")
-        return
     for entry in entries:
         used = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
         click.echo(printable(f"{entry.kind:<10}  {format_gib(entry.size_bytes):>9}  last used {used}  {entry.text}"))
-    click.echo(f"In all {format_gib(sum(entry.size_bytes for entry in entries))}.")
+    click.echo(f"In all {format_gib(sum(entry.size_bytes for entry in entries))}." if entries else "Nothing is kept.")
 
 
-def list_entries() -> Iterator[CacheEntry]:
-    """Everything that is kept, the last used first of each kind; the answers of vram-check as one."""
-    from qlora_phi3.files import BASES_DIR, CACHE_ENTRY_NAME, row_cache_dir, user_cache_dir
-    from qlora_phi3.units import format_count
+def list_entries() -> list[CacheEntry]:
+    """Everything that is kept, also what killed processes left; of each kind the last used first."""
+    from qlora_phi3.files import BASES_DIR, CACHE_ENTRY_NAME, read_json_object, row_cache_dir, user_cache_dir
 
-    def describe_rows(report: dict[str, Any]) -> str:
-        return f"{report['name']}, {format_count(report['rows_kept'], 'row')}"
-
-    kept = user_cache_dir()
-    yield from _directories("bases", kept / BASES_DIR, CACHE_ENTRY_NAME, lambda record: str(record["description"]))
-    yield from _directories("rows", row_cache_dir(), "report.json", describe_rows)
-    if answers := list((kept / "vram-check").glob("*.json")):
-        size, used = sum(path.stat().st_size for path in answers), max(path.stat().st_mtime for path in answers)
-        yield CacheEntry("vram-check", kept / "vram-check", format_count(len(answers), "answer"), size, used)
-
-
-def _directories(kind: str, parent: Path, record: str, describe: Any) -> Iterator[CacheEntry]:
-    """A directory for each entry, also of a damaged one and of what a killed process left."""
-    from qlora_phi3.files import read_json_object
-
-    entries = []
-    for path in parent.iterdir() if parent.is_dir() else ():
-        if path.is_dir():
+    kept, entries = user_cache_dir(), []
+    places = [("bases", path, CACHE_ENTRY_NAME, "{description}") for path in (kept / BASES_DIR).glob("*")]
+    places += [("rows", path, "report.json", "{name}, rows: {rows_kept:,}") for path in row_cache_dir().glob("*")]
+    places += [("vram-check", path, "", "") for path in kept.glob("vram-check")]
+    for kind, path, record, text in places:
+        if found := [file.stat() for file in (path, *path.rglob("*")) if path.is_dir()]:
             try:
-                text = describe(read_json_object(path / record, RunError, ""))
+                text = text.format(**read_json_object(path / record, RunError, "")) if text else f"answers: {len(found) - 1:,}"
             except (RunError, KeyError, TypeError, ValueError):
                 text = "incomplete"
-            used = (path / record if (path / record).is_file() else path).stat().st_mtime
-            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            entries.append(CacheEntry(kind, path, text, size, used))
-    yield from sorted(entries, key=lambda entry: -entry.used)
+            times = [each.st_mtime for each in found[1:] or found]
+            entries.append(CacheEntry(kind, path, text, sum(each.st_size for each in found[1:]), max(times)))
+    return sorted(entries, key=lambda entry: (KINDS.index(entry.kind), -entry.used))

@@ -153,14 +153,12 @@ def _build_entry(entry: Path, source: Source, config: TokenizeConfig, max_rows: 
         report = _write_rows(staging, source, config, max_rows)
         report.rows_digest = hash_file(staging / ROWS_NAME)
         (staging / REPORT_NAME).write_text(json.dumps(asdict(report)), encoding="utf-8")
-        (staging / STATE_NAME).unlink(missing_ok=True)
+        remove(staging / STATE_NAME)
         replace_dir(staging, entry)
-    except UserError:  # other data, or another recipe, have another entry
-        remove(staging)
-        raise
-    finally:
-        if not (staging / STATE_NAME).exists():
+    except BaseException as error:
+        if isinstance(error, UserError) or not (staging / STATE_NAME).exists():  # corrected data have another entry
             remove(staging)
+        raise
 
 
 def _read_partial(folder: Path, name: str) -> tuple[SourceReport, deque[Any]]:

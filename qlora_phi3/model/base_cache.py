@@ -33,8 +33,6 @@ MIN_CHECKPOINT_BYTES = 512 * MIB
 RESERVE_BYTES = 10 * GIB
 #: Entries that are kept; writing one more removes the one that was not used for longest.
 MAX_ENTRIES = 3
-#: Changes with the code that decides the tensors of an entry.
-FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +74,8 @@ class BaseCache:
                 parent.mkdir(parents=True, exist_ok=True)
                 files.remove_leftovers(parent, older_than_seconds=files.STALE_SECONDS)
                 if (free := shutil.disk_usage(parent).free) < num_bytes + RESERVE_BYTES:
-                    need = f"{format_gib(num_bytes)}, and {format_gib(RESERVE_BYTES)} stay free"
-                    self.note(f"The 4-bit base is not cached: {parent} has {format_gib(free)} free; it needs {need}.")
+                    need = f"it needs {format_gib(num_bytes)}, and {format_gib(RESERVE_BYTES)} stay free"
+                    self.note(f"The 4-bit base is not cached: {parent} has {format_gib(free)} free; {need}.")
                     return
                 with FileLock(self.path.with_suffix(".lock"), timeout=0), files.atomic_dir(self.path) as staging:
                     save_torch_state_dict(tensors, staging, max_shard_size=FILE_BYTES)
@@ -107,8 +105,7 @@ def find_base_cache(
     if sum(path.stat().st_size for path in weights) < MIN_CHECKPOINT_BYTES:
         return None
     settings, hardware = quantization.to_dict(), describe_device(device)
-    parts = {
-        "format": FORMAT,
+    parts = {  # with the versions of the code that decides the bits
         "files": {str(path.resolve()): files.file_state(path) for path in (folder / "config.json", *weights)},
         "quantization": settings,
         "device": hardware,

@@ -28,8 +28,9 @@ def kept(tmp_path, monkeypatch):
     answers.mkdir(parents=True)
     for name in "ab":
         (answers / f"{name}.json").write_bytes(bytes(2**19))
-    for number, path in enumerate([bases / "1" / "entry.json", rows / "2" / "report.json", *answers.iterdir()]):
-        os.utime(path, (1.7e9, 1.7e9 + 86400 * number))
+    for number, name in enumerate(("bases", "rows", "vram-check")):
+        for file in tmp_path.glob(f"*/qlora-phi3/{name}/**/*") if number != 1 else rows.rglob("*"):
+            os.utime(file, (1.7e9, 1.7e9 + 86400 * number))
     monkeypatch.setenv("TZ", "UTC")
     return {"bases": bases / "1", "rows": rows / "2", "vram-check": answers}
 
@@ -38,8 +39,8 @@ def test_everything_is_listed_with_its_size_and_last_use(kept):
     lines = call("cache").stdout.splitlines()
     assert [line.split() for line in lines] == [
         ["bases", "3", "MiB", "last", "used", "2023-11-14", "22:13", "a", "base\\x1b[31m,", "NF4"],
-        ["rows", "2", "MiB", "last", "used", "2023-11-15", "22:13", "chats.jsonl,", "1,200", "rows"],
-        ["vram-check", "1", "MiB", "last", "used", "2023-11-17", "22:13", "2", "answers"],
+        ["rows", "2", "MiB", "last", "used", "2023-11-15", "22:13", "chats.jsonl,", "rows:", "1,200"],
+        ["vram-check", "1", "MiB", "last", "used", "2023-11-16", "22:13", "answers:", "2"],
         ["In", "all", "6", "MiB."],
     ]
 

@@ -70,7 +70,7 @@ class BaseCache:
         tensors = {name: parameter.data for name, parameter in model.named_parameters()} | quantized_tensors(model)
         num_bytes, parent = sum(tensor.nbytes for tensor in tensors.values()), self.path.parent
         try:
-            with files.disk_errors(self.path):
+            with files.disk_errors(self.path), suppress(Timeout):  # Timeout: another process writes it
                 parent.mkdir(parents=True, exist_ok=True)
                 files.remove_leftovers(parent, older_than_seconds=files.STALE_SECONDS)
                 if (free := shutil.disk_usage(parent).free) < num_bytes + RESERVE_BYTES:
@@ -85,8 +85,6 @@ class BaseCache:
                 records = sorted(parent.glob(f"*/{files.CACHE_ENTRY_NAME}"), key=lambda path: -path.stat().st_mtime_ns)
                 for record_file in records[MAX_ENTRIES:]:
                     files.remove(record_file.parent)
-        except Timeout:  # another process of this computer writes it
-            pass
         except RunError as error:
             self.note(f"The 4-bit base is not cached: {error.message}")
 

@@ -156,17 +156,16 @@ def load_base(
     Args:
         longest_row: tokens of the longest row that the model will process. The sliding window is removed if no row reaches it:
             the model is the same, and needs no explicit attention mask.
-        progress: of the download of what is not here.
-        note: receives one line about the cache, where it is used or cannot be.
+        progress, note: of the download of what is not here; receives one line where the cache is used or cannot be.
     """
     register_attention()
-    path, quantized = (find_config(config.name, config.revision), quantization_config(quantization, precision.compute_dtype))
+    path, dtype = find_config(config.name, config.revision), precision.compute_dtype
+    quantized = None if architecture.stored else quantization_config(quantization, dtype)
     settings = build_config(read_config(config.name, config.revision), config.name)
     # In the hub's cache the folder's name is the commit, which transformers 5.23 no longer records.
     settings._commit_hash = path.parent.name if path.parent.parent.name == "snapshots" else None
     if architecture.stored is not None:
-        settings.quantization_config["bnb_4bit_compute_dtype"] = str(precision.compute_dtype).removeprefix("torch.")
-        quantized = None
+        settings.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     problem = f"The weights of {config.name} cannot be read: {{reason}}."
     hint = "Download the checkpoint again, complete, as safetensors."
     memory = f"The memory of {device} ran out while {config.name} was loaded: {{reason}}."
@@ -176,7 +175,7 @@ def load_base(
     check_checkpoint(str(folder), architecture)
     cache = None if quantized is None else find_base_cache(config.name, folder, quantized, device, note)
     tensors = None if cache is None else cache.read()
-    placed = {"dtype": precision.compute_dtype, "device_map": {"": device}, "attn_implementation": attention_name(config)}
+    placed = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": attention_name(config)}
     with quiet_transformers(), foreign_errors(ModelError, problem, hint), memory_errors(ModelError, memory, MEMORY_HINT):
         if tensors is None or quantized is None:
             model = PackedPhi3ForCausalLM.from_pretrained(
@@ -188,7 +187,7 @@ def load_base(
             _name_model(model, config.name, revision)
     if cache is not None and tensors is None:
         cache.write(model)
-    _set_compute_dtype(model, precision.compute_dtype)
+    _set_compute_dtype(model, dtype)
     configure_base(model, architecture, longest_row=longest_row)
     return cast(PackedPhi3ForCausalLM, model)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from tiny_model import save_tiny_model
 from transformers import GenerationConfig, Phi3Config
 
@@ -177,6 +178,16 @@ def test_a_disk_that_refuses_costs_a_note_and_leaves_nothing(base, cache_dir, mo
     assert note.startswith("The 4-bit base is not cached: ")
     assert "No space left on device" in note
     assert [path.suffix for path in cache_dir.iterdir()] == [".lock"]
+    assert len(states(model)) == 8
+
+
+def test_an_entry_that_another_process_writes_is_left_to_it(base, cache_dir):
+    load(base)
+    (entry,) = entries(cache_dir)
+    shutil.rmtree(entry)
+    with FileLock(entry.with_suffix(".lock")):
+        model, notes = load(base)
+    assert (notes, entries(cache_dir)) == ([], [])
     assert len(states(model)) == 8
 
 

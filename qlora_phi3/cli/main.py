@@ -33,6 +33,7 @@ COMMANDS = {
     "export": "Write a run as a model for other programs, with a proof.",
     "adapter": "Turn adapters into other forms.",
     "recipe": "Check a recipe, or import another program's config.",
+    "cache": "List and delete what is kept to be faster the next time.",
     "docs": "Print a page of the documentation.",
     "doctor": "Check whether this computer can train.",
 }

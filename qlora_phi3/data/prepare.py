@@ -20,6 +20,7 @@ from qlora_phi3.data.sources import Source, open_local, open_sources
 from qlora_phi3.data.template import ChatTemplate
 from qlora_phi3.data.tokenize import TokenizeConfig, read_examples, tokenize_source
 from qlora_phi3.errors import DataError
+from qlora_phi3.files import row_cache_dir
 from qlora_phi3.recipe.load import as_list, is_local_data
 from qlora_phi3.recipe.schema import Data
 from qlora_phi3.reporter import Progress
@@ -61,16 +62,13 @@ def prepare_datasets(
         progress: called with the rows read so far.
         cache_dir: for the tokenised rows; None: below that of the datasets library.
     """
-    import datasets
-
     check_fields(data.fields, data.format)
     eval_names = as_list(data.eval) if evaluate else []
     if evaluate and not eval_names and data.eval_split is not None:
         eval_names = [name for name in as_list(data.train) if not is_local_data(name, base_dir)]
     train_sources = open_sources(as_list(data.train), data, data.split, base_dir)
     eval_sources = open_sources(eval_names, data, data.eval_split or "test", base_dir)
-    cache_dir = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "qlora-phi3"
-    config = TokenizeConfig(data, max_length, template, tokenizer, cache_dir, progress)
+    config = TokenizeConfig(data, max_length, template, tokenizer, cache_dir or row_cache_dir(), progress)
     train, reports = _read_all(train_sources, config, data.max_rows)
     evaluation: Any | None = None
     indices: tuple[int, ...] = ()
@@ -109,7 +107,7 @@ def check_files(data: Data, base_dir: Path, *, evaluate: bool) -> None:
         if is_local_data(name, base_dir):
             for source in open_local(name, base_dir, data.split):
                 report = SourceReport(source.name)
-                if next(read_examples(source, data, report, set()), None) is None:
+                if next(read_examples(source, data, report), None) is None:
                     raise _nothing_to_learn([source], [report], data, max_length=0)
 
 

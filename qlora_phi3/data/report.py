@@ -43,6 +43,8 @@ class SourceReport:
 
     name: str  #: A row is named `name:number`.
     format: str = ""  #: That the rows were read as; empty where none was read.
+    first_row: str = ""  #: The first that was read as it.
+    columns: list[str] = field(default_factory=list)  #: Of all rows, where [data] fields maps some.
     rows_read: int = 0
     rows_kept: int = 0
     rows_digest: str = ""  #: Of the file of tokenised rows.

@@ -8,16 +8,20 @@ Everything else has the label -100, and so has position 0, which no position pre
 """
 
 import json
+import os
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from hashlib import file_digest, sha256
-from itertools import islice
+from hashlib import sha256
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from xxhash import xxh3_64_intdigest, xxh3_128
+from xxhash import xxh3_64_intdigest
 
 from qlora_phi3.data.formats import SYNONYMS, Chat, Document, check_document, detect_format, read_row
 from qlora_phi3.data.messages import CONTENT_KEYS, SkipRow, check_unread, parse_json
@@ -25,16 +29,22 @@ from qlora_phi3.data.report import NAMED, SourceReport
 from qlora_phi3.data.sources import Source, UnusableRow
 from qlora_phi3.data.template import LEADING_UNICODE_SPACE, ChatTemplate, render_chat
 from qlora_phi3.data.tokenizer import MARK, Span, SpecialTokens
-from qlora_phi3.errors import DataError
+from qlora_phi3.errors import DataError, UserError
 from qlora_phi3.execution import IGNORE_INDEX
-from qlora_phi3.files import atomic_dir, disk_errors
+from qlora_phi3.files import atomic_file, disk_errors, flush_to_disk, hash_file, remove, replace_dir
 from qlora_phi3.recipe.schema import Data
 from qlora_phi3.reporter import Progress
 from qlora_phi3.units import format_count
 
 #: Rows that are tokenised at once.
 BATCH_ROWS = 256
+#: Batches that are read and rendered before the ids of the first are taken.
+BATCHES_AHEAD = 2
 ROWS_NAME, REPORT_NAME = "rows.arrow", "report.json"
+#: Of an entry that is being written: the report so far, and the rows of an earlier session until they are copied.
+STATE_NAME, FORMER_NAME = "state.json", "former.arrow"
+#: Rows after which what is written can be continued.
+PART_ROWS = 100 * BATCH_ROWS
 READ_AS_TEXT = "special tokens of the model in the words of the row: read as text"
 READ_AS_TOKENS = "special tokens of the model in the words of the row: read as these tokens (allow_special_tokens)"
 UNICODE_SPACE = "a message begins with Unicode white space: llama.cpp reads it as other tokens (qlora-phi3 docs gguf)"
@@ -54,6 +64,8 @@ RENDERED_CHAT = re.compile(
 UNCUT = 2**31 - 1
 #: One row's token ids, or its labels: int32, shape (length,).
 Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
+#: The rows of a source read so far, and number, ids and labels of some of them.
+Batches = Iterator[tuple[int, Iterable[tuple[int, Ids, Ids]]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +100,7 @@ def tokenize_source(source: Source, config: TokenizeConfig, max_rows: int | None
         config.cache_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(entry.with_suffix(".lock")):
             if _read_entry(entry) is None:
-                with atomic_dir(entry) as staging:
-                    report = _write_rows(staging / ROWS_NAME, source, config, max_rows)
-                    report.rows_digest = _hash(staging / ROWS_NAME)
-                    (staging / REPORT_NAME).write_text(json.dumps(asdict(report)), encoding="utf-8")
+                _build_entry(entry, source, config, max_rows)
         if (found := _read_entry(entry)) is None:
             raise OSError("what was written cannot be read back")
     return found
@@ -105,16 +114,13 @@ def _read_entry(entry: Path) -> tuple[Any, SourceReport] | None:
 
     try:
         report = TypeAdapter(SourceReport).validate_json((entry / REPORT_NAME).read_bytes())
-        if _hash(entry / ROWS_NAME) != report.rows_digest:
+        if hash_file(entry / ROWS_NAME) != report.rows_digest:
             return None
+        with suppress(OSError):
+            os.utime(entry / REPORT_NAME)  # shown by `qlora-phi3 cache`
         return Dataset.from_file(str(entry / ROWS_NAME)), report
     except (OSError, ValueError, pyarrow.ArrowException):
         return None
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, xxh3_128).hexdigest()
 
 
 def _cache_key(source: Source, config: TokenizeConfig, max_rows: int | None) -> str:
@@ -139,8 +145,47 @@ def _cache_key(source: Source, config: TokenizeConfig, max_rows: int | None) -> 
     return sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: int | None) -> SourceReport:
-    """Write the usable rows of a source as an Arrow stream, `BATCH_ROWS` at a time.
+def _build_entry(entry: Path, source: Source, config: TokenizeConfig, max_rows: int | None) -> None:
+    """Write an entry. What was saved of it before a run was interrupted or killed is continued."""
+    staging = entry.with_suffix(".partial")
+    try:
+        staging.mkdir(exist_ok=True)
+        report = _write_rows(staging, source, config, max_rows)
+        report.rows_digest = hash_file(staging / ROWS_NAME)
+        (staging / REPORT_NAME).write_text(json.dumps(asdict(report)), encoding="utf-8")
+        remove(staging / STATE_NAME)
+        replace_dir(staging, entry)
+    except BaseException as error:
+        if isinstance(error, UserError) or not (staging / STATE_NAME).exists():  # corrected data have another entry
+            remove(staging)
+        raise
+
+
+def _read_partial(folder: Path, name: str) -> tuple[SourceReport, deque[Any]]:
+    """The report as `_write_rows` saved it last, and the record batches of all rows that it counts; of nothing where that is
+    damaged or missing.
+    """
+    import pyarrow as pa
+    from pydantic import TypeAdapter
+
+    rows, former = folder / ROWS_NAME, folder / FORMER_NAME
+    try:
+        report = TypeAdapter(SourceReport).validate_json((folder / STATE_NAME).read_bytes())
+        if not former.exists():  # else the copy of it was interrupted
+            rows.replace(former)
+        batches, missing, reader = deque[Any](), report.rows_kept, pa.ipc.open_stream(pa.memory_map(str(former)))
+        while missing > 0:
+            batches.append(reader.read_next_batch())
+            missing -= batches[-1].num_rows
+        if missing:
+            raise ValueError(missing)
+        return report, batches
+    except (OSError, ValueError, StopIteration, pa.ArrowException):
+        return SourceReport(name), deque()
+
+
+def _write_rows(folder: Path, source: Source, config: TokenizeConfig, max_rows: int | None) -> SourceReport:
+    """Write the usable rows of a source as an Arrow stream, `BATCH_ROWS` at a time, and save the report after each `PART_ROWS`.
 
     Where the cache has the rows uncut, as after `inspect`, they are only cut.
     """
@@ -149,48 +194,87 @@ def _write_rows(path: Path, source: Source, config: TokenizeConfig, max_rows: in
     tokens, count = pa.list_(pa.int32()), pa.int32()
     columns = {"input_ids": tokens, "labels": tokens, "length": count, "supervised": count}
     schema = pa.schema({**columns, "source_row": pa.int64(), "digest": pa.uint64()})
-    report, names, activity = SourceReport(source.name), set[str](), f"Reading {Path(source.name).name}"
+    report, former = _read_partial(folder, source.name)
+    activity, path = f"Reading {Path(source.name).name}", folder / ROWS_NAME
     uncut_key = _cache_key(source, replace(config, max_length=UNCUT), None)
+    parts = _tokenize_parts(source, config, max_rows, report)
     if max_rows is None and config.max_length != UNCUT and (uncut := _read_entry(config.cache_dir / uncut_key)) is not None:
-        report = replace(uncut[1], rows_kept=0)
-        batches = _read_batches(uncut[0])
-    else:
-        batches = _tokenize_batches(source, config, max_rows, report, names)
+        report, former = replace(uncut[1], rows_kept=0), deque()
+        parts = iter([((report.rows_read, batch) for batch in _read_batches(uncut[0]))])
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for batch in batches:
-            rows = list(_truncate_rows(batch, config.max_length, report))
-            if rows:
-                numbers, ids, labels, supervised = zip(*rows, strict=True)
-                lengths = [len(row) for row in ids]
-                all_ids, all_labels = np.concatenate(ids), np.concatenate(labels)
-                if lengths != list(map(len, labels)) or ((all_labels != all_ids) & (all_labels != IGNORE_INDEX)).any():
-                    raise RuntimeError("a label is neither -100 nor the id at its position; no run can be made of these rows")
-                digests = [xxh3_64_intdigest(row.tobytes()) for row in ids]
-                writer.write_batch(pa.record_batch([ids, labels, lengths, supervised, numbers, digests], schema=schema))
-            report.rows_kept += len(rows)
-            if config.progress is not None:
-                config.progress(activity, report.rows_read, None)
+        while former:
+            writer.write_batch(former.popleft())
+        for part in parts:
+            for rows_read, batch in part:
+                rows = list(_truncate_rows(batch, config.max_length, report))
+                if rows:
+                    writer.write_batch(pa.record_batch(_as_columns(rows), schema=schema))
+                report.rows_kept += len(rows)
+                if config.progress is not None:
+                    config.progress(activity, rows_read, None)
+            if report.rows_kept >= PART_ROWS:
+                flush_to_disk(path)
+                with atomic_file(folder / STATE_NAME) as state:
+                    state.write_text(json.dumps(asdict(report)), encoding="utf-8")
+                remove(folder / FORMER_NAME)
+    remove(folder / FORMER_NAME)
     if config.progress is not None and report.rows_read:
         config.progress(activity, report.rows_read, report.rows_read)
-    missing = sorted(theirs for theirs in config.data.fields.values() if theirs not in names)
-    if missing and names:
+    missing = sorted(theirs for theirs in config.data.fields.values() if theirs not in report.columns)
+    if missing and report.columns:
         raise DataError(
             f"[data] fields names {', '.join(map(repr, missing))}, which is a column of none of the "
             f"{format_count(report.rows_read, 'row')} of {source.name}.",
-            f"Its columns are: {', '.join(sorted(names))}.",
+            f"Its columns are: {', '.join(sorted(report.columns))}.",
         )
     return report
 
 
-def _tokenize_batches(
-    source: Source, config: TokenizeConfig, max_rows: int | None, report: SourceReport, names: set[str]
-) -> Iterator[Iterable[tuple[int, Ids, Ids]]]:
-    """Number, ids and labels of the rows of a source, until `report` has counted `max_rows` that are kept."""
-    examples = read_examples(source, config.data, report, names)
+def _as_columns(rows: Sequence[tuple[int, Ids, Ids, int]]) -> list[Any]:
+    """The columns of a record batch, of rows as `_truncate_rows` yields them."""
+    import pyarrow as pa
+
+    numbers, ids, labels, supervised = zip(*rows, strict=True)
+    lengths = [len(row) for row in ids]
+    all_ids, all_labels = np.concatenate(ids), np.concatenate(labels)
+    if lengths != list(map(len, labels)) or ((all_labels != all_ids) & (all_labels != IGNORE_INDEX)).any():
+        raise RuntimeError("a label is neither -100 nor the id at its position; no run can be made of these rows")
+    digests, ends = [xxh3_64_intdigest(row) for row in ids], np.cumsum([0, *lengths], dtype=np.int32)
+    lists = [pa.ListArray.from_arrays(ends, values) for values in (all_ids, all_labels)]
+    return [*lists, lengths, supervised, numbers, digests]
+
+
+def _tokenize_parts(source: Source, config: TokenizeConfig, max_rows: int | None, report: SourceReport) -> Iterator[Batches]:
+    """The rows of a source that `report` has not counted yet, until it has counted `max_rows` that are kept. Between two parts it
+    has counted neither more nor less than the rows that were yielded.
+    """
+    examples = read_examples(source, config.data, report)
     special = SpecialTokens(config.tokenizer, written=config.template.rendered)
-    most = float("inf") if max_rows is None else max_rows
-    while batch := list(islice(examples, int(min(BATCH_ROWS, most - report.rows_kept)))):
-        yield _tokenize_batch(batch, config, special, report)
+    while (max_rows is None or report.rows_kept < max_rows) and (first := next(examples, None)) is not None:
+        part = chain([first], islice(examples, PART_ROWS - 1))
+        yield _tokenize_batches(part, config, special, max_rows, report)
+
+
+def _tokenize_batches(
+    examples: Iterator[tuple[int, Chat | Document]],
+    config: TokenizeConfig,
+    special: SpecialTokens,
+    max_rows: int | None,
+    report: SourceReport,
+) -> Batches:
+    """The rows of a part, until `report` has counted `max_rows` that are kept."""
+    most, ahead = (float("inf"), BATCHES_AHEAD) if max_rows is None else (max_rows, 0)
+    pending: deque[tuple[int, Future[list[tuple[int, Ids, Ids]]]]] = deque()
+    with ThreadPoolExecutor(1) as pool:  # tokenizers releases Python's lock: meanwhile this thread reads, renders and writes
+        while batch := list(islice(examples, int(min(BATCH_ROWS, most - report.rows_kept)))):
+            rendered, is_chat = _render_batch(batch, config, special, report), isinstance(batch[0][1], Chat)
+            tokenized = pool.submit(_tokenize_batch, rendered, is_chat, config.tokenizer, special)
+            pending.append((report.rows_read, tokenized))
+            if len(pending) > ahead:
+                rows_read, tokenized = pending.popleft()
+                yield rows_read, tokenized.result()
+        for rows_read, tokenized in pending:
+            yield rows_read, tokenized.result()
 
 
 def _read_batches(rows: Any) -> Iterator[Iterable[tuple[int, Ids, Ids]]]:
@@ -204,20 +288,19 @@ def _read_batches(rows: Any) -> Iterator[Iterable[tuple[int, Ids, Ids]]]:
         yield zip(table["source_row"].to_pylist(), *columns, strict=True)
 
 
-def read_examples(source: Source, data: Data, report: SourceReport, columns: set[str]) -> Iterator[tuple[int, Chat | Document]]:
-    """Number and content of every row that can be read; the others are counted in `report`, and if [data] fields maps any column,
-    the names of all are added to `columns`. DataError for unreadable content, an unknown role, or a row of another format than
-    the first.
+def read_examples(source: Source, data: Data, report: SourceReport) -> Iterator[tuple[int, Chat | Document]]:
+    """Number and content of every row that can be read, after those that `report` has counted; the others are counted in it.
+    DataError for unreadable content, an unknown role, or a row of another format than the first.
     """
-    first, ignored = "", frozenset(data.ignore_columns)
-    for number, row in source.rows():
+    ignored = frozenset(data.ignore_columns)
+    for number, row in islice(source.rows(), report.rows_read, None):
         where = f"{source.name}:{number}"
         report.rows_read += 1
         try:
             if not isinstance(row, Mapping):
                 raise SkipRow(row if isinstance(row, UnusableRow) else "the row is no object with columns")
             if data.fields:
-                columns.update(row)
+                report.columns += [str(column) for column in row if column not in report.columns]
             if ignored:
                 row = {key: _messages_without(key, value, ignored) for key, value in row.items() if key not in ignored}
             mapped = _map_columns(row, data.fields) if data.fields else row
@@ -226,9 +309,9 @@ def read_examples(source: Source, data: Data, report: SourceReport, columns: set
                 check_unread(row, row, where)
                 raise SkipRow(f"its columns ({', '.join(sorted(map(str, row)))[:100]}) fit no format")
             if report.format and name != report.format:
-                message = f"{where} is of format {name!r}, while {first} is of format {report.format!r}."
+                message = f"{where} is of format {name!r}, while {report.first_row} is of format {report.format!r}."
                 raise DataError(message, "Use one format in a file, or name the one to read in [data] format.")
-            first, report.format = first or where, name
+            report.first_row, report.format = report.first_row or where, name
             example = read_row(mapped, name, where)
             if example.unread and name == "text" and data.format == "auto":
                 check_document(example.unread, where)
@@ -274,11 +357,11 @@ class _Rendered:
     is_broken: bool
 
 
-def _tokenize_batch(
+def _render_batch(
     batch: Sequence[tuple[int, Chat | Document]], config: TokenizeConfig, special: SpecialTokens, report: SourceReport
-) -> Iterator[tuple[int, Ids, Ids]]:
-    """Number, ids and labels of rows of one format, with a note for each that is changed or remarkable."""
-    rendered, is_chat = [], isinstance(batch[0][1], Chat)
+) -> list[_Rendered]:
+    """Rows as text, with a note for each that is changed or remarkable."""
+    rendered = []
     for number, example in batch:
         try:
             row, notes = _render_row(number, example, config, special)
@@ -293,14 +376,23 @@ def _tokenize_batch(
             report.add(report.notes, note, number)
         for name in example.unread:
             report.add(report.unread, name, number)
+    return rendered
+
+
+def _tokenize_batch(
+    rendered: Sequence[_Rendered], is_chat: bool, tokenizer: Any, special: SpecialTokens
+) -> list[tuple[int, Ids, Ids]]:
+    """Number, ids and labels of rows, all of them chats or none."""
     whole = [row for row in rendered if not row.is_broken]
     texts = [row.text for row in whole]
     if is_chat:
-        rows = iter(tokenize_chats(texts, [row.spans for row in whole], config.tokenizer))
+        rows = iter(tokenize_chats(texts, [row.spans for row in whole], tokenizer))
     else:
-        rows = iter(tokenize_documents(texts, config.tokenizer))
-    for row in rendered:
-        yield row.number, *(tokenize_broken(row.text, row.spans, special, is_chat) if row.is_broken else next(rows))
+        rows = iter(tokenize_documents(texts, tokenizer))
+    return [
+        (row.number, *(tokenize_broken(row.text, row.spans, special, is_chat) if row.is_broken else next(rows)))
+        for row in rendered
+    ]
 
 
 def _render_row(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qlora_phi3.errors import RunError
-from qlora_phi3.files import STALE_SECONDS, atomic_write, read_json_object, remove, remove_leftovers, user_cache_dir  # fmt: skip
+from qlora_phi3.files import STALE_SECONDS, atomic_write, file_state, read_json_object, remove, remove_leftovers, user_cache_dir
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.memory.allocator import uses_expandable_segments
 from qlora_phi3.memory.margin import budget_of, read_margin
@@ -151,7 +151,7 @@ def find_cached(path: Path) -> Any:
         result, files = saved["result"], saved["files"]
         if saved["sha256"] != _digest(result, files):
             return None
-        return result if all(_file_state(file) == state for file, state in files.items()) else None
+        return result if all(file_state(file) == state for file, state in files.items()) else None
     except (RunError, KeyError, RecursionError):
         return None
 
@@ -163,7 +163,7 @@ def save_cached(path: Path, result: Any, files: Iterable[Path]) -> None:
         remove_leftovers(path.parent, older_than_seconds=STALE_SECONDS)
         if not path.is_file():
             remove(path)
-        states = {str(file): _file_state(file) for file in files}
+        states = {str(file): file_state(file) for file in files}
         atomic_write(path, json.dumps({"result": result, "files": states, "sha256": _digest(result, states)}))
         for old in sorted(path.parent.glob("*.json"), key=lambda path: -path.stat().st_mtime_ns)[MAX_RESULTS:]:
             old.unlink(missing_ok=True)
@@ -171,11 +171,3 @@ def save_cached(path: Path, result: Any, files: Iterable[Path]) -> None:
 
 def _digest(result: Any, files: Any) -> str:
     return hashlib.sha256(json.dumps([result, files], sort_keys=True).encode()).hexdigest()
-
-
-def _file_state(path: str | Path) -> list[int] | None:
-    """Size and time of a file or directory; None where there is none."""
-    with suppress(OSError):
-        found = Path(path).stat()
-        return [found.st_size, found.st_mtime_ns]
-    return None

@@ -119,7 +119,7 @@ def read_data(name: str, columns: Mapping[str, str], base_dir: Path, progress: P
     lengths, reports, has_tools, seen = [], [], False, set[int]()
     for source in sources:
         reports.append(report := SourceReport(source.name))
-        for _, example in read_examples(source, data, report, set()):
+        for _, example in read_examples(source, data, report):
             words, turns = [], 1
             if isinstance(example, Chat):
                 words, turns = [example.tools], len(example.turns)

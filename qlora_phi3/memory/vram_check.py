@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.errors import CannotTellError, DataError, ModelError, UserError
+from qlora_phi3.files import datasets_dir
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.hardware.gpu_table import GPU_TABLE, NATIVE_BFLOAT16
 from qlora_phi3.memory.margin import DEFAULT_SHARE, read_margin
@@ -336,7 +337,7 @@ def compute_dtype_on(wanted: str, device: Gpu) -> str:
 
 def files_of(recipe: "Recipe", base_folder: Path) -> list[Path]:
     """Every file and directory that the model's shapes and the rows' lengths are read from, whether it exists or not."""
-    from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     from qlora_phi3.recipe.load import as_list, candidate_paths, local_files
 
@@ -348,9 +349,8 @@ def files_of(recipe: "Recipe", base_folder: Path) -> list[Path]:
         adapter_files = ("adapter_config.json", "adapter_model.safetensors")
         places = [path / part for path in candidate_paths(recipe.model.adapter, base_folder) for part in (".", "adapter")]
         paths += [path / name for path in places for name in adapter_files]
-    datasets = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets"))
     for name in names:
         flat = name.replace("/", "--")
         paths += [Path(HF_HUB_CACHE, f"{kind}--{flat}", "snapshots") for kind in ("models", "datasets")]
-        paths.append(datasets / name.replace("/", "___"))
+        paths.append(datasets_dir() / name.replace("/", "___"))
     return [path.absolute() for path in (*paths, *listed)]

@@ -3,7 +3,7 @@
 Every loaded base is frozen, has no cache, and never repacks its 4-bit weights (`configure_base`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,6 +21,7 @@ from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan
 from qlora_phi3.family import Architecture, find_config, read_config
 from qlora_phi3.files import foreign_errors
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, takes_packs, without_mask
+from qlora_phi3.model.base_cache import find_base_cache
 from qlora_phi3.model.checkpoint import check_checkpoint
 from qlora_phi3.model.layer import LeanDecoderLayer
 from qlora_phi3.model.quantized import disable_cpu_repacking, quantization_config
@@ -155,41 +156,55 @@ def load_base(
     device: torch.device,
     longest_row: int,
     progress: Progress = lambda *_: None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> PackedPhi3ForCausalLM:
-    """Load the frozen base, in 4-bit if the recipe says so; what is not here is downloaded, with `progress`. ModelError where its
+    """Load the frozen base, in 4-bit if the recipe says so: from the cache, or quantized and then cached. ModelError where its
     weights cannot be read, and as `check_checkpoint`.
 
-    `longest_row`: tokens of the longest row that the model will process. The sliding window is removed if no row reaches it: the
-    model is the same, and needs no explicit attention mask.
+    Args:
+        longest_row: tokens of the longest row that the model will process. The sliding window is removed if no row reaches it:
+            the model is the same, and needs no explicit attention mask.
+        progress, note: of the download of what is not here; receives one line where the cache is used or cannot be.
     """
     register_attention()
-    path, quantized = (find_config(config.name, config.revision), quantization_config(quantization, precision.compute_dtype))
+    path, dtype = find_config(config.name, config.revision), precision.compute_dtype
+    quantized = None if architecture.stored else quantization_config(quantization, dtype)
     settings = build_config(read_config(config.name, config.revision), config.name)
     # In the hub's cache the folder's name is the commit, which transformers 5.23 no longer records.
     settings._commit_hash = path.parent.name if path.parent.parent.name == "snapshots" else None
     if architecture.stored is not None:
-        settings.quantization_config["bnb_4bit_compute_dtype"] = str(precision.compute_dtype).removeprefix("torch.")
-        quantized = None
+        settings.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     problem = f"The weights of {config.name} cannot be read: {{reason}}."
     hint = "Download the checkpoint again, complete, as safetensors."
     memory = f"The memory of {device} ran out while {config.name} was loaded: {{reason}}."
+    revision = settings._commit_hash or config.revision
     with foreign_errors(ModelError, problem, hint):
-        folder = download_weights(config.name, settings._commit_hash or config.revision, progress)
+        folder = download_weights(config.name, revision, progress)
     check_checkpoint(str(folder), architecture)
+    cache = None if quantized is None else find_base_cache(config.name, folder, quantized, device, note)
+    tensors = None if cache is None else cache.read()
+    placed = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": attention_name(config)}
     with quiet_transformers(), foreign_errors(ModelError, problem, hint), memory_errors(ModelError, memory, MEMORY_HINT):
-        model = PackedPhi3ForCausalLM.from_pretrained(
-            config.name,
-            config=settings,
-            revision=settings._commit_hash or config.revision,
-            dtype=precision.compute_dtype,
-            quantization_config=quantized,
-            attn_implementation=attention_name(config),
-            device_map={"": device},
-            use_safetensors=True,
-        )
-    _set_compute_dtype(model, precision.compute_dtype)
+        if tensors is None or quantized is None:
+            model = PackedPhi3ForCausalLM.from_pretrained(
+                config.name, config=settings, revision=revision, quantization_config=quantized, use_safetensors=True, **placed
+            )
+        else:
+            settings.quantization_config = quantized.to_dict()
+            model = PackedPhi3ForCausalLM.from_pretrained(None, config=settings, state_dict=tensors, **placed)
+            _name_model(model, config.name, revision)
+    if cache is not None and tensors is None:
+        cache.write(model)
+    _set_compute_dtype(model, dtype)
     configure_base(model, architecture, longest_row=longest_row)
     return cast(PackedPhi3ForCausalLM, model)
+
+
+def _name_model(model: PackedPhi3ForCausalLM, name: str, revision: str | None) -> None:
+    """What `from_pretrained` sets of a model that has a name: the name, which adapters record, and its generation_config.json."""
+    model.name_or_path = model.config.name_or_path = name
+    places = {"cache_dir": None, "force_download": False, "proxies": None, "local_files_only": False, "token": None}
+    model.adjust_generation_fn(None, False, False, name, **places, revision=revision, subfolder="", trust_remote_code=False)
 
 
 def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:

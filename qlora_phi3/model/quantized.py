@@ -8,6 +8,7 @@ checksum of the codes, and the mean: with it `quantize` gives the same bits on a
 
 import hashlib
 import json
+import platform
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from qlora_phi3.errors import ModelError, first_line
 from qlora_phi3.files import atomic_dir, disk_errors
 from qlora_phi3.model.weights import StoredWeights, TensorInfo, Weights, read_tensor, rows_per_chunk
 from qlora_phi3.recipe.schema import Quantization
+from qlora_phi3.units import format_count
 
 #: Weights in a 4-bit block, and absmax in a block of double quantization: bitsandbytes' defaults, which the recipe uses.
 BLOCK, NESTED_BLOCK = 64, 256
@@ -41,7 +43,14 @@ SAMPLED_BYTES = 1024
 _GOLDEN = 2_654_435_769
 #: Bytes copied from the GPU at once for a checksum; and the size of a file of a saved 4-bit base, whose tensors are in host
 #: memory at once while it is written.
-_COPY_BYTES, _FILE_BYTES = 16 * 2**20, 256 * 2**20
+_COPY_BYTES, FILE_BYTES = 16 * 2**20, 256 * 2**20
+
+
+def describe_device(device: torch.device) -> str:
+    """The GPU's name, or the processor's with the number of threads: the same one quantizes to the same bits."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {format_count(torch.get_num_threads(), 'thread')}"
 
 
 def quantization_config(config: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -148,13 +157,10 @@ def add_bytes(digest: Any, tensor: Tensor) -> Any:
     return digest
 
 
-def save_quantized(model: nn.Module, folder: Path) -> None:
-    """Write every 4-bit weight of a model into safetensors files with an index, completely or not at all. RunError where the disk
-    is full or refuses; `folder` is then as it was before.
-
-    The format and the names are those of a checkpoint of transformers: `x.weight` (n / 2, 1) uint8, `x.weight.absmax`,
-    `x.weight.quant_map`, with double quantization `x.weight.nested_absmax` and `x.weight.nested_quant_map`, and
-    `x.weight.quant_state.bitsandbytes__nf4`.
+def quantized_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every 4-bit weight of a model as the tensors of a checkpoint of transformers: `x.weight` (n / 2, 1) uint8,
+    `x.weight.absmax`, `x.weight.quant_map`, with double quantization `x.weight.nested_absmax` and `x.weight.nested_quant_map`,
+    and `x.weight.quant_state.bitsandbytes__nf4`.
     """
     tensors: dict[str, Tensor] = {}
     for name, weight in quantized_weights(model).items():
@@ -162,9 +168,16 @@ def save_quantized(model: nn.Module, folder: Path) -> None:
         for part, tensor in weight.quant_state.as_dict(packed=True).items():
             # All layers share one quant_map tensor, and safetensors would store a shared tensor under one name only.
             tensors[f"{name}.{part}"] = tensor.clone() if part.endswith("quant_map") else tensor
+    return tensors
+
+
+def save_quantized(model: nn.Module, folder: Path) -> None:
+    """Write `quantized_tensors` into safetensors files with an index, completely or not at all. RunError where the disk is full
+    or refuses; `folder` is then as it was before.
+    """
     hint = "{cause}, or set [model] save_quantized = false."
     with disk_errors(folder, hint=hint), atomic_dir(folder) as staging:
-        save_torch_state_dict(tensors, staging, max_shard_size=_FILE_BYTES)
+        save_torch_state_dict(quantized_tensors(model), staging, max_shard_size=FILE_BYTES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

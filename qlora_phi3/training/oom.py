@@ -26,11 +26,12 @@ from torch import nn
 
 from qlora_phi3.errors import RunError
 from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan, smaller_mlp_tile, split_plan
+from qlora_phi3.model.quantized import describe_device
 from qlora_phi3.objectives import ObjectiveOutput
 from qlora_phi3.reporter import OomRecord, Phase, Remedy, Reporter, record_as_json
 from qlora_phi3.step import Batch, MicroBatchMemoryError, collate
 from qlora_phi3.training.processes import count_processes, own_rank
-from qlora_phi3.training.report import describe_device, row_name
+from qlora_phi3.training.report import row_name
 
 #: Within so many steps, a second out-of-memory error of the same phase means that the plan is too large.
 RETRY_COOLDOWN_STEPS = 20

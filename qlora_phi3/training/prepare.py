@@ -36,13 +36,13 @@ from qlora_phi3.model.checkpoint import check_checkpoint
 from qlora_phi3.model.lora import attach_adapter, measure_coverage, start_from_quantization_error
 from qlora_phi3.model.optimizer import default_optimizer
 from qlora_phi3.model.phi3 import Precision, choose_precision, load_base
+from qlora_phi3.model.quantized import describe_device
 from qlora_phi3.model.weights import open_weights
 from qlora_phi3.recipe.load import check_model_limits
 from qlora_phi3.recipe.schema import Memory, Recipe, Training
 from qlora_phi3.reporter import EvalRecord, Reporter, RunOutline
 from qlora_phi3.training.callbacks import cap_to_free_memory
 from qlora_phi3.training.processes import count_processes, from_first, gather
-from qlora_phi3.training.report import describe_device
 from qlora_phi3.training.trackers import check_trackers
 from qlora_phi3.units import format_gib, parse_size
 
@@ -299,6 +299,7 @@ def load_model(context: RunContext, *, is_first_session: bool = True) -> PeftMod
         device=context.device,
         longest_row=context.data.report.longest_row,
         progress=reporter.progress,
+        note=reporter.info,
     )
     set_seed(recipe.training.seed)
     base.neftune_noise_alpha = recipe.training.neftune_noise_alpha

@@ -1,7 +1,6 @@
 """Predicted and measured memory of a run, and report.json: what is known before the first step, and what is added at the end."""
 
 import hashlib
-import platform
 import sys
 import time
 from collections import Counter
@@ -171,13 +170,6 @@ def describe_load() -> str | None:
     if torch.cuda.is_available() or torch.get_num_threads() == 1 or load <= cores:
         return None
     return f"This computer is busy (load {load:.1f} on {format_count(cores, 'core')}), which slows the training down as well."
-
-
-def describe_device(device: torch.device) -> str:
-    """The GPU's name, or the processor's with the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {format_count(torch.get_num_threads(), 'thread')}"
 
 
 def row_name(row: Mapping[str, Any], sources: Sequence[str]) -> str:

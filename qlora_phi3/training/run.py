@@ -21,7 +21,7 @@ from qlora_phi3.files import atomic_write, disk_errors, flush_to_disk, read_json
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.inference import template_to_save
 from qlora_phi3.memory.report import MemoryReport
-from qlora_phi3.model.quantized import save_quantized
+from qlora_phi3.model.quantized import describe_device, save_quantized
 from qlora_phi3.recipe.load import recipe_as_toml, resolve_paths, use_stored_quantization
 from qlora_phi3.recipe.schema import NEEDS_EVALUATION, Recipe
 from qlora_phi3.reporter import Reporter
@@ -82,7 +82,7 @@ def run(
             recipe,
             context.data.report,
             name=name,
-            device=reports.describe_device(device) + (f" in {count} processes" if count > 1 else ""),
+            device=describe_device(device) + (f" in {count} processes" if count > 1 else ""),
             compute_dtype=compute_dtype,
             resume=resume,
         )
@@ -247,7 +247,7 @@ def _save_export_inputs(context: RunContext, model: PeftModel, folder: RunFolder
         name=recipe.model.name,
         quantization=quantization,
         compute_dtype=compute_dtype,
-        device=reports.describe_device(context.device),
+        device=describe_device(context.device),
         inputs=artifacts.input_checksums(context, revision),
         started=folder.started.isoformat(),
     )
@@ -378,6 +378,6 @@ def _check_prediction(trainer: Phi3Trainer, context: RunContext, planned: Planne
 
 def _optimizer_memory_errors(device: torch.device) -> AbstractContextManager[None]:
     """Report in one line that memory ran out in the optimizer's update, the only place where nothing is tried again."""
-    problem = f"The memory of {reports.describe_device(device)} ran out in the optimizer's update: {{reason}}."
+    problem = f"The memory of {describe_device(device)} ran out in the optimizer's update: {{reason}}."
     hint = "Close other programs that use it and go on with --resume; or start a new run with a smaller [lora] r."
     return memory_errors(RunError, problem, hint)

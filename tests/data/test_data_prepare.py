@@ -110,7 +110,7 @@ def test_every_unusable_row_is_counted_with_reason_and_line(prepare_in, tmp_path
 def test_the_counts_of_a_hundred_thousand_unusable_rows_name_only_the_first_few():
     source = Source("a.jsonl", "", lambda: ((number, {"messages": []}) for number in range(1, 100_001)))
     report = SourceReport(source.name)
-    assert not list(tokenize.read_examples(source, Data(train="a.jsonl"), report, set()))
+    assert not list(tokenize.read_examples(source, Data(train="a.jsonl"), report))
     for number in range(1, 100_001):
         report.add(report.notes, "noted", number)
         report.fully_truncated = report.fully_truncated.plus(1, [f"{report.name}:{number}"], named=NAMED)
@@ -352,6 +352,50 @@ def test_builders_of_one_cache_entry_at_the_same_time_all_succeed_and_one_of_the
         (entry,) = entries_of(tmp_path)
         cut(entry / "rows.arrow", 5000)
     assert len(writes) == 2
+
+
+TOKENIZE_BATCH = tokenize._tokenize_batch
+
+
+def interrupt_after(monkeypatch, batches):
+    """Ctrl-C while that many batches are tokenized; returns the numbers of the rows that were tokenized before it."""
+    tokenized, tokenize_batch = [], TOKENIZE_BATCH
+
+    def work(rendered, *arguments):
+        if len(tokenized) == batches:
+            raise KeyboardInterrupt
+        tokenized.append([row.number for row in rendered])
+        return tokenize_batch(rendered, *arguments)
+
+    monkeypatch.setattr(tokenize, "_tokenize_batch", work)
+    return tokenized
+
+
+@pytest.mark.parametrize("damage", [None, "state.json", "rows.arrow"])
+def test_an_interrupted_preparation_goes_on_where_it_was_saved(prepare_in, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(tokenize, "PART_ROWS", 2 * tokenize.BATCH_ROWS)
+    rows = [{"messages": []} if n % 50 == 7 else {"mine": row(f"ask {n}")["messages"], "more": n} for n in range(2000)]
+    name, same = save(tmp_path / "a.jsonl", rows), save(tmp_path / "b.jsonl", rows)
+    options = {"fields": {"messages": "mine"}, "format": "messages", "ignore_columns": ["more"]}
+    expected = prepare_in(same, **options)
+    for batches in (5, 3):  # the second session ends in its second part
+        before = interrupt_after(monkeypatch, batches)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_in(name, **options)
+    assert before[0][0] == expected.train["source_row"][4 * 256]  # four batches of the first session were saved
+    (partial,) = (path for path in entries_of(tmp_path) if path.suffix == ".partial")
+    if damage:
+        cut(partial / damage, 100)
+    last = interrupt_after(monkeypatch, 99)
+    found = prepare_in(name, **options)
+    assert len(last) == (8 if damage else 2)
+    assert found.train[:] == expected.train[:]
+    assert str(found.report).replace("a.jsonl", "b.jsonl") == str(expected.report)
+    first, second = entries_of(tmp_path)
+    assert (first / "rows.arrow").read_bytes() == (second / "rows.arrow").read_bytes()
+    assert sorted(path.name for path in first.iterdir()) == sorted(path.name for path in second.iterdir()) == [
+        "report.json", "rows.arrow",
+    ]  # fmt: skip
 
 
 def test_a_failed_reading_leaves_no_entry_in_the_cache(prepare_in, tmp_path):

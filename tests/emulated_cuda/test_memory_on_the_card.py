@@ -13,11 +13,14 @@ import torch
 from memory_bench.cases import Case
 from memory_bench.emulated import CARDS, measure, random_cases, runnable
 
-from qlora_phi3.family import known_config, linear_shapes, parse_architecture
+from qlora_phi3.family import known_config, linear_shapes, parse_architecture, read_architecture
 from qlora_phi3.hardware.gpu import find_gpu
 from qlora_phi3.hardware.gpu_table import GPU_TABLE
 from qlora_phi3.memory.allocator import replay
 from qlora_phi3.memory.cuda_path import MOST_FUSED_ROWS, fused_rows
+from qlora_phi3.model.phi3 import choose_precision, load_base
+from qlora_phi3.recipe.schema import Model, Quantization
+from qlora_phi3.training.prepare import prepare_cuda
 
 MIB = 2**20
 #: Compute capabilities whose rule for fused products `fused_rows` has.
@@ -136,6 +139,35 @@ def test_products_of_few_rows_are_fused_where_bitsandbytes_fuses_them():
     compared, wrong = card.in_child(work)
     assert compared > 400
     assert wrong == []
+
+
+def test_a_base_from_the_cache_takes_no_more_memory_than_one_that_is_quantized(make_base, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    base = str(make_base(4))
+
+    def work():
+        card.choose("rtx3060")
+        prepare_cuda()
+        notes, device = [], torch.device("cuda")
+        precision = choose_precision("auto", device)
+        model = load_base(
+            Model(name=base),
+            Quantization(),
+            read_architecture(base),
+            precision=precision,
+            device=device,
+            longest_row=64,
+            note=notes.append,
+        )
+        sizes = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), torch.cuda.memory_allocated()]
+        return [*sizes, len(notes), sum(hasattr(weight, "quant_state") for weight in model.parameters())]
+
+    quantized, cached = card.in_child(work), card.in_child(work)
+    print(quantized, cached)
+    assert [quantized[3:], cached[3:]] == [[0, 16], [1, 16]]
+    assert cached[0] <= quantized[0]
+    assert cached[1] <= quantized[1]
+    assert abs(cached[2] - quantized[2]) <= 512 * 16 * 2  # tensors that all layers share, or that each has
 
 
 def test_memory_that_runs_out_is_refused_as_by_a_card():

@@ -213,7 +213,7 @@ def test_every_4bit_weight_is_kept_under_its_name_in_the_checkpoint(tmp_path, fo
 
 
 def test_a_large_base_is_kept_in_several_files(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(quantize_module, "_FILE_BYTES", 40_000)
+    monkeypatch.setattr(quantize_module, "FILE_BYTES", 40_000)
     model = load_tiny(folder)
     save_quantized(model, tmp_path / "saved")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1

@@ -4,7 +4,8 @@ import psutil
 import pytest
 import torch
 
-from qlora_phi3.training.report import describe_device, describe_load, describe_unlearned, trained_digest
+from qlora_phi3.model.quantized import describe_device
+from qlora_phi3.training.report import describe_load, describe_unlearned, trained_digest
 
 
 @pytest.mark.parametrize(("load", "threads", "warns"), [(5.06, 2, True), (2.0, 2, False), (5.0, 1, False)])

@@ -24,7 +24,7 @@ class CacheEntry:
     used: float  #: When it was last read or written, in seconds since 1970.
 
 
-@click.group(invoke_without_command=True, short_help="List and delete what is kept to be faster the next time.")
+@click.group(invoke_without_command=True)
 @debug_option
 @click.pass_context
 def cache(ctx: click.Context) -> None:

@@ -87,7 +87,8 @@ def test_a_stored_4_bit_base_computes_in_the_runs_dtype(stored):
         logits = model(IDS).logits
         reference = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"})(IDS).logits.float()
     assert logits.dtype == torch.float32
-    assert float((logits - reference).norm() / reference.norm()) < 2e-2  # the reference computes in fp16, and on CPUs with AVX512-BF16 in bfloat16
+    # The reference computes in fp16, and on CPUs with AVX512-BF16 in bfloat16.
+    assert float((logits - reference).norm() / reference.norm()) < 2e-2
 
 
 @pytest.mark.parametrize(

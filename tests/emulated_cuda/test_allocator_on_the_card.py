@@ -147,7 +147,9 @@ def test_two_hundred_steps_of_varying_lengths_fragment_nothing(expandable):
         return [pools, returned, real_peaks(), peaks_of(replay(requests(), expandable_segments=expandable))]
 
     pools, returned, real, model = card.in_child(work)
-    print(f"large pool, small pool, most in use in the small pool after 1, 50 and 200 steps: {pools[0], pools[49], pools[-1]} MiB")
+    print(
+        f"MiB of the large, the small pool, most in use in the small one after 1, 50, 200 steps: {pools[0], pools[49], pools[-1]}"
+    )
     assert model == real
     assert returned == 0
     assert {large for large, _, _ in pools} == {pools[0][0]}

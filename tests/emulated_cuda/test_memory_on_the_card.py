@@ -62,6 +62,8 @@ CONFIGURATIONS = [
     ("rtx3060", "mini", (512,), {"lora": {"r": 256}, "optim": "paged_adamw_32bit"}),
     ("rtx3060", "mini", (2048,), {"accumulates": False}),
     ("rtx3060", "mini", (512,), {"evaluation_lengths": (4096,)}),
+    ("rtx3060", "mini", (2048,), {"accumulates": False, "later_lengths": (1900,)}),  # the later one is the heavier one
+    ("rtx3060", "mini", (2048,), {"accumulates": False, "later_lengths": (200, 100), "lora": {"r": 64}}),
 ]
 
 

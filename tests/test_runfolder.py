@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qlora_phi3.errors import RunError
-from qlora_phi3.runfolder import list_runs, resolve_run
+from qlora_phi3.runfolder import RunFolder, list_runs, resolve_run, write_report
 
 
 @pytest.fixture
@@ -37,3 +37,17 @@ def test_a_run_is_named_by_its_directory_its_adapter_or_its_recipe(two_runs, end
 def test_a_name_without_a_run_lists_the_recipes_that_have_one(two_runs):
     with pytest.raises(RunError, match=r"There is no run other\. .* \(my\), .* the newest is runs/my/2026-01-01_23-00-00\."):
         resolve_run("other")
+
+
+def test_a_flipped_bit_in_a_report_is_noticed_wherever_it_is(tmp_path):
+    folder = RunFolder(tmp_path)
+    report = {"name": "my", "started": "2026-01-02T00:00:00+00:00", "seconds": 1.5, "steps": 3, "memory": {"é": [1e-9, None]}}
+    write_report(folder, report)
+    assert folder.read_report() == report
+    whole = folder.report.read_bytes()
+    for index in range(whole.index(b"my"), whole.index(b'"sha256"')):
+        folder.report.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
+        try:
+            assert folder.read_report() == report  # white space, whose place says nothing
+        except RunError:
+            continue

@@ -1,5 +1,6 @@
 """Runs that are stopped, are killed or fail, and then continue with `--resume`."""
 
+import json
 import os
 import shutil
 import signal
@@ -75,9 +76,9 @@ def copied(workshop, tmp_path, monkeypatch):
     shutil.copytree(workshop.path, shop.path)
     monkeypatch.chdir(shop.path)
     (folder,) = shop.runs()
-    for name in ("report.json", "recipe.toml"):  # they name the data by its full path
-        text = (folder / name).read_text(encoding="utf-8")
-        (folder / name).write_text(text.replace(str(workshop.path), str(shop.path)), encoding="utf-8")
+    report, recipe = read_json(folder / "report.json"), folder / "recipe.toml"  # they name the data by its full path
+    write_report(RunFolder(folder), json.loads(json.dumps(report).replace(str(workshop.path), str(shop.path))))
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace(str(workshop.path), str(shop.path)), encoding="utf-8")
     return shop, folder
 
 

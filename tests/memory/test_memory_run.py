@@ -61,6 +61,6 @@ def test_a_whole_run_takes_what_it_predicts(tmp_path, monkeypatch, packing):
     result = shop.run()
     assert result.exit_code == 0, result.output
     # Documents of a packed micro-batch are taken to be as long as the longest, whose scores are a matrix on a CPU.
-    most = 1.06 if packing else 1.01
+    most = 1.05 if packing else 1.01
     measured = seen["before"] + peaks_of(tracker)["load"]
     assert 0.995 * measured <= seen["predicted"] <= most * measured

@@ -51,6 +51,19 @@ def test_a_run_takes_what_is_planned_on_a_12_gb_card(workplace, layers, wsl):
     assert measured["on_gpu_bytes"] - measured["reserved_bytes"] == pytest.approx(context_bytes(MULTIPROCESSORS), abs=4096)
 
 
+@pytest.mark.parametrize(("second", "peak"), [(1950, "later backward"), (1500, "backward")])
+def test_a_run_whose_second_micro_batch_finds_gradients_takes_what_is_planned(workplace, second, peak):
+    shop = workplace(4, [2048, second] + [64] * 4)
+    shop.write(training=FEW, lora={"r": 64}, memory={"checkpoint_every_n_layers": 1, "micro_batch_tokens": 64})
+    ended = shop.on_card("run", "mine.toml")
+    assert ended.exit_code == 0, ended.stderr
+    memory = shop.report()["memory"]
+    predicted, measured = memory["predicted"], memory["measured"]
+    assert predicted["peak_phase"] == peak
+    assert -0.001 < predicted["allocated_bytes"] / measured["allocated_bytes"] - 1 < 0.001
+    assert -0.01 < predicted["reserved_bytes"] / measured["reserved_bytes"] - 1 < 0.01
+
+
 @pytest.mark.slow
 def test_a_card_too_small_for_the_model_ends_a_run_in_one_line_and_leaves_nothing(workplace):
     """In a process of its own, without any of this harness: a model is loaded before any value matters."""

@@ -60,7 +60,7 @@ class OomRecord:
     tokens: int  #: Of these rows, without padding.
     before: MicroBatchPlan  #: The plan that failed.
     after: MicroBatchPlan  #: The plan that is used from now on.
-    allocated_bytes: int | None  #: By this process on the GPU; None on a CPU.
+    allocated_bytes: int | None  #: At the failure, by torch's message; None on a CPU.
     free_bytes: int | None  #: On the GPU.
     reason: str
 

@@ -1,5 +1,6 @@
 """The directory of a run: its paths, metrics.jsonl and report.json."""
 
+import hashlib
 import json
 import os
 import time
@@ -67,6 +68,8 @@ class RunFolder:
         for key, kind in REPORT_TYPES.items():
             if key in report and not isinstance(report[key], kind):
                 raise RunError(f"{self.report} is damaged: {key} cannot be {report[key]!r}.", "Start a new run.")
+        if report.pop("sha256", None) not in (None, _report_sha256(report)):  # before 0.3 there was none
+            raise RunError(f"{self.report} is damaged: it is not what the run wrote.", "Copy it again, or start a new run.")
         return report
 
     @property
@@ -248,7 +251,13 @@ def run_group_name(recipe: Path) -> str:
 
 def write_report(folder: RunFolder, report: Mapping[str, Any]) -> None:
     """Replace report.json."""
+    report = {**report, "sha256": _report_sha256(report)}
     atomic_write(folder.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+
+
+def _report_sha256(report: Mapping[str, Any]) -> str:
+    values = {key: value for key, value in report.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def append_metrics(folder: RunFolder, record: Mapping[str, Any]) -> None:

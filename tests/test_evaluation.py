@@ -23,7 +23,7 @@ from qlora_phi3.evaluation import (
     score_answers,
 )
 from qlora_phi3.inference import GREEDY, generate_batch, load_for_inference
-from qlora_phi3.runfolder import RunFolder
+from qlora_phi3.runfolder import RunFolder, write_report
 
 CPU = torch.device("cpu")
 SETTINGS = EvalSettings(rows=4, max_new_tokens=6, sampling=GREEDY, seed=1)
@@ -227,7 +227,7 @@ def test_no_more_prompts_share_a_batch_than_have_room(loaded, rows, monkeypatch)
 
 def test_a_change_of_the_data_is_noted(loaded, run):
     report = read_json(run.report)
-    run.report.write_text(json.dumps({**report, "data": {**report["data"], "sha256": "0" * 64}}), encoding="utf-8")
+    write_report(run, {**report, "data": {**report["data"], "sha256": "0" * 64}})
     (note,) = read_own_rows(loaded, run, no_progress).notes
     assert "changed" in note
     assert "000000000000" in note

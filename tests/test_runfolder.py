@@ -7,7 +7,7 @@ import pytest
 
 from qlora_phi3.cli.run import _recipe_and_run
 from qlora_phi3.errors import ModelError, RunError
-from qlora_phi3.runfolder import find_model, list_runs, resolve_run
+from qlora_phi3.runfolder import RunFolder, find_model, list_runs, resolve_run, write_report
 
 
 @pytest.fixture
@@ -53,3 +53,17 @@ def test_a_run_without_an_adapter_is_no_model(two_runs, tmp_path):
     (tmp_path / "runs" / "my" / two_runs[-1] / "adapter").mkdir()
     (tmp_path / "runs" / "my" / two_runs[-1] / "adapter" / "adapter_config.json").touch()
     assert find_model("my").name == two_runs[-1]
+
+
+def test_a_flipped_bit_in_a_report_is_noticed_wherever_it_is(tmp_path):
+    folder = RunFolder(tmp_path)
+    report = {"name": "my", "started": "2026-01-02T00:00:00+00:00", "seconds": 1.5, "steps": 3, "memory": {"é": [1e-9, None]}}
+    write_report(folder, report)
+    assert folder.read_report() == report
+    whole = folder.report.read_bytes()
+    for index in range(whole.index(b"my"), whole.index(b'"sha256"')):
+        folder.report.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
+        try:
+            assert folder.read_report() == report  # white space, whose place says nothing
+        except RunError:
+            continue

@@ -16,7 +16,6 @@ from reprlib import repr
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Predicate
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -74,7 +73,7 @@ class AdapterValues(BaseModel):
     use_rslora: bool | None = None
     use_dora: bool | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
-    base_model_name_or_path: Annotated[str, Predicate(str.isprintable)] | None = None
+    base_model_name_or_path: Annotated[str, Field(pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")] | None = None
     revision: str | None = None
 
 

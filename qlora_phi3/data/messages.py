@@ -51,7 +51,7 @@ match_preference = cache(re.compile(
 ).fullmatch)  # fmt: skip
 #: Names of columns that tell good answers from bad ones if they hold a judgement: true, 0, "bad", a score.
 match_judgement = cache(re.compile(
-    r"labels?|(is_)?(correct|good|accepted|(un)?desirable)|correctness|upvotes|scores?|ratings?|rewards?", re.IGNORECASE
+    r"labels?|(is_)?(correct|good|accepted|(un)?desirable)|correctness|upvotes|scores?|ratings?|rewards?|ranks?", re.IGNORECASE
 ).fullmatch)  # fmt: skip
 JUDGEMENTS = frozenset({
     "true", "false", "yes", "no", "t", "f", "y", "n", "+", "-", "good", "bad", "correct", "incorrect", "right", "wrong",

@@ -1,6 +1,6 @@
 """The plan of a run on a GPU, the row lengths it must carry, and the reasons that `vram-check` and `--fit` show for it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, plan_micro_batches
@@ -66,20 +66,30 @@ def step_shape(rows: RowLengths, execution: ExecutionPlan) -> StepShape:
     """The heaviest micro-batches, of training and of evaluation, that a run with this plan can have.
 
     A packed micro-batch is taken as filled to its last token where a step has that many: with rows of the longest length, and a
-    shorter one.
+    shorter one. The longest row is in the first one, so that a later one has the other rows at most.
     """
     step, plan = rows.training[: rows.batch_size], execution.micro_batch  # the longest rows that can meet in a step
-    groups = plan_micro_batches(step, plan)
+    first, *others = (tuple(step[row] for row in group) for group in plan_micro_batches(step, plan))
     if plan.packing:
-        num_full, rest = divmod(max(rows.longest, min(plan.max_tokens, sum(step))), rows.longest)
-        lengths = (rows.longest,) * num_full + ((rest,) if rest else ())
-    else:
-        padded = [tuple(step[row] for row in group) for group in groups]
-        lengths = max(padded, key=lambda group: len(group) * max(group))
+        first, others = _filled(step, plan.max_tokens), [_filled(step[1:], plan.max_tokens)] if others else []
+    count: Callable[[Sequence[int]], int] = sum if plan.packing else lambda group: len(group) * max(group, default=0)
+    later = max(others, key=count, default=())
+    accumulates = bool(others) and count(later) >= count(first)
     longest, held_out = rows.longest_evaluation, execution.evaluation
     most = max(held_out.max_rows, rows.batch_size) if held_out.packing else held_out.max_rows
     num_held_out = max(1, min(held_out.max_tokens // longest, most)) if longest else 0
-    return StepShape(lengths=lengths, evaluation_lengths=(longest,) * num_held_out, accumulates=len(groups) > 1)
+    return StepShape(
+        lengths=max(first, later, key=count),
+        evaluation_lengths=(longest,) * num_held_out,
+        accumulates=accumulates,
+        later_lengths=() if accumulates else later,
+    )
+
+
+def _filled(rows: Sequence[int], max_tokens: int) -> tuple[int, ...]:
+    """A packed micro-batch of as many tokens as it can have of these rows, longest first."""
+    num_full, rest = divmod(max(rows[0], min(max_tokens, sum(rows))), rows[0])
+    return (rows[0],) * num_full + ((rest,) if rest else ())
 
 
 def describe_kind(execution: ExecutionPlan) -> str:

@@ -164,8 +164,10 @@ class Predictor:
 
         Of rows that are longer than `LONGEST_COUNTED` one of that length is counted.
         """
-        lengths = shape.lengths if sum(shape.lengths) <= LONGEST_COUNTED else (LONGEST_COUNTED,)
-        shape = replace(shape, lengths=lengths, evaluation_lengths=())
+        shape = replace(shape, evaluation_lengths=())
+        if sum(shape.lengths) > LONGEST_COUNTED:
+            shape = StepShape(lengths=(LONGEST_COUNTED,))
+        lengths = shape.lengths
         every, layers, tile = execution.checkpoint_every, self.architecture.num_hidden_layers, execution.mlp_tile_tokens
         recomputed = math.ceil(layers / every) if every else 0
         outside: list[tuple[int, Trace]] = []

@@ -258,8 +258,8 @@ class _Search:
         """Of the longest row alone: larger micro-batches start the same ones, whatever the recipe sets."""
         kind = self._kind(execution)
         if kind not in self._kernels:
-            shape = StepShape(lengths=(self.rows.longest,), accumulates=self.rows.batch_size > 1)
-            self._kernels[kind] = self.predictor.step_kernels(kind, shape)
+            alone = replace(kind.micro_batch, max_tokens=self.rows.longest)
+            self._kernels[kind] = self.predictor.step_kernels(kind, step_shape(self.rows, replace(kind, micro_batch=alone)))
         return self._kernels[kind]
 
 

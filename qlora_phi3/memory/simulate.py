@@ -39,7 +39,16 @@ from qlora_phi3.memory.report import (
     QUANTIZATION_STATE,
 )
 from qlora_phi3.memory.trace import Trace
-from qlora_phi3.memory.tracker import ON_CPU, ROUNDING, MemoryTracker, NullTracker, parameter_category, quantization_tensors
+from qlora_phi3.memory.tracker import (
+    BACKWARD_PHASES,
+    FORWARD_PHASES,
+    ON_CPU,
+    ROUNDING,
+    MemoryTracker,
+    NullTracker,
+    parameter_category,
+    quantization_tensors,
+)
 from qlora_phi3.model.attention import register_attention
 from qlora_phi3.model.lora import attach_adapter
 from qlora_phi3.model.optimizer import build_optimizer
@@ -63,7 +72,10 @@ FEW_TILES = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
-    """The heaviest micro-batch of a step, and what surrounds it."""
+    """The heaviest micro-batch of a step, and what surrounds it.
+
+    The micro-batches of a step run longest first (`execution.plan_micro_batches`): on the GPU are no gradients yet in the first.
+    """
 
     #: Tokens of each row.
     lengths: tuple[int, ...]
@@ -71,6 +83,8 @@ class StepShape:
     evaluation_lengths: tuple[int, ...] = ()
     #: Whether the gradients of earlier micro-batches are on the GPU already.
     accumulates: bool = True
+    #: Tokens of each row of the heaviest later micro-batch, which finds them there; empty without one.
+    later_lengths: tuple[int, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -104,11 +118,11 @@ def simulate(
     skeleton = build_skeleton(
         config, architecture, recipe.model, recipe.quantization, compute_dtype=compute_dtype, longest_row=shape.longest
     )
-    batch = _heaviest(shape.lengths, execution.micro_batch)
+    batches = [_heaviest(lengths, execution.micro_batch) for lengths in (shape.lengths, shape.later_lengths) if lengths]
     held_out = _heaviest(shape.evaluation_lengths, execution.evaluation) if shape.evaluation_lengths else None
     rounding = ROUNDING if path == "cuda" else 1
     tracker = MemoryTracker(
-        num_supervised=batch.num_supervised, vocabulary=architecture.vocab_size, rounding=rounding, fused_rows=fused_rows
+        num_supervised=batches[0].num_supervised, vocabulary=architecture.vocab_size, rounding=rounding, fused_rows=fused_rows
     )
     kernels = following_cuda(tracker, capability=capability) if path == "cuda" else nullcontext()
     with _fake_tensors(tracker), tracker, kernels, _no_collector():
@@ -119,7 +133,7 @@ def simulate(
                 tracker.track_bytes(matmul_workspace_bytes(capability), CUBLAS_WORKSPACE)
         run_one_step(
             model,
-            _without_storage(batch),
+            [_without_storage(batch) for batch in batches],
             held_out and _without_storage(held_out),
             recipe.training,
             execution.optim,
@@ -258,7 +272,7 @@ def _load(skeleton: PackedPhi3ForCausalLM, lora: Lora, execution: ExecutionPlan,
             tracker.tag(tensor, QUANTIZATION_STATE)
 
     def tag_input(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        if tracker.phase == "forward" and layer.gradient_checkpointing:
+        if tracker.phase in FORWARD_PHASES and layer.gradient_checkpointing:
             tracker.tag(args[0] if args else kwargs["hidden_states"], CHECKPOINTED_INPUTS)
 
     for layer in model.get_base_model().model.layers:
@@ -332,7 +346,7 @@ def _without_storage(batch: Batch) -> Batch:
 
 def run_one_step(
     model: PeftModel,
-    batch: Batch,
+    batches: Sequence[Batch],
     held_out: Batch | None,
     training: Training,
     optim: str | Optimizer,
@@ -343,13 +357,13 @@ def run_one_step(
     tracker: NullTracker,
     objective: Objective = sft,
 ) -> Optimizer:
-    """Everything that a step allocates, once: the update first, as its state stays, then a micro-batch, save, evaluation.
+    """Everything that a step allocates, once: the update first, as its state stays, then its micro-batches, save, evaluation.
 
     Args:
-        batch: with one micro-batch, as `held_out` is.
+        batches: one or two with one micro-batch each, as `held_out` is.
         optim: the optimizer to make, or in a later step the one that the first returned.
         on_cuda: whether CUDA's variants of clipping and of the optimizer are used.
-        accumulates: the gradients of earlier micro-batches are there while this one runs.
+        accumulates: the gradients of earlier micro-batches are there while the first one runs.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tracker.enter("update")
@@ -367,14 +381,17 @@ def run_one_step(
         optim.zero_grad()
     model.train()
 
-    def backward(loss: Tensor) -> None:
-        tracker.enter("backward")
-        loss.backward()  # type: ignore[no-untyped-call]
+    for forward_phase, backward_phase, batch in zip(FORWARD_PHASES, BACKWARD_PHASES, batches, strict=False):
 
-    tracker.enter("forward")
-    forward_backward(model, batch, objective=objective, compute_dtype=compute_dtype, backward=backward)
-    for parameter in trained:
-        tracker.tag(parameter.grad, GRADIENTS)
+        def backward(loss: Tensor, phase: str = backward_phase) -> None:
+            tracker.enter(phase)
+            loss.backward()  # type: ignore[no-untyped-call]
+
+        tracker.num_supervised = batch.num_supervised
+        tracker.enter(forward_phase)
+        forward_backward(model, batch, objective=objective, compute_dtype=compute_dtype, backward=backward)
+        for parameter in trained:
+            tracker.tag(parameter.grad, GRADIENTS)
     optim.zero_grad()
     tracker.enter("save")
     if held_out is not None:

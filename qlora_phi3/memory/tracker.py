@@ -29,6 +29,9 @@ ON_CPU = "on the CPU"
 #: References to the storage and to the tensor that autograd's buffer alone holds, as a dispatch mode sees it (torch 2.13, 2.14).
 UNSHARED = (2, 4)
 
+#: Of the heaviest micro-batch, and of a later one of its step.
+FORWARD_PHASES, BACKWARD_PHASES = ("forward", "later forward"), ("backward", "later backward")
+
 _aten, _bnb = torch.ops.aten, torch.ops.bitsandbytes
 _device_of = torch.ops.prim.device.default
 _PRODUCTS = tuple(getattr(_aten, name).default for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear"))
@@ -273,9 +276,9 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
             return report.LOGITS_TILE
         if tensor.dtype == torch.bool and len(shape) > 1 and shape[-1] == shape[-2]:
             return report.ATTENTION_MASK
-        if self.phase == "backward":
+        if self.phase in BACKWARD_PHASES:
             return report.RECOMPUTED_LAYER if torch.is_grad_enabled() else report.ACTIVATION_GRADIENTS
-        return report.ACTIVATIONS if self.phase in ("forward", "evaluation") else report.OTHER
+        return report.ACTIVATIONS if self.phase in (*FORWARD_PHASES, "evaluation") else report.OTHER
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:

@@ -17,6 +17,7 @@ tokens of the complete batch, so that without dropout a split changes only the o
 """
 
 import gc
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,9 +33,12 @@ from qlora_phi3.reporter import OomRecord, Phase, Remedy, Reporter, record_as_js
 from qlora_phi3.step import Batch, MicroBatchMemoryError, collate
 from qlora_phi3.training.processes import count_processes, own_rank
 from qlora_phi3.training.report import row_name
+from qlora_phi3.units import parse_size
 
 #: Within so many steps, a second out-of-memory error of the same phase means that the plan is too large.
 RETRY_COOLDOWN_STEPS = 20
+#: In torch's message (2.14): what was allocated at the failure. When the error arrives here, the stack is unwound.
+ALLOCATED = re.compile(r"Of the allocated memory (\S+ [KMG]iB) is allocated by PyTorch")
 
 
 def read_rng_state(device: torch.device) -> Callable[[], None]:
@@ -103,7 +107,7 @@ class MemoryGuard:
                 return batch, run_pass(batch)
             except MicroBatchMemoryError as error:
                 indices, reason = batch.row_indices[error.micro_batch], error.reason
-                allocated_bytes = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None
+                found = ALLOCATED.search(str(error.__cause__))
             # Here the error is released, and with it every tensor that its traceback held.
             for parameter in self._model.parameters():
                 parameter.grad = None
@@ -127,7 +131,7 @@ class MemoryGuard:
                 tokens=sum(lengths),
                 before=before,
                 after=split_plan(before, lengths) if remedy == "split" else before,
-                allocated_bytes=allocated_bytes,
+                allocated_bytes=parse_size(found[1]) if found else None,
                 free_bytes=torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else None,
                 reason=reason,
             )

@@ -19,6 +19,8 @@ class Case:
     config: Mapping[str, Any]
     #: Tokens of each row of the micro-batch.
     lengths: tuple[int, ...] = (512,)
+    #: Tokens of each row of a second micro-batch of the step; empty: there is none.
+    later_lengths: tuple[int, ...] = ()
     #: Tokens of each held-out row; None: as in training.
     evaluation_lengths: tuple[int, ...] | None = None
     packing: bool = True
@@ -66,7 +68,7 @@ class Case:
         """One micro-batch holds all rows."""
         plan = MicroBatchPlan(
             max_tokens=10**9,
-            max_rows=max(len(self.lengths), len(self.held_out)),
+            max_rows=max(map(len, (self.lengths, self.later_lengths, self.held_out))),
             packing=self.packing,
             longrope_boundary=self.architecture.longrope_boundary,
         )
@@ -92,7 +94,8 @@ class Case:
             "compute": self.compute,
             "rank": str(self.lora.get("r", 16)),
             "lora": " ".join(f"{key}={_plain(value)}" for key, value in self.lora.items() if key != "r"),
-            "rows": _rows(self.lengths) + (" packed" if self.packing else " padded"),
+            "rows": " then ".join(map(_rows, filter(None, (self.lengths, self.later_lengths))))
+            + (" packed" if self.packing else " padded"),
             "evaluation": "same" if self.held_out == self.lengths else _rows(self.held_out),
             "accumulates": _plain(self.accumulates),
             "checkpoint_every": str(self.checkpoint_every),

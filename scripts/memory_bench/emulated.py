@@ -44,7 +44,8 @@ class EmulatedGpu(CudaGpu):
 
     def enter(self, phase: str) -> None:
         """As the protocol says: every token but each row's first is supervised."""
-        lengths = self.case.held_out if phase == "evaluation" else self.case.lengths
+        others = {"evaluation": self.case.held_out, "later forward": self.case.later_lengths}
+        lengths = others.get(phase, self.case.lengths)
         card.tell_supervised(sum(length - 1 for length in lengths))
 
 

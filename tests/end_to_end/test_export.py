@@ -21,6 +21,7 @@ from qlora_phi3.family import read_architecture
 from qlora_phi3.model.phi3 import load_base
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.recipe.schema import Model
+from qlora_phi3.runfolder import RunFolder, write_report
 from qlora_phi3.units import format_gib
 
 
@@ -644,7 +645,7 @@ def pickled_base(run, tmp_path):
 
 def unfinished(run, tmp_path):
     report = read_json(run / "report.json")
-    (run / "report.json").write_text(json.dumps({**report, "status": "interrupted"}), encoding="utf-8")
+    write_report(RunFolder(run), {**report, "status": "interrupted"})
     return (), "interrupted.*--resume"
 
 
@@ -661,7 +662,7 @@ def spoilt_adapter(run, tmp_path):
     save_file(tensors, path)
     report = read_json(run / "report.json")
     report.pop("adapter", None)  # older runs noted no checksum, by which it would be told
-    (run / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    write_report(RunFolder(run), report)
     return (), r"lora_\w\.weight holds NaN"
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from workshop import Workshop, call, read_json, read_lines, write_chats
 
+from qlora_phi3.runfolder import RunFolder, lock_run, write_report
+
 FILES = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 STEPS = 10
 
@@ -74,9 +76,9 @@ def copied(workshop, tmp_path, monkeypatch):
     shutil.copytree(workshop.path, shop.path)
     monkeypatch.chdir(shop.path)
     (folder,) = shop.runs()
-    for name in ("report.json", "recipe.toml"):  # they name the data by its full path
-        text = (folder / name).read_text(encoding="utf-8")
-        (folder / name).write_text(text.replace(str(workshop.path), str(shop.path)), encoding="utf-8")
+    report, recipe = read_json(folder / "report.json"), folder / "recipe.toml"  # they name the data by its full path
+    write_report(RunFolder(folder), json.loads(json.dumps(report).replace(str(workshop.path), str(shop.path))))
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace(str(workshop.path), str(shop.path)), encoding="utf-8")
     return shop, folder
 
 
@@ -244,7 +246,7 @@ def test_a_kill_while_a_checkpoint_is_written_costs_only_that_checkpoint(shop, u
     (folder,) = shop.runs()
     report = read_json(folder / "report.json")
     # As a kill leaves it, which nobody can write down.
-    (folder / "report.json").write_text(json.dumps({**report, "status": "running", "seconds": 0.0}), encoding="utf-8")
+    write_report(RunFolder(folder), {**report, "status": "running", "seconds": 0.0})
     lines = read_lines(folder / "metrics.jsonl")
     trained = sum(line.get("step_seconds", line.get("seconds", 0)) for line in lines)
     with (folder / "metrics.jsonl").open("a") as file:
@@ -286,7 +288,7 @@ def done(undisturbed, tmp_path, monkeypatch):
 
 def mark(folder, status):
     report = read_json(folder / "report.json")
-    (folder / "report.json").write_text(json.dumps({**report, "status": status}), encoding="utf-8")
+    write_report(RunFolder(folder), {**report, "status": status})
 
 
 @pytest.mark.parametrize("steps", [{}, {"training": {"max_steps": STEPS}}])
@@ -394,8 +396,6 @@ def test_a_base_with_other_files_is_not_resumed_and_the_file_is_named(shop, name
 
 
 def test_one_process_at_a_time_writes_a_run_and_the_refusal_names_it(halfway, undisturbed):
-    from qlora_phi3.runfolder import RunFolder, lock_run
-
     shop, folder = halfway
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("checkpoint-*")}
     with lock_run(RunFolder(folder)):
@@ -412,7 +412,7 @@ def test_the_newest_run_is_the_one_that_started_last_whatever_its_name(halfway):
     report = read_json(older / "report.json")
     # 03:00 by a clock two hours ahead is earlier than 02:00 UTC.
     for path, started in ((older, "2020-10-25T03:00:00+02:00"), (folder, "2020-10-25T02:00:00+00:00")):
-        (path / "report.json").write_text(json.dumps({**report, "started": started}), encoding="utf-8")
+        write_report(RunFolder(path), {**report, "started": started})
     result = shop.run("--resume")
     assert result.exit_code == 0, result.stderr
     assert read_json(folder / "report.json")["status"] == "done"
@@ -435,7 +435,7 @@ def test_a_checkpoint_of_an_8_bit_optimizer_is_refused_where_another_one_trains(
 def test_another_device_is_reported(halfway, undisturbed):
     shop, folder = halfway
     report = read_json(folder / "report.json")
-    (folder / "report.json").write_text(json.dumps({**report, "device": "NVIDIA RTX"}), encoding="utf-8")
+    write_report(RunFolder(folder), {**report, "device": "NVIDIA RTX"})
     result = shop.run("--resume")
     assert result.exit_code == 0, result.stderr
     (line,) = result.stderr.splitlines()
@@ -479,7 +479,7 @@ def test_what_killed_processes_left_is_removed(halfway):
 def test_a_report_with_values_of_another_kind_is_refused(halfway, change):
     shop, folder = halfway
     report = read_json(folder / "report.json")
-    (folder / "report.json").write_text(json.dumps({**report, **change}), encoding="utf-8")
+    write_report(RunFolder(folder), {**report, **change})
     assert refused(shop.run("--resume"), "report.json")
 
 
@@ -522,7 +522,7 @@ def test_a_run_of_an_older_version_that_lacks_a_key_is_resumed(halfway, undistur
     del report["recipe"]["training"]["adam_beta1"]
     report["recipe"]["lora"]["unknown_key"] = 1
     report["versions"]["transformers"] = "4.0.0"
-    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    write_report(RunFolder(folder), report)
     result = shop.run("--resume")
     assert result.exit_code == 0, result.stderr
     (line,) = result.stderr.splitlines()

@@ -39,7 +39,7 @@ def test_the_peak_of_another_objective_is_predicted(lora):
         marks.enter("loaded")
         run_one_step(
             model,
-            batch,
+            [batch],
             batch,
             case.recipe.training,
             case.execution.optim,

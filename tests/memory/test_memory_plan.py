@@ -22,18 +22,24 @@ def test_a_typical_step_has_rows_of_all_lengths():
 
 
 @pytest.mark.parametrize(
-    ("max_tokens", "packing", "lengths", "accumulates"),
+    ("max_tokens", "packing", "lengths", "later", "accumulates"),
     [
-        (60, True, (40, 20), True),  # filled to the last token: 40 and a rest of 20
-        (500, True, (40, 40, 20), False),  # the step has 100 tokens
-        (10, True, (40,), True),  # a longer row is alone
-        (80, False, (40, 30), True),  # two rows of 40 with padding: 80; the other two 40
+        (60, True, (40, 20), (), True),  # filled to the last token: 40 and a rest of 20; so are the other 60
+        (70, True, (40, 30), (30, 30), False),  # 60 tokens are left, and the gradients are there then
+        (500, True, (40, 40, 20), (), False),  # the step has 100 tokens
+        (10, True, (40,), (30,), False),  # a longer row is alone
+        (80, False, (40, 30), (20, 10), False),  # two rows of 40 with padding: 80; the other two 40
+        (65, False, (30, 20), (), True),  # 40; then two of 30
     ],
 )
-def test_the_heaviest_micro_batch_is_a_packed_one_filled_or_the_largest_padded_one(max_tokens, packing, lengths, accumulates):
+def test_the_heaviest_micro_batch_is_a_packed_one_filled_or_the_largest_padded_one(
+    max_tokens, packing, lengths, later, accumulates
+):
+    """The first of a step finds no gradients on the GPU; a later one does."""
     layout = replace(LAYOUT, max_tokens=max_tokens, packing=packing)
     shape = step_shape(read_lengths([40, 30, 20, 10], [], 4), replace(EXECUTION, micro_batch=layout))
-    assert (shape.lengths, shape.accumulates, shape.evaluation_lengths) == (lengths, accumulates, ())
+    assert (shape.lengths, shape.later_lengths, shape.accumulates) == (lengths, later, accumulates)
+    assert shape.evaluation_lengths == ()
 
 
 def test_evaluation_has_as_many_of_the_longest_held_out_row_as_a_micro_batch_takes():

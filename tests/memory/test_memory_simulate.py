@@ -22,6 +22,8 @@ SET_UPS = (
     Case(name="padding", config=TINY, lengths=(200, 120, 33), packing=False),
     Case(name="packing, nothing held out", config=TINY, lengths=(200, 120, 33), evaluation_lengths=()),
     Case(name="unquantized, first micro-batch", config=TINY, quantization={"load_in_4bit": False}, accumulates=False),
+    Case(name="a later one as heavy", config=TINY, lengths=(192,), later_lengths=(190,), accumulates=False, lora={"r": 64}),
+    Case(name="a later one of few tokens", config=TINY, lengths=(500,), later_lengths=(64,), accumulates=False),
     Case(name="grouped queries in fp32", config=TINY | {"num_key_value_heads": 1}, compute="float32"),
     Case(name="tied embeddings", config=TINY | {"tie_word_embeddings": True}),
     Case(name="head and embedding in full", config=TINY, lora={"modules_to_save": ["lm_head", "embed_tokens"]}),
@@ -44,7 +46,7 @@ def predict(case, **where):
 def test_every_phase_takes_what_it_is_predicted_to_take(case):
     case = replace(case, lengths=case.lengths if case.lengths != (512,) else (192,))
     predicted, measured = predict(case).by_phase, measure_phases(case)
-    for phase in ("update", "forward", "backward", "save", "evaluation"):
+    for phase in ("update", "forward", "backward", "later forward", "later backward", "save", "evaluation"):
         if phase in measured:
             assert predicted[phase] == pytest.approx(measured[phase], abs=INSIDE_BYTES), phase
     peak, real = (max(size for name, size in phases.items() if "load" not in name) for phases in (predicted, measured))

@@ -369,6 +369,14 @@ MESSAGES = [
         hint="runs/<recipe>/<time>",
     ),
     Message(
+        name="report-flipped",
+        trigger=lambda shop: report_that_holds(shop, {"seconds": 2, "sha256": "0" * 64}),
+        error=RunError,
+        exit_code=2,
+        says=("report.json", "not what the run wrote"),
+        hint="Copy it again",
+    ),
+    Message(
         name="report-damaged",
         trigger=lambda shop: report_that_holds(shop, {"seconds": "soon"}),
         error=RunError,

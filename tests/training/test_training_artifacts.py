@@ -18,7 +18,7 @@ from qlora_phi3.data.prepare import PreparedData
 from qlora_phi3.errors import RunError
 from qlora_phi3.model.quantized import tensor_record
 from qlora_phi3.recipe.schema import Lora, Model, Quantization
-from qlora_phi3.runfolder import RunFolder
+from qlora_phi3.runfolder import RunFolder, write_report
 from qlora_phi3.training import artifacts
 from qlora_phi3.training.artifacts import (
     KEPT_ROWS,
@@ -127,7 +127,7 @@ def test_a_run_is_not_resumed_on_another_base(shop):
     assert shop.run().exit_code == 0
     (run,) = shop.runs()
     report = read_json(run / "report.json")
-    (run / "report.json").write_text(json.dumps({**report, "status": "interrupted"}), encoding="utf-8")
+    write_report(RunFolder(run), {**report, "status": "interrupted"})
     build_base(base, seed=1)
     result = shop.run("--resume")
     assert result.exit_code == 2

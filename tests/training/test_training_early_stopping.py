@@ -10,6 +10,7 @@ from several import run_processes
 from transformers import TrainerControl, TrainerState
 from workshop import Workshop, call, read_json, read_lines
 
+from qlora_phi3.runfolder import RunFolder, write_report
 from qlora_phi3.training.early_stopping import BEST, EarlyStopping
 from qlora_phi3.training.trainer import Phi3Trainer
 
@@ -96,7 +97,7 @@ def test_from_every_checkpoint_of_a_killed_run_it_ends_in_the_same_adapter(whole
     given(monkeypatch)
     (folder,) = shop.runs()
     text = (folder / "report.json").read_text(encoding="utf-8").replace(str(whole[0].path), str(shop.path))
-    (folder / "report.json").write_text(json.dumps({**json.loads(text), "status": "running"}), encoding="utf-8")
+    write_report(RunFolder(folder), {**json.loads(text), "status": "running"})
     shutil.rmtree(folder / "adapter")
     for path in (folder / "checkpoints").glob("checkpoint-*"):
         if int(path.name[11:]) > kept:

@@ -156,7 +156,7 @@ def evaluate_model(inference: InferenceModel, data: EvalRows, settings: EvalSett
     same = sum(row["base"] == row["tuned"] for row in shown) if has_adapter else 0
     if 2 * same > len(shown):
         notes.append(
-            f"{same} of {len(shown)} answers are the base's, word for word: a larger learning rate or more epochs change more."
+            f"{same} of {len(shown)} answers are the base's, word for word: train longer, or with a larger learning_rate."
         )
     metrics = compare(measured[sides[0]], measured["tuned"], settings.seed)
     return {
@@ -309,9 +309,7 @@ def bootstrap_interval(differences: NDArray[np.float64], weights: NDArray[np.flo
 
 
 def judge(metrics: Mapping[str, Mapping[str, Any]], *, has_adapter: bool, same_answers: bool = False) -> str:
-    """The result in one line. The loss and ROUGE-L decide, each where its interval has no zero in it; a loss alone does not make
-    a model better whose answers are all those of its base.
-    """
+    """The result in one line. Loss and ROUGE-L decide, each where its interval has no zero, unless all answers are the base's."""
     loss, rouge, ends = metrics["loss"], metrics.get("rougeL"), metrics.get("ended_by_itself")
     ended = f"; {ends['tuned']:.0%} of the answers end by themselves" if ends else ""
     if not has_adapter:
@@ -319,6 +317,7 @@ def judge(metrics: Mapping[str, Mapping[str, Any]], *, has_adapter: bool, same_a
     is_better = loss["high"] < 0 or (rouge is not None and rouge["low"] > 0)
     is_worse = loss["low"] > 0 or (rouge is not None and rouge["high"] < 0)
     word = ("Mixed" if is_worse else "Better") if is_better else "Worse" if is_worse else "No clear difference"
-    word = "The same answers as the base's" if same_answers else word
+    if same_answers:
+        word = "The same answers as the base's"
     answers = f"; ROUGE-L {rouge['difference']:+.1f} ({rouge['low']:+.1f} to {rouge['high']:+.1f})" if rouge else ""
     return f"{word}: held-out loss {loss['tuned']:.2f} against {loss['base']:.2f}{answers}{ended}."

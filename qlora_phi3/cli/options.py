@@ -46,10 +46,10 @@ def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) ->
     from click.shell_completion import CompletionItem
 
     runs = sorted(path.parent for path in Path("runs").glob("*/*/report.json"))
-    groups = list(dict.fromkeys(path.parent for path in runs))
-    names = [*(group.name for group in groups), *((group / "latest").as_posix() for group in groups)]
-    names += [path.as_posix() for path in runs if "/" in incomplete]
-    return [CompletionItem(incomplete, type="dir"), *(CompletionItem(name) for name in names if name.startswith(incomplete))]
+    names = [name for run in runs for name in (run.parent.name, f"{run.parent.as_posix()}/latest")]
+    names += [run.as_posix() for run in runs if "/" in incomplete]
+    found = [CompletionItem(name) for name in dict.fromkeys(names) if name.startswith(incomplete)]
+    return [CompletionItem(incomplete, type="dir"), *found]
 
 
 def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
@@ -129,12 +129,16 @@ def find_recipe(path: Path) -> Path:
     return recipes[path.name]
 
 
-def check_new_file(target: Path) -> None:
+def check_new_file(target: Path, option: str = "--out") -> None:
     """Refuse, before anything is computed, a recipe that could not be written: UserError."""
     if target.suffix != ".toml":
-        raise UserError(f"--out {target}: a recipe is written, whose name ends in .toml.", "Name it so.")
+        raise UserError(f"{option} {target}: a recipe is written, whose name ends in .toml.", "Name it so.")
     if os.path.lexists(target):
-        raise UserError(f"{target} exists already, and no file is overwritten.", "Name another file with --out, or delete it.")
+        raise UserError(
+            f"{target} exists already, and no file is overwritten.", f"Name another file with {option}, or delete it."
+        )
+    if not (parent := target.absolute().parent).is_dir():
+        raise UserError(f"{option} {target}: there is no directory {parent}.", "Make it, or name another file.")
 
 
 def create_file(target: Path, text: str) -> None:
@@ -154,16 +158,9 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore")
     # torch resets the level of its own logger when it is imported; without Triton (Windows) its flop_counter logs a warning.
     for name in (
-        "bitsandbytes",
-        "transformers",
-        "datasets",
-        "accelerate",
-        "peft",
-        "trl",
-        "torch",
-        "torch.utils.flop_counter",
+        "bitsandbytes", "transformers", "datasets", "accelerate", "peft", "trl", "torch", "torch.utils.flop_counter",
         "huggingface_hub",
-    ):
+    ):  # fmt: skip
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

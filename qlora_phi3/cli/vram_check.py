@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_phi3.cli.options import debug_option, find_recipe, named_gpu, set_option, shipped_files, watching
+from qlora_phi3.cli.options import check_new_file, debug_option, find_recipe, named_gpu, set_option, shipped_files, watching
 from qlora_phi3.cli.output import print_rich
 from qlora_phi3.errors import CannotTellError, DeviceError, UserError, quoted
 
@@ -125,8 +125,8 @@ def _check_options(options: _Options) -> None:
         raise UserError("--all and --max-length are two tables.", "Run one after the other.")
     if fit and tables:
         raise UserError("--fit writes the plan for one GPU.", "Leave --all and --max-length out.")
-    if fit not in (None, NEXT_TO_RECIPE) and Path(str(fit)).suffix != ".toml":
-        raise UserError(f"--fit {fit}: it writes a recipe, whose name ends in .toml.", "Name it so.")
+    if fit not in (None, NEXT_TO_RECIPE):
+        check_new_file(Path(str(fit)), "--fit")
 
 
 def _find_device(options: _Options, check: "CachedVramCheck | None" = None) -> "Gpu":
@@ -171,14 +171,9 @@ def _fit_target(recipe: Path, device: "Gpu", fit: str) -> Path:
     path = Path(fit)
     if fit == NEXT_TO_RECIPE:
         path = recipe.with_name(f"{recipe.stem}-{math.ceil(device.total_bytes / 2**30)}gb.toml")
-        path = (
-            Path(path.name) if recipe in shipped_files("recipes", "toml").values() else path
-        )  # no file of ours is in an installed package
-    parent = path.absolute().parent
-    if path.exists():
-        raise UserError(f"{path} exists already, and --fit overwrites nothing.", "Name another file, or delete it first.")
-    if not parent.is_dir():
-        raise UserError(f"--fit {path}: there is no directory {parent}.", "Make it, or name another file.")
+        if recipe in shipped_files("recipes", "toml").values():  # no file of ours is in an installed package
+            path = Path(path.name)
+    check_new_file(path, "--fit")
     return path
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_phi3.data.formats import FORMATS, check_fields, detect_format, guess_mapping
-from qlora_phi3.data.report import NAMED, DataReport, SourceReport, merge_counts
+from qlora_phi3.data.report import EXAMPLES, NAMED, DataReport, RowCount, SourceReport, merge_counts
 from qlora_phi3.data.sources import Source, open_local, open_sources
 from qlora_phi3.data.template import ChatTemplate
 from qlora_phi3.data.tokenize import TokenizeConfig, read_examples, tokenize_source
@@ -24,6 +24,9 @@ from qlora_phi3.recipe.load import as_list, is_local_data
 from qlora_phi3.recipe.schema import Data
 from qlora_phi3.reporter import Progress
 from qlora_phi3.units import format_count
+
+#: The note on training rows whose tokens are those of an earlier one.
+DUPLICATE = "the same tokens as an earlier row"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,14 +186,10 @@ def _build_report(
     lengths, digests, repeated = row_lengths(train), read_column(train, "digest", np.uint64), 0
     if evaluation is not None:  # rows with the tokens of a training row
         repeated = int(np.isin(read_column(evaluation, "digest", np.uint64), digests).sum())
-    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    duplicates = np.flatnonzero(first[inverse] != np.arange(len(digests)))
-    where, numbers = (read_column(train, name) for name in ("source", "source_row"))
-    pairs = [
-        (f"{reports[where[a]].name}:{numbers[a]}", f"{reports[where[b]].name}:{numbers[b]}")
-        for b in duplicates[:1]
-        for a in first[inverse][[b]]
-    ]
+    again = np.setdiff1d(np.arange(len(digests)), np.unique(digests, return_index=True)[1])
+    origins = zip(*(read_column(train, name)[again[:EXAMPLES]] for name in ("source", "source_row")), strict=True)
+    duplicates = RowCount(DUPLICATE, len(again), tuple(f"{reports[source].name}:{number}" for source, number in origins))
+    notes = [*chain.from_iterable(report.notes.values() for report in reports), *([duplicates] if len(again) else [])]
     systems = {system for report in reports for system in report.systems}
     return DataReport(
         sources=tuple(report.name for report in reports),
@@ -202,11 +201,9 @@ def _build_report(
         train_rows=len(train),
         evaluation_rows=0 if evaluation is None else len(evaluation),
         skipped=merge_counts(chain.from_iterable(report.skipped.values() for report in reports)),
-        notes=merge_counts(chain.from_iterable(report.notes.values() for report in reports)),
+        notes=merge_counts(notes),
         unread=merge_counts(chain.from_iterable(report.unread.values() for report in reports)),
         repeated=repeated,
-        duplicates=len(duplicates),
-        first_duplicate=next(iter(pairs), None),
         system=next(iter(systems)) if len(systems) == 1 else "",
         truncated=sum(report.truncated for report in reports),
         fully_truncated=merge_counts((report.fully_truncated for report in reports), named=NAMED)[0],

@@ -78,8 +78,6 @@ class DataReport:
     notes: tuple[RowCount, ...]  #: Rows that are used, but changed or remarkable.
     unread: tuple[RowCount, ...]  #: Columns, and keys of messages, that hold something and were not read, with their rows.
     repeated: int  #: Held-out rows whose tokens are those of a training row.
-    duplicates: int = 0  #: Training rows whose tokens are those of an earlier one.
-    first_duplicate: tuple[str, str] | None = None  #: The earlier row and the first that repeats one, as `file:line`.
     system: str = ""  #: The system turn that every row has.
     truncated: int  #: Rows kept that were cut at `max_length`.
     fully_truncated: RowCount  #: Rows dropped because the cut left nothing supervised; the first 1,000 are named.
@@ -118,10 +116,6 @@ class DataReport:
         if self.unread:
             named = [f"{count.reason} ({format_count(count.rows, 'row')})" for count in self.unread[:NAMED_COLUMNS]]
             lines.append(f"Columns not read: {', '.join(named)}{', …' if len(self.unread) > NAMED_COLUMNS else ''}")
-        if self.first_duplicate is not None:
-            first, second = self.first_duplicate
-            rows = format_count(self.train_rows, "training row")
-            lines.append(f"{self.duplicates:,} of {rows} repeat an earlier one token by token, first {second} as {first}")
         if self.repeated:
             rows = format_count(self.evaluation_rows, "held-out row")
             lines.append(f"{self.repeated:,} of {rows} are training rows too: the held-out loss is too good by them")

@@ -44,9 +44,7 @@ def attach_adapter(model: PackedPhi3ForCausalLM, config: Lora) -> PeftModel:
     try:
         adapted = get_peft_model(model, LoraConfig(**settings), autocast_adapter_dtype=True)
     except ValueError as error:
-        raise ModelError(
-            f"PEFT refuses the [lora] table: {first_line(error)}.", "Correct target_modules, or the key of [lora] that it names."
-        ) from error
+        raise ModelError(f"PEFT refuses the [lora] table: {first_line(error)}.", "Correct [lora] target_modules.") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

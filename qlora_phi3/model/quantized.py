@@ -208,9 +208,7 @@ def read_quantized(stored: StoredWeights, name: str, device: torch.device) -> Qu
         mean = float(state.offset if state.nested else state.absmax.mean())
         return Quantized(read_tensor(stored, name).to(device), state, mean)
     except (KeyError, ValueError, AssertionError) as error:
-        raise ModelError(
-            f"The 4-bit tensor {name} is incomplete: {first_line(error)}.", "Use the base's 16-bit weights."
-        ) from error
+        raise ModelError(f"The 4-bit tensor {name} is incomplete: {first_line(error)}.", "Use 16-bit weights.") from error
 
 
 def logical_info(stored: StoredWeights) -> dict[str, TensorInfo]:
@@ -239,9 +237,7 @@ def read_quant_state(stored: StoredWeights, name: str) -> dict[str, Any]:
             raise ValueError(state)
         return dict(state)
     except (StopIteration, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(
-            f"The 4-bit tensor {name} is incomplete: {first_line(error)}.", "Use the base's 16-bit weights."
-        ) from error
+        raise ModelError(f"The 4-bit tensor {name} is incomplete: {first_line(error)}.", "Use 16-bit weights.") from error
 
 
 def quantize(

@@ -36,14 +36,7 @@ DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 #: Suffixes that mean a file even where no such file exists, so that a misspelt name is never requested from the hub.
 FILE_SUFFIXES = frozenset([*DATA_SUFFIXES, ".txt", ".md", ".xml", ".arrow", ".xlsx", ".gz", ".zip", ".zst"])
 #: Usual values of keys; others are hardly ever meant.
-USUAL = {
-    ("lora", "r"): (2, 512),
-    ("lora", "lora_dropout"): (0, 0.3),
-    ("training", "learning_rate"): (1e-6, 5e-3),
-    ("training", "num_train_epochs"): (0, 20),
-    ("training", "batch_size"): (1, 1024),
-    ("training", "weight_decay"): (0, 0.3),
-}
+USUAL = {"lora.r": (2, 512), "training.learning_rate": (1e-6, 5e-3), "training.num_train_epochs": (0, 20)}
 #: A name that stands for several files.
 GLOB = re.compile(r"[*?\[]")
 
@@ -74,12 +67,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, check_files: bool 
 
 def describe_unusual(recipe: Recipe) -> str | None:
     """A line about the values that are out of the usual range, and may be slips of the keyboard; None where there are none."""
-    values = [(table, key, getattr(getattr(recipe, table), key), low, high) for (table, key), (low, high) in USUAL.items()]
-    found = [
-        f"[{table}] {key} = {format_toml(value)} (usual: {low:g} to {high:g})"
-        for table, key, value, low, high in values
-        if not low <= value <= high
-    ]
+    found = []
+    for (table, key), (low, high) in ((name.split("."), ends) for name, ends in USUAL.items()):
+        if not low <= (value := getattr(getattr(recipe, table), key)) <= high:
+            found.append(f"[{table}] {key} = {format_toml(value)} (usual: {low:g} to {high:g})")
     return f"Unusual, is it meant? {', '.join(found)}" if found else None
 
 

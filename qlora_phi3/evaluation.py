@@ -317,7 +317,6 @@ def judge(metrics: Mapping[str, Mapping[str, Any]], *, has_adapter: bool, same_a
     is_better = loss["high"] < 0 or (rouge is not None and rouge["low"] > 0)
     is_worse = loss["low"] > 0 or (rouge is not None and rouge["high"] < 0)
     word = ("Mixed" if is_worse else "Better") if is_better else "Worse" if is_worse else "No clear difference"
-    if same_answers:
-        word = "The same answers as the base's"
+    word = "The same answers as the base's" if same_answers else word
     answers = f"; ROUGE-L {rouge['difference']:+.1f} ({rouge['low']:+.1f} to {rouge['high']:+.1f})" if rouge else ""
     return f"{word}: held-out loss {loss['tuned']:.2f} against {loss['base']:.2f}{answers}{ended}."

@@ -232,8 +232,7 @@ def find_model(text: str, root: Path = Path("runs")) -> Path:
         if is_hub_id(text) and not is_dir(path) and not is_dir(path.parent):
             return path
         raise
-    if run.recipe.is_file():
-        run.check_trained()
+    run.check_trained()
     return run.path
 
 

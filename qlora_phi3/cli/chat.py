@@ -95,13 +95,12 @@ def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bo
 
 def _trained_system(path: Path) -> str:
     """The system turn that every training row of a run had, which is printed; empty where there is none."""
-    system, run = "", RunFolder(path)
     with suppress(RunError):
-        system = run.read_report().get("data", {}).get("system", "") if run.recipe.is_file() else ""
-    if system:
-        shown = printable(" ".join(system.split()), longest_line=200)
-        print_dim(f"System turn, as in all training rows: {shown}\nFor none add --system ''.")
-    return system
+        if system := str(RunFolder(path).read_report().get("data", {}).get("system", "")):
+            shown = printable(" ".join(system.split()), longest_line=200)
+            print_dim(f"System turn, as in all training rows (none: --system ''): {shown}")
+        return system
+    return ""
 
 
 def is_beside(console: "Console", sides: Sequence[str]) -> bool:

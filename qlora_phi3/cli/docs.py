@@ -12,21 +12,10 @@ from qlora_phi3.errors import UserError
 @click.command()
 @click.argument("page", metavar="[PAGE]", required=False)
 def docs(page: str | None) -> None:
-    """Print PAGE of the documentation, or without PAGE the names of all.
-
-    \b
-    Examples:
-      qlora-phi3 docs
-      qlora-phi3 docs data
-    """
-    pages = shipped_files("docs", "md")
-    if page is None:
-        for name, path in pages.items():
-            with path.open(encoding="utf-8") as file:
-                click.echo(f"{name:18}{file.readline().lstrip('# ')}", nl=False)
-        click.echo("\nRead one: qlora-phi3 docs data")
-        return
-    if page not in pages:
+    """Print PAGE of the documentation, such as data; without PAGE list the pages."""
+    pages = {name: path.read_text(encoding="utf-8").rstrip() for name, path in shipped_files("docs", "md").items()}
+    if page not in pages and page is not None:
         raise UserError(f"There is no page {page!r}.", f"The pages are {', '.join(pages)}.")
-    text = pages[page].read_text(encoding="utf-8").rstrip()
+    text = "\n".join(f"{name:18}{text.splitlines()[0].lstrip('# ')}" for name, text in pages.items())
+    text = f"{text}\n\nRead one: qlora-phi3 docs data" if page is None else pages[page]
     click.echo_via_pager(wrapped(text) if sys.stdout.isatty() else text)

@@ -58,9 +58,8 @@ def init(
       qlora-phi3 init my-chats.jsonl --vram 8GB --yes
       qlora-phi3 init support.csv --question customer_text --answer our_reply
 
-    DATA is a .jsonl, .json, .csv or .parquet file of chats or of questions and answers; `qlora-phi3 docs data` shows rows of each
-    format. Without DATA a file of eight chats is written to look at. Nothing is downloaded, and no file is overwritten. Exit code
-    3: no model fits the GPU.
+    DATA is a .jsonl, .json, .csv or .parquet file of chats or questions and answers (qlora-phi3 docs data). Without it a file of
+    eight chats is written to look at. Nothing is downloaded, and no file is overwritten. Exit code 3: no model fits the GPU.
     """
     if data is None:
         if out is not None:
@@ -185,7 +184,7 @@ def _ask_model(options: "Sequence[ModelOption]", proposed: "ModelOption", shorte
 def _show(summary: "DataSummary", options: "Sequence[ModelOption]", chosen: "ModelOption", device: "Gpu | None") -> None:
     """The rows, and the table of models."""
     from qlora_phi3.errors import printable
-    from qlora_phi3.memory.proposal import BYTES_PER_TOKEN, SMALLEST_MODEL, describe_gpu
+    from qlora_phi3.memory.proposal import BYTES_PER_TOKEN, describe_gpu
     from qlora_phi3.ui.vram import show_models
     from qlora_phi3.units import format_count
 
@@ -203,8 +202,7 @@ def _show(summary: "DataSummary", options: "Sequence[ModelOption]", chosen: "Mod
     echo(f"Planned for {describe_gpu(device)}")
     if device is None:
         echo("A run on the CPU is for trying things out: it is far slower. --vram 12GB plans for a GPU of that size.")
-        if chosen.name == SMALLEST_MODEL:
-            echo("Taken is the smallest model; --model names another one.")
+        echo(f"Taken is {chosen.name}; --model names another one.")
         return
     echo("")
     print_rich(lambda console: show_models(console, options))

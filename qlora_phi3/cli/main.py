@@ -21,8 +21,6 @@ from qlora_phi3.errors import Interrupted, UserError, disk_error_hint
 FULL_OR_REFUSED = (
     *FULL_DISK, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR,
 )  # fmt: skip
-
-
 #: The commands in the order of `--help`, each with its line there. Its click command is in a module of the same name.
 COMMANDS = {
     "init": "Write a recipe for a file of chats: the model that fits.",

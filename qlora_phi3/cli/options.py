@@ -33,8 +33,6 @@ debug_option = click.option(
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Change a key of the recipe: --set lora.r=32"
 )
-
-
 #: `--base`, of commands that load a run.
 base_option = click.option(
     "--base", type=click.Path(path_type=Path), help="Folder of the model that the run was trained on, if it has moved."
@@ -104,12 +102,10 @@ def watching() -> "Iterator[Watcher]":
 
 
 def shipped_files(folder: str, suffix: str) -> dict[str, Path]:
-    """Name -> file of each recipe ("recipes", "toml") or page ("docs", "md") that ships: in the installed package, or in the
-    folder at the top of a checkout.
-    """
+    """Name -> recipe ("recipes", "toml") or page ("docs", "md") that ships: in the package, or at the top of a checkout."""
     package = Path(__file__).parents[1]
-    inside = package / folder
-    return {path.stem: path for path in sorted((inside if inside.is_dir() else package.parent / folder).glob(f"*.{suffix}"))}
+    found = package / folder if (package / folder).is_dir() else package.parent / folder
+    return {path.stem: path for path in sorted(found.glob(f"*.{suffix}"))}
 
 
 def find_recipe(path: Path) -> Path:

@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -100,8 +101,8 @@ def wrapped(text: str) -> str:
         return text
     from qlora_phi3.ui.console import COMMAND
 
-    wrapper = textwrap.TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(line if len(line) <= columns or COMMAND.search(line) else wrapper.fill(line) for line in lines)
+    fill = partial(textwrap.fill, width=columns, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(line if len(line) <= columns or COMMAND.search(line) else fill(line) for line in lines)
 
 
 def keep_running_without_output() -> None:

@@ -9,7 +9,7 @@ import click
 from qlora_phi3.cli.options import complete_run, debug_option, find_recipe, set_option, silence_libraries
 from qlora_phi3.cli.output import keep_running_without_output
 from qlora_phi3.errors import RunError
-from qlora_phi3.runfolder import resolve_run
+from qlora_phi3.runfolder import RunFolder, find_run, find_unfinished, resolve_run, run_group_name
 
 NEWEST = "newest"
 
@@ -64,7 +64,6 @@ def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tupl
     """Train with the GPU of this process, of so many that share the run."""
     from qlora_phi3.hardware.gpu import choose_gpu, hide_other_gpus
     from qlora_phi3.recipe.load import check_processes, describe_unusual, load_recipe
-    from qlora_phi3.runfolder import RunFolder, find_run, find_unfinished, run_group_name
 
     loaded = load_recipe(recipe, overrides, check_files=True)
     check_processes(loaded.training, count)

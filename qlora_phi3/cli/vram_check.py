@@ -125,8 +125,6 @@ def _check_options(options: _Options) -> None:
         raise UserError("--all and --max-length are two tables.", "Run one after the other.")
     if fit and tables:
         raise UserError("--fit writes the plan for one GPU.", "Leave --all and --max-length out.")
-    if fit not in (None, NEXT_TO_RECIPE):
-        check_new_file(Path(str(fit)), "--fit")
 
 
 def _find_device(options: _Options, check: "CachedVramCheck | None" = None) -> "Gpu":

@@ -83,7 +83,6 @@ class DataStatistics:
     learned_share: float  #: Of the tokens that are trained on.
     cuts: tuple[Cut, ...]
     padding_share: float  #: Of the positions, if all rows of a step were padded to the longest of them.
-    batch_size: int
     suggested_max_length: int
 
 
@@ -186,7 +185,6 @@ def measure(data: PreparedData, uncut: PreparedData, recipe: Recipe, positions: 
         learned_share=data.report.supervised_tokens / data.report.tokens,
         cuts=tuple(_cut(length, lengths, learned_before) for length in sorted({*near, training.max_length})),
         padding_share=_padding_share(row_lengths(data.train).tolist(), training.batch_size),
-        batch_size=training.batch_size,
         suggested_max_length=min(suggest_max_length(lengths, learned_before), positions),
     )
 

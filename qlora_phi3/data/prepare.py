@@ -25,9 +25,6 @@ from qlora_phi3.recipe.schema import Data
 from qlora_phi3.reporter import Progress
 from qlora_phi3.units import format_count
 
-#: The note on training rows whose tokens are those of an earlier one.
-DUPLICATE = "the same tokens as an earlier row"
-
 
 @dataclass(frozen=True, slots=True)
 class PreparedData:
@@ -188,7 +185,9 @@ def _build_report(
         repeated = int(np.isin(read_column(evaluation, "digest", np.uint64), digests).sum())
     again = np.setdiff1d(np.arange(len(digests)), np.unique(digests, return_index=True)[1])
     origins = zip(*(read_column(train, name)[again[:EXAMPLES]] for name in ("source", "source_row")), strict=True)
-    duplicates = RowCount(DUPLICATE, len(again), tuple(f"{reports[source].name}:{number}" for source, number in origins))
+    duplicates = RowCount(
+        "the same tokens as an earlier row", len(again), tuple(f"{reports[source].name}:{number}" for source, number in origins)
+    )
     notes = [*chain.from_iterable(report.notes.values() for report in reports), *([duplicates] if len(again) else [])]
     systems = {system for report in reports for system in report.systems}
     return DataReport(

@@ -61,8 +61,7 @@ class DataSummary:
     lengths: tuple[int, ...]
     skipped: tuple[RowCount, ...]
     has_tools: bool
-    #: Usable rows with the words of an earlier one.
-    duplicates: int = 0
+    duplicates: int = 0  #: Usable rows with the words of an earlier one.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -122,9 +122,8 @@ def _summarize(folder: RunFolder) -> RunSummary:
         started = datetime.fromisoformat(report["started"])
     seconds = report.get("seconds")
     if report.get("status") == "running" and seconds is not None:  # of earlier sessions; this one began when it wrote the report
-        newest = folder.metrics if folder.metrics.is_file() else folder.report
-        ended = time() if status == "running" else newest.stat().st_mtime
-        seconds += max(0.0, ended - folder.report.stat().st_mtime)
+        began, written = folder.report.stat().st_mtime, folder.metrics.stat().st_mtime if folder.metrics.is_file() else 0.0
+        seconds += max(0.0, (time() if status == "running" else written) - began)
     return RunSummary(
         path=str(folder.path),
         status=status,

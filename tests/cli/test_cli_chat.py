@@ -161,7 +161,7 @@ def test_the_system_turn_of_the_training_rows_is_used_unless_another_is_named(ru
     result = call("chat", str(run), "--prompt", "?", *options)
     assert result.exit_code == 0, result.stderr
     assert systems == [shown or ""]
-    assert ("System turn, as in all training rows: Be brief." in result.stderr) == (not options)
+    assert ("System turn, as in all training rows (none: --system ''): Be brief." in result.stderr) == (not options)
 
 
 def test_the_sides_keep_conversations_of_their_own(loaded, capsys):

@@ -42,7 +42,7 @@ def test_the_documentation_is_listed_and_printed():
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("", ["a", "b", "runs/a/latest", "runs/b/latest"]),
+        ("", ["a", "runs/a/latest", "b", "runs/b/latest"]),
         ("runs/b", ["runs/b/latest", "runs/b/1"]),
         ("runs/a/", ["runs/a/latest", "runs/a/1", "runs/a/2"]),
         ("other/", []),

@@ -8,6 +8,7 @@ from tiny import build_tokenizer, hub_template
 
 from qlora_phi3.data import inspect
 from qlora_phi3.data.prepare import prepare_datasets
+from qlora_phi3.data.report import RowCount
 from qlora_phi3.data.template import choose_template
 from qlora_phi3.data.tokenize import UNCUT
 from qlora_phi3.errors import DataError
@@ -126,7 +127,7 @@ def test_the_figures_of_rows_of_known_lengths(read):
     assert cut.rows_dropped == kept.count(0)
     short = [min(length, 64) for length in lengths]
     assert figures.padding_share == pytest.approx(1 - sum(short) / (4 * max(short)))
-    assert (figures.report.duplicates, figures.report.first_duplicate) == (1, ("rows.jsonl:1", "rows.jsonl:2"))
+    assert figures.report.notes == (RowCount("the same tokens as an earlier row", 1, ("rows.jsonl:2",)),)
     assert figures.suggested_max_length == -(-max(lengths) // 64) * 64
 
 

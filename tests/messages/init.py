@@ -47,11 +47,19 @@ MESSAGES = [
         "init-out-without-data", _init("--out", "a.toml"), UserError, 2, ("--out a.toml is for a recipe",), "Leave --out out"
     ),
     Message(
-        "init-cannot-write",
-        _init("a.jsonl", "--out", "gone/a.toml", content='{"prompt": "a", "completion": "b"}\n'),
+        "init-out-without-directory",
+        _init("a.jsonl", "--out", "gone/a.toml"),
         UserError,
         2,
-        ("gone/a.toml", "No such file"),
+        ("--out gone/a.toml: there is no directory ",),
+        "Make it",
+    ),
+    Message(
+        "init-cannot-write",
+        _init("a.jsonl", "--yes", "--out", f"{'x' * 300}.toml", content='{"prompt": "a", "completion": "b"}\n'),
+        UserError,
+        2,
+        ("xxx.toml cannot be written: File name too long",),
         "--out",
     ),
     Message(

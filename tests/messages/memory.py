@@ -92,7 +92,7 @@ MESSAGES = [
         error=UserError,
         exit_code=2,
         says=("mine.toml exists already",),
-        hint="delete it first",
+        hint="another file with --fit",
     ),
     Message(
         name="fit-without-directory",

@@ -266,7 +266,7 @@ MESSAGES = [
         "lora-refused-by-peft",
         lambda shop: adapted(shop, exclude_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
         ("PEFT", "[lora]"),
-        "Correct target_modules",
+        "target_modules",
     ),
     row(
         "safetensors-none",

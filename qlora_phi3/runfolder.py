@@ -88,7 +88,7 @@ def create_run_folder(root: Path, recipe_name: str) -> RunFolder:
             make_directory(path / "checkpoints")
         except FileExistsError:
             if not path.is_dir():
-                raise RunError(f"{path.parent} is not a directory.", "Choose another [training] output_dir.") from None
+                raise RunError(f"{path} is a file.", "Delete it, or choose another [training] output_dir.") from None
             continue
         except OSError as error:
             hint = "Choose another [training] output_dir, or free the disk."

@@ -11,6 +11,7 @@ import click
 from qlora_phi3.cli.options import debug_option, find_recipe, set_option, watching
 from qlora_phi3.cli.output import echo
 from qlora_phi3.errors import UserError, quoted
+from qlora_phi3.files import atomic_write
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -159,7 +160,8 @@ class _Inspection:
                 echo(line)
             echo(f"Then train: qlora-phi3 run {quoted(self.path)}", err=True)
         if page is not None:
-            page.write_text(ui.render_page(figures, views, found, recipe=self.path.name), encoding="utf-8")
+            text = ui.render_page(figures, views, found, recipe=self.path.name)
+            atomic_write(page, text, hint="{cause}, or name another file with --html.")
             click.echo(f"Written: {page}", err=True)
 
     def _print_rows(self, console: "Console", views: "Sequence[RowView]", *, ids: bool, is_complete: bool) -> None:

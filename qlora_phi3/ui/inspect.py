@@ -94,7 +94,7 @@ def statistics_lines(figures: DataStatistics) -> list[str]:
         mark = "  < the recipe's" if cut.max_length == report.max_length else ""
         lines.append(f"{cut.max_length:>15,}  {cut.rows_share:>9.1%}  {cut.learned_share:>20.1%}  {cut.rows_dropped:>13,}{mark}")
     lines += ["", f"Learned: {figures.learned_share:.1%} of the tokens"]
-    lines.append(f"Packing: nothing is padded; with each step's rows padded to its longest, {figures.padding_share:.0%} would be")
+    lines.append(f"Packing: nothing is padded; padded to the longest of their step, {figures.padding_share:.0%} would be padding")
     if figures.suggested_max_length < report.max_length or any(
         cut.max_length == report.max_length and max(cut.rows_share, cut.learned_share) > 0.01 for cut in figures.cuts
     ):

@@ -17,6 +17,8 @@ OUT_OF_MEMORY = re.compile(
     r"|bad[_ ]alloc",
     re.IGNORECASE,
 )
+#: What begins a command in a line.
+COMMAND = re.compile(r"\b(qlora-phi3|ollama|llama-cli|pip|hf) ")
 #: Characters of a line of a message.
 LONGEST_LINE = 2000
 
@@ -127,8 +129,7 @@ def first_line(error: BaseException) -> str:
     torch's text on memory that ran out ends with what is free, and not with its account of who holds what.
     """
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    line = f"it has no {line}" if isinstance(error, KeyError) else line
-    return line.partition(" Including non-PyTorch memory")[0].rstrip(" :.")
+    return ("it has no " * isinstance(error, KeyError)) + line.partition(" Including non-PyTorch memory")[0].rstrip(" :.")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

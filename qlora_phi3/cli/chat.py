@@ -81,12 +81,11 @@ def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bo
     if compare and not hasattr(inference.model, "disable_adapter"):
         raise UserError(f"{path} has no adapter: there is nothing to compare.", "Leave --compare out, or give a run.")
     seed = torch.seed() % 2**62 if options["seed"] is None else options["seed"]
-    if options["system"] is None:
-        options["system"] = _trained_system(path)
+    system = _trained_system(path) if options["system"] is None else _as_unicode(options["system"])
     sides = ("base", "tuned") if compare else ("tuned",)
     if compare and not is_beside(Console(), sides):
         sides = ("tuned", "base")  # below each other, the base's long answer comes last
-    talk = Conversation(inference, sampling(**wanted), options["max_new_tokens"], seed, sides, _as_unicode(options["system"]))
+    talk = Conversation(inference, sampling(**wanted), options["max_new_tokens"], seed, sides, system)
     if prompt is None:
         _converse(talk, str(path))
     elif talk.ask(prompt) == STOPPED:

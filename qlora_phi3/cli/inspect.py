@@ -160,8 +160,9 @@ class _Inspection:
                 echo(line)
             echo(f"Then train: qlora-phi3 run {quoted(self.path)}", err=True)
         if page is not None:
-            text = ui.render_page(figures, views, found, recipe=self.path.name)
-            atomic_write(page, text, hint="{cause}, or name another file with --html.")
+            atomic_write(
+                page, ui.render_page(figures, views, found, recipe=self.path.name), hint="{cause}, or name another file."
+            )
             click.echo(f"Written: {page}", err=True)
 
     def _print_rows(self, console: "Console", views: "Sequence[RowView]", *, ids: bool, is_complete: bool) -> None:

@@ -11,10 +11,11 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
+
+from qlora_phi3.errors import COMMAND
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,12 +98,8 @@ def echo(text: str, *, err: bool = False, **style: Any) -> None:
 def wrapped(text: str) -> str:
     """A text whose lines end between words on this terminal. A line with a command stays whole, to be copied."""
     columns, lines = shutil.get_terminal_size().columns, text.split("\n")
-    if max(map(len, lines)) <= columns:
-        return text
-    from qlora_phi3.ui.console import COMMAND
-
-    fill = partial(textwrap.fill, width=columns, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(line if len(line) <= columns or COMMAND.search(line) else fill(line) for line in lines)
+    wrapper = textwrap.TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(line if len(line) <= columns or COMMAND.search(line) else wrapper.fill(line) for line in lines)
 
 
 def keep_running_without_output() -> None:

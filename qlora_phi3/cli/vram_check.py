@@ -165,12 +165,11 @@ def _show_report(check: "CachedVramCheck", options: _Options) -> bool:
 
 
 def _fit_target(recipe: Path, device: "Gpu", fit: str) -> Path:
-    """Where --fit writes; refused before the work begins where a file exists already."""
+    """Where --fit writes, refused before the work begins; for a recipe that ships, never in an installed package."""
     path = Path(fit)
     if fit == NEXT_TO_RECIPE:
         path = recipe.with_name(f"{recipe.stem}-{math.ceil(device.total_bytes / 2**30)}gb.toml")
-        if recipe in shipped_files("recipes", "toml").values():  # no file of ours is in an installed package
-            path = Path(path.name)
+        path = Path(path.name) if recipe in shipped_files("recipes", "toml").values() else path
     check_new_file(path, "--fit")
     return path
 

@@ -7,7 +7,6 @@ starts without it.
 
 import math
 import os
-import re
 import shlex
 import sys
 import time
@@ -19,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_phi3.errors import LONGEST_LINE, Interrupted, printable, quoted
+from qlora_phi3.errors import COMMAND, LONGEST_LINE, Interrupted, printable, quoted
 from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, RunOutline, StepRecord
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.ui.eta import BLENDED_STEPS, EtaEstimator
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 #: Characters of the loss curve, lowest first. cli/main.py writes others where the output's encoding lacks them.
 CURVE_BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 24
-#: What begins a command in a line.
-COMMAND = re.compile(r"\b(qlora-phi3|ollama|llama-cli|pip|hf) ")
 #: Columns that a terminal needs to show the speed next to the loss, and the curve next to both.
 MIN_WIDTH_SPEED, MIN_WIDTH_CURVE = 70, 110
 #: The warning about a held-out loss that rose.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qlora_phi3.cli.options import debug_option, silence_libraries
+from qlora_phi3.errors import UserError, printable
 
 if TYPE_CHECKING:
     from qlora_phi3.hardware.doctor import Check
@@ -53,18 +54,15 @@ def _show(check: "Check") -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from qlora_phi3.errors import printable
-
-    line = Text.assemble((f"{check.status:<8}", COLOURS[check.status]), f" {check.name}: ", printable(check.text))
-    console = Console()
-    console.print(line, soft_wrap=True, highlight=False)
+    console, status = Console(), (f"{check.status:<8}", COLOURS[check.status])
+    line = Text.assemble(status, f" {check.name}: ", printable(check.text))
+    console.print(line, soft_wrap=not console.is_terminal, highlight=False)
     if check.fix:
         console.print(Text(f"         -> {printable(check.fix)}"), soft_wrap=True, highlight=False)
 
 
 def _train(is_silent: bool) -> "Iterator[Check]":
     """The training of a tiny model as a check. What a broken installation raises is shown in one line."""
-    from qlora_phi3.errors import UserError
     from qlora_phi3.files import foreign_errors
     from qlora_phi3.hardware.doctor import Check
     from qlora_phi3.hardware.gpu import choose_gpu, hide_other_gpus

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from qlora_phi3.cli.options import complete_run, debug_option, silence_libraries
+from qlora_phi3.cli.output import echo
 from qlora_phi3.errors import RunError, printable
 
 DIRECTORY = click.option("--dir", "root", type=click.Path(path_type=Path), default="runs", show_default=True, help="Of the runs.")
@@ -210,4 +211,4 @@ def print_text(template: str, **values: Any) -> None:
     from qlora_phi3.ui.page import render
 
     lines = [line.rstrip() for line in render(template, **values).strip().splitlines()]
-    click.echo("\n".join(line for at, line in enumerate(lines) if line or lines[at - 1]))
+    echo("\n".join(line for at, line in enumerate(lines) if line or lines[at - 1]))

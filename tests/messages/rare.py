@@ -8,11 +8,14 @@ import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from message_table import Message
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from trained_run import leave_trained
 
 from messages import adapters, export
 from qlora_phi3.adapters.convert import _read_grouped, compare
 from qlora_phi3.adapters.loralib import Spec, build_loralib_layers
+from qlora_phi3.adapters.start import start_from
 from qlora_phi3.cli.docs import docs
 from qlora_phi3.cli.eval import eval as evaluate
 from qlora_phi3.cli.export import export as export_command
@@ -21,11 +24,13 @@ from qlora_phi3.data.sources import open_file
 from qlora_phi3.data.tokenizer import load_tokenizer
 from qlora_phi3.errors import DataError, ExportError, Interrupted, ModelError, RunError, UserError
 from qlora_phi3.export import run as export_run
+from qlora_phi3.export.base import RecordedBase
 from qlora_phi3.export.gguf import tensors
 from qlora_phi3.export.inputs import _read_rows
 from qlora_phi3.family import read_architecture
 from qlora_phi3.recipe.schema import Model
 from qlora_phi3.runfolder import create_run_folder
+from qlora_phi3.training.trainer import Phi3Trainer
 
 X = adapters.X
 
@@ -115,6 +120,29 @@ def run_folder_is_a_file(shop):
         create_run_folder(shop.path / "runs", "my")
 
 
+def start(shop, rows=4, names="AB", **config):
+    """Start the adapter of a layer `x`, of rank 4 and lora_alpha 16, from one with these matrices."""
+    matrices = {"A": torch.ones(rows, 8), "B": torch.ones(6, rows)}
+    place = adapters.folder(
+        shop, {**adapters.LORA, "lora_alpha": 16, **config}, **{f"x.lora_{n}.weight": matrices[n] for n in names}
+    )
+    start_from(get_peft_model(nn.ModuleDict({"x": nn.Linear(8, 6)}), LoraConfig(r=4, lora_alpha=16, target_modules=["x"])), place)
+
+
+def record_without_a_scheme(_):
+    record = SimpleNamespace(is_quantized=lambda _: True, tensors={"x": {}}, dtype=torch.float16, scheme=None)
+    with patch("qlora_phi3.export.base.is_stored_quantized", return_value=False):
+        RecordedBase.quantized(SimpleNamespace(record=record, stored=None), "x")
+
+
+def checkpoint_of_8_bit_adamw(_):
+    trainer = Phi3Trainer.__new__(Phi3Trainer)
+    trainer.args = SimpleNamespace(optim=SimpleNamespace(value="adamw_torch"))
+    trainer.optimizer = SimpleNamespace(state={"a parameter": {"state1": 1}})
+    with patch("transformers.Trainer._load_optimizer_and_scheduler"):
+        trainer._load_optimizer_and_scheduler("checkpoint-4")
+
+
 def row(name, trigger, *says, hint, error=ExportError, exit_code=2):
     return Message(name=name, trigger=trigger, error=error, exit_code=exit_code, says=says, hint=hint)
 
@@ -140,6 +168,23 @@ MESSAGES = [
         hint="Nothing was saved",
     ),
     row("loralib-groups-of-a-convolution", convolution_with_groups, "here: x is not linear", hint="--enable"),
+    row(
+        "start-lacks-a-matrix",
+        lambda shop: start(shop, names="A"),
+        "has no base_model.model.x.lora_B.weight",
+        hint="lora_alpha = 16",
+    ),
+    row("start-of-another-shape", lambda shop: start(shop, rows=2), "of shape (2, 8), [lora] has (4, 8)", hint="r = 4"),
+    row("start-scaled-otherwise", lambda shop: start(shop, lora_alpha=32), "by 8, [lora] by 4", hint="lora_alpha = 32"),
+    row("record-without-quantization-type", record_without_a_scheme, "x as 4-bit", hint="Train the run again"),
+    row(
+        "checkpoint-of-another-optimizer",
+        checkpoint_of_8_bit_adamw,
+        "checkpoint-4",
+        "adamw_torch",
+        hint="where the run began",
+        error=RunError,
+    ),
     row(
         "docs-without-page",
         lambda _: docs.main(["dta"], standalone_mode=False),

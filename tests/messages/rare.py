@@ -26,11 +26,12 @@ from qlora_phi3.errors import DataError, ExportError, Interrupted, ModelError, R
 from qlora_phi3.export import run as export_run
 from qlora_phi3.export.base import RecordedBase
 from qlora_phi3.export.gguf import tensors
-from qlora_phi3.export.inputs import _read_rows
+from qlora_phi3.export.inputs import _read_rows, find_base
 from qlora_phi3.family import read_architecture
 from qlora_phi3.recipe.schema import Model
 from qlora_phi3.runfolder import create_run_folder
 from qlora_phi3.training.trainer import Phi3Trainer
+from qlora_phi3.ui.console import LogInterval, open_console
 
 X = adapters.X
 
@@ -103,6 +104,28 @@ def hub_answers(error):
             read_architecture("me/my-phi3")
 
     return trigger
+
+
+def base_not_downloaded(_):
+    with patch("qlora_phi3.export.inputs.snapshot_download", side_effect=OSError("the connection broke")):
+        find_base(SimpleNamespace(name="me/my-phi3", revision="abc123"), lambda *_: None)
+
+
+def export_out_of_memory(shop):
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    with (
+        patch.object(export_run, "_export_merged", side_effect=error),
+        patch.object(export_run.inputs, "check_adapter"),
+        pytest.MonkeyPatch.context() as changed,
+    ):
+        changed.setenv("XDG_STATE_HOME", str(shop.path / "state"))
+        export_run.export_run(export.request(shop), MagicMock())
+
+
+def stopped_before_a_checkpoint(_):
+    with open_console(LogInterval("no", 1), plain=True, quiet=True) as view:
+        view._total, view.step_number = 10, 3
+        raise view.interruption(None)
 
 
 def runs_of_one_second(shop):
@@ -184,6 +207,16 @@ MESSAGES = [
         "adamw_torch",
         hint="where the run began",
         error=RunError,
+    ),
+    row("base-not-downloaded", base_not_downloaded, "me/my-phi3 at commit abc123", "connection broke", hint="--base"),
+    row("export-out-of-memory", export_out_of_memory, "ran out in the export: CUDA out of memory", hint="--no-verify"),
+    row(
+        "run-stopped-before-a-checkpoint",
+        stopped_before_a_checkpoint,
+        "after step 3 of 10, before any checkpoint",
+        hint="same command",
+        error=Interrupted,
+        exit_code=130,
     ),
     row(
         "docs-without-page",

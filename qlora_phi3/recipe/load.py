@@ -36,7 +36,7 @@ DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 #: Suffixes that mean a file even where no such file exists, so that a misspelt name is never requested from the hub.
 FILE_SUFFIXES = frozenset([*DATA_SUFFIXES, ".txt", ".md", ".xml", ".arrow", ".xlsx", ".gz", ".zip", ".zst"])
 #: Usual values of keys; others are hardly ever meant.
-USUAL = {"lora.r": (2, 512), "training.learning_rate": (1e-6, 5e-3), "training.num_train_epochs": (0, 20)}
+USUAL = {"lora.r": (2, 512), "training.learning_rate": (1e-6, 1e-2), "training.num_train_epochs": (0, 20)}
 #: A name that stands for several files.
 GLOB = re.compile(r"[*?\[]")
 

@@ -84,7 +84,7 @@ def as_toml(tables: dict[str, dict[str, object]]) -> str:
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("training.learning_rate=1", "Unusual, is it meant? [training] learning_rate = 1.0 (usual: 1e-06 to 0.005)"),
+        ("training.learning_rate=1", "Unusual, is it meant? [training] learning_rate = 1.0 (usual: 1e-06 to 0.01)"),
         ("training.learning_rate=1e-3", None),
         ("lora.r=1024", "Unusual, is it meant? [lora] r = 1024 (usual: 2 to 512)"),
     ],

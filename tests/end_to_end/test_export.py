@@ -869,7 +869,7 @@ def test_ollama_creates_the_model_from_the_modelfile_or_its_exit_code_is_one_lin
     assert shown.out.splitlines() == [f"arguments: create me/my-phi3:v1 -f {modelfile}", f"{out} has", "FROM ./mine-q8_0.gguf"]
     assert shown.err == "trouble\n"
     assert (out / "mine-q8_0.gguf").is_file()
-    assert f"Ollama: ollama create me/my-phi3:v1 -f {modelfile}" in result.stdout
+    assert "ollama create" not in result.stdout
     assert result.exit_code == (2 if code else 0)
     if code:
         error, hint = result.stderr.splitlines()[-1].split(". ", maxsplit=1)
@@ -885,8 +885,7 @@ def test_without_ollama_the_lines_to_type_are_printed(merged, tmp_path, monkeypa
     result = call("export", str(merged), "--ollama", "my-phi3", "--quant", "q8_0", "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, result.stderr
     lines = [line.strip() for line in result.stdout.splitlines()]
-    for line in (f"Ollama: ollama create my-phi3 -f {tmp_path / 'out' / 'Modelfile'}", "ollama run my-phi3"):
-        assert line in lines
+    assert sum("ollama create" in line for line in lines) == 1
     assert lines[-3].startswith("Ollama is not on this PATH")
     assert lines[-2:] == [f"ollama create my-phi3 -f {tmp_path / 'out' / 'Modelfile'}", "ollama run my-phi3"]
 

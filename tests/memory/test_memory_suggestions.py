@@ -26,7 +26,7 @@ def report_on(checker, gpu):
 
 def test_what_a_recipe_pins_is_given_back_first_and_what_each_change_saves_adds_up():
     checker = build_checker(WIDE, training=PINS)
-    report = report_on(checker, gpu_with(checker, 110))
+    report = report_on(checker, gpu_with(checker, 100))
     assert report.verdict == "does_not_fit"
     first, second = report.suggestions
     assert 'gradient_checkpointing = "auto"' in first.text

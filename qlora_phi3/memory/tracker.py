@@ -40,7 +40,7 @@ _NO_KERNEL = {
     _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided, _aten._unsafe_view, _aten.alias,
     _aten.lift_fresh, _aten._reshape_alias,
 }  # fmt: skip
-_OVERWRITES = {_aten.copy_, _aten.zero_, _aten.fill_}
+_OVERWRITES = {_aten.copy_, _aten.zero_, _aten.fill_, _aten.bernoulli_}
 _SELECTIONS = {_aten.embedding, _aten.gather, _aten.index}
 _FEW_VALUES = {_aten.scatter_add_, _aten.scatter_}
 #: Categories of what has the same size for any number of tokens.

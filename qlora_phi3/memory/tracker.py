@@ -210,6 +210,8 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         if self.rounding == 1 and func in _cpu_updates():
             with self:
                 return _cpu_updates()[func](*args, **kwargs)
+        if self.rounding == 1 and func is _aten.mul.out and args[0].element_size() < args[1].element_size():
+            self.track_bytes(2 * args[0].numel() * args[1].element_size(), report.ACTIVATIONS)()  # a CPU copies input and output
         if func is _aten._local_scalar_dense.default:
             return 1  # longrope reads whether a row is long; the memory is the same
         if func is _aten._softmax_backward_data.default and self.rounding != 1:

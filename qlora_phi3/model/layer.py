@@ -72,7 +72,7 @@ class LinearWithLora:
         weight = self.dequantize()
         output = torch.mm(low_rank, lora_B.t()).addmm_(rows, weight.t())
         factor = self.magnitude / self._row_norms(weight, lora_A, lora_B)
-        output = output.mul_(factor).view(*x.shape[:-1], -1)
+        output = torch.mul(output, factor, out=output).view(*x.shape[:-1], -1)
         return output, low_rank, [output, factor]
 
     def _row_norms(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -85,9 +85,10 @@ class LinearWithLora:
         if self.magnitude is None:
             return grad, None
         output, factor = kept
-        buffer = grad * output.flatten(0, -2)
-        grad_magnitude = buffer.sum(0, dtype=torch.float32).div_(self.magnitude)
-        return torch.mul(grad, factor, out=buffer), grad_magnitude.to(self.magnitude.dtype)
+        product = (grad.float() if grad.dtype == torch.float16 else grad) * output.flatten(0, -2)  # beyond fp16's range
+        grad_magnitude = product.sum(0, dtype=torch.float32).div_(self.magnitude).to(self.magnitude.dtype)
+        buffer = product if product.dtype == grad.dtype else torch.empty_like(grad)
+        return torch.mul(grad, factor, out=buffer), grad_magnitude
 
     def backward(
         self, grad: Tensor, lora_A: Tensor, lora_B: Tensor, kept: list[Tensor], *, wants_input: bool = True
@@ -111,7 +112,7 @@ def read_lora(layer: Any) -> LinearWithLora | None:
     dropout, variant, magnitude = layer.lora_dropout[adapter], layer.lora_variant.get(adapter), None
     share = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
     if variant is not None:
-        if share or not isinstance(variant, DoraLinearVariant):
+        if not isinstance(dropout, nn.Identity) or not isinstance(variant, DoraLinearVariant):
             return None
         magnitude = layer.lora_magnitude_vector[adapter].weight
     weights = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight

@@ -153,6 +153,15 @@ def test_the_row_norms_of_dora_follow_the_trained_matrices_and_are_in_no_state_d
         assert (update.norm(dim=1) / norms).min() > 0.01
 
 
+def test_the_gradient_of_a_magnitude_is_finite_where_fp16_would_overflow(folder):
+    model = load_tiny(folder, lora=ADAPTERS["DoRA"])
+    lora = layer.read_lora(find_base(model).model.layers[0].mlp.down_proj)
+    grad, output = (torch.full((2, 128), value, dtype=torch.float16) for value in (30000.0, 10.0))
+    scaled, grad_magnitude = lora.unscale(grad, [output, torch.full((128,), 0.5)])
+    torch.testing.assert_close(grad_magnitude, 600000.0 / lora.magnitude)
+    assert torch.equal(scaled, torch.full((2, 128), 15000.0, dtype=torch.float16))
+
+
 @pytest.mark.parametrize(
     ("lora", "ran"),
     [

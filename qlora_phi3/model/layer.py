@@ -45,6 +45,11 @@ class LinearWithLora:
     magnitude: Tensor | None  #: of DoRA, (out_features,)
     row_squares: Tensor | None  #: of DoRA, (out_features,) fp32: `square_rows` of the base's weight
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has neither dropout nor DoRA."""
+        return not self.dropout and self.magnitude is None
+
     def dequantize(self) -> Tensor:
         """The base's weight, (out_features, in_features)."""
         weight = self.base.weight

@@ -142,7 +142,8 @@ def fuse_lora_forward(model: nn.Module) -> None:
     Layers with dropout, DoRA or a bias on B keep PEFT's own forward, and so does every call with the adapter disabled or merged.
     """
     for layer in model.modules():
-        if read_lora(layer) is not None:
+        lora = read_lora(layer)
+        if lora is not None and lora.is_plain:
             layer.forward = _FusedLoraForward(layer, layer.forward)
 
 
@@ -156,7 +157,7 @@ class _FusedLoraForward:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of the base layer's output."""
         lora = read_lora(self.layer)
-        if args or kwargs or lora is None or lora.dropout or lora.magnitude is not None:
+        if args or kwargs or lora is None or not lora.is_plain:
             return self.peft_forward(x, *args, **kwargs)
         if x.dtype != lora.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
             return self.peft_forward(x, *args, **kwargs)

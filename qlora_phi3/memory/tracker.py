@@ -43,7 +43,7 @@ _NO_KERNEL = {
     _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided, _aten._unsafe_view, _aten.alias,
     _aten.lift_fresh, _aten._reshape_alias,
 }  # fmt: skip
-_OVERWRITES = {_aten.copy_, _aten.zero_, _aten.fill_}
+_OVERWRITES = {_aten.copy_, _aten.zero_, _aten.fill_, _aten.bernoulli_}
 _SELECTIONS = {_aten.embedding, _aten.gather, _aten.index}
 _FEW_VALUES = {_aten.scatter_add_, _aten.scatter_}
 #: Categories of what has the same size for any number of tokens.
@@ -213,6 +213,8 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         if self.rounding == 1 and func in _cpu_updates():
             with self:
                 return _cpu_updates()[func](*args, **kwargs)
+        if self.rounding == 1 and func is _aten.mul.out and args[0].element_size() < args[1].element_size():
+            self.track_bytes(2 * args[0].numel() * args[1].element_size(), report.ACTIVATIONS)()  # a CPU copies input and output
         if func is _aten._local_scalar_dense.default:
             return 1  # longrope reads whether a row is long; the memory is the same
         if func is _aten._softmax_backward_data.default and self.rounding != 1:

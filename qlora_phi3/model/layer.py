@@ -2,12 +2,13 @@
 
 transformers' layer with PEFT's LoRA keeps 137 KiB a token for the backward pass (Phi-3-mini, 16 bit); this one keeps 68: the
 layer's input 6, query, key and value 18, the attention's output 6, the residual after it 6, gate and up 32. What is cheap is
-computed again: the norm's output from its input and one scalar a token, SwiGLU from gate and up. Parameters, state dict and
-adapters are transformers' and PEFT's. Without gradients or with a cache, and for every part that is not plain (`read_lora`,
-`_is_plain_norm`), their own code runs.
+computed again: the norm's output from its input and one scalar a token, SwiGLU from gate and up. Dropout keeps its masks, 17 KiB;
+DoRA keeps the outputs of its projections for the gradient of its magnitude, 30 KiB, as gate and up are kept anyway. Parameters,
+state dict and adapters are transformers' and PEFT's. Without gradients or with a cache, and for every part that is not plain
+(`read_lora`, `_is_plain_norm`), their own code runs.
 
-The backward pass of SwiGLU overwrites gate and up: a second one over the same graph raises torch's error about tensors that were
-modified in place.
+Without DoRA the backward pass of SwiGLU overwrites gate and up: a second one over the same graph raises torch's error about
+tensors that were modified in place.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Any, cast
 import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -33,12 +35,20 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True)
 class LinearWithLora:
-    """A frozen linear layer and its one active adapter: base(x) + scaling * B(A(x))."""
+    """A frozen linear layer and its one active adapter: base(x) + scaling * B(A(x * mask)), times magnitude / norm with DoRA."""
 
     base: nn.Linear
     lora_A: Tensor  #: (r, in_features)
     lora_B: Tensor  #: (out_features, r)
-    scaling: float
+    scaling: float  #: with that of dropout, 1 / (1 - dropout)
+    dropout: float  #: 0 in eval mode
+    magnitude: Tensor | None  #: of DoRA, (out_features,)
+    row_squares: Tensor | None  #: of DoRA, (out_features,) fp32: `square_rows` of the base's weight
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has neither dropout nor DoRA."""
+        return not self.dropout and self.magnitude is None
 
     def dequantize(self) -> Tensor:
         """The base's weight, (out_features, in_features)."""
@@ -46,36 +56,80 @@ class LinearWithLora:
         state = getattr(weight, "quant_state", None)
         return weight if state is None else bnb.functional.dequantize_4bit(weight.data, state)
 
-    def forward(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., in_features) -> the output (..., out_features), and the scaled low-rank product (tokens, r).
+    def draw_masks(self, rows: int) -> list[Tensor]:
+        """The mask of dropout, (rows, in_features) bool, if there is dropout."""
+        shape = (rows, self.lora_A.shape[1])
+        return [self.lora_A.new_empty(shape, dtype=torch.bool).bernoulli_(1 - self.dropout)] if self.dropout else []
+
+    def forward(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """(..., in_features) -> the output (..., out_features), the scaled low-rank product (tokens, r), and what the backward
+        pass needs besides: dropout's mask; with DoRA the output, and the fp32 factor (out_features,) that it was multiplied by.
 
         `lora_A`, `lora_B`: the adapter in the dtype of `x`.
         """
-        low_rank = _scaled_product(self.scaling, x.flatten(0, -2), lora_A.t())
-        output = self.base(x)
-        output.flatten(0, -2).addmm_(low_rank, lora_B.t())
-        return output, low_rank
+        rows = x.flatten(0, -2)
+        kept = self.draw_masks(rows.shape[0])
+        low_rank = _scaled_product(self.scaling, self.mask(rows, kept), lora_A.t())
+        if self.magnitude is None:
+            output = self.base(x)
+            output.flatten(0, -2).addmm_(low_rank, lora_B.t())
+            return output, low_rank, kept
+        weight = self.dequantize()
+        output = torch.mm(low_rank, lora_B.t()).addmm_(rows, weight.t())
+        factor = self.magnitude / self._row_norms(weight, lora_A, lora_B)
+        output = torch.mul(output, factor, out=output).view(*x.shape[:-1], -1)
+        return output, low_rank, [output, factor]
 
-    def backward(self, grad: Tensor, lora_A: Tensor, lora_B: Tensor, *, wants_input: bool = True) -> tuple[Tensor, Tensor | None]:
-        """The gradients (tokens, r) of the product with A, and (tokens, in_features) of the input; `grad` is 2-dimensional."""
+    def _row_norms(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """The length of every row of W + s B A, (out_features,) fp32, without B A: |W|^2 + s (2 W A^T + s B A A^T) . B."""
+        across = torch.mm(weight, lora_A.t()).addmm_(lora_B, torch.mm(lora_A, lora_A.t()), beta=2, alpha=self.scaling)
+        return (across.float() * lora_B).sum(1).mul_(self.scaling).add_(cast(Tensor, self.row_squares)).sqrt_()
+
+    def unscale(self, grad: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The gradients of the output before DoRA's factor, (tokens, out_features), and of the magnitude."""
+        if self.magnitude is None:
+            return grad, None
+        output, factor = kept
+        product = (grad.float() if grad.dtype == torch.float16 else grad) * output.flatten(0, -2)  # beyond fp16's range
+        grad_magnitude = product.sum(0, dtype=torch.float32).div_(self.magnitude).to(self.magnitude.dtype)
+        buffer = product if product.dtype == grad.dtype else torch.empty_like(grad)
+        return torch.mul(grad, factor, out=buffer), grad_magnitude
+
+    def backward(
+        self, grad: Tensor, lora_A: Tensor, lora_B: Tensor, kept: list[Tensor], *, wants_input: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients (tokens, r) of the product with A, and (tokens, in_features) of the input; `grad` is of `unscale`."""
         low_rank = _scaled_product(self.scaling, grad, lora_B)
-        return low_rank, torch.mm(grad, self.dequantize()).addmm_(low_rank, lora_A) if wants_input else None
+        return low_rank, self.mask(torch.mm(low_rank, lora_A), kept).addmm_(grad, self.dequantize()) if wants_input else None
+
+    def mask(self, rows: Tensor, kept: list[Tensor]) -> Tensor:
+        """rows * the mask of dropout in one kernel, if there is dropout."""
+        return cast(Tensor, _aten.native_dropout_backward(rows, kept[0], 1.0)) if self.dropout else rows
 
 
 def read_lora(layer: Any) -> LinearWithLora | None:
-    """The parts of a layer with one plain adapter, active and not merged; None with dropout, DoRA, or a bias of the adapter."""
+    """The parts of a layer with one adapter, active and not merged; None with a bias of the adapter or DoRA with dropout."""
     if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     base, (adapter,) = layer.get_base_layer(), layer.active_adapters
-    if (
-        not isinstance(base, nn.Linear)
-        or adapter not in layer.lora_A
-        or adapter in layer.lora_variant
-        or not isinstance(layer.lora_dropout[adapter], nn.Identity)
-        or layer.lora_B[adapter].bias is not None
-    ):
+    if not isinstance(base, nn.Linear) or adapter not in layer.lora_A or layer.lora_B[adapter].bias is not None:
         return None
-    return LinearWithLora(base, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter])
+    dropout, variant, magnitude = layer.lora_dropout[adapter], layer.lora_variant.get(adapter), None
+    share = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+    if variant is not None:
+        if not isinstance(dropout, nn.Identity) or not isinstance(variant, DoraLinearVariant):
+            return None
+        magnitude = layer.lora_magnitude_vector[adapter].weight
+    weights = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return LinearWithLora(
+        base, *weights, layer.scaling[adapter] / (1 - share), share, magnitude, getattr(layer, "row_squares", None)
+    )
+
+
+def square_rows(weight: Tensor) -> Tensor:
+    """The sum of squares of every row, fp32."""
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+    return norms.square_()
 
 
 class LeanDecoderLayer(Phi3DecoderLayer):  # type: ignore[misc]
@@ -130,6 +184,7 @@ class LeanDecoderLayer(Phi3DecoderLayer):  # type: ignore[misc]
             qkv = attention.qkv_proj(_normalize(norm, x))
         else:
             qkv = _NormedProjection.apply(x, norm.weight, norm.variance_epsilon, *loras[0])  # type: ignore[no-untyped-call]
+            qkv = qkv if loras[0][0].magnitude is None else qkv.clone()  # DoRA keeps it, and the rotation is in place
         heads = (self.config.num_attention_heads, self.config.num_key_value_heads, attention.head_dim)
         query, key, value = _Rotation.apply(qkv, *position_embeddings, heads)  # type: ignore[no-untyped-call]
         attended, _ = ALL_ATTENTION_FUNCTIONS[BY_DOCUMENT](
@@ -158,7 +213,8 @@ class LeanDecoderLayer(Phi3DecoderLayer):  # type: ignore[misc]
             product = _SwiGlu.apply(mlp.gate_up_proj(_normalize(norm, x)))  # type: ignore[no-untyped-call]
             return cast(Tensor, x + mlp.down_proj(product))
         gate_up = _NormedProjection.apply(x, norm.weight, norm.variance_epsilon, *loras[0])  # type: ignore[no-untyped-call]
-        return cast(Tensor, _GatedProjection.apply(gate_up, x, is_recomputed, *loras[1]))  # type: ignore[no-untyped-call]
+        leaves_out = is_recomputed and loras[1][0].magnitude is None  # DoRA's magnitude needs the output
+        return cast(Tensor, _GatedProjection.apply(gate_up, x, leaves_out, *loras[1]))  # type: ignore[no-untyped-call]
 
 
 def _is_plain_norm(norm: nn.Module, x: Tensor) -> bool:
@@ -171,8 +227,8 @@ def _normalize(norm: nn.Module, x: Tensor) -> Tensor:
     return cast(Tensor, _RmsNorm.apply(x, norm.weight, norm.variance_epsilon))  # type: ignore[no-untyped-call]
 
 
-def _read_loras(x: Tensor, *layers: nn.Module) -> list[tuple[LinearWithLora, Tensor, Tensor]] | None:
-    """The layers' parts, with A and B in the dtype of `x`, if all have a plain adapter and compute in that dtype."""
+def _read_loras(x: Tensor, *layers: nn.Module) -> list[tuple[LinearWithLora, Tensor, Tensor, Tensor | None]] | None:
+    """The layers' parts, with A and B in the dtype of `x` and DoRA's magnitude, if all are read and have that dtype."""
     kind = x.device.type
     is_autocast = torch.is_autocast_enabled(kind)
     if is_autocast and torch.get_autocast_dtype(kind) != x.dtype:
@@ -182,6 +238,8 @@ def _read_loras(x: Tensor, *layers: nn.Module) -> list[tuple[LinearWithLora, Ten
         lora = read_lora(layer)
         if lora is None or lora.base.bias is not None or lora.base.weight.requires_grad:
             return None
+        if lora.magnitude is not None and (lora.row_squares is None or lora.row_squares.dtype != torch.float32):
+            return None  # not attached by `attach_adapter`, or cast
         state = getattr(lora.base.weight, "quant_state", None)
         if (lora.base.weight if state is None else state).dtype != x.dtype or not (is_autocast or lora.lora_A.dtype == x.dtype):
             return None
@@ -189,7 +247,7 @@ def _read_loras(x: Tensor, *layers: nn.Module) -> list[tuple[LinearWithLora, Ten
     weights = [weight for lora in found for weight in (lora.lora_A, lora.lora_B)]
     if any(weight.dtype != x.dtype for weight in weights):
         weights = _Cast.apply(x.dtype, *weights)  # type: ignore[no-untyped-call]
-    return list(zip(found, weights[::2], weights[1::2], strict=True))
+    return list(zip(found, weights[::2], weights[1::2], [lora.magnitude for lora in found], strict=True))
 
 
 def _is_in_backward() -> bool:
@@ -259,58 +317,63 @@ class _RmsNorm(Function):
 
 
 class _NormedProjection(Function):
-    """lora(norm(x)), (..., hidden_size) -> (..., out_features). Keeps x.
+    """lora(norm(x)), (..., hidden_size) -> (..., out_features). Keeps x; with DoRA the output, which must not be overwritten.
 
     A's gradient is g^T norm(x) = (g / rms(x))^T x * weight, which does not need the norm's output.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, lora: LinearWithLora, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, lora: LinearWithLora, lora_A: Tensor, lora_B: Tensor, _: Tensor | None
+    ) -> Tensor:
         normed, scale = rms_norm(x, weight, eps)
-        output, low_rank = lora.forward(normed, lora_A, lora_B)
+        output, low_rank, kept = lora.forward(normed, lora_A, lora_B)
         ctx.lora = lora
-        ctx.save_for_backward(x, weight, scale, lora_A, lora_B, low_rank)
+        ctx.save_for_backward(x, weight, scale, lora_A, lora_B, low_rank, *kept)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale, lora_A, lora_B, low_rank = ctx.saved_tensors
-        grad = grad.flatten(0, -2)
-        grad_low, grad_normed = ctx.lora.backward(grad, lora_A, lora_B, wants_input=ctx.needs_input_grad[0])
+        x, weight, scale, lora_A, lora_B, low_rank, *kept = ctx.saved_tensors
+        grad, grad_magnitude = ctx.lora.unscale(grad.flatten(0, -2), kept)
+        grad_low, grad_normed = ctx.lora.backward(grad, lora_A, lora_B, kept, wants_input=ctx.needs_input_grad[0])
         grad_b = torch.mm(grad.t(), low_rank)
-        grad_a = torch.mm(grad_low.mul_(scale.flatten(0, -2)).t(), x.flatten(0, -2)).mul_(weight)
+        grad_a = torch.mm(grad_low.mul_(scale.flatten(0, -2)).t(), ctx.lora.mask(x.flatten(0, -2), kept)).mul_(weight)
         grad_x = None if grad_normed is None else rms_norm_backward(grad_normed.view_as(x), x, weight, scale)
-        return grad_x, None, None, None, grad_a, grad_b
+        return grad_x, None, None, None, grad_a, grad_b, grad_magnitude
 
 
 class _AddedProjection(Function):
-    """residual + lora(x), (..., in_features) -> (..., out_features). Keeps x."""
+    """residual + lora(x), (..., in_features) -> (..., out_features). Keeps x; with DoRA the product."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor, lora: LinearWithLora, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        output, low_rank = lora.forward(x, lora_A, lora_B)
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, lora: LinearWithLora, lora_A: Tensor, lora_B: Tensor, _: Tensor | None
+    ) -> Tensor:
+        output, low_rank, kept = lora.forward(x, lora_A, lora_B)
         ctx.lora = lora
-        ctx.save_for_backward(x, lora_A, lora_B, low_rank)
-        return output.add_(residual)
+        ctx.save_for_backward(x, lora_A, lora_B, low_rank, *kept)
+        return output.add_(residual) if lora.magnitude is None else output + residual
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, low_rank = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        grad_low, grad_x = ctx.lora.backward(rows, lora_A, lora_B)
-        grad_a, grad_b = torch.mm(grad_low.t(), x.flatten(0, -2)), torch.mm(rows.t(), low_rank)
-        return grad_x.view_as(x), grad, None, grad_a, grad_b
+        x, lora_A, lora_B, low_rank, *kept = ctx.saved_tensors
+        rows, grad_magnitude = ctx.lora.unscale(grad.flatten(0, -2), kept)
+        grad_low, grad_x = ctx.lora.backward(rows, lora_A, lora_B, kept)
+        grad_a, grad_b = torch.mm(grad_low.t(), ctx.lora.mask(x.flatten(0, -2), kept)), torch.mm(rows.t(), low_rank)
+        return grad_x.view_as(x), grad, None, grad_a, grad_b, grad_magnitude
 
 
-def _swiglu_backward(grad: Tensor, gate_up: Tensor, activated: Tensor, buffer: Tensor) -> Tensor:
-    """Overwrite `gate_up` with its gradient. `activated`: silu(gate); `buffer`: of its shape, overwritten."""
-    gate, up = gate_up.chunk(2, -1)
+def _swiglu_backward(grad: Tensor, gate_up: Tensor, activated: Tensor, buffer: Tensor, *, overwrites: bool = True) -> Tensor:
+    """The gradient of `gate_up`, which it overwrites. `activated`: silu(gate); `buffer`: of its shape, overwritten."""
+    result = gate_up if overwrites else torch.empty_like(gate_up)
+    (gate, up), (grad_gate, grad_up) = gate_up.chunk(2, -1), result.chunk(2, -1)
     torch.mul(grad, up, out=buffer)
-    torch.mul(grad, activated, out=up)
-    _aten.silu_backward.grad_input(buffer, gate, grad_input=gate)
-    return gate_up
+    torch.mul(grad, activated, out=grad_up)
+    _aten.silu_backward.grad_input(buffer, gate, grad_input=grad_gate)
+    return result
 
 
 class _SwiGlu(Function):
@@ -331,37 +394,53 @@ class _SwiGlu(Function):
 
 
 class _GatedProjection(Function):
-    """residual + lora(silu(gate) * up), (..., 2 x intermediate_size) -> (..., hidden_size). Keeps gate and up.
+    """residual + lora(silu(gate) * up), (..., 2 x intermediate_size) -> (..., hidden_size).
 
-    While it is recomputed it computes nothing: its output is the layer's, which nothing reads in a backward pass.
+    Keeps gate and up; with DoRA the product.
+
+    `leaves_out`: while it is recomputed it computes nothing but the mask of dropout. Its output is the layer's, which nothing
+    reads in a backward pass.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, gate_up: Tensor, residual: Tensor, is_recomputed: bool, lora: LinearWithLora, lora_A: Tensor, lora_B: Tensor
+        ctx: Any,
+        gate_up: Tensor,
+        residual: Tensor,
+        leaves_out: bool,
+        lora: LinearWithLora,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        _: Tensor | None,
     ) -> Tensor:
-        ctx.lora = lora
-        if is_recomputed and _is_in_backward():
-            ctx.save_for_backward(gate_up, lora_A, lora_B)
+        ctx.lora, ctx.leaves_out = lora, leaves_out
+        if leaves_out and _is_in_backward():
+            ctx.save_for_backward(gate_up, lora_A, lora_B, *lora.draw_masks(gate_up.shape[:-1].numel()))
             return torch.empty_like(residual)
         gate, up = gate_up.chunk(2, -1)
-        output, low_rank = lora.forward(silu(gate).mul_(up), lora_A, lora_B)
-        ctx.save_for_backward(gate_up, lora_A, lora_B, *(() if is_recomputed else (low_rank,)))
-        return output.add_(residual)
+        output, low_rank, kept = lora.forward(silu(gate).mul_(up), lora_A, lora_B)
+        ctx.save_for_backward(gate_up, lora_A, lora_B, *kept, *(() if leaves_out else (low_rank,)))
+        return output.add_(residual) if lora.magnitude is None else output + residual
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate_up, lora_A, lora_B, *low_ranks = ctx.saved_tensors
-        gate_up, rows = gate_up.detach(), grad.flatten(0, -2)
-        grad_low, grad_product = ctx.lora.backward(rows, lora_A, lora_B)
+        gate_up, lora_A, lora_B, *kept = ctx.saved_tensors
+        low_rank = None if ctx.leaves_out else kept.pop()
+        rows, grad_magnitude = ctx.lora.unscale(grad.flatten(0, -2), kept)
+        grad_low, grad_product = ctx.lora.backward(rows, lora_A, lora_B, kept)
+        gate_up = gate_up.detach()
         gate, up = gate_up.chunk(2, -1)
         activated = silu(gate)
         product = activated * up
-        (low_rank,) = low_ranks or (_scaled_product(ctx.lora.scaling, product.flatten(0, -2), lora_A.t()),)
-        grad_a, grad_b = torch.mm(grad_low.t(), product.flatten(0, -2)), torch.mm(rows.t(), low_rank)
-        grad_gate_up = _swiglu_backward(grad_product.view_as(product), gate_up, activated, product)
-        return grad_gate_up, grad, None, None, grad_a, grad_b
+        dropped = ctx.lora.mask(product.flatten(0, -2), kept)
+        if low_rank is None:
+            low_rank = _scaled_product(ctx.lora.scaling, dropped, lora_A.t())
+        grad_a, grad_b = torch.mm(grad_low.t(), dropped), torch.mm(rows.t(), low_rank)
+        del dropped
+        overwrites = grad_magnitude is None
+        grad_gate_up = _swiglu_backward(grad_product.view_as(product), gate_up, activated, product, overwrites=overwrites)
+        return grad_gate_up, grad, None, None, grad_a, grad_b, grad_magnitude
 
 
 class _Rotation(Function):

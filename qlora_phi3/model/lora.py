@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from qlora_phi3.errors import ModelError, first_line
-from qlora_phi3.model.layer import read_lora
+from qlora_phi3.model.layer import read_lora, square_rows
 from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM
 from qlora_phi3.model.weights import Weights, read_tensor
 from qlora_phi3.recipe.schema import Lora
@@ -48,6 +48,10 @@ def attach_adapter(model: PackedPhi3ForCausalLM, config: Lora) -> PeftModel:
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for layer in adapted.modules():
+        lora = read_lora(layer)
+        if lora is not None and lora.magnitude is not None:
+            layer.register_buffer("row_squares", square_rows(lora.dequantize()), persistent=False)
     fuse_lora_forward(adapted)
     return adapted
 
@@ -138,7 +142,8 @@ def fuse_lora_forward(model: nn.Module) -> None:
     Layers with dropout, DoRA or a bias on B keep PEFT's own forward, and so does every call with the adapter disabled or merged.
     """
     for layer in model.modules():
-        if read_lora(layer) is not None:
+        lora = read_lora(layer)
+        if lora is not None and lora.is_plain:
             layer.forward = _FusedLoraForward(layer, layer.forward)
 
 
@@ -152,7 +157,9 @@ class _FusedLoraForward:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of the base layer's output."""
         lora = read_lora(self.layer)
-        if args or kwargs or lora is None or not (x.dtype == lora.lora_A.dtype or torch.is_autocast_enabled(x.device.type)):
+        if args or kwargs or lora is None or not lora.is_plain:
+            return self.peft_forward(x, *args, **kwargs)
+        if x.dtype != lora.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
             return self.peft_forward(x, *args, **kwargs)
         base: Tensor = lora.base(x)
         low_rank = linear(x, lora.lora_A) * lora.scaling

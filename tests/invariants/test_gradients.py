@@ -8,6 +8,7 @@ from torch.autograd.graph import save_on_cpu
 
 from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.model import attention
+from qlora_phi3.model.layer import LinearWithLora
 from qlora_phi3.model.phi3 import Precision, set_checkpointing, set_mlp_tiles
 from qlora_phi3.recipe.schema import Lora
 from qlora_phi3.step import collate, evaluate, forward_backward
@@ -68,11 +69,20 @@ def test_checkpointing_is_really_on(folder):
     assert len(calls) == 2
 
 
-def calls_of_mlp(model):
+def calls_of_mlp(model, monkeypatch):
     """Grows by (tokens) with every call of the first layer's gate_up_proj."""
     calls = []
     layer = model.base_model.model.model.layers[0].mlp.gate_up_proj
-    getattr(layer, "base_layer", layer).register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[:-1].numel()))
+    base = getattr(layer, "base_layer", layer)
+    base.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[:-1].numel()))
+    usual = LinearWithLora.forward
+
+    def forward(lora, x, *weights):
+        if lora.base is base and lora.magnitude is not None:  # DoRA multiplies with the base's weight itself
+            calls.append(x.shape[:-1].numel())
+        return usual(lora, x, *weights)
+
+    monkeypatch.setattr(LinearWithLora, "forward", forward)
     return calls
 
 
@@ -85,7 +95,7 @@ def test_an_mlp_in_tiles_changes_neither_loss_nor_gradient(folder, monkeypatch, 
     loss, correct, expected, batch = run_step(model, plan)
     set_checkpointing(model, every, offload=offload)
     set_mlp_tiles(model, 100)
-    calls = calls_of_mlp(model)
+    calls = calls_of_mlp(model, monkeypatch)
     other_loss, other_correct, other, _ = run_step(model, plan)
     tokens = batch.micro_batches[0]["input_ids"].numel()
     assert (max(calls), sum(calls)) == (100, tokens + tokens)
@@ -108,10 +118,10 @@ def test_an_mlp_in_tiles_computes_in_bf16_as_a_whole_one_does(folder):
     assert relative_difference(expected, other) < 0.02
 
 
-def test_tiles_are_set_and_taken_back_at_any_time(folder):
+def test_tiles_are_set_and_taken_back_at_any_time(folder, monkeypatch):
     model = load_tiny(folder)
     loss, _, expected, batch = run_step(model, PACKED)
-    calls = calls_of_mlp(model)
+    calls = calls_of_mlp(model, monkeypatch)
     for tokens, longest in ((100, 100), (64, 64), (0, 320), (100, 100), (0, 320)):
         calls.clear()
         set_mlp_tiles(model, tokens)
@@ -125,13 +135,19 @@ def test_tiles_are_set_and_taken_back_at_any_time(folder):
 
 
 @pytest.mark.parametrize("every", [0, 1])
-def test_with_dropout_a_tile_drops_the_same_when_it_is_recomputed(folder, every):
+def test_with_dropout_a_tile_drops_the_same_when_it_is_recomputed(folder, monkeypatch, every):
     model = load_tiny(folder, lora=Lora(r=8, lora_dropout=0.3))
     set_checkpointing(model, every)
     set_mlp_tiles(model, 100)
-    dropped = []
-    layer = model.base_model.model.model.layers[0].mlp.down_proj
-    layer.lora_A["default"].register_forward_pre_hook(lambda _, args: dropped.append(args[0].detach().clone()))
+    dropped, usual = [], LinearWithLora.draw_masks
+    base = model.base_model.model.model.layers[0].mlp.down_proj.base_layer
+
+    def draw_masks(lora, rows):
+        masks = usual(lora, rows)
+        dropped.extend(masks if lora.base is base else ())
+        return masks
+
+    monkeypatch.setattr(LinearWithLora, "draw_masks", draw_masks)
     run_step(model, PACKED)
     first, again = dropped[:4], dropped[4:]
     assert len(again) == 4

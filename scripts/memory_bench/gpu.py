@@ -238,10 +238,11 @@ def _measure_freely(case: Case, gpu: BenchGpu, idle_bytes: int | None) -> GpuTru
 
 
 def _fits(case: Case, gpu: BenchGpu, cap: int) -> bool:
-    """Whether everything gets through under this limit."""
+    """Whether everything gets through under this limit, and a second step, which finds a cache that is fragmented."""
     gpu.cap(cap)
     try:
-        _load_and_go(case, gpu, _Phases(gpu))
+        model, optimizer = _load_and_go(case, gpu, _Phases(gpu))
+        go_once(model, case, _Phases(gpu), optimizer)
     except (RuntimeError, MemoryError, MicroBatchMemoryError) as error:
         if not _ran_out(error):
             raise

@@ -25,7 +25,7 @@ CHECKPOINTING = (0, 16, 8, 6, 4, 3, 2, 1)
 SMALL_LOGITS_TILE_BYTES = 8 * 2**20
 #: What the small tile saves at most: fp32 logits, their exponentials and gradient, and the 16-bit ones.
 SMALL_LOGITS_SAVE_BYTES = 4 * (DEFAULT_LOGITS_TILE_BYTES - SMALL_LOGITS_TILE_BYTES)
-#: A larger micro-batch must make a step this much faster to be worth its memory.
+#: A larger micro-batch must make a step this much faster to be worth its memory, and one for which layers are recomputed too.
 WORTH = 1.02
 #: A kind that seems to miss by no more than this is simulated in full before it is given up.
 NEARLY_FITS = 1.015
@@ -113,7 +113,7 @@ class _Search:
         #: Plans, and whether they were sized; else they stand for the best that their kind could do.
         waiting = [(self._with_tokens(kind, self.most), False) for kind in kinds]
         while waiting:
-            execution, is_sized = best = min(waiting, key=lambda each: self._least_seconds(each[0]))
+            execution, is_sized = best = min(waiting, key=lambda each: self._rank(each[0]))
             if self._least_seconds(execution) < self._time_step(execution):
                 continue  # now that its kernels are counted
             waiting.remove(best)
@@ -217,6 +217,10 @@ class _Search:
 
     def _phases(self, execution: ExecutionPlan) -> Mapping[str, int]:
         return self.predictor.estimate(execution, step_shape(self.rows, execution))
+
+    def _rank(self, execution: ExecutionPlan) -> float:
+        """Seconds, by which plans are ordered: as a larger micro-batch must be, recomputation must be worth it."""
+        return self._least_seconds(execution) * (WORTH if execution.checkpoint_every or execution.mlp_tile_tokens else 1)
 
     def _least_seconds(self, execution: ExecutionPlan) -> float:
         """The time of a typical step; where it was not simulated with the MLPs in tiles, what it takes at least.

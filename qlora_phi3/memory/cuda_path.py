@@ -244,7 +244,8 @@ def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> It
         return usual_softmax(values, dim, dtype=dtype)
 
     def takes_packs(_: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-        return dtype.itemsize == 2 and head_size <= 192 and capability >= (8, 0)
+        is_built = torch.version.cuda is None or torch.backends.cuda.is_flash_attention_available()  # a CPU build does not know
+        return is_built and dtype.itemsize == 2 and head_size <= 192 and capability >= (8, 0)
 
     with (
         patch.object(qlora_phi3.model.attention, "CPU_SCORES_BYTES", 0),

@@ -103,10 +103,11 @@ def _takes_groups(query: Tensor) -> bool:
 
 def takes_packs(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
     """Whether the flash kernel can attend to packed documents (flash_attn/flash_api.cpp; of larger heads some GPUs have no
-    backward pass). The memory simulation replaces this function and the next two.
+    backward pass), and this torch has it. The memory simulation replaces this function and the next two.
     """
+    is_built = torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
     fits = dtype.itemsize == 2 and head_size <= 192
-    return fits and device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return is_built and fits and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend_pack_forward(

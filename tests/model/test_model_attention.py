@@ -88,6 +88,9 @@ def test_one_kernel_for_a_pack_gives_the_gradients_of_one_document_at_a_time(tmp
 def test_the_kernel_for_packs_is_taken_on_a_gpu_in_16_bit_alone(monkeypatch):
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    assert not attention.takes_packs(gpu, torch.bfloat16, 96)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     assert attention.takes_packs(gpu, torch.bfloat16, 96)
     assert not attention.takes_packs(cpu, torch.bfloat16, 96)
     assert not attention.takes_packs(gpu, torch.float32, 96)

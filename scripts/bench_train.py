@@ -53,13 +53,13 @@ class Contender:
 #: "fp32-peers": the peers as on a processor without bf16. "equal": one setting for all.
 CONFIGURATIONS = {
     "defaults": (
-        Contender("qlora-phi3", "nf4", "bfloat16", "on"),
+        Contender("qlora-phi3", "nf4", "bfloat16", "auto"),
         Contender("unsloth", "nf4", "bfloat16", "on"),
         Contender("unsloth", "none", "bfloat16", "on"),
         Contender("trl", "nf4", "bfloat16", "on"),
     ),
     "fp32-peers": (
-        Contender("qlora-phi3", "nf4", "bfloat16", "on"),
+        Contender("qlora-phi3", "nf4", "bfloat16", "auto"),
         Contender("unsloth", "nf4", "float32", "on"),
         Contender("unsloth", "none", "float32", "on"),
         Contender("trl", "none", "float32", "on"),

@@ -30,7 +30,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, required=True, help="empty folder for whatever the tool writes")
     parser.add_argument("--quantization", choices=("nf4", "none"), required=True)
     parser.add_argument("--compute", choices=("float32", "bfloat16"), required=True)
-    parser.add_argument("--checkpointing", choices=("on", "off"), required=True)
+    parser.add_argument("--checkpointing", choices=("on", "off", "auto"), required=True)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--core", type=int, help="run on this core only, where the system can")

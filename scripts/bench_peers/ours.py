@@ -54,7 +54,7 @@ def write_recipe() -> Path:
         max_rows=arguments.max_rows,
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
-        checkpointing=json.dumps(arguments.checkpointing == "on"),
+        checkpointing=json.dumps({"on": True, "off": False}.get(arguments.checkpointing, "auto")),
         output=json.dumps(str(arguments.work / "runs")),
     )
     path = arguments.work / "bench.toml"

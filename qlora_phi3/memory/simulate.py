@@ -127,10 +127,12 @@ def simulate(
     kernels = following_cuda(tracker, capability=capability) if path == "cuda" else nullcontext()
     with _fake_tensors(tracker), tracker, kernels, _no_collector():
         skeleton.neftune_noise_alpha = recipe.training.neftune_noise_alpha
+        workspace = matmul_workspace_bytes(capability)  # one of the forward and one of the backward pass
+        if path == "cuda" and recipe.lora.use_dora:  # PEFT multiplies A and B of DoRA while it attaches them
+            tracker.track_bytes(workspace, CUBLAS_WORKSPACE)
         model = _load(skeleton, recipe.lora, execution, tracker)
-        if path == "cuda":
-            for _ in range(2):  # of the forward and of the backward pass
-                tracker.track_bytes(matmul_workspace_bytes(capability), CUBLAS_WORKSPACE)
+        for _ in range(2 - recipe.lora.use_dora if path == "cuda" else 0):
+            tracker.track_bytes(workspace, CUBLAS_WORKSPACE)
         run_one_step(
             model,
             [_without_storage(batch) for batch in batches],

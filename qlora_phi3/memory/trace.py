@@ -85,7 +85,8 @@ class Trace:
         """
         begin, end = self.phases["update"], self.phases["end"]
         workspaces = [event for event in self.events if self.categories[event[0]] == CUBLAS_WORKSPACE]
-        places = dict(zip((self.first_products.get(phase) for phase in ("forward", "backward")), workspaces, strict=False))
+        phases = "load" if "load" in self.first_products else "forward", "backward"
+        places = dict(zip((self.first_products.get(phase) for phase in phases), workspaces, strict=False))
         first = []
         for index, event in enumerate(self.events[:end]):
             if index in places:

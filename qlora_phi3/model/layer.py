@@ -45,11 +45,6 @@ class LinearWithLora:
     magnitude: Tensor | None  #: of DoRA, (out_features,)
     row_squares: Tensor | None  #: of DoRA, (out_features,) fp32: `square_rows` of the base's weight
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it has neither dropout nor DoRA."""
-        return not self.dropout and self.magnitude is None
-
     def dequantize(self) -> Tensor:
         """The base's weight, (out_features, in_features)."""
         weight = self.base.weight
@@ -179,7 +174,7 @@ class LeanDecoderLayer(Phi3DecoderLayer):  # type: ignore[misc]
     def _attend(self, x: Tensor, mask: Tensor | None, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any) -> Tensor:
         """x + attention(norm(x)), (rows, length, hidden_size)."""
         attention, norm = self.self_attn, self.input_layernorm
-        loras = _read_loras(x, attention.qkv_proj, attention.o_proj) if _is_plain_norm(norm, x) else None
+        loras = read_loras(x, attention.qkv_proj, attention.o_proj) if _is_plain_norm(norm, x) else None
         if loras is None:
             qkv = attention.qkv_proj(_normalize(norm, x))
         else:
@@ -208,7 +203,7 @@ class LeanDecoderLayer(Phi3DecoderLayer):  # type: ignore[misc]
         mlp, norm = self.mlp, self.post_attention_layernorm
         if not is_lean or self.config.hidden_act != "silu":
             return cast(Tensor, x + self.resid_mlp_dropout(mlp(norm(x))))
-        loras = _read_loras(x, mlp.gate_up_proj, mlp.down_proj) if _is_plain_norm(norm, x) else None
+        loras = read_loras(x, mlp.gate_up_proj, mlp.down_proj) if _is_plain_norm(norm, x) else None
         if loras is None:
             product = _SwiGlu.apply(mlp.gate_up_proj(_normalize(norm, x)))  # type: ignore[no-untyped-call]
             return cast(Tensor, x + mlp.down_proj(product))
@@ -227,7 +222,7 @@ def _normalize(norm: nn.Module, x: Tensor) -> Tensor:
     return cast(Tensor, _RmsNorm.apply(x, norm.weight, norm.variance_epsilon))  # type: ignore[no-untyped-call]
 
 
-def _read_loras(x: Tensor, *layers: nn.Module) -> list[tuple[LinearWithLora, Tensor, Tensor, Tensor | None]] | None:
+def read_loras(x: Tensor, *layers: nn.Module) -> list[tuple[LinearWithLora, Tensor, Tensor, Tensor | None]] | None:
     """The layers' parts, with A and B in the dtype of `x` and DoRA's magnitude, if all are read and have that dtype."""
     kind = x.device.type
     is_autocast = torch.is_autocast_enabled(kind)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from qlora_phi3.errors import ModelError, first_line
-from qlora_phi3.model.layer import read_lora, square_rows
+from qlora_phi3.model.layer import read_lora, read_loras, square_rows
 from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM
 from qlora_phi3.model.weights import Weights, read_tensor
 from qlora_phi3.recipe.schema import Lora
@@ -137,13 +137,13 @@ def measure_coverage(model: PeftModel) -> Coverage:
 
 
 def fuse_lora_forward(model: nn.Module) -> None:
-    """Make every plain LoRA layer of a PEFT model add its update by `addmm`.
+    """Make every plain LoRA layer of a PEFT model add its update by `addmm`, and DoRA without gradients need no B A.
 
-    Layers with dropout, DoRA or a bias on B keep PEFT's own forward, and so does every call with the adapter disabled or merged.
+    Layers with dropout or a bias on B keep PEFT's own forward, and so does every call with the adapter disabled or merged.
     """
     for layer in model.modules():
         lora = read_lora(layer)
-        if lora is not None and lora.is_plain:
+        if lora is not None and not lora.dropout:
             layer.forward = _FusedLoraForward(layer, layer.forward)
 
 
@@ -157,8 +157,11 @@ class _FusedLoraForward:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of the base layer's output."""
         lora = read_lora(self.layer)
-        if args or kwargs or lora is None or not lora.is_plain:
+        if args or kwargs or lora is None or lora.dropout:
             return self.peft_forward(x, *args, **kwargs)
+        if lora.magnitude is not None:
+            loras = None if torch.is_grad_enabled() else read_loras(x, self.layer)
+            return self.peft_forward(x) if loras is None else lora.forward(x, *loras[0][1:3])[0]
         if x.dtype != lora.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
             return self.peft_forward(x, *args, **kwargs)
         base: Tensor = lora.base(x)

@@ -1,7 +1,10 @@
 """The adapter covers the layers it names, and its fused forward is PEFT's."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
 from tiny_model import FP32, gradients, load_tiny, relative_difference
 
 from qlora_phi3.errors import ModelError
@@ -56,9 +59,23 @@ def test_the_update_in_one_matmul_is_pefts(folder, four_bit, lora):
     assert relative_difference(theirs, ours) < 1e-5
 
 
-@pytest.mark.parametrize("lora", [Lora(r=8, lora_dropout=0.1), Lora(r=8, use_dora=True)])
-def test_dropout_and_dora_keep_pefts_own_forward(folder, lora):
+@pytest.mark.parametrize("lora", [Lora(r=8, lora_dropout=0.1), Lora(r=8, lora_dropout=0.1, use_dora=True)])
+def test_dropout_keeps_pefts_own_forward(folder, lora):
     assert fused_layers(load_tiny(folder, lora=lora)) == []
+
+
+def test_dora_without_gradients_multiplies_as_peft_does_without_the_product_of_its_matrices(folder):
+    model, sizes = load_tiny(folder, lora=Lora(r=8, use_dora=True)).eval(), []
+    norms = DoraLinearLayer.get_lora_weight
+    ids = torch.randint(3, 512, (1, 20))
+    with torch.no_grad(), patch.object(DoraLinearLayer, "get_lora_weight", lambda *a, **k: sizes.append(1) or norms(*a, **k)):
+        logits = model(input_ids=ids).logits
+        assert sizes == []
+        for layer in fused_layers(model):
+            del layer.forward
+        expected = model(input_ids=ids).logits
+        assert len(sizes) == 4 * 2
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_disabled_adapter_leaves_the_base(folder):

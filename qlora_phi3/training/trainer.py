@@ -41,9 +41,8 @@ from qlora_phi3.reporter import EvalRecord, Phase, StepRecord
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.step import Batch, evaluate, forward_backward
 from qlora_phi3.training.artifacts import damage, write_manifest
-from qlora_phi3.training.callbacks import MetricsWriter, SaveByTime, SpillWatch, StopOnRequest
+from qlora_phi3.training.callbacks import EarlyStopping, MetricsWriter, SaveByTime, SpillWatch, StopOnRequest
 from qlora_phi3.training.divergence import DivergenceGuard, check_evaluation
-from qlora_phi3.training.early_stopping import EarlyStopping
 from qlora_phi3.training.oom import MemoryGuard
 from qlora_phi3.training.prepare import RunContext
 from qlora_phi3.training.processes import add_up_gradients, count_processes, gather, own_rank

@@ -11,7 +11,7 @@ from transformers import TrainerControl, TrainerState
 from workshop import Workshop, call, read_json, read_lines
 
 from qlora_phi3.runfolder import RunFolder, write_report
-from qlora_phi3.training.early_stopping import BEST, EarlyStopping
+from qlora_phi3.training.callbacks import BEST, EarlyStopping
 from qlora_phi3.training.trainer import Phi3Trainer
 
 #: Held-out loss by step: lowest after step 4.

@@ -35,6 +35,8 @@ COMMANDS = {
     "qlora-phi3 export runs/my/latest --ollama my-phi3": "",
     f"qlora-phi3 adapter convert {RUN} lora.pt --to loralib": "",
     "qlora-phi3 recipe check my.toml": "",
+    "qlora-phi3 cache": "",
+    "qlora-phi3 cache clean bases": "--yes",
 }
 #: Those that need the hub, a real model's memory simulated, or another program's adapter: tests of their own run the like.
 NOT_RUN = (
@@ -64,7 +66,7 @@ def folder(tmp_path_factory, base):
         patch.chdir(path)
         Workshop(path, base).write(name="my.toml")
         patch.setattr("qlora_phi3.cli.export.shutil.which", lambda _: None)
-        for variable in ("XDG_STATE_HOME", "LOCALAPPDATA"):
+        for variable in ("XDG_CACHE_HOME", "XDG_STATE_HOME", "LOCALAPPDATA"):
             patch.setenv(variable, str(path / "state"))
         yield path
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from workshop import Workshop, build_base, call, read_json
 
 from qlora_phi3.data.template import TEMPLATE_DIR
+from qlora_phi3.runfolder import RunFolder, write_report
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
@@ -78,7 +79,7 @@ def edit_alpha(adapter):
 def forget_adapter(run):
     """The run as an older version left it."""
     report = read_json(run / "report.json")
-    write_json(run / "report.json", {key: value for key, value in report.items() if key != "adapter"})
+    write_report(RunFolder(run), {key: value for key, value in report.items() if key != "adapter"})
 
 
 def test_a_run_notes_down_the_checksums_of_the_adapter_it_wrote(done):

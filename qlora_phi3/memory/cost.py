@@ -27,6 +27,8 @@ BANDWIDTH_SHARE: Mapping[str, float] = {"matmul": 0.7, "attention": 0.7, "dequan
 OFFLOAD_BYTES_PER_SECOND = 9e9
 #: From the end of one kernel to the begin of the next, an assumption.
 LAUNCH_SECONDS = 5e-6
+#: When the allocator empties its cache to stay below its limit: the host waits for the GPU, returns its segments and maps others.
+FLUSH_SECONDS = 10e-3  # an assumption too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +85,8 @@ class StepWorkload:
     #: Tokens of each row of a typical step.
     lengths: Sequence[int]
     num_micro_batches: int
+    #: Times that the allocator empties its cache in each.
+    cache_flushes: int = 0
     #: With padding.
     tokens: int
     #: Sum of the squares of its rows' tokens, with padding.
@@ -120,6 +124,7 @@ def estimate_step(step: StepKernels, workload: StepWorkload, gpu: GpuLimits, *, 
     number = workload.num_micro_batches
     passes = _estimate_pass(step, workload.tokens / number, workload.squares / number, gpu, trains=trains)
     update = _estimate(step.update, gpu) if trains else {}
+    passes["launch"] += workload.cache_flushes * FLUSH_SECONDS
     kinds = passes.keys() | update.keys()
     return StepSeconds(**{kind: number * passes.get(kind, 0.0) + update.get(kind, 0.0) for kind in kinds})
 

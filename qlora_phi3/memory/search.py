@@ -145,7 +145,8 @@ class _Search:
             execution = replace(execution, optim=self.optimizers[-1])
             prediction = self.predictor.predict(execution, shape, limit_bytes=limit_bytes)
         recipe, kernels = self.predictor.recipe, self._step_kernels(execution)
-        workload, held_out = self._workload(execution), self._held_out(execution)
+        flushes = -(-prediction.memory.cache_flushes // 2)  # two steps are replayed
+        workload, held_out = replace(self._workload(execution), cache_flushes=flushes), self._held_out(execution)
         return Plan(
             execution=prediction.execution,
             memory=prediction.memory,

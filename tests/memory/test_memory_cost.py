@@ -1,11 +1,14 @@
 """The steps and evaluations of a run, counted by hand and by running it; the time of a step, worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 from workshop import read_lines
 
 from qlora_phi3.memory.cost import (
     ARITHMETIC_SHARE,
     BANDWIDTH_SHARE,
+    FLUSH_SECONDS,
     LAUNCH_SECONDS,
     GpuLimits,
     Kernel,
@@ -78,6 +81,12 @@ def test_products_grow_with_the_tokens_attention_with_their_squares_and_dequanti
     assert twice.dequantize == pytest.approx(2 * once.dequantize)
     assert twice.elementwise == once.elementwise  # of the update alone
     assert twice.launch == pytest.approx(2 * once.launch - LAUNCH_SECONDS)
+
+
+def test_each_emptying_of_the_allocators_cache_costs_a_wait():
+    step, work = step_kernels(forward={PRODUCT: 1}), workload(3000, num_micro_batches=3)
+    usual, near_the_limit = (estimate_step(step, replace(work, cache_flushes=count), GPU) for count in (0, 5))
+    assert near_the_limit.launch - usual.launch == pytest.approx(3 * 5 * FLUSH_SECONDS)
 
 
 def test_an_evaluation_is_the_forward_pass_alone():

@@ -25,7 +25,7 @@ def test_every_remedy_is_reached_and_the_run_goes_on_with_the_same_batches(workp
     assert [(record["step"], record["remedy"]) for record in records] == REMEDIES
     # What was allocated when memory ran out, not what is left after the stack has unwound: nearly all that there was.
     unused = [HELD_MIB + LEFT[record["step"]] - record["allocated_bytes"] / MIB for record in records]
-    assert all(0 < mib < 80 for mib in unused), unused
+    assert all(0 < mib < 130 for mib in unused), unused  # the request that failed was that large
     assert stopped.exit_code == UserError.exit_code
     assert "chats.jsonl:1 with its 3,990 tokens does not fit in the memory of NVIDIA GeForce RTX 3060: step 5" in stopped.error
     assert "Close other programs that use this memory and go on with --resume" in stopped.error

@@ -151,7 +151,8 @@ def evaluate_model(inference: InferenceModel, data: EvalRows, settings: EvalSett
         notes.append("With so few rows these are rough figures.")
     if settings.rows and not questions:
         notes.append("Nothing was generated: no row has a prompt and a complete answer.")
-    if empty := sum(not row["tuned"] for row in shown):
+    empty = sum(not row["tuned"] for row in shown)
+    if empty:
         notes.append(f"{empty} of {len(shown)} answers are empty: the model ends its turn at once.")
     same = sum(row["base"] == row["tuned"] for row in shown) if has_adapter else 0
     if 2 * same > len(shown):
@@ -159,9 +160,10 @@ def evaluate_model(inference: InferenceModel, data: EvalRows, settings: EvalSett
             f"{same} of {len(shown)} answers are the base's, word for word: train longer, or with a larger learning_rate."
         )
     metrics = compare(measured[sides[0]], measured["tuned"], settings.seed)
+    answers = {"same_answers": 0 < same == len(shown), "mostly_empty": 2 * empty > len(shown)}
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "verdict": judge(metrics, has_adapter=has_adapter, same_answers=0 < same == len(shown)),
+        "verdict": judge(metrics, has_adapter=has_adapter, **answers),
         "has_adapter": has_adapter,
         "data": {"name": data.name, "sha256": data.sha256, "rows": len(data.rows), "questions": len(questions), "notes": notes},
         "settings": asdict(settings),
@@ -308,8 +310,12 @@ def bootstrap_interval(differences: NDArray[np.float64], weights: NDArray[np.flo
     return float(low), float(high)
 
 
-def judge(metrics: Mapping[str, Mapping[str, Any]], *, has_adapter: bool, same_answers: bool = False) -> str:
-    """The result in one line. Loss and ROUGE-L decide, each where its interval has no zero, unless all answers are the base's."""
+def judge(
+    metrics: Mapping[str, Mapping[str, Any]], *, has_adapter: bool, same_answers: bool = False, mostly_empty: bool = False
+) -> str:
+    """The result in one line. Loss and ROUGE-L decide, each where its interval has no zero, unless all answers are the base's, or
+    most are empty.
+    """
     loss, rouge, ends = metrics["loss"], metrics.get("rougeL"), metrics.get("ended_by_itself")
     ended = f"; {ends['tuned']:.0%} of the answers end by themselves" if ends else ""
     if not has_adapter:
@@ -317,6 +323,6 @@ def judge(metrics: Mapping[str, Mapping[str, Any]], *, has_adapter: bool, same_a
     is_better = loss["high"] < 0 or (rouge is not None and rouge["low"] > 0)
     is_worse = loss["low"] > 0 or (rouge is not None and rouge["high"] < 0)
     word = ("Mixed" if is_worse else "Better") if is_better else "Worse" if is_worse else "No clear difference"
-    word = "The same answers as the base's" if same_answers else word
+    word = "The same answers as the base's" if same_answers else "Most answers are empty" if mostly_empty else word
     answers = f"; ROUGE-L {rouge['difference']:+.1f} ({rouge['low']:+.1f} to {rouge['high']:+.1f})" if rouge else ""
     return f"{word}: held-out loss {loss['tuned']:.2f} against {loss['base']:.2f}{answers}{ended}."

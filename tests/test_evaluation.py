@@ -291,3 +291,9 @@ def test_the_command_writes_nothing_about_a_base_without_a_name(base, tmp_path):
     assert shown.exit_code == 0, shown.stderr
     assert sorted(base.iterdir()) == before
     assert read_json(tmp_path / "figures.json")["has_adapter"] is False
+
+
+def test_answers_of_which_most_are_empty_are_not_called_better():
+    metrics = {"loss": metric(4.38, 2.40, -2.1, -1.9), "ended_by_itself": metric(0.1, 0.98, 0.8, 0.9)}
+    assert judge(metrics, has_adapter=True).startswith("Better: ")
+    assert judge(metrics, has_adapter=True, mostly_empty=True).startswith("Most answers are empty: held-out loss ")

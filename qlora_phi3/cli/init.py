@@ -192,7 +192,7 @@ def _show(summary: "DataSummary", options: "Sequence[ModelOption]", chosen: "Mod
     echo(f"{format_count(len(lengths), 'usable row')} of format {summary.format}")
     if summary.format == "text":
         echo("That is plain text: the model learns to continue it, not to answer. Chats have questions and answers.")
-    echo(f"Tokens: half have at most {lengths[len(lengths) // 2]:,}, the longest {lengths[0]:,}{counted}")
+    echo(f"Tokens: half have at most {lengths[(len(lengths) - 1) // 2]:,}, the longest {lengths[0]:,}{counted}")
     if summary.data.fields:
         echo("Columns: " + ", ".join(f"{theirs!r} is the {ours}" for ours, theirs in summary.data.fields.items()))
     if summary.duplicates:

@@ -379,7 +379,7 @@ def show_export(view: ConsoleReporter, exported: "Exported", *, for_ollama: bool
     if exported.gguf is not None:
         for note in exported.gguf.notes:
             view.info(note)
-        view.info(f"Try it: llama-cli -m {exported.gguf.path}")
+        view.info(f"Try it: llama-cli -m {quoted(exported.gguf.path)}")
         if not for_ollama:
             name = exported.gguf.path.stem
             view.info(f"Ollama: ollama create {name} -f {shlex.quote(str(exported.folder / 'Modelfile'))}")

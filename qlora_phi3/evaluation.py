@@ -160,10 +160,10 @@ def evaluate_model(inference: InferenceModel, data: EvalRows, settings: EvalSett
             f"{same} of {len(shown)} answers are the base's, word for word: train longer, or with a larger learning_rate."
         )
     metrics = compare(measured[sides[0]], measured["tuned"], settings.seed)
-    answers = {"same_answers": 0 < same == len(shown), "mostly_empty": 2 * empty > len(shown)}
+    is_same, is_empty = 0 < same == len(shown), 2 * empty > len(shown)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "verdict": judge(metrics, has_adapter=has_adapter, **answers),
+        "verdict": judge(metrics, has_adapter=has_adapter, same_answers=is_same, mostly_empty=is_empty),
         "has_adapter": has_adapter,
         "data": {"name": data.name, "sha256": data.sha256, "rows": len(data.rows), "questions": len(questions), "notes": notes},
         "settings": asdict(settings),

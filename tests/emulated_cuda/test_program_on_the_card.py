@@ -61,8 +61,8 @@ def test_a_run_whose_second_micro_batch_finds_gradients_takes_what_is_planned(wo
     predicted, measured = memory["predicted"], memory["measured"]
     assert predicted["peak_phase"] == peak
     assert -0.001 < predicted["allocated_bytes"] / measured["allocated_bytes"] - 1 < 0.001
-    # One segment of 20 MiB: with one kernel for a pack of 1,950 tokens and their padding the run needs one less than predicted.
-    assert -0.01 < predicted["reserved_bytes"] / measured["reserved_bytes"] - 1 < 0.02
+    # With one kernel for a pack and its padding a run needs one segment of 20 MiB more or less than predicted.
+    assert -0.02 < predicted["reserved_bytes"] / measured["reserved_bytes"] - 1 < 0.02
 
 
 @pytest.mark.slow

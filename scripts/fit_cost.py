@@ -2,7 +2,8 @@
 
 Every row of benchmarks/published.csv is simulated as a phi3 model of the same shapes, and memory/cost.py times its step. Programs
 whose layers are transformers' do more element-wise work than ours: as much more as was counted on an emulated GPU. Offloading
-counts nothing, as these programs do it while they compute. Rows that are not `fitted` took no part in choosing the shares.
+counts nothing, as these programs do it while they compute. The shares were chosen after seeing all rows: `fitted` only divides
+them, and the rows without it are no unseen sample.
 """
 
 import csv

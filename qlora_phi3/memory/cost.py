@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["matmul", "attention", "dequantize", "elementwise", "offload"]
 
-#: Share of the GPU's stated 16-bit rate that matrix products reach: chosen on eight speeds that other people published, of which
-#: the median is then 1.05 (scripts/fit_cost.py, docs/performance.md). None of them is ours.
+#: Share of the GPU's stated 16-bit rate that matrix products reach: chosen after seeing 14 speeds that other people published, of
+#: which the median is then 1.01 (scripts/fit_cost.py, docs/performance.md). None of them is ours, and none was kept unseen.
 ARITHMETIC_SHARE = 0.75
 #: And of its bandwidth. Dequantization had 0.44, 0.38 and 0.32 on an RTX 3050 Laptop, an RTX 5070 Laptop and an A100; the others
 #: are assumptions.

@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 
 Kind = Literal["matmul", "attention", "dequantize", "elementwise", "offload"]
 
-#: Share of the GPU's stated 16-bit rate that matrix products reach: chosen after seeing 14 speeds that other people published, of
-#: which the median is then 1.01 (scripts/fit_cost.py, docs/performance.md). None of them is ours, and none was kept unseen.
-ARITHMETIC_SHARE = 0.75
-#: And of its bandwidth. Dequantization had 0.44, 0.38 and 0.32 on an RTX 3050 Laptop, an RTX 5070 Laptop and an A100; the others
-#: are assumptions.
-BANDWIDTH_SHARE: Mapping[str, float] = {"matmul": 0.7, "attention": 0.7, "dequantize": 0.4, "elementwise": 0.7}
+#: Share of the GPU's stated 16-bit rate that matrix products reach: of GPUs that halve the rate of their tensor cores when they sum in
+#: fp32, as GeForce does (up to HALVED_TFLOPS for each multiprocessor), and of those that do not. This and the next three were
+#: fitted to 22 speeds that other people published and held against 19 others (scripts/fit_cost.py, docs/performance.md).
+ARITHMETIC_SHARE, FULL_RATE_ARITHMETIC_SHARE = 0.85, 0.65
+HALVED_TFLOPS = 1.5
+#: And of its bandwidth. Dequantization had 0.44, 0.38 and 0.32 on an RTX 3050 Laptop, an RTX 5070 Laptop and an A100; that of matrix
+#: products and attention are assumptions.
+BANDWIDTH_SHARE: Mapping[str, float] = {"matmul": 0.7, "attention": 0.7, "dequantize": 0.4, "elementwise": 0.9}
+#: From the end of one kernel to the begin of the next, and what the host needs to start one: the longer of both sums counts.
+LAUNCH_SECONDS, HOST_SECONDS = 2e-6, 30e-6
 #: Bytes a second between host and GPU, pinned memory, PCIe 4.0 x8 (16 GB/s stated): one published run on a laptop had 9.4.
 OFFLOAD_BYTES_PER_SECOND = 9e9
-#: From the end of one kernel to the begin of the next, an assumption.
-LAUNCH_SECONDS = 5e-6
 #: When the allocator empties its cache to stay below its limit: the host waits for the GPU, returns its segments and maps others.
 FLUSH_SECONDS = 10e-3  # an assumption too
 
@@ -39,6 +41,13 @@ class GpuLimits:
     limit_bytes: int
     tflops_16bit: float
     bandwidth_bytes_per_second: float
+    multiprocessors: int
+
+    @property
+    def flops_per_second(self) -> float:
+        """What matrix products reach."""
+        halved = self.tflops_16bit <= HALVED_TFLOPS * self.multiprocessors
+        return self.tflops_16bit * 1e12 * (ARITHMETIC_SHARE if halved else FULL_RATE_ARITHMETIC_SHARE)
 
 
 class Kernel(NamedTuple):
@@ -95,7 +104,7 @@ class StepWorkload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSeconds:
-    """Where time goes, by kind of kernel; `launch` is what lies between kernels."""
+    """Where time goes, by kind of kernel; `launch` is what lies between kernels, when the GPU waits for the host too."""
 
     matmul: float = 0.0
     attention: float = 0.0
@@ -122,8 +131,8 @@ def add_kernels(*parts: tuple[float, Kernels]) -> Kernels:
 def estimate_step(step: StepKernels, workload: StepWorkload, gpu: GpuLimits, *, trains: bool = True) -> StepSeconds:
     """The time of one optimizer step with a GPU; or of an evaluation of these tokens, forward alone."""
     number = workload.num_micro_batches
-    passes = _estimate_pass(step, workload.tokens / number, workload.squares / number, gpu, trains=trains)
-    update = _estimate(step.update, gpu) if trains else {}
+    passes = _wait_for_host(_estimate_pass(step, workload.tokens / number, workload.squares / number, gpu, trains=trains))
+    update = _wait_for_host(_estimate(step.update, gpu)) if trains else {}
     passes["launch"] += workload.cache_flushes * FLUSH_SECONDS
     kinds = passes.keys() | update.keys()
     return StepSeconds(**{kind: number * passes.get(kind, 0.0) + update.get(kind, 0.0) for kind in kinds})
@@ -141,16 +150,22 @@ def _estimate_pass(step: StepKernels, tokens: float, squares: float, gpu: GpuLim
     return seconds
 
 
+def _wait_for_host(seconds: dict[str, float]) -> dict[str, float]:
+    """With what the GPU waits for the host, which starts all of these kernels."""
+    launches = seconds.get("launch", 0.0)
+    waits = launches / LAUNCH_SECONDS * HOST_SECONDS - sum(seconds.values())
+    return seconds | {"launch": launches + max(0.0, waits)}
+
+
 def _estimate(kernels: Kernels, gpu: GpuLimits, tokens_ratio: float = 1.0, squares_ratio: float = 1.0) -> dict[str, float]:
     """Seconds by kind. The kernels were counted for another number of tokens: what grows with it grows by these ratios."""
-    arithmetic = gpu.tflops_16bit * 1e12 * ARITHMETIC_SHARE
     seconds: defaultdict[str, float] = defaultdict(float)
     for (kind, flops, activations, weights), count in kernels.items():
         num_bytes = activations * tokens_ratio + weights
         if kind == "offload":
             seconds[kind] += count * num_bytes / OFFLOAD_BYTES_PER_SECOND
             continue
-        computing = flops * (squares_ratio if kind == "attention" else tokens_ratio) / arithmetic
+        computing = flops * (squares_ratio if kind == "attention" else tokens_ratio) / gpu.flops_per_second
         moving = num_bytes / (gpu.bandwidth_bytes_per_second * BANDWIDTH_SHARE[kind])
         seconds[kind] += count * max(computing, moving)
         seconds["launch"] += count * LAUNCH_SECONDS

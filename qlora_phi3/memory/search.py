@@ -50,7 +50,7 @@ def find_plan(predictor: Predictor, rows: RowLengths, limits: GpuLimits, *, prog
 
 def minimal_memory_plan(predictor: Predictor, rows: RowLengths) -> tuple[ExecutionPlan, StepShape]:
     """The plan that needs least memory of all that the recipe allows, on any GPU, and its heaviest step."""
-    no_limits = GpuLimits(limit_bytes=0, tflops_16bit=1, bandwidth_bytes_per_second=1)
+    no_limits = GpuLimits(limit_bytes=0, tflops_16bit=1, bandwidth_bytes_per_second=1, multiprocessors=1)
     execution = _Search(predictor, rows, no_limits, progress=lambda _: None).minimal
     return execution, step_shape(rows, execution)
 

@@ -242,6 +242,7 @@ class VramChecker:
             limit_bytes=read_margin(device.name).limit(budget_bytes),
             tflops_16bit=device.tflops_16bit,
             bandwidth_bytes_per_second=device.bandwidth_bytes_per_second,
+            multiprocessors=device.multiprocessors,
         )
         plan = find_plan(predictor, lengths, limits, progress=self.info)
         report = self._build_report(device, plan, budget_bytes)
@@ -310,7 +311,12 @@ class VramChecker:
         from qlora_phi3.memory.cost import GpuLimits, estimate_step
 
         rates = [
-            GpuLimits(limit_bytes=0, tflops_16bit=gpu.tflops_16bit, bandwidth_bytes_per_second=gpu.bandwidth_gb * 1e9)
+            GpuLimits(
+                limit_bytes=0,
+                tflops_16bit=gpu.tflops_16bit,
+                bandwidth_bytes_per_second=gpu.bandwidth_gb * 1e9,
+                multiprocessors=gpu.multiprocessors,
+            )
             for gpu in GPU_TABLE
             if gpu.label in device.represents
         ]

@@ -205,6 +205,7 @@ def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
         limit_bytes=read_margin(gpu.name).limit(budget_bytes),
         tflops_16bit=gpu.tflops_16bit,
         bandwidth_bytes_per_second=gpu.bandwidth_bytes_per_second,
+        multiprocessors=gpu.multiprocessors,
     )
     reporter.progress("Planning the memory", 0, None)
     plan = find_plan(predictor, context.row_lengths, limits, progress=lambda _: None)

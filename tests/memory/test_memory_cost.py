@@ -9,6 +9,8 @@ from qlora_phi3.memory.cost import (
     ARITHMETIC_SHARE,
     BANDWIDTH_SHARE,
     FLUSH_SECONDS,
+    FULL_RATE_ARITHMETIC_SHARE,
+    HOST_SECONDS,
     LAUNCH_SECONDS,
     GpuLimits,
     Kernel,
@@ -47,7 +49,7 @@ def test_a_run_has_as_many_steps_and_evaluations_as_are_counted(shop, keys):
     assert (kinds.count("train"), kinds.count("eval")) == (steps, evaluations)
 
 
-GPU = GpuLimits(limit_bytes=0, tflops_16bit=10.0, bandwidth_bytes_per_second=100e9)
+GPU = GpuLimits(limit_bytes=0, tflops_16bit=10.0, bandwidth_bytes_per_second=100e9, multiprocessors=10)
 RATE, BANDWIDTH = 10e12 * ARITHMETIC_SHARE, 100e9
 #: Of 1,000 tokens: bound by arithmetic, and by memory; a weight of which each micro-batch dequantizes all.
 PRODUCT, NORM = Kernel("matmul", 1e12, 10**6, 10**6), Kernel("elementwise", 0, 10**9, 0)
@@ -81,6 +83,22 @@ def test_products_grow_with_the_tokens_attention_with_their_squares_and_dequanti
     assert twice.dequantize == pytest.approx(2 * once.dequantize)
     assert twice.elementwise == once.elementwise  # of the update alone
     assert twice.launch == pytest.approx(2 * once.launch - LAUNCH_SECONDS)
+
+
+def test_a_gpu_waits_for_the_host_where_kernels_are_short():
+    short = Kernel("elementwise", 0, 10**3, 0)
+    seconds = estimate_step(step_kernels(forward={short: 100, PRODUCT: 1}), workload(1000), GPU)
+    assert seconds.launch == pytest.approx(101 * LAUNCH_SECONDS)  # the product takes longer than starting them all
+    step = step_kernels(forward={short: 60}, backward={short: 40}, update={short: 7})
+    seconds = estimate_step(step, workload(1000), GPU)
+    assert seconds.total == pytest.approx(107 * HOST_SECONDS)
+    assert seconds.launch == pytest.approx(107 * HOST_SECONDS - 100 * 10**3 / (BANDWIDTH * BANDWIDTH_SHARE["elementwise"]) * 1.07)
+
+
+def test_gpus_whose_tensor_cores_sum_at_the_full_rate_reach_a_smaller_share():
+    step = step_kernels(forward={PRODUCT: 1})
+    full = replace(GPU, multiprocessors=5)
+    assert estimate_step(step, workload(1000), full).matmul == pytest.approx(1e12 / (10e12 * FULL_RATE_ARITHMETIC_SHARE))
 
 
 def test_each_emptying_of_the_allocators_cache_costs_a_wait():

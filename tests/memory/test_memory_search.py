@@ -19,7 +19,7 @@ LENGTHS = [150, 61, 123, 40, 212, 90, 233, 18, 77, 140, 201, 99, 64, 30, 180, 11
 ROWS = read_lengths(LENGTHS, [200], 8)
 #: Of the GPUs, in addition to what every process takes; a page of the allocator is 20 MiB.
 ALLOWED_MIB = (30, 40, 80)
-LIMITS = GpuLimits(limit_bytes=0, tflops_16bit=50.0, bandwidth_bytes_per_second=4e11)
+LIMITS = GpuLimits(limit_bytes=0, tflops_16bit=50.0, bandwidth_bytes_per_second=4e11, multiprocessors=40)
 LONG_ROWS = assume_lengths(4096, 1)
 
 

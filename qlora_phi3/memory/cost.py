@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 Kind = Literal["matmul", "attention", "dequantize", "elementwise", "offload"]
 
-#: Share of the GPU's stated 16-bit rate that matrix products reach: of GPUs that halve the rate of their tensor cores when they sum in
-#: fp32, as GeForce does (up to HALVED_TFLOPS for each multiprocessor), and of those that do not. This and the next three were
-#: fitted to 22 speeds that other people published and held against 19 others (scripts/fit_cost.py, docs/performance.md).
+#: Share of the GPU's stated 16-bit rate that matrix products reach: of GPUs that halve the rate of their tensor cores when they sum
+#: in fp32, as GeForce does (up to HALVED_TFLOPS for each multiprocessor), and of those that do not. These two, element-wise
+#: kernels and launches were fitted to 22 published speeds and held against 19 others (scripts/fit_cost.py, docs/performance.md).
 ARITHMETIC_SHARE, FULL_RATE_ARITHMETIC_SHARE = 0.85, 0.65
 HALVED_TFLOPS = 1.5
-#: And of its bandwidth. Dequantization had 0.44, 0.38 and 0.32 on an RTX 3050 Laptop, an RTX 5070 Laptop and an A100; that of matrix
-#: products and attention are assumptions.
+#: And of its bandwidth. Dequantization had 0.44, 0.38 and 0.32 on an RTX 3050 Laptop, an RTX 5070 Laptop and an A100; those of
+#: matrix products and attention are assumptions.
 BANDWIDTH_SHARE: Mapping[str, float] = {"matmul": 0.7, "attention": 0.7, "dequantize": 0.4, "elementwise": 0.9}
 #: From the end of one kernel to the begin of the next, and what the host needs to start one: the longer of both sums counts.
 LAUNCH_SECONDS, HOST_SECONDS = 2e-6, 30e-6

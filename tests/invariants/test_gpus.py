@@ -49,7 +49,12 @@ def plans(folder):
     )
     rows = read_lengths(LENGTHS, [], BATCH_SIZE)
     gpus = [
-        GpuLimits(limit_bytes=predictor.on_gpu_bytes(mib * 2**20), tflops_16bit=50.0, bandwidth_bytes_per_second=4e11, multiprocessors=40)
+        GpuLimits(
+            limit_bytes=predictor.on_gpu_bytes(mib * 2**20),
+            tflops_16bit=50.0,
+            bandwidth_bytes_per_second=4e11,
+            multiprocessors=40,
+        )
         for mib in GPU_MIB
     ]
     return [find_plan(predictor, rows, gpu, progress=lambda _: None) for gpu in gpus]

@@ -1,5 +1,8 @@
 """What is chosen and reported before the first step."""
 
+import platform
+
+import psutil
 import pytest
 import torch
 
@@ -15,6 +18,7 @@ from qlora_phi3.training.prepare import (
     load_model,
     plan_run,
     prepare,
+    return_freed_memory,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -80,3 +84,12 @@ def test_activations_are_offloaded_only_where_the_computers_memory_is_another(ba
     training = Training(activation_offloading=True)
     plans = [default_execution_plan(training, Memory(), read_architecture(str(base)), device) for device in (CPU, CUDA)]
     assert [plan.activation_offloading for plan in plans] == [False, True]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_what_was_freed_is_returned_to_the_system():
+    blocks = [bytearray(64 * 2**10) for _ in range(4000)]  # 250 MiB, below the size that glibc maps by itself
+    del blocks[:-1]
+    before = psutil.Process().memory_info().rss
+    return_freed_memory()
+    assert before - psutil.Process().memory_info().rss > 150 * 2**20

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["matmul", "attention", "dequantize", "elementwise", "offload"]
 
-#: Share of the GPU's stated 16-bit rate that matrix products reach: of GPUs that halve the rate of their tensor cores when they sum
-#: in fp32, as GeForce does (up to HALVED_TFLOPS for each multiprocessor), and of those that do not. These two, element-wise
+#: Share of the GPU's stated 16-bit rate that matrix products reach: of GPUs that halve the rate of their tensor cores when they
+#: sum in fp32, as GeForce does (up to HALVED_TFLOPS for each multiprocessor), and of those that do not. These two, element-wise
 #: kernels and launches were fitted to 22 published speeds and held against 19 others (scripts/fit_cost.py, docs/performance.md).
 ARITHMETIC_SHARE, FULL_RATE_ARITHMETIC_SHARE = 0.85, 0.65
 HALVED_TFLOPS = 1.5

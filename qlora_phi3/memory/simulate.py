@@ -128,7 +128,7 @@ def simulate(
     with _fake_tensors(tracker), tracker, kernels, _no_collector():
         skeleton.neftune_noise_alpha = recipe.training.neftune_noise_alpha
         workspace = matmul_workspace_bytes(capability)  # one of the forward and one of the backward pass
-        if path == "cuda" and recipe.lora.use_dora:  # PEFT multiplies A and B of DoRA while it attaches them
+        if path == "cuda" and recipe.lora.use_dora:  # the row norms of DoRA are products
             tracker.track_bytes(workspace, CUBLAS_WORKSPACE)
         model = _load(skeleton, recipe.lora, execution, tracker)
         for _ in range(2 - recipe.lora.use_dora if path == "cuda" else 0):

@@ -103,8 +103,7 @@ def compare(name: str, case: Case, *, expandable: bool = True, caps: tuple[int, 
     assert abs(peak - real) < 0.001 * real + (0 if expandable else 1)
     for phase, size in measured["phases"].items():
         assert predicted["phases"][phase] / MIB - size / MIB > -0.03 * real, phase
-    # Seen: all but two exact to a page of 20 MiB; of 1.2 GiB one 42 MiB too low.
-    assert abs(reserved - really) < 0.02 * really + 42
+    assert abs(reserved - really) <= 2  # a segment of the pool for small requests; seen in 3 of 52
     assert abs(predicted["pinned"] - measured["pinned"]) <= 64 * 1024  # small buffers of torch's own
     assert predicted["fits"] == measured["fits"]
 

@@ -170,7 +170,7 @@ _FAST = {
 class _FakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """All tensors are on one device, "cpu", so that most operators need none of what torch's own mode looks up.
 
-    One mode for all copies: PEFT copies modules (`modules_to_save`, DoRA), and torch would copy a tensor's mode as well.
+    One mode for all copies: PEFT copies modules (`modules_to_save`), and torch would copy a tensor's mode as well.
     """
 
     def __deepcopy__(self, memo: Any) -> "_FakeMode":

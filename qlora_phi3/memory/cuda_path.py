@@ -269,7 +269,7 @@ def _attend_pack_forward(
     tracker: MemoryTracker, query: Tensor, key: Tensor, value: Tensor, _: Tensor, lengths: Sequence[int], scale: float, left: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`attention.attend_pack_forward` without storage."""
-    output = torch.empty(query.shape, dtype=query.dtype)
+    output = torch.empty_like(query)  # in the order of the query in memory, so that transformers copies it
     log_sums = torch.empty((query.shape[1], query.shape[0]))
     seed, offset = torch.empty(2, dtype=torch.uint64), torch.empty((), dtype=torch.uint64)
     tracker.count_kernel("attention", query, key, value, output, flops=_pack_flops(query, lengths, left))
@@ -281,7 +281,8 @@ def _attend_pack_backward(
 ) -> tuple[Tensor, ...]:
     """`attention.attend_pack_backward` without storage."""
     query, key, value, _, output = saved[:5]
-    gradients = tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (query, key, value))
+    copies = [tensor.contiguous() for tensor in (grad, output)]  # noqa: F841  # until it returns
+    gradients = tuple(map(torch.empty_like, (query, key, value)))
     sizes = pack_backward_bytes(query.shape, len(lengths), kv_heads=key.shape[1])
     releases = [tracker.track_bytes(size, ATTENTION_WORKSPACE) for size in sizes]
     for release in releases:

@@ -128,7 +128,7 @@ def simulate(
     with _fake_tensors(tracker), tracker, kernels, _no_collector():
         skeleton.neftune_noise_alpha = recipe.training.neftune_noise_alpha
         workspace = matmul_workspace_bytes(capability)  # one of the forward and one of the backward pass
-        if path == "cuda" and recipe.lora.use_dora:  # PEFT multiplies A and B of DoRA while it attaches them
+        if path == "cuda" and recipe.lora.use_dora:  # the row norms of DoRA are products
             tracker.track_bytes(workspace, CUBLAS_WORKSPACE)
         model = _load(skeleton, recipe.lora, execution, tracker)
         for _ in range(2 - recipe.lora.use_dora if path == "cuda" else 0):
@@ -170,7 +170,7 @@ _FAST = {
 class _FakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """All tensors are on one device, "cpu", so that most operators need none of what torch's own mode looks up.
 
-    One mode for all copies: PEFT copies modules (`modules_to_save`, DoRA), and torch would copy a tensor's mode as well.
+    One mode for all copies: PEFT copies modules (`modules_to_save`), and torch would copy a tensor's mode as well.
     """
 
     def __deepcopy__(self, memo: Any) -> "_FakeMode":

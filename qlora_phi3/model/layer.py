@@ -71,11 +71,11 @@ class LinearWithLora:
             return output, low_rank, kept
         weight = self.dequantize()
         output = torch.mm(low_rank, lora_B.t()).addmm_(rows, weight.t())
-        factor = self.magnitude / self._row_norms(weight, lora_A, lora_B)
+        factor = self.magnitude / self.row_norms(weight, lora_A, lora_B)
         output = torch.mul(output, factor, out=output).view(*x.shape[:-1], -1)
         return output, low_rank, [output, factor]
 
-    def _row_norms(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    def row_norms(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """The length of every row of W + s B A, (out_features,) fp32, without B A: |W|^2 + s (2 W A^T + s B A A^T) . B."""
         across = torch.mm(weight, lora_A.t()).addmm_(lora_B, torch.mm(lora_A, lora_A.t()), beta=2, alpha=self.scaling)
         return (across.float() * lora_B).sum(1).mul_(self.scaling).add_(cast(Tensor, self.row_squares)).sqrt_()

@@ -6,18 +6,20 @@ clones the base's output, scales the update and adds it: three passes over (toke
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from qlora_phi3.errors import ModelError, first_line
-from qlora_phi3.model.layer import read_lora, read_loras, square_rows
+from qlora_phi3.model.layer import LinearWithLora, read_lora, read_loras, square_rows
 from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM
 from qlora_phi3.model.weights import Weights, read_tensor
 from qlora_phi3.recipe.schema import Lora
@@ -42,7 +44,8 @@ def attach_adapter(model: PackedPhi3ForCausalLM, config: Lora) -> PeftModel:
         # PEFT 0.21 accepts "all-linear" only for all layers.
         settings["target_modules"] = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
     try:
-        adapted = get_peft_model(model, LoraConfig(**settings), autocast_adapter_dtype=True)
+        with patch.object(DoraLinearLayer, "update_layer", _start_magnitude):
+            adapted = get_peft_model(model, LoraConfig(**settings), autocast_adapter_dtype=True)
     except ValueError as error:
         raise ModelError(f"PEFT refuses the [lora] table: {first_line(error)}.", "Correct [lora] target_modules.") from error
     for parameter in adapted.parameters():
@@ -54,6 +57,18 @@ def attach_adapter(model: PackedPhi3ForCausalLM, config: Lora) -> PeftModel:
             layer.register_buffer("row_squares", square_rows(lora.dequantize()), persistent=False)
     fuse_lora_forward(adapted)
     return adapted
+
+
+@torch.no_grad()
+def _start_magnitude(layer: Any, *, base_layer: Any, lora_A: Tensor, lora_B: Tensor, scaling: float, **_: Any) -> None:
+    """Set DoRA's magnitude to the length of every row of W + s B A, as the forward pass computes it: its factor is 1.
+
+    PEFT 0.21 copies the base's layer and adds B A to its weight, in four times the memory of W.
+    """
+    lora = LinearWithLora(base_layer, lora_A, lora_B, scaling, 0.0, None, None)
+    weight = lora.dequantize()
+    lora = replace(lora, row_squares=square_rows(weight))
+    layer.weight = nn.Parameter(lora.row_norms(weight, lora_A.to(weight.dtype), lora_B.to(weight.dtype)))
 
 
 @torch.no_grad()

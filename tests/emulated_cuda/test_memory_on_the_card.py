@@ -74,8 +74,9 @@ CONFIGURATIONS = [
 
 
 #: Seed and number in `random_cases` of those that were predicted wrongly when the sample was drawn for the first time.
-WERE_WRONG = [(12, index) for index in (32, 35, 60, 139)]
-WERE_WRONG += [pytest.param(*each, marks=pytest.mark.slow) for each in ((12, 45), (12, 79), (12, 132), (12, 189), (13, 166))]
+WERE_WRONG = [(12, index) for index in (32, 35, 60, 139)] + [(15, 177)]
+LONGER = ((12, 45), (12, 79), (12, 132), (12, 189), (13, 82), (13, 166))
+WERE_WRONG += [pytest.param(*each, marks=pytest.mark.slow) for each in LONGER]
 
 
 def make_case(name: str, model: str, lengths: tuple[int, ...], more: dict) -> Case:
@@ -84,16 +85,17 @@ def make_case(name: str, model: str, lengths: tuple[int, ...], more: dict) -> Ca
     return runnable(name, Case(name=f"{model} on {name}", config=config, lengths=lengths, **more))
 
 
-def predict(name: str, case: Case, expandable: bool) -> dict:
+def predict(name: str, case: Case, expandable: bool, caps: tuple[int, ...]) -> dict:
     memory, _ = bench_memory.predict(case, find_gpu(CARDS[name]))
     served = replay(memory.trace, expandable_segments=expandable)
+    fits = {str(cap): replay(memory.trace, expandable_segments=expandable, allowed_bytes=cap).fits for cap in caps}
     pinned = memory.host_bytes - memory.paged_bytes
-    return {"phases": memory.by_phase, "reserved_bytes": served.peak_reserved_bytes, "pinned": pinned}
+    return {"phases": memory.by_phase, "reserved_bytes": served.peak_reserved_bytes, "pinned": pinned, "fits": fits}
 
 
-def compare(name: str, case: Case, *, expandable: bool = True) -> None:
-    measured = card.in_child(lambda: measure(name, case, expandable=expandable))
-    predicted = card.in_child(lambda: predict(name, case, expandable))
+def compare(name: str, case: Case, *, expandable: bool = True, caps: tuple[int, ...] = ()) -> None:
+    measured = card.in_child(lambda: measure(name, case, caps, expandable=expandable))
+    predicted = card.in_child(lambda: predict(name, case, expandable, caps))
     peak, real = (max(each["phases"].values()) / MIB for each in (predicted, measured))
     reserved, really = (each["reserved_bytes"] / MIB for each in (predicted, measured))
     print(f"allocated {peak:.1f} MiB predicted, {real:.1f} taken; reserved {reserved:.0f} predicted, {really:.0f} taken")
@@ -101,9 +103,9 @@ def compare(name: str, case: Case, *, expandable: bool = True) -> None:
     assert abs(peak - real) < 0.001 * real + (0 if expandable else 1)
     for phase, size in measured["phases"].items():
         assert predicted["phases"][phase] / MIB - size / MIB > -0.03 * real, phase
-    # Seen: all but two exact to a page of 20 MiB; of 1.2 GiB one 42 MiB too low.
-    assert abs(reserved - really) < 0.02 * really + 42
+    assert abs(reserved - really) <= 2  # a segment of the pool for small requests; seen in 3 of 52
     assert abs(predicted["pinned"] - measured["pinned"]) <= 64 * 1024  # small buffers of torch's own
+    assert predicted["fits"] == measured["fits"]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_a_step_takes_what_is_predicted(name, model, lengths, more):
 
 @pytest.mark.parametrize(("seed", "index"), WERE_WRONG)
 def test_a_step_that_was_predicted_wrongly_takes_what_is_predicted(seed, index):
-    compare(*list(random_cases(seed, index + 1))[-1])
+    compare(*list(random_cases(seed, index + 1))[-1], caps=(4096 * MIB,))
 
 
 @pytest.mark.parametrize("more", [{}, {"checkpoint_every": 0}, {"offloading": True}])

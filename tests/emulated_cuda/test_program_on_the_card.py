@@ -52,17 +52,23 @@ def test_a_run_takes_what_is_planned_on_a_12_gb_card(workplace, layers, wsl):
 
 
 @pytest.mark.parametrize(("second", "peak"), [(1950, "later backward"), (1500, "backward")])
-def test_a_run_whose_second_micro_batch_finds_gradients_takes_what_is_planned(workplace, second, peak):
+def test_a_run_whose_second_micro_batch_finds_gradients_takes_what_is_planned(workplace, monkeypatch, tmp_path, second, peak):
+    """Once with a base that is quantized, as is predicted, and once with that base from the cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shop = workplace(4, [2048, second] + [64] * 4)
     shop.write(training=FEW, lora={"r": 64}, memory={"checkpoint_every_n_layers": 1, "micro_batch_tokens": 64})
-    ended = shop.on_card("run", "mine.toml")
-    assert ended.exit_code == 0, ended.stderr
-    memory = shop.report()["memory"]
-    predicted, measured = memory["predicted"], memory["measured"]
-    assert predicted["peak_phase"] == peak
-    assert -0.001 < predicted["allocated_bytes"] / measured["allocated_bytes"] - 1 < 0.001
-    # With one kernel for a pack and its padding a run needs one segment of 20 MiB more or less than predicted.
-    assert -0.02 < predicted["reserved_bytes"] / measured["reserved_bytes"] - 1 < 0.02
+    # A base from the cache lies in memory without holes. What is reserved after the dry run, which returns what it does not use,
+    # is then one segment of 20 MiB more or less.
+    for bound in (0.01, 0.02):
+        ended = shop.on_card("run", "mine.toml")
+        assert ended.exit_code == 0, ended.stderr
+        assert ("The 4-bit base is read from the cache" in ended.stdout) == (bound == 0.02)
+        memory = shop.report()["memory"]
+        predicted, measured = memory["predicted"], memory["measured"]
+        assert predicted["peak_phase"] == peak
+        print({name: [kind[name] / MIB for kind in (predicted, measured)] for name in ("allocated_bytes", "reserved_bytes")})
+        assert abs(predicted["allocated_bytes"] / measured["allocated_bytes"] - 1) < 0.001
+        assert abs(predicted["reserved_bytes"] / measured["reserved_bytes"] - 1) < bound
 
 
 @pytest.mark.slow

@@ -148,7 +148,7 @@ def test_the_row_norms_of_dora_follow_the_trained_matrices_and_are_in_no_state_d
         lora = layer.read_lora(projection)
         weight = lora.dequantize()
         update = lora.lora_B @ lora.lora_A * lora.scaling
-        norms = lora._row_norms(weight, lora.lora_A, lora.lora_B)
+        norms = lora.row_norms(weight, lora.lora_A, lora.lora_B)
         torch.testing.assert_close(norms, (weight + update).norm(dim=1), rtol=1e-6, atol=0)
         assert (update.norm(dim=1) / norms).min() > 0.01
 

@@ -2,8 +2,10 @@
 
 from unittest.mock import patch
 
+import bitsandbytes as bnb
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
 from tiny_model import FP32, gradients, load_tiny, relative_difference
 
@@ -62,6 +64,21 @@ def test_the_update_in_one_matmul_is_pefts(folder, four_bit, lora):
 @pytest.mark.parametrize("lora", [Lora(r=8, lora_dropout=0.1), Lora(r=8, lora_dropout=0.1, use_dora=True)])
 def test_dropout_keeps_pefts_own_forward(folder, lora):
     assert fused_layers(load_tiny(folder, lora=lora)) == []
+
+
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_magnitude_of_dora_is_the_length_of_every_row_of_base_and_update(folder, start, dropout):
+    model = attach_adapter(load_base_of(folder), Lora(r=8, use_dora=True, init_lora_weights=start, lora_dropout=dropout))
+    layers = [each for each in model.modules() if isinstance(each, LoraLayer)]
+    assert len(layers) == 8
+    for each in layers:
+        packed, update = each.get_base_layer().weight, each.get_delta_weight("default")
+        weight = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
+        assert (update.norm() > 0.1) == (not start)  # false: B is not zero
+        magnitude = each.lora_magnitude_vector["default"].weight
+        assert magnitude.requires_grad
+        torch.testing.assert_close(magnitude.detach(), (weight + update).norm(dim=1), rtol=1e-6, atol=0)
 
 
 def test_dora_without_gradients_multiplies_as_peft_does_without_the_product_of_its_matrices(folder):

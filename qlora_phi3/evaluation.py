@@ -34,6 +34,7 @@ from qlora_phi3.recipe.schema import Data
 from qlora_phi3.reporter import Progress
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.step import MicroBatchMemoryError, collate, evaluate
+from qlora_phi3.units import format_percent
 
 #: Rows that are read at once, and tokens that are computed at once: training the same rows takes more memory.
 GROUP_ROWS, MICRO_BATCH_TOKENS = 16, 1024
@@ -317,7 +318,7 @@ def judge(
     most are empty.
     """
     loss, rouge, ends = metrics["loss"], metrics.get("rougeL"), metrics.get("ended_by_itself")
-    ended = f"; {ends['tuned']:.0%} of the answers end by themselves" if ends else ""
+    ended = f"; {format_percent(ends['tuned'])} of the answers end by themselves" if ends else ""
     if not has_adapter:
         return f"No adapter, so base = tuned: loss {loss['tuned']:.2f}{ended}."
     is_better = loss["high"] < 0 or (rouge is not None and rouge["low"] > 0)

@@ -174,7 +174,7 @@ def test_the_verdict_is_one_line_with_its_figures():
     metrics = {"loss": metric(4.38, 2.40, -2.1, -1.9), "rougeL": metric(10.0, 22.3, 10.1, 14.4)}
     line = judge(metrics | {"ended_by_itself": metric(0.1, 0.98, 0.8, 0.9)}, has_adapter=True)
     assert line == (
-        "Better: held-out loss 2.40 against 4.38; ROUGE-L +12.3 (+10.1 to +14.4); 98% of the answers end by themselves."
+        "Better: held-out loss 2.40 against 4.38; ROUGE-L +12.3 (+10.1 to +14.4); 98 % of the answers end by themselves."
     )
 
 

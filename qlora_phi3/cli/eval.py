@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from qlora_phi3.cli.options import base_option, check_sampling, complete_run, debug_option, sampling_options, silence_libraries
+from qlora_phi3.cli.options import (
+    WholeNumber,
+    base_option,
+    check_sampling,
+    complete_run,
+    debug_option,
+    sampling_options,
+    silence_libraries,
+)
 from qlora_phi3.cli.output import echo
 from qlora_phi3.errors import Interrupted, RunError, UserError, printable
 from qlora_phi3.files import atomic_write
@@ -39,11 +47,11 @@ PARTS = ("base", "tuned", "difference", "low", "high")
 @click.command("eval")
 @click.argument("run", metavar="RUN", shell_complete=complete_run)
 @click.option("--data", metavar="FILE", help="Rows to evaluate on, in any format; by default those that the run held out.")
-@click.option("--rows", type=click.IntRange(1), default=100, show_default=True, help="Answers to generate, at most.")
+@click.option("--rows", type=WholeNumber(1), default=100, show_default=True, help="Answers to generate, at most.")
 @click.option("--no-generate", is_flag=True, help="Only loss, perplexity and token accuracy.")
 @base_option
 @sampling_options(256)
-@click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="Of the chosen rows and of what is drawn.")
+@click.option("--seed", type=WholeNumber(0), default=42, show_default=True, help="Of the chosen rows and of what is drawn.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write; by default RUN/eval.json.")
 @click.option("--json", "wants_json", is_flag=True, help="Print JSON, for programs.")
 @debug_option

@@ -6,6 +6,7 @@ Nothing heavy is imported outside the body of a command, so that `--help` takes 
 import difflib
 import errno
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,10 +79,16 @@ class Commands(click.Group):
         try:
             with signals_as_ctrl_c():
                 return super().invoke(ctx)
-        except (UserError, KeyboardInterrupt, OSError) as error:
-            if ctx.meta.get("debug") or (isinstance(error, OSError) and error.errno not in FULL_OR_REFUSED):
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except (UserError, KeyboardInterrupt, click.Abort, click.UsageError, OSError) as error:
+            if isinstance(error, click.UsageError):
+                error = UserError(*describe_usage_error(error))
+            elif ctx.meta.get("debug") or (isinstance(error, OSError) and error.errno not in FULL_OR_REFUSED):
                 raise
-            if isinstance(error, KeyboardInterrupt):
+            if isinstance(error, KeyboardInterrupt | click.Abort):
+                if sys.stderr.isatty():  # behind the ^C that the terminal shows
+                    click.echo(err=True)
                 error = Interrupted("Stopped.")
             elif isinstance(error, OSError):
                 where = f" ({error.filename})" if error.filename else ""
@@ -89,6 +96,18 @@ class Commands(click.Group):
             if not ctx.meta.get("is_silent") or error.is_shown:
                 echo(str(error) if isinstance(error, Interrupted) else f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+
+
+def describe_usage_error(error: click.UsageError) -> tuple[str, str]:
+    """A mistake on the command line in our words, and what to type: click's error as message and hint."""
+    ctx, message = error.ctx or click.get_current_context(), error.format_message().rstrip(".")
+    if isinstance(error, click.MissingParameter) and error.param is not None:
+        usage = f"{ctx.command_path} {' '.join(ctx.command.collect_usage_pieces(ctx))}"
+        message = f"{error.param.make_metavar(ctx)} is missing: {usage}"
+    elif isinstance(error, click.BadParameter) and error.param is not None:
+        name = error.param.opts[-1] if isinstance(error.param, click.Option) else error.param.make_metavar(ctx)
+        message = f"{name}: {error.message.rstrip('.')}"
+    return message if message.endswith(("?", ")")) else f"{message}.", f"`{ctx.command_path} --help` explains it."
 
 
 @contextmanager

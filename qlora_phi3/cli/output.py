@@ -8,14 +8,13 @@ import select
 import shutil
 import stat
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from qlora_phi3.errors import COMMAND
+from qlora_phi3.errors import wrap_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,10 +95,8 @@ def echo(text: str, *, err: bool = False, **style: Any) -> None:
 
 
 def wrapped(text: str) -> str:
-    """A text whose lines end between words on this terminal. A line with a command stays whole, to be copied."""
-    columns, lines = shutil.get_terminal_size().columns, text.split("\n")
-    wrapper = textwrap.TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(line if len(line) <= columns or COMMAND.search(line) else wrapper.fill(line) for line in lines)
+    """A text in lines that end between words on this terminal."""
+    return wrap_words(text, shutil.get_terminal_size().columns)
 
 
 def keep_running_without_output() -> None:

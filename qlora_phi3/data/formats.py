@@ -69,12 +69,13 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """The columns of a format, and the function that reads its rows."""
+    """The columns of a format, the function that reads its rows, and what it is called where people read it."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
     #: Called with the row, its `file:line`, and the names of what was not read, to which it adds keys of messages.
     read: Callable[[Columns, str, set[str]], Chat | Document]
+    title: str
 
 
 def detect_format(row: Mapping[str, Any]) -> str | None:
@@ -83,6 +84,11 @@ def detect_format(row: Mapping[str, Any]) -> str | None:
         if all(row.get(column) is not None for column in form.required):
             return name
     return None
+
+
+def describe_format(name: str) -> str:
+    """The title of a format, which says more than its name; a name that is of none stays."""
+    return FORMATS[name].title if name in FORMATS else name
 
 
 def guess_mapping(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
@@ -232,9 +238,15 @@ def _with_system_and_tools(turns: tuple[Turn, ...], columns: Columns, unread: se
 
 #: In the order of detection: ultrachat_200k has `prompt` next to `messages`, Alpaca sets have `text` next to `output`.
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), ("system", "tools"), partial(_read_conversation, "messages")),
-    "sharegpt": Format(("conversations",), ("system", "tools"), partial(_read_conversation, "conversations")),
-    "alpaca": Format(("instruction", "output"), ("input", "system", "history", "tools"), _read_alpaca),
-    "prompt_completion": Format(("prompt", "completion"), ("system", "tools"), _read_prompt_completion),
-    "text": Format(("text",), (), lambda columns, where, unread: Document(messages.read_text(columns.take("text"), "text"))),
+    "messages": Format(("messages",), ("system", "tools"), partial(_read_conversation, "messages"), "messages"),
+    "sharegpt": Format(
+        ("conversations",), ("system", "tools"), partial(_read_conversation, "conversations"), "ShareGPT's conversations"
+    ),
+    "alpaca": Format(
+        ("instruction", "output"), ("input", "system", "history", "tools"), _read_alpaca, "Alpaca's instruction, input and output"
+    ),
+    "prompt_completion": Format(("prompt", "completion"), ("system", "tools"), _read_prompt_completion, "prompt and completion"),
+    "text": Format(
+        ("text",), (), lambda columns, where, unread: Document(messages.read_text(columns.take("text"), "text")), "text"
+    ),
 }

@@ -18,11 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_phi3.errors import COMMAND, LONGEST_LINE, Interrupted, printable, quoted
+from qlora_phi3.errors import LONGEST_LINE, Interrupted, printable, quoted, wrap_words
 from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, RunOutline, StepRecord
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.ui.eta import BLENDED_STEPS, EtaEstimator
-from qlora_phi3.units import describe_duration, describe_epochs, format_count, format_duration
+from qlora_phi3.units import describe_duration, describe_epochs, format_count, format_duration, format_percent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,9 +79,11 @@ def shown(text: str, *, longest_line: int = sys.maxsize) -> str:
     return printable(text, longest_line=longest_line).replace(f"{Path.cwd()}{os.sep}", "")
 
 
-def _is_whole(console: "Console", line: str) -> bool:
-    """Whether rich must break no line: in a pipe, or where people copy a command."""
-    return not console.is_terminal or COMMAND.search(line) is not None
+def _print_line(console: "Console", line: str, style: str | None = None) -> None:
+    """Print a line, on a terminal in lines that end between words."""
+    line = shown(line, longest_line=LONGEST_LINE)
+    line = wrap_words(line, console.width) if console.is_terminal else line
+    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 class ConsoleReporter:
@@ -105,19 +107,11 @@ class ConsoleReporter:
 
     def info(self, line: str) -> None:
         """Print a fact on stdout."""
-        self._console.print(
-            shown(line, longest_line=LONGEST_LINE), highlight=False, markup=False, soft_wrap=_is_whole(self._console, line)
-        )
+        _print_line(self._console, line)
 
     def warning(self, line: str) -> None:
         """Print on stderr what the user should look at."""
-        self._errors.print(
-            f"Note: {shown(line, longest_line=LONGEST_LINE)}",
-            style=COLOURS["warning"],
-            highlight=False,
-            markup=False,
-            soft_wrap=_is_whole(self._errors, line),
-        )
+        _print_line(self._errors, f"Note: {line}", COLOURS["warning"])
 
     def progress(self, what: str, done: float, total: int | None) -> None:
         """Move the bar of `what`, and remove it at `done >= total`; without bars print a line at the start and every 10 s."""
@@ -194,7 +188,7 @@ class ConsoleReporter:
         if self.eta is not None:
             self.eta.evaluation(record)
         when = "Before training" if record.step == 0 else f"After step {record.step}"
-        self.info(f"{when}: held-out loss {record.eval_loss:.4f}, token accuracy {record.eval_token_accuracy:.1%}")
+        self.info(f"{when}: held-out loss {record.eval_loss:.4f}, token accuracy {format_percent(record.eval_token_accuracy, 1)}")
 
     def checkpoint_saved(self, checkpoint: Path) -> None:
         """Print the path of a checkpoint; `interruption` names the step it was saved at."""

@@ -38,6 +38,18 @@ REASONS = {
 }
 
 
+#: Kind of pydantic's error -> what the value must be.
+EXPECTED = {
+    "string_type": "a text in quotes", "string_too_short": "a text that is not empty", "literal_error": "{expected}",
+    "bool_type": "true or false", "int_type": "a whole number", "float_type": "a number", "finite_number": "a finite number",
+    "greater_than": "more than {gt:g}", "greater_than_equal": "{ge} or more", "less_than": "less than {lt:g}",
+    "less_than_equal": "{le} or less", "list_type": "a list", "too_short": "a list that is not empty",
+    "dict_type": "a table of keys and values", "model_type": "a table of keys and values",
+}  # fmt: skip
+#: Keys that are named for one that is a part of their names, at most.
+MOST_KEYS = 5
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One problem of a recipe; `table` and `key` are empty where it concerns the complete file or table."""
@@ -96,12 +108,18 @@ def replacement(key: str, value: object) -> str:
 
 
 def _describe_value(table: str, key: str, value: object, details: Sequence[Any]) -> str:
-    messages = []
+    messages, expected_values = list[str](), list[str]()
     for detail in details:
         keys = [str(part) for part in detail["loc"][2:] if isinstance(value, dict) and part in value]
         inner = f"{'.'.join(keys)}: " if keys else ""
-        message = detail["ctx"]["error"] if detail["type"] == "value_error" else detail["msg"]
-        messages.append(inner + str(message).rstrip("."))
+        words = EXPECTED.get(detail["type"], "").format_map(detail.get("ctx", {}))
+        if words and not inner:
+            expected_values.append(words)
+        else:
+            message = detail["ctx"]["error"] if detail["type"] == "value_error" else detail["msg"]
+            messages.append(inner + (f"it must be {words}" if words else str(message).rstrip(".")))
+    if expected_values:
+        messages.insert(0, f"it must be {', or '.join(dict.fromkeys(expected_values))}")
     text = format_toml(value)
     shown = text if len(text) <= 60 else f"{text[:57]}..."
     sentence = f"[{table}] {key} = {shown}: {'; or: '.join(dict.fromkeys(messages))}."
@@ -127,11 +145,21 @@ def suggest_key(table: str, name: str, tables: Mapping[str, type[BaseModel]]) ->
     if homes and table not in homes:
         return f"It belongs to [{homes[0]}]." if meant == name else f"Did you mean '{meant}' in [{homes[0]}]?"
     for other, model in sorted(tables.items(), key=lambda item: item[0] != table):
-        keys = model.model_fields
-        spellings = {key: key for key in keys} | {alias: key for alias, key in ALIASES.items() if key in keys}
+        fields = model.model_fields
+        spellings = {key: key for key in fields} | {alias: key for alias, key in ALIASES.items() if key in fields}
         if nearest := find_nearest(name, list(spellings), cutoff=0.8 if other == table else 0.85):
             return f"Did you mean '{spellings[nearest]}'?" + ("" if other == table else f" It belongs to [{other}].")
+    for other, model in sorted(tables.items(), key=lambda item: item[0] != table):
+        if found := [key for key in model.model_fields if _words(name) <= _words(key)]:
+            keys = " or ".join(f"'{key}'" for key in sorted(found, key=lambda key: key.count("_"))[:MOST_KEYS])
+            return f"Did you mean {keys}?" + ("" if other == table else f" It belongs to [{other}].")
     return "`qlora-phi3 recipe schema` lists every key."
+
+
+def _words(key: str) -> set[str]:
+    """The words of a key, without the s of a plural; of a name that has a shorter one, the name."""
+    words = {word.removesuffix("s") for word in key.lower().split("_")}
+    return words if min(map(len, words)) > 1 else {key}
 
 
 def find_nearest(name: str, choices: Sequence[str], cutoff: float = 0.6) -> str | None:

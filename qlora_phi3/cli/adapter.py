@@ -33,7 +33,7 @@ def adapter() -> None:
 
 
 @adapter.command()
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path, exists=True))
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--to", "form", type=click.Choice(list(OPTIONS)), required=True, help="The form of DST.")
 @click.option(

@@ -69,6 +69,8 @@ def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bo
     """
     wanted = check_sampling(options)
     path = find_model(run if run is not None else _choose_run())
+    if compare and not RunFolder(path).adapter.is_dir() and not (path / "adapter_config.json").is_file():
+        raise UserError(f"{path} has no adapter: there is nothing to compare.", "Leave --compare out, or give a run.")
     if prompt is not None and not (prompt := _as_unicode(sys.stdin.read() if prompt == "-" else prompt).strip()):
         raise UserError("The prompt is empty.", "Write the question after --prompt.")
 
@@ -86,8 +88,6 @@ def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bo
 
         watcher.info(f"Loading {path}")
         inference = load_for_inference(path, base=base, progress=watcher.progress)
-    if compare and not hasattr(inference.model, "disable_adapter"):
-        raise UserError(f"{path} has no adapter: there is nothing to compare.", "Leave --compare out, or give a run.")
     seed = torch.seed() % 2**62 if options["seed"] is None else options["seed"]
     system = _trained_system(path) if options["system"] is None else _as_unicode(options["system"])
     sides = ("base", "tuned") if compare else ("tuned",)

@@ -11,6 +11,7 @@ import click
 from qlora_phi3.cli.options import (
     WholeNumber,
     base_option,
+    check_directory,
     check_sampling,
     complete_run,
     debug_option,
@@ -38,7 +39,7 @@ FIGURES = (
 )
 EXPLANATION = (
     "Loss and perplexity (e to the loss): lower is better. ROUGE: words shared with the row's answer, 0 to 100. "
-    "An interval without 0: the difference is no accident of these rows."
+    "Where the interval has no 0 in it, the difference is more than chance."
 )
 #: Of a figure in the JSON.
 PARTS = ("base", "tuned", "difference", "low", "high")
@@ -79,6 +80,13 @@ def eval(
         raise UserError("rouge_score is not installed.", "Type: pip install 'qlora-phi3[eval]'; or add --no-generate.")
     if out is None and folder is not None:
         out = folder.path / (f"eval-{Path(data).stem}.json" if data else "eval.json")
+    if out is not None:
+        check_directory(out, "--out")
+    if data is not None:
+        from qlora_phi3.data.prepare import check_files, data_of_file
+        from qlora_phi3.recipe.load import load_recipe
+
+        check_files(data_of_file(data, None if folder is None else load_recipe(folder.recipe)), Path(), evaluate=False)
     settings = {name: options[name] for name in ("rows", "max_new_tokens", "seed")}
     settings |= {"rows": 0} if options["no_generate"] else {}
 
@@ -113,6 +121,12 @@ def eval(
         _show(result, out)
 
 
+def signed(value: float, form: str) -> str:
+    """A difference with its sign; 0 has none."""
+    text = format(value, f"+{form}")
+    return text if float(text) else text[1:]
+
+
 def _show(result: Mapping[str, Any], out: Path | None) -> None:
     """Print the table, the verdict, and what a reader must know about the rows."""
     from rich.console import Console
@@ -127,8 +141,10 @@ def _show(result: Mapping[str, Any], out: Path | None) -> None:
         if (each := metrics.get(key)) is None:
             continue
         base, tuned, difference, low, high = (each[part] if each[part] is None else factor * each[part] for part in PARTS)
-        cells = [format(base, form), format(tuned, form), format(difference, f"+{form}")]
-        cells.append("" if low is None else f"{low:+{form}} to {high:+{form}}")
+        cells = [format(base, form), format(tuned, form), signed(difference, form)]
+        cells.append(
+            "" if low is None else "no difference" if low == high == 0 else f"{signed(low, form)} to {signed(high, form)}"
+        )
         table.add_row(name, *(cells if result["has_adapter"] else cells[1:2]))
     answered = f", {format_count(data['questions'], 'answer')} generated" if data["questions"] else ""
     echo(printable(f"{result['model']} on {format_count(data['rows'], 'row')} ({data['name']}){answered}"))

@@ -35,7 +35,9 @@ set_option = click.option(
 )
 #: `--base`, of commands that load a run.
 base_option = click.option(
-    "--base", type=click.Path(path_type=Path), help="Folder of the model that the run was trained on, if it has moved."
+    "--base",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of the model that the run was trained on, if it has moved.",
 )
 
 
@@ -159,8 +161,15 @@ def check_new_file(target: Path, option: str = "--out") -> None:
         raise UserError(
             f"{target} exists already, and no file is overwritten.", f"Name another file with {option}, or delete it."
         )
+    check_directory(target, option)
+
+
+def check_directory(target: Path, option: str) -> None:
+    """Refuse, before anything is computed, a file in a directory that does not exist, or one that is a directory: UserError."""
     if not (parent := target.absolute().parent).is_dir():
         raise UserError(f"{option} {target}: there is no directory {parent}.", "Make it, or name another file.")
+    if target.is_dir():
+        raise UserError(f"{option} {target} is a directory.", "Name a file in it.")
 
 
 def create_file(target: Path, text: str) -> None:

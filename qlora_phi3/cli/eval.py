@@ -90,9 +90,9 @@ def eval(
     settings = {name: options[name] for name in ("rows", "max_new_tokens", "seed")}
     settings |= {"rows": 0} if options["no_generate"] else {}
 
-    from qlora_phi3.ui.console import LogInterval, open_console
+    from qlora_phi3.ui.console import open_console
 
-    with open_console(LogInterval("no", 1), plain=False, quiet=wants_json) as view:
+    with open_console(quiet=wants_json) as view:
         try:
             view.progress("Starting torch, transformers and peft", 0, None)
             if not ctx.meta.get("debug"):

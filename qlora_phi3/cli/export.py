@@ -83,9 +83,9 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
         raise UserError("--private is given without --push.", "Add --push user/name.")
     request = make_request(run, ExportOptions(quant=next(iter(quants), None), verify=not no_verify, **options))
 
-    from qlora_phi3.ui.console import LogInterval, open_console, show_export
+    from qlora_phi3.ui.console import open_console, show_export
 
-    with open_console(LogInterval("no", 1), plain=False) as view:
+    with open_console() as view:
         try:
             view.progress("Starting torch, transformers and peft", 0, None)
             if not ctx.meta.get("debug"):

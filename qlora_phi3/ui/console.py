@@ -89,10 +89,14 @@ def _print_line(console: "Console", line: str, style: str | None = None) -> None
 class ConsoleReporter:
     """Shows a run: lines above, and on a terminal progress bars or the screen of `ui/live.py` below them.
 
-    Warnings go to the console `errors`. The bars are from `build_progress`, disabled where the output is plain lines.
+    Warnings go to the console `errors`. The bars are from `build_progress`, disabled where the output is plain lines. With
+    `has_one_bar` each work takes the bar of the one before it, which counts the time of all.
     """
 
-    def __init__(self, console: "Console", errors: "Console", log_interval: LogInterval, bars: "Progress") -> None:
+    def __init__(
+        self, console: "Console", errors: "Console", log_interval: LogInterval, bars: "Progress", *, has_one_bar: bool = False
+    ) -> None:
+        self._has_one_bar = has_one_bar
         self._console, self._errors, self._log_interval, self._bars = console, errors, log_interval, bars
         self._tasks: dict[str, TaskID] = {}
         self._last_line: dict[str, float] = {}
@@ -125,7 +129,7 @@ class ConsoleReporter:
         self._move(what, done, total)
         if self.eta is not None and what == EVALUATING and total:
             self.eta.evaluated_share = done / total
-        if finished:
+        if finished and not self._has_one_bar:
             self._bars.remove_task(self._tasks.pop(what))
         if TRAINING in self._tasks and self._console.width < MIN_WIDTH_CURVE:  # two bars would both be cut
             self._bars.update(self._tasks[TRAINING], visible=finished)
@@ -136,7 +140,12 @@ class ConsoleReporter:
         if what in self._tasks:
             self._bars.update(self._tasks[what], completed=done, total=total, **fields)
         else:
+            earlier = self._bars.tasks[0] if self._has_one_bar and self._tasks else None
             self._tasks[what] = self._bars.add_task(what, completed=int(done), total=total, **fields)
+            if earlier is not None:
+                self._bars.tasks[-1].start_time = earlier.start_time
+                self._bars.remove_task(earlier.id)
+                self._tasks = {what: self._tasks[what]}
 
     def begin(self, outline: RunOutline) -> None:
         """Announce the time of the run, and open its screen. Steps of earlier sessions do not count for the speed."""
@@ -231,9 +240,7 @@ class ConsoleReporter:
     def finish(self, steps: int, before: float | None, after: float | None, seconds: float, adapter: Path) -> None:
         """Print the end of a run: its steps, held-out losses in nats (None: no rows), seconds, and the adapter's directory."""
         if self.losses:
-            first, last, count = mean_ends(self.losses)
-            ends = f"first and last {format_count(count, 'step')}" if count > 1 else "first and last step"
-            self.info(f"Training loss  {draw_curve(self.losses)}  {first:.4f} -> {last:.4f} ({ends})")
+            self.info(f"Training loss  {draw_curve(self.losses)}  {describe_ends(self.losses)}")
         if before is not None and after is not None:
             self.info(f"Held-out loss  {before:.4f} -> {after:.4f}")
             if after > before:
@@ -249,13 +256,13 @@ class ConsoleReporter:
 
 
 @contextmanager
-def open_console(log_interval: LogInterval, *, plain: bool, quiet: bool = False) -> Iterator[ConsoleReporter]:
-    """A reporter on this terminal, whose bars end with the block; `plain`: lines instead of bars; `quiet`: nothing is shown."""
+def open_console(*, plain: bool = False, quiet: bool = False) -> Iterator[ConsoleReporter]:
+    """A reporter with one bar, which ends with the block; `plain`: lines instead of it; `quiet`: nothing is shown."""
     from rich.console import Console
 
     console, errors = Console(quiet=quiet), Console(stderr=True, quiet=quiet)
     with build_progress(console, disable=plain or not console.is_terminal) as bars:
-        yield ConsoleReporter(console, errors if bars.disable else console, log_interval, bars)
+        yield ConsoleReporter(console, errors if bars.disable else console, LogInterval("no", 1), bars, has_one_bar=True)
 
 
 def build_progress(console: "Console", *, disable: bool = False, kind: "type[Progress] | None" = None) -> "Progress":
@@ -281,12 +288,18 @@ def build_progress(console: "Console", *, disable: bool = False, kind: "type[Pro
 
 
 def mean_ends(losses: Sequence[float]) -> tuple[float, float, int]:
-    """Mean loss of the first tenth of the steps, of the last tenth, and the steps in each: 1 to 10.
+    """Mean loss of the first steps, of the last ones, and how many: a tenth, 3 to 10, but no more than a quarter.
 
     The loss of one batch depends mostly on its rows.
     """
-    count = min(10, max(1, len(losses) // 10))
+    count = min(10, max(len(losses) // 10, min(3, len(losses) // 4), 1))
     return sum(losses[:count]) / count, sum(losses[-count:]) / count, count
+
+
+def describe_ends(losses: Sequence[float]) -> str:
+    """The two means of `mean_ends` in words; a few steps are taken alone."""
+    first, last, count = mean_ends(losses)
+    return f"{first:.4f} -> {last:.4f} ({f'means of the first and last {count} steps' if count > 1 else 'first and last step'})"
 
 
 def draw_curve(losses: Sequence[float], columns: int = CURVE_WIDTH) -> str:
@@ -345,7 +358,7 @@ class Watcher:
 
 def show_export(view: ConsoleReporter, exported: "Exported", *, for_ollama: bool = False) -> None:
     """Print the proof of an export and, unless it failed, what to do next; `for_ollama`: what follows says it for Ollama."""
-    from qlora_phi3.export.bundle import other_bits_warning
+    from qlora_phi3.export.bundle import other_bits_warning, other_weights_note
     from qlora_phi3.export.stop import runaway_warning
 
     report = exported.report
@@ -369,7 +382,9 @@ def show_export(view: ConsoleReporter, exported: "Exported", *, for_ollama: bool
     if exported.fault is not None:
         return
     if report["proof"]:
-        view.info("Proved: the merged model computes what base and adapter compute together.")
+        is_other = other_weights_note(report) is not None and report["onto"] == "original"
+        base = "the original base, on which it was not trained," if is_other else "the base"
+        view.info(f"Proved: the merged model computes what {base} and the adapter compute together.")
     if exported.gguf is not None:
         for note in exported.gguf.notes:
             view.info(note)
@@ -385,23 +400,23 @@ def show_export(view: ConsoleReporter, exported: "Exported", *, for_ollama: bool
 
 def proof_lines(report: Mapping[str, Any], *, quant: str | None = None) -> list[str]:
     """The table of the proof in an export_report.json; `quant` is the type of the GGUF that was made, if one was."""
-    from qlora_phi3.export.bundle import is_measured, score_label
+    from qlora_phi3.export.bundle import is_measured, other_weights_note, score_label
 
     proof = report["proof"]
-    lines = [f"{'':28}{'held-out loss':>14}{'mean KL':>9}{'largest KL':>12}{'same top token':>16}"]
+    lines = [f"{'':26}{'held-out loss':>14}{'mean KL':>9}{'largest KL':>12}{'same top token':>16}"]
     for score in proof["scores"]:
         name = score_label(score["name"], report)
         if score["name"] == "live":
-            lines.append(f"  {'live: ' + name:26}{score['loss']:>14.4f}")
+            lines.append(f"{'live: ' + name:26}{score['loss']:>14.4f}")
             continue
-        mark = ">" if score["name"] == report["onto"] else " "
-        figures = f"{score['mean_kl']:>9.1e}{score['max_kl']:>12.1e}{score['top_agreement']:>16.2%}"
-        lines.append(f"{mark} {name:26}{score['loss']:>14.4f}{figures}")
-    written = "what is written."
-    if quant is not None and not is_measured(quant, report["dtype"]):
-        written = f"what {quant} was made from; the file itself was not measured."
-    tokens, kind = format_count(proof["tokens"], "token"), "held-out rows"
-    if proof["trained"]:
-        kind = "rows that were trained on"
-    lines.append(f"> {written} KL from the live model, in nats; {tokens} of {proof['rows']} {kind}.")
-    return lines
+        figures = f"{score['mean_kl']:>9.1e}{score['max_kl']:>12.1e}{format_percent(score['top_agreement'], 2):>16}"
+        lines.append(f"{name:26}{score['loss']:>14.4f}{figures}")
+    merged = f"the model {score_label(report['onto'], report)}"
+    is_other = quant is not None and not is_measured(quant, report["dtype"])
+    written = f"{quant}, made from {merged}; the file itself was not measured" if is_other else merged
+    lines.append(f"Written: {written}.")
+    if (note := other_weights_note(report)) is not None:
+        lines.append(note + (" --onto nf4 writes the trained one." if report["onto"] == "original" else ""))
+    where = f"KL from the live model, in nats. Computed in fp32 on {format_count(proof['tokens'], 'token')} of {proof['rows']}"
+    others = "held-out rows; the loss of a run or of eval is that of all held-out rows in the run's dtype."
+    return [*lines, f"{where} {'rows that were trained on.' if proof['trained'] else others}"]

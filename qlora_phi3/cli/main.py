@@ -79,12 +79,13 @@ class Commands(click.Group):
         try:
             with signals_as_ctrl_c():
                 return super().invoke(ctx)
-        except click.exceptions.NoArgsIsHelpError:
-            raise
-        except (UserError, KeyboardInterrupt, click.Abort, click.UsageError, OSError) as error:
-            if isinstance(error, click.UsageError):
-                error = UserError(*describe_usage_error(error))
-            elif ctx.meta.get("debug") or (isinstance(error, OSError) and error.errno not in FULL_OR_REFUSED):
+        except click.UsageError as error:
+            if isinstance(error, click.exceptions.NoArgsIsHelpError):
+                raise
+            echo(f"Error: {describe_usage_error(error)}", err=True)
+            ctx.exit(error.exit_code)
+        except (UserError, KeyboardInterrupt, click.Abort, OSError) as error:
+            if ctx.meta.get("debug") or (isinstance(error, OSError) and error.errno not in FULL_OR_REFUSED):
                 raise
             if isinstance(error, KeyboardInterrupt | click.Abort):
                 if sys.stderr.isatty():  # behind the ^C that the terminal shows
@@ -98,8 +99,8 @@ class Commands(click.Group):
             ctx.exit(error.exit_code)
 
 
-def describe_usage_error(error: click.UsageError) -> tuple[str, str]:
-    """A mistake on the command line in our words, and what to type: click's error as message and hint."""
+def describe_usage_error(error: click.UsageError) -> str:
+    """A mistake on the command line in one line: the option, the value, and what is allowed."""
     ctx, message = error.ctx or click.get_current_context(), error.format_message().rstrip(".")
     if isinstance(error, click.MissingParameter) and error.param is not None:
         usage = f"{ctx.command_path} {' '.join(ctx.command.collect_usage_pieces(ctx))}"
@@ -107,7 +108,8 @@ def describe_usage_error(error: click.UsageError) -> tuple[str, str]:
     elif isinstance(error, click.BadParameter) and error.param is not None:
         name = error.param.opts[-1] if isinstance(error.param, click.Option) else error.param.make_metavar(ctx)
         message = f"{name}: {error.message.rstrip('.')}"
-    return message if message.endswith(("?", ")")) else f"{message}.", f"`{ctx.command_path} --help` explains it."
+    end = "" if message.endswith(("?", ")")) else "."
+    return f"{message}{end} `{ctx.command_path} --help` explains it."
 
 
 @contextmanager

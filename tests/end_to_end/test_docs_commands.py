@@ -54,6 +54,8 @@ COMMANDS = {
     "qlora-phi3 cache": "",
     "qlora-phi3 cache clean bases": "--yes",
 }
+#: Of the tensors of a loralib file for the tiny base, with groups q and v.
+QV_SHAPES = {"A": (6, 128), "B": (192, 2)}
 SYSTEM = "You name colours."
 AXOLOTL = f"base_model: {HUB}\nadapter: qlora\nlora_r: 8\ndatasets:\n  - path: my-chats.jsonl\n    type: chat_template\n"
 SAMPLE = f"""
@@ -96,11 +98,8 @@ def folder(tmp_path_factory, base):
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_of_the_docs_works(line, folder):
     if "--enable q,v" in line:  # a file of two groups of a MergedLinear, of rank 2
-        names = [f"model.layers.{layer}.self_attn.qkv_proj.lora_" for layer in (0, 1)]
-        tensors = {
-            f"{name}{letter}": torch.ones(*shape) for name in names for letter, shape in (("A", (6, 128)), ("B", (192, 2)))
-        }
-        torch.save(tensors, "lora.pt")
+        shapes = {f"{layer}.self_attn.qkv_proj.lora_{end}": shape for layer in "01" for end, shape in QV_SHAPES.items()}
+        torch.save({f"model.layers.{name}": torch.ones(shape) for name, shape in shapes.items()}, "lora.pt")
     if " unsloth-adapter " in line:
         shutil.copytree("for-unsloth", "unsloth-adapter")
     result = CliRunner().invoke(main, [*shlex.split(line)[1:], *shlex.split(COMMANDS[line])], input="What is red?\n/quit\n")

@@ -33,7 +33,7 @@ def adapter() -> None:
 
 
 @adapter.command()
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path, exists=True))
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--to", "form", type=click.Choice(list(OPTIONS)), required=True, help="The form of DST.")
 @click.option(
@@ -70,6 +70,8 @@ def convert(ctx: click.Context, /, source: Path, target: Path, form: str, force:
     for name, value in given.items():
         if value and name not in OPTIONS[form]:
             raise UserError(f"--{name} has no meaning for --to {form}.", "Leave it out.")
+    if not source.exists():  # torch is not loaded yet
+        raise UserError(f"There is no file or directory {source}.", "Check the name.")
     converted = _convert(source, target, form, given, force=force, debug=bool(ctx.meta.get("debug")))
     echo(
         f"Checked: scaling * B A of {converted.num_layers} layers, as read and as written: largest relative difference "

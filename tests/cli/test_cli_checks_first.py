@@ -40,7 +40,7 @@ def place(tmp_path_factory, base):
         "run mine.toml --set data.eval=list.json": "list.json holds no rows.",
         "run mine.toml --set model.name=folder": "config.json",
         "inspect mine.toml --html gone/a.html": "--html gone/a.html: there is no directory ",
-        "adapter convert gone.pt new --to peft": "SRC: Path 'gone.pt' does not exist.",
+        "adapter convert gone.pt new --to peft": "There is no file or directory gone.pt.",
     }.items(),
 )
 def test_it_is_said_before_torch_is_loaded(place, words, line):

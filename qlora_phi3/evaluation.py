@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 
-from qlora_phi3.data.prepare import PreparedData, data_of_file, prepare_datasets
+from qlora_phi3.data.prepare import PreparedData, prepare_datasets
 from qlora_phi3.data.report import FEW_ROWS
 from qlora_phi3.data.template import choose_template
 from qlora_phi3.errors import DataError, ModelError, RunError, first_line, is_out_of_memory
@@ -101,9 +101,12 @@ def read_other_rows(inference: InferenceModel, run: RunFolder | None, name: str,
     """The rows of a file, or of a data set of the hub, in any format; where a run's recipe maps columns ([data] fields), in its
     format. DataError where they cannot be read, or none of them can be evaluated on.
     """
-    recipe = None if run is None else load_recipe(run.recipe)
-    max_length = inference.max_positions if recipe is None else recipe.training.max_length
-    prepared = _prepare(inference, data_of_file(name, recipe), max_length, progress, evaluate=False)
+    data, max_length = Data(train=name), inference.max_positions
+    if run is not None:
+        recipe = load_recipe(run.recipe)
+        changes = {"train": name, "eval": None, "max_rows": None} | ({} if recipe.data.fields else {"format": "auto"})
+        data, max_length = recipe.data.model_copy(update=changes), recipe.training.max_length
+    prepared = _prepare(inference, data, max_length, progress, evaluate=False)
     report = prepared.report
     left_out = report.rows_read - report.rows_kept
     note = f"{left_out:,} of {report.rows_read:,} rows are left out, and {report.truncated:,} cut at {max_length:,} tokens."

@@ -70,8 +70,6 @@ def convert(ctx: click.Context, /, source: Path, target: Path, form: str, force:
     for name, value in given.items():
         if value and name not in OPTIONS[form]:
             raise UserError(f"--{name} has no meaning for --to {form}.", "Leave it out.")
-    if not source.exists():  # torch is not loaded yet
-        raise UserError(f"There is no file or directory {source}.", "Check the name.")
     converted = _convert(source, target, form, given, force=force, debug=bool(ctx.meta.get("debug")))
     echo(
         f"Checked: scaling * B A of {converted.num_layers} layers, as read and as written: largest relative difference "

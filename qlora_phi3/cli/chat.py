@@ -13,16 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_phi3.cli.options import (
-    WholeNumber,
-    base_option,
-    check_sampling,
-    complete_run,
-    debug_option,
-    sampling_options,
-    silence_libraries,
-)
-from qlora_phi3.cli.output import echo
+from qlora_phi3.cli.options import base_option, check_sampling, complete_run, debug_option, sampling_options, silence_libraries
+from qlora_phi3.cli.output import ask_number, echo
 from qlora_phi3.errors import RunError, UserError, printable, quoted
 from qlora_phi3.files import atomic_write, user_state_dir
 from qlora_phi3.runfolder import RunFolder, find_model, list_runs
@@ -52,7 +44,7 @@ print_dim = partial(echo, dim=True, err=True)
 @click.option("--prompt", metavar="TEXT", help="Print one answer and exit; with - the prompt is read from stdin.")
 @base_option
 @sampling_options(512)
-@click.option("--seed", type=WholeNumber(0), help="Of drawn tokens. [default: another one each time]")
+@click.option("--seed", type=click.IntRange(0), help="Of drawn tokens. [default: another one each time]")
 @debug_option
 @click.pass_context
 def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bool, base: Path | None, **options: Any) -> None:
@@ -131,7 +123,7 @@ def _choose_run() -> str:
     if not _is_terminal():
         raise RunError(f"No run is named. The newest are:\n{shown}\n", f"Name one: qlora-phi3 chat {quoted(runs[0].path)}")
     click.echo(shown)
-    return str(runs[click.prompt("Number (Ctrl-C ends)", type=WholeNumber(1, len(lines)), default=1) - 1].path)
+    return str(runs[ask_number("Number (Ctrl-C ends)", 1, len(lines)) - 1].path)
 
 
 def _is_terminal() -> bool:

@@ -8,19 +8,10 @@ from typing import Any
 
 import click
 
-from qlora_phi3.cli.options import (
-    WholeNumber,
-    base_option,
-    check_directory,
-    check_sampling,
-    complete_run,
-    debug_option,
-    sampling_options,
-    silence_libraries,
-)
+from qlora_phi3.cli.options import base_option, check_sampling, complete_run, debug_option, sampling_options, silence_libraries
 from qlora_phi3.cli.output import echo
 from qlora_phi3.errors import Interrupted, RunError, UserError, printable
-from qlora_phi3.files import atomic_write
+from qlora_phi3.files import atomic_write, check_directory
 from qlora_phi3.runfolder import RunFolder, find_model
 from qlora_phi3.units import format_count
 
@@ -48,11 +39,11 @@ PARTS = ("base", "tuned", "difference", "low", "high")
 @click.command("eval")
 @click.argument("run", metavar="RUN", shell_complete=complete_run)
 @click.option("--data", metavar="FILE", help="Rows to evaluate on, in any format; by default those that the run held out.")
-@click.option("--rows", type=WholeNumber(1), default=100, show_default=True, help="Answers to generate, at most.")
+@click.option("--rows", type=click.IntRange(1), default=100, show_default=True, help="Answers to generate, at most.")
 @click.option("--no-generate", is_flag=True, help="Only loss, perplexity and token accuracy.")
 @base_option
 @sampling_options(256)
-@click.option("--seed", type=WholeNumber(0), default=42, show_default=True, help="Of the chosen rows and of what is drawn.")
+@click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="Of the chosen rows and of what is drawn.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write; by default RUN/eval.json.")
 @click.option("--json", "wants_json", is_flag=True, help="Print JSON, for programs.")
 @debug_option
@@ -82,11 +73,11 @@ def eval(
         out = folder.path / (f"eval-{Path(data).stem}.json" if data else "eval.json")
     if out is not None:
         check_directory(out, "--out")
-    if data is not None:
-        from qlora_phi3.data.prepare import check_files, data_of_file
-        from qlora_phi3.recipe.load import load_recipe
+    from qlora_phi3.data.sources import open_local
+    from qlora_phi3.recipe.load import is_local_data
 
-        check_files(data_of_file(data, None if folder is None else load_recipe(folder.recipe)), Path(), evaluate=False)
+    if data is not None and is_local_data(data, Path()):
+        open_local(data, Path())  # refuses a missing or empty file
     settings = {name: options[name] for name in ("rows", "max_new_tokens", "seed")}
     settings |= {"rows": 0} if options["no_generate"] else {}
 
@@ -121,12 +112,6 @@ def eval(
         _show(result, out)
 
 
-def signed(value: float, form: str) -> str:
-    """A difference with its sign; 0 has none."""
-    text = format(value, f"+{form}")
-    return text if float(text) else text[1:]
-
-
 def _show(result: Mapping[str, Any], out: Path | None) -> None:
     """Print the table, the verdict, and what a reader must know about the rows."""
     from rich.console import Console
@@ -141,10 +126,8 @@ def _show(result: Mapping[str, Any], out: Path | None) -> None:
         if (each := metrics.get(key)) is None:
             continue
         base, tuned, difference, low, high = (each[part] if each[part] is None else factor * each[part] for part in PARTS)
-        cells = [format(base, form), format(tuned, form), signed(difference, form)]
-        cells.append(
-            "" if low is None else "no difference" if low == high == 0 else f"{signed(low, form)} to {signed(high, form)}"
-        )
+        cells = [format(base, form), format(tuned, form), format(difference, f"+{form}")]
+        cells.append("" if low is None else "no difference" if low == high == 0 else f"{low:+{form}} to {high:+{form}}")
         table.add_row(name, *(cells if result["has_adapter"] else cells[1:2]))
     answered = f", {format_count(data['questions'], 'answer')} generated" if data["questions"] else ""
     echo(printable(f"{result['model']} on {format_count(data['rows'], 'row')} ({data['name']}){answered}"))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qlora_phi3.cli.options import WholeNumber, check_new_file, create_file, debug_option, named_gpu, watching
-from qlora_phi3.cli.output import echo, print_rich
+from qlora_phi3.cli.options import check_new_file, create_file, debug_option, named_gpu, watching
+from qlora_phi3.cli.output import ask_number, echo, print_rich
 from qlora_phi3.errors import UserError, quoted
 
 if TYPE_CHECKING:
@@ -62,10 +62,8 @@ def init(
     eight chats is written to look at. Nothing is downloaded, and no file is overwritten. Exit code 3: no model fits the GPU.
     """
     if len(names) > 1:
-        pattern = Path(names[0]).with_name(f"*{Path(names[0]).suffix}")
-        raise UserError(
-            f"{len(names)} names are given, and DATA is one.", f"Put a pattern in quotes: qlora-phi3 init '{pattern}'"
-        )
+        pattern = f"{Path(names[0]).parent / '*'}{Path(names[0]).suffix}"
+        raise UserError("DATA is one name.", f"For several files put a pattern in quotes: qlora-phi3 init '{pattern}'")
     data = next(iter(names), None)
     if data is None:
         if out is not None:
@@ -97,7 +95,7 @@ def init(
         echo(f"No recipe is written: {option.name} does not fit. Try another model or GPU.", err=True)
         ctx.exit(DOES_NOT_FIT)
     if asks:
-        epochs = click.prompt("Epochs, passes over the rows", default=choice.epochs, type=WholeNumber(1, LARGEST_EPOCHS))
+        epochs = ask_number("Epochs, passes over the rows", choice.epochs, LARGEST_EPOCHS)
         choice = replace(choice, epochs=epochs)
         target = out or click.prompt("Write the recipe to", default=str(target), value_proc=_read_target)
     _write(target, summary, option, choice, device)
@@ -179,7 +177,7 @@ def _shorten(
 def _ask_model(options: "Sequence[ModelOption]", proposed: "ModelOption", shorten: "Callable[..., ModelOption]") -> "ModelOption":
     """Let a person choose a model by its number, until it fits."""
     while True:
-        number = click.prompt("Model", default=options.index(proposed) + 1, type=WholeNumber(1, len(options)))
+        number = ask_number("Model", options.index(proposed) + 1, len(options))
         with watching() as watcher:
             option = shorten(options[number - 1], watcher=watcher)
         if option.report is None or option.report.fits:
@@ -189,14 +187,14 @@ def _ask_model(options: "Sequence[ModelOption]", proposed: "ModelOption", shorte
 
 def _show(summary: "DataSummary", options: "Sequence[ModelOption]", chosen: "ModelOption", device: "Gpu | None") -> None:
     """The rows, and the table of models."""
-    from qlora_phi3.data.formats import describe_format
+    from qlora_phi3.data.formats import TITLES
     from qlora_phi3.errors import printable
     from qlora_phi3.memory.proposal import BYTES_PER_TOKEN, describe_gpu
     from qlora_phi3.ui.vram import show_models
     from qlora_phi3.units import format_count
 
     lengths, counted = chosen.lengths, "" if chosen.is_exact else f", estimated at {BYTES_PER_TOKEN} bytes a token"
-    echo(f"{format_count(len(lengths), 'usable row')} read as {describe_format(summary.format)}")
+    echo(f"{format_count(len(lengths), 'usable row')} read as {TITLES.get(summary.format, summary.format)}")
     if summary.format == "text":
         echo("That is plain text: the model learns to continue it, not to answer. Chats have questions and answers.")
     echo(f"Tokens: half have at most {lengths[(len(lengths) - 1) // 2]:,}, the longest {lengths[0]:,}{counted}")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_phi3.cli.options import WholeNumber, check_directory, debug_option, find_recipe, set_option, watching
+from qlora_phi3.cli.options import debug_option, find_recipe, set_option, watching
 from qlora_phi3.cli.output import echo
 from qlora_phi3.errors import UserError, quoted
-from qlora_phi3.files import atomic_write
+from qlora_phi3.files import atomic_write, check_directory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,8 +28,8 @@ FIRST_ROWS = 3
 @click.command()
 @click.argument("recipe", metavar="RECIPE", type=click.Path(path_type=Path))
 @click.option("--row", "rows", multiple=True, metavar="N", help="Show this row, complete: its number, or file:number.")
-@click.option("--random", "count", type=WholeNumber(1), metavar="N", help="Show N rows drawn at random.")
-@click.option("--seed", type=WholeNumber(0), default=0, show_default=True, help="Of --random.")
+@click.option("--random", "count", type=click.IntRange(1), metavar="N", help="Show N rows drawn at random.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of --random.")
 @click.option("--problems", is_flag=True, help="Show the rows that are left out (1,000 of a reason) or cut, and why.")
 @click.option("--ids", is_flag=True, help="Show each token on a line of its own, with its id.")
 @click.option("--html", "page", type=click.Path(path_type=Path), help="Write figures, rows and problems as a page.")

@@ -3,7 +3,6 @@
 Nothing heavy is imported outside the body of a command, so that `--help` takes 50 ms.
 """
 
-import difflib
 import errno
 import signal
 import sys
@@ -63,12 +62,6 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's, with the nearest name for a command that does not exist."""
-        if args[0] not in COMMANDS and (near := difflib.get_close_matches(args[0], COMMANDS, n=1)):
-            raise click.UsageError(f"There is no command {args[0]!r}. Did you mean {near[0]!r}?", ctx)
-        return super().resolve_command(ctx, args)
-
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Start the command line with stdout and stderr that print any text, and that may lose their reader."""
         with safe_output():
@@ -101,15 +94,15 @@ class Commands(click.Group):
 
 def describe_usage_error(error: click.UsageError) -> str:
     """A mistake on the command line in one line: the option, the value, and what is allowed."""
-    ctx, message = error.ctx or click.get_current_context(), error.format_message().rstrip(".")
-    if isinstance(error, click.MissingParameter) and error.param is not None:
-        usage = f"{ctx.command_path} {' '.join(ctx.command.collect_usage_pieces(ctx))}"
-        message = f"{error.param.make_metavar(ctx)} is missing: {usage}"
-    elif isinstance(error, click.BadParameter) and error.param is not None:
-        name = error.param.opts[-1] if isinstance(error.param, click.Option) else error.param.make_metavar(ctx)
-        message = f"{name}: {error.message.rstrip('.')}"
-    end = "" if message.endswith(("?", ")")) else "."
-    return f"{message}{end} `{ctx.command_path} --help` explains it."
+    ctx, message = error.ctx or click.get_current_context(), error.format_message()
+    if isinstance(error, click.BadParameter) and error.param is not None and error.message:
+        limits, message = error.param.type, f"{error.param.opts[-1]}: {error.message}"
+        if isinstance(limits, click.IntRange | click.FloatRange):
+            kind = "whole number" if isinstance(limits, click.IntRange) else "number"
+            least = f"above {limits.min:g}" if limits.min_open else f"of {limits.min:g} or more"
+            most = "" if limits.max is None else f", at most {limits.max:g}"
+            message = f"{error.param.opts[-1]}: {error.message.split()[0]} is not a {kind} {least}{most}."
+    return f"{message} `{ctx.command_path} --help` explains it."
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from qlora_phi3.errors import DeviceError, RecipeError, UserError
+from qlora_phi3.files import check_directory
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -35,9 +36,7 @@ set_option = click.option(
 )
 #: `--base`, of commands that load a run.
 base_option = click.option(
-    "--base",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder of the model that the run was trained on, if it has moved.",
+    "--base", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Folder of the run's base, if it has moved."
 )
 
 
@@ -54,10 +53,10 @@ def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) ->
 
 def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
     """`--temperature`, `--top-p`, `--top-k`, and `--max-new-tokens` with its default; `check_sampling` reads the first three."""
-    limit = WholeNumber(1)
+    limit = click.IntRange(1)
     shared = (
-        click.option("--temperature", type=Number(0), default=0.0, help="0, the default: always the likeliest token."),
-        click.option("--top-p", type=Number(0, 1, min_open=True), help="Draw from this share of the probability."),
+        click.option("--temperature", type=click.FloatRange(0), default=0.0, help="0, the default: always the likeliest token."),
+        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from this share of the probability."),
         click.option("--top-k", type=limit, help="Draw from this many of the likeliest tokens."),
         click.option("--max-new-tokens", type=limit, default=max_new_tokens, show_default=True, help="Of an answer, at most."),
     )
@@ -87,32 +86,6 @@ def named_gpu(gpu: str | None, vram: str | None) -> "Gpu | None":
     except ValueError as error:
         raise DeviceError(f"--vram: {error}", "Write what the box says, such as --vram 12GB.") from error
     return gpu_of_size(num_bytes)
-
-
-class _Limited(click.ParamType):
-    """A number whose error says in words what is allowed."""
-
-    min: float | None
-    max: float | None
-    min_open: bool
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """As click's."""
-        try:
-            return super().convert(value, param, ctx)
-        except click.BadParameter:
-            kind = "a whole number" if isinstance(self, click.IntRange) else "a number"
-            least = f"above {self.min:g}" if self.min_open else f"of {self.min:g} or more"
-            limits = least if self.max is None else f"{f'{least}, up' if self.min_open else f'from {self.min:g}'} to {self.max:g}"
-            self.fail(f"{value} is not {kind} {limits}", param, ctx)
-
-
-class WholeNumber(_Limited, click.IntRange):
-    """A whole number from `min` on, up to `max`."""
-
-
-class Number(_Limited, click.FloatRange):
-    """A number from `min` on, up to `max`."""
 
 
 @contextmanager
@@ -162,14 +135,6 @@ def check_new_file(target: Path, option: str = "--out") -> None:
             f"{target} exists already, and no file is overwritten.", f"Name another file with {option}, or delete it."
         )
     check_directory(target, option)
-
-
-def check_directory(target: Path, option: str) -> None:
-    """Refuse, before anything is computed, a file in a directory that does not exist, or one that is a directory: UserError."""
-    if not (parent := target.absolute().parent).is_dir():
-        raise UserError(f"{option} {target}: there is no directory {parent}.", "Make it, or name another file.")
-    if target.is_dir():
-        raise UserError(f"{option} {target} is a directory.", "Name a file in it.")
 
 
 def create_file(target: Path, text: str) -> None:

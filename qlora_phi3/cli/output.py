@@ -94,6 +94,13 @@ def echo(text: str, *, err: bool = False, **style: Any) -> None:
     click.echo(click.style(text, **style) if style else text, err=err)
 
 
+def ask_number(question: str, default: int, most: int) -> int:
+    """A whole number from 1 to `most` that a person types; asked again where it is none."""
+    while not (text := str(click.prompt(question, default=str(default)))).isdecimal() or not 1 <= int(text) <= most:
+        click.echo(f"Error: {text} is not a whole number from 1 to {most}.")
+    return int(text)
+
+
 def wrapped(text: str) -> str:
     """A text in lines that end between words on this terminal."""
     return wrap_words(text, shutil.get_terminal_size().columns)

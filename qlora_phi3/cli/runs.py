@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from qlora_phi3.cli.options import WholeNumber, complete_run, debug_option, silence_libraries
+from qlora_phi3.cli.options import complete_run, debug_option, silence_libraries
 from qlora_phi3.cli.output import echo
 from qlora_phi3.errors import Interrupted, RunError, printable
 
@@ -129,7 +129,7 @@ def report(root: Path, run: str | None) -> None:
 
 @runs.command()
 @RUN
-@click.option("--spikes", type=WholeNumber(1, 50), default=3, show_default=True, help="Number of steps to show.")
+@click.option("--spikes", type=click.IntRange(1, 50), default=3, show_default=True, help="Number of steps to show.")
 @click.option("--full", is_flag=True, help="Every row of these steps, with its complete text.")
 @debug_option
 @click.pass_context

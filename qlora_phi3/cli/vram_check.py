@@ -9,16 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_phi3.cli.options import (
-    WholeNumber,
-    check_new_file,
-    debug_option,
-    find_recipe,
-    named_gpu,
-    set_option,
-    shipped_files,
-    watching,
-)
+from qlora_phi3.cli.options import check_new_file, debug_option, find_recipe, named_gpu, set_option, shipped_files, watching
 from qlora_phi3.cli.output import echo, print_rich
 from qlora_phi3.errors import CannotTellError, DeviceError, UserError, quoted
 
@@ -52,7 +43,7 @@ class _Options:
 @click.option("--vram", metavar="SIZE", help="Check for any GPU of a size: --vram 12GB.")
 @click.option("--all", "every_gpu", is_flag=True, help="A table of all consumer GPUs from 4 to 24 GB.")
 @click.option("--max-length", is_flag=True, help="The longest row that still fits each GPU.")
-@click.option("--processes", type=WholeNumber(1), default=1, metavar="N", help="N processes share a step, a GPU each.")
+@click.option("--processes", type=click.IntRange(1), default=1, metavar="N", help="N processes share a step, a GPU each.")
 @click.option(
     "--fit",
     is_flag=False,

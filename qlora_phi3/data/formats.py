@@ -42,6 +42,8 @@ INPUT_IGNORED = "'input' or 'system' is a word for an empty cell (nan, None, <no
 EMPTY_WORD = "an answer is a word that may stand for an empty cell (None, null, N/A): learned as it is"
 EMPTY_TURN = "a user's turn is empty"
 LIST_ANSWER = "an answer is the JSON of a list of texts, as a .csv has several answers: learned as it is"
+#: What people read for a format whose name says too little.
+TITLES = {"sharegpt": "ShareGPT's conversations", "alpaca": "Alpaca's instruction, input and output"}
 #: Names of columns in published data that hold a question or an answer, the likelier names first.
 QUESTION_COLUMNS = ("instruction", "question", "prompt", "query", "input", "user", "human", "problem", "source", "src")
 ANSWER_COLUMNS = ("output", "answer", "response", "completion", "reply", "assistant", "bot", "solution", "target", "tgt")
@@ -69,13 +71,12 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """The columns of a format, the function that reads its rows, and what it is called where people read it."""
+    """The columns of a format, and the function that reads its rows."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
     #: Called with the row, its `file:line`, and the names of what was not read, to which it adds keys of messages.
     read: Callable[[Columns, str, set[str]], Chat | Document]
-    title: str
 
 
 def detect_format(row: Mapping[str, Any]) -> str | None:
@@ -84,11 +85,6 @@ def detect_format(row: Mapping[str, Any]) -> str | None:
         if all(row.get(column) is not None for column in form.required):
             return name
     return None
-
-
-def describe_format(name: str) -> str:
-    """The title of a format, which says more than its name; a name that is of none stays."""
-    return FORMATS[name].title if name in FORMATS else name
 
 
 def guess_mapping(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
@@ -238,15 +234,9 @@ def _with_system_and_tools(turns: tuple[Turn, ...], columns: Columns, unread: se
 
 #: In the order of detection: ultrachat_200k has `prompt` next to `messages`, Alpaca sets have `text` next to `output`.
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), ("system", "tools"), partial(_read_conversation, "messages"), "messages"),
-    "sharegpt": Format(
-        ("conversations",), ("system", "tools"), partial(_read_conversation, "conversations"), "ShareGPT's conversations"
-    ),
-    "alpaca": Format(
-        ("instruction", "output"), ("input", "system", "history", "tools"), _read_alpaca, "Alpaca's instruction, input and output"
-    ),
-    "prompt_completion": Format(("prompt", "completion"), ("system", "tools"), _read_prompt_completion, "prompt and completion"),
-    "text": Format(
-        ("text",), (), lambda columns, where, unread: Document(messages.read_text(columns.take("text"), "text")), "text"
-    ),
+    "messages": Format(("messages",), ("system", "tools"), partial(_read_conversation, "messages")),
+    "sharegpt": Format(("conversations",), ("system", "tools"), partial(_read_conversation, "conversations")),
+    "alpaca": Format(("instruction", "output"), ("input", "system", "history", "tools"), _read_alpaca),
+    "prompt_completion": Format(("prompt", "completion"), ("system", "tools"), _read_prompt_completion),
+    "text": Format(("text",), (), lambda columns, where, unread: Document(messages.read_text(columns.take("text"), "text"))),
 }

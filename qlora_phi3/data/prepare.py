@@ -22,7 +22,7 @@ from qlora_phi3.data.tokenize import TokenizeConfig, read_examples, tokenize_sou
 from qlora_phi3.errors import DataError
 from qlora_phi3.files import row_cache_dir
 from qlora_phi3.recipe.load import as_list, is_local_data
-from qlora_phi3.recipe.schema import Data, Recipe
+from qlora_phi3.recipe.schema import Data
 from qlora_phi3.reporter import Progress
 from qlora_phi3.units import format_count
 
@@ -96,14 +96,6 @@ def row_lengths(dataset: Any) -> NDArray[np.int64]:
 def read_column(dataset: Any, name: str, dtype: Any = np.int64) -> NDArray[Any]:
     column = dataset.select_columns([name]).with_format("arrow")[:][name]
     return np.asarray(column.to_numpy(), dtype=dtype)
-
-
-def data_of_file(name: str, recipe: Recipe | None) -> Data:
-    """[data] of a file that is not a recipe's: its format is recognized, unless the recipe maps columns ([data] fields)."""
-    if recipe is None:
-        return Data(train=name)
-    changes = {"train": name, "eval": None, "max_rows": None} | ({} if recipe.data.fields else {"format": "auto"})
-    return recipe.data.model_copy(update=changes)
 
 
 def check_files(data: Data, base_dir: Path, *, evaluate: bool) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from qlora_phi3.data.formats import describe_format
+from qlora_phi3.data.formats import TITLES
 from qlora_phi3.errors import printable
 from qlora_phi3.units import format_count
 
@@ -93,9 +93,8 @@ class DataReport:
 
     def summary_lines(self) -> list[str]:
         """What the run trains and measures on, one fact a line."""
-        origin = ", ".join(
-            f"{name} ({describe_format(form)})" for name, form in zip(self.sources, self.formats, strict=True) if form
-        )
+        formats = [TITLES.get(form, form) for form in self.formats]
+        origin = ", ".join(f"{name} ({form})" for name, form in zip(self.sources, formats, strict=True) if form)
         measured = f" and {self.evaluation_rows:,} to measure on" if self.evaluation_rows else ""
         drawn = f" (drawn with seed {self.split_seed})" if self.eval_indices else ""
         lines = [f"Data: {format_count(self.train_rows, 'row')} to train on{measured}{drawn}, from {origin}"]

@@ -23,7 +23,7 @@ from qlora_phi3.inference import EndOfTurn, stop_ids
 from qlora_phi3.recipe.edit import format_toml
 from qlora_phi3.recipe.load import as_list
 from qlora_phi3.recipe.schema import Recipe
-from qlora_phi3.units import format_count, format_percent
+from qlora_phi3.units import format_count
 
 #: The licence of a base applies to the export.
 LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE.md", "NOTICE")
@@ -158,7 +158,6 @@ def render_card(recipe: Recipe, run: Mapping[str, Any], export: Mapping[str, Any
         proof=export.get("proof"),
         is_measured=gguf is None or is_measured(gguf["quant"], export["dtype"]),
         warning=other_bits_warning(export) if export.get("proof") else None,
-        note=other_weights_note(export) if export.get("proof") else None,
         label=score_label,
         count=format_count,
     )
@@ -190,18 +189,6 @@ def score_label(name: str, report: Mapping[str, Any]) -> str:
 def is_measured(quant: str, dtype: str) -> bool:
     """Whether a GGUF of that type has the very weights of a merged model of that dtype, so that its figures apply."""
     return quant == "f32" or (dtype, quant) in DTYPES.values()
-
-
-def other_weights_note(report: Mapping[str, Any]) -> str | None:
-    """Why the two merges in the proof of an export_report.json differ, and which one was trained; None where there is one."""
-    scores = {score["name"]: score for score in report["proof"]["scores"]}
-    if not {"nf4", "original"} <= scores.keys():
-        return None
-    trained, others = score_label("nf4", report), format_percent(1 - scores["original"]["top_agreement"], 2)
-    return (
-        f"The adapter was trained on weights rounded to 4 bits, and the model {trained} is the trained one. The original's "
-        f"weights are not rounded: merged onto them, {others} of the most likely tokens are others."
-    )
 
 
 def other_bits_warning(report: Mapping[str, Any]) -> str | None:

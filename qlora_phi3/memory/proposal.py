@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_phi3.data.formats import Chat, describe_format, detect_format, guess_mapping
+from qlora_phi3.data.formats import Chat, detect_format, guess_mapping
 from qlora_phi3.data.prepare import check_files
 from qlora_phi3.data.report import RowCount, SourceReport, merge_counts
 from qlora_phi3.data.sources import open_local
@@ -283,7 +283,11 @@ def _data_keys(summary: DataSummary, target: Path, held_out: int) -> Iterator[tu
     except ValueError:  # another drive of Windows
         train = path.as_posix()
     unusable = f", {skipped:,} more cannot be used (qlora-phi3 inspect shows them)" if skipped else ""
-    yield "train", train, f"{format_count(len(summary.lengths), 'row')} read as {describe_format(summary.format)}{unusable}"
+    yield (
+        "train",
+        train,
+        f"{format_count(len(summary.lengths), 'row')} of format {summary.format}{unusable}",
+    )
     if summary.data.fields:
         yield "format", summary.data.format, "the format whose columns yours stand for"
         yield "fields", summary.data.fields, "its columns = yours: check that they are right"

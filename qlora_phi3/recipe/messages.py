@@ -46,8 +46,6 @@ EXPECTED = {
     "less_than_equal": "{le} or less", "list_type": "a list", "too_short": "a list that is not empty",
     "dict_type": "a table of keys and values", "model_type": "a table of keys and values",
 }  # fmt: skip
-#: Keys that are named for one that is a part of their names, at most.
-MOST_KEYS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +106,18 @@ def replacement(key: str, value: object) -> str:
 
 
 def _describe_value(table: str, key: str, value: object, details: Sequence[Any]) -> str:
-    messages, expected_values = list[str](), list[str]()
+    messages = []
     for detail in details:
         keys = [str(part) for part in detail["loc"][2:] if isinstance(value, dict) and part in value]
         inner = f"{'.'.join(keys)}: " if keys else ""
-        words = EXPECTED.get(detail["type"], "").format_map(detail.get("ctx", {}))
-        if words and not inner:
-            expected_values.append(words)
-        else:
-            message = detail["ctx"]["error"] if detail["type"] == "value_error" else detail["msg"]
-            messages.append(inner + (f"it must be {words}" if words else str(message).rstrip(".")))
-    if expected_values:
-        messages.insert(0, f"it must be {', or '.join(dict.fromkeys(expected_values))}")
+        message = detail["ctx"]["error"] if detail["type"] == "value_error" else detail["msg"]
+        if words := EXPECTED.get(detail["type"]):
+            message = f"it must be {words.format_map(detail.get('ctx', {}))}"
+        messages.append(inner + str(message).rstrip("."))
     text = format_toml(value)
     shown = text if len(text) <= 60 else f"{text[:57]}..."
-    sentence = f"[{table}] {key} = {shown}: {'; or: '.join(dict.fromkeys(messages))}."
+    reasons = "; or: ".join(dict.fromkeys(messages)).replace("; or: it must be", ", or")
+    sentence = f"[{table}] {key} = {shown}: {reasons}."
     if isinstance(value, str):
         kinds = {detail["type"] for detail in details}
         expected = [str(detail["ctx"]["expected"]) for detail in details if detail["type"] == "literal_error"]
@@ -150,16 +145,15 @@ def suggest_key(table: str, name: str, tables: Mapping[str, type[BaseModel]]) ->
         if nearest := find_nearest(name, list(spellings), cutoff=0.8 if other == table else 0.85):
             return f"Did you mean '{spellings[nearest]}'?" + ("" if other == table else f" It belongs to [{other}].")
     for other, model in sorted(tables.items(), key=lambda item: item[0] != table):
-        if found := [key for key in model.model_fields if _words(name) <= _words(key)]:
-            keys = " or ".join(f"'{key}'" for key in sorted(found, key=lambda key: key.count("_"))[:MOST_KEYS])
+        if found := [key for key in model.model_fields if len(name) > 2 and _words(name) <= _words(key)]:
+            keys = " or ".join(f"'{key}'" for key in sorted(found, key=lambda key: key.count("_"))[:5])
             return f"Did you mean {keys}?" + ("" if other == table else f" It belongs to [{other}].")
     return "`qlora-phi3 recipe schema` lists every key."
 
 
 def _words(key: str) -> set[str]:
-    """The words of a key, without the s of a plural; of a name that has a shorter one, the name."""
-    words = {word.removesuffix("s") for word in key.lower().split("_")}
-    return words if min(map(len, words)) > 1 else {key}
+    """The words of a key, without the s of a plural."""
+    return {word.removesuffix("s") for word in key.split("_")}
 
 
 def find_nearest(name: str, choices: Sequence[str], cutoff: float = 0.6) -> str | None:

@@ -89,14 +89,12 @@ def _print_line(console: "Console", line: str, style: str | None = None) -> None
 class ConsoleReporter:
     """Shows a run: lines above, and on a terminal progress bars or the screen of `ui/live.py` below them.
 
-    Warnings go to the console `errors`. The bars are from `build_progress`, disabled where the output is plain lines. With
-    `has_one_bar` each work takes the bar of the one before it, which counts the time of all.
+    Warnings go to the console `errors`. The bars are from `build_progress`, disabled where the output is plain lines.
     """
 
-    def __init__(
-        self, console: "Console", errors: "Console", log_interval: LogInterval, bars: "Progress", *, has_one_bar: bool = False
-    ) -> None:
-        self._has_one_bar = has_one_bar
+    has_one_bar = False  #: Each work takes the bar of the one before it, which counts the time of all.
+
+    def __init__(self, console: "Console", errors: "Console", log_interval: LogInterval, bars: "Progress") -> None:
         self._console, self._errors, self._log_interval, self._bars = console, errors, log_interval, bars
         self._tasks: dict[str, TaskID] = {}
         self._last_line: dict[str, float] = {}
@@ -129,7 +127,7 @@ class ConsoleReporter:
         self._move(what, done, total)
         if self.eta is not None and what == EVALUATING and total:
             self.eta.evaluated_share = done / total
-        if finished and not self._has_one_bar:
+        if finished and not self.has_one_bar:
             self._bars.remove_task(self._tasks.pop(what))
         if TRAINING in self._tasks and self._console.width < MIN_WIDTH_CURVE:  # two bars would both be cut
             self._bars.update(self._tasks[TRAINING], visible=finished)
@@ -140,12 +138,11 @@ class ConsoleReporter:
         if what in self._tasks:
             self._bars.update(self._tasks[what], completed=done, total=total, **fields)
         else:
-            earlier = self._bars.tasks[0] if self._has_one_bar and self._tasks else None
+            earlier = self._bars.tasks if self.has_one_bar else []
             self._tasks[what] = self._bars.add_task(what, completed=int(done), total=total, **fields)
-            if earlier is not None:
-                self._bars.tasks[-1].start_time = earlier.start_time
-                self._bars.remove_task(earlier.id)
-                self._tasks = {what: self._tasks[what]}
+            for task in earlier:
+                self._bars.tasks[-1].start_time = task.start_time
+                self._bars.remove_task(self._tasks.pop(task.description))
 
     def begin(self, outline: RunOutline) -> None:
         """Announce the time of the run, and open its screen. Steps of earlier sessions do not count for the speed."""
@@ -262,7 +259,9 @@ def open_console(*, plain: bool = False, quiet: bool = False) -> Iterator[Consol
 
     console, errors = Console(quiet=quiet), Console(stderr=True, quiet=quiet)
     with build_progress(console, disable=plain or not console.is_terminal) as bars:
-        yield ConsoleReporter(console, errors if bars.disable else console, LogInterval("no", 1), bars, has_one_bar=True)
+        reporter = ConsoleReporter(console, errors if bars.disable else console, LogInterval("no", 1), bars)
+        reporter.has_one_bar = True
+        yield reporter
 
 
 def build_progress(console: "Console", *, disable: bool = False, kind: "type[Progress] | None" = None) -> "Progress":
@@ -358,7 +357,7 @@ class Watcher:
 
 def show_export(view: ConsoleReporter, exported: "Exported", *, for_ollama: bool = False) -> None:
     """Print the proof of an export and, unless it failed, what to do next; `for_ollama`: what follows says it for Ollama."""
-    from qlora_phi3.export.bundle import other_bits_warning, other_weights_note
+    from qlora_phi3.export.bundle import other_bits_warning
     from qlora_phi3.export.stop import runaway_warning
 
     report = exported.report
@@ -382,8 +381,8 @@ def show_export(view: ConsoleReporter, exported: "Exported", *, for_ollama: bool
     if exported.fault is not None:
         return
     if report["proof"]:
-        is_other = other_weights_note(report) is not None and report["onto"] == "original"
-        base = "the original base, on which it was not trained," if is_other else "the base"
+        is_trained = report["onto"] != "original" or report["base"].get("quantization") is None
+        base = "the base" if is_trained else "the original base, on which it was not trained,"
         view.info(f"Proved: the merged model computes what {base} and the adapter compute together.")
     if exported.gguf is not None:
         for note in exported.gguf.notes:
@@ -400,7 +399,7 @@ def show_export(view: ConsoleReporter, exported: "Exported", *, for_ollama: bool
 
 def proof_lines(report: Mapping[str, Any], *, quant: str | None = None) -> list[str]:
     """The table of the proof in an export_report.json; `quant` is the type of the GGUF that was made, if one was."""
-    from qlora_phi3.export.bundle import is_measured, other_weights_note, score_label
+    from qlora_phi3.export.bundle import is_measured, score_label
 
     proof = report["proof"]
     lines = [f"{'':26}{'held-out loss':>14}{'mean KL':>9}{'largest KL':>12}{'same top token':>16}"]
@@ -415,8 +414,13 @@ def proof_lines(report: Mapping[str, Any], *, quant: str | None = None) -> list[
     is_other = quant is not None and not is_measured(quant, report["dtype"])
     written = f"{quant}, made from {merged}; the file itself was not measured" if is_other else merged
     lines.append(f"Written: {written}.")
-    if (note := other_weights_note(report)) is not None:
-        lines.append(note + (" --onto nf4 writes the trained one." if report["onto"] == "original" else ""))
+    scores = {score["name"]: score for score in proof["scores"]}
+    if {"nf4", "original"} <= scores.keys():
+        others = format_percent(1 - scores["original"]["top_agreement"], 2)
+        lines.append(
+            f"The adapter was trained on weights rounded to 4 bits: the model {score_label('nf4', report)} is the trained one "
+            f"(--onto nf4). The original's are not rounded, and {others} of the most likely tokens are others there."
+        )
     where = f"KL from the live model, in nats. Computed in fp32 on {format_count(proof['tokens'], 'token')} of {proof['rows']}"
     others = "held-out rows; the loss of a run or of eval is that of all held-out rows in the run's dtype."
     return [*lines, f"{where} {'rows that were trained on.' if proof['trained'] else others}"]

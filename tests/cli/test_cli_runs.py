@@ -102,7 +102,8 @@ def test_a_run_is_shown_with_its_results_events_files_and_the_next_command(here)
     folder = write_run(here / "runs" / "mine" / "1", records=[*records, divergence_record(("\x1b[31m:1",))])
     shown = call("runs", "show", "mine").stdout
     for words in (
-        "runs/mine/1: done", "fell from 4.0000 to 2.5000", "3.8500 -> 3.0500 (means of the first and last 2 steps)", "0.0001 to 0.001", "2 rows skipped: no answer",
+        "runs/mine/1: done", "fell from 4.0000 to 2.5000", "3.8500 -> 3.0500 (means of the first and last 2 steps)",
+        "0.0001 to 0.001", "2 rows skipped: no answer",
         "3.00 GiB, predicted 2.00 GiB",
         "Step 5 diverged", "\\x1b[31m:1", "3 MiB  adapter", "qlora-phi3 export runs/mine/1",
     ):  # fmt: skip

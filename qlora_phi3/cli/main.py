@@ -3,6 +3,7 @@
 Nothing heavy is imported outside the body of a command, so that `--help` takes 50 ms.
 """
 
+import difflib
 import errno
 import signal
 import sys
@@ -61,6 +62,12 @@ class Commands(click.Group):
         """As click's, without importing the commands."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, with the nearest name for a command that does not exist."""
+        if args[0] not in COMMANDS and (near := difflib.get_close_matches(args[0], COMMANDS, n=1)):
+            raise click.UsageError(f"There is no command {args[0]!r}. Did you mean {near[0]!r}?", ctx)
+        return super().resolve_command(ctx, args)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Start the command line with stdout and stderr that print any text, and that may lose their reader."""

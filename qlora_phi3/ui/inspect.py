@@ -84,8 +84,8 @@ def statistics_lines(figures: DataStatistics) -> list[str]:
     report, most = figures.report, max(rows for _, rows in figures.histogram)
     lines = [*report.summary_lines(), *report.warning_lines(), ""]
     least, low, middle, high, highest, most_tokens = (f"{length:,}" for length in figures.percentiles.values())
-    of = "rows, held-out ones included" if report.eval_indices else "training rows"
-    rows = f"{sum(count for _, count in figures.histogram):,} {of}"
+    of = ", held-out ones included" if report.eval_indices else " to train on"
+    rows = format_count(sum(count for _, count in figures.histogram), "row") + of
     lines.append(f"Tokens of a row, before any is cut ({rows}): shortest {least}, median {middle}, longest {most_tokens}")
     lines.append(f"10 % of the rows have at most {low} tokens, 90 % at most {high}, 99 % at most {highest}")
     lines += ["", f"{'tokens':>15}  {'':{BAR_WIDTH}}  {'rows':>9}"]
@@ -98,9 +98,8 @@ def statistics_lines(figures: DataStatistics) -> list[str]:
         shares = f"{format_percent(cut.rows_share, 1):>9}  {format_percent(cut.learned_share, 1):>20}"
         lines.append(f"{cut.max_length:>15,}  {shares}  {cut.rows_dropped:>13,}{mark}")
     lines += ["", f"Learned: {format_percent(figures.learned_share, 1)} of the tokens to train on"]
-    lines.append(
-        f"Packing: nothing is padded; to the longest row of each step, {format_percent(figures.padding_share)} would be padding"
-    )
+    padding = format_percent(figures.padding_share)
+    lines.append(f"Packing: nothing is padded; padded to the longest of their step, {padding} would be padding")
     if figures.suggested_max_length < report.max_length or any(
         cut.max_length == report.max_length and max(cut.rows_share, cut.learned_share) > 0.01 for cut in figures.cuts
     ):

@@ -31,16 +31,12 @@ def place(tmp_path_factory, base):
     {
         "eval mine --data gone.jsonl": "There is no data file 'gone.jsonl' in ",
         "eval mine --data empty.jsonl": "empty.jsonl is empty.",
-        "eval mine --data list.json": "list.json holds no rows.",
         "eval mine --out gone/a.json": "--out gone/a.json: there is no directory ",
-        "eval mine --out folder": "--out folder is a directory. Name a file in it.",
         "eval mine --base gone": "--base: Directory 'gone' does not exist.",
         "chat base --compare": "base has no adapter: there is nothing to compare.",
         "run mine.toml --set data.train=empty.jsonl": "empty.jsonl is empty.",
         "run mine.toml --set data.eval=list.json": "list.json holds no rows.",
-        "run mine.toml --set model.name=folder": "config.json",
         "inspect mine.toml --html gone/a.html": "--html gone/a.html: there is no directory ",
-        "adapter convert gone.pt new --to peft": "There is no file or directory gone.pt.",
     }.items(),
 )
 def test_it_is_said_before_torch_is_loaded(place, words, line):

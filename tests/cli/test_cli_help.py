@@ -81,16 +81,18 @@ def test_a_terminal_breaks_lines_between_words_and_no_command(monkeypatch, capsy
 @pytest.mark.parametrize(
     ("words", "line"),
     {
-        "eval x --rows abc": "--rows: abc is not a whole number of 1 or more. `qlora-phi3 eval --help` explains it.",
+        "eval x --rows abc": "--rows: 'abc' is not a whole number of 1 or more. `qlora-phi3 eval --help` explains it.",
         "eval x --rows 0": "--rows: 0 is not a whole number of 1 or more. `qlora-phi3 eval --help` explains it.",
-        "chat x --temperature hot": "--temperature: hot is not a number of 0 or more. `qlora-phi3 chat --help` explains it.",
-        "chat x --top-p 2": "--top-p: 2 is not a number above 0, up to 1. `qlora-phi3 chat --help` explains it.",
-        "runs why --spikes 51": "--spikes: 51 is not a whole number from 1 to 50. `qlora-phi3 runs why --help` explains it.",
+        "chat x --temperature hot": "--temperature: 'hot' is not a number of 0 or more. `qlora-phi3 chat --help` explains it.",
+        "chat x --top-p 2": "--top-p: 2.0 is not a number above 0, at most 1. `qlora-phi3 chat --help` explains it.",
+        "runs why --spikes 51": (
+            "--spikes: 51 is not a whole number of 1 or more, at most 50. `qlora-phi3 runs why --help` explains it."
+        ),
         "export x --format hg": "--format: 'hg' is not one of 'hf', 'gguf'. `qlora-phi3 export --help` explains it.",
         "chat x --base gone": "--base: Directory 'gone' does not exist. `qlora-phi3 chat --help` explains it.",
-        "eval": "RUN is missing: qlora-phi3 eval [OPTIONS] RUN. `qlora-phi3 eval --help` explains it.",
+        "eval": "Missing argument 'RUN'. `qlora-phi3 eval --help` explains it.",
         "evl x": "There is no command 'evl'. Did you mean 'eval'? `qlora-phi3 --help` explains it.",
-        "init a.json b.json": "2 names are given, and DATA is one. Put a pattern in quotes: qlora-phi3 init '*.json'",
+        "init a.json b.json": "DATA is one name. For several files put a pattern in quotes: qlora-phi3 init '*.json'",
     }.items(),
 )
 def test_a_mistake_on_the_command_line_is_one_line_with_what_is_allowed(words, line):

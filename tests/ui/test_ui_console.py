@@ -214,7 +214,8 @@ def test_an_export_has_one_bar_which_counts_the_time_of_all_its_parts(clock):
     console = Console(width=100, file=io.StringIO(), force_terminal=True, color_system=None)
     bars = build_progress(console)
     bars.get_time = lambda: clock[0]
-    reporter = ConsoleReporter(console, console, EVERY_STEP, bars, has_one_bar=True)
+    reporter = ConsoleReporter(console, console, EVERY_STEP, bars)
+    reporter.has_one_bar = True
     for what, done, total in (("Reading", 0, None), ("Merging, MB", 1, 4), ("Merging, MB", 4, 4), ("Scoring", 2, 8)):
         reporter.progress(what, done, total)
         clock[0] += 5

@@ -48,9 +48,9 @@ COMMANDS = {
     "qlora-phi3 recipe check my.toml": "",
     "qlora-phi3 recipe import axolotl.yml": "",
     "qlora-phi3 recipe import sample_finetune.py --out my.toml": "--out imported.toml",
-    "qlora-phi3 vram-check chat --vram 8GB": "",
+    "qlora-phi3 vram-check chat --vram 8GB": "--set training.max_length=128",
     "qlora-phi3 vram-check my.toml --vram 12GB --processes 2": "",
-    "qlora-phi3 vram-check recipes/chat.toml --vram 12GB": "",
+    "qlora-phi3 vram-check recipes/chat.toml --vram 12GB": "--set training.max_length=128",
     "qlora-phi3 cache": "",
     "qlora-phi3 cache clean bases": "--yes",
 }

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qlora_phi3.family import read_architecture
+from qlora_phi3.family import known_config, parse_architecture
 from qlora_phi3.hardware.gpu import gpu_of_size
 from qlora_phi3.memory.cost import count_weights
 from qlora_phi3.memory.proposal import (
@@ -102,7 +102,7 @@ def test_the_most_capable_model_is_proposed_that_fits_and_is_trained_within_a_ni
 def test_the_models_are_listed_by_their_parameters():
     counts = []
     for name in MODELS:
-        model = read_architecture(name)
+        model = parse_architecture(known_config(name), name)
         counts.append(count_weights(model) + (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size)
     assert counts == sorted(counts, reverse=True)
 

@@ -89,8 +89,8 @@ def print_rich(show: "Callable[[Console], None]") -> None:
 
 
 def echo(text: str, *, err: bool = False, **style: Any) -> None:
-    """Print a text in a style of click's, on a terminal as `wrapped`."""
-    text = wrapped(text) if (sys.stderr if err else sys.stdout).isatty() else text
+    """Print a text in a style of click's, on a terminal in lines that end between words."""
+    text = wrap_words(text, shutil.get_terminal_size().columns) if (sys.stderr if err else sys.stdout).isatty() else text
     click.echo(click.style(text, **style) if style else text, err=err)
 
 
@@ -99,11 +99,6 @@ def ask_number(question: str, default: int, most: int) -> int:
     while not (text := str(click.prompt(question, default=str(default)))).isdecimal() or not 1 <= int(text) <= most:
         click.echo(f"Error: {text} is not a whole number from 1 to {most}.")
     return int(text)
-
-
-def wrapped(text: str) -> str:
-    """A text in lines that end between words on this terminal."""
-    return wrap_words(text, shutil.get_terminal_size().columns)
 
 
 def keep_running_without_output() -> None:

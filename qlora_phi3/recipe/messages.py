@@ -145,15 +145,11 @@ def suggest_key(table: str, name: str, tables: Mapping[str, type[BaseModel]]) ->
         if nearest := find_nearest(name, list(spellings), cutoff=0.8 if other == table else 0.85):
             return f"Did you mean '{spellings[nearest]}'?" + ("" if other == table else f" It belongs to [{other}].")
     for other, model in sorted(tables.items(), key=lambda item: item[0] != table):
-        if found := [key for key in model.model_fields if len(name) > 2 and _words(name) <= _words(key)]:
+        words = [rf"(^|_){re.escape(word.removesuffix('s'))}s?(_|$)" for word in name.split("_")]
+        if found := [key for key in model.model_fields if len(name) > 2 and all(re.search(word, key) for word in words)]:
             keys = " or ".join(f"'{key}'" for key in sorted(found, key=lambda key: key.count("_"))[:5])
             return f"Did you mean {keys}?" + ("" if other == table else f" It belongs to [{other}].")
     return "`qlora-phi3 recipe schema` lists every key."
-
-
-def _words(key: str) -> set[str]:
-    """The words of a key, without the s of a plural."""
-    return {word.removesuffix("s") for word in key.split("_")}
 
 
 def find_nearest(name: str, choices: Sequence[str], cutoff: float = 0.6) -> str | None:

@@ -22,7 +22,7 @@ from rich.text import Text
 
 REPOSITORY = Path(__file__).parents[1]
 IMAGES = Path("docs/images")
-COLUMNS, LINES = 100, 34
+COLUMNS, LINES = 100, 38
 SESSION, PROMPT, PROMPT_LINE = "screenshots", "$ ", r"^\$\s*$"
 PROGRAM = f"{shlex.quote(sys.executable)} -m qlora_phi3"
 #: What makes the demo's run shorter.
@@ -106,7 +106,7 @@ def picture_chat() -> None:
 
 def picture_report() -> None:
     """report.html of the run, at 1,000 pixels."""
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,1500"]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,1500"]
     text = (newest() / "report.html").read_text(encoding="utf-8").replace(f"{REPOSITORY.absolute()}/", "")
     target = (IMAGES / "report.png").absolute()
     with tempfile.TemporaryDirectory() as profile:

@@ -102,7 +102,7 @@ class DataReport:
             rows = format_count(self.evaluation_rows, "row")
             lines.append(f"Held-out loss: from {rows} only, so a rough figure")
         lines.append(
-            f"Tokens to train on: {self.tokens:,}, of which {self.supervised_tokens:,} are learned; the longest row of all has "
+            f"Tokens to train on: {self.tokens:,}, of which {self.supervised_tokens:,} are learned; longest row of all "
             f"{self.longest_row:,}; chat template {self.chat_template}"
         )
         return lines

@@ -419,7 +419,7 @@ def proof_lines(report: Mapping[str, Any], *, quant: str | None = None) -> list[
         others = format_percent(1 - scores["original"]["top_agreement"], 2)
         lines.append(
             f"The adapter was trained on weights rounded to 4 bits: the model {score_label('nf4', report)} is the trained one "
-            f"(--onto nf4). The original's are not rounded, and {others} of the most likely tokens are others there."
+            f"(--onto nf4). The original's weights are not rounded: there {others} of the most likely tokens are others."
         )
     where = f"KL from the live model, in nats. Computed in fp32 on {format_count(proof['tokens'], 'token')} of {proof['rows']}"
     others = "held-out rows; the loss of a run or of eval is that of all held-out rows in the run's dtype."

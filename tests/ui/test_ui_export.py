@@ -99,7 +99,7 @@ def test_where_two_merges_differ_it_is_said_why_and_which_one_was_trained(onto, 
     at = lines.index(f"Written: the model merged onto {written}.")
     assert lines[at + 1] == (
         "The adapter was trained on weights rounded to 4 bits: the model merged onto NF4 is the trained one (--onto nf4). The "
-        "original's are not rounded, and 25.00 % of the most likely tokens are others there."
+        "original's weights are not rounded: there 25.00 % of the most likely tokens are others."
     )
     assert lines[at + 2] == (
         "KL from the live model, in nats. Computed in fp32 on 9 tokens of 2 held-out rows; the loss of a run or of eval is that "

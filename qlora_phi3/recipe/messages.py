@@ -139,16 +139,15 @@ def suggest_key(table: str, name: str, tables: Mapping[str, type[BaseModel]]) ->
     homes = [other for other, model in tables.items() if meant in model.model_fields]
     if homes and table not in homes:
         return f"It belongs to [{homes[0]}]." if meant == name else f"Did you mean '{meant}' in [{homes[0]}]?"
+    words = [rf"(^|_){re.escape(word.removesuffix('s'))}s?(_|$)" for word in name.split("_")]
     for other, model in sorted(tables.items(), key=lambda item: item[0] != table):
-        fields = model.model_fields
-        spellings = {key: key for key in fields} | {alias: key for alias, key in ALIASES.items() if key in fields}
-        if nearest := find_nearest(name, list(spellings), cutoff=0.8 if other == table else 0.85):
-            return f"Did you mean '{spellings[nearest]}'?" + ("" if other == table else f" It belongs to [{other}].")
-    for other, model in sorted(tables.items(), key=lambda item: item[0] != table):
-        words = [rf"(^|_){re.escape(word.removesuffix('s'))}s?(_|$)" for word in name.split("_")]
-        if found := [key for key in model.model_fields if len(name) > 2 and all(re.search(word, key) for word in words)]:
-            keys = " or ".join(f"'{key}'" for key in sorted(found, key=lambda key: key.count("_"))[:5])
-            return f"Did you mean {keys}?" + ("" if other == table else f" It belongs to [{other}].")
+        keys = model.model_fields
+        spellings = {key: key for key in keys} | {alias: key for alias, key in ALIASES.items() if key in keys}
+        nearest = find_nearest(name, list(spellings), cutoff=0.8 if other == table else 0.85)
+        found = [spellings[nearest]] if nearest else [key for key in keys if all(re.search(word, key) for word in words)]
+        if found:
+            shown = " or ".join(f"'{key}'" for key in sorted(found, key=lambda key: key.count("_"))[:5])
+            return f"Did you mean {shown}?" + ("" if other == table else f" It belongs to [{other}].")
     return "`qlora-phi3 recipe schema` lists every key."
 
 

@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import TextWrapper
 
 #: The text of a RuntimeError that means out of memory: libraries below torch, and torch's own CPU allocator, raise no other
 #: class. cuBLAS reports either of its two status codes if it finds no memory for its handle.
@@ -17,8 +18,8 @@ OUT_OF_MEMORY = re.compile(
     r"|bad[_ ]alloc",
     re.IGNORECASE,
 )
-#: What begins a command in a line.
-COMMAND = re.compile(r"\b(qlora-phi3|ollama|llama-cli|pip|hf) ")
+#: A command in a line: up to the end of its sentence or of the line.
+COMMAND = re.compile(r"\b(?:qlora-phi3|ollama|llama-cli|pip|hf) (?:'[^']*'|\"[^\"]*\"|.)+?(?=[.,;:)]+ |[.;)]*$)", re.MULTILINE)
 #: Characters of a line of a message.
 LONGEST_LINE = 2000
 
@@ -35,6 +36,13 @@ def printable(text: str, *, longest_line: int = LONGEST_LINE) -> str:
     half = longest_line // 2
     lines = text.split("\n")
     return "\n".join(line if len(line) <= longest_line else f"{line[:half]} ... {line[-half:]}" for line in lines)
+
+
+def wrap_words(text: str, columns: int) -> str:
+    """A text whose lines end between words. A command stays on one line, also a longer one: it is to be copied."""
+    wrapper = TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
+    lines = COMMAND.sub(lambda command: command[0].replace(" ", "\0"), text).split("\n")
+    return "\n".join(wrapper.fill(line) if len(line) > columns else line for line in lines).replace("\0", " ")
 
 
 def quoted(path: object) -> str:

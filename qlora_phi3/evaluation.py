@@ -34,6 +34,7 @@ from qlora_phi3.recipe.schema import Data
 from qlora_phi3.reporter import Progress
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.step import MicroBatchMemoryError, collate, evaluate
+from qlora_phi3.units import format_percent
 
 #: Rows that are read at once, and tokens that are computed at once: training the same rows takes more memory.
 GROUP_ROWS, MICRO_BATCH_TOKENS = 16, 1024
@@ -317,7 +318,7 @@ def judge(
     most are empty.
     """
     loss, rouge, ends = metrics["loss"], metrics.get("rougeL"), metrics.get("ended_by_itself")
-    ended = f"; {ends['tuned']:.0%} of the answers end by themselves" if ends else ""
+    ended = f"; {format_percent(ends['tuned'])} of the answers end by themselves" if ends else ""
     if not has_adapter:
         return f"No adapter, so base = tuned: loss {loss['tuned']:.2f}{ended}."
     is_better = loss["high"] < 0 or (rouge is not None and rouge["low"] > 0)
@@ -325,4 +326,5 @@ def judge(
     word = ("Mixed" if is_worse else "Better") if is_better else "Worse" if is_worse else "No clear difference"
     word = "The same answers as the base's" if same_answers else "Most answers are empty" if mostly_empty else word
     answers = f"; ROUGE-L {rouge['difference']:+.1f} ({rouge['low']:+.1f} to {rouge['high']:+.1f})" if rouge else ""
+    answers = "; ROUGE-L the same in every row" if rouge and rouge["low"] == rouge["high"] == 0 else answers
     return f"{word}: held-out loss {loss['tuned']:.2f} against {loss['base']:.2f}{answers}{ended}."

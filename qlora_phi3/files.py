@@ -160,6 +160,12 @@ def flush_directory(path: Path) -> None:
             os.close(descriptor)
 
 
+def check_directory(target: Path, option: str) -> None:
+    """Refuse, before anything is computed, a file in a directory that does not exist: UserError."""
+    if not (parent := target.absolute().parent).is_dir():
+        raise UserError(f"{option} {target}: there is no directory {parent}.", "Make it, or name another file.")
+
+
 def is_dir(path: str | Path) -> bool:
     """Whether there is such a directory; False for a name that no file system takes, where `Path.is_dir` raises (Python 3.11)."""
     with suppress(OSError, ValueError):

@@ -49,6 +49,11 @@ def format_count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def format_percent(share: float, digits: int = 0) -> str:
+    """A share for people: `75 %`, with so many digits after the point."""
+    return f"{100 * share:.{digits}f} %"
+
+
 def describe_epochs(epochs: float) -> str:
     """Passes over the data for people: `1 epoch`, `2.5 epochs`."""
     return "1 epoch" if f"{epochs:.3g}" == "1" else f"{epochs:.3g} epochs"

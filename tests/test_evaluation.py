@@ -10,6 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from workshop import Workshop, call, read_json, write_chats
 
 from qlora_phi3 import evaluation
+from qlora_phi3.cli.eval import _show as show
 from qlora_phi3.evaluation import (
     EvalRows,
     EvalSettings,
@@ -174,8 +175,19 @@ def test_the_verdict_is_one_line_with_its_figures():
     metrics = {"loss": metric(4.38, 2.40, -2.1, -1.9), "rougeL": metric(10.0, 22.3, 10.1, 14.4)}
     line = judge(metrics | {"ended_by_itself": metric(0.1, 0.98, 0.8, 0.9)}, has_adapter=True)
     assert line == (
-        "Better: held-out loss 2.40 against 4.38; ROUGE-L +12.3 (+10.1 to +14.4); 98% of the answers end by themselves."
+        "Better: held-out loss 2.40 against 4.38; ROUGE-L +12.3 (+10.1 to +14.4); 98 % of the answers end by themselves."
     )
+
+
+def test_figures_that_are_equal_in_every_row_have_no_interval_of_zeros(capsys):
+    metrics = {"loss": metric(4.38, 2.40, -2.1, -1.9), "rougeL": metric(10.0, 10.0, 0.0, 0.0)}
+    line = judge(metrics, has_adapter=True)
+    assert line == "Better: held-out loss 2.40 against 4.38; ROUGE-L the same in every row."
+    data = {"rows": 5, "name": "held-out rows", "questions": 5, "notes": []}
+    show({"model": "runs/a/1", "verdict": line, "has_adapter": True, "data": data, "metrics": metrics}, None)
+    rows = [row.split() for row in capsys.readouterr().out.splitlines()]
+    assert ["ROUGE-L", "10.0", "10.0", "+0.0", "no", "difference"] in rows
+    assert ["Loss", "(nats", "a", "token)", "4.3800", "2.4000", "-1.9800", "-2.1000", "to", "-1.9000"] in rows
 
 
 def test_a_lower_loss_is_not_better_where_all_answers_are_the_base_s(loaded, rows, monkeypatch):

@@ -1,8 +1,22 @@
 """Sizes and counts as people write and read them."""
 
+import re
+from pathlib import Path
+
 import pytest
 
-from qlora_phi3.units import describe_duration, describe_epochs, format_count, format_duration, format_gib, parse_size
+import qlora_phi3
+from qlora_phi3.units import (
+    describe_duration,
+    describe_epochs,
+    format_count,
+    format_duration,
+    format_gib,
+    format_percent,
+    parse_size,
+)
+
+PACKAGE = Path(qlora_phi3.__file__).parent
 
 
 @pytest.mark.parametrize(
@@ -88,6 +102,17 @@ def test_a_duration_is_read_as_on_a_clock(seconds, text):
 ])  # fmt: skip
 def test_an_estimated_duration_is_rounded(seconds, text):
     assert describe_duration(seconds) == text
+
+
+def test_a_share_has_a_space_before_its_sign_wherever_it_is_shown():
+    assert (format_percent(0.7512), format_percent(0.7512, 1), format_percent(1.0, 2)) == ("75 %", "75.1 %", "100.00 %")
+    files = [path for kind in ("*.py", "*.jinja", "*.toml") for path in PACKAGE.rglob(kind)]
+    assert len(files) > 100
+    form = re.compile(r":\.\d%|[\d}]%(?=[ ,.;)\"']|$)", re.MULTILINE)
+    styles = re.compile(r"<style>.*?</style>|\{%.*?%\}|style=\"[^\"]*\"", re.DOTALL)
+    assert [
+        (path.name, found) for path in files if (found := form.findall(styles.sub("", path.read_text(encoding="utf-8"))))
+    ] == []
 
 
 def test_epochs_are_counted_in_words():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from qlora_phi3.cli.options import debug_option, libraries_silenced
+from qlora_phi3.cli.output import echo
 from qlora_phi3.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,11 +71,11 @@ def convert(ctx: click.Context, /, source: Path, target: Path, form: str, force:
         if value and name not in OPTIONS[form]:
             raise UserError(f"--{name} has no meaning for --to {form}.", "Leave it out.")
     converted = _convert(source, target, form, given, force=force, debug=bool(ctx.meta.get("debug")))
-    click.echo(
+    echo(
         f"Checked: scaling * B A of {converted.num_layers} layers, as read and as written: largest relative difference "
         f"{converted.largest_difference:.1e} ({converted.worst_layer})"
     )
-    click.echo("\n".join((*converted.notes, f"Written: {converted.target}")))
+    echo("\n".join((*converted.notes, f"Written: {converted.target}")))
 
 
 def _convert(source: Path, target: Path, form: str, given: Mapping[str, Any], *, force: bool, debug: bool) -> "Converted":

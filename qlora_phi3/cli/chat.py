@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qlora_phi3.cli.options import base_option, check_sampling, complete_run, debug_option, sampling_options, silence_libraries
-from qlora_phi3.cli.output import echo
+from qlora_phi3.cli.output import ask_number, echo
 from qlora_phi3.errors import RunError, UserError, printable, quoted
 from qlora_phi3.files import atomic_write, user_state_dir
 from qlora_phi3.runfolder import RunFolder, find_model, list_runs
@@ -61,6 +61,8 @@ def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bo
     """
     wanted = check_sampling(options)
     path = find_model(run if run is not None else _choose_run())
+    if compare and not RunFolder(path).adapter.is_dir() and not (path / "adapter_config.json").is_file():
+        raise UserError(f"{path} has no adapter: there is nothing to compare.", "Leave --compare out, or give a run.")
     if prompt is not None and not (prompt := _as_unicode(sys.stdin.read() if prompt == "-" else prompt).strip()):
         raise UserError("The prompt is empty.", "Write the question after --prompt.")
 
@@ -78,8 +80,6 @@ def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bo
 
         watcher.info(f"Loading {path}")
         inference = load_for_inference(path, base=base, progress=watcher.progress)
-    if compare and not hasattr(inference.model, "disable_adapter"):
-        raise UserError(f"{path} has no adapter: there is nothing to compare.", "Leave --compare out, or give a run.")
     seed = torch.seed() % 2**62 if options["seed"] is None else options["seed"]
     system = _trained_system(path) if options["system"] is None else _as_unicode(options["system"])
     sides = ("base", "tuned") if compare else ("tuned",)
@@ -123,10 +123,7 @@ def _choose_run() -> str:
     if not _is_terminal():
         raise RunError(f"No run is named. The newest are:\n{shown}\n", f"Name one: qlora-phi3 chat {quoted(runs[0].path)}")
     click.echo(shown)
-    try:
-        return str(runs[click.prompt("Number (Ctrl-C ends)", type=click.IntRange(1, len(lines)), default=1) - 1].path)
-    except click.Abort:
-        raise KeyboardInterrupt from None
+    return str(runs[ask_number("Number (Ctrl-C ends)", 1, len(lines)) - 1].path)
 
 
 def _is_terminal() -> bool:

@@ -1,12 +1,12 @@
 """`qlora-phi3 docs`: the documentation that ships, in the terminal."""
 
+import shutil
 import sys
 
 import click
 
 from qlora_phi3.cli.options import shipped_files
-from qlora_phi3.cli.output import wrapped
-from qlora_phi3.errors import UserError
+from qlora_phi3.errors import UserError, wrap_words
 
 
 @click.command()
@@ -18,4 +18,4 @@ def docs(page: str | None) -> None:
         raise UserError(f"There is no page {page!r}.", f"The pages are {', '.join(pages)}.")
     text = "\n".join(f"{name:18}{text.splitlines()[0].lstrip('# ')}" for name, text in pages.items())
     text = f"{text}\n\nRead one: qlora-phi3 docs data" if page is None else pages[page]
-    click.echo_via_pager(wrapped(text) if sys.stdout.isatty() else text)
+    click.echo_via_pager(wrap_words(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text)

@@ -11,7 +11,7 @@ import click
 from qlora_phi3.cli.options import base_option, check_sampling, complete_run, debug_option, sampling_options, silence_libraries
 from qlora_phi3.cli.output import echo
 from qlora_phi3.errors import Interrupted, RunError, UserError, printable
-from qlora_phi3.files import atomic_write
+from qlora_phi3.files import atomic_write, check_directory
 from qlora_phi3.runfolder import RunFolder, find_model
 from qlora_phi3.units import format_count
 
@@ -30,7 +30,7 @@ FIGURES = (
 )
 EXPLANATION = (
     "Loss and perplexity (e to the loss): lower is better. ROUGE: words shared with the row's answer, 0 to 100. "
-    "An interval without 0: the difference is no accident of these rows."
+    "Where the interval has no 0 in it, the difference is more than chance."
 )
 #: Of a figure in the JSON.
 PARTS = ("base", "tuned", "difference", "low", "high")
@@ -71,12 +71,19 @@ def eval(
         raise UserError("rouge_score is not installed.", "Type: pip install 'qlora-phi3[eval]'; or add --no-generate.")
     if out is None and folder is not None:
         out = folder.path / (f"eval-{Path(data).stem}.json" if data else "eval.json")
+    if out is not None:
+        check_directory(out, "--out")
+    from qlora_phi3.data.sources import open_local
+    from qlora_phi3.recipe.load import is_local_data
+
+    if data is not None and is_local_data(data, Path()):
+        open_local(data, Path())  # refuses a missing or empty file
     settings = {name: options[name] for name in ("rows", "max_new_tokens", "seed")}
     settings |= {"rows": 0} if options["no_generate"] else {}
 
-    from qlora_phi3.ui.console import LogInterval, open_console
+    from qlora_phi3.ui.console import open_console
 
-    with open_console(LogInterval("no", 1), plain=False, quiet=wants_json) as view:
+    with open_console(quiet=wants_json) as view:
         try:
             view.progress("Starting torch, transformers and peft", 0, None)
             if not ctx.meta.get("debug"):
@@ -120,7 +127,7 @@ def _show(result: Mapping[str, Any], out: Path | None) -> None:
             continue
         base, tuned, difference, low, high = (each[part] if each[part] is None else factor * each[part] for part in PARTS)
         cells = [format(base, form), format(tuned, form), format(difference, f"+{form}")]
-        cells.append("" if low is None else f"{low:+{form}} to {high:+{form}}")
+        cells.append("" if low is None else "no difference" if low == high == 0 else f"{low:+{form}} to {high:+{form}}")
         table.add_row(name, *(cells if result["has_adapter"] else cells[1:2]))
     answered = f", {format_count(data['questions'], 'answer')} generated" if data["questions"] else ""
     echo(printable(f"{result['model']} on {format_count(data['rows'], 'row')} ({data['name']}){answered}"))

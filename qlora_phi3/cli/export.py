@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from qlora_phi3.cli.options import complete_run, debug_option, silence_libraries, watching
-from qlora_phi3.cli.output import keep_running_without_output
+from qlora_phi3.cli.output import echo, keep_running_without_output
 from qlora_phi3.errors import ExportError, Interrupted, UserError, printable, quoted
 from qlora_phi3.export.request import (
     DEFAULT_DTYPE,
@@ -83,9 +83,9 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
         raise UserError("--private is given without --push.", "Add --push user/name.")
     request = make_request(run, ExportOptions(quant=next(iter(quants), None), verify=not no_verify, **options))
 
-    from qlora_phi3.ui.console import LogInterval, open_console, show_export
+    from qlora_phi3.ui.console import open_console, show_export
 
-    with open_console(LogInterval("no", 1), plain=False) as view:
+    with open_console() as view:
         try:
             view.progress("Starting torch, transformers and peft", 0, None)
             if not ctx.meta.get("debug"):
@@ -117,7 +117,7 @@ def choose_quant() -> str:
         else:
             return "q4_k_m"
     note = f"{missing} Taking q8_0, of twice the size."
-    click.echo(f"Note: {printable(note)}", err=True)
+    echo(f"Note: {printable(note)}", err=True)
     return "q8_0"
 
 
@@ -125,7 +125,7 @@ def create_in_ollama(name: str, modelfile: Path) -> None:
     """Run `ollama create`, whose output is shown as it comes. ExportError where it fails; the export stays."""
     program = shutil.which("ollama")
     if program is None:
-        click.echo("Ollama is not on this PATH: install it (https://ollama.com/download), then type:")
+        echo("Ollama is not on this PATH: install it (https://ollama.com/download), then type:")
         click.echo(f"ollama create {name} -f {quoted(modelfile)}\nollama run {name}")
         return
     sys.stdout.flush()

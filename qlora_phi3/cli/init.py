@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qlora_phi3.cli.options import check_new_file, create_file, debug_option, named_gpu, watching
-from qlora_phi3.cli.output import echo, print_rich
+from qlora_phi3.cli.output import ask_number, echo, print_rich
 from qlora_phi3.errors import UserError, quoted
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ LARGEST_EPOCHS = 100
 
 
 @click.command()
-@click.argument("data", required=False)
+@click.argument("names", metavar="[DATA]", nargs=-1)
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE", help="The recipe to write. [default: DATA.toml, beside it]"
 )
@@ -40,7 +40,7 @@ LARGEST_EPOCHS = 100
 def init(
     ctx: click.Context,
     /,
-    data: str | None,
+    names: tuple[str, ...],
     out: Path | None,
     model: str | None,
     gpu: str | None,
@@ -61,6 +61,10 @@ def init(
     DATA is a .jsonl, .json, .csv or .parquet file of chats or questions and answers (qlora-phi3 docs data). Without it a file of
     eight chats is written to look at. Nothing is downloaded, and no file is overwritten. Exit code 3: no model fits the GPU.
     """
+    if len(names) > 1:
+        pattern = f"{Path(names[0]).parent / '*'}{Path(names[0]).suffix}"
+        raise UserError("DATA is one name.", f"For several files put a pattern in quotes: qlora-phi3 init '{pattern}'")
+    data = next(iter(names), None)
     if data is None:
         if out is not None:
             raise UserError(f"--out {out} is for a recipe, and no DATA is named.", "Leave --out out for a file of example chats.")
@@ -91,7 +95,7 @@ def init(
         echo(f"No recipe is written: {option.name} does not fit. Try another model or GPU.", err=True)
         ctx.exit(DOES_NOT_FIT)
     if asks:
-        epochs = click.prompt("Epochs, passes over the rows", default=choice.epochs, type=click.IntRange(1, LARGEST_EPOCHS))
+        epochs = ask_number("Epochs, passes over the rows", choice.epochs, LARGEST_EPOCHS)
         choice = replace(choice, epochs=epochs)
         target = out or click.prompt("Write the recipe to", default=str(target), value_proc=_read_target)
     _write(target, summary, option, choice, device)
@@ -173,7 +177,7 @@ def _shorten(
 def _ask_model(options: "Sequence[ModelOption]", proposed: "ModelOption", shorten: "Callable[..., ModelOption]") -> "ModelOption":
     """Let a person choose a model by its number, until it fits."""
     while True:
-        number = click.prompt("Model", default=options.index(proposed) + 1, type=click.IntRange(1, len(options)))
+        number = ask_number("Model", options.index(proposed) + 1, len(options))
         with watching() as watcher:
             option = shorten(options[number - 1], watcher=watcher)
         if option.report is None or option.report.fits:
@@ -183,13 +187,14 @@ def _ask_model(options: "Sequence[ModelOption]", proposed: "ModelOption", shorte
 
 def _show(summary: "DataSummary", options: "Sequence[ModelOption]", chosen: "ModelOption", device: "Gpu | None") -> None:
     """The rows, and the table of models."""
+    from qlora_phi3.data.formats import TITLES
     from qlora_phi3.errors import printable
     from qlora_phi3.memory.proposal import BYTES_PER_TOKEN, describe_gpu
     from qlora_phi3.ui.vram import show_models
     from qlora_phi3.units import format_count
 
     lengths, counted = chosen.lengths, "" if chosen.is_exact else f", estimated at {BYTES_PER_TOKEN} bytes a token"
-    echo(f"{format_count(len(lengths), 'usable row')} of format {summary.format}")
+    echo(f"{format_count(len(lengths), 'usable row')} read as {TITLES.get(summary.format, summary.format)}")
     if summary.format == "text":
         echo("That is plain text: the model learns to continue it, not to answer. Chats have questions and answers.")
     echo(f"Tokens: half have at most {lengths[(len(lengths) - 1) // 2]:,}, the longest {lengths[0]:,}{counted}")
@@ -202,7 +207,7 @@ def _show(summary: "DataSummary", options: "Sequence[ModelOption]", chosen: "Mod
     echo(f"Planned for {describe_gpu(device)}")
     if device is None:
         echo("A run on the CPU is for trying things out: it is far slower. --vram 12GB plans for a GPU of that size.")
-        echo(f"Taken is {chosen.name}; --model names another one.")
+        echo(f"The model: {chosen.name} (--model names another one)")
         return
     echo("")
     print_rich(lambda console: show_models(console, options))

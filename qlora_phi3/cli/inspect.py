@@ -11,7 +11,7 @@ import click
 from qlora_phi3.cli.options import debug_option, find_recipe, set_option, watching
 from qlora_phi3.cli.output import echo
 from qlora_phi3.errors import UserError, quoted
-from qlora_phi3.files import atomic_write
+from qlora_phi3.files import atomic_write, check_directory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,6 +51,8 @@ def inspect(recipe: Path, overrides: tuple[str, ...], **options: Any) -> None:
     page = options["page"]
     if page is not None and page.exists():
         raise UserError(f"--html {page}: it exists already.", "Name another file, or delete it first.")
+    if page is not None:
+        check_directory(page, "--html")
     with watching() as watcher:
         _Inspection(find_recipe(recipe), overrides, watcher).show(**options)
 

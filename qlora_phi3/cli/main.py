@@ -6,6 +6,7 @@ Nothing heavy is imported outside the body of a command, so that `--help` takes 
 import difflib
 import errno
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,10 +79,17 @@ class Commands(click.Group):
         try:
             with signals_as_ctrl_c():
                 return super().invoke(ctx)
-        except (UserError, KeyboardInterrupt, OSError) as error:
+        except click.UsageError as error:
+            if isinstance(error, click.exceptions.NoArgsIsHelpError):
+                raise
+            echo(f"Error: {describe_usage_error(error)}", err=True)
+            ctx.exit(error.exit_code)
+        except (UserError, KeyboardInterrupt, click.Abort, OSError) as error:
             if ctx.meta.get("debug") or (isinstance(error, OSError) and error.errno not in FULL_OR_REFUSED):
                 raise
-            if isinstance(error, KeyboardInterrupt):
+            if isinstance(error, KeyboardInterrupt | click.Abort):
+                if sys.stderr.isatty():  # behind the ^C that the terminal shows
+                    click.echo(err=True)
                 error = Interrupted("Stopped.")
             elif isinstance(error, OSError):
                 where = f" ({error.filename})" if error.filename else ""
@@ -89,6 +97,19 @@ class Commands(click.Group):
             if not ctx.meta.get("is_silent") or error.is_shown:
                 echo(str(error) if isinstance(error, Interrupted) else f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+
+
+def describe_usage_error(error: click.UsageError) -> str:
+    """A mistake on the command line in one line: the option, the value, and what is allowed."""
+    ctx, message = error.ctx or click.get_current_context(), error.format_message()
+    if isinstance(error, click.BadParameter) and error.param is not None and error.message:
+        limits, message = error.param.type, f"{error.param.opts[-1]}: {error.message}"
+        if isinstance(limits, click.IntRange | click.FloatRange):
+            kind = "whole number" if isinstance(limits, click.IntRange) else "number"
+            least = f"above {limits.min:g}" if limits.min_open else f"of {limits.min:g} or more"
+            most = "" if limits.max is None else f", at most {limits.max:g}"
+            message = f"{error.param.opts[-1]}: {error.message.split()[0]} is not a {kind} {least}{most}."
+    return f"{message} `{ctx.command_path} --help` explains it."
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from qlora_phi3.errors import DeviceError, RecipeError, UserError
+from qlora_phi3.files import check_directory
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -35,7 +36,7 @@ set_option = click.option(
 )
 #: `--base`, of commands that load a run.
 base_option = click.option(
-    "--base", type=click.Path(path_type=Path), help="Folder of the model that the run was trained on, if it has moved."
+    "--base", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Folder of the run's base, if it has moved."
 )
 
 
@@ -133,8 +134,7 @@ def check_new_file(target: Path, option: str = "--out") -> None:
         raise UserError(
             f"{target} exists already, and no file is overwritten.", f"Name another file with {option}, or delete it."
         )
-    if not (parent := target.absolute().parent).is_dir():
-        raise UserError(f"{option} {target}: there is no directory {parent}.", "Make it, or name another file.")
+    check_directory(target, option)
 
 
 def create_file(target: Path, text: str) -> None:

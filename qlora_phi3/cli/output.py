@@ -8,14 +8,13 @@ import select
 import shutil
 import stat
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from qlora_phi3.errors import COMMAND
+from qlora_phi3.errors import wrap_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,16 +89,16 @@ def print_rich(show: "Callable[[Console], None]") -> None:
 
 
 def echo(text: str, *, err: bool = False, **style: Any) -> None:
-    """Print a text in a style of click's, on a terminal as `wrapped`."""
-    text = wrapped(text) if (sys.stderr if err else sys.stdout).isatty() else text
+    """Print a text in a style of click's, on a terminal in lines that end between words."""
+    text = wrap_words(text, shutil.get_terminal_size().columns) if (sys.stderr if err else sys.stdout).isatty() else text
     click.echo(click.style(text, **style) if style else text, err=err)
 
 
-def wrapped(text: str) -> str:
-    """A text whose lines end between words on this terminal. A line with a command stays whole, to be copied."""
-    columns, lines = shutil.get_terminal_size().columns, text.split("\n")
-    wrapper = textwrap.TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(line if len(line) <= columns or COMMAND.search(line) else wrapper.fill(line) for line in lines)
+def ask_number(question: str, default: int, most: int) -> int:
+    """A whole number from 1 to `most` that a person types; asked again where it is none."""
+    while not (text := str(click.prompt(question, default=str(default)))).isdecimal() or not 1 <= int(text) <= most:
+        click.echo(f"Error: {text} is not a whole number from 1 to {most}.")
+    return int(text)
 
 
 def keep_running_without_output() -> None:

@@ -72,5 +72,5 @@ def import_config(path: Path, out: Path | None) -> None:
     create_file(target, found.as_toml())
     groups = {"Carried over": found.carried, "Not needed": found.not_needed, "REFUSED, for you to decide": found.refused}
     for title, lines in groups.items():
-        click.echo(printable(f"{title} ({len(lines)}):" + "".join(f"\n  {line}" for line in lines)), err=True)
-    click.echo(f"Written: {target}, from a config of {found.peer}. Next: qlora-phi3 recipe check {quoted(target)}")
+        echo(printable(f"{title} ({len(lines)}):" + "".join(f"\n  {line}" for line in lines)), err=True)
+    echo(f"Written: {target}, from a config of {found.peer}. Next: qlora-phi3 recipe check {quoted(target)}")

@@ -62,11 +62,13 @@ def run(ctx: click.Context, recipe: Path | None, resume: str | None, no_rehearsa
 
 def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tuple[str, ...], rank: int, count: int) -> None:
     """Train with the GPU of this process, of so many that share the run."""
+    from qlora_phi3.data.prepare import check_files
     from qlora_phi3.hardware.gpu import choose_gpu, hide_other_gpus
     from qlora_phi3.recipe.load import check_processes, describe_unusual, load_recipe
 
     loaded = load_recipe(recipe, overrides, check_files=True)
     check_processes(loaded.training, count)
+    check_files(loaded.data, recipe.parent, evaluate=loaded.training.do_eval)  # torch is not imported yet
     name, training, named = run_group_name(recipe), loaded.training, None if resume == NEWEST else resume
     folder = None if resume is None else find_run(Path(training.output_dir), name, named)
     unfinished = None if folder is not None else find_unfinished(Path(training.output_dir) / name)

@@ -9,7 +9,7 @@ import click
 
 from qlora_phi3.cli.options import complete_run, debug_option, silence_libraries
 from qlora_phi3.cli.output import echo
-from qlora_phi3.errors import RunError, printable
+from qlora_phi3.errors import Interrupted, RunError, printable
 
 DIRECTORY = click.option("--dir", "root", type=click.Path(path_type=Path), default="runs", show_default=True, help="Of the runs.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -179,8 +179,8 @@ def delete(root: Path, names: tuple[str, ...], yes: bool) -> None:
         click.echo(
             printable(f"{folder.path}: {format_gib(sum(size for _, size in sizes))} ({', '.join(name for name, _ in sizes)})")
         )
-    if not yes:
-        click.confirm(f"Delete {format_count(len(folders), 'run')} for good?", abort=True)
+    if not yes and not click.confirm(f"Delete {format_count(len(folders), 'run')} for good?"):
+        raise Interrupted("Nothing is deleted.")
     for folder in folders:
         with lock_run(folder):
             remove(folder.path)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qlora_phi3.cli.options import check_new_file, debug_option, find_recipe, named_gpu, set_option, shipped_files, watching
-from qlora_phi3.cli.output import print_rich
+from qlora_phi3.cli.output import echo, print_rich
 from qlora_phi3.errors import CannotTellError, DeviceError, UserError, quoted
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _show_models(device: "Gpu", options: _Options) -> None:
         models = compare_models(device, watcher.progress, watcher.info)
     click.echo("")
     _show(options, "show_models", models, None)
-    click.echo("\nTime: 1,000 rows of 2,048 tokens, by a cost model. For your own: qlora-phi3 init my-chats.jsonl")
+    echo("\nTime: 1,000 rows of 2,048 tokens, by a cost model. For your own: qlora-phi3 init my-chats.jsonl")
 
 
 def _check_options(options: _Options) -> None:
@@ -179,14 +179,14 @@ def _write_fit(check: "CachedVramCheck", report: "VramReport", target: Path) -> 
     from qlora_phi3.memory.suggestions import write_fitted
 
     if not report.fits:
-        click.echo(f"{target} is not written, as nothing fits.", err=True)
+        echo(f"{target} is not written, as nothing fits.", err=True)
         return
     text = check.path.read_text(encoding="utf-8-sig")
     try:
         write_fitted(check.recipe, text, check.overrides, report, source=check.path, target=target)
     except OSError as error:  # also where the file was made meanwhile
         raise UserError(f"{target} cannot be written: {error.strerror}.", "Name another file.") from error
-    click.echo(f"Written: {target}. Train it with: qlora-phi3 run {quoted(target)}", err=True)
+    echo(f"Written: {target}. Train it with: qlora-phi3 run {quoted(target)}", err=True)
 
 
 def _show_gpu_table(check: "CachedVramCheck", options: _Options) -> bool:

@@ -42,6 +42,8 @@ INPUT_IGNORED = "'input' or 'system' is a word for an empty cell (nan, None, <no
 EMPTY_WORD = "an answer is a word that may stand for an empty cell (None, null, N/A): learned as it is"
 EMPTY_TURN = "a user's turn is empty"
 LIST_ANSWER = "an answer is the JSON of a list of texts, as a .csv has several answers: learned as it is"
+#: What people read for a format whose name says too little.
+TITLES = {"sharegpt": "ShareGPT's conversations", "alpaca": "Alpaca's instruction, input and output"}
 #: Names of columns in published data that hold a question or an answer, the likelier names first.
 QUESTION_COLUMNS = ("instruction", "question", "prompt", "query", "input", "user", "human", "problem", "source", "src")
 ANSWER_COLUMNS = ("output", "answer", "response", "completion", "reply", "assistant", "bot", "solution", "target", "tgt")

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from qlora_phi3.data.formats import TITLES
 from qlora_phi3.errors import printable
 from qlora_phi3.units import format_count
 
@@ -92,7 +93,8 @@ class DataReport:
 
     def summary_lines(self) -> list[str]:
         """What the run trains and measures on, one fact a line."""
-        origin = ", ".join(f"{name} ({form})" for name, form in zip(self.sources, self.formats, strict=True) if form)
+        formats = [TITLES.get(form, form) for form in self.formats]
+        origin = ", ".join(f"{name} ({form})" for name, form in zip(self.sources, formats, strict=True) if form)
         measured = f" and {self.evaluation_rows:,} to measure on" if self.evaluation_rows else ""
         drawn = f" (drawn with seed {self.split_seed})" if self.eval_indices else ""
         lines = [f"Data: {format_count(self.train_rows, 'row')} to train on{measured}{drawn}, from {origin}"]
@@ -100,7 +102,7 @@ class DataReport:
             rows = format_count(self.evaluation_rows, "row")
             lines.append(f"Held-out loss: from {rows} only, so a rough figure")
         lines.append(
-            f"Tokens: {self.tokens:,}, of which {self.supervised_tokens:,} are learned; the longest row has "
+            f"Tokens to train on: {self.tokens:,}, of which {self.supervised_tokens:,} are learned; longest row of all "
             f"{self.longest_row:,}; chat template {self.chat_template}"
         )
         return lines

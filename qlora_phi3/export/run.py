@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -254,5 +254,5 @@ def _export_gguf(request: Request, target: Path, report: Mapping[str, Any], repo
     }
     with disk_errors(folder, ExportError, hint=DISK_HINT):
         _write_report(folder, request, gguf_report, base=request.target)
-        write_modelfile(request.target, target)
-    return result
+        notes = write_modelfile(request.target, target, str(request.report.get("data", {}).get("system", "")))
+    return replace(result, notes=(*result.notes, *notes))

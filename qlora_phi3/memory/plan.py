@@ -124,9 +124,9 @@ def explain_choices(
     if num_passes == 1:
         micro_batch = "the complete optimizer step in one forward pass"
     elif execution.micro_batch.max_tokens <= rows.longest:
-        micro_batch = "the longest row alone; more would gain under 2%, not fit, or need more recomputation"
+        micro_batch = "the longest row alone; more would gain under 2 %, not fit, or need more recomputation"
     else:
-        micro_batch = f"{num_passes} forward passes a step; more tokens at once would gain under 2% or not fit"
+        micro_batch = f"{num_passes} forward passes a step; more tokens at once would gain under 2 % or not fit"
     checkpointing = "saves memory" if every else "every activation fits"
     if tile and not every:
         checkpointing = "no layer is recomputed, only the MLPs (mlp_tile_tokens)"

@@ -25,18 +25,18 @@ from qlora_phi3.memory.vram_check import RecipeContext, VramChecker, hub_offline
 from qlora_phi3.recipe.edit import commented_toml
 from qlora_phi3.recipe.schema import Data, Recipe
 from qlora_phi3.reporter import Progress
-from qlora_phi3.units import format_count, format_gib
+from qlora_phi3.units import format_count, format_gib, format_percent
 
 #: UTF-8 bytes of a token where the tokenizer is not here, chosen on the safe side: English has about 4, Chinese 3 to 4 (one
 #: character). And tokens around each turn: `<|user|>`, line breaks, `<|end|>`.
 BYTES_PER_TOKEN, TOKENS_PER_TURN = 3.3, 5
 #: `max_length` is a multiple of this, and cuts one row in so many.
 LENGTH_STEP, ROWS_PER_CUT = 64, 100
-#: The models that are compared, the most capable first, with what people choose them for.
+#: The models that are compared, the one with the most parameters first, with what people choose them for.
 MODELS = {
     "microsoft/phi-4": "14.7B, the most capable",
-    "microsoft/Phi-4-mini-instruct": "3.8B, many languages, tool calls",
     "microsoft/Phi-3-medium-4k-instruct": "14.0B, less memory than phi-4",
+    "microsoft/Phi-4-mini-instruct": "3.8B, many languages, tool calls",
     "microsoft/Phi-3.5-mini-instruct": "3.8B, rows up to 131,072 tokens",
     "microsoft/Phi-3-mini-4k-instruct": "3.8B, the least memory",
 }
@@ -283,7 +283,11 @@ def _data_keys(summary: DataSummary, target: Path, held_out: int) -> Iterator[tu
     except ValueError:  # another drive of Windows
         train = path.as_posix()
     unusable = f", {skipped:,} more cannot be used (qlora-phi3 inspect shows them)" if skipped else ""
-    yield "train", train, f"{format_count(len(summary.lengths), 'row')} of format {summary.format}{unusable}"
+    yield (
+        "train",
+        train,
+        f"{format_count(len(summary.lengths), 'row')} of format {summary.format}{unusable}",
+    )
     if summary.data.fields:
         yield "format", summary.data.format, "the format whose columns yours stand for"
         yield "fields", summary.data.fields, "its columns = yours: check that they are right"
@@ -291,7 +295,7 @@ def _data_keys(summary: DataSummary, target: Path, held_out: int) -> Iterator[tu
         yield (
             "eval_size",
             held_out,
-            f"rows held out ({held_out / len(summary.lengths):.0%}) whose loss shows whether it learns more than by heart",
+            f"rows held out ({format_percent(held_out / len(summary.lengths))}) whose loss shows if it learns more than by heart",
         )
 
 

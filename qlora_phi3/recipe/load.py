@@ -144,7 +144,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> tuple[str, str]:
     name, equals, text = (part.strip() for part in override.partition("="))
     table, *keys = name.split(".")
     if not equals or not keys or not all((table, *keys)) or len(keys) > MAX_DEPTH:
-        raise RecipeError(f"--set {override} is not table.key=value.", "Write it like: --set lora.r=32")
+        home = next(
+            (f"{table}.{override}" for table, model in TABLES.items() if name in model.model_fields and equals), "lora.r=32"
+        )
+        raise RecipeError(f"--set {override} is not table.key=value.", f"Write it like: --set {home}")
     place = raw
     for part in (table, *keys[:-1]):
         place = place.setdefault(part, {})

@@ -38,6 +38,16 @@ REASONS = {
 }
 
 
+#: Kind of pydantic's error -> what the value must be.
+EXPECTED = {
+    "string_type": "a text in quotes", "string_too_short": "a text that is not empty", "literal_error": "{expected}",
+    "bool_type": "true or false", "int_type": "a whole number", "float_type": "a number", "finite_number": "a finite number",
+    "greater_than": "more than {gt:g}", "greater_than_equal": "{ge} or more", "less_than": "less than {lt:g}",
+    "less_than_equal": "{le} or less", "list_type": "a list", "too_short": "a list that is not empty",
+    "dict_type": "a table of keys and values", "model_type": "a table of keys and values",
+}  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One problem of a recipe; `table` and `key` are empty where it concerns the complete file or table."""
@@ -101,10 +111,13 @@ def _describe_value(table: str, key: str, value: object, details: Sequence[Any])
         keys = [str(part) for part in detail["loc"][2:] if isinstance(value, dict) and part in value]
         inner = f"{'.'.join(keys)}: " if keys else ""
         message = detail["ctx"]["error"] if detail["type"] == "value_error" else detail["msg"]
+        if words := EXPECTED.get(detail["type"]):
+            message = f"it must be {words.format_map(detail.get('ctx', {}))}"
         messages.append(inner + str(message).rstrip("."))
     text = format_toml(value)
     shown = text if len(text) <= 60 else f"{text[:57]}..."
-    sentence = f"[{table}] {key} = {shown}: {'; or: '.join(dict.fromkeys(messages))}."
+    reasons = "; or: ".join(dict.fromkeys(messages)).replace("; or: it must be", ", or")
+    sentence = f"[{table}] {key} = {shown}: {reasons}."
     if isinstance(value, str):
         kinds = {detail["type"] for detail in details}
         expected = [str(detail["ctx"]["expected"]) for detail in details if detail["type"] == "literal_error"]
@@ -126,11 +139,15 @@ def suggest_key(table: str, name: str, tables: Mapping[str, type[BaseModel]]) ->
     homes = [other for other, model in tables.items() if meant in model.model_fields]
     if homes and table not in homes:
         return f"It belongs to [{homes[0]}]." if meant == name else f"Did you mean '{meant}' in [{homes[0]}]?"
+    words = [rf"(^|_){re.escape(word.removesuffix('s'))}s?(_|$)" for word in name.split("_")]
     for other, model in sorted(tables.items(), key=lambda item: item[0] != table):
         keys = model.model_fields
         spellings = {key: key for key in keys} | {alias: key for alias, key in ALIASES.items() if key in keys}
-        if nearest := find_nearest(name, list(spellings), cutoff=0.8 if other == table else 0.85):
-            return f"Did you mean '{spellings[nearest]}'?" + ("" if other == table else f" It belongs to [{other}].")
+        nearest = find_nearest(name, list(spellings), cutoff=0.8 if other == table else 0.85)
+        found = [spellings[nearest]] if nearest else [key for key in keys if all(re.search(word, key) for word in words)]
+        if found:
+            shown = " or ".join(f"'{key}'" for key in sorted(found, key=lambda key: key.count("_"))[:5])
+            return f"Did you mean {shown}?" + ("" if other == table else f" It belongs to [{other}].")
     return "`qlora-phi3 recipe schema` lists every key."
 
 

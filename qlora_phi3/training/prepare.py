@@ -45,7 +45,7 @@ from qlora_phi3.reporter import EvalRecord, Reporter, RunOutline
 from qlora_phi3.training.callbacks import cap_to_free_memory
 from qlora_phi3.training.processes import count_processes, from_first, gather
 from qlora_phi3.training.trackers import check_trackers
-from qlora_phi3.units import format_gib, parse_size
+from qlora_phi3.units import format_gib, format_percent, parse_size
 
 #: Tokens of a micro-batch where there is no plan and neither the recipe nor a longer row requires more: enough to keep the
 #: matmuls busy next to the dequantization, which costs the same whatever the micro-batch holds. On CPU (SmolLM2-135M, bf16,
@@ -332,6 +332,6 @@ def load_model(context: RunContext, *, is_first_session: bool = True) -> PeftMod
     reporter.info(f"Model: {recipe.model.name}, {kind}, computing in {dtype} on {device}")
     reporter.info(
         f"Adapter: {coverage.trainable_parameters:,} parameters in fp32 on {', '.join(coverage.targets)}; "
-        f"covers {coverage.share:.0%} of the linear weights"
+        f"covers {format_percent(coverage.share)} of the linear weights"
     )
     return model

@@ -28,7 +28,7 @@ from qlora_phi3.recipe.load import recipe_as_toml
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, StepRecord
 from qlora_phi3.runfolder import RunFolder, read_metrics, write_report
-from qlora_phi3.units import format_count, format_gib
+from qlora_phi3.units import format_count, format_gib, format_percent
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -66,7 +66,7 @@ class PredictionCheck:
         if self.measured.process_bytes:
             parts.append(f"the process took {format_gib(self.measured.process_bytes)}, libraries included")
         if self.error is not None:
-            parts.append(f"the prediction was {abs(self.error):.1%} too {'high' if self.error >= 0 else 'low'}")
+            parts.append(f"the prediction was {format_percent(abs(self.error), 1)} too {'high' if self.error >= 0 else 'low'}")
         return ", ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:

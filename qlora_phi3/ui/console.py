@@ -18,11 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_phi3.errors import COMMAND, LONGEST_LINE, Interrupted, printable, quoted
+from qlora_phi3.errors import LONGEST_LINE, Interrupted, printable, quoted, wrap_words
 from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, RunOutline, StepRecord
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.ui.eta import BLENDED_STEPS, EtaEstimator
-from qlora_phi3.units import describe_duration, describe_epochs, format_count, format_duration
+from qlora_phi3.units import describe_duration, describe_epochs, format_count, format_duration, format_percent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,9 +79,11 @@ def shown(text: str, *, longest_line: int = sys.maxsize) -> str:
     return printable(text, longest_line=longest_line).replace(f"{Path.cwd()}{os.sep}", "")
 
 
-def _is_whole(console: "Console", line: str) -> bool:
-    """Whether rich must break no line: in a pipe, or where people copy a command."""
-    return not console.is_terminal or COMMAND.search(line) is not None
+def _print_line(console: "Console", line: str, style: str | None = None) -> None:
+    """Print a line, on a terminal in lines that end between words."""
+    line = shown(line, longest_line=LONGEST_LINE)
+    line = wrap_words(line, console.width) if console.is_terminal else line
+    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 class ConsoleReporter:
@@ -89,6 +91,8 @@ class ConsoleReporter:
 
     Warnings go to the console `errors`. The bars are from `build_progress`, disabled where the output is plain lines.
     """
+
+    has_one_bar = False  #: Each work takes the bar of the one before it, which counts the time of all.
 
     def __init__(self, console: "Console", errors: "Console", log_interval: LogInterval, bars: "Progress") -> None:
         self._console, self._errors, self._log_interval, self._bars = console, errors, log_interval, bars
@@ -105,19 +109,11 @@ class ConsoleReporter:
 
     def info(self, line: str) -> None:
         """Print a fact on stdout."""
-        self._console.print(
-            shown(line, longest_line=LONGEST_LINE), highlight=False, markup=False, soft_wrap=_is_whole(self._console, line)
-        )
+        _print_line(self._console, line)
 
     def warning(self, line: str) -> None:
         """Print on stderr what the user should look at."""
-        self._errors.print(
-            f"Note: {shown(line, longest_line=LONGEST_LINE)}",
-            style=COLOURS["warning"],
-            highlight=False,
-            markup=False,
-            soft_wrap=_is_whole(self._errors, line),
-        )
+        _print_line(self._errors, f"Note: {line}", COLOURS["warning"])
 
     def progress(self, what: str, done: float, total: int | None) -> None:
         """Move the bar of `what`, and remove it at `done >= total`; without bars print a line at the start and every 10 s."""
@@ -131,7 +127,7 @@ class ConsoleReporter:
         self._move(what, done, total)
         if self.eta is not None and what == EVALUATING and total:
             self.eta.evaluated_share = done / total
-        if finished:
+        if finished and not self.has_one_bar:
             self._bars.remove_task(self._tasks.pop(what))
         if TRAINING in self._tasks and self._console.width < MIN_WIDTH_CURVE:  # two bars would both be cut
             self._bars.update(self._tasks[TRAINING], visible=finished)
@@ -142,7 +138,11 @@ class ConsoleReporter:
         if what in self._tasks:
             self._bars.update(self._tasks[what], completed=done, total=total, **fields)
         else:
+            earlier = self._bars.tasks if self.has_one_bar else []
             self._tasks[what] = self._bars.add_task(what, completed=int(done), total=total, **fields)
+            for task in earlier:
+                self._bars.tasks[-1].start_time = task.start_time
+                self._bars.remove_task(self._tasks.pop(task.description))
 
     def begin(self, outline: RunOutline) -> None:
         """Announce the time of the run, and open its screen. Steps of earlier sessions do not count for the speed."""
@@ -194,7 +194,7 @@ class ConsoleReporter:
         if self.eta is not None:
             self.eta.evaluation(record)
         when = "Before training" if record.step == 0 else f"After step {record.step}"
-        self.info(f"{when}: held-out loss {record.eval_loss:.4f}, token accuracy {record.eval_token_accuracy:.1%}")
+        self.info(f"{when}: held-out loss {record.eval_loss:.4f}, token accuracy {format_percent(record.eval_token_accuracy, 1)}")
 
     def checkpoint_saved(self, checkpoint: Path) -> None:
         """Print the path of a checkpoint; `interruption` names the step it was saved at."""
@@ -237,9 +237,7 @@ class ConsoleReporter:
     def finish(self, steps: int, before: float | None, after: float | None, seconds: float, adapter: Path) -> None:
         """Print the end of a run: its steps, held-out losses in nats (None: no rows), seconds, and the adapter's directory."""
         if self.losses:
-            first, last, count = mean_ends(self.losses)
-            ends = f"first and last {format_count(count, 'step')}" if count > 1 else "first and last step"
-            self.info(f"Training loss  {draw_curve(self.losses)}  {first:.4f} -> {last:.4f} ({ends})")
+            self.info(f"Training loss  {draw_curve(self.losses)}  {describe_ends(self.losses)}")
         if before is not None and after is not None:
             self.info(f"Held-out loss  {before:.4f} -> {after:.4f}")
             if after > before:
@@ -255,13 +253,15 @@ class ConsoleReporter:
 
 
 @contextmanager
-def open_console(log_interval: LogInterval, *, plain: bool, quiet: bool = False) -> Iterator[ConsoleReporter]:
-    """A reporter on this terminal, whose bars end with the block; `plain`: lines instead of bars; `quiet`: nothing is shown."""
+def open_console(*, plain: bool = False, quiet: bool = False) -> Iterator[ConsoleReporter]:
+    """A reporter with one bar, which ends with the block; `plain`: lines instead of it; `quiet`: nothing is shown."""
     from rich.console import Console
 
     console, errors = Console(quiet=quiet), Console(stderr=True, quiet=quiet)
     with build_progress(console, disable=plain or not console.is_terminal) as bars:
-        yield ConsoleReporter(console, errors if bars.disable else console, log_interval, bars)
+        reporter = ConsoleReporter(console, errors if bars.disable else console, LogInterval("no", 1), bars)
+        reporter.has_one_bar = True
+        yield reporter
 
 
 def build_progress(console: "Console", *, disable: bool = False, kind: "type[Progress] | None" = None) -> "Progress":
@@ -287,12 +287,18 @@ def build_progress(console: "Console", *, disable: bool = False, kind: "type[Pro
 
 
 def mean_ends(losses: Sequence[float]) -> tuple[float, float, int]:
-    """Mean loss of the first tenth of the steps, of the last tenth, and the steps in each: 1 to 10.
+    """Mean loss of the first steps, of the last ones, and how many: a tenth, 3 to 10, but no more than a quarter.
 
     The loss of one batch depends mostly on its rows.
     """
-    count = min(10, max(1, len(losses) // 10))
+    count = min(10, max(len(losses) // 10, min(3, len(losses) // 4), 1))
     return sum(losses[:count]) / count, sum(losses[-count:]) / count, count
+
+
+def describe_ends(losses: Sequence[float]) -> str:
+    """The two means of `mean_ends` in words; a few steps are taken alone."""
+    first, last, count = mean_ends(losses)
+    return f"{first:.4f} -> {last:.4f} ({f'means of the first and last {count} steps' if count > 1 else 'first and last step'})"
 
 
 def draw_curve(losses: Sequence[float], columns: int = CURVE_WIDTH) -> str:
@@ -375,7 +381,9 @@ def show_export(view: ConsoleReporter, exported: "Exported", *, for_ollama: bool
     if exported.fault is not None:
         return
     if report["proof"]:
-        view.info("Proved: the merged model computes what base and adapter compute together.")
+        is_trained = report["onto"] != "original" or report["base"].get("quantization") is None
+        base = "the base" if is_trained else "the original base, on which it was not trained,"
+        view.info(f"Proved: the merged model computes what {base} and the adapter compute together.")
     if exported.gguf is not None:
         for note in exported.gguf.notes:
             view.info(note)
@@ -394,20 +402,25 @@ def proof_lines(report: Mapping[str, Any], *, quant: str | None = None) -> list[
     from qlora_phi3.export.bundle import is_measured, score_label
 
     proof = report["proof"]
-    lines = [f"{'':28}{'held-out loss':>14}{'mean KL':>9}{'largest KL':>12}{'same top token':>16}"]
+    lines = [f"{'':26}{'held-out loss':>14}{'mean KL':>9}{'largest KL':>12}{'same top token':>16}"]
     for score in proof["scores"]:
         name = score_label(score["name"], report)
         if score["name"] == "live":
-            lines.append(f"  {'live: ' + name:26}{score['loss']:>14.4f}")
+            lines.append(f"{'live: ' + name:26}{score['loss']:>14.4f}")
             continue
-        mark = ">" if score["name"] == report["onto"] else " "
-        figures = f"{score['mean_kl']:>9.1e}{score['max_kl']:>12.1e}{score['top_agreement']:>16.2%}"
-        lines.append(f"{mark} {name:26}{score['loss']:>14.4f}{figures}")
-    written = "what is written."
-    if quant is not None and not is_measured(quant, report["dtype"]):
-        written = f"what {quant} was made from; the file itself was not measured."
-    tokens, kind = format_count(proof["tokens"], "token"), "held-out rows"
-    if proof["trained"]:
-        kind = "rows that were trained on"
-    lines.append(f"> {written} KL from the live model, in nats; {tokens} of {proof['rows']} {kind}.")
-    return lines
+        figures = f"{score['mean_kl']:>9.1e}{score['max_kl']:>12.1e}{format_percent(score['top_agreement'], 2):>16}"
+        lines.append(f"{name:26}{score['loss']:>14.4f}{figures}")
+    merged = f"the model {score_label(report['onto'], report)}"
+    is_other = quant is not None and not is_measured(quant, report["dtype"])
+    written = f"{quant}, made from {merged}; the file itself was not measured" if is_other else merged
+    lines.append(f"Written: {written}.")
+    scores = {score["name"]: score for score in proof["scores"]}
+    if {"nf4", "original"} <= scores.keys():
+        others = format_percent(1 - scores["original"]["top_agreement"], 2)
+        lines.append(
+            f"The adapter was trained on weights rounded to 4 bits: the model {score_label('nf4', report)} is the trained one "
+            f"(--onto nf4). The original's weights are not rounded: there {others} of the most likely tokens are others."
+        )
+    where = f"KL from the live model, in nats. Computed in fp32 on {format_count(proof['tokens'], 'token')} of {proof['rows']}"
+    others = "held-out rows; the loss of a run or of eval is that of all held-out rows in the run's dtype."
+    return [*lines, f"{where} {'rows that were trained on.' if proof['trained'] else others}"]

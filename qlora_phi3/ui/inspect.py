@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from qlora_phi3.data.inspect import DataStatistics, Problem, RowView
 from qlora_phi3.ui.console import shown
-from qlora_phi3.units import format_count
+from qlora_phi3.units import format_count, format_percent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,18 +83,23 @@ def statistics_lines(figures: DataStatistics) -> list[str]:
     """The statistics as lines of plain text."""
     report, most = figures.report, max(rows for _, rows in figures.histogram)
     lines = [*report.summary_lines(), *report.warning_lines(), ""]
-    names = {0: "shortest", 50: "median", 100: "longest"}
-    shares = ", ".join(f"{names.get(share, f'{share} %')} {length:,}" for share, length in figures.percentiles.items())
-    lines.append(f"Tokens of a row, before any is cut: {shares}")
+    least, low, middle, high, highest, most_tokens = (f"{length:,}" for length in figures.percentiles.values())
+    of = ", held-out ones included" if report.eval_indices else " to train on"
+    rows = format_count(sum(count for _, count in figures.histogram), "row") + of
+    lines.append(f"Tokens of a row, before any is cut ({rows}): shortest {least}, median {middle}, longest {most_tokens}")
+    lines.append(f"10 % of the rows have at most {low} tokens, 90 % at most {high}, 99 % at most {highest}")
+    lines += ["", f"{'tokens':>15}  {'':{BAR_WIDTH}}  {'rows':>9}"]
     for longest, count in figures.histogram:
         bar = "█" * max(round(BAR_WIDTH * count / most), 1 if count else 0)
         lines.append(f"{f'up to {longest:,}':>15}  {bar:{BAR_WIDTH}}  {count:>9,}")
     lines += ["", f"{'max_length':>15}  {'rows cut':>9}  {'learned tokens lost':>20}  {'rows dropped':>13}"]
     for cut in figures.cuts:
         mark = "  < the recipe's" if cut.max_length == report.max_length else ""
-        lines.append(f"{cut.max_length:>15,}  {cut.rows_share:>9.1%}  {cut.learned_share:>20.1%}  {cut.rows_dropped:>13,}{mark}")
-    lines += ["", f"Learned: {figures.learned_share:.1%} of the tokens"]
-    lines.append(f"Packing: nothing is padded; padded to the longest of their step, {figures.padding_share:.0%} would be padding")
+        shares = f"{format_percent(cut.rows_share, 1):>9}  {format_percent(cut.learned_share, 1):>20}"
+        lines.append(f"{cut.max_length:>15,}  {shares}  {cut.rows_dropped:>13,}{mark}")
+    lines += ["", f"Learned: {format_percent(figures.learned_share, 1)} of the tokens to train on"]
+    padding = format_percent(figures.padding_share)
+    lines.append(f"Packing: nothing is padded; padded to the longest of their step, {padding} would be padding")
     if figures.suggested_max_length < report.max_length or any(
         cut.max_length == report.max_length and max(cut.rows_share, cut.learned_share) > 0.01 for cut in figures.cuts
     ):

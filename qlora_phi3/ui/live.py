@@ -15,7 +15,7 @@ from rich.text import Text
 
 from qlora_phi3.hardware.gpu import GpuLoad, read_load
 from qlora_phi3.reporter import RunOutline, StepRecord
-from qlora_phi3.ui.console import COLOURS, TRAINING, ConsoleReporter, LogInterval, build_progress, draw_curve
+from qlora_phi3.ui.console import COLOURS, TRAINING, ConsoleReporter, LogInterval, build_progress, draw_curve, mean_ends
 from qlora_phi3.ui.eta import BLENDED_STEPS, EtaEstimator
 from qlora_phi3.ui.vram import draw_bar
 from qlora_phi3.units import describe_duration, format_count, format_gib
@@ -23,7 +23,7 @@ from qlora_phi3.units import describe_duration, format_count, format_gib
 #: Columns and lines that a terminal needs for the screen, and columns of its bars.
 MIN_COLUMNS, MIN_LINES, BAR_COLUMNS = 60, 15, 16
 #: Columns beside the curves, and the widest curve.
-BESIDE_CURVE, WIDEST_CURVE = 32, 64
+BESIDE_CURVE, WIDEST_CURVE = 48, 64
 #: Between two readings of the GPU.
 SENSOR_SECONDS = 1.0
 
@@ -67,7 +67,7 @@ class RunProgress(Progress):
             ahead = "the steps are done"  # what follows them is not in the estimate
         yield "time", Text(f"{describe_duration(eta.passed())} passed, {ahead}")
         columns = min(WIDEST_CURVE, self.console.width - BESIDE_CURVE)
-        yield "loss", _with_curve(reporter.losses, columns)
+        yield "loss", _with_curve(reporter.losses, columns, mean_ends(reporter.losses) if reporter.losses else None)
         yield "held-out", _with_curve(reporter.eval_losses, columns)
         step_figures = "not known yet"
         if record is not None:
@@ -91,10 +91,13 @@ class RunProgress(Progress):
         return self._load
 
 
-def _with_curve(losses: Sequence[float], columns: int) -> Text:
+def _with_curve(losses: Sequence[float], columns: int, ends: tuple[float, float, int] | None = None) -> Text:
+    """The first and the last loss, or `ends` of them as `mean_ends`, and the curve between."""
     if len(losses) < 2:
         return Text(f"{losses[0]:.4f}" if losses else "not known yet")
-    return Text.assemble(f"{losses[-1]:.4f}  ", (draw_curve(losses, columns), COLOURS["curve"]), f"  {losses[0]:.4f} at first")
+    first, last, count = ends or (losses[0], losses[-1], 1)
+    means = f"  means of {count} steps" if count > 1 else ""
+    return Text.assemble(f"{first:.4f} -> {last:.4f}  ", (draw_curve(losses, columns), COLOURS["curve"]), means)
 
 
 def _describe_memory(outline: RunOutline, record: StepRecord | None, load: GpuLoad | None) -> Text:

@@ -16,7 +16,7 @@ from typing import Any
 from qlora_phi3.errors import RunError, printable, quoted
 from qlora_phi3.files import atomic_write, foreign_errors
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.ui.console import draw_curve, mean_ends
+from qlora_phi3.ui.console import describe_ends, draw_curve, mean_ends
 from qlora_phi3.ui.runs import Run, draw_plot, read_run, scan, size_of, verdict, warnings
 from qlora_phi3.units import MIB, format_count, format_duration, format_gib
 
@@ -68,7 +68,7 @@ def render(template: str, **values: Any) -> str:
     environment.filters["tojson_plain"] = lambda value: json.dumps(value, ensure_ascii=False)
     environment.filters["quoted"] = quoted
     environment.filters["largest"] = lambda values: max(values, default=0)
-    environment.filters.update(ends=mean_ends, median=lambda values: median(values or [0.0]))
+    environment.filters.update(ends=mean_ends, describe_ends=describe_ends, median=lambda values: median(values or [0.0]))
     environment.globals.update(table_rows=TABLE_ROWS, smoothed_share=SMOOTHED_SHARE)
     return environment.get_template(template).render(values)
 

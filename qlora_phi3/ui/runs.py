@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_phi3.errors import RunError
 from qlora_phi3.files import read_json_object
 from qlora_phi3.runfolder import RunFolder, is_locked, parse_metrics, read_metrics
-from qlora_phi3.ui.console import HELD_OUT_ROSE, mean_ends
+from qlora_phi3.ui.console import HELD_OUT_ROSE, describe_ends
 from qlora_phi3.units import format_count
 
 if TYPE_CHECKING:
@@ -208,9 +208,7 @@ def verdict(run: Run) -> str:
         change = "fell" if losses[-1] < losses[0] else "rose" if losses[-1] > losses[0] else "did not change,"
         result = f"The held-out loss {change} from {losses[0]:.4f} to {losses[-1]:.4f}."
     elif run.steps:
-        result = "The training loss went from {:.4f} to {:.4f}; no held-out loss tells more.".format(
-            *mean_ends(run.series("loss")[1])[:2]
-        )
+        result = f"Training loss {describe_ends(run.series('loss')[1])}; no held-out loss tells more."
     else:
         result = "No step was trained."
     if run.status != "done":

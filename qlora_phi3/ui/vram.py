@@ -9,12 +9,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from qlora_phi3.errors import printable
+from qlora_phi3.errors import printable, wrap_words
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.hardware.gpu_table import GPU_TABLE, name_series
 from qlora_phi3.memory.report import VramReport, planned_keys
 from qlora_phi3.memory.tables import MaxLengthRow
-from qlora_phi3.units import GIB, describe_duration, describe_epochs, format_count, format_gib
+from qlora_phi3.units import GIB, describe_duration, describe_epochs, format_count, format_gib, format_percent
 
 if TYPE_CHECKING:
     from qlora_phi3.memory.proposal import ModelOption
@@ -158,7 +158,7 @@ def _show_bar(console: Console, report: VramReport, categories: Sequence[tuple[s
     free = " free" if device.is_local else ""
     _print(console, f"█ {on_gpu} and a margin of ▒ {margin} make {total} of {format_gib(report.budget_bytes)}{free}")
     if report.margin_runs:
-        instead = f"The margin is {report.margin_share:.1%} instead of 3%"
+        instead = f"The margin is {format_percent(report.margin_share, 1)} instead of 3 %"
         _print(console, f"{instead}: runs on this GPU took more than predicted ({report.margin_runs} compared)")
     if device.other_processes_bytes:
         _print(console, f"▓ {format_gib(device.other_processes_bytes)} used by other processes")
@@ -217,7 +217,7 @@ def _speed_lines(report: VramReport) -> Iterator[str]:
     yield _describe_run(report)
     seconds = report.step["seconds"]
     shares = sorted(((value / sum(seconds.values()), kind) for kind, value in seconds.items()), reverse=True)
-    named = [f"{share:.0%} {KINDS_OF_TIME[kind]}" for share, kind in shares if share >= 0.005]
+    named = [f"{format_percent(share)} {KINDS_OF_TIME[kind]}" for share, kind in shares if share >= 0.005]
     yield f"That is {', '.join(named)}."
 
 
@@ -281,6 +281,8 @@ def show_models(console: Console, options: "Sequence[ModelOption]") -> None:
         fits = "[green]yes[/]" if report is not None and report.fits else "[red]no[/]"
         table.add_row(f"{number}", escape(option.name.removeprefix("microsoft/")), fits, *cells, *notes)
     console.print(table)
+    if len(options) > 1:
+        _print(console, "The model with the most parameters comes first.", "dim")
 
 
 def show_max_lengths(console: Console, rows: Sequence[MaxLengthRow]) -> None:
@@ -309,4 +311,5 @@ def build_table(*headings: str) -> Table:
 
 
 def _print(console: Console, line: str, style: str | None = None) -> None:
-    console.print(printable(line), style=style, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+    line = wrap_words(printable(line), console.width) if console.is_terminal else printable(line)
+    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)

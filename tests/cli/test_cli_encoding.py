@@ -23,7 +23,7 @@ FINISH = """
     import qlora_phi3.ui.console as ui
     from qlora_phi3.reporter import RunOutline
     from pathlib import Path
-    with ui.open_console(ui.LogInterval("no", 1), plain=False) as reporter:
+    with ui.open_console() as reporter:
         earlier = [{"kind": "train", "loss": loss} for loss in (3.0, 2.0, 1.0)]
         reporter.begin(RunOutline(total_steps=3, epochs=1, earlier=earlier))
         reporter.warning("\u6570\u636e.jsonl")

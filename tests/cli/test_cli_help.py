@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 from run_files import write_run
 from workshop import call
 
@@ -61,7 +62,9 @@ def test_tab_offers_runs_and_directories(tmp_path, monkeypatch, typed, offered):
     ("text", "shown"),
     [
         ("of twelve letters, and of more", "of twelve letters,\nand of more\n"),
-        ("type: qlora-phi3 run my-chats.toml", "type: qlora-phi3 run my-chats.toml\n"),
+        ("type: qlora-phi3 run my-chats.toml", "type:\nqlora-phi3 run my-chats.toml\n"),
+        ("Read qlora-phi3 docs gguf. Or take others.", "Read\nqlora-phi3 docs gguf.\nOr take others.\n"),
+        ("qlora-phi3 chat a --prompt 'One. Two, three' or so", "qlora-phi3 chat a --prompt 'One. Two, three' or so\n"),
         ("a-word-without-any-space", "a-word-without-any-space\n"),
     ],
 )
@@ -73,3 +76,29 @@ def test_a_terminal_breaks_lines_between_words_and_no_command(monkeypatch, capsy
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
     output.echo(text)
     assert capsys.readouterr().out == f"{text}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    {
+        "eval x --rows abc": "--rows: 'abc' is not a whole number of 1 or more. `qlora-phi3 eval --help` explains it.",
+        "eval x --rows 0": "--rows: 0 is not a whole number of 1 or more. `qlora-phi3 eval --help` explains it.",
+        "chat x --temperature hot": "--temperature: 'hot' is not a number of 0 or more. `qlora-phi3 chat --help` explains it.",
+        "chat x --top-p 2": "--top-p: 2.0 is not a number above 0, at most 1. `qlora-phi3 chat --help` explains it.",
+        "runs why --spikes 51": (
+            "--spikes: 51 is not a whole number of 1 or more, at most 50. `qlora-phi3 runs why --help` explains it."
+        ),
+        "export x --format hg": "--format: 'hg' is not one of 'hf', 'gguf'. `qlora-phi3 export --help` explains it.",
+        "chat x --base gone": "--base: Directory 'gone' does not exist. `qlora-phi3 chat --help` explains it.",
+        "eval": "Missing argument 'RUN'. `qlora-phi3 eval --help` explains it.",
+        "evl x": "There is no command 'evl'. Did you mean 'eval'? `qlora-phi3 --help` explains it.",
+        "init a.json b.json": "DATA is one name. For several files put a pattern in quotes: qlora-phi3 init '*.json'",
+    }.items(),
+)
+def test_a_mistake_on_the_command_line_is_one_line_with_what_is_allowed(words, line):
+    result = CliRunner().invoke(main, words.split(), prog_name="qlora-phi3")
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"Error: {line}\n")
+
+
+def test_a_group_without_a_command_shows_its_help():
+    assert "Commands:\n  check" in CliRunner().invoke(main, ["recipe"]).output

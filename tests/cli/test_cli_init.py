@@ -1,5 +1,8 @@
 """`qlora-phi3 init` as a person calls it, on a tiny model."""
 
+import os
+import sys
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -25,12 +28,45 @@ def no_gpu(monkeypatch):
 def test_without_data_eight_chats_are_written_that_init_reads(shop):
     assert call("init").exit_code == 0
     result = call("init", "example-chats.jsonl")
-    assert (result.exit_code, "8 usable rows of format messages" in result.stdout) == (0, True)
+    assert (result.exit_code, "8 usable rows read as messages" in result.stdout) == (0, True)
     assert "without an NVIDIA GPU" in result.stdout
     recipe = load_recipe(shop.path / "example-chats.toml", check_files=True)
     assert (recipe.training.do_eval, recipe.training.num_train_epochs, recipe.training.max_length) == (False, 5, 64)
     assert call("init").exit_code == 2
     assert call("init", "example-chats.jsonl").exit_code == 2
+
+
+def test_the_columns_of_a_csv_are_named_and_not_only_their_format(shop):
+    rows = "".join(f"What is {number}?,,A number\n" for number in range(30))
+    (shop.path / "a.csv").write_text(f"instruction,input,output\n{rows}", encoding="utf-8")
+    result = call("init", "a.csv", "--model", str(shop.base))
+    assert result.stdout.startswith("30 usable rows read as Alpaca's instruction, input and output\n")
+    assert f"\nThe model: {shop.base} (--model names another one)\n" in result.stdout
+    shown = call("inspect", "a.toml").stdout
+    assert "from a.csv (Alpaca's instruction, input and output)" in shown
+    assert "(30 rows, held-out ones included)" in shown
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a terminal of its own needs os.fork")
+def test_ctrl_c_at_a_question_ends_in_a_line_of_its_own(shop, chats):
+    import pty
+
+    words = [sys.executable, "-m", "qlora_phi3", "init", "my-chats.jsonl", "--model", str(shop.base)]
+    child, terminal = pty.fork()
+    if not child:
+        os.execv(sys.executable, words)
+    shown = b""
+    while not shown.endswith(b"]: "):
+        shown += os.read(terminal, 4096)
+    os.write(terminal, b"\x03")
+    end = b""
+    with suppress(OSError):  # the terminal is closed
+        while part := os.read(terminal, 4096):
+            end += part
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    os.close(terminal)
+    assert end.decode().splitlines() == ["^C", "Stopped."]
+    assert not (shop.path / "my-chats.toml").exists()
 
 
 def test_a_recipe_for_a_gpu_is_counted_simulated_and_accepted_by_recipe_check(shop, chats):

@@ -6,10 +6,12 @@ import shutil
 import time
 
 import pytest
+from click.testing import CliRunner
 from filelock import FileLock
 from run_files import data_report, divergence_record, evaluation_record, sample, step_record, write_run
 from workshop import Workshop, call, read_lines
 
+from qlora_phi3.cli.main import main
 from qlora_phi3.runfolder import LOCK, RunFolder
 from qlora_phi3.ui.runs import Spike, differing_keys, draw_plot, find_spikes, list_summaries
 
@@ -100,7 +102,8 @@ def test_a_run_is_shown_with_its_results_events_files_and_the_next_command(here)
     folder = write_run(here / "runs" / "mine" / "1", records=[*records, divergence_record(("\x1b[31m:1",))])
     shown = call("runs", "show", "mine").stdout
     for words in (
-        "runs/mine/1: done", "fell from 4.0000 to 2.5000", "3.9000 -> 3.0000", "0.0001 to 0.001", "2 rows skipped: no answer",
+        "runs/mine/1: done", "fell from 4.0000 to 2.5000", "3.8500 -> 3.0500 (means of the first and last 2 steps)",
+        "0.0001 to 0.001", "2 rows skipped: no answer",
         "3.00 GiB, predicted 2.00 GiB",
         "Step 5 diverged", "\\x1b[31m:1", "3 MiB  adapter", "qlora-phi3 export runs/mine/1",
     ):  # fmt: skip
@@ -148,7 +151,9 @@ def test_a_plot_has_both_curves_on_one_scale():
 def test_delete_asks_and_removes_only_the_runs_that_are_named(here):
     first, second = (write_run(here / "runs" / "mine" / name) for name in "12")
     refused = call("runs", "delete", "mine/1")  # no answer on stdin
-    assert refused.exit_code == 1
+    assert (refused.exit_code, refused.stderr) == (130, "Stopped.\n")
+    refused = CliRunner().invoke(main, ["runs", "delete", "mine/1"], input="n\n")
+    assert (refused.exit_code, refused.stderr) == (130, "Nothing is deleted.\n")
     assert "runs/mine/1: 3 MiB (adapter, checkpoints" in refused.stdout
     assert first.path.is_dir()
     assert call("runs", "delete", "runs/mine/1", "--yes").stdout.endswith("Deleted runs/mine/1\n")

@@ -392,7 +392,7 @@ def test_a_run_that_took_more_than_predicted_widens_the_margin_visibly(home, gpu
     before = check()["margin_bytes"]
     record_error(HERE.name, 1000 * MIB, 2000 * MIB)
     assert check()["margin_bytes"] > before
-    assert "150.0% instead of 3%" in call("vram-check", "mine.toml").stdout
+    assert "150.0 % instead of 3 %" in call("vram-check", "mine.toml").stdout
 
 
 def test_the_fitted_recipe_gives_the_same_plan_and_is_never_overwritten(home):

@@ -31,7 +31,7 @@ def test_a_run_ends_with_0_says_what_it_did_and_nothing_on_stderr(done):
     for words in (
         "Data: 40 rows",
         "NF4, computing in float32 on",
-        "covers 100% of the linear weights",
+        "covers 100 % of the linear weights",
         "Optimizer: adamw_torch, 4 rows a step",
         f"step {STEPS}/{STEPS}  loss ",
         f"The adapter: {folder.relative_to(shop.path)}/adapter",

@@ -154,7 +154,7 @@ def test_the_card_states_base_data_recipe_loss_proof_and_licence(shop):
         "The adapter is merged onto NF4 weights (float16).",
     ):
         assert words in text
-    assert "| merged onto NF4 (this model) | 2.3872 | 9.0e-09 | 2.0e-07 | 100.00% |" in text
+    assert "| merged onto NF4 (this model) | 2.3872 | 9.0e-09 | 2.0e-07 | 100.00 % |" in text
     assert "| 4-bit base + adapter | 2.3871 |  |  |  |\n" in text
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -461,8 +462,8 @@ def test_a_template_that_is_more_than_fixed_text_is_left_to_ollama(tmp_path):
 
 
 def test_phi_3s_modelfile(folders, tmp_path):
-    path = write_modelfile(folders["plain"], tmp_path / "bot.gguf")
-    assert path.read_text(encoding="utf-8") == (
+    assert write_modelfile(folders["plain"], tmp_path / "bot.gguf") == ()
+    assert (tmp_path / "Modelfile").read_text(encoding="utf-8") == (
         "FROM ./bot.gguf\n"
         'TEMPLATE """{{- range $i, $_ := .Messages }}\n'
         "{{- $last := eq (len (slice $.Messages $i)) 1 }}\n"
@@ -478,8 +479,35 @@ def test_phi_3s_modelfile(folders, tmp_path):
 
 
 def test_with_longrope_ollamas_context_is_what_the_short_factors_serve(folders, tmp_path):
-    path = write_modelfile(folders["longrope"], tmp_path / "bot.gguf")
-    assert path.read_text(encoding="utf-8").endswith("PARAMETER num_ctx 256\n")
+    write_modelfile(folders["longrope"], tmp_path / "bot.gguf")
+    assert (tmp_path / "Modelfile").read_text(encoding="utf-8").endswith("PARAMETER num_ctx 256\n")
+
+
+@pytest.mark.parametrize(
+    ("system", "line", "note"),
+    [
+        ('Be "brief".\nAlways.', 'SYSTEM """Be "brief".\nAlways."""\n', "The Modelfile has the system turn of all training rows"),
+        ('Write """ once.', "", "The system turn of all training rows has no place in the Modelfile"),
+    ],
+)
+def test_the_system_turn_of_all_training_rows_is_that_of_the_modelfile(folders, tmp_path, system, line, note):
+    write_modelfile(folders["plain"], tmp_path / "bot.gguf")
+    without = (tmp_path / "Modelfile").read_text(encoding="utf-8")
+    (said,) = write_modelfile(folders["plain"], tmp_path / "bot.gguf", system)
+    assert said.startswith(note)
+    stop = 'PARAMETER stop "<|endoftext|>"\n'
+    assert (tmp_path / "Modelfile").read_text(encoding="utf-8") == without.replace(stop, line + stop)
+
+
+def test_a_template_without_a_system_turn_leaves_it_to_the_first_question(folders, tmp_path, monkeypatch):
+    from qlora_phi3.export.gguf import prompt
+
+    turns = prompt.Turns(opening="", system=None, user=("<|user|>", "<|assistant|>"), after_assistant="<|end|>")
+    planned = prompt.plan_prompting
+    monkeypatch.setattr(prompt, "plan_prompting", lambda *given: replace(planned(*given), turns=turns))
+    (note,) = write_modelfile(folders["plain"], tmp_path / "bot.gguf", "Be brief.")
+    assert note.endswith("begin the first question with it.")
+    assert "SYSTEM" not in (tmp_path / "Modelfile").read_text(encoding="utf-8")
 
 
 def test_a_templates_own_system_prompt_comes_only_where_none_is_given():

@@ -1,53 +1,13 @@
 """Publishing: what can fail is known before the work, and the token is nowhere to be seen."""
 
-import sys
-from types import SimpleNamespace
-
 import pytest
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from hub_server import ConnectError, FakeHub
 from huggingface_hub.utils import filter_repo_objects
 
 import qlora_phi3.export.hub as hub
 from qlora_phi3.errors import ExportError
 
 TOKEN = "hf_verysecret"
-#: What the library for HTTP raises where there is no network, of whichever name that library is.
-ConnectError = sys.modules[HTTPError.__module__.partition(".")[0]].ConnectError
-
-
-class FakeHub:
-    """In place of HfApi: records the calls."""
-
-    def __init__(self, refuses=None, private=None, unreachable=None):
-        self.refuses, self.private, self.unreachable, self.calls = refuses, private, unreachable, []
-
-    def __call__(self):
-        return self
-
-    def _answer(self, name, answer=None):
-        self.calls.append(name)
-        if self.unreachable == name:
-            raise ConnectError("[Errno -2] Name or service not known\nmore")
-        if self.refuses == name:
-            raise HfHubHTTPError(f"403 of {name}\nmore", response=SimpleNamespace(headers={}, status_code=403, request=None))
-        return answer
-
-    def whoami(self):
-        return self._answer("whoami")
-
-    def repo_info(self, repository):
-        self._answer("repo_info")
-        if self.private is None:
-            raise RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, status_code=404, request=None))
-        return SimpleNamespace(private=self.private)
-
-    def create_repo(self, repository, *, private, exist_ok):
-        self.private = private if self.private is None else self.private
-        return self._answer("create_repo")
-
-    def upload_folder(self, **options):
-        self.options = options
-        return self._answer("upload_folder", SimpleNamespace(repo_url="the page"))
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from qlora_phi3.family import known_config, parse_architecture
 from qlora_phi3.hardware.gpu import gpu_of_size
+from qlora_phi3.memory.cost import count_weights
 from qlora_phi3.memory.proposal import (
     MODELS,
     NIGHT_SECONDS,
@@ -95,6 +97,14 @@ def test_the_most_capable_model_is_proposed_that_fits_and_is_trained_within_a_ni
     assert proposed(*MODELS, has_tools=True) == TOOL_MODEL
     assert proposed(*MODELS, seconds=NIGHT_SECONDS + 1) == TOOL_MODEL
     assert propose([option_of(SMALLEST_MODEL)], has_tools=True).name == SMALLEST_MODEL
+
+
+def test_the_models_are_listed_by_their_parameters():
+    counts = []
+    for name in MODELS:
+        model = parse_architecture(known_config(name), name)
+        counts.append(count_weights(model) + (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size)
+    assert counts == sorted(counts, reverse=True)
 
 
 def test_columns_of_likely_names_become_fields_that_the_recipe_states(tmp_path):

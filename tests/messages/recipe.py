@@ -133,13 +133,13 @@ MESSAGES = [
     refused("recipe-value-in-place-of-a-table", load("lora = 16\n" + START), ("lora = 16",), "write [lora] and its keys"),
     refused("recipe-missing-table", load(START.partition("[data]")[0]), ("The table [data] is missing",), "train"),
     refused("recipe-missing-key", load("[model]\n[data]\ntrain = 'x'"), ("[model] needs name",), "Hub id or folder"),
-    refused("recipe-wrong-type", load(START, "lora.r=true"), ("[lora] r = true",), "Input should be a valid integer."),
-    refused("recipe-wrong-number", load(START, "lora.r=0"), ("[lora] r = 0",), "greater than or equal to 1."),
+    refused("recipe-wrong-type", load(START, "lora.r=true"), ("[lora] r = true",), "it must be a whole number."),
+    refused("recipe-wrong-number", load(START, "lora.r=0"), ("[lora] r = 0",), "it must be 1 or more."),
     refused(
         "recipe-value-of-several-types",
         load(START, "training.max_steps=0"),
         ("[training] max_steps = 0",),
-        "Input should be -1; or: Input should be greater than or equal to 1.",
+        "it must be -1, or 1 or more.",
     ),
     refused(
         "recipe-wrong-word",
@@ -150,7 +150,7 @@ MESSAGES = [
     refused(
         "recipe-number-in-quotes",
         load(START, "lora.r='16'"),
-        ('[lora] r = "16"', "valid integer"),
+        ('[lora] r = "16"', "a whole number"),
         "Write it without quotes: r = 16",
     ),
     refused(

@@ -246,6 +246,35 @@ def test_the_keys_of_other_tools_have_a_replacement_or_are_to_be_deleted(tmp_pat
             assert ALIASES[key] == found[1]
 
 
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    {
+        "training.steps": "'max_steps' or 'warmup_steps' or 'eval_steps' or 'save_steps' or 'logging_steps'?",
+        "training.warmup": "'warmup_steps'?",
+        "training.length": "'max_length'?",
+        "data.seed_split": "'split_seed'?",
+        "lora.row": "'max_rows' or 'max_eval_rows'? It belongs to [data].",
+    }.items(),
+)
+def test_a_word_of_a_key_leads_to_the_keys_that_have_it(tmp_path: Path, key: str, hint: str):
+    table, _, name = key.partition(".")
+    expected = f"[{table}] has no key '{name}'. Did you mean {hint}"
+    assert refusal(tmp_path, SHORTEST, f"{key}=5") == f"--set {key}=5: {expected}"
+    text = (
+        SHORTEST.replace(f"[{table}]\n", f"[{table}]\n{name} = 5\n")
+        if f"[{table}]" in SHORTEST
+        else f"{SHORTEST}[{table}]\n{name} = 5"
+    )
+    assert refusal(tmp_path, text) == f"mine.toml: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"), [("max_steps=5", "training.max_steps=5"), ("steps=5", "lora.r=32"), ("r", "lora.r=32")]
+)
+def test_a_key_without_its_table_is_shown_with_it(tmp_path: Path, override: str, hint: str):
+    assert refusal(tmp_path, SHORTEST, override) == f"--set {override} is not table.key=value. Write it like: --set {hint}"
+
+
 def test_no_key_of_the_libraries_is_led_to_another_one():
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
@@ -254,7 +283,7 @@ def test_no_key_of_the_libraries_is_led_to_another_one():
     own = {key for table in TABLES.values() for key in table.model_fields}
     known = {field.name for config in (LoraConfig, SFTConfig) for field in dataclasses.fields(config)}
     known |= set(inspect.signature(BitsAndBytesConfig).parameters)
-    for key in known - own - REPLACED.keys() - ALIASES.keys():
+    for key in known - own - REPLACED.keys() - ALIASES.keys() - {"kwargs"}:  # of **kwargs
         assert {suggest_key(table, key, TABLES) for table in ("", *TABLES)} == {"`qlora-phi3 recipe schema` lists every key."}
 
 

@@ -156,11 +156,11 @@ def test_the_loss_at_the_end_is_that_of_all_sessions_as_means_of_the_first_and_l
         reporter.finish(20, None, None, 1, tmp_path)
 
     line = printed(act)[0][-5]
-    assert line == f"Training loss  {draw_curve(losses)}  3.0000 -> 0.7500 (first and last 2 steps)"
+    assert line == f"Training loss  {draw_curve(losses)}  2.5000 -> 1.0000 (means of the first and last 3 steps)"
 
 
-@pytest.mark.parametrize(("steps", "count"), [(1, 1), (19, 1), (20, 2), (75, 7), (5000, 10)])
-def test_each_end_of_the_loss_is_a_tenth_of_the_steps_and_at_most_ten(steps, count):
+@pytest.mark.parametrize(("steps", "count"), [(1, 1), (7, 1), (8, 2), (14, 3), (39, 3), (75, 7), (5000, 10)])
+def test_each_end_of_the_loss_is_a_tenth_of_the_steps_3_to_10_and_no_more_than_a_quarter(steps, count):
     losses = [float(step) for step in range(steps)]
     middle = (count - 1) / 2
     assert mean_ends(losses) == (middle, steps - 1 - middle, count)
@@ -208,6 +208,20 @@ def test_plain_lines_about_one_work_are_ten_seconds_apart(printed, clock):
             clock[0] += 4
 
     assert printed(act)[0] == ["Reading ...", "Reading: 12 of 24"]
+
+
+def test_an_export_has_one_bar_which_counts_the_time_of_all_its_parts(clock):
+    console = Console(width=100, file=io.StringIO(), force_terminal=True, color_system=None)
+    bars = build_progress(console)
+    bars.get_time = lambda: clock[0]
+    reporter = ConsoleReporter(console, console, EVERY_STEP, bars)
+    reporter.has_one_bar = True
+    for what, done, total in (("Reading", 0, None), ("Merging, MB", 1, 4), ("Merging, MB", 4, 4), ("Scoring", 2, 8)):
+        reporter.progress(what, done, total)
+        clock[0] += 5
+        (task,) = bars.tasks
+        assert (task.description, task.completed, task.total) == (what, done, total)
+    assert task.elapsed == 20
 
 
 def test_stopping_at_once_names_the_newest_checkpoint_and_the_command_that_goes_on(tmp_path):

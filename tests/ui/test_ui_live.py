@@ -67,7 +67,8 @@ def test_the_screen_fits_and_shows_every_figure(clock, columns, lines):
         "RTX 4070 Laptop",
         "2,048 tokens",
         "400 of 1,200 steps",
-        "1.0000  █",
+        "2.9725 -> 1.0225  █",  # of steps 1 to 10 and 391 to 400, whose losses are 3 - step / 200
+        "means of 10 steps",
         "2.5000",
         "1.50e-04",
         "0.523",

@@ -78,7 +78,7 @@ def test_the_page_has_every_section_and_no_script_or_network(shown):
         "1,000 tokens in 0:05 of steps; the median step has 200 tokens/s",
         "2 rows skipped: no answer (chats.jsonl:3, chats.jsonl:8)",
         "5 of 48 rows cut at max_length = 128",
-        "Learned tokens 400 (40%)",
+        "Learned tokens 400 (40 %)",
         "chats.jsonl:7 chats.jsonl:9",
         "memory ran out in 4 rows",
         "What is blue?",

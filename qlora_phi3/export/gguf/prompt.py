@@ -206,9 +206,10 @@ def _remove_white_space(text: str, left: list[str], right: list[str], space: str
     return text
 
 
-def write_modelfile(folder: Path, gguf: Path) -> Path:
+def write_modelfile(folder: Path, gguf: Path, system: str = "") -> tuple[str, ...]:
     """Write the Modelfile with which `ollama create` takes a .gguf file, next to it; `folder` is the export that it was made of.
-    ExportError where its generation_config.json cannot be read; ModelError where the tokenizer or the config cannot.
+    Returns notes on `system`, the system turn of all training rows, if any. ExportError where its generation_config.json cannot
+    be read; ModelError where the tokenizer or the config cannot.
     """
     tokenizer, target = load_tokenizer(Model(name=str(folder))), gguf.with_name(MODELFILE)
     prompting = plan_prompting(tokenizer, gguf.stem)
@@ -220,11 +221,15 @@ def write_modelfile(folder: Path, gguf: Path) -> Path:
     lines = [f"FROM ./{gguf.name}"]
     if prompting.turns:  # without it Ollama guesses the template from the one inside the file
         lines.append(f'TEMPLATE """{build_template(prompting.turns)}"""')
+    placed = '"""' not in system and not (prompting.turns and prompting.turns.system is None)
+    lines += [f'SYSTEM """{system}"""'] if system and placed else []
     lines += [f"PARAMETER stop {json.dumps(stop)}" for stop in stops if stop is not None]
     lines += [f"PARAMETER num_ctx {min(limit for limit in limits if limit is not None)}", ""]
     with disk_errors(target, ExportError), atomic_file(target) as staging:
         staging.write_text("\n".join(lines), encoding="utf-8", newline="\n")
-    return target
+    note = "The Modelfile has the system turn of all training rows; llama-cli takes it as -sys TEXT."
+    lost = "The system turn of all training rows has no place in the Modelfile: begin the first question with it."
+    return (note if placed else lost,) if system else ()
 
 
 def build_template(turns: Turns) -> str:

@@ -29,7 +29,9 @@ def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return "Triton is not installed"
     try:
         is_right = _compare(device, dtype)
-    except (TritonError, ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except subprocess.SubprocessError:
+        return "Triton's call of the C compiler failed; it needs Python's headers (python3-dev)"
+    except (TritonError, ImportError, OSError, RuntimeError, AssertionError) as error:
         return f"Triton cannot build them ({first_line(error)})"
     torch.cuda.empty_cache()
     return None if is_right else "their results differ from PyTorch's"

@@ -33,7 +33,8 @@ def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return "Triton's call of the C compiler failed; it needs Python's headers (python3-dev)"
     except (TritonError, ImportError, OSError, RuntimeError, AssertionError) as error:
         return f"Triton cannot build them ({first_line(error)})"
-    torch.cuda.empty_cache()
+    finally:
+        torch.cuda.empty_cache()
     return None if is_right else "their results differ from PyTorch's"
 
 
@@ -87,7 +88,7 @@ def rotate(source: Tensor, cos: Tensor, sin: Tensor, target: Tensor, *, inverse:
     first * sin; with `inverse` back.
 
     Args:
-        source, target: (rows, length, heads, size), which may be one tensor; the last dimension contiguous.
+        source, target: (rows, length, heads, size), which may be one tensor, with any strides.
         cos, sin: (rows or 1, length, size), whose two halves are alike.
     """
-    launch("rotate", [source, cos, sin], [target], inverse=inverse)
+    launch("rotate", [source, cos.contiguous(), sin.contiguous()], [target], inverse=inverse)

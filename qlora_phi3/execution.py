@@ -42,6 +42,7 @@ class ExecutionPlan:
     logits_tile_bytes: int = DEFAULT_LOGITS_TILE_BYTES  #: Bytes of fp32 logits alive at once in the loss.
     #: Tokens that go through a layer's norm and MLP at once, recomputed tile by tile in the backward pass; 0: all.
     mlp_tile_tokens: int = 0
+    fused_kernels: bool = False  #: The layers use the Triton kernels of `model/kernels.py`.
 
 
 def smaller_mlp_tile(tokens: int) -> int:

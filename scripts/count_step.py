@@ -44,6 +44,12 @@ CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "DoRA": ({}, {"lora": {"use_dora": True}}),
     "not quantized": ({}, {"quantization": {"load_in_4bit": False}}),
     "compute capability 7.5, fp16": ({}, {}),
+    "fused": ({"fused_kernels": True}, {}),
+    "fused, recomputed": ({"fused_kernels": True, "checkpoint_every": 1}, {}),
+    "fused, recomputed, MLPs in tiles of 512": ({"fused_kernels": True, "checkpoint_every": 1, "mlp_tile_tokens": 512}, {}),
+    "fused, dropout": ({"fused_kernels": True}, {"lora": {"lora_dropout": 0.05}}),
+    "fused, DoRA": ({"fused_kernels": True}, {"lora": {"use_dora": True}}),
+    "fused, compute capability 7.5, fp16": ({"fused_kernels": True}, {}),
 }
 
 

@@ -1,8 +1,8 @@
 """Run torch's CUDA code on an emulated GPU: `python3 scripts/test_cuda.py`, on Linux, without a GPU.
 
-Makes the virtual environment .venv-cuda (a CUDA build of torch without NVIDIA's libraries, 1.3 GB; everything else in the tested
-versions), builds the stand-ins of tests/emulated_cuda with the system's C and C++ compilers, and runs tests/emulated_cuda and
-tests/gpu there, in about six minutes of one core. They hand out addresses, count bytes and compute nothing: that proves
+Makes the virtual environment .venv-cuda (a CUDA build of torch without NVIDIA's libraries, and Triton, 2.2 GB; all else in the
+tested versions), builds the stand-ins of tests/emulated_cuda with the system's C and C++ compilers, and runs tests/emulated_cuda
+and tests/gpu there, in about six minutes of one core. They hand out addresses, count bytes and compute nothing: that proves
 allocations, no value, no time; tests/gpu leaves out what it asserts of values. More arguments are passed to pytest, or with
 --bench to `scripts/bench_memory.py emulated`. Exit code 3: this machine cannot run an emulated GPU, and one line says why.
 """
@@ -23,6 +23,8 @@ from environment import REPOSITORY, print_step
 
 #: The newest CUDA build of torch that was tried; its libraries are of CUDA 13, as the stand-ins are.
 TORCH = "torch==2.14.1"
+#: The version that it requires.
+TRITON = "triton==3.8.0"
 #: The headers of the runtime, and those that they include.
 HEADERS = ("nvidia-cuda-runtime==13.*", "nvidia-cuda-crt==13.*")
 FOLDER = REPOSITORY / ".venv-cuda"
@@ -86,20 +88,20 @@ def make_environment() -> Path:
     """The Python of .venv-cuda, which is made unless it is there for these constraints."""
     python = FOLDER / "bin" / "python"
     constraints = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
-    if STAMP.is_file() and STAMP.read_text(encoding="utf-8") == TORCH + constraints:
+    if STAMP.is_file() and STAMP.read_text(encoding="utf-8") == TORCH + TRITON + constraints:
         print_step("The environment .venv-cuda is up to date.")
         return python
     print_step(f"Making the virtual environment .venv-cuda with {TORCH}; the first time takes minutes")
     run([sys.executable, "-m", "venv", FOLDER])
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "-q"]
-    run([*pip, "--no-deps", TORCH])
+    run([*pip, "--no-deps", TORCH, TRITON])
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         others = [line for line in constraints.splitlines() if not line.startswith(("torch==", "triton=="))]
         file.write("\n".join(others))
         file.flush()
         # With --no-deps, since torch's own dependencies are NVIDIA's libraries; the constraints hold every other one.
         run([*pip, "--no-deps", "-r", file.name, "setuptools<81"])
-    STAMP.write_text(TORCH + constraints, encoding="utf-8")
+    STAMP.write_text(TORCH + TRITON + constraints, encoding="utf-8")
     return python
 
 

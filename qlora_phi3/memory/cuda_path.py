@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qlora_phi3.model.attention
+import qlora_phi3.model.kernels
 import qlora_phi3.model.layer
 import qlora_phi3.model.phi3
 from qlora_phi3.memory.report import ATTENTION_MASK, ATTENTION_WORKSPACE
@@ -236,6 +237,9 @@ def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> It
         tracker.count_kernel("elementwise", grad, x, grad)
         return torch.empty_like(grad)
 
+    def launch(_: str, reads: Sequence[Tensor], writes: Sequence[Tensor], **__: Any) -> None:
+        tracker.count_kernel("elementwise", *reads, *writes)
+
     usual_softmax = functional.softmax
 
     def softmax(values: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -253,6 +257,7 @@ def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> It
         patch.object(qlora_phi3.model.attention, "attend_pack_forward", partial(_attend_pack_forward, tracker)),
         patch.object(qlora_phi3.model.attention, "attend_pack_backward", partial(_attend_pack_backward, tracker)),
         patch.object(qlora_phi3.model.attention, "_takes_groups", takes_groups),
+        patch.object(qlora_phi3.model.kernels, "launch", launch),
         patch.object(qlora_phi3.model.layer, "rms_norm", rms_norm),
         patch.object(qlora_phi3.model.layer, "rms_norm_backward", rms_norm_backward),
         patch.object(transformers.modeling_utils, "save_on_cpu", lambda **_: saved_tensors_hooks(offload, load)),

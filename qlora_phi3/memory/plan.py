@@ -102,7 +102,8 @@ def describe_kind(execution: ExecutionPlan) -> str:
 
 def describe_plan(execution: ExecutionPlan) -> str:
     """An execution plan in one line."""
-    return f"{execution.micro_batch.max_tokens:,} tokens at once, {describe_kind(execution)}, {execution.optim}"
+    kernels = ", fused kernels" if execution.fused_kernels else ""
+    return f"{execution.micro_batch.max_tokens:,} tokens at once, {describe_kind(execution)}, {execution.optim}{kernels}"
 
 
 def explain_choices(

@@ -56,6 +56,8 @@ class Predictor:
     #: The GPU's compute capability, and its multiprocessors.
     capability: tuple[int, int]
     multiprocessors: int
+    #: Of the plans that are searched. Without them a plan needs no less memory.
+    fused_kernels: bool = False
     _simulated: dict[Any, Trace] = field(default_factory=dict, init=False)
 
     def predict(self, execution: ExecutionPlan, shape: StepShape, *, limit_bytes: int) -> Prediction:

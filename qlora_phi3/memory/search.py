@@ -194,6 +194,7 @@ class _Search:
             optim=self.optimizers[-1],
             logits_tile_bytes=tiles.logits_bytes,
             mlp_tile_tokens=tiles.mlp_tokens,
+            fused_kernels=self.predictor.fused_kernels,
         )
 
     def _with_tokens(self, execution: ExecutionPlan, tokens: int) -> ExecutionPlan:

@@ -178,7 +178,7 @@ def _attend_pack(
     if torch.is_autocast_enabled(kind):
         query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
     left = -1 if window is None or window >= max(lengths) else window - 1
-    packs = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    packs = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]  # an index would fill and copy its gradient
     output: Tensor = _PackAttention.apply(*packs, starts, lengths, scale, left)  # type: ignore[no-untyped-call]
     return output[None]
 

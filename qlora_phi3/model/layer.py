@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
 
+from qlora_phi3.model import kernels
 from qlora_phi3.model.attention import BY_DOCUMENT
 
 _aten = torch.ops.aten
@@ -128,13 +129,14 @@ def square_rows(weight: Tensor) -> Tensor:
 
 
 class LeanDecoderLayer(Phi3DecoderLayer):  # type: ignore[misc]
-    """Phi-3's decoder layer; `mlp_tile_tokens` computes norm and MLP in tiles of so many tokens, 0 untiled.
+    """Phi-3's decoder layer; `mlp_tile_tokens` computes norm and MLP in tiles of so many tokens, 0 untiled; `fused_kernels` lets
+    `kernels.py` compute SwiGLU and the rotary embedding.
 
     The MLP's inner tensors are the widest of a layer. In tiles, each recomputed in its own backward pass, they exist for one tile
     at a time.
     """
 
-    mlp_tile_tokens = 0
+    mlp_tile_tokens, fused_kernels = 0, False
 
     def forward(
         self,
@@ -181,7 +183,7 @@ class LeanDecoderLayer(Phi3DecoderLayer):  # type: ignore[misc]
             qkv = _NormedProjection.apply(x, norm.weight, norm.variance_epsilon, *loras[0])  # type: ignore[no-untyped-call]
             qkv = qkv if loras[0][0].magnitude is None else qkv.clone()  # DoRA keeps it, and the rotation is in place
         heads = (self.config.num_attention_heads, self.config.num_key_value_heads, attention.head_dim)
-        query, key, value = _Rotation.apply(qkv, *position_embeddings, heads)  # type: ignore[no-untyped-call]
+        query, key, value = _Rotation.apply(qkv, *position_embeddings, heads, self.fused_kernels)  # type: ignore[no-untyped-call]
         attended, _ = ALL_ATTENTION_FUNCTIONS[BY_DOCUMENT](
             attention,
             query,
@@ -209,7 +211,7 @@ class LeanDecoderLayer(Phi3DecoderLayer):  # type: ignore[misc]
             return cast(Tensor, x + mlp.down_proj(product))
         gate_up = _NormedProjection.apply(x, norm.weight, norm.variance_epsilon, *loras[0])  # type: ignore[no-untyped-call]
         leaves_out = is_recomputed and loras[1][0].magnitude is None  # DoRA's magnitude needs the output
-        return cast(Tensor, _GatedProjection.apply(gate_up, x, leaves_out, *loras[1]))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _GatedProjection.apply(gate_up, x, leaves_out, self.fused_kernels, *loras[1]))  # type: ignore[no-untyped-call]
 
 
 def _is_plain_norm(norm: nn.Module, x: Tensor) -> bool:
@@ -361,6 +363,11 @@ class _AddedProjection(Function):
         return grad_x.view_as(x), grad, None, grad_a, grad_b, grad_magnitude
 
 
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return silu(gate).mul_(up)
+
+
 def _swiglu_backward(grad: Tensor, gate_up: Tensor, activated: Tensor, buffer: Tensor, *, overwrites: bool = True) -> Tensor:
     """The gradient of `gate_up`, which it overwrites. `activated`: silu(gate); `buffer`: of its shape, overwritten."""
     result = gate_up if overwrites else torch.empty_like(gate_up)
@@ -377,8 +384,7 @@ class _SwiGlu(Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, -1)
-        return silu(gate).mul_(up)
+        return _swiglu(gate_up)
 
     @staticmethod
     @once_differentiable
@@ -394,7 +400,7 @@ class _GatedProjection(Function):
     Keeps gate and up; with DoRA the product.
 
     `leaves_out`: while it is recomputed it computes nothing but the mask of dropout. Its output is the layer's, which nothing
-    reads in a backward pass.
+    reads in a backward pass. `fused`: with `kernels.py`, whose backward pass leaves the product in the memory of its gradient.
     """
 
     @staticmethod
@@ -403,17 +409,17 @@ class _GatedProjection(Function):
         gate_up: Tensor,
         residual: Tensor,
         leaves_out: bool,
+        fused: bool,
         lora: LinearWithLora,
         lora_A: Tensor,
         lora_B: Tensor,
         _: Tensor | None,
     ) -> Tensor:
-        ctx.lora, ctx.leaves_out = lora, leaves_out
+        ctx.lora, ctx.leaves_out, ctx.fused = lora, leaves_out, fused
         if leaves_out and _is_in_backward():
             ctx.save_for_backward(gate_up, lora_A, lora_B, *lora.draw_masks(gate_up.shape[:-1].numel()))
             return torch.empty_like(residual)
-        gate, up = gate_up.chunk(2, -1)
-        output, low_rank, kept = lora.forward(silu(gate).mul_(up), lora_A, lora_B)
+        output, low_rank, kept = lora.forward(kernels.swiglu(gate_up) if fused else _swiglu(gate_up), lora_A, lora_B)
         ctx.save_for_backward(gate_up, lora_A, lora_B, *kept, *(() if leaves_out else (low_rank,)))
         return output.add_(residual) if lora.magnitude is None else output + residual
 
@@ -424,18 +430,22 @@ class _GatedProjection(Function):
         low_rank = None if ctx.leaves_out else kept.pop()
         rows, grad_magnitude = ctx.lora.unscale(grad.flatten(0, -2), kept)
         grad_low, grad_product = ctx.lora.backward(rows, lora_A, lora_B, kept)
-        gate_up = gate_up.detach()
-        gate, up = gate_up.chunk(2, -1)
-        activated = silu(gate)
-        product = activated * up
+        gate_up, overwrites = gate_up.detach(), grad_magnitude is None
+        if ctx.fused:
+            grad_gate_up, product = gate_up if overwrites else torch.empty_like(gate_up), grad_product
+            kernels.swiglu_backward(grad_product, gate_up.flatten(0, -2), grad_gate_up.flatten(0, -2))
+        else:
+            gate, up = gate_up.chunk(2, -1)
+            activated = silu(gate)
+            product = activated * up
         dropped = ctx.lora.mask(product.flatten(0, -2), kept)
         if low_rank is None:
             low_rank = _scaled_product(ctx.lora.scaling, dropped, lora_A.t())
         grad_a, grad_b = torch.mm(grad_low.t(), dropped), torch.mm(rows.t(), low_rank)
         del dropped
-        overwrites = grad_magnitude is None
-        grad_gate_up = _swiglu_backward(grad_product.view_as(product), gate_up, activated, product, overwrites=overwrites)
-        return grad_gate_up, grad, None, None, grad_a, grad_b, grad_magnitude
+        if not ctx.fused:
+            grad_gate_up = _swiglu_backward(grad_product.view_as(product), gate_up, activated, product, overwrites=overwrites)
+        return grad_gate_up, grad, None, None, None, grad_a, grad_b, grad_magnitude
 
 
 class _Rotation(Function):
@@ -446,33 +456,42 @@ class _Rotation(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int, int], fused: bool) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
-        ctx.heads = (num_heads, num_kv_heads, size) = heads
+        ctx.heads, ctx.fused = heads, fused
+        num_heads, num_kv_heads, size = heads
         parts = qkv.detach().view(*qkv.shape[:2], -1, size)
-        half = cos.shape[-1] // 2
-        cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
-        first, second = parts[:, :, : num_heads + num_kv_heads, : 2 * half].chunk(2, -1)
-        shift = first * sin
-        first.mul_(cos).addcmul_(second, sin, value=-1)
-        second.mul_(cos).add_(shift)
+        rotated = parts[:, :, : num_heads + num_kv_heads, : cos.shape[-1]]
+        if fused:
+            kernels.rotate(rotated, cos, sin, rotated)
+        else:
+            half = cos.shape[-1] // 2
+            cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
+            first, second = rotated.chunk(2, -1)
+            shift = first * sin
+            first.mul_(cos).addcmul_(second, sin, value=-1)
+            second.mul_(cos).add_(shift)
         return tuple(part.transpose(1, 2) for part in torch.split(parts, [num_heads, num_kv_heads, num_kv_heads], 2))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (cos, sin), (num_heads, num_kv_heads, size) = ctx.saved_tensors, ctx.heads
-        half = cos.shape[-1] // 2
-        cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
+        width, half = cos.shape[-1], cos.shape[-1] // 2
         grad_query, grad_key, grad_value = (grad.transpose(1, 2) for grad in grads)
         rows, length = grad_query.shape[:2]
         result = grad_query.new_empty((rows, length, num_heads + 2 * num_kv_heads, size))
         query, key, value = torch.split(result, [num_heads, num_kv_heads, num_kv_heads], 2)
         for grad, target in ((grad_query, query), (grad_key, key)):
-            first, second = grad[..., : 2 * half].chunk(2, -1)
-            target_first, target_second = target[..., : 2 * half].chunk(2, -1)
-            torch.mul(first, cos, out=target_first).addcmul_(second, sin)
-            torch.mul(second, cos, out=target_second).addcmul_(first, sin, value=-1)
-            target[..., 2 * half :] = grad[..., 2 * half :]
+            if ctx.fused:
+                kernels.rotate(grad[..., :width], cos, sin, target[..., :width], inverse=True)
+            else:
+                half_cos, half_sin = cos[:, :, None, :half], sin[:, :, None, :half]
+                first, second = grad[..., :width].chunk(2, -1)
+                target_first, target_second = target[..., :width].chunk(2, -1)
+                torch.mul(first, half_cos, out=target_first).addcmul_(second, half_sin)
+                torch.mul(second, half_cos, out=target_second).addcmul_(first, half_sin, value=-1)
+            if width < size:
+                target[..., width:] = grad[..., width:]
         value.copy_(grad_value)
-        return result.flatten(2), None, None, None
+        return result.flatten(2), None, None, None, None

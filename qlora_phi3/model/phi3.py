@@ -248,9 +248,11 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def apply_execution_plan(model: PeftModel, execution: ExecutionPlan) -> None:
-    """Apply a plan to the model: recomputation, offloading, the tiles of the MLP and of the loss."""
+    """Apply a plan to the model: recomputation, offloading, the tiles of the MLP and of the loss, the fused kernels."""
     set_checkpointing(model, execution.checkpoint_every, offload=execution.activation_offloading)
     set_mlp_tiles(model, execution.mlp_tile_tokens)
+    for layer in find_base(model).model.layers:
+        layer.fused_kernels = execution.fused_kernels
     model.get_base_model().logits_tile_bytes = execution.logits_tile_bytes
 
 

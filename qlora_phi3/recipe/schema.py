@@ -414,6 +414,8 @@ class Memory(Table):
     """Logits in memory at once in the loss, such as "16MiB"; auto: 32MiB."""
     mlp_tile_tokens: Literal[0] | Annotated[int, Field(ge=128, le=2**31)] | Literal["auto"] = "auto"
     """Tokens that go through a layer's MLP at once, 0: all; auto: 0 unless memory is short."""
+    kernels: Literal["auto", "plain"] = "auto"
+    """auto: the layers' fused kernels where the GPU runs them; plain: PyTorch's own."""
     rehearsal: bool | Literal["auto"] = "auto"
     """Run the heaviest step once before the first; auto: on a GPU."""
 

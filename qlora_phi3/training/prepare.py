@@ -34,6 +34,7 @@ from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.search import find_plan
 from qlora_phi3.memory.simulate import simulate
 from qlora_phi3.model.checkpoint import check_checkpoint
+from qlora_phi3.model.kernels import why_unavailable
 from qlora_phi3.model.lora import attach_adapter, measure_coverage, start_from_quantization_error
 from qlora_phi3.model.optimizer import default_optimizer
 from qlora_phi3.model.phi3 import Precision, choose_precision, load_base
@@ -168,18 +169,29 @@ def plan_run(context: RunContext) -> PlannedRun:
     """
     gpus = [gpu for gpu in gather(context.gpu) if gpu is not None]
     smallest = min(gpus, key=lambda gpu: budget_of(context.recipe.memory, gpu), default=None)
-    return from_first(lambda: _plan(replace(context, gpu=smallest)))
+    fused_kernels = all(gather(_can_fuse(context)))
+    return from_first(lambda: _plan(replace(context, gpu=smallest), fused_kernels))
 
 
-def _plan(context: RunContext) -> PlannedRun:
+def _can_fuse(context: RunContext) -> bool:
+    """Whether the layers use the fused kernels; one line where they cannot."""
+    if context.recipe.memory.kernels == "plain" or context.device.type != "cuda":
+        return False
+    reason = why_unavailable(context.device, context.precision.compute_dtype)
+    if reason is not None:
+        context.reporter.info(f"Kernels: PyTorch's own, without fused ones: {reason}")
+    return reason is None
+
+
+def _plan(context: RunContext, fused_kernels: bool) -> PlannedRun:
     recipe, device = context.recipe, context.device
     if context.gpu is not None:
-        return _plan_for_gpu(context, context.gpu)
+        return _plan_for_gpu(context, context.gpu, fused_kernels)
     if device.type == "cpu" and recipe.memory.budget != "auto":
         context.reporter.warning("[memory] budget is for GPUs; a run on a CPU ignores it.")
     execution = default_execution_plan(recipe.training, recipe.memory, context.architecture, device)
     if device.type != "cpu":
-        return PlannedRun(execution=execution, predicted=None)
+        return PlannedRun(execution=replace(execution, fused_kernels=fused_kernels), predicted=None)
     shape, compute_dtype = step_shape(context.row_lengths, execution), context.precision.compute_dtype
 
     def predict(execution: ExecutionPlan) -> MemoryReport:
@@ -194,12 +206,16 @@ def _plan(context: RunContext) -> PlannedRun:
     return PlannedRun(execution=execution, predicted=replace(predict(execution), trace=()) if wants_prediction else None)
 
 
-def _plan_for_gpu(context: RunContext, gpu: Gpu) -> PlannedRun:
+def _plan_for_gpu(context: RunContext, gpu: Gpu, fused_kernels: bool) -> PlannedRun:
     """The fastest plan that fits a GPU, reported in one line; a warning where none fits."""
     reporter = context.reporter
     model, compute_dtype = (context.recipe, context.config, context.architecture), context.precision.compute_dtype
     predictor = Predictor(
-        *model, compute_dtype=compute_dtype, capability=gpu.compute_capability, multiprocessors=gpu.multiprocessors
+        *model,
+        compute_dtype=compute_dtype,
+        capability=gpu.compute_capability,
+        multiprocessors=gpu.multiprocessors,
+        fused_kernels=fused_kernels,
     )
     budget_bytes = budget_of(context.recipe.memory, gpu)
     limits = GpuLimits(

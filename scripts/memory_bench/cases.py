@@ -37,6 +37,7 @@ class Case:
     optim: str = "adamw_torch"
     tile_mib: int = DEFAULT_LOGITS_TILE_BYTES // MIB
     mlp_tile_tokens: int = 0
+    fused_kernels: bool = False
     #: The simulation was written, or corrected, by this one's figures.
     tuned: bool = False
 
@@ -80,6 +81,7 @@ class Case:
             optim=self.optim,
             logits_tile_bytes=self.tile_mib * MIB,
             mlp_tile_tokens=self.mlp_tile_tokens,
+            fused_kernels=self.fused_kernels,
         )
 
     def describe(self) -> dict[str, str]:

@@ -684,6 +684,20 @@ API CUresult cuLaunchKernel(CUfunction f, unsigned, unsigned, unsigned, unsigned
   COUNT("cuLaunchKernel");
   return CUDA_SUCCESS;
 }
+// Triton's: a function is known by its name, and counted as a kernel of the runtime is.
+API CUresult cuModuleGetFunction(CUfunction *f, CUmodule, const char *name) {
+  static std::map<std::string, Function *> functions;
+  Census &c = census();
+  std::lock_guard<std::mutex> guard(c.lock);
+  Function *&function = functions[name];
+  if (!function) (function = new Function)->name = name;
+  c.functions[function] = function;
+  return *f = (CUfunction)function, CUDA_SUCCESS;
+}
+API CUresult cuFuncGetAttribute(int *v, CUfunction_attribute which, CUfunction) { return *v = which == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0, CUDA_SUCCESS; }
+API CUresult cuLaunchKernelEx(const CUlaunchConfig *, CUfunction f, void **, void **) { return launched((const void *)f), CUDA_SUCCESS; }
+API CUresult cuCtxGetLimit(size_t *n, CUlimit) { return *n = MIB, CUDA_SUCCESS; }
+API CUresult cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }
 API CUresult cuPointerGetAttribute(void *data, CUpointer_attribute which, CUdeviceptr p) {
   if (which == CU_POINTER_ATTRIBUTE_CONTEXT) *(CUcontext *)data = (CUcontext)0x1000;
   else if (which == CU_POINTER_ATTRIBUTE_MEMORY_TYPE) *(unsigned *)data = state().device.holds((void *)p) ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST;

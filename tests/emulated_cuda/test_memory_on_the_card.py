@@ -36,7 +36,7 @@ MODELS = {
     "Phi-4-mini": "microsoft/Phi-4-mini-instruct",
 }
 PLAIN = {"checkpoint_every": 0}
-OFFLOADED = {"offloading": True}
+OFFLOADED, FUSED = {"offloading": True}, {"fused_kernels": True}
 DORA, DROPOUT = {"lora": {"use_dora": True}}, {"lora": {"lora_dropout": 0.05}}
 CONFIGURATIONS = [
     *[("rtx3060", model, (2048,), {}) for model in MODELS],
@@ -70,6 +70,12 @@ CONFIGURATIONS = [
     ("rtx3060", "mini", (512,), {"evaluation_lengths": (4096,)}),
     ("rtx3060", "mini", (2048,), {"accumulates": False, "later_lengths": (1900,)}),  # the later one is the heavier one
     ("rtx3060", "mini", (2048,), {"accumulates": False, "later_lengths": (200, 100), "lora": {"r": 64}}),
+    ("rtx3060", "mini", (2048,), FUSED),
+    ("rtx3060", "mini", (2048,), {**FUSED, **PLAIN}),
+    ("rtx2060", "Phi-4-mini", (1000, 700, 400, 100), {**FUSED, **PLAIN, "packing": False}),
+    ("rtx3060", "mini", (2048,), {**FUSED, **DORA, **PLAIN}),
+    ("rtx3060", "Phi-4", (2048,), {**FUSED, **DROPOUT}),
+    ("rtx4090", "Phi-4-mini", (2048,), {**FUSED, **PLAIN, "mlp_tile_tokens": 1024}),
 ]
 
 

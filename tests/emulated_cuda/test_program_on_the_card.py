@@ -71,6 +71,21 @@ def test_a_run_whose_second_micro_batch_finds_gradients_takes_what_is_planned(wo
         assert abs(predicted["reserved_bytes"] / measured["reserved_bytes"] - 1) < bound
 
 
+@pytest.mark.parametrize("compiler", ["gcc", "false"])
+def test_a_run_has_fused_kernels_where_triton_builds_them(workplace, monkeypatch, tmp_path, compiler):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    shop = workplace(2, [200] * 6)
+    shop.write(training=FEW, memory=LEAST)
+    ended = shop.on_card("run", "mine.toml")
+    assert ended.exit_code == 0, ended.stderr
+    lines = [line for line in ended.stdout.splitlines() if "Kernels:" in line]
+    reason = "Triton's call of the C compiler failed; it needs Python's headers (python3-dev)"
+    assert lines == [] if compiler == "gcc" else lines[0].endswith(f"Kernels: PyTorch's own, without fused ones: {reason}")
+    [plan] = [line for line in ended.stdout.splitlines() if "Plan: " in line]
+    assert ("fused kernels" in plan) == (compiler == "gcc")
+
+
 @pytest.mark.slow
 def test_a_card_too_small_for_the_model_ends_a_run_in_one_line_and_leaves_nothing(workplace):
     """In a process of its own, without any of this harness: a model is loaded before any value matters."""

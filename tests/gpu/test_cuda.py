@@ -6,13 +6,15 @@ from tiny_model import gradients, random_rows, relative_difference, save_tiny_mo
 
 from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.family import read_architecture
+from qlora_phi3.model import kernels
 from qlora_phi3.model.lora import attach_adapter
-from qlora_phi3.model.phi3 import choose_precision, load_base, set_checkpointing
+from qlora_phi3.model.phi3 import choose_precision, find_base, load_base, set_checkpointing
 from qlora_phi3.recipe.schema import Lora, Model, Quantization
 from qlora_phi3.step import collate, forward_backward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 VOCABULARY = 32_064
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
 LENGTHS = [7, 61, 23, 40, 12, 90, 33, 18]
 
 
@@ -53,6 +55,27 @@ def test_packing_changes_no_gradient_on_the_card(tmp_path, values, name, toleran
     assert packed_loss == pytest.approx(loss, rel=tolerance)
     moving = {key: value for key, value in expected.items() if float(value.norm()) > 0}
     assert relative_difference(moving, {key: packed[key] for key in moving}) < tolerance
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("float32", 1e-4), ("float16", 5e-2), ("bfloat16", 5e-2)])
+@pytest.mark.parametrize("shape", [{}, {"rope_parameters": PARTIAL}], ids=["full rotary", "partial rotary"])
+def test_fused_kernels_change_no_gradient_on_the_card(tmp_path, values, shape, name, tolerance):
+    pytest.importorskip("triton")
+    model, dtype = load(save_tiny_model(tmp_path, **shape), name), getattr(torch, name)
+    assert kernels.why_unavailable(torch.device("cuda", 0), dtype) is None
+    for packing in (True, False):
+        results = []
+        for is_fused in (False, True):
+            for layer in find_base(model).model.layers:
+                layer.fused_kernels = is_fused
+            results.append(run_step(model, dtype, packing=packing))
+        (loss, expected), (fused_loss, found) = results
+        assert found.keys() == expected.keys()
+        if not values:
+            continue
+        assert fused_loss == pytest.approx(loss, rel=tolerance)
+        moving = {key: value for key, value in expected.items() if float(value.norm()) > 0}
+        assert relative_difference(moving, {key: found[key] for key in moving}) < tolerance
 
 
 def test_the_adapter_on_the_card_is_fp32(tmp_path):

@@ -130,6 +130,15 @@ class Lab:
         architecture = read_architecture(str(self.shop.base))
         return default_execution_plan(recipe.training, recipe.memory, architecture, torch.device("cuda"))
 
+    def fuses(self, recipe):
+        """Whether the layers use fused kernels on a GPU that can run them."""
+        from dataclasses import replace
+
+        from qlora_phi3.training import prepare
+
+        self.monkeypatch.setattr(prepare, "why_unavailable", lambda *_: None)
+        return prepare._can_fuse(replace(prepare.prepare(recipe, self.shop.path, Silent()), device=torch.device("cuda")))
+
     def budget(self, recipe):
         """The GPU memory that the run may use, and whether the heaviest step is tried first."""
         from qlora_phi3.hardware.gpu import gpu_of_size
@@ -296,6 +305,7 @@ EFFECTS = {
     "memory.logits_tile": ("1MiB", Lab.execution_on_a_gpu),
     "memory.mlp_tile_tokens": (2048, Lab.execution_on_a_gpu),
     "memory.gpu": (1, Lab.chosen_gpu),
+    "memory.kernels": ("plain", Lab.fuses),
     "memory.rehearsal": (True, Lab.budget),
 }
 #: Keys of samples that have one valid value only -> another value, which is refused.

@@ -20,12 +20,14 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import qlora_phi3.model.attention
 import qlora_phi3.model.layer
 import qlora_phi3.model.phi3
 from qlora_phi3.memory.report import ATTENTION_MASK, ATTENTION_WORKSPACE
 from qlora_phi3.memory.tracker import PINNED, MemoryTracker
+from qlora_phi3.model.attention import KeptAttention
 from qlora_phi3.units import MIB
 
 Kernel = Literal["flash", "efficient", "math"]
@@ -269,11 +271,21 @@ def _attend_pack_forward(
     tracker: MemoryTracker, query: Tensor, key: Tensor, value: Tensor, _: Tensor, lengths: Sequence[int], scale: float, left: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`attention.attend_pack_forward` without storage."""
-    output = torch.empty(query.shape, dtype=query.dtype)
-    log_sums = torch.empty((query.shape[1], query.shape[0]))
-    seed, offset = torch.empty(2, dtype=torch.uint64), torch.empty((), dtype=torch.uint64)
-    tracker.count_kernel("attention", query, key, value, output, flops=_pack_flops(query, lengths, left))
-    return output, log_sums, seed, offset
+
+    def kernel() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = torch.empty(query.shape, dtype=query.dtype)
+        log_sums = torch.empty((query.shape[1], query.shape[0]))
+        seed, offset = torch.empty(2, dtype=torch.uint64), torch.empty((), dtype=torch.uint64)
+        tracker.count_kernel("attention", query, key, value, output, flops=_pack_flops(query, lengths, left))
+        return output, log_sums, seed, offset
+
+    return _kept(kernel)
+
+
+def _kept(kernel: Callable[[], Any]) -> Any:
+    """The results of a kernel, which a recomputed layer may keep."""
+    keeping = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, KeptAttention)]
+    return keeping[-1].run(kernel) if keeping else kernel()
 
 
 def _attend_pack_backward(
@@ -344,15 +356,19 @@ class _FusedAttention(torch.autograd.Function):
         tracker: MemoryTracker,
     ) -> Tensor:
         batch, heads, length, size = query.shape
-        if kernel == "flash":  # in the order of the query in memory, so that transformers copies it
-            output = torch.empty_like(query)
-        else:
-            output = torch.empty((batch, length, heads, size), dtype=query.dtype).transpose(1, 2)
-        log_sum = torch.empty((batch, heads, length))
+
+        def attend() -> tuple[Tensor, Tensor]:
+            if kernel == "flash":  # in the order of the query in memory, so that transformers copies it
+                output = torch.empty_like(query)
+            else:
+                output = torch.empty((batch, length, heads, size), dtype=query.dtype).transpose(1, 2)
+            flops = attention_flops(query.shape, has_mask=mask is not None)
+            tracker.count_kernel("attention", query, key, value, output, flops=flops)
+            return output, torch.empty((batch, heads, length))
+
+        output, log_sum = _kept(attend)
         ctx.save_for_backward(query, key, value, output, log_sum, mask)
         ctx.kernel, ctx.capability, ctx.tracker = kernel, capability, tracker
-        flops = attention_flops(query.shape, has_mask=mask is not None)
-        tracker.count_kernel("attention", query, key, value, output, flops=flops)
         return output
 
     @staticmethod

@@ -5,7 +5,7 @@ and no flash kernel on CUDA. Attention for each document alone gives the same lo
 documents. On CPU (SmolLM2-135M, 800 tokens of 5 documents, torch 2.13) the masked square took a third of the step.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -26,6 +27,12 @@ BY_DOCUMENT = "sdpa_by_document"
 CPU_SCORES_BYTES = 32 * 2**20
 #: Lengths are padded to a multiple of this for the plain matmuls: oneDNN caches a compiled kernel for every shape.
 CPU_LENGTH_MULTIPLE = 32
+#: Attention's fused kernels, whose time grows with the square of a document's length.
+FUSED_KERNELS = {
+    torch.ops.aten._flash_attention_forward.default, torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}  # fmt: skip
 
 
 def register_attention() -> None:
@@ -181,6 +188,45 @@ def _attend_pack(
     packs = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     output: Tensor = _PackAttention.apply(*packs, starts, lengths, scale, left)  # type: ignore[no-untyped-call]
     return output[None]
+
+
+class KeptAttention(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps what the fused kernels return in the forward pass of a recomputed layer, for its recomputation.
+
+    torch's `create_selective_checkpoint_contexts` does the same, but cannot offload. The kernels must draw no random numbers.
+
+    Args:
+        kept: of each kernel in the order of the calls, and of each of its results, a function that returns it.
+        hooks: as `save_on_cpu`'s; they keep the tensors elsewhere.
+        replays: return what is kept.
+    """
+
+    def __init__(self, kept: list[list[Callable[[], Any]]], hooks: Any, *, replays: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kept, self._hooks, self._replays = kept, hooks, replays
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operator, unless its results are kept."""
+        kwargs = kwargs or {}
+        return self.run(lambda: func(*args, **kwargs)) if func in FUSED_KERNELS else func(*args, **kwargs)
+
+    def run(self, kernel: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """The results of a kernel, kept or kept before. The memory simulation calls it for the kernels that it replaces."""
+        if self._replays:
+            return tuple(result() for result in self._kept.pop(0))
+        results = kernel()
+        self._kept.append([self._keep(result) for result in results])
+        return results
+
+    def _keep(self, result: Any) -> Callable[[], Any]:
+        if not isinstance(result, Tensor):
+            return lambda: result
+        alias = result.detach()  # without the history that autograd gives to the result
+        if self._hooks is None or alias.dim() < 2:
+            return lambda: alias
+        order = sorted(range(alias.dim()), key=alias.stride, reverse=True)  # as in memory, so that nothing is copied first
+        packed, unpack = self._hooks.pack_hook(alias.permute(order)), self._hooks.unpack_hook
+        return lambda: unpack(packed).permute(sorted(range(len(order)), key=order.__getitem__))
 
 
 def _attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:

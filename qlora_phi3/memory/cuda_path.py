@@ -11,7 +11,7 @@ tokens among several blocks (at most 25 MiB).
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -27,10 +27,11 @@ import qlora_phi3.model.layer
 import qlora_phi3.model.phi3
 from qlora_phi3.memory.report import ATTENTION_MASK, ATTENTION_WORKSPACE
 from qlora_phi3.memory.tracker import PINNED, MemoryTracker
-from qlora_phi3.model.attention import KeptAttention
+from qlora_phi3.model.attention import KeptKernels
 from qlora_phi3.units import MIB
 
 Kernel = Literal["flash", "efficient", "math"]
+_Results = TypeVar("_Results")
 
 #: No GPU of those whose rule is below fuses the product of more rows with a 4-bit weight.
 MOST_FUSED_ROWS = 256
@@ -252,7 +253,7 @@ def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> It
     with (
         patch.object(qlora_phi3.model.attention, "CPU_SCORES_BYTES", 0),
         patch.object(qlora_phi3.model.phi3, "takes_packs", takes_packs),
-        patch.object(qlora_phi3.model.attention, "attend_pack_forward", partial(_attend_pack_forward, tracker)),
+        patch.object(qlora_phi3.model.attention, "attend_pack_forward", partial(_run_or_keep, _attend_pack_forward, tracker)),
         patch.object(qlora_phi3.model.attention, "attend_pack_backward", partial(_attend_pack_backward, tracker)),
         patch.object(qlora_phi3.model.attention, "_takes_groups", takes_groups),
         patch.object(qlora_phi3.model.layer, "rms_norm", rms_norm),
@@ -271,21 +272,18 @@ def _attend_pack_forward(
     tracker: MemoryTracker, query: Tensor, key: Tensor, value: Tensor, _: Tensor, lengths: Sequence[int], scale: float, left: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`attention.attend_pack_forward` without storage."""
-
-    def kernel() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output = torch.empty(query.shape, dtype=query.dtype)
-        log_sums = torch.empty((query.shape[1], query.shape[0]))
-        seed, offset = torch.empty(2, dtype=torch.uint64), torch.empty((), dtype=torch.uint64)
-        tracker.count_kernel("attention", query, key, value, output, flops=_pack_flops(query, lengths, left))
-        return output, log_sums, seed, offset
-
-    return _kept(kernel)
+    output = torch.empty(query.shape, dtype=query.dtype)
+    log_sums = torch.empty((query.shape[1], query.shape[0]))
+    seed, offset = torch.empty(2, dtype=torch.uint64), torch.empty((), dtype=torch.uint64)
+    tracker.count_kernel("attention", query, key, value, output, flops=_pack_flops(query, lengths, left))
+    return output, log_sums, seed, offset
 
 
-def _kept(kernel: Callable[[], Any]) -> Any:
-    """The results of a kernel, which a recomputed layer may keep."""
-    keeping = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, KeptAttention)]
-    return keeping[-1].run(kernel) if keeping else kernel()
+def _run_or_keep(kernel: Callable[..., _Results], *args: Any) -> _Results:
+    """The results of a kernel that is replaced; in a layer that keeps its attention, those of its forward pass."""
+    keeping = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, KeptKernels)]
+    results: _Results = keeping[-1].run(partial(kernel, *args)) if keeping else kernel(*args)
+    return results
 
 
 def _attend_pack_backward(
@@ -345,30 +343,21 @@ class _FusedAttention(torch.autograd.Function):
     """What a flash or memory-efficient kernel saves for its backward pass, and what that allocates until it returns."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        kernel: str,
-        capability: tuple[int, int],
-        tracker: MemoryTracker,
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *settings: Any) -> Tensor:
+        ctx.kernel, ctx.capability, ctx.tracker = settings
         batch, heads, length, size = query.shape
 
         def attend() -> tuple[Tensor, Tensor]:
-            if kernel == "flash":  # in the order of the query in memory, so that transformers copies it
+            if ctx.kernel == "flash":  # in the order of the query in memory, so that transformers copies it
                 output = torch.empty_like(query)
             else:
                 output = torch.empty((batch, length, heads, size), dtype=query.dtype).transpose(1, 2)
             flops = attention_flops(query.shape, has_mask=mask is not None)
-            tracker.count_kernel("attention", query, key, value, output, flops=flops)
+            ctx.tracker.count_kernel("attention", query, key, value, output, flops=flops)
             return output, torch.empty((batch, heads, length))
 
-        output, log_sum = _kept(attend)
+        output, log_sum = _run_or_keep(attend)
         ctx.save_for_backward(query, key, value, output, log_sum, mask)
-        ctx.kernel, ctx.capability, ctx.tracker = kernel, capability, tracker
         return output
 
     @staticmethod

@@ -6,6 +6,7 @@ documents. On CPU (SmolLM2-135M, 800 tokens of 5 documents, torch 2.13) the mask
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,21 +133,9 @@ def attend_pack_forward(
     Returns:
         The output, as `query`; the logarithms of the sums (heads, tokens) fp32; and the state of a dropout that is not used.
     """
-    longest = max(lengths)
+    inputs, longest = (query, key, value, starts, starts), max(lengths)
     output, log_sums, seed, offset, _ = torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        starts,
-        starts,
-        longest,
-        longest,
-        0.0,
-        True,
-        False,
-        scale=scale,
-        window_size_left=left,
-        window_size_right=0,
+        *inputs, longest, longest, 0.0, True, False, scale=scale, window_size_left=left, window_size_right=0
     )
     return output, log_sums, seed, offset
 
@@ -190,43 +179,43 @@ def _attend_pack(
     return output[None]
 
 
-class KeptAttention(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps what the fused kernels return in the forward pass of a recomputed layer, for its recomputation.
+class KeptKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps what the fused kernels return in a layer's forward pass for its recomputation; they must draw no random numbers.
 
-    torch's `create_selective_checkpoint_contexts` does the same, but cannot offload. The kernels must draw no random numbers.
-
-    Args:
-        kept: of each kernel in the order of the calls, and of each of its results, a function that returns it.
-        hooks: as `save_on_cpu`'s; they keep the tensors elsewhere.
-        replays: return what is kept.
+    torch's `create_selective_checkpoint_contexts` does the same, but cannot offload: `hooks`, of `save_on_cpu`, do.
     """
 
-    def __init__(self, kept: list[list[Callable[[], Any]]], hooks: Any, *, replays: bool) -> None:
+    def __init__(self, hooks: Any = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kept, self._hooks, self._replays = kept, hooks, replays
+        self._hooks = hooks
+        #: Of each kernel, in their order, a function for each result that returns it.
+        self._kept: list[list[Callable[[], Any]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator, unless its results are kept."""
-        kwargs = kwargs or {}
-        return self.run(lambda: func(*args, **kwargs)) if func in FUSED_KERNELS else func(*args, **kwargs)
+        kernel = partial(func, *args, **kwargs or {})
+        return self.run(kernel) if func in FUSED_KERNELS else kernel()
 
-    def run(self, kernel: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
-        """The results of a kernel, kept or kept before. The memory simulation calls it for the kernels that it replaces."""
-        if self._replays:
+    def run(self, kernel: Callable[[], Any]) -> Any:
+        """The results of a kernel. The memory simulation calls it for those that it replaces."""
+        if is_in_backward():
             return tuple(result() for result in self._kept.pop(0))
         results = kernel()
         self._kept.append([self._keep(result) for result in results])
         return results
 
     def _keep(self, result: Any) -> Callable[[], Any]:
-        if not isinstance(result, Tensor):
-            return lambda: result
-        alias = result.detach()  # without the history that autograd gives to the result
-        if self._hooks is None or alias.dim() < 2:
-            return lambda: alias
-        order = sorted(range(alias.dim()), key=alias.stride, reverse=True)  # as in memory, so that nothing is copied first
-        packed, unpack = self._hooks.pack_hook(alias.permute(order)), self._hooks.unpack_hook
+        kept = result.detach() if isinstance(result, Tensor) else result  # without the history that autograd gives to the result
+        if self._hooks is None or not isinstance(kept, Tensor) or kept.dim() < 2:
+            return lambda: kept
+        order = sorted(range(kept.dim()), key=kept.stride, reverse=True)  # as in memory: no copy on the GPU
+        packed, unpack = self._hooks.pack_hook(kept.permute(order)), self._hooks.unpack_hook
         return lambda: unpack(packed).permute(sorted(range(len(order)), key=order.__getitem__))
+
+
+def is_in_backward() -> bool:
+    """Whether a backward pass runs in this thread, as torch.utils.checkpoint asks."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:

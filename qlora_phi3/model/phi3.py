@@ -21,14 +21,7 @@ from qlora_phi3.errors import ModelError, memory_errors
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan
 from qlora_phi3.family import Architecture, find_config, read_config
 from qlora_phi3.files import foreign_errors
-from qlora_phi3.model.attention import (
-    BY_DOCUMENT,
-    KeptAttention,
-    build_window_masks,
-    register_attention,
-    takes_packs,
-    without_mask,
-)
+from qlora_phi3.model.attention import BY_DOCUMENT, KeptKernels, build_window_masks, register_attention, takes_packs, without_mask
 from qlora_phi3.model.base_cache import find_base_cache
 from qlora_phi3.model.checkpoint import check_checkpoint
 from qlora_phi3.model.layer import LeanDecoderLayer
@@ -257,8 +250,8 @@ def quiet_transformers() -> Iterator[None]:
 
 def apply_execution_plan(model: PeftModel, execution: ExecutionPlan) -> None:
     """Apply a plan to the model: recomputation, offloading, the tiles of the MLP and of the loss."""
-    offload, keep_attention = execution.activation_offloading, execution.keep_attention
-    set_checkpointing(model, execution.checkpoint_every, offload=offload, keep_attention=keep_attention)
+    every, offload = execution.checkpoint_every, execution.activation_offloading
+    set_checkpointing(model, every, offload=offload, keep_attention=execution.keep_attention)
     set_mlp_tiles(model, execution.mlp_tile_tokens)
     model.get_base_model().logits_tile_bytes = execution.logits_tile_bytes
 
@@ -271,16 +264,14 @@ def set_checkpointing(model: PeftModel, every: int, *, offload: bool = False, ke
     layers in host memory, and their attention where `keep_attention` keeps it (never with dropout in the attention itself).
     """
     base = model.get_base_model()
-    device_type = base.device.type
 
-    def contexts() -> tuple[KeptAttention, KeptAttention]:
-        kept: list[Any] = []
-        hooks = transformers.modeling_utils.save_on_cpu(pin_memory=True, device_type=device_type) if offload else None
-        return KeptAttention(kept, hooks, replays=False), KeptAttention(kept, hooks, replays=True)
+    def contexts() -> tuple[KeptKernels, KeptKernels]:
+        kept = KeptKernels(transformers.modeling_utils.save_on_cpu(pin_memory=True) if offload else None)
+        return kept, kept
 
     if every:
-        kwargs = {"context_fn": contexts} if keep_attention and not base.config.attention_dropout else {}
-        base.activation_checkpointing_enable({"use_reentrant": False, **kwargs}, every_n_layers=every, offload=offload)
+        keeping = {"context_fn": contexts} if keep_attention and not base.config.attention_dropout else {}
+        base.activation_checkpointing_enable({"use_reentrant": False, **keeping}, every_n_layers=every, offload=offload)
         base.disable_input_require_grads()
     else:
         base.activation_checkpointing_disable()

@@ -89,10 +89,10 @@ def watch_waits(waits: list[str]) -> None:
     torch.cuda.set_sync_debug_mode("warn")
 
 
-def take_census(workplace, layers):
+def take_census(workplace, layers, **memory):
     """Kernels, calls, and waits of one step with every layer recomputed."""
     shop = workplace(layers, [1000] * 4 + [100] * 4)
-    memory = {"rehearsal": False, "checkpoint_every_n_layers": 1, "micro_batch_tokens": 4096}
+    memory |= {"rehearsal": False, "checkpoint_every_n_layers": 1, "micro_batch_tokens": 4096}
     shop.write(memory=memory, training={"eval_strategy": "no", "max_steps": 4})
     waits = []
 
@@ -137,7 +137,7 @@ def test_the_simulation_counts_the_kernels_that_a_layer_starts(workplace):
 
 
 def test_the_census_of_a_step(workplace):
-    kernels, calls, waits = take_census(workplace, LAYERS)
+    kernels, calls, waits = take_census(workplace, LAYERS, keep_attention=False)
     families = Counter()
     for name, count in kernels.items():
         families[family(name)] += count
@@ -148,3 +148,13 @@ def test_the_census_of_a_step(workplace):
     assert calls["cudaStreamSynchronize"] == len(waits)
     for name in ("cudaMalloc", "cudaFree", "cuMemCreate", "cuMemRelease", "cudaHostAlloc", "cudaMallocManaged"):
         assert name not in calls
+
+
+def test_attention_that_is_kept_starts_its_kernel_once_in_each_layer_and_nothing_else(workplace):
+    kernels, calls, waits = take_census(workplace, LAYERS, keep_attention=True)
+    families = Counter()
+    for name, count in kernels.items():
+        families[family(name)] += count
+    assert families == {**KERNELS, "flash_fwd_kernel": LAYERS}
+    assert {name: count for name, count in calls.items() if name.startswith("product")} == PRODUCTS
+    assert waits == WAITS

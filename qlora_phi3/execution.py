@@ -39,6 +39,8 @@ class ExecutionPlan:
     checkpoint_every: int  #: Every n-th decoder layer is recomputed in the backward pass; 1: all of them, 0: none.
     activation_offloading: bool  #: Move the inputs of recomputed layers to CPU memory until the backward pass.
     optim: str  #: transformers' name of the optimizer.
+    #: Keep what attention's kernels return in recomputed layers, so that they run once; where the layer's input is kept.
+    keep_attention: bool = False
     logits_tile_bytes: int = DEFAULT_LOGITS_TILE_BYTES  #: Bytes of fp32 logits alive at once in the loss.
     #: Tokens that go through a layer's norm and MLP at once, recomputed tile by tile in the backward pass; 0: all.
     mlp_tile_tokens: int = 0

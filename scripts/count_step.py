@@ -37,6 +37,11 @@ CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "not recomputed": ({}, {}),
     "recomputed": ({"checkpoint_every": 1}, {}),
     "recomputed, offloaded": ({"checkpoint_every": 1, "activation_offloading": True}, {}),
+    "recomputed but attention": ({"checkpoint_every": 1, "keep_attention": True}, {}),
+    "one layer in 8 recomputed but attention, offloaded": (
+        {"checkpoint_every": 8, "activation_offloading": True, "keep_attention": True},
+        {},
+    ),
     "one layer in 8 recomputed": ({"checkpoint_every": 8}, {}),
     "recomputed, MLPs in tiles of 512": ({"checkpoint_every": 1, "mlp_tile_tokens": 512}, {}),
     "MLPs in tiles of 512": ({"mlp_tile_tokens": 512}, {}),

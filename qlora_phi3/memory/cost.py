@@ -7,7 +7,7 @@ floating-point operations, whichever takes longer at the share of the GPU's stat
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qlora_phi3.family import Architecture, linear_shapes
@@ -126,6 +126,20 @@ def add_kernels(*parts: tuple[float, Kernels]) -> Kernels:
         for kernel, count in kernels.items():
             total[kernel] += times * count
     return total
+
+
+def keep_attention(step: StepKernels, share: float, kept_bytes: Sequence[int], offloads: bool) -> StepKernels:
+    """The same step where layers that are recomputed, a share of all, keep their attention: tensors of `kept_bytes` each."""
+    again = {kernel: count for kernel, count in step.forward.items() if kernel.kind == "attention" and kernel.flops}
+    copies = {Kernel("offload", 0, size, 0): step.num_layers * share for size in kept_bytes if offloads}
+    return replace(
+        step,
+        forward=add_kernels((1, step.forward), (1, copies)),
+        backward=add_kernels((1, step.backward), (-share, again), (1, copies)),
+        layers=add_kernels((1, step.layers), (-share, again), (2, copies)),
+        kept_bytes=step.kept_bytes + (0 if offloads else step.num_layers * share * sum(kept_bytes)),
+        untiled=step.untiled and keep_attention(step.untiled, share, kept_bytes, offloads),
+    )
 
 
 def estimate_step(step: StepKernels, workload: StepWorkload, gpu: GpuLimits, *, trains: bool = True) -> StepSeconds:

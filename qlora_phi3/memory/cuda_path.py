@@ -11,7 +11,7 @@ tokens among several blocks (at most 25 MiB).
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import qlora_phi3.model.attention
 import qlora_phi3.model.kernels
@@ -27,9 +28,11 @@ import qlora_phi3.model.layer
 import qlora_phi3.model.phi3
 from qlora_phi3.memory.report import ATTENTION_MASK, ATTENTION_WORKSPACE
 from qlora_phi3.memory.tracker import PINNED, MemoryTracker
+from qlora_phi3.model.attention import KeptKernels
 from qlora_phi3.units import MIB
 
 Kernel = Literal["flash", "efficient", "math"]
+_Results = TypeVar("_Results")
 
 #: No GPU of those whose rule is below fuses the product of more rows with a 4-bit weight.
 MOST_FUSED_ROWS = 256
@@ -254,7 +257,7 @@ def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> It
     with (
         patch.object(qlora_phi3.model.attention, "CPU_SCORES_BYTES", 0),
         patch.object(qlora_phi3.model.phi3, "takes_packs", takes_packs),
-        patch.object(qlora_phi3.model.attention, "attend_pack_forward", partial(_attend_pack_forward, tracker)),
+        patch.object(qlora_phi3.model.attention, "attend_pack_forward", partial(_run_or_keep, _attend_pack_forward, tracker)),
         patch.object(qlora_phi3.model.attention, "attend_pack_backward", partial(_attend_pack_backward, tracker)),
         patch.object(qlora_phi3.model.attention, "_takes_groups", takes_groups),
         patch.object(qlora_phi3.model.kernels, "launch", launch),
@@ -279,6 +282,13 @@ def _attend_pack_forward(
     seed, offset = torch.empty(2, dtype=torch.uint64), torch.empty((), dtype=torch.uint64)
     tracker.count_kernel("attention", query, key, value, output, flops=_pack_flops(query, lengths, left))
     return output, log_sums, seed, offset
+
+
+def _run_or_keep(kernel: Callable[..., _Results], *args: Any) -> _Results:
+    """The results of a kernel that is replaced; in a layer that keeps its attention, those of its forward pass."""
+    keeping = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, KeptKernels)]
+    results: _Results = keeping[-1].run(partial(kernel, *args)) if keeping else kernel(*args)
+    return results
 
 
 def _attend_pack_backward(
@@ -339,26 +349,21 @@ class _FusedAttention(torch.autograd.Function):
     """What a flash or memory-efficient kernel saves for its backward pass, and what that allocates until it returns."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        kernel: str,
-        capability: tuple[int, int],
-        tracker: MemoryTracker,
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *settings: Any) -> Tensor:
+        ctx.kernel, ctx.capability, ctx.tracker = settings
         batch, heads, length, size = query.shape
-        if kernel == "flash":  # in the order of the query in memory, so that transformers copies it
-            output = torch.empty_like(query)
-        else:
-            output = torch.empty((batch, length, heads, size), dtype=query.dtype).transpose(1, 2)
-        log_sum = torch.empty((batch, heads, length))
+
+        def attend() -> tuple[Tensor, Tensor]:
+            if ctx.kernel == "flash":  # in the order of the query in memory, so that transformers copies it
+                output = torch.empty_like(query)
+            else:
+                output = torch.empty((batch, length, heads, size), dtype=query.dtype).transpose(1, 2)
+            flops = attention_flops(query.shape, has_mask=mask is not None)
+            ctx.tracker.count_kernel("attention", query, key, value, output, flops=flops)
+            return output, torch.empty((batch, heads, length))
+
+        output, log_sum = _run_or_keep(attend)
         ctx.save_for_backward(query, key, value, output, log_sum, mask)
-        ctx.kernel, ctx.capability, ctx.tracker = kernel, capability, tracker
-        flops = attention_flops(query.shape, has_mask=mask is not None)
-        tracker.count_kernel("attention", query, key, value, output, flops=flops)
         return output
 
     @staticmethod

@@ -96,8 +96,9 @@ def describe_kind(execution: ExecutionPlan) -> str:
     """What a plan does with activations, in a few words."""
     every, tile = execution.checkpoint_every, execution.mlp_tile_tokens
     recomputed = {0: "no recomputation", 1: "recomputing all layers"}.get(every, f"recomputing one layer in {every}")
+    kept = " but their attention" if execution.keep_attention and every else ""
     offloaded = ", offloading" if execution.activation_offloading else ""
-    return f"{recomputed}{offloaded}{f', MLPs in tiles of {tile:,} tokens' if tile else ''}"
+    return f"{recomputed}{kept}{offloaded}{f', MLPs in tiles of {tile:,} tokens' if tile else ''}"
 
 
 def describe_plan(execution: ExecutionPlan) -> str:
@@ -143,6 +144,8 @@ def explain_choices(
         mlp_tile = "the last resort: without it the longest row does not fit"
     elif tile:
         mlp_tile = "the MLPs of all layers are computed twice; nothing as fast fits without"
+    where = "in host memory" if execution.activation_offloading else "on the GPU"
+    kept = f"computed once and kept {where}" if execution.keep_attention else "keeping it would gain under 2% or not fit"
     paged = "its state can leave a full GPU; otherwise it is as fast as adamw_8bit"
     offloading = "recomputation alone does not save enough memory" if execution.activation_offloading else "not needed"
     logits_tile = "the fastest size" if execution.logits_tile_bytes >= DEFAULT_LOGITS_TILE_BYTES else "less memory"
@@ -150,6 +153,7 @@ def explain_choices(
         "micro_batch_tokens": (training.micro_batch_size or memory.micro_batch_tokens != "auto", micro_batch),
         "gradient_checkpointing": (training.gradient_checkpointing != "auto", checkpointing),
         "checkpoint_every_n_layers": (memory.checkpoint_every_n_layers != "auto", every_n),
+        "keep_attention": (memory.keep_attention != "auto", kept),
         "activation_offloading": (training.activation_offloading != "auto", offloading),
         "optim": (training.optim != "auto", paged if execution.optim.startswith("paged") else "its state fits"),
         "logits_tile": (memory.logits_tile != "auto", logits_tile),

@@ -11,11 +11,12 @@ import torch
 from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.family import Architecture, linear_shapes
 from qlora_phi3.memory.allocator import Footprint, replay, uses_expandable_segments
-from qlora_phi3.memory.cost import Kernels, StepKernels, add_kernels
+from qlora_phi3.memory.cost import Kernels, StepKernels, add_kernels, keep_attention
 from qlora_phi3.memory.cuda_path import MOST_FUSED_ROWS, context_bytes, fused_rows
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.simulate import StepShape, simulate
 from qlora_phi3.memory.trace import Trace, add_layers
+from qlora_phi3.memory.tracker import BACKWARD_PHASES, FORWARD_PHASES
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import MIB
 
@@ -143,9 +144,15 @@ class Predictor:
         """The same in less time, where one layer in several is recomputed: interpolated between all and none of them.
 
         On Phi-3-mini (2,048 tokens, one layer in 2 to 16) 0.2 to 0.3 % below `phases`; with the MLPs in tiles up to 0.7 % above.
+        Attention that is kept is added, of one layer too much: the one that is recomputed has it in any case.
         """
         shape = replace(shape, evaluation_lengths=())
         every, layers = execution.checkpoint_every, self.architecture.num_hidden_layers
+        if execution.keep_attention:
+            peaks, kept_bytes = self.estimate(replace(execution, keep_attention=False), shape), 0
+            if not execution.activation_offloading:
+                kept_bytes = -(-layers // every) * sum(self.kept_attention_bytes(shape.lengths, execution))
+            return {phase: size + kept_bytes * (phase in (*FORWARD_PHASES, *BACKWARD_PHASES)) for phase, size in peaks.items()}
         if every <= 1 or not self._can_extrapolate(1):
             return self.phases(execution, shape)
         plain = replace(execution, mlp_tile_tokens=0) if self.recipe.memory.mlp_tile_tokens == "auto" else execution
@@ -170,6 +177,10 @@ class Predictor:
         if sum(shape.lengths) > LONGEST_COUNTED:
             shape = StepShape(lengths=(LONGEST_COUNTED,))
         lengths = shape.lengths
+        if execution.keep_attention:
+            step = self.step_kernels(replace(execution, keep_attention=False), shape)
+            share = -(-step.num_layers // execution.checkpoint_every) / step.num_layers
+            return keep_attention(step, share, self.kept_attention_bytes(lengths, execution), execution.activation_offloading)
         every, layers, tile = execution.checkpoint_every, self.architecture.num_hidden_layers, execution.mlp_tile_tokens
         recomputed = math.ceil(layers / every) if every else 0
         outside: list[tuple[int, Trace]] = []
@@ -199,6 +210,12 @@ class Predictor:
             mlp_tile_tokens=tile,
             untiled=self.step_kernels(replace(execution, mlp_tile_tokens=0), shape) if tile else None,
         )
+
+    def kept_attention_bytes(self, lengths: Sequence[int], execution: ExecutionPlan) -> tuple[int, int]:
+        """What one layer keeps of the attention of rows of so many tokens: the output, and the logarithms of the sums."""
+        tokens = sum(lengths) if execution.micro_batch.packing else max(lengths, default=0) * len(lengths)
+        hidden_size, heads = self.architecture.hidden_size, self.architecture.num_attention_heads
+        return tokens * hidden_size * self.compute_dtype.itemsize, tokens * heads * 4
 
     def _per_layer_fit(self, execution: ExecutionPlan, shape: StepShape) -> tuple[Mapping[str, int], Mapping[str, int]]:
         """Phase -> bytes without any layer, and with each group of as many layers as recomputation goes by."""

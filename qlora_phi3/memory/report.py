@@ -131,6 +131,7 @@ class VramReport:
     max_length: int
     packing: bool
     checkpoint_every_n_layers: int
+    keep_attention: bool
     activation_offloading: bool
     optim: str
     logits_tile_bytes: int
@@ -195,7 +196,7 @@ def planned_keys(report: VramReport) -> list[tuple[str, str, int | bool | str, s
     chosen: list[tuple[str, str, int | bool | str]] = [
         ("memory", "micro_batch_tokens", report.micro_batch_tokens),
         ("training", "gradient_checkpointing", every > 0),
-        *([("memory", "checkpoint_every_n_layers", every)] if every else []),
+        *([("memory", "checkpoint_every_n_layers", every), ("memory", "keep_attention", report.keep_attention)] if every else []),
         ("training", "activation_offloading", report.activation_offloading),
         ("training", "optim", report.optim),
         ("memory", "mlp_tile_tokens", report.mlp_tile_tokens),

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import psutil  # type: ignore[import-untyped]
+import torch
+
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan, plan_micro_batches, smaller_mlp_tile
 from qlora_phi3.family import linear_shapes
 from qlora_phi3.memory.cost import GpuLimits, StepKernels, StepWorkload, estimate_step
@@ -32,6 +35,8 @@ NEARLY_FITS = 1.015
 #: So near to the limit the 8-bit state of Phi-3-mini's adapter (1.6 % of the total) decides.
 NEARLY_FULL = 1.04
 ROUNDING_TOKENS = 64
+#: Of the computer's memory, for attention that is kept there and the inputs of layers: 16 GB have room for 16,384 tokens.
+HOST_SHARE = 0.6
 
 #: Lengths of a row are tried in multiples of this many tokens, and to this share of their length.
 STEP, PRECISION = 64, 1 / 128
@@ -79,6 +84,11 @@ class _Search:
         self.most_allocated = estimate_allocated(limits.limit_bytes - predictor.on_gpu_bytes(0))
         self.kinds = _allowed_kinds(recipe.training, recipe.memory, predictor.architecture.num_hidden_layers)
         self.tiles = _allowed_tiles(recipe.memory, self.fewest)
+        #: Whether the attention of recomputed layers is kept: where a fused kernel computes it, and draws no random numbers.
+        is_fused = predictor.capability >= (8, 0) or predictor.compute_dtype != torch.bfloat16
+        is_fused &= recipe.model.attn_implementation == "sdpa" and not predictor.config.get("attention_dropout")
+        wanted = recipe.memory.keep_attention
+        self.keeps = (wanted,) if wanted != "auto" else (False, True) if is_fused else (False,)
         #: The one that needs least memory last.
         optim = default_optimizer(self.training, is_cuda=True)
         self.optimizers = (optim, f"paged_{optim}") if self.training.optim == "auto" else (optim,)
@@ -92,7 +102,7 @@ class _Search:
         """Kinds of plan, each with its smallest micro-batch: where nothing of one stage fits, the next is tried.
 
         Offloading, which costs more than larger micro-batches gain, comes where nothing fits without it. The MLPs in tiles while
-        all layers are recomputed are the last resort.
+        all layers are recomputed are the last resort. Each kind that recomputes layers may also keep their attention.
         """
         for tiles in self.tiles:
             on_gpu = [self._smallest(every, False, tiles) for every, offload in self.kinds if not offload]
@@ -101,6 +111,9 @@ class _Search:
                 # fewer layers, and the MLPs of all others
                 on_gpu += [self._smallest(kind.checkpoint_every, False, in_tiles) for kind in on_gpu[:-1]]
             offloaded = [self._smallest(every, True, tiles) for every, offload in self.kinds if offload]
+            for kinds in (on_gpu, offloaded) if len(self.keeps) > 1 else ():
+                recomputing = (kind for kind in kinds if kind.checkpoint_every and self._host_has_room(kind))
+                kinds += [replace(kind, keep_attention=True) for kind in recomputing]
             # A smaller tile of the loss is tried only where it may decide: simulating its many tiles takes time.
             alike = [needed for kind, needed in self.refused.items() if kind.mlp_tile_tokens == tiles.mlp_tokens]
             nearly_fitted = min(alike, default=0) <= self.limits.limit_bytes + SMALL_LOGITS_SAVE_BYTES
@@ -164,7 +177,7 @@ class _Search:
         enough = self.most_allocated * NEARLY_FITS
         chooses_tile = self.predictor.recipe.memory.mlp_tile_tokens == "auto"
         if kind.mlp_tile_tokens and kind.checkpoint_every != 1 and chooses_tile:
-            smaller = replace(kind, checkpoint_every=1, mlp_tile_tokens=0)  # saves less of every layer
+            smaller = replace(kind, checkpoint_every=1, mlp_tile_tokens=0, keep_attention=False)  # saves less of every layer
             if max(self._phases(smaller).values()) > enough:
                 return False
         needed = max(self._phases(kind).values())
@@ -180,11 +193,21 @@ class _Search:
         phases = self._phases(kind)
         growing = max(1, max(phases.values()) - phases["save"])
         fitting = self.fewest * (self.most_allocated - phases["save"]) // growing
+        if kind.keep_attention and kind.activation_offloading:
+            fitting = self.fewest  # as `_host_has_room` was asked for
         largest = self._with_tokens(kind, max(self.fewest, min(self.most, fitting)))
         most, slowest = largest.micro_batch.max_tokens, self._time_step(largest) * WORTH
         sizes = range(self.fewest, most, max(ROUNDING_TOKENS, (most - self.fewest) // 32))
         smaller = (self._with_tokens(kind, tokens) for tokens in sizes)
         return next((each for each in smaller if self._time_step(each) <= slowest), largest)
+
+    def _host_has_room(self, kind: ExecutionPlan) -> bool:
+        """Whether this computer has the memory for what a kind offloads with its attention: pinned, of powers of two bytes."""
+        output, log_sums = self.predictor.kept_attention_bytes(step_shape(self.rows, kind).lengths, kind)
+        layer_bytes = sum(1 << (size - 1).bit_length() for size in (output, output, log_sums))  # its input is like its output
+        needed = kind.activation_offloading * layer_bytes * self.predictor.architecture.num_hidden_layers
+        share = HOST_SHARE * self.rows.batch_size / self.training.batch_size  # of one of several processes
+        return needed <= share * int(psutil.virtual_memory().total)
 
     def _smallest(self, every: int, offload: bool, tiles: _Tiles) -> ExecutionPlan:
         return ExecutionPlan(
@@ -192,6 +215,7 @@ class _Search:
             checkpoint_every=every,
             activation_offloading=offload,
             optim=self.optimizers[-1],
+            keep_attention=self.keeps[0] and every > 0,
             logits_tile_bytes=tiles.logits_bytes,
             mlp_tile_tokens=tiles.mlp_tokens,
             fused_kernels=self.predictor.fused_kernels,
@@ -221,8 +245,9 @@ class _Search:
         return self.predictor.estimate(execution, step_shape(self.rows, execution))
 
     def _rank(self, execution: ExecutionPlan) -> float:
-        """Seconds, by which plans are ordered: as a larger micro-batch must be, recomputation must be worth it."""
-        return self._least_seconds(execution) * (WORTH if execution.checkpoint_every or execution.mlp_tile_tokens else 1)
+        """Seconds, by which plans are ordered: as a larger micro-batch must be, recomputation and keeping must be worth it."""
+        recomputes = bool(execution.checkpoint_every or execution.mlp_tile_tokens)
+        return self._least_seconds(execution) * WORTH ** (recomputes + execution.keep_attention)
 
     def _least_seconds(self, execution: ExecutionPlan) -> float:
         """The time of a typical step; where it was not simulated with the MLPs in tiles, what it takes at least.

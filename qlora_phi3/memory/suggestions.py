@@ -71,6 +71,8 @@ def _changes(recipe: Recipe) -> Iterator[_Change]:
         yield left("training", "gradient_checkpointing", "activations may be computed twice instead of saved")
     if memory.checkpoint_every_n_layers not in ("auto", 1):
         yield left("memory", "checkpoint_every_n_layers", "every layer may be computed twice")
+    if memory.keep_attention is True:
+        yield left("memory", "keep_attention", "attention may be computed twice")
     if (training.micro_batch_size or 1) > 1:
         text = (
             f'Write [training] per_device_train_batch_size = "auto" and batch_size = {training.batch_size} '

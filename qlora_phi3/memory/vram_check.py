@@ -278,6 +278,7 @@ class VramChecker:
             max_length=training.max_length,
             packing=training.packing,
             checkpoint_every_n_layers=execution.checkpoint_every,
+            keep_attention=execution.keep_attention,
             activation_offloading=execution.activation_offloading,
             optim=execution.optim,
             logits_tile_bytes=execution.logits_tile_bytes,

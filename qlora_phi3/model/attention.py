@@ -5,7 +5,8 @@ and no flash kernel on CUDA. Attention for each document alone gives the same lo
 documents. On CPU (SmolLM2-135M, 800 tokens of 5 documents, torch 2.13) the masked square took a third of the step.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -26,6 +28,12 @@ BY_DOCUMENT = "sdpa_by_document"
 CPU_SCORES_BYTES = 32 * 2**20
 #: Lengths are padded to a multiple of this for the plain matmuls: oneDNN caches a compiled kernel for every shape.
 CPU_LENGTH_MULTIPLE = 32
+#: Attention's fused kernels, whose time grows with the square of a document's length.
+FUSED_KERNELS = {
+    torch.ops.aten._flash_attention_forward.default, torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}  # fmt: skip
 
 
 def register_attention() -> None:
@@ -125,21 +133,9 @@ def attend_pack_forward(
     Returns:
         The output, as `query`; the logarithms of the sums (heads, tokens) fp32; and the state of a dropout that is not used.
     """
-    longest = max(lengths)
+    inputs, longest = (query, key, value, starts, starts), max(lengths)
     output, log_sums, seed, offset, _ = torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        starts,
-        starts,
-        longest,
-        longest,
-        0.0,
-        True,
-        False,
-        scale=scale,
-        window_size_left=left,
-        window_size_right=0,
+        *inputs, longest, longest, 0.0, True, False, scale=scale, window_size_left=left, window_size_right=0
     )
     return output, log_sums, seed, offset
 
@@ -181,6 +177,45 @@ def _attend_pack(
     packs = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]  # an index would fill and copy its gradient
     output: Tensor = _PackAttention.apply(*packs, starts, lengths, scale, left)  # type: ignore[no-untyped-call]
     return output[None]
+
+
+class KeptKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps what the fused kernels return in a layer's forward pass for its recomputation; they must draw no random numbers.
+
+    torch's `create_selective_checkpoint_contexts` does the same, but cannot offload: `hooks`, of `save_on_cpu`, do.
+    """
+
+    def __init__(self, hooks: Any = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._hooks = hooks
+        #: Of each kernel, in their order, a function for each result that returns it.
+        self._kept: list[list[Callable[[], Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operator, unless its results are kept."""
+        kernel = partial(func, *args, **kwargs or {})
+        return self.run(kernel) if func in FUSED_KERNELS else kernel()
+
+    def run(self, kernel: Callable[[], Any]) -> Any:
+        """The results of a kernel. The memory simulation calls it for those that it replaces."""
+        if is_in_backward():
+            return tuple(result() for result in self._kept.pop(0))
+        results = kernel()
+        self._kept.append([self._keep(result) for result in results])
+        return results
+
+    def _keep(self, result: Any) -> Callable[[], Any]:
+        kept = result.detach() if isinstance(result, Tensor) else result  # without the history that autograd gives to the result
+        if self._hooks is None or not isinstance(kept, Tensor) or kept.dim() < 2:
+            return lambda: kept
+        order = sorted(range(kept.dim()), key=kept.stride, reverse=True)  # as in memory: no copy on the GPU
+        packed, unpack = self._hooks.pack_hook(kept.permute(order)), self._hooks.unpack_hook
+        return lambda: unpack(packed).permute(sorted(range(len(order)), key=order.__getitem__))
+
+
+def is_in_backward() -> bool:
+    """Whether a backward pass runs in this thread, as torch.utils.checkpoint asks."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:

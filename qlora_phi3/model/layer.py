@@ -29,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
 
 from qlora_phi3.model import kernels
-from qlora_phi3.model.attention import BY_DOCUMENT
+from qlora_phi3.model.attention import BY_DOCUMENT, is_in_backward
 
 _aten = torch.ops.aten
 
@@ -168,7 +168,7 @@ class LeanDecoderLayer(Phi3DecoderLayer):  # type: ignore[misc]
         if not self.mlp_tile_tokens:
             return self._transform(x, is_lean=is_lean, is_recomputed=is_recomputed)
         compute: Callable[[Tensor], Tensor] = partial(self._transform, is_lean=is_lean, is_recomputed=True)
-        if is_recomputed and _is_in_backward():
+        if is_recomputed and is_in_backward():
             compute = torch.empty_like  # every tile is recomputed by itself, from its input: nothing reads the layer's output
         tiles = torch.split(x.flatten(0, 1), self.mlp_tile_tokens)
         return torch.cat([checkpoint(compute, tile, use_reentrant=False) for tile in tiles]).view_as(x)
@@ -245,10 +245,6 @@ def read_loras(x: Tensor, *layers: nn.Module) -> list[tuple[LinearWithLora, Tens
     if any(weight.dtype != x.dtype for weight in weights):
         weights = _Cast.apply(x.dtype, *weights)  # type: ignore[no-untyped-call]
     return list(zip(found, weights[::2], weights[1::2], [lora.magnitude for lora in found], strict=True))
-
-
-def _is_in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks
 
 
 def _scaled_product(scale: float, first: Tensor, second: Tensor) -> Tensor:
@@ -416,7 +412,7 @@ class _GatedProjection(Function):
         _: Tensor | None,
     ) -> Tensor:
         ctx.lora, ctx.leaves_out, ctx.fused = lora, leaves_out, fused
-        if leaves_out and _is_in_backward():
+        if leaves_out and is_in_backward():
             ctx.save_for_backward(gate_up, lora_A, lora_B, *lora.draw_masks(gate_up.shape[:-1].numel()))
             return torch.empty_like(residual)
         output, low_rank, kept = lora.forward(kernels.swiglu(gate_up) if fused else _swiglu(gate_up), lora_A, lora_B)

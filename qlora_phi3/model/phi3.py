@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import transformers.modeling_utils
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from qlora_phi3.errors import ModelError, memory_errors
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan
 from qlora_phi3.family import Architecture, find_config, read_config
 from qlora_phi3.files import foreign_errors
-from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, takes_packs, without_mask
+from qlora_phi3.model.attention import BY_DOCUMENT, KeptKernels, build_window_masks, register_attention, takes_packs, without_mask
 from qlora_phi3.model.base_cache import find_base_cache
 from qlora_phi3.model.checkpoint import check_checkpoint
 from qlora_phi3.model.layer import LeanDecoderLayer
@@ -249,23 +250,30 @@ def quiet_transformers() -> Iterator[None]:
 
 def apply_execution_plan(model: PeftModel, execution: ExecutionPlan) -> None:
     """Apply a plan to the model: recomputation, offloading, the tiles of the MLP and of the loss, the fused kernels."""
-    set_checkpointing(model, execution.checkpoint_every, offload=execution.activation_offloading)
+    every, offload = execution.checkpoint_every, execution.activation_offloading
+    set_checkpointing(model, every, offload=offload, keep_attention=execution.keep_attention)
     set_mlp_tiles(model, execution.mlp_tile_tokens)
     for layer in find_base(model).model.layers:
         layer.fused_kernels = execution.fused_kernels
     model.get_base_model().logits_tile_bytes = execution.logits_tile_bytes
 
 
-def set_checkpointing(model: PeftModel, every: int, *, offload: bool = False) -> None:
+def set_checkpointing(model: PeftModel, every: int, *, offload: bool = False, keep_attention: bool = False) -> None:
     """Recompute every `every`-th decoder layer in the backward pass, 0 none; it may be called again at any time.
 
     For reentrant checkpointing transformers makes the embedding's output require a gradient. Non-reentrant checkpointing does not
     need this, and without it the backward pass skips the input of the first layer. `offload` stores the inputs of recomputed
-    layers in host memory.
+    layers in host memory, and their attention where `keep_attention` keeps it (never with dropout in the attention itself).
     """
     base = model.get_base_model()
+
+    def contexts() -> tuple[KeptKernels, KeptKernels]:
+        kept = KeptKernels(transformers.modeling_utils.save_on_cpu(pin_memory=True) if offload else None)
+        return kept, kept
+
     if every:
-        base.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every, offload=offload)
+        keeping = {"context_fn": contexts} if keep_attention and not base.config.attention_dropout else {}
+        base.activation_checkpointing_enable({"use_reentrant": False, **keeping}, every_n_layers=every, offload=offload)
         base.disable_input_require_grads()
     else:
         base.activation_checkpointing_disable()

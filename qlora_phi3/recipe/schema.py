@@ -410,6 +410,8 @@ class Memory(Table):
     """Tokens of a micro-batch (a longer row is a micro-batch of its own); auto: planned."""
     checkpoint_every_n_layers: Count | Literal["auto"] = "auto"
     """Recompute only every n-th decoder layer; 1: all layers; auto: planned."""
+    keep_attention: bool | Literal["auto"] = "auto"
+    """Keep the results of attention in recomputed layers, so that it is computed once; auto: planned (on a CPU false)."""
     logits_tile: Annotated[Size, AfterValidator(_check_logits_tile)] = "auto"
     """Logits in memory at once in the loss, such as "16MiB"; auto: 32MiB."""
     mlp_tile_tokens: Literal[0] | Annotated[int, Field(ge=128, le=2**31)] | Literal["auto"] = "auto"
@@ -443,8 +445,9 @@ class Recipe(Table):
                 f"[memory] micro_batch_tokens = {self.memory.micro_batch_tokens} and a fixed "
                 "[training] per_device_train_batch_size both set the micro-batch: delete one."
             )
-        if self.memory.checkpoint_every_n_layers != "auto" and self.training.gradient_checkpointing is False:
-            yield "[memory] checkpoint_every_n_layers needs [training] gradient_checkpointing: delete one."
+        for key in ("checkpoint_every_n_layers", "keep_attention"):
+            if self.training.gradient_checkpointing is False and getattr(self.memory, key) not in ("auto", False):
+                yield f"[memory] {key} needs [training] gradient_checkpointing: delete one."
         if self.lora.init_lora_weights == "loftq" and not self.quantization.load_in_4bit:
             yield '[lora] init_lora_weights = "loftq" needs [quantization] load_in_4bit = true, whose errors it corrects.'
         if self.lora.init_lora_weights == "loftq" and self.model.adapter:

@@ -7,7 +7,7 @@ failed, needs no copy of the gradients. What follows the backward pass is not re
 1. "again": an empty cache removes fragmentation. It is left out where it was needed a few steps ago, or a run that fragments at
    every step would compute every step twice;
 2. "split": micro-batches of fewer tokens, so that the one that failed is cut in two; down to single rows;
-3. "offload", for a single row: every layer recomputed, on a GPU with its input in the computer's memory;
+3. "offload", for a single row: every layer recomputed with its attention, on a GPU with its input in the computer's memory;
 4. "tile", for a single row of many tokens: the MLPs computed in tiles;
 5. then the run stops and names the row.
 
@@ -196,8 +196,9 @@ def restore_execution_plan(execution: ExecutionPlan, records: Sequence[Mapping[s
 
 
 def _offloaded(execution: ExecutionPlan, device: torch.device) -> ExecutionPlan:
-    """The plan with every layer recomputed, on a GPU from inputs in the computer's memory."""
-    return replace(execution, checkpoint_every=1, activation_offloading=execution.activation_offloading or device.type != "cpu")
+    """The plan with every layer recomputed, its attention too, on a GPU from inputs in the computer's memory."""
+    offloads = execution.activation_offloading or device.type != "cpu"
+    return replace(execution, checkpoint_every=1, keep_attention=False, activation_offloading=offloads)
 
 
 def _tiled(execution: ExecutionPlan, tokens: int) -> ExecutionPlan:

@@ -288,6 +288,7 @@ def default_execution_plan(training: Training, memory: Memory, architecture: Arc
         evaluation=micro_batch(training.per_device_eval_batch_size),
         checkpoint_every=every if training.gradient_checkpointing else 0,
         activation_offloading=training.activation_offloading is True and device.type != "cpu",
+        keep_attention=memory.keep_attention is True,
         optim=default_optimizer(training, is_cuda=device.type == "cuda"),
         logits_tile_bytes=DEFAULT_LOGITS_TILE_BYTES if memory.logits_tile == "auto" else parse_size(memory.logits_tile),
         mlp_tile_tokens=0 if memory.mlp_tile_tokens == "auto" else memory.mlp_tile_tokens,

@@ -251,6 +251,7 @@ def show_gpu_table(console: Console, reports: Sequence[VramReport]) -> None:
         layers = {0: "nothing", 1: "all"}.get(every, f"1 in {every}")
         if report.mlp_tile_tokens:
             layers = f"{layers}, MLPs" if every else "MLPs"
+        layers += " but attention" if report.keep_attention else ""
         layers += ", offloaded" if report.activation_offloading else ""
         low, high = report.slowest_tokens_per_second, report.fastest_tokens_per_second
         speed = f"{low:,.0f}" if round(low) == round(high) else f"{low:,.0f}-{high:,.0f}"

@@ -33,6 +33,7 @@ class Case:
     quantization: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     checkpoint_every: int = 1
+    keep_attention: bool = False
     offloading: bool = False
     optim: str = "adamw_torch"
     tile_mib: int = DEFAULT_LOGITS_TILE_BYTES // MIB
@@ -77,6 +78,7 @@ class Case:
             micro_batch=plan,
             evaluation=plan,
             checkpoint_every=self.checkpoint_every,
+            keep_attention=self.keep_attention,
             activation_offloading=self.offloading,
             optim=self.optim,
             logits_tile_bytes=self.tile_mib * MIB,
@@ -100,7 +102,7 @@ class Case:
             + (" packed" if self.packing else " padded"),
             "evaluation": "same" if self.held_out == self.lengths else _rows(self.held_out),
             "accumulates": _plain(self.accumulates),
-            "checkpoint_every": str(self.checkpoint_every),
+            "checkpoint_every": f"{self.checkpoint_every}{' but attention' if self.keep_attention else ''}",
             "offloading": _plain(self.offloading),
             "optim": self.optim,
             "tile_mib": str(self.tile_mib),

@@ -21,7 +21,7 @@ from qlora_phi3.units import GIB, MIB
 KEYS = {
     "verdict", "memory", "budget_bytes", "margin_bytes",
     "micro_batch_size", "gradient_accumulation_steps", "micro_batch_tokens", "max_length", "checkpoint_every_n_layers",
-    "activation_offloading", "optim", "logits_tile_bytes", "mlp_tile_tokens", "processes",
+    "keep_attention", "activation_offloading", "optim", "logits_tile_bytes", "mlp_tile_tokens", "processes",
     "device", "rows", "reasons", "suggestions", "seconds_per_step", "tokens_per_second", "slowest_tokens_per_second",
     "fastest_tokens_per_second", "versions",
 }  # fmt: skip

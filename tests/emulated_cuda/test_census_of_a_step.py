@@ -94,10 +94,10 @@ def watch_waits(waits: list[str]) -> None:
     torch.cuda.set_sync_debug_mode("warn")
 
 
-def take_census(workplace, layers, kernels):
+def take_census(workplace, layers, **memory):
     """Kernels, calls, and waits of one step with every layer recomputed."""
     shop = workplace(layers, [1000] * 4 + [100] * 4)
-    memory = {"rehearsal": False, "checkpoint_every_n_layers": 1, "micro_batch_tokens": 4096, "kernels": kernels}
+    memory |= {"rehearsal": False, "checkpoint_every_n_layers": 1, "micro_batch_tokens": 4096}
     shop.write(memory=memory, training={"eval_strategy": "no", "max_steps": 4})
     waits = []
 
@@ -118,7 +118,7 @@ def take_census(workplace, layers, kernels):
 def test_the_simulation_counts_the_kernels_that_a_layer_starts(workplace, kernels):
     numbers = []
     for layers in (LAYERS, LAYERS + 1):
-        started, calls, _ = take_census(workplace, layers, kernels)
+        started, calls, _ = take_census(workplace, layers, kernels=kernels, keep_attention=False)
         numbers.append(sum(started.values()) + sum(count for name, count in calls.items() if name.startswith("product")))
     shop = workplace(LAYERS, [1000] * 4 + [100] * 4)
     shop.write()
@@ -144,7 +144,7 @@ def test_the_simulation_counts_the_kernels_that_a_layer_starts(workplace, kernel
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_the_census_of_a_step(workplace, kernels):
-    started, calls, waits = take_census(workplace, LAYERS, kernels)
+    started, calls, waits = take_census(workplace, LAYERS, kernels=kernels, keep_attention=False)
     families = Counter()
     for name, count in started.items():
         families[family(name)] += count
@@ -155,3 +155,13 @@ def test_the_census_of_a_step(workplace, kernels):
     assert calls["cudaStreamSynchronize"] == len(waits)
     for name in ("cudaMalloc", "cudaFree", "cuMemCreate", "cuMemRelease", "cudaHostAlloc", "cudaMallocManaged"):
         assert name not in calls
+
+
+def test_attention_that_is_kept_starts_its_kernel_once_in_each_layer_and_nothing_else(workplace):
+    started, calls, waits = take_census(workplace, LAYERS, kernels="plain", keep_attention=True)
+    families = Counter()
+    for name, count in started.items():
+        families[family(name)] += count
+    assert families == {**KERNELS["plain"], "flash_fwd_kernel": LAYERS}
+    assert {name: count for name, count in calls.items() if name.startswith("product")} == PRODUCTS
+    assert waits == WAITS

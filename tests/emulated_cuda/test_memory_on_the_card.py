@@ -36,7 +36,7 @@ MODELS = {
     "Phi-4-mini": "microsoft/Phi-4-mini-instruct",
 }
 PLAIN = {"checkpoint_every": 0}
-OFFLOADED, FUSED = {"offloading": True}, {"fused_kernels": True}
+OFFLOADED, FUSED, KEPT = {"offloading": True}, {"fused_kernels": True}, {"keep_attention": True}
 DORA, DROPOUT = {"lora": {"use_dora": True}}, {"lora": {"lora_dropout": 0.05}}
 CONFIGURATIONS = [
     *[("rtx3060", model, (2048,), {}) for model in MODELS],
@@ -66,6 +66,13 @@ CONFIGURATIONS = [
     ("rtx3060", "mini", (1024,), {"lora": {"modules_to_save": ["lm_head"]}}),
     ("rtx3060", "mini", (512,), {"lora": {"r": 256}, "optim": "adamw_8bit"}),
     ("rtx3060", "mini", (512,), {"lora": {"r": 256}, "optim": "paged_adamw_32bit"}),
+    ("rtx3060", "mini", (2048,), KEPT),
+    ("rtx3060", "mini", (1000, 700, 400, 100), {**KEPT, **OFFLOADED}),
+    ("rtx3060", "mini", (8192,), {**KEPT, **OFFLOADED}),
+    ("rtx4090", "Phi-4-mini", (3000, 1000), {**KEPT, "checkpoint_every": 2}),
+    ("rtx2060", "mini", (2048,), {**KEPT, **OFFLOADED}),
+    ("rtx2060", "medium", (1000, 700, 400, 100), {**KEPT, "packing": False}),
+    ("rtx3060", "mini-4k", (4096,), {**KEPT, "mlp_tile_tokens": 1024}),
     ("rtx3060", "mini", (2048,), {"accumulates": False}),
     ("rtx3060", "mini", (512,), {"evaluation_lengths": (4096,)}),
     ("rtx3060", "mini", (2048,), {"accumulates": False, "later_lengths": (1900,)}),  # the later one is the heavier one

@@ -9,6 +9,7 @@ import pytest
 import torch
 from workshop import Workshop, call, read_json, read_lines, write_chats
 
+from qlora_phi3.model import attention
 from qlora_phi3.runfolder import RunFolder, lock_run, write_report
 from qlora_phi3.ui.console import describe_ends
 
@@ -179,6 +180,20 @@ def test_resuming_with_dropout_draws_the_same_masks(shop, base, tmp_path):
     shop.write(**tables)
     assert interrupt(shop, 5).exit_code == 130
     assert shop.run("--resume").exit_code == 0
+    assert_same_end(shop.runs()[0], whole)
+
+
+def test_attention_that_is_kept_before_resuming_and_not_afterwards_changes_nothing(shop, base, tmp_path, monkeypatch):
+    (tmp_path / "whole").mkdir()
+    tables = {"lora": {"r": 4, "lora_dropout": 0.1}, "training": {"gradient_checkpointing": True}}
+    whole = finished(Workshop(tmp_path / "whole", base), **tables)[1]
+    shop.write(**tables)
+    calls, run = [], attention.KeptKernels.run
+    monkeypatch.setattr(attention.KeptKernels, "run", lambda *kernel: calls.append(kernel) or run(*kernel))
+    assert interrupt(shop, 5, "--set", "memory.keep_attention=true").exit_code == 130
+    kept = len(calls)
+    assert shop.run("--resume").exit_code == 0
+    assert len(calls) == kept > 0
     assert_same_end(shop.runs()[0], whole)
 
 

@@ -5,6 +5,7 @@ import torch
 import transformers.modeling_utils
 from tiny_model import gradients, load_tiny, random_rows, relative_difference, save_tiny_model
 from torch.autograd.graph import save_on_cpu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.model import attention
@@ -67,6 +68,49 @@ def test_checkpointing_is_really_on(folder):
     model.base_model.model.model.layers[0].mlp.gate_up_proj.base_layer.register_forward_pre_hook(lambda *_: calls.append(1))
     run_step(model, PACKED)
     assert len(calls) == 2
+
+
+class CountedKernels(TorchDispatchMode):
+    """Counts the calls of attention's fused kernels."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in attention.FUSED_KERNELS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("every", "offload", "tile"), [(1, False, 0), (1, True, 0), (1, True, 100), (2, False, 0)])
+@pytest.mark.parametrize("plan", [PACKED_IN_TWO, ALL_AT_ONCE])
+def test_attention_that_is_kept_changes_no_bit_and_runs_once(folder, monkeypatch, plan, every, offload, tile, dtype):
+    monkeypatch.setattr(transformers.modeling_utils, "save_on_cpu", lambda **_: save_on_cpu())
+    monkeypatch.setattr(attention, "CPU_SCORES_BYTES", 0)  # no matmuls, which are not kept
+    lora = Lora(r=8, lora_dropout=0.2)
+    model = load_tiny(folder, lora=lora, precision=Precision(compute_dtype=dtype, reason="the test asks for it")).train()
+    set_mlp_tiles(model, tile)
+    batch, results = collate(random_rows(LENGTHS), plan), []
+    for keep_attention in (False, True):
+        set_checkpointing(model, every, offload=offload, keep_attention=keep_attention)
+        model.zero_grad()
+        torch.manual_seed(0)
+        with CountedKernels() as kernels:
+            result = forward_backward(model, batch, compute_dtype=dtype, backward=torch.Tensor.backward)
+        results.append((float(result.loss), gradients(model), kernels.count))
+    (loss, expected, again), (kept_loss, found, once) = results
+    documents = sum(len(micro.get("document_lengths", (1,))) for micro in batch.micro_batches)
+    assert once == documents * model.config.num_hidden_layers
+    assert again == once + documents * -(-model.config.num_hidden_layers // every)
+    assert kept_loss == loss
+    assert relative_difference(expected, found) == 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_attention_with_dropout_of_its_own_is_not_kept(tmp_path, dropout):
+    model = load_tiny(save_tiny_model(tmp_path, attention_dropout=dropout))
+    set_checkpointing(model, 1, keep_attention=True)
+    (layer, *_) = model.base_model.model.model.layers
+    assert ("context_fn" in layer._gradient_checkpointing_func.keywords) == (dropout == 0)
 
 
 def calls_of_mlp(model, monkeypatch):

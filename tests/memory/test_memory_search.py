@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from tiny_check import build_recipe, tiny_config
 
 from qlora_phi3.execution import plan_micro_batches
 from qlora_phi3.family import parse_architecture
+from qlora_phi3.memory import search
 from qlora_phi3.memory.cost import GpuLimits
-from qlora_phi3.memory.plan import assume_lengths, read_lengths, step_shape
+from qlora_phi3.memory.plan import assume_lengths, describe_plan, read_lengths, step_shape
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.search import WORTH, MaxLengthSearch, find_plan, minimal_memory_plan, round_length
 from qlora_phi3.units import MIB
@@ -95,12 +97,14 @@ def test_layers_are_recomputed_with_their_mlps_in_tiles_only_where_nothing_else_
 
 def test_a_pinned_key_is_never_overruled():
     training = {"gradient_checkpointing": True, "activation_offloading": False, "optim": "adamw_torch"}
-    memory = {"checkpoint_every_n_layers": 2, "micro_batch_tokens": 300, "logits_tile": "16MiB", "mlp_tile_tokens": 128}
+    memory = {"checkpoint_every_n_layers": 2, "keep_attention": True, "micro_batch_tokens": 300}
+    memory |= {"logits_tile": "16MiB", "mlp_tile_tokens": 128}
     predictor = build_predictor(training=training, memory=memory)
     for allowed_mib in (30, 80):
         _, found = plan(predictor, allowed_mib)
         plan_found = found.execution
-        assert (plan_found.checkpoint_every, plan_found.activation_offloading) == (2, False)
+        kept = plan_found.checkpoint_every, plan_found.keep_attention, plan_found.activation_offloading
+        assert kept == (2, True, False)
         assert (plan_found.micro_batch.max_tokens, plan_found.optim) == (300, "adamw_torch")
         assert (plan_found.logits_tile_bytes, plan_found.mlp_tile_tokens) == (16 * MIB, 128)
         assert set(found.reasons.values()) == {"the recipe sets it"}
@@ -131,8 +135,8 @@ def test_assumed_lengths_never_need_less_than_the_rows_they_replace(predictor):
 def test_between_none_and_all_layers_and_with_tiles_the_estimate_is_near_the_simulation():
     predictor = build_predictor(16, training={"max_length": 4096, "batch_size": 1})
     minimal = replace(minimal_memory_plan(predictor, LONG_ROWS)[0], activation_offloading=False)
-    for every, tile in ((8, 0), (4, 0), (3, 0), (4, 1024)):
-        execution = replace(minimal, checkpoint_every=every, mlp_tile_tokens=tile)
+    for every, tile, keep in ((8, 0, False), (4, 0, False), (3, 0, True), (4, 1024, False), (1, 0, True)):
+        execution = replace(minimal, checkpoint_every=every, mlp_tile_tokens=tile, keep_attention=keep)
         shape = step_shape(LONG_ROWS, execution)
         estimated = max(predictor.estimate(execution, shape).values())
         simulated = predictor.simulate(execution, shape, 16).allocated_bytes
@@ -175,3 +179,66 @@ def test_the_longest_row_is_found_along_a_bent_curve_and_nothing_is_computed_twi
 @pytest.mark.parametrize(("length", "reported"), [(0, 0), (63, 0), (64, 64), (4_095, 4_032), (81_999, 81_920)])
 def test_lengths_are_reported_in_steps_of_two_percent(length, reported):
     assert round_length(length) == reported
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(("every", "tile"), [(1, 0), (2, 0), (1, 1024)])
+def test_the_kernels_of_kept_attention_are_those_that_its_simulation_starts(every, tile, offload):
+    predictor = build_predictor(8, training={"max_length": 4096, "batch_size": 1})
+    minimal, shape = minimal_memory_plan(predictor, LONG_ROWS)
+    plan = replace(minimal, checkpoint_every=every, activation_offloading=offload, mlp_tile_tokens=tile, keep_attention=True)
+    derived = predictor.step_kernels(plan, shape)
+    simulated = predictor._trace(plan, replace(shape, evaluation_lengths=()), 8).kernels
+    for phase in ("forward", "backward"):
+        assert {kernel: count for kernel, count in getattr(derived, phase).items() if count} == simulated[phase]
+
+
+def test_attention_is_kept_where_that_is_faster_and_fits():
+    """Rows of 16,384 tokens: a fast GPU, for which attention is most of the step."""
+    rows = assume_lengths(16384, 1)
+    predictor = build_predictor(16, training={"max_length": 16384, "batch_size": 1, "gradient_checkpointing": True})
+    kinds = {"plain": {}, "kept": {"keep_attention": True}}
+    minimal, shape = minimal_memory_plan(predictor, rows)
+    everything = replace(minimal, activation_offloading=False, mlp_tile_tokens=0, checkpoint_every=1)
+    needed = {
+        name: predictor.predict(replace(everything, **more), shape, limit_bytes=2**40).memory.on_gpu_bytes
+        for name, more in kinds.items()
+    }
+    assert minimal.keep_attention is False
+    found = {
+        name: find_plan(predictor, rows, replace(LIMITS, limit_bytes=size + 60 * MIB), progress=lambda _: None)
+        for name, size in needed.items()
+    }
+    assert {name: plan.execution.keep_attention for name, plan in found.items()} == {"plain": False, "kept": True}
+    assert found["kept"].step_seconds * WORTH < found["plain"].step_seconds
+    assert found["kept"].reasons["keep_attention"] == "computed once and kept on the GPU"
+    assert "recomputing all layers but their attention" in describe_plan(found["kept"].execution)
+
+
+@pytest.mark.parametrize(
+    ("tables", "changes", "allowed"),
+    [
+        ({}, {}, (False, True)),
+        ({"memory": {"keep_attention": False}}, {}, (False,)),
+        ({"memory": {"keep_attention": True}}, {}, (True,)),
+        ({"model": {"name": "tiny", "attn_implementation": "eager"}}, {}, (False,)),
+        ({}, {"capability": (7, 5)}, (False,)),  # no fused kernel for bf16 there
+        ({}, {"capability": (7, 5), "compute_dtype": torch.float16}, (False, True)),
+        ({}, {"config": {"attention_dropout": 0.1}}, (False,)),  # its kernel draws random numbers
+    ],
+)
+def test_attention_may_be_kept_where_a_fused_kernel_computes_it(tables, changes, allowed):
+    predictor = build_predictor(**tables)
+    for name, value in changes.items():
+        setattr(predictor, name, value)
+    assert search._Search(predictor, ROWS, LIMITS, progress=print).keeps == allowed
+
+
+def test_attention_is_kept_in_host_memory_only_where_the_computer_has_enough(monkeypatch):
+    """16 layers of 16,384 tokens: an input and an output of 8 MiB each, and 256 KiB of logarithms, for each layer."""
+    needed = 16 * (2 * 8 * MIB + MIB // 4)
+    predictor = build_predictor(16, training={"max_length": 16384, "batch_size": 1, "activation_offloading": True})
+    for host_bytes, offered in ((needed / search.HOST_SHARE - MIB, False), (needed / search.HOST_SHARE + MIB, True)):
+        monkeypatch.setattr(search.psutil, "virtual_memory", lambda size=host_bytes: SimpleNamespace(total=size))
+        stages = search._Search(predictor, assume_lengths(16384, 1), LIMITS, progress=print).stages()
+        assert any(kind.keep_attention for stage in stages for kind in stage) is offered

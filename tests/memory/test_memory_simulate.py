@@ -18,6 +18,7 @@ INSIDE_BYTES = 150_000
 SET_UPS = (
     Case(name="checkpointing", config=TINY),
     Case(name="every second layer recomputed", config=TINY | {"num_hidden_layers": 4}, checkpoint_every=2),
+    Case(name="attention is kept, fp32", config=TINY, lengths=(700, 90), compute="float32", keep_attention=True),
     Case(name="nothing recomputed, dropout", config=TINY, checkpoint_every=0, lora={"lora_dropout": 0.1}),
     Case(name="padding", config=TINY, lengths=(200, 120, 33), packing=False),
     Case(name="packing, nothing held out", config=TINY, lengths=(200, 120, 33), evaluation_lengths=()),
@@ -109,6 +110,9 @@ def test_every_phase_of_twelve_layers_is_extrapolated_exactly_from_a_few(every, 
         (20, {}),
         (20, {"checkpoint_every": 0, "lengths": (300, 200, 37)}),
         (20, {"offloading": True, "lengths": (700,), "mlp_tile_tokens": 128}),
+        (20, {"keep_attention": True, "lengths": (300, 200, 37)}),
+        (20, {"keep_attention": True, "offloading": True, "lengths": (700,), "packing": False}),
+        (28, {"keep_attention": True, "checkpoint_every": 2, "lora": {"lora_dropout": 0.1}}),
         (20, {"lora": {"use_dora": True, "lora_dropout": 0.1, "target_modules": ["qkv_proj", "down_proj"]}}),
         (20, {"evaluation_lengths": (), "accumulates": False, "compute": "float16", "optim": "paged_adamw_8bit"}),
         (28, {"checkpoint_every": 2, "lora": {"target_modules": ["o_proj", "gate_up_proj"]}}),
@@ -160,6 +164,20 @@ def test_offloading_moves_the_inputs_of_recomputed_layers_to_host_memory():
     assert kept.by_category[CHECKPOINTED_INPUTS] == inputs
     assert moved.by_category.get(CHECKPOINTED_INPUTS, 0) <= inputs // 6
     assert moved.host_bytes - kept.host_bytes == 6 * 2**19  # each is 320 KiB, and pinned in powers of two
+
+
+@pytest.mark.parametrize("lengths", [(640,), (300, 200, 140)])
+def test_attention_that_is_kept_takes_its_output_and_a_number_for_each_head_and_token(lengths):
+    """Where the layers' inputs are: on the GPU (one layer less, as the one that is recomputed has it anyway), or on the host."""
+    case = Case(name="kept", config=TINY | {"num_hidden_layers": 6}, lengths=lengths)
+    output, log_sums = 640 * 256 * 2, 640 * 4 * TINY["num_attention_heads"]
+    plain, kept = (predict(replace(case, keep_attention=keep), path="cuda") for keep in (False, True))
+    states = 3 * 512 if len(lengths) > 1 else 0  # of the random numbers that the kernel for packs does not draw
+    more = kept.by_phase["backward"] - plain.by_phase["backward"]
+    assert 5 * (output + log_sums) <= more <= 5 * (output + log_sums + states)
+    plain, kept = (predict(replace(case, keep_attention=keep, offloading=True), path="cuda") for keep in (False, True))
+    assert kept.by_phase["backward"] - plain.by_phase["backward"] <= 6 * states
+    assert kept.host_bytes - plain.host_bytes == 6 * sum(1 << (size - 1).bit_length() for size in (output, log_sums))
 
 
 def test_an_mlp_in_tiles_holds_its_widest_tensors_for_one_tile_at_a_time():

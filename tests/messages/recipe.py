@@ -247,8 +247,8 @@ MESSAGES = [
     ),
     refused(
         "recipe-layers-to-recompute-without-checkpointing",
-        load(START, "memory.checkpoint_every_n_layers=2", "training.gradient_checkpointing=false"),
-        ("checkpoint_every_n_layers",),
+        load(START, "memory.checkpoint_every_n_layers=2", "memory.keep_attention=true", "training.gradient_checkpointing=false"),
+        ("checkpoint_every_n_layers", "keep_attention"),
         "delete one",
     ),
     refused(

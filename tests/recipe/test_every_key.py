@@ -302,6 +302,7 @@ EFFECTS = {
     "memory.budget": ("1GiB", Lab.budget),
     "memory.micro_batch_tokens": (64, Lab.first_batch),
     "memory.checkpoint_every_n_layers": (2, Lab.recomputed),
+    "memory.keep_attention": (True, Lab.execution_on_a_gpu),
     "memory.logits_tile": ("1MiB", Lab.execution_on_a_gpu),
     "memory.mlp_tile_tokens": (2048, Lab.execution_on_a_gpu),
     "memory.gpu": (1, Lab.chosen_gpu),

@@ -161,6 +161,13 @@ def test_a_row_that_fails_alone_with_everything_tried_stops_the_run_by_its_name(
     assert "max_length than 70" in caught.value.hint
 
 
+def test_what_is_kept_of_attention_is_given_up_with_the_first_remedy_for_a_row_alone():
+    bench = Bench(replace(SETUP, checkpoint_every=1, keep_attention=True))
+    bench.compute([70], fail_times(2), step=5)
+    assert bench.measures() == ["again", "offload"]
+    assert bench.applied == [replace(SETUP, checkpoint_every=1)]
+
+
 def test_where_offloading_is_on_already_a_row_alone_gets_one_more_try():
     bench = Bench(replace(SETUP, checkpoint_every=1, activation_offloading=True))
     bench.compute([70], fail_times(1), step=5)

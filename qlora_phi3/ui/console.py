@@ -415,7 +415,7 @@ def proof_lines(report: Mapping[str, Any], *, quant: str | None = None) -> list[
     written = f"{quant}, made from {merged}; the file itself was not measured" if is_other else merged
     lines.append(f"Written: {written}.")
     scores = {score["name"]: score for score in proof["scores"]}
-    if {"nf4", "original"} <= scores.keys():
+    if {"nf4", "original"} <= scores.keys() and not report.get("fault"):
         others = format_percent(1 - scores["original"]["top_agreement"], 2)
         lines.append(
             f"The adapter was trained on weights rounded to 4 bits: the model {score_label('nf4', report)} is the trained one "

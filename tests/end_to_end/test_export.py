@@ -131,9 +131,9 @@ def test_the_proof_is_shown_and_kept(exported):
     assert scores["nf4"]["mean_kl"] < 1e-6 < scores["original"]["mean_kl"]
     assert scores["nf4"]["loss"] == pytest.approx(scores["live"]["loss"], abs=1e-4)
     assert report["proof"]["trained"] is False
-    for words in ("merged onto NF4", "merged onto the original", "> what is written", "Stop test: 8 of 8 answers"):
+    for words in ("merged onto NF4", "merged onto the original", "is the trained one (--onto nf4)", "Stop test: 8 of 8 answers"):
         assert words in result.stdout
-    assert re.search(r"^> merged onto (NF4|the original)", result.stdout, flags=re.MULTILINE)
+    assert re.search(r"^Written: the model merged onto (NF4|the original)\.$", result.stdout, flags=re.MULTILINE)
     assert str(target) in result.stdout
 
 
@@ -600,7 +600,8 @@ def test_a_proof_that_fails_keeps_the_files_under_a_name_that_says_so(run, monke
     monkeypatch.setattr(merge.MergedWeights, "iter_row_chunks", doubled)
     result = call("export", str(run), "--onto", "nf4")
     assert result.exit_code == 5
-    assert re.search(r"^> merged onto NF4 ", result.stdout, flags=re.MULTILINE)
+    assert re.search(r"^merged onto NF4 ", result.stdout, flags=re.MULTILINE)
+    assert "is the trained one" not in result.stdout
     assert "Done" not in result.stdout
     assert not (run / "merged-nf4").exists()
     assert read_json(run / "merged-nf4.failed-proof" / "export_report.json")["status"] == "failed"

@@ -64,14 +64,11 @@ def init(
     if len(names) > 1:
         pattern = f"{Path(names[0]).parent / '*'}{Path(names[0]).suffix}"
         raise UserError("DATA is one name.", f"For several files put a pattern in quotes: qlora-phi3 init '{pattern}'")
-    data = next(iter(names), None)
-    if data is None:
-        if out is not None:
-            raise UserError(f"--out {out} is for a recipe, and no DATA is named.", "Leave --out out for a file of example chats.")
-        _write_example()
+    if not names:
+        _write_example(out)
         return
-    target = out or Path(data).with_name(f"{Path(data).name.partition('.')[0].replace('*', '') or 'recipe'}.toml")
-    check_new_file(target)
+    data = names[0]
+    target = _name_recipe(data, out)
     from qlora_phi3.hardware.gpu import choose_gpu
 
     asks = not yes and sys.stdin.isatty() and sys.stdout.isatty()
@@ -101,6 +98,13 @@ def init(
     _write(target, summary, option, choice, device)
 
 
+def _name_recipe(data: str, out: Path | None) -> Path:
+    """The recipe's file, which is not there yet."""
+    target = out or Path(data).with_name(f"{Path(data).name.partition('.')[0].replace('*', '') or 'recipe'}.toml")
+    check_new_file(target)
+    return target
+
+
 def _read_target(text: str) -> Path:
     """The file that a person types; asked again where a recipe cannot be written there."""
     try:
@@ -110,8 +114,10 @@ def _read_target(text: str) -> Path:
     return Path(text)
 
 
-def _write_example() -> None:
-    """Write the eight chats that ship; UserError where the file exists."""
+def _write_example(out: Path | None) -> None:
+    """Write the eight chats that ship; UserError where the file exists, or `out` names a recipe."""
+    if out is not None:
+        raise UserError(f"--out {out} is for a recipe, and no DATA is named.", "Leave --out out for a file of example chats.")
     target = Path(EXAMPLE)
     if target.exists():
         raise UserError(f"{target} exists already.", f"Go on with it: qlora-phi3 init {target}")

@@ -204,7 +204,7 @@ def compile_for(name, capability, dtype):
     kinds = {**dict.fromkeys(tensors, f"*{dtype}"), **dict.fromkeys(numbers, "i32"), **dict.fromkeys(constants, "constexpr")}
     aligned = {(index,): [["tt.divisibility", 16]] for index, each in enumerate(function.arg_names) if each not in constants}
     source = ASTSource(fn=function, signature=kinds, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm
 
 
 def registers_and_spills(ptx, capability, folder):
@@ -222,7 +222,7 @@ def registers_and_spills(ptx, capability, folder):
 def test_every_kernel_compiles_for_every_supported_gpu(tmp_path, name, capability):
     assert (CAPABILITIES[0] // 10, CAPABILITIES[0] % 10) == kernels.LEAST_CAPABILITY
     for dtype in ("fp16",) if capability < 80 else ("fp16", "bf16", "fp32"):
-        ptx = compile_for(name, capability, dtype)
+        ptx = compile_for(name, capability, dtype)["ptx"]
         registers, spills = registers_and_spills(ptx, capability, tmp_path)
         print(name, capability, dtype, registers)
         assert spills == 0
@@ -230,6 +230,13 @@ def test_every_kernel_compiles_for_every_supported_gpu(tmp_path, name, capabilit
         assert set(re.findall(r"(?:ld|st)\.global\.(\S+)", ptx)) == {"v4.b32"}  # 16 bytes at once
         if dtype == "bf16":
             assert "cvt.rn.bf16x2.f32" in ptx  # rounds to nearest
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_place_of_a_token_is_computed_in_64_bit(name):
+    """131,072 tokens of Phi-3-mini have 2^31 values of gate and up."""
+    code = compile_for(name, 86, "bf16")["ttir"]
+    assert re.search(r"(%\w+) = tt\.get_program_id x.*\n.*arith\.extsi \1 : i32 to i64", code)
 
 
 def test_on_a_cpu_and_on_old_gpus_the_kernels_are_not_used(monkeypatch):

@@ -52,7 +52,8 @@ def test_a_budget_for_gpus_gives_a_warning_on_a_cpu(shop):
     assert [line for line in reporter.warnings if "budget" in line]
 
 
-def test_without_nvml_a_gpu_gets_the_default_plan_and_the_default_optimizer(shop, monkeypatch):
+@pytest.mark.parametrize("reason", [None, "Triton is not installed"])
+def test_without_nvml_a_gpu_gets_the_default_plan_the_default_optimizer_and_fused_kernels_if_they_run(shop, monkeypatch, reason):
     def no_nvml():
         raise NoDeviceError("no driver")
 
@@ -60,10 +61,14 @@ def test_without_nvml_a_gpu_gets_the_default_plan_and_the_default_optimizer(shop
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(prepare_module, "prepare_cuda", lambda: None)
     monkeypatch.setattr(prepare_module, "read_gpu", no_nvml)
-    context = prepare(load_recipe(shop.write()), shop.path, Lines())
+    monkeypatch.setattr(prepare_module, "why_unavailable", lambda *_: reason)
+    context = prepare(load_recipe(shop.write()), shop.path, reporter := Lines())
     assert (context.gpu, context.device) == (None, torch.device("cuda", 0))
     planned = plan_run(context)
     assert planned.execution.optim == default_optimizer(context.recipe.training, is_cuda=True) == "adamw_8bit"
+    assert planned.execution.fused_kernels == (reason is None)
+    kernels = [line for line in reporter.facts if "Kernels" in line]
+    assert kernels == ([f"Kernels: PyTorch's own, without fused ones: {reason}"] if reason else [])
 
 
 def test_the_default_plan_takes_what_the_recipe_fixes_and_else_512_tokens_or_one_row(base):

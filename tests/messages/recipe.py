@@ -258,6 +258,12 @@ MESSAGES = [
         "must be even",
     ),
     refused(
+        "recipe-orthogonal-start-with-4-bit",
+        load(START, "lora.init_lora_weights=orthogonal"),
+        ('init_lora_weights = "orthogonal"',),
+        "load_in_4bit = false",
+    ),
+    refused(
         "recipe-early-stopping-without-evaluation",
         load(START, "training.early_stopping_patience=3", "training.do_eval=false"),
         ("early_stopping_patience = 3", "needs evaluations"),

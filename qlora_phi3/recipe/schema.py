@@ -451,7 +451,7 @@ class Recipe(Table):
         if self.lora.init_lora_weights == "loftq" and not self.quantization.load_in_4bit:
             yield '[lora] init_lora_weights = "loftq" needs [quantization] load_in_4bit = true, whose errors it corrects.'
         if self.lora.init_lora_weights == "orthogonal" and self.quantization.load_in_4bit:
-            yield '[lora] init_lora_weights = "orthogonal" needs [quantization] load_in_4bit = false: PEFT cannot start from 4 bit.'
+            yield '[lora] init_lora_weights = "orthogonal" needs [quantization] load_in_4bit = false: PEFT fails with 4 bit.'
         if self.lora.init_lora_weights == "loftq" and self.model.adapter:
             yield '[lora] init_lora_weights = "loftq" and [model] adapter each set how the adapter starts: delete one.'
         named = self.quantization.bnb_4bit_compute_dtype

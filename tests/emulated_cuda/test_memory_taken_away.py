@@ -10,7 +10,7 @@ from qlora_phi3.errors import UserError
 #: One optimizer batch, which every step has.
 LENGTHS = [4000, 3000, 2000, 1000]
 #: Step -> what other programs leave for it, in MiB, beside two layers of the model; and what must be done then.
-LEFT = {2: 1000, 3: 800, 4: 500, 5: 60}
+LEFT = {2: 1000, 3: 800, 4: 410, 5: 60}
 #: Of a run between two steps, about: weights, adapter, optimizer.
 HELD_MIB = 526
 REMEDIES = [(2, "again"), (2, "split"), (3, "offload"), (4, "tile"), (5, "again")]

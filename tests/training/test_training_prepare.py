@@ -1,7 +1,6 @@
 """What is chosen and reported before the first step."""
 
 import platform
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,7 +13,6 @@ from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.recipe.schema import Memory, Training
 from qlora_phi3.training import prepare as prepare_module
 from qlora_phi3.training.prepare import (
-    CPU_MICRO_BATCH_TOKENS,
     DEFAULT_MICRO_BATCH_TOKENS,
     default_execution_plan,
     load_model,
@@ -71,32 +69,6 @@ def test_without_nvml_a_gpu_gets_the_default_plan_the_default_optimizer_and_fuse
     assert planned.execution.fused_kernels == (reason is None)
     kernels = [line for line in reporter.facts if "Kernels" in line]
     assert kernels == ([f"Kernels: PyTorch's own, without fused ones: {reason}"] if reason else [])
-
-
-def test_a_run_on_a_cpu_takes_the_fastest_plan_that_half_of_the_free_memory_holds(shop, monkeypatch):
-    shop.write(training={"batch_size": 40, "max_length": 128})
-    context = prepare(load_recipe(shop.path / "mine.toml"), shop.path, Lines())
-    needed = []
-
-    def plan_with(free_bytes):
-        monkeypatch.setattr(prepare_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=free_bytes))
-        execution = plan_run(context).execution
-        return execution.micro_batch.max_tokens, execution.checkpoint_every
-
-    predict = prepare_module.simulate
-
-    def simulate(*arguments, **options):
-        result = predict(*arguments, **options)
-        needed.append(result.report().allocated_bytes)
-        return result
-
-    monkeypatch.setattr(prepare_module, "simulate", simulate)
-    assert plan_with(1) == (DEFAULT_MICRO_BATCH_TOKENS, 1)
-    most, fewer = needed
-    assert most > fewer
-    assert plan_with(2 * most) == (CPU_MICRO_BATCH_TOKENS, 0)
-    assert plan_with(2 * most - 2) == (DEFAULT_MICRO_BATCH_TOKENS, 0)
-    assert plan_with(2 * fewer - 2) == (DEFAULT_MICRO_BATCH_TOKENS, 1)
 
 
 def test_the_default_plan_takes_what_the_recipe_fixes_and_else_512_tokens_or_one_row(base):

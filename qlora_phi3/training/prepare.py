@@ -49,8 +49,8 @@ from qlora_phi3.training.trackers import check_trackers
 from qlora_phi3.units import format_gib, format_percent, parse_size
 
 #: Tokens of a micro-batch where there is no plan and neither the recipe nor a longer row requires more: enough to keep the
-#: matmuls busy next to the dequantization, which costs the same whatever the micro-batch holds. On CPU (SmolLM2-135M, bf16,
-#: Zen 5) 512 is as fast as 1,024, at a peak of 1.06-1.10 GiB instead of 1.11-1.35.
+#: matmuls busy next to the dequantization, which costs the same whatever the micro-batch holds. On a CPU (SmolLM2-135M,
+#: bf16, not recomputed) 1,024 are 5 to 12 % faster, at a peak that is 0.2 to 0.5 GB higher.
 DEFAULT_MICRO_BATCH_TOKENS = 512
 #: Share of the computer's available memory that a step may take on a CPU without recomputation: other programs need the rest.
 CPU_MEMORY_SHARE = 0.5

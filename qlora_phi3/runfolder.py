@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from qlora_phi3.errors import ModelError, RunError, quoted
+from qlora_phi3.errors import ModelError, RunError, disk_error_hint, quoted
 from qlora_phi3.files import atomic_write, disk_errors, is_dir, make_directory, read_json_object, remove
 
 #: Held by the process that writes a run directory, and the file with its process id.
@@ -95,7 +95,7 @@ def create_run_folder(root: Path, recipe_name: str) -> RunFolder:
                 raise RunError(f"{path} is a file.", "Delete it, or choose another [training] output_dir.") from None
             continue
         except OSError as error:
-            hint = "Choose another [training] output_dir, or free the disk."
+            hint = f"{disk_error_hint(error)}, or choose another [training] output_dir."
             raise RunError(f"The run directory {path} cannot be created: {error.strerror}.", hint) from error
         return RunFolder(path)
     raise RunError(f"{root / recipe_name} has 99 runs of this second.", "Try again.")

@@ -22,7 +22,7 @@ NEWEST = "newest"
     flag_value=NEWEST,
     metavar="[RUN]",
     shell_complete=complete_run,
-    help="Continue an unfinished run: its directory, or the newest of this recipe.",
+    help="Continue an unfinished run: RUN, or without it the newest of RECIPE.",
 )
 @click.option("--no-rehearsal", is_flag=True, help="Do not run the heaviest step once before the first.")
 @set_option
@@ -113,7 +113,9 @@ def _recipe_and_run(ctx: click.Context, recipe: Path | None, resume: str | None)
     """The recipe and the run to resume, also where the recipe was left out or was parsed as the value of --resume."""
     if recipe is not None:
         return find_recipe(recipe), resume
-    if resume is None or resume == NEWEST:
+    if resume == NEWEST:
+        raise click.UsageError("--resume needs a run or a recipe: --resume RUN, or RECIPE --resume.", ctx)
+    if resume is None:
         raise click.MissingParameter(ctx=ctx, param=ctx.command.params[0])
     path = Path(resume)
     if path.suffix == ".toml":

@@ -438,6 +438,6 @@ MESSAGES = [
         error=RunError,
         exit_code=2,
         says=("runs",),
-        hint="[training] output_dir",
+        hint="Check that the directory exists and that you may write to it, or choose another [training] output_dir",
     ),
 ]

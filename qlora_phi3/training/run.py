@@ -101,7 +101,7 @@ def run(
         if resume is not None:
             checkpoint = processes.from_first(lambda: _checkpoint_to_resume(folder, recipe, reporter))
         if not processes.own_rank():
-            if folder is not resume:
+            if is_more or resume is None:
                 at_exit.enter_context(runfolder.lock_run(folder))
             at_exit.callback(lambda: at_end(folder) if folder.report.is_file() else None)
         return _run_in(folder, checkpoint, context, planned, report, started, is_new=resume is None)

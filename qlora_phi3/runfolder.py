@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,8 +13,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from qlora_phi3.errors import ModelError, RunError, quoted
-from qlora_phi3.files import atomic_write, disk_errors, is_dir, make_directory, read_json_object
+from qlora_phi3.errors import ModelError, RunError, disk_error_hint, quoted
+from qlora_phi3.files import atomic_write, disk_errors, is_dir, make_directory, read_json_object, remove
 
 #: Held by the process that writes a run directory, and the file with its process id.
 LOCK, LOCK_PID = "checkpoints/.lock", "checkpoints/.lock.pid"
@@ -94,10 +95,28 @@ def create_run_folder(root: Path, recipe_name: str) -> RunFolder:
                 raise RunError(f"{path} is a file.", "Delete it, or choose another [training] output_dir.") from None
             continue
         except OSError as error:
-            hint = "Choose another [training] output_dir, or free the disk."
+            hint = f"{disk_error_hint(error)}, or choose another [training] output_dir."
             raise RunError(f"The run directory {path} cannot be created: {error.strerror}.", hint) from error
         return RunFolder(path)
     raise RunError(f"{root / recipe_name} has 99 runs of this second.", "Try again.")
+
+
+def copy_run_folder(run: RunFolder, root: Path, recipe_name: str) -> RunFolder:
+    """A new run directory that goes on from the checkpoints of a run that is done, which stays as it is; RunError where the disk
+    is full or refuses.
+    """
+    copy = create_run_folder(root, recipe_name)
+    try:
+        with disk_errors(copy.path):
+            left_out = shutil.ignore_patterns(".*", "damaged-*", "rehearsal-*")
+            shutil.copytree(run.checkpoints, copy.checkpoints, ignore=left_out, dirs_exist_ok=True)
+            if run.base.is_file():
+                shutil.copyfile(run.base, copy.base)
+            write_report(copy, {**run.read_report(), "status": "interrupted"})
+    except BaseException:
+        remove(copy.path)
+        raise
+    return copy
 
 
 @contextmanager

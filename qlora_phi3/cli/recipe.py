@@ -36,13 +36,18 @@ def schema() -> None:
 @debug_option
 def check(path: Path, overrides: tuple[str, ...]) -> None:
     """Check RECIPE and the files it names, and print it with all default values."""
-    from qlora_phi3.recipe.load import describe_unusual, load_recipe, recipe_as_toml
+    from qlora_phi3.recipe.load import as_list, describe_unusual, is_local_data, load_recipe, recipe_as_toml
 
     path = find_recipe(path)
     loaded = load_recipe(path, overrides, check_files=True)
     click.echo(recipe_as_toml(loaded), nl=False)
     if line := describe_unusual(loaded):
         echo(f"Note: {line}", err=True)
+    for name in (*as_list(loaded.data.train), *as_list(loaded.data.eval)):
+        if not is_local_data(name, path.parent):
+            echo(
+                f"Note: [data] names {name}: no file here, so that the hub is asked for it, which this check does not.", err=True
+            )
     click.echo(f"{path} is fine.", err=True)
 
 

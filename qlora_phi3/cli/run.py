@@ -22,7 +22,7 @@ NEWEST = "newest"
     flag_value=NEWEST,
     metavar="[RUN]",
     shell_complete=complete_run,
-    help="Continue an unfinished run: its directory, or the newest of this recipe.",
+    help="Continue an unfinished run: RUN, or without it the newest of RECIPE.",
 )
 @click.option("--no-rehearsal", is_flag=True, help="Do not run the heaviest step once before the first.")
 @set_option
@@ -81,9 +81,11 @@ def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tupl
     log_interval = LogInterval(training.logging_strategy, training.logging_steps, training.warmup_steps)
     with open_run_console(log_interval, plain=training.disable_tqdm, quiet=ctx.meta["is_silent"]) as console:
 
-        def save_page(folder: RunFolder) -> None:
+        def save_page(written: RunFolder) -> None:
+            nonlocal folder
+            folder = folder and written  # a copy of a run that was done
             try:
-                write_page(folder)
+                write_page(written)
             except RunError as error:
                 console.warning(str(error))
 
@@ -100,7 +102,8 @@ def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tupl
             from qlora_phi3.training.run import run as train
 
             console.progress("Starting torch, transformers and peft", 1, 1)
-            result = train(loaded, name, recipe.parent, reporter=console, resume=folder, at_end=save_page)
+            asked = {override.partition("=")[0].strip() for override in overrides}
+            result = train(loaded, name, recipe.parent, reporter=console, resume=folder, asked=asked, at_end=save_page)
         except KeyboardInterrupt as interrupt:
             raise console.interruption(folder) from interrupt
     console.finish(result.steps, result.loss_before, result.loss_after, result.seconds, result.folder.adapter)
@@ -110,7 +113,9 @@ def _recipe_and_run(ctx: click.Context, recipe: Path | None, resume: str | None)
     """The recipe and the run to resume, also where the recipe was left out or was parsed as the value of --resume."""
     if recipe is not None:
         return find_recipe(recipe), resume
-    if resume is None or resume == NEWEST:
+    if resume == NEWEST:
+        raise click.UsageError("--resume needs a run or a recipe: --resume RUN, or RECIPE --resume.", ctx)
+    if resume is None:
         raise click.MissingParameter(ctx=ctx, param=ctx.command.params[0])
     path = Path(resume)
     if path.suffix == ".toml":

@@ -20,7 +20,7 @@ from qlora_phi3.errors import RecipeError, UserError, quoted
 from qlora_phi3.family import Architecture, is_hub_id, original_of
 from qlora_phi3.files import is_dir, nesting
 from qlora_phi3.recipe.edit import format_toml
-from qlora_phi3.recipe.messages import Problem, find_nearest, find_problems
+from qlora_phi3.recipe.messages import Problem, find_nearest, find_problems, suggest_key
 from qlora_phi3.recipe.schema import TABLES, Data, Model, Recipe, Training
 from qlora_phi3.units import format_count
 
@@ -61,8 +61,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, check_files: bool 
         problems += _find_missing_files(raw, path.parent)
     if not problems:
         return recipe
-    lines = [f"{sources.get((problem.table, problem.key), path)}: {problem.sentence}" for problem in problems]
+    lines = [f"{_find_origin(problem, sources, path)}: {problem.sentence}" for problem in problems]
     raise RecipeError(lines[0] if len(lines) == 1 else "\n".join((f"{path} has {len(lines)} problems:", *lines)))
+
+
+def _find_origin(problem: Problem, sources: Mapping[tuple[str, str], str], path: Path) -> str:
+    """The `--set` that a problem comes from, else the file; of keys that contradict each other, the file and each `--set`."""
+    words = () if problem.key else re.findall(r"\w+", problem.sentence)
+    given = [each for (table, key), each in sources.items() if key in words and problem.table in ("", table)]
+    return f"{path} with {' '.join(given)}" if given else sources.get((problem.table, problem.key), str(path))
 
 
 def describe_unusual(recipe: Recipe) -> str | None:
@@ -144,10 +151,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> tuple[str, str]:
     name, equals, text = (part.strip() for part in override.partition("="))
     table, *keys = name.split(".")
     if not equals or not keys or not all((table, *keys)) or len(keys) > MAX_DEPTH:
-        home = next(
-            (f"{table}.{override}" for table, model in TABLES.items() if name in model.model_fields and equals), "lora.r=32"
-        )
-        raise RecipeError(f"--set {override} is not table.key=value.", f"Write it like: --set {home}")
+        home = next((f"{table}.{override}" for table, model in TABLES.items() if name in model.model_fields and equals), "")
+        meant = f"{suggest_key('', name, TABLES)} " if equals and name and not (keys or home) else ""
+        raise RecipeError(f"--set {override} is not table.key=value.", f"{meant}Write it like: --set {home or 'lora.r=32'}")
     place = raw
     for part in (table, *keys[:-1]):
         place = place.setdefault(part, {})

@@ -29,7 +29,7 @@ ASSIGNED = re.compile(r'\[(\w+)\] (\w+) = (\{value\}|"\w+"|true|false)(?= |\.|,|
 #: Stands for a value that a program computes.
 COMPUTED = "<computed>"
 OFF = "it is off, as it is here"
-HINT = "Give a config of one of these in YAML, JSON, Python or a notebook."
+HINT = "Give a config of Axolotl, LLaMA-Factory, TRL, Unsloth or Microsoft's notebooks, in YAML, JSON, Python or a notebook."
 
 
 @dataclass(slots=True)
@@ -149,7 +149,10 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}.", HINT) from error
     except (ValueError, SyntaxError, RecursionError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path} cannot be read: {first_line(error)}.", HINT) from error
+        reason = first_line(error)
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            reason = f"line {error.problem_mark.line + 1}: {error.problem}"
+        raise RecipeError(f"{path} cannot be read: {reason}.", HINT) from error
     if not isinstance(config, dict):
         raise RecipeError(f"{path} holds no keys with values.", HINT)
     yield from _flatten(config)
@@ -241,8 +244,11 @@ def _convert_specially(found: ImportedRecipe, key: str, value: Any) -> bool:
         _set_datasets(found, key, value)
     elif key in ("dataset", "dataset_name"):
         names = [name.strip() for name in str(value).split(",")]
-        found.set("data.train", names if len(names) > 1 else names[0], key)
-        if unknown := ", ".join(name for name in names if "/" not in name and not Path(name).suffix):
+        sources = names if len(names) > 1 else names[0]
+        if not (unknown := ", ".join(name for name in names if "/" not in name and not Path(name).suffix)):
+            found.set("data.train", sources, key)
+        else:
+            found.keys["data", "train"] = (sources, f"{found.peer}: {key}")
             found.refused.append(f"{key} = {unknown}: if only the other program knows that name, write the file or a hub id")
     elif key == "quantization_bit" and value == 4:
         found.set("quantization.load_in_4bit", True, key)

@@ -213,7 +213,10 @@ class Data(Table):
 
     def contradictions(self) -> Iterator[str]:
         if not self.eval_size:
-            yield "eval_size = 0 holds no rows out: to train on every row, write [training] do_eval = false."
+            yield (
+                "eval_size = 0 holds no rows out: to train on every row, delete it, write [training] do_eval = false, "
+                "and delete eval_strategy and early_stopping_patience where they are set."
+            )
         if self.fields and self.format == "auto":
             yield 'fields needs the format whose columns it maps: add for example format = "alpaca".'
 
@@ -382,11 +385,14 @@ class Training(Table):
                 yield f'{name}_steps = 0 is not an interval: write at least 1, or {name}_strategy = "no".'
         if self.save_minutes and self.save_strategy == "no":
             yield f'save_strategy = "no" and save_minutes = {self.save_minutes:g} contradict each other: delete one.'
-        if not self.do_eval and self.eval_strategy != "no":
-            yield f'do_eval = false and eval_strategy = "{self.eval_strategy}" contradict each other: delete one.'
-        if self.early_stopping_patience and self.eval_strategy == "no":
-            fix = 'eval_strategy = "steps"' if self.do_eval else "do_eval = true"
-            yield f"early_stopping_patience = {self.early_stopping_patience} needs evaluations: write {fix}."
+        if not self.do_eval:
+            keys = [f'eval_strategy = "{self.eval_strategy}"'] if self.eval_strategy != "no" else []
+            keys += [f"early_stopping_patience = {self.early_stopping_patience}"] if self.early_stopping_patience else []
+            if keys:
+                yield f"do_eval = false and {' and '.join(keys)} contradict each other: delete do_eval, or the rest."
+        elif self.early_stopping_patience and self.eval_strategy == "no":
+            patience = self.early_stopping_patience
+            yield f'early_stopping_patience = {patience} needs evaluations: delete it, or write eval_strategy = "steps".'
         # The rule of TrainingArguments.__post_init__ (transformers 5.23), checked before torch is imported.
         if self.eval_strategy == "steps" and self.eval_steps and (self.eval_steps < 1) == (self.save_steps < 1):
             evaluated = round(self.save_steps * 10**6) % round(self.eval_steps * 10**6) == 0

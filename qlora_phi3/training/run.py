@@ -3,9 +3,10 @@
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,15 @@ def run(
     *,
     reporter: Reporter,
     resume: RunFolder | None = None,
+    asked: Collection[str] = (),
     at_end: Callable[[RunFolder], object] = lambda folder: None,
 ) -> RunResult:
     """Train what a recipe describes, into `<output_dir>/<name>/`.
 
     Args:
         recipe_dir: directory of the recipe file; relative paths are looked for there, then in the working directory.
-        resume: an unfinished run of the same recipe and data, to continue.
+        resume: a run of the same recipe and data, to continue: an unfinished one, or a copy of one that is done.
+        asked: keys (`training.max_steps`) that a resumed run may have other values of, and more steps with them.
         at_end: called with the run's directory, while it is locked, when the run is done, fails or is interrupted.
 
     Raises:
@@ -71,10 +74,10 @@ def run(
         reporter.warning(line)
     recipe = resolve_paths(recipe, recipe_dir)
     recipe = use_stored_quantization(recipe, read_architecture(recipe.model.name, recipe.model.revision))
-    checkpoint = None
+    checkpoint, is_more = None, False
     with ExitStack() as at_exit:
         if resume is not None and not processes.own_rank():
-            check_resumable(resume, recipe, reporter)
+            is_more = check_resumable(resume, recipe, reporter, asked)
             at_exit.enter_context(runfolder.lock_run(resume))
         context = processes.first_then_others(lambda: prepare(recipe, recipe_dir, reporter))
         device, compute_dtype, count = context.device, context.precision.compute_dtype, processes.count_processes()
@@ -92,11 +95,13 @@ def run(
             for key in [key for key in ("device", "compute_dtype") if was.get(key, report[key]) != report[key]]:
                 line = f"The run began with {was[key]} and goes on with {report[key]}: the result is not equal bit for bit."
                 reporter.warning(line)
-            checkpoint = processes.from_first(lambda: _checkpoint_to_resume(resume, recipe, reporter))
         output_dir = Path(recipe.training.output_dir)
-        folder = resume or processes.from_first(lambda: runfolder.create_run_folder(output_dir, name))
+        copy = runfolder.create_run_folder if resume is None else partial(runfolder.copy_run_folder, resume)
+        folder = processes.from_first(lambda: copy(output_dir, name) if is_more or resume is None else resume)
+        if resume is not None:
+            checkpoint = processes.from_first(lambda: _checkpoint_to_resume(folder, recipe, reporter))
         if not processes.own_rank():
-            if resume is None:
+            if is_more or resume is None:
                 at_exit.enter_context(runfolder.lock_run(folder))
             at_exit.callback(lambda: at_end(folder) if folder.report.is_file() else None)
         return _run_in(folder, checkpoint, context, planned, report, started, is_new=resume is None)
@@ -168,18 +173,20 @@ FREE_KEYS = frozenset((
         "logging_strategy", "logging_steps", "log_level", "disable_tqdm", "report_to", "output_dir", "save_total_limit",
         "report_samples",
 ))  # fmt: skip
-#: Those of them that ask for another number of steps; a run that is done continues where one differs.
+#: Those of them that ask for another number of steps, which has to be asked for by name: it is mostly a --set left out.
 STEP_KEYS = frozenset(("num_train_epochs", "max_steps"))
 #: Free as well, unless an evaluation decides the learning rate or which checkpoint is the best.
 INTERVAL_KEYS = frozenset(("eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_minutes"))
 
 
-def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> None:
-    """Refuse to resume a run that is done or that started with another recipe; report libraries that changed since.
+def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter, asked: Collection[str] = ()) -> bool:
+    """Refuse to resume a run that is done or that started with another recipe; report libraries and settings that changed since.
 
     Keys of [memory] and FREE_KEYS may differ: they change nothing that is learned. So may keys that one of two versions of this
     program does not know: a key that the run's report lacks counts as its default, and one that this version lacks is ignored.
     RunError names the keys that differ, or says that the run is done, all its files are intact, and no more steps are asked for.
+
+    Returns whether the run is done and more steps are `asked` for: a copy of it is to be trained on.
     """
     report = folder.read_report()
     now = recipe.model_dump(mode="json", exclude={"memory"})
@@ -201,14 +208,29 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> No
     if differing:
         hint = f"Go on with its own: {folder.resume_command}"
         raise RunError(f"The recipe differs from the one {folder.path} began with in {', '.join(differing)}.", hint)
-    if report.get("status") == "done" and not any(key in STEP_KEYS for _, key in changed):
-        if not (damaged := reports.damaged_files(folder, report)):
-            raise RunError(f"{folder.path} is done; there is nothing to resume.", "Leave --resume out to start a new run.")
+    is_done, steps = report.get("status") == "done", [key for _, key in changed if key in STEP_KEYS]
+    is_more = is_done and any(f"training.{key}" in asked and now["training"][key] > was["training"][key] for key in steps)
+    damaged = reports.damaged_files(folder, report) if is_done and not is_more else []
+    if is_done and not is_more and not damaged:
+        hint = "Leave --resume out to start a new run; to train on in a copy of it, add --set training.max_steps=N."
+        raise RunError(f"{folder.path} is done; there is nothing to resume.", hint)
+    unasked = {
+        key: f"[{table}] {key} {was[table][key]} -> {now[table][key]}" for table, key in changed if f"{table}.{key}" not in asked
+    }
+    if forgotten := [key for key in steps if key in unasked]:
+        wanted = " ".join(f"--set training.{key}={now['training'][key]}" for key in forgotten)
+        began = f"The recipe asks for another number of steps than {folder.path} began with: "
+        hint = f"Go on as it began: {folder.resume_command}, or add {wanted}."
+        raise RunError(f"{began}{', '.join(unasked[key] for key in forgotten)}.", hint)
+    if unasked:
+        reporter.warning(f"Changed since the run began: {', '.join(unasked.values())}. Unchanged: {folder.resume_command}")
+    if damaged:
         reporter.warning(f"{folder.path} is done, but damaged: {', '.join(damaged)}. It is made again from the last checkpoint.")
     old, new = report.get("versions", {}), reports.run_versions()
     updated = [f"{key} {old[key]} -> {new[key]}" for key in new if old.get(key, new[key]) != new[key]]
     if updated:
         reporter.warning(f"Versions changed since the run began: {', '.join(updated)}.")
+    return is_more
 
 
 def _checkpoint_to_resume(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> Path | None:

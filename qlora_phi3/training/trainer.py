@@ -428,12 +428,17 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save what is due, or what a signal asks for; where it stops the evaluation, save without it.
 
-        The checkpoint says that the evaluation is still due, and the resumed run begins with it (`FinishEvaluation`).
+        The checkpoint says that the evaluation is still due, and the resumed run begins with it (`FinishEvaluation`). One of the
+        last step of an epoch is saved after the evaluation at the end of the epoch, for which transformers calls this once more.
         """
         if self.stop.requested:
             self.control.should_save = self.control.should_training_stop = True
+        ends_epoch = float(self.state.epoch or 0.0).is_integer() or self.state.global_step >= self.state.max_steps
+        is_early = ends_epoch and self.args.eval_strategy == "epoch" and not self.control.should_evaluate
+        is_due, self.control.should_save = is_early and self.control.should_save, self.control.should_save and not is_early
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
+            self.control.should_save |= is_due
         except EvaluationStopped:
             self._save_checkpoint(self.model, None)
             self.control.should_training_stop = True

@@ -351,9 +351,10 @@ def test_the_gpu_is_chosen_and_the_others_hidden_before_torch_is_imported(shop):
 
 
 def test_run_without_a_recipe_says_that_it_is_missing(shop):
-    result = call("run", "--resume")
-    assert result.exit_code == 2
-    assert "Missing argument 'RECIPE'" in result.stderr
+    for words, says in (((), "Missing argument 'RECIPE'"), (("--resume",), "--resume RUN, or RECIPE --resume")):
+        result = call("run", *words)
+        assert result.exit_code == 2
+        assert says in result.stderr
 
 
 def test_data_given_as_the_recipe(shop):

@@ -345,16 +345,55 @@ def test_a_finished_run_that_lost_a_file_is_made_again_from_its_last_checkpoint(
     assert refused(shop.run("--resume"), "is done")
 
 
-def test_more_steps_can_be_asked_for_of_a_finished_run_and_fewer_cannot(done):
+def test_more_steps_can_be_asked_for_of_a_finished_run_in_a_copy_of_it_and_fewer_cannot(done):
     shop, folder = done
-    result = shop.run("--resume", "--set", f"training.max_steps={STEPS + 4}", "--set", "training.logging_steps=2")
-    assert result.exit_code == 0, result.stderr
-    (line,) = result.stderr.splitlines()
-    assert f"step {STEPS + 4}, not {STEPS}" in line
-    assert steps_of(folder) == list(range(1, STEPS + 5))
-    rates = [record["learning_rate"] for record in read_lines(folder / "metrics.jsonl") if record["kind"] == "train"]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    more = ("--resume", "--set", f"training.max_steps={STEPS + 4}", "--set", "training.logging_steps=2")
+    stopped = interrupt(shop, STEPS + 1, *more)
+    (copy,) = set(shop.runs()) - {folder}
+    assert stopped.exit_code == 130, stopped.stderr
+    assert stopped.stderr.splitlines()[-1].endswith(f"qlora-phi3 run --resume {copy.relative_to(shop.path)}")
+    assert f"step {STEPS + 4}, not {STEPS}" in stopped.stderr.splitlines()[0]
+    result = call("run", "--resume", str(copy))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert steps_of(copy) == list(range(1, STEPS + 5))
+    rates = [record["learning_rate"] for record in read_lines(copy / "metrics.jsonl") if record["kind"] == "train"]
     assert rates[STEPS] > 0  # not the end of the former schedule
-    assert refused(shop.run("--resume", "--set", f"training.max_steps={STEPS}"), f"checkpoint-{STEPS + 4}", f"{STEPS}")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert refused(call("run", "--resume", str(copy), "--set", f"training.max_steps={STEPS}"), "is done")
+    for words in (("--resume",), ("--resume", str(folder))):  # the recipe's file asks for more steps, the command does not
+        shop.write(training={"num_train_epochs": 9})
+        assert refused(shop.run(*words), "is done", "--set training.max_steps")
+
+
+def test_settings_left_out_are_named_before_anything_is_computed(halfway, undisturbed):
+    shop, folder = halfway
+    before = (folder / "report.json").read_bytes()
+    shop.write(training={"num_train_epochs": 2, "save_steps": 3})
+    go_on = f"qlora-phi3 run --resume {folder.relative_to(shop.path)}"
+    refusal = shop.run("--resume")
+    assert refused(refusal, "num_train_epochs 1.0 -> 2.0", go_on, "--set training.num_train_epochs=2")
+    assert (folder / "report.json").read_bytes() == before
+    asked = interrupt(shop, 6, "--resume", "--set", "training.num_train_epochs=1")
+    assert asked.stderr.splitlines()[0] == f"Note: Changed since the run began: [training] save_steps 2 -> 3. Unchanged: {go_on}"
+    assert call("run", "--resume", str(folder)).exit_code == 0
+    assert_same_end(folder, undisturbed[1])
+
+
+def test_the_checkpoint_at_the_end_of_an_epoch_holds_the_measurement_of_it(shop, base, tmp_path):
+    training = {"eval_strategy": "epoch", "save_steps": 5, "num_train_epochs": 2, "early_stopping_patience": 3}
+    (tmp_path / "whole").mkdir()
+    whole = finished(Workshop(tmp_path / "whole", base), training=training)[1]
+    for place in (whole / "checkpoints").iterdir():
+        step = int(place.name.rpartition("-")[2])
+        assert steps_of(place, "eval") == [each for each in (0, 10, 20) if each <= step]
+    shop.write(training=training)
+    interrupt(shop, 9)
+    (folder,) = shop.runs()
+    assert shop.run("--resume").exit_code == 0
+    assert steps_of(folder, "eval") == [0, 10, 20]
+    for name in FILES:
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_another_interval_of_checkpoints_and_evaluations_is_used_from_the_resumed_step_on(halfway, undisturbed):
@@ -607,7 +646,7 @@ def test_a_run_with_8_bit_adam_is_resumed(shop):
     assert shop.run().exit_code == 0
     more = shop.run("--resume", "--set", "training.max_steps=3")
     assert more.exit_code == 0, more.stderr
-    assert read_json(shop.runs()[-1] / "report.json")["steps"] == 3
+    assert [read_json(run / "report.json")["steps"] for run in shop.runs()] == [2, 3]
 
 
 def test_a_run_from_loftq_with_noise_lora_plus_and_early_stopping_is_resumed_and_proved(shop):

@@ -212,7 +212,7 @@ MESSAGES = [
         "recipe-evaluation-on-and-off",
         load(START, "training.do_eval=false", "training.eval_strategy=steps"),
         ("do_eval = false", 'eval_strategy = "steps"'),
-        "delete one",
+        "delete do_eval",
     ),
     refused(
         "recipe-best-checkpoint-without-evaluation",
@@ -266,8 +266,8 @@ MESSAGES = [
     refused(
         "recipe-early-stopping-without-evaluation",
         load(START, "training.early_stopping_patience=3", "training.do_eval=false"),
-        ("early_stopping_patience = 3", "needs evaluations"),
-        "write do_eval = true",
+        ("do_eval = false and early_stopping_patience = 3", "contradict"),
+        "delete do_eval, or the rest",
     ),
     refused(
         "recipe-loftq-and-dora",
@@ -309,7 +309,7 @@ MESSAGES = [
     refused("import-of-no-keys", import_file("a.json", "[1]"), ("a.json holds no keys",), "Give a config"),
     refused("import-unreadable", import_file("a.py", "x = = 1"), ("a.py cannot be read",), "Give a config"),
     refused(
-        "import-missing", lambda shop: import_recipe(Path("gone.yml")), ("gone.yml cannot be read: No such",), "Give a config"
+        "import-missing", lambda shop: import_recipe(Path("gone.yml")), ("gone.yml cannot be read: No such",), "LLaMA-Factory"
     ),
     refused("import-of-other-training", import_file("a.yml", "stage: dpo\n"), ('stage = "dpo"',), "cannot be imported"),
     refused(
@@ -321,6 +321,9 @@ MESSAGES = [
     refused("recipe-is-a-directory", load_file("."), ("cannot be read",), "Give the path of a .toml file."),
     refused("recipe-not-utf-8", load_file("a.toml", START.encode("utf-16")), ("not UTF-8 text (byte 0)",), "as UTF-8"),
     refused("recipe-is-data", load_file("a.jsonl"), ("a.jsonl is data",), "qlora-phi3 init a.jsonl"),
+    refused(
+        "set-without-a-table", load(START, "epochs=2"), ("--set epochs=2",), "Did you mean 'num_train_epochs' in [training]?"
+    ),
     refused("set-without-a-value", load(START, "lora.r"), ("--set lora.r",), "--set lora.r=32"),
     refused("set-below-a-value", load(START + "[lora]\nr = 3", "lora.r.x=3"), ("r is not a table",), "--set lora.r=32"),
     refused("set-list-without-quotes", load(START, "data.train=[a]"), ("--set data.train=[a]",), """train=["a"]'"""),

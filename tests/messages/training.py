@@ -49,7 +49,7 @@ def resume(shop, status="interrupted", **changes):
     """Resume a run whose [lora] was changed."""
     recipe = load_recipe(shop.write())
     tables = recipe.model_dump(mode="json")
-    tables["lora"].update(changes)
+    tables["training" if "max_steps" in changes else "lora"].update(changes)
     write_report(RunFolder(shop.path), {"status": status, "recipe": tables})
     check_resumable(RunFolder(shop.path), recipe, SimpleNamespace(warning=print))
 
@@ -313,6 +313,14 @@ MESSAGES = [
         hint="--resume",
     ),
     Message(
+        name="resume-other-steps",
+        trigger=lambda shop: resume(shop, max_steps=3),
+        error=RunError,
+        exit_code=2,
+        says=("max_steps 3 -> -1",),
+        hint="--set training.max_steps=-1",
+    ),
+    Message(
         name="resume-other-recipe",
         trigger=lambda shop: resume(shop, r=9, lora_alpha=3),
         error=RunError,
@@ -430,6 +438,6 @@ MESSAGES = [
         error=RunError,
         exit_code=2,
         says=("runs",),
-        hint="[training] output_dir",
+        hint="Check that the directory exists and that you may write to it, or choose another [training] output_dir",
     ),
 ]

@@ -268,11 +268,29 @@ def test_a_word_of_a_key_leads_to_the_keys_that_have_it(tmp_path: Path, key: str
     assert refusal(tmp_path, text) == f"mine.toml: {expected}"
 
 
-@pytest.mark.parametrize(
-    ("override", "hint"), [("max_steps=5", "training.max_steps=5"), ("steps=5", "lora.r=32"), ("r", "lora.r=32")]
-)
+@pytest.mark.parametrize(("override", "hint"), [("max_steps=5", "training.max_steps=5"), ("r", "lora.r=32")])
 def test_a_key_without_its_table_is_shown_with_it(tmp_path: Path, override: str, hint: str):
     assert refusal(tmp_path, SHORTEST, override) == f"--set {override} is not table.key=value. Write it like: --set {hint}"
+
+
+def test_an_everyday_name_without_a_table_leads_to_its_key(tmp_path: Path):
+    assert "Did you mean 'num_train_epochs' in [training]?" in refusal(tmp_path, SHORTEST, "epochs=2")
+    assert "'eval_steps'" in refusal(tmp_path, SHORTEST, "steps=5")
+
+
+def test_what_to_do_to_train_on_every_row_is_complete_and_names_the_set(tmp_path: Path):
+    text = f'{SHORTEST}[training]\neval_strategy = "epoch"\nearly_stopping_patience = 2\n'
+    message = refusal(tmp_path, text, "data.eval_size=0")
+    assert message.startswith("mine.toml with --set data.eval_size=0: [data] eval_size = 0 ")
+    for words in ("delete it", "do_eval = false", "delete eval_strategy and early_stopping_patience"):
+        assert words in message
+    message = refusal(tmp_path, text, "training.do_eval=false")
+    assert message == (
+        'mine.toml with --set training.do_eval=false: [training] do_eval = false and eval_strategy = "epoch" and '
+        "early_stopping_patience = 2 contradict each other: delete do_eval, or the rest."
+    )
+    (tmp_path / "mine.toml").write_text(f"{SHORTEST}[training]\ndo_eval = false\n", encoding="utf-8")
+    assert load_recipe(tmp_path / "mine.toml").training.eval_strategy == "no"
 
 
 def test_no_key_of_the_libraries_is_led_to_another_one():

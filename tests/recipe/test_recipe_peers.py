@@ -318,6 +318,25 @@ def test_a_value_that_no_recipe_has_is_refused_by_name(tmp_path):
     assert recipe.training.optim == "auto"
 
 
+def test_a_name_that_only_the_other_program_knows_is_refused_only_and_noted_by_the_check(shop):
+    text = LLAMA_FACTORY + "\ndataset: my_chats\n"
+    (shop.path / "lf.yaml").write_text(text, encoding="utf-8")
+    found = import_recipe(shop.path / "lf.yaml")
+    assert "dataset" in names_in(found.refused)
+    assert "dataset" not in names_in(found.carried)
+    shop.write(data={"train": "my_chats"})
+    result = call("recipe", "check", "mine.toml")
+    assert result.stderr.splitlines()[0].startswith("Note: [data] names my_chats: no file here")
+    shop.write()
+    assert "Note: [data]" not in call("recipe", "check", "mine.toml").stderr
+
+
+def test_the_line_of_a_mistake_in_yaml_is_named(tmp_path):
+    (tmp_path / "bad.yml").write_text("base_model: x\nlist: [1\nother: 2\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"bad.yml cannot be read: line 3: expected"):
+        import_recipe(tmp_path / "bad.yml")
+
+
 def test_the_command_lists_three_groups_and_overwrites_nothing(shop):
     (shop.path / "sft.yaml").write_text(TRL, encoding="utf-8")
     result = call("recipe", "import", "sft.yaml", "--out", "my.toml")

@@ -8,6 +8,7 @@ from workshop import read_lines
 
 from qlora_phi3.errors import RecipeError
 from qlora_phi3.recipe.schema import Training
+from qlora_phi3.runfolder import RunFolder, write_report
 from qlora_phi3.training.trackers import EXTRAS, check_trackers, tracker_names
 
 CALLBACKS = "qlora_phi3.training.trackers.get_reporting_integration_callbacks"
@@ -34,9 +35,10 @@ def train_and_resume(shop, tracker, between=lambda: None):
     assert first.exit_code == 0, first.stderr
     assert f"Trackers: {tracker}, as mine-" in first.stdout
     between()
+    (folder,) = shop.runs()
+    write_report(RunFolder(folder), RunFolder(folder).read_report() | {"status": "interrupted"})
     more = shop.run("--resume", "--set", "training.max_steps=10")
     assert (more.exit_code, len(more.stderr.splitlines())) == (0, 1), more.stderr  # the learning rate follows the new number
-    (folder,) = shop.runs()
     return folder
 
 

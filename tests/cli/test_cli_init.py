@@ -110,3 +110,23 @@ def test_rows_longer_than_what_fits_are_cut_to_what_fits(shop, monkeypatch):
     monkeypatch.setattr(proposal, "find_max_lengths", partial(find, longest=0))
     result = call("init", "a.jsonl", "--out", "b.toml", "--model", str(shop.base), "--vram", "8GB")
     assert (result.exit_code, (shop.path / "b.toml").exists()) == (3, False)
+
+
+def test_a_folder_of_data_gives_the_recipe_its_name(shop, chats, monkeypatch):
+    (shop.path / "data").mkdir()
+    chats.rename(shop.path / "data" / "my-chats.jsonl")
+    monkeypatch.chdir(shop.path / "data")
+    result = call("init", ".")
+    assert result.exit_code == 0, result.stderr
+    assert load_recipe(shop.path / "data.toml", check_files=True).data.train == "data"
+
+
+@pytest.mark.parametrize("words", [["gone/a.jsonl"], ["my-chats.jsonl", "--out", "b.toml"], ["my-chats.jsonl"]])
+def test_what_cannot_be_read_or_written_is_said_first_and_by_its_name(shop, chats, monkeypatch, words):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    error = call("init", *words).stderr
+    if words[0].startswith("gone"):
+        assert error.startswith("Error: There is no data file 'gone/a.jsonl'")
+    else:
+        assert error.startswith(f"Error: {' '.join(words[1:]) or 'my-chats.toml'}: you may not write to {shop.path}.")
+    assert ("--out" in error) == ("--out" in words)

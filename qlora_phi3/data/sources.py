@@ -106,7 +106,7 @@ def open_file(name: str, base_dir: Path) -> Source:
     path = find_local(name, base_dir)
     if path is None:
         places = list(dict.fromkeys(candidate.absolute().parent for candidate in candidate_paths(name, base_dir)))
-        files = [file.name for place in places if is_dir(place) for file in place.iterdir() if _suffix(file.name) in READERS]
+        files = [each.name for place in places if is_dir(place) for each in place.iterdir() if _suffix(each.name) in READERS]
         nearest = find_nearest(Path(name).name, files, cutoff=0.8)  # the suffixes are alike anyway
         hint = f"Did you mean {quoted(Path(name).with_name(nearest))}?" if nearest else "Check the path."
         raise DataError(f"There is no data file {name!r} in {' or '.join(map(str, places))}.", hint)

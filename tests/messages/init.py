@@ -7,7 +7,6 @@ from message_table import Message
 from qlora_phi3.cli.init import init
 from qlora_phi3.errors import DataError, UserError
 
-
 ROW = '{"prompt": "a", "completion": "b"}\n'
 
 

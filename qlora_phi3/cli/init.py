@@ -1,6 +1,7 @@
 """`qlora-phi3 init`: from a file of chats to a commented recipe that fits this computer's GPU."""
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ import click
 
 from qlora_phi3.cli.options import check_new_file, create_file, debug_option, named_gpu, watching
 from qlora_phi3.cli.output import ask_number, echo, print_rich
-from qlora_phi3.errors import UserError, quoted
+from qlora_phi3.errors import UserError, quoted, wrap_words
 
 if TYPE_CHECKING:
     from qlora_phi3.hardware.gpu import Gpu
@@ -94,6 +95,9 @@ def init(
         echo(f"No recipe is written: {option.name} does not fit. Try another model or GPU.", err=True)
         ctx.exit(DOES_NOT_FIT)
     if asks:
+        from qlora_phi3.memory.proposal import EPOCHS_RULE
+
+        echo(f"Epochs by the rows, of which there are {len(summary.lengths):,}: {EPOCHS_RULE}.")
         epochs = ask_number("Epochs, passes over the rows", choice.epochs, LARGEST_EPOCHS)
         choice = replace(choice, epochs=epochs)
         target = out or click.prompt("Write the recipe to", default=str(target), value_proc=_read_target)
@@ -128,7 +132,8 @@ def _read_target(text: str) -> Path:
     try:
         check_new_file(Path(text), "")
     except UserError as error:
-        raise click.BadParameter(str(error)) from error
+        message = wrap_words(f"Error: {error}", shutil.get_terminal_size().columns)  # click prints it as it is
+        raise click.BadParameter(message.removeprefix("Error: ")) from error
     return Path(text)
 
 

@@ -42,6 +42,8 @@ GROUP_ROWS, MICRO_BATCH_TOKENS = 16, 1024
 BATCH_PROMPTS, CACHE_SHARE = 64, 0.5
 #: Resamples of an interval, and its percentiles.
 RESAMPLES, PERCENTILES = 2000, (2.5, 97.5)
+#: Rows, or answers, of which there is an interval: the bootstrap of fewer is too narrow.
+LEAST_ROWS = 20
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 MEMORY_HINT = "Close other programs that use the memory."
 
@@ -286,11 +288,15 @@ def score_answers(inference: InferenceModel, questions: Sequence[Question], answ
 
 
 def compare(base: Mapping[str, Measured], tuned: Mapping[str, Measured], seed: int) -> dict[str, dict[str, float | None]]:
-    """The mean of each figure for both models, the difference tuned - base, and its 95 % interval; and the perplexities."""
+    """The mean of each figure for both models, the difference tuned - base, and its 95 % interval; and the perplexities.
+
+    Fewer than `LEAST_ROWS` rows have no interval.
+    """
     metrics: dict[str, dict[str, float | None]] = {}
     for name, (values, weights) in tuned.items():
         before, after = (float(each.sum() / weights.sum()) for each in (base[name][0], values))
-        low, high = bootstrap_interval(values - base[name][0], weights, seed)
+        is_enough = len(values) >= LEAST_ROWS
+        low, high = bootstrap_interval(values - base[name][0], weights, seed) if is_enough else (None, None)
         metrics[name] = {"base": before, "tuned": after, "difference": after - before, "low": low, "high": high}
         if name == "loss":
             before, after = (math.exp(min(loss, 700)) for loss in (before, after))
@@ -321,10 +327,14 @@ def judge(
     ended = f"; {format_percent(ends['tuned'])} of the answers end by themselves" if ends else ""
     if not has_adapter:
         return f"No adapter, so base = tuned: loss {loss['tuned']:.2f}{ended}."
-    is_better = loss["high"] < 0 or (rouge is not None and rouge["low"] > 0)
-    is_worse = loss["low"] > 0 or (rouge is not None and rouge["high"] < 0)
-    word = ("Mixed" if is_worse else "Better") if is_better else "Worse" if is_worse else "No clear difference"
+    if (rouge or loss)["low"] is None:
+        word = f"Too few {'answers' if rouge else 'rows'} for a verdict ({LEAST_ROWS} are needed)"
+    else:
+        is_better = loss["high"] < 0 or (rouge is not None and rouge["low"] > 0)
+        is_worse = loss["low"] > 0 or (rouge is not None and rouge["high"] < 0)
+        word = ("Mixed" if is_worse else "Better") if is_better else "Worse" if is_worse else "No clear difference"
     word = "The same answers as the base's" if same_answers else "Most answers are empty" if mostly_empty else word
-    answers = f"; ROUGE-L {rouge['difference']:+.1f} ({rouge['low']:+.1f} to {rouge['high']:+.1f})" if rouge else ""
+    answers = f"; ROUGE-L {rouge['difference']:+.1f}" if rouge else ""
+    answers += f" ({rouge['low']:+.1f} to {rouge['high']:+.1f})" if rouge and rouge["low"] is not None else ""
     answers = "; ROUGE-L the same in every row" if rouge and rouge["low"] == rouge["high"] == 0 else answers
     return f"{word}: held-out loss {loss['tuned']:.2f} against {loss['base']:.2f}{answers}{ended}."

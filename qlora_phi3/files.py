@@ -161,9 +161,14 @@ def flush_directory(path: Path) -> None:
 
 
 def check_directory(target: Path, option: str) -> None:
-    """Refuse, before anything is computed, a file in a directory that does not exist: UserError."""
+    """Refuse, before anything is computed, a file in a directory that does not exist, or takes no file: UserError.
+
+    `option` names the file, and is empty where it was not given.
+    """
     if not (parent := target.absolute().parent).is_dir():
-        raise UserError(f"{option} {target}: there is no directory {parent}.", "Make it, or name another file.")
+        raise UserError(f"{option} {target}: there is no directory {parent}.".lstrip(), "Make it, or name another file.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {target}: you may not write to {parent}.".lstrip(), "Name a file in another directory.")
 
 
 def is_dir(path: str | Path) -> bool:

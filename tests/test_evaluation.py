@@ -17,6 +17,7 @@ from qlora_phi3.evaluation import (
     answer_questions,
     bootstrap_interval,
     choose_questions,
+    compare,
     evaluate_model,
     judge,
     read_other_rows,
@@ -171,6 +172,22 @@ def test_the_verdict_counts_differences_without_a_zero_in_their_interval(loss, r
     assert judge(metrics, has_adapter=True).startswith(f"{word}: held-out loss ")
 
 
+def test_fewer_than_20_answers_get_no_interval_and_no_verdict(loaded, capsys):
+    few = {"loss": (np.arange(19.0), np.ones(19))}
+    assert compare(few, few, 0)["loss"] == metric(9.0, 9.0, None, None)
+    enough = {"loss": (np.arange(20.0), np.ones(20))}
+    assert compare(enough, enough, 0)["loss"]["low"] == 0.0
+    metrics = {"loss": metric(4.38, 2.40, -2.1, -1.9), "rougeL": metric(10.0, 22.3, None, None)}
+    line = judge(metrics, has_adapter=True)
+    assert line == "Too few answers for a verdict (20 are needed): held-out loss 2.40 against 4.38; ROUGE-L +12.3."
+    only_loss = judge({"loss": metric(4.38, 2.40, None, None)}, has_adapter=True)
+    assert only_loss == "Too few rows for a verdict (20 are needed): held-out loss 2.40 against 4.38."
+    metrics["loss"] = metric(4.38, 2.40, None, None)
+    data = {"rows": 3, "name": "held-out rows", "questions": 3, "notes": []}
+    show({"model": "runs/a/1", "verdict": line, "has_adapter": True, "data": data, "metrics": metrics}, None)
+    assert "more than chance" not in capsys.readouterr().err
+
+
 def test_the_verdict_is_one_line_with_its_figures():
     metrics = {"loss": metric(4.38, 2.40, -2.1, -1.9), "rougeL": metric(10.0, 22.3, 10.1, 14.4)}
     line = judge(metrics | {"ended_by_itself": metric(0.1, 0.98, 0.8, 0.9)}, has_adapter=True)
@@ -187,7 +204,7 @@ def test_figures_that_are_equal_in_every_row_have_no_interval_of_zeros(capsys):
     show({"model": "runs/a/1", "verdict": line, "has_adapter": True, "data": data, "metrics": metrics}, None)
     rows = [row.split() for row in capsys.readouterr().out.splitlines()]
     assert ["ROUGE-L", "10.0", "10.0", "+0.0", "no", "difference"] in rows
-    assert ["Loss", "(nats", "a", "token)", "4.3800", "2.4000", "-1.9800", "-2.1000", "to", "-1.9000"] in rows
+    assert ["Loss", "4.3800", "2.4000", "-1.9800", "-2.1000", "to", "-1.9000"] in rows
 
 
 def test_a_lower_loss_is_not_better_where_all_answers_are_the_base_s(loaded, rows, monkeypatch):
@@ -268,7 +285,7 @@ def test_a_base_is_the_tuned_model_and_differs_by_zero(base, tmp_path):
     path = write_chats(tmp_path / "chats.jsonl", rows=6)
     found = read_other_rows(inference, None, str(path), no_progress)
     result = evaluate_model(inference, found, SETTINGS, progress=no_progress)
-    assert {(each["difference"], each["low"]) for each in result["metrics"].values()} == {(0.0, 0.0), (0.0, None)}
+    assert {(each["difference"], each["low"]) for each in result["metrics"].values()} == {(0.0, None)}
     assert result["verdict"].startswith("No adapter, so base = tuned: loss ")
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from qlora_phi3.cli.options import debug_option
-from qlora_phi3.errors import Interrupted, RunError, UserError, printable
+from qlora_phi3.cli.output import confirm
+from qlora_phi3.errors import RunError, UserError, printable
 
 #: The kinds of what is kept, as a person names them.
 KINDS = ("bases", "rows", "vram-check")
@@ -54,8 +55,8 @@ def clean(kinds: tuple[str, ...], yes: bool) -> None:
 
     entries = [entry for entry in list_entries() if entry.kind in (kinds or KINDS)]
     show(entries)
-    if entries and not yes and not click.confirm("Delete it?"):
-        raise Interrupted("Nothing is deleted.")
+    if entries and not yes:
+        confirm("Delete it?")
     for entry in entries:
         try:
             with FileLock(entry.path.with_name(f"{entry.path.name.lstrip('.').partition('.')[0]}.lock"), timeout=0):

@@ -174,7 +174,7 @@ class Conversation:
             if len(self.sides) > 1:
                 click.secho(f"{side}:", bold=True)
             answers.append(self._answer(side, messages, lambda pieces: click.echo(printable(pieces[-1]), nl=False)))
-            click.echo()
+            click.echo("(empty)" if len(self.sides) > 1 and not answers[-1][0].strip() else "")
             print_dim(answers[-1][1])
         if beside:
             console.print(_columns(answers, width))
@@ -223,8 +223,8 @@ def _columns(answers: list[tuple[str, str]], width: int, most_lines: int = 0) ->
     table, cells = Table("base", "tuned", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold"), []
     for column in table.columns:
         column.width = width
-    for text, _ in answers:
-        shown = printable(text.strip(), longest_line=sys.maxsize)
+    for text, figures in answers:  # which an answer in progress has not
+        shown = printable(text.strip(), longest_line=sys.maxsize) or ("(empty)" if figures else "")
         cells.append(Text("\n").join(Text(shown).wrap(Console(), width)[-most_lines:]))
     table.add_row(*cells)
     table.add_row(*(Text(figures, style="dim") for _, figures in answers))

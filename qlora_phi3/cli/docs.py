@@ -1,5 +1,6 @@
 """`qlora-phi3 docs`: the documentation that ships, in the terminal."""
 
+import difflib
 import shutil
 import sys
 
@@ -15,7 +16,9 @@ def docs(page: str | None) -> None:
     """Print PAGE of the documentation, such as data; without PAGE list the pages."""
     pages = {name: path.read_text(encoding="utf-8").rstrip() for name, path in shipped_files("docs", "md").items()}
     if page not in pages and page is not None:
-        raise UserError(f"There is no page {page!r}.", f"The pages are {', '.join(pages)}.")
+        near = difflib.get_close_matches(page, pages, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise UserError(f"There is no page {page!r}.", f"{hint}The pages are {', '.join(pages)}.")
     text = "\n".join(f"{name:18}{text.splitlines()[0].lstrip('# ')}" for name, text in pages.items())
     text = f"{text}\n\nRead one: qlora-phi3 docs data" if page is None else pages[page]
     click.echo_via_pager(wrap_words(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text)

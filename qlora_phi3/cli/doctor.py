@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from qlora_phi3.cli.options import debug_option, silence_libraries
+from qlora_phi3.cli.output import echo
 from qlora_phi3.errors import UserError, printable
+from qlora_phi3.units import format_count
 
 if TYPE_CHECKING:
     from qlora_phi3.hardware.doctor import Check
@@ -46,6 +48,10 @@ def doctor(ctx: click.Context, no_step: bool, wants_json: bool) -> None:
     passed = all(check.status != "failed" for check in checks)
     if wants_json:
         click.echo(json.dumps({"passed": passed, "checks": list(map(asdict, checks))}, indent=2))
+    else:
+        warned = sum(check.status == "warning" for check in checks)
+        notes = f", with {format_count(warned, 'warning')}: see above" if warned else ""
+        echo(f"A run can work{notes}." if passed else "A run cannot work: see what failed above.", bold=True)
     ctx.exit(0 if passed else FAILED)
 
 

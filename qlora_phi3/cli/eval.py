@@ -17,7 +17,7 @@ from qlora_phi3.units import format_count
 
 #: The figures of the table: name in the JSON, name for a reader, format of a value and of a difference, factor.
 FIGURES = (
-    ("loss", "Loss (nats a token)", ".4f", 1),
+    ("loss", "Loss", ".4f", 1),
     ("perplexity", "Perplexity", ".2f", 1),
     ("token_accuracy", "Token accuracy, %", ".1f", 100),
     ("exact_match", "Exact match, %", ".1f", 100),
@@ -29,9 +29,10 @@ FIGURES = (
     ("answer_tokens", "Tokens an answer", ".1f", 1),
 )
 EXPLANATION = (
-    "Loss and perplexity (e to the loss): lower is better. ROUGE: words shared with the row's answer, 0 to 100. "
-    "Where the interval has no 0 in it, the difference is more than chance."
+    "Loss (of a token, -ln of its probability) and perplexity (e to the loss): lower is better. ROUGE: words shared with the "
+    "row's answer, 0 to 100."
 )
+INTERVALS = " Where the interval has no 0 in it, the difference is more than chance."
 #: Of a figure in the JSON.
 PARTS = ("base", "tuned", "difference", "low", "high")
 
@@ -133,7 +134,7 @@ def _show(result: Mapping[str, Any], out: Path | None) -> None:
     echo(printable(f"{result['model']} on {format_count(data['rows'], 'row')} ({data['name']}){answered}"))
     echo(printable(result["verdict"]), bold=True)
     Console(highlight=False).print(table)
-    echo(EXPLANATION, dim=True, err=True)
+    echo(EXPLANATION + INTERVALS * any(each["low"] is not None for each in metrics.values()), dim=True, err=True)
     for note in data["notes"]:
         echo(f"Note: {printable(note)}", err=True)
     if out is not None:

@@ -19,6 +19,7 @@ from qlora_phi3.export.request import (
     OLLAMA_NAME,
     ExportOptions,
     find_finished_run,
+    is_finished_gguf,
     make_request,
 )
 
@@ -75,6 +76,9 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
         if not OLLAMA_NAME.fullmatch(name):
             hint = "Write [namespace/]name[:tag] of letters, digits, _ - and ., as in --ollama my-phi3:v1"
             raise ExportError(f"--ollama {name} is no name for Ollama.", hint)
+        source = ctx.get_parameter_source("kind")
+        if options["kind"] == "hf" and source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"--ollama {name} needs a GGUF, and --format hf writes none.", "Leave --format out.")
         find_finished_run(run, verify=not no_verify)  # before anything that takes long
         options["kind"], quants = "gguf", quants or (choose_quant(),)
     if quants and options["kind"] != "gguf":
@@ -82,6 +86,10 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
     if options["private"] and not options["push"]:
         raise UserError("--private is given without --push.", "Add --push user/name.")
     request = make_request(run, ExportOptions(quant=next(iter(quants), None), verify=not no_verify, **options))
+    if name is not None and request.gguf_file is not None and is_finished_gguf(request):
+        echo(f"{request.gguf_file} was made before: only the model in Ollama is created. --force makes the file again.")
+        create_in_ollama(name, request.gguf_file.with_name(MODELFILE))
+        return
 
     from qlora_phi3.ui.console import open_console, show_export
 
@@ -108,15 +116,16 @@ def choose_quant() -> str:
     """The type for Ollama: q4_k_m, or q8_0 with a note where llama.cpp's quantizer is not here."""
     with watching() as watcher:
         watcher.info("Looking for llama.cpp's quantizer")
-        from qlora_phi3.export.gguf.tensors import find_library
+        from qlora_phi3.export.gguf.tensors import check_package, find_library
 
+        check_package()
         try:
             find_library("q4_k_m")
         except ExportError as error:
             missing = error
         else:
             return "q4_k_m"
-    note = f"{missing} Taking q8_0, of twice the size."
+    note = f"{missing} Taking q8_0, 1.7 times as large."
     echo(f"Note: {printable(note)}", err=True)
     return "q8_0"
 

@@ -1,5 +1,7 @@
 """`qlora-phi3 init`: from a file of chats to a commented recipe that fits this computer's GPU."""
 
+import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,7 +14,7 @@ import click
 
 from qlora_phi3.cli.options import check_new_file, create_file, debug_option, named_gpu, watching
 from qlora_phi3.cli.output import ask_number, echo, print_rich
-from qlora_phi3.errors import UserError, quoted
+from qlora_phi3.errors import UserError, quoted, wrap_words
 
 if TYPE_CHECKING:
     from qlora_phi3.hardware.gpu import Gpu
@@ -68,6 +70,7 @@ def init(
         _write_example(out)
         return
     data = names[0]
+    _check_data(data)
     target = _name_recipe(data, out)
     from qlora_phi3.hardware.gpu import choose_gpu
 
@@ -92,25 +95,45 @@ def init(
         echo(f"No recipe is written: {option.name} does not fit. Try another model or GPU.", err=True)
         ctx.exit(DOES_NOT_FIT)
     if asks:
+        from qlora_phi3.memory.proposal import EPOCHS_RULE
+
+        echo(f"Epochs by the rows, of which there are {len(summary.lengths):,}: {EPOCHS_RULE}.")
         epochs = ask_number("Epochs, passes over the rows", choice.epochs, LARGEST_EPOCHS)
         choice = replace(choice, epochs=epochs)
         target = out or click.prompt("Write the recipe to", default=str(target), value_proc=_read_target)
     _write(target, summary, option, choice, device)
 
 
+def _check_data(data: str) -> None:
+    """Refuse what is no data before anything else is looked at; UserError."""
+    path = Path(data)
+    if path.suffix.lower() == ".toml":
+        raise UserError(f"{data} is a recipe, not data.", f"Train with it: qlora-phi3 run {quoted(data)}")
+    if not path.resolve().name:
+        raise UserError(f"{data} is the whole file system, not a folder of data.", "Name a file, or a folder of files.")
+    from qlora_phi3.data.sources import find_local, open_local
+
+    if find_local(data, Path()) is None:
+        open_local(data, Path())  # it says what is missing; a pattern may find files
+
+
 def _name_recipe(data: str, out: Path | None) -> Path:
-    """The recipe's file, which is not there yet."""
-    target = out or Path(data).with_name(f"{Path(data).name.partition('.')[0].replace('*', '') or 'recipe'}.toml")
-    check_new_file(target)
+    """The recipe's file, which is not there yet, and can be written."""
+    path = Path(data)
+    if path.name in ("", ".."):
+        path = Path(os.path.relpath(path.resolve().parent), path.resolve().name)
+    target = out or path.with_name(f"{path.name.partition('.')[0].replace('*', '') or 'recipe'}.toml")
+    check_new_file(target, "--out" if out else "")
     return target
 
 
 def _read_target(text: str) -> Path:
     """The file that a person types; asked again where a recipe cannot be written there."""
     try:
-        check_new_file(Path(text))
+        check_new_file(Path(text), "")
     except UserError as error:
-        raise click.BadParameter(str(error)) from error
+        message = wrap_words(f"Error: {error}", shutil.get_terminal_size().columns)  # click prints it as it is
+        raise click.BadParameter(message.removeprefix("Error: ")) from error
     return Path(text)
 
 
@@ -136,6 +159,8 @@ def _choose_columns(data: str, question: str | None, answer: str | None, asks: b
 
     if bool(question) != bool(answer):
         raise UserError("--question and --answer belong together.", "Name both columns.")
+    if question is not None and question == answer:
+        raise UserError(f"--question and --answer are both {question!r}.", "Name two columns.")
     columns = unknown_columns(data, Path())
     if question is not None and answer is not None:
         for name in (question, answer):
@@ -145,11 +170,9 @@ def _choose_columns(data: str, question: str | None, answer: str | None, asks: b
     if len(columns) < 2 or not asks:
         return {}
     click.echo(f"The columns of {data}: {', '.join(columns)}")
-    names = click.Choice(columns)
-    return {
-        "instruction": click.prompt("Which one is the question", type=names, show_choices=False),
-        "output": click.prompt("Which one is the answer", type=names, show_choices=False),
-    }
+    asked = click.prompt("Which one is the question", type=click.Choice(columns), show_choices=False)
+    others = click.Choice([column for column in columns if column != asked])
+    return {"instruction": asked, "output": click.prompt("Which one is the answer", type=others, show_choices=False)}
 
 
 def _compare(
@@ -227,7 +250,7 @@ def _write(target: Path, summary: "DataSummary", option: "ModelOption", choice: 
     from qlora_phi3.memory.proposal import choose_training, describe_gpu, recipe_text
     from qlora_phi3.units import describe_duration, describe_epochs
 
-    check_new_file(target)
+    check_new_file(target, "")
     create_file(target, recipe_text(summary, option, choice, target, describe_gpu(device)))
     time = ""
     if option.report is not None and option.report.run_seconds is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qlora_phi3.errors import DeviceError, RecipeError, UserError
+from qlora_phi3.errors import DeviceError, RecipeError, UserError, disk_error_hint
 from qlora_phi3.files import check_directory
 
 if TYPE_CHECKING:
@@ -129,11 +129,10 @@ def find_recipe(path: Path) -> Path:
 def check_new_file(target: Path, option: str = "--out") -> None:
     """Refuse, before anything is computed, a recipe that could not be written: UserError."""
     if target.suffix != ".toml":
-        raise UserError(f"{option} {target}: a recipe is written, whose name ends in .toml.", "Name it so.")
+        raise UserError(f"{option} {target}: a recipe is written, whose name ends in .toml.".lstrip(), "Name it so.")
     if os.path.lexists(target):
-        raise UserError(
-            f"{target} exists already, and no file is overwritten.", f"Name another file with {option}, or delete it."
-        )
+        hint = f"Name another file with {option or '--out'}, or delete it."
+        raise UserError(f"{target} exists already, and no file is overwritten.", hint)
     check_directory(target, option)
 
 
@@ -143,7 +142,9 @@ def create_file(target: Path, text: str) -> None:
         with target.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
     except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror}.", "Name another file with --out.") from error
+        raise UserError(
+            f"{target} cannot be written: {error.strerror}.", f"{disk_error_hint(error)}, or name another file."
+        ) from error
 
 
 def silence_libraries() -> None:

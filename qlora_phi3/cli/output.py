@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from qlora_phi3.errors import wrap_words
+from qlora_phi3.errors import Interrupted, UserError, wrap_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,6 +99,19 @@ def ask_number(question: str, default: int, most: int) -> int:
     while not (text := str(click.prompt(question, default=str(default)))).isdecimal() or not 1 <= int(text) <= most:
         click.echo(f"Error: {text} is not a whole number from 1 to {most}.")
     return int(text)
+
+
+def confirm(question: str) -> None:
+    """Ask before something is deleted: Interrupted for no, UserError where nobody can answer."""
+    try:
+        agreed = click.confirm(question)
+    except click.Abort:
+        if sys.stdin.isatty():  # Ctrl-C
+            raise
+        click.echo()
+        raise UserError("There is no answer, so nothing is deleted.", "Add --yes to delete without a question.") from None
+    if not agreed:
+        raise Interrupted("Nothing is deleted.")
 
 
 def keep_running_without_output() -> None:

@@ -8,10 +8,13 @@ from typing import Any
 import click
 
 from qlora_phi3.cli.options import complete_run, debug_option, silence_libraries
-from qlora_phi3.cli.output import echo
-from qlora_phi3.errors import Interrupted, RunError, printable
+from qlora_phi3.cli.output import confirm, echo
+from qlora_phi3.errors import RunError, printable
 
-DIRECTORY = click.option("--dir", "root", type=click.Path(path_type=Path), default="runs", show_default=True, help="Of the runs.")
+DEFAULT_ROOT = "runs"
+DIRECTORY = click.option(
+    "--dir", "root", type=click.Path(path_type=Path), default=DEFAULT_ROOT, show_default=True, help="Of the runs."
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 RUN = click.argument("run", metavar="[RUN]", required=False, shell_complete=complete_run)
 #: Columns of a terminal from which the list shows steps and rows as well.
@@ -54,6 +57,8 @@ def print_list(root: Path, as_json: bool) -> None:
     from qlora_phi3.ui.runs import RunSummary, list_summaries
     from qlora_phi3.units import format_duration, format_gib
 
+    if not root.is_dir() and root != Path(DEFAULT_ROOT):
+        raise RunError(f"--dir {root}: there is no such directory.", "Name the one that holds the runs.")
     summaries = list_summaries(root)
     if as_json:
         import json
@@ -179,8 +184,8 @@ def delete(root: Path, names: tuple[str, ...], yes: bool) -> None:
         click.echo(
             printable(f"{folder.path}: {format_gib(sum(size for _, size in sizes))} ({', '.join(name for name, _ in sizes)})")
         )
-    if not yes and not click.confirm(f"Delete {format_count(len(folders), 'run')} for good?"):
-        raise Interrupted("Nothing is deleted.")
+    if not yes:
+        confirm(f"Delete {format_count(len(folders), 'run')} for good?")
     for folder in folders:
         with lock_run(folder):
             remove(folder.path)

@@ -155,7 +155,11 @@ def _show_report(check: "CachedVramCheck", options: _Options) -> bool:
     """The report for one GPU, and --fit; returns whether the recipe fits."""
     from qlora_phi3.memory.report import as_json
 
-    device = _find_device(options, check)
+    try:
+        device = _find_device(options, check)
+    except DeviceError:
+        _ = check.recipe  # what is wrong with the recipe is said first
+        raise
     target = None if options.fit is None else _fit_target(check.path, device, options.fit)
     report = check.report(device)
     _show(options, "show_report", report, as_json(report))

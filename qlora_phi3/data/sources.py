@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from qlora_phi3.data.messages import DECODER
-from qlora_phi3.errors import DataError, first_line
+from qlora_phi3.errors import DataError, first_line, quoted
+from qlora_phi3.files import is_dir
 from qlora_phi3.recipe.load import GLOB, candidate_paths, is_local_data, local_files
+from qlora_phi3.recipe.messages import find_nearest
 from qlora_phi3.recipe.schema import Data
 
 RowIterator = Iterator[tuple[int, Any]]
@@ -66,7 +68,7 @@ def open_local(name: str, base_dir: Path, split: str = "train") -> list[Source]:
     """Open a file; each file of a folder or of a pattern such as `chats/*.jsonl`, by name; or the `split` of a saved data set.
     DataError where nothing of this name is there, or a file is unreadable or of an unsupported type.
     """
-    path = _find(name, base_dir)
+    path = find_local(name, base_dir)
     if path is not None and any((path / saved).is_file() for saved in ("state.json", "dataset_dict.json")):
         return [_open_saved(name, path, split)]
     patterns = candidate_paths(name, base_dir) if GLOB.search(name) else []
@@ -86,7 +88,7 @@ def open_local(name: str, base_dir: Path, split: str = "train") -> list[Source]:
     raise DataError(f"{name} has no data file.", f"Supported are {', '.join(READERS)}, each also with .gz at its end.")
 
 
-def _find(name: str, base_dir: Path) -> Path | None:
+def find_local(name: str, base_dir: Path) -> Path | None:
     """The first of `candidate_paths` that exists."""
     try:
         return next((path for path in candidate_paths(name, base_dir) if path.exists()), None)
@@ -101,10 +103,13 @@ def _suffix(name: str) -> str:
 
 def open_file(name: str, base_dir: Path) -> Source:
     """Open a local file, looked for as in `candidate_paths`; DataError where it is missing, unreadable, empty or unsupported."""
-    path = _find(name, base_dir)
+    path = find_local(name, base_dir)
     if path is None:
-        looked = " or ".join(dict.fromkeys(str(candidate.absolute().parent) for candidate in candidate_paths(name, base_dir)))
-        raise DataError(f"There is no data file {name!r} in {looked}.", "Check the path.")
+        places = list(dict.fromkeys(candidate.absolute().parent for candidate in candidate_paths(name, base_dir)))
+        files = [each.name for place in places if is_dir(place) for each in place.iterdir() if _suffix(each.name) in READERS]
+        nearest = find_nearest(Path(name).name, files, cutoff=0.8)  # the suffixes are alike anyway
+        hint = f"Did you mean {quoted(Path(name).with_name(nearest))}?" if nearest else "Check the path."
+        raise DataError(f"There is no data file {name!r} in {' or '.join(map(str, places))}.", hint)
     suffix = _suffix(name)
     if suffix not in READERS:
         raise DataError(f"{name} ends in {suffix!r}, which is not supported.", f"Use one of {', '.join(READERS)}, or .gz of one.")

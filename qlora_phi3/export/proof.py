@@ -103,8 +103,7 @@ def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: O
     """Score the live model and the possible merges, or load the scores that an interrupted export saved in `draft`. ExportError
     for a base with other weights than the run's, or held-out rows without a supervised token.
     """
-    key = f"{key} {request.options.onto} {sources.device.type}"
-    if (scored := _read_scored(draft / SCORED, key, sources)) is not None:
+    if (scored := read_scored(draft, request, sources, key)) is not None:
         reporter.info("The proof was made before the interruption and is used again")
         return scored
     ontos: list[Onto] = [each for each in ("nf4", "original") if sources.can_merge(each)]
@@ -132,14 +131,19 @@ def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: O
     checksums = {model.name: dict(model.checksums) for model in models if model.checksums is not None}
     scored = Scored(proof=proof, checksums=checksums, compared=sources.base.compared)
     with disk_errors(draft, ExportError, hint=DISK_HINT), atomic_file(draft / SCORED) as staging:
-        staging.write_text(json.dumps({"key": key, **asdict(scored)}), encoding="utf-8")
+        staging.write_text(json.dumps({"key": _full_key(key, request, sources), **asdict(scored)}), encoding="utf-8")
     return scored
 
 
-def _read_scored(path: Path, key: str, sources: Sources) -> Scored | None:
+def _full_key(key: str, request: Request, sources: Sources) -> str:
+    return f"{key} {request.options.onto} {sources.device.type}"
+
+
+def read_scored(draft: Path, request: Request, sources: Sources, key: str) -> Scored | None:
+    """The scores that an interrupted export saved in `draft`; None where there are none for this export."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if saved["key"] != key:
+        saved = json.loads((draft / SCORED).read_text(encoding="utf-8"))
+        if saved["key"] != _full_key(key, request, sources):
             return None
         scored = TypeAdapter(Scored).validate_python(saved)
         sources.base.compared |= scored.compared
@@ -182,7 +186,7 @@ def prove(
     for number, model in enumerate(models):
 
         def report(done: int, before: int = number * all_layers // len(models)) -> None:
-            progress(f"Proof: scoring {len(models)} models, layers", before + done, all_layers)
+            progress(f"Proof: running {len(models)} models, layer by layer", before + done, all_layers)
 
         streamed = model.open()
         finals[model.name] = streamed.run(batch, report)

@@ -148,6 +148,8 @@ def _parse_size_option(option: str, text: str) -> int:
 
 def check_targets(request: Request) -> None:
     """Raise ExportError for a target that is inside or over anything that is read, or holds what no export wrote."""
+    if is_finished_gguf(request):  # nothing is written
+        return
     options, target, gguf, run = request.options, request.target, request.gguf_file, request.run.path.resolve()
     sources = _find_sources(request.run, options.base)
     _check_outside(target, sources)
@@ -178,6 +180,17 @@ def check_targets(request: Request) -> None:
                 raise ExportError(f"{path} exists, and no export wrote it.", OTHER_PLACE)
             if path.exists() and not options.force and (path == gguf or existing.get("key") != request.key):
                 raise ExportError(f"{path} exists.", FORCE)
+
+
+def is_finished_gguf(request: Request) -> bool:
+    """Whether the GGUF that --ollama asks for is there, complete and of this very run, and need only be created in Ollama."""
+    path, options = request.gguf_file, request.options
+    if path is None or options.ollama is None or options.force or options.push is not None:
+        return False
+    report = read_existing_report(path.parent)
+    same = report.get("key") == request.key and report.get("gguf") == {"file": path.name, "quant": request.quant}
+    proved = not options.verify or bool(report.get("proof"))
+    return same and proved and not report.get("fault") and all(path.with_name(name).is_file() for name in (path.name, MODELFILE))
 
 
 def _find_sources(run: RunFolder, base: Path | None) -> list[Path]:

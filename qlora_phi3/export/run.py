@@ -121,9 +121,12 @@ def _export_merged(request: Request, draft: Path, reporter: Reporter) -> tuple[d
     if request.options.verify:
         scored = proofs.score_all(request, sources, draft, key, onto, reporter)
         onto = _choose_onto(sources, scored.proof, reporter) if auto else onto
+    elif auto and onto == "nf4" and (kept := proofs.read_scored(draft, request, sources, key)) is not None:
+        reporter.info("The proof was made before the interruption: it is not made again, and its choice is used")
+        onto = _choose_onto(sources, kept.proof, reporter)
     elif auto and onto == "nf4":
         label = sources.base.record.label(onto)
-        reporter.info(f"Without the proof it is not known which merge is better: onto {label}, which was trained")
+        reporter.info(f"Without the proof it is not known which merge is better: merging onto {label}, as in training")
     _write_weights(request, sources, draft, onto, reporter)
     if scored is not None:
         fault = proofs.find_difference(scored.checksums[onto], open_weights(draft), reporter.progress)
@@ -175,7 +178,7 @@ def _choose_onto(sources: Sources, proof: Proof, reporter: Reporter) -> Onto:
     """Decide `--onto auto` by the proof, and print the reason where the original has the lower loss."""
     chosen, difference = proofs.choose_onto(proof), proof.loss_difference
     if difference is not None and difference.standard_error is not None and difference.mean > 0:
-        better, limit = f"{difference.mean:.4f} nats", f"{2 * difference.standard_error:.4f}"
+        better, limit = f"{difference.mean:.4f}", f"{2 * difference.standard_error:.4f}"
         how, label = "more" if chosen == "original" else "less", sources.base.record.label(chosen)
         reason = f"the original's loss is lower by {better}, {how} than two standard errors ({limit})"
         reporter.info(f"Merging onto {label}: {reason}.")
@@ -254,5 +257,5 @@ def _export_gguf(request: Request, target: Path, report: Mapping[str, Any], repo
     }
     with disk_errors(folder, ExportError, hint=DISK_HINT):
         _write_report(folder, request, gguf_report, base=request.target)
-        notes = write_modelfile(request.target, target, str(request.report.get("data", {}).get("system", "")))
-    return replace(result, notes=(*result.notes, *notes))
+        system, notes = write_modelfile(request.target, target, str(request.report.get("data", {}).get("system", "")))
+    return replace(result, notes=(*result.notes, *notes), system=system)

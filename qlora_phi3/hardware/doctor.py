@@ -27,6 +27,7 @@ LARGE_DOWNLOAD, SMALL_DOWNLOAD, LEAST_RAM = 30 * GIB, 9 * GIB, 8 * GIB
 HUB_SECONDS = 3.0
 TORCH_INDEX = "https://download.pytorch.org/whl/cu128"
 HUB_ADDRESS = "https://huggingface.co"
+DRIVER = "If there is an NVIDIA GPU: install its driver (https://www.nvidia.com/drivers), until nvidia-smi lists the GPU"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def import_library(name: str) -> tuple[Any, Check | None]:
 def check_gpu(chosen: ChosenGpu | None, reason: str) -> Check:
     """The GPU that a run takes, by the driver; `reason` says why there is none."""
     if chosen is None:
-        return Check("GPU", "warning", f"a run would use the CPU, which is slow: {reason}", "nvidia-smi")
+        return Check("GPU", "warning", f"a run would use the CPU, which is slow: {reason}", DRIVER)
     gpu = chosen.gpu
     text = f"{gpu.name}, {format_gib(gpu.free_bytes)} of {format_gib(gpu.total_bytes)} free, compute capability "
     text += ".".join(map(str, gpu.compute_capability))

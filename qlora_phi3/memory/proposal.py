@@ -32,12 +32,13 @@ from qlora_phi3.units import format_count, format_gib, format_percent
 BYTES_PER_TOKEN, TOKENS_PER_TURN = 3.3, 5
 #: `max_length` is a multiple of this, and cuts one row in so many.
 LENGTH_STEP, ROWS_PER_CUT = 64, 100
+EPOCHS_RULE = "5 up to 300 rows, 3 up to 3,000, 2 up to 30,000, else 1"
 #: The models that are compared, the one with the most parameters first, with what people choose them for.
 MODELS = {
     "microsoft/phi-4": "14.7B, the most capable",
-    "microsoft/Phi-3-medium-4k-instruct": "14.0B, less memory than phi-4",
-    "microsoft/Phi-4-mini-instruct": "3.8B, many languages, tool calls",
-    "microsoft/Phi-3.5-mini-instruct": "3.8B, rows up to 131,072 tokens",
+    "microsoft/Phi-3-medium-4k-instruct": "14.0B, a little less memory",
+    "microsoft/Phi-4-mini-instruct": "3.8B, many languages, tools",
+    "microsoft/Phi-3.5-mini-instruct": "3.8B, rows to 131,072 tokens",
     "microsoft/Phi-3-mini-4k-instruct": "3.8B, the least memory",
 }
 #: Those that are proposed, in this order: the first that fits and whose training ends within a night.
@@ -262,7 +263,7 @@ def recipe_text(summary: DataSummary, option: ModelOption, choice: TrainingChoic
         "training": [
             ("max_length", option.max_length, _length_reason(option)),
             ("batch_size", choice.batch_size, f"{-(-(rows - held_out) // choice.batch_size):,} optimizer steps an epoch"),
-            ("num_train_epochs", choice.epochs, f"{chosen}rule: 5 up to 300 rows, 3 up to 3,000, 2 up to 30,000, else 1"),
+            ("num_train_epochs", choice.epochs, f"{chosen}rule: {EPOCHS_RULE}"),
             (
                 "learning_rate",
                 choice.learning_rate,

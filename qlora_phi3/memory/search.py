@@ -173,7 +173,7 @@ class _Search:
 
     def _may_fit(self, kind: ExecutionPlan) -> bool:
         """Whether a kind seems to fit with the smallest micro-batch, or to miss by little."""
-        self.progress(f"Trying {describe_kind(kind)}")
+        self.progress(f"Trying a plan: {describe_kind(kind)}")
         enough = self.most_allocated * NEARLY_FITS
         chooses_tile = self.predictor.recipe.memory.mlp_tile_tokens == "auto"
         if kind.mlp_tile_tokens and kind.checkpoint_every != 1 and chooses_tile:

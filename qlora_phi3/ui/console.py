@@ -387,7 +387,8 @@ def show_export(view: ConsoleReporter, exported: "Exported", *, for_ollama: bool
     if exported.gguf is not None:
         for note in exported.gguf.notes:
             view.info(note)
-        view.info(f"Try it: llama-cli -m {quoted(exported.gguf.path)}")
+        system = f" -sys {quoted(exported.gguf.system)}" if exported.gguf.system else ""
+        view.info(f"Try it: llama-cli -m {quoted(exported.gguf.path)}{system}")
         if not for_ollama:
             name = exported.gguf.path.stem
             view.info(f"Ollama: ollama create {name} -f {shlex.quote(str(exported.folder / 'Modelfile'))}")
@@ -421,6 +422,7 @@ def proof_lines(report: Mapping[str, Any], *, quant: str | None = None) -> list[
             f"The adapter was trained on weights rounded to 4 bits: the model {score_label('nf4', report)} is the trained one "
             f"(--onto nf4). The original's weights are not rounded: there {others} of the most likely tokens are others."
         )
-    where = f"KL from the live model, in nats. Computed in fp32 on {format_count(proof['tokens'], 'token')} of {proof['rows']}"
+    meaning = "KL: how far the probabilities of the next token are from the live model's, 0 for equal."
+    where = f"{meaning} Computed in fp32 on {format_count(proof['tokens'], 'token')} of {proof['rows']}"
     others = "held-out rows; the loss of a run or of eval is that of all held-out rows in the run's dtype."
     return [*lines, f"{where} {'rows that were trained on.' if proof['trained'] else others}"]

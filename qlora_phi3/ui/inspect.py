@@ -75,7 +75,8 @@ def show_problems(console: "Console", problems: Sequence[Problem]) -> None:
 
 def legend(console: "Console") -> str:
     """How learned text is marked."""
-    how = "green and underlined" if is_styled(console) else f"between {MARKS[0]} and {MARKS[1]}"
+    colour = "" if console.no_color else "green and "
+    how = f"{colour}underlined" if is_styled(console) else f"between {MARKS[0]} and {MARKS[1]}"
     return f"Learned: {how}, with the token that ends an answer. The rest is only read."
 
 

@@ -93,7 +93,7 @@ def draw_charts(run: Run) -> Sequence[tuple[str, str]]:
     half = max(1, round(SMOOTHED_SHARE * len(losses) / 2))
     smooth = [mean(losses[max(0, index - half) : index + half + 1]) for index in range(len(losses))]
     loss = [("each step", steps, losses, THIN), ("training", steps, smooth, LINE)]
-    drawn: dict[str, list[Curve]] = {"Loss (nats per token)": [*loss, ("held-out", *run.series("eval_loss"), DOTTED)]}
+    drawn: dict[str, list[Curve]] = {"Loss per token": [*loss, ("held-out", *run.series("eval_loss"), DOTTED)]}
     for key in ("learning_rate", "grad_norm", "tokens_per_second"):
         title = key.capitalize().replace("_", " ").replace("Grad norm", "Gradient norm")
         drawn[title] = [("", *run.series(key), LINE)]

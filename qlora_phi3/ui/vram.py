@@ -270,7 +270,7 @@ def show_gpu_table(console: Console, reports: Sequence[VramReport]) -> None:
 
 
 def show_models(console: Console, options: "Sequence[ModelOption]") -> None:
-    """One line for each model of the family on one GPU; with what it is chosen for, where there is room."""
+    """Each model of the family on one GPU, with what it is chosen for: on the same line where there is room, else below it."""
     wide = console.width >= WIDE
     table = build_table("", "model", "fits", "GiB>", "max_length>", "tokens/s>", "time>", *([""] if wide else ()))
     for number, option in enumerate(options, 1):
@@ -278,12 +278,14 @@ def show_models(console: Console, options: "Sequence[ModelOption]") -> None:
         cells = [f"{report.memory.on_gpu_bytes / GIB:.1f}", f"{option.max_length:,}", "", ""] if report else [""] * 4
         if report is not None and report.fits:
             cells[2:] = [f"{report.tokens_per_second:,.0f}", describe_duration(report.run_seconds or 0)]
-        notes = [f"[dim]{escape(option.note)}[/]"] if wide else []
+        note, name = f"[dim]{escape(option.note)}[/]", escape(option.name.removeprefix("microsoft/"))
         fits = "[green]yes[/]" if report is not None and report.fits else "[red]no[/]"
-        table.add_row(f"{number}", escape(option.name.removeprefix("microsoft/")), fits, *cells, *notes)
+        table.add_row(
+            f"{number}", name if wide or not option.note else f"{name}\n{note}", fits, *cells, *([note] if wide else [])
+        )
     console.print(table)
     if len(options) > 1:
-        _print(console, "The model with the most parameters comes first.", "dim")
+        _print(console, "The models with the most parameters (14.7B: 14.7 billion) come first.", "dim")
 
 
 def show_max_lengths(console: Console, rows: Sequence[MaxLengthRow]) -> None:

@@ -55,6 +55,7 @@ def test_what_a_kill_left_is_listed_and_deleted(kept):
 def test_nothing_is_deleted_before_the_answer_is_yes(kept):
     refused = CliRunner().invoke(main, ["cache", "clean"], input="n\n")
     assert (refused.exit_code, refused.stderr) == (130, "Nothing is deleted.\n")
+    assert "Add --yes" in call("cache", "clean").stderr  # no answer on stdin
     assert [path.exists() for path in kept.values()] == [True, True, True]
     agreed = CliRunner().invoke(main, ["cache", "clean"], input="y\n")
     assert agreed.exit_code == 0

@@ -174,6 +174,15 @@ def test_the_sides_keep_conversations_of_their_own(loaded, capsys):
     assert len(base) == len(tuned) == 4
 
 
+def test_an_empty_answer_beside_another_is_said_to_be_empty(loaded, monkeypatch, capsys):
+    monkeypatch.setattr(Conversation, "_answer", lambda _, side, *__: ("" if side == "base" else "a cherry", "figures"))
+    talk(loaded, "base", "tuned").ask("?")
+    assert capsys.readouterr().out.splitlines()[:2] == ["base:", "(empty)"]
+    table = chat_module._columns([("", "0 tokens"), ("a cherry", "3 tokens")], 20)
+    assert [str(cell) for cell in table.columns[0].cells] == ["(empty)", "0 tokens"]
+    assert [str(cell) for cell in chat_module._columns([("", "")], 20).columns[0].cells] == ["", ""]
+
+
 def test_answers_stand_beside_each_other_on_a_wide_terminal(loaded, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")

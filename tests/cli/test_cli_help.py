@@ -102,3 +102,7 @@ def test_a_mistake_on_the_command_line_is_one_line_with_what_is_allowed(words, l
 
 def test_a_group_without_a_command_shows_its_help():
     assert "Commands:\n  check" in CliRunner().invoke(main, ["recipe"]).output
+
+
+def test_a_page_that_is_not_there_has_a_nearest_one():
+    assert "Did you mean data? The pages are " in call("docs", "dta").stderr

@@ -110,3 +110,52 @@ def test_rows_longer_than_what_fits_are_cut_to_what_fits(shop, monkeypatch):
     monkeypatch.setattr(proposal, "find_max_lengths", partial(find, longest=0))
     result = call("init", "a.jsonl", "--out", "b.toml", "--model", str(shop.base), "--vram", "8GB")
     assert (result.exit_code, (shop.path / "b.toml").exists()) == (3, False)
+
+
+def test_a_folder_of_data_gives_the_recipe_its_name(shop, chats, monkeypatch):
+    (shop.path / "data").mkdir()
+    chats.rename(shop.path / "data" / "my-chats.jsonl")
+    monkeypatch.chdir(shop.path / "data")
+    result = call("init", ".")
+    assert result.exit_code == 0, result.stderr
+    assert load_recipe(shop.path / "data.toml", check_files=True).data.train == "data"
+
+
+@pytest.mark.parametrize("words", [["gone/a.jsonl"], ["my-chats.jsonl", "--out", "b.toml"], ["my-chats.jsonl"]])
+def test_what_cannot_be_read_or_written_is_said_first_and_by_its_name(shop, chats, monkeypatch, words):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    error = call("init", *words).stderr
+    if words[0].startswith("gone"):
+        assert error.startswith("Error: There is no data file 'gone/a.jsonl'")
+    else:
+        assert error.startswith(f"Error: {' '.join(words[1:]) or 'my-chats.toml'}: you may not write to {shop.path}.")
+    assert ("--out" in error) == ("--out" in words)
+
+
+def test_at_80_columns_the_table_says_what_each_model_is_good_for(capsys):
+    from rich.console import Console
+
+    from qlora_phi3.memory.proposal import MODELS
+    from qlora_phi3.ui.vram import show_models
+
+    report = SimpleNamespace(memory=SimpleNamespace(on_gpu_bytes=10**10), fits=True, tokens_per_second=1e4, run_seconds=80_000)
+    models = [SimpleNamespace(name=name, note=note, max_length=131_072, report=report) for name, note in MODELS.items()]
+    show_models(Console(width=80, force_terminal=True, color_system=None), models)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert [line.strip() for line in lines[2:12:2]] == list(MODELS.values())
+    assert lines[1].split()[:2] == ["1", "phi-4"]
+    assert [line.split()[-2:] for line in lines[1:11:2]] == [["15", "min"]] * 5
+    assert "14.7B: 14.7 billion" in lines[-1]
+
+
+def test_an_error_at_a_question_is_wrapped_between_words(monkeypatch):
+    import click
+
+    from qlora_phi3.cli.init import _read_target
+
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(click.BadParameter) as raised:
+        _read_target("gone/a.toml")
+    lines = f"Error: {raised.value.message}".splitlines()
+    assert lines[0] == "Error: gone/a.toml: there is no"
+    assert lines[-1].endswith("name another file.")

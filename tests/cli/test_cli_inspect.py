@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
+from rich.console import Console
 from workshop import call
 
-from qlora_phi3.ui.inspect import shown
+from qlora_phi3.ui.inspect import legend, shown
 
 
 def test_inspect_shows_rows_with_the_learned_text_marked_and_then_the_figures(shop):
@@ -75,3 +77,12 @@ def test_a_page_in_a_directory_that_is_not_there_is_one_line(shop):
     result = call("inspect", str(shop.write()), "--row", "999")
     assert result.exit_code == 2
     assert "--row 999" in result.stderr
+
+
+@pytest.mark.parametrize(("colour", "how"), [("1", "underlined"), (None, "green and underlined")])
+def test_the_legend_names_no_colour_where_there_is_none(monkeypatch, colour, how):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if colour:
+        monkeypatch.setenv("NO_COLOR", colour)
+    console = Console(force_terminal=True, color_system="standard")
+    assert legend(console).startswith(f"Learned: {how}, with the token")

@@ -151,7 +151,8 @@ def test_a_plot_has_both_curves_on_one_scale():
 def test_delete_asks_and_removes_only_the_runs_that_are_named(here):
     first, second = (write_run(here / "runs" / "mine" / name) for name in "12")
     refused = call("runs", "delete", "mine/1")  # no answer on stdin
-    assert (refused.exit_code, refused.stderr) == (130, "Stopped.\n")
+    assert refused.exit_code == 2
+    assert refused.stderr == "Error: There is no answer, so nothing is deleted. Add --yes to delete without a question.\n"
     refused = CliRunner().invoke(main, ["runs", "delete", "mine/1"], input="n\n")
     assert (refused.exit_code, refused.stderr) == (130, "Nothing is deleted.\n")
     assert "runs/mine/1: 3 MiB (adapter, checkpoints" in refused.stdout

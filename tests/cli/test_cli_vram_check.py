@@ -453,3 +453,9 @@ def test_no_row_fits_a_budget_that_is_too_small(home):
     result = call("vram-check", "mine.toml", "--max-length", "--vram", "4GB", "--set", "memory.budget=200MiB")
     assert result.exit_code == 3
     assert "none" in result.stdout
+
+
+def test_data_in_place_of_a_recipe_is_said_before_the_missing_driver(shop, monkeypatch):
+    write_chats(shop.path / "my-chats.jsonl")
+    for words in ([], ["--vram", "8GB"]):
+        assert call("vram-check", "my-chats.jsonl", *words).stderr.startswith("Error: my-chats.jsonl is data, not a recipe.")

@@ -445,6 +445,23 @@ def test_a_proof_outlives_an_interruption_and_only_the_winner_is_written(run, mo
     assert [path.name for path in (run / "merged").iterdir() if path.name.startswith(".")] == []
 
 
+def test_without_a_proof_the_choice_of_one_that_an_interruption_left_is_used(run, monkeypatch):
+    import qlora_phi3.export.writer as writer
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qlora_phi3.export.proof.choose_onto", lambda proof: "original")
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_write_shard", stop)
+        assert call("export", str(run)).exit_code == 130
+    result = call("export", str(run), "--no-verify")
+    assert result.exit_code == 0, result.stderr
+    assert "it is not known" not in result.stdout
+    report = read_json(run / "merged" / "export_report.json")
+    assert (report["status"], report["onto"], report["proof"]) == ("unproved", "original", None)
+
+
 def test_scores_of_other_held_out_rows_are_not_taken_up(run, monkeypatch):
     import qlora_phi3.export.writer as writer
 
@@ -752,7 +769,7 @@ def test_of_a_folder_of_runs_the_newest_is_taken_also_two_levels_deep(run, tmp_p
     result = call("export", str(tmp_path / "deep"), "--no-verify")
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "deep" / "mine" / "2026-01-01_00-00-00" / "merged" / "config.json").is_file()
-    assert "Without the proof it is not known which merge is better: onto NF4" in result.stdout
+    assert "Without the proof it is not known which merge is better: merging onto NF4" in result.stdout
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path):
@@ -900,8 +917,37 @@ def test_ollamas_type_is_q4_k_m_and_without_its_quantizer_q8_0(merged, tmp_path,
     result = call("export", str(merged), "--ollama", "my-phi3", "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, result.stderr
     assert "--quant q4_k_m needs llama.cpp's own quantizer" in result.stderr.splitlines()[0]
-    assert "Taking q8_0" in result.stderr.splitlines()[0]
+    assert "Taking q8_0, 1.7 times as large." in result.stderr.splitlines()[0]
     assert (tmp_path / "out" / "mine-q8_0.gguf").is_file()
+
+
+def test_without_the_gguf_package_nothing_else_is_looked_for(merged, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = call("export", str(merged), "--ollama", "my-phi3")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        "Error: A .gguf file needs the gguf package. Install it: pip install 'qlora-phi3[gguf]'"
+    ]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in is a shell script")
+def test_a_gguf_of_the_same_run_is_created_in_ollama_without_being_made_again(merged, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("gguf")
+    out = tmp_path / "out"
+    words = ("export", str(merged), "--quant", "q8_0", "--out", str(out))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "which", lambda name: None)
+        assert call(*words, "--ollama", "a").exit_code == 0
+    before = (out / "mine-q8_0.gguf").stat().st_mtime_ns
+    put_ollama(tmp_path / "bin", monkeypatch, code=0)
+    result = call(*words, "--ollama", "b")
+    assert (result.exit_code, (out / "mine-q8_0.gguf").stat().st_mtime_ns) == (0, before), result.stderr
+    assert result.stdout.splitlines()[0].startswith(f"{out / 'mine-q8_0.gguf'} was made before")
+    assert f"arguments: create b -f {out / 'Modelfile'}" in capfd.readouterr().out
+    assert call(*words, "--format", "gguf").exit_code == 2  # nothing is left to do, and nothing is replaced
+    report = read_json(out / "export_report.json")
+    (out / "export_report.json").write_text(json.dumps({**report, "key": "of another run"}), encoding="utf-8")
+    assert call(*words, "--ollama", "b").exit_code == 2
 
 
 @pytest.mark.parametrize("name", ["-f", "", "a b", "../x", "a/b/c", "x:", "héllo", "a..b", "x" * 81])

@@ -462,7 +462,7 @@ def test_a_template_that_is_more_than_fixed_text_is_left_to_ollama(tmp_path):
 
 
 def test_phi_3s_modelfile(folders, tmp_path):
-    assert write_modelfile(folders["plain"], tmp_path / "bot.gguf") == ()
+    assert write_modelfile(folders["plain"], tmp_path / "bot.gguf") == ("", ())
     assert (tmp_path / "Modelfile").read_text(encoding="utf-8") == (
         "FROM ./bot.gguf\n"
         'TEMPLATE """{{- range $i, $_ := .Messages }}\n'
@@ -493,7 +493,8 @@ def test_with_longrope_ollamas_context_is_what_the_short_factors_serve(folders, 
 def test_the_system_turn_of_all_training_rows_is_that_of_the_modelfile(folders, tmp_path, system, line, note):
     write_modelfile(folders["plain"], tmp_path / "bot.gguf")
     without = (tmp_path / "Modelfile").read_text(encoding="utf-8")
-    (said,) = write_modelfile(folders["plain"], tmp_path / "bot.gguf", system)
+    placed, (said,) = write_modelfile(folders["plain"], tmp_path / "bot.gguf", system)
+    assert placed == (system if line else "")
     assert said.startswith(note)
     stop = 'PARAMETER stop "<|endoftext|>"\n'
     assert (tmp_path / "Modelfile").read_text(encoding="utf-8") == without.replace(stop, line + stop)
@@ -505,7 +506,7 @@ def test_a_template_without_a_system_turn_leaves_it_to_the_first_question(folder
     turns = prompt.Turns(opening="", system=None, user=("<|user|>", "<|assistant|>"), after_assistant="<|end|>")
     planned = prompt.plan_prompting
     monkeypatch.setattr(prompt, "plan_prompting", lambda *given: replace(planned(*given), turns=turns))
-    (note,) = write_modelfile(folders["plain"], tmp_path / "bot.gguf", "Be brief.")
+    _, (note,) = write_modelfile(folders["plain"], tmp_path / "bot.gguf", "Be brief.")
     assert note.endswith("begin the first question with it.")
     assert "SYSTEM" not in (tmp_path / "Modelfile").read_text(encoding="utf-8")
 

@@ -176,7 +176,7 @@ def test_a_merge_that_is_not_checked_costs_no_pass_of_its_own_and_has_no_fault(r
     calls = []
     models = models_of(run, torch.float16, checked=["nf4"])
     found = prove_models(models, run, rows_with_ends([30]), progress=lambda *call: calls.append(call))
-    assert calls[:6] == [("Proof: scoring 3 models, layers", done, 6) for done in range(1, 7)]  # of two layers each
+    assert calls[:6] == [("Proof: running 3 models, layer by layer", done, 6) for done in range(1, 7)]  # of two layers each
     assert {what for what, _, _ in calls[6:]} == {"Comparing the next tokens, words"}
     assert found.of("original").fault_mean_kl is None
     assert find_fault(found.of("original"), torch.float16) is None

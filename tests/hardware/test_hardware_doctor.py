@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
+from workshop import call
 
 from qlora_phi3.hardware import doctor
 from qlora_phi3.hardware.doctor import (
+    Check,
     check_bitsandbytes,
     check_gpu,
     check_hub,
@@ -58,7 +60,22 @@ def test_a_gpu_names_its_data_type_and_one_that_is_too_old_fails():
     old = chosen()
     object.__setattr__(old.gpu, "compute_capability", (6, 1))
     assert check_gpu(old, "").status == "failed"
-    assert check_gpu(None, "no driver").status == "warning"
+    missing = check_gpu(None, "no driver")
+    assert (missing.status, "install its driver" in missing.fix) == ("warning", True)
+
+
+@pytest.mark.parametrize(
+    ("states", "code", "line"),
+    [
+        (["ok"], 0, "A run can work."),
+        (["ok", "warning"], 0, "A run can work, with 1 warning: see above."),
+        (["failed", "warning"], 1, "A run cannot work: see what failed above."),
+    ],
+)
+def test_the_last_line_is_the_verdict(monkeypatch, states, code, line):
+    monkeypatch.setattr(doctor, "run_checks", lambda: [Check("x", state, "y") for state in states])
+    result = call("doctor", "--no-step")
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (code, line)
 
 
 def test_bitsandbytes_needs_its_library_and_with_a_gpu_that_of_cuda():

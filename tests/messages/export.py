@@ -142,6 +142,13 @@ MESSAGES = [
         ("--ollama my phi",),
         "--ollama my-phi3",
     ),
+    row(
+        "ollama-with-safetensors",
+        lambda shop: command("--ollama", "my-phi3", "--format", "hf"),
+        ("--ollama my-phi3", "--format hf"),
+        "Leave --format out",
+        UserError,
+    ),
     row("ollama-fails", lambda shop: ollama_that("exit 3"), ("ollama create x", "exit code 3"), "ollama create x -f Modelfile"),
     row("ollama-no-program", lambda shop: ollama_that(""), ("ollama cannot be started",), "The export is complete"),
     row(

@@ -9,7 +9,7 @@ from message_table import Message
 from run_files import data_report, step_record, write_run
 
 from qlora_phi3.cli.runs import runs
-from qlora_phi3.errors import RunError
+from qlora_phi3.errors import RunError, UserError
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.training import order, samples
 from qlora_phi3.training.order import read_step_rows
@@ -30,6 +30,11 @@ def delete_nothing(shop):
     write_run(shop.path / "runs" / "mine" / "1")
     with mock.patch("qlora_phi3.files.remove"):
         command("delete", "mine/1", "--yes")
+
+
+def delete_without_an_answer(shop):
+    write_run(shop.path / "runs" / "mine" / "1")
+    command("delete", "mine/1")
 
 
 def delete_a_group(shop):
@@ -111,6 +116,22 @@ MESSAGES = [
         exit_code=2,
         says=("There is no run under runs",),
         hint="qlora-phi3 run RECIPE.toml",
+    ),
+    Message(
+        name="no-directory-of-runs",
+        trigger=lambda shop: command("--dir", "nosuch"),
+        error=RunError,
+        exit_code=2,
+        says=("--dir nosuch: there is no such directory",),
+        hint="Name the one",
+    ),
+    Message(
+        name="delete-without-an-answer",
+        trigger=delete_without_an_answer,
+        error=UserError,
+        exit_code=2,
+        says=("There is no answer",),
+        hint="Add --yes",
     ),
     Message(
         name="rows-of-changed-data",

@@ -58,7 +58,7 @@ def shown(
     }
     if agreement is not None:
         report["proof"]["scores"].append({"name": "original", **score, "top_agreement": agreement})
-    result = quant and GgufResult(path=Path("x.gguf"), quant=quant, notes=("A note.",))
+    result = quant and GgufResult(path=Path("x.gguf"), quant=quant, notes=("A note.",), system="Be brief.")
     view = Lines()
     show_export(view, Exported(folder=Path("x"), report=report, gguf=result or None), for_ollama=for_ollama)  # type: ignore[arg-type]
     return view
@@ -79,6 +79,10 @@ def test_what_is_written_is_the_merged_model_where_the_files_hold_those_weights(
 def test_a_gguf_of_other_weights_is_named_with_what_it_was_made_from(quant, dtype):
     lines = shown(quant=quant, dtype=dtype).infos
     assert f"Written: {quant}, made from the model merged onto NF4; the file itself was not measured." in lines
+
+
+def test_the_command_to_try_a_gguf_has_the_system_turn():
+    assert "Try it: llama-cli -m x.gguf -sys 'Be brief.'" in shown(quant="q8_0").infos
 
 
 @pytest.mark.parametrize(
@@ -102,8 +106,8 @@ def test_where_two_merges_differ_it_is_said_why_and_which_one_was_trained(onto, 
         "original's weights are not rounded: there 25.00 % of the most likely tokens are others."
     )
     assert lines[at + 2] == (
-        "KL from the live model, in nats. Computed in fp32 on 9 tokens of 2 held-out rows; the loss of a run or of eval is that "
-        "of all held-out rows in the run's dtype."
+        "KL: how far the probabilities of the next token are from the live model's, 0 for equal. Computed in fp32 on 9 tokens of "
+        "2 held-out rows; the loss of a run or of eval is that of all held-out rows in the run's dtype."
     )
     assert proved in lines
     assert max(len(line) for line in lines[:at]) <= 80

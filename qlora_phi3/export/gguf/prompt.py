@@ -172,7 +172,7 @@ def _fit_template(tokenizer: Any, template: str, rule: bool) -> tuple[str, tuple
     }
     for kind, probe in kinds.items():
         if not _reads_alike(tokenizer, rule, template, template, (probe,)):
-            return template, (f"A message that {kind} has other ids in llama.cpp than in training: type none there.",)
+            return template, (f"A message that {kind} has other ids in llama.cpp than in training: send no such message there.",)
     return template, ()
 
 
@@ -206,10 +206,10 @@ def _remove_white_space(text: str, left: list[str], right: list[str], space: str
     return text
 
 
-def write_modelfile(folder: Path, gguf: Path, system: str = "") -> tuple[str, ...]:
+def write_modelfile(folder: Path, gguf: Path, system: str = "") -> tuple[str, tuple[str, ...]]:
     """Write the Modelfile with which `ollama create` takes a .gguf file, next to it; `folder` is the export that it was made of.
-    Returns notes on `system`, the system turn of all training rows, if any. ExportError where its generation_config.json cannot
-    be read; ModelError where the tokenizer or the config cannot.
+    Returns the system turn in it, and notes on `system`, that of all training rows, if any. ExportError where its
+    generation_config.json cannot be read; ModelError where the tokenizer or the config cannot.
     """
     tokenizer, target = load_tokenizer(Model(name=str(folder))), gguf.with_name(MODELFILE)
     prompting = plan_prompting(tokenizer, gguf.stem)
@@ -227,9 +227,9 @@ def write_modelfile(folder: Path, gguf: Path, system: str = "") -> tuple[str, ..
     lines += [f"PARAMETER num_ctx {min(limit for limit in limits if limit is not None)}", ""]
     with disk_errors(target, ExportError), atomic_file(target) as staging:
         staging.write_text("\n".join(lines), encoding="utf-8", newline="\n")
-    note = "The Modelfile has the system turn of all training rows; llama-cli takes it as -sys TEXT."
+    note = "The Modelfile has the system turn of all training rows; llama-cli needs it after -sys."
     lost = "The system turn of all training rows has no place in the Modelfile: begin the first question with it."
-    return (note if placed else lost,) if system else ()
+    return system if placed else "", (note if placed else lost,) if system else ()
 
 
 def build_template(turns: Turns) -> str:

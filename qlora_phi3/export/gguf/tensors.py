@@ -158,10 +158,15 @@ def check_quant(quant: str) -> None:
     """Raise ExportError for an unknown type, or one whose library is not installed."""
     if quant not in QUANTS:
         raise ExportError(f"There is no --quant '{quant}'.", f"The names: {', '.join(QUANTS)}.")
-    if importlib.util.find_spec("gguf") is None:
-        raise ExportError("A .gguf file needs the gguf package.", "Install it: pip install 'qlora-phi3[gguf]'")
+    check_package()
     if quant in QUANTIZED:
         find_library(quant)
+
+
+def check_package() -> None:
+    """Raise ExportError where the gguf package is not installed."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ExportError("A .gguf file needs the gguf package.", "Install it: pip install 'qlora-phi3[gguf]'")
 
 
 def find_library(quant: str) -> Path:
@@ -180,7 +185,7 @@ def find_library(quant: str) -> Path:
         if loaded.returncode == 0:
             return path
         problem = problem or f" {path} cannot be loaded: {(loaded.stderr.strip() or 'no message').splitlines()[-1]}."
-    hint = f"Install it: {OTHER_WAYS}. Or take --quant q8_0, which needs nothing."
+    hint = f"Install it: {OTHER_WAYS}. Or take --quant q8_0, which the gguf package writes."
     raise ExportError(f"--quant {quant} needs llama.cpp's own quantizer.{problem}", hint)
 
 

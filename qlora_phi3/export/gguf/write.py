@@ -34,6 +34,7 @@ class GgufResult:
     path: Path
     quant: str
     notes: tuple[str, ...]  #: What llama.cpp does differently from training, for a person to read.
+    system: str = ""  #: The system turn of the Modelfile, which llama-cli must be given.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -73,7 +73,8 @@ def show(entries: list[CacheEntry]) -> None:
 
     for entry in entries:
         used = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
-        click.echo(printable(f"{entry.kind:<10}  {format_gib(entry.size_bytes):>9}  last used {used}  {entry.text}"))
+        name, size = "" if entry.kind == KINDS[-1] else entry.path.name[:8], format_gib(entry.size_bytes)
+        click.echo(printable(f"{entry.kind:<10}  {name:<8}  {size:>9}  last used {used}  {entry.text}"))
     click.echo(f"In all {format_gib(sum(entry.size_bytes for entry in entries))}." if entries else "Nothing is kept.")
 
 

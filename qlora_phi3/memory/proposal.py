@@ -7,7 +7,7 @@ import math
 import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,11 @@ from qlora_phi3.data.sources import open_local
 from qlora_phi3.data.tokenize import read_examples
 from qlora_phi3.errors import DataError, quoted
 from qlora_phi3.family import Architecture, parse_architecture, read_config
+from qlora_phi3.files import user_cache_dir
 from qlora_phi3.hardware.gpu import Gpu
-from qlora_phi3.memory.report import VramReport
+from qlora_phi3.memory.cached import cache_key, find_cached, save_cached
+from qlora_phi3.memory.margin import read_margin
+from qlora_phi3.memory.report import VramReport, as_json, from_json
 from qlora_phi3.memory.tables import find_max_lengths
 from qlora_phi3.memory.vram_check import RecipeContext, VramChecker, hub_offline, read_rows, summarize_rows
 from qlora_phi3.recipe.edit import commented_toml
@@ -219,13 +222,20 @@ def _build_checker(option: ModelOption, summary: DataSummary, choice: TrainingCh
 
 
 def compare_models(device: Gpu, progress: Progress, info: Callable[[str], None]) -> list[ModelOption]:
-    """What each model of the family takes on a GPU for 1,000 rows of `TYPICAL_LENGTH` tokens, seen once."""
+    """What each model of the family takes on a GPU for 1,000 rows of `TYPICAL_LENGTH` tokens, seen once; kept as vram-check's."""
     rows = (TYPICAL_LENGTH,) * 1000
     summary = DataSummary(data=Data(train="."), format="", rows_read=1000, lengths=rows, skipped=(), has_tools=False)
-    choice, options = TrainingChoice(evaluation_rows=0, batch_size=16, epochs=1, learning_rate=2e-4), list[ModelOption]()
-    for number, name in enumerate(MODELS):
+    choice = TrainingChoice(evaluation_rows=0, batch_size=16, epochs=1, learning_rate=2e-4)
+    options = [model_option(name, summary, Path(), progress) for name in MODELS]
+    lengths = [option.lengths for option in options]
+    question = {"kind": "models", "device": asdict(replace(device, processes=())), "share": read_margin(device.name).share}
+    path = user_cache_dir() / "vram-check" / f"{cache_key({**question, 'lengths': lengths})}.json"
+    if saved := find_cached(path):
+        return [replace(option, report=from_json(report)) for option, report in zip(options, saved, strict=True)]
+    for number, option in enumerate(options):
         progress("Simulating the training of each model", number, len(MODELS))
-        options.append(simulate_option(model_option(name, summary, Path(), progress), summary, choice, device, info))
+        options[number] = simulate_option(option, summary, choice, device, info)
+    save_cached(path, [as_json(option.report) for option in options if option.report is not None], ())
     return options
 
 

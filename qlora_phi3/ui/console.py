@@ -396,6 +396,8 @@ def show_export(view: ConsoleReporter, exported: "Exported", *, for_ollama: bool
     if exported.page:
         view.info(f"On the hub: {exported.page}")
     view.info(f"Done: {exported.folder.absolute()}")
+    if exported.gguf is None:
+        view.info(f"Next: qlora-phi3 chat {quoted(shown(str(exported.folder.absolute())))}")
 
 
 def proof_lines(report: Mapping[str, Any], *, quant: str | None = None) -> list[str]:

@@ -38,8 +38,8 @@ def kept(tmp_path, monkeypatch):
 def test_everything_is_listed_with_its_size_and_last_use(kept):
     lines = call("cache").stdout.splitlines()
     assert [line.split() for line in lines] == [
-        ["bases", "3", "MiB", "last", "used", "2023-11-14", "22:13", "a", "base\\x1b[31m,", "NF4"],
-        ["rows", "2", "MiB", "last", "used", "2023-11-15", "22:13", "chats.jsonl,", "rows:", "1,200"],
+        ["bases", "1", "3", "MiB", "last", "used", "2023-11-14", "22:13", "a", "base\\x1b[31m,", "NF4"],
+        ["rows", "2", "2", "MiB", "last", "used", "2023-11-15", "22:13", "chats.jsonl,", "rows:", "1,200"],
         ["vram-check", "1", "MiB", "last", "used", "2023-11-16", "22:13", "answers:", "2"],
         ["In", "all", "6", "MiB."],
     ]

@@ -11,6 +11,7 @@ from run_files import write_run
 from workshop import call
 
 from qlora_phi3.cli import output
+from qlora_phi3.cli.docs import render
 from qlora_phi3.cli.main import COMMANDS, main
 from qlora_phi3.cli.options import complete_run
 
@@ -38,6 +39,16 @@ def test_the_documentation_is_listed_and_printed():
     listed = call("docs").stdout
     assert all(f"{path.stem} " in listed for path in PAGES.glob("*.md"))
     assert call("docs", "data").stdout == (PAGES / "data.md").read_text(encoding="utf-8")
+
+
+def test_a_page_in_a_terminal_has_no_markdown_and_links_are_commands(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    table = "| a | b |\n|---|---|\n| 1 | see [gguf.md](gguf.md) |"
+    shown = render(f"# Head\n\n{table}\n\n**Rows** of [your own](data.md), {'word ' * 30}")
+    assert "qlora-phi3 docs gguf" in shown
+    assert "your own (qlora-phi3 docs data)" in " ".join(shown.split())
+    assert not any(mark in shown for mark in ("](", "**", "|---", "# Head"))
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from qlora_phi3.family import known_config, parse_architecture
 from qlora_phi3.hardware.gpu import gpu_of_size
+from qlora_phi3.memory import proposal
 from qlora_phi3.memory.cost import count_weights
 from qlora_phi3.memory.proposal import (
     MODELS,
@@ -17,6 +18,7 @@ from qlora_phi3.memory.proposal import (
     DataSummary,
     choose_max_length,
     choose_training,
+    compare_models,
     model_option,
     propose,
     read_data,
@@ -123,3 +125,17 @@ def test_every_key_of_the_recipe_has_its_reason(tmp_path):
     keys = [line for line in text.splitlines() if " = " in line and not line.startswith("#")]
     assert len(keys) == 11
     assert all("   # " in line for line in keys)
+
+
+def test_the_models_of_the_family_are_simulated_once_for_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    one = {SMALLEST_MODEL: MODELS[SMALLEST_MODEL]}
+    monkeypatch.setattr(proposal, "MODELS", one)
+    shown = []
+    first = compare_models(gpu_of_size(8 * GIB), lambda *_: None, shown.append)
+    assert first[0].report.fits
+    assert shown.pop() == f"{SMALLEST_MODEL}: Simulating every layer"
+    count = len(shown)
+    assert compare_models(gpu_of_size(8 * GIB), lambda *_: None, shown.append) == first
+    assert len(shown) == count  # the second time nothing is computed
+    assert compare_models(gpu_of_size(4 * GIB), lambda *_: None, shown.append) != first

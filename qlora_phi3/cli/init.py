@@ -63,15 +63,10 @@ def init(
     DATA is a .jsonl, .json, .csv or .parquet file of chats or questions and answers (qlora-phi3 docs data). Without it a file of
     eight chats is written to look at. Nothing is downloaded, and no file is overwritten. Exit code 3: no model fits the GPU.
     """
-    if len(names) > 1:
-        pattern = f"{Path(names[0]).parent / '*'}{Path(names[0]).suffix}"
-        raise UserError("DATA is one name.", f"For several files put a pattern in quotes: qlora-phi3 init '{pattern}'")
     if not names:
         _write_example(out)
         return
-    data = names[0]
-    _check_data(data)
-    target = _name_recipe(data, out)
+    data, target = _check_data(names), _name_recipe(names[0], out)
     from qlora_phi3.hardware.gpu import choose_gpu
 
     asks = not yes and sys.stdin.isatty() and sys.stdout.isatty()
@@ -95,18 +90,25 @@ def init(
         echo(f"No recipe is written: {option.name} does not fit. Try another model or GPU.", err=True)
         ctx.exit(DOES_NOT_FIT)
     if asks:
-        from qlora_phi3.memory.proposal import EPOCHS_RULE
-
-        echo(f"Epochs by the rows, of which there are {len(summary.lengths):,}: {EPOCHS_RULE}.")
-        epochs = ask_number("Epochs, passes over the rows", choice.epochs, LARGEST_EPOCHS)
-        choice = replace(choice, epochs=epochs)
+        choice = replace(choice, epochs=_ask_epochs(len(summary.lengths), choice.epochs))
         target = out or click.prompt("Write the recipe to", default=str(target), value_proc=_read_target)
     _write(target, summary, option, choice, device)
 
 
-def _check_data(data: str) -> None:
-    """Refuse what is no data before anything else is looked at; UserError."""
-    path = Path(data)
+def _ask_epochs(num_rows: int, proposed: int) -> int:
+    """How often to go over the rows, with the rule of the proposal."""
+    from qlora_phi3.memory.proposal import EPOCHS_RULE
+
+    echo(f"Epochs by the rows, of which there are {num_rows:,}: {EPOCHS_RULE}.")
+    return ask_number("Epochs, passes over the rows", proposed, LARGEST_EPOCHS)
+
+
+def _check_data(names: Sequence[str]) -> str:
+    """The name of the data, unless it is no data, which is refused before anything else is looked at: UserError."""
+    data, path = names[0], Path(names[0])
+    if len(names) > 1:
+        pattern = path.parent / f"*{path.suffix}"
+        raise UserError("DATA is one name.", f"For several files put a pattern in quotes: qlora-phi3 init '{pattern}'")
     if path.suffix.lower() == ".toml":
         raise UserError(f"{data} is a recipe, not data.", f"Train with it: qlora-phi3 run {quoted(data)}")
     if not path.resolve().name:
@@ -115,6 +117,7 @@ def _check_data(data: str) -> None:
 
     if find_local(data, Path()) is None:
         open_local(data, Path())  # it says what is missing; a pattern may find files
+    return data
 
 
 def _name_recipe(data: str, out: Path | None) -> Path:

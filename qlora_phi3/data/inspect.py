@@ -139,11 +139,11 @@ def find_row(data: PreparedData, wanted: str, tokenizer: Any) -> RowView:
                 return view_rows(dataset, [int(index)], data, tokenizer, held_out=dataset is data.evaluation)[0]
     reasons = {name: reason for name, reason in data.left_out.items() if f":{name}".endswith(f":{number}")}
     if row := next((name for name in reasons if name.rpartition(":")[0].endswith(file)), None):
-        hint = "Correct it, or leave it out; `--problems` lists all such rows."
+        hint = "Correct it there to train on it; `--problems` lists all such rows."
         raise DataError(f"--row {wanted}: {row} is not trained on: {reasons[row]}.", hint)
     raise DataError(
         f"--row {wanted}: no such row of {', '.join(data.report.sources)} is trained or evaluated on.",
-        "A row has the number of the line that it starts on, or of its record; `--problems` lists those that are left out.",
+        "The number is that of the line on which the row starts, in .parquet that of the row; `--problems` lists rows left out.",
     )
 
 

@@ -169,7 +169,7 @@ def describe_load() -> str | None:
     cores, load = psutil.cpu_count() or 1, psutil.getloadavg()[0]
     if torch.cuda.is_available() or torch.get_num_threads() == 1 or load <= cores:
         return None
-    return f"This computer is busy (load {load:.1f} on {format_count(cores, 'core')}), which slows the training down as well."
+    return f"This computer is busy (load {load:.1f} on {format_count(cores, 'core')}), so that the training is slower too."
 
 
 def row_name(row: Mapping[str, Any], sources: Sequence[str]) -> str:

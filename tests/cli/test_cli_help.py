@@ -117,3 +117,10 @@ def test_a_group_without_a_command_shows_its_help():
 
 def test_a_page_that_is_not_there_has_a_nearest_one():
     assert "Did you mean data? The pages are " in call("docs", "dta").stderr
+
+
+def test_an_option_of_the_command_above_is_said_to_come_before():
+    refused = call("runs", "show", "--dir", "elsewhere")
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("Error: --dir comes before show: ")
+    assert refused.stderr.endswith(" runs --dir ... show\n")

@@ -145,7 +145,7 @@ def explain_choices(
     elif tile:
         mlp_tile = "the MLPs of all layers are computed twice; nothing as fast fits without"
     where = "in host memory" if execution.activation_offloading else "on the GPU"
-    kept = f"computed once and kept {where}" if execution.keep_attention else "keeping it would gain under 2% or not fit"
+    kept = f"computed once and kept {where}" if execution.keep_attention else "keeping it would gain under 2 % or not fit"
     paged = "its state can leave a full GPU; otherwise it is as fast as adamw_8bit"
     offloading = "recomputation alone does not save enough memory" if execution.activation_offloading else "not needed"
     logits_tile = "the fastest size" if execution.logits_tile_bytes >= DEFAULT_LOGITS_TILE_BYTES else "less memory"

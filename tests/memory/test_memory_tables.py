@@ -60,7 +60,8 @@ def test_a_gpu_of_a_size_gets_the_report_of_its_line_in_the_table(checker, size_
     line, gpu = table_of(checker, size_gb), gpu_of_size(size_gb * GIB)
     alone = checker.report(gpu, gpu.free_bytes)
     assert replace(alone, device=line.device, created=line.created) == line
-    assert alone.slowest_tokens_per_second < alone.tokens_per_second < alone.fastest_tokens_per_second
+    assert alone.slowest_tokens_per_second <= alone.tokens_per_second <= alone.fastest_tokens_per_second
+    assert alone.slowest_tokens_per_second < alone.fastest_tokens_per_second  # the median may be equal to one of them
 
 
 def test_on_a_large_gpu_the_longest_row_is_all_the_positions_of_a_small_model(checker):

@@ -64,7 +64,7 @@ def main() -> None:
     }
     paths = [word for word in arguments if word.startswith("tests/")]
     arguments = [word for word in arguments if word not in paths]
-    programs = [["-m", "pytest", "-p", "no:xdist", tests] for tests in paths or TESTS]
+    programs = [["-m", "pytest", "-p", "no:xdist", "--timeout=1800", tests] for tests in paths or TESTS]
     if options.bench:
         programs = [["scripts/bench_memory.py", "emulated"]]
     codes = []

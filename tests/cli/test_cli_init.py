@@ -1,6 +1,7 @@
 """`qlora-phi3 init` as a person calls it, on a tiny model."""
 
 import os
+import select
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -58,14 +59,16 @@ def test_ctrl_c_at_a_question_ends_in_a_line_of_its_own(shop, chats):
     shown = b""
     while not shown.endswith(b"]: "):
         shown += os.read(terminal, 4096)
-    os.write(terminal, b"\x03")
     end = b""
+    # Python loses a Ctrl-C between readline's prompt and its wait for a key, about every second one here: it is pressed again.
     with suppress(OSError):  # the terminal is closed
-        while part := os.read(terminal, 4096):
-            end += part
+        while b"Stopped" not in end:
+            os.write(terminal, b"\x03")
+            while select.select([terminal], [], [], 1)[0]:
+                end += os.read(terminal, 4096)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
     os.close(terminal)
-    assert end.decode().splitlines() == ["^C", "Stopped."]
+    assert end.decode().replace("^C", "").splitlines() == ["", "Stopped."]
     assert not (shop.path / "my-chats.toml").exists()
 
 

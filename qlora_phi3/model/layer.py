@@ -32,6 +32,9 @@ from qlora_phi3.model import kernels
 from qlora_phi3.model.attention import BY_DOCUMENT, is_in_backward
 
 _aten = torch.ops.aten
+#: x (rows, in), weight (out, in) -> x @ weight^T by oneDNN, without a gradient of its own; None where torch was built without.
+#: torch sends 16-bit products on a CPU there, but fp32 ones to MKL. The memory simulation of CUDA replaces it.
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +70,11 @@ class LinearWithLora:
         kept = self.draw_masks(rows.shape[0])
         low_rank = _scaled_product(self.scaling, self.mask(rows, kept), lora_A.t())
         if self.magnitude is None:
-            output = self.base(x)
+            output = multiply(x, self.dequantize().t()) if takes_onednn(x) else self.base(x)
             output.flatten(0, -2).addmm_(low_rank, lora_B.t())
             return output, low_rank, kept
         weight = self.dequantize()
-        output = torch.mm(low_rank, lora_B.t()).addmm_(rows, weight.t())
+        output = add_product(torch.mm(low_rank, lora_B.t()), rows, weight.t())
         factor = self.magnitude / self.row_norms(weight, lora_A, lora_B)
         output = torch.mul(output, factor, out=output).view(*x.shape[:-1], -1)
         return output, low_rank, [output, factor]
@@ -96,7 +99,9 @@ class LinearWithLora:
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients (tokens, r) of the product with A, and (tokens, in_features) of the input; `grad` is of `unscale`."""
         low_rank = _scaled_product(self.scaling, grad, lora_B)
-        return low_rank, self.mask(torch.mm(low_rank, lora_A), kept).addmm_(grad, self.dequantize()) if wants_input else None
+        if not wants_input:
+            return low_rank, None
+        return low_rank, add_product(self.mask(torch.mm(low_rank, lora_A), kept), grad, self.dequantize())
 
     def mask(self, rows: Tensor, kept: list[Tensor]) -> Tensor:
         """rows * the mask of dropout in one kernel, if there is dropout."""
@@ -247,8 +252,28 @@ def read_loras(x: Tensor, *layers: nn.Module) -> list[tuple[LinearWithLora, Tens
     return list(zip(found, weights[::2], weights[1::2], [lora.magnitude for lora in found], strict=True))
 
 
+def takes_onednn(x: Tensor) -> bool:
+    """Whether products of `x` with weights are computed by `ONEDNN_LINEAR`."""
+    return ONEDNN_LINEAR is not None and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def multiply(first: Tensor, second: Tensor) -> Tensor:
+    """first @ second, (..., k) and (k, n) -> (..., n), without a gradient of its own."""
+    if not takes_onednn(first):
+        return torch.matmul(first, second)
+    product = ONEDNN_LINEAR(first.flatten(0, -2), second.t(), None, "none", [], "")  # type: ignore[misc]
+    return cast(Tensor, _aten._unsafe_view(product, [*first.shape[:-1], -1]))  # no view, so that it may be overwritten
+
+
+def add_product(total: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """total + first @ second; it may overwrite `total`."""
+    return multiply(first, second).add_(total) if takes_onednn(first) else total.addmm_(first, second)
+
+
 def _scaled_product(scale: float, first: Tensor, second: Tensor) -> Tensor:
     """scale * first @ second in one kernel."""
+    if takes_onednn(first):
+        return multiply(first, second).mul_(scale)
     return first.new_empty((first.shape[0], second.shape[1])).addmm_(first, second, beta=0, alpha=scale)
 
 

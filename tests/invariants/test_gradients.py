@@ -7,9 +7,10 @@ from tiny_model import gradients, load_tiny, random_rows, relative_difference, s
 from torch.autograd.graph import save_on_cpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import qlora_phi3.model.layer
 from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.model import attention
-from qlora_phi3.model.layer import LinearWithLora
+from qlora_phi3.model.layer import LinearWithLora, takes_onednn
 from qlora_phi3.model.phi3 import Precision, set_checkpointing, set_mlp_tiles
 from qlora_phi3.recipe.schema import Lora
 from qlora_phi3.step import collate, evaluate, forward_backward
@@ -60,7 +61,8 @@ def test_checkpointing_changes_neither_loss_nor_gradient(folder):
     assert relative_difference(expected, other) < 1e-6
 
 
-def test_checkpointing_is_really_on(folder):
+def test_checkpointing_is_really_on(folder, monkeypatch):
+    monkeypatch.setattr(qlora_phi3.model.layer, "ONEDNN_LINEAR", None)  # it multiplies without the base's forward
     model = load_tiny(folder)
     set_checkpointing(model, 1)
     model.train()
@@ -122,7 +124,7 @@ def calls_of_mlp(model, monkeypatch):
     usual = LinearWithLora.forward
 
     def forward(lora, x, *weights):
-        if lora.base is base and lora.magnitude is not None:  # DoRA multiplies with the base's weight itself
+        if lora.base is base and (lora.magnitude is not None or takes_onednn(x)):  # multiplied with its weight itself
             calls.append(x.shape[:-1].numel())
         return usual(lora, x, *weights)
 

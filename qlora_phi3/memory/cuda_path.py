@@ -261,7 +261,7 @@ def following_cuda(tracker: MemoryTracker, *, capability: tuple[int, int]) -> It
         patch.object(qlora_phi3.model.attention, "attend_pack_backward", partial(_attend_pack_backward, tracker)),
         patch.object(qlora_phi3.model.attention, "_takes_groups", takes_groups),
         patch.object(qlora_phi3.model.kernels, "launch", launch),
-        patch.object(qlora_phi3.model.layer, "ONEDNN_LINEAR", None),
+        patch.object(qlora_phi3.model.kernels, "ONEDNN_LINEAR", None),
         patch.object(qlora_phi3.model.layer, "rms_norm", rms_norm),
         patch.object(qlora_phi3.model.layer, "rms_norm_backward", rms_norm_backward),
         patch.object(transformers.modeling_utils, "save_on_cpu", lambda **_: saved_tensors_hooks(offload, load)),

@@ -1,12 +1,13 @@
-"""The fused element-wise kernels of the decoder layer: SwiGLU and the rotary embedding, each in one pass over memory.
+"""Kernels that PyTorch would not choose: fused element-wise ones of the decoder layer on a GPU, SwiGLU and the rotary embedding,
+each in one pass over memory; and oneDNN's products in fp32 on a CPU.
 
-A plan decides whether a run uses them (`ExecutionPlan.fused_kernels`), so that the memory simulation runs the same path. Without
-them `layer.py` computes the same in plain PyTorch, with more passes and two more buffers in the backward pass of SwiGLU.
+A plan decides whether a run uses the fused ones (`ExecutionPlan.fused_kernels`), so that the memory simulation runs the same path.
+Without them `layer.py` computes the same in plain PyTorch, with more passes and two more buffers in the backward pass of SwiGLU.
 """
 
 import subprocess
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from qlora_phi3.errors import first_line
 
 #: Compute capability from which on they are used: tests/model/test_model_kernels.py compiles them for it and for newer ones.
 LEAST_CAPABILITY = (7, 5)
+#: x (rows, in), weight (out, in) -> x @ weight^T by oneDNN, without a gradient of its own; None where torch was built without.
+#: torch sends 16-bit products on a CPU there, but fp32 ones to MKL. The memory simulation of CUDA replaces it.
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -92,3 +96,21 @@ def rotate(source: Tensor, cos: Tensor, sin: Tensor, target: Tensor, *, inverse:
         cos, sin: (rows or 1, length, size), whose two halves are alike.
     """
     launch("rotate", [source, cos.contiguous(), sin.contiguous()], [target], inverse=inverse)
+
+
+def takes_onednn(x: Tensor) -> bool:
+    """Whether products of `x` with weights are computed by `ONEDNN_LINEAR`."""
+    return ONEDNN_LINEAR is not None and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def multiply(first: Tensor, second: Tensor) -> Tensor:
+    """first @ second, (..., k) and (k, n) -> (..., n), without a gradient of its own."""
+    if not takes_onednn(first):
+        return torch.matmul(first, second)
+    product = ONEDNN_LINEAR(first.flatten(0, -2), second.t(), None, "none", [], "")  # type: ignore[misc]
+    return cast(Tensor, torch.ops.aten._unsafe_view(product, [*first.shape[:-1], -1]))  # no view, so that it may be overwritten
+
+
+def add_product(total: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """total + first @ second; it may overwrite `total`."""
+    return multiply(first, second).add_(total) if takes_onednn(first) else total.addmm_(first, second)

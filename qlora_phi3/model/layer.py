@@ -30,11 +30,9 @@ from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
 
 from qlora_phi3.model import kernels
 from qlora_phi3.model.attention import BY_DOCUMENT, is_in_backward
+from qlora_phi3.model.kernels import add_product, multiply, takes_onednn
 
 _aten = torch.ops.aten
-#: x (rows, in), weight (out, in) -> x @ weight^T by oneDNN, without a gradient of its own; None where torch was built without.
-#: torch sends 16-bit products on a CPU there, but fp32 ones to MKL. The memory simulation of CUDA replaces it.
-ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,24 +248,6 @@ def read_loras(x: Tensor, *layers: nn.Module) -> list[tuple[LinearWithLora, Tens
     if any(weight.dtype != x.dtype for weight in weights):
         weights = _Cast.apply(x.dtype, *weights)  # type: ignore[no-untyped-call]
     return list(zip(found, weights[::2], weights[1::2], [lora.magnitude for lora in found], strict=True))
-
-
-def takes_onednn(x: Tensor) -> bool:
-    """Whether products of `x` with weights are computed by `ONEDNN_LINEAR`."""
-    return ONEDNN_LINEAR is not None and x.dtype == torch.float32 and x.device.type == "cpu"
-
-
-def multiply(first: Tensor, second: Tensor) -> Tensor:
-    """first @ second, (..., k) and (k, n) -> (..., n), without a gradient of its own."""
-    if not takes_onednn(first):
-        return torch.matmul(first, second)
-    product = ONEDNN_LINEAR(first.flatten(0, -2), second.t(), None, "none", [], "")  # type: ignore[misc]
-    return cast(Tensor, _aten._unsafe_view(product, [*first.shape[:-1], -1]))  # no view, so that it may be overwritten
-
-
-def add_product(total: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """total + first @ second; it may overwrite `total`."""
-    return multiply(first, second).add_(total) if takes_onednn(first) else total.addmm_(first, second)
 
 
 def _scaled_product(scale: float, first: Tensor, second: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, IGNORE_INDEX
+from qlora_phi3.model.kernels import multiply, takes_onednn
 
 
 def select_supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,29 +70,30 @@ class _TiledCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         tile_rows = max(1, tile_bytes // (4 * len(head)))
-        # Two buffers that every tile reuses; they are one where `hidden` is fp32 or fp64.
-        logits_16 = hidden.new_empty((min(tile_rows, len(hidden)), len(head)))
-        dtype_32 = torch.promote_types(logits_16.dtype, torch.float32)
-        logits_32 = logits_16 if logits_16.dtype == dtype_32 else torch.empty_like(logits_16, dtype=dtype_32)
+        # Two buffers that every tile reuses; they are one where `hidden` is fp32 or fp64. oneDNN's product is a new tensor.
+        size = min(tile_rows, len(hidden)), len(head)
+        buffer_16 = None if takes_onednn(hidden) else hidden.new_empty(size)
+        buffer_32 = hidden.new_empty(size, dtype=torch.float32) if hidden.element_size() == 2 else None
         with torch.autocast(hidden.device.type, enabled=False):
             for start in tile_starts(len(hidden), tile_rows):
                 rows = slice(start, start + tile_rows)
                 tile, target = hidden[rows], targets[rows, None]
-                grad_logits = torch.mm(tile, head.T, out=logits_16[: len(tile)])
-                logits = grad_logits if logits_32 is logits_16 else logits_32[: len(tile)].copy_(grad_logits)
+                out = buffer_16 if buffer_16 is None else buffer_16[: len(tile)]
+                grad_logits = multiply(tile, head.T) if out is None else torch.mm(tile, head.T, out=out)
+                logits = grad_logits if buffer_32 is None else buffer_32[: len(tile)].copy_(grad_logits)
                 max_logits, top = logits.max(dim=-1, keepdim=True)
                 num_correct += (top == target).sum()
                 target_logits = logits.gather(1, target)
                 sum_exp = logits.sub_(max_logits).exp_().sum(dim=-1, keepdim=True)
                 total += (sum_exp.log() + max_logits - target_logits).sum()
-                if grad_hidden is None and grad_weight is None:
-                    continue
-                logits.div_(sum_exp).scatter_add_(1, target, torch.full_like(target_logits, -1.0))
-                grad_logits.copy_(logits)
+                if grad_hidden is not None or grad_weight is not None:
+                    logits.div_(sum_exp).scatter_add_(1, target, torch.full_like(target_logits, -1.0))
+                    grad_logits.copy_(logits)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = (grad_logits @ head).float() / normalizer
+                    grad_hidden[rows] = multiply(grad_logits, head).float() / normalizer
                 if grad_weight is not None:
                     grad_weight += (grad_logits.T @ tile).float() / normalizer
+                del grad_logits, logits  # before the next tile's
         ctx.mark_non_differentiable(num_correct)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype

@@ -7,11 +7,11 @@ from tiny_model import gradients, load_tiny, random_rows, relative_difference, s
 from torch.autograd.graph import save_on_cpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import qlora_phi3.model.layer
 from qlora_phi3.execution import MicroBatchPlan
-from qlora_phi3.model import attention
-from qlora_phi3.model.layer import LinearWithLora, takes_onednn
-from qlora_phi3.model.phi3 import Precision, set_checkpointing, set_mlp_tiles
+from qlora_phi3.model import attention, kernels
+from qlora_phi3.model.kernels import takes_onednn
+from qlora_phi3.model.layer import LinearWithLora
+from qlora_phi3.model.phi3 import Precision, find_base, set_checkpointing, set_mlp_tiles
 from qlora_phi3.recipe.schema import Lora
 from qlora_phi3.step import collate, evaluate, forward_backward
 
@@ -48,6 +48,25 @@ def test_accumulation_and_packing_change_neither_loss_nor_gradient(folder, plan,
     assert (split.num_tokens, split.num_supervised) == (together.num_tokens, together.num_supervised)
 
 
+@pytest.mark.skipif(kernels.ONEDNN_LINEAR is None, reason="torch without oneDNN")
+@pytest.mark.parametrize("four_bit", [True, False])
+@pytest.mark.parametrize("lora", [Lora(), Lora(use_dora=True), Lora(lora_dropout=0.1)])
+def test_onednns_products_change_neither_loss_nor_gradient(folder, monkeypatch, lora, four_bit):
+    """fp32 on a CPU: four projections of each layer, forward, their inputs' gradients, and the logits."""
+    model, calls, multiply = load_tiny(folder, lora=lora, four_bit=four_bit), [], kernels.ONEDNN_LINEAR
+    monkeypatch.setattr(kernels, "ONEDNN_LINEAR", lambda *args: calls.append(args[0].shape) or multiply(*args))
+    torch.manual_seed(0)
+    loss, correct, expected, _ = run_step(model, PACKED)
+    layers = find_base(model).config.num_hidden_layers
+    assert len([shape for shape in calls if shape[0] == 320]) >= 4 * 2 * layers - 1
+    assert len(calls) > 4 * 2 * layers + 2
+    monkeypatch.setattr(kernels, "ONEDNN_LINEAR", None)
+    torch.manual_seed(0)
+    other_loss, other_correct, other, _ = run_step(model, PACKED)
+    assert (other_loss, other_correct) == (pytest.approx(loss, rel=1e-6), correct)
+    assert relative_difference(expected, other) < 1e-5
+
+
 def test_eight_micro_batches_of_one_row_are_really_eight():
     assert len(collate(random_rows(LENGTHS), ONE_BY_ONE).micro_batches) == 8
 
@@ -62,7 +81,7 @@ def test_checkpointing_changes_neither_loss_nor_gradient(folder):
 
 
 def test_checkpointing_is_really_on(folder, monkeypatch):
-    monkeypatch.setattr(qlora_phi3.model.layer, "ONEDNN_LINEAR", None)  # it multiplies without the base's forward
+    monkeypatch.setattr(kernels, "ONEDNN_LINEAR", None)  # it multiplies without the base's forward
     model = load_tiny(folder)
     set_checkpointing(model, 1)
     model.train()

@@ -8,7 +8,7 @@ from tiny_model import gradients, load_tiny, random_rows, relative_difference, s
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 from qlora_phi3.execution import MicroBatchPlan
-from qlora_phi3.model import layer
+from qlora_phi3.model import kernels, layer
 from qlora_phi3.model.phi3 import Precision, find_base, set_checkpointing, set_mlp_tiles
 from qlora_phi3.recipe.schema import Lora
 from qlora_phi3.step import collate, forward_backward
@@ -238,7 +238,7 @@ def test_parameters_have_the_names_of_transformers(folder):
 @pytest.mark.parametrize(("every", "tiles", "calls"), [(0, 0, 1), (1, 0, 1), (0, 64, 3), (1, 64, 3)])
 def test_recomputation_leaves_out_the_down_projection(folder, monkeypatch, every, tiles, calls):
     """Every layer's product with the weight of down_proj is made once forward; gate_up_proj's is made again."""
-    monkeypatch.setattr(layer, "ONEDNN_LINEAR", None)  # it multiplies without the base's forward
+    monkeypatch.setattr(kernels, "ONEDNN_LINEAR", None)  # it multiplies without the base's forward
     model = load_tiny(folder)
     set_checkpointing(model, every)
     set_mlp_tiles(model, tiles)

@@ -1,8 +1,8 @@
 """Kernels that PyTorch would not choose: fused element-wise ones of the decoder layer on a GPU, SwiGLU and the rotary embedding,
 each in one pass over memory; and oneDNN's products in fp32 on a CPU.
 
-A plan decides whether a run uses the fused ones (`ExecutionPlan.fused_kernels`), so that the memory simulation runs the same path.
-Without them `layer.py` computes the same in plain PyTorch, with more passes and two more buffers in the backward pass of SwiGLU.
+A plan decides whether a run uses the fused ones (`ExecutionPlan.fused_kernels`), so that the memory simulation runs the same
+path; without them `layer.py` computes the same in plain PyTorch, with more passes and two more buffers in SwiGLU's backward pass.
 """
 
 import subprocess
@@ -111,6 +111,8 @@ def multiply(first: Tensor, second: Tensor) -> Tensor:
     return cast(Tensor, torch.ops.aten._unsafe_view(product, [*first.shape[:-1], -1]))  # no view, so that it may be overwritten
 
 
-def add_product(total: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """total + first @ second; it may overwrite `total`."""
-    return multiply(first, second).add_(total) if takes_onednn(first) else total.addmm_(first, second)
+def add_products(rows: Tensor, weight: Tensor, low_rank: Tensor, factor: Tensor) -> Tensor:
+    """rows @ weight + low_rank @ factor, (m, k), (k, n), (m, r) and (r, n) -> (m, n), without a gradient of its own."""
+    if takes_onednn(rows):
+        return multiply(rows, weight).addmm_(low_rank, factor)
+    return torch.mm(low_rank, factor).addmm_(rows, weight)

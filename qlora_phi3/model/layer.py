@@ -30,7 +30,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
 
 from qlora_phi3.model import kernels
 from qlora_phi3.model.attention import BY_DOCUMENT, is_in_backward
-from qlora_phi3.model.kernels import add_product, multiply, takes_onednn
+from qlora_phi3.model.kernels import add_products, multiply, takes_onednn
 
 _aten = torch.ops.aten
 
@@ -72,7 +72,7 @@ class LinearWithLora:
             output.flatten(0, -2).addmm_(low_rank, lora_B.t())
             return output, low_rank, kept
         weight = self.dequantize()
-        output = add_product(torch.mm(low_rank, lora_B.t()), rows, weight.t())
+        output = add_products(rows, weight.t(), low_rank, lora_B.t())
         factor = self.magnitude / self.row_norms(weight, lora_A, lora_B)
         output = torch.mul(output, factor, out=output).view(*x.shape[:-1], -1)
         return output, low_rank, [output, factor]
@@ -99,7 +99,11 @@ class LinearWithLora:
         low_rank = _scaled_product(self.scaling, grad, lora_B)
         if not wants_input:
             return low_rank, None
-        return low_rank, add_product(self.mask(torch.mm(low_rank, lora_A), kept), grad, self.dequantize())
+        if not self.dropout:
+            return low_rank, add_products(grad, self.dequantize(), low_rank, lora_A)
+        grad_x = self.mask(torch.mm(low_rank, lora_A), kept)
+        by_onednn = takes_onednn(grad)
+        return low_rank, grad_x.add_(multiply(grad, self.dequantize())) if by_onednn else grad_x.addmm_(grad, self.dequantize())
 
     def mask(self, rows: Tensor, kept: list[Tensor]) -> Tensor:
         """rows * the mask of dropout in one kernel, if there is dropout."""
@@ -336,7 +340,7 @@ class _NormedProjection(Function):
         x, weight, scale, lora_A, lora_B, low_rank, *kept = ctx.saved_tensors
         grad, grad_magnitude = ctx.lora.unscale(grad.flatten(0, -2), kept)
         grad_low, grad_normed = ctx.lora.backward(grad, lora_A, lora_B, kept, wants_input=ctx.needs_input_grad[0])
-        grad_b = torch.mm(grad.t(), low_rank)
+        grad_b = torch.mm(low_rank.t(), grad).t() if takes_onednn(grad) else torch.mm(grad.t(), low_rank)
         grad_a = torch.mm(grad_low.mul_(scale.flatten(0, -2)).t(), ctx.lora.mask(x.flatten(0, -2), kept)).mul_(weight)
         grad_x = None if grad_normed is None else rms_norm_backward(grad_normed.view_as(x), x, weight, scale)
         return grad_x, None, None, None, grad_a, grad_b, grad_magnitude

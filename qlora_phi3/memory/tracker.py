@@ -238,8 +238,7 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         for tensor in reversed(results) if func is _aten.native_dropout.default else results:  # the mask is allocated first
             if isinstance(tensor, Tensor):
                 self._follow(tensor, category)
-        if self.rounding != 1:
-            self._count_operator(func, args, results)
+        self._count_operator(func, args, results)
         if func in _PRODUCTS:
             self.first_products.setdefault(self.phase, len(self.events))
         return result

@@ -28,6 +28,8 @@ HALVED_TFLOPS = 1.5
 BANDWIDTH_SHARE: Mapping[str, float] = {"matmul": 0.7, "attention": 0.7, "dequantize": 0.4, "elementwise": 0.9}
 #: From the end of one kernel to the begin of the next, and what the host needs to start one: the longer of both sums counts.
 LAUNCH_SECONDS, HOST_SECONDS = 2e-6, 30e-6
+#: Share of a CPU's rates, measured on a few tensors again and again, that kernels reach between others (docs/performance.md).
+CPU_SHARE = 0.85
 #: An operator on a CPU, started from Python, with what autograd does for it (one Zen 5 core, torch 2.13).
 CPU_LAUNCH_SECONDS = 8e-6
 #: Bytes a second between host and GPU, pinned memory, PCIe 4.0 x8 (16 GB/s stated): one published run on a laptop had 9.4.
@@ -79,7 +81,8 @@ class CpuLimits:
     def rates(self, kind: Kind) -> tuple[float, float]:
         """Operations and bytes a second of such kernels."""
         flops = self.attention_flops_per_second if kind == "attention" else self.flops_per_second
-        return flops, self.dequantized_bytes_per_second if kind == "dequantize" else self.bytes_per_second
+        moved = self.dequantized_bytes_per_second if kind == "dequantize" else self.bytes_per_second
+        return flops * CPU_SHARE, moved * CPU_SHARE
 
 
 Limits = GpuLimits | CpuLimits

@@ -46,6 +46,10 @@ _NO_KERNEL = {
 _OVERWRITES = {_aten.copy_, _aten.zero_, _aten.fill_, _aten.bernoulli_}
 _SELECTIONS = {_aten.embedding, _aten.gather, _aten.index}
 _FEW_VALUES = {_aten.scatter_add_, _aten.scatter_}
+#: A CPU's kernels of attention, and their operations for each element of the query and each token, half of which are masked.
+_CPU_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: 2, _aten._scaled_dot_product_flash_attention_for_cpu_backward: 5,
+}  # fmt: skip
 #: Categories of what has the same size for any number of tokens.
 _WEIGHTS = {
     report.QUANTIZED_WEIGHTS, report.QUANTIZATION_STATE, report.UNQUANTIZED_WEIGHTS, report.EMBEDDING_AND_HEAD, report.ADAPTER,
@@ -187,6 +191,11 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
             kind: Kind = "matmul" if packet in _MATMULS else "attention"
             depth = args[packet in _ADDED_PRODUCTS].shape[-1]
             self.count_kernel(kind, *inputs, *outputs, flops=2 * outputs[0].numel() * depth)
+            return
+        if packet in _CPU_ATTENTION:
+            self.count_kernel(
+                "attention", *inputs, *outputs, flops=_CPU_ATTENTION[packet] * inputs[0].numel() * inputs[0].shape[-2]
+            )
             return
         if packet in _SELECTIONS:
             inputs = outputs

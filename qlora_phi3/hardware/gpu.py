@@ -16,7 +16,7 @@ from pathlib import PureWindowsPath
 from statistics import median
 from typing import Any, NamedTuple
 
-from qlora_phi3.errors import DeviceError, NoDeviceError
+from qlora_phi3.errors import DeviceError, NoDeviceError, NoDriverError
 from qlora_phi3.hardware.gpu_table import GPU_TABLE, NATIVE_BFLOAT16, GpuSpec
 from qlora_phi3.units import GIB, MIB, format_count, format_gib
 
@@ -208,7 +208,9 @@ def _nvml_session(nvml: Any) -> Iterator[Any]:
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
-        raise NoDeviceError(f"No NVIDIA driver answers on this computer ({error}).", OTHER_GPU_HINT) from error
+        is_missing = isinstance(error, getattr(nvml, "NVMLError_LibraryNotFound", ()))
+        kind = NoDriverError if is_missing else NoDeviceError  # else there is one, which fails
+        raise kind(f"No NVIDIA driver answers on this computer ({error}).", OTHER_GPU_HINT) from error
     try:
         yield nvml
     except nvml.NVMLError as error:

@@ -121,10 +121,15 @@ class _Path:
         device = self.device
         names = ", ".join(dict.fromkeys(process.name for process in device.processes[:4]))
         held = device.other_processes_bytes if device.is_local else 0
-        widenings = {
-            'Write [memory] budget = "auto": all that is free on the GPU': device.free_bytes - self.budget_bytes,
-            f"Close other programs on the GPU{f' ({names})' if names else ''}": held,
-        }
+        shared = held * self.budget_bytes // max(1, device.free_bytes)
+        widenings = (
+            {"Close other programs": shared}
+            if device.is_cpu
+            else {
+                'Write [memory] budget = "auto": all that is free on the GPU': device.free_bytes - self.budget_bytes,
+                f"Close other programs on the GPU{f' ({names})' if names else ''}": held,
+            }
+        )
         for text, more_bytes in widenings.items():
             if more_bytes >= WORTH_BYTES and not self.fits:
                 self.budget_bytes += more_bytes
@@ -187,10 +192,12 @@ class _Path:
         """Why no change helps, and which GPU would be large enough."""
         needed, length = format_gib(self.needed + self.margin.bytes_for(self.needed)), self.rows.longest
         unchanged = self.needed_unchanged + self.margin.bytes_for(self.needed_unchanged)
-        enough = [gpu for gpu in GPU_TABLE if gpu.usable_bytes >= unchanged]
+        enough = [gpu for gpu in GPU_TABLE if gpu.usable_bytes >= unchanged and not self.device.is_cpu]
         reason = f"One row of {length:,} tokens needs {needed}, whatever the plan."
         if self.suggestions:
             reason = f"With all of these changes, one row of {length:,} tokens needs {needed}."
+        if self.device.is_cpu:
+            return f"{reason} Take a smaller model or shorter rows; --all shows which GPUs are large enough."
         if not enough:
             return f"{reason} No GPU of the table has that much: take a smaller model or shorter rows."
         smallest = min(enough, key=lambda gpu: gpu.usable_bytes)
@@ -225,8 +232,8 @@ def write_fitted(
     heading = (
         f"Fitted to {report.device.name} by qlora-phi3 {report.versions['qlora-phi3']} on {report.created[:10]}: predicted "
         f"{format_gib(report.memory.on_gpu_bytes)} and a margin of {format_gib(report.margin_bytes)}, of "
-        f"{format_gib(report.budget_bytes)} on the GPU. What is learned is the same on every GPU; the keys with a reason decide "
-        "memory and speed."
+        f"{format_gib(report.budget_bytes)} {report.device.where}. What is learned is the same on every GPU; the keys with a "
+        "reason decide memory and speed."
     )
     fitted, written = fit_recipe(recipe, text, choices, heading)
     with target.open("x", encoding="utf-8", newline="\n") as file:

@@ -1,15 +1,14 @@
 """How long an optimizer step and a run take, in seconds: a model to compare execution plans with, not a promise.
 
-The simulation of a step records every kernel that a GPU or a CPU would start (`tracker.py`). Each takes as long as its bytes or
-its floating-point operations, whichever takes longer at the share of the GPU's stated rate that such kernels reach, or at the
-rate that was measured on the CPU; and its launch.
+The simulation of a step records every kernel that is started (`tracker.py`). Each takes as long as its bytes or its operations,
+whichever takes longer at the share of a GPU's stated rate that such kernels reach, or at a CPU's measured rate; and its launch.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from qlora_phi3.family import Architecture, linear_shapes
 
@@ -28,8 +27,6 @@ HALVED_TFLOPS = 1.5
 BANDWIDTH_SHARE: Mapping[str, float] = {"matmul": 0.7, "attention": 0.7, "dequantize": 0.4, "elementwise": 0.9}
 #: From the end of one kernel to the begin of the next, and what the host needs to start one: the longer of both sums counts.
 LAUNCH_SECONDS, HOST_SECONDS = 2e-6, 30e-6
-#: Share of a CPU's rates, measured on a few tensors again and again, that kernels reach between others (docs/performance.md).
-CPU_SHARE = 0.85
 #: An operator on a CPU, started from Python, with what autograd does for it (one Zen 5 core, torch 2.13).
 CPU_LAUNCH_SECONDS = 8e-6
 #: Bytes a second between host and GPU, pinned memory, PCIe 4.0 x8 (16 GB/s stated): one published run on a laptop had 9.4.
@@ -47,6 +44,8 @@ class GpuLimits:
     tflops_16bit: float
     bandwidth_bytes_per_second: float
     multiprocessors: int
+    #: Between two kernels, and what the host needs to start one.
+    launch_seconds: ClassVar[tuple[float, float]] = LAUNCH_SECONDS, HOST_SECONDS
 
     @property
     def flops_per_second(self) -> float:
@@ -58,31 +57,22 @@ class GpuLimits:
         """Operations and bytes a second of such kernels."""
         return self.flops_per_second, self.bandwidth_bytes_per_second * BANDWIDTH_SHARE[kind]
 
-    @property
-    def launch_seconds(self) -> tuple[float, float]:
-        """Between two kernels on the GPU, and on the host."""
-        return LAUNCH_SECONDS, HOST_SECONDS
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuLimits:
     """The same of a CPU, as `memory/device.py` measures it."""
 
     limit_bytes: int
-    #: Of matrix products, and of those of attention, which are smaller.
     flops_per_second: float
-    attention_flops_per_second: float
     #: Of element-wise kernels, and of dequantization.
     bytes_per_second: float
     dequantized_bytes_per_second: float
-    #: One thread starts an operator and computes it.
-    launch_seconds: tuple[float, float] = CPU_LAUNCH_SECONDS, 0.0
+    launch_seconds: ClassVar[tuple[float, float]] = CPU_LAUNCH_SECONDS, 0.0
 
     def rates(self, kind: Kind) -> tuple[float, float]:
         """Operations and bytes a second of such kernels."""
-        flops = self.attention_flops_per_second if kind == "attention" else self.flops_per_second
         moved = self.dequantized_bytes_per_second if kind == "dequantize" else self.bytes_per_second
-        return flops * CPU_SHARE, moved * CPU_SHARE
+        return self.flops_per_second, moved
 
 
 Limits = GpuLimits | CpuLimits

@@ -16,37 +16,23 @@ import torch
 from torch.nn.functional import silu
 
 from qlora_phi3.execution import DEFAULT_MICRO_BATCH_TOKENS, ExecutionPlan
-from qlora_phi3.family import Architecture
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.memory.cost import CpuLimits, GpuLimits, Limits
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.simulate import StepShape
 from qlora_phi3.model.optimizer import default_optimizer
-from qlora_phi3.recipe.schema import Recipe
+
+#: Speed of kernels in a step, as a share of that of one kernel again and again (docs/performance.md).
+REPEATED_SHARE = 0.85
 
 
-def build_predictor(
-    device: Gpu,
-    recipe: Recipe,
-    config: dict[str, Any],
-    architecture: Architecture,
-    *,
-    compute_dtype: torch.dtype,
-    fused_kernels: bool = False,
-) -> Predictor:
-    """The predictor of a recipe on a device; `config` is the contents of the model's config.json."""
+def build_predictor(device: Gpu, *model: Any, compute_dtype: torch.dtype, fused_kernels: bool = False) -> Predictor:
+    """The predictor of a model on a device: its recipe, the contents of its config.json, its architecture."""
     if device.is_cpu:
-        return CpuPredictor(recipe, config, architecture, compute_dtype=compute_dtype)
-    return Predictor(
-        recipe,
-        config,
-        architecture,
-        compute_dtype=compute_dtype,
-        capability=device.compute_capability,
-        multiprocessors=device.multiprocessors,
-        fused_kernels=fused_kernels,
-    )
+        return CpuPredictor(*model, compute_dtype=compute_dtype)
+    kind: dict[str, Any] = {"capability": device.compute_capability, "multiprocessors": device.multiprocessors}
+    return Predictor(*model, compute_dtype=compute_dtype, fused_kernels=fused_kernels, **kind)
 
 
 def limits_of(device: Gpu, limit_bytes: int, compute_dtype: torch.dtype) -> Limits:
@@ -67,8 +53,7 @@ class CpuPredictor(Predictor):
 
     capability: tuple[int, int] = (0, 0)
     multiprocessors: int = 0
-    offloads: ClassVar[bool] = False
-    counts_longest_row: ClassVar[bool] = False  # documents attend one after the other, and a complete simulation is there
+    is_gpu: ClassVar[bool] = False
 
     def _reserve(self, memory: MemoryReport, limit_bytes: int) -> tuple[MemoryReport, bool]:
         return replace(memory, reserved_bytes=memory.allocated_bytes), memory.allocated_bytes <= limit_bytes
@@ -76,27 +61,16 @@ class CpuPredictor(Predictor):
     def _simulation_options(self, execution: ExecutionPlan, shape: StepShape) -> dict[str, Any]:
         return {"path": "cpu"}
 
-    def on_gpu_bytes(self, reserved_bytes: int) -> int:
-        """The same: there is no context."""
-        return reserved_bytes
+    def on_gpu_bytes(self, num_bytes: int, /) -> int:
+        """The same: there is no context, and nothing that only an allocator holds."""
+        return num_bytes
 
-    def estimate_on_gpu(self, allocated_bytes: int) -> int:
-        """The same."""
-        return allocated_bytes
-
-    def most_allocated(self, limit_bytes: int) -> int:
-        """The same."""
-        return limit_bytes
+    estimate_on_gpu = most_allocated = on_gpu_bytes
 
     @property
     def optimizers(self) -> tuple[str, ...]:
         """One: nothing is paged."""
         return (default_optimizer(self.recipe.training, is_cuda=False),)
-
-    @property
-    def may_keep_attention(self) -> bool:
-        """Only where the recipe says so."""
-        return False
 
     @property
     def usual_tokens(self) -> int:
@@ -115,25 +89,21 @@ class CpuPredictor(Predictor):
 @cache
 def _measure_cpu(compute_dtype: torch.dtype) -> CpuLimits:
     """What this computer's processor does with the threads of this process, in some hundredths of a second; without a limit."""
-    x, weight = torch.ones(256, 1024, dtype=compute_dtype), torch.ones(1024, 1024, dtype=compute_dtype)
-    heads = torch.ones(8, 256, 64, dtype=compute_dtype)
-    wide = torch.ones(512, 4096, dtype=compute_dtype)
+    x, weight, wide = (torch.ones(shape, dtype=compute_dtype) for shape in ((256, 1024), (1024, 1024), (512, 4096)))
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
-    return CpuLimits(
-        limit_bytes=0,
-        flops_per_second=2 * x.numel() * len(weight) / _seconds(lambda: x @ weight),
-        attention_flops_per_second=2 * heads.numel() * 256 / _seconds(lambda: heads @ heads.mT),
-        bytes_per_second=5 * wide.nbytes / _seconds(lambda: silu(wide) * wide),
-        dequantized_bytes_per_second=(weight.nbytes + packed.nbytes)
+    moved = {
+        "bytes_per_second": 5 * wide.nbytes / _seconds(lambda: silu(wide) * wide),
+        "dequantized_bytes_per_second": (weight.nbytes + packed.nbytes)
         / _seconds(lambda: bnb.functional.dequantize_4bit(packed, state)),
-    )
+    }
+    return CpuLimits(limit_bytes=0, flops_per_second=2 * x.numel() * len(weight) / _seconds(lambda: x @ weight), **moved)
 
 
 def _seconds(compute: Callable[[], object]) -> float:
-    """The median of three times, after a first one that loads the kernel."""
+    """What it takes between other kernels: the median of three times, after a first one that loads the kernel."""
     times = []
     for _ in range(4):
         started = time.perf_counter()
         compute()
         times.append(time.perf_counter() - started)
-    return median(times[1:])
+    return median(times[1:]) / REPEATED_SHARE

@@ -1,7 +1,4 @@
-"""Predicts the memory of a recipe under an execution plan: simulates the step, then replays it in a model of the allocator.
-
-`Predictor` is of GPUs; `device.CpuPredictor` has all that differs on a CPU.
-"""
+"""Predicts the memory of a recipe under an execution plan: simulates the step, then replays it in a model of the allocator."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -50,7 +47,7 @@ class Prediction:
 
 @dataclass(eq=False, slots=True)
 class Predictor:
-    """Simulates execution plans of one recipe on one kind of GPU, each only once."""
+    """Simulates execution plans of one recipe on one kind of GPU, each only once; `device.CpuPredictor` does so on a CPU."""
 
     recipe: Recipe
     #: The contents of the model's config.json.
@@ -63,9 +60,8 @@ class Predictor:
     multiprocessors: int
     #: Of the plans that are searched. Without them a plan needs no less memory.
     fused_kernels: bool = False
-    #: Whether layers' inputs may be moved to host memory, and the kernels of the longest row alone are counted.
-    offloads: ClassVar[bool] = True
-    counts_longest_row: ClassVar[bool] = True
+    #: Layers' inputs can be moved to host memory, and micro-batches of any size start the same kernels.
+    is_gpu: ClassVar[bool] = True
     _simulated: dict[Any, Trace] = field(default_factory=dict, init=False)
 
     def predict(self, execution: ExecutionPlan, shape: StepShape, *, limit_bytes: int) -> Prediction:
@@ -82,8 +78,7 @@ class Predictor:
         """With what the allocator reserves, and whether that is within a limit."""
         footprint = _replay(memory, limit_bytes)
         served = footprint if footprint.fits else _replay(memory)
-        reserved = replace(memory, reserved_bytes=served.peak_reserved_bytes, cache_flushes=served.cache_flushes)
-        return reserved, footprint.fits
+        return replace(memory, reserved_bytes=served.peak_reserved_bytes, cache_flushes=served.cache_flushes), footprint.fits
 
     @property
     def optimizers(self) -> tuple[str, ...]:
@@ -94,7 +89,7 @@ class Predictor:
     @property
     def may_keep_attention(self) -> bool:
         """Whether the attention of recomputed layers may be kept: a fused kernel computes it, and draws no random numbers."""
-        is_fused = self.capability >= (8, 0) or self.compute_dtype != torch.bfloat16
+        is_fused = self.is_gpu and (self.capability >= (8, 0) or self.compute_dtype != torch.bfloat16)
         return is_fused and self.recipe.model.attn_implementation == "sdpa" and not self.config.get("attention_dropout")
 
     @property
@@ -158,15 +153,15 @@ class Predictor:
         other.capability, other.multiprocessors = capability, multiprocessors
         return other
 
-    def on_gpu_bytes(self, reserved_bytes: int) -> int:
+    def on_gpu_bytes(self, reserved_bytes: int, /) -> int:
         """What NVML shows for a process whose allocator holds so much."""
         return reserved_bytes + context_bytes(self.multiprocessors)
 
-    def estimate_on_gpu(self, allocated_bytes: int) -> int:
+    def estimate_on_gpu(self, allocated_bytes: int, /) -> int:
         """What NVML shows for a process whose tensors have such a peak, about."""
         return self.on_gpu_bytes(estimate_reserved(allocated_bytes))
 
-    def most_allocated(self, limit_bytes: int) -> int:
+    def most_allocated(self, limit_bytes: int, /) -> int:
         """The peak that fits into so much on the GPU, about."""
         return estimate_allocated(limit_bytes - self.on_gpu_bytes(0))
 

@@ -67,11 +67,7 @@ class _Tiles(NamedTuple):
 
 
 class _Search:
-    """The search for one plan.
-
-    Args:
-        tokens: of every micro-batch, unless the recipe fixes them; None: as many as are fastest.
-    """
+    """The search for one plan; `tokens` are those of every micro-batch, unless the recipe fixes them (None: the fastest)."""
 
     def __init__(
         self, predictor: Predictor, rows: RowLengths, limits: Limits, progress: Callable[[str], None], tokens: int | None = None
@@ -87,7 +83,7 @@ class _Search:
         #: Tokens of the smallest and of the largest micro-batch.
         self.fewest, self.most = (self._layouts(tokens)["micro_batch"].max_tokens for tokens in (fewest, most))
         self.most_allocated = predictor.most_allocated(limits.limit_bytes)
-        offloading = self.training.activation_offloading if predictor.offloads else False
+        offloading = self.training.activation_offloading if predictor.is_gpu else False
         self.kinds = _allowed_kinds(recipe.training, recipe.memory, offloading, predictor.architecture.num_hidden_layers)
         self.tiles = _allowed_tiles(recipe.memory, self.fewest)
         wanted = recipe.memory.keep_attention
@@ -127,8 +123,8 @@ class _Search:
         """The fastest that fits, None where none does; a kind is sized only when nothing faster is left."""
         if kinds and self.fewest == self.most:  # nothing is faster than the first, if it recomputes nothing
             first = self._with_tokens(kinds[0], self.most)
-            plain = not first.checkpoint_every and not first.mlp_tile_tokens
-            if plain and self._may_fit(first) and (plan := self.verify_full_model(first)).fits:
+            recomputes = first.checkpoint_every or first.mlp_tile_tokens
+            if not recomputes and self._may_fit(first) and (plan := self.verify_full_model(first)).fits:
                 return plan
         #: Plans, and whether they were sized; else they stand for the best that their kind could do.
         waiting = [(self._with_tokens(kind, self.most), False) for kind in kinds]
@@ -238,10 +234,8 @@ class _Search:
         """Micro-batches of so many tokens, or of as many rows as the recipe sets; evaluation as training, unless it is set."""
         training, rows = self.training, self.training.per_device_eval_batch_size
         as_training = None if self.predictor.usual_tokens else training.micro_batch_size
-        sizes = {
-            "micro_batch": (training.micro_batch_size, tokens),
-            "evaluation": (as_training if rows == "auto" else rows, self.pinned or tokens),
-        }
+        evaluation = (as_training if rows == "auto" else rows, self.pinned or tokens)
+        sizes = {"micro_batch": (training.micro_batch_size, tokens), "evaluation": evaluation}
         return {
             name: MicroBatchPlan(
                 max_tokens=rows * training.max_length if rows else tokens,
@@ -301,7 +295,7 @@ class _Search:
         kind = self._kind(execution)
         if kind not in self._kernels:
             shape = step_shape(self.rows, kind)
-            if self.predictor.counts_longest_row:
+            if self.predictor.is_gpu:
                 alone = replace(kind.micro_batch, max_tokens=self.rows.longest)
                 shape = replace(step_shape(self.rows, replace(kind, micro_batch=alone)), evaluation_lengths=())
             self._kernels[kind] = self.predictor.step_kernels(kind, shape)

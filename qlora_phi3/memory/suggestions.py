@@ -121,15 +121,12 @@ class _Path:
         device = self.device
         names = ", ".join(dict.fromkeys(process.name for process in device.processes[:4]))
         held = device.other_processes_bytes if device.is_local else 0
-        shared = held * self.budget_bytes // max(1, device.free_bytes)
-        widenings = (
-            {"Close other programs": shared}
-            if device.is_cpu
-            else {
-                'Write [memory] budget = "auto": all that is free on the GPU': device.free_bytes - self.budget_bytes,
-                f"Close other programs on the GPU{f' ({names})' if names else ''}": held,
-            }
-        )
+        widenings = {
+            'Write [memory] budget = "auto": all that is free on the GPU': device.free_bytes - self.budget_bytes,
+            f"Close other programs on the GPU{f' ({names})' if names else ''}": held,
+        }
+        if device.is_cpu:  # of which a run gets its share
+            widenings = {"Close other programs": held * self.budget_bytes // max(1, device.free_bytes)}
         for text, more_bytes in widenings.items():
             if more_bytes >= WORTH_BYTES and not self.fits:
                 self.budget_bytes += more_bytes
@@ -192,7 +189,7 @@ class _Path:
         """Why no change helps, and which GPU would be large enough."""
         needed, length = format_gib(self.needed + self.margin.bytes_for(self.needed)), self.rows.longest
         unchanged = self.needed_unchanged + self.margin.bytes_for(self.needed_unchanged)
-        enough = [gpu for gpu in GPU_TABLE if gpu.usable_bytes >= unchanged and not self.device.is_cpu]
+        enough = [gpu for gpu in GPU_TABLE if gpu.usable_bytes >= unchanged]
         reason = f"One row of {length:,} tokens needs {needed}, whatever the plan."
         if self.suggestions:
             reason = f"With all of these changes, one row of {length:,} tokens needs {needed}."

@@ -200,12 +200,8 @@ def _plan(context: RunContext, fused_kernels: bool) -> PlannedRun:
     if not plan.fits:
         where = " in memory" if device.is_cpu else ""
         reporter.warning(f"This should not fit{where}; qlora-phi3 vram-check suggests what to change. The run tries it anyway.")
-    return PlannedRun(
-        execution=plan.execution,
-        predicted=replace(plan.memory, trace=()),
-        plan=plan,
-        budget_bytes=0 if device.is_cpu else budget_bytes,
-    )
+    memory, budget_bytes = replace(plan.memory, trace=()), 0 if device.is_cpu else budget_bytes
+    return PlannedRun(execution=plan.execution, predicted=memory, plan=plan, budget_bytes=budget_bytes)
 
 
 def outline_run(

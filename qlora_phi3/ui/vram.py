@@ -156,8 +156,7 @@ def _show_bar(console: Console, report: VramReport, categories: Sequence[tuple[s
     bar = draw_bar(width, parts, max(available, needed))
     if needed > available:
         end = width * available // needed
-        ends = "the memory ends here" if device.is_cpu else "the GPU ends here"
-        note = "the budget ends here" if outside and not device.is_cpu else ends
+        note = "the budget ends here" if outside else "the GPU ends here"
         bar.append(f"\n{' ' * end}▲ {note}" if end + len(note) + 2 <= width else f"\n{note:>{max(end - 1, 0)}} ▲")
     console.print(bar)
     on_gpu, margin = format_gib(report.memory.on_gpu_bytes), format_gib(report.margin_bytes)

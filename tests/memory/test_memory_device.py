@@ -13,7 +13,7 @@ from qlora_phi3.execution import plan_micro_batches
 from qlora_phi3.family import parse_architecture
 from qlora_phi3.hardware.gpu import find_gpu, read_cpu
 from qlora_phi3.memory import device
-from qlora_phi3.memory.cost import CPU_LAUNCH_SECONDS, CPU_SHARE, CpuLimits, Kernel, StepKernels, StepWorkload, estimate_step
+from qlora_phi3.memory.cost import CPU_LAUNCH_SECONDS, CpuLimits, Kernel, StepKernels, StepWorkload, estimate_step
 from qlora_phi3.memory.device import CpuPredictor, build_predictor, limits_of
 from qlora_phi3.memory.plan import assume_lengths, read_lengths
 from qlora_phi3.memory.plan import step_shape as heaviest
@@ -25,7 +25,6 @@ INSIDE_SHARE = 0.02
 LIMITS = CpuLimits(
     limit_bytes=0,
     flops_per_second=2e11,
-    attention_flops_per_second=1e11,
     bytes_per_second=1e10,
     dequantized_bytes_per_second=1e10,
 )
@@ -160,7 +159,7 @@ def test_a_real_step_of_many_layers_takes_what_is_predicted_from_a_few(more):
 
 
 def test_a_step_takes_the_time_of_its_kernels_at_the_rates_of_the_cpu():
-    """100 products of 2e9 operations, of which those of attention are slower; 100 copies of 1e8 bytes; 300 starts."""
+    """200 products of 2e9 operations, half of them of attention; 100 copies of 1e8 bytes; 300 starts."""
     kernels = {
         Kernel("matmul", 2e9, 1, 0): 100,
         Kernel("attention", 2e9, 1, 0): 100,
@@ -168,9 +167,9 @@ def test_a_step_takes_the_time_of_its_kernels_at_the_rates_of_the_cpu():
     }
     step = StepKernels(forward=kernels, backward={}, update={}, layers={}, num_layers=1, kept_bytes=0, tokens=64, squares=64**2)
     seconds = estimate_step(step, StepWorkload(lengths=(64,), num_micro_batches=1, tokens=64, squares=64**2), LIMITS)
-    assert seconds.matmul == pytest.approx(1 / CPU_SHARE)
-    assert seconds.attention == pytest.approx(2 / CPU_SHARE)
-    assert seconds.elementwise == pytest.approx(1 / CPU_SHARE)
+    assert seconds.matmul == pytest.approx(1)
+    assert seconds.attention == pytest.approx(1)
+    assert seconds.elementwise == pytest.approx(1)
     assert seconds.launch == pytest.approx(300 * CPU_LAUNCH_SECONDS)
 
 

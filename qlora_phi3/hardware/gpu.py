@@ -184,16 +184,17 @@ def read_cpu() -> Gpu:
     """The processor of this computer, with the memory that is free: in steps of MEMORY_STEP, as it is never the same twice."""
     import psutil  # type: ignore[import-untyped]
 
-    memory, speed = psutil.virtual_memory(), {"bandwidth_bytes_per_second": 0.0, "tflops_16bit": 0.0}
+    memory = psutil.virtual_memory()
     return Gpu(
         name=f"{platform.machine()} CPU, {format_count(psutil.cpu_count(logical=False) or 1, 'core')}",
         total_bytes=memory.total,
         free_bytes=memory.available // MEMORY_STEP * MEMORY_STEP,
         compute_capability=(0, 0),
         multiprocessors=0,
+        bandwidth_bytes_per_second=0.0,
+        tflops_16bit=0.0,
         is_local=True,
         is_cpu=True,
-        **speed,
     )
 
 

@@ -57,8 +57,7 @@ class Margin:
 def budget_of(memory: "Memory", device: Gpu, *, processes: int = 1, strict: bool = True) -> int:
     """Bytes a run may take on a GPU, its margin included: what is free there, or less where [memory] budget says so. DeviceError
     where the recipe's budget is more than the GPU has; without `strict` such a GPU gives what it has.
-
-    The tensors of all `processes` on a CPU together take CPU_MEMORY_SHARE of what is free, whatever the recipe says of GPUs.
+    On a CPU the tensors of all `processes` may take CPU_MEMORY_SHARE of what is free, whatever the recipe says of GPUs.
     """
     if device.is_cpu:
         return int(CPU_MEMORY_SHARE * device.free_bytes) // processes

@@ -121,10 +121,9 @@ class _Search:
 
     def fastest(self, kinds: Sequence[ExecutionPlan]) -> Plan | None:
         """The fastest that fits, None where none does; a kind is sized only when nothing faster is left."""
-        if kinds and self.fewest == self.most:  # nothing is faster than the first, if it recomputes nothing
-            first = self._with_tokens(kinds[0], self.most)
-            recomputes = first.checkpoint_every or first.mlp_tile_tokens
-            if not recomputes and self._may_fit(first) and (plan := self.verify_full_model(first)).fits:
+        if kinds and self.fewest == self.most and not (kinds[0].checkpoint_every or kinds[0].mlp_tile_tokens):
+            first = self._with_tokens(kinds[0], self.most)  # nothing is faster
+            if self._may_fit(first) and (plan := self.verify_full_model(first)).fits:
                 return plan
         #: Plans, and whether they were sized; else they stand for the best that their kind could do.
         waiting = [(self._with_tokens(kind, self.most), False) for kind in kinds]

@@ -137,7 +137,8 @@ def test_without_colour_no_line_has_any(clock, monkeypatch):
 
 def test_on_a_cpu_the_plan_is_named_as_one_of_tensors_beside_the_resident_memory():
     """No bar compares them: the process takes its libraries too."""
-    record = StepRecord(**{field: 0 for field in StepRecord.__dataclass_fields__} | {"peak_memory_bytes": 2 * GIB})
+    fields = [name for name in StepRecord.__dataclass_fields__ if name != "kind"]
+    record = StepRecord(**dict.fromkeys(fields, 0) | {"peak_memory_bytes": 2 * GIB})
     outline = RunOutline(total_steps=4, epochs=1, predicted_bytes=GIB)
     assert live._describe_memory(outline, record, None).plain == "2.00 GiB resident at most, plan 1.00 GiB of tensors"
     assert live._describe_memory(outline, None, None).plain == "not known yet"

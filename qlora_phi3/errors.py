@@ -97,6 +97,10 @@ class NoDeviceError(DeviceError, CannotTellError):
     """This computer has no GPU that can be read; the input is correct."""
 
 
+class NoDriverError(NoDeviceError):
+    """This computer has no NVIDIA driver: a run uses the CPU."""
+
+
 class RunError(UserError):
     """The run folder cannot be written, read, or resumed."""
 

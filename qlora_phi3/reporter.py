@@ -116,9 +116,9 @@ class RunOutline:
     evaluations: int = 0  #: That this session makes.
     device: str = ""
     plan: str = ""  #: The execution plan, in words.
-    predicted_bytes: int = 0  #: Of this process on the GPU, at the peak; 0: not predicted.
+    predicted_bytes: int = 0  #: Of this process on the GPU, or of tensors on a CPU, at the peak; 0: not predicted.
     budget_bytes: int = 0  #: The most that it may take on the GPU; 0 on a CPU.
-    step_seconds: float | None = None  #: By the cost model, which has none for CPUs.
+    step_seconds: float | None = None  #: By the cost model.
     evaluation_seconds: float = 0.0  #: By the cost model, or as the last one of an earlier session took; 0: not known.
     earlier: Sequence[Mapping[str, Any]] = ()  #: The records of earlier sessions, as in metrics.jsonl.
 

@@ -11,7 +11,7 @@ import click
 
 from qlora_phi3.cli.options import check_new_file, debug_option, find_recipe, named_gpu, set_option, shipped_files, watching
 from qlora_phi3.cli.output import echo, print_rich
-from qlora_phi3.errors import CannotTellError, DeviceError, UserError, quoted
+from qlora_phi3.errors import CannotTellError, DeviceError, NoDriverError, UserError, quoted
 
 if TYPE_CHECKING:
     from qlora_phi3.hardware.gpu import Gpu
@@ -58,6 +58,8 @@ class _Options:
 def vram_check(ctx: click.Context, /, **options: Any) -> None:
     """Check whether RECIPE fits a GPU, and with which plan it is fastest; without RECIPE, which models fit.
 
+    On a computer without an NVIDIA driver the recipe is checked for its processor and memory, which a run would use.
+
     \b
     Examples:
       qlora-phi3 vram-check
@@ -66,8 +68,8 @@ def vram_check(ctx: click.Context, /, **options: Any) -> None:
       qlora-phi3 vram-check chat --vram 12GB
       qlora-phi3 vram-check chat --all
 
-    Nothing is loaded, downloaded or put on the GPU. Exit codes: 0 it fits, 3 it does not, 2 bad input, 4 cannot tell (no GPU
-    here, or the shapes of a model of the hub are not).
+    Nothing is loaded, downloaded or put on the GPU. Exit codes: 0 it fits, 3 it does not, 2 bad input, 4 cannot tell (the GPU
+    cannot be read, or the shapes of a model of the hub are not here).
     """
     from qlora_phi3.memory.cached import CachedVramCheck
     from qlora_phi3.memory.report import VramReport
@@ -152,11 +154,14 @@ def _find_devices(check: "CachedVramCheck", options: _Options) -> "list[Gpu]":
 
 
 def _show_report(check: "CachedVramCheck", options: _Options) -> bool:
-    """The report for one GPU, and --fit; returns whether the recipe fits."""
+    """The report for one GPU, or for the processor of a computer that has none, and --fit; returns whether the recipe fits."""
+    from qlora_phi3.hardware.gpu import read_cpu
     from qlora_phi3.memory.report import as_json
 
     try:
         device = _find_device(options, check)
+    except NoDriverError:
+        device = read_cpu()
     except DeviceError:
         _ = check.recipe  # what is wrong with the recipe is said first
         raise
@@ -172,7 +177,8 @@ def _fit_target(recipe: Path, device: "Gpu", fit: str) -> Path:
     """Where --fit writes, refused before the work begins; for a recipe that ships, never in an installed package."""
     path = Path(fit)
     if fit == NEXT_TO_RECIPE:
-        path = recipe.with_name(f"{recipe.stem}-{math.ceil(device.total_bytes / 2**30)}gb.toml")
+        size = "cpu" if device.is_cpu else f"{math.ceil(device.total_bytes / 2**30)}gb"
+        path = recipe.with_name(f"{recipe.stem}-{size}.toml")
         path = Path(path.name) if recipe in shipped_files("recipes", "toml").values() else path
     check_new_file(path, "--fit")
     return path

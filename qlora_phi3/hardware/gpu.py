@@ -6,6 +6,7 @@ and drives no display; on Windows a desktop takes 0.3 to 1 GiB.
 
 import difflib
 import os
+import platform
 import re
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,11 +16,13 @@ from pathlib import PureWindowsPath
 from statistics import median
 from typing import Any, NamedTuple
 
-from qlora_phi3.errors import DeviceError, NoDeviceError
+from qlora_phi3.errors import DeviceError, NoDeviceError, NoDriverError
 from qlora_phi3.hardware.gpu_table import GPU_TABLE, NATIVE_BFLOAT16, GpuSpec
-from qlora_phi3.units import GIB, format_gib
+from qlora_phi3.units import GIB, MIB, format_count, format_gib
 
 OTHER_GPU_HINT = "To check another GPU, write --gpu 'RTX 4070', --vram 12GB, or --all."
+#: A computer's free memory is taken as a multiple of this.
+MEMORY_STEP = 256 * MIB
 #: Words of a GPU's full name that do not distinguish it from another GPU.
 STOP_WORDS = frozenset((
         "nvidia", "geforce", "quadro", "tesla", "rtx", "gtx", "gpu", "graphics", "card", "with", "design", "generation",
@@ -65,6 +68,12 @@ class Gpu:
     estimated: bool = False  #: `total_bytes` was computed by a rule, or only the size of the GPU is known; it was not measured.
     #: Labels of the GPUs of the table that this one stands for: its memory is the smallest of theirs, its speed the median.
     represents: tuple[str, ...] = ()
+    is_cpu: bool = False  #: The processor of this computer and its memory, in place of a GPU; it has none of the four figures.
+
+    @property
+    def where(self) -> str:
+        """Where a step's tensors are."""
+        return "in memory" if self.is_cpu else "on the GPU"
 
     @property
     def other_processes_bytes(self) -> int:
@@ -171,6 +180,24 @@ def read_gpu(*, nvml: Any = None) -> Gpu:
     raise NoDeviceError(f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} shows no GPU.", OTHER_GPU_HINT)
 
 
+def read_cpu() -> Gpu:
+    """The processor of this computer, with the memory that is free: in steps of MEMORY_STEP, as it is never the same twice."""
+    import psutil  # type: ignore[import-untyped]
+
+    memory = psutil.virtual_memory()
+    return Gpu(
+        name=f"{platform.machine()} CPU, {format_count(psutil.cpu_count(logical=False) or 1, 'core')}",
+        total_bytes=memory.total,
+        free_bytes=memory.available // MEMORY_STEP * MEMORY_STEP,
+        compute_capability=(0, 0),
+        multiprocessors=0,
+        bandwidth_bytes_per_second=0.0,
+        tflops_16bit=0.0,
+        is_local=True,
+        is_cpu=True,
+    )
+
+
 @contextmanager
 def _nvml_session(nvml: Any) -> Iterator[Any]:
     try:
@@ -181,7 +208,9 @@ def _nvml_session(nvml: Any) -> Iterator[Any]:
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
-        raise NoDeviceError(f"No NVIDIA driver answers on this computer ({error}).", OTHER_GPU_HINT) from error
+        is_missing = isinstance(error, getattr(nvml, "NVMLError_LibraryNotFound", ()))
+        kind = NoDriverError if is_missing else NoDeviceError  # else there is one, which fails
+        raise kind(f"No NVIDIA driver answers on this computer ({error}).", OTHER_GPU_HINT) from error
     try:
         yield nvml
     except nvml.NVMLError as error:

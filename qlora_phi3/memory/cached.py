@@ -71,10 +71,10 @@ class CachedVramCheck:
         return self.recipe.memory.gpu if re.search(r"\bgpu\b", " ".join((text, *self.overrides))) else "auto"
 
     def report(self, device: Gpu) -> VramReport:
-        """Whether the recipe fits a GPU."""
+        """Whether the recipe fits a GPU, or this computer's CPU."""
 
         def compute(progress: CheckProgress) -> list[VramReport]:
-            budget_bytes = budget_of(self.recipe.memory, device)  # refused before torch is started
+            budget_bytes = budget_of(self.recipe.memory, device, processes=self.processes)  # refused before torch is started
             return [self._checker(progress).report(device, budget_bytes)]
 
         (report,) = self._cached("report", [device], compute, as_json, from_json)

@@ -1,14 +1,14 @@
-"""How long an optimizer step and a run take on a GPU, in seconds: a model to compare execution plans with, not a promise.
+"""How long an optimizer step and a run take, in seconds: a model to compare execution plans with, not a promise.
 
-The simulation of a step records every kernel that a GPU would start (`tracker.py`). Each takes as long as its bytes or its
-floating-point operations, whichever takes longer at the share of the GPU's stated rate that such kernels reach, and its launch.
+The simulation of a step records every kernel that is started (`tracker.py`). Each takes as long as its bytes or its operations,
+whichever takes longer at the share of a GPU's stated rate that such kernels reach, or at a CPU's measured rate; and its launch.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from qlora_phi3.family import Architecture, linear_shapes
 
@@ -27,6 +27,8 @@ HALVED_TFLOPS = 1.5
 BANDWIDTH_SHARE: Mapping[str, float] = {"matmul": 0.7, "attention": 0.7, "dequantize": 0.4, "elementwise": 0.9}
 #: From the end of one kernel to the begin of the next, and what the host needs to start one: the longer of both sums counts.
 LAUNCH_SECONDS, HOST_SECONDS = 2e-6, 30e-6
+#: An operator on a CPU, started from Python, with what autograd does for it (one Zen 5 core, torch 2.13).
+CPU_LAUNCH_SECONDS = 8e-6
 #: Bytes a second between host and GPU, pinned memory, PCIe 4.0 x8 (16 GB/s stated): one published run on a laptop had 9.4.
 OFFLOAD_BYTES_PER_SECOND = 9e9
 #: When the allocator empties its cache to stay below its limit: the host waits for the GPU, returns its segments and maps others.
@@ -42,12 +44,38 @@ class GpuLimits:
     tflops_16bit: float
     bandwidth_bytes_per_second: float
     multiprocessors: int
+    #: Between two kernels, and what the host needs to start one.
+    launch_seconds: ClassVar[tuple[float, float]] = LAUNCH_SECONDS, HOST_SECONDS
 
     @property
     def flops_per_second(self) -> float:
         """What matrix products reach."""
         halved = self.tflops_16bit <= HALVED_TFLOPS * self.multiprocessors
         return self.tflops_16bit * 1e12 * (ARITHMETIC_SHARE if halved else FULL_RATE_ARITHMETIC_SHARE)
+
+    def rates(self, kind: Kind) -> tuple[float, float]:
+        """Operations and bytes a second of such kernels."""
+        return self.flops_per_second, self.bandwidth_bytes_per_second * BANDWIDTH_SHARE[kind]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuLimits:
+    """The same of a CPU, as `memory/device.py` measures it."""
+
+    limit_bytes: int
+    flops_per_second: float
+    #: Of element-wise kernels, and of dequantization.
+    bytes_per_second: float
+    dequantized_bytes_per_second: float
+    launch_seconds: ClassVar[tuple[float, float]] = CPU_LAUNCH_SECONDS, 0.0
+
+    def rates(self, kind: Kind) -> tuple[float, float]:
+        """Operations and bytes a second of such kernels."""
+        moved = self.dequantized_bytes_per_second if kind == "dequantize" else self.bytes_per_second
+        return self.flops_per_second, moved
+
+
+Limits = GpuLimits | CpuLimits
 
 
 class Kernel(NamedTuple):
@@ -142,36 +170,37 @@ def keep_attention(step: StepKernels, share: float, kept_bytes: Sequence[int], o
     )
 
 
-def estimate_step(step: StepKernels, workload: StepWorkload, gpu: GpuLimits, *, trains: bool = True) -> StepSeconds:
-    """The time of one optimizer step with a GPU; or of an evaluation of these tokens, forward alone."""
+def estimate_step(step: StepKernels, workload: StepWorkload, device: Limits, *, trains: bool = True) -> StepSeconds:
+    """The time of one optimizer step; or of an evaluation of these tokens, forward alone."""
     number = workload.num_micro_batches
-    passes = _wait_for_host(_estimate_pass(step, workload.tokens / number, workload.squares / number, gpu, trains=trains))
-    update = _wait_for_host(_estimate(step.update, gpu)) if trains else {}
+    seconds = _estimate_pass(step, workload.tokens / number, workload.squares / number, device, trains=trains)
+    passes = _wait_for_host(seconds, device)
+    update = _wait_for_host(_estimate(step.update, device), device) if trains else {}
     passes["launch"] += workload.cache_flushes * FLUSH_SECONDS
     kinds = passes.keys() | update.keys()
     return StepSeconds(**{kind: number * passes.get(kind, 0.0) + update.get(kind, 0.0) for kind in kinds})
 
 
-def _estimate_pass(step: StepKernels, tokens: float, squares: float, gpu: GpuLimits, *, trains: bool) -> dict[str, float]:
+def _estimate_pass(step: StepKernels, tokens: float, squares: float, device: Limits, *, trains: bool) -> dict[str, float]:
     """Of one micro-batch. Tiles of an MLP dequantize its weights and start its kernels once each."""
     kernels = add_kernels((1, step.forward), (1, step.backward)) if trains else step.forward
-    seconds = _estimate(kernels, gpu, tokens / step.tokens, squares / step.squares)
+    seconds = _estimate(kernels, device, tokens / step.tokens, squares / step.squares)
     if step.untiled is not None:
-        once = _estimate_pass(step.untiled, tokens, squares, gpu, trains=trains)
+        once = _estimate_pass(step.untiled, tokens, squares, device, trains=trains)
         tiles, simulated = (math.ceil(number / step.mlp_tile_tokens) for number in (tokens, step.tokens))
         for kind in ("dequantize", "launch") if simulated > 1 else ():
             seconds[kind] = once[kind] + (seconds[kind] - once[kind]) * (tiles - 1) / (simulated - 1)
     return seconds
 
 
-def _wait_for_host(seconds: dict[str, float]) -> dict[str, float]:
+def _wait_for_host(seconds: dict[str, float], device: Limits) -> dict[str, float]:
     """With what the GPU waits for the host, which starts all of these kernels."""
-    launches = seconds.get("launch", 0.0)
-    waits = launches / LAUNCH_SECONDS * HOST_SECONDS - sum(seconds.values())
+    launches, (between, on_host) = seconds.get("launch", 0.0), device.launch_seconds
+    waits = launches / between * on_host - sum(seconds.values())
     return seconds | {"launch": launches + max(0.0, waits)}
 
 
-def _estimate(kernels: Kernels, gpu: GpuLimits, tokens_ratio: float = 1.0, squares_ratio: float = 1.0) -> dict[str, float]:
+def _estimate(kernels: Kernels, device: Limits, tokens_ratio: float = 1.0, squares_ratio: float = 1.0) -> dict[str, float]:
     """Seconds by kind. The kernels were counted for another number of tokens: what grows with it grows by these ratios."""
     seconds: defaultdict[str, float] = defaultdict(float)
     for (kind, flops, activations, weights), count in kernels.items():
@@ -179,10 +208,10 @@ def _estimate(kernels: Kernels, gpu: GpuLimits, tokens_ratio: float = 1.0, squar
         if kind == "offload":
             seconds[kind] += count * num_bytes / OFFLOAD_BYTES_PER_SECOND
             continue
-        computing = flops * (squares_ratio if kind == "attention" else tokens_ratio) / gpu.flops_per_second
-        moving = num_bytes / (gpu.bandwidth_bytes_per_second * BANDWIDTH_SHARE[kind])
-        seconds[kind] += count * max(computing, moving)
-        seconds["launch"] += count * LAUNCH_SECONDS
+        flops_per_second, bytes_per_second = device.rates(kind)
+        computing = flops * (squares_ratio if kind == "attention" else tokens_ratio) / flops_per_second
+        seconds[kind] += count * max(computing, num_bytes / bytes_per_second)
+        seconds["launch"] += count * device.launch_seconds[0]
     return seconds
 
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 #: The share of the prediction, and the least. Chosen, not measured: on CPUs, predictions were never too low by more than 0.5 %.
 DEFAULT_SHARE, LEAST_BYTES = 0.03, 128 * MIB
+#: Share of the computer's free memory that a plan for a CPU may take: other programs need the rest, and the process more than
+#: its tensors.
+CPU_MEMORY_SHARE = 0.5
 #: Runs that take 4 % more than predicted ask for 6 %: the next one may miss by a little more.
 SAFETY_FACTOR = 1.5
 #: How much a run counts in the median, relative to the run after it.
@@ -51,10 +54,13 @@ class Margin:
         return max(0, min(budget_bytes - LEAST_BYTES, int(budget_bytes / (1 + self.share))))
 
 
-def budget_of(memory: "Memory", device: Gpu, *, strict: bool = True) -> int:
+def budget_of(memory: "Memory", device: Gpu, *, processes: int = 1, strict: bool = True) -> int:
     """Bytes a run may take on a GPU, its margin included: what is free there, or less where [memory] budget says so. DeviceError
     where the recipe's budget is more than the GPU has; without `strict` such a GPU gives what it has.
+    On a CPU the tensors of all `processes` may take CPU_MEMORY_SHARE of what is free, whatever the recipe says of GPUs.
     """
+    if device.is_cpu:
+        return int(CPU_MEMORY_SHARE * device.free_bytes) // processes
     wanted = memory.budget
     if wanted == "auto":
         return device.free_bytes

@@ -1,4 +1,4 @@
-"""The plan of a run on a GPU, the row lengths it must carry, and the reasons that `vram-check` and `--fit` show for it."""
+"""The plan of a run, the row lengths it must carry, and the reasons that `vram-check` and `--fit` show for it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class RowLengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan(Prediction):
-    """What was chosen for a GPU, and why."""
+    """What was chosen for a device, and why."""
 
     kernels: StepKernels
     #: Of a typical step, as its time is.
@@ -154,7 +154,7 @@ def explain_choices(
         "gradient_checkpointing": (training.gradient_checkpointing != "auto", checkpointing),
         "checkpoint_every_n_layers": (memory.checkpoint_every_n_layers != "auto", every_n),
         "keep_attention": (memory.keep_attention != "auto", kept),
-        "activation_offloading": (training.activation_offloading != "auto", offloading),
+        "activation_offloading": (training.activation_offloading is execution.activation_offloading, offloading),
         "optim": (training.optim != "auto", paged if execution.optim.startswith("paged") else "its state fits"),
         "logits_tile": (memory.logits_tile != "auto", logits_tile),
         "mlp_tile_tokens": (memory.mlp_tile_tokens != "auto", mlp_tile),

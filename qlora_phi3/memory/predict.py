@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,6 +17,7 @@ from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.simulate import StepShape, simulate
 from qlora_phi3.memory.trace import Trace, add_layers
 from qlora_phi3.memory.tracker import BACKWARD_PHASES, FORWARD_PHASES
+from qlora_phi3.model.optimizer import default_optimizer
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import MIB
 
@@ -46,7 +47,7 @@ class Prediction:
 
 @dataclass(eq=False, slots=True)
 class Predictor:
-    """Simulates execution plans of one recipe on one kind of GPU, each only once."""
+    """Simulates execution plans of one recipe on one kind of GPU, each only once; `device.CpuPredictor` does so on a CPU."""
 
     recipe: Recipe
     #: The contents of the model's config.json.
@@ -59,6 +60,8 @@ class Predictor:
     multiprocessors: int
     #: Of the plans that are searched. Without them a plan needs no less memory.
     fused_kernels: bool = False
+    #: Layers' inputs can be moved to host memory, and micro-batches of any size start the same kernels.
+    is_gpu: ClassVar[bool] = True
     _simulated: dict[Any, Trace] = field(default_factory=dict, init=False)
 
     def predict(self, execution: ExecutionPlan, shape: StepShape, *, limit_bytes: int) -> Prediction:
@@ -67,13 +70,36 @@ class Predictor:
         Args:
             limit_bytes: what the process may take on the GPU, its CUDA context included.
         """
-        memory = self.simulate_all_layers(execution, shape)
-        footprint = _replay(memory, limit_bytes - self.on_gpu_bytes(0))
-        fits = footprint.fits
-        served = footprint if fits else _replay(memory)
-        memory = replace(memory, reserved_bytes=served.peak_reserved_bytes, cache_flushes=served.cache_flushes)
+        memory, fits = self._reserve(self.simulate_all_layers(execution, shape), limit_bytes - self.on_gpu_bytes(0))
         memory = replace(memory, on_gpu_bytes=self.on_gpu_bytes(memory.reserved_bytes))
         return Prediction(execution=execution, memory=memory, fits=fits)
+
+    def _reserve(self, memory: MemoryReport, limit_bytes: int) -> tuple[MemoryReport, bool]:
+        """With what the allocator reserves, and whether that is within a limit."""
+        footprint = _replay(memory, limit_bytes)
+        served = footprint if footprint.fits else _replay(memory)
+        return replace(memory, reserved_bytes=served.peak_reserved_bytes, cache_flushes=served.cache_flushes), footprint.fits
+
+    @property
+    def optimizers(self) -> tuple[str, ...]:
+        """Optimizers that the plan may take, the one that needs least memory last."""
+        optim = default_optimizer(self.recipe.training, is_cuda=True)
+        return (optim, f"paged_{optim}") if self.recipe.training.optim == "auto" else (optim,)
+
+    @property
+    def may_keep_attention(self) -> bool:
+        """Whether the attention of recomputed layers may be kept: a fused kernel computes it, and draws no random numbers."""
+        is_fused = self.is_gpu and (self.capability >= (8, 0) or self.compute_dtype != torch.bfloat16)
+        return is_fused and self.recipe.model.attn_implementation == "sdpa" and not self.config.get("attention_dropout")
+
+    @property
+    def usual_tokens(self) -> int | None:
+        """Tokens of a micro-batch, where fewer are tried only if nothing fits with them, and more never; None: the fastest."""
+        return None
+
+    def explain(self, execution: ExecutionPlan) -> dict[str, str]:
+        """Key of the recipe -> why the plan gives it this value, where the reason is one of this kind of device alone."""
+        return {}
 
     def simulate_all_layers(self, execution: ExecutionPlan, shape: StepShape) -> MemoryReport:
         """The complete model. Where all layers are alike, two models of few layers say the same in less time (`add_layers`)."""
@@ -95,8 +121,8 @@ class Predictor:
         return self._trace(execution, shape, num_layers).report()
 
     def _trace(self, execution: ExecutionPlan, shape: StepShape, num_layers: int) -> Trace:
-        fused = self._fused_rows(execution, shape)
-        key = (execution, shape, num_layers, tuple(fused.items()))
+        options = self._simulation_options(execution, shape)
+        key = (execution, shape, num_layers, tuple(options.get("fused_rows", {}).items()))
         if key not in self._simulated:
             self._simulated[key] = simulate(
                 self.recipe,
@@ -105,10 +131,13 @@ class Predictor:
                 execution,
                 shape,
                 compute_dtype=self.compute_dtype,
-                capability=self.capability,
-                fused_rows=fused,
+                **options,
             )
         return self._simulated[key]
+
+    def _simulation_options(self, execution: ExecutionPlan, shape: StepShape) -> dict[str, Any]:
+        """What `simulate` is told of the device."""
+        return {"capability": self.capability, "fused_rows": self._fused_rows(execution, shape)}
 
     def _fused_rows(self, execution: ExecutionPlan, shape: StepShape) -> dict[tuple[int, int], int]:
         """As `MemoryTracker` has it, which may differ between GPUs of one kind; empty for micro-batches that are too long."""
@@ -124,19 +153,27 @@ class Predictor:
         other.capability, other.multiprocessors = capability, multiprocessors
         return other
 
-    def on_gpu_bytes(self, reserved_bytes: int) -> int:
+    def on_gpu_bytes(self, reserved_bytes: int, /) -> int:
         """What NVML shows for a process whose allocator holds so much."""
         return reserved_bytes + context_bytes(self.multiprocessors)
+
+    def estimate_on_gpu(self, allocated_bytes: int, /) -> int:
+        """What NVML shows for a process whose tensors have such a peak, about."""
+        return self.on_gpu_bytes(estimate_reserved(allocated_bytes))
+
+    def most_allocated(self, limit_bytes: int, /) -> int:
+        """The peak that fits into so much on the GPU, about."""
+        return estimate_allocated(limit_bytes - self.on_gpu_bytes(0))
 
     def phases(self, execution: ExecutionPlan, shape: StepShape) -> Mapping[str, int]:
         """Phase -> most bytes allocated, from two models of few layers where all layers are alike: growth by layer is linear.
 
-        Without evaluation, which takes less than training does on rows of equal length; `predict` includes it.
+        Without evaluation, which takes less than training does on rows of equal length, unless all layers are simulated.
         """
-        shape = replace(shape, evaluation_lengths=())
         layers, every = self.architecture.num_hidden_layers, max(1, execution.checkpoint_every)
         if layers % every or not self._can_extrapolate(every):
             return self.simulate_all_layers(execution, shape).by_phase
+        shape = replace(shape, evaluation_lengths=())
         start, growth = self._per_layer_fit(execution, shape)
         return {phase: start[phase] + growth[phase] * layers // every for phase in start}
 
@@ -146,7 +183,6 @@ class Predictor:
         On Phi-3-mini (2,048 tokens, one layer in 2 to 16) 0.2 to 0.3 % below `phases`; with the MLPs in tiles up to 0.7 % above.
         Attention that is kept is added, of one layer too much: the one that is recomputed has it in any case.
         """
-        shape = replace(shape, evaluation_lengths=())
         every, layers = execution.checkpoint_every, self.architecture.num_hidden_layers
         if execution.keep_attention:
             peaks, kept_bytes = self.estimate(replace(execution, keep_attention=False), shape), 0
@@ -155,6 +191,7 @@ class Predictor:
             return {phase: size + kept_bytes * (phase in (*FORWARD_PHASES, *BACKWARD_PHASES)) for phase, size in peaks.items()}
         if every <= 1 or not self._can_extrapolate(1):
             return self.phases(execution, shape)
+        shape = replace(shape, evaluation_lengths=())
         plain = replace(execution, mlp_tile_tokens=0) if self.recipe.memory.mlp_tile_tokens == "auto" else execution
         start, saved = self._per_layer_fit(replace(execution, checkpoint_every=0), shape)
         none, _ = self._per_layer_fit(replace(plain, checkpoint_every=0), shape)
@@ -173,7 +210,6 @@ class Predictor:
 
         Of rows that are longer than `LONGEST_COUNTED` one of that length is counted.
         """
-        shape = replace(shape, evaluation_lengths=())
         if sum(shape.lengths) > LONGEST_COUNTED:
             shape = StepShape(lengths=(LONGEST_COUNTED,))
         lengths = shape.lengths
@@ -186,6 +222,7 @@ class Predictor:
         outside: list[tuple[int, Trace]] = []
         of_layers: list[tuple[int, Trace]] = []
         if self._can_extrapolate(1):
+            shape = replace(shape, evaluation_lengths=())
             for number, kind in ((layers - recomputed, 0), (recomputed, 1)):
                 if number:
                     small, large = (self._trace(replace(execution, checkpoint_every=kind), shape, few) for few in (2, 3))

@@ -1,4 +1,4 @@
-"""Searches for the fastest execution plan of a recipe that fits a GPU, and for the longest row that fits.
+"""Searches for the fastest execution plan of a recipe that fits a GPU or a CPU, and for the longest row that fits.
 
 The plan chooses only how the recipe is computed, and never overrules a key that the recipe sets. Kinds of plan (which layers are
 recomputed, offloading, the MLPs in tiles) are tried in the order of their speed by `cost.py`. Each has the largest micro-batch
@@ -11,15 +11,13 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import psutil  # type: ignore[import-untyped]
-import torch
 
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan, plan_micro_batches, smaller_mlp_tile
 from qlora_phi3.family import linear_shapes
-from qlora_phi3.memory.cost import GpuLimits, StepKernels, StepWorkload, estimate_step
+from qlora_phi3.memory.cost import GpuLimits, Limits, StepKernels, StepWorkload, estimate_step
 from qlora_phi3.memory.plan import Plan, RowLengths, describe_kind, explain_choices, step_shape
-from qlora_phi3.memory.predict import Predictor, estimate_allocated, estimate_reserved
+from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.simulate import StepShape
-from qlora_phi3.model.optimizer import default_optimizer
 from qlora_phi3.recipe.schema import Memory, Training
 from qlora_phi3.units import parse_size
 
@@ -44,12 +42,13 @@ STEP, PRECISION = 64, 1 / 128
 STEPS_TO_DOUBLE = 32
 
 
-def find_plan(predictor: Predictor, rows: RowLengths, limits: GpuLimits, *, progress: Callable[[str], None]) -> Plan:
+def find_plan(predictor: Predictor, rows: RowLengths, limits: Limits, *, progress: Callable[[str], None]) -> Plan:
     """The fastest plan that fits; where none fits, the one that needs least memory, with `fits` False."""
-    search = _Search(predictor, rows, limits, progress)
-    for kinds in search.stages():
-        if (plan := search.fastest(kinds)) is not None:
-            return plan
+    for tokens in dict.fromkeys((predictor.usual_tokens, None)):
+        search = _Search(predictor, rows, limits, progress, tokens)
+        for kinds in search.stages():
+            if (plan := search.fastest(kinds)) is not None:
+                return plan
     return search.verify_full_model(search.minimal)
 
 
@@ -68,30 +67,29 @@ class _Tiles(NamedTuple):
 
 
 class _Search:
-    """The search for one plan."""
+    """The search for one plan; `tokens` are those of every micro-batch, unless the recipe fixes them (None: the fastest)."""
 
-    def __init__(self, predictor: Predictor, rows: RowLengths, limits: GpuLimits, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self, predictor: Predictor, rows: RowLengths, limits: Limits, progress: Callable[[str], None], tokens: int | None = None
+    ) -> None:
         self.predictor, self.rows, self.limits, self.progress = predictor, rows, limits, progress
         recipe, step = predictor.recipe, rows.training[: rows.batch_size]
-        self.training, pinned = recipe.training, recipe.memory.micro_batch_tokens
+        self.training, wanted_tokens = recipe.training, recipe.memory.micro_batch_tokens
+        self.pinned = pinned = tokens if wanted_tokens == "auto" else wanted_tokens
         fewest, most = rows.longest, sum(step) if recipe.training.packing else len(step) * rows.longest
-        if pinned != "auto":
-            fewest = most = pinned
+        fewest, most = (pinned, pinned) if pinned else (fewest, predictor.usual_tokens or most)
         #: Micro-batches are of complete rows, where all rows are of one length.
-        self.complete_rows = rows.training[-1] == rows.longest and pinned == "auto"
+        self.complete_rows = rows.training[-1] == rows.longest and pinned is None
         #: Tokens of the smallest and of the largest micro-batch.
         self.fewest, self.most = (self._layouts(tokens)["micro_batch"].max_tokens for tokens in (fewest, most))
-        self.most_allocated = estimate_allocated(limits.limit_bytes - predictor.on_gpu_bytes(0))
-        self.kinds = _allowed_kinds(recipe.training, recipe.memory, predictor.architecture.num_hidden_layers)
+        self.most_allocated = predictor.most_allocated(limits.limit_bytes)
+        offloading = self.training.activation_offloading if predictor.is_gpu else False
+        self.kinds = _allowed_kinds(recipe.training, recipe.memory, offloading, predictor.architecture.num_hidden_layers)
         self.tiles = _allowed_tiles(recipe.memory, self.fewest)
-        #: Whether the attention of recomputed layers is kept: where a fused kernel computes it, and draws no random numbers.
-        is_fused = predictor.capability >= (8, 0) or predictor.compute_dtype != torch.bfloat16
-        is_fused &= recipe.model.attn_implementation == "sdpa" and not predictor.config.get("attention_dropout")
         wanted = recipe.memory.keep_attention
-        self.keeps = (wanted,) if wanted != "auto" else (False, True) if is_fused else (False,)
+        self.keeps = (wanted,) if wanted != "auto" else (False, True) if predictor.may_keep_attention else (False,)
         #: The one that needs least memory last.
-        optim = default_optimizer(self.training, is_cuda=True)
-        self.optimizers = (optim, f"paged_{optim}") if self.training.optim == "auto" else (optim,)
+        self.optimizers = predictor.optimizers
         #: The plan that needs least memory of all that the recipe allows.
         self.minimal = self._smallest(*self.kinds[-1], self.tiles[-1])
         #: Kinds that would be faster and do not fit, and what each would need on the GPU.
@@ -123,6 +121,10 @@ class _Search:
 
     def fastest(self, kinds: Sequence[ExecutionPlan]) -> Plan | None:
         """The fastest that fits, None where none does; a kind is sized only when nothing faster is left."""
+        if kinds and self.fewest == self.most and not (kinds[0].checkpoint_every or kinds[0].mlp_tile_tokens):
+            first = self._with_tokens(kinds[0], self.most)  # nothing is faster
+            if self._may_fit(first) and (plan := self.verify_full_model(first)).fits:
+                return plan
         #: Plans, and whether they were sized; else they stand for the best that their kind could do.
         waiting = [(self._with_tokens(kind, self.most), False) for kind in kinds]
         while waiting:
@@ -168,7 +170,8 @@ class _Search:
             workload=workload,
             seconds=estimate_step(kernels, workload, self.limits),
             evaluation_seconds=estimate_step(kernels, held_out, self.limits, trains=False).total if held_out else 0.0,
-            reasons=explain_choices(recipe.training, recipe.memory, prediction.execution, self.rows, self.refused, limit_bytes),
+            reasons=explain_choices(recipe.training, recipe.memory, prediction.execution, self.rows, self.refused, limit_bytes)
+            | self.predictor.explain(prediction.execution),
         )
 
     def _may_fit(self, kind: ExecutionPlan) -> bool:
@@ -182,7 +185,7 @@ class _Search:
                 return False
         needed = max(self._phases(kind).values())
         if needed > enough:
-            self.refused[kind] = self.predictor.on_gpu_bytes(estimate_reserved(needed))
+            self.refused[kind] = self.predictor.estimate_on_gpu(needed)
         return needed <= enough
 
     def _largest_worth_its_memory(self, kind: ExecutionPlan) -> ExecutionPlan:
@@ -229,8 +232,9 @@ class _Search:
     def _layouts(self, tokens: int) -> dict[str, Any]:
         """Micro-batches of so many tokens, or of as many rows as the recipe sets; evaluation as training, unless it is set."""
         training, rows = self.training, self.training.per_device_eval_batch_size
-        evaluation_rows = training.micro_batch_size if rows == "auto" else rows
-        rows_by_name = {"micro_batch": training.micro_batch_size, "evaluation": evaluation_rows}
+        as_training = None if self.predictor.usual_tokens else training.micro_batch_size
+        evaluation = (as_training if rows == "auto" else rows, self.pinned or tokens)
+        sizes = {"micro_batch": (training.micro_batch_size, tokens), "evaluation": evaluation}
         return {
             name: MicroBatchPlan(
                 max_tokens=rows * training.max_length if rows else tokens,
@@ -238,7 +242,7 @@ class _Search:
                 packing=training.packing,
                 longrope_boundary=self.predictor.architecture.longrope_boundary,
             )
-            for name, rows in rows_by_name.items()
+            for name, (rows, tokens) in sizes.items()
         }
 
     def _phases(self, execution: ExecutionPlan) -> Mapping[str, int]:
@@ -259,7 +263,7 @@ class _Search:
         shapes, every = self.predictor.architecture, execution.checkpoint_every
         layers = shapes.num_hidden_layers - (math.ceil(shapes.num_hidden_layers / every) if every else 0)
         flops = 2 * layers * math.prod(linear_shapes(shapes)["gate_up_proj"]) * self._workload(execution).tokens
-        return self._time_step(replace(execution, mlp_tile_tokens=0)) + flops / (self.limits.tflops_16bit * 1e12)
+        return self._time_step(replace(execution, mlp_tile_tokens=0)) + flops / self.limits.flops_per_second
 
     def _time_step(self, execution: ExecutionPlan) -> float:
         """Seconds of a typical step by the cost model."""
@@ -286,18 +290,21 @@ class _Search:
         return replace(self._with_tokens(execution, self.fewest), optim=self.optimizers[-1])
 
     def _step_kernels(self, execution: ExecutionPlan) -> StepKernels:
-        """Of the longest row alone: larger micro-batches start the same ones, whatever the recipe sets."""
+        """Of the longest row alone, on a GPU: larger micro-batches start the same ones, whatever the recipe sets."""
         kind = self._kind(execution)
         if kind not in self._kernels:
-            alone = replace(kind.micro_batch, max_tokens=self.rows.longest)
-            self._kernels[kind] = self.predictor.step_kernels(kind, step_shape(self.rows, replace(kind, micro_batch=alone)))
+            shape = step_shape(self.rows, kind)
+            if self.predictor.is_gpu:
+                alone = replace(kind.micro_batch, max_tokens=self.rows.longest)
+                shape = replace(step_shape(self.rows, replace(kind, micro_batch=alone)), evaluation_lengths=())
+            self._kernels[kind] = self.predictor.step_kernels(kind, shape)
         return self._kernels[kind]
 
 
-def _allowed_kinds(training: Training, memory: Memory, num_layers: int) -> list[tuple[int, bool]]:
+def _allowed_kinds(training: Training, memory: Memory, offloading: bool | str, num_layers: int) -> list[tuple[int, bool]]:
     """(checkpoint_every, activation_offloading): all that the recipe allows, the one with least memory last."""
     pinned = memory.checkpoint_every_n_layers
-    wanted, offloading = training.gradient_checkpointing, training.activation_offloading
+    wanted = training.gradient_checkpointing
     every = [1] if wanted is True else [each for each in CHECKPOINTING if each < max(2, num_layers)]
     if wanted is False:
         every = [0]

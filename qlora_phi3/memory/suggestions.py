@@ -125,6 +125,8 @@ class _Path:
             'Write [memory] budget = "auto": all that is free on the GPU': device.free_bytes - self.budget_bytes,
             f"Close other programs on the GPU{f' ({names})' if names else ''}": held,
         }
+        if device.is_cpu:  # of which a run gets its share
+            widenings = {"Close other programs": held * self.budget_bytes // max(1, device.free_bytes)}
         for text, more_bytes in widenings.items():
             if more_bytes >= WORTH_BYTES and not self.fits:
                 self.budget_bytes += more_bytes
@@ -191,6 +193,8 @@ class _Path:
         reason = f"One row of {length:,} tokens needs {needed}, whatever the plan."
         if self.suggestions:
             reason = f"With all of these changes, one row of {length:,} tokens needs {needed}."
+        if self.device.is_cpu:
+            return f"{reason} Take a smaller model or shorter rows; --all shows which GPUs are large enough."
         if not enough:
             return f"{reason} No GPU of the table has that much: take a smaller model or shorter rows."
         smallest = min(enough, key=lambda gpu: gpu.usable_bytes)
@@ -225,8 +229,8 @@ def write_fitted(
     heading = (
         f"Fitted to {report.device.name} by qlora-phi3 {report.versions['qlora-phi3']} on {report.created[:10]}: predicted "
         f"{format_gib(report.memory.on_gpu_bytes)} and a margin of {format_gib(report.margin_bytes)}, of "
-        f"{format_gib(report.budget_bytes)} on the GPU. What is learned is the same on every GPU; the keys with a reason decide "
-        "memory and speed."
+        f"{format_gib(report.budget_bytes)} {report.device.where}. What is learned is the same on every GPU; the keys with a "
+        "reason decide memory and speed."
     )
     fitted, written = fit_recipe(recipe, text, choices, heading)
     with target.open("x", encoding="utf-8", newline="\n") as file:

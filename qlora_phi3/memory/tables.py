@@ -95,7 +95,7 @@ class _MaxLengths:
 
     def on(self, device: Gpu) -> MaxLengthRow:
         """Estimate the longest row, simulate it in full, and improve the estimate by it, until no length is left between."""
-        from qlora_phi3.memory.predict import estimate_allocated, estimate_reserved, least_reserved_bytes
+        from qlora_phi3.memory.predict import least_reserved_bytes
         from qlora_phi3.memory.search import STEP, round_length
 
         def longest_within(allocated_bytes: int) -> int:
@@ -106,7 +106,7 @@ class _MaxLengths:
         self._predictor = predictor = self._checker.predictor(device)
         limit_bytes = read_margin(device.name).limit(budget_of(recipe.memory, device, strict=False))
         reservable = limit_bytes - predictor.on_gpu_bytes(0)
-        length = longest_within(estimate_allocated(reservable)) or STEP
+        length = longest_within(predictor.most_allocated(limit_bytes)) or STEP
         fitting, too_long, memory = 0, self._search.at_most + STEP, None
         while fitting < length < too_long:
             self._checker.info(f"simulating every layer with a row of {length:,} tokens")
@@ -118,7 +118,7 @@ class _MaxLengths:
                 too_long = length
             better = longest_within(int(reservable * tried.memory.allocated_bytes / least_reserved_bytes(tried.memory)))
             length = better if better < too_long else round_length(too_long - 1)
-        shortest_bytes = predictor.on_gpu_bytes(estimate_reserved(self._search.bytes_for(STEP)))
+        shortest_bytes = predictor.estimate_on_gpu(self._search.bytes_for(STEP))
         return MaxLengthRow(
             name=device.name,
             model=recipe.model.name,

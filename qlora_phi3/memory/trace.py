@@ -8,7 +8,9 @@ from itertools import accumulate, groupby, pairwise
 from qlora_phi3.memory.cost import Kernel
 from qlora_phi3.memory.report import CUBLAS_WORKSPACE, MemoryReport
 
-#: Of one event, what is alike in every layer: its bytes, negative where they are freed, and its category.
+#: Sizes that differ by less are taken as alike: the norms of all gradients in one tensor are more with every layer.
+ALIKE_BYTES = 512
+#: Of one event, what is alike in every layer: its bytes in ALIKE_BYTES, negative where they are freed, and its category.
 _Kind = tuple[int, str]
 
 
@@ -27,7 +29,7 @@ class Trace:
     host_bytes: int
     #: Bytes up to a multiple of which each allocation is rounded in a report.
     rounding: int
-    #: Phase -> kernel -> how often it is started; on the CPU's path none.
+    #: Phase -> kernel -> how often it is started.
     kernels: Mapping[str, Mapping[Kernel, int]]
 
     def report(self) -> MemoryReport:
@@ -149,7 +151,7 @@ def _kinds(trace: Trace) -> tuple[list[_Kind], list[int]]:
     begun: dict[int, tuple[int, int]] = {}
     kinds, values = [], []
     for index, (number, num_bytes) in enumerate(trace.events):
-        begin, size = begun.setdefault(number, (index, trace.rounded(num_bytes)))
+        begin, size = begun.setdefault(number, (index, -(-num_bytes // ALIKE_BYTES)))
         kinds.append((size if num_bytes else -size, trace.categories[number]))
         values.append(num_bytes or begin)
     return kinds, values

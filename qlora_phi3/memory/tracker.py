@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_phi3.memory import report
 from qlora_phi3.memory.cost import Kernel, Kind
 from qlora_phi3.memory.trace import Trace, in_order
+from qlora_phi3.model.kernels import ONEDNN_LINEAR
 
 #: c10::cuda::CUDACachingAllocator rounds requests up to multiples of this.
 ROUNDING = 512
@@ -38,7 +39,7 @@ _PRODUCTS = tuple(getattr(_aten, name).default for name in ("mm", "addmm", "addm
 #: Operators by what the GPU does for them. The second kind starts no kernel; of the next two the first operand is not read, or
 #: only in the places that the result has; the last write so few values that their kernel alone counts.
 _ADDED_PRODUCTS = {_aten.addmm, _aten.addmm_, _aten.baddbmm}
-_MATMULS = {_aten.mm, _aten.linear, _aten.addmm, _aten.addmm_, _bnb.gemm_4bit}
+_MATMULS = {_aten.mm, _aten.linear, _aten.addmm, _aten.addmm_, _bnb.gemm_4bit, ONEDNN_LINEAR}
 _NO_KERNEL = {
     _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided, _aten._unsafe_view, _aten.alias,
     _aten.lift_fresh, _aten._reshape_alias,
@@ -46,6 +47,10 @@ _NO_KERNEL = {
 _OVERWRITES = {_aten.copy_, _aten.zero_, _aten.fill_, _aten.bernoulli_}
 _SELECTIONS = {_aten.embedding, _aten.gather, _aten.index}
 _FEW_VALUES = {_aten.scatter_add_, _aten.scatter_}
+#: A CPU's kernels of attention, and their operations for each element of the query and each token, half of which are masked.
+_CPU_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: 2, _aten._scaled_dot_product_flash_attention_for_cpu_backward: 5,
+}  # fmt: skip
 #: Categories of what has the same size for any number of tokens.
 _WEIGHTS = {
     report.QUANTIZED_WEIGHTS, report.QUANTIZATION_STATE, report.UNQUANTIZED_WEIGHTS, report.EMBEDDING_AND_HEAD, report.ADAPTER,
@@ -188,6 +193,11 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
             depth = args[packet in _ADDED_PRODUCTS].shape[-1]
             self.count_kernel(kind, *inputs, *outputs, flops=2 * outputs[0].numel() * depth)
             return
+        if packet in _CPU_ATTENTION:
+            self.count_kernel(
+                "attention", *inputs, *outputs, flops=_CPU_ATTENTION[packet] * inputs[0].numel() * inputs[0].shape[-2]
+            )
+            return
         if packet in _SELECTIONS:
             inputs = outputs
         elif packet in _FEW_VALUES:
@@ -238,8 +248,7 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         for tensor in reversed(results) if func is _aten.native_dropout.default else results:  # the mask is allocated first
             if isinstance(tensor, Tensor):
                 self._follow(tensor, category)
-        if self.rounding != 1:
-            self._count_operator(func, args, results)
+        self._count_operator(func, args, results)
         if func in _PRODUCTS:
             self.first_products.setdefault(self.phase, len(self.events))
         return result

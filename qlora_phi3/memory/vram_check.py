@@ -1,4 +1,4 @@
-"""Whether a recipe fits a GPU: reads its model's shapes and its rows' lengths, makes the plan, and builds the report.
+"""Whether a recipe fits a GPU or a CPU: reads its model's shapes and its rows' lengths, makes the plan, builds the report.
 
 Nothing is fetched: tokenizer and data must be in a directory or in the hub's caches. Importing this module imports no torch.
 """
@@ -214,36 +214,26 @@ class VramChecker:
         """The simulator for a GPU; those of one kind share what was simulated."""
         import torch
 
-        from qlora_phi3.memory.predict import Predictor
+        from qlora_phi3.memory.device import build_predictor
 
         dtype, capability = kind = self.kind(device)
         if kind not in self._predictors:
             gc.freeze()  # the collector need not look through the libraries again
-            self._predictors[kind] = Predictor(
-                self.context.recipe,
-                dict(self.context.config),
-                self.context.architecture,
-                compute_dtype=getattr(torch, dtype),
-                capability=capability,
-                multiprocessors=device.multiprocessors,
-            )
+            model = (self.context.recipe, dict(self.context.config), self.context.architecture)
+            of_kind = replace(device, compute_capability=capability)
+            self._predictors[kind] = build_predictor(of_kind, *model, compute_dtype=getattr(torch, dtype))
         return self._predictors[kind].on_gpu(device.compute_capability, device.multiprocessors)
 
     def report(self, device: Gpu, budget_bytes: int, *, with_suggestions: bool = True) -> VramReport:
         """Plan for a GPU, and where nothing fits suggest what to change; `budget_bytes` are what the run may take there, its
         margin included. ModelError where the recipe's adapter does not fit the model.
         """
-        from qlora_phi3.memory.cost import GpuLimits
+        from qlora_phi3.memory.device import limits_of
         from qlora_phi3.memory.search import find_plan
         from qlora_phi3.memory.suggestions import find_suggestions
 
         predictor, lengths = self.predictor(device), self.context.lengths
-        limits = GpuLimits(
-            limit_bytes=read_margin(device.name).limit(budget_bytes),
-            tflops_16bit=device.tflops_16bit,
-            bandwidth_bytes_per_second=device.bandwidth_bytes_per_second,
-            multiprocessors=device.multiprocessors,
-        )
+        limits = limits_of(device, read_margin(device.name).limit(budget_bytes), predictor.compute_dtype)
         plan = find_plan(predictor, lengths, limits, progress=self.info)
         report = self._build_report(device, plan, budget_bytes)
         if plan.fits or not with_suggestions:
@@ -338,6 +328,12 @@ def _import_bitsandbytes() -> None:
 
 def compute_dtype_on(wanted: str, device: Gpu) -> str:
     """The dtype of the arithmetic, as a run on that GPU would choose it for the recipe's `compute_dtype`."""
+    if wanted == "auto" and device.is_cpu:
+        import torch
+
+        from qlora_phi3.model.phi3 import choose_precision
+
+        return str(choose_precision(wanted, torch.device("cpu")).compute_dtype).removeprefix("torch.")
     native = "bfloat16" if device.compute_capability >= NATIVE_BFLOAT16 else "float16"
     return native if wanted == "auto" else wanted
 

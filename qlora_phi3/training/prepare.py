@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, get_scheduler
@@ -22,17 +21,16 @@ from qlora_phi3.data.prepare import PreparedData, prepare_datasets, row_lengths
 from qlora_phi3.data.template import ChatTemplate, choose_template
 from qlora_phi3.data.tokenizer import check_token_ids, load_tokenizer
 from qlora_phi3.errors import DeviceError, RecipeError
-from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan
+from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, DEFAULT_MICRO_BATCH_TOKENS, ExecutionPlan, MicroBatchPlan
 from qlora_phi3.family import Architecture, find_config, parse_architecture, read_config
-from qlora_phi3.hardware.gpu import Gpu, read_gpu
+from qlora_phi3.hardware.gpu import Gpu, read_cpu, read_gpu
 from qlora_phi3.memory.allocator import ALLOCATOR_SETTINGS, uses_expandable_segments
-from qlora_phi3.memory.cost import GpuLimits, count_steps
+from qlora_phi3.memory.cost import count_steps
+from qlora_phi3.memory.device import build_predictor, limits_of
 from qlora_phi3.memory.margin import budget_of, read_margin
-from qlora_phi3.memory.plan import Plan, RowLengths, describe_plan, read_lengths, step_shape
-from qlora_phi3.memory.predict import Predictor
+from qlora_phi3.memory.plan import Plan, RowLengths, describe_plan, read_lengths
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.search import find_plan
-from qlora_phi3.memory.simulate import simulate
 from qlora_phi3.model.checkpoint import check_checkpoint
 from qlora_phi3.model.kernels import why_unavailable
 from qlora_phi3.model.lora import attach_adapter, measure_coverage, start_from_quantization_error
@@ -47,13 +45,6 @@ from qlora_phi3.training.callbacks import cap_to_free_memory
 from qlora_phi3.training.processes import count_processes, from_first, gather
 from qlora_phi3.training.trackers import check_trackers
 from qlora_phi3.units import format_gib, format_percent, parse_size
-
-#: Tokens of a micro-batch where there is no plan and neither the recipe nor a longer row requires more: enough to keep the
-#: matmuls busy next to the dequantization, which costs the same whatever the micro-batch holds. On a CPU (SmolLM2-135M,
-#: bf16, not recomputed) 1,024 are 5 to 12 % faster, at a peak that is 0.2 to 0.5 GB higher.
-DEFAULT_MICRO_BATCH_TOKENS = 512
-#: Share of the computer's available memory that a step may take on a CPU without recomputation: other programs need the rest.
-CPU_MEMORY_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +74,7 @@ class RunContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRun:
-    """How a run is executed, and the memory it should need (None where nothing was simulated); more is known of a GPU."""
+    """How a run is executed, and the memory it should need; None where a GPU cannot be read. The budget is of a GPU alone."""
 
     execution: ExecutionPlan
     predicted: MemoryReport | None
@@ -163,9 +154,9 @@ def wants_dry_run(memory: Memory, device: torch.device) -> bool:
 
 
 def plan_run(context: RunContext) -> PlannedRun:
-    """Plan the execution: the fastest plan that fits the GPU; on a CPU the default plan, without recomputation where that fits.
+    """Plan the execution: the fastest plan that fits the GPU, or the CPU's share of the free memory.
 
-    Several processes share the plan for the GPU with the least memory.
+    Several processes have one plan: for the GPU with the least memory, or for a CPU whose memory they share.
     """
     gpus = [gpu for gpu in gather(context.gpu) if gpu is not None]
     smallest = min(gpus, key=lambda gpu: budget_of(context.recipe.memory, gpu), default=None)
@@ -184,56 +175,33 @@ def _can_fuse(context: RunContext) -> bool:
 
 
 def _plan(context: RunContext, fused_kernels: bool) -> PlannedRun:
-    recipe, device = context.recipe, context.device
-    if context.gpu is not None:
-        return _plan_for_gpu(context, context.gpu, fused_kernels)
-    if device.type == "cpu" and recipe.memory.budget != "auto":
-        context.reporter.warning("[memory] budget is for GPUs; a run on a CPU ignores it.")
-    execution = default_execution_plan(recipe.training, recipe.memory, context.architecture, device)
-    if device.type != "cpu":
+    """The fastest plan that fits, in one line, or a warning; the default plan where NVML cannot read the GPU."""
+    recipe, reporter, processes = context.recipe, context.reporter, count_processes()
+    device = context.gpu
+    if device is None and context.device.type != "cpu":
+        execution = default_execution_plan(recipe.training, recipe.memory, context.architecture)
         return PlannedRun(execution=replace(execution, fused_kernels=fused_kernels), predicted=None)
-    shape, compute_dtype = step_shape(context.row_lengths, execution), context.precision.compute_dtype
-
-    def predict(execution: ExecutionPlan) -> MemoryReport:
-        model = (recipe, context.config, context.architecture)
-        return simulate(*model, execution, shape, compute_dtype=compute_dtype, path="cpu").report()
-
-    if recipe.training.gradient_checkpointing == recipe.memory.checkpoint_every_n_layers == "auto":
-        keeping, free_bytes = replace(execution, checkpoint_every=0), psutil.virtual_memory().available
-        if predict(keeping).allocated_bytes <= CPU_MEMORY_SHARE * free_bytes / count_processes():
-            execution = keeping
-    wants_prediction = wants_dry_run(recipe.memory, device)
-    return PlannedRun(execution=execution, predicted=replace(predict(execution), trace=()) if wants_prediction else None)
-
-
-def _plan_for_gpu(context: RunContext, gpu: Gpu, fused_kernels: bool) -> PlannedRun:
-    """The fastest plan that fits a GPU, reported in one line; a warning where none fits."""
-    reporter = context.reporter
-    model, compute_dtype = (context.recipe, context.config, context.architecture), context.precision.compute_dtype
-    predictor = Predictor(
-        *model,
-        compute_dtype=compute_dtype,
-        capability=gpu.compute_capability,
-        multiprocessors=gpu.multiprocessors,
-        fused_kernels=fused_kernels,
-    )
-    budget_bytes = budget_of(context.recipe.memory, gpu)
-    limits = GpuLimits(
-        limit_bytes=read_margin(gpu.name).limit(budget_bytes),
-        tflops_16bit=gpu.tflops_16bit,
-        bandwidth_bytes_per_second=gpu.bandwidth_bytes_per_second,
-        multiprocessors=gpu.multiprocessors,
-    )
+    if device is None:
+        device = read_cpu()
+        if recipe.memory.budget != "auto":
+            reporter.warning("[memory] budget is for GPUs; a run on a CPU ignores it.")
+    model, compute_dtype = (recipe, context.config, context.architecture), context.precision.compute_dtype
+    predictor = build_predictor(device, *model, compute_dtype=compute_dtype, fused_kernels=fused_kernels)
+    budget_bytes = budget_of(recipe.memory, device, processes=processes)
+    limits = limits_of(device, read_margin(device.name).limit(budget_bytes), compute_dtype)
     reporter.progress("Planning the memory", 0, None)
     plan = find_plan(predictor, context.row_lengths, limits, progress=lambda _: None)
     reporter.progress("Planning the memory", 1, 1)
-    execution = plan.execution
-    needed = f"{format_gib(plan.memory.on_gpu_bytes)} of {format_gib(limits.limit_bytes)} on the GPU"
-    reporter.info(f"Plan: {describe_plan(execution)}; {needed}")
+    needed = f"{format_gib(plan.memory.on_gpu_bytes)} of {format_gib(limits.limit_bytes)} {device.where}"
+    if device.is_cpu:
+        shared = f", for each of {processes} processes" if processes > 1 else ""
+        needed = f"{needed}: tensors, in half of what is free{shared}"
+    reporter.info(f"Plan: {describe_plan(plan.execution)}; {needed}")
     if not plan.fits:
-        reporter.warning("This should not fit; qlora-phi3 vram-check suggests what to change. The run tries it anyway.")
-    memory = replace(plan.memory, trace=())
-    return PlannedRun(execution=execution, predicted=memory, plan=plan, budget_bytes=budget_bytes)
+        where = " in memory" if device.is_cpu else ""
+        reporter.warning(f"This should not fit{where}; qlora-phi3 vram-check suggests what to change. The run tries it anyway.")
+    memory, budget_bytes = replace(plan.memory, trace=()), 0 if device.is_cpu else budget_bytes
+    return PlannedRun(execution=plan.execution, predicted=memory, plan=plan, budget_bytes=budget_bytes)
 
 
 def outline_run(
@@ -265,8 +233,8 @@ def outline_run(
     )
 
 
-def default_execution_plan(training: Training, memory: Memory, architecture: Architecture, device: torch.device) -> ExecutionPlan:
-    """The plan of a GPU that NVML cannot read, and where a CPU's begins: what the recipe fixes, else all layers recomputed.
+def default_execution_plan(training: Training, memory: Memory, architecture: Architecture) -> ExecutionPlan:
+    """The plan of a GPU that NVML cannot read: what the recipe fixes, else all layers recomputed.
 
     Without a fixed size, a micro-batch has DEFAULT_MICRO_BATCH_TOKENS tokens or one row.
     """
@@ -287,9 +255,9 @@ def default_execution_plan(training: Training, memory: Memory, architecture: Arc
         micro_batch=micro_batch(training.micro_batch_size),
         evaluation=micro_batch(training.per_device_eval_batch_size),
         checkpoint_every=every if training.gradient_checkpointing else 0,
-        activation_offloading=training.activation_offloading is True and device.type != "cpu",
+        activation_offloading=training.activation_offloading is True,
         keep_attention=memory.keep_attention is True,
-        optim=default_optimizer(training, is_cuda=device.type == "cuda"),
+        optim=default_optimizer(training, is_cuda=True),
         logits_tile_bytes=DEFAULT_LOGITS_TILE_BYTES if memory.logits_tile == "auto" else parse_size(memory.logits_tile),
         mlp_tile_tokens=0 if memory.mlp_tile_tokens == "auto" else memory.mlp_tile_tokens,
     )

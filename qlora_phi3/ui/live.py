@@ -104,7 +104,8 @@ def _describe_memory(outline: RunOutline, record: StepRecord | None, load: GpuLo
     """The memory of this process, now and as planned, within the budget; on a CPU its resident memory, at most until now."""
     used, kind = 0 if record is None else record.peak_memory_bytes, "of tensors"
     if not outline.budget_bytes:
-        return Text(f"{format_gib(used)} resident at most" if used else "not known yet")
+        tensors = f", plan {format_gib(outline.predicted_bytes)} of tensors" if outline.predicted_bytes else ""
+        return Text(f"{format_gib(used)} resident at most{tensors}" if used else "not known yet")
     if load is not None and load.own_bytes:  # the driver shows no process in some containers and on Windows
         used, kind = load.own_bytes, "now"
     planned, budget = outline.predicted_bytes, outline.budget_bytes

@@ -89,10 +89,12 @@ def show_report(console: Console, report: VramReport) -> None:
     largest = max(size for _, size, _ in categories)
     for name, size, colour in categories:
         table.add_row(name, format_gib(size), Text("█" * max(1, round(CATEGORY_BAR * size / largest)), style=colour))
-    table.add_row("[bold]on the GPU[/]", f"[bold]{format_gib(memory.on_gpu_bytes)}[/]", "")
+    table.add_row(f"[bold]{report.device.where}[/]", f"[bold]{format_gib(memory.on_gpu_bytes)}[/]", "")
     console.print(table)
     allocated, reserved = format_gib(memory.allocated_bytes), format_gib(memory.reserved_bytes)
-    _print(console, f"\nAllocated {allocated}, reserved {reserved}; the peak is in the {memory.peak_phase} phase.")
+    of_process = "the process takes Python, its libraries and their buffers too, about 1 GiB"
+    kinds = f"Tensors: {of_process}" if report.device.is_cpu else f"Allocated {allocated}, reserved {reserved}"
+    _print(console, f"\n{kinds}; the peak is in the {memory.peak_phase} phase.")
     if memory.host_bytes:
         paged = "all" if memory.paged_bytes == memory.host_bytes else format_gib(memory.paged_bytes)
         state = f", {paged} of it paged optimizer state" if memory.paged_bytes else ""
@@ -113,6 +115,8 @@ def show_report(console: Console, report: VramReport) -> None:
 def _heading(report: VramReport) -> Iterator[str]:
     """The GPU, what it represents, what is used on it, the model, and the rows."""
     device = report.device
+    if device.is_cpu:
+        yield "No NVIDIA GPU here: this is a run on the processor. --gpu 'RTX 4070', --vram 12GB or --all check GPUs."
     yield _describe_memory(device)
     if device.represents:
         gpus = [gpu for gpu in GPU_TABLE if gpu.label in device.represents]
@@ -132,7 +136,9 @@ def _heading(report: VramReport) -> Iterator[str]:
         named += [process.name for process in device.processes if process.used_bytes is None]
         names = f" ({', '.join(named[:6])})" if named else ""
         yield f"Used by other processes: {format_gib(device.other_processes_bytes)}{names}"
-    if device.free_bytes > report.budget_bytes:
+    if device.is_cpu:
+        yield f"A run may use half of it, which its processes share: {format_gib(report.budget_bytes)} each"
+    elif device.free_bytes > report.budget_bytes:
         yield f"[memory] budget: a run may use {format_gib(report.budget_bytes)} of it"
     stored = f", stored in {report.stored}" if report.stored else ""
     dtype = "" if report.compute_dtype == "bfloat16" else f", computing in {report.compute_dtype}"
@@ -155,7 +161,7 @@ def _show_bar(console: Console, report: VramReport, categories: Sequence[tuple[s
     console.print(bar)
     on_gpu, margin = format_gib(report.memory.on_gpu_bytes), format_gib(report.margin_bytes)
     total = format_gib(report.memory.on_gpu_bytes + report.margin_bytes)
-    free = " free" if device.is_local else ""
+    free = " free" if device.is_local and not device.is_cpu else ""
     _print(console, f"█ {on_gpu} and a margin of ▒ {margin} make {total} of {format_gib(report.budget_bytes)}{free}")
     if report.margin_runs:
         instead = f"The margin is {format_percent(report.margin_share, 1)} instead of 3 %"
@@ -163,7 +169,8 @@ def _show_bar(console: Console, report: VramReport, categories: Sequence[tuple[s
     if device.other_processes_bytes:
         _print(console, f"▓ {format_gib(device.other_processes_bytes)} used by other processes")
     if outside:
-        _print(console, f"─ {format_gib(outside)} outside of [memory] budget")
+        kind = "left to other programs and processes" if device.is_cpu else "outside of [memory] budget"
+        _print(console, f"─ {format_gib(outside)} {kind}")
 
 
 def draw_bar(width: int, parts: Sequence[tuple[int, str, str]], total_bytes: int) -> Text:
@@ -210,7 +217,10 @@ def _speed_lines(report: VramReport) -> Iterator[str]:
     slow, fast = (f"{seconds:,.1f} s" if seconds >= 1 else f"{1000 * seconds:,.0f} ms" for seconds in times)
     if round(low) == round(high):
         yield f"About {slow} an optimizer step, {low:,.0f} tokens a second:"
-        yield "estimated from the GPU's stated rates, not measured."
+        rates = (
+            "processor's speed now, which other programs change" if report.device.is_cpu else "GPU's stated rates, not measured"
+        )
+        yield f"estimated from the {rates}."
     else:
         yield f"About {slow} an optimizer step, {low:,.0f} tokens a second, on the slowest of these GPUs;"
         yield f"{fast}, {high:,.0f} on the fastest: estimated from their stated rates, not measured."

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from fake_nvml import two_gpus
@@ -12,9 +13,10 @@ from workshop import Workshop, call, write_chats
 
 import qlora_phi3.hardware.gpu
 import qlora_phi3.memory.tables
-from qlora_phi3.errors import NoDeviceError
+from qlora_phi3.errors import NoDeviceError, NoDriverError
 from qlora_phi3.hardware.gpu import Gpu, GpuProcess
 from qlora_phi3.memory.margin import record_error
+from qlora_phi3.memory.vram_check import VramChecker
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.units import GIB, MIB
 
@@ -259,6 +261,77 @@ def test_without_a_gpu_here_the_exit_code_is_4(home, no_gpu, words):
     report = json.loads(result.stdout)
     assert report["verdict"] == "cannot_tell"
     assert report["reason"]
+
+
+@pytest.fixture
+def cpu_only(monkeypatch):
+    """A computer without an NVIDIA driver; the free memory of its 16 GiB can be set."""
+
+    def no_driver():
+        raise NoDriverError("No NVIDIA driver answers on this machine.", qlora_phi3.hardware.gpu.OTHER_GPU_HINT)
+
+    def set_free(free_bytes):
+        cpu = replace(qlora_phi3.hardware.gpu.read_cpu(), name="a CPU, 2 cores", total_bytes=16 * GIB, free_bytes=free_bytes)
+        monkeypatch.setattr(qlora_phi3.hardware.gpu, "read_cpu", lambda: cpu)
+
+    monkeypatch.setattr(qlora_phi3.hardware.gpu, "choose_gpu", lambda *_: None)
+    monkeypatch.setattr(qlora_phi3.hardware.gpu, "read_gpu", no_driver)
+    set_free(12 * GIB)
+    return set_free
+
+
+def test_without_a_driver_the_recipe_is_checked_for_the_processor_which_a_run_would_use(home, cpu_only, monkeypatch):
+    result = call("vram-check", "mine.toml")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("No NVIDIA GPU here: ")
+    assert all(option in lines[0] for option in ("--gpu", "--vram", "--all"))
+    assert lines[1] == "a CPU, 2 cores: 12.00 GiB of 16.00 GiB free"
+    for text in (
+        "Used by other processes: 4.00 GiB",
+        "6.00 GiB each",
+        "It fits the budget",
+        'optim = "adamw_torch"',
+        "Tensors: ",
+    ):
+        assert text in result.stdout
+    assert "on the GPU" not in result.stdout
+    monkeypatch.setattr(VramChecker, "report", None)  # from here on it is saved
+    report = check()
+    assert report["device"]["is_cpu"]
+    assert (report["verdict"], report["budget_bytes"]) == ("fits", 6 * GIB)
+    assert report["memory"]["allocated_bytes"] == report["memory"]["on_gpu_bytes"] == max(report["memory"]["by_phase"].values())
+    assert report["run_seconds"] > 0
+    assert report["tokens_per_second"] == report["slowest_tokens_per_second"] == report["fastest_tokens_per_second"]
+    assert {**check(), "created": ""} == {**report, "created": ""}
+
+
+def test_the_processes_of_a_run_on_a_cpu_share_half_of_what_is_free(home, cpu_only):
+    assert check("--processes", "4")["budget_bytes"] == 6 * GIB // 4
+
+
+def test_a_recipe_that_does_not_fit_a_computers_memory_is_exit_code_3_with_what_would_help(home, cpu_only):
+    cpu_only(256 * MIB)
+    result = call("vram-check", "mine.toml", "--fit", "small.toml")
+    assert result.exit_code == 3, result.stderr
+    assert "It does not fit the budget" in result.stdout
+    assert "Close other programs. Allows 7.88 GiB more; then it fits." in result.stdout  # half of what they hold
+    assert not (home.path / "small.toml").exists()
+
+
+def test_the_plan_for_a_cpu_is_written_as_a_recipe_that_makes_it_again(home, cpu_only):
+    result = call("vram-check", "mine.toml", "--fit", "--json")
+    assert result.exit_code == 0, result.stderr
+    planned = json.loads(result.stdout)
+    again = check(recipe="mine-cpu.toml")
+    for key in ("micro_batch_tokens", "checkpoint_every_n_layers", "optim", "logits_tile_bytes", "memory"):
+        assert again[key] == planned[key]
+
+
+def test_without_a_recipe_a_driver_is_still_asked_for(home, cpu_only):
+    result = call("vram-check")
+    assert (result.exit_code, result.stdout) == (4, "")
+    assert "No NVIDIA driver" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["nofolder", "./nofolder"])

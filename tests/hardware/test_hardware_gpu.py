@@ -7,7 +7,7 @@ import sys
 import pytest
 from fake_nvml import FakeNVML, NVMLError, laptop, process, two_gpus
 
-from qlora_phi3.errors import DeviceError, NoDeviceError
+from qlora_phi3.errors import DeviceError, NoDeviceError, NoDriverError
 from qlora_phi3.hardware.gpu import (
     GpuProcess,
     choose_gpu,
@@ -101,6 +101,23 @@ def test_a_gpu_that_cannot_be_read_is_exit_code_4(nvml):
         read_gpu(nvml=nvml)
     assert caught.value.exit_code == 4
     assert not nvml.is_open
+
+
+def test_only_a_driver_that_is_not_installed_leaves_the_processor():
+    class LibraryNotFound(FakeNVML.NVMLError):
+        pass
+
+    for missing in (FakeNVML.NVMLError, LibraryNotFound):
+        nvml = FakeNVML()
+        nvml.NVMLError_LibraryNotFound = LibraryNotFound
+
+        def fail(missing=missing):
+            raise missing("NVML Shared Library Not Found")
+
+        nvml.nvmlInit = fail
+        with pytest.raises(NoDeviceError, match="No NVIDIA driver answers") as caught:
+            read_gpu(nvml=nvml)
+        assert isinstance(caught.value, NoDriverError) == (missing is LibraryNotFound)
 
 
 def test_without_nvidia_ml_py_the_line_says_what_to_install(monkeypatch):

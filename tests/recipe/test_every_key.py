@@ -128,7 +128,7 @@ class Lab:
         from qlora_phi3.training.prepare import default_execution_plan
 
         architecture = read_architecture(str(self.shop.base))
-        return default_execution_plan(recipe.training, recipe.memory, architecture, torch.device("cuda"))
+        return default_execution_plan(recipe.training, recipe.memory, architecture)
 
     def fuses(self, recipe):
         """Whether the layers use fused kernels on a GPU that can run them."""

@@ -1,27 +1,30 @@
 """What is chosen and reported before the first step."""
 
 import platform
+from dataclasses import replace
 
 import psutil
 import pytest
 import torch
 
 from qlora_phi3.errors import NoDeviceError
+from qlora_phi3.execution import DEFAULT_MICRO_BATCH_TOKENS
 from qlora_phi3.family import read_architecture
+from qlora_phi3.hardware.gpu import read_cpu
+from qlora_phi3.memory.margin import LEAST_BYTES
 from qlora_phi3.model.optimizer import default_optimizer
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.recipe.schema import Memory, Training
 from qlora_phi3.training import prepare as prepare_module
 from qlora_phi3.training.prepare import (
-    DEFAULT_MICRO_BATCH_TOKENS,
     default_execution_plan,
     load_model,
+    outline_run,
     plan_run,
     prepare,
     return_freed_memory,
 )
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+from qlora_phi3.units import GIB, MIB, format_gib
 
 
 class Lines:
@@ -48,8 +51,37 @@ def test_a_budget_for_gpus_gives_a_warning_on_a_cpu(shop):
     reporter = Lines()
     context = prepare(load_recipe(shop.write(memory={"budget": "4GiB"})), shop.path, reporter)
     planned = plan_run(context)
-    assert planned.predicted is None
+    assert planned.plan.fits
     assert [line for line in reporter.warnings if "budget" in line]
+
+
+def test_a_run_on_a_cpu_reports_its_plan_and_a_smaller_memory_makes_it_recompute(shop, monkeypatch):
+    """Half of the free memory is the budget, less its margin; the tensors of the plan without recomputation take 8 MB."""
+    context = prepare(load_recipe(shop.write()), shop.path, reporter := Lines())
+    plans = []
+    for free_bytes, count in ((8 * GIB, 1), (8 * GIB, 4), (2 * (LEAST_BYTES + 3 * MIB), 1), (0, 1)):
+        cpu = replace(read_cpu(), free_bytes=free_bytes)
+        monkeypatch.setattr(prepare_module, "read_cpu", lambda cpu=cpu: cpu)
+        monkeypatch.setattr(prepare_module, "count_processes", lambda count=count: count)
+        reporter.facts.clear()
+        reporter.warnings.clear()
+        plans.append(prepare_module._plan(context, fused_kernels=False))
+        (line,) = [line for line in reporter.facts if line.startswith("Plan: ")]
+        limit = max(0, min(free_bytes // 2 // count - LEAST_BYTES, int(free_bytes // 2 // count / 1.03)))
+        shared = f", for each of {count} processes" if count > 1 else ""
+        assert line.endswith(f" of {format_gib(limit)} in memory: tensors, in half of what is free{shared}")
+        assert f"{plans[-1].execution.micro_batch.max_tokens} tokens at once, " in line
+        assert bool(reporter.warnings) == (not plans[-1].plan.fits)
+    assert reporter.warnings == [
+        "This should not fit in memory; qlora-phi3 vram-check suggests what to change. The run tries it anyway."
+    ]
+    assert [planned.plan.fits for planned in plans] == [True, True, True, False]
+    assert [planned.execution.checkpoint_every for planned in plans] == [0, 0, 1, 1]
+    assert plans[0].predicted == replace(plans[0].plan.memory, trace=())
+    assert {planned.budget_bytes for planned in plans} == {0}  # the process takes more than the tensors that it is of
+    outline = outline_run(context, plans[0], plans[0].execution, [], None)
+    assert outline.predicted_bytes == plans[0].predicted.allocated_bytes
+    assert outline.step_seconds == plans[0].plan.step_seconds > 0
 
 
 @pytest.mark.parametrize("reason", [None, "Triton is not installed"])
@@ -74,21 +106,13 @@ def test_without_nvml_a_gpu_gets_the_default_plan_the_default_optimizer_and_fuse
 def test_the_default_plan_takes_what_the_recipe_fixes_and_else_512_tokens_or_one_row(base):
     architecture = read_architecture(str(base))
     training = Training(batch_size=8, max_length=128)
-    plan = default_execution_plan(training, Memory(), architecture, CPU)
+    plan = default_execution_plan(training, Memory(), architecture)
     assert (plan.micro_batch.max_tokens, plan.micro_batch.max_rows) == (DEFAULT_MICRO_BATCH_TOKENS, 8)
-    long = default_execution_plan(Training(max_length=2048), Memory(), architecture, CPU)
+    long = default_execution_plan(Training(max_length=2048), Memory(), architecture)
     assert long.micro_batch.max_tokens == 2048
-    fixed = default_execution_plan(
-        Training(batch_size=8, max_length=128, per_device_train_batch_size=2), Memory(), architecture, CPU
-    )
+    fixed = default_execution_plan(Training(batch_size=8, max_length=128, per_device_train_batch_size=2), Memory(), architecture)
     assert (fixed.micro_batch.max_tokens, fixed.micro_batch.max_rows) == (256, 2)
     assert fixed.evaluation == plan.evaluation
-
-
-def test_activations_are_offloaded_only_where_the_computers_memory_is_another(base):
-    training = Training(activation_offloading=True)
-    plans = [default_execution_plan(training, Memory(), read_architecture(str(base)), device) for device in (CPU, CUDA)]
-    assert [plan.activation_offloading for plan in plans] == [False, True]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")

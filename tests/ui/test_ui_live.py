@@ -133,3 +133,12 @@ def test_without_colour_no_line_has_any(clock, monkeypatch):
     bars, reporter = open_screen(80, 24, color_system="256")
     run_400_steps(reporter, clock)
     assert "38;5" not in "\n".join(shown(bars))
+
+
+def test_on_a_cpu_the_plan_is_named_as_one_of_tensors_beside_the_resident_memory():
+    """No bar compares them: the process takes its libraries too."""
+    fields = [name for name in StepRecord.__dataclass_fields__ if name != "kind"]
+    record = StepRecord(**dict.fromkeys(fields, 0) | {"peak_memory_bytes": 2 * GIB})
+    outline = RunOutline(total_steps=4, epochs=1, predicted_bytes=GIB)
+    assert live._describe_memory(outline, record, None).plain == "2.00 GiB resident at most, plan 1.00 GiB of tensors"
+    assert live._describe_memory(outline, None, None).plain == "not known yet"

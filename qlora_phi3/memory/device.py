@@ -1,0 +1,110 @@
+"""What plans need of the device: its predictor and its limits. All in which a CPU differs from a GPU is here.
+
+The figures of a plan for a CPU are those of tensors. The process takes Python, its libraries and their buffers in addition, and
+while it loads the tables by which bitsandbytes quantizes: the half of the free memory that no plan takes has room for them.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from statistics import median
+from typing import Any, ClassVar
+
+import bitsandbytes as bnb
+import torch
+from torch.nn.functional import silu
+
+from qlora_phi3.execution import DEFAULT_MICRO_BATCH_TOKENS, ExecutionPlan
+from qlora_phi3.hardware.gpu import Gpu
+from qlora_phi3.memory.cost import CpuLimits, GpuLimits, Limits
+from qlora_phi3.memory.predict import Predictor
+from qlora_phi3.memory.report import MemoryReport
+from qlora_phi3.memory.simulate import StepShape
+from qlora_phi3.model.kernels import multiply
+from qlora_phi3.model.optimizer import default_optimizer
+
+#: Speed of kernels in a step, as a share of that of one kernel again and again (docs/performance.md).
+REPEATED_SHARE = 0.85
+
+
+def build_predictor(device: Gpu, *model: Any, compute_dtype: torch.dtype, fused_kernels: bool = False) -> Predictor:
+    """The predictor of a model on a device: its recipe, the contents of its config.json, its architecture."""
+    if device.is_cpu:
+        return CpuPredictor(*model, compute_dtype=compute_dtype)
+    kind: dict[str, Any] = {"capability": device.compute_capability, "multiprocessors": device.multiprocessors}
+    return Predictor(*model, compute_dtype=compute_dtype, fused_kernels=fused_kernels, **kind)
+
+
+def limits_of(device: Gpu, limit_bytes: int, compute_dtype: torch.dtype) -> Limits:
+    """What a plan may take there, in bytes, and how fast the device is: a CPU is measured."""
+    if device.is_cpu:
+        return replace(_measure_cpu(compute_dtype), limit_bytes=limit_bytes)
+    return GpuLimits(
+        limit_bytes=limit_bytes,
+        tflops_16bit=device.tflops_16bit,
+        bandwidth_bytes_per_second=device.bandwidth_bytes_per_second,
+        multiprocessors=device.multiprocessors,
+    )
+
+
+@dataclass(eq=False, slots=True)
+class CpuPredictor(Predictor):
+    """Simulates execution plans of one recipe on a CPU, which has neither an allocator with segments nor a context."""
+
+    capability: tuple[int, int] = (0, 0)
+    multiprocessors: int = 0
+    is_gpu: ClassVar[bool] = False
+
+    def _reserve(self, memory: MemoryReport, limit_bytes: int) -> tuple[MemoryReport, bool]:
+        return replace(memory, reserved_bytes=memory.allocated_bytes), memory.allocated_bytes <= limit_bytes
+
+    def _simulation_options(self, execution: ExecutionPlan, shape: StepShape) -> dict[str, Any]:
+        return {"path": "cpu"}
+
+    def on_gpu_bytes(self, num_bytes: int, /) -> int:
+        """The same: there is no context, and nothing that only an allocator holds."""
+        return num_bytes
+
+    estimate_on_gpu = most_allocated = on_gpu_bytes
+
+    @property
+    def optimizers(self) -> tuple[str, ...]:
+        """One: nothing is paged."""
+        return (default_optimizer(self.recipe.training, is_cuda=False),)
+
+    @property
+    def usual_tokens(self) -> int:
+        """Enough to keep the matmuls busy, or a row of the longest kind."""
+        return max(DEFAULT_MICRO_BATCH_TOKENS, self.recipe.training.max_length)
+
+    def explain(self, execution: ExecutionPlan) -> dict[str, str]:
+        """Why micro-batches are not larger."""
+        if self.recipe.memory.micro_batch_tokens != "auto" or self.recipe.training.micro_batch_size:
+            return {}
+        if execution.micro_batch.max_tokens < self.usual_tokens:
+            return {"micro_batch_tokens": f"fewer than {self.usual_tokens:,}, which do not fit"}
+        return {"micro_batch_tokens": "more at once gain 5 to 12 % on a CPU, and take memory that other programs need"}
+
+
+@cache
+def _measure_cpu(compute_dtype: torch.dtype) -> CpuLimits:
+    """What this computer's processor does with the threads of this process, in some hundredths of a second; without a limit."""
+    x, weight, wide = (torch.ones(shape, dtype=compute_dtype) for shape in ((256, 1024), (1024, 1024), (512, 4096)))
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
+    moved = {
+        "bytes_per_second": 5 * wide.nbytes / _seconds(lambda: silu(wide) * wide),
+        "dequantized_bytes_per_second": (weight.nbytes + packed.nbytes)
+        / _seconds(lambda: bnb.functional.dequantize_4bit(packed, state)),
+    }
+    return CpuLimits(limit_bytes=0, flops_per_second=2 * x.numel() * len(weight) / _seconds(lambda: multiply(x, weight)), **moved)
+
+
+def _seconds(compute: Callable[[], object]) -> float:
+    """What it takes between other kernels: the median of three times, after a first one that loads the kernel."""
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        compute()
+        times.append(time.perf_counter() - started)
+    return median(times[1:]) / REPEATED_SHARE

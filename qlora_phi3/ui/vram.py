@@ -137,7 +137,8 @@ def _heading(report: VramReport) -> Iterator[str]:
         names = f" ({', '.join(named[:6])})" if named else ""
         yield f"Used by other processes: {format_gib(device.other_processes_bytes)}{names}"
     if device.is_cpu:
-        yield f"A run may use half of it, which its processes share: {format_gib(report.budget_bytes)} each"
+        each = "" if report.rows_per_gpu == report.batch_size else " in each of its processes"
+        yield f"A run may use half of it: {format_gib(report.budget_bytes)}{each}"
     elif device.free_bytes > report.budget_bytes:
         yield f"[memory] budget: a run may use {format_gib(report.budget_bytes)} of it"
     stored = f", stored in {report.stored}" if report.stored else ""

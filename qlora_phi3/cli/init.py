@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files
@@ -64,7 +64,7 @@ def init(
     eight chats is written to look at. Nothing is downloaded, and no file is overwritten. Exit code 3: no model fits the GPU.
     """
     if not names:
-        _write_example(out)
+        _write_example(out, {"--model": model, "--gpu": gpu, "--vram": vram})
         return
     data, target = _check_data(names), _name_recipe(names[0], out)
     from qlora_phi3.hardware.gpu import choose_gpu
@@ -140,16 +140,17 @@ def _read_target(text: str) -> Path:
     return Path(text)
 
 
-def _write_example(out: Path | None) -> None:
+def _write_example(out: Path | None, options: Mapping[str, str | None]) -> None:
     """Write the eight chats that ship; UserError where the file exists, or `out` names a recipe."""
     if out is not None:
         raise UserError(f"--out {out} is for a recipe, and no DATA is named.", "Leave --out out for a file of example chats.")
     target = Path(EXAMPLE)
+    words = " ".join([EXAMPLE, *(f"{option} {quoted(value)}" for option, value in options.items() if value is not None)])
     if target.exists():
-        raise UserError(f"{target} exists already.", f"Go on with it: qlora-phi3 init {target}")
+        raise UserError(f"{target} exists already.", f"Go on with it: qlora-phi3 init {words}")
     create_file(target, (files("qlora_phi3") / EXAMPLE).read_text(encoding="utf-8"))
     echo(f"Written: {target}, eight chats, one a line. Your own file can look like this; other formats: qlora-phi3 docs data")
-    click.echo(f"Next: qlora-phi3 init {quoted(target)}")
+    click.echo(f"Next: qlora-phi3 init {words}")
 
 
 def _choose_columns(data: str, question: str | None, answer: str | None, asks: bool) -> dict[str, str]:
@@ -220,6 +221,7 @@ def _ask_model(options: "Sequence[ModelOption]", proposed: "ModelOption", shorte
 def _show(summary: "DataSummary", options: "Sequence[ModelOption]", chosen: "ModelOption", device: "Gpu | None") -> None:
     """The rows, and the table of models."""
     from qlora_phi3.data.formats import TITLES
+    from qlora_phi3.data.report import describe_unread
     from qlora_phi3.errors import printable
     from qlora_phi3.memory.proposal import BYTES_PER_TOKEN, describe_gpu
     from qlora_phi3.ui.vram import show_models
@@ -232,6 +234,8 @@ def _show(summary: "DataSummary", options: "Sequence[ModelOption]", chosen: "Mod
     echo(f"Tokens: half have at most {lengths[(len(lengths) - 1) // 2]:,}, the longest {lengths[0]:,}{counted}")
     if summary.data.fields:
         echo("Columns: " + ", ".join(f"{theirs!r} is the {ours}" for ours, theirs in summary.data.fields.items()))
+    if summary.unread:
+        echo(printable(describe_unread(summary.unread)))
     if summary.duplicates:
         echo(f"  {format_count(summary.duplicates, 'row')} with the words of an earlier row")
     for count in summary.skipped[:3]:

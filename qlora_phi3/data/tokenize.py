@@ -315,6 +315,8 @@ def read_examples(source: Source, data: Data, report: SourceReport) -> Iterator[
             example = read_row(mapped, name, where)
             if example.unread and name == "text" and data.format == "auto":
                 check_document(example.unread, where)
+            for name in example.unread:
+                report.add(report.unread, name, number)
             yield number, example
         except SkipRow as reason:
             report.add(report.skipped, str(reason), number)
@@ -374,8 +376,6 @@ def _render_batch(
             report.systems += [] if system in report.systems else [system]
         for note in (*example.notes, *notes):
             report.add(report.notes, note, number)
-        for name in example.unread:
-            report.add(report.unread, name, number)
     return rendered
 
 

@@ -71,7 +71,7 @@ def limit_seconds(allowed_seconds: float, progress: Progress) -> Callable[[float
 
 
 def _answer_with_both(model: PeftModel, context: RunContext, allowed_seconds: float) -> dict[str, Any]:
-    """The prompts for samples.json, and why they are few. ModelError where one alone does not fit, RunError where it is too slow."""
+    """The prompts for samples.json, and why they are few. ModelError where one alone does not fit, RunError if too slow."""
     recipe, tokenizer = context.recipe.training, context.tokenizer
     stops = stop_ids(model.generation_config.eos_token_id, int(tokenizer.convert_tokens_to_ids(context.template.end_of_turn)))
     inference = InferenceModel(model, tokenizer, stops, context.recipe.data.chat_template)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qlora_phi3.cli.options import check_new_file, create_file, debug_option, named_gpu, watching
-from qlora_phi3.cli.output import ask_number, echo, print_rich
+from qlora_phi3.cli.output import ask, ask_number, echo, print_rich
 from qlora_phi3.errors import UserError, quoted, wrap_words
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def init(
         ctx.exit(DOES_NOT_FIT)
     if asks:
         choice = replace(choice, epochs=_ask_epochs(len(summary.lengths), choice.epochs))
-        target = out or click.prompt("Write the recipe to", default=str(target), value_proc=_read_target)
+        target = out or ask("Write the recipe to", str(target), value_proc=_read_target)
     _write(target, summary, option, choice, device)
 
 
@@ -174,9 +174,9 @@ def _choose_columns(data: str, question: str | None, answer: str | None, asks: b
     if len(columns) < 2 or not asks:
         return {}
     click.echo(f"The columns of {data}: {', '.join(columns)}")
-    asked = click.prompt("Which one is the question", type=click.Choice(columns), show_choices=False)
+    asked = ask("Which one is the question", type=click.Choice(columns), show_choices=False)
     others = click.Choice([column for column in columns if column != asked])
-    return {"instruction": asked, "output": click.prompt("Which one is the answer", type=others, show_choices=False)}
+    return {"instruction": asked, "output": ask("Which one is the answer", type=others, show_choices=False)}
 
 
 def _compare(

@@ -125,6 +125,9 @@ def find_recipe(path: Path) -> Path:
     if (own := path.with_suffix(".toml")).is_file():
         return own
     recipes = shipped_files("recipes", "toml")
+    if path.name.isdecimal():
+        hint = f"Name a recipe first; --max-length of vram-check takes no value, --set training.max_length={path} changes it."
+        raise RecipeError(f"{path} is no recipe.", hint)
     if path.name not in recipes:
         hint = f"Give the path of a .toml file, or a recipe that ships: {', '.join(recipes)}."
         raise RecipeError(f"{path}: there is no such file, and no recipe of that name.", hint)

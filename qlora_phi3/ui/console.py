@@ -233,13 +233,7 @@ class ConsoleReporter:
         return Interrupted(message, f"Go on with: {folder.resume_command}")
 
     def finish(
-        self,
-        steps: int,
-        before: float | None,
-        after: float | None,
-        seconds: float,
-        adapter: Path,
-        notes: Sequence[str] = (),
+        self, steps: int, before: float | None, after: float | None, seconds: float, adapter: Path, notes: Sequence[str] = ()
     ) -> None:
         """Print the end of a run: its steps, held-out losses in nats (None: no rows), seconds of all sessions, the adapter's
         directory, and the warnings that `runs show` has.

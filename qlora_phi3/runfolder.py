@@ -82,10 +82,7 @@ class RunFolder:
 
 
 def create_run_folder(root: Path, recipe_name: str, started: datetime | None = None) -> RunFolder:
-    """Create `root/recipe_name/<time>`, never one that exists; RunError where that is impossible.
-
-    The time is that of `started`, or now, in the local time zone.
-    """
+    """Create `root/recipe_name/<local time of started, or now>`, never one that exists; RunError where that is impossible."""
     stamp = (started or datetime.now(UTC)).astimezone().strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 100):
         path = root / recipe_name / (stamp if attempt == 1 else f"{stamp}-{attempt}")

@@ -235,9 +235,7 @@ class ConsoleReporter:
     def finish(
         self, steps: int, before: float | None, after: float | None, seconds: float, adapter: Path, notes: Sequence[str] = ()
     ) -> None:
-        """Print the end of a run: its steps, held-out losses in nats (None: no rows), seconds of all sessions, the adapter's
-        directory, and the warnings that `runs show` has.
-        """
+        """Print the end of a run: steps, held-out losses in nats (None: no rows), seconds of all sessions, and its warnings."""
         if self.losses:
             self.info(f"Training loss  {draw_curve(self.losses)}  {describe_ends(self.losses)}")
         if before is not None and after is not None:

@@ -73,6 +73,21 @@ def test_a_row_longer_than_the_model_is_counted_as_cut_with_its_own_length(shop)
     assert shown.stderr == "Then train: qlora-phi3 run a.toml --set lora.r=8 --set 'training.output_dir=a b'\n"
 
 
+def test_faulty_rows_come_in_one_error_that_counts_them_and_names_the_first_five(shop):
+    lines = write_chats(shop.path / "a.jsonl", rows=12).read_text(encoding="utf-8").splitlines()
+    lines[1::2] = [line.replace('"user"', '"customer"') for line in lines[1::2]]
+    lines[4] = lines[4][:30]
+    (shop.path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    error = call("init", "a.jsonl").stderr.splitlines()
+    assert error[0] == "Error: 7 rows of a.jsonl are faulty, the first of them:"
+    assert [line.partition(":")[2].partition(":")[0] for line in error[1:]] == ["2", "4", "5", "6", "8"]
+    assert error[1] == "a.jsonl:2: unknown role 'customer'."
+    assert error[3].startswith("a.jsonl:5: not valid JSON (")
+    assert error[5].startswith("a.jsonl:8: unknown role 'customer'. Rename it in the data; the known roles are ")
+    (shop.path / "a.jsonl").write_text("\n".join([*lines[:2], lines[0]]), encoding="utf-8")
+    assert call("init", "a.jsonl").stderr.startswith("Error: a.jsonl:2: unknown role 'customer'. Rename it")
+
+
 def test_columns_that_are_not_read_are_named_and_the_example_s_hint_keeps_the_model(shop):
     rows = "".join(f"{number},What is {number}?,A number\n" for number in range(30))
     (shop.path / "faq.csv").write_text(f"Ticket,Q,A\n{rows}", encoding="utf-8")

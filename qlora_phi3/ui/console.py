@@ -242,7 +242,7 @@ class ConsoleReporter:
             self.info(f"Held-out loss  {before:.4f} -> {after:.4f}")
         for note in notes:
             self.warning(note)
-        done = f"{format_count(steps, 'step')} in {format_duration(seconds)}, all sessions from start to end"
+        done = f"{format_count(steps, 'step')} in {format_duration(seconds)}, all sessions, from reading the data to saving"
         self.info(f"Done: {done}. The adapter: {adapter.absolute()}")
         if (page := adapter.parent / "report.html").is_file():
             self.info(f"Report: {page.absolute()}")

@@ -118,7 +118,7 @@ def test_times_are_named_and_one_measurement_is_a_number_without_a_curve(here):
     folder.samples.write_text(json.dumps({"samples": [sample()], "reason": "1 of 8 rows can be answered."}), encoding="utf-8")
     lines = call("runs", "show", "mine").stdout.splitlines()
     assert "Held-out loss  2.1414" in lines
-    assert "Time           1:23, all sessions from start to end; 0:01 of it in steps" in lines
+    assert "Time           1:23, all sessions, from reading the data to saving; 0:01 of it in steps" in lines
     assert f"Started        {folder.started.astimezone():%Y-%m-%d %H:%M:%S} on NVIDIA Test" in lines
     assert "1 of 8 rows can be answered." in lines
 

@@ -137,7 +137,7 @@ def test_a_run_that_is_only_warm_up_is_reported_before_it_starts(printed, total,
 @pytest.mark.parametrize("notes", [[], ["The held-out loss rose.", "3 of 3 sample answers are empty."]])
 def test_the_end_of_a_run_has_its_warnings_and_the_next_commands(printed, tmp_path, notes):
     out, err = printed(lambda reporter: reporter.finish(1, 2.0, 1.5, 61, tmp_path, notes))
-    assert out[-4] == f"Done: 1 step in 1:01, all sessions from start to end. The adapter: {tmp_path}"
+    assert out[-4] == f"Done: 1 step in 1:01, all sessions, from reading the data to saving. The adapter: {tmp_path}"
     assert out[-3:] == [
         f"Next: qlora-phi3 chat {tmp_path.parent} --compare",
         f"      qlora-phi3 eval {tmp_path.parent}",

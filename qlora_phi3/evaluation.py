@@ -34,7 +34,7 @@ from qlora_phi3.recipe.schema import Data
 from qlora_phi3.reporter import Progress
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.step import MicroBatchMemoryError, collate, evaluate
-from qlora_phi3.units import format_percent
+from qlora_phi3.units import format_count, format_percent
 
 #: Rows that are read at once, and tokens that are computed at once: training the same rows takes more memory.
 GROUP_ROWS, MICRO_BATCH_TOKENS = 16, 1024
@@ -152,8 +152,8 @@ def evaluate_model(inference: InferenceModel, data: EvalRows, settings: EvalSett
                 row[side] = decode(inference, ids).strip()
     if len(data.rows) < FEW_ROWS:
         notes.append("With so few rows these are rough figures.")
-    if settings.rows and not questions:
-        notes.append("Nothing was generated: no row has a prompt and a complete answer.")
+    if line := describe_unanswered(len(questions), len(data.rows), settings):
+        notes.append(line)
     empty = sum(not row["tuned"] for row in shown)
     if empty:
         notes.append(f"{empty} of {len(shown)} answers are empty: the model ends its turn at once.")
@@ -221,6 +221,16 @@ def choose_questions(inference: InferenceModel, rows: Any, settings: EvalSetting
         if len(questions) == settings.rows:
             break
     return questions
+
+
+def describe_unanswered(num_questions: int, num_rows: int, settings: EvalSettings) -> str | None:
+    """Why fewer rows are answered than the settings want; None where they are not fewer."""
+    if num_questions >= min(settings.rows, num_rows):
+        return None
+    return (
+        f"{num_questions} of {format_count(num_rows, 'row')} can be answered: "
+        "the answer of the others is cut at max_length, or they have no prompt."
+    )
 
 
 def answer_questions(

@@ -6,6 +6,7 @@ them needs no network.
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -159,6 +160,8 @@ def find_config(name: str, revision: str | None = None) -> Path:
         raise OtherModelError(f"{name} is a model of type '{other}', not phi3.", SUPPORTED)
     if name.lower().endswith("gguf"):
         raise ModelError(f"{name} is a GGUF file, which cannot be trained.", _use_original({}, name))
+    if os.path.isfile(name):  # noqa: PTH113 - Path.is_file raises for a name that is too long
+        raise ModelError(f"{name} is a file of a model.", f"Give its folder: {Path(name).absolute().parent}")
     return _fetch_config(name, revision)
 
 

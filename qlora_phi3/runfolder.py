@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -82,9 +81,9 @@ class RunFolder:
         return datetime.fromtimestamp(self.report.lstat().st_mtime, UTC)
 
 
-def create_run_folder(root: Path, recipe_name: str) -> RunFolder:
-    """Create `root/recipe_name/<time>`, never one that exists; RunError where that is impossible."""
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+def create_run_folder(root: Path, recipe_name: str, started: datetime | None = None) -> RunFolder:
+    """Create `root/recipe_name/<local time of started, or now>`, never one that exists; RunError where that is impossible."""
+    stamp = (started or datetime.now(UTC)).astimezone().strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 100):
         path = root / recipe_name / (stamp if attempt == 1 else f"{stamp}-{attempt}")
         try:

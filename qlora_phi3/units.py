@@ -1,6 +1,7 @@
 """Bytes, counts and durations as people write and read them."""
 
 import re
+from collections.abc import Sequence
 
 #: Bytes in a unit. GB is decimal and GiB binary; a letter alone, as in `11g`, is decimal, which is the smaller.
 UNITS: dict[str, int] = {"b": 1} | {
@@ -52,6 +53,14 @@ def format_count(number: int, noun: str) -> str:
 def format_percent(share: float, digits: int = 0) -> str:
     """A share for people: `75 %`, with so many digits after the point."""
     return f"{100 * share:.{digits}f} %"
+
+
+def round_to_100(values: Sequence[float]) -> list[int]:
+    """Shares of the sum in whole percent that add up to 100: those with the largest fractions are rounded up."""
+    exact = [100 * value / sum(values) for value in values]
+    order = sorted(range(len(exact)), key=lambda number: int(exact[number]) - exact[number])
+    up = order[: 100 - sum(map(int, exact))]
+    return [int(share) + (number in up) for number, share in enumerate(exact)]
 
 
 def describe_epochs(epochs: float) -> str:

@@ -18,6 +18,7 @@ from qlora_phi3.evaluation import (
     bootstrap_interval,
     choose_questions,
     compare,
+    describe_unanswered,
     evaluate_model,
     judge,
     read_other_rows,
@@ -115,6 +116,13 @@ def test_a_row_of_raw_text_or_with_a_cut_answer_asks_nothing(loaded):
     cut = {"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6]}
     ended = {"input_ids": [3, 4, 5, 6, 7], "labels": [-100, -100, 5, 6, -100]}
     assert [ids for ids, _ in choose_questions(loaded, [document, cut, ended], SETTINGS)] == [[3, 4]]
+
+
+def test_fewer_answers_than_rows_are_explained():
+    settings = EvalSettings(rows=8, max_new_tokens=1, sampling=GREEDY, seed=0)
+    line = "3 of 8 rows can be answered: the answer of the others is cut at max_length, or they have no prompt."
+    assert describe_unanswered(3, 8, settings) == line
+    assert describe_unanswered(8, 100, settings) is None
 
 
 def test_rouge_is_that_of_rouge_score(loaded):

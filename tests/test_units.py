@@ -14,9 +14,16 @@ from qlora_phi3.units import (
     format_gib,
     format_percent,
     parse_size,
+    round_to_100,
 )
 
 PACKAGE = Path(qlora_phi3.__file__).parent
+
+
+def test_rounded_shares_add_up_to_100():
+    assert round_to_100([75.7, 8.65, 7.55, 7.0, 1.1]) == [76, 9, 7, 7, 1]  # each rounded alone: 76 + 9 + 8 + 7 + 1 = 101
+    assert round_to_100([1, 1, 1]) == [34, 33, 33]
+    assert round_to_100([2.0]) == [100]
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def _show(check: "Check") -> None:
     line = Text.assemble(status, f" {check.name}: ", printable(check.text))
     console.print(line, soft_wrap=not console.is_terminal, highlight=False)
     if check.fix:
-        console.print(Text(f"         -> {printable(check.fix)}"), soft_wrap=True, highlight=False)
+        echo(f"         -> {printable(check.fix)}")
 
 
 def _train(is_silent: bool) -> "Iterator[Check]":

@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qlora_phi3.cli.options import check_new_file, create_file, debug_option, named_gpu, watching
-from qlora_phi3.cli.output import ask_number, echo, print_rich
+from qlora_phi3.cli.output import ask, ask_number, echo, print_rich
 from qlora_phi3.errors import UserError, quoted, wrap_words
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def init(
     eight chats is written to look at. Nothing is downloaded, and no file is overwritten. Exit code 3: no model fits the GPU.
     """
     if not names:
-        _write_example(out)
+        _write_example(out, {"--model": model, "--gpu": gpu, "--vram": vram})
         return
     data, target = _check_data(names), _name_recipe(names[0], out)
     from qlora_phi3.hardware.gpu import choose_gpu
@@ -91,7 +91,7 @@ def init(
         ctx.exit(DOES_NOT_FIT)
     if asks:
         choice = replace(choice, epochs=_ask_epochs(len(summary.lengths), choice.epochs))
-        target = out or click.prompt("Write the recipe to", default=str(target), value_proc=_read_target)
+        target = out or ask("Write the recipe to", str(target), value_proc=_read_target)
     _write(target, summary, option, choice, device)
 
 
@@ -140,16 +140,17 @@ def _read_target(text: str) -> Path:
     return Path(text)
 
 
-def _write_example(out: Path | None) -> None:
+def _write_example(out: Path | None, options: Mapping[str, str | None]) -> None:
     """Write the eight chats that ship; UserError where the file exists, or `out` names a recipe."""
     if out is not None:
         raise UserError(f"--out {out} is for a recipe, and no DATA is named.", "Leave --out out for a file of example chats.")
     target = Path(EXAMPLE)
+    words = " ".join([EXAMPLE, *(f"{option} {quoted(value)}" for option, value in options.items() if value is not None)])
     if target.exists():
-        raise UserError(f"{target} exists already.", f"Go on with it: qlora-phi3 init {target}")
+        raise UserError(f"{target} exists already.", f"Go on with it: qlora-phi3 init {words}")
     create_file(target, (files("qlora_phi3") / EXAMPLE).read_text(encoding="utf-8"))
     echo(f"Written: {target}, eight chats, one a line. Your own file can look like this; other formats: qlora-phi3 docs data")
-    click.echo(f"Next: qlora-phi3 init {quoted(target)}")
+    click.echo(f"Next: qlora-phi3 init {words}")
 
 
 def _choose_columns(data: str, question: str | None, answer: str | None, asks: bool) -> dict[str, str]:
@@ -173,9 +174,9 @@ def _choose_columns(data: str, question: str | None, answer: str | None, asks: b
     if len(columns) < 2 or not asks:
         return {}
     click.echo(f"The columns of {data}: {', '.join(columns)}")
-    asked = click.prompt("Which one is the question", type=click.Choice(columns), show_choices=False)
+    asked = ask("Which one is the question", type=click.Choice(columns), show_choices=False)
     others = click.Choice([column for column in columns if column != asked])
-    return {"instruction": asked, "output": click.prompt("Which one is the answer", type=others, show_choices=False)}
+    return {"instruction": asked, "output": ask("Which one is the answer", type=others, show_choices=False)}
 
 
 def _compare(
@@ -220,6 +221,7 @@ def _ask_model(options: "Sequence[ModelOption]", proposed: "ModelOption", shorte
 def _show(summary: "DataSummary", options: "Sequence[ModelOption]", chosen: "ModelOption", device: "Gpu | None") -> None:
     """The rows, and the table of models."""
     from qlora_phi3.data.formats import TITLES
+    from qlora_phi3.data.report import describe_unread
     from qlora_phi3.errors import printable
     from qlora_phi3.memory.proposal import BYTES_PER_TOKEN, describe_gpu
     from qlora_phi3.ui.vram import show_models
@@ -232,6 +234,8 @@ def _show(summary: "DataSummary", options: "Sequence[ModelOption]", chosen: "Mod
     echo(f"Tokens: half have at most {lengths[(len(lengths) - 1) // 2]:,}, the longest {lengths[0]:,}{counted}")
     if summary.data.fields:
         echo("Columns: " + ", ".join(f"{theirs!r} is the {ours}" for ours, theirs in summary.data.fields.items()))
+    if summary.unread:
+        echo(printable(describe_unread(summary.unread)))
     if summary.duplicates:
         echo(f"  {format_count(summary.duplicates, 'row')} with the words of an earlier row")
     for count in summary.skipped[:3]:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_phi3.cli.options import debug_option, find_recipe, set_option, watching
+from qlora_phi3.cli.options import debug_option, find_recipe, set_option, watching, with_overrides
 from qlora_phi3.cli.output import echo
-from qlora_phi3.errors import UserError, quoted
+from qlora_phi3.errors import UserError
 from qlora_phi3.files import atomic_write, check_directory
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class _Inspection:
         watcher.info("Starting transformers and datasets")
         _import_without_torch()
         recipe = load_recipe(path, overrides, check_files=True)
+        self.overrides = overrides
         self.path, self.watcher, self.recipe = path, watcher, resolve_paths(recipe, path.parent)
         self.architecture = read_architecture(self.recipe.model.name, self.recipe.model.revision)
         check_model_limits(self.recipe, self.architecture)
@@ -160,7 +161,7 @@ class _Inspection:
         else:
             for line in ui.statistics_lines(figures):
                 echo(line)
-            echo(f"Then train: qlora-phi3 run {quoted(self.path)}", err=True)
+            echo(f"Then train: qlora-phi3 run {with_overrides(self.path, self.overrides)}", err=True)
         if page is not None:
             atomic_write(
                 page, ui.render_page(figures, views, found, recipe=self.path.name), hint="{cause}, or name another file."

@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import reduce
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qlora_phi3.errors import DeviceError, RecipeError, UserError, disk_error_hint
+from qlora_phi3.errors import DeviceError, RecipeError, UserError, disk_error_hint, quoted
 from qlora_phi3.files import check_directory
 
 if TYPE_CHECKING:
@@ -38,6 +38,11 @@ set_option = click.option(
 base_option = click.option(
     "--base", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Folder of the run's base, if it has moved."
 )
+
+
+def with_overrides(recipe: Path, overrides: Sequence[str]) -> str:
+    """A recipe and its `--set`, as words of a command that people copy into a shell."""
+    return " ".join([quoted(recipe), *(f"--set {quoted(override)}" for override in overrides)])
 
 
 def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
@@ -120,6 +125,9 @@ def find_recipe(path: Path) -> Path:
     if (own := path.with_suffix(".toml")).is_file():
         return own
     recipes = shipped_files("recipes", "toml")
+    if path.name.isdecimal():
+        hint = f"Name a recipe first; --max-length of vram-check takes no value, --set training.max_length={path} changes it."
+        raise RecipeError(f"{path} is no recipe.", hint)
     if path.name not in recipes:
         hint = f"Give the path of a .toml file, or a recipe that ships: {', '.join(recipes)}."
         raise RecipeError(f"{path}: there is no such file, and no recipe of that name.", hint)

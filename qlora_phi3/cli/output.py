@@ -94,9 +94,18 @@ def echo(text: str, *, err: bool = False, **style: Any) -> None:
     click.echo(click.style(text, **style) if style else text, err=err)
 
 
+def ask(question: str, default: str | None = None, **options: Any) -> Any:
+    """What a person answers, as click.prompt returns it; keys that were typed before the question was shown do not count."""
+    with suppress(ImportError, OSError, ValueError):  # no terminal, as in a pipe; Windows has no termios
+        import termios
+
+        termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
+    return click.prompt(question, default=default, **options)
+
+
 def ask_number(question: str, default: int, most: int) -> int:
     """A whole number from 1 to `most` that a person types; asked again where it is none."""
-    while not (text := str(click.prompt(question, default=str(default)))).isdecimal() or not 1 <= int(text) <= most:
+    while not (text := str(ask(question, str(default)))).isdecimal() or not 1 <= int(text) <= most:
         click.echo(f"Error: {text} is not a whole number from 1 to {most}.")
     return int(text)
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from qlora_phi3.cli.options import check_new_file, create_file, debug_option, find_recipe, set_option
+from qlora_phi3.cli.options import check_new_file, create_file, debug_option, find_recipe, set_option, shipped_files
 from qlora_phi3.cli.output import echo
 
 
-@click.group()
+@click.group(epilog="\b\n" + "\n  ".join(["Recipes that ship:", *shipped_files("recipes", "toml")]))
 def recipe() -> None:
     """Check a recipe, import another program's config, or print the schema that lets an editor complete recipes."""
 
@@ -40,15 +40,15 @@ def check(path: Path, overrides: tuple[str, ...]) -> None:
 
     path = find_recipe(path)
     loaded = load_recipe(path, overrides, check_files=True)
+    hub = [name for name in (*as_list(loaded.data.train), *as_list(loaded.data.eval)) if not is_local_data(name, path.parent)]
+    verdict = f"{path} is fine." if not hub else f"{path} is valid, but its data are not here: {', '.join(hub)}."
+    echo(verdict, err=True)  # and again below all keys
     click.echo(recipe_as_toml(loaded), nl=False)
     if line := describe_unusual(loaded):
         echo(f"Note: {line}", err=True)
-    for name in (*as_list(loaded.data.train), *as_list(loaded.data.eval)):
-        if not is_local_data(name, path.parent):
-            echo(
-                f"Note: [data] names {name}: no file here, so that the hub is asked for it, which this check does not.", err=True
-            )
-    click.echo(f"{path} is fine.", err=True)
+    for name in hub:
+        echo(f"Note: [data] names {name}: no file here, so that the hub is asked for it, which this check does not.", err=True)
+    echo(verdict, err=True)
 
 
 @recipe.command("import")

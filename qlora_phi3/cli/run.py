@@ -22,7 +22,8 @@ NEWEST = "newest"
     flag_value=NEWEST,
     metavar="[RUN]",
     shell_complete=complete_run,
-    help="Continue an unfinished run: RUN, or without it the newest of RECIPE.",
+    help="Continue an unfinished run: RUN, or without it the newest of RECIPE. With --set training.num_train_epochs (or "
+    "max_steps) above what a finished run had, a copy of that run is trained on.",
 )
 @click.option("--no-rehearsal", is_flag=True, help="Do not run the heaviest step once before the first.")
 @set_option
@@ -77,6 +78,7 @@ def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tupl
     from qlora_phi3.ui.console import LogInterval
     from qlora_phi3.ui.live import open_run_console
     from qlora_phi3.ui.page import write_page
+    from qlora_phi3.ui.runs import read_run, warnings
 
     log_interval = LogInterval(training.logging_strategy, training.logging_steps, training.warmup_steps)
     with open_run_console(log_interval, plain=training.disable_tqdm, quiet=ctx.meta["is_silent"]) as console:
@@ -106,7 +108,8 @@ def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tupl
             result = train(loaded, name, recipe.parent, reporter=console, resume=folder, asked=asked, at_end=save_page)
         except KeyboardInterrupt as interrupt:
             raise console.interruption(folder) from interrupt
-    console.finish(result.steps, result.loss_before, result.loss_after, result.seconds, result.folder.adapter)
+    notes = [] if ctx.meta["is_silent"] else warnings(read_run(result.folder))
+    console.finish(result.steps, result.loss_before, result.loss_after, result.seconds, result.folder.adapter, notes)
 
 
 def _recipe_and_run(ctx: click.Context, recipe: Path | None, resume: str | None) -> tuple[Path, str | None]:

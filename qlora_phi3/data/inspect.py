@@ -178,14 +178,15 @@ def measure(data: PreparedData, uncut: PreparedData, recipe: Recipe, positions: 
     classes = [2**power for power in range(first, last + 1)]
     counts = np.histogram(lengths, bins=[0.5, *(edge + 0.5 for edge in classes)])[0]
     near = [length for length in CANDIDATES if length < 2 * lengths.max()] or [CANDIDATES[0]]
+    suggested = min(suggest_max_length(lengths, learned_before), positions)
     return DataStatistics(
         report=data.report,
         percentiles={share: int(np.percentile(lengths, share, method="higher")) for share in PERCENTILES},
         histogram=tuple(zip(classes, counts.tolist(), strict=True)),
         learned_share=data.report.supervised_tokens / data.report.tokens,
-        cuts=tuple(_cut(length, lengths, learned_before) for length in sorted({*near, training.max_length})),
+        cuts=tuple(_cut(length, lengths, learned_before) for length in sorted({*near, training.max_length, suggested})),
         padding_share=_padding_share(row_lengths(data.train).tolist(), training.batch_size),
-        suggested_max_length=min(suggest_max_length(lengths, learned_before), positions),
+        suggested_max_length=suggested,
     )
 
 

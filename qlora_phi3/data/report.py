@@ -103,7 +103,7 @@ class DataReport:
             lines.append(f"Held-out loss: from {rows} only, so a rough figure")
         lines.append(
             f"Tokens to train on: {self.tokens:,}, of which {self.supervised_tokens:,} are learned; longest row of all "
-            f"{self.longest_row:,}; chat template {self.chat_template}"
+            f"{self.longest_row:,}{' after cuts' if self.truncated else ''}; chat template {self.chat_template}"
         )
         return lines
 
@@ -118,12 +118,17 @@ class DataReport:
             lines.append(f"{rows} dropped, {_with_places(self.fully_truncated)}")
         lines += [f"{format_count(count.rows, 'row')}, {_with_places(count)}" for count in self.notes]
         if self.unread:
-            named = [f"{count.reason} ({format_count(count.rows, 'row')})" for count in self.unread[:NAMED_COLUMNS]]
-            lines.append(f"Columns not read: {', '.join(named)}{', …' if len(self.unread) > NAMED_COLUMNS else ''}")
+            lines.append(describe_unread(self.unread))
         if self.repeated:
             rows = format_count(self.evaluation_rows, "held-out row")
             lines.append(f"{self.repeated:,} of {rows} are training rows too: the held-out loss is too good by them")
         return lines
+
+
+def describe_unread(unread: Sequence[RowCount]) -> str:
+    """A line with the columns that were not read, the first `NAMED_COLUMNS` of them."""
+    named = [f"{count.reason} ({format_count(count.rows, 'row')})" for count in unread[:NAMED_COLUMNS]]
+    return f"Columns not read: {', '.join(named)}{', …' if len(unread) > NAMED_COLUMNS else ''}"
 
 
 def _with_places(count: RowCount) -> str:

@@ -1,7 +1,8 @@
 """Rows from local .json, .jsonl, .csv and .parquet files, from folders of them, and from data sets on the hub or on the disk.
 
 A `Source` numbers its rows from 1: by the line in a text file (an object over several lines has the line it starts on), by the
-position in a .parquet file or a data set. An `UnusableRow` says why the row cannot be read.
+position in a .parquet file or a data set. An `UnusableRow` says why the row cannot be read; in place of a line that is not JSON
+there is its DataError.
 """
 
 import codecs
@@ -242,9 +243,9 @@ def _read_jsonl_file(name: str, path: Path) -> RowIterator:
                     continue
                 row = DECODER.decode(line)
             except UnicodeDecodeError as error:
-                raise DataError(f"{name}:{number} is not UTF-8 text ({error.reason}).", "Save the file as UTF-8.") from error
+                row = DataError(f"{name}:{number} is not UTF-8 text ({error.reason}).", "Save the file as UTF-8.")
             except (ValueError, RecursionError) as error:
-                raise _invalid_json(name, number, error, is_line=True) from None
+                row = _invalid_json(name, number, error, is_line=True)
             yield number, row
 
 

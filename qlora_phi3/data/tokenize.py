@@ -62,6 +62,8 @@ RENDERED_CHAT = re.compile(
 )
 #: `max_length` at which no row is cut.
 UNCUT = 2**31 - 1
+#: Faulty rows that an error names.
+NAMED_FAULTS = 5
 #: One row's token ids, or its labels: int32, shape (length,).
 Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
 #: The rows of a source read so far, and number, ids and labels of some of them.
@@ -290,13 +292,15 @@ def _read_batches(rows: Any) -> Iterator[Iterable[tuple[int, Ids, Ids]]]:
 
 def read_examples(source: Source, data: Data, report: SourceReport) -> Iterator[tuple[int, Chat | Document]]:
     """Number and content of every row that can be read, after those that `report` has counted; the others are counted in it.
-    DataError for unreadable content, an unknown role, or a row of another format than the first.
+    DataError for unreadable content, an unknown role, or a row of another format than the first; it names several such rows.
     """
-    ignored = frozenset(data.ignore_columns)
+    ignored, faults, num_faults = frozenset(data.ignore_columns), list[DataError](), 0
     for number, row in islice(source.rows(), report.rows_read, None):
         where = f"{source.name}:{number}"
         report.rows_read += 1
         try:
+            if isinstance(row, DataError):
+                raise row
             if not isinstance(row, Mapping):
                 raise SkipRow(row if isinstance(row, UnusableRow) else "the row is no object with columns")
             if data.fields:
@@ -315,11 +319,22 @@ def read_examples(source: Source, data: Data, report: SourceReport) -> Iterator[
             example = read_row(mapped, name, where)
             if example.unread and name == "text" and data.format == "auto":
                 check_document(example.unread, where)
-            yield number, example
+            for name in example.unread:
+                report.add(report.unread, name, number)
+            if not num_faults:
+                yield number, example
+        except DataError as fault:
+            num_faults += 1
+            faults += [fault] if num_faults <= NAMED_FAULTS else []
         except SkipRow as reason:
             report.add(report.skipped, str(reason), number)
         except RecursionError:
             report.add(report.skipped, "its objects are nested too deep", number)
+    if num_faults > 1:
+        head = f"{num_faults:,} rows of {source.name} are faulty{', the first of them' if num_faults > NAMED_FAULTS else ''}:"
+        raise DataError("\n".join([head, *(fault.message for fault in faults)]), faults[0].hint)
+    if faults:
+        raise faults[0]
 
 
 def _messages_without(column: str, value: Any, names: frozenset[str]) -> Any:
@@ -374,8 +389,6 @@ def _render_batch(
             report.systems += [] if system in report.systems else [system]
         for note in (*example.notes, *notes):
             report.add(report.notes, note, number)
-        for name in example.unread:
-            report.add(report.unread, name, number)
     return rendered
 
 

@@ -15,7 +15,7 @@ from qlora_phi3.data.formats import Chat, detect_format, guess_mapping
 from qlora_phi3.data.prepare import check_files
 from qlora_phi3.data.report import RowCount, SourceReport, merge_counts
 from qlora_phi3.data.sources import open_local
-from qlora_phi3.data.tokenize import read_examples
+from qlora_phi3.data.tokenize import UNCUT, read_examples
 from qlora_phi3.errors import DataError, quoted
 from qlora_phi3.family import Architecture, parse_architecture, read_config
 from qlora_phi3.files import user_cache_dir
@@ -39,10 +39,10 @@ EPOCHS_RULE = "5 up to 300 rows, 3 up to 3,000, 2 up to 30,000, else 1"
 #: The models that are compared, the one with the most parameters first, with what people choose them for.
 MODELS = {
     "microsoft/phi-4": "14.7B, the most capable",
-    "microsoft/Phi-3-medium-4k-instruct": "14.0B, a little less memory",
+    "microsoft/Phi-3-medium-4k-instruct": "14.0B, rows to 4,096 tokens",
     "microsoft/Phi-4-mini-instruct": "3.8B, many languages, tools",
     "microsoft/Phi-3.5-mini-instruct": "3.8B, rows to 131,072 tokens",
-    "microsoft/Phi-3-mini-4k-instruct": "3.8B, the least memory",
+    "microsoft/Phi-3-mini-4k-instruct": "3.8B, rows to 4,096 tokens",
 }
 #: Those that are proposed, in this order: the first that fits and whose training ends within a night.
 PROPOSED = ("microsoft/phi-4", "microsoft/Phi-4-mini-instruct", "microsoft/Phi-3-mini-4k-instruct")
@@ -65,6 +65,7 @@ class DataSummary:
     lengths: tuple[int, ...]
     skipped: tuple[RowCount, ...]
     has_tools: bool
+    unread: tuple[RowCount, ...] = ()  #: Columns, with the rows that have them.
     duplicates: int = 0  #: Usable rows with the words of an earlier one.
 
 
@@ -143,6 +144,7 @@ def read_data(name: str, columns: Mapping[str, str], base_dir: Path, progress: P
         lengths=tuple(sorted(lengths, reverse=True)),
         skipped=merge_counts(count for report in reports for count in report.skipped.values()),
         has_tools=has_tools,
+        unread=merge_counts(count for report in reports for count in report.unread.values()),
         duplicates=len(lengths) - len(seen),
     )
 
@@ -173,10 +175,10 @@ def model_option(name: str, summary: DataSummary, base_dir: Path, progress: Prog
     """
     with hub_offline():
         architecture = parse_architecture(read_config(name, prefer_shipped=True), name)
-        training = {"max_length": architecture.max_position_embeddings, "do_eval": False}
+        training = {"max_length": UNCUT, "do_eval": False}
         recipe = Recipe.model_validate({"model": {"name": name}, "data": summary.data, "training": training})
         counted, _ = read_rows(recipe, architecture, base_dir, progress)
-    lengths = summary.lengths if counted.assumed else counted.training
+    lengths = summary.lengths if counted.assumed else counted.training  # before any cut
     return ModelOption(
         name=name,
         architecture=architecture,
@@ -320,9 +322,11 @@ def _evaluation_keys(held_out: int) -> Iterator[tuple[str, Any, str]]:
 
 
 def _length_reason(option: ModelOption) -> str:
-    cut = sum(length > option.max_length for length in option.lengths)
+    cut, positions = sum(length > option.max_length for length in option.lengths), option.architecture.max_position_embeddings
+    limit = f"; the model ends at {positions:,}" if option.lengths[0] > positions else ""
     counted = "counted by its tokenizer" if option.is_exact else f"estimated at {BYTES_PER_TOKEN} bytes a token"
-    return f"tokens: cuts {cut:,} of {format_count(len(option.lengths), 'row')}, the longest {option.lengths[0]:,} ({counted})"
+    longest = f"the longest {option.lengths[0]:,}{limit} ({counted})"
+    return f"tokens: cuts {cut:,} of {format_count(len(option.lengths), 'row')}, {longest}"
 
 
 def describe_gpu(device: Gpu | None) -> str:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,13 @@ def run(
                 line = f"The run began with {was[key]} and goes on with {report[key]}: the result is not equal bit for bit."
                 reporter.warning(line)
         output_dir = Path(recipe.training.output_dir)
-        copy = runfolder.create_run_folder if resume is None else partial(runfolder.copy_run_folder, resume)
-        folder = processes.from_first(lambda: copy(output_dir, name) if is_more or resume is None else resume)
-        if resume is not None:
+        if resume is None:
+            began = datetime.fromisoformat(report["started"])
+            folder = processes.from_first(lambda: runfolder.create_run_folder(output_dir, name, began))
+        else:
+            folder = processes.from_first(lambda: runfolder.copy_run_folder(resume, output_dir, name) if is_more else resume)
+            if is_more:
+                reporter.info(f"{resume.path} is done and stays as it is; a copy of it is trained on: {folder.path}")
             checkpoint = processes.from_first(lambda: _checkpoint_to_resume(folder, recipe, reporter))
         if not processes.own_rank():
             if is_more or resume is None:
@@ -156,8 +160,6 @@ def _run_in(
             report |= best
             report["unlearned"] = reports.describe_unlearned(model, report)
             runfolder.write_report(folder, report)
-    if report["unlearned"]:
-        context.reporter.warning(report["unlearned"])
     if best:
         ended, loss = best["early_stopping"]["reason"], best["eval_loss_after"]
         context.reporter.info(f"The run {ended}, whose adapter is saved; its held-out loss is {loss:.4f}")
@@ -212,7 +214,8 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter, asked
     is_more = is_done and any(f"training.{key}" in asked and now["training"][key] > was["training"][key] for key in steps)
     damaged = reports.damaged_files(folder, report) if is_done and not is_more else []
     if is_done and not is_more and not damaged:
-        hint = "Leave --resume out to start a new run; to train on in a copy of it, add --set training.max_steps=N."
+        more = "to train on in a copy of it, add --set training.num_train_epochs=N (or max_steps=N)."
+        hint = f"Leave --resume out to start a new run; {more}"
         raise RunError(f"{folder.path} is done; there is nothing to resume.", hint)
     unasked = {
         key: f"[{table}] {key} {was[table][key]} -> {now[table][key]}" for table, key in changed if f"{table}.{key}" not in asked

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 
 from qlora_phi3.errors import ModelError, RunError
-from qlora_phi3.evaluation import EvalSettings, answer_questions, choose_questions
+from qlora_phi3.evaluation import EvalSettings, answer_questions, choose_questions, describe_unanswered
 from qlora_phi3.files import atomic_write, foreign_errors
 from qlora_phi3.inference import GREEDY, InferenceModel, decode, stop_ids
 from qlora_phi3.reporter import Progress
@@ -31,25 +31,26 @@ PROGRESS = "Answering held-out prompts"
 
 
 def save_samples(model: PeftModel, context: RunContext, folder: RunFolder, run_seconds: float) -> None:
-    """Write samples.json: held-out prompts, answered greedily by the base and by the tuned model; or why there are none, which
-    the reporter says as well. Nothing is written where the recipe wants no samples or nothing is held out.
+    """Write samples.json: held-out prompts, answered greedily by the base and by the tuned model; or why there are
+    none or few, which the reporter shows as well. Nothing is written where no samples are wanted, or nothing is held out.
     """
     rows, count, reporter = context.data.evaluation, context.recipe.training.report_samples, context.reporter
     if rows is None or not count:
         return
     reporter.progress(PROGRESS, 0, None)
     saved: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "samples": []}
+    show = reporter.info
     try:
         with foreign_errors(RunError, "Held-out prompts are not answered: {reason}.", "The run itself is complete."):
-            saved["samples"] = _answer_with_both(model, context, max(ALLOWED_SECONDS, ALLOWED_SHARE * run_seconds))
+            saved |= _answer_with_both(model, context, max(ALLOWED_SECONDS, ALLOWED_SHARE * run_seconds))
     except KeyboardInterrupt:
-        saved["reason"] = "Ctrl-C: held-out prompts are not answered. The run itself is complete."
+        show, saved["reason"] = reporter.warning, "Ctrl-C: held-out prompts are not answered. The run itself is complete."
     except (RunError, ModelError) as error:
-        saved["reason"] = str(error)
+        show, saved["reason"] = reporter.warning, str(error)
     finally:
         reporter.progress(PROGRESS, 1, 1)
     if reason := saved.get("reason"):
-        reporter.warning(reason)
+        show(reason)
     atomic_write(folder.samples, json.dumps(saved, ensure_ascii=False))
 
 
@@ -69,13 +70,14 @@ def limit_seconds(allowed_seconds: float, progress: Progress) -> Callable[[float
     return report
 
 
-def _answer_with_both(model: PeftModel, context: RunContext, allowed_seconds: float) -> list[dict[str, Any]]:
-    """What samples.json holds of each prompt. ModelError where one alone does not fit, RunError where it takes too long."""
+def _answer_with_both(model: PeftModel, context: RunContext, allowed_seconds: float) -> dict[str, Any]:
+    """The prompts for samples.json, and why they are few. ModelError where one alone does not fit, RunError if too slow."""
     recipe, tokenizer = context.recipe.training, context.tokenizer
     stops = stop_ids(model.generation_config.eos_token_id, int(tokenizer.convert_tokens_to_ids(context.template.end_of_turn)))
     inference = InferenceModel(model, tokenizer, stops, context.recipe.data.chat_template)
     settings = EvalSettings(rows=recipe.report_samples, max_new_tokens=MAX_NEW_TOKENS, sampling=GREEDY, seed=recipe.seed)
-    questions = choose_questions(inference, context.data.evaluation, settings)
+    held_out = context.data.evaluation or []
+    questions = choose_questions(inference, held_out, settings)
     limited, sides = limit_seconds(allowed_seconds, context.reporter.progress), list[list[dict[str, Any]]]()
     if context.device.type == "cuda":
         torch.cuda.empty_cache()  # what the training had reserved is free for answers
@@ -89,4 +91,6 @@ def _answer_with_both(model: PeftModel, context: RunContext, allowed_seconds: fl
         rows = [(decode(inference, ids).strip(), len(ids), bool(ids) and ids[-1] in stops) for ids in answers]
         sides.append([dict(zip(("text", "tokens", "ended"), row, strict=True)) for row in rows])
     texts = [{"prompt": decode(inference, ids).strip(), "expected": answer} for ids, answer in questions]
-    return [{**text, "base": base, "tuned": tuned} for text, base, tuned in zip(texts, *sides, strict=True)]
+    samples = [{**text, "base": base, "tuned": tuned} for text, base, tuned in zip(texts, *sides, strict=True)]
+    few = describe_unanswered(len(samples), len(held_out), settings)
+    return {"samples": samples, **({"reason": f"Held-out prompts: {few}"} if few else {})}

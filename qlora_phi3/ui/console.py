@@ -35,8 +35,6 @@ CURVE_BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 24
 #: Columns that a terminal needs to show the speed next to the loss, and the curve next to both.
 MIN_WIDTH_SPEED, MIN_WIDTH_CURVE = 70, 110
-#: The warning about a held-out loss that rose.
-HELD_OUT_ROSE = "The held-out loss is higher than before training. Try a smaller [training] learning_rate."
 #: Name of the training bar, and of the work whose share counts for the time left.
 TRAINING, EVALUATING = "Training", "Measuring on held-out rows"
 #: Colours that are read on a light and on a dark background, from the 256 of most terminals.
@@ -234,15 +232,17 @@ class ConsoleReporter:
             return Interrupted(message, "Start again with the same command.")
         return Interrupted(message, f"Go on with: {folder.resume_command}")
 
-    def finish(self, steps: int, before: float | None, after: float | None, seconds: float, adapter: Path) -> None:
-        """Print the end of a run: its steps, held-out losses in nats (None: no rows), seconds, and the adapter's directory."""
+    def finish(
+        self, steps: int, before: float | None, after: float | None, seconds: float, adapter: Path, notes: Sequence[str] = ()
+    ) -> None:
+        """Print the end of a run: steps, held-out losses in nats (None: no rows), seconds of all sessions, and its warnings."""
         if self.losses:
             self.info(f"Training loss  {draw_curve(self.losses)}  {describe_ends(self.losses)}")
         if before is not None and after is not None:
             self.info(f"Held-out loss  {before:.4f} -> {after:.4f}")
-            if after > before:
-                self.warning(HELD_OUT_ROSE)
-        done = f"{format_count(steps, 'step')} in {format_duration(seconds)}"
+        for note in notes:
+            self.warning(note)
+        done = f"{format_count(steps, 'step')} in {format_duration(seconds)}, all sessions, from reading the data to saving"
         self.info(f"Done: {done}. The adapter: {adapter.absolute()}")
         if (page := adapter.parent / "report.html").is_file():
             self.info(f"Report: {page.absolute()}")

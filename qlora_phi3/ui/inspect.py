@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qlora_phi3.data.inspect import DataStatistics, Problem, RowView
+from qlora_phi3.data.inspect import CUT_SHARE, DataStatistics, Problem, RowView
 from qlora_phi3.ui.console import shown
 from qlora_phi3.units import format_count, format_percent
 
@@ -101,11 +101,16 @@ def statistics_lines(figures: DataStatistics) -> list[str]:
     lines += ["", f"Learned: {format_percent(figures.learned_share, 1)} of the tokens to train on"]
     padding = format_percent(figures.padding_share)
     lines.append(f"Packing: nothing is padded; padded to the longest of their step, {padding} would be padding")
-    if figures.suggested_max_length < report.max_length or any(
-        cut.max_length == report.max_length and max(cut.rows_share, cut.learned_share) > 0.01 for cut in figures.cuts
-    ):
-        length = figures.suggested_max_length
-        lines.append(f"Suggestion: max_length = {length}, the least that cuts at most 1 % of the rows and of the learned tokens")
+    cuts, length = {cut.max_length: cut for cut in figures.cuts}, figures.suggested_max_length
+    at_most = {each: max(cut.rows_share, cut.learned_share) for each, cut in cuts.items()}
+    reason = f"the least that cuts at most {format_percent(CUT_SHARE)} of the rows and of the learned tokens"
+    if at_most[length] > CUT_SHARE:  # the model's positions bound the suggestion
+        rows, tokens = (format_percent(share, 1) for share in (cuts[length].rows_share, cuts[length].learned_share))
+        reason = f"all that the model has: {rows} of the rows are cut, {tokens} of the learned tokens lost. Split longer rows"
+    if length == report.max_length and at_most[length] > CUT_SHARE:
+        lines.append(f"max_length = {length} is {reason}")
+    elif length < report.max_length or at_most[report.max_length] > CUT_SHARE:
+        lines.append(f"Suggestion: max_length = {length}, {reason}")
     else:
         lines.append(f"max_length = {report.max_length:,} fits these rows")
     return [shown(line) for line in lines]

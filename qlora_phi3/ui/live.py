@@ -65,7 +65,7 @@ class RunProgress(Progress):
         ahead = "the time left is known after two steps" if left is None else f"about {describe_duration(left)} left, {by}"
         if step >= total and others:
             ahead = "the steps are done"  # what follows them is not in the estimate
-        yield "time", Text(f"{describe_duration(eta.passed())} passed, {ahead}")
+        yield "time", Text(f"{describe_duration(eta.passed())} since step {outline.first_step:,}, {ahead}")
         columns = min(WIDEST_CURVE, self.console.width - BESIDE_CURVE)
         yield "loss", _with_curve(reporter.losses, columns, mean_ends(reporter.losses) if reporter.losses else None)
         yield "held-out", _with_curve(reporter.eval_losses, columns)

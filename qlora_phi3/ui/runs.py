@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_phi3.errors import RunError
 from qlora_phi3.files import read_json_object
 from qlora_phi3.runfolder import RunFolder, is_locked, parse_metrics, read_metrics
-from qlora_phi3.ui.console import HELD_OUT_ROSE, describe_ends
+from qlora_phi3.ui.console import describe_ends
 from qlora_phi3.units import format_count
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Run:
     predicted: "MemoryReport | None"
     measured: "MemoryReport | None"
     samples: Sequence[Sample]
-    no_samples: str  #: Why there are none; empty where no reason is known.
+    no_samples: str  #: Why there are none, or fewer than the recipe wants; empty where no reason is known.
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps that have a finite figure of this name, and the figures."""
@@ -213,8 +213,11 @@ def verdict(run: Run) -> str:
         result = "No step was trained."
     if run.status != "done":
         return f"This run is not done: {run.status} after step {run.steps[-1]['step'] if run.steps else 0}. {result}"
-    ended = sum(sample.tuned.ended for sample in run.samples)
-    return f"{result} {ended} of {len(run.samples)} sample answers ended by themselves." if run.samples else result
+    if not run.samples:
+        return result
+    if empty := sum(not sample.tuned.text for sample in run.samples):  # each of them ended by itself as well
+        return f"{result} {empty} of {len(run.samples)} sample answers are empty."
+    return f"{result} {sum(each.tuned.ended for each in run.samples)} of {len(run.samples)} sample answers ended by themselves."
 
 
 def warnings(run: Run) -> list[str]:
@@ -222,7 +225,7 @@ def warnings(run: Run) -> list[str]:
     (steps, losses), runaway = run.series("eval_loss"), sum(not sample.tuned.ended for sample in run.samples)
     lines = [str(run.report[key]) for key in ("error", "unlearned") if run.report.get(key)]
     if len(losses) > 1 and losses[-1] > losses[0]:
-        lines.append(HELD_OUT_ROSE)
+        lines.append("The held-out loss is higher than before training. Try a smaller [training] learning_rate.")
     elif len(losses) > 1 and losses[-1] > (1 + RISEN_SHARE) * min(losses):
         best = steps[losses.index(min(losses))]
         lines.append(f"The held-out loss was lowest after step {best} ({min(losses):.4f}) and rose since: train fewer epochs.")
@@ -232,7 +235,9 @@ def warnings(run: Run) -> list[str]:
     if empty := sum(not sample.tuned.text for sample in run.samples):
         lines.append(f"{empty} of {len(run.samples)} sample answers are empty: the model ends its turn at once.")
     if run.events:
-        lines.append(f"{format_count(len(run.events), 'event')}: memory ran out, or a step diverged; see below.")
+        lines.append(
+            f"{format_count(len(run.events), 'event')} of memory that ran out or of a step that diverged: see report.html."
+        )
     if run.data is not None and run.data.repeated:
         lines.append(run.data.warning_lines()[-1])
     return lines

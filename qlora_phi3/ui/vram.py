@@ -14,7 +14,7 @@ from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.hardware.gpu_table import GPU_TABLE, name_series
 from qlora_phi3.memory.report import VramReport, planned_keys
 from qlora_phi3.memory.tables import MaxLengthRow
-from qlora_phi3.units import GIB, describe_duration, describe_epochs, format_count, format_gib, format_percent
+from qlora_phi3.units import GIB, describe_duration, describe_epochs, format_count, format_gib, format_percent, round_to_100
 
 if TYPE_CHECKING:
     from qlora_phi3.memory.proposal import ModelOption
@@ -227,8 +227,8 @@ def _speed_lines(report: VramReport) -> Iterator[str]:
         yield f"{fast}, {high:,.0f} on the fastest: estimated from their stated rates, not measured."
     yield _describe_run(report)
     seconds = report.step["seconds"]
-    shares = sorted(((value / sum(seconds.values()), kind) for kind, value in seconds.items()), reverse=True)
-    named = [f"{format_percent(share)} {KINDS_OF_TIME[kind]}" for share, kind in shares if share >= 0.005]
+    shares = sorted(zip(round_to_100(list(seconds.values())), seconds, strict=True), reverse=True)
+    named = [f"{share} % {KINDS_OF_TIME[kind]}" for share, kind in shares if share]
     yield f"That is {', '.join(named)}."
 
 

@@ -35,6 +35,11 @@ def test_every_command_that_is_listed_exists(name):
     assert isinstance(main.get_command(click.Context(main), name), click.Command)
 
 
+def test_the_recipes_that_ship_are_listed():
+    shown = call("recipe", "--help").stdout.partition("Recipes that ship:\n")[2].split()
+    assert set(shown) == {path.stem for path in (PAGES.parent / "recipes").glob("*.toml")}
+
+
 def test_the_documentation_is_listed_and_printed():
     listed = call("docs").stdout
     assert all(f"{path.stem} " in listed for path in PAGES.glob("*.md"))

@@ -1,5 +1,6 @@
 """`qlora-phi3 init` as a person calls it, on a tiny model."""
 
+import json
 import os
 import select
 import sys
@@ -46,6 +47,56 @@ def test_the_columns_of_a_csv_are_named_and_not_only_their_format(shop):
     shown = call("inspect", "a.toml").stdout
     assert "from a.csv (Alpaca's instruction, input and output)" in shown
     assert "(30 rows, held-out ones included)" in shown
+
+
+def test_a_row_longer_than_the_model_is_counted_as_cut_with_its_own_length(shop):
+    from qlora_phi3.family import read_architecture
+
+    positions = read_architecture(str(shop.base)).max_position_embeddings
+    chats = write_chats(shop.path / "a.jsonl", rows=24)
+    lines = chats.read_text(encoding="utf-8").splitlines()
+    row = json.loads(lines[3])
+    row["messages"][-1]["content"] += " what is" * positions
+    lines[3] = json.dumps(row)
+    chats.write_text("\n".join(lines), encoding="utf-8")
+    result = call("init", "a.jsonl", "--model", str(shop.base), "--yes")
+    assert result.exit_code == 0, result.stderr
+    longest = json.loads(call("inspect", "a.toml", "--json").stdout)["statistics"]["percentiles"]["100"]
+    assert longest > positions
+    assert f"the longest {longest:,}\n" in result.stdout
+    (line,) = (line for line in (shop.path / "a.toml").read_text(encoding="utf-8").splitlines() if "max_length" in line)
+    assert f"cuts 1 of 24 rows, the longest {longest:,}; the model ends at {positions:,} (counted" in line
+    shown = call("inspect", "a.toml", "--set", "lora.r=8", "--set", "training.output_dir=a b")
+    assert f"max_length = {positions} is all that the model has: 4.2 % of the rows are cut" in shown.stdout
+    assert "Suggestion" not in shown.stdout
+    assert f"longest row of all {positions:,} after cuts;" in shown.stdout
+    assert shown.stderr == "Then train: qlora-phi3 run a.toml --set lora.r=8 --set 'training.output_dir=a b'\n"
+
+
+def test_faulty_rows_come_in_one_error_that_counts_them_and_names_the_first_five(shop):
+    lines = write_chats(shop.path / "a.jsonl", rows=12).read_text(encoding="utf-8").splitlines()
+    lines[1::2] = [line.replace('"user"', '"customer"') for line in lines[1::2]]
+    lines[4] = lines[4][:30]
+    (shop.path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    error = call("init", "a.jsonl").stderr.splitlines()
+    assert error[0] == "Error: 7 rows of a.jsonl are faulty, the first of them:"
+    assert [line.partition(":")[2].partition(":")[0] for line in error[1:]] == ["2", "4", "5", "6", "8"]
+    assert error[1] == "a.jsonl:2: unknown role 'customer'."
+    assert error[3].startswith("a.jsonl:5: not valid JSON (")
+    assert error[5].startswith("a.jsonl:8: unknown role 'customer'. Rename it in the data; the known roles are ")
+    (shop.path / "a.jsonl").write_text("\n".join([*lines[:2], lines[0]]), encoding="utf-8")
+    assert call("init", "a.jsonl").stderr.startswith("Error: a.jsonl:2: unknown role 'customer'. Rename it")
+
+
+def test_columns_that_are_not_read_are_named_and_the_example_s_hint_keeps_the_model(shop):
+    rows = "".join(f"{number},What is {number}?,A number\n" for number in range(30))
+    (shop.path / "faq.csv").write_text(f"Ticket,Q,A\n{rows}", encoding="utf-8")
+    result = call("init", "faq.csv", "--question", "Q", "--answer", "A", "--model", str(shop.base))
+    assert "\nColumns not read: Ticket (30 rows)\n" in result.stdout
+    words = f"qlora-phi3 init example-chats.jsonl --model {shop.base} --vram '8 GB'"
+    example = ("init", "--model", str(shop.base), "--vram", "8 GB")
+    assert call(*example).stdout.endswith(f"Next: {words}\n")
+    assert call(*example).stderr.endswith(f"Go on with it: {words}\n")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a terminal of its own needs os.fork")

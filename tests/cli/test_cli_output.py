@@ -1,13 +1,17 @@
 """stdout and stderr whose reader is gone, or that were closed before the program began."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from workshop import call
+
+from qlora_phi3.cli.output import ask
 
 COMMAND = [sys.executable, "-m", "qlora_phi3"]
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such descriptors")
@@ -41,6 +45,15 @@ def test_a_terminal_that_is_closed_is_no_error():
 def test_closed_descriptors_are_no_error(closed):
     shell = subprocess.run(["sh", "-c", f'"$0" -m qlora_phi3 recipe schema {closed}', sys.executable], check=False)
     assert shell.returncode == 0
+
+
+def test_keys_that_were_typed_before_a_question_do_not_answer_it(monkeypatch):
+    terminal, end = os.openpty()
+    os.write(terminal, b"2\n")
+    assert select.select([end], [], [], 5)[0]
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(fileno=lambda: end))
+    monkeypatch.setattr("click.prompt", lambda question, **_: select.select([end], [], [], 0)[0])
+    assert ask("Model") == []
 
 
 def test_a_slow_reader_of_a_pipe_that_does_not_wait_gets_everything():

@@ -113,6 +113,16 @@ def test_a_run_is_shown_with_its_results_events_files_and_the_next_command(here)
     assert "Next: qlora-phi3 run --resume runs/mine/1" in call("runs", "show", "mine").stdout
 
 
+def test_times_are_named_and_one_measurement_is_a_number_without_a_curve(here):
+    folder = write_run(here / "runs" / "mine" / "1", records=[evaluation_record(0, 2.1414), step_record(1), step_record(2)])
+    folder.samples.write_text(json.dumps({"samples": [sample()], "reason": "1 of 8 rows can be answered."}), encoding="utf-8")
+    lines = call("runs", "show", "mine").stdout.splitlines()
+    assert "Held-out loss  2.1414" in lines
+    assert "Time           1:23, all sessions, from reading the data to saving; 0:01 of it in steps" in lines
+    assert f"Started        {folder.started.astimezone():%Y-%m-%d %H:%M:%S} on NVIDIA Test" in lines
+    assert "1 of 8 rows can be answered." in lines
+
+
 def test_two_runs_of_one_name_are_told_apart_by_their_directories(here):
     write_run(here / "runs" / "mine" / "1", started="2026-11-28T07:00:00+00:00")
     write_run(here / "runs" / "mine" / "2", started="2026-11-29T07:00:00+00:00")

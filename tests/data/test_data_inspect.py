@@ -14,6 +14,7 @@ from qlora_phi3.data.tokenize import UNCUT
 from qlora_phi3.errors import DataError
 from qlora_phi3.execution import IGNORE_INDEX
 from qlora_phi3.recipe.schema import Data, Recipe
+from qlora_phi3.ui.inspect import statistics_lines
 
 TOKENIZER = build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))
 
@@ -95,7 +96,12 @@ def test_rows_that_start_on_one_line_are_told_apart_by_their_ids(tmp_path):
 def test_a_suggestion_is_no_longer_than_the_model(read):
     rows = [chat("a", "b" * 300)]
     recipe = Recipe.model_validate({"model": {"name": "x"}, "data": {"train": "rows.jsonl"}, "training": {"max_length": 64}})
-    assert inspect.measure(read(rows, 64), read(rows, UNCUT), recipe, 128).suggested_max_length == 128
+    figures = inspect.measure(read(rows, 64), read(rows, UNCUT), recipe, 128)
+    assert figures.suggested_max_length == 128
+    (cut,) = (cut for cut in figures.cuts if cut.max_length == 128)
+    line = statistics_lines(figures)[-1]
+    assert line.startswith("Suggestion: max_length = 128, all that the model has: 100.0 % of the rows are cut, ")
+    assert f" {100 * cut.learned_share:.1f} % of the learned tokens lost" in line
 
 
 def test_a_row_is_found_by_its_number_or_its_file(read):

@@ -15,7 +15,11 @@ from qlora_phi3.errors import DataError
 
 
 def rows_of(path: Path) -> list[tuple[int, object]]:
-    return list(open_file(str(path), path.parent).rows())
+    rows = list(open_file(str(path), path.parent).rows())
+    for _, row in rows:
+        if isinstance(row, DataError):  # as `read_examples` does
+            raise row
+    return rows
 
 
 def write(path: Path, text: str) -> Path:

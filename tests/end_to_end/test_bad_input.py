@@ -307,7 +307,7 @@ def test_recipe_check_names_missing_files_and_otherwise_prints_the_recipe(shop):
     assert "nowhere.jsonl" in result.stderr
     shop.write()
     result = call("recipe", "check", "mine.toml")
-    assert (result.exit_code, len(result.stderr.splitlines())) == (0, 1)
+    assert (result.exit_code, len(result.stderr.splitlines())) == (0, 2)
     assert tomllib.loads(result.stdout)["lora"]["r"] == 4
 
 

@@ -117,7 +117,8 @@ def test_a_step_that_diverges_is_undone_and_its_rows_are_named(shop, ruin):
     assert (record["step"], record["good_step"], record["learning_rate_factor"]) == (7, 5, 0.5)
     assert len(record["rows"]) == 4
     assert all("/chats.jsonl:" in name for name in record["rows"])
-    (note,) = result.stderr.splitlines()
+    note, end = result.stderr.splitlines()
+    assert end == "Note: 1 event of memory that ran out or of a step that diverged: see report.html."
     assert "Step 7 diverged" in note
     assert Path(record["rows"][0]).name in note
     trained = {record["step"]: record["learning_rate"] for record in records(folder, "train")}

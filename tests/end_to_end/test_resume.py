@@ -352,6 +352,7 @@ def test_more_steps_can_be_asked_for_of_a_finished_run_in_a_copy_of_it_and_fewer
     stopped = interrupt(shop, STEPS + 1, *more)
     (copy,) = set(shop.runs()) - {folder}
     assert stopped.exit_code == 130, stopped.stderr
+    assert f"is done and stays as it is; a copy of it is trained on: {copy.relative_to(shop.path)}\n" in stopped.stdout
     assert stopped.stderr.splitlines()[-1].endswith(f"qlora-phi3 run --resume {copy.relative_to(shop.path)}")
     assert f"step {STEPS + 4}, not {STEPS}" in stopped.stderr.splitlines()[0]
     result = call("run", "--resume", str(copy))
@@ -363,7 +364,7 @@ def test_more_steps_can_be_asked_for_of_a_finished_run_in_a_copy_of_it_and_fewer
     assert refused(call("run", "--resume", str(copy), "--set", f"training.max_steps={STEPS}"), "is done")
     for words in (("--resume",), ("--resume", str(folder))):  # the recipe's file asks for more steps, the command does not
         shop.write(training={"num_train_epochs": 9})
-        assert refused(shop.run(*words), "is done", "--set training.max_steps")
+        assert refused(shop.run(*words), "is done", "--set training.num_train_epochs=N (or max_steps=N)")
 
 
 def test_settings_left_out_are_named_before_anything_is_computed(halfway, undisturbed):

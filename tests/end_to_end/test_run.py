@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import datetime
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ def test_a_run_ends_with_0_says_what_it_did_and_nothing_on_stderr(done):
         f"The adapter: {folder.relative_to(shop.path)}/adapter",
     ):
         assert words in result.stdout
+    started = datetime.fromisoformat(read_json(folder / "report.json")["started"])
+    assert folder.name == f"{started.astimezone():%Y-%m-%d_%H-%M-%S}"
 
 
 def test_the_run_folder_holds_what_the_readme_promises(done):

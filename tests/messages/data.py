@@ -13,8 +13,10 @@ from qlora_phi3.data.formats import Chat, check_fields
 from qlora_phi3.data.inspect import find_row
 from qlora_phi3.data.messages import Turn
 from qlora_phi3.data.prepare import prepare_datasets, split_indices
+from qlora_phi3.data.report import SourceReport
 from qlora_phi3.data.sources import open_file, open_hub, open_local
 from qlora_phi3.data.template import choose_template, render_chat
+from qlora_phi3.data.tokenize import read_examples
 from qlora_phi3.errors import DataError
 from qlora_phi3.recipe.schema import Data
 
@@ -29,7 +31,8 @@ def save(shop: Workshop, name: str, content: str | bytes) -> str:
 
 
 def read(shop: Workshop, name: str, content: str | bytes) -> object:
-    return list(open_file(save(shop, name, content), shop.path).rows())
+    source = open_file(save(shop, name, content), shop.path)
+    return list(read_examples(source, Data(train=name), SourceReport(name)))
 
 
 def empty_folder(shop: Workshop) -> object:

@@ -145,6 +145,14 @@ MESSAGES = [
         hint="microsoft/phi-4",
     ),
     Message(
+        name="model-file-for-its-folder",
+        trigger=lambda shop: read_architecture(str(shop.base / "config.json")),
+        error=ModelError,
+        exit_code=2,
+        says=("config.json is a file of a model",),
+        hint="Give its folder: ",
+    ),
+    Message(
         name="model-config-not-json",
         trigger=write_config("{"),
         error=ModelError,

@@ -74,6 +74,17 @@ def test_the_base_answers_as_the_model_without_its_adapter_and_the_tuned_model_a
     assert text.startswith(saved["samples"][0]["base"]["text"])
 
 
+def test_rows_whose_answer_was_cut_are_not_answered_and_the_reason_is_saved_and_shown(lab, tmp_path):
+    model, context = lab
+    rows = list(context.data.evaluation.select(range(4)))
+    cut = [{**row, "input_ids": row["input_ids"][:-2], "labels": row["labels"][:-2]} for row in rows[:2]]
+    context = replace(context, data=replace(context.data, evaluation=[*cut, *rows[2:]]), reporter=Heard())
+    save_samples(model, context, RunFolder(tmp_path), run_seconds=0.0)
+    saved = json.loads((tmp_path / "samples.json").read_text(encoding="utf-8"))
+    assert (len(saved["samples"]), context.reporter.warnings) == (2, [])
+    assert saved["reason"].startswith("Held-out prompts: 2 of 4 rows can be answered: the answer of the others is cut")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a fault of a library"), ValueError("another")])
 def test_whatever_happens_the_run_goes_on_with_one_warning_which_the_report_has(answer, error):
     def fail(*arguments):

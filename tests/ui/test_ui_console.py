@@ -134,16 +134,16 @@ def test_a_run_that_is_only_warm_up_is_reported_before_it_starts(printed, total,
     assert ["warmup_steps = 0" in line for line in err] == [True] * warned
 
 
-@pytest.mark.parametrize(("after", "warned"), [(2.5, True), (1.5, False), (None, False)])
-def test_a_held_out_loss_that_rose_is_reported_at_the_end(printed, tmp_path, after, warned):
-    out, err = printed(lambda reporter: reporter.finish(1, 2.0, after, 61, tmp_path))
-    assert out[-4] == f"Done: 1 step in 1:01. The adapter: {tmp_path}"
+@pytest.mark.parametrize("notes", [[], ["The held-out loss rose.", "3 of 3 sample answers are empty."]])
+def test_the_end_of_a_run_has_its_warnings_and_the_next_commands(printed, tmp_path, notes):
+    out, err = printed(lambda reporter: reporter.finish(1, 2.0, 1.5, 61, tmp_path, notes))
+    assert out[-4] == f"Done: 1 step in 1:01, all sessions, from reading the data to saving. The adapter: {tmp_path}"
     assert out[-3:] == [
         f"Next: qlora-phi3 chat {tmp_path.parent} --compare",
         f"      qlora-phi3 eval {tmp_path.parent}",
         f"      qlora-phi3 export {tmp_path.parent} --ollama NAME",
     ]
-    assert ["learning_rate" in line for line in err] == [True] * warned
+    assert err == [f"Note: {note}" for note in notes]
 
 
 def test_the_loss_at_the_end_is_that_of_all_sessions_as_means_of_the_first_and_last_tenth(printed, tmp_path):

@@ -76,6 +76,7 @@ def test_the_screen_fits_and_shows_every_figure(clock, columns, lines):
     ):
         assert figure in text
     assert "measured" in text
+    assert "7 min since step 0, about" in text
     assert "18 min left" in text  # 800 steps of 1 s, and 5 evaluations of 60 s
     if columns >= 80:
         assert "1,234 tokens/s" in text

@@ -9,6 +9,7 @@ import pytest
 from run_files import data_report, divergence_record, evaluation_record, memory_record, sample, step_record, write_run
 
 from qlora_phi3.errors import RunError
+from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.ui import page
 from qlora_phi3.ui.page import MOST_POINTS, draw_comparison, thin, write_page
 from qlora_phi3.ui.runs import read_run, verdict, warnings
@@ -196,3 +197,22 @@ def test_answers_that_run_on_an_adapter_that_learned_nothing_and_repeated_rows_a
     assert lines[1].startswith("4 of 4 sample answers did not end")
     assert "3 of 8 held-out rows are training rows too" in lines[2]
     assert warnings(read_run(write_run(tmp_path / "b", samples=runaway[:3]))) == []
+
+
+def test_empty_answers_are_not_counted_as_answers_that_ended_by_themselves(tmp_path):
+    run = read_run(write_run(tmp_path / "a", samples=[sample(), *[sample(tuned={"text": "", "tokens": 1, "ended": True})] * 2]))
+    assert verdict(run) == "The held-out loss fell from 4.0000 to 2.5000. 2 of 3 sample answers are empty."
+    assert warnings(run) == ["2 of 3 sample answers are empty: the model ends its turn at once."]
+
+
+def test_a_prediction_without_phases_is_not_called_none(tmp_path, with_charts):
+    by_category = {"4-bit weights": 2**30}
+    sizes = [
+        MemoryReport(allocated_bytes=0, by_category=by_category, by_phase={}, resident_bytes=2**30, process_bytes=size)
+        for size in (2**30, 3 * 2**29)
+    ]
+    memory = {name: report.as_dict() for name, report in zip(("predicted", "measured"), sizes, strict=True)}
+    text = Page(write_page(write_run(tmp_path / "a", memory=memory))).text
+    assert "Process on a CPU, libraries included 1.00 GiB 1.50 GiB" in text
+    assert "Nothing was predicted" not in text
+    assert "Nothing was predicted" in Page(write_page(write_run(tmp_path / "b", memory={"measured": memory["measured"]}))).text

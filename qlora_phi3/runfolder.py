@@ -22,8 +22,8 @@ LOCK, LOCK_PID = "checkpoints/.lock", "checkpoints/.lock.pid"
 LATEST = "latest"
 #: Types of the values of report.json that are read again.
 REPORT_TYPES: dict[str, type | tuple[type, ...]] = {
-    "status": str, "name": str, "started": str, "seconds": (int, float), "recipe": dict, "data": dict, "versions": dict,
-    "device": str, "compute_dtype": str, "adapter": dict, "files": dict, "steps": int, "memory": dict,
+    "status": str, "name": str, "started": str, "training_began": str, "seconds": (int, float), "recipe": dict, "data": dict,
+    "versions": dict, "device": str, "compute_dtype": str, "adapter": dict, "files": dict, "steps": int, "memory": dict,
     "eval_loss_before": (int, float, NoneType), "eval_loss_after": (int, float, NoneType),
 }  # fmt: skip
 
@@ -75,11 +75,19 @@ class RunFolder:
 
     @property
     def started(self) -> datetime:
-        """When the run started by its report; where that cannot be read, when the report was written."""
+        """When the run started by its report; where that cannot be read, when the report was written, or the directory."""
         with suppress(RunError, ValueError, KeyError):
             started = datetime.fromisoformat(self.read_report()["started"])
             return started if started.tzinfo else started.astimezone()
-        return datetime.fromtimestamp(self.report.lstat().st_mtime, UTC)
+        written = self.report if os.path.lexists(self.report) else self.path
+        return datetime.fromtimestamp(written.lstat().st_mtime, UTC)
+
+    @property
+    def training_began(self) -> datetime:
+        """When the first step of its checkpoints was trained: for a copy of a run that is trained on, in that run."""
+        with suppress(RunError, ValueError, KeyError):
+            return datetime.fromisoformat(self.read_report()["training_began"])
+        return self.started
 
 
 def create_run_folder(root: Path, recipe_name: str) -> RunFolder:
@@ -102,8 +110,8 @@ def create_run_folder(root: Path, recipe_name: str) -> RunFolder:
 
 
 def copy_run_folder(run: RunFolder, root: Path, recipe_name: str) -> RunFolder:
-    """A new run directory that goes on from the checkpoints of a run that is done, which stays as it is; RunError where the disk
-    is full or refuses.
+    """A new run directory, started now, that goes on from the checkpoints of a run that is done, which stays as it is; RunError
+    where the disk is full or refuses.
     """
     copy = create_run_folder(root, recipe_name)
     try:
@@ -112,7 +120,8 @@ def copy_run_folder(run: RunFolder, root: Path, recipe_name: str) -> RunFolder:
             shutil.copytree(run.checkpoints, copy.checkpoints, ignore=left_out, dirs_exist_ok=True)
             if run.base.is_file():
                 shutil.copyfile(run.base, copy.base)
-            write_report(copy, {**run.read_report(), "status": "interrupted"})
+            times = {"started": datetime.now(UTC).isoformat(), "training_began": run.training_began.isoformat()}
+            write_report(copy, {**run.read_report(), **times, "status": "interrupted"})
     except BaseException:
         remove(copy.path)
         raise
@@ -190,7 +199,12 @@ def find_run(root: Path, recipe_name: str, wanted: str | None) -> RunFolder:
 def list_runs(root: Path) -> list[RunFolder]:
     """The runs that are in `root`, or in a directory in it, the newest last. A run is a directory with a report.json."""
     reports = [report for depth in ("*", "*/*") for report in root.glob(f"{depth}/report.json")]
-    return sorted((RunFolder(report.parent) for report in reports), key=lambda run: (run.started, run.path.name))
+    return sorted((RunFolder(report.parent) for report in reports), key=by_age)
+
+
+def by_age(run: RunFolder) -> tuple[datetime, str]:
+    """What every list of runs is sorted by."""
+    return run.started, run.path.name
 
 
 def find_unfinished(group: Path) -> RunFolder | None:

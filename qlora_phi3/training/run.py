@@ -100,6 +100,8 @@ def run(
         folder = processes.from_first(lambda: copy(output_dir, name) if is_more or resume is None else resume)
         if resume is not None:
             checkpoint = processes.from_first(lambda: _checkpoint_to_resume(folder, recipe, reporter))
+            was = folder.read_report()  # of a copy with other times than those of the run that it was copied from
+            report |= {key: was[key] for key in ("started", "training_began") if key in was}
         if not processes.own_rank():
             if is_more or resume is None:
                 at_exit.enter_context(runfolder.lock_run(folder))
@@ -250,7 +252,7 @@ def _checkpoint_to_resume(folder: RunFolder, recipe: Recipe, reporter: Reporter)
         atomic_write(folder.base, base.read_text(encoding="utf-8"))
         reporter.warning(f"{folder.base} was damaged or missing and is restored from {checkpoint.name}.")
     with suppress(RunError):
-        own, other = folder.started.isoformat(), read_json_object(base, RunError, "").get("run_started")
+        own, other = folder.training_began.isoformat(), read_json_object(base, RunError, "").get("run_started")
         if other and other != own:
             reporter.warning(f"{checkpoint} is of a run that started at {other}, and this one started at {own}.")
     reporter.info(f"Going on from {checkpoint}")
@@ -271,7 +273,7 @@ def _save_export_inputs(context: RunContext, model: PeftModel, folder: RunFolder
         compute_dtype=compute_dtype,
         device=describe_device(context.device),
         inputs=artifacts.input_checksums(context, revision),
-        started=folder.started.isoformat(),
+        started=folder.training_began.isoformat(),
     )
     artifacts.save_held_out(context.data, folder)
     if context.template.name.endswith(".jinja"):  # a file, which may be changed or gone when the run is exported

@@ -20,6 +20,7 @@ from qlora_phi3.files import atomic_write, disk_errors, is_dir, make_directory, 
 LOCK, LOCK_PID = "checkpoints/.lock", "checkpoints/.lock.pid"
 #: Last part of a path that means the newest run of a directory. It is no link, which Windows would not allow everyone to make.
 LATEST = "latest"
+NO_RUNS = "Runs are below the directory in which they were trained: go there, or train one: qlora-phi3 run RECIPE.toml"
 #: Types of the values of report.json that are read again.
 REPORT_TYPES: dict[str, type | tuple[type, ...]] = {
     "status": str, "name": str, "started": str, "training_began": str, "seconds": (int, float), "recipe": dict, "data": dict,
@@ -247,7 +248,7 @@ def resolve_run(text: str | Path, root: Path = Path("runs")) -> RunFolder:
     if os.path.isdir(path):  # noqa: PTH112 - as above
         raise RunError(f"{path} is no run: it has no report.json.", "Give the directory of a run: runs/<recipe>/<time>.")
     if not runs:
-        raise RunError(f"There is no run {text}, and none under {root}.", "Train one: qlora-phi3 run RECIPE.toml")
+        raise RunError(f"There is no run {text}, and none under {root}.", NO_RUNS)
     names = ", ".join(sorted({run.path.parent.name for run in runs}))
     hint = f"Give the name of a recipe with runs ({names}), or the directory of a run: the newest is {runs[-1].path}."
     raise RunError(f"There is no run {text}.", hint)

@@ -2,15 +2,15 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qlora_phi3.cli.options import debug_option, libraries_silenced
+from qlora_phi3.cli.options import complete_run, debug_option, libraries_silenced
 from qlora_phi3.cli.output import echo
-from qlora_phi3.errors import UserError
+from qlora_phi3.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from qlora_phi3.adapters.convert import Base, Converted
@@ -33,7 +33,7 @@ def adapter() -> None:
 
 
 @adapter.command()
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path), shell_complete=complete_run)
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--to", "form", type=click.Choice(list(OPTIONS)), required=True, help="The form of DST.")
 @click.option(
@@ -54,8 +54,8 @@ def adapter() -> None:
 def convert(ctx: click.Context, /, source: Path, target: Path, form: str, force: bool, **given: Any) -> None:
     """Convert the adapter SRC to another form, without loss or not at all.
 
-    SRC is a PEFT directory or a run's, or a loralib state dict (.pt, .safetensors). fused and split are PEFT's: with Phi-3's own
-    qkv_proj and gate_up_proj, or with separate q, k, v, gate and up, as Unsloth has them.
+    SRC is a PEFT directory, a run, the name of a recipe (its newest run), or a loralib state dict (.pt, .safetensors). fused and
+    split are PEFT's: with Phi-3's own qkv_proj and gate_up_proj, or with separate q, k, v, gate and up, as Unsloth has them.
 
     \b
     Examples:
@@ -70,12 +70,23 @@ def convert(ctx: click.Context, /, source: Path, target: Path, form: str, force:
     for name, value in given.items():
         if value and name not in OPTIONS[form]:
             raise UserError(f"--{name} has no meaning for --to {form}.", "Leave it out.")
-    converted = _convert(source, target, form, given, force=force, debug=bool(ctx.meta.get("debug")))
+    converted = _convert(_find_source(source), target, form, given, force=force, debug=bool(ctx.meta.get("debug")))
     echo(
         f"Checked: scaling * B A of {converted.num_layers} layers, as read and as written: largest relative difference "
         f"{converted.largest_difference:.1e} ({converted.worst_layer})"
     )
     echo("\n".join((*converted.notes, f"Written: {converted.target}")))
+
+
+def _find_source(path: Path) -> Path:
+    """The run that a name means, as every command that takes a run reads it; a path to convert as it is."""
+    from qlora_phi3.runfolder import find_model
+
+    if (path.is_file() and path.suffix != ".toml") or (path / "adapter_config.json").is_file():
+        return path
+    with suppress(RunError):  # what reads it says what it lacks
+        return find_model(str(path))
+    return path
 
 
 def _convert(source: Path, target: Path, form: str, given: Mapping[str, Any], *, force: bool, debug: bool) -> "Converted":

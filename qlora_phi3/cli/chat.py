@@ -17,7 +17,7 @@ from qlora_phi3.cli.options import base_option, check_sampling, complete_run, de
 from qlora_phi3.cli.output import ask_number, echo
 from qlora_phi3.errors import RunError, UserError, printable, quoted
 from qlora_phi3.files import atomic_write, user_state_dir
-from qlora_phi3.runfolder import RunFolder, find_model, list_runs
+from qlora_phi3.runfolder import NO_RUNS, RunFolder, find_model, list_runs
 from qlora_phi3.units import format_count
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _choose_run() -> str:
     """Let the user choose one of the newest runs by its number; RunError, which lists them, where there is no terminal."""
     runs, lines = [run for run in reversed(list_runs(Path("runs"))) if run.adapter.is_dir()][:OFFERED_RUNS], []
     if not runs:
-        raise RunError("No model is named, and there is no trained run under runs.", "Train one: qlora-phi3 run RECIPE.toml")
+        raise RunError("No model is named, and there is no trained run under runs.", NO_RUNS)
     for number, run in enumerate(runs, start=1):
         report: dict[str, Any] = {}
         with suppress(RunError):

@@ -4,14 +4,14 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qlora_phi3.errors import DeviceError, RecipeError, UserError, disk_error_hint
+from qlora_phi3.errors import DeviceError, RecipeError, RunError, UserError, disk_error_hint
 from qlora_phi3.files import check_directory
 
 if TYPE_CHECKING:
@@ -113,17 +113,24 @@ def find_recipe(path: Path) -> Path:
     """The recipe that a person names: a path, also without `.toml`; else the name of a recipe that ships, such as `chat`.
 
     Raises:
-        RecipeError: a name that is neither; the message lists those that ship. For a missing `.toml` file reading it says so.
+        RecipeError: a run; or a name that is none of these, and those that ship. For a missing `.toml` file reading it says so.
     """
-    if len(path.parts) != 1 or path.suffix or os.path.lexists(path):
-        return path
-    if (own := path.with_suffix(".toml")).is_file():
+    from qlora_phi3.runfolder import resolve_run
+
+    is_name = len(path.parts) == 1 and not path.suffix and not os.path.lexists(path)
+    if is_name and (own := path.with_suffix(".toml")).is_file():
         return own
     recipes = shipped_files("recipes", "toml")
-    if path.name not in recipes:
+    if is_name and path.name in recipes:
+        return recipes[path.name]
+    if path.suffix != ".toml" and not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
+        with suppress(RunError):
+            run = resolve_run(path)
+            raise RecipeError(f"{path} names a run, and a recipe is wanted.", f"Its recipe: {run.recipe}")
+    if is_name:
         hint = f"Give the path of a .toml file, or a recipe that ships: {', '.join(recipes)}."
         raise RecipeError(f"{path}: there is no such file, and no recipe of that name.", hint)
-    return recipes[path.name]
+    return path
 
 
 def check_new_file(target: Path, option: str = "--out") -> None:

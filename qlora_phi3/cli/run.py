@@ -15,7 +15,7 @@ NEWEST = "newest"
 
 
 @click.command()
-@click.argument("recipe", metavar="RECIPE", required=False, type=click.Path(path_type=Path))
+@click.argument("recipe", metavar="[RECIPE]", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--resume",
     is_flag=False,
@@ -116,7 +116,7 @@ def _recipe_and_run(ctx: click.Context, recipe: Path | None, resume: str | None)
     if resume == NEWEST:
         raise click.UsageError("--resume needs a run or a recipe: --resume RUN, or RECIPE --resume.", ctx)
     if resume is None:
-        raise click.MissingParameter(ctx=ctx, param=ctx.command.params[0])
+        raise click.UsageError("Missing argument 'RECIPE', or --resume RUN.", ctx)
     path = Path(resume)
     if path.suffix == ".toml":
         return path, NEWEST

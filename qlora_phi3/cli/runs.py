@@ -10,6 +10,7 @@ import click
 from qlora_phi3.cli.options import complete_run, debug_option, silence_libraries
 from qlora_phi3.cli.output import confirm, echo
 from qlora_phi3.errors import RunError, printable
+from qlora_phi3.runfolder import NO_RUNS
 
 DEFAULT_ROOT = "runs"
 DIRECTORY = click.option(
@@ -67,7 +68,7 @@ def print_list(root: Path, as_json: bool) -> None:
         click.echo(json.dumps([asdict(summary) for summary in summaries], indent=2))
         return
     if not summaries:
-        click.echo(f"There is no run under {root}. Train one: qlora-phi3 run RECIPE.toml", err=True)
+        click.echo(f"There is no run under {root}. {NO_RUNS}", err=True)
         return
 
     def cells(run: RunSummary) -> list[str]:
@@ -207,7 +208,7 @@ def resolve(root: Path, name: str | None) -> Any:
     from qlora_phi3.runfolder import list_runs, resolve_run
 
     if name is None and not (runs := list_runs(root)):
-        raise RunError(f"There is no run under {root}.", "Train one: qlora-phi3 run RECIPE.toml")
+        raise RunError(f"There is no run under {root}.", NO_RUNS)
     return runs[-1] if name is None else resolve_run(name, root)
 
 

@@ -9,13 +9,13 @@ from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from qlora_phi3.cli.options import base_option, check_sampling, complete_run, debug_option, sampling_options, silence_libraries
 from qlora_phi3.cli.output import ask_number, echo
-from qlora_phi3.errors import RunError, UserError, printable, quoted
+from qlora_phi3.errors import RunError, Terminated, UserError, printable, quoted
 from qlora_phi3.files import atomic_write, user_state_dir
 from qlora_phi3.runfolder import NO_RUNS, RunFolder, find_model, list_runs
 from qlora_phi3.units import format_count
@@ -28,11 +28,15 @@ if TYPE_CHECKING:
 
 HELP = """/system TEXT  set the system turn, and begin anew; without TEXT remove it
 /reset        begin anew
-/save FILE    write the conversation as a row to train on (JSONL, messages)
-/quit         end; so does Ctrl-D
+/save FILE    write the conversation, but for answers that are empty, stopped or cut, as a row to train on (JSONL, messages)
+/quit         end; so does Ctrl-D, and Ctrl-C twice
 Alt-Enter begins a new line; Ctrl-C stops an answer."""
-#: Columns that two answers beside each other need; runs that are offered where none is named; what Ctrl-C did to an answer.
-MIN_WIDTH_COMPARE, OFFERED_RUNS, STOPPED = 100, 20, "stopped"
+#: Columns that two answers beside each other need; runs that are offered where none is named.
+MIN_WIDTH_COMPARE, OFFERED_RUNS = 100, 20
+#: What ended an answer: Ctrl-C, or the model; and what stands for an answer without text.
+STOPPED, ENDED, EMPTY = "stopped", "ended by itself", "(empty)"
+#: Columns of a part of a word that is held back until the word ends and is known to fit in the line.
+HELD_COLUMNS = 40
 #: What is no answer is on stderr.
 print_dim = partial(echo, dim=True, err=True)
 
@@ -135,6 +139,43 @@ def _as_unicode(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+class WordWriter:
+    """Writes a text that comes in pieces to a terminal, in lines that end between words, without white space at its ends."""
+
+    def __init__(self, columns: int) -> None:
+        self.columns, self.column, self.space, self.word, self.is_empty = columns, 0, "", "", True
+
+    def write(self, piece: str, *, is_last: bool = False) -> None:
+        """Write what is known to be complete words."""
+        from rich.cells import cell_len
+
+        *parts, self.word = re.findall(r"\s+|\S+", self.word + piece) or [""]
+        if is_last or cell_len(self.word) > HELD_COLUMNS:
+            parts, self.word = [*parts, self.word], ""
+        for part in parts:
+            if not part.strip():
+                self.space += part
+                continue
+            space, width = "" if self.is_empty else self.space, cell_len(part)
+            if "\n" in space:
+                self.column = cell_len(space.rpartition("\n")[2])
+            elif space and self.column + cell_len(space) + width > self.columns:
+                space, self.column = "\n", 0
+            else:
+                self.column += cell_len(space)
+            click.echo(space + part, nl=False)
+            self.column = (self.column + width - 1) % self.columns + 1
+            self.space, self.is_empty = "", False
+
+
+class Exchange(NamedTuple):
+    """A question and its answer; `is_complete`: the model ended the answer, and neither Ctrl-C nor a limit did."""
+
+    question: str
+    answer: str
+    is_complete: bool
+
+
 @dataclass(slots=True)
 class Conversation:
     """The turns until now, for each of `sides`, which answer the same: "base", with the adapter disabled, and "tuned"."""
@@ -145,11 +186,15 @@ class Conversation:
     seed: int
     sides: tuple[str, ...]
     system: str
-    turns: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    turns: dict[str, list[Exchange]] = field(default_factory=dict)
 
-    def messages(self, side: str) -> list[dict[str, str]]:
-        """The conversation of one side, with its system turn."""
-        return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns.get(side, [])]
+    def messages(self, side: str, *, only_complete: bool = False) -> list[dict[str, str]]:
+        """The conversation of one side, with its system turn, without questions that got no answer; or only complete answers."""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for question, answer, is_complete in self.turns.get(side, []):
+            if answer.strip() and (is_complete or not only_complete):
+                messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return messages
 
     def ask(self, question: str) -> str:
         """Print the answers to a question, each with a line of figures; returns the last of these lines."""
@@ -173,14 +218,22 @@ class Conversation:
                 continue
             if len(self.sides) > 1:
                 click.secho(f"{side}:", bold=True)
-            answers.append(self._answer(side, messages, lambda pieces: click.echo(printable(pieces[-1]), nl=False)))
-            click.echo("(empty)" if len(self.sides) > 1 and not answers[-1][0].strip() else "")
+            writer = WordWriter(console.width) if console.is_terminal else None
+            write: Callable[[str], None] = writer.write if writer else partial(click.echo, nl=False)
+
+            def write_last(pieces: list[str], write: Callable[[str], None] = write) -> None:
+                write(printable(pieces[-1]))
+
+            answers.append(self._answer(side, messages, write_last))
+            if writer:
+                writer.write("", is_last=True)
+            is_said = (writer or len(self.sides) > 1) and not answers[-1][0].strip()
+            click.echo(EMPTY if is_said else "")
             print_dim(answers[-1][1])
         if beside:
             console.print(_columns(answers, width))
-        for side, (text, _) in zip(self.sides, answers if len(answers) == len(self.sides) else (), strict=False):
-            new = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
-            self.turns.setdefault(side, []).extend(new if text else [])
+        for side, (text, figures) in zip(self.sides, answers if len(answers) == len(self.sides) else (), strict=False):
+            self.turns.setdefault(side, []).append(Exchange(question, text, figures.endswith(ENDED)))
         return answers[-1][1]
 
     def _answer(self, side: str, messages: list[dict[str, str]], show: Callable[[list[str]], None]) -> tuple[str, str]:
@@ -205,12 +258,14 @@ class Conversation:
                         show(pieces)
             except StopIteration as end:
                 answer = end.value
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as interrupt:
+                if isinstance(interrupt, Terminated):
+                    raise
                 return "".join(pieces), STOPPED
         tokens, is_full = answer.num_tokens, answer.num_tokens < limit
         cut = "cut: the model has no more positions" if is_full else "cut at --max-new-tokens"
         speed = f"{tokens / (time.perf_counter() - started):.1f} tokens/s"
-        ended = "ended by itself" if tokens else "no answer: it ended its turn at once"
+        ended = ENDED if answer.text.strip() else "an empty answer: it ended its turn at once"
         return answer.text, f"{format_count(tokens, 'token')}, {speed}, {ended if answer.ended_by_itself else cut}"
 
 
@@ -224,7 +279,7 @@ def _columns(answers: list[tuple[str, str]], width: int, most_lines: int = 0) ->
     for column in table.columns:
         column.width = width
     for text, figures in answers:  # which an answer in progress has not
-        shown = printable(text.strip(), longest_line=sys.maxsize) or ("(empty)" if figures else "")
+        shown = printable(text.strip(), longest_line=sys.maxsize) or (EMPTY if figures else "")
         cells.append(Text("\n").join(Text(shown).wrap(Console(), width)[-most_lines:]))
     table.add_row(*cells)
     table.add_row(*(Text(figures, style="dim") for _, figures in answers))
@@ -235,11 +290,18 @@ def _converse(talk: Conversation, name: str) -> None:
     """Answer what the user types until they quit; the commands are in `HELP`."""
     read_input = _open_input()
     print_dim(f"{printable(name)}. /help lists the commands, Ctrl-D ends.")
+    is_second = False  # Ctrl-C at the prompt: the first one may have come too late for an answer
     while True:
         try:
-            text = _as_unicode(read_input()).strip()
-        except (EOFError, KeyboardInterrupt):
+            text, is_second = _as_unicode(read_input()).strip(), False
+        except (EOFError, Terminated):
             return
+        except KeyboardInterrupt:
+            if is_second:
+                return
+            is_second = True
+            print_dim("Ctrl-D or /quit ends the chat; so does Ctrl-C now.")
+            continue
         command, _, rest = text.partition(" ")
         if command == "/quit":
             return
@@ -250,6 +312,8 @@ def _converse(talk: Conversation, name: str) -> None:
                 print_dim("To end, type /quit or press Ctrl-D.")
             elif text:
                 talk.ask(text)
+        except Terminated:
+            return
         except KeyboardInterrupt:  # before or after the tokens of an answer
             print_dim(STOPPED)
         except UserError as error:
@@ -262,9 +326,14 @@ def _obey(talk: Conversation, command: str, rest: str) -> str:
         path = Path(rest).expanduser()
         if path.exists():
             raise RunError(f"{path} exists.", "Give another name.")
-        row = {"messages": talk.messages("tuned")}
-        atomic_write(path, json.dumps(row, ensure_ascii=False) + "\n", hint="{cause}, or give another name.")
-        return f"Written: {path}"
+        messages = talk.messages("tuned", only_complete=True)
+        count = sum(message["role"] == "assistant" for message in messages)
+        missing = len(talk.turns["tuned"]) - count
+        left_out = f"{format_count(missing, 'question')} left out, whose answer is empty, stopped or cut"
+        if not count:
+            return f"Nothing is written: {left_out}."
+        atomic_write(path, json.dumps({"messages": messages}, ensure_ascii=False) + "\n", hint="{cause}, or give another name.")
+        return f"Written: {path}{f' ({left_out})' if missing else ''}"
     if command == "/save":
         return "There is nothing to save yet." if rest else "Write: /save FILE"
     if command not in ("/system", "/reset"):
@@ -272,6 +341,15 @@ def _obey(talk: Conversation, command: str, rest: str) -> str:
     talk.turns.clear()
     talk.system = rest if command == "/system" else talk.system
     return f"A new conversation, {'with' if talk.system else 'without'} a system turn."
+
+
+def _read_line() -> str:
+    """A line that a person types; a Ctrl-C is raised with the cursor in a new line."""
+    try:
+        return input("> ")
+    except KeyboardInterrupt:
+        click.echo(err=True)
+        raise
 
 
 def _open_input() -> Callable[[], str]:
@@ -284,7 +362,7 @@ def _open_input() -> Callable[[], str]:
         from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     except ModuleNotFoundError:
         print_dim("For a history, and messages of several lines: pip install 'qlora-phi3[chat]'")
-        return partial(input, "> ")
+        return _read_line
     keys, path = KeyBindings(), user_state_dir() / "chat-history"
     history: History = InMemoryHistory()
     with suppress(OSError):  # a home that cannot be written

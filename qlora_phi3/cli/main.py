@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from qlora_phi3.cli.output import FULL_DISK, echo, safe_output
-from qlora_phi3.errors import Interrupted, UserError, disk_error_hint
+from qlora_phi3.errors import Interrupted, Terminated, UserError, disk_error_hint
 
 #: Errors of the operating system that the user can fix: the disk is full or fails, the place may not be written, or is none.
 FULL_OR_REFUSED = (
@@ -125,8 +125,12 @@ def signals_as_ctrl_c() -> Iterator[None]:
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
     replaced = {number: handler for number, handler in before.items() if handler == signal.SIG_DFL}
+
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated
+
     for number in replaced:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, terminate)
     try:
         yield
     finally:

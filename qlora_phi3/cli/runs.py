@@ -18,8 +18,6 @@ DIRECTORY = click.option(
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 RUN = click.argument("run", metavar="[RUN]", required=False, shell_complete=complete_run)
-#: Columns of a terminal from which the list shows steps and rows as well.
-WIDE = 104
 
 
 @click.group(invoke_without_command=True)
@@ -54,7 +52,7 @@ def list_command(root: Path, as_json: bool) -> None:
 
 
 def print_list(root: Path, as_json: bool) -> None:
-    """Print a line for each run; all columns where the terminal is wide, or the output is none."""
+    """Print a line for each run; without steps and rows where the lines would not fit in the terminal."""
     from qlora_phi3.ui.runs import RunSummary, list_summaries
     from qlora_phi3.units import format_duration, format_gib
 
@@ -79,9 +77,9 @@ def print_list(root: Path, as_json: bool) -> None:
         return [str(Path(run.path).relative_to(root)), run.status, *counts, loss, time, format_gib(run.size_bytes)]
 
     rows: list[list[str]] = [["RUN", "STATUS", "STEPS", "ROWS", "HELD-OUT LOSS", "TIME", "SIZE"], *map(cells, summaries)]
-    if shutil.get_terminal_size().columns < WIDE and sys.stdout.isatty():
-        rows = [[*row[:2], *row[4:]] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    if sys.stdout.isatty() and sum(widths) + 2 * (len(widths) - 1) > shutil.get_terminal_size().columns:
+        rows, widths = [[*row[:2], *row[4:]] for row in rows], [*widths[:2], *widths[4:]]
     for line in rows:
         padded = [
             f"{cell:<{width}}" if at < 2 else f"{cell:>{width}}"
@@ -170,23 +168,28 @@ def why(ctx: click.Context, run: str | None, spikes: int, full: bool) -> None:
 @debug_option
 @click.pass_obj
 def delete(root: Path, names: tuple[str, ...], yes: bool) -> None:
-    """Delete runs with all their checkpoints and exports; never one that is being written."""
+    """Delete runs with all their checkpoints and exports; never one that is being written.
+
+    RUN is the directory of a run, runs/NAME/latest, or the name of a recipe that has one run.
+    """
     from qlora_phi3.files import remove
-    from qlora_phi3.runfolder import lock_run, resolve_run
+    from qlora_phi3.runfolder import list_runs, lock_run, resolve_run
     from qlora_phi3.ui.page import list_sizes
     from qlora_phi3.units import format_count, format_gib
 
     folders = list(dict.fromkeys(resolve_run(name, root) for name in names))
     for name, folder in ((name, resolve_run(name, root)) for name in names):
-        if Path(name).name not in (folder.path.name, "latest"):
+        is_group = Path(name).name not in (folder.path.name, "latest")
+        names_all = Path(name).name.removesuffix(".toml") == folder.path.parent.name
+        if is_group and (not names_all or len(list_runs(folder.path.parent)) > 1):
             raise RunError(f"{name} is no single run.", f"Name the directory of each run to delete, such as {folder.path}.")
     for folder in folders:
         sizes = list_sizes(folder)
         click.echo(
             printable(f"{folder.path}: {format_gib(sum(size for _, size in sizes))} ({', '.join(name for name, _ in sizes)})")
         )
-    if not yes:
-        confirm(f"Delete {format_count(len(folders), 'run')} for good?")
+    if not yes and not confirm(f"Delete {format_count(len(folders), 'run')} for good?"):
+        return
     for folder in folders:
         with lock_run(folder):
             remove(folder.path)

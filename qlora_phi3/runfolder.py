@@ -200,12 +200,7 @@ def find_run(root: Path, recipe_name: str, wanted: str | None) -> RunFolder:
 def list_runs(root: Path) -> list[RunFolder]:
     """The runs that are in `root`, or in a directory in it, the newest last. A run is a directory with a report.json."""
     reports = [report for depth in ("*", "*/*") for report in root.glob(f"{depth}/report.json")]
-    return sorted((RunFolder(report.parent) for report in reports), key=by_age)
-
-
-def by_age(run: RunFolder) -> tuple[datetime, str]:
-    """What every list of runs is sorted by."""
-    return run.started, run.path.name
+    return sorted((RunFolder(report.parent) for report in reports), key=lambda run: (run.started, run.path.name))
 
 
 def find_unfinished(group: Path) -> RunFolder | None:

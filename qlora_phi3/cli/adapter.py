@@ -1,6 +1,5 @@
 """`qlora-phi3 adapter`: adapters from one form to another."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ import click
 from qlora_phi3.cli.options import complete_run, debug_option, libraries_silenced
 from qlora_phi3.cli.output import echo
 from qlora_phi3.errors import RunError, UserError
+from qlora_phi3.runfolder import find_model
 
 if TYPE_CHECKING:
     from qlora_phi3.adapters.convert import Base, Converted
@@ -70,23 +70,15 @@ def convert(ctx: click.Context, /, source: Path, target: Path, form: str, force:
     for name, value in given.items():
         if value and name not in OPTIONS[form]:
             raise UserError(f"--{name} has no meaning for --to {form}.", "Leave it out.")
-    converted = _convert(_find_source(source), target, form, given, force=force, debug=bool(ctx.meta.get("debug")))
+    if not source.is_file() and not (source / "adapter_config.json").is_file():
+        with suppress(RunError):  # what reads it says what it lacks
+            source = find_model(str(source))
+    converted = _convert(source, target, form, given, force=force, debug=bool(ctx.meta.get("debug")))
     echo(
         f"Checked: scaling * B A of {converted.num_layers} layers, as read and as written: largest relative difference "
         f"{converted.largest_difference:.1e} ({converted.worst_layer})"
     )
     echo("\n".join((*converted.notes, f"Written: {converted.target}")))
-
-
-def _find_source(path: Path) -> Path:
-    """The run that a name means, as every command that takes a run reads it; a path to convert as it is."""
-    from qlora_phi3.runfolder import find_model
-
-    if (path.is_file() and path.suffix != ".toml") or (path / "adapter_config.json").is_file():
-        return path
-    with suppress(RunError):  # what reads it says what it lacks
-        return find_model(str(path))
-    return path
 
 
 def _convert(source: Path, target: Path, form: str, given: Mapping[str, Any], *, force: bool, debug: bool) -> "Converted":
@@ -97,7 +89,6 @@ def _convert(source: Path, target: Path, form: str, given: Mapping[str, Any], *,
     try:
         with nullcontext() if debug else libraries_silenced():
             watcher.info("Starting torch and peft")
-            os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as in cli/run.py
             from qlora_phi3.adapters import convert as conversions
 
             watcher.info(f"Converting {source}")

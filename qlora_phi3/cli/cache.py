@@ -12,7 +12,6 @@ from qlora_phi3.errors import RunError, UserError, printable
 
 #: The kinds of what is kept, as a person names them, and what there are several of.
 KINDS = {"bases": "base", "rows": "data file", "vram-check": "answer"}
-INCOMPLETE = "incomplete"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +77,10 @@ def show(entries: list[CacheEntry], *, each: bool = False) -> None:
     groups = [[entry] for entry in entries] if each else [[entry for entry in entries if entry.kind == kind] for kind in KINDS]
     for group in filter(None, groups):
         first, size = group[0], show_size(sum(entry.size_bytes for entry in group))  # the first is the last used
-        text = format_count(sum(entry.count for entry in group), KINDS[first.kind])
-        if incomplete := sum(entry.text == INCOMPLETE for entry in group):
-            text += f", of which {incomplete:,} incomplete"
-        name = f"{first.path.name[:8] if first.text else '':<8}  " if each else ""
         used = datetime.fromtimestamp(first.used).strftime("%Y-%m-%d %H:%M")
-        text = first.text or text if each else text
-        click.echo(printable(f"{first.kind:<10}  {name}{size:>9}  last used {used}  {text}"))
+        text = format_count(sum(entry.count for entry in group), KINDS[first.kind])
+        name, text = (f"{first.path.name[:8]:<8}  {size:>9}", first.text) if each and first.text else (f"{size:>9}", text)
+        click.echo(printable(f"{first.kind:<10}  {name}  last used {used}  {text}"))
     click.echo(f"In all {format_gib(sum(entry.size_bytes for entry in entries))}." if entries else "Nothing is kept.")
 
 
@@ -101,7 +97,7 @@ def list_entries() -> list[CacheEntry]:
             try:
                 text = text and text.format(**read_json_object(path / record, RunError, ""))
             except (RunError, KeyError, TypeError, ValueError):
-                text = INCOMPLETE
+                text = "incomplete"
             times, count = [each.st_mtime for each in found[1:] or found], 1 if record else len(found) - 1
             entries.append(CacheEntry(kind, path, text, count, sum(each.st_size for each in found[1:]), max(times)))
     return sorted(entries, key=lambda entry: (list(KINDS).index(entry.kind), -entry.used))

@@ -17,7 +17,7 @@ from qlora_phi3.cli.options import base_option, check_sampling, complete_run, de
 from qlora_phi3.cli.output import ask_number, echo
 from qlora_phi3.errors import RunError, Terminated, UserError, printable, quoted
 from qlora_phi3.files import atomic_write, user_state_dir
-from qlora_phi3.runfolder import NO_RUNS, RunFolder, find_model, list_runs
+from qlora_phi3.runfolder import NO_RUNS, RunFolder, find_model
 from qlora_phi3.units import format_count
 
 if TYPE_CHECKING:
@@ -113,21 +113,21 @@ def is_beside(console: "Console", sides: Sequence[str]) -> bool:
 
 def _choose_run() -> str:
     """Let the user choose one of the newest runs by its number; RunError, which lists them, where there is no terminal."""
-    runs, lines = [run for run in reversed(list_runs(Path("runs"))) if run.adapter.is_dir()][:OFFERED_RUNS], []
+    from qlora_phi3.ui.runs import list_summaries
+
+    runs = [run for run in list_summaries(Path("runs")) if RunFolder(Path(run.path)).adapter.is_dir()][:OFFERED_RUNS]
     if not runs:
         raise RunError("No model is named, and there is no trained run under runs.", NO_RUNS)
+    lines = []
     for number, run in enumerate(runs, start=1):
-        report: dict[str, Any] = {}
-        with suppress(RunError):
-            report = run.read_report()
-        before, after = report.get("eval_loss_before"), report.get("eval_loss_after")
+        before, after = run.eval_loss_before, run.eval_loss_after
         loss = "" if before is None or after is None else f"   held-out loss {before:.4f} -> {after:.4f}"
-        lines.append(printable(f"{number:>3}  {run.path}   {report.get('status', 'damaged')}{loss}"))
+        lines.append(printable(f"{number:>3}  {run.path}   {run.status}{loss}"))
     shown = "\n".join(lines)
     if not _is_terminal():
         raise RunError(f"No run is named. The newest are:\n{shown}\n", f"Name one: qlora-phi3 chat {quoted(runs[0].path)}")
     click.echo(shown)
-    return str(runs[ask_number("Number (Ctrl-C ends)", 1, len(lines)) - 1].path)
+    return runs[ask_number("Number (Ctrl-C ends)", 1, len(lines)) - 1].path
 
 
 def _is_terminal() -> bool:
@@ -140,31 +140,32 @@ def _as_unicode(text: str) -> str:
 
 
 class WordWriter:
-    """Writes a text that comes in pieces to a terminal, in lines that end between words, without white space at its ends."""
+    """Writes an answer as it comes; on a terminal in lines that end between words, and without white space at its ends."""
 
-    def __init__(self, columns: int) -> None:
-        self.columns, self.column, self.space, self.word, self.is_empty = columns, 0, "", "", True
+    def __init__(self, console: "Console") -> None:
+        self.columns = console.width if console.is_terminal else 0
+        self.column, self.space, self.word, self.is_empty = 0, "", "", True
 
-    def write(self, piece: str, *, is_last: bool = False) -> None:
-        """Write what is known to be complete words."""
+    def write(self, pieces: list[str], *, is_last: bool = False) -> None:
+        """Write the last of the pieces; on a terminal the words that are known to be complete."""
         from rich.cells import cell_len
 
-        *parts, self.word = re.findall(r"\s+|\S+", self.word + piece) or [""]
-        if is_last or cell_len(self.word) > HELD_COLUMNS:
+        *parts, self.word = re.findall(r"\s+|\S+", self.word + printable(pieces[-1])) or [""]
+        if is_last or not self.columns or cell_len(self.word) > HELD_COLUMNS:
             parts, self.word = [*parts, self.word], ""
+        if not self.columns:
+            click.echo("".join(parts), nl=False)
+            return
         for part in parts:
             if not part.strip():
-                self.space += part
+                self.space += "" if self.is_empty else part
                 continue
-            space, width = "" if self.is_empty else self.space, cell_len(part)
-            if "\n" in space:
-                self.column = cell_len(space.rpartition("\n")[2])
-            elif space and self.column + cell_len(space) + width > self.columns:
-                space, self.column = "\n", 0
-            else:
-                self.column += cell_len(space)
-            click.echo(space + part, nl=False)
-            self.column = (self.column + width - 1) % self.columns + 1
+            if "\n" in self.space:
+                self.column = 0
+            elif self.space and self.column + cell_len(self.space + part) > self.columns:
+                self.space, self.column = "\n", 0
+            click.echo(self.space + part, nl=False)
+            self.column += cell_len(self.space.rpartition("\n")[2] + part)
             self.space, self.is_empty = "", False
 
 
@@ -218,17 +219,10 @@ class Conversation:
                 continue
             if len(self.sides) > 1:
                 click.secho(f"{side}:", bold=True)
-            writer = WordWriter(console.width) if console.is_terminal else None
-            write: Callable[[str], None] = writer.write if writer else partial(click.echo, nl=False)
-
-            def write_last(pieces: list[str], write: Callable[[str], None] = write) -> None:
-                write(printable(pieces[-1]))
-
-            answers.append(self._answer(side, messages, write_last))
-            if writer:
-                writer.write("", is_last=True)
-            is_said = (writer or len(self.sides) > 1) and not answers[-1][0].strip()
-            click.echo(EMPTY if is_said else "")
+            writer = WordWriter(console)
+            answers.append(self._answer(side, messages, writer.write))
+            writer.write([""], is_last=True)
+            click.echo("" if answers[-1][0].strip() or not (writer.columns or len(self.sides) > 1) else EMPTY)
             print_dim(answers[-1][1])
         if beside:
             console.print(_columns(answers, width))
@@ -300,7 +294,7 @@ def _converse(talk: Conversation, name: str) -> None:
             if is_second:
                 return
             is_second = True
-            print_dim("Ctrl-D or /quit ends the chat; so does Ctrl-C now.")
+            print_dim("\nCtrl-D or /quit ends the chat; so does Ctrl-C now.")
             continue
         command, _, rest = text.partition(" ")
         if command == "/quit":
@@ -343,15 +337,6 @@ def _obey(talk: Conversation, command: str, rest: str) -> str:
     return f"A new conversation, {'with' if talk.system else 'without'} a system turn."
 
 
-def _read_line() -> str:
-    """A line that a person types; a Ctrl-C is raised with the cursor in a new line."""
-    try:
-        return input("> ")
-    except KeyboardInterrupt:
-        click.echo(err=True)
-        raise
-
-
 def _open_input() -> Callable[[], str]:
     """A function that reads what the user types: by prompt_toolkit on a terminal, else line by line."""
     if not _is_terminal():
@@ -362,7 +347,7 @@ def _open_input() -> Callable[[], str]:
         from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     except ModuleNotFoundError:
         print_dim("For a history, and messages of several lines: pip install 'qlora-phi3[chat]'")
-        return _read_line
+        return partial(input, "> ")
     keys, path = KeyBindings(), user_state_dir() / "chat-history"
     history: History = InMemoryHistory()
     with suppress(OSError):  # a home that cannot be written

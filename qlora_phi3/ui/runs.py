@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.errors import RunError
 from qlora_phi3.files import read_json_object
-from qlora_phi3.runfolder import RunFolder, by_age, is_locked, parse_metrics, read_metrics
+from qlora_phi3.runfolder import RunFolder, is_locked, parse_metrics, read_metrics
 from qlora_phi3.ui.console import HELD_OUT_ROSE, describe_ends
 from qlora_phi3.units import format_count
 
@@ -107,7 +107,8 @@ def list_summaries(root: Path) -> list[RunSummary]:
     groups = [root, *(Path(entry.path) for entry in scan(root) if entry.is_dir())]
     folders = [RunFolder(Path(entry.path)) for group in groups for entry in scan(group) if entry.is_dir()]
     found = [folder for folder in folders if folder.report.exists() or folder.recipe.is_file()]
-    return [_summarize(folder) for folder in sorted(found, key=by_age, reverse=True)]
+    found.sort(key=lambda run: (run.started, run.path.name), reverse=True)
+    return [_summarize(folder) for folder in found]
 
 
 def _summarize(folder: RunFolder) -> RunSummary:

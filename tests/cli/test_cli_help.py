@@ -133,5 +133,5 @@ def test_threads_that_wait_soon_give_their_core_away_in_every_command(monkeypatc
     monkeypatch.setenv("GOMP_SPINCOUNT", given or "")
     if given is None:
         monkeypatch.delenv("GOMP_SPINCOUNT")
-    call("docs")
+    CliRunner().invoke(main, ["docs"])
     assert os.environ["GOMP_SPINCOUNT"] == value

@@ -9,7 +9,7 @@ from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 HELP = """/system TEXT  set the system turn, and begin anew; without TEXT remove it
 /reset        begin anew
-/save FILE    write the conversation, but for answers that are empty, stopped or cut, as a row to train on (JSONL, messages)
+/save FILE    write the conversation, but for answers that were stopped or cut, as a row to train on (JSONL, messages)
 /quit         end; so does Ctrl-D, and Ctrl-C twice
 Alt-Enter begins a new line; Ctrl-C stops an answer."""
 #: Columns that two answers beside each other need; runs that are offered where none is named.
@@ -50,8 +50,7 @@ print_dim = partial(echo, dim=True, err=True)
 @sampling_options(512)
 @click.option("--seed", type=click.IntRange(0), help="Of drawn tokens. [default: another one each time]")
 @debug_option
-@click.pass_context
-def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bool, base: Path | None, **options: Any) -> None:
+def chat(run: str | None, prompt: str | None, compare: bool, base: Path | None, **options: Any) -> None:
     """Talk to the model of RUN.
 
     \b
@@ -76,8 +75,7 @@ def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bo
 
     with closing(Watcher()) as watcher:
         watcher.info("Starting torch, transformers and peft")
-        if not ctx.meta.get("debug"):
-            silence_libraries()
+        silence_libraries()
         import torch
 
         from qlora_phi3.inference import load_for_inference, sampling
@@ -169,14 +167,6 @@ class WordWriter:
             self.space, self.is_empty = "", False
 
 
-class Exchange(NamedTuple):
-    """A question and its answer; `is_complete`: the model ended the answer, and neither Ctrl-C nor a limit did."""
-
-    question: str
-    answer: str
-    is_complete: bool
-
-
 @dataclass(slots=True)
 class Conversation:
     """The turns until now, for each of `sides`, which answer the same: "base", with the adapter disabled, and "tuned"."""
@@ -187,15 +177,12 @@ class Conversation:
     seed: int
     sides: tuple[str, ...]
     system: str
-    turns: dict[str, list[Exchange]] = field(default_factory=dict)
+    turns: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    incomplete: set[str] = field(default_factory=set)  #: Answers that Ctrl-C or a limit ended.
 
-    def messages(self, side: str, *, only_complete: bool = False) -> list[dict[str, str]]:
-        """The conversation of one side, with its system turn, without questions that got no answer; or only complete answers."""
-        messages = [{"role": "system", "content": self.system}] if self.system else []
-        for question, answer, is_complete in self.turns.get(side, []):
-            if answer.strip() and (is_complete or not only_complete):
-                messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return messages
+    def messages(self, side: str) -> list[dict[str, str]]:
+        """The conversation of one side, with its system turn."""
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns.get(side, [])]
 
     def ask(self, question: str) -> str:
         """Print the answers to a question, each with a line of figures; returns the last of these lines."""
@@ -227,7 +214,9 @@ class Conversation:
         if beside:
             console.print(_columns(answers, width))
         for side, (text, figures) in zip(self.sides, answers if len(answers) == len(self.sides) else (), strict=False):
-            self.turns.setdefault(side, []).append(Exchange(question, text, figures.endswith(ENDED)))
+            new = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+            self.turns.setdefault(side, []).extend(new if text.strip() else [])
+            self.incomplete |= set() if figures.endswith(ENDED) else {text}
         return answers[-1][1]
 
     def _answer(self, side: str, messages: list[dict[str, str]], show: Callable[[list[str]], None]) -> tuple[str, str]:
@@ -259,7 +248,7 @@ class Conversation:
         tokens, is_full = answer.num_tokens, answer.num_tokens < limit
         cut = "cut: the model has no more positions" if is_full else "cut at --max-new-tokens"
         speed = f"{tokens / (time.perf_counter() - started):.1f} tokens/s"
-        ended = ENDED if answer.text.strip() else "an empty answer: it ended its turn at once"
+        ended = ENDED if answer.text.strip() else "an empty answer, which is left out of the conversation"
         return answer.text, f"{format_count(tokens, 'token')}, {speed}, {ended if answer.ended_by_itself else cut}"
 
 
@@ -316,18 +305,19 @@ def _converse(talk: Conversation, name: str) -> None:
 
 def _obey(talk: Conversation, command: str, rest: str) -> str:
     """Carry out a command; returns a line about it. RunError where /save cannot write; it never replaces a file."""
-    if command == "/save" and talk.turns and rest:
+    if command == "/save" and talk.turns.get("tuned") and rest:
         path = Path(rest).expanduser()
         if path.exists():
             raise RunError(f"{path} exists.", "Give another name.")
-        messages = talk.messages("tuned", only_complete=True)
-        count = sum(message["role"] == "assistant" for message in messages)
-        missing = len(talk.turns["tuned"]) - count
-        left_out = f"{format_count(missing, 'question')} left out, whose answer is empty, stopped or cut"
-        if not count:
+        turns = talk.turns["tuned"]
+        pairs = zip(turns[::2], turns[1::2], strict=True)
+        kept = [each for pair in pairs if pair[1]["content"] not in talk.incomplete for each in pair]
+        left_out = f"{format_count((len(turns) - len(kept)) // 2, 'question')} left out, whose answer was stopped or cut"
+        if not kept:
             return f"Nothing is written: {left_out}."
-        atomic_write(path, json.dumps({"messages": messages}, ensure_ascii=False) + "\n", hint="{cause}, or give another name.")
-        return f"Written: {path}{f' ({left_out})' if missing else ''}"
+        row = {"messages": [*talk.messages("tuned")[: -len(turns)], *kept]}
+        atomic_write(path, json.dumps(row, ensure_ascii=False) + "\n", hint="{cause}, or give another name.")
+        return f"Written: {path}{f' ({left_out})' if len(kept) < len(turns) else ''}"
     if command == "/save":
         return "There is nothing to save yet." if rest else "Write: /save FILE"
     if command not in ("/system", "/reset"):

@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -90,16 +90,19 @@ def named_gpu(gpu: str | None, vram: str | None) -> "Gpu | None":
 
 @contextmanager
 def watching() -> "Iterator[Watcher]":
-    """What is being computed, as one temporary line on stderr; without the libraries' warnings."""
+    """What is being computed, as one temporary line on stderr; without the libraries' warnings, and log lines below an error."""
     from qlora_phi3.ui.console import Watcher
 
-    watcher = Watcher()
-    debug = click.get_current_context().meta.get("debug")
-    with nullcontext() if debug else libraries_silenced():
-        try:
+    watcher, before = Watcher(), logging.root.manager.disable
+    try:
+        with warnings.catch_warnings():
+            if not click.get_current_context().meta.get("debug"):
+                warnings.simplefilter("ignore")
+                logging.disable(logging.WARNING)  # some libraries reset their loggers when imported
             yield watcher
-        finally:
-            watcher.close()
+    finally:
+        logging.disable(before)
+        watcher.close()
 
 
 def shipped_files(folder: str, suffix: str) -> dict[str, Path]:
@@ -155,7 +158,9 @@ def create_file(target: Path, text: str) -> None:
 
 
 def silence_libraries() -> None:
-    """Hide warnings, and log lines below an error, for the rest of the process; called before torch is imported."""
+    """Without --debug, hide warnings, and log lines below an error, for the rest of the process; before torch is imported."""
+    if click.get_current_context().meta.get("debug"):
+        return
     # torch's C++ code writes two or three lines for each out-of-memory error that a run recovers from; both read this at import.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -166,16 +171,3 @@ def silence_libraries() -> None:
         "huggingface_hub",
     ):  # fmt: skip
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-@contextmanager
-def libraries_silenced() -> Iterator[None]:
-    """Hide warnings, and log lines below an error, inside the block. Some libraries reset their loggers when imported."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

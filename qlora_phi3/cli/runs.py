@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from qlora_phi3.cli.options import complete_run, debug_option, silence_libraries
+from qlora_phi3.cli.options import complete_run, debug_option, watching
 from qlora_phi3.cli.output import confirm, echo
 from qlora_phi3.errors import RunError, printable
 from qlora_phi3.runfolder import NO_RUNS
@@ -136,28 +136,23 @@ def report(root: Path, run: str | None) -> None:
 @click.option("--spikes", type=click.IntRange(1, 50), default=3, show_default=True, help="Number of steps to show.")
 @click.option("--full", is_flag=True, help="Every row of these steps, with its complete text.")
 @debug_option
-@click.pass_context
-def why(ctx: click.Context, run: str | None, spikes: int, full: bool) -> None:
+@click.pass_obj
+def why(root: Path, run: str | None, spikes: int, full: bool) -> None:
     """Print the rows behind the largest jumps of the training loss of RUN.
 
     A jump is measured from the median loss of the ten steps before and after. Needs the data and the tokenizer of the run.
     """
-    from qlora_phi3.ui.console import Watcher
     from qlora_phi3.ui.runs import SPIKE_WINDOW, find_spikes
 
-    found, watcher = find(ctx.obj, run), Watcher()
+    found = find(root, run)
     largest = find_spikes(found.steps, spikes)
     rows: dict[int, Any] = {}
     if largest:
-        watcher.info("Starting transformers")
-        if not ctx.meta.get("debug"):
-            silence_libraries()
-        from qlora_phi3.training.order import read_step_rows
+        with watching() as watcher:
+            watcher.info("Starting transformers")
+            from qlora_phi3.training.order import read_step_rows
 
-        try:
             rows = read_step_rows(found.folder, [spike.step for spike in largest], watcher.progress)
-        finally:
-            watcher.close()
     values = {"spikes": largest, "rows": rows, "window": SPIKE_WINDOW, "full": full}
     print_text("runs_why.jinja", run=found, columns=shutil.get_terminal_size().columns, **values)
 

@@ -109,15 +109,16 @@ def test_answers_that_are_empty_stopped_or_cut_are_not_saved_which_is_said(run, 
         ("a bl", "stopped"),
         ("gre", "cut at --max-new-tokens"),
     ]
-    *_, stderr = converse(run, "one", "/save a.jsonl", "two", "three", "four", "/save a.jsonl")
-    assert "Nothing is written: 1 question left out, whose answer is empty, stopped or cut." in stderr
-    assert "Written: a.jsonl (3 questions left out, whose answer is empty, stopped or cut)" in stderr
+    *_, stderr = converse(run, "1", "/save a.jsonl", "2", "3", "/save a.jsonl", "four", "/save a.jsonl")
+    assert "There is nothing to save yet." in stderr
+    assert "Nothing is written: 2 questions left out, whose answer was stopped or cut." in stderr
+    assert "Written: a.jsonl (2 questions left out, whose answer was stopped or cut)" in stderr
     [row] = read_lines(tmp_path / "a.jsonl")
     assert row == {"messages": [{"role": "user", "content": "four"}, {"role": "assistant", "content": "red"}]}
 
 
 def test_the_conversation_goes_on_from_an_answer_that_was_stopped_and_not_from_an_empty_one(loaded, red):
-    red += [("", "an empty answer: it ended its turn at once"), ("a bl", "stopped")]
+    red += [("", "an empty answer, which is left out of the conversation"), ("a bl", "stopped")]
     conversation = talk(loaded)
     conversation.ask("one")
     conversation.ask("two")

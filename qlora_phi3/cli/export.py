@@ -40,9 +40,7 @@ OLLAMA_HELP = (
     "Write a GGUF, and create the model NAME in Ollama where it is installed. Without --quant q4_k_m, or q8_0 where llama.cpp's "
     "quantizer is not here."
 )
-NO_VERIFY_HELP = (
-    "Skip the proof and the stop test. On a CPU they take minutes for a model of 135M, and a quarter of an hour for Phi-3-mini."
-)
+NO_VERIFY_HELP = "Skip the proof and the stop test. On a CPU they take minutes, also for a model of 135M."
 FOLDER = click.Path(path_type=Path)
 
 

@@ -80,8 +80,7 @@ class RunFolder:
         with suppress(RunError, ValueError, KeyError):
             started = datetime.fromisoformat(self.read_report()["started"])
             return started if started.tzinfo else started.astimezone()
-        written = self.report if os.path.lexists(self.report) else self.path
-        return datetime.fromtimestamp(written.lstat().st_mtime, UTC)
+        return datetime.fromtimestamp((self.report if os.path.lexists(self.report) else self.path).lstat().st_mtime, UTC)
 
     @property
     def training_began(self) -> datetime:

@@ -241,9 +241,9 @@ class Conversation:
                         show(pieces)
             except StopIteration as end:
                 answer = end.value
-            except KeyboardInterrupt as interrupt:
-                if isinstance(interrupt, Terminated):
-                    raise
+            except Terminated:
+                raise
+            except KeyboardInterrupt:
                 return "".join(pieces), STOPPED
         tokens, is_full = answer.num_tokens, answer.num_tokens < limit
         cut = "cut: the model has no more positions" if is_full else "cut at --max-new-tokens"
@@ -273,32 +273,28 @@ def _converse(talk: Conversation, name: str) -> None:
     """Answer what the user types until they quit; the commands are in `HELP`."""
     read_input = _open_input()
     print_dim(f"{printable(name)}. /help lists the commands, Ctrl-D ends.")
-    is_second = False  # Ctrl-C at the prompt: the first one may have come too late for an answer
+    is_second = False  # of two Ctrl-C at the prompt: the first may have come too late for an answer
     while True:
+        at_prompt = True
         try:
-            text, is_second = _as_unicode(read_input()).strip(), False
-        except (EOFError, Terminated):
-            return
-        except KeyboardInterrupt:
-            if is_second:
+            text = _as_unicode(read_input()).strip()
+            at_prompt = is_second = False
+            command, _, rest = text.partition(" ")
+            if command == "/quit":
                 return
-            is_second = True
-            print_dim("\nCtrl-D or /quit ends the chat; so does Ctrl-C now.")
-            continue
-        command, _, rest = text.partition(" ")
-        if command == "/quit":
-            return
-        try:
             if re.fullmatch(r"/\w+", command):
                 print_dim(printable(_obey(talk, command, rest.strip())))
             elif text.lower() in ("quit", "exit"):
                 print_dim("To end, type /quit or press Ctrl-D.")
             elif text:
                 talk.ask(text)
-        except Terminated:
+        except (EOFError, Terminated):
             return
-        except KeyboardInterrupt:  # before or after the tokens of an answer
-            print_dim(STOPPED)
+        except KeyboardInterrupt:  # while an answer is generated, `talk` stops it
+            if is_second:
+                return
+            is_second = at_prompt
+            print_dim("\nCtrl-D or /quit ends the chat; so does Ctrl-C now." if at_prompt else STOPPED)
         except UserError as error:
             echo(f"Error: {error}", err=True)
 

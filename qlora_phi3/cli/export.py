@@ -26,9 +26,7 @@ from qlora_phi3.export.request import (
     make_request,
 )
 
-KIND_HELP = (
-    "hf: safetensors for transformers, vLLM and others; gguf: one file for llama.cpp and Ollama. [default: hf; gguf with --quant]"
-)
+KIND_HELP = "hf: safetensors for transformers and vLLM; gguf: for llama.cpp and Ollama. [default: hf; gguf with --quant]"
 QUANT_HELP = "Type of a GGUF: q8_0, q4_k_m and others; `qlora-phi3 docs gguf` lists them. [default: the type of --dtype]"
 DTYPE_HELP = "Of the merged weights, and of a GGUF without --quant."
 ONTO = ["auto", "nf4", "original"]
@@ -40,7 +38,6 @@ OLLAMA_HELP = (
     "Write a GGUF, and create the model NAME in Ollama where it is installed. Without --quant q4_k_m, or q8_0 where llama.cpp's "
     "quantizer is not here."
 )
-NO_VERIFY_HELP = "Skip the proof and the stop test. On a CPU they take minutes, also for a model of 135M."
 FOLDER = click.Path(path_type=Path)
 
 
@@ -55,7 +52,7 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--base", type=FOLDER, help="Folder of the base, if it has moved.")
 @click.option("--shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file of weights.")
 @click.option("--max-ram", metavar="SIZE", help="Memory to stay within; give it in a container with a memory limit.")
-@click.option("--no-verify", is_flag=True, help=NO_VERIFY_HELP)
+@click.option("--no-verify", is_flag=True, help="Skip the proof and the stop test: on a CPU minutes, also for a small model.")
 @click.option("--force", is_flag=True, help="Replace an earlier export; files that no export wrote always stay.")
 @click.option("--push", metavar="USER/NAME", help="Then upload to the hub, with a model card.")
 @click.option("--private", is_flag=True, help="With --push: only you can see it.")
@@ -120,11 +117,10 @@ def export(run: Path, quants: tuple[str, ...], no_verify: bool, **options: Any) 
 
 def describe_stop(request: Request) -> Interrupted:
     """What an interrupted export has left for the next one, and what to type."""
-    again = "Continue with the same command."
     if find_reusable(request) is not None:
-        return Interrupted(f"Stopped. The merged model is complete and is used again: {request.target}", again)
+        return Interrupted(f"Stopped. The merged model is used again: {request.target}", "Continue with the same command.")
     if has_proof(request):
-        return Interrupted("Stopped. The proof is complete and is used again.", again)
+        return Interrupted("Stopped. The proof is complete and is used again.", "Continue with the same command.")
     return Interrupted("Stopped: nothing was written, and the next export begins anew.", "Start again with the same command.")
 
 

@@ -128,8 +128,7 @@ def find_recipe(path: Path) -> Path:
         return recipes[path.name]
     if path.suffix != ".toml" and not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
         with suppress(RunError):
-            run = resolve_run(path)
-            raise RecipeError(f"{path} names a run, and a recipe is wanted.", f"Its recipe: {run.recipe}")
+            raise RecipeError(f"{path} names a run, and a recipe is wanted.", f"Its recipe: {resolve_run(path).recipe}")
     if is_name:
         hint = f"Give the path of a .toml file, or a recipe that ships: {', '.join(recipes)}."
         raise RecipeError(f"{path}: there is no such file, and no recipe of that name.", hint)

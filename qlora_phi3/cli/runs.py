@@ -10,7 +10,7 @@ import click
 from qlora_phi3.cli.options import complete_run, debug_option, watching
 from qlora_phi3.cli.output import confirm, echo
 from qlora_phi3.errors import RunError, printable
-from qlora_phi3.runfolder import NO_RUNS
+from qlora_phi3.runfolder import NO_RUNS, RunFolder, list_runs, lock_run, resolve_run
 
 DEFAULT_ROOT = "runs"
 DIRECTORY = click.option(
@@ -163,17 +163,14 @@ def why(root: Path, run: str | None, spikes: int, full: bool) -> None:
 @debug_option
 @click.pass_obj
 def delete(root: Path, names: tuple[str, ...], yes: bool) -> None:
-    """Delete runs with all their checkpoints and exports; never one that is being written.
-
-    RUN is the directory of a run, runs/NAME/latest, or the name of a recipe that has one run.
-    """
+    """Delete each RUN, or the only run of a recipe, with all checkpoints and exports; never one that is being written."""
     from qlora_phi3.files import remove
-    from qlora_phi3.runfolder import list_runs, lock_run, resolve_run
     from qlora_phi3.ui.page import list_sizes
     from qlora_phi3.units import format_count, format_gib
 
-    folders = list(dict.fromkeys(resolve_run(name, root) for name in names))
-    for name, folder in ((name, resolve_run(name, root)) for name in names):
+    named = {name: resolve_run(name, root) for name in names}
+    folders = list(dict.fromkeys(named.values()))
+    for name, folder in named.items():
         is_group = Path(name).name not in (folder.path.name, "latest")
         names_all = Path(name).name.removesuffix(".toml") == folder.path.parent.name
         if is_group and (not names_all or len(list_runs(folder.path.parent)) > 1):
@@ -201,10 +198,8 @@ def find(root: Path, name: str | None) -> Any:
     return read_run(resolve(root, name))
 
 
-def resolve(root: Path, name: str | None) -> Any:
+def resolve(root: Path, name: str | None) -> RunFolder:
     """The run of this name, or the newest; RunError where there is none."""
-    from qlora_phi3.runfolder import list_runs, resolve_run
-
     if name is None and not (runs := list_runs(root)):
         raise RunError(f"There is no run under {root}.", NO_RUNS)
     return runs[-1] if name is None else resolve_run(name, root)

@@ -298,4 +298,4 @@ def test_an_interrupted_export_says_what_is_used_again(run):
     (draft / SCORED).write_text("[]", encoding="utf-8")
     assert str(describe_stop(request)) == anew
     make_export(request.target, key=request.key, proof={"rows": 1})
-    assert "The merged model is complete and is used again" in str(describe_stop(request))
+    assert "The merged model is used again" in str(describe_stop(request))

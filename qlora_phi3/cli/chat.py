@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 HELP = """/system TEXT  set the system turn, and begin anew; without TEXT remove it
 /reset        begin anew
-/save FILE    write the conversation, but for answers that were stopped or cut, as a row to train on (JSONL, messages)
+/save FILE    write the conversation, but for empty, stopped and cut answers, as a row to train on (JSONL, messages)
 /quit         end; so does Ctrl-D, and Ctrl-C twice
 Alt-Enter begins a new line; Ctrl-C stops an answer."""
 #: Columns that two answers beside each other need; runs that are offered where none is named.
@@ -248,7 +248,7 @@ class Conversation:
         tokens, is_full = answer.num_tokens, answer.num_tokens < limit
         cut = "cut: the model has no more positions" if is_full else "cut at --max-new-tokens"
         speed = f"{tokens / (time.perf_counter() - started):.1f} tokens/s"
-        ended = ENDED if answer.text.strip() else "an empty answer, which is left out of the conversation"
+        ended = ENDED if answer.text.strip() else "an empty answer: it ended its turn at once"
         return answer.text, f"{format_count(tokens, 'token')}, {speed}, {ended if answer.ended_by_itself else cut}"
 
 

@@ -118,7 +118,7 @@ def test_answers_that_are_empty_stopped_or_cut_are_not_saved_which_is_said(run, 
 
 
 def test_the_conversation_goes_on_from_an_answer_that_was_stopped_and_not_from_an_empty_one(loaded, red):
-    red += [("", "an empty answer, which is left out of the conversation"), ("a bl", "stopped")]
+    red += [("", "an empty answer: it ended its turn at once"), ("a bl", "stopped")]
     conversation = talk(loaded)
     conversation.ask("one")
     conversation.ask("two")

@@ -196,3 +196,10 @@ def test_answers_that_run_on_an_adapter_that_learned_nothing_and_repeated_rows_a
     assert lines[1].startswith("4 of 4 sample answers did not end")
     assert "3 of 8 held-out rows are training rows too" in lines[2]
     assert warnings(read_run(write_run(tmp_path / "b", samples=runaway[:3]))) == []
+
+
+def test_an_answer_without_text_is_called_as_in_chat(tmp_path):
+    rows = [sample(base={"text": "", "tokens": 1, "ended": True})]
+    shown = write_page(write_run(tmp_path / "mine" / "1", samples=rows, records=[step_record(1)])).read_text(encoding="utf-8")
+    assert "<small>1 token, ended by itself</small>" in shown
+    assert '<pre dir="auto">(empty)</pre>' in shown

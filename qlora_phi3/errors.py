@@ -121,6 +121,10 @@ class Interrupted(UserError):  # noqa: N818 - no error: the user requested it
     exit_code = 130
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, which end also what goes on after a Ctrl-C."""
+
+
 def disk_error_hint(error: BaseException) -> str:
     """What to do about a path that cannot be written, without a full stop: the beginning of a sentence.
 

@@ -111,8 +111,10 @@ def read_other_rows(inference: InferenceModel, run: RunFolder | None, name: str,
     prepared = _prepare(inference, data, max_length, progress, evaluate=False)
     report = prepared.report
     left_out = report.rows_read - report.rows_kept
-    note = f"{left_out:,} of {report.rows_read:,} rows are left out, and {report.truncated:,} cut at {max_length:,} tokens."
-    return EvalRows(prepared.train, name, report.sha256, notes=(note,) if left_out or report.truncated else ())
+    notes = [f"{left_out:,} of {report.rows_read:,} rows are left out."] if left_out else []
+    if report.truncated:
+        notes.append(f"{report.truncated:,} of {report.rows_read:,} rows are cut at {max_length:,} tokens.")
+    return EvalRows(prepared.train, name, report.sha256, notes=tuple(notes))
 
 
 def _prepare(inference: InferenceModel, data: Data, max_length: int, progress: Progress, *, evaluate: bool) -> PreparedData:
@@ -142,6 +144,7 @@ def evaluate_model(inference: InferenceModel, data: EvalRows, settings: EvalSett
             def report(done: float, total: int, before: int = number, what: str = what) -> None:
                 progress(what, before * total + done, len(sides) * total)
 
+            report(0, len(questions) if what == "Answering" else len(data.rows))
             with inference.model.disable_adapter() if side == "base" else nullcontext():
                 if what != "Answering":
                     measured[side] |= score_rows(inference, data, report)

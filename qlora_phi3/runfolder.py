@@ -19,10 +19,11 @@ from qlora_phi3.files import atomic_write, disk_errors, is_dir, make_directory, 
 LOCK, LOCK_PID = "checkpoints/.lock", "checkpoints/.lock.pid"
 #: Last part of a path that means the newest run of a directory. It is no link, which Windows would not allow everyone to make.
 LATEST = "latest"
+NO_RUNS = "Runs are below the directory in which they were trained: go there, or train one: qlora-phi3 run RECIPE.toml"
 #: Types of the values of report.json that are read again.
 REPORT_TYPES: dict[str, type | tuple[type, ...]] = {
-    "status": str, "name": str, "started": str, "seconds": (int, float), "recipe": dict, "data": dict, "versions": dict,
-    "device": str, "compute_dtype": str, "adapter": dict, "files": dict, "steps": int, "memory": dict,
+    "status": str, "name": str, "started": str, "training_began": str, "seconds": (int, float), "recipe": dict, "data": dict,
+    "versions": dict, "device": str, "compute_dtype": str, "adapter": dict, "files": dict, "steps": int, "memory": dict,
     "eval_loss_before": (int, float, NoneType), "eval_loss_after": (int, float, NoneType),
 }  # fmt: skip
 
@@ -74,11 +75,18 @@ class RunFolder:
 
     @property
     def started(self) -> datetime:
-        """When the run started by its report; where that cannot be read, when the report was written."""
+        """When the run started by its report; where that cannot be read, when the report was written, or the directory."""
         with suppress(RunError, ValueError, KeyError):
             started = datetime.fromisoformat(self.read_report()["started"])
             return started if started.tzinfo else started.astimezone()
-        return datetime.fromtimestamp(self.report.lstat().st_mtime, UTC)
+        return datetime.fromtimestamp((self.report if os.path.lexists(self.report) else self.path).lstat().st_mtime, UTC)
+
+    @property
+    def training_began(self) -> datetime:
+        """When the first step of its checkpoints was trained: for a copy of a run that is trained on, in that run."""
+        with suppress(RunError, ValueError, KeyError):
+            return datetime.fromisoformat(self.read_report()["training_began"])
+        return self.started
 
 
 def create_run_folder(root: Path, recipe_name: str, started: datetime | None = None) -> RunFolder:
@@ -101,8 +109,8 @@ def create_run_folder(root: Path, recipe_name: str, started: datetime | None = N
 
 
 def copy_run_folder(run: RunFolder, root: Path, recipe_name: str) -> RunFolder:
-    """A new run directory that goes on from the checkpoints of a run that is done, which stays as it is; RunError where the disk
-    is full or refuses.
+    """A new run directory, started now, that goes on from the checkpoints of a run that is done, which stays as it is; RunError
+    where the disk is full or refuses.
     """
     copy = create_run_folder(root, recipe_name)
     try:
@@ -111,7 +119,8 @@ def copy_run_folder(run: RunFolder, root: Path, recipe_name: str) -> RunFolder:
             shutil.copytree(run.checkpoints, copy.checkpoints, ignore=left_out, dirs_exist_ok=True)
             if run.base.is_file():
                 shutil.copyfile(run.base, copy.base)
-            write_report(copy, {**run.read_report(), "status": "interrupted"})
+            times = {"started": datetime.now(UTC).isoformat(), "training_began": run.training_began.isoformat()}
+            write_report(copy, {**run.read_report(), **times, "status": "interrupted"})
     except BaseException:
         remove(copy.path)
         raise
@@ -232,7 +241,7 @@ def resolve_run(text: str | Path, root: Path = Path("runs")) -> RunFolder:
     if os.path.isdir(path):  # noqa: PTH112 - as above
         raise RunError(f"{path} is no run: it has no report.json.", "Give the directory of a run: runs/<recipe>/<time>.")
     if not runs:
-        raise RunError(f"There is no run {text}, and none under {root}.", "Train one: qlora-phi3 run RECIPE.toml")
+        raise RunError(f"There is no run {text}, and none under {root}.", NO_RUNS)
     names = ", ".join(sorted({run.path.parent.name for run in runs}))
     hint = f"Give the name of a recipe with runs ({names}), or the directory of a run: the newest is {runs[-1].path}."
     raise RunError(f"There is no run {text}.", hint)

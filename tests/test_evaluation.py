@@ -26,6 +26,7 @@ from qlora_phi3.evaluation import (
     score_answers,
 )
 from qlora_phi3.inference import GREEDY, generate_batch, load_for_inference
+from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.runfolder import RunFolder, write_report
 
 CPU = torch.device("cpu")
@@ -284,7 +285,11 @@ def test_rows_of_another_file_are_read_in_their_own_format(loaded, run, tmp_path
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     found = read_other_rows(loaded, run, str(path), no_progress)
     assert len(found.rows) == 1
-    assert "1 of 2 rows are left out" in found.notes[0]
+    assert found.notes == ("1 of 2 rows are left out.",)
+    lines.append({"instruction": "?", "output": "word " * 600})
+    path.write_text("\n".join(map(json.dumps, lines[::2])), encoding="utf-8")
+    length = load_recipe(run.recipe).training.max_length
+    assert read_other_rows(loaded, run, str(path), no_progress).notes == (f"1 of 2 rows are cut at {length} tokens.",)
     assert choose_questions(loaded, found.rows, SETTINGS)[0][1] == "a cherry"
 
 

@@ -194,7 +194,8 @@ def change_fusion(source: Path, target: Path, *, fused: bool, base: str | None =
         new_name = base if found.unfused else None
         converted = split(adapter, found.architecture, folder)
         if not found.unfused:
-            notes.append("It names no base: load it onto an unfused Phi-3, or name one with --base.")
+            fused_base = f"{found.name} has q, k and v, and gate and up, as one layer each"
+            notes.append(f"It names no base: {fused_base}. Name an unfused Phi-3, such as Unsloth's, with --base.")
     config |= {"base_model_name_or_path": new_name, "auto_mapping": None}
     if new_name is None or new_name != old_name:
         config["revision"] = None

@@ -80,7 +80,7 @@ class AdapterValues(BaseModel):
 def find_adapter(path: Path) -> Path:
     """The PEFT directory that is meant: `path`, or the `adapter` of a run; ExportError where there is none, or another tool's."""
     if not path.exists():
-        raise ExportError(f"There is no file or directory {path}.", "Check the name.")
+        raise ExportError(f"There is no file, directory or run {path}.", "Check the name.")
     has_weights = any((path / name).is_file() for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE))
     for name in [path.name] if path.is_file() else [] if has_weights else sorted(file.name for file in path.iterdir()):
         if tool := next((tool for pattern, tool in FOREIGN_FILES.items() if fnmatch(name, pattern)), None):

@@ -1,16 +1,16 @@
 """`qlora-phi3 adapter`: adapters from one form to another."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qlora_phi3.cli.options import debug_option, libraries_silenced
+from qlora_phi3.cli.options import complete_run, debug_option, watching
 from qlora_phi3.cli.output import echo
-from qlora_phi3.errors import UserError
+from qlora_phi3.errors import RunError, UserError
+from qlora_phi3.runfolder import find_model
 
 if TYPE_CHECKING:
     from qlora_phi3.adapters.convert import Base, Converted
@@ -33,7 +33,7 @@ def adapter() -> None:
 
 
 @adapter.command()
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path), shell_complete=complete_run)
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--to", "form", type=click.Choice(list(OPTIONS)), required=True, help="The form of DST.")
 @click.option(
@@ -50,12 +50,11 @@ def adapter() -> None:
 @click.option("--base", metavar="MODEL", help="Directory or hub id of the model that DST is for.")
 @click.option("--force", is_flag=True, help="Replace the adapter at DST.")
 @debug_option
-@click.pass_context
-def convert(ctx: click.Context, /, source: Path, target: Path, form: str, force: bool, **given: Any) -> None:
+def convert(source: Path, target: Path, form: str, force: bool, **given: Any) -> None:
     """Convert the adapter SRC to another form, without loss or not at all.
 
-    SRC is a PEFT directory or a run's, or a loralib state dict (.pt, .safetensors). fused and split are PEFT's: with Phi-3's own
-    qkv_proj and gate_up_proj, or with separate q, k, v, gate and up, as Unsloth has them.
+    SRC is a PEFT directory, a run, the name of a recipe (its newest run), or a loralib state dict (.pt, .safetensors). fused and
+    split are PEFT's: with Phi-3's own qkv_proj and gate_up_proj, or with separate q, k, v, gate and up, as Unsloth has them.
 
     \b
     Examples:
@@ -70,7 +69,10 @@ def convert(ctx: click.Context, /, source: Path, target: Path, form: str, force:
     for name, value in given.items():
         if value and name not in OPTIONS[form]:
             raise UserError(f"--{name} has no meaning for --to {form}.", "Leave it out.")
-    converted = _convert(source, target, form, given, force=force, debug=bool(ctx.meta.get("debug")))
+    if not source.is_file() and not (source / "adapter_config.json").is_file():
+        with suppress(RunError):  # what reads it says what it lacks
+            source = find_model(str(source))
+    converted = _convert(source, target, form, given, force=force)
     echo(
         f"Checked: scaling * B A of {converted.num_layers} layers, as read and as written: largest relative difference "
         f"{converted.largest_difference:.1e} ({converted.worst_layer})"
@@ -78,25 +80,18 @@ def convert(ctx: click.Context, /, source: Path, target: Path, form: str, force:
     echo("\n".join((*converted.notes, f"Written: {converted.target}")))
 
 
-def _convert(source: Path, target: Path, form: str, given: Mapping[str, Any], *, force: bool, debug: bool) -> "Converted":
+def _convert(source: Path, target: Path, form: str, given: Mapping[str, Any], *, force: bool) -> "Converted":
     """Call the conversion, with its progress on stderr."""
-    from qlora_phi3.ui.console import Watcher
+    with watching() as watcher:
+        watcher.info("Starting torch and peft")
+        from qlora_phi3.adapters import convert as conversions
 
-    watcher = Watcher()
-    try:
-        with nullcontext() if debug else libraries_silenced():
-            watcher.info("Starting torch and peft")
-            os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as in cli/run.py
-            from qlora_phi3.adapters import convert as conversions
-
-            watcher.info(f"Converting {source}")
-            if form in ("fused", "split"):
-                return conversions.change_fusion(source, target, fused=form == "fused", base=given["base"], force=force)
-            base = conversions.read_base(given["base"]) if given["base"] else None
-            translate = conversions.loralib_to_peft if form == "peft" else conversions.peft_to_loralib
-            return translate(source, target, _read_spec(source, form, given, base), base=base, force=force)
-    finally:
-        watcher.close()
+        watcher.info(f"Converting {source}")
+        if form in ("fused", "split"):
+            return conversions.change_fusion(source, target, fused=form == "fused", base=given["base"], force=force)
+        base = conversions.read_base(given["base"]) if given["base"] else None
+        translate = conversions.loralib_to_peft if form == "peft" else conversions.peft_to_loralib
+        return translate(source, target, _read_spec(source, form, given, base), base=base, force=force)
 
 
 def _read_spec(source: Path, form: str, given: Mapping[str, Any], base: "Base | None") -> "Spec":

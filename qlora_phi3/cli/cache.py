@@ -10,8 +10,8 @@ from qlora_phi3.cli.options import debug_option
 from qlora_phi3.cli.output import confirm
 from qlora_phi3.errors import RunError, UserError, printable
 
-#: The kinds of what is kept, as a person names them.
-KINDS = ("bases", "rows", "vram-check")
+#: The kinds of what is kept, as a person names them, and what there are several of.
+KINDS = {"bases": "base", "rows": "data file", "vram-check": "answer"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,15 +20,17 @@ class CacheEntry:
 
     kind: str
     path: Path
-    text: str  #: What it holds.
+    text: str  #: What it holds; empty for answers, which have no names.
+    count: int  #: 1, or the answers in it.
     size_bytes: int
     used: float  #: When it was last read or written, in seconds since 1970.
 
 
 @click.group(invoke_without_command=True)
+@click.option("--all", "each", is_flag=True, help="A line for each base and each data file.")
 @debug_option
 @click.pass_context
-def cache(ctx: click.Context) -> None:
+def cache(ctx: click.Context, each: bool) -> None:
     """List what is kept on the disk: 4-bit bases, tokenized rows, and answers of vram-check. All of it can be made again.
 
     \b
@@ -40,11 +42,11 @@ def cache(ctx: click.Context) -> None:
     Bases and answers are below XDG_CACHE_HOME, rows below HF_DATASETS_CACHE.
     """
     if ctx.invoked_subcommand is None:
-        show(list_entries())
+        show(list_entries(), each=each)
 
 
 @cache.command()
-@click.argument("kinds", metavar="[KIND]...", nargs=-1, type=click.Choice(KINDS))
+@click.argument("kinds", metavar="[KIND]...", nargs=-1, type=click.Choice(list(KINDS)))
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @debug_option
 def clean(kinds: tuple[str, ...], yes: bool) -> None:
@@ -55,8 +57,8 @@ def clean(kinds: tuple[str, ...], yes: bool) -> None:
 
     entries = [entry for entry in list_entries() if entry.kind in (kinds or KINDS)]
     show(entries)
-    if entries and not yes:
-        confirm("Delete it?")
+    if entries and not yes and not confirm("Delete it?"):
+        return
     for entry in entries:
         try:
             with FileLock(entry.path.with_name(f"{entry.path.name.lstrip('.').partition('.')[0]}.lock"), timeout=0):
@@ -67,14 +69,18 @@ def clean(kinds: tuple[str, ...], yes: bool) -> None:
             raise UserError(f"{entry.path} cannot be deleted completely.", "Check that you may write to it.")
 
 
-def show(entries: list[CacheEntry]) -> None:
-    """Print a line for each entry, and the sum."""
-    from qlora_phi3.units import format_gib
+def show(entries: list[CacheEntry], *, each: bool = False) -> None:
+    """Print a line for each kind, or for `each` entry, and the sum."""
+    from qlora_phi3.ui.page import show_size
+    from qlora_phi3.units import format_count, format_gib
 
-    for entry in entries:
-        used = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
-        name, size = "" if entry.kind == KINDS[-1] else entry.path.name[:8], format_gib(entry.size_bytes)
-        click.echo(printable(f"{entry.kind:<10}  {name:<8}  {size:>9}  last used {used}  {entry.text}"))
+    groups = [[entry] for entry in entries] if each else [[entry for entry in entries if entry.kind == kind] for kind in KINDS]
+    for group in filter(None, groups):
+        first, size = group[0], show_size(sum(entry.size_bytes for entry in group))  # the first is the last used
+        used = datetime.fromtimestamp(first.used).strftime("%Y-%m-%d %H:%M")
+        text = format_count(sum(entry.count for entry in group), KINDS[first.kind])
+        name, text = (f"{first.path.name[:8]:<8}  {size:>9}", first.text) if each and first.text else (f"{size:>9}", text)
+        click.echo(printable(f"{first.kind:<10}  {name}  last used {used}  {text}"))
     click.echo(f"In all {format_gib(sum(entry.size_bytes for entry in entries))}." if entries else "Nothing is kept.")
 
 
@@ -89,9 +95,9 @@ def list_entries() -> list[CacheEntry]:
     for kind, path, record, text in places:
         if found := [file.stat() for file in (path, *path.rglob("*")) if path.is_dir()]:
             try:
-                text = text.format(**read_json_object(path / record, RunError, "")) if text else f"answers: {len(found) - 1:,}"
+                text = text and text.format(**read_json_object(path / record, RunError, ""))
             except (RunError, KeyError, TypeError, ValueError):
                 text = "incomplete"
-            times = [each.st_mtime for each in found[1:] or found]
-            entries.append(CacheEntry(kind, path, text, sum(each.st_size for each in found[1:]), max(times)))
-    return sorted(entries, key=lambda entry: (KINDS.index(entry.kind), -entry.used))
+            times, count = [each.st_mtime for each in found[1:] or found], 1 if record else len(found) - 1
+            entries.append(CacheEntry(kind, path, text, count, sum(each.st_size for each in found[1:]), max(times)))
+    return sorted(entries, key=lambda entry: (list(KINDS).index(entry.kind), -entry.used))

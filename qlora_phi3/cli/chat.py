@@ -15,9 +15,9 @@ import click
 
 from qlora_phi3.cli.options import base_option, check_sampling, complete_run, debug_option, sampling_options, silence_libraries
 from qlora_phi3.cli.output import ask_number, echo
-from qlora_phi3.errors import RunError, UserError, printable, quoted
+from qlora_phi3.errors import RunError, Terminated, UserError, printable, quoted
 from qlora_phi3.files import atomic_write, user_state_dir
-from qlora_phi3.runfolder import RunFolder, find_model, list_runs
+from qlora_phi3.runfolder import NO_RUNS, RunFolder, find_model
 from qlora_phi3.units import format_count
 
 if TYPE_CHECKING:
@@ -28,11 +28,15 @@ if TYPE_CHECKING:
 
 HELP = """/system TEXT  set the system turn, and begin anew; without TEXT remove it
 /reset        begin anew
-/save FILE    write the conversation as a row to train on (JSONL, messages)
-/quit         end; so does Ctrl-D
+/save FILE    write the conversation, but for empty, stopped and cut answers, as a row to train on (JSONL, messages)
+/quit         end; so does Ctrl-D, and Ctrl-C twice
 Alt-Enter begins a new line; Ctrl-C stops an answer."""
-#: Columns that two answers beside each other need; runs that are offered where none is named; what Ctrl-C did to an answer.
-MIN_WIDTH_COMPARE, OFFERED_RUNS, STOPPED = 100, 20, "stopped"
+#: Columns that two answers beside each other need; runs that are offered where none is named.
+MIN_WIDTH_COMPARE, OFFERED_RUNS = 100, 20
+#: What ended an answer: Ctrl-C, or the model; and what stands for an answer without text.
+STOPPED, ENDED, EMPTY = "stopped", "ended by itself", "(empty)"
+#: Columns of a part of a word that is held back until the word ends and is known to fit in the line.
+HELD_COLUMNS = 40
 #: What is no answer is on stderr.
 print_dim = partial(echo, dim=True, err=True)
 
@@ -46,8 +50,7 @@ print_dim = partial(echo, dim=True, err=True)
 @sampling_options(512)
 @click.option("--seed", type=click.IntRange(0), help="Of drawn tokens. [default: another one each time]")
 @debug_option
-@click.pass_context
-def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bool, base: Path | None, **options: Any) -> None:
+def chat(run: str | None, prompt: str | None, compare: bool, base: Path | None, **options: Any) -> None:
     """Talk to the model of RUN.
 
     \b
@@ -72,8 +75,7 @@ def chat(ctx: click.Context, /, run: str | None, prompt: str | None, compare: bo
 
     with closing(Watcher()) as watcher:
         watcher.info("Starting torch, transformers and peft")
-        if not ctx.meta.get("debug"):
-            silence_libraries()
+        silence_libraries()
         import torch
 
         from qlora_phi3.inference import load_for_inference, sampling
@@ -109,21 +111,21 @@ def is_beside(console: "Console", sides: Sequence[str]) -> bool:
 
 def _choose_run() -> str:
     """Let the user choose one of the newest runs by its number; RunError, which lists them, where there is no terminal."""
-    runs, lines = [run for run in reversed(list_runs(Path("runs"))) if run.adapter.is_dir()][:OFFERED_RUNS], []
+    from qlora_phi3.ui.runs import list_summaries
+
+    runs = [run for run in list_summaries(Path("runs")) if RunFolder(Path(run.path)).adapter.is_dir()][:OFFERED_RUNS]
     if not runs:
-        raise RunError("No model is named, and there is no trained run under runs.", "Train one: qlora-phi3 run RECIPE.toml")
+        raise RunError("No model is named, and there is no trained run under runs.", NO_RUNS)
+    lines = []
     for number, run in enumerate(runs, start=1):
-        report: dict[str, Any] = {}
-        with suppress(RunError):
-            report = run.read_report()
-        before, after = report.get("eval_loss_before"), report.get("eval_loss_after")
+        before, after = run.eval_loss_before, run.eval_loss_after
         loss = "" if before is None or after is None else f"   held-out loss {before:.4f} -> {after:.4f}"
-        lines.append(printable(f"{number:>3}  {run.path}   {report.get('status', 'damaged')}{loss}"))
+        lines.append(printable(f"{number:>3}  {run.path}   {run.status}{loss}"))
     shown = "\n".join(lines)
     if not _is_terminal():
         raise RunError(f"No run is named. The newest are:\n{shown}\n", f"Name one: qlora-phi3 chat {quoted(runs[0].path)}")
     click.echo(shown)
-    return str(runs[ask_number("Number (Ctrl-C ends)", 1, len(lines)) - 1].path)
+    return runs[ask_number("Number (Ctrl-C ends)", 1, len(lines)) - 1].path
 
 
 def _is_terminal() -> bool:
@@ -133,6 +135,36 @@ def _is_terminal() -> bool:
 def _as_unicode(text: str) -> str:
     """Text that a tokenizer takes: bytes that the terminal's encoding did not have are read as UTF-8."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+class WordWriter:
+    """Writes an answer as it comes; on a terminal in lines that end between words, and without white space at its ends."""
+
+    def __init__(self, console: "Console") -> None:
+        self.columns = console.width if console.is_terminal else 0
+        self.column, self.space, self.word, self.is_empty = 0, "", "", True
+
+    def write(self, pieces: list[str], *, is_last: bool = False) -> None:
+        """Write the last of the pieces; on a terminal the words that are known to be complete."""
+        from rich.cells import cell_len
+
+        *parts, self.word = re.findall(r"\s+|\S+", self.word + printable(pieces[-1])) or [""]
+        if is_last or not self.columns or cell_len(self.word) > HELD_COLUMNS:
+            parts, self.word = [*parts, self.word], ""
+        if not self.columns:
+            click.echo("".join(parts), nl=False)
+            return
+        for part in parts:
+            if not part.strip():
+                self.space += "" if self.is_empty else part
+                continue
+            if "\n" in self.space:
+                self.column = 0
+            elif self.space and self.column + cell_len(self.space + part) > self.columns:
+                self.space, self.column = "\n", 0
+            click.echo(self.space + part, nl=False)
+            self.column += cell_len(self.space.rpartition("\n")[2] + part)
+            self.space, self.is_empty = "", False
 
 
 @dataclass(slots=True)
@@ -146,6 +178,7 @@ class Conversation:
     sides: tuple[str, ...]
     system: str
     turns: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    incomplete: set[str] = field(default_factory=set)  #: Answers that Ctrl-C or a limit ended.
 
     def messages(self, side: str) -> list[dict[str, str]]:
         """The conversation of one side, with its system turn."""
@@ -173,14 +206,17 @@ class Conversation:
                 continue
             if len(self.sides) > 1:
                 click.secho(f"{side}:", bold=True)
-            answers.append(self._answer(side, messages, lambda pieces: click.echo(printable(pieces[-1]), nl=False)))
-            click.echo("(empty)" if len(self.sides) > 1 and not answers[-1][0].strip() else "")
+            writer = WordWriter(console)
+            answers.append(self._answer(side, messages, writer.write))
+            writer.write([""], is_last=True)
+            click.echo("" if answers[-1][0].strip() or not (writer.columns or len(self.sides) > 1) else EMPTY)
             print_dim(answers[-1][1])
         if beside:
             console.print(_columns(answers, width))
-        for side, (text, _) in zip(self.sides, answers if len(answers) == len(self.sides) else (), strict=False):
+        for side, (text, figures) in zip(self.sides, answers if len(answers) == len(self.sides) else (), strict=False):
             new = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
-            self.turns.setdefault(side, []).extend(new if text else [])
+            self.turns.setdefault(side, []).extend(new if text.strip() else [])
+            self.incomplete |= set() if figures.endswith(ENDED) else {text}
         return answers[-1][1]
 
     def _answer(self, side: str, messages: list[dict[str, str]], show: Callable[[list[str]], None]) -> tuple[str, str]:
@@ -205,12 +241,14 @@ class Conversation:
                         show(pieces)
             except StopIteration as end:
                 answer = end.value
+            except Terminated:
+                raise
             except KeyboardInterrupt:
                 return "".join(pieces), STOPPED
         tokens, is_full = answer.num_tokens, answer.num_tokens < limit
         cut = "cut: the model has no more positions" if is_full else "cut at --max-new-tokens"
         speed = f"{tokens / (time.perf_counter() - started):.1f} tokens/s"
-        ended = "ended by itself" if tokens else "no answer: it ended its turn at once"
+        ended = ENDED if answer.text.strip() else "an empty answer: it ended its turn at once"
         return answer.text, f"{format_count(tokens, 'token')}, {speed}, {ended if answer.ended_by_itself else cut}"
 
 
@@ -224,7 +262,7 @@ def _columns(answers: list[tuple[str, str]], width: int, most_lines: int = 0) ->
     for column in table.columns:
         column.width = width
     for text, figures in answers:  # which an answer in progress has not
-        shown = printable(text.strip(), longest_line=sys.maxsize) or ("(empty)" if figures else "")
+        shown = printable(text.strip(), longest_line=sys.maxsize) or (EMPTY if figures else "")
         cells.append(Text("\n").join(Text(shown).wrap(Console(), width)[-most_lines:]))
     table.add_row(*cells)
     table.add_row(*(Text(figures, style="dim") for _, figures in answers))
@@ -235,36 +273,47 @@ def _converse(talk: Conversation, name: str) -> None:
     """Answer what the user types until they quit; the commands are in `HELP`."""
     read_input = _open_input()
     print_dim(f"{printable(name)}. /help lists the commands, Ctrl-D ends.")
+    is_second = False  # of two Ctrl-C at the prompt: the first may have come too late for an answer
     while True:
+        at_prompt = True
         try:
             text = _as_unicode(read_input()).strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        command, _, rest = text.partition(" ")
-        if command == "/quit":
-            return
-        try:
+            at_prompt = is_second = False
+            command, _, rest = text.partition(" ")
+            if command == "/quit":
+                return
             if re.fullmatch(r"/\w+", command):
                 print_dim(printable(_obey(talk, command, rest.strip())))
             elif text.lower() in ("quit", "exit"):
                 print_dim("To end, type /quit or press Ctrl-D.")
             elif text:
                 talk.ask(text)
-        except KeyboardInterrupt:  # before or after the tokens of an answer
-            print_dim(STOPPED)
+        except (EOFError, Terminated):
+            return
+        except KeyboardInterrupt:  # while an answer is generated, `talk` stops it
+            if is_second:
+                return
+            is_second = at_prompt
+            print_dim("\nCtrl-D or /quit ends the chat; so does Ctrl-C now." if at_prompt else STOPPED)
         except UserError as error:
             echo(f"Error: {error}", err=True)
 
 
 def _obey(talk: Conversation, command: str, rest: str) -> str:
     """Carry out a command; returns a line about it. RunError where /save cannot write; it never replaces a file."""
-    if command == "/save" and talk.turns and rest:
+    if command == "/save" and talk.turns.get("tuned") and rest:
         path = Path(rest).expanduser()
         if path.exists():
             raise RunError(f"{path} exists.", "Give another name.")
-        row = {"messages": talk.messages("tuned")}
+        turns = talk.turns["tuned"]
+        pairs = zip(turns[::2], turns[1::2], strict=True)
+        kept = [each for pair in pairs if pair[1]["content"] not in talk.incomplete for each in pair]
+        left_out = f"{format_count((len(turns) - len(kept)) // 2, 'question')} left out, whose answer was stopped or cut"
+        if not kept:
+            return f"Nothing is written: {left_out}."
+        row = {"messages": [*talk.messages("tuned")[: -len(turns)], *kept]}
         atomic_write(path, json.dumps(row, ensure_ascii=False) + "\n", hint="{cause}, or give another name.")
-        return f"Written: {path}"
+        return f"Written: {path}{f' ({left_out})' if len(kept) < len(turns) else ''}"
     if command == "/save":
         return "There is nothing to save yet." if rest else "Write: /save FILE"
     if command not in ("/system", "/reset"):

@@ -38,8 +38,7 @@ def doctor(ctx: click.Context, no_step: bool, wants_json: bool) -> None:
     """
     from qlora_phi3.hardware.doctor import run_checks
 
-    if not ctx.meta.get("debug"):
-        silence_libraries()
+    silence_libraries()
     checks = []
     for check in chain(run_checks(), () if no_step else _train(wants_json)):
         checks.append(check)

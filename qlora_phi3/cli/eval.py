@@ -48,10 +48,7 @@ PARTS = ("base", "tuned", "difference", "low", "high")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write; by default RUN/eval.json.")
 @click.option("--json", "wants_json", is_flag=True, help="Print JSON, for programs.")
 @debug_option
-@click.pass_context
-def eval(
-    ctx: click.Context, /, run: str, data: str | None, out: Path | None, base: Path | None, wants_json: bool, **options: Any
-) -> None:
+def eval(run: str, data: str | None, out: Path | None, base: Path | None, wants_json: bool, **options: Any) -> None:
     """Measure the model of RUN beside its base: loss on held-out rows, and answers compared with those of the rows.
 
     \b
@@ -87,8 +84,7 @@ def eval(
     with open_console(quiet=wants_json) as view:
         try:
             view.progress("Starting torch, transformers and peft", 0, None)
-            if not ctx.meta.get("debug"):
-                silence_libraries()
+            silence_libraries()
             from qlora_phi3 import evaluation
             from qlora_phi3.inference import load_for_inference, sampling
 

@@ -18,13 +18,16 @@ from qlora_phi3.export.request import (
     MODELFILE,
     OLLAMA_NAME,
     ExportOptions,
+    Request,
     find_finished_run,
+    find_reusable,
+    has_proof,
     is_finished_gguf,
     make_request,
 )
 
-KIND_HELP = "hf: safetensors for transformers, vLLM and others; gguf: one file for llama.cpp and Ollama."
-QUANT_HELP = "With --format gguf: q8_0, q4_k_m and others; `qlora-phi3 docs gguf` lists them. [default: the type of --dtype]"
+KIND_HELP = "hf: safetensors for transformers and vLLM; gguf: for llama.cpp and Ollama. [default: hf; gguf with --quant]"
+QUANT_HELP = "Type of a GGUF: q8_0, q4_k_m and others; `qlora-phi3 docs gguf` lists them. [default: the type of --dtype]"
 DTYPE_HELP = "Of the merged weights, and of a GGUF without --quant."
 ONTO = ["auto", "nf4", "original"]
 ONTO_HELP = (
@@ -41,7 +44,7 @@ FOLDER = click.Path(path_type=Path)
 @click.command()
 @click.argument("run", metavar="RUN", type=FOLDER, shell_complete=complete_run)
 @click.option("--out", type=FOLDER, help="Folder to write; by default RUN/merged, RUN/gguf-q8_0 and so on.")
-@click.option("--format", "kind", type=click.Choice(["hf", "gguf"]), default="hf", show_default=True, help=KIND_HELP)
+@click.option("--format", "kind", type=click.Choice(["hf", "gguf"]), help=KIND_HELP)
 @click.option("--quant", "quants", multiple=True, metavar="NAME", help=QUANT_HELP)
 @click.option("--ollama", metavar="NAME", help=OLLAMA_HELP)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default=DEFAULT_DTYPE, show_default=True, help=DTYPE_HELP)
@@ -49,13 +52,12 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--base", type=FOLDER, help="Folder of the base, if it has moved.")
 @click.option("--shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file of weights.")
 @click.option("--max-ram", metavar="SIZE", help="Memory to stay within; give it in a container with a memory limit.")
-@click.option("--no-verify", is_flag=True, help="Skip the proof (minutes for a full-size model on a CPU).")
+@click.option("--no-verify", is_flag=True, help="Skip the proof and the stop test: on a CPU minutes, also for a small model.")
 @click.option("--force", is_flag=True, help="Replace an earlier export; files that no export wrote always stay.")
 @click.option("--push", metavar="USER/NAME", help="Then upload to the hub, with a model card.")
 @click.option("--private", is_flag=True, help="With --push: only you can see it.")
 @debug_option
-@click.pass_context
-def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify: bool, **options: Any) -> None:
+def export(run: Path, quants: tuple[str, ...], no_verify: bool, **options: Any) -> None:
     """Merge the adapter of RUN into its base, write the model, and compare it with the model that was trained.
 
     \b
@@ -65,24 +67,25 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
       qlora-phi3 export runs/chat/latest --ollama my-phi3
       qlora-phi3 export runs/chat/2026-11-21_10-00-00 --push me/phi3-chat
 
-    RUN is the folder of a run; of a folder with several runs the newest is exported. After an interruption
+    RUN is the directory of a run, runs/NAME/latest, or the name of a recipe: its newest run. After an interruption
     the same command uses a complete proof again. Exit codes: 0 proved, 5 written but not what was trained, 2 bad input.
     """
     keep_running_without_output()
     if len(quants) > 1:
         raise UserError(f"--quant is given {len(quants)} times ({', '.join(quants)}).", "Give one type a command.")
-    name = options["ollama"]
+    name, kind = options["ollama"], options["kind"]
     if name is not None:
         if not OLLAMA_NAME.fullmatch(name):
             hint = "Write [namespace/]name[:tag] of letters, digits, _ - and ., as in --ollama my-phi3:v1"
             raise ExportError(f"--ollama {name} is no name for Ollama.", hint)
-        source = ctx.get_parameter_source("kind")
-        if options["kind"] == "hf" and source is not None and source.name == "COMMANDLINE":
+        if kind == "hf":
             raise UserError(f"--ollama {name} needs a GGUF, and --format hf writes none.", "Leave --format out.")
         find_finished_run(run, verify=not no_verify)  # before anything that takes long
-        options["kind"], quants = "gguf", quants or (choose_quant(),)
-    if quants and options["kind"] != "gguf":
-        raise UserError(f"--quant {quants[0]} is for GGUF.", "Add --format gguf, or use --dtype for safetensors.")
+        quants = quants or (choose_quant(),)
+    if quants and kind == "hf":
+        hint = "Leave --format out, or use --dtype for safetensors."
+        raise UserError(f"--quant {quants[0]} needs a GGUF, and --format hf writes none.", hint)
+    options["kind"] = kind or ("gguf" if quants else "hf")
     if options["private"] and not options["push"]:
         raise UserError("--private is given without --push.", "Add --push user/name.")
     request = make_request(run, ExportOptions(quant=next(iter(quants), None), verify=not no_verify, **options))
@@ -91,25 +94,34 @@ def export(ctx: click.Context, /, run: Path, quants: tuple[str, ...], no_verify:
         create_in_ollama(name, request.gguf_file.with_name(MODELFILE))
         return
 
+    if kind is None and name is None and request.gguf_file is not None:
+        echo(f"--quant {request.quant}: a GGUF is written, as with --format gguf.")
     from qlora_phi3.ui.console import open_console, show_export
 
     with open_console() as view:
         try:
             view.progress("Starting torch, transformers and peft", 0, None)
-            if not ctx.meta.get("debug"):
-                silence_libraries()
+            silence_libraries()
             from qlora_phi3.export.run import export_run
 
             view.progress("Starting torch, transformers and peft", 1, 1)
             exported = export_run(request, view)
             show_export(view, exported, for_ollama=name is not None)
         except KeyboardInterrupt as interrupt:
-            message = "Stopped. A complete proof is used again."
-            raise Interrupted(message, "Continue with the same command.") from interrupt
+            raise describe_stop(request) from interrupt
     if exported.fault is not None:
         raise exported.fault
     if name is not None:
         create_in_ollama(name, exported.folder / MODELFILE)
+
+
+def describe_stop(request: Request) -> Interrupted:
+    """What an interrupted export has left for the next one, and what to type."""
+    if find_reusable(request) is not None:
+        return Interrupted(f"Stopped. The merged model is used again: {request.target}", "Continue with the same command.")
+    if has_proof(request):
+        return Interrupted("Stopped. The proof is complete and is used again.", "Continue with the same command.")
+    return Interrupted("Stopped: nothing was written, and the next export begins anew.", "Start again with the same command.")
 
 
 def choose_quant() -> str:

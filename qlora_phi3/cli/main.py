@@ -5,6 +5,7 @@ Nothing heavy is imported outside the body of a command, so that `--help` takes 
 
 import difflib
 import errno
+import os
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from typing import Any
 import click
 
 from qlora_phi3.cli.output import FULL_DISK, echo, safe_output
-from qlora_phi3.errors import Interrupted, UserError, disk_error_hint
+from qlora_phi3.errors import Interrupted, Terminated, UserError, disk_error_hint
 
 #: Errors of the operating system that the user can fix: the disk is full or fails, the place may not be written, or is none.
 FULL_OR_REFUSED = (
@@ -128,8 +129,12 @@ def signals_as_ctrl_c() -> Iterator[None]:
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
     replaced = {number: handler for number, handler in before.items() if handler == signal.SIG_DFL}
+
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated
+
     for number in replaced:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, terminate)
     try:
         yield
     finally:
@@ -147,3 +152,6 @@ def main() -> None:
       qlora-phi3 init my-chats.jsonl
       qlora-phi3 run my-chats.toml
     """
+    # Read by libgomp when torch loads it: threads that wait for one another soon give their core away. Beside two busy programs
+    # this trained at 108 tokens/s against 85, and generated 2 to 4 times as fast; on an idle computer it costs nothing.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")

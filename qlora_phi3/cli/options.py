@@ -4,14 +4,14 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qlora_phi3.errors import DeviceError, RecipeError, UserError, disk_error_hint, quoted
+from qlora_phi3.errors import DeviceError, RecipeError, RunError, UserError, disk_error_hint, quoted
 from qlora_phi3.files import check_directory
 
 if TYPE_CHECKING:
@@ -95,16 +95,19 @@ def named_gpu(gpu: str | None, vram: str | None) -> "Gpu | None":
 
 @contextmanager
 def watching() -> "Iterator[Watcher]":
-    """What is being computed, as one temporary line on stderr; without the libraries' warnings."""
+    """What is being computed, as one temporary line on stderr; without the libraries' warnings, and log lines below an error."""
     from qlora_phi3.ui.console import Watcher
 
-    watcher = Watcher()
-    debug = click.get_current_context().meta.get("debug")
-    with nullcontext() if debug else libraries_silenced():
-        try:
+    watcher, before = Watcher(), logging.root.manager.disable
+    try:
+        with warnings.catch_warnings():
+            if not click.get_current_context().meta.get("debug"):
+                warnings.simplefilter("ignore")
+                logging.disable(logging.WARNING)  # some libraries reset their loggers when imported
             yield watcher
-        finally:
-            watcher.close()
+    finally:
+        logging.disable(before)
+        watcher.close()
 
 
 def shipped_files(folder: str, suffix: str) -> dict[str, Path]:
@@ -118,20 +121,26 @@ def find_recipe(path: Path) -> Path:
     """The recipe that a person names: a path, also without `.toml`; else the name of a recipe that ships, such as `chat`.
 
     Raises:
-        RecipeError: a name that is neither; the message lists those that ship. For a missing `.toml` file reading it says so.
+        RecipeError: a run; or a name that is none of these, and those that ship. For a missing `.toml` file reading it says so.
     """
-    if len(path.parts) != 1 or path.suffix or os.path.lexists(path):
-        return path
-    if (own := path.with_suffix(".toml")).is_file():
+    from qlora_phi3.runfolder import resolve_run
+
+    is_name = len(path.parts) == 1 and not path.suffix and not os.path.lexists(path)
+    if is_name and (own := path.with_suffix(".toml")).is_file():
         return own
     recipes = shipped_files("recipes", "toml")
-    if path.name.isdecimal():
+    if is_name and path.name in recipes:
+        return recipes[path.name]
+    if is_name and path.name.isdecimal():
         hint = f"Name a recipe first; --max-length of vram-check takes no value, --set training.max_length={path} changes it."
         raise RecipeError(f"{path} is no recipe.", hint)
-    if path.name not in recipes:
+    if path.suffix != ".toml" and not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
+        with suppress(RunError):
+            raise RecipeError(f"{path} names a run, and a recipe is wanted.", f"Its recipe: {resolve_run(path).recipe}")
+    if is_name:
         hint = f"Give the path of a .toml file, or a recipe that ships: {', '.join(recipes)}."
         raise RecipeError(f"{path}: there is no such file, and no recipe of that name.", hint)
-    return recipes[path.name]
+    return path
 
 
 def check_new_file(target: Path, option: str = "--out") -> None:
@@ -156,7 +165,9 @@ def create_file(target: Path, text: str) -> None:
 
 
 def silence_libraries() -> None:
-    """Hide warnings, and log lines below an error, for the rest of the process; called before torch is imported."""
+    """Without --debug, hide warnings, and log lines below an error, for the rest of the process; before torch is imported."""
+    if click.get_current_context().meta.get("debug"):
+        return
     # torch's C++ code writes two or three lines for each out-of-memory error that a run recovers from; both read this at import.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -167,16 +178,3 @@ def silence_libraries() -> None:
         "huggingface_hub",
     ):  # fmt: skip
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-@contextmanager
-def libraries_silenced() -> Iterator[None]:
-    """Hide warnings, and log lines below an error, inside the block. Some libraries reset their loggers when imported."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

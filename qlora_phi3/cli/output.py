@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from qlora_phi3.errors import Interrupted, UserError, wrap_words
+from qlora_phi3.errors import UserError, wrap_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -110,8 +110,8 @@ def ask_number(question: str, default: int, most: int) -> int:
     return int(text)
 
 
-def confirm(question: str) -> None:
-    """Ask before something is deleted: Interrupted for no, UserError where nobody can answer."""
+def confirm(question: str) -> bool:
+    """Ask before something is deleted, and say so where the answer is no; UserError where nobody can answer."""
     try:
         agreed = click.confirm(question)
     except click.Abort:
@@ -120,7 +120,8 @@ def confirm(question: str) -> None:
         click.echo()
         raise UserError("There is no answer, so nothing is deleted.", "Add --yes to delete without a question.") from None
     if not agreed:
-        raise Interrupted("Nothing is deleted.")
+        click.echo("Nothing was deleted.")
+    return agreed
 
 
 def keep_running_without_output() -> None:

@@ -15,7 +15,7 @@ NEWEST = "newest"
 
 
 @click.command()
-@click.argument("recipe", metavar="RECIPE", required=False, type=click.Path(path_type=Path))
+@click.argument("recipe", metavar="[RECIPE]", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--resume",
     is_flag=False,
@@ -48,10 +48,6 @@ def run(ctx: click.Context, recipe: Path | None, resume: str | None, no_rehearsa
     recipe, resume = _recipe_and_run(ctx, recipe, resume)
     if no_rehearsal:
         overrides = (*overrides, "memory.rehearsal=false")
-    # Read by libgomp when torch loads it: threads that wait for one another soon give their core away. Demo model, two threads
-    # on two cores: idle 348-362 tokens/s against 336-390 as libgomp does it, with two busy programs 108 against 85.
-    # OMP_WAIT_POLICY=passive is better still on a busy computer, and on an idle one half as fast (209-218).
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     connection: AbstractContextManager[None] = nullcontext()
     if count > 1:
         from qlora_phi3.training.processes import connected
@@ -119,7 +115,7 @@ def _recipe_and_run(ctx: click.Context, recipe: Path | None, resume: str | None)
     if resume == NEWEST:
         raise click.UsageError("--resume needs a run or a recipe: --resume RUN, or RECIPE --resume.", ctx)
     if resume is None:
-        raise click.MissingParameter(ctx=ctx, param=ctx.command.params[0])
+        raise click.UsageError("Missing argument 'RECIPE', or --resume RUN.", ctx)
     path = Path(resume)
     if path.suffix == ".toml":
         return path, NEWEST

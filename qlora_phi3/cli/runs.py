@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
-from qlora_phi3.cli.options import complete_run, debug_option, silence_libraries
+from qlora_phi3.cli.options import complete_run, debug_option, watching
 from qlora_phi3.cli.output import confirm, echo
 from qlora_phi3.errors import RunError, printable
+from qlora_phi3.runfolder import NO_RUNS, RunFolder, list_runs, lock_run, resolve_run
 
 DEFAULT_ROOT = "runs"
 DIRECTORY = click.option(
@@ -17,8 +18,6 @@ DIRECTORY = click.option(
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 RUN = click.argument("run", metavar="[RUN]", required=False, shell_complete=complete_run)
-#: Columns of a terminal from which the list shows steps and rows as well.
-WIDE = 104
 
 
 @click.group(invoke_without_command=True)
@@ -53,7 +52,7 @@ def list_command(root: Path, as_json: bool) -> None:
 
 
 def print_list(root: Path, as_json: bool) -> None:
-    """Print a line for each run; all columns where the terminal is wide, or the output is none."""
+    """Print a line for each run; without steps and rows where the lines would not fit in the terminal."""
     from qlora_phi3.ui.runs import RunSummary, list_summaries
     from qlora_phi3.units import format_duration, format_gib
 
@@ -67,7 +66,7 @@ def print_list(root: Path, as_json: bool) -> None:
         click.echo(json.dumps([asdict(summary) for summary in summaries], indent=2))
         return
     if not summaries:
-        click.echo(f"There is no run under {root}. Train one: qlora-phi3 run RECIPE.toml", err=True)
+        click.echo(f"There is no run under {root}. {NO_RUNS}", err=True)
         return
 
     def cells(run: RunSummary) -> list[str]:
@@ -78,9 +77,9 @@ def print_list(root: Path, as_json: bool) -> None:
         return [str(Path(run.path).relative_to(root)), run.status, *counts, loss, time, format_gib(run.size_bytes)]
 
     rows: list[list[str]] = [["RUN", "STATUS", "STEPS", "ROWS", "HELD-OUT LOSS", "TIME", "SIZE"], *map(cells, summaries)]
-    if shutil.get_terminal_size().columns < WIDE and sys.stdout.isatty():
-        rows = [[*row[:2], *row[4:]] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    if sys.stdout.isatty() and sum(widths) + 2 * (len(widths) - 1) > shutil.get_terminal_size().columns:
+        rows, widths = [[*row[:2], *row[4:]] for row in rows], [*widths[:2], *widths[4:]]
     for line in rows:
         padded = [
             f"{cell:<{width}}" if at < 2 else f"{cell:>{width}}"
@@ -137,28 +136,23 @@ def report(root: Path, run: str | None) -> None:
 @click.option("--spikes", type=click.IntRange(1, 50), default=3, show_default=True, help="Number of steps to show.")
 @click.option("--full", is_flag=True, help="Every row of these steps, with its complete text.")
 @debug_option
-@click.pass_context
-def why(ctx: click.Context, run: str | None, spikes: int, full: bool) -> None:
+@click.pass_obj
+def why(root: Path, run: str | None, spikes: int, full: bool) -> None:
     """Print the rows behind the largest jumps of the training loss of RUN.
 
     A jump is measured from the median loss of the ten steps before and after. Needs the data and the tokenizer of the run.
     """
-    from qlora_phi3.ui.console import Watcher
     from qlora_phi3.ui.runs import SPIKE_WINDOW, find_spikes
 
-    found, watcher = find(ctx.obj, run), Watcher()
+    found = find(root, run)
     largest = find_spikes(found.steps, spikes)
     rows: dict[int, Any] = {}
     if largest:
-        watcher.info("Starting transformers")
-        if not ctx.meta.get("debug"):
-            silence_libraries()
-        from qlora_phi3.training.order import read_step_rows
+        with watching() as watcher:
+            watcher.info("Starting transformers")
+            from qlora_phi3.training.order import read_step_rows
 
-        try:
             rows = read_step_rows(found.folder, [spike.step for spike in largest], watcher.progress)
-        finally:
-            watcher.close()
     values = {"spikes": largest, "rows": rows, "window": SPIKE_WINDOW, "full": full}
     print_text("runs_why.jinja", run=found, columns=shutil.get_terminal_size().columns, **values)
 
@@ -169,23 +163,25 @@ def why(ctx: click.Context, run: str | None, spikes: int, full: bool) -> None:
 @debug_option
 @click.pass_obj
 def delete(root: Path, names: tuple[str, ...], yes: bool) -> None:
-    """Delete runs with all their checkpoints and exports; never one that is being written."""
+    """Delete each RUN, or the only run of a recipe, with all checkpoints and exports; never one that is being written."""
     from qlora_phi3.files import remove
-    from qlora_phi3.runfolder import lock_run, resolve_run
     from qlora_phi3.ui.page import list_sizes
     from qlora_phi3.units import format_count, format_gib
 
-    folders = list(dict.fromkeys(resolve_run(name, root) for name in names))
-    for name, folder in ((name, resolve_run(name, root)) for name in names):
-        if Path(name).name not in (folder.path.name, "latest"):
+    named = {name: resolve_run(name, root) for name in names}
+    folders = list(dict.fromkeys(named.values()))
+    for name, folder in named.items():
+        is_group = Path(name).name not in (folder.path.name, "latest")
+        names_all = Path(name).name.removesuffix(".toml") == folder.path.parent.name
+        if is_group and (not names_all or len(list_runs(folder.path.parent)) > 1):
             raise RunError(f"{name} is no single run.", f"Name the directory of each run to delete, such as {folder.path}.")
     for folder in folders:
         sizes = list_sizes(folder)
         click.echo(
             printable(f"{folder.path}: {format_gib(sum(size for _, size in sizes))} ({', '.join(name for name, _ in sizes)})")
         )
-    if not yes:
-        confirm(f"Delete {format_count(len(folders), 'run')} for good?")
+    if not yes and not confirm(f"Delete {format_count(len(folders), 'run')} for good?"):
+        return
     for folder in folders:
         with lock_run(folder):
             remove(folder.path)
@@ -202,12 +198,10 @@ def find(root: Path, name: str | None) -> Any:
     return read_run(resolve(root, name))
 
 
-def resolve(root: Path, name: str | None) -> Any:
+def resolve(root: Path, name: str | None) -> RunFolder:
     """The run of this name, or the newest; RunError where there is none."""
-    from qlora_phi3.runfolder import list_runs, resolve_run
-
     if name is None and not (runs := list_runs(root)):
-        raise RunError(f"There is no run under {root}.", "Train one: qlora-phi3 run RECIPE.toml")
+        raise RunError(f"There is no run under {root}.", NO_RUNS)
     return runs[-1] if name is None else resolve_run(name, root)
 
 

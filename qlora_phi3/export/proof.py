@@ -23,7 +23,7 @@ from qlora_phi3.execution import IGNORE_INDEX, MicroBatchPlan
 from qlora_phi3.export.base import Compared
 from qlora_phi3.export.inputs import Sources
 from qlora_phi3.export.merge import Onto, ScoredModel, build_models
-from qlora_phi3.export.request import Request
+from qlora_phi3.export.request import SCORED, Request
 from qlora_phi3.export.streamed import Final
 from qlora_phi3.export.writer import DISK_HINT
 from qlora_phi3.family import Architecture, parse_architecture
@@ -41,8 +41,6 @@ LEAST_CUDA_TOKENS = 256
 TILE_VOCABULARY, TILE_POSITIONS = 2048, 512
 #: Name of the model as it was trained, in scores and `build_models`.
 LIVE = "live"
-#: In the staging directory: the finished proof.
-SCORED = ".scored.json"
 #: Largest KL divergence of a merge from base and adapter unmerged, nats, by the export's dtype: mean, and at the worst position.
 #: A faithful merge was off by 7e-7 to 2e-6 on average in fp16, and by less than 1e-9 in fp32 (SmolLM2-135M as a Phi-3, run in
 #: bf16, LoRA r = 16, 511 positions). bf16 loses updates of less than half its step, 1/512 of their weight, and they all point

@@ -18,10 +18,21 @@ from qlora_phi3.runfolder import RunFolder, resolve_run
 from qlora_phi3.units import parse_size
 
 CARD, REPORT, MODELFILE = "README.md", "export_report.json", "Modelfile"
+#: In the staging directory: the scores, until the export ends. An interrupted export leaves them for the next one.
+SCORED = ".scored.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 #: The values of --dtype: torch's name, and the GGUF type that holds it bit for bit.
 DTYPES = {"fp16": ("float16", "f16"), "bf16": ("bfloat16", "bf16"), "fp32": ("float32", "f32")}
 DEFAULT_ONTO, DEFAULT_DTYPE = "auto", "fp16"
+#: Types that the gguf package itself can write, largest first.
+PLAIN = ("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+#: llama.cpp's file types that need no importance matrix, and the bits of a weight, averaged over all weights of Llama-3.1-8B
+#: with its embedding and head (the table in llama.cpp's tools/quantize/README.md).
+QUANTIZED = {
+    "q2_k": 3.16, "q3_k_s": 3.64, "q3_k_m": 4.00, "q3_k_l": 4.30, "iq4_xs": 4.46, "iq4_nl": 4.68,
+    "q4_k_s": 4.67, "q4_k_m": 4.89, "q5_k_s": 5.57, "q5_k_m": 5.70, "q6_k": 6.56,
+}  # fmt: skip
+QUANTS = (*PLAIN, *QUANTIZED)
 #: A name that every version of Ollama takes: [namespace/]model[:tag], types/model/name.go of its source.
 OLLAMA_NAME = re.compile(r"(\w[\w-]{0,79}/)?\w(?:[\w-]|\.(?!\.)){0,79}(:\w[\w.-]{0,79})?", re.ASCII)
 #: A smaller shard size would make thousands of files.
@@ -80,6 +91,8 @@ def make_request(run: Path, options: ExportOptions) -> Request:
     name = str(report.get("name") or f"phi3-{str(report.get('started'))[:10]}")  # never a path, which is private
     dtype, default_quant = DTYPES[options.dtype]
     quant = (options.quant or default_quant).lower()
+    if quant not in QUANTS:
+        raise ExportError(f"There is no --quant '{quant}'.", f"The names: {', '.join(QUANTS)}.")
     suffix = "" if options.onto == DEFAULT_ONTO else f"-{options.onto}"
     suffix += "" if options.dtype == DEFAULT_DTYPE else f"-{options.dtype}"
     target, gguf_file = folder.path / f"merged{suffix}", None
@@ -191,6 +204,19 @@ def is_finished_gguf(request: Request) -> bool:
     same = report.get("key") == request.key and report.get("gguf") == {"file": path.name, "quant": request.quant}
     proved = not options.verify or bool(report.get("proof"))
     return same and proved and not report.get("fault") and all(path.with_name(name).is_file() for name in (path.name, MODELFILE))
+
+
+def staging_path(target: Path) -> Path:
+    """Where a merged model is written until it is complete."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def has_proof(request: Request) -> bool:
+    """Whether an interrupted export of the same model left its proof for the next one."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        saved = json.loads((staging_path(request.target) / SCORED).read_text(encoding="utf-8"))
+        return str(saved["key"]).startswith(request.key)
+    return False
 
 
 def _find_sources(run: RunFolder, base: Path | None) -> list[Path]:

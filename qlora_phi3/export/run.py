@@ -28,8 +28,8 @@ from qlora_phi3.export.gguf.write import GgufResult, convert_to_gguf, plan_gguf
 from qlora_phi3.export.hub import push
 from qlora_phi3.export.inputs import Sources, open_sources
 from qlora_phi3.export.merge import Onto
-from qlora_phi3.export.proof import SCORED, Proof
-from qlora_phi3.export.request import CARD, MODELFILE, REPORT, Request, check_replaceable, find_reusable
+from qlora_phi3.export.proof import Proof
+from qlora_phi3.export.request import CARD, MODELFILE, REPORT, SCORED, Request, check_replaceable, find_reusable
 from qlora_phi3.export.stop import measure_stops
 from qlora_phi3.export.writer import DISK_HINT
 from qlora_phi3.files import disk_errors, replace_dir
@@ -80,7 +80,7 @@ def export_run(request: Request, reporter: Reporter) -> Exported:
             if gguf_file is not None:
                 inputs.check_memory(request.max_ram_bytes)
         else:
-            draft = folder.with_name(f".{folder.name}.partial")
+            draft = requests.staging_path(folder)
             stack.enter_context(writer.staging_dir(draft, SCORED))
             device = "the GPU" if torch.cuda.is_available() else "this computer"
             with memory_errors(ExportError, f"The memory of {device} ran out in the export: {{reason}}.", MEMORY_HINT):

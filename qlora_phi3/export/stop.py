@@ -20,6 +20,7 @@ from qlora_phi3.export.proof import LIVE, Proof
 from qlora_phi3.inference import generate_batch, load_for_inference
 from qlora_phi3.model.weights import open_weights
 from qlora_phi3.reporter import Progress
+from qlora_phi3.units import format_count
 
 #: Prompts that are answered, at most, and tokens of a prompt with its answer.
 MAX_PROMPTS, MAX_LENGTH = 16, 1024
@@ -108,8 +109,10 @@ def measure_stops(
         batches[-1].append(prompt)
     total, done, stopped, empty = sum(max(prompt.limit for prompt in batch) for batch in batches), 0, 0, 0
 
+    answering = f"Answering {format_count(len(prompts), 'held-out prompt')}, tokens"
+
     def report(new_ids: Tensor) -> bool:
-        progress("Answering held-out prompts", done + new_ids.shape[1], total)
+        progress(answering, done + new_ids.shape[1], total)
         return False
 
     for batch in batches:
@@ -118,7 +121,7 @@ def measure_stops(
         stopped += sum(answer[-1] in inference.stop_ids for answer in answers)
         empty += sum(len(answer) == 1 and answer[0] in inference.stop_ids for answer in answers)
         done += max(limits)
-    progress("Answering held-out prompts", total, total)
+    progress(answering, total, total)
     return StopTest(method="generated", turns=len(prompts), stopped=stopped, live_share=None, empty=empty)
 
 

@@ -104,6 +104,8 @@ def run(
             if is_more:
                 reporter.info(f"{resume.path} is done and stays as it is; a copy of it is trained on: {folder.path}")
             checkpoint = processes.from_first(lambda: _checkpoint_to_resume(folder, recipe, reporter))
+            was = folder.read_report()  # of a copy with other times than those of the run that it was copied from
+            report |= {key: was[key] for key in ("started", "training_began") if key in was}
         if not processes.own_rank():
             if is_more or resume is None:
                 at_exit.enter_context(runfolder.lock_run(folder))
@@ -253,7 +255,7 @@ def _checkpoint_to_resume(folder: RunFolder, recipe: Recipe, reporter: Reporter)
         atomic_write(folder.base, base.read_text(encoding="utf-8"))
         reporter.warning(f"{folder.base} was damaged or missing and is restored from {checkpoint.name}.")
     with suppress(RunError):
-        own, other = folder.started.isoformat(), read_json_object(base, RunError, "").get("run_started")
+        own, other = folder.training_began.isoformat(), read_json_object(base, RunError, "").get("run_started")
         if other and other != own:
             reporter.warning(f"{checkpoint} is of a run that started at {other}, and this one started at {own}.")
     reporter.info(f"Going on from {checkpoint}")
@@ -274,7 +276,7 @@ def _save_export_inputs(context: RunContext, model: PeftModel, folder: RunFolder
         compute_dtype=compute_dtype,
         device=describe_device(context.device),
         inputs=artifacts.input_checksums(context, revision),
-        started=folder.started.isoformat(),
+        started=folder.training_began.isoformat(),
     )
     artifacts.save_held_out(context.data, folder)
     if context.template.name.endswith(".jinja"):  # a file, which may be changed or gone when the run is exported

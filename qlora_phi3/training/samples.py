@@ -89,7 +89,7 @@ def _answer_with_both(model: PeftModel, context: RunContext, allowed_seconds: fl
         with adapter(), evaluating(model):
             answers = answer_questions(inference, questions, settings, report)
         rows = [(decode(inference, ids).strip(), len(ids), bool(ids) and ids[-1] in stops) for ids in answers]
-        sides.append([dict(zip(("text", "tokens", "ended"), row, strict=True)) for row in rows])
+        sides.append([{"text": text, "tokens": count - ended, "ended": ended} for text, count, ended in rows])
     texts = [{"prompt": decode(inference, ids).strip(), "expected": answer} for ids, answer in questions]
     samples = [{**text, "base": base, "tuned": tuned} for text, base, tuned in zip(texts, *sides, strict=True)]
     few = describe_unanswered(len(samples), len(held_out), settings)

@@ -141,6 +141,8 @@ class ConsoleReporter:
             for task in earlier:
                 self._bars.tasks[-1].start_time = task.start_time
                 self._bars.remove_task(self._tasks.pop(task.description))
+            if self.has_one_bar and total and not done:  # rich measures the speed from the second increase on
+                self._bars.update(self._tasks[what], completed=1e-9)
 
     def begin(self, outline: RunOutline) -> None:
         """Announce the time of the run, and open its screen. Steps of earlier sessions do not count for the speed."""
@@ -286,12 +288,12 @@ def build_progress(console: "Console", *, disable: bool = False, kind: "type[Pro
     )
 
 
-def mean_ends(losses: Sequence[float]) -> tuple[float, float, int]:
-    """Mean loss of the first steps, of the last ones, and how many: a tenth, 3 to 10, but no more than a quarter.
+def mean_ends(losses: Sequence[float], count: int = 0) -> tuple[float, float, int]:
+    """Mean loss of the first steps, of the last ones, and how many: `count`, or a tenth, 3 to 10, but no more than a quarter.
 
     The loss of one batch depends mostly on its rows.
     """
-    count = min(10, max(len(losses) // 10, min(3, len(losses) // 4), 1))
+    count = count or min(10, max(len(losses) // 10, min(3, len(losses) // 4), 1))
     return sum(losses[:count]) / count, sum(losses[-count:]) / count, count
 
 

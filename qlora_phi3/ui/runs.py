@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from math import isfinite
 from pathlib import Path
 from statistics import median
@@ -107,8 +106,9 @@ def list_summaries(root: Path) -> list[RunSummary]:
     """Every run in `root`, or in a directory in it, the newest first; one whose report.json cannot be read is "damaged"."""
     groups = [root, *(Path(entry.path) for entry in scan(root) if entry.is_dir())]
     folders = [RunFolder(Path(entry.path)) for group in groups for entry in scan(group) if entry.is_dir()]
-    summaries = [_summarize(folder) for folder in folders if folder.report.exists() or folder.recipe.is_file()]
-    return sorted(summaries, key=lambda summary: summary.started, reverse=True)
+    found = [folder for folder in folders if folder.report.exists() or folder.recipe.is_file()]
+    found.sort(key=lambda run: (run.started, run.path.name), reverse=True)
+    return [_summarize(folder) for folder in found]
 
 
 def _summarize(folder: RunFolder) -> RunSummary:
@@ -117,9 +117,6 @@ def _summarize(folder: RunFolder) -> RunSummary:
         report = folder.read_report()
     records, status = [] if report.get("status") == "done" else _last_records(folder.metrics), read_status(folder, report)
     losses = [(record["step"], record.get("eval_loss")) for record in records if record["kind"] == "eval"]
-    started = datetime.fromtimestamp(folder.path.stat().st_mtime)
-    with suppress(KeyError, TypeError, ValueError):
-        started = datetime.fromisoformat(report["started"])
     seconds = report.get("seconds")
     if report.get("status") == "running" and seconds is not None:  # of earlier sessions; this one began when it wrote the report
         began, written = folder.report.stat().st_mtime, folder.metrics.stat().st_mtime if folder.metrics.is_file() else 0.0
@@ -127,7 +124,7 @@ def _summarize(folder: RunFolder) -> RunSummary:
     return RunSummary(
         path=str(folder.path),
         status=status,
-        started=started.astimezone().isoformat(timespec="seconds"),
+        started=folder.started.astimezone().isoformat(timespec="seconds"),
         steps=report.get("steps", max((record["step"] for record in records if record["kind"] == "train"), default=None)),
         eval_loss_before=report.get("eval_loss_before", next((loss for step, loss in losses if step == 0), None)),
         eval_loss_after=report.get("eval_loss_after", losses[-1][1] if losses and losses[-1][0] else None),

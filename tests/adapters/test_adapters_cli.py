@@ -116,7 +116,12 @@ def test_the_adapter_of_a_real_run_travels_apart_and_back_with_its_tokenizer(sho
     (run,) = shop.runs()
     (run / "adapter" / "training_args.bin").write_bytes(b"no adapter's")
     shown = converted(str(run), "apart", "--to", "split")
-    assert "It names no base: load it onto an unfused Phi-3" in shown
+    assert f"It names no base: {shop.base} has q, k and v, and gate and up, as one layer each." in shown
+    for number, name in enumerate((f"runs/{run.parent.name}/latest", run.parent.name)):
+        assert f"Written: named-{number}" in converted(name, f"named-{number}", "--to", "split")
+        assert (Path(f"named-{number}") / "adapter_model.safetensors").read_bytes() == (
+            Path("apart") / "adapter_model.safetensors"
+        ).read_bytes()
     names = {path.name for path in (run / "adapter").iterdir()} - {"training_args.bin"}
     assert {path.name for path in Path("apart").iterdir()} == names
     assert {"config.json", "tokenizer.json", "tokenizer_config.json"} < names

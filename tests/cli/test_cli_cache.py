@@ -35,26 +35,39 @@ def kept(tmp_path, monkeypatch):
     return {"bases": bases / "1", "rows": rows / "2", "vram-check": answers}
 
 
-def test_everything_is_listed_with_its_size_and_last_use(kept):
-    lines = call("cache").stdout.splitlines()
+def test_each_kind_has_a_line_with_its_number_and_size(kept):
+    other = kept["rows"].with_name("3")
+    other.mkdir()
+    (other / "rows.arrow").write_bytes(bytes(2**20))
+    os.utime(other / "rows.arrow", (1.6e9, 1.6e9))
+    assert call("cache").stdout.splitlines() == [
+        "bases           3 MiB  last used 2023-11-14 22:13  1 base",
+        "rows            3 MiB  last used 2023-11-15 22:13  2 data files",
+        "vram-check      1 MiB  last used 2023-11-16 22:13  2 answers",
+        "In all 7 MiB.",
+    ]
+
+
+def test_with_all_everything_is_listed_with_its_size_and_last_use(kept):
+    lines = call("cache", "--all").stdout.splitlines()
     assert [line.split() for line in lines] == [
         ["bases", "1", "3", "MiB", "last", "used", "2023-11-14", "22:13", "a", "base\\x1b[31m,", "NF4"],
         ["rows", "2", "2", "MiB", "last", "used", "2023-11-15", "22:13", "chats.jsonl,", "rows:", "1,200"],
-        ["vram-check", "1", "MiB", "last", "used", "2023-11-16", "22:13", "answers:", "2"],
+        ["vram-check", "1", "MiB", "last", "used", "2023-11-16", "22:13", "2", "answers"],
         ["In", "all", "6", "MiB."],
     ]
 
 
 def test_what_a_kill_left_is_listed_and_deleted(kept):
     (kept["bases"] / "entry.json").unlink()
-    assert call("cache").stdout.splitlines()[0].endswith("incomplete")
+    assert call("cache", "--all").stdout.splitlines()[0].endswith("incomplete")
     assert call("cache", "clean", "bases", "--yes").exit_code == 0
     assert [path.exists() for path in kept.values()] == [False, True, True]
 
 
 def test_nothing_is_deleted_before_the_answer_is_yes(kept):
     refused = CliRunner().invoke(main, ["cache", "clean"], input="n\n")
-    assert (refused.exit_code, refused.stderr) == (130, "Nothing is deleted.\n")
+    assert (refused.exit_code, refused.stdout.splitlines()[-1]) == (0, "Nothing was deleted.")
     assert "Add --yes" in call("cache", "clean").stderr  # no answer on stdin
     assert [path.exists() for path in kept.values()] == [True, True, True]
     agreed = CliRunner().invoke(main, ["cache", "clean"], input="y\n")
@@ -82,7 +95,7 @@ def test_a_second_run_reads_the_base_from_the_cache_and_learns_the_same(shop, mo
     shop.write(training={"max_steps": 3})
     outputs = [shop.run() for _ in range(2)]
     assert ["The 4-bit base is read from the cache" in output.stdout + output.stderr for output in outputs] == [False, True]
-    assert f"{shop.base}, NF4 double, float32" in call("cache").stdout
+    assert f"{shop.base}, NF4 double, float32" in call("cache", "--all").stdout
     first, second = shop.runs()
     losses = [[line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line] for run in (first, second)]
     assert losses[0] == losses[1]

@@ -11,12 +11,14 @@ from click.testing import CliRunner
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from rich.console import Console
 from trained_run import leave_trained
 from workshop import call, read_lines
 
 from qlora_phi3.cli import chat as chat_module
-from qlora_phi3.cli.chat import Conversation, _open_input
+from qlora_phi3.cli.chat import Conversation, WordWriter, _open_input
 from qlora_phi3.cli.main import main
+from qlora_phi3.errors import Terminated
 from qlora_phi3.inference import GREEDY, generate, load_for_inference
 
 
@@ -81,7 +83,15 @@ def test_base_and_tuned_answer_below_each_other_where_there_is_no_terminal(run, 
     assert stdout == f"tuned:\n{printed(answer_of(loaded, 'What is red?'))}\nbase:\n{printed(base)}\n"
 
 
-def test_a_conversation_is_saved_as_a_row_to_train_on_and_never_over_a_file(run, tmp_path, monkeypatch):
+@pytest.fixture
+def red(monkeypatch):
+    """A model that answers `red`, or from the second on what a test appends: the answer and its figures."""
+    answers = []
+    monkeypatch.setattr(Conversation, "_answer", lambda *_: answers.pop(0) if answers else ("red", "1 token, ended by itself"))
+    return answers
+
+
+def test_a_conversation_is_saved_as_a_row_to_train_on_and_never_over_a_file(run, red, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, stderr = converse(run, "/save a.jsonl", "/system Be brief.", "What is red?", "And blue?", "/save a.jsonl", "/save a.jsonl")
     [row] = read_lines(tmp_path / "a.jsonl")
@@ -92,7 +102,30 @@ def test_a_conversation_is_saved_as_a_row_to_train_on_and_never_over_a_file(run,
     assert "a.jsonl exists" in stderr
 
 
-def test_reset_forgets_the_turns_and_keeps_the_system_turn(run, tmp_path, monkeypatch):
+def test_answers_that_are_empty_stopped_or_cut_are_not_saved_which_is_said(run, red, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    red += [
+        ("\n", "1 token, an empty answer: it ended its turn at once"),
+        ("a bl", "stopped"),
+        ("gre", "cut at --max-new-tokens"),
+    ]
+    *_, stderr = converse(run, "1", "/save a.jsonl", "2", "3", "/save a.jsonl", "four", "/save a.jsonl")
+    assert "There is nothing to save yet." in stderr
+    assert "Nothing is written: 2 questions left out, whose answer was stopped or cut." in stderr
+    assert "Written: a.jsonl (2 questions left out, whose answer was stopped or cut)" in stderr
+    [row] = read_lines(tmp_path / "a.jsonl")
+    assert row == {"messages": [{"role": "user", "content": "four"}, {"role": "assistant", "content": "red"}]}
+
+
+def test_the_conversation_goes_on_from_an_answer_that_was_stopped_and_not_from_an_empty_one(loaded, red):
+    red += [("", "an empty answer: it ended its turn at once"), ("a bl", "stopped")]
+    conversation = talk(loaded)
+    conversation.ask("one")
+    conversation.ask("two")
+    assert conversation.messages("tuned") == [{"role": "user", "content": "two"}, {"role": "assistant", "content": "a bl"}]
+
+
+def test_reset_forgets_the_turns_and_keeps_the_system_turn(run, red, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     converse(run, "What is red?", "/reset", "And blue?", "/save a.jsonl", options=("--system", "Be brief."))
     [row] = read_lines(tmp_path / "a.jsonl")
@@ -168,7 +201,7 @@ def test_the_sides_keep_conversations_of_their_own(loaded, capsys):
     conversation = talk(loaded, "base", "tuned")
     conversation.ask("What is red?")
     conversation.ask("And blue?")
-    base, tuned = conversation.turns["base"], conversation.turns["tuned"]
+    base, tuned = conversation.messages("base"), conversation.messages("tuned")
     assert base[0] == tuned[0]
     assert base[1] != tuned[1]
     assert len(base) == len(tuned) == 4
@@ -193,6 +226,33 @@ def test_answers_stand_beside_each_other_on_a_wide_terminal(loaded, capsys, monk
     assert "I am tuned." in line
     assert "\\x1b[2J[red]" in line
     assert "\x1b[2J" not in shown
+
+
+@pytest.mark.parametrize(
+    ("pieces", "columns", "shown"),
+    [
+        (["she ", "i", "s a fie", "rce cat"], 10, "she is a\nfierce cat"),
+        (["\n", " \nred", " ", "\n"], 10, "red"),
+        (["a\n\n  b", " c"], 4, "a\n\n  b\nc"),
+        (["\n", " "], 10, ""),
+        (["12345 67890", "1 x"], 6, "12345\n678901\nx"),
+        (["漢字漢 字漢"], 10, "漢字漢\n字漢"),
+        (["x" * 50, "y"], 20, "x" * 50 + "y"),
+        (["an ", "x" * 25, " b"], 20, "an\n" + "x" * 25 + "\nb"),
+    ],
+)
+def test_a_streamed_answer_has_lines_that_end_between_words(pieces, columns, shown, capsys):
+    writer = WordWriter(Console(width=columns, force_terminal=True))
+    for piece in [*pieces, ""]:
+        writer.write([piece], is_last=not piece)
+    assert capsys.readouterr().out == shown
+
+
+def test_an_empty_answer_on_a_terminal_is_said_to_be_empty(loaded, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(Conversation, "_answer", lambda talk, side, messages, show: show(["\n"]) or ("\n", "figures"))
+    talk(loaded).ask("?")
+    assert capsys.readouterr().out == "(empty)\n"
 
 
 def test_a_run_is_chosen_by_its_number(run, monkeypatch):
@@ -221,7 +281,45 @@ def test_alt_enter_begins_a_line_and_messages_are_remembered(typed, tmp_path):
     assert (tmp_path / "state" / "chat-history").stat().st_mode & 0o077 == 0
 
 
-def test_ctrl_c_clears_a_message_and_at_an_empty_prompt_quits(typed):
+CTRL_C = KeyboardInterrupt
+
+
+def typing(*events):
+    """A function that reads these lines, or raises these errors."""
+    left = iter(events)
+
+    def read():
+        event = next(left)
+        if isinstance(event, type):
+            raise event
+        return event
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("events", "asked", "lines"),
+    [
+        ((CTRL_C, "one", CTRL_C, "two", CTRL_C, CTRL_C, "never read"), ["one", "two"], 3),
+        ((CTRL_C, EOFError), [], 1),
+        (("one", Terminated, "never read"), ["one"], 0),
+    ],
+)
+def test_a_second_ctrl_c_in_a_row_at_the_prompt_ends_the_chat(run, monkeypatch, events, asked, lines):
+    questions = []
+    monkeypatch.setattr(chat_module, "_open_input", lambda: typing(*events))
+    monkeypatch.setattr(Conversation, "ask", lambda _, question: questions.append(question))
+    result = call("chat", str(run))
+    assert (result.exit_code, questions) == (0, asked)
+    assert result.stderr.count("Ctrl-D or /quit ends the chat") == lines
+
+
+def test_sigterm_ends_the_chat_also_during_an_answer(run, monkeypatch):
+    monkeypatch.setattr(Conversation, "ask", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert "/reset" not in converse(run, "What is red?", "/help")[1]
+
+
+def test_ctrl_c_clears_a_message_and_at_an_empty_prompt_is_raised(typed):
     typed.send_text("half\x03all\r\x03")
     read = _open_input()
     assert read() == "all"

@@ -1,5 +1,6 @@
 """The help, the documentation that ships, what Tab offers, and lines on a narrow terminal."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,3 +130,13 @@ def test_an_option_of_the_command_above_is_said_to_come_before():
     assert refused.exit_code == 2
     assert refused.stderr.startswith("Error: --dir comes before show: ")
     assert refused.stderr.endswith(" runs --dir ... show\n")
+
+
+@pytest.mark.parametrize(("given", "value"), [(None, "3000"), ("7", "7")])
+def test_threads_that_wait_soon_give_their_core_away_in_every_command(monkeypatch, given, value):
+    """Generation took five times as long beside two other programs where only `run` set it."""
+    monkeypatch.setenv("GOMP_SPINCOUNT", given or "")
+    if given is None:
+        monkeypatch.delenv("GOMP_SPINCOUNT")
+    CliRunner().invoke(main, ["docs"])
+    assert os.environ["GOMP_SPINCOUNT"] == value

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -13,6 +14,7 @@ from workshop import Workshop, call, read_lines
 
 from qlora_phi3.cli.main import main
 from qlora_phi3.runfolder import LOCK, RunFolder
+from qlora_phi3.ui.console import mean_ends
 from qlora_phi3.ui.runs import Spike, differing_keys, draw_plot, find_spikes, list_summaries
 
 
@@ -164,7 +166,7 @@ def test_delete_asks_and_removes_only_the_runs_that_are_named(here):
     assert refused.exit_code == 2
     assert refused.stderr == "Error: There is no answer, so nothing is deleted. Add --yes to delete without a question.\n"
     refused = CliRunner().invoke(main, ["runs", "delete", "mine/1"], input="n\n")
-    assert (refused.exit_code, refused.stderr) == (130, "Nothing is deleted.\n")
+    assert (refused.exit_code, refused.stdout.splitlines()[-1]) == (0, "Nothing was deleted.")
     assert "runs/mine/1: 3 MiB (adapter, checkpoints" in refused.stdout
     assert first.path.is_dir()
     assert call("runs", "delete", "runs/mine/1", "--yes").stdout.endswith("Deleted runs/mine/1\n")
@@ -174,7 +176,10 @@ def test_delete_asks_and_removes_only_the_runs_that_are_named(here):
 
 def test_delete_refuses_a_group_of_runs_what_is_no_run_and_a_run_that_is_written(here):
     folder = write_run(here / "runs" / "mine" / "1")
+    assert call("runs", "delete", "runs", "--yes").exit_code == 2  # the only one now, but no name of one
+    second = write_run(here / "runs" / "mine" / "2")
     assert call("runs", "delete", "mine", "--yes").exit_code == 2
+    shutil.rmtree(second.path)
     (here / "photos").mkdir()
     assert call("runs", "delete", "photos", "--yes").exit_code == 2
     with FileLock(folder.path / LOCK):
@@ -182,6 +187,33 @@ def test_delete_refuses_a_group_of_runs_what_is_no_run_and_a_run_that_is_written
     assert folder.report.is_file()
     assert call("runs", "delete", "mine/latest", "--yes").exit_code == 0
     assert not folder.path.exists()
+
+
+@pytest.mark.parametrize("name", ["mine", "runs/mine", "mine.toml"])
+def test_the_name_of_a_recipe_with_one_run_deletes_that_run_after_the_question(here, name):
+    folder, other = (write_run(here / "runs" / recipe / "1") for recipe in ("mine", "other"))
+    (here / "mine.toml").touch()
+    asked = CliRunner().invoke(main, ["runs", "delete", name], input="y\n")
+    assert (asked.exit_code, folder.path.exists(), other.path.exists()) == (0, False, True), asked.stderr
+    assert asked.stdout.startswith("runs/mine/1: 3 MiB (adapter")
+
+
+@pytest.mark.parametrize("has_steps", [True, False])
+def test_steps_and_rows_are_listed_where_they_fit_in_the_terminal(here, monkeypatch, has_steps):
+    write_run(here / "runs" / "mine" / "1", seconds=3700)
+    shown = ["RUN     STATUS  STEPS  ROWS   HELD-OUT LOSS     TIME   SIZE", "RUN     STATUS   HELD-OUT LOSS     TIME   SIZE"]
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((len(shown[0]) - (not has_steps), 20)))
+    with monkeypatch.context() as patch:
+        patch.setattr("qlora_phi3.cli.runs.sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
+        assert call("runs").stdout.splitlines()[0] == shown[not has_steps]
+
+
+def test_a_comparison_takes_means_of_the_same_number_of_steps(here):
+    for name, count in (("a", 30), ("b", 50)):
+        write_run(here / "runs" / name / "1", records=[step_record(n, float(n)) for n in range(1, count + 1)])
+    assert mean_ends(range(50))[2] == 5
+    (line,) = [line for line in call("runs", "compare", "a", "b").stdout.splitlines() if "training loss" in line]
+    assert line.split() == ["training", "loss", "(mean", "of", "3)", "2.0000", "->", "29.0000", "2.0000", "->", "49.0000"]
 
 
 def test_without_a_name_the_newest_run_is_shown(here):

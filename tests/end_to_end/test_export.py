@@ -563,7 +563,8 @@ def test_several_types_share_a_folder_and_one_that_rounds_is_not_called_proved(d
     pytest.importorskip("gguf")
     shutil.copytree(exported[1], run / "merged")
     for quant, status in (("f16", "proved"), ("q8_0", "proved_before_quantization")):
-        result = call("export", str(run), "--format", "gguf", "--quant", quant, "--out", str(tmp_path / "all"))
+        result = call("export", str(run), "--quant", quant, "--out", str(tmp_path / "all"))
+        assert f"--quant {quant}: a GGUF is written" in result.stdout
         assert result.exit_code == 0, result.stderr
         assert "which other exports can use" not in result.stdout  # it was there before
         report = read_json(tmp_path / "all" / "export_report.json")
@@ -727,7 +728,7 @@ def empty_base(run, tmp_path):
 
 
 def quantization_without_gguf(run, tmp_path):
-    return ("--quant", "q8_0"), "--format gguf"
+    return ("--quant", "q8_0", "--format", "hf"), "--format hf writes none"
 
 
 def unreadable_size(run, tmp_path):

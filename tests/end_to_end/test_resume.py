@@ -10,8 +10,9 @@ import torch
 from workshop import Workshop, call, read_json, read_lines, write_chats
 
 from qlora_phi3.model import attention
-from qlora_phi3.runfolder import RunFolder, lock_run, write_report
+from qlora_phi3.runfolder import RunFolder, list_runs, lock_run, write_report
 from qlora_phi3.ui.console import describe_ends
+from qlora_phi3.ui.runs import list_summaries
 
 FILES = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 STEPS = 10
@@ -358,6 +359,11 @@ def test_more_steps_can_be_asked_for_of_a_finished_run_in_a_copy_of_it_and_fewer
     result = call("run", "--resume", str(copy))
     assert (result.exit_code, result.stderr) == (0, "")
     assert steps_of(copy) == list(range(1, STEPS + 5))
+    was, now = read_json(folder / "report.json"), read_json(copy / "report.json")
+    assert was["started"] == now["training_began"] < now["started"]
+    assert now["started"] == read_json(copy / "report.json")["started"]
+    assert [RunFolder(folder), RunFolder(copy)] == list_runs(folder.parents[1])
+    assert [summary.path for summary in list_summaries(folder.parents[1])] == [str(copy), str(folder)]
     rates = [record["learning_rate"] for record in read_lines(copy / "metrics.jsonl") if record["kind"] == "train"]
     assert rates[STEPS] > 0  # not the end of the former schedule
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -6,8 +6,9 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
+from qlora_phi3.cli.export import describe_stop
 from qlora_phi3.errors import ExportError
-from qlora_phi3.export.request import ExportOptions, find_reusable, make_request
+from qlora_phi3.export.request import SCORED, ExportOptions, find_reusable, make_request, staging_path
 
 
 @pytest.fixture
@@ -283,3 +284,18 @@ def test_the_held_out_rows_are_needed_for_the_proof_alone(run):
     with pytest.raises(ExportError, match=r"held_out\.jsonl is missing.* --no-verify"):
         ask(run)
     assert ask(run, verify=False)
+
+
+def test_an_interrupted_export_says_what_is_used_again(run):
+    request = ask(run, kind="gguf", quant="q8_0")
+    anew = "Stopped: nothing was written, and the next export begins anew. Start again with the same command."
+    draft = staging_path(request.target)
+    draft.mkdir()
+    for key, says in ((None, anew), ("of another model", anew), (request.key, "The proof is complete and is used again.")):
+        if key is not None:
+            (draft / SCORED).write_text(json.dumps({"key": f"{key} state auto cpu"}), encoding="utf-8")
+        assert says in str(describe_stop(request))
+    (draft / SCORED).write_text("[]", encoding="utf-8")
+    assert str(describe_stop(request)) == anew
+    make_export(request.target, key=request.key, proof={"rows": 1})
+    assert "The merged model is used again" in str(describe_stop(request))

@@ -127,7 +127,14 @@ def row(name: str, trigger: Any, says: tuple[str, ...], hint: str, error: type[U
 
 
 MESSAGES = [
-    row("quant-without-gguf", lambda shop: command("--quant", "q8_0"), ("--quant q8_0",), "--format gguf", UserError),
+    row(
+        "quant-without-gguf",
+        lambda shop: command("--quant", "q8_0", "--format", "hf"),
+        ("--quant q8_0", "--format hf"),
+        "Leave --format out",
+        UserError,
+    ),
+    row("unknown-quant", lambda shop: request(shop, kind="gguf", quant="q4_k_x"), ("--quant 'q4_k_x'",), "q4_k_m"),
     row(
         "several-quants",
         lambda shop: command("--format", "gguf", "--quant", "f16", "--quant", "q8_0"),
@@ -155,7 +162,7 @@ MESSAGES = [
         "no-directory",
         lambda shop: make_request(shop.path / "nowhere", ExportOptions()),
         ("nowhere",),
-        "Train one",
+        "train one",
         RunError,
     ),
     row(

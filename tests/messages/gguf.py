@@ -67,7 +67,6 @@ def row(name: str, trigger: Any, *says: str, hint: str) -> Message:
 
 
 MESSAGES = [
-    row("unknown-quant", lambda shop: check_quant("q4_k_x"), "--quant 'q4_k_x'", hint="q4_k_m"),
     row("gguf-not-installed", lambda shop: check_without("gguf", "f16"), "gguf", hint="pip install"),
     row("quantizer-not-installed", lambda shop: check_without("", "q4_k_m"), "q4_k_m", hint="llama-cpp-py-sync"),
     row(

@@ -226,7 +226,7 @@ MESSAGES = [
         error=UserError,
     ),
     row("eval-stopped", stop_an_evaluation, "nothing was written", hint="same command", error=Interrupted, exit_code=130),
-    row("export-stopped", stop_an_export, "proof is used again", hint="same command", error=Interrupted, exit_code=130),
+    row("export-stopped", stop_an_export, "begins anew", hint="same command", error=Interrupted, exit_code=130),
     row("fit-on-a-full-disk", fit_on_a_full_disk, "fit.toml cannot be written: No space", hint="another file", error=UserError),
     row("data-with-zero-bytes", zero_bytes, "a.jsonl", "zero bytes", hint="UTF-8", error=DataError),
     row("tokenizer-slow", slow_tokenizer, "me/slow has no fast tokenizer", hint="checkpoint that has one", error=ModelError),

@@ -1,9 +1,11 @@
 """Messages about recipe files, `--set`, and the files that a recipe names."""
 
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 
 from message_table import Message
+from run_files import write_run
 
 from qlora_phi3.cli.options import find_recipe
 from qlora_phi3.errors import RecipeError, UserError
@@ -60,6 +62,12 @@ def stored(text, check=use_stored_quantization):
     fp4 = StoredQuantization(quant_type="fp4", double_quant=False, compute_dtype="float16", skip_modules=None)
     architecture = replace(read_architecture("microsoft/phi-4", prefer_shipped=True), stored=fp4)
     return lambda shop: check(load_recipe(shop.write(START + text)), architecture)
+
+
+def name_a_run(shop):
+    write_run(shop.path / "runs" / "mine" / "1")
+    with chdir(shop.path):
+        find_recipe(Path("runs/mine/latest"))
 
 
 MESSAGES = [
@@ -304,6 +312,7 @@ MESSAGES = [
     refused("recipe-python-syntax", load("[lora]\nuse_dora = True"), ("is not TOML",), "TOML writes key = true"),
     refused("recipe-backslash", load('[data]\ntrain = "C:\\Users"'), ("is not TOML",), "Write paths with /"),
     refused("recipe-missing", load_file("chta.toml"), ("chta.toml: there is no such recipe",), "Did you mean chat.toml?"),
+    refused("recipe-is-a-run", name_a_run, ("runs/mine/latest names a run",), "Its recipe: runs/mine/1/recipe.toml"),
     refused("recipe-of-no-name", lambda shop: find_recipe(Path("caht")), ("caht: there is no such file",), "chat, demo"),
     refused("import-of-no-config", import_file("a.yml", "x: 1\n"), ("a.yml has no key of Axolotl",), "Give a config"),
     refused("import-of-no-keys", import_file("a.json", "[1]"), ("a.json holds no keys",), "Give a config"),

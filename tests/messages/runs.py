@@ -38,7 +38,8 @@ def delete_without_an_answer(shop):
 
 
 def delete_a_group(shop):
-    write_run(shop.path / "runs" / "mine" / "1")
+    for name in "12":
+        write_run(shop.path / "runs" / "mine" / name)
     command("delete", "mine", "--yes")
 
 
@@ -91,7 +92,7 @@ MESSAGES = [
         error=RunError,
         exit_code=2,
         says=("mine",),
-        hint="runs/mine/1",
+        hint="runs/mine/2",
     ),
     Message(
         name="run-not-deleted",

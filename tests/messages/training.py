@@ -358,7 +358,7 @@ MESSAGES = [
         error=RunError,
         exit_code=2,
         says=("nowhere", "runs"),
-        hint="Train one",
+        hint="train one",
     ),
     Message(
         name="run-without-report",

@@ -85,6 +85,12 @@ def test_rows_whose_answer_was_cut_are_not_answered_and_the_reason_is_saved_and_
     assert saved["reason"].startswith("Held-out prompts: 2 of 4 rows can be answered: the answer of the others is cut")
 
 
+def test_tokens_are_counted_without_the_stop_id_as_in_chat(answer, lab):
+    stop = int(lab[1].tokenizer.convert_tokens_to_ids(lab[1].template.end_of_turn))
+    saved, _ = answer(answer_questions=lambda inference, questions, *_: [[5, stop], [stop], [5, 6]][: len(questions)])
+    assert [(each["tuned"]["tokens"], each["tuned"]["ended"]) for each in saved["samples"]] == [(1, True), (0, True), (2, False)]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a fault of a library"), ValueError("another")])
 def test_whatever_happens_the_run_goes_on_with_one_warning_which_the_report_has(answer, error):
     def fail(*arguments):

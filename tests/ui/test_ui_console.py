@@ -210,6 +210,16 @@ def test_plain_lines_about_one_work_are_ten_seconds_apart(printed, clock):
     assert printed(act)[0] == ["Reading ...", "Reading: 12 of 24"]
 
 
+def test_the_remaining_time_of_an_evaluation_is_known_after_its_first_batch(clock):
+    terminal = Terminal(clock, 100)
+    terminal.reporter.has_one_bar = True
+    terminal.reporter.progress("Measuring the loss", 0, 30)
+    assert re.fullmatch(r"Measuring the loss \S* +0/30 +0:00:00 -:--:-- left", terminal.lines()[0])
+    clock[0] += 83
+    terminal.reporter.progress("Measuring the loss", 16, 30)
+    assert re.fullmatch(r"Measuring the loss \S* +16/30 +0:01:23 0:01:13 left", terminal.lines()[0])
+
+
 def test_an_export_has_one_bar_which_counts_the_time_of_all_its_parts(clock):
     console = Console(width=100, file=io.StringIO(), force_terminal=True, color_system=None)
     bars = build_progress(console)

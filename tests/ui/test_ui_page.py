@@ -216,3 +216,10 @@ def test_a_prediction_without_phases_is_not_called_none(tmp_path, with_charts):
     assert "Process on a CPU, libraries included 1.00 GiB 1.50 GiB" in text
     assert "Nothing was predicted" not in text
     assert "Nothing was predicted" in Page(write_page(write_run(tmp_path / "b", memory={"measured": memory["measured"]}))).text
+
+
+def test_an_answer_without_text_is_called_as_in_chat(tmp_path):
+    rows = [sample(base={"text": "", "tokens": 1, "ended": True})]
+    shown = write_page(write_run(tmp_path / "mine" / "1", samples=rows, records=[step_record(1)])).read_text(encoding="utf-8")
+    assert "<small>1 token, ended by itself</small>" in shown
+    assert '<pre dir="auto">(empty)</pre>' in shown

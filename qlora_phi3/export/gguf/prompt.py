@@ -172,7 +172,7 @@ def _fit_template(tokenizer: Any, template: str, rule: bool) -> tuple[str, tuple
     }
     for kind, probe in kinds.items():
         if not _reads_alike(tokenizer, rule, template, template, (probe,)):
-            return template, (f"A message that {kind} has other ids in llama.cpp than in training: send no such message there.",)
+            return template, (f"A message that {kind} has other ids in llama.cpp than in training: remove it there.",)
     return template, ()
 
 

@@ -16,19 +16,11 @@ import torch
 from transformers import Phi3Config
 
 from qlora_phi3.errors import ExportError
+from qlora_phi3.export.request import QUANTIZED
 from qlora_phi3.family import tensor_shapes
 from qlora_phi3.model.weights import TensorInfo, Weights
 from qlora_phi3.reporter import Progress
 
-#: Types that the gguf package itself can write, largest first.
-PLAIN = ("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-#: llama.cpp's file types that need no importance matrix, and the bits of a weight, averaged over all weights of Llama-3.1-8B
-#: with its embedding and head (the table in llama.cpp's tools/quantize/README.md).
-QUANTIZED = {
-    "q2_k": 3.16, "q3_k_s": 3.64, "q3_k_m": 4.00, "q3_k_l": 4.30, "iq4_xs": 4.46, "iq4_nl": 4.68,
-    "q4_k_s": 4.67, "q4_k_m": 4.89, "q5_k_s": 5.57, "q5_k_m": 5.70, "q6_k": 6.56,
-}  # fmt: skip
-QUANTS = (*PLAIN, *QUANTIZED)
 #: Packages that have llama.cpp's library in their folder: the first is prebuilt, the second is built when it is installed.
 PACKAGES = ("llama_cpp_py_sync", "llama_cpp")
 #: Names the library itself; llama-cpp-py-sync reads it too.
@@ -155,9 +147,7 @@ def encode(plan: TensorPlan, weights: Weights) -> Iterator[bytes]:
 
 
 def check_quant(quant: str) -> None:
-    """Raise ExportError for an unknown type, or one whose library is not installed."""
-    if quant not in QUANTS:
-        raise ExportError(f"There is no --quant '{quant}'.", f"The names: {', '.join(QUANTS)}.")
+    """Raise ExportError for a type whose library is not installed."""
     check_package()
     if quant in QUANTIZED:
         find_library(quant)

@@ -13,8 +13,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from qlora_phi3.data.tokenizer import load_tokenizer
 from qlora_phi3.errors import ExportError
 from qlora_phi3.export.gguf.prompt import Prompting, plan_prompting
-from qlora_phi3.export.gguf.tensors import QUANTIZED, TensorPlan, encode, plan_tensors, quantize_file
+from qlora_phi3.export.gguf.tensors import TensorPlan, encode, plan_tensors, quantize_file
 from qlora_phi3.export.gguf.vocab import LIMITS, Vocabulary, read_vocabulary
+from qlora_phi3.export.request import QUANTIZED
 from qlora_phi3.export.writer import check_disk
 from qlora_phi3.family import parse_architecture, read_config
 from qlora_phi3.files import atomic_file, disk_errors

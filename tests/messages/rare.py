@@ -1,5 +1,6 @@
 """Messages about states that are hard to reach: another program's fault, a signal, a file that is damaged meanwhile."""
 
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
@@ -128,19 +129,19 @@ def stopped_before_a_checkpoint(_):
         raise view.interruption(None)
 
 
+#: The name of the directory of a run that starts at the second below, in any time zone.
+SECOND = "2026-01-02_03-04-05"
+
+
 def runs_of_one_second(shop):
     for number in range(1, 100):
-        (shop.path / "runs" / "my" / ("now" if number == 1 else f"now-{number}")).mkdir(parents=True)
-    with pytest.MonkeyPatch.context() as changed:
-        changed.setattr("qlora_phi3.runfolder.time.strftime", lambda _: "now")
-        create_run_folder(shop.path / "runs", "my")
+        (shop.path / "runs" / "my" / (SECOND if number == 1 else f"{SECOND}-{number}")).mkdir(parents=True)
+    create_run_folder(shop.path / "runs", "my", datetime(2026, 1, 2, 3, 4, 5).astimezone())
 
 
 def run_folder_is_a_file(shop):
-    export.put(shop.path / "runs" / "my" / "now")
-    with pytest.MonkeyPatch.context() as changed:
-        changed.setattr("qlora_phi3.runfolder.time.strftime", lambda _: "now")
-        create_run_folder(shop.path / "runs", "my")
+    export.put(shop.path / "runs" / "my" / SECOND)
+    create_run_folder(shop.path / "runs", "my", datetime(2026, 1, 2, 3, 4, 5).astimezone())
 
 
 def start(shop, rows=4, names="AB", **config):
@@ -256,5 +257,5 @@ MESSAGES = [
         error=ModelError,
     ),
     row("run-folder-99-of-a-second", runs_of_one_second, "99 runs of this second", hint="Try again", error=RunError),
-    row("run-folder-is-a-file", run_folder_is_a_file, "now is a file", hint="output_dir", error=RunError),
+    row("run-folder-is-a-file", run_folder_is_a_file, f"{SECOND} is a file", hint="output_dir", error=RunError),
 ]

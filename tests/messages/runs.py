@@ -69,7 +69,7 @@ def too_slow():
 def generation_fails(shop):
     """The warning that the reporter gets."""
     heard = []
-    reporter = SimpleNamespace(progress=lambda *arguments: None, warning=heard.append)
+    reporter = SimpleNamespace(progress=lambda *arguments: None, info=print, warning=heard.append)
     recipe = SimpleNamespace(training=SimpleNamespace(report_samples=1))
     context = SimpleNamespace(reporter=reporter, recipe=recipe, data=SimpleNamespace(evaluation=[None]))
     with mock.patch.object(samples, "_answer_with_both", side_effect=ValueError("no such cache")):

@@ -185,6 +185,7 @@ class Lab:
 
         def train(recipe, name, base_folder, **kwargs):
             folder = run.runfolder.create_run_folder(Path(recipe.training.output_dir), name)
+            folder.report.write_text('{"status": "done"}', encoding="utf-8")
             seen.append(folder.path.parent)
             return run.RunResult(folder=folder, steps=0, loss_before=None, loss_after=None, seconds=0.0)
 

@@ -193,7 +193,7 @@ def cpu_table(rows: Sequence[Row]) -> str:
             f"| {_differences(row)} | {_mib(row['predicted_bytes'])} | {_mib(row['measured_bytes'])} "
             f"| {float(row['error_percent']):+.2f} % | {process} |"
         )
-    about = f"{rows[-1]['date']}, {rows[-1]['machine']}, {rows[-1]['versions']}."
+    about = "  \n".join(dict.fromkeys(f"{row['date']}, {row['machine']}, {row['versions']}." for row in reversed(rows)))
     return f"{summary(rows)}\n\n" + "\n".join(lines) + f"\n\n{about}" if rows else "No CPU row has been measured yet."
 
 

@@ -289,7 +289,7 @@ def test_without_a_driver_the_recipe_is_checked_for_the_processor_which_a_run_wo
     assert lines[1] == "a CPU, 2 cores: 12.00 GiB of 16.00 GiB free"
     for text in (
         "Used by other processes: 4.00 GiB",
-        "6.00 GiB each",
+        "A run may use half of it: 6.00 GiB\n",
         "It fits the budget",
         'optim = "adamw_torch"',
         "Tensors: ",

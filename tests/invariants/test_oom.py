@@ -143,7 +143,7 @@ def test_memory_that_runs_out_at_random_through_a_run_leaves_the_weights_as_they
     trial.train(execution, *(RunOutAt() for _ in at))
     expected = trial.weights()
     guard, records = trial.train(execution, *map(RunOutAt, at))
-    assert guard.num_recovered == len(records) == sum(map(len, at)) > 3
+    assert guard.num_recovered == len(records) == sum(map(len, at)) > 2
     assert {record.remedy for record in records} >= {"again", "split"}
     assert relative_difference(expected, trial.weights()) < 1e-5
 

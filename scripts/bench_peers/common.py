@@ -33,13 +33,14 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpointing", choices=("on", "off", "auto"), required=True)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--core", type=int, help="run on this core only, where the system can")
+    parser.add_argument("--core", type=int, help="without a GPU: run on this core only, where the system can")
+    parser.add_argument("--gpu-gib", type=float, help="train on the GPU, and take so much of it at most")
     return parser
 
 
 def pin(arguments: argparse.Namespace) -> None:
-    """Bind the process to its core."""
-    if arguments.core is not None and hasattr(os, "sched_setaffinity"):
+    """Bind the process to its core, where it does not train on the GPU."""
+    if not arguments.gpu_gib and arguments.core is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {arguments.core})
 
 
@@ -50,14 +51,39 @@ def read_arguments() -> argparse.Namespace:
     return arguments
 
 
+def limit_torch(arguments: argparse.Namespace) -> None:
+    """Let torch take one thread, or its share of the GPU."""
+    import torch
+
+    if not arguments.gpu_gib:
+        torch.set_num_threads(1)
+        return
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.gpu_gib * 2**30 / total))
+
+
+def device_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a peer's SFTConfig has on a CPU: a step's rows at once; and on a GPU: one row at once, 8-bit AdamW."""
+    if not arguments.gpu_gib:
+        return {"use_cpu": True, "optim": "adamw_torch", "per_device_train_batch_size": arguments.batch_size}
+    batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": arguments.batch_size}
+    return {"optim": "adamw_8bit", **batch}
+
+
 def read_rows(path: Path) -> list[dict[str, list[int]]]:
     """Read the rows all contenders train on: `input_ids` and `labels` (-100 where unsupervised)."""
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
-def peak_memory_bytes() -> int:
-    """The process's high-water mark of resident memory since it started, imports and loading included."""
+def peak_memory_bytes(*, on_gpu: bool) -> int:
+    """The process's high-water mark of resident memory since it started, imports and loading included; or that of what torch's
+    allocator reserved on the GPU.
+    """
+    if on_gpu:
+        import torch
+
+        return torch.cuda.max_memory_reserved()
     try:
         import resource
     except ImportError:  # Windows
@@ -68,22 +94,33 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def step_clock() -> Any:
+def step_clock(arguments: argparse.Namespace) -> Any:
     """A TrainerCallback whose `steps` holds wall seconds, processor seconds, loss and gradient norm of every step."""
     from transformers import TrainerCallback
+
+    on_gpu = bool(arguments.gpu_gib)
+
+    def wait_for_gpu() -> None:
+        if on_gpu:
+            import torch
+
+            torch.cuda.synchronize()
 
     class StepClock(TrainerCallback):
         def __init__(self) -> None:
             self.steps: list[dict[str, float]] = []
-            self.peak_before_training_bytes = 0
+            self.peak_before_training_bytes = self.peak_bytes = 0
 
         def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
-            self.peak_before_training_bytes = peak_memory_bytes()
+            self.peak_before_training_bytes = peak_memory_bytes(on_gpu=on_gpu)
 
         def on_step_begin(self, *_args: Any, **_kwargs: Any) -> None:
+            wait_for_gpu()
             self._wall, self._cpu = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
+            wait_for_gpu()
+            self.peak_bytes = max(self.peak_bytes, peak_memory_bytes(on_gpu=on_gpu))  # a program may reset the GPU's
             self.steps.append({"step_seconds": time.perf_counter() - self._wall, "cpu_seconds": time.process_time() - self._cpu})
 
         def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, Any], **_kwargs: Any) -> None:
@@ -116,7 +153,7 @@ def write_result(arguments: argparse.Namespace, contender: str, clock: Any) -> N
         "compute": arguments.compute,
         "checkpointing": arguments.checkpointing,
         "steps": clock.steps,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": max(clock.peak_bytes, peak_memory_bytes(on_gpu=bool(arguments.gpu_gib))),
         "peak_before_training_bytes": clock.peak_before_training_bytes,
         "versions": {name: found for name in LIBRARIES if (found := version_of(name))},
     }

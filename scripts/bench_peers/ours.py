@@ -42,6 +42,11 @@ disable_tqdm = true
 seed = 42
 output_dir = {output}
 """
+ON_GPU = """
+optim = "adamw_8bit"
+[memory]
+budget = "{gpu_gib}GiB"
+"""
 
 
 def write_recipe() -> Path:
@@ -57,6 +62,8 @@ def write_recipe() -> Path:
         checkpointing=json.dumps({"on": True, "off": False}.get(arguments.checkpointing, "auto")),
         output=json.dumps(str(arguments.work / "runs")),
     )
+    if arguments.gpu_gib:
+        text += ON_GPU.format(gpu_gib=arguments.gpu_gib)
     path = arguments.work / "bench.toml"
     path.write_text(text, encoding="utf-8")
     return path
@@ -94,7 +101,7 @@ def watch(clock: Any) -> None:
 def main() -> None:
     """Run the command line in this process, so that its high-water mark is measured like everyone's."""
     recipe = write_recipe()
-    clock = step_clock()
+    clock = step_clock(arguments)
     watch(clock)
     from qlora_phi3.cli.main import main as command
 

@@ -1,10 +1,10 @@
 """TRL's SFTTrainer as `trl sft` builds it, on rows tokenised beforehand. One contender of bench_train.py."""
 
 import torch
-from common import load_initial_adapter, read_arguments, read_rows, step_clock, write_result
+from common import device_settings, limit_torch, load_initial_adapter, read_arguments, read_rows, step_clock, write_result
 
 arguments = read_arguments()
-torch.set_num_threads(1)
+limit_torch(arguments)
 
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
@@ -15,21 +15,18 @@ compute = getattr(torch, arguments.compute)
 quantization = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
 )
-clock = step_clock()
+clock = step_clock(arguments)
 trainer = SFTTrainer(
     model=str(arguments.base),
     args=SFTConfig(
         output_dir=str(arguments.work),
-        model_init_kwargs={"dtype": "float32"},
-        use_cpu=True,
+        model_init_kwargs={"dtype": "bfloat16" if arguments.gpu_gib else "float32"},
         bf16=arguments.compute == "bfloat16",
         fp16=False,
-        per_device_train_batch_size=arguments.batch_size,
         num_train_epochs=1,
         max_length=arguments.max_length,
         learning_rate=2e-4,
         lr_scheduler_type="constant",
-        optim="adamw_torch",
         weight_decay=0.0,
         max_grad_norm=1.0,
         gradient_checkpointing=arguments.checkpointing == "on",
@@ -38,6 +35,7 @@ trainer = SFTTrainer(
         save_strategy="no",
         report_to="none",
         seed=42,
+        **device_settings(arguments),
     ),
     train_dataset=Dataset.from_list(read_rows(arguments.rows)),
     quantization_config=quantization if arguments.quantization == "nf4" else None,

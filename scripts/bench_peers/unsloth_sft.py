@@ -1,6 +1,6 @@
-"""Unsloth on a CPU, by its own path, on rows tokenised beforehand. One contender of bench_train.py."""
+"""Unsloth by its own path, on rows tokenised beforehand. One contender of bench_train.py."""
 
-from common import load_initial_adapter, read_arguments, read_rows, step_clock, write_result
+from common import device_settings, limit_torch, load_initial_adapter, read_arguments, read_rows, step_clock, write_result
 
 arguments = read_arguments()
 
@@ -10,7 +10,7 @@ from datasets import Dataset  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 from unsloth import FastLanguageModel  # noqa: E402
 
-torch.set_num_threads(1)
+limit_torch(arguments)
 model, tokenizer = FastLanguageModel.from_pretrained(
     str(arguments.base),
     dtype=getattr(torch, arguments.compute),
@@ -27,21 +27,18 @@ model = FastLanguageModel.get_peft_model(
     random_state=42,
 )
 load_initial_adapter(model, arguments.adapter)
-clock = step_clock()
+clock = step_clock(arguments)
 trainer = SFTTrainer(
     model=model,
     processing_class=tokenizer,
     args=SFTConfig(
         output_dir=str(arguments.work),
-        use_cpu=True,
         bf16=arguments.compute == "bfloat16",
         fp16=False,
-        per_device_train_batch_size=arguments.batch_size,
         num_train_epochs=1,
         max_length=arguments.max_length,
         learning_rate=2e-4,
         lr_scheduler_type="constant",
-        optim="adamw_torch",
         weight_decay=0.0,
         max_grad_norm=1.0,
         gradient_checkpointing=arguments.checkpointing == "on",
@@ -50,6 +47,7 @@ trainer = SFTTrainer(
         save_strategy="no",
         report_to="none",
         seed=42,
+        **device_settings(arguments),
     ),
     train_dataset=Dataset.from_list(read_rows(arguments.rows)),
     callbacks=[clock],

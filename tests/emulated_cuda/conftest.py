@@ -12,13 +12,14 @@ if not IS_EMULATED:
 @pytest.fixture(scope="session")
 def make_base(tmp_path_factory, base):
     """A function: the folder of a sparse base by its name and layers, made once."""
-    from sparse_base import write_sparse_base
+    from memory_bench.base import write_base
 
     made = {}
 
     def make(layers=0, name="microsoft/Phi-3-mini-128k-instruct"):
         if (name, layers) not in made:
-            made[name, layers] = write_sparse_base(tmp_path_factory.mktemp("sparse") / "base", name, base, layers)
+            folder = tmp_path_factory.mktemp("sparse") / "base"
+            made[name, layers] = write_base(folder, name, base, layers, is_sparse=True)
         return made[name, layers]
 
     return make

@@ -1,11 +1,13 @@
 """Runs and exports by the command line, on a card that is large enough and on one that is not: `python3 scripts/test_cuda.py`.
 
-The bases are sparse files (sparse_base.py). No value is computed: a proof fails always, and only memory and branches are tested.
+The bases are sparse files (memory_bench/base.py). No value is computed: a proof fails always; memory and branches are tested.
 """
 
+import csv
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from program import MIB, read_json, write_rows
@@ -13,6 +15,7 @@ from program import MIB, read_json, write_rows
 from qlora_phi3.errors import ProofError, UserError
 from qlora_phi3.memory.cuda_path import context_bytes
 
+BENCH = Path(__file__).parents[2] / "scripts" / "bench_train.py"
 FEW = {"eval_strategy": "no", "max_steps": 2, "batch_size": 2}
 #: The plan that needs the least, so that none is searched for.
 LEAST = {"checkpoint_every_n_layers": 1, "mlp_tile_tokens": 2048, "micro_batch_tokens": 64}
@@ -137,3 +140,24 @@ def test_an_export_scores_as_many_tokens_as_the_card_has_memory_for(workplace):
     assert not list(shop.path.glob("exported200*"))
     assert tokens[4000] > 3900
     assert 900 < tokens[900] < 1024
+
+
+@pytest.mark.slow
+def test_the_comparison_with_trl_on_a_gpu_runs(base, tmp_path):
+    """Here no value is computed, so that our own run ends at its first step, for want of a gradient."""
+    chats, table = tmp_path / "chats.jsonl", tmp_path / "table.csv"
+    write_rows(chats, [40, 90])
+
+    def compare(program):
+        size = ("--model", "microsoft/Phi-3-mini-4k-instruct", "--layers", 2, "--gpu-gib", 6, "--max-length", 256)
+        options = ("--base", base, "--data", chats, "--csv", table, "--rounds", 1, "--steps", 2, "--programs", program)
+        emulated = os.environ | {"EMU_NONZERO": "200"}  # supervised positions of a row
+        command = map(str, (sys.executable, BENCH, *options, *size))
+        return subprocess.run(list(command), env=emulated, capture_output=True, text=True, check=False)
+
+    ours, trl = compare("qlora-phi3"), compare("trl")
+    assert "The gradient of step 1 is exactly zero" in ours.stdout + ours.stderr
+    assert trl.returncode == 0, trl.stdout + trl.stderr
+    [row] = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+    assert [row["contender"], row["tokens"]] == ["trl", str(2 * 4 * 256)]
+    assert 500 * MIB < int(row["peak_memory_bytes"]) <= 6 * 1024 * MIB

@@ -1,18 +1,25 @@
-"""A base of full size that takes no disk space: safetensors of zeros, as a file with a hole.
+"""A base of full size without a download: with random weights, or as safetensors of zeros, a file with a hole, on no disk space.
 
-On the emulated card its weights are copied by nobody, so that the whole program loads, quantizes and trains a model of full size.
+On the emulated card nobody copies its weights, so that the whole program loads, quantizes and trains a model of full size.
 """
 
 import json
 import shutil
 import struct
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
+from typing import IO
+
+import numpy as np
 
 from qlora_phi3.family import known_config
 
+#: Random weights that are drawn; a larger tensor repeats them.
+DRAWN = 2**24
 
-def write_sparse_base(folder: Path, name: str, tokenizer: Path, layers: int = 0) -> Path:
+
+def write_base(folder: Path, name: str, tokenizer: Path, layers: int = 0, *, is_sparse: bool = False) -> Path:
     """Write the base `name` with the tokenizer of another base's folder; of so many layers, 0: all."""
     config = dict(known_config(name))
     config["num_hidden_layers"] = layers or config["num_hidden_layers"]
@@ -45,8 +52,22 @@ def write_sparse_base(folder: Path, name: str, tokenizer: Path, layers: int = 0)
             shutil.copy(file, folder)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + offset)
+        if is_sparse:
+            file.truncate(8 + len(text) + offset)
+        else:
+            write_weights(file, shapes)
     config |= {"architectures": ["Phi3ForCausalLM"], "torch_dtype": "bfloat16"}
     config |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     return folder
+
+
+def write_weights(file: IO[bytes], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Matrices as transformers initialises them, and norms of one, in bf16."""
+    drawn = np.random.default_rng(0).normal(0, 0.02, DRAWN).astype(np.float32)
+    drawn_bf16 = (drawn.view(np.uint32) >> 16).astype(np.uint16)
+    one_bf16 = np.uint16(0x3F80)
+    for shape in shapes.values():
+        values = drawn_bf16 if len(shape) > 1 else np.full(shape, one_bf16)
+        for start in range(0, prod(shape), len(values)):
+            values[: prod(shape) - start].tofile(file)

@@ -13,7 +13,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import chain, islice
@@ -38,8 +38,10 @@ from qlora_phi3.units import format_count
 
 #: Rows that are tokenised at once.
 BATCH_ROWS = 256
-#: Batches that are read and rendered before the ids of the first are taken.
-BATCHES_AHEAD = 2
+#: Batches that are tokenized at once, each in a thread of its own. One thread renders and writes; it has no work for more.
+THREADS = min(4, os.cpu_count() or 1)
+#: By this variable tokenizers is told whether to start threads.
+PARALLELISM = "TOKENIZERS_PARALLELISM"
 ROWS_NAME, REPORT_NAME = "rows.arrow", "report.json"
 #: Of an entry that is being written: the report so far, and the rows of an earlier session until they are copied.
 STATE_NAME, FORMER_NAME = "state.json", "former.arrow"
@@ -265,9 +267,10 @@ def _tokenize_batches(
     report: SourceReport,
 ) -> Batches:
     """The rows of a part, until `report` has counted `max_rows` that are kept."""
-    most, ahead = (float("inf"), BATCHES_AHEAD) if max_rows is None else (max_rows, 0)
+    most, ahead = (float("inf"), 2 * THREADS) if max_rows is None else (max_rows, 0)
     pending: deque[tuple[int, Future[list[tuple[int, Ids, Ids]]]]] = deque()
-    with ThreadPoolExecutor(1) as pool:  # tokenizers releases Python's lock: meanwhile this thread reads, renders and writes
+    # tokenizers releases Python's lock: meanwhile this thread reads, renders and writes.
+    with ThreadPoolExecutor(THREADS) as pool, one_thread_a_batch(config.tokenizer) if ahead else nullcontext():
         while batch := list(islice(examples, int(min(BATCH_ROWS, most - report.rows_kept)))):
             rendered, is_chat = _render_batch(batch, config, special, report), isinstance(batch[0][1], Chat)
             tokenized = pool.submit(_tokenize_batch, rendered, is_chat, config.tokenizer, special)
@@ -277,6 +280,23 @@ def _tokenize_batches(
                 yield rows_read, tokenized.result()
         for rows_read, tokenized in pending:
             yield rows_read, tokenized.result()
+
+
+@contextmanager
+def one_thread_a_batch(tokenizer: Any) -> Iterator[None]:
+    """Let tokenizers encode a batch in the thread that asks for it, not in threads of its own: what they allocate is freed by
+    another thread, which takes 10 to 15 % longer (docs/log.md).
+    """
+    backend, before = tokenizer.backend_tokenizer, os.environ.get(PARALLELISM)
+    backend.no_padding()  # else the first call does it, which fails ("Already borrowed") while another thread encodes
+    backend.no_truncation()
+    os.environ[PARALLELISM] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[PARALLELISM]
+        if before is not None:
+            os.environ[PARALLELISM] = before
 
 
 def _read_batches(rows: Any) -> Iterator[Iterable[tuple[int, Ids, Ids]]]:

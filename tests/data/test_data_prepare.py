@@ -1,6 +1,7 @@
 """From files to rows on disk: splits, truncation, what is counted, what is refused, and the cache."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -368,6 +369,7 @@ def interrupt_after(monkeypatch, batches):
         return tokenize_batch(rendered, *arguments)
 
     monkeypatch.setattr(tokenize, "_tokenize_batch", work)
+    monkeypatch.setattr(tokenize, "THREADS", 1)  # else one thread counts while another does
     return tokenized
 
 
@@ -396,6 +398,25 @@ def test_an_interrupted_preparation_goes_on_where_it_was_saved(prepare_in, tmp_p
     assert sorted(path.name for path in first.iterdir()) == sorted(path.name for path in second.iterdir()) == [
         "report.json", "rows.arrow",
     ]  # fmt: skip
+
+
+def test_batches_are_tokenized_in_threads_as_in_one_without_the_tokenizers_own_padding(prepare_in, tmp_path, monkeypatch):
+    build_plain = build_tokenizer
+
+    def build(template):
+        tokenizer = build_plain(template)
+        tokenizer.backend_tokenizer.enable_padding(length=64)
+        tokenizer.backend_tokenizer.enable_truncation(8)
+        return tokenizer
+
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    rows = [row(f"ask {n} " * (n % 7 + 1)) for n in range(3000)]
+    monkeypatch.setattr(tokenize, "THREADS", 1)
+    expected = prepare_in(save(tmp_path / "a.jsonl", rows))
+    monkeypatch.setattr(tokenize, "THREADS", 4)
+    monkeypatch.setattr(sys.modules[__name__], "build_tokenizer", build)
+    assert prepare_in(save(tmp_path / "b.jsonl", rows)).train[:] == expected.train[:]
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
 
 
 def test_a_failed_reading_leaves_no_entry_in_the_cache(prepare_in, tmp_path):

@@ -131,7 +131,7 @@ def prepare_ours(base: Path) -> Any:
 
     def prepare(file: Path) -> tuple[int, int]:
         options = {"evaluate": True, "tokenizer": tokenizer, "template": choose_template(tokenizer), "base_dir": Path()}
-        report = prepare_datasets(Data(train=str(file)), max_length=MAX_LENGTH, **options).report
+        report = prepare_datasets(Data(train=str(file)), max_length=MAX_LENGTH, progress=lambda *_: None, **options).report
         return report.rows_kept, report.tokens
 
     return prepare

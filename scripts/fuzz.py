@@ -403,6 +403,7 @@ def prepare_rows(fuzz: Fuzz, name: str, **keys: Any) -> None:
     from qlora_phi3.recipe.schema import Data
 
     loaded, chosen = load_undamaged(fuzz.base)
+    os.environ["HF_DATASETS_CACHE"] = str(fuzz.folder / "cache")
     prepare_datasets(
         Data(train=name, **keys),
         max_length=64,
@@ -410,7 +411,7 @@ def prepare_rows(fuzz: Fuzz, name: str, **keys: Any) -> None:
         tokenizer=loaded,
         template=chosen,
         base_dir=fuzz.folder,
-        cache_dir=fuzz.folder / "cache",
+        progress=lambda *_: None,
     )
 
 

@@ -57,7 +57,7 @@ def test_a_recipe_that_ships_and_whose_data_is_missing_gets_the_usual_error(shop
     copied = shutil.copy(shipped_files("recipes", "toml")["demo"], shop.path / "installed" / "demo.toml")
     monkeypatch.setattr("qlora_phi3.cli.options.shipped_files", lambda *_: {"demo": copied})
     result = call("run", "demo")
-    assert (result.exit_code, "There is no file" in result.stderr) == (2, True)
+    assert (result.exit_code, "There is no data file" in result.stderr) == (2, True)
 
 
 def test_fit_writes_into_the_working_directory_what_it_fits_of_a_recipe_that_ships(shop, monkeypatch):

@@ -10,10 +10,9 @@ import click
 from qlora_phi3.cli.options import complete_run, debug_option, watching
 from qlora_phi3.cli.output import echo
 from qlora_phi3.errors import RunError, UserError
-from qlora_phi3.runfolder import find_model
 
 if TYPE_CHECKING:
-    from qlora_phi3.adapters.convert import Base, Converted
+    from qlora_phi3.adapters.convert import Base
     from qlora_phi3.adapters.loralib import Spec
     from qlora_phi3.family import Architecture
 
@@ -70,28 +69,26 @@ def convert(source: Path, target: Path, form: str, force: bool, **given: Any) ->
         if value and name not in OPTIONS[form]:
             raise UserError(f"--{name} has no meaning for --to {form}.", "Leave it out.")
     if not source.is_file() and not (source / "adapter_config.json").is_file():
+        from qlora_phi3.runfolder import find_model
+
         with suppress(RunError):  # what reads it says what it lacks
             source = find_model(str(source))
-    converted = _convert(source, target, form, given, force=force)
-    echo(
-        f"Checked: scaling * B A of {converted.num_layers} layers, as read and as written: largest relative difference "
-        f"{converted.largest_difference:.1e} ({converted.worst_layer})"
-    )
-    echo("\n".join((*converted.notes, f"Written: {converted.target}")))
-
-
-def _convert(source: Path, target: Path, form: str, given: Mapping[str, Any], *, force: bool) -> "Converted":
-    """Call the conversion, with its progress on stderr."""
     with watching() as watcher:
         watcher.info("Starting torch and peft")
         from qlora_phi3.adapters import convert as conversions
 
         watcher.info(f"Converting {source}")
         if form in ("fused", "split"):
-            return conversions.change_fusion(source, target, fused=form == "fused", base=given["base"], force=force)
-        base = conversions.read_base(given["base"]) if given["base"] else None
-        translate = conversions.loralib_to_peft if form == "peft" else conversions.peft_to_loralib
-        return translate(source, target, _read_spec(source, form, given, base), base=base, force=force)
+            converted = conversions.change_fusion(source, target, fused=form == "fused", base=given["base"], force=force)
+        else:
+            base = conversions.read_base(given["base"]) if given["base"] else None
+            translate = conversions.loralib_to_peft if form == "peft" else conversions.peft_to_loralib
+            converted = translate(source, target, _read_spec(source, form, given, base), base=base, force=force)
+    echo(
+        f"Checked: scaling * B A of {converted.num_layers} layers, as read and as written: largest relative difference "
+        f"{converted.largest_difference:.1e} ({converted.worst_layer})"
+    )
+    echo("\n".join((*converted.notes, f"Written: {converted.target}")))
 
 
 def _read_spec(source: Path, form: str, given: Mapping[str, Any], base: "Base | None") -> "Spec":

@@ -1,27 +1,27 @@
 """`qlora-phi3 cache`: what is kept on the disk to be faster the next time, and deleting it."""
 
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
 from qlora_phi3.cli.options import debug_option
 from qlora_phi3.cli.output import confirm
 from qlora_phi3.errors import RunError, UserError, printable
+from qlora_phi3.units import format_count, format_gib
 
 #: The kinds of what is kept, as a person names them, and what there are several of.
 KINDS = {"bases": "base", "rows": "data file", "vram-check": "answer"}
 
 
-@dataclass(frozen=True, slots=True)
-class CacheEntry:
+class CacheEntry(NamedTuple):
     """A directory of what is kept, and can be made again."""
 
     kind: str
     path: Path
     text: str  #: What it holds; empty for answers, which have no names.
-    count: int  #: 1, or the answers in it.
+    number: int  #: 1, or the answers in it.
     size_bytes: int
     used: float  #: When it was last read or written, in seconds since 1970.
 
@@ -72,13 +72,12 @@ def clean(kinds: tuple[str, ...], yes: bool) -> None:
 def show(entries: list[CacheEntry], *, each: bool = False) -> None:
     """Print a line for each kind, or for `each` entry, and the sum."""
     from qlora_phi3.ui.page import show_size
-    from qlora_phi3.units import format_count, format_gib
 
     groups = [[entry] for entry in entries] if each else [[entry for entry in entries if entry.kind == kind] for kind in KINDS]
     for group in filter(None, groups):
         first, size = group[0], show_size(sum(entry.size_bytes for entry in group))  # the first is the last used
         used = datetime.fromtimestamp(first.used).strftime("%Y-%m-%d %H:%M")
-        text = format_count(sum(entry.count for entry in group), KINDS[first.kind])
+        text = format_count(sum(entry.number for entry in group), KINDS[first.kind])
         name, text = (f"{first.path.name[:8]:<8}  {size:>9}", first.text) if each and first.text else (f"{size:>9}", text)
         click.echo(printable(f"{first.kind:<10}  {name}  last used {used}  {text}"))
     click.echo(f"In all {format_gib(sum(entry.size_bytes for entry in entries))}." if entries else "Nothing is kept.")

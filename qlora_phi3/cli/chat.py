@@ -1,12 +1,10 @@
 """`qlora-phi3 chat`: talk to a trained model, alone or beside its base."""
 
-import json
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +14,6 @@ import click
 from qlora_phi3.cli.options import base_option, check_sampling, complete_run, debug_option, sampling_options, silence_libraries
 from qlora_phi3.cli.output import ask_number, echo
 from qlora_phi3.errors import RunError, Terminated, UserError, printable, quoted
-from qlora_phi3.files import atomic_write, user_state_dir
-from qlora_phi3.runfolder import NO_RUNS, RunFolder, find_model
 from qlora_phi3.units import format_count
 
 if TYPE_CHECKING:
@@ -62,14 +58,14 @@ def chat(run: str | None, prompt: str | None, compare: bool, base: Path | None, 
 
     RUN is a run, the name of a recipe (its newest run), a PEFT adapter, an export, or a base; without it the runs are listed.
     """
+    from qlora_phi3.runfolder import RunFolder, find_model
+
     wanted = check_sampling(options)
     path = find_model(run if run is not None else _choose_run())
     if compare and not RunFolder(path).adapter.is_dir() and not (path / "adapter_config.json").is_file():
         raise UserError(f"{path} has no adapter: there is nothing to compare.", "Leave --compare out, or give a run.")
     if prompt is not None and not (prompt := _as_unicode(sys.stdin.read() if prompt == "-" else prompt).strip()):
         raise UserError("The prompt is empty.", "Write the question after --prompt.")
-
-    from rich.console import Console
 
     from qlora_phi3.ui.console import Watcher
 
@@ -84,10 +80,7 @@ def chat(run: str | None, prompt: str | None, compare: bool, base: Path | None, 
         inference = load_for_inference(path, base=base, progress=watcher.progress)
     seed = torch.seed() % 2**62 if options["seed"] is None else options["seed"]
     system = _trained_system(path) if options["system"] is None else _as_unicode(options["system"])
-    sides = ("base", "tuned") if compare else ("tuned",)
-    if compare and not is_beside(Console(), sides):
-        sides = ("tuned", "base")  # below each other, the base's long answer comes last
-    talk = Conversation(inference, sampling(**wanted), options["max_new_tokens"], seed, sides, system)
+    talk = Conversation(inference, sampling(**wanted), options["max_new_tokens"], seed, compare, system)
     if prompt is None:
         _converse(talk, str(path))
     elif talk.ask(prompt) == STOPPED:
@@ -96,6 +89,8 @@ def chat(run: str | None, prompt: str | None, compare: bool, base: Path | None, 
 
 def _trained_system(path: Path) -> str:
     """The system turn that every training row of a run had, which is printed; empty where there is none."""
+    from qlora_phi3.runfolder import RunFolder
+
     with suppress(RunError):
         if system := str(RunFolder(path).read_report().get("data", {}).get("system", "")):
             shown = printable(" ".join(system.split()), longest_line=200)
@@ -104,13 +99,9 @@ def _trained_system(path: Path) -> str:
     return ""
 
 
-def is_beside(console: "Console", sides: Sequence[str]) -> bool:
-    """Whether the answers of two sides are shown in columns."""
-    return len(sides) > 1 and console.is_terminal and console.width >= MIN_WIDTH_COMPARE
-
-
 def _choose_run() -> str:
     """Let the user choose one of the newest runs by its number; RunError, which lists them, where there is no terminal."""
+    from qlora_phi3.runfolder import NO_RUNS, RunFolder
     from qlora_phi3.ui.runs import list_summaries
 
     runs = [run for run in list_summaries(Path("runs")) if RunFolder(Path(run.path)).adapter.is_dir()][:OFFERED_RUNS]
@@ -167,18 +158,16 @@ class WordWriter:
             self.space, self.is_empty = "", False
 
 
-@dataclass(slots=True)
 class Conversation:
-    """The turns until now, for each of `sides`, which answer the same: "base", with the adapter disabled, and "tuned"."""
+    """The turns until now of "tuned" and, to `compare`, of "base", with the adapter disabled, which gets the same questions."""
 
-    inference: "InferenceModel"
-    sampling: dict[str, Any]
-    max_new_tokens: int
-    seed: int
-    sides: tuple[str, ...]
-    system: str
-    turns: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-    incomplete: set[str] = field(default_factory=set)  #: Answers that Ctrl-C or a limit ended.
+    def __init__(
+        self, inference: "InferenceModel", sampling: dict[str, Any], limit: int, seed: int, compare: bool, system: str
+    ) -> None:
+        self.inference, self.sampling, self.max_new_tokens = inference, sampling, limit
+        self.seed, self.compare, self.system = seed, compare, system
+        self.turns: dict[str, list[dict[str, str]]] = {}
+        self.incomplete: set[str] = set()  #: Answers that Ctrl-C or a limit ended.
 
     def messages(self, side: str) -> list[dict[str, str]]:
         """The conversation of one side, with its system turn."""
@@ -190,30 +179,32 @@ class Conversation:
         from rich.live import Live
 
         console, answers = Console(highlight=False), list[tuple[str, str]]()
-        beside = is_beside(console, self.sides)
+        beside = self.compare and console.is_terminal and console.width >= MIN_WIDTH_COMPARE
+        # Below each other, the base's long answer comes last.
+        sides = ("base", "tuned") if beside else ("tuned", "base") if self.compare else ("tuned",)
         width = console.width // 2 - 2
-        for side in self.sides:
+        for side in sides:
             if answers and answers[-1][1] == STOPPED:
                 break
             messages = [*self.messages(side), {"role": "user", "content": question}]
             if beside:
                 with Live(console=console, transient=True, auto_refresh=False) as live:
 
-                    def show(text: str, live: Live = live) -> None:
-                        live.update(_columns([*answers, (text, "")], width, console.height - 3), refresh=True)
+                    def show(pieces: list[str], live: Live = live) -> None:
+                        live.update(_columns([*answers, ("".join(pieces), "")], width, console.height - 3), refresh=True)
 
-                    answers.append(self._answer(side, messages, lambda pieces: show("".join(pieces))))
+                    answers.append(self._answer(side, messages, show))
                 continue
-            if len(self.sides) > 1:
+            if self.compare:
                 click.secho(f"{side}:", bold=True)
             writer = WordWriter(console)
             answers.append(self._answer(side, messages, writer.write))
             writer.write([""], is_last=True)
-            click.echo("" if answers[-1][0].strip() or not (writer.columns or len(self.sides) > 1) else EMPTY)
+            click.echo("" if answers[-1][0].strip() or not (writer.columns or self.compare) else EMPTY)
             print_dim(answers[-1][1])
         if beside:
             console.print(_columns(answers, width))
-        for side, (text, figures) in zip(self.sides, answers if len(answers) == len(self.sides) else (), strict=False):
+        for side, (text, figures) in zip(sides, answers if len(answers) == len(sides) else (), strict=False):
             new = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
             self.turns.setdefault(side, []).extend(new if text.strip() else [])
             self.incomplete |= set() if figures.endswith(ENDED) else {text}
@@ -301,6 +292,10 @@ def _converse(talk: Conversation, name: str) -> None:
 
 def _obey(talk: Conversation, command: str, rest: str) -> str:
     """Carry out a command; returns a line about it. RunError where /save cannot write; it never replaces a file."""
+    import json
+
+    from qlora_phi3.files import atomic_write
+
     if command == "/save" and talk.turns.get("tuned") and rest:
         path = Path(rest).expanduser()
         if path.exists():
@@ -327,6 +322,8 @@ def _open_input() -> Callable[[], str]:
     """A function that reads what the user types: by prompt_toolkit on a terminal, else line by line."""
     if not _is_terminal():
         return input
+    from qlora_phi3.files import user_state_dir
+
     try:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import FileHistory, History, InMemoryHistory

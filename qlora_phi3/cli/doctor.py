@@ -1,16 +1,14 @@
 """`qlora-phi3 doctor`: whether this computer can train, and what to type where it cannot."""
 
-import json
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import click
 
 from qlora_phi3.cli.options import debug_option, silence_libraries
-from qlora_phi3.cli.output import echo
+from qlora_phi3.cli.output import echo, echo_json
 from qlora_phi3.errors import UserError, printable
 from qlora_phi3.units import format_count
 
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     from qlora_phi3.hardware.doctor import Check
 
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
-FAILED = 1
 
 
 @click.command()
@@ -36,34 +33,29 @@ def doctor(ctx: click.Context, no_step: bool, wants_json: bool) -> None:
 
     Nothing is downloaded; the hub is asked for one answer. Exit codes: 0 a run can work, also with warnings, 1 it cannot.
     """
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.text import Text
+
     from qlora_phi3.hardware.doctor import run_checks
 
     silence_libraries()
-    checks = []
+    checks, console = [], Console(quiet=wants_json)
     for check in chain(run_checks(), () if no_step else _train(wants_json)):
         checks.append(check)
-        if not wants_json:
-            _show(check)
+        line = Text.assemble((f"{check.status:<8}", COLOURS[check.status]), f" {check.name}: ", printable(check.text))
+        console.print(line, soft_wrap=not console.is_terminal, highlight=False)
+        if check.fix and not wants_json:
+            echo(f"         -> {printable(check.fix)}")
     passed = all(check.status != "failed" for check in checks)
     if wants_json:
-        click.echo(json.dumps({"passed": passed, "checks": list(map(asdict, checks))}, indent=2))
+        echo_json({"passed": passed, "checks": list(map(asdict, checks))})
     else:
         warned = sum(check.status == "warning" for check in checks)
         notes = f", with {format_count(warned, 'warning')}: see above" if warned else ""
         echo(f"A run can work{notes}." if passed else "A run cannot work: see what failed above.", bold=True)
-    ctx.exit(0 if passed else FAILED)
-
-
-def _show(check: "Check") -> None:
-    """A line for the result, and one for what to type."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console, status = Console(), (f"{check.status:<8}", COLOURS[check.status])
-    line = Text.assemble(status, f" {check.name}: ", printable(check.text))
-    console.print(line, soft_wrap=not console.is_terminal, highlight=False)
-    if check.fix:
-        echo(f"         -> {printable(check.fix)}")
+    ctx.exit(0 if passed else 1)
 
 
 def _train(is_silent: bool) -> "Iterator[Check]":

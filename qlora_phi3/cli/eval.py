@@ -1,8 +1,6 @@
 """`qlora-phi3 eval`: measure a trained model beside its base, on rows that it was not trained on."""
 
-import json
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,6 @@ import click
 from qlora_phi3.cli.options import base_option, check_sampling, complete_run, debug_option, sampling_options, silence_libraries
 from qlora_phi3.cli.output import echo
 from qlora_phi3.errors import Interrupted, RunError, UserError, printable
-from qlora_phi3.files import atomic_write, check_directory
-from qlora_phi3.runfolder import RunFolder, find_model
 from qlora_phi3.units import format_count
 
 #: The figures of the table: name in the JSON, name for a reader, format of a value and of a difference, factor.
@@ -60,6 +56,12 @@ def eval(run: str, data: str | None, out: Path | None, base: Path | None, wants_
     RUN is a run, the name of a recipe (its newest run), a PEFT adapter, an export, or a base. A difference is tuned - base, with
     its 95 % interval. The figures and all answers are written to RUN/eval.json.
     """
+    import json
+    from importlib.util import find_spec
+
+    from qlora_phi3.files import atomic_write, check_directory
+    from qlora_phi3.runfolder import RunFolder, find_model
+
     wanted = check_sampling(options)
     path = find_model(run)
     folder = RunFolder(path) if RunFolder(path).recipe.is_file() else None
@@ -73,14 +75,12 @@ def eval(run: str, data: str | None, out: Path | None, base: Path | None, wants_
         check_directory(out, "--out")
     from qlora_phi3.data.sources import open_local
     from qlora_phi3.recipe.load import is_local_data
+    from qlora_phi3.ui.live import open_console
 
     if data is not None and is_local_data(data, Path()):
         open_local(data, Path())  # refuses a missing or empty file
     settings = {name: options[name] for name in ("rows", "max_new_tokens", "seed")}
     settings |= {"rows": 0} if options["no_generate"] else {}
-
-    from qlora_phi3.ui.console import open_console
-
     with open_console(quiet=wants_json) as view:
         try:
             view.progress("Starting torch, transformers and peft", 0, None)
@@ -112,13 +112,12 @@ def eval(run: str, data: str | None, out: Path | None, base: Path | None, wants_
 def _show(result: Mapping[str, Any], out: Path | None) -> None:
     """Print the table, the verdict, and what a reader must know about the rows."""
     from rich.console import Console
-    from rich.table import Table
+
+    from qlora_phi3.ui.vram import build_table
 
     data, metrics = result["data"], result["metrics"]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for name in ("base", "tuned", "difference", "95 % interval") if result["has_adapter"] else ("base = tuned",):
-        table.add_column(name, justify="right", no_wrap=True)
+    compared = ("base>", "tuned>", "difference>", "95 % interval>")
+    table = build_table("", *(compared if result["has_adapter"] else ("base = tuned>",)))
     for key, name, form, factor in FIGURES:
         if (each := metrics.get(key)) is None:
             continue

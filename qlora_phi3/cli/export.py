@@ -1,35 +1,22 @@
 """`qlora-phi3 export`: write a run as a model that other programs load, with the proof that it is what was trained."""
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qlora_phi3.cli.options import complete_run, debug_option, silence_libraries, watching
 from qlora_phi3.cli.output import echo, keep_running_without_output
 from qlora_phi3.errors import ExportError, Interrupted, UserError, printable, quoted
-from qlora_phi3.export.request import (
-    DEFAULT_DTYPE,
-    DEFAULT_ONTO,
-    DTYPES,
-    MODELFILE,
-    OLLAMA_NAME,
-    ExportOptions,
-    Request,
-    find_finished_run,
-    find_reusable,
-    has_proof,
-    is_finished_gguf,
-    make_request,
-)
+
+if TYPE_CHECKING:
+    from qlora_phi3.export.request import Request
 
 KIND_HELP = "hf: safetensors for transformers and vLLM; gguf: for llama.cpp and Ollama. [default: hf; gguf with --quant]"
 QUANT_HELP = "Type of a GGUF: q8_0, q4_k_m and others; `qlora-phi3 docs gguf` lists them. [default: the type of --dtype]"
 DTYPE_HELP = "Of the merged weights, and of a GGUF without --quant."
-ONTO = ["auto", "nf4", "original"]
 ONTO_HELP = (
     "Weights that the adapter is added to. nf4: the 4-bit weights it was trained on (NF4 or FP4). original: the base's own. "
     "auto: original where its held-out loss is lower by more than two standard errors, else nf4."
@@ -47,8 +34,8 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--format", "kind", type=click.Choice(["hf", "gguf"]), help=KIND_HELP)
 @click.option("--quant", "quants", multiple=True, metavar="NAME", help=QUANT_HELP)
 @click.option("--ollama", metavar="NAME", help=OLLAMA_HELP)
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default=DEFAULT_DTYPE, show_default=True, help=DTYPE_HELP)
-@click.option("--onto", type=click.Choice(ONTO), default=DEFAULT_ONTO, show_default=True, help=ONTO_HELP)
+@click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True, help=DTYPE_HELP)
+@click.option("--onto", type=click.Choice(["auto", "nf4", "original"]), default="auto", show_default=True, help=ONTO_HELP)
 @click.option("--base", type=FOLDER, help="Folder of the base, if it has moved.")
 @click.option("--shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file of weights.")
 @click.option("--max-ram", metavar="SIZE", help="Memory to stay within; give it in a container with a memory limit.")
@@ -70,17 +57,19 @@ def export(run: Path, quants: tuple[str, ...], no_verify: bool, **options: Any) 
     RUN is the directory of a run, runs/NAME/latest, or the name of a recipe: its newest run. After an interruption
     the same command uses a complete proof again. Exit codes: 0 proved, 5 written but not what was trained, 2 bad input.
     """
+    from qlora_phi3.export import request as requests
+
     keep_running_without_output()
     if len(quants) > 1:
         raise UserError(f"--quant is given {len(quants)} times ({', '.join(quants)}).", "Give one type a command.")
     name, kind = options["ollama"], options["kind"]
     if name is not None:
-        if not OLLAMA_NAME.fullmatch(name):
+        if not requests.OLLAMA_NAME.fullmatch(name):
             hint = "Write [namespace/]name[:tag] of letters, digits, _ - and ., as in --ollama my-phi3:v1"
             raise ExportError(f"--ollama {name} is no name for Ollama.", hint)
         if kind == "hf":
             raise UserError(f"--ollama {name} needs a GGUF, and --format hf writes none.", "Leave --format out.")
-        find_finished_run(run, verify=not no_verify)  # before anything that takes long
+        requests.find_finished_run(run, verify=not no_verify)  # before anything that takes long
         quants = quants or (choose_quant(),)
     if quants and kind == "hf":
         hint = "Leave --format out, or use --dtype for safetensors."
@@ -88,15 +77,16 @@ def export(run: Path, quants: tuple[str, ...], no_verify: bool, **options: Any) 
     options["kind"] = kind or ("gguf" if quants else "hf")
     if options["private"] and not options["push"]:
         raise UserError("--private is given without --push.", "Add --push user/name.")
-    request = make_request(run, ExportOptions(quant=next(iter(quants), None), verify=not no_verify, **options))
-    if name is not None and request.gguf_file is not None and is_finished_gguf(request):
+    request = requests.make_request(run, requests.ExportOptions(quant=next(iter(quants), None), verify=not no_verify, **options))
+    if name is not None and request.gguf_file is not None and requests.is_finished_gguf(request):
         echo(f"{request.gguf_file} was made before: only the model in Ollama is created. --force makes the file again.")
-        create_in_ollama(name, request.gguf_file.with_name(MODELFILE))
+        create_in_ollama(name, request.gguf_file.with_name(requests.MODELFILE))
         return
 
     if kind is None and name is None and request.gguf_file is not None:
         echo(f"--quant {request.quant}: a GGUF is written, as with --format gguf.")
-    from qlora_phi3.ui.console import open_console, show_export
+    from qlora_phi3.ui.console import show_export
+    from qlora_phi3.ui.live import open_console
 
     with open_console() as view:
         try:
@@ -112,11 +102,13 @@ def export(run: Path, quants: tuple[str, ...], no_verify: bool, **options: Any) 
     if exported.fault is not None:
         raise exported.fault
     if name is not None:
-        create_in_ollama(name, exported.folder / MODELFILE)
+        create_in_ollama(name, exported.folder / requests.MODELFILE)
 
 
-def describe_stop(request: Request) -> Interrupted:
+def describe_stop(request: "Request") -> Interrupted:
     """What an interrupted export has left for the next one, and what to type."""
+    from qlora_phi3.export.request import find_reusable, has_proof
+
     if find_reusable(request) is not None:
         return Interrupted(f"Stopped. The merged model is used again: {request.target}", "Continue with the same command.")
     if has_proof(request):
@@ -144,6 +136,8 @@ def choose_quant() -> str:
 
 def create_in_ollama(name: str, modelfile: Path) -> None:
     """Run `ollama create`, whose output is shown as it comes. ExportError where it fails; the export stays."""
+    import subprocess
+
     program = shutil.which("ollama")
     if program is None:
         echo("Ollama is not on this PATH: install it (https://ollama.com/download), then type:")

@@ -4,9 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +12,8 @@ import click
 
 from qlora_phi3.cli.options import check_new_file, create_file, debug_option, named_gpu, watching
 from qlora_phi3.cli.output import ask, ask_number, echo, print_rich
-from qlora_phi3.errors import UserError, quoted, wrap_words
+from qlora_phi3.errors import UserError, printable, quoted, wrap_words
+from qlora_phi3.units import describe_duration, describe_epochs, format_count
 
 if TYPE_CHECKING:
     from qlora_phi3.hardware.gpu import Gpu
@@ -39,18 +38,7 @@ LARGEST_EPOCHS = 100
 @click.option("--yes", is_flag=True, help="Ask nothing, and take what is proposed.")
 @debug_option
 @click.pass_context
-def init(
-    ctx: click.Context,
-    /,
-    names: tuple[str, ...],
-    out: Path | None,
-    model: str | None,
-    gpu: str | None,
-    vram: str | None,
-    question: str | None,
-    answer: str | None,
-    yes: bool,
-) -> None:
+def init(ctx: click.Context, /, names: tuple[str, ...], out: Path | None, yes: bool, **named: str | None) -> None:
     """Write a recipe for DATA: which model fits, how long its rows are, how often to go over them, each with its reason.
 
     \b
@@ -64,23 +52,25 @@ def init(
     eight chats is written to look at. Nothing is downloaded, and no file is overwritten. Exit code 3: no model fits the GPU.
     """
     if not names:
-        _write_example(out, {"--model": model, "--gpu": gpu, "--vram": vram})
+        _write_example(out, named)
         return
-    data, target = _check_data(names), _name_recipe(names[0], out)
+    from dataclasses import replace
+
     from qlora_phi3.hardware.gpu import choose_gpu
 
+    data, target = _check_data(names), _name_recipe(names[0], out)
     asks = not yes and sys.stdin.isatty() and sys.stdout.isatty()
-    columns = _choose_columns(data, question, answer, asks)
-    device = named_gpu(gpu, vram)
+    columns = _choose_columns(data, named["question"], named["answer"], asks)
+    device = named_gpu(named["gpu"], named["vram"])
     if device is None and (chosen := choose_gpu("auto")):
         device = chosen.gpu
     with watching() as watcher:
         watcher.info(f"Reading {data}")
-        from qlora_phi3.memory.proposal import choose_training, propose, read_data
+        from qlora_phi3.memory.proposal import EPOCHS_RULE, choose_training, propose, read_data
 
         summary = read_data(data, columns, Path(), watcher.progress)
         choice = choose_training(len(summary.lengths))
-        options = _compare(model, summary, choice, device, watcher)
+        options = _compare(named["model"], summary, choice, device, watcher)
         option = _shorten(propose(options, has_tools=summary.has_tools), summary, choice, device, watcher)
     options = [option if each.name == option.name else each for each in options]
     _show(summary, options, option, device)
@@ -90,17 +80,10 @@ def init(
         echo(f"No recipe is written: {option.name} does not fit. Try another model or GPU.", err=True)
         ctx.exit(DOES_NOT_FIT)
     if asks:
-        choice = replace(choice, epochs=_ask_epochs(len(summary.lengths), choice.epochs))
+        echo(f"Epochs by the rows, of which there are {len(summary.lengths):,}: {EPOCHS_RULE}.")
+        choice = replace(choice, epochs=ask_number("Epochs, passes over the rows", choice.epochs, LARGEST_EPOCHS))
         target = out or ask("Write the recipe to", str(target), value_proc=_read_target)
     _write(target, summary, option, choice, device)
-
-
-def _ask_epochs(num_rows: int, proposed: int) -> int:
-    """How often to go over the rows, with the rule of the proposal."""
-    from qlora_phi3.memory.proposal import EPOCHS_RULE
-
-    echo(f"Epochs by the rows, of which there are {num_rows:,}: {EPOCHS_RULE}.")
-    return ask_number("Epochs, passes over the rows", proposed, LARGEST_EPOCHS)
 
 
 def _check_data(names: Sequence[str]) -> str:
@@ -113,9 +96,10 @@ def _check_data(names: Sequence[str]) -> str:
         raise UserError(f"{data} is a recipe, not data.", f"Train with it: qlora-phi3 run {quoted(data)}")
     if not path.resolve().name:
         raise UserError(f"{data} is the whole file system, not a folder of data.", "Name a file, or a folder of files.")
-    from qlora_phi3.data.sources import find_local, open_local
+    from qlora_phi3.data.sources import open_local
+    from qlora_phi3.recipe.load import find_path
 
-    if find_local(data, Path()) is None:
+    if find_path(data, Path()) is None:
         open_local(data, Path())  # it says what is missing; a pattern may find files
     return data
 
@@ -140,12 +124,14 @@ def _read_target(text: str) -> Path:
     return Path(text)
 
 
-def _write_example(out: Path | None, options: Mapping[str, str | None]) -> None:
+def _write_example(out: Path | None, named: Mapping[str, str | None]) -> None:
     """Write the eight chats that ship; UserError where the file exists, or `out` names a recipe."""
+    from importlib.resources import files
+
     if out is not None:
         raise UserError(f"--out {out} is for a recipe, and no DATA is named.", "Leave --out out for a file of example chats.")
     target = Path(EXAMPLE)
-    words = " ".join([EXAMPLE, *(f"{option} {quoted(value)}" for option, value in options.items() if value is not None)])
+    words = " ".join([EXAMPLE, *(f"--{name} {quoted(named[name])}" for name in ("model", "gpu", "vram") if named[name])])
     if target.exists():
         raise UserError(f"{target} exists already.", f"Go on with it: qlora-phi3 init {words}")
     create_file(target, (files("qlora_phi3") / EXAMPLE).read_text(encoding="utf-8"))
@@ -155,9 +141,7 @@ def _write_example(out: Path | None, options: Mapping[str, str | None]) -> None:
 
 def _choose_columns(data: str, question: str | None, answer: str | None, asks: bool) -> dict[str, str]:
     """[data] fields for a file of questions and answers whose columns have names of their own; empty for any other file.
-
-    Raises:
-        DataError: the file is missing or unreadable, or names no column of questions and of answers, and nobody is asked.
+    DataError where it is missing or unreadable.
     """
     from qlora_phi3.memory.proposal import unknown_columns
 
@@ -222,10 +206,8 @@ def _show(summary: "DataSummary", options: "Sequence[ModelOption]", chosen: "Mod
     """The rows, and the table of models."""
     from qlora_phi3.data.formats import TITLES
     from qlora_phi3.data.report import describe_unread
-    from qlora_phi3.errors import printable
     from qlora_phi3.memory.proposal import BYTES_PER_TOKEN, describe_gpu
     from qlora_phi3.ui.vram import show_models
-    from qlora_phi3.units import format_count
 
     lengths, counted = chosen.lengths, "" if chosen.is_exact else f", estimated at {BYTES_PER_TOKEN} bytes a token"
     echo(f"{format_count(len(lengths), 'usable row')} read as {TITLES.get(summary.format, summary.format)}")
@@ -255,7 +237,6 @@ def _write(target: Path, summary: "DataSummary", option: "ModelOption", choice: 
     from qlora_phi3.family import is_hub_id
     from qlora_phi3.memory.cost import count_weights
     from qlora_phi3.memory.proposal import choose_training, describe_gpu, recipe_text
-    from qlora_phi3.units import describe_duration, describe_epochs
 
     check_new_file(target, "")
     create_file(target, recipe_text(summary, option, choice, target, describe_gpu(device)))

@@ -1,17 +1,15 @@
 """`qlora-phi3 inspect`: what a recipe's data become, before anything is trained."""
 
-import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_phi3.cli.options import debug_option, find_recipe, set_option, watching, with_overrides
-from qlora_phi3.cli.output import echo
-from qlora_phi3.errors import UserError
-from qlora_phi3.files import atomic_write, check_directory
+from qlora_phi3.cli.options import debug_option, find_recipe, set_option, watching
+from qlora_phi3.cli.output import echo, echo_json
+from qlora_phi3.errors import UserError, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,13 +46,14 @@ def inspect(recipe: Path, overrides: tuple[str, ...], **options: Any) -> None:
 
     Needs the tokenizer of the model, and neither its weights nor a GPU. The tokenized rows are kept for the run.
     """
-    page = options["page"]
-    if page is not None and page.exists():
-        raise UserError(f"--html {page}: it exists already.", "Name another file, or delete it first.")
-    if page is not None:
+    from qlora_phi3.files import check_directory
+
+    if (page := options["page"]) is not None:
+        if page.exists():
+            raise UserError(f"--html {page}: it exists already.", "Name another file, or delete it first.")
         check_directory(page, "--html")
     with watching() as watcher:
-        _Inspection(find_recipe(recipe), overrides, watcher).show(**options)
+        _Inspection(find_recipe(recipe), overrides, watcher).show(SimpleNamespace(**options))
 
 
 def _import_without_torch() -> None:
@@ -81,8 +80,7 @@ class _Inspection:
         watcher.info("Starting transformers and datasets")
         _import_without_torch()
         recipe = load_recipe(path, overrides, check_files=True)
-        self.overrides = overrides
-        self.path, self.watcher, self.recipe = path, watcher, resolve_paths(recipe, path.parent)
+        self.path, self.overrides, self.watcher, self.recipe = path, overrides, watcher, resolve_paths(recipe, path.parent)
         self.architecture = read_architecture(self.recipe.model.name, self.recipe.model.revision)
         check_model_limits(self.recipe, self.architecture)
 
@@ -101,72 +99,56 @@ class _Inspection:
         data = self.recipe.data
         if max_rows is not None:
             data = data.model_copy(update={"max_rows": min(max_rows, data.max_rows or max_rows)})
-        prepared = prepare_datasets(
-            data,
-            max_length=self.recipe.training.max_length if is_cut else UNCUT,
-            evaluate=evaluate,
-            tokenizer=self.tokenizer,
-            template=self.template,
-            base_dir=self.path.parent,
-            progress=self.watcher.progress,
-        )
+        max_length, progress = self.recipe.training.max_length if is_cut else UNCUT, self.watcher.progress
+        prepared = prepare_datasets(data, max_length, evaluate, self.tokenizer, self.template, self.path.parent, progress)
         check_token_ids([prepared.train], self.tokenizer, self.architecture, self.recipe.model.name)
         return prepared
 
-    def show(
-        self,
-        *,
-        rows: tuple[str, ...],
-        count: int | None,
-        seed: int,
-        problems: bool,
-        ids: bool,
-        page: Path | None,
-        wants_json: bool,
-    ) -> None:
-        """Print what the options ask for; the first rows before the rest is read."""
+    def show(self, options: SimpleNamespace) -> None:
+        """Print what the options of the command ask for; the first rows before the rest is read."""
+        from dataclasses import asdict
+
         import numpy as np
         from rich.console import Console
 
         from qlora_phi3.data import inspect as inspection
+        from qlora_phi3.files import atomic_write
         from qlora_phi3.ui import inspect as ui
 
         console = Console(highlight=False, markup=False, emoji=False)
         views: list[RowView] = []
-        if not (rows or count or problems or wants_json):
+        if not (options.rows or options.count or options.problems or options.wants_json):
             head = self.read(max_rows=FIRST_ROWS)
             views = inspection.view_rows(head.train, range(len(head.train)), head, self.tokenizer)
-            views = inspection.with_cuts(views, self.read(max_rows=FIRST_ROWS, is_cut=False))
-            self._print_rows(console, views, ids=ids, is_complete=False)
+            self._print_rows(console, views, ids=options.ids, is_complete=False)
         evaluate = self.recipe.training.do_eval
         uncut = self.read(is_cut=False, evaluate=evaluate and self.recipe.data.eval is not None)
         data = self.read(evaluate=evaluate)  # made of the uncut rows
-        if count:
-            drawn = np.random.default_rng(seed).choice(len(data.train), min(count, len(data.train)), replace=False)
+        if options.count:
+            count = min(options.count, len(data.train))
+            drawn = np.random.default_rng(options.seed).choice(len(data.train), count, replace=False)
             views = inspection.view_rows(data.train, sorted(drawn.tolist()), data, self.tokenizer)
-        views += [inspection.find_row(data, row, self.tokenizer) for row in rows]
-        views = inspection.with_cuts(views, uncut)
+        views += [inspection.find_row(data, row, self.tokenizer) for row in options.rows]
         found = []
-        if problems or page is not None or wants_json:
-            found = list(inspection.find_problems(data, uncut, self.recipe.data, self.path.parent))
+        if options.problems or options.page is not None or options.wants_json:
+            found = list(inspection.find_problems(data, self.recipe.data, self.path.parent))
         figures = inspection.measure(data, uncut, self.recipe, self.architecture.max_position_embeddings)
         self.watcher.close()
-        if wants_json:
-            result = {"statistics": asdict(figures), "rows": list(map(asdict, views)), "problems": list(map(asdict, found))}
-            click.echo(json.dumps(result, indent=2))
-        elif problems:
+        if options.wants_json:
+            echo_json({"statistics": asdict(figures), "rows": list(map(asdict, views)), "problems": list(map(asdict, found))})
+        elif options.problems:
             ui.show_problems(console, found)
-        elif rows or count:
-            self._print_rows(console, views, ids=ids, is_complete=True)
+        elif options.rows or options.count:
+            self._print_rows(console, views, ids=options.ids, is_complete=True)
         else:
             for line in ui.statistics_lines(figures):
                 echo(line)
-            echo(f"Then train: qlora-phi3 run {with_overrides(self.path, self.overrides)}", err=True)
-        if page is not None:
-            atomic_write(
-                page, ui.render_page(figures, views, found, recipe=self.path.name), hint="{cause}, or name another file."
-            )
-            click.echo(f"Written: {page}", err=True)
+            words = [quoted(self.path), *(f"--set {quoted(override)}" for override in self.overrides)]
+            echo(f"Then train: qlora-phi3 run {' '.join(words)}", err=True)
+        if options.page is not None:
+            text = ui.render_page(figures, views, found, recipe=self.path.name)
+            atomic_write(options.page, text, hint="{cause}, or name another file.")
+            click.echo(f"Written: {options.page}", err=True)
 
     def _print_rows(self, console: "Console", views: "Sequence[RowView]", *, ids: bool, is_complete: bool) -> None:
         from qlora_phi3.ui import inspect as ui

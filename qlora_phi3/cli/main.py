@@ -127,8 +127,7 @@ def signals_as_ctrl_c() -> Iterator[None]:
     """
     names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    replaced = {number: handler for number, handler in before.items() if handler == signal.SIG_DFL}
+    replaced = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
 
     def terminate(number: int, frame: object) -> None:
         raise Terminated
@@ -138,8 +137,8 @@ def signals_as_ctrl_c() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in replaced.items():
-            signal.signal(number, handler)
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

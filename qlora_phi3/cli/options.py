@@ -1,9 +1,7 @@
 """Options that several commands share, and what `--debug` switches off: the silence of the libraries."""
 
-import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
@@ -11,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qlora_phi3.errors import DeviceError, RecipeError, RunError, UserError, disk_error_hint, quoted
-from qlora_phi3.files import check_directory
+from qlora_phi3.errors import DeviceError, RecipeError, RunError, UserError, disk_error_hint
+from qlora_phi3.units import parse_size
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -38,11 +36,6 @@ set_option = click.option(
 base_option = click.option(
     "--base", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Folder of the run's base, if it has moved."
 )
-
-
-def with_overrides(recipe: Path, overrides: Sequence[str]) -> str:
-    """A recipe and its `--set`, as words of a command that people copy into a shell."""
-    return " ".join([quoted(recipe), *(f"--set {quoted(override)}" for override in overrides)])
 
 
 def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
@@ -80,7 +73,6 @@ def check_sampling(options: dict[str, Any]) -> dict[str, Any]:
 def named_gpu(gpu: str | None, vram: str | None) -> "Gpu | None":
     """The GPU that --gpu or --vram names, None without both; UserError for both, DeviceError where the table has no such GPU."""
     from qlora_phi3.hardware.gpu import find_gpu, gpu_of_size
-    from qlora_phi3.units import parse_size
 
     if gpu is not None and vram is not None:
         raise UserError(f"--gpu {gpu!r} and --vram {vram} both name a GPU.", "Keep one.")
@@ -96,6 +88,9 @@ def named_gpu(gpu: str | None, vram: str | None) -> "Gpu | None":
 @contextmanager
 def watching() -> "Iterator[Watcher]":
     """What is being computed, as one temporary line on stderr; without the libraries' warnings, and log lines below an error."""
+    import logging
+    import warnings
+
     from qlora_phi3.ui.console import Watcher
 
     watcher, before = Watcher(), logging.root.manager.disable
@@ -119,9 +114,7 @@ def shipped_files(folder: str, suffix: str) -> dict[str, Path]:
 
 def find_recipe(path: Path) -> Path:
     """The recipe that a person names: a path, also without `.toml`; else the name of a recipe that ships, such as `chat`.
-
-    Raises:
-        RecipeError: a run; or a name that is none of these, and those that ship. For a missing `.toml` file reading it says so.
+    RecipeError for a run, and for a name that is none of these; that a `.toml` file is missing is said where it is read.
     """
     from qlora_phi3.runfolder import resolve_run
 
@@ -145,6 +138,8 @@ def find_recipe(path: Path) -> Path:
 
 def check_new_file(target: Path, option: str = "--out") -> None:
     """Refuse, before anything is computed, a recipe that could not be written: UserError."""
+    from qlora_phi3.files import check_directory
+
     if target.suffix != ".toml":
         raise UserError(f"{option} {target}: a recipe is written, whose name ends in .toml.".lstrip(), "Name it so.")
     if os.path.lexists(target):
@@ -166,6 +161,9 @@ def create_file(target: Path, text: str) -> None:
 
 def silence_libraries() -> None:
     """Without --debug, hide warnings, and log lines below an error, for the rest of the process; before torch is imported."""
+    import logging
+    import warnings
+
     if click.get_current_context().meta.get("debug"):
         return
     # torch's C++ code writes two or three lines for each out-of-memory error that a run recovers from; both read this at import.

@@ -94,6 +94,13 @@ def echo(text: str, *, err: bool = False, **style: Any) -> None:
     click.echo(click.style(text, **style) if style else text, err=err)
 
 
+def echo_json(value: Any) -> None:
+    """Print a value as JSON, for programs."""
+    import json
+
+    click.echo(json.dumps(value, indent=2))
+
+
 def ask(question: str, default: str | None = None, **options: Any) -> Any:
     """What a person answers, as click.prompt returns it; keys that were typed before the question was shown do not count."""
     with suppress(ImportError, OSError, ValueError):  # no terminal, as in a pipe; Windows has no termios

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from qlora_phi3.cli.options import check_new_file, create_file, debug_option, find_recipe, set_option, shipped_files
-from qlora_phi3.cli.output import echo
+from qlora_phi3.cli.output import echo, echo_json
 
 
 @click.group(epilog="\b\n" + "\n  ".join(["Recipes that ship:", *shipped_files("recipes", "toml")]))
@@ -23,11 +23,9 @@ def schema() -> None:
       qlora-phi3 recipe schema > recipe.schema.json
       #:schema ./recipe.schema.json
     """
-    import json
-
     from qlora_phi3.recipe.load import recipe_schema
 
-    click.echo(json.dumps(recipe_schema(), indent=2))
+    echo_json(recipe_schema())
 
 
 @recipe.command()

@@ -3,13 +3,16 @@
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from qlora_phi3.cli.options import complete_run, debug_option, find_recipe, set_option, silence_libraries
 from qlora_phi3.cli.output import keep_running_without_output
 from qlora_phi3.errors import RunError
-from qlora_phi3.runfolder import RunFolder, find_run, find_unfinished, resolve_run, run_group_name
+
+if TYPE_CHECKING:
+    from qlora_phi3.runfolder import RunFolder
 
 NEWEST = "newest"
 
@@ -62,6 +65,7 @@ def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tupl
     from qlora_phi3.data.prepare import check_files
     from qlora_phi3.hardware.gpu import choose_gpu, hide_other_gpus
     from qlora_phi3.recipe.load import check_processes, describe_unusual, load_recipe
+    from qlora_phi3.runfolder import find_run, find_unfinished, run_group_name
 
     loaded = load_recipe(recipe, overrides, check_files=True)
     check_processes(loaded.training, count)
@@ -71,15 +75,13 @@ def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tupl
     unfinished = None if folder is not None else find_unfinished(Path(training.output_dir) / name)
     hide_other_gpus(choose_gpu(loaded.memory.gpu, rank if count > 1 else None), rank)
 
-    from qlora_phi3.ui.console import LogInterval
-    from qlora_phi3.ui.live import open_run_console
+    from qlora_phi3.ui.live import open_console
     from qlora_phi3.ui.page import write_page
     from qlora_phi3.ui.runs import read_run, warnings
 
-    log_interval = LogInterval(training.logging_strategy, training.logging_steps, training.warmup_steps)
-    with open_run_console(log_interval, plain=training.disable_tqdm, quiet=ctx.meta["is_silent"]) as console:
+    with open_console(training, quiet=ctx.meta["is_silent"]) as console:
 
-        def save_page(written: RunFolder) -> None:
+        def save_page(written: "RunFolder") -> None:
             nonlocal folder
             folder = folder and written  # a copy of a run that was done
             try:
@@ -105,11 +107,13 @@ def _train(ctx: click.Context, recipe: Path, resume: str | None, overrides: tupl
         except KeyboardInterrupt as interrupt:
             raise console.interruption(folder) from interrupt
     notes = [] if ctx.meta["is_silent"] else warnings(read_run(result.folder))
-    console.finish(result.steps, result.loss_before, result.loss_after, result.seconds, result.folder.adapter, notes)
+    console.finish(result, notes)
 
 
 def _recipe_and_run(ctx: click.Context, recipe: Path | None, resume: str | None) -> tuple[Path, str | None]:
     """The recipe and the run to resume, also where the recipe was left out or was parsed as the value of --resume."""
+    from qlora_phi3.runfolder import resolve_run
+
     if recipe is not None:
         return find_recipe(recipe), resume
     if resume == NEWEST:

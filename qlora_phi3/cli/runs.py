@@ -3,14 +3,17 @@
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qlora_phi3.cli.options import complete_run, debug_option, watching
-from qlora_phi3.cli.output import confirm, echo
+from qlora_phi3.cli.output import confirm, echo, echo_json
 from qlora_phi3.errors import RunError, printable
-from qlora_phi3.runfolder import NO_RUNS, RunFolder, list_runs, lock_run, resolve_run
+from qlora_phi3.units import format_count, format_duration, format_gib
+
+if TYPE_CHECKING:
+    from qlora_phi3.runfolder import RunFolder
 
 DEFAULT_ROOT = "runs"
 DIRECTORY = click.option(
@@ -53,17 +56,16 @@ def list_command(root: Path, as_json: bool) -> None:
 
 def print_list(root: Path, as_json: bool) -> None:
     """Print a line for each run; without steps and rows where the lines would not fit in the terminal."""
+    from qlora_phi3.runfolder import NO_RUNS
     from qlora_phi3.ui.runs import RunSummary, list_summaries
-    from qlora_phi3.units import format_duration, format_gib
 
     if not root.is_dir() and root != Path(DEFAULT_ROOT):
         raise RunError(f"--dir {root}: there is no such directory.", "Name the one that holds the runs.")
     summaries = list_summaries(root)
     if as_json:
-        import json
         from dataclasses import asdict
 
-        click.echo(json.dumps([asdict(summary) for summary in summaries], indent=2))
+        echo_json([asdict(summary) for summary in summaries])
         return
     if not summaries:
         click.echo(f"There is no run under {root}. {NO_RUNS}", err=True)
@@ -111,12 +113,10 @@ def compare(root: Path, a: str, b: str, svg: Path | None) -> None:
     keys = differing_keys(*(run.report.get("recipe", {}) for run in (first, second)))
     print_text("runs_compare.jinja", a=first, b=second, keys=keys)
     if svg is not None:
-        from qlora_phi3.files import atomic_file, disk_errors
+        from qlora_phi3.files import atomic_write
         from qlora_phi3.ui.page import draw_comparison
 
-        drawn = draw_comparison(first, second)
-        with disk_errors(svg), atomic_file(svg) as staging:
-            staging.write_text(drawn, encoding="utf-8")
+        atomic_write(svg, draw_comparison(first, second), hint="{cause}, or choose another directory.")
         click.echo(f"Drawn: {svg}")
 
 
@@ -165,8 +165,8 @@ def why(root: Path, run: str | None, spikes: int, full: bool) -> None:
 def delete(root: Path, names: tuple[str, ...], yes: bool) -> None:
     """Delete each RUN, or the only run of a recipe, with all checkpoints and exports; never one that is being written."""
     from qlora_phi3.files import remove
+    from qlora_phi3.runfolder import list_runs, lock_run, resolve_run
     from qlora_phi3.ui.page import list_sizes
-    from qlora_phi3.units import format_count, format_gib
 
     named = {name: resolve_run(name, root) for name in names}
     folders = list(dict.fromkeys(named.values()))
@@ -198,8 +198,10 @@ def find(root: Path, name: str | None) -> Any:
     return read_run(resolve(root, name))
 
 
-def resolve(root: Path, name: str | None) -> RunFolder:
+def resolve(root: Path, name: str | None) -> "RunFolder":
     """The run of this name, or the newest; RunError where there is none."""
+    from qlora_phi3.runfolder import NO_RUNS, list_runs, resolve_run
+
     if name is None and not (runs := list_runs(root)):
         raise RunError(f"There is no run under {root}.", NO_RUNS)
     return runs[-1] if name is None else resolve_run(name, root)

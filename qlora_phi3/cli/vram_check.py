@@ -1,16 +1,15 @@
 """`qlora-phi3 vram-check`: whether a recipe fits a GPU, and with which plan, before anything is loaded."""
 
-import json
 import math
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qlora_phi3.cli.options import check_new_file, debug_option, find_recipe, named_gpu, set_option, shipped_files, watching
-from qlora_phi3.cli.output import echo, print_rich
+from qlora_phi3.cli.output import echo, echo_json, print_rich
 from qlora_phi3.errors import CannotTellError, DeviceError, NoDriverError, UserError, quoted
 
 if TYPE_CHECKING:
@@ -20,21 +19,6 @@ if TYPE_CHECKING:
 
 NEXT_TO_RECIPE = "next to the recipe"
 DOES_NOT_FIT = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Options:
-    """The command line."""
-
-    recipe: Path | None
-    gpu: str | None
-    vram: str | None
-    every_gpu: bool
-    max_length: bool
-    processes: int
-    fit: str | None
-    wants_json: bool
-    overrides: tuple[str, ...]
 
 
 @click.command("vram-check")
@@ -71,13 +55,15 @@ def vram_check(ctx: click.Context, /, **options: Any) -> None:
     Nothing is loaded, downloaded or put on the GPU. Exit codes: 0 it fits, 3 it does not, 2 bad input, 4 cannot tell (the GPU
     cannot be read, or the shapes of a model of the hub are not here).
     """
+    from dataclasses import asdict, fields
+
     from qlora_phi3.memory.cached import CachedVramCheck
     from qlora_phi3.memory.report import VramReport
 
-    chosen = _Options(**options)
+    chosen = SimpleNamespace(**options)  # the options above, by name
     if chosen.recipe is None and (fit := Path(chosen.fit or "")).suffix == ".toml" and fit.is_file():
         # --fit RECIPE.toml: the recipe was taken for the option's value
-        chosen = replace(chosen, recipe=fit, fit=NEXT_TO_RECIPE)
+        chosen.recipe, chosen.fit = fit, NEXT_TO_RECIPE
     try:
         _check_options(chosen)
         if chosen.recipe is None:
@@ -88,18 +74,17 @@ def vram_check(ctx: click.Context, /, **options: Any) -> None:
                 _show_models(device, chosen)
             return
         check = CachedVramCheck(find_recipe(chosen.recipe), chosen.overrides, watching, chosen.processes)
-        show = _show_max_lengths if chosen.max_length else _show_gpu_table if chosen.every_gpu else _show_report
-        fits = show(check, chosen)
+        fits = (_show_table if chosen.max_length or chosen.every_gpu else _show_report)(check, chosen)
     except UserError as error:  # for a program, that is a result as well
         if chosen.wants_json:
             names = [*(field.name for field in fields(VramReport)), "processes", "other_processes_bytes"]
             verdict = "cannot_tell" if isinstance(error, CannotTellError) else "error"
-            _print_json({**dict.fromkeys(names), "verdict": verdict, "reason": str(error)})
+            echo_json({**dict.fromkeys(names), "verdict": verdict, "reason": str(error)})
         raise
     ctx.exit(0 if fits else DOES_NOT_FIT)
 
 
-def _show_models(device: "Gpu", options: _Options) -> None:
+def _show_models(device: "Gpu", options: SimpleNamespace) -> None:
     """Which model of the family fits the GPU."""
     with watching() as watcher:
         watcher.info("Starting torch, transformers and peft")
@@ -111,7 +96,7 @@ def _show_models(device: "Gpu", options: _Options) -> None:
     echo("\nTime: 1,000 rows of 2,048 tokens, by a cost model. For your own: qlora-phi3 init my-chats.jsonl")
 
 
-def _check_options(options: _Options) -> None:
+def _check_options(options: SimpleNamespace) -> None:
     """Refuse options that cannot be combined."""
     fit, tables = options.fit, options.every_gpu or options.max_length
     about_recipe = {
@@ -129,7 +114,7 @@ def _check_options(options: _Options) -> None:
         raise UserError("--fit writes the plan for one GPU.", "Leave --all and --max-length out.")
 
 
-def _find_device(options: _Options, check: "CachedVramCheck | None" = None) -> "Gpu":
+def _find_device(options: SimpleNamespace, check: "CachedVramCheck | None" = None) -> "Gpu":
     """The GPU that is named, else the one of this computer that a run of the recipe would use. DeviceError where it is not in the
     table, or its size cannot be read; NoDeviceError where there is none here.
     """
@@ -141,19 +126,7 @@ def _find_device(options: _Options, check: "CachedVramCheck | None" = None) -> "
     return chosen.gpu if chosen else read_gpu()  # which says why none can be read
 
 
-def _find_devices(check: "CachedVramCheck", options: _Options) -> "list[Gpu]":
-    """The GPUs of a table: the one that is named; or the one here, if it answers, and all groups of consumer GPUs."""
-    from qlora_phi3.memory.tables import group_gpus
-
-    if options.gpu or options.vram:
-        return [_find_device(options)]
-    here = []
-    with suppress(DeviceError):
-        here.append(_find_device(options, check))
-    return [*here, *group_gpus()]
-
-
-def _show_report(check: "CachedVramCheck", options: _Options) -> bool:
+def _show_report(check: "CachedVramCheck", options: SimpleNamespace) -> bool:
     """The report for one GPU, or for the processor of a computer that has none, and --fit; returns whether the recipe fits."""
     from qlora_phi3.hardware.gpu import read_cpu
     from qlora_phi3.memory.report import as_json
@@ -199,31 +172,34 @@ def _write_fit(check: "CachedVramCheck", report: "VramReport", target: Path) -> 
     echo(f"Written: {target}. Train it with: qlora-phi3 run {quoted(target)}", err=True)
 
 
-def _show_gpu_table(check: "CachedVramCheck", options: _Options) -> bool:
-    """The table of --all; returns whether the recipe fits any GPU."""
-    from qlora_phi3.memory.tables import table_row_as_json
+def _show_table(check: "CachedVramCheck", options: SimpleNamespace) -> bool:
+    """The table of --all or --max-length: of the GPU that is named; or of the one here, if it answers, and of all groups of
+    consumer GPUs. Returns whether the recipe, or any row, fits any of them.
+    """
+    from dataclasses import asdict
 
-    reports = check.gpu_table(_find_devices(check, options))
+    from qlora_phi3.memory.tables import group_gpus, table_row_as_json
+
+    named = named_gpu(options.gpu, options.vram)
+    devices = [named] if named else []
+    if not named:
+        with suppress(DeviceError):
+            devices.append(_find_device(options, check))
+        devices += group_gpus()
+    if options.max_length:
+        rows = check.max_lengths(devices)
+        _show(options, "show_max_lengths", rows, {"gpus": [asdict(row) for row in rows]})
+        return any(row.max_length for row in rows)
+    reports = check.gpu_table(devices)
     _show(options, "show_gpu_table", reports, {"gpus": list(map(table_row_as_json, reports))})
     return any(report.fits for report in reports)
 
 
-def _show_max_lengths(check: "CachedVramCheck", options: _Options) -> bool:
-    """The table of --max-length; returns whether any row fits."""
-    rows = check.max_lengths(_find_devices(check, options))
-    _show(options, "show_max_lengths", rows, {"gpus": [asdict(row) for row in rows]})
-    return any(row.max_length for row in rows)
-
-
-def _show(options: _Options, function: str, result: Any, as_json: Any) -> None:
+def _show(options: SimpleNamespace, function: str, result: Any, as_json: Any) -> None:
     """Print JSON, or what a function of `ui.vram` shows; where stdout is no terminal, lines without blanks at their ends."""
     if options.wants_json:
-        _print_json(as_json)
+        echo_json(as_json)
         return
     from qlora_phi3.ui import vram
 
     print_rich(lambda console: getattr(vram, function)(console, result))
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2))

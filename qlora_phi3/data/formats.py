@@ -113,9 +113,8 @@ def guess_mapping(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
 
 
 def check_fields(fields: Mapping[str, str], format_name: str) -> None:
-    """Raise DataError where the left side of [data] fields names a column that the format (for "auto", every format) lacks."""
-    forms = FORMATS.values() if format_name == "auto" else [FORMATS[format_name]]
-    known = sorted({column for form in forms for column in form.required + form.optional})
+    """Raise DataError where the left side of [data] fields names a column that the format lacks. "auto" has no fields."""
+    known = sorted(FORMATS[format_name].required + FORMATS[format_name].optional) if fields else []
     for ours in fields:
         if ours not in known:
             hint = f"The left side is the format's name, the right side yours. The format's names are: {', '.join(known)}."
@@ -143,7 +142,7 @@ def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Doc
     if isinstance(example, Document):
         if not example.text.strip() or example.text.strip() in NO_ANSWER:
             raise SkipRow("the text is empty")
-        return replace(example, unread=unread) if unread else example
+        return replace(example, unread=unread)
     if not example.turns:
         raise SkipRow("the conversation is empty")
     words = [turn.text.strip() for turn in example.turns]
@@ -155,15 +154,15 @@ def read_row(row: Mapping[str, Any], format_name: str, where: str) -> Chat | Doc
         raise SkipRow("an assistant turn is empty")
     if not NO_ANSWER.isdisjoint(words):
         raise SkipRow("a turn is a word for an empty cell (nan, <nooutput>)")
-    if not messages.NO_VALUE.isdisjoint(words):
-        if any(text in messages.NO_VALUE for turn, text in answers if turn.text):
-            example = replace(example, notes=(*example.notes, EMPTY_WORD))
-        if any(turn.role == "user" and not text for turn, text in pairs):
-            example = replace(example, notes=(*example.notes, EMPTY_TURN))
-    lists = [value for _, text in answers if text[:1] == "[" and isinstance(value := messages.parse_json(text), list)]
-    if any(len(value) > 1 and all(isinstance(item, str) for item in value) for value in lists):
-        example = replace(example, notes=(*example.notes, LIST_ANSWER))
-    return replace(example, unread=unread) if unread else example
+    notes = [*example.notes]
+    if any(text in messages.NO_VALUE for turn, text in answers if turn.text):
+        notes.append(EMPTY_WORD)
+    if any(turn.role == "user" and not text for turn, text in pairs):
+        notes.append(EMPTY_TURN)
+    lists = [messages.parse_json(text) for _, text in answers if text[:1] == "["]
+    if any(isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value) for value in lists):
+        notes.append(LIST_ANSWER)
+    return replace(example, unread=unread, notes=tuple(notes))
 
 
 def _read_conversation(column: str, columns: Columns, where: str, unread: set[str]) -> Chat:

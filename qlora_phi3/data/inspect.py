@@ -5,8 +5,8 @@ Nothing is printed here. Rows come from the function that a run calls, so what i
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_phi3.data.messages import SkipRow
 from qlora_phi3.data.prepare import PreparedData, read_column, row_lengths
 from qlora_phi3.data.report import DataReport
 from qlora_phi3.data.sources import open_sources
@@ -27,8 +28,6 @@ from qlora_phi3.recipe.schema import Data, Recipe
 CUT_SHARE = 0.01
 #: Lengths at which the cuts are listed, in tokens.
 CANDIDATES = tuple(2**power for power in range(7, 18))
-#: Columns that say which row it is, and how long.
-ROW = ("source", "source_row", "length")
 PERCENTILES = (0, 10, 50, 90, 99, 100)
 
 
@@ -90,46 +89,24 @@ def view_rows(
     dataset: Any, indices: Sequence[int], data: PreparedData, tokenizer: Any, *, held_out: bool = False
 ) -> list[RowView]:
     """Rows of a data set of `prepare_datasets` as text. `indices` count the rows of the data set from 0."""
-    return [_view_row(dataset[int(index)], data.report.sources, tokenizer, held_out=held_out) for index in indices]
-
-
-def _view_row(row: Mapping[str, Any], sources: Sequence[str], tokenizer: Any, *, held_out: bool) -> RowView:
-    ids, labels = row["input_ids"], row["labels"]
-    pieces, text, position = [], "", 0
-    for is_learned, group in groupby(label != IGNORE_INDEX for label in labels):
-        end = position + sum(1 for _ in group)
-        # A tokenizer drops the space before the first word that it decodes: each piece is what it adds to the row's text.
-        longer = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        part = tuple(ids[position:end])
-        pieces.append(Piece(longer[len(text) :], part, tuple(tokenizer.convert_ids_to_tokens(part)), is_learned))
-        text, position = longer, end
-    name = f"{sources[row['source']]}:{row['source_row']}"
-    return RowView(name, tuple(pieces), len(ids), row["supervised"], 0, held_out)
-
-
-def with_cuts(views: Sequence[RowView], uncut: PreparedData) -> list[RowView]:
-    """The views with the number of tokens that truncation took; `uncut` are the same data with `max_length` = `UNCUT`.
-
-    Several rows have one name where they start on one line, as in a .json file without line breaks: their ids decide.
-    """
-    names: dict[str, list[tuple[Any, int]]] = defaultdict(list)
-    for dataset in filter(None, (uncut.train, uncut.evaluation)):
-        for index, (source, number) in enumerate(zip(*(read_column(dataset, name) for name in ROW[:2]), strict=True)):
-            names[f"{uncut.report.sources[source]}:{number}"].append((dataset, index))
-
-    def cut_tokens(view: RowView) -> int:
-        ids = [token for piece in view.pieces for token in piece.ids]
-        rows = (dataset[index]["input_ids"] for dataset, index in names[view.name])
-        return next((len(row) - len(ids) for row in rows if row[: len(ids)] == ids), 0)
-
-    return [replace(view, num_cut=cut_tokens(view)) for view in views]
+    views = []
+    for row in (dataset[int(index)] for index in indices):
+        ids, pieces, text, position = row["input_ids"], [], "", 0
+        for is_learned, group in groupby(label != IGNORE_INDEX for label in row["labels"]):
+            end = position + sum(1 for _ in group)
+            # A tokenizer drops the space before the first word that it decodes: each piece is what it adds to the row's text.
+            longer = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            part = tuple(ids[position:end])
+            pieces.append(Piece(longer[len(text) :], part, tuple(tokenizer.convert_ids_to_tokens(part)), is_learned))
+            text, position = longer, end
+        name = f"{data.report.sources[row['source']]}:{row['source_row']}"
+        views.append(RowView(name, tuple(pieces), len(ids), row["supervised"], row["num_cut"], held_out))
+    return views
 
 
 def find_row(data: PreparedData, wanted: str, tokenizer: Any) -> RowView:
-    """The row that a person names: its number in the data, or `file:number` (the end of the file's name is enough).
-
-    Raises:
-        DataError: no such row is trained or evaluated on.
+    """The row that a person names: its number in the data, or `file:number` (the end of the file's name is enough). DataError
+    where no such row is trained or evaluated on.
     """
     file, _, number = wanted.rpartition(":")
     for dataset in filter(None, (data.train, data.evaluation)):
@@ -147,14 +124,15 @@ def find_row(data: PreparedData, wanted: str, tokenizer: Any) -> RowView:
     )
 
 
-def find_problems(data: PreparedData, uncut: PreparedData, recipe: Data, base_dir: Path) -> Iterator[Problem]:
+def find_problems(data: PreparedData, recipe: Data, base_dir: Path) -> Iterator[Problem]:
     """Every row that is cut, and the first 1,000 of each reason that are left out, with their content from the file."""
-    reasons = dict(data.left_out)
-    for dataset in filter(None, (uncut.train, uncut.evaluation)):
-        columns = [read_column(dataset, name)[row_lengths(dataset) > data.report.max_length] for name in ROW]
-        for source, number, length in zip(*columns, strict=True):
-            line = f"cut: {length:,} tokens, max_length is {data.report.max_length:,}"
-            reasons.setdefault(f"{uncut.report.sources[source]}:{number}", line)
+    reasons, max_length = dict(data.left_out), data.report.max_length
+    for dataset in filter(None, (data.train, data.evaluation)):
+        columns = [read_column(dataset, name) for name in ("source", "source_row", "num_cut")]
+        for source, number, num_cut in zip(*columns, strict=True):
+            if num_cut:
+                line = f"cut: {max_length + num_cut:,} tokens, max_length is {max_length:,}"
+                reasons.setdefault(f"{data.report.sources[source]}:{number}", line)
     names = [(as_list(recipe.train), recipe.split), (as_list(recipe.eval), recipe.eval_split or "test")]
     contents: dict[str, list[Any]] = defaultdict(list)
     for source in (source for each, split in names for source in open_sources(each, recipe, split, base_dir)):
@@ -162,7 +140,7 @@ def find_problems(data: PreparedData, uncut: PreparedData, recipe: Data, base_di
             if (name := f"{source.name}:{number}") in reasons:
                 contents[name].append(row)
     for name, rows in contents.items():
-        content = rows[0] if isinstance(rows[0], str) else json.dumps(rows[0], ensure_ascii=False, default=str)
+        content = str(rows[0]) if isinstance(rows[0], str | SkipRow) else json.dumps(rows[0], ensure_ascii=False, default=str)
         several = f"One of {len(rows):,} rows that start on this line; in a .jsonl file each has a line of its own."
         yield Problem(name, reasons[name], content if len(rows) == 1 else several)
 
@@ -179,13 +157,15 @@ def measure(data: PreparedData, uncut: PreparedData, recipe: Recipe, positions: 
     counts = np.histogram(lengths, bins=[0.5, *(edge + 0.5 for edge in classes)])[0]
     near = [length for length in CANDIDATES if length < 2 * lengths.max()] or [CANDIDATES[0]]
     suggested = min(suggest_max_length(lengths, learned_before), positions)
+    kept, batch_size = row_lengths(data.train).tolist(), training.batch_size
+    batches = [kept[start : start + batch_size] for start in range(0, len(kept), batch_size)]
     return DataStatistics(
         report=data.report,
         percentiles={share: int(np.percentile(lengths, share, method="higher")) for share in PERCENTILES},
         histogram=tuple(zip(classes, counts.tolist(), strict=True)),
         learned_share=data.report.supervised_tokens / data.report.tokens,
         cuts=tuple(_cut(length, lengths, learned_before) for length in sorted({*near, training.max_length, suggested})),
-        padding_share=_padding_share(row_lengths(data.train).tolist(), training.batch_size),
+        padding_share=1 - data.report.tokens / sum(len(batch) * max(batch) for batch in batches),
         suggested_max_length=suggested,
     )
 
@@ -220,9 +200,3 @@ def _learned_before(uncut: Any) -> Callable[[int], NDArray[np.int64]]:
 def _cut(max_length: int, lengths: NDArray[np.int64], learned_before: Callable[[int], NDArray[np.int64]]) -> Cut:
     kept, total = learned_before(max_length), int(learned_before(UNCUT).sum())
     return Cut(max_length, float((lengths > max_length).mean()), 1 - int(kept.sum()) / total, int((kept == 0).sum()))
-
-
-def _padding_share(lengths: Sequence[int], batch_size: int) -> float:
-    """Share of padding in the positions where every `batch_size` rows are padded to the longest of them."""
-    batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
-    return 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)

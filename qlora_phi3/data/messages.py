@@ -6,7 +6,7 @@ What a message holds and no key here reads is reported as not read. A message or
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -106,25 +106,22 @@ def is_switched_off(columns: Columns) -> bool:
     """Whether a row, a message or a part of one is not to be learned; SkipRow for switches that are unclear or contradict."""
     states = set()
     for name in SWITCHES if not SWITCH_NAMES.isdisjoint(columns.row) else ():
-        if (value := columns.take(name)) is not None:
-            states.add(_read_switch(name, value) != (name == REVERSED))
+        if (value := columns.take(name)) is None:
+            continue
+        if isinstance(value, str):
+            text = value.strip().lower()
+            try:
+                value = WORDS[text] if text in WORDS else float(text)
+            except ValueError:
+                raise SkipRow(f"{name!r} is neither true nor false") from None
+        if not isinstance(value, int | float):
+            raise SkipRow(f"{name!r} is {kind_of(value)}, and not true, false, 0 or 1")
+        if value not in (0, 1):
+            raise SkipRow(f"{name!r} is a weight other than 0 and 1, and a turn is learned or not")
+        states.add(bool(value) != (name == REVERSED))
     if len(states) > 1:
         raise SkipRow(f"its switches ({', '.join(name for name in SWITCHES if name in columns.row)}) contradict each other")
     return states == {False}
-
-
-def _read_switch(name: str, value: Any) -> bool:
-    if isinstance(value, str):
-        text = value.strip().lower()
-        try:
-            value = WORDS[text] if text in WORDS else float(text)
-        except ValueError:
-            raise SkipRow(f"{name!r} is neither true nor false") from None
-    if isinstance(value, int | float) and value in (0, 1):
-        return bool(value)
-    if isinstance(value, int | float):
-        raise SkipRow(f"{name!r} is a weight other than 0 and 1, and a turn is learned or not")
-    raise SkipRow(f"{name!r} is {kind_of(value)}, and not true, false, 0 or 1")
 
 
 def read_turns(messages: Any, column: str, where: str, unread: set[str]) -> tuple[Turn, ...]:
@@ -161,11 +158,12 @@ def _read_message(message: Any, column: str, where: str, unread: set[str]) -> Tu
     content = columns.take(*CONTENT_KEYS)
     if role == "tool" and isinstance(content, Mapping) and not {"parts", "text"} & content.keys():
         content = to_json(content, "content")
-    parts = _Parts(column, unread)
-    parts.add(content)
-    if role == "assistant" and len(parts.states) > 1:
+    parts = list(_read_parts(content, unread))
+    states = {is_on for _, _, is_on in parts if is_on is not None}
+    if role == "assistant" and len(states) > 1:
         raise SkipRow("a part of an assistant's turn is switched off, and a turn is learned or not")
-    text, calls, thinking = "".join(parts.texts), "", "".join(parts.thinking)
+    text, thinking = ("".join(words for kind, words, _ in parts if kind == wanted) for wanted in ("text", "thinking"))
+    calls = ""
     if role == "assistant":
         calls = read_calls(columns.take(*CALL_KEYS), unread)
         thinking = thinking or read_text(columns.take(*THINKING_KEYS), "thinking")
@@ -175,7 +173,7 @@ def _read_message(message: Any, column: str, where: str, unread: set[str]) -> Tu
         text, calls = _calls_in_text(text, calls, unread)
     check_unread(columns.row, columns.unread(), where)
     unread.update(f"{key} (of messages)" for key in columns.unread())
-    return Turn(role, text, not (off or parts.states == {False}), thinking, calls)
+    return Turn(role, text, not (off or states == {False}), thinking, calls)
 
 
 def _read_usual(message: Mapping[str, Any]) -> Turn | None:
@@ -227,50 +225,39 @@ def _is_preference(name: str, value: Any) -> bool:
     return value.strip().lower() in JUDGEMENTS
 
 
-@dataclass(slots=True)
-class _Parts:
-    """The parts of one message's content, which OpenAI, Gemini, LLaMA-Factory and others name differently."""
-
-    column: str
-    unread: set[str]
-    texts: list[str] = field(default_factory=list)
-    thinking: list[str] = field(default_factory=list)
-    states: set[bool] = field(default_factory=set)  #: Of the parts with text, which states their switches have: on, off.
-
-    def add(self, content: Any) -> None:
-        """Add text, one part, or a list of parts."""
-        if isinstance(content, Mapping):
-            self._add_part(content)
-        elif isinstance(content, Sequence) and not isinstance(content, str):
-            for part in content:
-                self.add(part)
-        else:
-            self.texts.append(read_text(content, "content"))
-
-    def _add_part(self, part: Mapping[str, Any]) -> None:
-        columns = Columns(part)
-        kind = columns.take("type", "content_type") or "text"
-        if called := [key for key in ("functionCall", "functionResponse", "function_call") if not is_empty(part.get(key))]:
-            raise SkipRow(f"a part of a message is {called[0]!r}, not text")
-        kind = "thinking" if columns.take("thought") is True else kind
-        is_on = not is_switched_off(columns)
-        if kind in THINKING_KEYS:
-            self.thinking.append(read_text(columns.take(*THINKING_KEYS, *CONTENT_KEYS), kind))
-            self.states.add(is_on)
-        elif kind not in ("text", "input_text", "output_text"):
-            raise SkipRow(f"a part of a message is {str(kind)[:40]!r}, not text")
-        elif part.keys().isdisjoint(CONTENT_KEYS):
-            raise SkipRow(f"a part of a message has none of the keys {', '.join(CONTENT_KEYS)}")
-        else:
-            self.add(columns.take("text", "value", "content", "parts"))
-            self.states.add(is_on)
-        self.unread.update(f"{key} (of parts of messages)" for key in columns.unread())
+def _read_parts(content: Any, unread: set[str]) -> Iterator[tuple[str, str, bool | None]]:
+    """The parts of one message's content, which OpenAI, Gemini, LLaMA-Factory and others name differently. Of each the kind
+    ("text" or "thinking"), the text, and whether it is learned (None: it has no switch).
+    """
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        for part in content:
+            yield from _read_parts(part, unread)
+        return
+    if not isinstance(content, Mapping):
+        yield "text", read_text(content, "content"), None
+        return
+    columns = Columns(content)
+    kind = columns.take("type", "content_type") or "text"
+    if called := [key for key in ("functionCall", "functionResponse", "function_call") if not is_empty(content.get(key))]:
+        raise SkipRow(f"a part of a message is {called[0]!r}, not text")
+    kind = "thinking" if columns.take("thought") is True else kind
+    is_on = not is_switched_off(columns)
+    if kind in THINKING_KEYS:
+        yield "thinking", read_text(columns.take(*THINKING_KEYS, *CONTENT_KEYS), kind), is_on
+    elif kind not in ("text", "input_text", "output_text"):
+        raise SkipRow(f"a part of a message is {str(kind)[:40]!r}, not text")
+    elif content.keys().isdisjoint(CONTENT_KEYS):
+        raise SkipRow(f"a part of a message has none of the keys {', '.join(CONTENT_KEYS)}")
+    else:
+        yield from _read_parts(columns.take("text", "value", "content", "parts"), unread)
+        yield "text", "", is_on
+    unread.update(f"{key} (of parts of messages)" for key in columns.unread())
 
 
 def read_calls(calls: Any, unread: set[str]) -> str:
     """The JSON array of an assistant's tool calls: name and arguments, an object, as the family's models write them."""
-    if isinstance(calls, str) and calls.strip() and (text := calls) is not None:
-        calls = parse_json(text)
+    if isinstance(calls, str) and calls.strip():
+        text, calls = calls, parse_json(calls)
         if calls is None and text.strip() != "null":
             raise SkipRow("the tool calls are text, and not JSON")
     if is_empty(calls):
@@ -336,10 +323,10 @@ def to_json(value: Any, column: str) -> str:
 
 def read_system(value: Any, unread: set[str]) -> str:
     """A system text: text, or a message's content or parts of it (Bedrock, Gemini)."""
-    parts = _Parts("system", unread)
-    parts.add({key: item for key, item in value.items() if key != "role"} if isinstance(value, Mapping) else value)
-    unread.update(("thinking (of the system text)",) if parts.thinking else ())
-    return "".join(parts.texts)
+    content = {key: item for key, item in value.items() if key != "role"} if isinstance(value, Mapping) else value
+    parts = list(_read_parts(content, unread))
+    unread.update("thinking (of the system text)" for kind, _, _ in parts if kind == "thinking")
+    return "".join(text for kind, text, _ in parts if kind == "text")
 
 
 def read_text(value: Any, column: str) -> str:

@@ -20,7 +20,6 @@ from qlora_phi3.data.sources import Source, open_local, open_sources
 from qlora_phi3.data.template import ChatTemplate
 from qlora_phi3.data.tokenize import TokenizeConfig, read_examples, tokenize_source
 from qlora_phi3.errors import DataError
-from qlora_phi3.files import row_cache_dir
 from qlora_phi3.recipe.load import as_list, is_local_data
 from qlora_phi3.recipe.schema import Data
 from qlora_phi3.reporter import Progress
@@ -42,15 +41,7 @@ class PreparedData:
 
 
 def prepare_datasets(
-    data: Data,
-    *,
-    max_length: int,
-    evaluate: bool,
-    tokenizer: Any,
-    template: ChatTemplate,
-    base_dir: Path,
-    progress: Progress | None = None,
-    cache_dir: Path | None = None,
+    data: Data, max_length: int, evaluate: bool, tokenizer: Any, template: ChatTemplate, base_dir: Path, progress: Progress
 ) -> PreparedData:
     """Read, render, tokenise, cut and split the data of a run. DataError where they are missing, empty or unreadable, of mixed
     formats, with an unknown role, or hold nothing to train on.
@@ -60,7 +51,6 @@ def prepare_datasets(
         evaluate: read or hold out rows to measure on.
         base_dir: the recipe's directory, where its relative paths are looked for first.
         progress: called with the rows read so far.
-        cache_dir: for the tokenised rows; None: below that of the datasets library.
     """
     check_fields(data.fields, data.format)
     eval_names = as_list(data.eval) if evaluate else []
@@ -68,13 +58,13 @@ def prepare_datasets(
         eval_names = [name for name in as_list(data.train) if not is_local_data(name, base_dir)]
     train_sources = open_sources(as_list(data.train), data, data.split, base_dir)
     eval_sources = open_sources(eval_names, data, data.eval_split or "test", base_dir)
-    config = TokenizeConfig(data, max_length, template, tokenizer, cache_dir or row_cache_dir(), progress)
-    train, reports = _read_all(train_sources, config, data.max_rows)
+    config = TokenizeConfig(data, max_length, template, tokenizer, progress)
+    reports: list[SourceReport] = []
+    train = _read_all(train_sources, config, data.max_rows, reports)
     evaluation: Any | None = None
     indices: tuple[int, ...] = ()
     if eval_sources:
-        evaluation, eval_reports = _read_all(eval_sources, config, data.max_eval_rows, first=len(reports))
-        reports += eval_reports
+        evaluation = _read_all(eval_sources, config, data.max_eval_rows, reports)
     elif evaluate and (indices := split_indices(len(train), data.eval_size, seed=data.split_seed, at_most=data.max_eval_rows)):
         evaluation = train.select(indices)
         train = train.select(np.setdiff1d(np.arange(len(train)), indices))
@@ -126,13 +116,11 @@ def split_indices(num_rows: int, size: float, *, seed: int, at_most: int | None 
     return tuple(sorted(int(row) for row in np.random.default_rng(seed).permutation(num_rows)[:count]))
 
 
-def _read_all(
-    sources: Sequence[Source], config: TokenizeConfig, max_rows: int | None, *, first: int = 0
-) -> tuple[Any, list[SourceReport]]:
-    """The usable rows of several sources as one data set; `first` is the number of the first source in the report."""
+def _read_all(sources: Sequence[Source], config: TokenizeConfig, max_rows: int | None, reports: list[SourceReport]) -> Any:
+    """The usable rows of several sources as one data set; the report on each source is added to `reports`."""
     from datasets import concatenate_datasets
 
-    parts, reports, kept = [], [], 0
+    parts, kept, first = [], 0, len(reports)
     for number, source in enumerate(sources, first):
         part, report = tokenize_source(source, config, None if max_rows is None else max_rows - kept)
         if report.rows_read == 0 and max_rows != kept:
@@ -141,8 +129,8 @@ def _read_all(
         reports.append(report)
         kept += report.rows_kept
     if not kept:
-        raise _nothing_to_learn(sources, reports, config.data, config.max_length)
-    return concatenate_datasets([part for part in parts if len(part)]), reports
+        raise _nothing_to_learn(sources, reports[first:], config.data, config.max_length)
+    return concatenate_datasets([part for part in parts if len(part)])
 
 
 def _nothing_to_learn(sources: Sequence[Source], reports: Sequence[SourceReport], data: Data, max_length: int) -> DataError:

@@ -1,8 +1,8 @@
 """Rows from local .json, .jsonl, .csv and .parquet files, from folders of them, and from data sets on the hub or on the disk.
 
 A `Source` numbers its rows from 1: by the line in a text file (an object over several lines has the line it starts on), by the
-position in a .parquet file or a data set. An `UnusableRow` says why the row cannot be read; in place of a line that is not JSON
-there is its DataError.
+position in a .parquet file or a data set. In place of a row that cannot be read there is a SkipRow, in place of a line that is
+not JSON its DataError.
 """
 
 import codecs
@@ -22,11 +22,9 @@ from itertools import chain, dropwhile
 from pathlib import Path
 from typing import IO, Any, cast
 
-from qlora_phi3.data.messages import DECODER
-from qlora_phi3.errors import DataError, first_line, quoted
-from qlora_phi3.files import is_dir
-from qlora_phi3.recipe.load import GLOB, candidate_paths, is_local_data, local_files
-from qlora_phi3.recipe.messages import find_nearest
+from qlora_phi3.data.messages import DECODER, SkipRow
+from qlora_phi3.errors import DataError, first_line
+from qlora_phi3.recipe.load import GLOB, candidate_paths, find_path, is_local_data, local_files, missing_data
 from qlora_phi3.recipe.schema import Data
 
 RowIterator = Iterator[tuple[int, Any]]
@@ -48,10 +46,6 @@ class Source:
     rows: Callable[[], RowIterator]
 
 
-class UnusableRow(str):
-    """Why a row cannot be read."""
-
-
 def open_sources(names: Sequence[str], data: Data, split: str, base_dir: Path) -> list[Source]:
     """Open files, and data sets of the hub with the subset and the revision of the recipe's [data], in the order of `names`.
     DataError for the first that cannot be opened.
@@ -69,7 +63,7 @@ def open_local(name: str, base_dir: Path, split: str = "train") -> list[Source]:
     """Open a file; each file of a folder or of a pattern such as `chats/*.jsonl`, by name; or the `split` of a saved data set.
     DataError where nothing of this name is there, or a file is unreadable or of an unsupported type.
     """
-    path = find_local(name, base_dir)
+    path = find_path(name, base_dir)
     if path is not None and any((path / saved).is_file() for saved in ("state.json", "dataset_dict.json")):
         return [_open_saved(name, path, split)]
     patterns = candidate_paths(name, base_dir) if GLOB.search(name) else []
@@ -89,14 +83,6 @@ def open_local(name: str, base_dir: Path, split: str = "train") -> list[Source]:
     raise DataError(f"{name} has no data file.", f"Supported are {', '.join(READERS)}, each also with .gz at its end.")
 
 
-def find_local(name: str, base_dir: Path) -> Path | None:
-    """The first of `candidate_paths` that exists."""
-    try:
-        return next((path for path in candidate_paths(name, base_dir) if path.exists()), None)
-    except OSError as error:  # a name of more than 255 bytes
-        raise DataError(f"{name[:80]} cannot be opened: {error.strerror or error}.", "Check the path in [data].") from error
-
-
 def _suffix(name: str) -> str:
     """What says how a file is read: `.jsonl` of `a.JSONL.gz`."""
     return Path(name.lower().removesuffix(".gz")).suffix
@@ -104,13 +90,9 @@ def _suffix(name: str) -> str:
 
 def open_file(name: str, base_dir: Path) -> Source:
     """Open a local file, looked for as in `candidate_paths`; DataError where it is missing, unreadable, empty or unsupported."""
-    path = find_local(name, base_dir)
+    path = find_path(name, base_dir)
     if path is None:
-        places = list(dict.fromkeys(candidate.absolute().parent for candidate in candidate_paths(name, base_dir)))
-        files = [each.name for place in places if is_dir(place) for each in place.iterdir() if _suffix(each.name) in READERS]
-        nearest = find_nearest(Path(name).name, files, cutoff=0.8)  # the suffixes are alike anyway
-        hint = f"Did you mean {quoted(Path(name).with_name(nearest))}?" if nearest else "Check the path."
-        raise DataError(f"There is no data file {name!r} in {' or '.join(map(str, places))}.", hint)
+        raise missing_data(name, base_dir)
     suffix = _suffix(name)
     if suffix not in READERS:
         raise DataError(f"{name} ends in {suffix!r}, which is not supported.", f"Use one of {', '.join(READERS)}, or .gz of one.")
@@ -316,7 +298,7 @@ def _read_csv_file(name: str, path: Path) -> RowIterator:
             start = reader.line_num + 1
             for cells in reader:
                 if cells and len(cells) != len(header):
-                    yield start, UnusableRow("the record has more or fewer cells than the first line has columns")
+                    yield start, SkipRow("the record has more or fewer cells than the first line has columns")
                 elif cells:
                     pairs = zip(header, cells, strict=True)
                     yield start, {column or "(no name)": cell for column, cell in pairs if column or cell}

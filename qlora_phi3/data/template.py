@@ -179,32 +179,32 @@ TOOLS_PROBE = [{"role": "system", "content": "system one", "tools": "tools one"}
 
 def _match_own(own: str, tokenizer: Any) -> ChatTemplate:
     """The family's template that renders as the tokenizer's own does, with or without its bos and eos tokens."""
-    own_bos, own_eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     own_variables = _template_variables(tokenizer)
     expected = [_try_render(own, probe, own_variables) for probe in (*PROBES, *SYSTEM_PROBES)]
     best, most = None, 0
     for name in FAMILY:
-        for bos, eos in dict.fromkeys((bos, eos) for bos in (own_bos, "") for eos in (own_eos, "")):
-            variables = _template_variables(tokenizer, bos, eos)
+        for left_out in ((), ("eos_token",), ("bos_token",), ("bos_token", "eos_token")):
+            variables = {**own_variables, **dict.fromkeys(left_out, "")}
             texts = [_try_render(_family_source(name), probe, variables) for probe in (*PROBES, *SYSTEM_PROBES)]
             agreed = sum(a == b for a, b in zip(texts, expected, strict=True))
             if texts[: len(PROBES)] == expected[: len(PROBES)] and agreed > most:
-                best, most = (name, bos, eos), agreed
+                best, most = (name, variables), agreed
     if best is None:
         raise DataError(
             "The tokenizer's chat template renders like none of the Phi-3 family, so that the assistant's words in it "
             "are not known.",
             SET_TEMPLATE_HINT,
         )
-    name, bos, eos = best
-    return _inspect(name, _family_source(name), tokenizer, bos=bos, eos=eos, own=own)
+    name, variables = best
+    return _inspect(name, _family_source(name), tokenizer, variables, own)
 
 
 def _inspect(
-    name: str, source: str, tokenizer: Any, *, bos: str | None = None, eos: str | None = None, own: str | None = None
+    name: str, source: str, tokenizer: Any, variables: Mapping[str, Any] | None = None, own: str | None = None
 ) -> ChatTemplate:
     """Find out by rendering which turns a template has; with `own` given, a turn counts only where both render it alike."""
-    variables, own_variables = _template_variables(tokenizer, bos, eos), _template_variables(tokenizer)
+    own_variables = _template_variables(tokenizer)
+    variables = own_variables if variables is None else variables
     probes = {"system": SYSTEM_PROBES[0], "tool": TOOL_PROBE}
     unpublished = own if own and sha256(own.encode()).hexdigest()[:16] not in PUBLISHED else ""
 
@@ -229,7 +229,7 @@ def _inspect(
     )
 
 
-def _check_marks(name: str, source: str, tokenizer: Any, variables: dict[str, Any]) -> str:
+def _check_marks(name: str, source: str, tokenizer: Any, variables: Mapping[str, Any]) -> str:
     """The end of turn after the marked words. Raises DataError where a mark is missing or a token is unknown."""
     try:
         text, spans = _render(source, PROBES[0], variables)
@@ -343,11 +343,9 @@ def _join(before: str, after: str) -> str:
     return f"{before}\n\n{after}" if before and after else before or after
 
 
-def _template_variables(tokenizer: Any, bos_token: str | None = None, eos_token: str | None = None) -> dict[str, Any]:
-    """What `apply_chat_template` passes to a template, with the two tokens that it may write itself: None for the tokenizer's."""
-    bos = (tokenizer.bos_token or "") if bos_token is None else bos_token
-    eos = (tokenizer.eos_token or "") if eos_token is None else eos_token
-    return {**tokenizer.special_tokens_map, "bos_token": bos, "eos_token": eos}
+def _template_variables(tokenizer: Any) -> dict[str, Any]:
+    """What `apply_chat_template` passes to a template, with the two tokens that it may write itself."""
+    return {**tokenizer.special_tokens_map, "bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
 
 
 def _render(source: str, messages: list[Message], variables: Mapping[str, Any], *, marked: bool = True) -> tuple[str, list[Span]]:

@@ -26,12 +26,12 @@ from xxhash import xxh3_64_intdigest
 from qlora_phi3.data.formats import SYNONYMS, Chat, Document, check_document, detect_format, read_row
 from qlora_phi3.data.messages import CONTENT_KEYS, SkipRow, check_unread, parse_json
 from qlora_phi3.data.report import NAMED, SourceReport
-from qlora_phi3.data.sources import Source, UnusableRow
+from qlora_phi3.data.sources import Source
 from qlora_phi3.data.template import LEADING_UNICODE_SPACE, ChatTemplate, render_chat
 from qlora_phi3.data.tokenizer import MARK, Span, SpecialTokens
 from qlora_phi3.errors import DataError, UserError
 from qlora_phi3.execution import IGNORE_INDEX
-from qlora_phi3.files import atomic_file, disk_errors, flush_to_disk, hash_file, remove, replace_dir
+from qlora_phi3.files import atomic_file, disk_errors, hash_file, remove, replace_dir, row_cache_dir
 from qlora_phi3.recipe.schema import Data
 from qlora_phi3.reporter import Progress
 from qlora_phi3.units import format_count
@@ -43,8 +43,10 @@ THREADS = min(4, os.cpu_count() or 1)
 #: By this variable tokenizers is told whether to start threads.
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 ROWS_NAME, REPORT_NAME = "rows.arrow", "report.json"
-#: Of an entry that is being written: the report so far, and the rows of an earlier session until they are copied.
-STATE_NAME, FORMER_NAME = "state.json", "former.arrow"
+#: Of an entry that is being written: the report so far, and the bytes of the rows that it counts.
+STATE_NAME = "state.json"
+#: What ends an Arrow stream.
+END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 #: Rows after which what is written can be continued.
 PART_ROWS = 100 * BATCH_ROWS
 READ_AS_TEXT = "special tokens of the model in the words of the row: read as text"
@@ -68,6 +70,8 @@ UNCUT = 2**31 - 1
 NAMED_FAULTS = 5
 #: One row's token ids, or its labels: int32, shape (length,).
 Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
+#: Number and content of rows.
+Examples = Iterator[tuple[int, Chat | Document]]
 #: The rows of a source read so far, and number, ids and labels of some of them.
 Batches = Iterator[tuple[int, Iterable[tuple[int, Ids, Ids]]]]
 
@@ -80,8 +84,7 @@ class TokenizeConfig:
     max_length: int
     template: ChatTemplate
     tokenizer: Any
-    cache_dir: Path
-    progress: Progress | None
+    progress: Progress
 
 
 def tokenize_source(source: Source, config: TokenizeConfig, max_rows: int | None) -> tuple[Any, SourceReport]:
@@ -91,17 +94,19 @@ def tokenize_source(source: Source, config: TokenizeConfig, max_rows: int | None
 
     Returns:
         A `datasets.Dataset`, memory-mapped, with the columns `input_ids` and `labels` (lists of int32, as long as each
-        other), `length` (int32, tokens), `supervised` (int32, labels that are not -100), `source_row` (int64, the
-        number of the row in its source) and `digest` (uint64, a hash of its ids); and the report. DataError for a row of another
-        format than the first, an unknown role, unreadable content, or a full disk.
+        other), `length` (int32, tokens), `num_cut` (int32, tokens beyond `max_length`, which are left out), `supervised` (int32,
+        labels that are not -100), `source_row` (int64, the number of the row in its source) and `digest` (uint64, a hash of its
+        ids); and the report. DataError for a row of another format than the first, an unknown role, unreadable content, or a full
+        disk.
     """
     from filelock import FileLock
 
-    entry = config.cache_dir / _cache_key(source, config, max_rows)
+    cache = row_cache_dir()
+    entry = cache / _cache_key(source, config, max_rows)
     if (found := _read_entry(entry)) is not None:
         return found
-    with disk_errors(config.cache_dir, DataError, hint="{cause}, or set HF_DATASETS_CACHE to a directory on another disk."):
-        config.cache_dir.mkdir(parents=True, exist_ok=True)
+    with disk_errors(cache, DataError, hint="{cause}, or set HF_DATASETS_CACHE to a directory on another disk."):
+        cache.mkdir(parents=True, exist_ok=True)
         with FileLock(entry.with_suffix(".lock")):
             if _read_entry(entry) is None:
                 _build_entry(entry, source, config, max_rows)
@@ -165,27 +170,19 @@ def _build_entry(entry: Path, source: Source, config: TokenizeConfig, max_rows: 
         raise
 
 
-def _read_partial(folder: Path, name: str) -> tuple[SourceReport, deque[Any]]:
-    """The report as `_write_rows` saved it last, and the record batches of all rows that it counts; of nothing where that is
-    damaged or missing.
+def _read_state(folder: Path, name: str) -> tuple[SourceReport, int]:
+    """The report as `_write_rows` saved it last, and the bytes of the rows that it counts; of nothing where that is damaged or
+    missing.
     """
-    import pyarrow as pa
     from pydantic import TypeAdapter
 
-    rows, former = folder / ROWS_NAME, folder / FORMER_NAME
     try:
-        report = TypeAdapter(SourceReport).validate_json((folder / STATE_NAME).read_bytes())
-        if not former.exists():  # else the copy of it was interrupted
-            rows.replace(former)
-        batches, missing, reader = deque[Any](), report.rows_kept, pa.ipc.open_stream(pa.memory_map(str(former)))
-        while missing > 0:
-            batches.append(reader.read_next_batch())
-            missing -= batches[-1].num_rows
-        if missing:
-            raise ValueError(missing)
-        return report, batches
-    except (OSError, ValueError, StopIteration, pa.ArrowException):
-        return SourceReport(name), deque()
+        state = json.loads((folder / STATE_NAME).read_bytes())
+        if (folder / ROWS_NAME).stat().st_size >= state["num_bytes"]:
+            return TypeAdapter(SourceReport).validate_python(state["report"]), state["num_bytes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return SourceReport(name), 0
 
 
 def _write_rows(folder: Path, source: Source, config: TokenizeConfig, max_rows: int | None) -> SourceReport:
@@ -196,33 +193,34 @@ def _write_rows(folder: Path, source: Source, config: TokenizeConfig, max_rows: 
     import pyarrow as pa
 
     tokens, count = pa.list_(pa.int32()), pa.int32()
-    columns = {"input_ids": tokens, "labels": tokens, "length": count, "supervised": count}
+    columns = {"input_ids": tokens, "labels": tokens, "length": count, "num_cut": count, "supervised": count}
     schema = pa.schema({**columns, "source_row": pa.int64(), "digest": pa.uint64()})
-    report, former = _read_partial(folder, source.name)
+    report, num_bytes = _read_state(folder, source.name)
     activity, path = f"Reading {Path(source.name).name}", folder / ROWS_NAME
     uncut_key = _cache_key(source, replace(config, max_length=UNCUT), None)
     parts = _tokenize_parts(source, config, max_rows, report)
-    if max_rows is None and config.max_length != UNCUT and (uncut := _read_entry(config.cache_dir / uncut_key)) is not None:
-        report, former = replace(uncut[1], rows_kept=0), deque()
+    if max_rows is None and config.max_length != UNCUT and (uncut := _read_entry(row_cache_dir() / uncut_key)) is not None:
+        report, num_bytes = replace(uncut[1], rows_kept=0), 0
         parts = iter([((report.rows_read, batch) for batch in _read_batches(uncut[0]))])
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        while former:
-            writer.write_batch(former.popleft())
+    with path.open("r+b" if num_bytes else "wb") as file:
+        file.truncate(num_bytes)
+        file.seek(num_bytes)
+        if not num_bytes:
+            file.write(schema.serialize())
         for part in parts:
             for rows_read, batch in part:
                 rows = list(_truncate_rows(batch, config.max_length, report))
                 if rows:
-                    writer.write_batch(pa.record_batch(_as_columns(rows), schema=schema))
+                    file.write(pa.record_batch(_as_columns(rows), schema=schema).serialize())
                 report.rows_kept += len(rows)
-                if config.progress is not None:
-                    config.progress(activity, rows_read, None)
+                config.progress(activity, rows_read, None)
             if report.rows_kept >= PART_ROWS:
-                flush_to_disk(path)
+                file.flush()
+                os.fsync(file.fileno())
                 with atomic_file(folder / STATE_NAME) as state:
-                    state.write_text(json.dumps(asdict(report)), encoding="utf-8")
-                remove(folder / FORMER_NAME)
-    remove(folder / FORMER_NAME)
-    if config.progress is not None and report.rows_read:
+                    state.write_text(json.dumps({"report": asdict(report), "num_bytes": file.tell()}), encoding="utf-8")
+        file.write(END_OF_STREAM)
+    if report.rows_read:
         config.progress(activity, report.rows_read, report.rows_read)
     missing = sorted(theirs for theirs in config.data.fields.values() if theirs not in report.columns)
     if missing and report.columns:
@@ -234,18 +232,18 @@ def _write_rows(folder: Path, source: Source, config: TokenizeConfig, max_rows: 
     return report
 
 
-def _as_columns(rows: Sequence[tuple[int, Ids, Ids, int]]) -> list[Any]:
+def _as_columns(rows: Sequence[tuple[int, Ids, Ids, int, int]]) -> list[Any]:
     """The columns of a record batch, of rows as `_truncate_rows` yields them."""
     import pyarrow as pa
 
-    numbers, ids, labels, supervised = zip(*rows, strict=True)
+    numbers, ids, labels, num_cut, supervised = zip(*rows, strict=True)
     lengths = [len(row) for row in ids]
     all_ids, all_labels = np.concatenate(ids), np.concatenate(labels)
     if lengths != list(map(len, labels)) or ((all_labels != all_ids) & (all_labels != IGNORE_INDEX)).any():
         raise RuntimeError("a label is neither -100 nor the id at its position; no run can be made of these rows")
     digests, ends = [xxh3_64_intdigest(row) for row in ids], np.cumsum([0, *lengths], dtype=np.int32)
     lists = [pa.ListArray.from_arrays(ends, values) for values in (all_ids, all_labels)]
-    return [*lists, lengths, supervised, numbers, digests]
+    return [*lists, lengths, num_cut, supervised, numbers, digests]
 
 
 def _tokenize_parts(source: Source, config: TokenizeConfig, max_rows: int | None, report: SourceReport) -> Iterator[Batches]:
@@ -260,11 +258,7 @@ def _tokenize_parts(source: Source, config: TokenizeConfig, max_rows: int | None
 
 
 def _tokenize_batches(
-    examples: Iterator[tuple[int, Chat | Document]],
-    config: TokenizeConfig,
-    special: SpecialTokens,
-    max_rows: int | None,
-    report: SourceReport,
+    examples: Examples, config: TokenizeConfig, special: SpecialTokens, max_rows: int | None, report: SourceReport
 ) -> Batches:
     """The rows of a part, until `report` has counted `max_rows` that are kept."""
     most, ahead = (float("inf"), 2 * THREADS) if max_rows is None else (max_rows, 0)
@@ -272,9 +266,8 @@ def _tokenize_batches(
     # tokenizers releases Python's lock: meanwhile this thread reads, renders and writes.
     with ThreadPoolExecutor(THREADS) as pool, one_thread_a_batch(config.tokenizer) if ahead else nullcontext():
         while batch := list(islice(examples, int(min(BATCH_ROWS, most - report.rows_kept)))):
-            rendered, is_chat = _render_batch(batch, config, special, report), isinstance(batch[0][1], Chat)
-            tokenized = pool.submit(_tokenize_batch, rendered, is_chat, config.tokenizer, special)
-            pending.append((report.rows_read, tokenized))
+            rendered = _render_batch(batch, config, special, report)
+            pending.append((report.rows_read, pool.submit(tokenize_rows, rendered, config.tokenizer, special)))
             if len(pending) > ahead:
                 rows_read, tokenized = pending.popleft()
                 yield rows_read, tokenized.result()
@@ -310,7 +303,7 @@ def _read_batches(rows: Any) -> Iterator[Iterable[tuple[int, Ids, Ids]]]:
         yield zip(table["source_row"].to_pylist(), *columns, strict=True)
 
 
-def read_examples(source: Source, data: Data, report: SourceReport) -> Iterator[tuple[int, Chat | Document]]:
+def read_examples(source: Source, data: Data, report: SourceReport) -> Examples:
     """Number and content of every row that can be read, after those that `report` has counted; the others are counted in it.
     DataError for unreadable content, an unknown role, or a row of another format than the first; it names several such rows.
     """
@@ -319,10 +312,10 @@ def read_examples(source: Source, data: Data, report: SourceReport) -> Iterator[
         where = f"{source.name}:{number}"
         report.rows_read += 1
         try:
-            if isinstance(row, DataError):
+            if isinstance(row, DataError | SkipRow):
                 raise row
             if not isinstance(row, Mapping):
-                raise SkipRow(row if isinstance(row, UnusableRow) else "the row is no object with columns")
+                raise SkipRow("the row is no object with columns")
             if data.fields:
                 report.columns += [str(column) for column in row if column not in report.columns]
             if ignored:
@@ -383,18 +376,19 @@ def _map_columns(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str,
 
 
 @dataclass(frozen=True, slots=True)
-class _Rendered:
-    """A row as text. `spans` are the characters to supervise, None for all; in a broken one special tokens are broken."""
+class Rendered:
+    """A row as text."""
 
     number: int
     text: str
-    spans: list[Span] | None
-    is_broken: bool
+    spans: Sequence[Span] | None  #: The characters to supervise; None: every token.
+    is_chat: bool
+    is_broken: bool = False  #: Whether the special tokens in its words are broken (`SpecialTokens.break_in`).
 
 
 def _render_batch(
     batch: Sequence[tuple[int, Chat | Document]], config: TokenizeConfig, special: SpecialTokens, report: SourceReport
-) -> list[_Rendered]:
+) -> list[Rendered]:
     """Rows as text, with a note for each that is changed or remarkable."""
     rendered = []
     for number, example in batch:
@@ -412,25 +406,9 @@ def _render_batch(
     return rendered
 
 
-def _tokenize_batch(
-    rendered: Sequence[_Rendered], is_chat: bool, tokenizer: Any, special: SpecialTokens
-) -> list[tuple[int, Ids, Ids]]:
-    """Number, ids and labels of rows, all of them chats or none."""
-    whole = [row for row in rendered if not row.is_broken]
-    texts = [row.text for row in whole]
-    if is_chat:
-        rows = iter(tokenize_chats(texts, [row.spans for row in whole], tokenizer))
-    else:
-        rows = iter(tokenize_documents(texts, tokenizer))
-    return [
-        (row.number, *(tokenize_broken(row.text, row.spans, special, is_chat) if row.is_broken else next(rows)))
-        for row in rendered
-    ]
-
-
 def _render_row(
     number: int, example: Chat | Document, config: TokenizeConfig, special: SpecialTokens
-) -> tuple[_Rendered, list[str]]:
+) -> tuple[Rendered, list[str]]:
     """A row as text, and what is remarkable in it. Raises SkipRow where it cannot be rendered."""
     if isinstance(example, Document):
         words = [example.text]
@@ -451,16 +429,22 @@ def _render_row(
             text = text.rstrip()  # a rendered text that ends already
         if RENDERED_CHAT.search(text.replace(MARK, "")):
             notes.append(CHAT_IN_TEXT)
-        return _Rendered(number, text, None, is_broken), notes
+        return Rendered(number, text, None, False, is_broken), notes
     if READ_AS_TOKENS in notes and any(map(RENDERED_CHAT.search, words)):
         notes.append(CHAT_IN_TURN)
-    chat = _break_words(example, special) if is_broken else example
+    chat = example
+    if is_broken:
+        turns = []
+        for turn in chat.turns:
+            text, thinking, calls = map(special.break_in, (turn.text, turn.thinking, turn.calls))
+            turns.append(replace(turn, text=text, thinking=thinking, calls=calls))
+        chat = replace(chat, turns=tuple(turns), tools=special.break_in(chat.tools))
     text, spans, more = render_chat(chat, config.template)
     if config.template.is_own and not config.data.allow_special_tokens:
         _check_special_tokens(example, text, config.template, special)
     if config.data.loss_on == "all" and example.switched_off:
         raise SkipRow('a turn is switched off, and [data] loss_on = "all" learns every token')
-    return _Rendered(number, text, spans if config.data.loss_on == "assistant" else None, is_broken), [*notes, *more]
+    return Rendered(number, text, spans if config.data.loss_on == "assistant" else None, True, is_broken), [*notes, *more]
 
 
 def _check_special_tokens(chat: Chat, text: str, template: ChatTemplate, special: SpecialTokens) -> None:
@@ -474,46 +458,36 @@ def _check_special_tokens(chat: Chat, text: str, template: ChatTemplate, special
         raise SkipRow("the chat template makes or removes special tokens in the words of a turn")
 
 
-def _break_words(chat: Chat, special: SpecialTokens) -> Chat:
-    broken = special.break_in
-    turns = [
-        replace(turn, text=broken(turn.text), thinking=broken(turn.thinking), calls=broken(turn.calls)) for turn in chat.turns
-    ]
-    return replace(chat, turns=tuple(turns), tools=broken(chat.tools))
+def tokenize_rows(rendered: Sequence[Rendered], tokenizer: Any, special: SpecialTokens) -> list[tuple[int, Ids, Ids]]:
+    """Number, ids and labels of rows, all of them conversations or none; ids and labels are int32 of shape (length,).
 
-
-def tokenize_chats(texts: Sequence[str], spans: Sequence[Sequence[Span] | None], tokenizer: Any) -> list[tuple[Ids, Ids]]:
-    """Tokenise rendered conversations; the ids are those of `apply_chat_template`. `spans` are, of each text, the characters
-    [start, end) to supervise; None: supervise every token. Returns for each text its ids and its labels, int32 of shape
-    (length,).
+    The ids of a conversation are those of `apply_chat_template`. Raw text has the tokenizer's own start of a text, and ends with
+    the end-of-text token, each once.
     """
-    if not texts:
-        return []
-    batch = tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )
-    return [_label(*row) for row in zip(batch["input_ids"], batch.encodings, spans, strict=True)]
-
-
-def tokenize_broken(text: str, spans: Sequence[Span] | None, special: SpecialTokens, is_chat: bool) -> tuple[Ids, Ids]:
-    """Tokenise a rendered conversation, or raw text, whose words have broken special tokens; returns its ids and labels."""
-    encoding, moved = special.encode(text, spans or ())
-    ids = special.ids_of(encoding)
-    if is_chat:
-        return _label(ids, encoding, None if spans is None else moved)
-    before, after = special.ends
-    return _label_document([*before, *ids, *after], special.tokenizer.bos_token_id, special.tokenizer.eos_token_id)
-
-
-def _label(ids: Sequence[int], encoding: Any, spans: Sequence[Span] | None) -> tuple[Ids, Ids]:
-    """The ids of a text, and the labels of the characters in `spans`; position 0 has none."""
-    row = np.asarray(ids, dtype=np.int32)
-    labels = row.copy() if spans is None else np.full_like(row, IGNORE_INDEX)
-    for span in spans or ():
-        first, last = _find_tokens(encoding, span)
-        labels[first:last] = row[first:last]
-    labels[:1] = IGNORE_INDEX
-    return row, labels
+    texts = [row.text for row in rendered if not row.is_broken]
+    rows, encodings = [], iter(())
+    if texts:
+        options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        encodings = iter(tokenizer(texts, add_special_tokens=not rendered[0].is_chat, **options).encodings)
+    for row in rendered:
+        spans: Sequence[Span] = row.spans or ()
+        if row.is_broken:
+            encoding, spans = special.encode(row.text, spans)
+            ids = special.ids_of(encoding, with_ends=not row.is_chat)
+        else:
+            encoding = next(encodings)
+            ids = encoding.ids
+        if not row.is_chat:
+            ids = ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id else ids  # a rendered text
+            ids = ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+        tokens = np.asarray(ids, dtype=np.int32)
+        labels = tokens.copy() if row.spans is None else np.full_like(tokens, IGNORE_INDEX)
+        for span in spans:
+            first, last = _find_tokens(encoding, span)
+            labels[first:last] = tokens[first:last]
+        labels[:1] = IGNORE_INDEX
+        rows.append((row.number, tokens, labels))
+    return rows
 
 
 def _find_tokens(encoding: Any, span: Span) -> tuple[int, int]:
@@ -534,35 +508,19 @@ def _find_tokens(encoding: Any, span: Span) -> tuple[int, int]:
     return first, last + 1
 
 
-def tokenize_documents(texts: Sequence[str], tokenizer: Any) -> list[tuple[Ids, Ids]]:
-    """Tokenise raw text with the tokenizer's own start of a text, and close it with the end-of-text token. Returns for each text
-    its ids and its labels (every token but the first), int32 of shape (length,) both.
-    """
-    if not texts:
-        return []
-    batch = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False)
-    return [_label_document(ids, tokenizer.bos_token_id, tokenizer.eos_token_id) for ids in batch["input_ids"]]
-
-
-def _label_document(ids: Sequence[int], start: int | None, end: int) -> tuple[Ids, Ids]:
-    ids = ids[1:] if len(ids) > 1 and ids[0] == ids[1] == start else ids  # a rendered text that has its start already
-    row = np.asarray(ids if ids and ids[-1] == end else [*ids, end], dtype=np.int32)
-    labels = row.copy()
-    labels[:1] = IGNORE_INDEX
-    return row, labels
-
-
 def _truncate_rows(
     rows: Iterable[tuple[int, Ids, Ids]], max_length: int, report: SourceReport
-) -> Iterator[tuple[int, Ids, Ids, int]]:
-    """Cut rows at `max_length` tokens, and count what is supervised; rows without anything are counted and left out."""
+) -> Iterator[tuple[int, Ids, Ids, int, int]]:
+    """Cut rows at `max_length` tokens: number, ids, labels, tokens cut, and labels that are supervised. Rows without any of these
+    are counted and left out.
+    """
     for number, ids, labels in rows:
-        is_long = len(ids) > max_length
-        kept = labels[:max_length] if is_long else labels
+        num_cut = max(0, len(ids) - max_length)
+        kept = labels[:max_length]
         if supervised := int(np.count_nonzero(kept != IGNORE_INDEX)):
-            report.truncated += is_long
-            yield number, ids[:max_length] if is_long else ids, kept, supervised
-        elif is_long:
+            report.truncated += num_cut > 0
+            yield number, ids[:max_length], kept, num_cut, supervised
+        elif num_cut:
             report.fully_truncated = report.fully_truncated.plus(1, [f"{report.name}:{number}"], named=NAMED)
         else:
             report.add(report.skipped, "the chat template marks nothing to learn", number)

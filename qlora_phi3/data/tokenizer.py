@@ -119,33 +119,33 @@ class SpecialTokens:
             (start + sum(by for end, by in moves if end <= start), stop + sum(by for end, by in moves if end <= stop))
             for start, stop in spans
         ]
-        return self._renamed.encode(plain, add_special_tokens=False), moved
+        return self._renamed[0].encode(plain, add_special_tokens=False), moved
 
-    def ids_of(self, encoding: Any) -> list[int]:
-        """The model's ids of what `encode` returned."""
-        return [self._real_ids.get(token_id, token_id) for token_id in encoding.ids]
+    def ids_of(self, encoding: Any, *, with_ends: bool) -> list[int]:
+        """The model's ids of what `encode` returned; `with_ends` between those that the tokenizer puts around a text."""
+        _, real_ids = self._renamed
+        ids = [real_ids.get(token_id, token_id) for token_id in encoding.ids]
+        before, after = self._ends if with_ends else ([], [])
+        return [*before, *ids, *after]
 
     def whole_in(self, text: str) -> list[str]:
         """The special tokens in a rendered text that are not broken."""
         return [found[0] for found in self._whole_or_mark.finditer(text) if found[0] not in (MARK, *THINKING)]
 
     @cached_property
-    def _renamed(self) -> Any:
+    def _renamed(self) -> tuple[Any, dict[int, int]]:
+        """The copy of the tokenizer, and from an id in it to that of the model where they differ."""
         from tokenizers import Tokenizer
 
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())
         for token in state["added_tokens"]:
             token["content"] = f"{AROUND}{token['content']}{AROUND}"
-        return Tokenizer.from_str(json.dumps({**state, "truncation": None, "padding": None}))
+        copy: Any = Tokenizer.from_str(json.dumps({**state, "truncation": None, "padding": None}))
+        added: dict[int, Any] = self.tokenizer.added_tokens_decoder
+        return copy, {copy.token_to_id(f"{AROUND}{token.content}{AROUND}"): token_id for token_id, token in added.items()}
 
     @cached_property
-    def _real_ids(self) -> dict[int, int]:
-        """Id in the copy -> id of the model."""
-        added = self.tokenizer.added_tokens_decoder
-        return {self._renamed.token_to_id(f"{AROUND}{token.content}{AROUND}"): token_id for token_id, token in added.items()}
-
-    @cached_property
-    def ends(self) -> tuple[list[int], list[int]]:
+    def _ends(self) -> tuple[list[int], list[int]]:
         """The ids that the tokenizer puts before a text and after it, such as the start of a text."""
         bare = self.tokenizer("x", add_special_tokens=False).input_ids
         ids = list(self.tokenizer("x").input_ids)

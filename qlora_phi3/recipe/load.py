@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qlora_phi3.errors import RecipeError, UserError, quoted
+from qlora_phi3.errors import DataError, RecipeError, UserError, quoted
 from qlora_phi3.family import Architecture, is_hub_id, original_of
 from qlora_phi3.files import is_dir, nesting
 from qlora_phi3.recipe.edit import format_toml
@@ -194,11 +194,17 @@ def _find_missing_files(raw: Mapping[str, Any], base_dir: Path) -> Iterator[Prob
     """Yield a problem for each model folder, adapter and data file that does not exist; values of a wrong type are skipped."""
     sections = {table: section for table, section in raw.items() if isinstance(section, dict)}
     evaluates = sections.get("training", {}).get("do_eval") is not False
-    yield from _find_missing_template(sections.get("data", {}).get("chat_template"), base_dir)
+    template = sections.get("data", {}).get("chat_template")
+    templates = ["auto", *sorted(path.name.removesuffix(".jinja") for path in TEMPLATES.iterdir())]
+    if isinstance(template, str) and template not in templates:
+        path = find_path(template, base_dir) if template.endswith(".jinja") else None
+        if path is None or not path.is_file():
+            sentence = f"[data] chat_template: There is no template and no .jinja file {template}."
+            yield Problem("data", "chat_template", f"{sentence} The names: {', '.join(templates)}.")
     for table, key in (("model", "name"), ("model", "adapter"), ("data", "train"), ("data", "eval")):
         names = sections.get(table, {}).get(key) if key != "eval" or evaluates else None
         for name in names if isinstance(names, list) else [names]:
-            if not (isinstance(name, str) and name) or any(p.exists() for p in _safe_paths(name, base_dir)):
+            if not (isinstance(name, str) and name) or find_path(name, base_dir):
                 continue
             if key == "name" and not is_hub_id(name):
                 hint = "Give a folder that exists, or a hub id such as microsoft/Phi-3-mini-4k-instruct."
@@ -206,29 +212,17 @@ def _find_missing_files(raw: Mapping[str, Any], base_dir: Path) -> Iterator[Prob
             elif key == "adapter":
                 yield Problem(table, key, f"[model] adapter: There is no folder {name}.")
             elif table == "data" and is_local_data(name, base_dir):
-                dirs = list(dict.fromkeys(path.absolute().parent for path in candidate_paths(name, base_dir)))
-                sentence = f"[data] {key}: There is no file {name} in {' or '.join(map(str, dirs))}."
-                files = [path.name for parent in dirs if is_dir(parent) for path in parent.iterdir() if path.is_file()]
-                nearest = find_nearest(Path(name).name, files, cutoff=0.8)  # the suffixes are alike anyway
-                hint = f" Did you mean {Path(name).with_name(nearest).as_posix()}?" if nearest else ""
-                yield Problem(table, key, sentence + hint)
+                yield Problem(table, key, f"[data] {key}: {missing_data(name, base_dir)}")
 
 
-def _find_missing_template(name: object, base_dir: Path) -> Iterator[Problem]:
-    known = ["auto", *sorted(path.name.removesuffix(".jinja") for path in TEMPLATES.iterdir())]
-    if not isinstance(name, str) or name in known:
-        return
-    if not name.endswith(".jinja") or not any(path.is_file() for path in _safe_paths(name, base_dir)):
-        sentence = f"[data] chat_template: There is no template and no .jinja file {name}."
-        yield Problem("data", "chat_template", f"{sentence} The names: {', '.join(known)}.")
-
-
-def _safe_paths(name: str, base_dir: Path) -> Iterator[Path]:
-    """`candidate_paths` of a value that may be no name at all (NUL, a part of 300 bytes), for which `Path.exists` raises."""
-    for path in candidate_paths(name, base_dir):
-        with suppress(OSError, ValueError):
-            path.exists()
-            yield path
+def missing_data(name: str, base_dir: Path) -> DataError:
+    """The error that there is no data file of this name where it is looked for, with the nearest name there."""
+    places = list(dict.fromkeys(path.absolute().parent for path in candidate_paths(name, base_dir)))
+    files = [path.name for place in places if is_dir(place) for path in place.iterdir()]
+    data = [file for file in files if file.lower().removesuffix(".gz").endswith(DATA_SUFFIXES)]
+    nearest = find_nearest(Path(name).name, data, cutoff=0.8)  # the suffixes are alike anyway
+    hint = f"Did you mean {quoted(Path(name).with_name(nearest))}?" if nearest else "Check the path."
+    return DataError(f"There is no data file {name!r} in {' or '.join(map(str, places))}.", hint)
 
 
 def candidate_paths(name: str, base_dir: Path) -> tuple[Path, ...]:
@@ -240,11 +234,19 @@ def candidate_paths(name: str, base_dir: Path) -> tuple[Path, ...]:
     return (path,) if path.is_absolute() else (base_dir / path, path)
 
 
+def find_path(name: str, base_dir: Path) -> Path | None:
+    """The first of `candidate_paths` that exists; none for what is no name (NUL, a part of 300 bytes), where `exists` raises."""
+    for path in candidate_paths(name, base_dir):
+        with suppress(OSError, ValueError):
+            if path.exists():
+                return path
+    return None
+
+
 def is_local_data(name: str, base_dir: Path) -> bool:
     """Whether a name in [data] means a file: it exists, has the suffix of a file, or cannot be a hub id."""
-    if Path(name).suffix.lower() in FILE_SUFFIXES or not is_hub_id(name, needs_owner=False):
-        return True
-    return any(path.exists() for path in _safe_paths(name, base_dir))
+    looks_local = Path(name).suffix.lower() in FILE_SUFFIXES or not is_hub_id(name, needs_owner=False)
+    return looks_local or find_path(name, base_dir) is not None
 
 
 def local_files(path: Path) -> list[Path]:

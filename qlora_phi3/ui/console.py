@@ -11,9 +11,7 @@ import shlex
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from qlora_phi3.errors import LONGEST_LINE, Interrupted, printable, quoted, wrap_words
 from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, RunOutline, StepRecord
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.ui.eta import BLENDED_STEPS, EtaEstimator
 from qlora_phi3.units import describe_duration, describe_epochs, format_count, format_duration, format_percent
 
 if TYPE_CHECKING:
@@ -29,6 +26,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from qlora_phi3.export.run import Exported
+    from qlora_phi3.recipe.schema import Training
+    from qlora_phi3.training.run import RunResult
 
 #: Characters of the loss curve, lowest first. cli/main.py writes others where the output's encoding lacks them.
 CURVE_BARS = "▁▂▃▄▅▆▇█"
@@ -49,27 +48,10 @@ PLAIN_INTERVAL_SECONDS = 10.0
 #: Seconds of steps that an estimate of the remaining time is based on. rich's default of 30 s gives no estimate at all for
 #: steps that are longer, as on small GPUs.
 SPEED_PERIOD_SECONDS = 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class LogInterval:
-    """Which steps get a plain line ([training] logging_strategy and logging_steps), and how many are warm-up.
-
-    Numbers of steps below 1 are shares of all steps.
-    """
-
-    strategy: str
-    steps: float
-    warmup_steps: float = 0
-
-    def shows(self, step: int, epoch: float, total: int) -> bool:
-        """Whether this step gets a line; with "steps" the first and the last one always do."""
-        if self.strategy == "no":
-            return False
-        if self.strategy == "epoch":
-            return math.isclose(epoch, round(epoch), abs_tol=1e-9) or step == total
-        interval = math.ceil(self.steps * total) if self.steps < 1 else int(self.steps)
-        return step % interval == 0 or step in (1, total)
+#: Steps after which the measured time replaces that of the cost model.
+BLENDED_STEPS = 3
+#: The latest steps, whose mean time counts: enough for rows of many lengths, few enough to follow a GPU that becomes slower.
+MEAN_STEPS = 200
 
 
 def shown(text: str, *, longest_line: int = sys.maxsize) -> str:
@@ -77,23 +59,77 @@ def shown(text: str, *, longest_line: int = sys.maxsize) -> str:
     return printable(text, longest_line=longest_line).replace(f"{Path.cwd()}{os.sep}", "")
 
 
-def _print_line(console: "Console", line: str, style: str | None = None) -> None:
+def print_line(console: "Console", line: str, style: str | None = None) -> None:
     """Print a line, on a terminal in lines that end between words."""
     line = shown(line, longest_line=LONGEST_LINE)
     line = wrap_words(line, console.width) if console.is_terminal else line
     console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
+class EtaEstimator:
+    """Estimates the seconds that a run needs from `begin` on, with its evaluations and checkpoints.
+
+    A step lasts from the end of the step before it, so that data and checkpoints count; evaluations between them do not, and
+    count as long as the last one took. The first step of a session, which starts kernels and fills caches, counts only until
+    there is a second one.
+    """
+
+    def __init__(self, outline: RunOutline) -> None:
+        self.outline, self._step = outline, outline.first_step
+        self.num_measured = 0  #: Steps.
+        self._evaluations_left, self._evaluation_seconds = outline.evaluations, outline.evaluation_seconds
+        self.evaluated_share = 0.0  #: Of the evaluation that runs, from 0 to 1.
+        self._seconds: deque[float] = deque(maxlen=MEAN_STEPS)
+        self._began = self._last = time.perf_counter()
+
+    def step(self, record: StepRecord) -> None:
+        """A step is done; those that diverged before it have no record."""
+        seconds = (time.perf_counter() - self._last) / max(1, record.step - self._step)
+        if self.num_measured == 1:
+            self._seconds.clear()
+        self._seconds.append(seconds if self.num_measured else record.step_seconds)
+        self.num_measured += 1
+        self._step, self._last = record.step, time.perf_counter()
+
+    def evaluation(self, record: EvalRecord) -> None:
+        """An evaluation is done."""
+        self._evaluations_left = max(0, self._evaluations_left - 1)
+        self._evaluation_seconds, self.evaluated_share = record.seconds, 0.0
+        self._last += record.seconds  # they are no part of the next step
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether `left` follows from measured steps alone."""
+        return self.num_measured >= BLENDED_STEPS
+
+    def left(self) -> float | None:
+        """Seconds that the run still needs; None where nothing tells."""
+        modelled, steps = self.outline.step_seconds, max(0, self.outline.total_steps - self._step)
+        if modelled is None and self.num_measured < 2:
+            return None
+        weight = 1.0 if modelled is None else min(1.0, self.num_measured / BLENDED_STEPS)
+        measured = sum(self._seconds) / max(1, len(self._seconds))
+        seconds = weight * measured + (1 - weight) * (modelled or 0.0)
+        begun = min(time.perf_counter() - self._last, seconds) if steps and not self.evaluated_share else 0.0
+        evaluations = max(0.0, self._evaluations_left - self.evaluated_share)
+        return steps * seconds - begun + evaluations * self._evaluation_seconds
+
+    def passed(self) -> float:
+        """Seconds since the run began."""
+        return time.perf_counter() - self._began
+
+
 class ConsoleReporter:
     """Shows a run: lines above, and on a terminal progress bars or the screen of `ui/live.py` below them.
 
-    Warnings go to the console `errors`. The bars are from `build_progress`, disabled where the output is plain lines.
+    Warnings go to the console `errors`. The bars are from `build_progress`, disabled where the output is plain lines; which steps
+    get one follows from the keys of `training`.
     """
 
     has_one_bar = False  #: Each work takes the bar of the one before it, which counts the time of all.
 
-    def __init__(self, console: "Console", errors: "Console", log_interval: LogInterval, bars: "Progress") -> None:
-        self._console, self._errors, self._log_interval, self._bars = console, errors, log_interval, bars
+    def __init__(self, console: "Console", errors: "Console", training: "Training", bars: "Progress") -> None:
+        self._console, self._errors, self._training, self._bars = console, errors, training, bars
         self._tasks: dict[str, TaskID] = {}
         self._last_line: dict[str, float] = {}
         self.eta: EtaEstimator | None = None  #: None until the run begins.
@@ -107,11 +143,11 @@ class ConsoleReporter:
 
     def info(self, line: str) -> None:
         """Print a fact on stdout."""
-        _print_line(self._console, line)
+        print_line(self._console, line)
 
     def warning(self, line: str) -> None:
         """Print on stderr what the user should look at."""
-        _print_line(self._errors, f"Note: {line}", COLOURS["warning"])
+        print_line(self._errors, f"Note: {line}", COLOURS["warning"])
 
     def progress(self, what: str, done: float, total: int | None) -> None:
         """Move the bar of `what`, and remove it at `done >= total`; without bars print a line at the start and every 10 s."""
@@ -146,18 +182,21 @@ class ConsoleReporter:
 
     def begin(self, outline: RunOutline) -> None:
         """Announce the time of the run, and open its screen. Steps of earlier sessions do not count for the speed."""
-        self.eta = EtaEstimator(outline, time.perf_counter)
+        self.eta = EtaEstimator(outline)
         self._total, self.step_number = outline.total_steps, outline.first_step
         self.losses = [record["loss"] for record in outline.earlier if record["kind"] == StepRecord.kind]
         self.eval_losses = [record["eval_loss"] for record in outline.earlier if record["kind"] == EvalRecord.kind]
-        warmup = self._log_interval.warmup_steps
-        if (math.ceil(warmup * self._total) if warmup < 1 else warmup) >= self._total:
+        if self._count_steps(self._training.warmup_steps) >= self._total:
             self.warning(
                 f"All of the run's {format_count(self._total, 'step')} is warm-up: the learning rate is never reached. "
                 "Write [training] warmup_steps = 0."
             )
         self._announce(self.eta, "estimated")
         self._move(TRAINING, outline.first_step, self._total)
+
+    def _count_steps(self, number: float) -> int:
+        """A number of steps, which below 1 is a share of all."""
+        return math.ceil(number * self._total) if number < 1 else int(number)
 
     def _announce(self, eta: EtaEstimator, how: str) -> None:
         """Print the time of the run, where it is known and another one than was printed before."""
@@ -181,12 +220,20 @@ class ConsoleReporter:
         if self.eta is None:
             return
         self.eta.step(record)
-        if self._bars.disable and self._log_interval.shows(record.step, record.epoch, self._total):
+        if self._bars.disable and self._is_logged(record):
             left = self.eta.left()
             remaining = "" if left is None else f"  {format_duration(left)} left"
             self.info(f"step {record.step}/{self._total}  loss {record.loss:.4f}  {speed}{remaining}")
         if self._bars.disable and self.eta.num_measured == BLENDED_STEPS:
             self._announce(self.eta, "measured")
+
+    def _is_logged(self, record: StepRecord) -> bool:
+        """Whether this step gets a plain line; with logging_strategy "steps" the first and the last one always do."""
+        if self._training.logging_strategy == "no":
+            return False
+        if self._training.logging_strategy == "epoch":
+            return math.isclose(record.epoch, round(record.epoch), abs_tol=1e-9) or record.step == self._total
+        return record.step % self._count_steps(self._training.logging_steps) == 0 or record.step in (1, self._total)
 
     def evaluation(self, record: EvalRecord) -> None:
         """Print the loss and the token accuracy on the held-out rows."""
@@ -234,36 +281,23 @@ class ConsoleReporter:
             return Interrupted(message, "Start again with the same command.")
         return Interrupted(message, f"Go on with: {folder.resume_command}")
 
-    def finish(
-        self, steps: int, before: float | None, after: float | None, seconds: float, adapter: Path, notes: Sequence[str] = ()
-    ) -> None:
-        """Print the end of a run: steps, held-out losses in nats (None: no rows), seconds of all sessions, and its warnings."""
+    def finish(self, result: "RunResult", notes: Sequence[str]) -> None:
+        """Print the end of a run, its warnings, and what to do next."""
         if self.losses:
             self.info(f"Training loss  {draw_curve(self.losses)}  {describe_ends(self.losses)}")
-        if before is not None and after is not None:
-            self.info(f"Held-out loss  {before:.4f} -> {after:.4f}")
+        if result.loss_before is not None and result.loss_after is not None:
+            self.info(f"Held-out loss  {result.loss_before:.4f} -> {result.loss_after:.4f}")
         for note in notes:
             self.warning(note)
-        done = f"{format_count(steps, 'step')} in {format_duration(seconds)}, all sessions, from reading the data to saving"
-        self.info(f"Done: {done}. The adapter: {adapter.absolute()}")
-        if (page := adapter.parent / "report.html").is_file():
-            self.info(f"Report: {page.absolute()}")
-        run = quoted(shown(str(adapter.parent.absolute())))
+        work = f"{format_count(result.steps, 'step')} in {format_duration(result.seconds)}"
+        folder = result.folder.path.absolute()
+        self.info(f"Done: {work}, all sessions, from reading the data to saving. The adapter: {result.folder.adapter.absolute()}")
+        if (page := folder / "report.html").is_file():
+            self.info(f"Report: {page}")
+        run = quoted(shown(str(folder)))
         self.info(f"Next: qlora-phi3 chat {run} --compare")
         self.info(f"      qlora-phi3 eval {run}")
         self.info(f"      qlora-phi3 export {run} --ollama NAME")
-
-
-@contextmanager
-def open_console(*, plain: bool = False, quiet: bool = False) -> Iterator[ConsoleReporter]:
-    """A reporter with one bar, which ends with the block; `plain`: lines instead of it; `quiet`: nothing is shown."""
-    from rich.console import Console
-
-    console, errors = Console(quiet=quiet), Console(stderr=True, quiet=quiet)
-    with build_progress(console, disable=plain or not console.is_terminal) as bars:
-        reporter = ConsoleReporter(console, errors if bars.disable else console, LogInterval("no", 1), bars)
-        reporter.has_one_bar = True
-        yield reporter
 
 
 def build_progress(console: "Console", *, disable: bool = False, kind: "type[Progress] | None" = None) -> "Progress":

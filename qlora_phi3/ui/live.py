@@ -14,9 +14,9 @@ from rich.progress import Progress
 from rich.text import Text
 
 from qlora_phi3.hardware.gpu import GpuLoad, read_load
+from qlora_phi3.recipe.schema import Training
 from qlora_phi3.reporter import RunOutline, StepRecord
-from qlora_phi3.ui.console import COLOURS, TRAINING, ConsoleReporter, LogInterval, build_progress, draw_curve, mean_ends
-from qlora_phi3.ui.eta import BLENDED_STEPS, EtaEstimator
+from qlora_phi3.ui.console import COLOURS, TRAINING, ConsoleReporter, EtaEstimator, build_progress, draw_curve, mean_ends
 from qlora_phi3.ui.vram import draw_bar
 from qlora_phi3.units import describe_duration, format_count, format_gib
 
@@ -31,7 +31,7 @@ SENSOR_SECONDS = 1.0
 class RunProgress(Progress):
     """Progress bars until a run begins, then its screen."""
 
-    reporter: ConsoleReporter | None = None  #: Set by `open_run_console`.
+    reporter: ConsoleReporter | None = None  #: Set by `open_console`.
     nvml: Any = None  #: The module `pynvml`, or a stand-in.
     _load: GpuLoad | None = None
     _reader: threading.Timer | None = None
@@ -61,7 +61,7 @@ class RunProgress(Progress):
         bar = draw_bar(BAR_COLUMNS, [(step, "█", COLOURS["done"])], total)
         epoch = epochs * step / total if record is None else record.epoch
         yield "done", bar.append(f"  {step:,} of {format_count(total, 'step')}, epoch {epoch:.2f} of {epochs:.3g}")
-        left, by = eta.left(), "measured" if eta.num_measured >= BLENDED_STEPS else "estimated"
+        left, by = eta.left(), "measured" if eta.is_measured else "estimated"
         ahead = "the time left is known after two steps" if left is None else f"about {describe_duration(left)} left, {by}"
         if step >= total and others:
             ahead = "the steps are done"  # what follows them is not in the estimate
@@ -116,10 +116,15 @@ def _describe_memory(outline: RunOutline, record: StepRecord | None, load: GpuLo
 
 
 @contextmanager
-def open_run_console(log_interval: LogInterval, *, plain: bool, quiet: bool = False) -> Iterator[ConsoleReporter]:
-    """`open_console` for a run: with its screen once it begins."""
+def open_console(training: Training | None = None, *, quiet: bool = False) -> Iterator[ConsoleReporter]:
+    """A reporter whose bars end with the block: of a run, which shows its screen, or without `training` of other work in one bar.
+
+    `quiet`: nothing is shown.
+    """
     console, errors = Console(quiet=quiet), Console(stderr=True, quiet=quiet)
-    with build_progress(console, disable=plain or not console.is_terminal, kind=RunProgress) as bars:
-        reporter = ConsoleReporter(console, errors if bars.disable else console, log_interval, bars)
+    plain = not console.is_terminal or (training is not None and training.disable_tqdm)
+    with build_progress(console, disable=plain, kind=RunProgress) as bars:
+        reporter = ConsoleReporter(console, errors if plain else console, training or Training(), bars)
+        reporter.has_one_bar = training is None
         vars(bars)["reporter"] = reporter
         yield reporter

@@ -43,13 +43,10 @@ def write_page(folder: RunFolder) -> Path:
     with foreign_errors(
         RunError, f"{folder.path / PAGE} cannot be made: {{reason}}.", "The other files of the run are complete."
     ):
-        text = render("report.html.jinja", run=run, charts=draw_charts(run), recipe=_read_text(folder.recipe))
+        recipe = folder.recipe.read_text(encoding="utf-8", errors="replace") if folder.recipe.is_file() else ""
+        text = render("report.html.jinja", run=run, charts=draw_charts(run), recipe=recipe)
     atomic_write(folder.path / PAGE, text)
     return folder.path / PAGE
-
-
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def render(template: str, **values: Any) -> str:
@@ -63,14 +60,15 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(gib=show_size, duration=format_duration, count=format_count, curve=draw_curve, sizes=list_sizes)
-    environment.globals.update(verdict=verdict, warnings=warnings, draw_plot=draw_plot, now=datetime.now().astimezone, zip=zip)
-    environment.filters["tojson_plain"] = lambda value: json.dumps(value, ensure_ascii=False)
-    environment.filters["quoted"] = quoted
-    environment.filters["largest"] = lambda values: max(values, default=0)
-    environment.filters.update(ends=mean_ends, describe_ends=describe_ends, median=lambda values: median(values or [0.0]))
-    environment.globals.update(table_rows=TABLE_ROWS, smoothed_share=SMOOTHED_SHARE)
-    return environment.get_template(template).render(values)
+    environment.filters |= {
+        "gib": show_size, "duration": format_duration, "count": format_count, "curve": draw_curve, "sizes": list_sizes,
+        "quoted": quoted, "ends": mean_ends, "describe_ends": describe_ends,
+        "tojson_plain": lambda value: json.dumps(value, ensure_ascii=False),
+        "largest": lambda values: max(values, default=0),
+        "median": lambda values: median(values or [0.0]),
+    }  # fmt: skip
+    functions = {"verdict": verdict, "warnings": warnings, "draw_plot": draw_plot, "now": datetime.now().astimezone, "zip": zip}
+    return environment.get_template(template).render(**functions, table_rows=TABLE_ROWS, smoothed_share=SMOOTHED_SHARE, **values)
 
 
 def show_size(num_bytes: int) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.errors import RunError
 from qlora_phi3.files import read_json_object
-from qlora_phi3.runfolder import RunFolder, is_locked, parse_metrics, read_metrics
+from qlora_phi3.runfolder import RunFolder, is_locked, read_metrics
 from qlora_phi3.ui.console import describe_ends
 from qlora_phi3.units import format_count
 
@@ -115,7 +115,7 @@ def _summarize(folder: RunFolder) -> RunSummary:
     report: dict[str, Any] = {"status": "damaged"}
     with suppress(RunError):
         report = folder.read_report()
-    records, status = [] if report.get("status") == "done" else _last_records(folder.metrics), read_status(folder, report)
+    records, status = [] if report.get("status") == "done" else read_metrics(folder.metrics), read_status(folder, report)
     losses = [(record["step"], record.get("eval_loss")) for record in records if record["kind"] == "eval"]
     seconds = report.get("seconds")
     if report.get("status") == "running" and seconds is not None:  # of earlier sessions; this one began when it wrote the report
@@ -132,15 +132,6 @@ def _summarize(folder: RunFolder) -> RunSummary:
         seconds=seconds,
         size_bytes=sum(map(size_of, scan(folder.path))),
     )
-
-
-def _last_records(path: Path) -> list[dict[str, Any]]:
-    """The first and the last evaluation in metrics.jsonl, and the last step; only these lines are parsed."""
-    text = b"\n" + (path.read_bytes() if path.is_file() else b"")
-    text = text[: text.rfind(b"\n") + 1]  # a kill cuts the last line
-    kinds = (b'{"kind": "eval"', b'{"kind": "train"')
-    found = (text.find(b"\n" + kinds[0]), *(text.rfind(b"\n" + kind) for kind in kinds))
-    return parse_metrics(text[at + 1 : text.find(b"\n", at + 1)] for at in found if at >= 0)
 
 
 def scan(path: str | Path) -> list[os.DirEntry[str]]:
@@ -251,10 +242,8 @@ def differing_keys(*recipes: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def draw_plot(*curves: tuple[Sequence[int], Sequence[float]]) -> list[str]:
-    """Curves over each other, in ASCII: `a` for the first, `b` for the second, `#` where they meet.
-
-    Args:
-        curves: of each its steps and its finite values. A column shows the mean of its steps.
+    """Curves, each its steps and its finite values, over each other in ASCII: `a` for the first, `b` for the second, `#` where
+    they meet. A column shows the mean of its steps.
     """
     last = max(step for steps, _ in curves for step in steps)
     means: list[dict[int, float]] = []

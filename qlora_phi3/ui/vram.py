@@ -9,11 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from qlora_phi3.errors import printable, wrap_words
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.hardware.gpu_table import GPU_TABLE, name_series
 from qlora_phi3.memory.report import VramReport, planned_keys
 from qlora_phi3.memory.tables import MaxLengthRow
+from qlora_phi3.ui.console import print_line
 from qlora_phi3.units import GIB, describe_duration, describe_epochs, format_count, format_gib, format_percent, round_to_100
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ def show_gpu(console: Console, device: Gpu) -> None:
     """The processes on a GPU, and how much memory is free."""
     major, minor = device.compute_capability
     gb_per_second, tflops = device.bandwidth_bytes_per_second / 1e9, device.tflops_16bit
-    _print(console, _describe_memory(device))
-    _print(console, f"compute capability {major}.{minor}, {gb_per_second:,.0f} GB/s, {tflops:,.0f} TFLOPS in 16 bit")
+    print_line(console, _describe_memory(device))
+    print_line(console, f"compute capability {major}.{minor}, {gb_per_second:,.0f} GB/s, {tflops:,.0f} TFLOPS in 16 bit")
     if not device.is_local:
         return
     known = sum(process.used_bytes or 0 for process in device.processes)
     unnamed = max(0, device.other_processes_bytes - known)
-    _print(console, "")
+    print_line(console, "")
     parts = [(known, "█", "yellow"), (unnamed, "▓", "dim yellow")]
     console.print(draw_bar(min(WIDEST_BAR, console.width), parts, device.total_bytes))
     table = build_table("", "", "")
@@ -71,9 +71,9 @@ def _describe_memory(device: Gpu) -> str:
 
 def show_report(console: Console, report: VramReport) -> None:
     """The report for one recipe on one GPU."""
-    _print(console, "\n".join(_heading(report)))
+    print_line(console, "\n".join(_heading(report)))
     line, style = next(_verdict(report))
-    _print(console, f"{line}\n", style)
+    print_line(console, f"{line}\n", style)
     memory, least = report.memory, SMALL_SHARE * report.memory.allocated_bytes
     large = [(name, size) for name, size in memory.by_category.items() if size >= least]
     categories = [(name, size, COLOURS[number % len(COLOURS)]) for number, (name, size) in enumerate(large)]
@@ -84,7 +84,7 @@ def show_report(console: Console, report: VramReport) -> None:
     }
     categories += [(name, size, "white") for name, size in rest.items() if size > 0]
     _show_bar(console, report, categories)
-    _print(console, "")
+    print_line(console, "")
     table = build_table("", ">", "")
     largest = max(size for _, size, _ in categories)
     for name, size, colour in categories:
@@ -94,12 +94,12 @@ def show_report(console: Console, report: VramReport) -> None:
     allocated, reserved = format_gib(memory.allocated_bytes), format_gib(memory.reserved_bytes)
     of_process = "the process takes Python, its libraries and their buffers too, about 1 GiB"
     kinds = f"Tensors: {of_process}" if report.device.is_cpu else f"Allocated {allocated}, reserved {reserved}"
-    _print(console, f"\n{kinds}; the peak is in the {memory.peak_phase} phase.")
+    print_line(console, f"\n{kinds}; the peak is in the {memory.peak_phase} phase.")
     if memory.host_bytes:
         paged = "all" if memory.paged_bytes == memory.host_bytes else format_gib(memory.paged_bytes)
         state = f", {paged} of it paged optimizer state" if memory.paged_bytes else ""
-        _print(console, f"In host memory at the same time: {format_gib(memory.host_bytes)}{state}.")
-    _print(console, "" if report.fits else "\nThe plan that needs least memory:")
+        print_line(console, f"In host memory at the same time: {format_gib(memory.host_bytes)}{state}.")
+    print_line(console, "" if report.fits else "\nThe plan that needs least memory:")
     plan = build_table("", "")
     for table_name, key, value, reason in planned_keys(report):
         if key != "mlp_tile_tokens" or value:
@@ -107,9 +107,9 @@ def show_report(console: Console, report: VramReport) -> None:
             plan.add_row(pair, f"[dim]{escape(reason)}[/]" if report.fits else "")
     plan.columns[1].no_wrap = False
     console.print(plan)
-    _print(console, "")
+    print_line(console, "")
     for line, style in _verdict(report):
-        _print(console, line, style)
+        print_line(console, line, style)
 
 
 def _heading(report: VramReport) -> Iterator[str]:
@@ -163,15 +163,15 @@ def _show_bar(console: Console, report: VramReport, categories: Sequence[tuple[s
     on_gpu, margin = format_gib(report.memory.on_gpu_bytes), format_gib(report.margin_bytes)
     total = format_gib(report.memory.on_gpu_bytes + report.margin_bytes)
     free = " free" if device.is_local and not device.is_cpu else ""
-    _print(console, f"█ {on_gpu} and a margin of ▒ {margin} make {total} of {format_gib(report.budget_bytes)}{free}")
+    print_line(console, f"█ {on_gpu} and a margin of ▒ {margin} make {total} of {format_gib(report.budget_bytes)}{free}")
     if report.margin_runs:
         instead = f"The margin is {format_percent(report.margin_share, 1)} instead of 3 %"
-        _print(console, f"{instead}: runs on this GPU took more than predicted ({report.margin_runs} compared)")
+        print_line(console, f"{instead}: runs on this GPU took more than predicted ({report.margin_runs} compared)")
     if device.other_processes_bytes:
-        _print(console, f"▓ {format_gib(device.other_processes_bytes)} used by other processes")
+        print_line(console, f"▓ {format_gib(device.other_processes_bytes)} used by other processes")
     if outside:
         kind = "left to other programs and processes" if device.is_cpu else "outside of [memory] budget"
-        _print(console, f"─ {format_gib(outside)} {kind}")
+        print_line(console, f"─ {format_gib(outside)} {kind}")
 
 
 def draw_bar(width: int, parts: Sequence[tuple[int, str, str]], total_bytes: int) -> Text:
@@ -212,7 +212,7 @@ def _verdict(report: VramReport) -> Iterator[tuple[str, str | None]]:
 
 
 def _speed_lines(report: VramReport) -> Iterator[str]:
-    """One speed, or those of the slowest and the fastest of the GPUs that the report is about."""
+    """The speed, or those of the slowest and the fastest of these GPUs; and the time of the run, or of 1,000 rows."""
     low, high = report.slowest_tokens_per_second, report.fastest_tokens_per_second
     times = [report.seconds_per_step * report.tokens_per_second / each for each in (low, high)]
     slow, fast = (f"{seconds:,.1f} s" if seconds >= 1 else f"{1000 * seconds:,.0f} ms" for seconds in times)
@@ -225,30 +225,24 @@ def _speed_lines(report: VramReport) -> Iterator[str]:
     else:
         yield f"About {slow} an optimizer step, {low:,.0f} tokens a second, on the slowest of these GPUs;"
         yield f"{fast}, {high:,.0f} on the fastest: estimated from their stated rates, not measured."
-    yield _describe_run(report)
+    run_seconds = report.seconds_per_1000_rows if report.run_seconds is None else report.run_seconds
+    about = " to ".join(dict.fromkeys(describe_duration(run_seconds * report.tokens_per_second / each) for each in (high, low)))
+    if report.total_steps is None or report.epochs is None:
+        yield f"1,000 rows of {report.max_length:,} tokens take about {about}."
+    else:
+        epochs, rows, steps = describe_epochs(report.epochs), report.rows.count, format_count(report.total_steps, "step")
+        yield f"{epochs} of {format_count(rows, 'row')} ({steps}) in about {about}, evaluations included."
     seconds = report.step["seconds"]
     shares = sorted(zip(round_to_100(list(seconds.values())), seconds, strict=True), reverse=True)
     named = [f"{share} % {KINDS_OF_TIME[kind]}" for share, kind in shares if share]
     yield f"That is {', '.join(named)}."
 
 
-def _describe_run(report: VramReport) -> str:
-    """How long the recipe's run takes, or 1,000 rows where the number of rows is not known."""
-    seconds = report.seconds_per_1000_rows if report.run_seconds is None else report.run_seconds
-    speeds = (report.fastest_tokens_per_second, report.slowest_tokens_per_second)
-    times = [describe_duration(seconds * report.tokens_per_second / speed) for speed in speeds]
-    about = " to ".join(dict.fromkeys(times))
-    if report.total_steps is None or report.epochs is None:
-        return f"1,000 rows of {report.max_length:,} tokens take about {about}."
-    epochs, rows, steps = describe_epochs(report.epochs), report.rows.count, format_count(report.total_steps, "step")
-    return f"{epochs} of {format_count(rows, 'row')} ({steps}) in about {about}, evaluations included."
-
-
 def show_gpu_table(console: Console, reports: Sequence[VramReport]) -> None:
     """One line for each size of GPU."""
     first = reports[0]
-    _print(console, f"{first.model}; {first.step_rows} of at most {first.max_length:,} tokens")
-    _print(console, f"Rows: {first.rows.origin}\n")
+    print_line(console, f"{first.model}; {first.step_rows} of at most {first.max_length:,} tokens")
+    print_line(console, f"Rows: {first.rows.origin}\n")
     table = build_table("GPU", "usable>", "needed>", "fits", "tokens at once>", "recomputed", "tokens/s>")
     for report in reports:
         size, _, series = report.device.name.partition(", ")
@@ -269,7 +263,7 @@ def show_gpu_table(console: Console, reports: Sequence[VramReport]) -> None:
         tokens = f"{report.micro_batch_tokens:,}"
         table.add_row(escape(name), usable, needed, "[green]yes[/]", tokens, layers, speed)
     console.print(table)
-    _print(
+    print_line(
         console,
         "\nusable: GiB that the smallest of these GPUs leaves to programs, with nothing else on it. needed: GiB of the "
         "prediction and its margin. tokens at once: of one forward pass. recomputed: layers, or the MLPs alone of all layers. "
@@ -277,7 +271,7 @@ def show_gpu_table(console: Console, reports: Sequence[VramReport]) -> None:
         "dim",
     )
     if first.rows.problem:
-        _print(console, f"Note: a run would stop at its data. {first.rows.problem}", "yellow")
+        print_line(console, f"Note: a run would stop at its data. {first.rows.problem}", "yellow")
 
 
 def show_models(console: Console, options: "Sequence[ModelOption]") -> None:
@@ -296,13 +290,13 @@ def show_models(console: Console, options: "Sequence[ModelOption]") -> None:
         )
     console.print(table)
     if len(options) > 1:
-        _print(console, "The models with the most parameters (14.7B: 14.7 billion) come first.", "dim")
+        print_line(console, "The models with the most parameters (14.7B: 14.7 billion) come first.", "dim")
 
 
 def show_max_lengths(console: Console, rows: Sequence[MaxLengthRow]) -> None:
     """The longest row for each GPU."""
     heading = f"{rows[0].model}: the longest row that fits, alone in its step, with the plan that needs least memory"
-    _print(console, f"{heading}\n")
+    print_line(console, f"{heading}\n")
     table = build_table("GPU", "usable>", "longest row>", "on the GPU>", "in host memory>")
     for row in rows:
         length = f"{row.max_length:,}{'*' if row.is_model_limit else ' '}" if row.max_length else "none "
@@ -311,7 +305,7 @@ def show_max_lengths(console: Console, rows: Sequence[MaxLengthRow]) -> None:
     console.print(table)
     legend = "on the GPU: the prediction; its margin is within what is usable. in host memory: what is offloaded."
     limit = "\n* all the positions the model has" if any(row.is_model_limit for row in rows) else ""
-    _print(console, f"\n{legend}{limit}", "dim")
+    print_line(console, f"\n{legend}{limit}", "dim")
 
 
 def build_table(*headings: str) -> Table:
@@ -322,8 +316,3 @@ def build_table(*headings: str) -> Table:
         justify: Literal["left", "right"] = "right" if heading.endswith(">") else "left"
         table.add_column(name := heading.rstrip(">"), justify=justify, no_wrap=True, min_width=len(name))
     return table
-
-
-def _print(console: Console, line: str, style: str | None = None) -> None:
-    line = wrap_words(printable(line), console.width) if console.is_terminal else printable(line)
-    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)

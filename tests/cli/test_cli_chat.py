@@ -3,7 +3,6 @@
 import json
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from qlora_phi3.cli.chat import Conversation, WordWriter, _open_input
 from qlora_phi3.cli.main import main
 from qlora_phi3.errors import Terminated
 from qlora_phi3.inference import GREEDY, generate, load_for_inference
+from qlora_phi3.runfolder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def loaded_once(loaded, monkeypatch):
     monkeypatch.setattr("qlora_phi3.inference.load_for_inference", lambda *_, **__: loaded)
 
 
-def talk(loaded, *sides, limit=8):
-    return Conversation(loaded, GREEDY, limit, 0, sides or ("tuned",), "")
+def talk(loaded, *, compare=False, limit=8):
+    return Conversation(loaded, GREEDY, limit, 0, compare, "")
 
 
 def answer_of(loaded, question, limit=8):
@@ -170,7 +170,7 @@ def test_ctrl_c_while_a_single_answer_is_generated_ends_the_program(run, monkeyp
 def test_ctrl_c_stops_the_sides_that_have_not_answered_yet(loaded, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(Conversation, "_answer", lambda _, side, *__: asked.append(side) or ("a part", "stopped"))
-    conversation = talk(loaded, "tuned", "base")
+    conversation = talk(loaded, compare=True)
     assert conversation.ask("?") == "stopped"
     assert (asked, conversation.turns) == (["tuned"], {})
 
@@ -184,11 +184,7 @@ def test_ctrl_c_between_the_answers_ends_no_conversation(run, monkeypatch):
 @pytest.mark.parametrize(("options", "shown"), [((), "Be brief."), (("--system", ""), None), (("--system", "Rhyme."), "Rhyme.")])
 def test_the_system_turn_of_the_training_rows_is_used_unless_another_is_named(run, monkeypatch, options, shown):
     report = json.dumps({"status": "done", "data": {"system": "Be brief."}})
-    monkeypatch.setattr(
-        chat_module,
-        "RunFolder",
-        lambda path: SimpleNamespace(recipe=path / "recipe.toml", read_report=lambda: json.loads(report)),
-    )
+    monkeypatch.setattr(RunFolder, "read_report", lambda _: json.loads(report))
     systems = []
     monkeypatch.setattr(Conversation, "ask", lambda talk, _: systems.append(talk.system) or "")
     result = call("chat", str(run), "--prompt", "?", *options)
@@ -198,7 +194,7 @@ def test_the_system_turn_of_the_training_rows_is_used_unless_another_is_named(ru
 
 
 def test_the_sides_keep_conversations_of_their_own(loaded, capsys):
-    conversation = talk(loaded, "base", "tuned")
+    conversation = talk(loaded, compare=True)
     conversation.ask("What is red?")
     conversation.ask("And blue?")
     base, tuned = conversation.messages("base"), conversation.messages("tuned")
@@ -209,8 +205,9 @@ def test_the_sides_keep_conversations_of_their_own(loaded, capsys):
 
 def test_an_empty_answer_beside_another_is_said_to_be_empty(loaded, monkeypatch, capsys):
     monkeypatch.setattr(Conversation, "_answer", lambda _, side, *__: ("" if side == "base" else "a cherry", "figures"))
-    talk(loaded, "base", "tuned").ask("?")
-    assert capsys.readouterr().out.splitlines()[:2] == ["base:", "(empty)"]
+    talk(loaded, compare=True).ask("?")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[lines.index("base:") + 1] == "(empty)"
     table = chat_module._columns([("", "0 tokens"), ("a cherry", "3 tokens")], 20)
     assert [str(cell) for cell in table.columns[0].cells] == ["(empty)", "0 tokens"]
     assert [str(cell) for cell in chat_module._columns([("", "")], 20).columns[0].cells] == ["", ""]
@@ -220,7 +217,7 @@ def test_answers_stand_beside_each_other_on_a_wide_terminal(loaded, capsys, monk
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(Conversation, "_answer", lambda _, side, *__: (f"I am {side}.\x1b[2J[red]", f"figures of {side}"))
-    talk(loaded, "base", "tuned").ask("?")
+    talk(loaded, compare=True).ask("?")
     shown = capsys.readouterr().out
     (line,) = [line for line in shown.splitlines() if "I am base." in line]
     assert "I am tuned." in line
@@ -268,7 +265,7 @@ def test_a_run_is_chosen_by_its_number(run, monkeypatch):
 def typed(monkeypatch, tmp_path):
     """A terminal whose keys a test types."""
     monkeypatch.setattr(chat_module, "_is_terminal", lambda: True)
-    monkeypatch.setattr(chat_module, "user_state_dir", lambda: tmp_path / "state")
+    monkeypatch.setattr("qlora_phi3.files.user_state_dir", lambda: tmp_path / "state")
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
         yield keys
 

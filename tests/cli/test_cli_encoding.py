@@ -20,14 +20,17 @@ def last_lines():
 main(["last-lines"])
 """
 FINISH = """
-    import qlora_phi3.ui.console as ui
+    import qlora_phi3.ui.live as ui
     from qlora_phi3.reporter import RunOutline
+    from qlora_phi3.runfolder import RunFolder
     from pathlib import Path
+    from types import SimpleNamespace
     with ui.open_console() as reporter:
         earlier = [{"kind": "train", "loss": loss} for loss in (3.0, 2.0, 1.0)]
         reporter.begin(RunOutline(total_steps=3, epochs=1, earlier=earlier))
         reporter.warning("\u6570\u636e.jsonl")
-        reporter.finish(3, 2.0, 1.0, 5.0, Path("caf\u00e9"))
+        result = SimpleNamespace(folder=RunFolder(Path("caf\u00e9")), steps=3, loss_before=2.0, loss_after=1.0, seconds=5.0)
+        reporter.finish(result, [])
 """
 
 

@@ -31,6 +31,23 @@ def test_the_help_lists_every_command_and_imports_none_of_them():
     assert sorted(eval(result.stderr)) == sorted(f"qlora_phi3{name}" for name in needed)
 
 
+def test_the_help_of_a_command_imports_only_click_and_what_all_commands_share():
+    program = (
+        "import sys, click; from qlora_phi3.cli.main import COMMANDS, main\n"
+        "for name in COMMANDS: main.get_command(click.Context(main), name)\n"
+        "print(sorted(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    found = set(eval(result.stdout))
+    commands = {f"qlora_phi3.cli.{name.replace('-', '_')}" for name in COMMANDS}
+    shared = {
+        "qlora_phi3",
+        *(f"qlora_phi3.{name}" for name in ("cli", "cli.main", "cli.options", "cli.output", "errors", "units")),
+    }
+    assert {name for name in found if name.startswith("qlora_phi3")} == commands | shared
+    assert not found & {"dataclasses", "hashlib", "json", "logging", "subprocess", "tempfile"}
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_that_is_listed_exists(name):
     assert isinstance(main.get_command(click.Context(main), name), click.Command)

@@ -31,7 +31,7 @@ def read(tmp_path):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         data = Data(train="rows.jsonl", **keys)
         options = {"tokenizer": TOKENIZER, "template": choose_template(TOKENIZER, "auto"), "base_dir": tmp_path}
-        return prepare_datasets(data, max_length=max_length, evaluate=False, cache_dir=tmp_path / "cache", **options)
+        return prepare_datasets(data, max_length=max_length, evaluate=False, progress=lambda *_: None, **options)
 
     return read
 
@@ -51,10 +51,10 @@ def test_the_pieces_of_a_row_are_the_ids_and_labels_that_are_trained_on(read):
 def test_a_row_that_is_cut_says_by_how_much_and_is_listed_with_its_content(read, tmp_path):
     rows = [chat("a", "b"), chat("a", "b" * 60)]
     data, uncut = read(rows, 32), read(rows, UNCUT)
-    views = inspect.with_cuts(inspect.view_rows(data.train, [0, 1], data, TOKENIZER), uncut)
+    views = inspect.view_rows(data.train, [0, 1], data, TOKENIZER)
     length = len(uncut.train[1]["input_ids"])
     assert [view.num_cut for view in views] == [0, length - 32]
-    (problem,) = inspect.find_problems(data, uncut, Data(train="rows.jsonl"), tmp_path)
+    (problem,) = inspect.find_problems(data, Data(train="rows.jsonl"), tmp_path)
     assert problem.name == "rows.jsonl:2"
     assert problem.reason == f"cut: {length} tokens, max_length is 32"
     assert json.loads(problem.content) == rows[1]
@@ -62,16 +62,16 @@ def test_a_row_that_is_cut_says_by_how_much_and_is_listed_with_its_content(read,
 
 def test_a_row_that_is_skipped_or_loses_its_answer_is_a_problem(read, tmp_path):
     rows = [chat("a", "b"), {"messages": []}, chat("q" * 60, "b")]
-    data, uncut = read(rows, 32), read(rows, UNCUT)
-    problems = list(inspect.find_problems(data, uncut, Data(train="rows.jsonl"), tmp_path))
+    data = read(rows, 32)
+    problems = list(inspect.find_problems(data, Data(train="rows.jsonl"), tmp_path))
     assert [problem.name for problem in problems] == ["rows.jsonl:2", "rows.jsonl:3"]
     assert problems[1].reason == "nothing left to learn after truncation"
 
 
 def test_every_row_that_is_left_out_is_a_problem_and_its_number_says_why(read, tmp_path):
     rows = [chat("a", "b"), *({"messages": []} for _ in range(6))]
-    data, uncut = read(rows, 64), read(rows, UNCUT)
-    problems = list(inspect.find_problems(data, uncut, Data(train="rows.jsonl"), tmp_path))
+    data = read(rows, 64)
+    problems = list(inspect.find_problems(data, Data(train="rows.jsonl"), tmp_path))
     assert [problem.name for problem in problems] == [f"rows.jsonl:{number}" for number in range(2, 8)]
     with pytest.raises(DataError, match=r"--row 7: rows\.jsonl:7 is not trained on: "):
         inspect.find_row(data, "7", TOKENIZER)
@@ -83,13 +83,13 @@ def test_rows_that_start_on_one_line_are_told_apart_by_their_ids(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     recipe, options = Data(train="rows.json"), {"tokenizer": TOKENIZER, "template": choose_template(TOKENIZER, "auto")}
     data, uncut = (
-        prepare_datasets(recipe, max_length=length, evaluate=False, base_dir=tmp_path, cache_dir=tmp_path / "cache", **options)
+        prepare_datasets(recipe, max_length=length, evaluate=False, base_dir=tmp_path, progress=lambda *_: None, **options)
         for length in (32, UNCUT)
     )
-    views = inspect.with_cuts(inspect.view_rows(data.train, [0, 1], data, TOKENIZER), uncut)
+    views = inspect.view_rows(data.train, [0, 1], data, TOKENIZER)
     assert [view.name for view in views] == ["rows.json:1"] * 2
     assert [view.num_cut for view in views] == [0, len(uncut.train[1]["input_ids"]) - 32]
-    (problem,) = inspect.find_problems(data, uncut, recipe, tmp_path)
+    (problem,) = inspect.find_problems(data, recipe, tmp_path)
     assert problem.content.startswith("One of 3 rows that start on this line")
 
 

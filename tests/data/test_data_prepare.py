@@ -34,10 +34,11 @@ def save(path: Path, rows) -> str:
 
 
 @pytest.fixture
-def prepare_in(tmp_path):
+def prepare_in(tmp_path, monkeypatch):
     """`prepare_datasets` of files in `tmp_path`: keys of [data] by name; rows are held out only where a key asks for it."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
-    def prepare(*train, model="Phi-3-mini-4k-instruct", max_length=200, progress=None, **keys):
+    def prepare(*train, model="Phi-3-mini-4k-instruct", max_length=200, progress=lambda *_: None, **keys):
         tokenizer = build_tokenizer(hub_template(model))
         return prepare_datasets(
             Data(train=list(train), **keys),
@@ -46,7 +47,6 @@ def prepare_in(tmp_path):
             tokenizer=tokenizer,
             template=choose_template(tokenizer),
             base_dir=tmp_path,
-            cache_dir=tmp_path / "cache",
             progress=progress,
         )
 
@@ -87,7 +87,7 @@ def test_row_lengths_are_those_of_the_rows_in_their_order_also_of_a_selection(pr
 
 def test_ids_that_are_cut_at_the_other_end_than_the_labels_are_never_trained_on(prepare_in, tmp_path, monkeypatch):
     def cut_ids_at_the_left(rows, max_length, report):
-        return ((number, ids[-max_length:], labels[:max_length], 1) for number, ids, labels in rows)
+        return ((number, ids[-max_length:], labels[:max_length], 0, 1) for number, ids, labels in rows)
 
     monkeypatch.setattr(tokenize, "_truncate_rows", cut_ids_at_the_left)
     with pytest.raises(RuntimeError, match="neither -100 nor the id"):
@@ -257,7 +257,7 @@ def test_rows_that_are_in_the_cache_uncut_are_cut_without_the_tokenizer_to_the_s
     except DataError as error:
         expected = error
     prepare_in(first, max_length=tokenize.UNCUT)
-    monkeypatch.setattr(tokenize, "_tokenize_batch", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(tokenize, "tokenize_rows", lambda *_: pytest.fail("tokenized again"))
     if isinstance(expected, DataError):
         with pytest.raises(DataError, match=r"Raise \[training\] max_length"):
             prepare_in(first, max_length=max_length)
@@ -270,7 +270,7 @@ def test_rows_that_are_in_the_cache_uncut_are_cut_without_the_tokenizer_to_the_s
 
 
 def entries_of(tmp_path):
-    return [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    return [path for path in (tmp_path / "cache" / "qlora-phi3").iterdir() if path.is_dir()]
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,8 @@ def test_builders_of_one_cache_entry_at_the_same_time_all_succeed_and_one_of_the
     source = open_file(save(tmp_path / "a.jsonl", [{"text": "some words"}] * 300), tmp_path)
     tokenizer = build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))
     template = choose_template(tokenizer)
-    config = tokenize.TokenizeConfig(Data(train="a.jsonl"), 20, template, tokenizer, tmp_path / "cache", None)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    config = tokenize.TokenizeConfig(Data(train="a.jsonl"), 20, template, tokenizer, lambda *_: None)
     writes, write_rows = [], tokenize._write_rows
     monkeypatch.setattr(tokenize, "_write_rows", lambda *args: writes.append(1) or write_rows(*args))
     for _ in range(2):
@@ -355,20 +356,20 @@ def test_builders_of_one_cache_entry_at_the_same_time_all_succeed_and_one_of_the
     assert len(writes) == 2
 
 
-TOKENIZE_BATCH = tokenize._tokenize_batch
+TOKENIZE_ROWS = tokenize.tokenize_rows
 
 
 def interrupt_after(monkeypatch, batches):
     """Ctrl-C while that many batches are tokenized; returns the numbers of the rows that were tokenized before it."""
-    tokenized, tokenize_batch = [], TOKENIZE_BATCH
+    tokenized, tokenize_rows = [], TOKENIZE_ROWS
 
     def work(rendered, *arguments):
         if len(tokenized) == batches:
             raise KeyboardInterrupt
         tokenized.append([row.number for row in rendered])
-        return tokenize_batch(rendered, *arguments)
+        return tokenize_rows(rendered, *arguments)
 
-    monkeypatch.setattr(tokenize, "_tokenize_batch", work)
+    monkeypatch.setattr(tokenize, "tokenize_rows", work)
     monkeypatch.setattr(tokenize, "THREADS", 1)  # else one thread counts while another does
     return tokenized
 
@@ -526,7 +527,7 @@ def test_text_beside_a_column_that_says_what_it_is_is_no_document(prepare_in, tm
 def test_one_flipped_bit_in_the_cached_rows_makes_them_again(prepare_in, tmp_path):
     name = save(tmp_path / "a.jsonl", [row(answer=str(n)) for n in range(50)])
     before = prepare_in(name).train["input_ids"][:]
-    (entry,) = (tmp_path / "cache").glob("*/rows.arrow")
+    (entry,) = (tmp_path / "cache" / "qlora-phi3").glob("*/rows.arrow")
     content = bytearray(entry.read_bytes())
     content[len(content) // 2] ^= 1
     entry.write_bytes(content)

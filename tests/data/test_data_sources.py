@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from qlora_phi3.data.messages import SkipRow
 from qlora_phi3.data.sources import open_file, open_local
 from qlora_phi3.errors import DataError
 
@@ -69,11 +70,9 @@ CELLS = "the record has more or fewer cells than the first line has columns"
 
 
 def test_csv_records_with_missing_or_surplus_cells_are_no_rows(tmp_path):
-    assert rows_of(write(tmp_path / "a.csv", "a,b\n1\n1,2,3\n1,2\n")) == [
-        (2, CELLS),
-        (3, CELLS),
-        (4, {"a": "1", "b": "2"}),
-    ]
+    *skipped, kept = rows_of(write(tmp_path / "a.csv", "a,b\n1\n1,2,3\n1,2\n"))
+    assert [(number, type(row), str(row)) for number, row in skipped] == [(2, SkipRow, CELLS), (3, SkipRow, CELLS)]
+    assert kept == (4, {"a": "1", "b": "2"})
 
 
 def test_parquet_rows_are_numbered_from_one(tmp_path):
@@ -229,7 +228,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="is not a file"):
         open_file("a.jsonl", tmp_path)
-    with pytest.raises(DataError, match="cannot be opened"):
+    with pytest.raises(DataError, match=r"There is no data file 'xxx.*\.jsonl' in "):
         open_file("x" * 300 + ".jsonl", tmp_path)
 
 

@@ -37,7 +37,7 @@ def rows_of(tmp_path):
             tokenizer=tokenizer,
             template=choose_template(tokenizer),
             base_dir=tmp_path,
-            cache_dir=tmp_path / "cache",
+            progress=lambda *_: None,
         )
         return list(data.train), data.report
 
@@ -75,7 +75,7 @@ def test_text_without_special_tokens_has_the_ids_of_the_models_tokenizer(kind):
     for _ in range(300):
         text = "".join(draw.choices(parts, k=draw.randrange(1, 25)))
         encoding, (span,) = special.encode(text, [(0, len(text))])
-        assert special.ids_of(encoding) == tokenizer(text, add_special_tokens=False).input_ids, repr(text)
+        assert special.ids_of(encoding, with_ends=False) == tokenizer(text, add_special_tokens=False).input_ids, repr(text)
         assert span == (0, len(encoding_text(text, special)))
 
 
@@ -90,7 +90,7 @@ def test_spans_move_with_the_marks_and_the_names():
     text = "<|user|>" + special.break_in("a<|end|>b") + "<|end|>"
     encoding, (span,) = special.encode(text, [(len("<|user|>"), len(text) - len("<|end|>"))])
     inside = [token for token in range(len(encoding)) if span[0] <= encoding.token_to_chars(token)[0] < span[1]]
-    assert tokenizer.decode([special.ids_of(encoding)[token] for token in inside]) == "a<|end|>b"
+    assert tokenizer.decode([special.ids_of(encoding, with_ends=False)[token] for token in inside]) == "a<|end|>b"
 
 
 @pytest.mark.parametrize(

@@ -323,7 +323,7 @@ def prepare_rows(tmp_path):
         tokenizer = build_tokenizer(source)
         return prepare_datasets(
             Data(train="a.jsonl"), max_length=100, evaluate=False, tokenizer=tokenizer, template=choose_template(tokenizer),
-            base_dir=tmp_path, cache_dir=tmp_path / "cache",
+            base_dir=tmp_path, progress=lambda *_: None,
         )  # fmt: skip
 
     return prepare

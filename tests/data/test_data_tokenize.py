@@ -7,7 +7,7 @@ from tiny import TEMPLATE_FOLDER, build_byte_tokenizer, build_tokenizer, hub_tem
 from qlora_phi3.data.formats import Chat
 from qlora_phi3.data.messages import Turn
 from qlora_phi3.data.template import choose_template, render_chat
-from qlora_phi3.data.tokenize import tokenize_chats, tokenize_documents
+from qlora_phi3.data.tokenize import Rendered, tokenize_rows
 from qlora_phi3.data.tokenizer import SpecialTokens
 from qlora_phi3.execution import IGNORE_INDEX
 
@@ -30,7 +30,7 @@ WORDS = [
 
 def tokenize(chat, template, tokenizer):
     text, spans, notes = render_chat(chat, template)
-    ((ids, labels),) = tokenize_chats([text], [spans], tokenizer)
+    ((_, ids, labels),) = tokenize_rows([Rendered(1, text, spans, is_chat=True)], tokenizer, None)
     return ids, labels, notes
 
 
@@ -102,14 +102,16 @@ def test_an_unsupervised_turn_has_no_labels():
 def test_without_spans_every_position_but_the_first_is_supervised():
     tokenizer = build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))
     text, _, _ = render_chat(chat_of("q", "a"), choose_template(tokenizer))
-    ((ids, labels),) = tokenize_chats([text], [None], tokenizer)
+    ((_, ids, labels),) = tokenize_rows([Rendered(1, text, None, is_chat=True)], tokenizer, None)
     assert labels[0] == IGNORE_INDEX
     assert labels[1:].tolist() == ids[1:].tolist()
 
 
 def test_raw_text_is_supervised_and_ends_once():
     tokenizer = build_tokenizer(hub_template("Phi-3-mini-4k-instruct"))
-    (ids, labels), (same, _) = tokenize_documents(["some words", "some words<|endoftext|>"], tokenizer)
+    texts = ["some words", "some words<|endoftext|>"]
+    rendered = [Rendered(number, text, None, is_chat=False) for number, text in enumerate(texts)]
+    (_, ids, labels), (_, same, _) = tokenize_rows(rendered, tokenizer, None)
     assert tokenizer.decode(ids) == "some words<|endoftext|>"
     assert ids.tolist() == same.tolist()
     assert labels.tolist() == [IGNORE_INDEX, *ids[1:].tolist()]
@@ -117,5 +119,5 @@ def test_raw_text_is_supervised_and_ends_once():
 
 def test_a_character_of_several_tokens_at_the_end_of_a_span_is_supervised():
     tokenizer = build_byte_tokenizer(hub_template("phi-4"), strip=False)
-    ((ids, labels),) = tokenize_chats(["ab🎉c"], [[(1, 3)]], tokenizer)
+    ((_, ids, labels),) = tokenize_rows([Rendered(1, "ab🎉c", [(1, 3)], is_chat=True)], tokenizer, None)
     assert tokenizer.decode(ids[labels != IGNORE_INDEX]) == "b🎉"

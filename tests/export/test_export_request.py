@@ -6,9 +6,9 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from qlora_phi3.cli.export import describe_stop
+from qlora_phi3.cli.export import describe_stop, export
 from qlora_phi3.errors import ExportError
-from qlora_phi3.export.request import SCORED, ExportOptions, find_reusable, make_request, staging_path
+from qlora_phi3.export.request import DTYPES, SCORED, ExportOptions, find_reusable, make_request, staging_path
 
 
 @pytest.fixture
@@ -299,3 +299,9 @@ def test_an_interrupted_export_says_what_is_used_again(run):
     assert str(describe_stop(request)) == anew
     make_export(request.target, key=request.key, proof={"rows": 1})
     assert "The merged model is used again" in str(describe_stop(request))
+
+
+def test_the_command_line_offers_every_dtype_and_has_the_defaults_of_a_request():
+    options = {option.name: option for option in export.params}
+    assert list(options["dtype"].type.choices) == list(DTYPES)
+    assert (options["dtype"].default, options["onto"].default) == (ExportOptions().dtype, ExportOptions().onto)

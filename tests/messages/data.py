@@ -1,9 +1,11 @@
 """Messages about data files, data sets of the hub, formats, chat templates, and the rows made of them."""
 
 import json
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from message_table import Message
 from tiny import build_tokenizer, hub_template
@@ -40,7 +42,7 @@ def empty_folder(shop: Workshop) -> object:
     return open_local("empty", shop.path)
 
 
-def prepare(shop: Workshop, rows: Any, *, max_length: int = 200, cache: str = "cache", **keys: Any) -> Any:
+def prepare(shop: Workshop, rows: Any, *, max_length: int = 200, **keys: Any) -> Any:
     tokenizer = build_tokenizer(OWN)
     return prepare_datasets(
         Data(train=save(shop, "a.json", json.dumps(rows)), **keys),
@@ -49,8 +51,13 @@ def prepare(shop: Workshop, rows: Any, *, max_length: int = 200, cache: str = "c
         tokenizer=tokenizer,
         template=choose_template(tokenizer),
         base_dir=shop.path,
-        cache_dir=shop.path / cache,
+        progress=lambda *_: None,
     )
+
+
+def cache_is_a_file(shop: Workshop) -> object:
+    with patch.dict(os.environ, HF_DATASETS_CACHE=str(shop.path / save(shop, "cache", "a file where the cache should be"))):
+        return prepare(shop, [CHAT])
 
 
 def row_left_out(shop: Workshop) -> object:
@@ -187,8 +194,8 @@ MESSAGES = [
     ),
     message(
         "data-cache-not-writable",
-        lambda shop: prepare(shop, [CHAT], cache=save(shop, "cache", "a file where the cache should be")),
-        ("cache cannot be written",),
+        cache_is_a_file,
+        ("qlora-phi3 cannot be written",),
         "HF_DATASETS_CACHE",
     ),
     message(

@@ -23,8 +23,9 @@ def call(command, *words):
 
 def save_over(shop):
     (shop.path / "there.jsonl").touch()
-    turns = {"tuned": [{"role": "user", "content": "?"}]}
-    _obey(Conversation(None, GREEDY, 1, 0, ("tuned",), "", turns), "/save", "there.jsonl")
+    talk = Conversation(None, GREEDY, 1, 0, False, "")
+    talk.turns = {"tuned": [{"role": "user", "content": "?"}]}
+    _obey(talk, "/save", "there.jsonl")
 
 
 def without_held_out(shop):
@@ -37,7 +38,7 @@ def without_held_out(shop):
 
 
 def without_rouge(shop):
-    with patch("qlora_phi3.cli.eval.find_spec", return_value=None):
+    with patch("importlib.util.find_spec", return_value=None):
         call(evaluate, str(shop.base), "--data", "x.jsonl")
 
 

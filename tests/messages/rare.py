@@ -32,7 +32,7 @@ from qlora_phi3.family import read_architecture
 from qlora_phi3.recipe.schema import Model
 from qlora_phi3.runfolder import create_run_folder
 from qlora_phi3.training.trainer import Phi3Trainer
-from qlora_phi3.ui.console import open_console
+from qlora_phi3.ui.live import open_console
 
 X = adapters.X
 
@@ -124,7 +124,7 @@ def export_out_of_memory(shop):
 
 
 def stopped_before_a_checkpoint(_):
-    with open_console(plain=True, quiet=True) as view:
+    with open_console(quiet=True) as view:
         view._total, view.step_number = 10, 3
         raise view.interruption(None)
 

@@ -351,7 +351,7 @@ MESSAGES = [
     refused(
         "recipe-missing-data",
         lambda shop: load_recipe(shop.write(), ["data.train=chat.jsonl"], check_files=True),
-        ("[data] train: There is no file chat.jsonl in ",),
+        ("[data] train: There is no data file 'chat.jsonl' in ",),
         "Did you mean chats.jsonl?",
     ),
     refused(

@@ -179,8 +179,8 @@ class Lab:
         seen = []
 
         @contextmanager
-        def open_console(log_interval, *, plain, quiet):
-            seen.append((log_interval, plain))
+        def open_console(training, *, quiet):
+            seen.append((training.logging_strategy, training.logging_steps, training.disable_tqdm))
             yield Silent()
 
         def train(recipe, name, base_folder, **kwargs):
@@ -190,7 +190,7 @@ class Lab:
             return run.RunResult(folder=folder, steps=0, loss_before=None, loss_after=None, seconds=0.0)
 
         with self.monkeypatch.context() as patch:
-            patch.setattr(live, "open_run_console", open_console)
+            patch.setattr(live, "open_console", open_console)
             patch.setattr(run, "run", train)
             patch.setattr(command, "silence_libraries", lambda: seen.append("quiet"))
             assert self.shop.run().exit_code == 0

@@ -59,9 +59,9 @@ def test_every_missing_file_is_reported_together_with_the_other_problems(problem
     starts = [
         "mine.toml: [lora] has no key 'rnk'. ",
         "mine.toml: [model] name: There is no model folder ../nowhere. ",
-        f"mine.toml: [data] train: There is no file chat.jsonl in {dirs} Did you mean chats.jsonl?",
-        f"mine.toml: [data] train: There is no file gone/x.csv in {tmp_path / 'recipes/gone'} or {tmp_path / 'here/gone'}.",
-        f"--set data.eval=gone.csv: [data] eval: There is no file gone.csv in {dirs}",
+        f"mine.toml: [data] train: There is no data file 'chat.jsonl' in {dirs} Did you mean chats.jsonl?",
+        f"mine.toml: [data] train: There is no data file 'gone/x.csv' in {tmp_path / 'recipes/gone'} or {tmp_path}/here/gone.",
+        f"--set data.eval=gone.csv: [data] eval: There is no data file 'gone.csv' in {dirs}",
     ]
     assert [line[: len(start)] for line, start in zip(lines[1:], starts, strict=True)] == starts
 

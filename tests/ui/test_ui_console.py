@@ -7,11 +7,13 @@ import time
 import pytest
 from rich.console import Console
 
+from qlora_phi3.recipe.schema import Training
 from qlora_phi3.reporter import RunOutline, StepRecord
 from qlora_phi3.runfolder import RunFolder
-from qlora_phi3.ui.console import ConsoleReporter, LogInterval, build_progress, draw_curve, mean_ends
+from qlora_phi3.training.run import RunResult
+from qlora_phi3.ui.console import ConsoleReporter, build_progress, draw_curve, mean_ends
 
-EVERY_STEP = LogInterval("steps", 1)
+EVERY_STEP = Training()
 
 
 def record(step, loss=2.7345, tokens_per_second=1234.0):
@@ -29,11 +31,11 @@ def clock(monkeypatch):
     return now
 
 
-def reporter_on(console, clock, *, bars, log_interval=EVERY_STEP):
+def reporter_on(console, clock, *, bars, training=EVERY_STEP):
     progress = build_progress(console, disable=not bars)
     progress.get_time = lambda: clock[0]
     errors = console if bars else Console(width=80, stderr=True)
-    return ConsoleReporter(console, errors, log_interval, progress)
+    return ConsoleReporter(console, errors, training, progress)
 
 
 class Terminal:
@@ -118,8 +120,8 @@ def test_work_of_unknown_size_shows_its_count_and_no_estimate(clock):
 def printed(capsys, clock):
     """Calls a function with a reporter without a terminal; the lines on stdout and on stderr."""
 
-    def run(act, log_interval=EVERY_STEP):
-        act(reporter_on(Console(width=80), clock, bars=False, log_interval=log_interval))
+    def run(act, training=EVERY_STEP):
+        act(reporter_on(Console(width=80), clock, bars=False, training=training))
         out, err = capsys.readouterr()
         return out.splitlines(), err.splitlines()
 
@@ -129,19 +131,20 @@ def printed(capsys, clock):
 @pytest.mark.parametrize(("total", "warmup_steps", "warned"), [(1, 0.03, True), (10, 20, True), (2, 0.03, False), (1, 0, False)])
 def test_a_run_that_is_only_warm_up_is_reported_before_it_starts(printed, total, warmup_steps, warned):
     _, err = printed(
-        lambda reporter: reporter.begin(RunOutline(total_steps=total, epochs=1)), LogInterval("steps", 1, warmup_steps)
+        lambda reporter: reporter.begin(RunOutline(total_steps=total, epochs=1)), Training(warmup_steps=warmup_steps)
     )
     assert ["warmup_steps = 0" in line for line in err] == [True] * warned
 
 
 @pytest.mark.parametrize("notes", [[], ["The held-out loss rose.", "3 of 3 sample answers are empty."]])
 def test_the_end_of_a_run_has_its_warnings_and_the_next_commands(printed, tmp_path, notes):
-    out, err = printed(lambda reporter: reporter.finish(1, 2.0, 1.5, 61, tmp_path, notes))
-    assert out[-4] == f"Done: 1 step in 1:01, all sessions, from reading the data to saving. The adapter: {tmp_path}"
+    out, err = printed(lambda reporter: reporter.finish(RunResult(RunFolder(tmp_path), 1, 2.0, 1.5, 61), notes))
+    adapter = tmp_path / "adapter"
+    assert out[-4] == f"Done: 1 step in 1:01, all sessions, from reading the data to saving. The adapter: {adapter}"
     assert out[-3:] == [
-        f"Next: qlora-phi3 chat {tmp_path.parent} --compare",
-        f"      qlora-phi3 eval {tmp_path.parent}",
-        f"      qlora-phi3 export {tmp_path.parent} --ollama NAME",
+        f"Next: qlora-phi3 chat {tmp_path} --compare",
+        f"      qlora-phi3 eval {tmp_path}",
+        f"      qlora-phi3 export {tmp_path} --ollama NAME",
     ]
     assert err == [f"Note: {note}" for note in notes]
 
@@ -153,7 +156,7 @@ def test_the_loss_at_the_end_is_that_of_all_sessions_as_means_of_the_first_and_l
         earlier = [{"kind": "train", "loss": loss} for loss in losses[:19]]
         reporter.begin(RunOutline(total_steps=20, epochs=1, first_step=19, earlier=earlier))
         reporter.step(record(20, loss=losses[19]))
-        reporter.finish(20, None, None, 1, tmp_path)
+        reporter.finish(RunResult(RunFolder(tmp_path), 20, None, None, 1), [])
 
     line = printed(act)[0][-5]
     assert line == f"Training loss  {draw_curve(losses)}  2.5000 -> 1.0000 (means of the first and last 3 steps)"
@@ -191,7 +194,7 @@ def test_the_time_of_the_run_is_announced_by_the_cost_model_and_again_where_the_
             clock[0] += 20 if step > 1 else 1
             reporter.step(record(step))
 
-    lines = [line for line in printed(act, LogInterval("no", 1))[0] if line.startswith("About")]
+    lines = [line for line in printed(act, Training(logging_strategy="no"))[0] if line.startswith("About")]
     # 100 x 15 s; then 41 s passed and 97 steps of 20 s
     assert lines == ["About 25 min for 3 epochs (100 steps), estimated.", "About 33 min for 3 epochs (100 steps), measured."]
 

@@ -8,9 +8,10 @@ import pytest
 from fake_nvml import FakeNVML, laptop, process
 from rich.console import Console
 
+from qlora_phi3.recipe.schema import Training
 from qlora_phi3.reporter import DivergenceRecord, EvalRecord, RunOutline, StepRecord
 from qlora_phi3.ui import live
-from qlora_phi3.ui.console import ConsoleReporter, LogInterval, build_progress
+from qlora_phi3.ui.console import ConsoleReporter, build_progress
 from qlora_phi3.ui.live import RunProgress
 from qlora_phi3.units import GIB
 
@@ -31,7 +32,7 @@ def clock(monkeypatch):
 def open_screen(columns, lines, outline=ON_GPU, **options):
     console = Console(width=columns, height=lines, file=io.StringIO(), force_terminal=True, **{"color_system": None, **options})
     bars = build_progress(console, kind=RunProgress)
-    bars.reporter = reporter = ConsoleReporter(console, console, LogInterval("steps", 1), bars)
+    bars.reporter = reporter = ConsoleReporter(console, console, Training(), bars)
     reporter.begin(outline)
     return bars, reporter
 

@@ -11,10 +11,6 @@ from dataclasses import dataclass, replace
 #: The label of a position that is not supervised, as in `torch.nn.functional.cross_entropy`.
 IGNORE_INDEX = -100
 
-#: Tokens of a micro-batch on a CPU, and where there is no plan, if neither the recipe nor a longer row requires more: enough to
-#: keep the matmuls busy next to the dequantization, which costs the same whatever the micro-batch holds. On a CPU
-#: (SmolLM2-135M, bf16, not recomputed) 1,024 are 5 to 12 % faster, at a peak that is 0.2 to 0.5 GB higher.
-DEFAULT_MICRO_BATCH_TOKENS = 512
 #: fp32 logits alive at once in the loss: 261 positions of Phi-3's 32,064 tokens. On CPU (Zen 5, 49,152 tokens, torch 2.13) 16 and
 #: 32 MiB were 15 % faster than 64 MiB, whose buffers are new from the system each time, and 2.6 x as fast as 2 MiB.
 DEFAULT_LOGITS_TILE_BYTES = 32 * 2**20

@@ -279,6 +279,16 @@ def foreign_errors(error_class: type[UserError], message: str, hint: str) -> Ite
         raise error_class(message.replace("{reason}", first_line(error)), hint) from error
 
 
+def save_for_later(path: Path, text: str) -> None:
+    """Write a file of the user's state or cache, whatever is there; a directory that cannot be written is ignored."""
+    with suppress(OSError, RunError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, older_than_seconds=STALE_SECONDS)
+        if not path.is_file():
+            remove(path)
+        atomic_write(path, text)
+
+
 def user_state_dir() -> Path:
     """Directory for what runs measured on this computer; on Linux `~/.local/state/qlora-phi3`, or below XDG_STATE_HOME."""
     import platformdirs

@@ -128,13 +128,14 @@ def load_for_inference(
     # A copy of the tokenizer without config.json gives other ids in transformers 5.
     has_tokenizer = adapter and (adapter / "config.json").is_file() and (adapter / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(Model(name=str(adapter)) if has_tokenizer else config)
-    precision = choose_precision(source.dtype if dtype == "auto" else str(dtype).removeprefix("torch."), device)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    compute_dtype, _ = choose_precision(source.dtype if dtype == "auto" else str(dtype).removeprefix("torch."), capability)
     longest = architecture.max_position_embeddings
     model: Any = load_base(
         config,
         source.quantization,
         architecture,
-        precision=precision,
+        compute_dtype=compute_dtype,
         device=device,
         longest_row=longest,
         progress=progress,

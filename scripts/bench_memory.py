@@ -180,7 +180,7 @@ def predict(case: Case, gpu: Gpu | None = None) -> tuple[MemoryReport, float]:
     model, dtype = (case.recipe, dict(case.config), case.architecture), getattr(torch, case.compute)
     step = case.execution, step_shape(case)
     if gpu is None:
-        memory = simulate(*model, *step, compute_dtype=dtype, path="cpu").report()
+        memory = simulate(*model, *step, compute_dtype=dtype, capability=None).report()
     else:
         kind = {"capability": gpu.compute_capability, "multiprocessors": gpu.multiprocessors}
         predictor = Predictor(*model, compute_dtype=dtype, **kind)

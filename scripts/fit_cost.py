@@ -15,13 +15,14 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan
 from qlora_phi3.family import parse_architecture, read_config
 from qlora_phi3.memory import cost
-from qlora_phi3.memory.cost import GpuLimits, Kernels, StepKernels, StepWorkload, estimate_step
+from qlora_phi3.memory.cost import Kernels, StepKernels, StepWorkload, estimate_step, gpu_limits
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.simulate import StepShape
 from qlora_phi3.recipe.schema import Recipe
@@ -53,8 +54,8 @@ GRID = {
     "LAUNCH_SECONDS": (1e-6, 2e-6, 3e-6, 5e-6),
     "HOST_SECONDS": (0.0, 15e-6, 20e-6, 25e-6, 30e-6, 40e-6),
 }
-#: A row of the table, the kernels of its step, what the step works on, and its GPU.
-Counted = tuple[dict[str, str], StepKernels, StepWorkload, GpuLimits]
+#: A row of the table, the kernels of its step, what the step works on, and the stated rates of its GPU.
+Counted = tuple[dict[str, str], StepKernels, StepWorkload, dict[str, Any]]
 
 
 def main() -> None:
@@ -68,7 +69,7 @@ def main() -> None:
     if parser.parse_args().fit:
         set_shares(min(choices(), key=lambda choice: set_shares(choice) or mean_miss(fitted)))
     for row, step, workload, gpu in counted:
-        seconds = estimate_step(step, workload, gpu)
+        seconds = estimate_step(step, workload, gpu_limits(**gpu))
         speed, published = workload.tokens / seconds.total, float(row["tokens_per_second"])
         shares = ", ".join(f"{kind} {getattr(seconds, kind) / seconds.total:.0%}" for kind in seconds.__slots__)
         cells = (row["gpu"], row["source"], f"{row['rows']} x {row['length']}", f"{published:,.0f}", f"{speed:,.0f}")
@@ -96,7 +97,7 @@ def set_shares(choice: dict[str, float]) -> None:
 def ratio(counted: Counted) -> float:
     """Modelled to published speed."""
     row, step, workload, gpu = counted
-    return workload.tokens / estimate_step(step, workload, gpu).total / float(row["tokens_per_second"])
+    return workload.tokens / estimate_step(step, workload, gpu_limits(**gpu)).total / float(row["tokens_per_second"])
 
 
 def mean_miss(few: list[Counted]) -> float:
@@ -153,12 +154,11 @@ def count(row: dict[str, str]) -> Counted:
         step = replace(step, forward=as_transformers(step.forward), backward=as_transformers(step.backward))
     tokens, squares = sum(lengths), sum(length**2 for length in lengths)
     workload = StepWorkload(lengths=lengths, num_micro_batches=1, tokens=tokens, squares=squares)
-    gpu = GpuLimits(
-        limit_bytes=0,
-        tflops_16bit=float(row["tflops_16bit"]),
-        bandwidth_bytes_per_second=float(row["bandwidth_gb"]) * 1e9,
-        multiprocessors=number["multiprocessors"],
-    )
+    gpu = {
+        "tflops_16bit": float(row["tflops_16bit"]),
+        "bandwidth_bytes_per_second": float(row["bandwidth_gb"]) * 1e9,
+        "multiprocessors": number["multiprocessors"],
+    }
     return row, replace(step, update={}), workload, gpu
 
 

@@ -144,7 +144,7 @@ class Fuzz:
         from qlora_phi3.family import read_architecture, read_config
         from qlora_phi3.memory.simulate import build_skeleton
         from qlora_phi3.model.checkpoint import check_checkpoint
-        from qlora_phi3.model.phi3 import Precision, load_base
+        from qlora_phi3.model.phi3 import load_base
         from qlora_phi3.recipe.schema import Model, Quantization
 
         name, dtype = str(self.folder), torch.float32
@@ -152,8 +152,7 @@ class Fuzz:
         check_checkpoint(name, architecture)
         base, kind = Model(name=name), Quantization()
         build_skeleton(read_config(name), architecture, base, kind, compute_dtype=dtype, longest_row=8)
-        precision = Precision(compute_dtype=dtype, reason="")
-        model = load_base(base, kind, architecture, precision=precision, device=torch.device("cpu"), longest_row=8)
+        model = load_base(base, kind, architecture, compute_dtype=dtype, device=torch.device("cpu"), longest_row=8)
         model(torch.tensor([[3, 4, 5]]))
 
     def start(self) -> None:

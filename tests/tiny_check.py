@@ -10,7 +10,7 @@ from qlora_phi3.family import parse_architecture
 from qlora_phi3.hardware.gpu import Gpu, find_gpu
 from qlora_phi3.memory.margin import LEAST_BYTES
 from qlora_phi3.memory.plan import assume_lengths
-from qlora_phi3.memory.vram_check import RecipeContext, VramChecker, summarize_rows
+from qlora_phi3.memory.vram_check import RecipeContext, VramChecker
 from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.units import MIB
 
@@ -40,8 +40,7 @@ def build_checker(shape: dict[str, Any] | None = None, **tables: Any) -> VramChe
         recipe=recipe,
         config=config,
         architecture=parse_architecture(config, "tiny"),
-        lengths=lengths,
-        rows=summarize_rows(lengths, "assumed"),
+        lengths=replace(lengths, origin="assumed"),
     )
     return VramChecker(context, lambda _: None)
 

@@ -8,10 +8,10 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from qlora_phi3.family import parse_architecture
 from qlora_phi3.model.lora import attach_adapter
-from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM, Precision, load_base
+from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM, load_base
 from qlora_phi3.recipe.schema import Lora, Model, Quantization
 
-FP32 = Precision(compute_dtype=torch.float32, reason="the test asks for it")
+FP32 = torch.float32
 
 
 def build_config(**changes: Any) -> Phi3Config:
@@ -49,7 +49,7 @@ def load_tiny(
     *,
     four_bit: bool = True,
     lora: Lora | None = None,
-    precision: Precision = FP32,
+    compute_dtype: torch.dtype = FP32,
     seed: int = 0,
     longest_row: int = 512,
 ) -> Any:
@@ -59,7 +59,7 @@ def load_tiny(
         Model(name=str(folder)),
         Quantization(load_in_4bit=four_bit),
         parse_architecture(config, str(folder)),
-        precision=precision,
+        compute_dtype=compute_dtype,
         device=torch.device("cpu"),
         longest_row=longest_row,
     )

@@ -13,7 +13,7 @@ from qlora_phi3.export.base import RecordedBase, read_record
 from qlora_phi3.export.merge import MergedWeights
 from qlora_phi3.family import parse_architecture, read_config
 from qlora_phi3.model.lora import attach_adapter
-from qlora_phi3.model.phi3 import Precision, load_base
+from qlora_phi3.model.phi3 import load_base
 from qlora_phi3.model.weights import open_weights
 from qlora_phi3.recipe.schema import Lora, Model, Quantization
 from qlora_phi3.runfolder import RunFolder
@@ -44,7 +44,7 @@ def leave_run(
     base: Path,
     *,
     lora: Lora | None = None,
-    precision: Precision = FP32,
+    compute_dtype: torch.dtype = FP32,
     quantization: Quantization | None = None,
 ) -> TinyRun:
     """Load a base, put an adapter on it whose update is not zero, and save what a run saves."""
@@ -53,7 +53,7 @@ def leave_run(
         Model(name=str(base)),
         quantization,
         parse_architecture(read_config(str(base)), str(base)),
-        precision=precision,
+        compute_dtype=compute_dtype,
         device=torch.device("cpu"),
         longest_row=512,
     )
@@ -68,5 +68,5 @@ def leave_run(
             parameter.data.mul_(1 + 0.1 * noise)
     live.save_pretrained(folder / "adapter")
     run = RunFolder(folder)
-    record_base(live, run, name=str(base), quantization=quantization, compute_dtype=precision.compute_dtype)
+    record_base(live, run, name=str(base), quantization=quantization, compute_dtype=compute_dtype)
     return TinyRun(live=live, base=base, adapter=run.adapter, record=run.base)

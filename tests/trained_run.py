@@ -2,7 +2,6 @@
 
 import shutil
 
-import torch
 from tiny_run import leave_run
 
 from qlora_phi3.adapters.base_files import TOKENIZER_FILES
@@ -20,8 +19,8 @@ def leave_trained(folder, base, *, chat_template="auto", **quantization):
             "quantization": {"bnb_4bit_compute_dtype": "float32", **quantization},
         }
     )
-    precision = choose_precision(recipe.compute_dtype, torch.device("cpu"))
-    run = leave_run(folder, base, quantization=recipe.quantization, precision=precision)
+    compute_dtype, _ = choose_precision(recipe.compute_dtype, None)
+    run = leave_run(folder, base, quantization=recipe.quantization, compute_dtype=compute_dtype)
     (folder / "recipe.toml").write_text(recipe_as_toml(recipe), encoding="utf-8")
     for name in TOKENIZER_FILES:
         if (base / name).is_file():

@@ -61,9 +61,7 @@ def init(ctx: click.Context, /, names: tuple[str, ...], out: Path | None, yes: b
     data, target = _check_data(names), _name_recipe(names[0], out)
     asks = not yes and sys.stdin.isatty() and sys.stdout.isatty()
     columns = _choose_columns(data, named["question"], named["answer"], asks)
-    device = named_gpu(named["gpu"], named["vram"])
-    if device is None and (chosen := choose_gpu("auto")):
-        device = chosen.gpu
+    device = named_gpu(named["gpu"], named["vram"]) or choose_gpu("auto")
     with watching() as watcher:
         watcher.info(f"Reading {data}")
         from qlora_phi3.memory.proposal import EPOCHS_RULE, choose_training, propose, read_data

@@ -122,8 +122,7 @@ def _find_device(options: SimpleNamespace, check: "CachedVramCheck | None" = Non
 
     if named := named_gpu(options.gpu, options.vram):
         return named
-    chosen = choose_gpu(check.wanted_gpu if check else "auto")
-    return chosen.gpu if chosen else read_gpu()  # which says why none can be read
+    return choose_gpu(check.wanted_gpu if check else "auto") or read_gpu()  # which says why none can be read
 
 
 def _show_report(check: "CachedVramCheck", options: SimpleNamespace) -> bool:

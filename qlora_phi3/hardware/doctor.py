@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from qlora_phi3.errors import DeviceError, first_line
 from qlora_phi3.files import APP_NAME
-from qlora_phi3.hardware.gpu import ChosenGpu, choose_gpu, read_gpu
+from qlora_phi3.hardware.gpu import Gpu, choose_gpu, read_gpu
 from qlora_phi3.hardware.gpu_table import NATIVE_BFLOAT16
 from qlora_phi3.units import GIB, format_gib
 
@@ -43,19 +43,17 @@ class Check:
 def run_checks() -> Iterator[Check]:
     """Yield the result of every check but the training step."""
     try:
-        chosen, reason = choose_gpu("auto"), ""
-        if chosen is None:
-            read_gpu()  # says why there is none
+        gpu, reason = choose_gpu("auto") or read_gpu(), ""  # which says why there is none
     except DeviceError as error:
-        chosen, reason = None, error.message
+        gpu, reason = None, error.message
     yield check_python(sys.version_info[:2], sys.maxsize)
     yield from check_versions()
-    yield check_gpu(chosen, reason)
+    yield check_gpu(gpu, reason)
     torch, problem = import_library("torch")
-    yield problem or check_torch(torch, chosen)
+    yield problem or check_torch(torch, gpu)
     library, problem = import_library("bitsandbytes")
-    yield problem or check_bitsandbytes(library, chosen)
-    yield from check_system(platform.system(), platform.release(), Path.cwd(), chosen)
+    yield problem or check_bitsandbytes(library, gpu)
+    yield from check_system(platform.system(), platform.release(), Path.cwd(), gpu)
     yield from check_space()
     yield from check_hub(os.environ)
 
@@ -99,11 +97,10 @@ def import_library(name: str) -> tuple[Any, Check | None]:
         return None, Check(name, "failed", f"it cannot be imported: {first_line(error)}", fix)
 
 
-def check_gpu(chosen: ChosenGpu | None, reason: str) -> Check:
+def check_gpu(gpu: Gpu | None, reason: str) -> Check:
     """The GPU that a run takes, by the driver; `reason` says why there is none."""
-    if chosen is None:
+    if gpu is None:
         return Check("GPU", "warning", f"a run would use the CPU, which is slow: {reason}", DRIVER)
-    gpu = chosen.gpu
     text = f"{gpu.name}, {format_gib(gpu.free_bytes)} of {format_gib(gpu.total_bytes)} free, compute capability "
     text += ".".join(map(str, gpu.compute_capability))
     if gpu.compute_capability < OLDEST_CAPABILITY:
@@ -111,45 +108,45 @@ def check_gpu(chosen: ChosenGpu | None, reason: str) -> Check:
     return Check("GPU", "ok", f"{text}: computes in {'bfloat16' if gpu.compute_capability >= NATIVE_BFLOAT16 else 'float16'}")
 
 
-def check_torch(torch: Any, chosen: ChosenGpu | None) -> Check:
+def check_torch(torch: Any, gpu: Gpu | None) -> Check:
     """Whether torch's build, the driver and the GPU work together."""
     built = torch.version.cuda
     text = f"{torch.__version__}, built {f'for CUDA {built}' if built else 'without CUDA'}"
-    if chosen is None:
+    if gpu is None:
         return Check("torch", "ok", text)
     install = f"pip install --force-reinstall torch --index-url {TORCH_INDEX}"
     if built is None:
-        return Check("torch", "failed", f"{text}, so that {chosen.gpu.name} is not used", install)
+        return Check("torch", "failed", f"{text}, so that {gpu.name} is not used", install)
     if not torch.cuda.is_available():
         text = f"{text}, and does not reach the GPU: the driver may be older than that CUDA"
         return Check("torch", "failed", text, "Install a newer driver from https://www.nvidia.com/drivers, and restart")
-    major, minor = chosen.gpu.compute_capability
+    major, minor = gpu.compute_capability
     built_for = [name.rpartition("_")[2].rstrip("af") for name in torch.cuda.get_arch_list()]
     if not any(int(name[:-1]) == major and int(name[-1]) <= minor for name in built_for if name.isdecimal()):
         return Check("torch", "failed", f"{text}, without kernels for compute capability {major}.{minor}", install)
     return Check("torch", "ok", text)
 
 
-def check_bitsandbytes(library: Any, chosen: ChosenGpu | None) -> Check:
+def check_bitsandbytes(library: Any, gpu: Gpu | None) -> Check:
     """Whether bitsandbytes loaded its compiled library, for CUDA where there is a GPU."""
     native = library.cextension.lib
     text = f"{library.__version__}, {'CUDA' if getattr(native, 'compiled_with_cuda', False) else 'CPU'} library"
     fix = "python -m bitsandbytes"
     if type(native).__name__.startswith("ErrorHandler"):
         return Check("bitsandbytes", "failed", f"{library.__version__}: its compiled library does not load", fix)
-    if chosen is not None and not native.compiled_with_cuda:
+    if gpu is not None and not native.compiled_with_cuda:
         return Check("bitsandbytes", "failed", f"{text}, and torch's CUDA has no library in it", fix)
     return Check("bitsandbytes", "ok", text)
 
 
-def check_system(system: str, release: str, here: Path, chosen: ChosenGpu | None) -> Iterator[Check]:
+def check_system(system: str, release: str, here: Path, gpu: Gpu | None) -> Iterator[Check]:
     """The traps of Windows and of WSL."""
     is_wsl = "microsoft" in release.lower()
     yield Check("system", "ok", f"{system} {release}{' (WSL)' if is_wsl else ''}")
     if is_wsl and here.as_posix().startswith("/mnt/"):
         text = f"{here} is a disk of Windows: files there are read many times slower than in WSL's own"
         yield Check("system", "warning", text, f"cp -r '{here}' ~/")
-    if chosen is not None and (is_wsl or system == "Windows"):
+    if gpu is not None and (is_wsl or system == "Windows"):
         text = "the driver may move GPU memory into the computer's memory instead of failing; a run stays below what is free"
         fix = "NVIDIA Control Panel > Manage 3D settings > CUDA - Sysmem Fallback Policy: Prefer No Sysmem Fallback"
         yield Check("system", "warning", text, fix)

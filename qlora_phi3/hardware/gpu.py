@@ -69,6 +69,9 @@ class Gpu:
     #: Labels of the GPUs of the table that this one stands for: its memory is the smallest of theirs, its speed the median.
     represents: tuple[str, ...] = ()
     is_cpu: bool = False  #: The processor of this computer and its memory, in place of a GPU; it has none of the four figures.
+    #: Value of CUDA_VISIBLE_DEVICES that leaves this GPU only, where `choose_gpu` found it: its UUID, or its number where the
+    #: driver reports no UUID.
+    visible_devices: str = ""
 
     @property
     def where(self) -> str:
@@ -79,15 +82,6 @@ class Gpu:
     def other_processes_bytes(self) -> int:
         """Memory in use by `processes` and by those that the driver does not list."""
         return self.total_bytes - self.free_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChosenGpu:
-    """The GPU that a run uses."""
-
-    gpu: Gpu
-    #: Value of CUDA_VISIBLE_DEVICES that leaves this GPU only: its UUID, or its number where the driver reports no UUID.
-    visible_devices: str
 
 
 def take_launch(environ: MutableMapping[str, str]) -> tuple[int, int]:
@@ -118,7 +112,7 @@ def take_launch(environ: MutableMapping[str, str]) -> tuple[int, int]:
     return int(rank), count
 
 
-def choose_gpu(wanted: str | int, rank: int | None = None, *, nvml: Any = None) -> ChosenGpu | None:
+def choose_gpu(wanted: str | int, rank: int | None = None, *, nvml: Any = None) -> Gpu | None:
     """Choose the GPU for a run, among those that CUDA_VISIBLE_DEVICES shows; call it before torch initialises CUDA. None where
     "auto" finds no GPU that NVML can read. DeviceError where no GPU has that number or name, or all have another process; the
     message lists those that there are.
@@ -129,13 +123,13 @@ def choose_gpu(wanted: str | int, rank: int | None = None, *, nvml: Any = None) 
             Where several GPUs match a name, an exact match comes first, then the one with the most free memory.
         nvml: the module `pynvml`, or a stand-in.
     """
-    found: dict[int, ChosenGpu] = {}
+    found: dict[int, Gpu] = {}
     reason = ""
     try:
         with _nvml_session(nvml) as session:
             for number, uuid, handle in _visible_gpus(session):
                 with suppress(session.NVMLError):  # a GPU that has failed; another one may work
-                    found[number] = ChosenGpu(gpu=_read(session, handle), visible_devices=uuid or str(number))
+                    found[number] = replace(_read(session, handle), visible_devices=uuid or str(number))
     except NoDeviceError as error:
         reason = error.message
     if wanted == "auto":
@@ -144,18 +138,18 @@ def choose_gpu(wanted: str | int, rank: int | None = None, *, nvml: Any = None) 
         matches = [found[wanted]] if wanted in found else []
     else:
         words = _words(wanted)
-        matches = [chosen for chosen in found.values() if words <= _words(chosen.gpu.name)]
-        matches = [chosen for chosen in matches if words == _words(chosen.gpu.name)] or matches
+        matches = [gpu for gpu in found.values() if words <= _words(gpu.name)]
+        matches = [gpu for gpu in matches if words == _words(gpu.name)] or matches
     matches = matches if rank is None else matches[rank : rank + 1]
     if not matches and (wanted != "auto" or (rank and found)):
-        shown = ", ".join(f"{number} ({chosen.gpu.name})" for number, chosen in found.items()) or "none"
+        shown = ", ".join(f"{number} ({gpu.name})" for number, gpu in found.items()) or "none"
         process = "" if rank is None else f" for process {rank}"
         message = f"[memory] gpu = {wanted!r} matches no GPU of this computer{process}. It shows: {shown}. {reason}".rstrip()
         raise DeviceError(message, 'Write one of these numbers or names, or gpu = "auto"; and start one process a GPU at most.')
-    return max(matches, key=lambda chosen: chosen.gpu.free_bytes, default=None)
+    return max(matches, key=lambda gpu: gpu.free_bytes, default=None)
 
 
-def hide_other_gpus(chosen: ChosenGpu | None, rank: int = 0) -> None:
+def hide_other_gpus(chosen: Gpu | None, rank: int = 0) -> None:
     """Show CUDA one GPU only, through the environment of this process; call it before torch initialises CUDA.
 
     None leaves the first GPU of CUDA_VISIBLE_DEVICES, or of the computer; to one of several processes that of its rank.
@@ -298,7 +292,7 @@ def _read_speed(nvml: Any, handle: Any, name: str, total_bytes: int, major: int,
         memory_mhz = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM)
         core_mhz = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)
     except nvml.NVMLError:
-        similar = smallest_of(_specs_of_nearest_size(total_bytes), name)
+        similar = similar_gpu(name, total_bytes)
         return similar.multiprocessors, similar.bandwidth_bytes_per_second, similar.tflops_16bit
     multiprocessors = cores // (64 if (major, minor) <= (8, 0) else 128)
     return multiprocessors, bits / 8 * memory_mhz * 2e6, cores * core_mhz * 2e6 * operations / 1e12
@@ -411,6 +405,11 @@ def smallest_of(specs: Sequence[GpuSpec], name: str) -> Gpu:
 def _specs_of_nearest_size(num_bytes: int) -> list[GpuSpec]:
     distance = min(abs(spec.nominal_gb * GIB - num_bytes) for spec in GPU_TABLE)
     return [spec for spec in GPU_TABLE if abs(spec.nominal_gb * GIB - num_bytes) == distance]
+
+
+def similar_gpu(name: str, total_bytes: int) -> Gpu:
+    """The GPUs of the table with this name, else those with the nearest memory size, as one."""
+    return smallest_of(_find_specs(name) or _specs_of_nearest_size(total_bytes), name)
 
 
 class GpuLoad(NamedTuple):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qlora_phi3.errors import RunError
-from qlora_phi3.files import STALE_SECONDS, atomic_write, file_state, read_json_object, remove, remove_leftovers, user_cache_dir
+from qlora_phi3.files import file_state, read_json_object, save_for_later, user_cache_dir
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.memory.allocator import uses_expandable_segments
 from qlora_phi3.memory.margin import budget_of, read_margin
@@ -158,13 +158,9 @@ def find_cached(path: Path) -> Any:
 
 def save_cached(path: Path, result: Any, files: Iterable[Path]) -> None:
     """Save a result with the state of `files`, which it was read from; a directory that cannot be written is ignored."""
-    with suppress(OSError, RunError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, older_than_seconds=STALE_SECONDS)
-        if not path.is_file():
-            remove(path)
-        states = {str(file): file_state(file) for file in files}
-        atomic_write(path, json.dumps({"result": result, "files": states, "sha256": _digest(result, states)}))
+    states = {str(file): file_state(file) for file in files}
+    save_for_later(path, json.dumps({"result": result, "files": states, "sha256": _digest(result, states)}))
+    with suppress(OSError):
         for old in sorted(path.parent.glob("*.json"), key=lambda path: -path.stat().st_mtime_ns)[MAX_RESULTS:]:
             old.unlink(missing_ok=True)
 

@@ -7,8 +7,8 @@ whichever takes longer at the share of a GPU's stated rate that such kernels rea
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from qlora_phi3.family import Architecture, linear_shapes
 
@@ -36,49 +36,28 @@ FLUSH_SECONDS = 10e-3  # an assumption too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GpuLimits:
-    """What the plan needs to know of a GPU."""
+class Limits:
+    """What the plan needs to know of a device; a CPU's speed is measured (`device.measure_cpu`)."""
 
     #: Most that may be predicted for the process.
     limit_bytes: int
-    tflops_16bit: float
-    bandwidth_bytes_per_second: float
-    multiprocessors: int
-
-    @property
-    def launch_seconds(self) -> tuple[float, float]:
-        """Between two kernels, and what the host needs to start one; scripts/fit_cost.py varies both."""
-        return LAUNCH_SECONDS, HOST_SECONDS
-
-    @property
-    def flops_per_second(self) -> float:
-        """What matrix products reach."""
-        halved = self.tflops_16bit <= HALVED_TFLOPS * self.multiprocessors
-        return self.tflops_16bit * 1e12 * (ARITHMETIC_SHARE if halved else FULL_RATE_ARITHMETIC_SHARE)
-
-    def rates(self, kind: Kind) -> tuple[float, float]:
-        """Operations and bytes a second of such kernels."""
-        return self.flops_per_second, self.bandwidth_bytes_per_second * BANDWIDTH_SHARE[kind]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CpuLimits:
-    """The same of a CPU, as `memory/device.py` measures it."""
-
-    limit_bytes: int
+    #: What matrix products reach.
     flops_per_second: float
-    #: Of element-wise kernels, and of dequantization.
-    bytes_per_second: float
-    dequantized_bytes_per_second: float
-    launch_seconds: ClassVar[tuple[float, float]] = CPU_LAUNCH_SECONDS, 0.0
-
-    def rates(self, kind: Kind) -> tuple[float, float]:
-        """Operations and bytes a second of such kernels."""
-        moved = self.dequantized_bytes_per_second if kind == "dequantize" else self.bytes_per_second
-        return self.flops_per_second, moved
+    #: Kind of kernel -> bytes that it reads and writes a second.
+    bytes_per_second: Mapping[str, float]
+    #: Between two kernels, and what the host needs to start one.
+    launch_seconds: tuple[float, float]
 
 
-Limits = GpuLimits | CpuLimits
+def gpu_limits(*, limit_bytes: int = 0, tflops_16bit: float, bandwidth_bytes_per_second: float, multiprocessors: int) -> Limits:
+    """The limits of a GPU with these stated rates."""
+    is_halved = tflops_16bit <= HALVED_TFLOPS * multiprocessors
+    return Limits(
+        limit_bytes=limit_bytes,
+        flops_per_second=tflops_16bit * 1e12 * (ARITHMETIC_SHARE if is_halved else FULL_RATE_ARITHMETIC_SHARE),
+        bytes_per_second={kind: bandwidth_bytes_per_second * share for kind, share in BANDWIDTH_SHARE.items()},
+        launch_seconds=(LAUNCH_SECONDS, HOST_SECONDS),
+    )
 
 
 class Kernel(NamedTuple):
@@ -105,11 +84,6 @@ class StepKernels:
     backward: Kernels
     #: Clipping, and the optimizer.
     update: Kernels
-    #: Of all layers alone, in both passes.
-    layers: Kernels
-    num_layers: int
-    #: Bytes that a forward pass keeps of all layers for the backward pass.
-    kept_bytes: float
     #: Of the micro-batch, and the sum of the squares of its rows' tokens, which attention grows with.
     tokens: int
     squares: int
@@ -159,17 +133,18 @@ def add_kernels(*parts: tuple[float, Kernels]) -> Kernels:
     return total
 
 
-def keep_attention(step: StepKernels, share: float, kept_bytes: Sequence[int], offloads: bool) -> StepKernels:
-    """The same step where layers that are recomputed, a share of all, keep their attention: tensors of `kept_bytes` each."""
+def keep_attention(step: StepKernels, share: float, copies: Kernels) -> StepKernels:
+    """The same step where the layers that are recomputed, a share of all, keep their attention.
+
+    Args:
+        copies: between GPU and host, in each of the two passes, of what is offloaded of it.
+    """
     again = {kernel: count for kernel, count in step.forward.items() if kernel.kind == "attention" and kernel.flops}
-    copies = {Kernel("offload", 0, size, 0): step.num_layers * share for size in kept_bytes if offloads}
     return replace(
         step,
         forward=add_kernels((1, step.forward), (1, copies)),
         backward=add_kernels((1, step.backward), (-share, again), (1, copies)),
-        layers=add_kernels((1, step.layers), (-share, again), (2, copies)),
-        kept_bytes=step.kept_bytes + (0 if offloads else step.num_layers * share * sum(kept_bytes)),
-        untiled=step.untiled and keep_attention(step.untiled, share, kept_bytes, offloads),
+        untiled=step.untiled and keep_attention(step.untiled, share, copies),
     )
 
 
@@ -211,36 +186,10 @@ def _estimate(kernels: Kernels, device: Limits, tokens_ratio: float = 1.0, squar
         if kind == "offload":
             seconds[kind] += count * num_bytes / OFFLOAD_BYTES_PER_SECOND
             continue
-        flops_per_second, bytes_per_second = device.rates(kind)
-        computing = flops * (squares_ratio if kind == "attention" else tokens_ratio) / flops_per_second
-        seconds[kind] += count * max(computing, num_bytes / bytes_per_second)
+        computing = flops * (squares_ratio if kind == "attention" else tokens_ratio) / device.flops_per_second
+        seconds[kind] += count * max(computing, num_bytes / device.bytes_per_second[kind])
         seconds["launch"] += count * device.launch_seconds[0]
     return seconds
-
-
-def count_flops(step: StepKernels, workload: StepWorkload) -> float:
-    """Floating-point operations of the matrix products of one optimizer step, recomputation included."""
-    ratios = {"attention": workload.squares / step.squares}
-    kernels = add_kernels((1, step.forward), (1, step.backward))
-    return sum(count * kernel.flops * ratios.get(kernel.kind, workload.tokens / step.tokens) for kernel, count in kernels.items())
-
-
-def describe_step(step: StepKernels, workload: StepWorkload, seconds: StepSeconds) -> dict[str, Any]:
-    """The `step` of a report: where the time of an optimizer step goes, and what each decoder layer asks of the GPU."""
-    each = step.tokens * step.num_layers
-    traffic = sum(
-        count * (kernel.activation_bytes + kernel.weight_bytes)
-        for kernel, count in step.layers.items()
-        if kernel.kind == "elementwise"
-    )
-    launches = sum(count for kernel, count in step.layers.items() if kernel.kind != "offload")
-    return {
-        "seconds": {kind: round(value, 6) for kind, value in asdict(seconds).items()},
-        "flops": count_flops(step, workload),
-        "launches_per_layer": round(launches / step.num_layers, 2),
-        "elementwise_bytes_per_token_and_layer": round(traffic / each),
-        "kept_bytes_per_token_and_layer": round(step.kept_bytes / each),
-    }
 
 
 def count_weights(architecture: Architecture) -> int:

@@ -51,7 +51,7 @@ def matmul_workspace_bytes(compute_capability: tuple[int, int]) -> int:
 
 
 def attention_kernel(
-    compute_capability: tuple[int, int], *, has_mask: bool, head_size: int, grouped: bool, dtype: str | None = None
+    compute_capability: tuple[int, int], *, has_mask: bool, head_size: int, grouped: bool, dtype: torch.dtype
 ) -> Kernel:
     """Which kernel `scaled_dot_product_attention` takes in training (native/transformers/cuda/sdp_utils.cpp, torch 2.13).
 
@@ -62,14 +62,13 @@ def attention_kernel(
     Args:
         has_mask: an explicit mask is given, not `is_causal`.
         grouped: key and value are passed with fewer heads than the query (`enable_gqa`).
-        dtype: "float16", "bfloat16" or "float32"; None for the 16 bit that the GPU computes natively.
     """
     major, minor = compute_capability
-    half, known = dtype != "float32", compute_capability <= (12, 1)
+    half, known = dtype != torch.float32, compute_capability <= (12, 1)
     no_backward = 192 < head_size <= 224 and (major == 12 or (major == 8 and minor >= 6))
     if known and major >= 8 and half and not has_mask and head_size <= 256 and not no_backward:
         return "flash"
-    emulated = dtype == "bfloat16" and major < 8
+    emulated = dtype == torch.bfloat16 and major < 8
     alignment = 8 if half and major >= 7 else 4 if major >= 8 else 1
     if known and not emulated and not grouped and head_size % alignment == 0:
         return "efficient"
@@ -87,55 +86,40 @@ def attention_flops(query_shape: Sequence[int], *, has_mask: bool) -> float:
     return 4 * batch * heads * length**2 * head_size * (1 if has_mask else 0.5)
 
 
-def attention_backward_bytes(
-    kernel: str, query_shape: tuple[int, ...], compute_capability: tuple[int, int], *, kv_heads: int, itemsize: int = 2
-) -> tuple[int, ...]:
-    """What the attention's backward pass allocates in addition to the gradients it returns, until it returns, in its order.
+def flash_backward_bytes(query_shape: Sequence[int], *, kv_heads: int, num_documents: int = 0) -> tuple[int, ...]:
+    """What the flash kernel's backward pass allocates in addition to the gradients it returns, until it returns, in its order.
 
-    flash: `mha_bwd` in flash_attn/flash_api.cpp: softmax_d and dq_accum in fp32; of grouped queries, dk and dv of every head.
-
-    efficient: `_efficient_attention_backward` in cuda/attention_backward.cu: delta, and the workspace of its kernel
-    (kernel_backward.h), which holds dq in fp32, and dk and dv where the kernel cannot hold them in registers. Compared with torch
-    2.14.1 on emulated GPUs of compute capability 7.5, 8.0, 8.6, 8.9 and 12.0.
+    `mha_bwd` in flash_attn/flash_api.cpp, of packed documents `mha_varlen_bwd`: softmax_d and dq_accum in fp32; of grouped
+    queries, dk and dv of every head in 16 bit.
 
     Args:
-        kernel: of `attention_kernel`.
         query_shape: (batch, heads, length, head_size).
         kv_heads: heads of key and value as they are passed.
-        itemsize: bytes of an element of the query.
+        num_documents: of a pack, whose batch is 1.
+    """
+    batch, heads, length, head_size = query_shape
+    rows = batch * heads * (length + 128 * num_documents if num_documents else _round_up(length, 128))
+    padded = _round_up(head_size, 8)
+    accumulator = rows * _round_up(padded, 32 if padded <= 128 else 64) * 4
+    expanded = batch * length * heads * padded * 2
+    return rows * 4, accumulator, *((expanded, expanded) if kv_heads != heads else ())
 
-    Raises:
-        ValueError: for any other kernel; the math kernel's scores are operators of their own.
+
+def efficient_backward_bytes(query_shape: Sequence[int], compute_capability: tuple[int, int], itemsize: int) -> tuple[int, int]:
+    """The same for the memory-efficient kernel, and a query whose elements have `itemsize` bytes.
+
+    `_efficient_attention_backward` in cuda/attention_backward.cu: delta, and the workspace of its kernel (kernel_backward.h),
+    which holds dq in fp32, and dk and dv where the kernel cannot hold them in registers. Compared with torch 2.14.1 on emulated
+    GPUs of compute capability 7.5, 8.0, 8.6, 8.9 and 12.0.
     """
     batch, heads, length, head_size = query_shape
     sequences = batch * heads
-    if kernel == "flash":
-        rows = sequences * _round_up(length, 128)
-        padded = _round_up(head_size, 8)
-        expanded = batch * length * heads * padded * itemsize
-        accumulator = rows * _round_up(padded, 32 if padded <= 128 else 64) * 4
-        return rows * 4, accumulator, *((expanded, expanded) if kv_heads != heads else ())
-    if kernel == "efficient":
-        queries, keys, in_registers = _efficient_blocks(head_size, compute_capability, half=itemsize == 2)
-        workspace = -(-length // queries) * -(-head_size // keys) * (queries * keys * 4 + 16)
-        if not in_registers:
-            splits = max(1, min(-(-length // keys), 200 // sequences))
-            workspace += 2 * splits * keys * _round_up(head_size, 128) * 4
-        return sequences * length * 4, sequences * workspace
-    raise ValueError(f"The memory of the {kernel} attention kernel in its backward pass is not known.")
-
-
-def pack_backward_bytes(query_shape: Sequence[int], num_documents: int, *, kv_heads: int) -> tuple[int, ...]:
-    """The same for the flash kernel over packed documents: `mha_varlen_bwd` in flash_attn/flash_api.cpp.
-
-    Args:
-        query_shape: (tokens, heads, head_size).
-    """
-    tokens, heads, head_size = query_shape
-    rows, padded = (tokens + 128 * num_documents) * heads, _round_up(head_size, 8)
-    accumulator = rows * _round_up(padded, 32 if padded <= 128 else 64) * 4
-    expanded = tokens * heads * padded * 2
-    return rows * 4, accumulator, *((expanded, expanded) if kv_heads != heads else ())
+    queries, keys, in_registers = _efficient_blocks(head_size, compute_capability, half=itemsize == 2)
+    workspace = -(-length // queries) * -(-head_size // keys) * (queries * keys * 4 + 16)
+    if not in_registers:
+        splits = max(1, min(-(-length // keys), 200 // sequences))
+        workspace += 2 * splits * keys * _round_up(head_size, 128) * 4
+    return sequences * length * 4, sequences * workspace
 
 
 def _efficient_blocks(head_size: int, compute_capability: tuple[int, int], *, half: bool) -> tuple[int, int, bool]:
@@ -299,7 +283,8 @@ def _attend_pack_backward(
     query, key, value, _, output = saved[:5]
     copies = [tensor.contiguous() for tensor in (grad, output)]  # noqa: F841  # until it returns
     gradients = tuple(map(torch.empty_like, (query, key, value)))
-    sizes = pack_backward_bytes(query.shape, len(lengths), kv_heads=key.shape[1])
+    tokens, heads, head_size = query.shape
+    sizes = flash_backward_bytes((1, heads, tokens, head_size), kv_heads=key.shape[1], num_documents=len(lengths))
     releases = [tracker.track_bytes(size, ATTENTION_WORKSPACE) for size in sizes]
     for release in releases:
         release()
@@ -329,7 +314,7 @@ def _attention_on(tracker: MemoryTracker, capability: tuple[int, int]) -> Callab
             has_mask=attn_mask is not None,
             head_size=query.shape[-1],
             grouped=key.shape[1] != query.shape[1],
-            dtype=str(query.dtype).removeprefix("torch."),
+            dtype=query.dtype,
         )
         if kernel == "math":
             with sdpa_kernel(SDPBackend.MATH):
@@ -371,18 +356,22 @@ class _FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # recomputed tensors live no longer than this reference, as in torch's own function
         query, key, value, output, _, mask = saved
-        if ctx.kernel == "flash":
+        is_flash = ctx.kernel == "flash"
+        if is_flash:
             copies = [tensor.transpose(1, 2).contiguous() for tensor in (grads[0], output)]  # noqa: F841  # until it returns
-        shape, itemsize = tuple(query.shape), query.element_size()
         gradients = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
-        if ctx.kernel == "efficient" and itemsize == 4:
-            ctx.tracker.track_bytes(query.numel() * 4, ATTENTION_WORKSPACE)()  # the product that delta is the sum of
-        sizes = attention_backward_bytes(ctx.kernel, shape, ctx.capability, kv_heads=key.shape[1], itemsize=itemsize)
+        if is_flash:
+            sizes = flash_backward_bytes(query.shape, kv_heads=key.shape[1])
+        else:
+            if query.element_size() == 4:
+                ctx.tracker.track_bytes(query.numel() * 4, ATTENTION_WORKSPACE)()  # the product that delta is the sum of
+            sizes = efficient_backward_bytes(query.shape, ctx.capability, query.element_size())
         releases = [ctx.tracker.track_bytes(size, ATTENTION_WORKSPACE) for size in sizes]
         for release in releases:
             release()
         flops = 2.5 * attention_flops(query.shape, has_mask=mask is not None)
         ctx.tracker.count_kernel("attention", query, key, value, output, grads[0], *gradients, flops=flops)
-        for tensors in ((output, grads[0]), gradients[:1])[: 2 if ctx.kernel == "flash" else 1]:
-            ctx.tracker.count_kernel("elementwise", *tensors)  # the sum of their products; dq from fp32
+        ctx.tracker.count_kernel("elementwise", output, grads[0])  # the sum of their products
+        if is_flash:
+            ctx.tracker.count_kernel("elementwise", gradients[0])  # from fp32
         return *gradients, None, None, None, None

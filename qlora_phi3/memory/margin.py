@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.errors import DeviceError, RunError
-from qlora_phi3.files import STALE_SECONDS, atomic_write, read_json_object, remove, remove_leftovers, user_state_dir  # fmt: skip
+from qlora_phi3.files import read_json_object, save_for_later, user_state_dir
 from qlora_phi3.hardware.gpu import Gpu
 from qlora_phi3.units import MIB, format_gib, parse_size
 
@@ -91,13 +91,7 @@ def record_error(gpu_name: str, predicted_bytes: int, measured_bytes: int) -> No
     sizes = {"predicted_bytes": predicted_bytes, "measured_bytes": measured_bytes}
     record, records = {**sizes, "date": time.strftime("%Y-%m-%d")}, _read_records()
     records = {**records, gpu_name: [*records.get(gpu_name, ()), record][-MAX_RECORDS:]}
-    with suppress(OSError, RunError):
-        path = user_state_dir() / RECORDS_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, older_than_seconds=STALE_SECONDS)
-        if not path.is_file():
-            remove(path)
-        atomic_write(path, json.dumps(records, indent=1) + "\n")
+    save_for_later(user_state_dir() / RECORDS_NAME, json.dumps(records, indent=1) + "\n")
 
 
 def _read_records() -> Mapping[str, Sequence[Mapping[str, Any]]]:

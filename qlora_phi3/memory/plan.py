@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, plan_micro_batches
 from qlora_phi3.memory.cost import StepKernels, StepSeconds, StepWorkload
-from qlora_phi3.memory.predict import Prediction
+from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.simulate import StepShape
 from qlora_phi3.recipe.schema import Memory, Training
 from qlora_phi3.units import format_gib
@@ -21,6 +21,9 @@ class RowLengths:
     evaluation_tokens: int = 0
     #: The data could not be read: every row counts as long as a row may be.
     assumed: bool = False
+    #: As of `RowSummary`.
+    origin: str = ""
+    problem: str = ""
 
     @property
     def longest(self) -> int:
@@ -34,9 +37,12 @@ class RowLengths:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan(Prediction):
+class Plan:
     """What was chosen for a device, and why."""
 
+    execution: ExecutionPlan
+    memory: MemoryReport
+    fits: bool
     kernels: StepKernels
     #: Of a typical step, as its time is.
     workload: StepWorkload

@@ -11,7 +11,7 @@ import torch
 from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.family import Architecture, linear_shapes
 from qlora_phi3.memory.allocator import Footprint, replay, uses_expandable_segments
-from qlora_phi3.memory.cost import Kernels, StepKernels, add_kernels, keep_attention
+from qlora_phi3.memory.cost import Kernel, StepKernels, add_kernels, keep_attention
 from qlora_phi3.memory.cuda_path import MOST_FUSED_ROWS, context_bytes, fused_rows
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.simulate import StepShape, simulate
@@ -35,16 +35,6 @@ LONGEST_COUNTED = 4096
 WORTH = 0.75
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
-    """The memory of a run with an execution plan."""
-
-    execution: ExecutionPlan
-    memory: MemoryReport
-    #: Whether the allocator serves every request within the limit that was asked for.
-    fits: bool
-
-
 @dataclass(eq=False, slots=True)
 class Predictor:
     """Simulates execution plans of one recipe on one kind of GPU, each only once; `device.CpuPredictor` does so on a CPU."""
@@ -64,15 +54,14 @@ class Predictor:
     is_gpu: ClassVar[bool] = True
     _simulated: dict[Any, Trace] = field(default_factory=dict, init=False)
 
-    def predict(self, execution: ExecutionPlan, shape: StepShape, *, limit_bytes: int) -> Prediction:
-        """Simulate every layer, and replay the allocations within a limit.
+    def predict(self, execution: ExecutionPlan, shape: StepShape, *, limit_bytes: int) -> tuple[MemoryReport, bool]:
+        """Simulate every layer; and whether the allocator serves every request within a limit.
 
         Args:
             limit_bytes: what the process may take on the GPU, its CUDA context included.
         """
         memory, fits = self._reserve(self.simulate_all_layers(execution, shape), limit_bytes - self.on_gpu_bytes(0))
-        memory = replace(memory, on_gpu_bytes=self.on_gpu_bytes(memory.reserved_bytes))
-        return Prediction(execution=execution, memory=memory, fits=fits)
+        return replace(memory, on_gpu_bytes=self.on_gpu_bytes(memory.reserved_bytes)), fits
 
     def _reserve(self, memory: MemoryReport, limit_bytes: int) -> tuple[MemoryReport, bool]:
         """With what the allocator reserves, and whether that is within a limit."""
@@ -137,15 +126,12 @@ class Predictor:
 
     def _simulation_options(self, execution: ExecutionPlan, shape: StepShape) -> dict[str, Any]:
         """What `simulate` is told of the device."""
-        return {"capability": self.capability, "fused_rows": self._fused_rows(execution, shape)}
-
-    def _fused_rows(self, execution: ExecutionPlan, shape: StepShape) -> dict[tuple[int, int], int]:
-        """As `MemoryTracker` has it, which may differ between GPUs of one kind; empty for micro-batches that are too long."""
-        longest, number = max(shape.lengths), len(shape.lengths)
-        if (sum(shape.lengths) if execution.micro_batch.packing else longest * number) > MOST_FUSED_ROWS:
-            return {}
-        shapes = linear_shapes(self.architecture).values()
-        return {each: fused_rows(self.capability, self.multiprocessors, each, self.compute_dtype) for each in shapes}
+        options: dict[str, Any] = {"capability": self.capability}
+        if _padded_tokens(execution, shape.lengths) <= MOST_FUSED_ROWS:  # differs between GPUs of one capability
+            shapes = linear_shapes(self.architecture).values()
+            kind = self.capability, self.multiprocessors
+            options["fused_rows"] = {each: fused_rows(*kind, each, self.compute_dtype) for each in shapes}
+        return options
 
     def on_gpu(self, capability: tuple[int, int], multiprocessors: int) -> "Predictor":
         """For another GPU on which the same operators run; it shares what was simulated."""
@@ -159,39 +145,35 @@ class Predictor:
 
     def estimate_on_gpu(self, allocated_bytes: int, /) -> int:
         """What NVML shows for a process whose tensors have such a peak, about."""
-        return self.on_gpu_bytes(estimate_reserved(allocated_bytes))
+        slack_bytes = min(DEFAULT_SLACK_BYTES, allocated_bytes * SLACK_SHARE)
+        return self.on_gpu_bytes(int(allocated_bytes * DEFAULT_RATIO + slack_bytes))
 
     def most_allocated(self, limit_bytes: int, /) -> int:
-        """The peak that fits into so much on the GPU, about."""
-        return estimate_allocated(limit_bytes - self.on_gpu_bytes(0))
-
-    def phases(self, execution: ExecutionPlan, shape: StepShape) -> Mapping[str, int]:
-        """Phase -> most bytes allocated, from two models of few layers where all layers are alike: growth by layer is linear.
-
-        Without evaluation, which takes less than training does on rows of equal length, unless all layers are simulated.
-        """
-        layers, every = self.architecture.num_hidden_layers, max(1, execution.checkpoint_every)
-        if layers % every or not self._can_extrapolate(every):
-            return self.simulate_all_layers(execution, shape).by_phase
-        shape = replace(shape, evaluation_lengths=())
-        start, growth = self._per_layer_fit(execution, shape)
-        return {phase: start[phase] + growth[phase] * layers // every for phase in start}
+        """The peak that fits into so much on the GPU, about: the inverse of `estimate_on_gpu`."""
+        reserved_bytes = limit_bytes - self.on_gpu_bytes(0)
+        without_slack = (reserved_bytes - DEFAULT_SLACK_BYTES) / DEFAULT_RATIO
+        return int(max(without_slack, reserved_bytes / (DEFAULT_RATIO + SLACK_SHARE)))
 
     def estimate(self, execution: ExecutionPlan, shape: StepShape) -> Mapping[str, int]:
-        """The same in less time, where one layer in several is recomputed: interpolated between all and none of them.
+        """Phase -> most bytes allocated, from models of two and three layers where all layers are alike: growth is linear.
 
-        On Phi-3-mini (2,048 tokens, one layer in 2 to 16) 0.2 to 0.3 % below `phases`; with the MLPs in tiles up to 0.7 % above.
-        Attention that is kept is added, of one layer too much: the one that is recomputed has it in any case.
+        Without evaluation, which takes less than training does on rows of equal length, unless all layers are simulated.
+        Where one layer in several is recomputed, interpolated between all and none of them: on Phi-3-mini (2,048 tokens, one
+        layer in 2 to 16) 0.2 to 0.3 % too low; with the MLPs in tiles up to 0.7 % too high. Attention that is kept is added, of
+        one layer too much: the one that is recomputed has it in any case.
         """
         every, layers = execution.checkpoint_every, self.architecture.num_hidden_layers
+        if not self._can_extrapolate:
+            return self.simulate_all_layers(execution, shape).by_phase
         if execution.keep_attention:
             peaks, kept_bytes = self.estimate(replace(execution, keep_attention=False), shape), 0
             if not execution.activation_offloading:
                 kept_bytes = -(-layers // every) * sum(self.kept_attention_bytes(shape.lengths, execution))
             return {phase: size + kept_bytes * (phase in (*FORWARD_PHASES, *BACKWARD_PHASES)) for phase, size in peaks.items()}
-        if every <= 1 or not self._can_extrapolate(1):
-            return self.phases(execution, shape)
         shape = replace(shape, evaluation_lengths=())
+        if every <= 1:
+            start, growth = self._per_layer_fit(execution, shape)
+            return {phase: start[phase] + growth[phase] * layers for phase in start}
         plain = replace(execution, mlp_tile_tokens=0) if self.recipe.memory.mlp_tile_tokens == "auto" else execution
         start, saved = self._per_layer_fit(replace(execution, checkpoint_every=0), shape)
         none, _ = self._per_layer_fit(replace(plain, checkpoint_every=0), shape)
@@ -212,36 +194,27 @@ class Predictor:
         """
         if sum(shape.lengths) > LONGEST_COUNTED:
             shape = StepShape(lengths=(LONGEST_COUNTED,))
-        lengths = shape.lengths
+        lengths, tile = shape.lengths, execution.mlp_tile_tokens
+        every, layers = execution.checkpoint_every, self.architecture.num_hidden_layers
+        recomputed = math.ceil(layers / every) if every else 0
         if execution.keep_attention:
             step = self.step_kernels(replace(execution, keep_attention=False), shape)
-            share = -(-step.num_layers // execution.checkpoint_every) / step.num_layers
-            return keep_attention(step, share, self.kept_attention_bytes(lengths, execution), execution.activation_offloading)
-        every, layers, tile = execution.checkpoint_every, self.architecture.num_hidden_layers, execution.mlp_tile_tokens
-        recomputed = math.ceil(layers / every) if every else 0
-        outside: list[tuple[int, Trace]] = []
-        of_layers: list[tuple[int, Trace]] = []
-        if self._can_extrapolate(1):
+            sizes = self.kept_attention_bytes(lengths, execution) if execution.activation_offloading else ()
+            return keep_attention(step, recomputed / layers, {Kernel("offload", 0, size, 0): recomputed for size in sizes})
+        parts: list[tuple[int, Trace]] = []
+        if self._can_extrapolate:
             shape = replace(shape, evaluation_lengths=())
             for number, kind in ((layers - recomputed, 0), (recomputed, 1)):
                 if number:
                     small, large = (self._trace(replace(execution, checkpoint_every=kind), shape, few) for few in (2, 3))
-                    of_layers += [(number, large), (-number, small)]
-                    outside = [(3, small), (-2, large)]
+                    parts += [(number, large), (-number, small)]
+            parts += [(3, small), (-2, large)]  # outside the layers
         else:
-            of_layers = [(1, self._trace(execution, shape, layers))]
+            parts = [(1, self._trace(execution, shape, layers))]
         widths = lengths if execution.micro_batch.packing else [max(lengths)] * len(lengths)
-
-        def add(*phases: str, parts: Sequence[tuple[int, Trace]] = (*of_layers, *outside)) -> Kernels:
-            return add_kernels(*((times, trace.kernels[phase]) for times, trace in parts for phase in phases))
-
+        phases = ("forward", "backward", "update")
         return StepKernels(
-            forward=add("forward"),
-            backward=add("backward"),
-            update=add("update"),
-            layers=add("forward", "backward", parts=of_layers),
-            num_layers=layers,
-            kept_bytes=sum(times * trace.kept_bytes() for times, trace in of_layers),
+            **{phase: add_kernels(*((times, trace.kernels[phase]) for times, trace in parts)) for phase in phases},
             tokens=sum(widths),
             squares=sum(width**2 for width in widths),
             mlp_tile_tokens=tile,
@@ -250,21 +223,20 @@ class Predictor:
 
     def kept_attention_bytes(self, lengths: Sequence[int], execution: ExecutionPlan) -> tuple[int, int]:
         """What one layer keeps of the attention of rows of so many tokens: the output, and the logarithms of the sums."""
-        tokens = sum(lengths) if execution.micro_batch.packing else max(lengths, default=0) * len(lengths)
+        tokens = _padded_tokens(execution, lengths)
         hidden_size, heads = self.architecture.hidden_size, self.architecture.num_attention_heads
         return tokens * hidden_size * self.compute_dtype.itemsize, tokens * heads * 4
 
     def _per_layer_fit(self, execution: ExecutionPlan, shape: StepShape) -> tuple[Mapping[str, int], Mapping[str, int]]:
-        """Phase -> bytes without any layer, and with each group of as many layers as recomputation goes by."""
-        every = max(1, execution.checkpoint_every)
-        few = max(2, every)
-        small, larger = (self.simulate(execution, shape, number).by_phase for number in (few, few + every))
+        """Phase -> bytes without any layer, and with each one."""
+        small, larger = (self.simulate(execution, shape, number).by_phase for number in (2, 3))
         growth = {phase: larger[phase] - small[phase] for phase in small}
-        return {phase: small[phase] - growth[phase] * few // every for phase in small}, growth
+        return {phase: small[phase] - 2 * growth[phase] for phase in small}, growth
 
-    def _can_extrapolate(self, every: int) -> bool:
+    @property
+    def _can_extrapolate(self) -> bool:
         """Whether all layers are alike, and more than the two small models have."""
-        return self.architecture.num_hidden_layers > max(2, every) + every and self._layers_are_alike()
+        return self.architecture.num_hidden_layers > 3 and self._layers_are_alike()
 
     def _layers_are_alike(self) -> bool:
         """Whether the recipe treats every layer as the others."""
@@ -274,15 +246,9 @@ class Predictor:
         return lora.layers_to_transform is None and not patterns and not any("layers" in name for name in names)
 
 
-def estimate_reserved(allocated_bytes: int) -> int:
-    """What the allocator must be allowed to hold for a peak, about."""
-    return int(allocated_bytes * DEFAULT_RATIO + min(DEFAULT_SLACK_BYTES, allocated_bytes * SLACK_SHARE))
-
-
-def estimate_allocated(reserved_bytes: int) -> int:
-    """The peak that fits into what the allocator may hold, about: the inverse of `estimate_reserved`."""
-    without_slack = (reserved_bytes - DEFAULT_SLACK_BYTES) / DEFAULT_RATIO
-    return int(max(without_slack, reserved_bytes / (DEFAULT_RATIO + SLACK_SHARE)))
+def _padded_tokens(execution: ExecutionPlan, lengths: Sequence[int]) -> int:
+    """Tokens of the micro-batch of rows of these lengths."""
+    return sum(lengths) if execution.micro_batch.packing else max(lengths, default=0) * len(lengths)
 
 
 def least_reserved_bytes(memory: MemoryReport) -> int:

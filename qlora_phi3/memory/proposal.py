@@ -24,7 +24,7 @@ from qlora_phi3.memory.cached import cache_key, find_cached, save_cached
 from qlora_phi3.memory.margin import read_margin
 from qlora_phi3.memory.report import VramReport, as_json, from_json
 from qlora_phi3.memory.tables import find_max_lengths
-from qlora_phi3.memory.vram_check import RecipeContext, VramChecker, hub_offline, read_rows, summarize_rows
+from qlora_phi3.memory.vram_check import RecipeContext, VramChecker, hub_offline, read_rows
 from qlora_phi3.recipe.edit import commented_toml
 from qlora_phi3.recipe.schema import Data, Recipe
 from qlora_phi3.reporter import Progress
@@ -97,8 +97,9 @@ class ModelOption:
 def unknown_columns(name: str, base_dir: Path) -> list[str]:
     """The columns of a local file, if they are of no format and none has a likely name; else none. DataError as `read_data`."""
     first = next((row for _, row in open_local(name, base_dir)[0].rows()), None)
-    known = not isinstance(first, dict) or detect_format(first) is not None or guess_mapping(first) is not None
-    return [] if known or not isinstance(first, dict) else [str(column) for column in first]
+    if not isinstance(first, dict) or detect_format(first) is not None or guess_mapping(first) is not None:
+        return []
+    return [str(column) for column in first]
 
 
 def read_data(name: str, columns: Mapping[str, str], base_dir: Path, progress: Progress) -> DataSummary:
@@ -125,13 +126,12 @@ def read_data(name: str, columns: Mapping[str, str], base_dir: Path, progress: P
     for source in sources:
         reports.append(report := SourceReport(source.name))
         for _, example in read_examples(source, data, report):
-            words, turns = [], 1
             if isinstance(example, Chat):
                 words, turns = [example.tools], len(example.turns)
                 words += [text for turn in example.turns for text in (turn.text, turn.thinking, turn.calls)]
                 has_tools = has_tools or bool(example.tools)
             else:
-                words = [example.text]
+                words, turns = [example.text], 1
             seen.add(hash(tuple(words)))
             num_bytes = sum(len(text.encode(errors="replace")) for text in words)
             lengths.append(math.ceil(num_bytes / BYTES_PER_TOKEN) + TOKENS_PER_TURN * turns)
@@ -177,7 +177,7 @@ def model_option(name: str, summary: DataSummary, base_dir: Path, progress: Prog
         architecture = parse_architecture(read_config(name, prefer_shipped=True), name)
         training = {"max_length": UNCUT, "do_eval": False}
         recipe = Recipe.model_validate({"model": {"name": name}, "data": summary.data, "training": training})
-        counted, _ = read_rows(recipe, architecture, base_dir, progress)
+        counted = read_rows(recipe, architecture, base_dir, progress)
     lengths = summary.lengths if counted.assumed else counted.training  # before any cut
     return ModelOption(
         name=name,
@@ -217,9 +217,7 @@ def _build_checker(option: ModelOption, summary: DataSummary, choice: TrainingCh
     rows = read_lengths(training, [lengths[index] for index in held], choice.batch_size)
     with hub_offline():
         config = read_config(option.name, prefer_shipped=True)
-    context = RecipeContext(
-        recipe=recipe, config=config, architecture=option.architecture, lengths=rows, rows=summarize_rows(rows, "")
-    )
+    context = RecipeContext(recipe=recipe, config=config, architecture=option.architecture, lengths=rows)
     return VramChecker(context, lambda what: info(f"{option.name}: {what}"))
 
 

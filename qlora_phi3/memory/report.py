@@ -33,8 +33,6 @@ OTHER = "other"
 #: Versions of these decide what is predicted.
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 
-Verdict = Literal["fits", "does_not_fit", "cannot_tell", "error"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryReport:
@@ -106,7 +104,7 @@ class RowSummary:
 class VramReport:
     """The result of `vram-check` for one recipe on one GPU."""
 
-    verdict: Verdict
+    verdict: Literal["fits", "does_not_fit"]
     model: str
     device: Gpu
     budget_bytes: int
@@ -142,9 +140,9 @@ class VramReport:
     #: Why no suggestion makes it fit, where none does.
     no_fix_reason: str = ""
     rows: RowSummary
-    #: By the cost model: an estimate to compare plans with, never measured. `step` is of `cost.describe_step`.
+    #: By the cost model: an estimate to compare plans with, never measured; `step` has them by kind of kernel.
     seconds_per_step: float
-    step: Mapping[str, Any]
+    step: Mapping[str, Mapping[str, float]]
     seconds_per_1000_rows: float
     #: Of the recipe's run with its evaluations, without what comes before the first step; None where the data could not be read.
     epochs: float | None = None
@@ -173,6 +171,7 @@ def as_json(report: VramReport) -> dict[str, Any]:
     """A report for JSON; `processes` and `other_processes_bytes` are next to `device`."""
     saved = asdict(report)
     processes = saved["device"].pop("processes")
+    del saved["device"]["visible_devices"]
     saved["memory"] = report.memory.as_dict()
     return {**saved, "processes": processes, "other_processes_bytes": report.device.other_processes_bytes}
 

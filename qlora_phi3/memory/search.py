@@ -14,7 +14,7 @@ import psutil  # type: ignore[import-untyped]
 
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan, plan_micro_batches, smaller_mlp_tile
 from qlora_phi3.family import linear_shapes
-from qlora_phi3.memory.cost import GpuLimits, Limits, StepKernels, StepWorkload, estimate_step
+from qlora_phi3.memory.cost import Limits, StepKernels, StepWorkload, estimate_step, gpu_limits
 from qlora_phi3.memory.plan import Plan, RowLengths, describe_kind, explain_choices, step_shape
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.simulate import StepShape
@@ -54,7 +54,7 @@ def find_plan(predictor: Predictor, rows: RowLengths, limits: Limits, *, progres
 
 def minimal_memory_plan(predictor: Predictor, rows: RowLengths) -> tuple[ExecutionPlan, StepShape]:
     """The plan that needs least memory of all that the recipe allows, on any GPU, and its heaviest step."""
-    no_limits = GpuLimits(limit_bytes=0, tflops_16bit=1, bandwidth_bytes_per_second=1, multiprocessors=1)
+    no_limits = gpu_limits(tflops_16bit=1, bandwidth_bytes_per_second=1, multiprocessors=1)
     execution = _Search(predictor, rows, no_limits, progress=lambda _: None).minimal
     return execution, step_shape(rows, execution)
 
@@ -155,23 +155,24 @@ class _Search:
         if is_smallest and max(self._phases(execution).values()) * NEARLY_FULL > self.most_allocated:
             optim = self.optimizers[-1]
         limit_bytes = self.limits.limit_bytes
-        prediction = self.predictor.predict(replace(execution, optim=optim), shape, limit_bytes=limit_bytes)
-        if optim != self.optimizers[-1] and not prediction.fits:
+        execution = replace(execution, optim=optim)
+        memory, fits = self.predictor.predict(execution, shape, limit_bytes=limit_bytes)
+        if optim != self.optimizers[-1] and not fits:
             execution = replace(execution, optim=self.optimizers[-1])
-            prediction = self.predictor.predict(execution, shape, limit_bytes=limit_bytes)
+            memory, fits = self.predictor.predict(execution, shape, limit_bytes=limit_bytes)
         recipe, kernels = self.predictor.recipe, self._step_kernels(execution)
-        flushes = -(-prediction.memory.cache_flushes // 2)  # two steps are replayed
+        flushes = -(-memory.cache_flushes // 2)  # two steps are replayed
         workload, held_out = replace(self._workload(execution), cache_flushes=flushes), self._held_out(execution)
         return Plan(
-            execution=prediction.execution,
-            memory=prediction.memory,
-            fits=prediction.fits,
+            execution=execution,
+            memory=memory,
+            fits=fits,
             kernels=kernels,
             workload=workload,
             seconds=estimate_step(kernels, workload, self.limits),
             evaluation_seconds=estimate_step(kernels, held_out, self.limits, trains=False).total if held_out else 0.0,
-            reasons=explain_choices(recipe.training, recipe.memory, prediction.execution, self.rows, self.refused, limit_bytes)
-            | self.predictor.explain(prediction.execution),
+            reasons=explain_choices(recipe.training, recipe.memory, execution, self.rows, self.refused, limit_bytes)
+            | self.predictor.explain(execution),
         )
 
     def _may_fit(self, kind: ExecutionPlan) -> bool:

@@ -2,7 +2,8 @@
 
 Model, adapter, loss, checkpointing and optimizer are the ones that train; `tracker.py` follows every storage. The tensors are
 fake CPU tensors, as a CPU build of torch aborts on fake CUDA ones; `cuda_path.py` replaces what CUDA does in another way.
-`path="cpu"` follows the CPU's own code, which can be measured on any machine: that is how the figures are checked.
+Without a compute capability it follows the CPU's own code, which can be measured on any machine: that is how the figures are
+checked.
 """
 
 import gc
@@ -12,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 from unittest.mock import patch
 
 import bitsandbytes as bnb
@@ -59,13 +60,11 @@ from qlora_phi3.model.phi3 import (
     build_config,
     configure_base,
 )
-from qlora_phi3.model.quantized import quantization_config
+from qlora_phi3.model.quantized import BLOCK, NESTED_BLOCK, quantization_config
 from qlora_phi3.objectives import Objective, sft
 from qlora_phi3.recipe.schema import Lora, Model, Quantization, Recipe, Training
 from qlora_phi3.step import Batch, collate, evaluate, forward_backward
 
-#: bitsandbytes' own for 4-bit weights, and for the scales of their scales.
-BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256
 #: Tiles of the loss that are simulated before the last one, of which the first two or three differ from the rest.
 FEW_TILES = 5
 
@@ -100,8 +99,7 @@ def simulate(
     shape: StepShape,
     *,
     compute_dtype: torch.dtype,
-    path: Literal["cuda", "cpu"] = "cuda",
-    capability: tuple[int, int] = (8, 6),
+    capability: tuple[int, int] | None,
     fused_rows: Mapping[tuple[int, int], int] = MappingProxyType({}),
     objective: Objective = sft,
 ) -> Trace:
@@ -109,7 +107,7 @@ def simulate(
 
     Args:
         config: the contents of the model's config.json.
-        capability: the GPU's compute capability, which decides the attention kernel.
+        capability: the GPU's compute capability, which decides the attention kernel; None for a CPU.
         fused_rows: as of `MemoryTracker`.
 
     Raises:
@@ -120,19 +118,22 @@ def simulate(
     )
     batches = [_heaviest(lengths, execution.micro_batch) for lengths in (shape.lengths, shape.later_lengths) if lengths]
     held_out = _heaviest(shape.evaluation_lengths, execution.evaluation) if shape.evaluation_lengths else None
-    rounding = ROUNDING if path == "cuda" else 1
     tracker = MemoryTracker(
-        num_supervised=batches[0].num_supervised, vocabulary=architecture.vocab_size, rounding=rounding, fused_rows=fused_rows
+        num_supervised=batches[0].num_supervised,
+        vocabulary=architecture.vocab_size,
+        rounding=1 if capability is None else ROUNDING,
+        fused_rows=fused_rows,
     )
-    kernels = following_cuda(tracker, capability=capability) if path == "cuda" else nullcontext()
+    kernels = nullcontext() if capability is None else following_cuda(tracker, capability=capability)
     with _fake_tensors(tracker), tracker, kernels, _no_collector():
         skeleton.neftune_noise_alpha = recipe.training.neftune_noise_alpha
-        workspace = matmul_workspace_bytes(capability)  # one of the forward and one of the backward pass
-        if path == "cuda" and recipe.lora.use_dora:  # the row norms of DoRA are products
-            tracker.track_bytes(workspace, CUBLAS_WORKSPACE)
+        # One of the forward and one of the backward pass. The row norms of DoRA, while it is attached, are products.
+        workspaces = [] if capability is None else [matmul_workspace_bytes(capability)] * 2
+        if workspaces and recipe.lora.use_dora:
+            tracker.track_bytes(workspaces.pop(), CUBLAS_WORKSPACE)
         model = _load(skeleton, recipe.lora, execution, tracker)
-        for _ in range(2 - recipe.lora.use_dora if path == "cuda" else 0):
-            tracker.track_bytes(workspace, CUBLAS_WORKSPACE)
+        for num_bytes in workspaces:
+            tracker.track_bytes(num_bytes, CUBLAS_WORKSPACE)
         run_one_step(
             model,
             [_without_storage(batch) for batch in batches],
@@ -140,7 +141,7 @@ def simulate(
             recipe.training,
             execution.optim,
             compute_dtype=compute_dtype,
-            on_cuda=path == "cuda",
+            on_cuda=capability is not None,
             accumulates=shape.accumulates,
             tracker=tracker,
             objective=objective,
@@ -285,7 +286,7 @@ def _load(skeleton: PackedPhi3ForCausalLM, lora: Lora, execution: ExecutionPlan,
 def _quantize_without_storage(layer: bnb.nn.Linear4bit) -> None:
     """The tensors of `Params4bit` after loading, and for a moment those they are made from, in bitsandbytes' order."""
     numel = layer.in_features * layer.out_features
-    blocks = -(-numel // BLOCKSIZE)
+    blocks = -(-numel // BLOCK)
     dtype = layer.compute_dtype  # load_base reads the checkpoint in the compute dtype
     unquantized = torch.empty((layer.out_features, layer.in_features), dtype=dtype)
     scales = torch.empty(blocks)
@@ -295,15 +296,15 @@ def _quantize_without_storage(layer: bnb.nn.Linear4bit) -> None:
     absmax = scales
     if layer.weight.compress_statistics:
         offset, centered = torch.empty(()), torch.empty(blocks)
-        nested_absmax = torch.empty(-(-blocks // NESTED_BLOCKSIZE))
+        nested_absmax = torch.empty(-(-blocks // NESTED_BLOCK))
         absmax = torch.empty(blocks, dtype=torch.uint8)
-        nested = QuantState(absmax=nested_absmax, blocksize=NESTED_BLOCKSIZE, code=torch.empty(256), dtype=torch.float32)
+        nested = QuantState(absmax=nested_absmax, blocksize=NESTED_BLOCK, code=torch.empty(256), dtype=torch.float32)
         del centered
     packed.quant_state = QuantState(  # type: ignore[attr-defined]
         absmax=absmax,
         shape=unquantized.shape,
         dtype=dtype,
-        blocksize=BLOCKSIZE,
+        blocksize=BLOCK,
         code=code,
         quant_type=layer.weight.quant_type,
         offset=offset,

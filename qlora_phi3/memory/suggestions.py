@@ -140,11 +140,10 @@ class _Path:
         table = getattr(recipe, change.table).model_copy(update=change.keys)
         predictor = replace(self.predictor, recipe=recipe.model_copy(update={change.table: table}))
         minimal, limit_bytes = minimal_memory_plan(predictor, rows), self.margin.limit(self.budget_bytes)
-        allocated = max(predictor.phases(*minimal).values())
+        allocated = max(predictor.estimate(*minimal).values())
         needed, fits = predictor.on_gpu_bytes(allocated + self.slack_bytes), False
         if predictor.on_gpu_bytes(int(allocated * LEAST_RATIO)) <= limit_bytes:
-            prediction = predictor.predict(*minimal, limit_bytes=limit_bytes)
-            memory, fits = prediction.memory, prediction.fits
+            memory, fits = predictor.predict(*minimal, limit_bytes=limit_bytes)
             needed, self.slack_bytes = memory.on_gpu_bytes, memory.reserved_bytes - memory.allocated_bytes
         saved_bytes = self.needed - needed
         if fits or (saved_bytes >= WORTH_BYTES and not only_if_it_fits):
@@ -163,7 +162,7 @@ class _Path:
 
         def needed_bytes(length: int) -> int:
             self.info(f"Looking for what would help: rows of {length:,} tokens")
-            phases = predictor.phases(*minimal_memory_plan(predictor, cut(length)))
+            phases = predictor.estimate(*minimal_memory_plan(predictor, cut(length)))
             return predictor.on_gpu_bytes(max(phases.values()) + self.slack_bytes)
 
         search = MaxLengthSearch(needed_bytes, all_rows.longest - STEP)

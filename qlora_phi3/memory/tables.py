@@ -13,7 +13,7 @@ from qlora_phi3.hardware.gpu import Gpu, smallest_of
 from qlora_phi3.hardware.gpu_table import GPU_TABLE, NATIVE_BFLOAT16, GpuSpec, name_series
 from qlora_phi3.memory.margin import budget_of, read_margin
 from qlora_phi3.memory.report import VramReport, as_json
-from qlora_phi3.memory.vram_check import VramChecker, compute_dtype_on
+from qlora_phi3.memory.vram_check import VramChecker
 from qlora_phi3.units import GIB, MIB
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class _MaxLengths:
         def estimate(length: int) -> int:
             checker.info(f"trying a row of {length:,} tokens")
             predictor, minimal = self._minimal(length)
-            return max(predictor.phases(*minimal).values())
+            return max(predictor.estimate(*minimal).values())
 
         self._checker = checker
         self._search = MaxLengthSearch(estimate, checker.context.architecture.max_position_embeddings)
@@ -111,12 +111,12 @@ class _MaxLengths:
         while fitting < length < too_long:
             self._checker.info(f"simulating every layer with a row of {length:,} tokens")
             simulator, minimal = self._minimal(length)
-            tried = simulator.predict(*minimal, limit_bytes=limit_bytes)
-            if tried.fits:
-                fitting, memory = length, tried.memory
+            tried, fits = simulator.predict(*minimal, limit_bytes=limit_bytes)
+            if fits:
+                fitting, memory = length, tried
             else:
                 too_long = length
-            better = longest_within(int(reservable * tried.memory.allocated_bytes / least_reserved_bytes(tried.memory)))
+            better = longest_within(int(reservable * tried.allocated_bytes / least_reserved_bytes(tried)))
             length = better if better < too_long else round_length(too_long - 1)
         shortest_bytes = predictor.estimate_on_gpu(self._search.bytes_for(STEP))
         return MaxLengthRow(
@@ -127,7 +127,7 @@ class _MaxLengths:
             is_model_limit=fitting == self._search.at_most,
             on_gpu_bytes=memory.on_gpu_bytes if memory else shortest_bytes,
             host_bytes=memory.host_bytes if memory else 0,
-            compute_dtype=compute_dtype_on(recipe.compute_dtype, device),
+            compute_dtype=str(predictor.compute_dtype).removeprefix("torch."),
         )
 
     def _minimal(self, length: int) -> "tuple[Predictor, tuple[ExecutionPlan, StepShape]]":

@@ -34,31 +34,19 @@ class Trace:
 
     def report(self) -> MemoryReport:
         """The memory at its peak, by phase and by category."""
-        return replace(
-            self, events=[(number, self.rounded(num_bytes)) for number, num_bytes in self.events], rounding=1
-        )._report()
-
-    def rounded(self, num_bytes: int) -> int:
-        """What the allocator takes for so many bytes."""
-        return -(-num_bytes // self.rounding) * self.rounding
-
-    def kept_bytes(self) -> int:
-        """What a forward pass leaves for the backward pass."""
-        begin, end = self.phases["forward"], self.phases["backward"]
-        return sum(self._live_at(end).values()) - sum(self._live_at(begin).values())
-
-    def _report(self) -> MemoryReport:
-        peaks = self._peaks()
+        rounded = [(number, -(-num_bytes // self.rounding) * self.rounding) for number, num_bytes in self.events]
+        trace = replace(self, events=rounded)
+        peaks = trace._peaks()
         peak_phase, (allocated_bytes, event) = max(peaks.items(), key=lambda item: item[1][0])
         return MemoryReport(
             allocated_bytes=allocated_bytes,
-            by_category=self._live_at(event),
+            by_category=trace._live_at(event),
             by_phase={phase: num_bytes for phase, (num_bytes, _) in peaks.items()},
             peak_phase=peak_phase,
             resident_bytes=peaks["save"][0],
             paged_bytes=self.paged_bytes,
             host_bytes=self.host_bytes,
-            trace=self._with_second_step(),
+            trace=trace._with_second_step(),
         )
 
     def _peaks(self) -> dict[str, tuple[int, int]]:

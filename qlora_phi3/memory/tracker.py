@@ -87,9 +87,7 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         fused_rows: shape of a 4-bit weight -> most rows whose product with it needs no dequantized copy; 0 unless given.
     """
 
-    def __init__(
-        self, *, num_supervised: int, vocabulary: int, rounding: int = ROUNDING, fused_rows: Mapping[tuple[int, int], int]
-    ) -> None:
+    def __init__(self, *, num_supervised: int, vocabulary: int, rounding: int, fused_rows: Mapping[tuple[int, int], int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.num_supervised, self.vocabulary, self.rounding = num_supervised, vocabulary, rounding
         self.fused_rows = fused_rows
@@ -217,9 +215,11 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         if func is _device_of:  # three in five calls, and the way through FakeTensorMode is long
             return args[0].fake_device
         kwargs = kwargs or {}
-        if func is _bnb.gemm_4bit.default and not self._is_fused(*args[:3]):
-            with self:
-                return _dequantize_then_multiply(*args, **kwargs)
+        if func is _bnb.gemm_4bit.default:
+            x, weight_shape = args[0], args[2]
+            if x.numel() // x.shape[-1] > self.fused_rows.get(tuple(weight_shape), 0):
+                with self:
+                    return _dequantize_then_multiply(*args, **kwargs)
         if self.rounding == 1 and func in _cpu_updates():
             with self:
                 return _cpu_updates()[func](*args, **kwargs)
@@ -252,10 +252,6 @@ class MemoryTracker(NullTracker, TorchDispatchMode):  # type: ignore[no-untyped-
         if func in _PRODUCTS:
             self.first_products.setdefault(self.phase, len(self.events))
         return result
-
-    def _is_fused(self, x: Tensor, packed: Tensor, shape: Sequence[int]) -> bool:
-        """Whether bitsandbytes' `gemm_4bit` allocates its result alone."""
-        return x.numel() // x.shape[-1] <= self.fused_rows.get((shape[0], shape[1]), 0)
 
     def _follow(self, tensor: Tensor, category: str | None) -> None:
         """Count a storage that is new, until it ends."""

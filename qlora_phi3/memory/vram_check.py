@@ -10,14 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_phi3.errors import CannotTellError, DataError, ModelError, UserError
 from qlora_phi3.files import datasets_dir
 from qlora_phi3.hardware.gpu import Gpu
-from qlora_phi3.hardware.gpu_table import GPU_TABLE, NATIVE_BFLOAT16
+from qlora_phi3.hardware.gpu_table import GPU_TABLE
 from qlora_phi3.memory.margin import DEFAULT_SHARE, read_margin
 from qlora_phi3.memory.report import RowSummary, VramReport, read_versions
 from qlora_phi3.reporter import Progress
@@ -44,7 +44,6 @@ class RecipeContext:
     config: Mapping[str, Any]
     architecture: "Architecture"
     lengths: "RowLengths"
-    rows: RowSummary
 
 
 def read_recipe_context(recipe: "Recipe", base_folder: Path, progress: Progress, processes: int = 1) -> RecipeContext:
@@ -85,10 +84,10 @@ def read_recipe_context(recipe: "Recipe", base_folder: Path, progress: Progress,
             from qlora_phi3.adapters.start import check_start
 
             check_start(Path(found.model.adapter), recipe.lora, architecture)
-        lengths, rows = read_rows(found, architecture, base_folder, progress)
+        lengths = read_rows(found, architecture, base_folder, progress)
         batch_size, tokens = math.ceil(lengths.batch_size / processes), lengths.evaluation_tokens // processes
         lengths = replace(lengths, batch_size=batch_size, evaluation_tokens=tokens)
-    return RecipeContext(recipe=found, config=config, architecture=architecture, lengths=lengths, rows=rows)
+    return RecipeContext(recipe=found, config=config, architecture=architecture, lengths=lengths)
 
 
 @contextmanager
@@ -117,9 +116,7 @@ def hub_offline() -> Iterator[None]:
             os.environ["HF_HUB_OFFLINE"] = before
 
 
-def read_rows(
-    recipe: "Recipe", architecture: "Architecture", base_folder: Path, progress: Progress
-) -> tuple["RowLengths", RowSummary]:
+def read_rows(recipe: "Recipe", architecture: "Architecture", base_folder: Path, progress: Progress) -> "RowLengths":
     """The lengths of the rows, tokenized as a run does it; of `max_length` tokens each where they cannot be read. ModelError
     where a row has a token that the model's embedding lacks.
     """
@@ -153,19 +150,7 @@ def read_rows(
         lengths = read_lengths(row_lengths(data.train).tolist(), evaluation, training.batch_size)
         held_out = f" and {len(evaluation):,} to evaluate on" if evaluation else ""
         origin = f"{len(lengths.training):,} to train on{held_out}, the longest {lengths.longest:,} tokens"
-    return lengths, summarize_rows(lengths, origin, problem)
-
-
-def summarize_rows(lengths: "RowLengths", origin: str, problem: str = "") -> RowSummary:
-    """The rows as the report shows them; see `RowSummary`."""
-    return RowSummary(
-        assumed=lengths.assumed,
-        count=len(lengths.training),
-        longest=lengths.longest,
-        longest_evaluation=lengths.longest_evaluation,
-        origin=origin,
-        problem=problem,
-    )
+    return replace(lengths, origin=origin, problem=problem)
 
 
 def _tokenize(recipe: "Recipe", base_folder: Path, progress: Progress) -> tuple["PreparedData", Any]:
@@ -205,15 +190,16 @@ class VramChecker:
     info: Callable[[str], None]
     _predictors: "dict[tuple[Any, ...], Predictor]" = field(default_factory=dict, init=False)
 
-    def kind(self, device: Gpu) -> tuple[str, tuple[int, int]]:
+    def kind(self, device: Gpu) -> tuple[Any, tuple[int, int]]:
         """Compute dtype and capability; no operator of a step differs between GPUs of one kind, such as Ampere and Ada."""
-        capability = (8, 6) if device.compute_capability == (8, 9) else device.compute_capability
-        return compute_dtype_on(self.context.recipe.compute_dtype, device), capability
+        from qlora_phi3.model.phi3 import choose_precision
+
+        capability = device.compute_capability
+        dtype, _ = choose_precision(self.context.recipe.compute_dtype, None if device.is_cpu else capability)
+        return dtype, (8, 6) if capability == (8, 9) else capability
 
     def predictor(self, device: Gpu) -> "Predictor":
         """The simulator for a GPU; those of one kind share what was simulated."""
-        import torch
-
         from qlora_phi3.memory.device import build_predictor
 
         dtype, capability = kind = self.kind(device)
@@ -221,7 +207,7 @@ class VramChecker:
             gc.freeze()  # the collector need not look through the libraries again
             model = (self.context.recipe, dict(self.context.config), self.context.architecture)
             of_kind = replace(device, compute_capability=capability)
-            self._predictors[kind] = build_predictor(of_kind, *model, compute_dtype=getattr(torch, dtype))
+            self._predictors[kind] = build_predictor(of_kind, *model, compute_dtype=dtype)
         return self._predictors[kind].on_gpu(device.compute_capability, device.multiprocessors)
 
     def report(self, device: Gpu, budget_bytes: int, *, with_suggestions: bool = True) -> VramReport:
@@ -242,10 +228,8 @@ class VramChecker:
         return replace(report, suggestions=suggestions, no_fix_reason=no_fix_reason)
 
     def _build_report(self, device: Gpu, plan: "Plan", budget_bytes: int) -> VramReport:
-        from qlora_phi3.memory.cost import describe_step
-
         memory, execution, training = plan.memory, plan.execution, self.context.recipe.training
-        rows_per_gpu = self.context.lengths.batch_size
+        rows, rows_per_gpu = self.context.lengths, self.context.lengths.batch_size
         margin, (speed, slowest, fastest) = read_margin(device.name), self._speeds(device, plan)
         together = max(1, min(execution.micro_batch.max_tokens // training.max_length, rows_per_gpu))
         return VramReport(
@@ -257,7 +241,7 @@ class VramChecker:
             margin_share=margin.share,
             margin_runs=margin.runs if margin.share > DEFAULT_SHARE else 0,
             memory=replace(memory, trace=()),
-            compute_dtype=compute_dtype_on(self.context.recipe.compute_dtype, device),
+            compute_dtype=str(self.kind(device)[0]).removeprefix("torch."),
             stored=None if (stored := self.context.architecture.stored) is None else stored.label,
             batch_size=training.batch_size,
             rows_per_gpu=rows_per_gpu,
@@ -274,9 +258,16 @@ class VramChecker:
             logits_tile_bytes=execution.logits_tile_bytes,
             mlp_tile_tokens=execution.mlp_tile_tokens,
             reasons=plan.reasons,
-            rows=self.context.rows,
+            rows=RowSummary(
+                assumed=rows.assumed,
+                count=len(rows.training),
+                longest=rows.longest,
+                longest_evaluation=rows.longest_evaluation,
+                origin=rows.origin,
+                problem=rows.problem,
+            ),
             seconds_per_step=plan.step_seconds,
-            step=describe_step(plan.kernels, plan.workload, plan.seconds),
+            step={"seconds": {kind: round(seconds, 6) for kind, seconds in asdict(plan.seconds).items()}},
             **self._estimate_run(plan),
             tokens_per_second=speed,
             slowest_tokens_per_second=slowest,
@@ -299,11 +290,10 @@ class VramChecker:
 
     def _speeds(self, device: Gpu, plan: "Plan") -> tuple[float, float, float]:
         """Tokens a second by the cost model: on the device, on the slowest and on the fastest of the GPUs that it represents."""
-        from qlora_phi3.memory.cost import GpuLimits, estimate_step
+        from qlora_phi3.memory.cost import estimate_step, gpu_limits
 
         rates = [
-            GpuLimits(
-                limit_bytes=0,
+            gpu_limits(
                 tflops_16bit=gpu.tflops_16bit,
                 bandwidth_bytes_per_second=gpu.bandwidth_gb * 1e9,
                 multiprocessors=gpu.multiprocessors,
@@ -324,18 +314,6 @@ def _import_bitsandbytes() -> None:
 
     with patch.object(torch, "compile", lambda function, **_: function):
         import bitsandbytes  # noqa: F401
-
-
-def compute_dtype_on(wanted: str, device: Gpu) -> str:
-    """The dtype of the arithmetic, as a run on that GPU would choose it for the recipe's `compute_dtype`."""
-    if wanted == "auto" and device.is_cpu:
-        import torch
-
-        from qlora_phi3.model.phi3 import choose_precision
-
-        return str(choose_precision(wanted, torch.device("cpu")).compute_dtype).removeprefix("torch.")
-    native = "bfloat16" if device.compute_capability >= NATIVE_BFLOAT16 else "float16"
-    return native if wanted == "auto" else wanted
 
 
 def files_of(recipe: "Recipe", base_folder: Path) -> list[Path]:

@@ -25,15 +25,6 @@ from qlora_phi3.model.weights import Weights, read_tensor
 from qlora_phi3.recipe.schema import Lora
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Coverage:
-    """The part of the base that the adapter covers."""
-
-    share: float  #: Covered share of the weights of the decoder's linear layers, 0 to 1.
-    trainable_parameters: int
-    targets: tuple[str, ...]
-
-
 def attach_adapter(model: PackedPhi3ForCausalLM, config: Lora) -> PeftModel:
     """Attach a fresh LoRA adapter in fp32 to the base; ModelError where PEFT refuses it, and as `check_targets`."""
     check_targets(model, config)
@@ -137,8 +128,10 @@ def check_targets(model: PackedPhi3ForCausalLM, config: Lora) -> None:
             raise ModelError(f"[lora] layers_to_transform = {number}, but the model has {count} layers.", hint)
 
 
-def measure_coverage(model: PeftModel) -> Coverage:
-    """Count the weights that the attached adapter covers; all weights of a layer with a LoRA count."""
+def measure_coverage(model: PeftModel) -> tuple[float, list[str]]:
+    """The share of the weights of the decoder's linear layers that an attached adapter covers, and the names of those layers; all
+    weights of a layer with a LoRA count.
+    """
     covered = total = 0
     targets = set()
     for name, module in model.base_model.model.named_modules():
@@ -147,8 +140,7 @@ def measure_coverage(model: PeftModel) -> Coverage:
             targets.add(name.rpartition(".")[2])
         elif isinstance(module, nn.Linear) and "lora_" not in name and "lm_head" not in name:
             total += module.in_features * module.out_features
-    trainable = model.get_nb_trainable_parameters()[0]
-    return Coverage(share=covered / total, trainable_parameters=trainable, targets=tuple(sorted(targets)))
+    return covered / total, sorted(targets)
 
 
 def fuse_lora_forward(model: nn.Module) -> None:

@@ -5,7 +5,6 @@ Every loaded base is frozen, has no cache, and never repacks its 4-bit weights (
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,6 +20,7 @@ from qlora_phi3.errors import ModelError, memory_errors
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan
 from qlora_phi3.family import Architecture, find_config, read_config
 from qlora_phi3.files import foreign_errors
+from qlora_phi3.hardware.gpu_table import NATIVE_BFLOAT16
 from qlora_phi3.model.attention import BY_DOCUMENT, KeptKernels, build_window_masks, register_attention, takes_packs, without_mask
 from qlora_phi3.model.base_cache import find_base_cache
 from qlora_phi3.model.checkpoint import check_checkpoint
@@ -113,30 +113,22 @@ def find_base(model: nn.Module) -> PackedPhi3ForCausalLM:
     return next(module for module in model.modules() if isinstance(module, PackedPhi3ForCausalLM))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Precision:
-    """The dtype of the matmuls, and the reason in one line."""
+def choose_precision(wanted: str, capability: tuple[int, int] | None) -> tuple[torch.dtype, str]:
+    """Choose the dtype of the matmuls on a device: the recipe's, or for "auto" bf16 where the hardware has it; and say why.
 
-    compute_dtype: torch.dtype
-    reason: str
-
-
-def choose_precision(wanted: str, device: torch.device) -> Precision:
-    """Choose the compute dtype for a device: the recipe's, or for "auto" bf16 where the hardware has it.
-
-    `torch.cuda.is_bf16_supported()` is True under emulation, so we read the compute capability. A CPU has bf16 with AVX512-BF16
-    or AMX.
+    `torch.cuda.is_bf16_supported()` is True under emulation, so the compute capability of a GPU decides. A CPU (None) has bf16
+    with AVX512-BF16 or AMX.
     """
     if wanted != "auto":
-        return Precision(compute_dtype=getattr(torch, wanted), reason="the recipe asks for it")
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if major >= 8:
-            return Precision(compute_dtype=torch.bfloat16, reason=f"compute capability {major}.{minor} has bf16")
-        return Precision(compute_dtype=torch.float16, reason=f"compute capability {major}.{minor} has no bf16")
+        return getattr(torch, wanted), "the recipe asks for it"
+    if capability is not None:
+        name = f"compute capability {capability[0]}.{capability[1]}"
+        if capability >= NATIVE_BFLOAT16:
+            return torch.bfloat16, f"{name} has bf16"
+        return torch.float16, f"{name} has no bf16"
     if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return Precision(compute_dtype=torch.bfloat16, reason="this processor computes bf16 natively")
-    return Precision(compute_dtype=torch.float32, reason="this processor has no native bf16")
+        return torch.bfloat16, "this processor computes bf16 natively"
+    return torch.float32, "this processor has no native bf16"
 
 
 def build_config(config: Mapping[str, Any], name: str, **changes: Any) -> Phi3Config:
@@ -145,15 +137,12 @@ def build_config(config: Mapping[str, Any], name: str, **changes: Any) -> Phi3Co
         return Phi3Config(**{**config, **changes})
 
 
-MEMORY_HINT = "Close other programs that use it; qlora-phi3 vram-check says what a run needs."
-
-
 def load_base(
     config: Model,
     quantization: Quantization,
     architecture: Architecture,
     *,
-    precision: Precision,
+    compute_dtype: torch.dtype,
     device: torch.device,
     longest_row: int,
     progress: Progress = lambda *_: None,
@@ -168,24 +157,25 @@ def load_base(
         progress, note: of the download of what is not here; receives one line where the cache is used or cannot be.
     """
     register_attention()
-    path, dtype = find_config(config.name, config.revision), precision.compute_dtype
-    quantized = None if architecture.stored else quantization_config(quantization, dtype)
+    path = find_config(config.name, config.revision)
+    quantized = None if architecture.stored else quantization_config(quantization, compute_dtype)
     settings = build_config(read_config(config.name, config.revision), config.name)
     # In the hub's cache the folder's name is the commit, which transformers 5.23 no longer records.
     settings._commit_hash = path.parent.name if path.parent.parent.name == "snapshots" else None
     if architecture.stored is not None:
-        settings.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+        settings.quantization_config["bnb_4bit_compute_dtype"] = str(compute_dtype).removeprefix("torch.")
     problem = f"The weights of {config.name} cannot be read: {{reason}}."
     hint = "Download the checkpoint again, complete, as safetensors."
     memory = f"The memory of {device} ran out while {config.name} was loaded: {{reason}}."
+    memory_hint = "Close other programs that use it; qlora-phi3 vram-check says what a run needs."
     revision = settings._commit_hash or config.revision
     with foreign_errors(ModelError, problem, hint):
         folder = download_weights(config.name, revision, progress)
     check_checkpoint(str(folder), architecture)
     cache = None if quantized is None else find_base_cache(config.name, folder, quantized, device, note)
     tensors = None if cache is None else cache.read()
-    placed = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": attention_name(config)}
-    with quiet_transformers(), foreign_errors(ModelError, problem, hint), memory_errors(ModelError, memory, MEMORY_HINT):
+    placed = {"dtype": compute_dtype, "device_map": {"": device}, "attn_implementation": attention_name(config)}
+    with quiet_transformers(), foreign_errors(ModelError, problem, hint), memory_errors(ModelError, memory, memory_hint):
         if tensors is None or quantized is None:
             model = PackedPhi3ForCausalLM.from_pretrained(
                 config.name, config=settings, revision=revision, quantization_config=quantized, use_safetensors=True, **placed
@@ -196,7 +186,7 @@ def load_base(
             _name_model(model, config.name, revision)
     if cache is not None and tensors is None:
         cache.write(model)
-    _set_compute_dtype(model, dtype)
+    _set_compute_dtype(model, compute_dtype)
     configure_base(model, architecture, longest_row=longest_row)
     return cast(PackedPhi3ForCausalLM, model)
 

@@ -21,21 +21,19 @@ from qlora_phi3.data.prepare import PreparedData, prepare_datasets, row_lengths
 from qlora_phi3.data.template import ChatTemplate, choose_template
 from qlora_phi3.data.tokenizer import check_token_ids, load_tokenizer
 from qlora_phi3.errors import DeviceError, RecipeError
-from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, DEFAULT_MICRO_BATCH_TOKENS, ExecutionPlan, MicroBatchPlan
+from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.family import Architecture, find_config, parse_architecture, read_config
 from qlora_phi3.hardware.gpu import Gpu, read_cpu, read_gpu
 from qlora_phi3.memory.allocator import ALLOCATOR_SETTINGS, uses_expandable_segments
 from qlora_phi3.memory.cost import count_steps
-from qlora_phi3.memory.device import build_predictor, limits_of
+from qlora_phi3.memory.device import build_predictor, limits_of, read_gpu_by_torch
 from qlora_phi3.memory.margin import budget_of, read_margin
 from qlora_phi3.memory.plan import Plan, RowLengths, describe_plan, read_lengths
-from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.search import find_plan
 from qlora_phi3.model.checkpoint import check_checkpoint
 from qlora_phi3.model.kernels import why_unavailable
 from qlora_phi3.model.lora import attach_adapter, measure_coverage, start_from_quantization_error
-from qlora_phi3.model.optimizer import default_optimizer
-from qlora_phi3.model.phi3 import Precision, choose_precision, load_base
+from qlora_phi3.model.phi3 import choose_precision, load_base
 from qlora_phi3.model.quantized import describe_device
 from qlora_phi3.model.weights import open_weights
 from qlora_phi3.recipe.load import check_model_limits
@@ -44,7 +42,7 @@ from qlora_phi3.reporter import EvalRecord, Reporter, RunOutline
 from qlora_phi3.training.callbacks import cap_to_free_memory
 from qlora_phi3.training.processes import count_processes, from_first, gather
 from qlora_phi3.training.trackers import check_trackers
-from qlora_phi3.units import format_gib, format_percent, parse_size
+from qlora_phi3.units import format_gib, format_percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +56,10 @@ class RunContext:
     template: ChatTemplate
     data: PreparedData
     device: torch.device
-    #: The GPU before this process used any of its memory; None on a CPU, or where NVML cannot be read.
+    #: The GPU before this process used any of its memory; None on a CPU.
     gpu: Gpu | None
-    precision: Precision
+    compute_dtype: torch.dtype
+    dtype_reason: str
     reporter: Reporter
 
     @property
@@ -74,12 +73,10 @@ class RunContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRun:
-    """How a run is executed, and the memory it should need; None where a GPU cannot be read. The budget is of a GPU alone."""
+    """How a run is executed, and the memory it should need."""
 
-    execution: ExecutionPlan
-    predicted: MemoryReport | None
-    plan: Plan | None = None
-    budget_bytes: int = 0
+    plan: Plan  #: Without the trace of its memory.
+    budget_bytes: int  #: Of a GPU; 0 for a CPU.
 
 
 def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
@@ -100,11 +97,12 @@ def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
         check_start(Path(recipe.model.adapter), recipe.lora, architecture)
     gpu, device = None, torch.device("cpu")
     if torch.cuda.is_available():
-        with suppress(DeviceError):  # without NVML there is no plan, and the default one is used
+        with suppress(DeviceError):
             gpu = read_gpu()  # before this process uses any of its memory
         prepare_cuda()
         device = torch.device("cuda", torch.cuda.current_device())
-    precision = choose_precision(recipe.compute_dtype, device)
+        gpu = gpu or read_gpu_by_torch(device)
+    compute_dtype, reason = choose_precision(recipe.compute_dtype, None if gpu is None else gpu.compute_capability)
     tokenizer = load_tokenizer(recipe.model)
     template = choose_template(tokenizer, recipe.data.chat_template)
     data = prepare_datasets(
@@ -121,7 +119,7 @@ def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
         reporter.info(line)
     for line in data.report.warning_lines():
         reporter.warning(line)
-    return RunContext(recipe, config, architecture, tokenizer, template, data, device, gpu, precision, reporter)
+    return RunContext(recipe, config, architecture, tokenizer, template, data, device, gpu, compute_dtype, reason, reporter)
 
 
 def check_schedule(training: Training) -> None:
@@ -168,24 +166,21 @@ def _can_fuse(context: RunContext) -> bool:
     """Whether the layers use the fused kernels; one line where they cannot."""
     if context.recipe.memory.kernels == "plain" or context.device.type != "cuda":
         return False
-    reason = why_unavailable(context.device, context.precision.compute_dtype)
+    reason = why_unavailable(context.device, context.compute_dtype)
     if reason is not None:
         context.reporter.info(f"Kernels: PyTorch's own, without fused ones: {reason}")
     return reason is None
 
 
 def _plan(context: RunContext, fused_kernels: bool) -> PlannedRun:
-    """The fastest plan that fits, in one line, or a warning; the default plan where NVML cannot read the GPU."""
+    """The fastest plan that fits, in one line, or a warning."""
     recipe, reporter, processes = context.recipe, context.reporter, count_processes()
     device = context.gpu
-    if device is None and context.device.type != "cpu":
-        execution = default_execution_plan(recipe.training, recipe.memory, context.architecture)
-        return PlannedRun(execution=replace(execution, fused_kernels=fused_kernels), predicted=None)
     if device is None:
         device = read_cpu()
         if recipe.memory.budget != "auto":
             reporter.warning("[memory] budget is for GPUs; a run on a CPU ignores it.")
-    model, compute_dtype = (recipe, context.config, context.architecture), context.precision.compute_dtype
+    model, compute_dtype = (recipe, context.config, context.architecture), context.compute_dtype
     predictor = build_predictor(device, *model, compute_dtype=compute_dtype, fused_kernels=fused_kernels)
     budget_bytes = budget_of(recipe.memory, device, processes=processes)
     limits = limits_of(device, read_margin(device.name).limit(budget_bytes), compute_dtype)
@@ -200,8 +195,8 @@ def _plan(context: RunContext, fused_kernels: bool) -> PlannedRun:
     if not plan.fits:
         where = " in memory" if device.is_cpu else ""
         reporter.warning(f"This should not fit{where}; qlora-phi3 vram-check suggests what to change. The run tries it anyway.")
-    memory, budget_bytes = replace(plan.memory, trace=()), 0 if device.is_cpu else budget_bytes
-    return PlannedRun(execution=plan.execution, predicted=memory, plan=plan, budget_bytes=budget_bytes)
+    plan = replace(plan, memory=replace(plan.memory, trace=()))
+    return PlannedRun(plan=plan, budget_bytes=0 if device.is_cpu else budget_bytes)
 
 
 def outline_run(
@@ -225,41 +220,11 @@ def outline_run(
         evaluations=evaluations,
         device=describe_device(context.device),
         plan=f"{describe_plan(execution)}, {training.batch_size} rows a step",
-        predicted_bytes=plan.memory.on_gpu_bytes if plan else 0,
+        predicted_bytes=plan.memory.on_gpu_bytes,
         budget_bytes=planned.budget_bytes,
-        step_seconds=plan.step_seconds if plan else None,
-        evaluation_seconds=[plan.evaluation_seconds if plan else 0.0, *measured][-1],
+        step_seconds=plan.step_seconds,
+        evaluation_seconds=[plan.evaluation_seconds, *measured][-1],
         earlier=metrics,
-    )
-
-
-def default_execution_plan(training: Training, memory: Memory, architecture: Architecture) -> ExecutionPlan:
-    """The plan of a GPU that NVML cannot read: what the recipe fixes, else all layers recomputed.
-
-    Without a fixed size, a micro-batch has DEFAULT_MICRO_BATCH_TOKENS tokens or one row.
-    """
-    wanted = memory.micro_batch_tokens
-    tokens = max(DEFAULT_MICRO_BATCH_TOKENS, training.max_length) if wanted == "auto" else wanted
-
-    def micro_batch(rows: int | str | None) -> MicroBatchPlan:
-        fixed = rows if isinstance(rows, int) else None
-        return MicroBatchPlan(
-            max_tokens=fixed * training.max_length if fixed else tokens,
-            max_rows=fixed or training.batch_size,
-            packing=training.packing,
-            longrope_boundary=architecture.longrope_boundary,
-        )
-
-    every = 1 if memory.checkpoint_every_n_layers == "auto" else memory.checkpoint_every_n_layers
-    return ExecutionPlan(
-        micro_batch=micro_batch(training.micro_batch_size),
-        evaluation=micro_batch(training.per_device_eval_batch_size),
-        checkpoint_every=every if training.gradient_checkpointing else 0,
-        activation_offloading=training.activation_offloading is True,
-        keep_attention=memory.keep_attention is True,
-        optim=default_optimizer(training, is_cuda=True),
-        logits_tile_bytes=DEFAULT_LOGITS_TILE_BYTES if memory.logits_tile == "auto" else parse_size(memory.logits_tile),
-        mlp_tile_tokens=0 if memory.mlp_tile_tokens == "auto" else memory.mlp_tile_tokens,
     )
 
 
@@ -288,7 +253,7 @@ def load_model(context: RunContext, *, is_first_session: bool = True) -> PeftMod
         recipe.model,
         recipe.quantization,
         context.architecture,
-        precision=context.precision,
+        compute_dtype=context.compute_dtype,
         device=context.device,
         longest_row=context.data.report.longest_row,
         progress=reporter.progress,
@@ -305,18 +270,18 @@ def load_model(context: RunContext, *, is_first_session: bool = True) -> PeftMod
         if Path(trained_on).name not in ("", Path(recipe.model.name).name):
             reporter.warning(f"That adapter was trained on {trained_on}, and this run is on {recipe.model.name}.")
     return_freed_memory()
-    coverage = measure_coverage(model)
+    share, targets = measure_coverage(model)
     reporter.progress("Loading the base model", 1, 1)
     kind = recipe.quantization.bnb_4bit_quant_type.upper() if recipe.quantization.load_in_4bit else "unquantized"
-    dtype = str(context.precision.compute_dtype).removeprefix("torch.")
+    dtype = str(context.compute_dtype).removeprefix("torch.")
     if (stored := context.architecture.stored) is not None:
         kind = f"{stored.label}, as its files store it"
         if stored.compute_dtype != dtype:
             reporter.info(f"Its config.json asks for {stored.compute_dtype} arithmetic, and this run computes in {dtype}.")
-    device = f"{describe_device(context.device)} ({context.precision.reason})"
+    device = f"{describe_device(context.device)} ({context.dtype_reason})"
     reporter.info(f"Model: {recipe.model.name}, {kind}, computing in {dtype} on {device}")
     reporter.info(
-        f"Adapter: {coverage.trainable_parameters:,} parameters in fp32 on {', '.join(coverage.targets)}; "
-        f"covers {format_percent(coverage.share)} of the linear weights"
+        f"Adapter: {model.get_nb_trainable_parameters()[0]:,} parameters in fp32 on {', '.join(targets)}; "
+        f"covers {format_percent(share)} of the linear weights"
     )
     return model

@@ -47,19 +47,19 @@ def peak_memory_bytes(device: torch.device) -> int:
 class PredictionCheck:
     """A prediction and what came of it."""
 
-    predicted: MemoryReport | None
+    predicted: MemoryReport
     measured: MemoryReport
 
     @property
     def error(self) -> float | None:
-        """Signed share by which the prediction of what is allocated was too high; None where one of the two is not known."""
-        if self.predicted is None or not self.measured.allocated_bytes:
+        """Signed share by which the prediction of what is allocated was too high; None on a CPU, where that is not measured."""
+        if not self.measured.allocated_bytes:
             return None
         return self.predicted.allocated_bytes / self.measured.allocated_bytes - 1
 
     def line(self) -> str:
         """For people."""
-        parts = [] if self.predicted is None else [f"predicted {format_gib(self.predicted.allocated_bytes)} of tensors"]
+        parts = [f"predicted {format_gib(self.predicted.allocated_bytes)} of tensors"]
         if self.measured.allocated_bytes:
             parts.append(f"measured {format_gib(self.measured.allocated_bytes)}")
             parts.append(f"reserved {format_gib(self.measured.reserved_bytes)}")
@@ -71,14 +71,12 @@ class PredictionCheck:
 
     def as_dict(self) -> dict[str, Any]:
         """For report.json."""
-        predicted = None if self.predicted is None else self.predicted.as_dict()
-        return {"predicted": predicted, "measured": self.measured.as_dict(), "error": self.error}
+        return {"predicted": self.predicted.as_dict(), "measured": self.measured.as_dict(), "error": self.error}
 
     def remember(self, gpu: Gpu | None) -> None:
         """Record the error on this GPU; the errors decide the margin of later plans there."""
-        predicted_bytes = 0 if self.predicted is None else self.predicted.on_gpu_bytes
-        if gpu is not None and predicted_bytes and self.measured.on_gpu_bytes:
-            record_error(gpu.name, predicted_bytes, self.measured.on_gpu_bytes)
+        if gpu is not None and self.measured.on_gpu_bytes:
+            record_error(gpu.name, self.predicted.on_gpu_bytes, self.measured.on_gpu_bytes)
 
 
 def measure_memory(

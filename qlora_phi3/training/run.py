@@ -80,7 +80,7 @@ def run(
             is_more = check_resumable(resume, recipe, reporter, asked)
             at_exit.enter_context(runfolder.lock_run(resume))
         context = processes.first_then_others(lambda: prepare(recipe, recipe_dir, reporter))
-        device, compute_dtype, count = context.device, context.precision.compute_dtype, processes.count_processes()
+        device, compute_dtype, count = context.device, context.compute_dtype, processes.count_processes()
         report = reports.first_report(
             recipe,
             context.data.report,
@@ -139,7 +139,7 @@ def _run_in(
             runfolder.restore_metrics(folder, checkpoint)
             folder.samples.unlink(missing_ok=True)  # of an earlier end of this run
         metrics = processes.from_first(lambda: runfolder.read_metrics(folder.metrics))
-        execution = restore_execution_plan(planned.execution, metrics, context.device)
+        execution = restore_execution_plan(planned.plan.execution, metrics, context.device)
         trainer = build_trainer(context, execution, model, folder)
         context.reporter.begin(outline_run(context, planned, execution, metrics, checkpoint))
         _begin(trainer, context, planned, checkpoint)
@@ -266,7 +266,7 @@ def _save_export_inputs(context: RunContext, model: PeftModel, folder: RunFolder
     """Write what an export needs to prove itself: checksums of the base, held-out rows, the chat template."""
     recipe, progress = context.recipe, context.reporter.progress
     progress("Computing the base's checksums", 0, None)
-    quantization, compute_dtype = recipe.quantization, context.precision.compute_dtype
+    quantization, compute_dtype = recipe.quantization, context.compute_dtype
     revision = getattr(model.get_base_model().config, "_commit_hash", None)
     artifacts.record_base(
         model,
@@ -293,7 +293,7 @@ def _begin(trainer: Phi3Trainer, context: RunContext, planned: PlannedRun, check
         with _optimizer_memory_errors(context.device):
             measured = dry_run_heaviest_step(trainer, context.gpu)
         context.reporter.progress("Rehearsing the heaviest step", 1, 1)
-        context.reporter.info(f"Rehearsal: {PredictionCheck(predicted=planned.predicted, measured=measured).line()}")
+        context.reporter.info(f"Rehearsal: {PredictionCheck(predicted=planned.plan.memory, measured=measured).line()}")
     if context.data.evaluation is not None and checkpoint is None:
         trainer.evaluate()
 
@@ -396,10 +396,9 @@ def _undone(trainer: Phi3Trainer) -> Iterator[None]:
 def _check_prediction(trainer: Phi3Trainer, context: RunContext, planned: PlannedRun) -> PredictionCheck:
     """Compare the peaks of the run with the prediction, and save the error for the margin of later plans on this GPU."""
     measured = reports.measure_memory(trainer.model, trainer.optimizer, context.device, context.gpu)
-    check = PredictionCheck(predicted=planned.predicted, measured=measured)
-    if check.predicted is not None:
-        context.reporter.info(f"Memory: {check.line()}")
-        check.remember(context.gpu)
+    check = PredictionCheck(predicted=planned.plan.memory, measured=measured)
+    context.reporter.info(f"Memory: {check.line()}")
+    check.remember(context.gpu)
     return check
 
 

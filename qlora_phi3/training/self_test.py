@@ -42,7 +42,8 @@ def train_tiny_model() -> SelfTest:
     """Quantize a random Phi-3 of 450,000 parameters to 4 bit, and train a LoRA adapter on four random rows."""
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision, training = choose_precision("auto", device), Training(learning_rate=0.1)
+    compute_dtype, _ = choose_precision("auto", torch.cuda.get_device_capability() if device.type == "cuda" else None)
+    training = Training(learning_rate=0.1)
     optim = default_optimizer(training, is_cuda=device.type == "cuda")
     micro_batch = MicroBatchPlan(max_tokens=2 * LENGTH, max_rows=ROWS, packing=True, longrope_boundary=None)
     plan = ExecutionPlan(
@@ -58,7 +59,7 @@ def train_tiny_model() -> SelfTest:
             Model(name=folder),
             Quantization(),
             read_architecture(folder),
-            precision=precision,
+            compute_dtype=compute_dtype,
             device=device,
             longest_row=LENGTH,
         )
@@ -71,14 +72,14 @@ def train_tiny_model() -> SelfTest:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     losses, grad_norms = [], []
     for _ in range(STEPS):
-        result = forward_backward(model, batch, compute_dtype=precision.compute_dtype, backward=torch.Tensor.backward)
+        result = forward_backward(model, batch, compute_dtype=compute_dtype, backward=torch.Tensor.backward)
         losses.append(result.loss.item())
         grad_norms.append(clip_grad_norm_(trained, 1.0).item())
         optimizer.step()
         optimizer.zero_grad()
     return SelfTest(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        compute_dtype=str(precision.compute_dtype).removeprefix("torch."),
+        compute_dtype=str(compute_dtype).removeprefix("torch."),
         optim=optim,
         losses=tuple(losses),
         grad_norms=tuple(grad_norms),

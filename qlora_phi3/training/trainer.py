@@ -54,7 +54,7 @@ def build_trainer(context: RunContext, execution: ExecutionPlan, model: PeftMode
     """Apply an execution plan to the model, and build the Trainer of a run, which writes into `folder`."""
     training = context.recipe.training
     apply_execution_plan(model, execution)
-    fp16, evaluates = context.precision.compute_dtype == torch.float16, context.data.evaluation is not None
+    fp16, evaluates = context.compute_dtype == torch.float16, context.data.evaluation is not None
     arguments = build_arguments(
         training, folder.checkpoints, device=context.device, fp16=fp16, optim=execution.optim, evaluates=evaluates
     )
@@ -183,7 +183,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         self.control: TrainerControl
         self.optimizer: torch.optim.Optimizer | None
         self.training = context.recipe.training
-        self.compute_dtype = context.precision.compute_dtype
+        self.compute_dtype = context.compute_dtype
         self.reporter = reporter
         self.guard = MemoryGuard(
             model,

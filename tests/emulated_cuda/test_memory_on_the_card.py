@@ -197,12 +197,12 @@ def test_a_base_from_the_cache_takes_no_more_memory_than_one_that_is_quantized(m
         card.choose("rtx3060")
         prepare_cuda()
         notes, device = [], torch.device("cuda")
-        precision = choose_precision("auto", device)
+        compute_dtype, _ = choose_precision("auto", torch.cuda.get_device_capability())
         model = load_base(
             Model(name=base),
             Quantization(),
             read_architecture(base),
-            precision=precision,
+            compute_dtype=compute_dtype,
             device=device,
             longest_row=64,
             note=notes.append,

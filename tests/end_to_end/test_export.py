@@ -83,7 +83,7 @@ def live_model(run):
         recipe.model,
         recipe.quantization,
         read_architecture(recipe.model.name),
-        precision=FP32,
+        compute_dtype=FP32,
         device=torch.device("cpu"),
         longest_row=128,
     )

@@ -18,13 +18,12 @@ from qlora_phi3.errors import ExportError
 from qlora_phi3.export.base import RecordedBase, read_record, summarise
 from qlora_phi3.export.merge import MergedWeights
 from qlora_phi3.model import weights as weights_module
-from qlora_phi3.model.phi3 import Precision
 from qlora_phi3.model.quantized import save_quantized
 from qlora_phi3.model.weights import open_weights, read_tensor
 from qlora_phi3.recipe.schema import Lora, Quantization
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
-BF16 = Precision(compute_dtype=torch.bfloat16, reason="the test asks for it")
+BF16 = torch.bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +99,7 @@ def test_a_tied_model_keeps_its_logits_and_comes_apart_only_where_it_must(tmp_pa
 
 def test_weights_are_rounded_to_the_runs_dtype_before_the_update_is_added(tmp_path, base):
     """As training saw them: a merge of unrounded values would be another model."""
-    run = leave_run(tmp_path, base, precision=BF16)
+    run = leave_run(tmp_path, base, compute_dtype=BF16)
     merged = run.merged()
     layer = run.live.get_base_model().model.layers[0].mlp.down_proj
     weight = layer.base_layer.weight

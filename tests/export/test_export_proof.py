@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import Precision, random_rows, save_tiny_model
+from tiny_model import random_rows, save_tiny_model
 from tiny_run import TinyRun, leave_run
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import Phi3ForCausalLM
@@ -35,7 +35,7 @@ from qlora_phi3.recipe.schema import Lora
 
 STOP = 7
 BOTH = ("nf4", "original")
-BF16 = Precision(compute_dtype=torch.bfloat16, reason="the test asks for it")
+BF16 = torch.bfloat16
 
 
 def quiet(what: str, done: int, total: int | None) -> None:
@@ -67,7 +67,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, base: Path) -> TinyRun:
 @pytest.fixture(scope="module")
 def run_in_bf16(tmp_path_factory: pytest.TempPathFactory, base: Path) -> TinyRun:
     """A run in bf16 on that base; read only."""
-    return leave_run(tmp_path_factory.mktemp("run-bf16"), base, precision=BF16)
+    return leave_run(tmp_path_factory.mktemp("run-bf16"), base, compute_dtype=BF16)
 
 
 def models_of(run: TinyRun, dtype: Any = torch.float32, **options: Any) -> list[ScoredModel]:

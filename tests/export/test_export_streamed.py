@@ -14,7 +14,7 @@ from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.export.streamed import StreamedModel, stream_live, stream_plain, trained_base
 from qlora_phi3.family import parse_architecture, read_config
 from qlora_phi3.model.loss import select_supervised
-from qlora_phi3.model.phi3 import Precision, find_base, load_base
+from qlora_phi3.model.phi3 import find_base, load_base
 from qlora_phi3.model.weights import StoredWeights, open_weights, read_tensor
 from qlora_phi3.objectives import compute_supervised
 from qlora_phi3.recipe.schema import Lora, Model, Quantization
@@ -47,7 +47,7 @@ def streamed_logits(model: StreamedModel, batch: Batch) -> torch.Tensor:
 def load_run(run: TinyRun) -> Any:
     """The model of a run, loaded whole, with PEFT's own forward instead of this project's fused one."""
     architecture = parse_architecture(read_config(str(run.base)), "tiny")
-    whole = load_base(Model(name=str(run.base)), Quantization(), architecture, precision=FP32, device=CPU, longest_row=512)
+    whole = load_base(Model(name=str(run.base)), Quantization(), architecture, compute_dtype=FP32, device=CPU, longest_row=512)
     return PeftModel.from_pretrained(whole, run.adapter)
 
 
@@ -114,7 +114,7 @@ def test_a_plain_model_gives_the_very_logits_of_the_loaded_one(tmp_path):
 
 def test_a_base_trained_in_bf16_is_scored_with_its_bf16_values(tmp_path):
     base = save_tiny_model(tmp_path / "base")
-    run = leave_run(tmp_path, base, precision=Precision(compute_dtype=torch.bfloat16, reason="the test asks for it"))
+    run = leave_run(tmp_path, base, compute_dtype=torch.bfloat16)
     loaded, trained = run.live.get_base_model(), trained_base(run.open_base())
     layer = loaded.model.layers[1].mlp.down_proj.base_layer
     as_computed = layer(torch.eye(layer.in_features, dtype=torch.bfloat16)).T

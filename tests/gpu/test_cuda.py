@@ -24,7 +24,7 @@ def load(folder, dtype):
         Model(name=str(folder)),
         Quantization(),
         read_architecture(str(folder)),
-        precision=choose_precision(dtype, device),
+        compute_dtype=choose_precision(dtype, torch.cuda.get_device_capability(device))[0],
         device=device,
         longest_row=100,
     )

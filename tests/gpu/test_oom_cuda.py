@@ -10,7 +10,7 @@ from tiny_model import gradients, random_rows, relative_difference, save_tiny_mo
 from qlora_phi3.execution import ExecutionPlan, MicroBatchPlan
 from qlora_phi3.family import read_architecture
 from qlora_phi3.model.lora import attach_adapter
-from qlora_phi3.model.phi3 import choose_precision, load_base, set_checkpointing
+from qlora_phi3.model.phi3 import load_base, set_checkpointing
 from qlora_phi3.recipe.schema import Lora, Model, Quantization
 from qlora_phi3.step import forward_backward
 from qlora_phi3.training.oom import MemoryGuard
@@ -38,7 +38,7 @@ def test_a_step_that_does_not_fit_the_card_is_split_and_leaves_nothing_behind(tm
         Model(name=str(folder)),
         Quantization(),
         read_architecture(str(folder)),
-        precision=choose_precision("float32", device),
+        compute_dtype=torch.float32,
         device=device,
         longest_row=512,
     )

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,11 +26,11 @@ from qlora_phi3.hardware.doctor import (
     check_versions,
     import_library,
 )
-from qlora_phi3.hardware.gpu import ChosenGpu, find_gpu
+from qlora_phi3.hardware.gpu import find_gpu
 
 
 def chosen(name="RTX 3060 12GB"):
-    return ChosenGpu(gpu=find_gpu(name), visible_devices="0")
+    return find_gpu(name)
 
 
 def torch_of(cuda="12.8", available=True, kernels=("sm_75", "sm_80", "sm_86", "sm_90")):
@@ -57,9 +58,7 @@ def test_torch_must_be_built_for_the_gpu_that_is_here(torch, gpu, status, fix):
 def test_a_gpu_names_its_data_type_and_one_that_is_too_old_fails():
     assert "bfloat16" in check_gpu(chosen(), "").text
     assert "float16" in check_gpu(chosen("RTX 2060 12GB"), "").text
-    old = chosen()
-    object.__setattr__(old.gpu, "compute_capability", (6, 1))
-    assert check_gpu(old, "").status == "failed"
+    assert check_gpu(replace(chosen(), compute_capability=(6, 1)), "").status == "failed"
     missing = check_gpu(None, "no driver")
     assert (missing.status, "install its driver" in missing.fix) == ("warning", True)
 

@@ -294,7 +294,7 @@ def test_a_run_uses_the_wanted_gpu_or_the_one_with_most_free_memory(monkeypatch,
     nvml = two_gpus()
     chosen = choose_gpu(wanted, nvml=nvml)
     assert chosen.visible_devices == uuid
-    assert chosen.gpu.name == {gpu.uuid: gpu.name for gpu in nvml.gpus}[uuid]
+    assert chosen.name == {gpu.uuid: gpu.name for gpu in nvml.gpus}[uuid]
     assert not nvml.is_open
 
 

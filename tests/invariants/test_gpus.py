@@ -7,7 +7,7 @@ import torch
 from tiny_model import load_tiny, random_rows, relative_difference, save_tiny_model
 
 from qlora_phi3.family import parse_architecture
-from qlora_phi3.memory.cost import GpuLimits
+from qlora_phi3.memory.cost import gpu_limits
 from qlora_phi3.memory.plan import read_lengths
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.search import find_plan
@@ -49,7 +49,7 @@ def plans(folder):
     )
     rows = read_lengths(LENGTHS, [], BATCH_SIZE)
     gpus = [
-        GpuLimits(
+        gpu_limits(
             limit_bytes=predictor.on_gpu_bytes(mib * 2**20),
             tflops_16bit=50.0,
             bandwidth_bytes_per_second=4e11,

@@ -11,7 +11,7 @@ from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.model import attention, kernels
 from qlora_phi3.model.kernels import takes_onednn
 from qlora_phi3.model.layer import LinearWithLora
-from qlora_phi3.model.phi3 import Precision, find_base, set_checkpointing, set_mlp_tiles
+from qlora_phi3.model.phi3 import find_base, set_checkpointing, set_mlp_tiles
 from qlora_phi3.recipe.schema import Lora
 from qlora_phi3.step import collate, evaluate, forward_backward
 
@@ -108,7 +108,7 @@ def test_attention_that_is_kept_changes_no_bit_and_runs_once(folder, monkeypatch
     monkeypatch.setattr(transformers.modeling_utils, "save_on_cpu", lambda **_: save_on_cpu())
     monkeypatch.setattr(attention, "CPU_SCORES_BYTES", 0)  # no matmuls, which are not kept
     lora = Lora(r=8, lora_dropout=0.2)
-    model = load_tiny(folder, lora=lora, precision=Precision(compute_dtype=dtype, reason="the test asks for it")).train()
+    model = load_tiny(folder, lora=lora, compute_dtype=dtype).train()
     set_mlp_tiles(model, tile)
     batch, results = collate(random_rows(LENGTHS), plan), []
     for keep_attention in (False, True):
@@ -170,7 +170,7 @@ def test_an_mlp_in_tiles_changes_neither_loss_nor_gradient(folder, monkeypatch, 
 
 
 def test_an_mlp_in_tiles_computes_in_bf16_as_a_whole_one_does(folder):
-    model = load_tiny(folder, precision=Precision(compute_dtype=torch.bfloat16, reason="the test asks for it"))
+    model = load_tiny(folder, compute_dtype=torch.bfloat16)
     set_checkpointing(model, 1)
     batch, results = collate(random_rows(LENGTHS), PACKED), []
     for tokens in (0, 100):
@@ -297,7 +297,7 @@ def test_attention_by_matmul_on_a_cpu_is_that_of_sdpa(key_heads, monkeypatch):
 
 
 def test_packing_in_bf16_stays_within_bf16_of_padding(folder):
-    model = load_tiny(folder, precision=Precision(compute_dtype=torch.bfloat16, reason="the test asks for it"))
+    model = load_tiny(folder, compute_dtype=torch.bfloat16)
     results = []
     for plan in (ONE_BY_ONE, PACKED, ALL_AT_ONCE):
         model.zero_grad()

@@ -12,13 +12,12 @@ from qlora_phi3.memory.cost import (
     FULL_RATE_ARITHMETIC_SHARE,
     HOST_SECONDS,
     LAUNCH_SECONDS,
-    GpuLimits,
     Kernel,
     StepKernels,
     StepWorkload,
     count_steps,
-    describe_step,
     estimate_step,
+    gpu_limits,
 )
 from qlora_phi3.recipe.schema import Training
 
@@ -49,7 +48,7 @@ def test_a_run_has_as_many_steps_and_evaluations_as_are_counted(shop, keys):
     assert (kinds.count("train"), kinds.count("eval")) == (steps, evaluations)
 
 
-GPU = GpuLimits(limit_bytes=0, tflops_16bit=10.0, bandwidth_bytes_per_second=100e9, multiprocessors=10)
+GPU = gpu_limits(tflops_16bit=10.0, bandwidth_bytes_per_second=100e9, multiprocessors=10)
 RATE, BANDWIDTH = 10e12 * ARITHMETIC_SHARE, 100e9
 #: Of 1,000 tokens: bound by arithmetic, and by memory; a weight of which each micro-batch dequantizes all.
 PRODUCT, NORM = Kernel("matmul", 1e12, 10**6, 10**6), Kernel("elementwise", 0, 10**9, 0)
@@ -57,8 +56,7 @@ DEQUANTIZATION, SCORES = Kernel("dequantize", 0, 0, 10**9), Kernel("attention", 
 
 
 def step_kernels(**fields):
-    nothing = {"forward": {}, "backward": {}, "update": {}, "layers": {}}
-    return StepKernels(**nothing | {"num_layers": 2, "kept_bytes": 0, "tokens": 1000, "squares": 10**6} | fields)
+    return StepKernels(**{"forward": {}, "backward": {}, "update": {}, "tokens": 1000, "squares": 10**6} | fields)
 
 
 def workload(tokens, squares=0, num_micro_batches=1):
@@ -97,7 +95,7 @@ def test_a_gpu_waits_for_the_host_where_kernels_are_short():
 
 def test_gpus_whose_tensor_cores_sum_at_the_full_rate_reach_a_smaller_share():
     step = step_kernels(forward={PRODUCT: 1})
-    full = replace(GPU, multiprocessors=5)
+    full = gpu_limits(tflops_16bit=10.0, bandwidth_bytes_per_second=BANDWIDTH, multiprocessors=5)
     assert estimate_step(step, workload(1000), full).matmul == pytest.approx(1e12 / (10e12 * FULL_RATE_ARITHMETIC_SHARE))
 
 
@@ -124,15 +122,3 @@ def test_few_tokens_take_as_long_as_reading_the_weights():
     product = Kernel("matmul", 1e9, 10**3, 10**9)
     few = estimate_step(step_kernels(forward={product: 1}), workload(10), GPU)
     assert few.matmul == pytest.approx((1e9 + 10) / (BANDWIDTH * BANDWIDTH_SHARE["matmul"]))
-
-
-def test_the_description_of_a_step_is_counted_by_hand():
-    layers = {PRODUCT: 2, NORM: 4, Kernel("offload", 0, 10**6, 0): 2}
-    step = step_kernels(forward=layers, backward={SCORES: 1}, layers=layers, kept_bytes=6 * 10**6)
-    work = workload(2000, 3 * 10**6)
-    described = describe_step(step, work, estimate_step(step, work, GPU))
-    assert described["flops"] == pytest.approx(2 * 2 * 1e12 + 3 * 1e12)
-    assert described["launches_per_layer"] == 3
-    assert described["elementwise_bytes_per_token_and_layer"] == 2 * 10**6
-    assert described["kept_bytes_per_token_and_layer"] == 3000
-    assert set(described["seconds"]) == {"matmul", "attention", "dequantize", "elementwise", "offload", "launch"}

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from qlora_phi3.memory.cuda_path import (
-    attention_backward_bytes,
     attention_kernel,
     context_bytes,
+    efficient_backward_bytes,
+    flash_backward_bytes,
     fused_rows,
     matmul_workspace_bytes,
 )
@@ -23,38 +24,38 @@ def test_cublas_keeps_a_workspace_for_each_thread():
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (12, 0)])
 @pytest.mark.parametrize("model", [PHI_3_MINI, PHI_4])
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gpus_from_ampere_on_take_the_flash_kernel_without_a_mask(capability, model, dtype):
     assert attention_kernel(capability, has_mask=False, dtype=dtype, **model) == "flash"
 
 
 def test_a_mask_or_fp32_rules_the_flash_kernel_out():
-    assert attention_kernel((8, 9), has_mask=True, **PHI_3_MINI) == "efficient"
-    assert attention_kernel((8, 9), has_mask=False, dtype="float32", **PHI_3_MINI) == "efficient"
+    assert attention_kernel((8, 9), has_mask=True, **PHI_3_MINI, dtype=torch.bfloat16) == "efficient"
+    assert attention_kernel((8, 9), has_mask=False, dtype=torch.float32, **PHI_3_MINI) == "efficient"
 
 
 def test_turing_takes_the_memory_efficient_kernel_but_not_in_bf16_and_not_for_grouped_queries():
-    assert attention_kernel((7, 5), has_mask=False, **PHI_3_MINI) == "efficient"
-    assert attention_kernel((7, 5), has_mask=False, dtype="bfloat16", **PHI_3_MINI) == "math"
-    assert attention_kernel((7, 5), has_mask=False, **PHI_4) == "math"
-    assert attention_kernel((7, 5), has_mask=False, **PHI_4 | {"grouped": False}) == "efficient"
+    assert attention_kernel((7, 5), has_mask=False, dtype=torch.float16, **PHI_3_MINI) == "efficient"
+    assert attention_kernel((7, 5), has_mask=False, dtype=torch.bfloat16, **PHI_3_MINI) == "math"
+    assert attention_kernel((7, 5), has_mask=False, dtype=torch.float16, **PHI_4) == "math"
+    assert attention_kernel((7, 5), has_mask=False, dtype=torch.float16, **PHI_4 | {"grouped": False}) == "efficient"
 
 
 def test_heads_that_the_memory_efficient_kernel_cannot_align_take_the_math_kernel():
-    assert attention_kernel((7, 5), has_mask=False, head_size=20, grouped=False) == "math"
-    assert attention_kernel((7, 5), has_mask=False, head_size=20, grouped=False, dtype="float32") == "efficient"
+    assert attention_kernel((7, 5), has_mask=False, head_size=20, grouped=False, dtype=torch.float16) == "math"
+    assert attention_kernel((7, 5), has_mask=False, head_size=20, grouped=False, dtype=torch.float32) == "efficient"
 
 
 def test_flash_accumulates_the_gradient_of_the_queries_in_fp32():
     # 2,000 tokens count as 2,048; heads of 96 stay 96; one more fp32 a row.
     expected = (32 * 2048 * 4, 32 * 2048 * 96 * 4)
-    assert attention_backward_bytes("flash", (1, 32, 2000, 96), (8, 6), kv_heads=32) == expected
+    assert flash_backward_bytes((1, 32, 2000, 96), kv_heads=32) == expected
 
 
 def test_flash_gives_every_query_head_its_own_key_gradient_first_where_queries_are_grouped():
     expanded = 2 * 128 * 40 * 128 * 2
     expected = (2 * 40 * 128 * 4, 2 * 40 * 128 * 128 * 4, expanded, expanded)
-    assert attention_backward_bytes("flash", (2, 40, 128, 128), (8, 6), kv_heads=10) == expected
+    assert flash_backward_bytes((2, 40, 128, 128), kv_heads=10) == expected
 
 
 @pytest.mark.parametrize(
@@ -74,8 +75,7 @@ def test_flash_gives_every_query_head_its_own_key_gradient_first_where_queries_a
     ],
 )
 def test_the_memory_efficient_kernel_holds_gradients_in_fp32_as_seen_on_emulated_gpus(capability, head_size, itemsize, workspace):
-    shape = (1, 32, 1000, head_size)
-    assert attention_backward_bytes("efficient", shape, capability, kv_heads=32, itemsize=itemsize) == (128_000, workspace)
+    assert efficient_backward_bytes((1, 32, 1000, head_size), capability, itemsize) == (128_000, workspace)
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,6 @@ def test_the_memory_efficient_kernel_holds_gradients_in_fp32_as_seen_on_emulated
 )
 def test_bitsandbytes_needs_no_dequantized_weight_for_few_rows(capability, multiprocessors, weight, dtype, most):
     assert fused_rows(capability, multiprocessors, weight, dtype) == most
-
-
-@pytest.mark.parametrize("kernel", ["math"])
-def test_a_kernel_whose_workspace_is_not_known_is_not_guessed(kernel):
-    with pytest.raises(ValueError, match=f"{kernel} attention kernel"):
-        attention_backward_bytes(kernel, (1, 40, 128, 128), (8, 6), kv_heads=10)
 
 
 @pytest.mark.parametrize(

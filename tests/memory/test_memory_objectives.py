@@ -25,7 +25,7 @@ def test_the_peak_of_another_objective_is_predicted(lora):
             case.execution,
             step_shape(case),
             compute_dtype=dtype,
-            path="cpu",
+            capability=None,
             objective=weighted_logprobs,
         )
         .report()

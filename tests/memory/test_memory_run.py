@@ -53,7 +53,7 @@ def test_a_whole_run_takes_what_it_predicts(tmp_path, monkeypatch, packing):
 
     def stop(trainer, context, planned):
         tracker.stop()
-        seen["predicted"] = planned.predicted.allocated_bytes
+        seen["predicted"] = planned.plan.memory.allocated_bytes
         return check_prediction(trainer, context, planned)
 
     monkeypatch.setattr(training_run, "build_trainer", start)

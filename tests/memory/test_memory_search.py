@@ -11,7 +11,7 @@ from tiny_check import build_recipe, tiny_config
 from qlora_phi3.execution import plan_micro_batches
 from qlora_phi3.family import parse_architecture
 from qlora_phi3.memory import search
-from qlora_phi3.memory.cost import GpuLimits
+from qlora_phi3.memory.cost import gpu_limits
 from qlora_phi3.memory.plan import assume_lengths, describe_plan, read_lengths, step_shape
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.search import WORTH, MaxLengthSearch, find_plan, minimal_memory_plan, round_length
@@ -21,7 +21,7 @@ LENGTHS = [150, 61, 123, 40, 212, 90, 233, 18, 77, 140, 201, 99, 64, 30, 180, 11
 ROWS = read_lengths(LENGTHS, [200], 8)
 #: Of the GPUs, in addition to what every process takes; a page of the allocator is 20 MiB.
 ALLOWED_MIB = (30, 40, 80)
-LIMITS = GpuLimits(limit_bytes=0, tflops_16bit=50.0, bandwidth_bytes_per_second=4e11, multiprocessors=40)
+LIMITS = gpu_limits(tflops_16bit=50.0, bandwidth_bytes_per_second=4e11, multiprocessors=40)
 LONG_ROWS = assume_lengths(4096, 1)
 
 
@@ -80,9 +80,9 @@ def test_with_more_than_enough_memory_nothing_is_recomputed_or_offloaded(plans):
 def test_layers_are_recomputed_with_their_mlps_in_tiles_only_where_nothing_else_fits():
     predictor = build_predictor(training={"max_length": 4096, "batch_size": 1})
     minimal, shape = minimal_memory_plan(predictor, LONG_ROWS)
-    tiled, whole = (predictor.predict(replace(minimal, mlp_tile_tokens=tokens), shape, limit_bytes=2**40) for tokens in (1024, 0))
-    assert minimal == tiled.execution
-    needed = [prediction.memory.on_gpu_bytes for prediction in (tiled, whole)]
+    assert minimal.mlp_tile_tokens == 1024
+    kinds = minimal, replace(minimal, mlp_tile_tokens=0)
+    needed = [predictor.predict(kind, shape, limit_bytes=2**40)[0].on_gpu_bytes for kind in kinds]
     small, large = (
         find_plan(predictor, LONG_ROWS, replace(LIMITS, limit_bytes=limit), progress=lambda _: None)
         for limit in (sum(needed) // 2, needed[1] * 21 // 20)
@@ -201,7 +201,7 @@ def test_attention_is_kept_where_that_is_faster_and_fits():
     minimal, shape = minimal_memory_plan(predictor, rows)
     everything = replace(minimal, activation_offloading=False, mlp_tile_tokens=0, checkpoint_every=1)
     needed = {
-        name: predictor.predict(replace(everything, **more), shape, limit_bytes=2**40).memory.on_gpu_bytes
+        name: predictor.predict(replace(everything, **more), shape, limit_bytes=2**40)[0].on_gpu_bytes
         for name, more in kinds.items()
     }
     assert minimal.keep_attention is False

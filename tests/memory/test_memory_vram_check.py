@@ -54,9 +54,9 @@ def test_rows_are_counted_where_tokenizer_and_data_are_here(tmp_path, base):
     )
     context = read_recipe_context(recipe, tmp_path, lambda *_: None)
     assert not context.lengths.assumed
-    assert (context.rows.count, len(context.lengths.training)) == (16, 16)
-    assert 0 < context.rows.longest == context.lengths.longest <= 128
-    assert context.rows.origin.startswith("16 to train on and 4 to evaluate on, the longest ")
+    assert len(context.lengths.training) == 16
+    assert 0 < context.lengths.longest <= 128
+    assert context.lengths.origin.startswith("16 to train on and 4 to evaluate on, the longest ")
 
 
 @pytest.mark.parametrize(
@@ -75,11 +75,11 @@ def test_rows_are_assumed_where_a_data_file_is_empty_or_missing_and_the_reason_i
     tables = {"model": {"name": str(base)}, "data": {"train": name or "rows.jsonl"}}
     recipe = build_recipe(**tables, training={"max_length": 128, "batch_size": 16, "do_eval": False})
     context = read_recipe_context(recipe, tmp_path, lambda *_: None)
-    assert context.rows.assumed
+    assert context.lengths.assumed
     assert (context.lengths.training, context.lengths.longest_evaluation) == ((128,) * 16, 0)
-    assert "max_length = 128 tokens each" in context.rows.origin
-    assert (name or "rows.jsonl") in context.rows.problem
-    assert "\n" not in context.rows.problem
+    assert "max_length = 128 tokens each" in context.lengths.origin
+    assert (name or "rows.jsonl") in context.lengths.problem
+    assert "\n" not in context.lengths.problem
 
 
 def test_the_hub_is_offline_inside_and_as_it_was_before_afterwards(monkeypatch):

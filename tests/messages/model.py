@@ -15,7 +15,7 @@ from qlora_phi3.family import read_architecture
 from qlora_phi3.inference import InferenceModel, generate, load_for_inference, read_end_of_turn
 from qlora_phi3.model.checkpoint import check_checkpoint
 from qlora_phi3.model.lora import attach_adapter
-from qlora_phi3.model.phi3 import Precision, load_base
+from qlora_phi3.model.phi3 import load_base
 from qlora_phi3.model.quantized import read_quantized, save_quantized
 from qlora_phi3.model.weights import open_file, open_weights, read_tensor
 from qlora_phi3.recipe.schema import Lora, Model, Quantization
@@ -29,7 +29,7 @@ def load(folder, *, in_4bit=True):
         Model(name=str(folder)),
         Quantization(load_in_4bit=in_4bit),
         read_architecture(str(folder)),
-        precision=Precision(compute_dtype=torch.float32, reason="the test asks for it"),
+        compute_dtype=torch.float32,
         device=CPU,
         longest_row=100,
     )

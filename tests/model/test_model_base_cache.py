@@ -15,11 +15,11 @@ from transformers import GenerationConfig, Phi3Config
 
 from qlora_phi3.family import parse_architecture
 from qlora_phi3.model import base_cache
-from qlora_phi3.model.phi3 import Precision, load_base
+from qlora_phi3.model.phi3 import load_base
 from qlora_phi3.model.quantized import tensor_record
 from qlora_phi3.recipe.schema import Model, Quantization
 
-BF16 = Precision(compute_dtype=torch.bfloat16, reason="the test asks for it")
+BF16 = torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +38,14 @@ def base(tmp_path, folder):
     return copy
 
 
-def load(base, *, precision=BF16, **quantization):
+def load(base, *, compute_dtype=BF16, **quantization):
     """The base, and the lines about the cache."""
     notes, config = [], Phi3Config.from_pretrained(base).to_dict()
     model = load_base(
         Model(name=str(base)),
         Quantization(**quantization),
         parse_architecture(config, str(base)),
-        precision=precision,
+        compute_dtype=compute_dtype,
         device=torch.device("cpu"),
         longest_row=64,
         note=notes.append,
@@ -77,15 +77,15 @@ def states(model):
 def test_the_second_start_has_every_bit_of_the_first(tmp_path, kind, double, dtype, tied):
     base = save_tiny_model(tmp_path / "model", tie_word_embeddings=tied)
     GenerationConfig(eos_token_id=[2, 7], pad_token_id=0).save_pretrained(base)
-    precision = Precision(compute_dtype=getattr(torch, dtype), reason="the test asks for it")
-    settings = {"precision": precision, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double}
+    compute_dtype = getattr(torch, dtype)
+    settings = {"compute_dtype": compute_dtype, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double}
     (first, before), (second, after) = load(base, **settings), load(base, **settings)
     assert before == []
     assert [note.partition(":")[0] for note in after] == ["The 4-bit base is read from the cache"]
     assert records(second) == records(first)
     assert states(second) == states(first)
     assert len(states(first)) == 8
-    assert all(parameter.dtype is precision.compute_dtype for name, parameter in second.named_parameters() if "norm" in name)
+    assert all(parameter.dtype is compute_dtype for name, parameter in second.named_parameters() if "norm" in name)
     assert (second.lm_head.weight is second.model.embed_tokens.weight) == tied
     assert {name: buffer.tolist() for name, buffer in second.named_buffers()} == {
         name: buffer.tolist() for name, buffer in first.named_buffers()
@@ -106,8 +106,8 @@ def test_each_setting_that_changes_the_bits_has_an_entry_of_its_own(base, cache_
         return len(entries(cache_dir))
 
     monkeypatch.setattr(base_cache, "MAX_ENTRIES", 9)
-    fp16 = Precision(compute_dtype=torch.float16, reason="the test asks for it")
-    assert [count(), count(bnb_4bit_quant_type="fp4"), count(bnb_4bit_use_double_quant=False), count(precision=fp16)] == [
+    fp16 = torch.float16
+    assert [count(), count(bnb_4bit_quant_type="fp4"), count(bnb_4bit_use_double_quant=False), count(compute_dtype=fp16)] == [
         1,
         2,
         3,

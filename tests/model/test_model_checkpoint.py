@@ -30,7 +30,7 @@ def load(folder, quantization=None):
     check_checkpoint(str(folder), architecture)
     quantization = quantization or Quantization()
     name = Model(name=str(folder))
-    return load_base(name, quantization, architecture, precision=FP32, device=CPU, longest_row=512)
+    return load_base(name, quantization, architecture, compute_dtype=FP32, device=CPU, longest_row=512)
 
 
 @pytest.fixture(scope="module")
@@ -142,5 +142,5 @@ def test_the_commit_of_a_model_in_the_hubs_cache_is_known(tmp_path):
     commit = "0123456789abcdef0123456789abcdef01234567"
     name = Model(name=str(save_tiny_model(tmp_path / "models--someone--tiny" / "snapshots" / commit)))
     architecture = parse_architecture(read_config(name.name), "tiny")
-    model = load_base(name, Quantization(), architecture, precision=FP32, device=CPU, longest_row=8)
+    model = load_base(name, Quantization(), architecture, compute_dtype=FP32, device=CPU, longest_row=8)
     assert model.config._commit_hash == commit

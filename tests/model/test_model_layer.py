@@ -9,7 +9,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.model import kernels, layer
-from qlora_phi3.model.phi3 import Precision, find_base, set_checkpointing, set_mlp_tiles
+from qlora_phi3.model.phi3 import find_base, set_checkpointing, set_mlp_tiles
 from qlora_phi3.recipe.schema import Lora
 from qlora_phi3.step import collate, forward_backward
 
@@ -29,7 +29,7 @@ SHAPES = {
     "longrope": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 50, "max_position_embeddings": 400},
     "partial rotary": {"rope_parameters": PARTIAL},
 }
-BF16 = Precision(compute_dtype=torch.bfloat16, reason="the test asks for it")
+BF16 = torch.bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_gradients_with_dropout_and_with_dora_are_those_of_pefts_layers(folder, 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_in_bf16_a_recomputed_layer_with_dropout_or_dora_has_the_same_gradients(folder, name):
-    model = load_tiny(folder, lora=ADAPTERS[name], precision=BF16)
+    model = load_tiny(folder, lora=ADAPTERS[name], compute_dtype=BF16)
     found = []
     for every in (0, 1):
         set_checkpointing(model, every)
@@ -193,7 +193,7 @@ def test_in_bf16_gradients_are_as_near_to_fp32_as_those_of_transformers_layer(fo
     for seed in range(4):
         exact = step(as_transformers(load_tiny(folder, four_bit=False, seed=seed, lora=lora)))[1]
         for name, change in (("theirs", as_transformers), ("ours", lambda model: model)):
-            model = change(load_tiny(folder, precision=BF16, four_bit=False, seed=seed, lora=lora))
+            model = change(load_tiny(folder, compute_dtype=BF16, four_bit=False, seed=seed, lora=lora))
             found = step(model, dtype=torch.bfloat16)[1]
             errors[name] += sum(float((exact[each] - found[each]).pow(2).sum()) for each in exact)
     assert errors["ours"] < 1.03 * errors["theirs"]

@@ -15,7 +15,7 @@ from qlora_phi3.errors import ModelError, RunError
 from qlora_phi3.family import parse_architecture
 from qlora_phi3.model import quantized as quantize_module
 from qlora_phi3.model import weights as weights_module
-from qlora_phi3.model.phi3 import Precision, load_base
+from qlora_phi3.model.phi3 import load_base
 from qlora_phi3.model.quantized import (
     SAMPLED_BYTES,
     Scheme,
@@ -56,7 +56,7 @@ def load(folder: Path, dtype: torch.dtype, kind: str = "nf4", double: bool = Tru
         Model(name=str(folder)),
         Quantization(bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double),
         parse_architecture(Phi3Config.from_pretrained(folder).to_dict(), str(folder)),
-        precision=Precision(compute_dtype=dtype, reason="the test asks for it"),
+        compute_dtype=dtype,
         device=CPU,
         longest_row=64,
     )

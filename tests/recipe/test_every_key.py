@@ -10,7 +10,7 @@ from transformers import TrainerControl, TrainerState
 from workshop import Workshop, build_base, write_chats
 
 from qlora_phi3.errors import RecipeError
-from qlora_phi3.hardware.gpu import choose_gpu
+from qlora_phi3.hardware.gpu import choose_gpu, find_gpu
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.recipe.schema import TABLES
 from qlora_phi3.step import collate
@@ -58,7 +58,7 @@ class Lab:
                 recipe.model,
                 recipe.quantization,
                 read_architecture(str(self.shop.base)),
-                precision=model.choose_precision(recipe.compute_dtype, CPU),
+                compute_dtype=model.choose_precision(recipe.compute_dtype, None)[0],
                 device=CPU,
                 longest_row=8,
             )
@@ -122,13 +122,16 @@ class Lab:
         """Whether layers are computed a second time in the backward pass."""
         return [getattr(module, "gradient_checkpointing", None) for module in self.trainer(recipe).model.modules()]
 
-    def execution_on_a_gpu(self, recipe):
-        """The execution plan for a GPU of which nothing else is known."""
-        from qlora_phi3.family import read_architecture
-        from qlora_phi3.training.prepare import default_execution_plan
+    def smallest_on_a_gpu(self, recipe):
+        """The execution plan that needs least memory on a GPU."""
+        from qlora_phi3.memory.device import build_predictor
+        from qlora_phi3.memory.search import minimal_memory_plan
+        from qlora_phi3.training.prepare import prepare
 
-        architecture = read_architecture(str(self.shop.base))
-        return default_execution_plan(recipe.training, recipe.memory, architecture)
+        found = prepare(recipe, self.shop.path, Silent())
+        model = recipe, found.config, found.architecture
+        predictor = build_predictor(find_gpu("RTX 3070"), *model, compute_dtype=torch.bfloat16)
+        return minimal_memory_plan(predictor, found.row_lengths)[0]
 
     def fuses(self, recipe):
         """Whether the layers use fused kernels on a GPU that can run them."""
@@ -168,7 +171,7 @@ class Lab:
         """The data type of the computation."""
         from qlora_phi3.model.phi3 import choose_precision
 
-        return choose_precision(recipe.compute_dtype, CPU)
+        return choose_precision(recipe.compute_dtype, None)
 
     def shown(self, recipe):
         """What the command line shows of a run, and the folder of the run."""
@@ -279,7 +282,7 @@ EFFECTS = {
     "training.neftune_noise_alpha": (5, Lab.first_loss),
     "training.recover_from_divergence": (False, Lab.recovery),
     "training.gradient_checkpointing": (True, Lab.recomputed),  # auto: false, as a tiny model fits in any memory
-    "training.activation_offloading": (True, Lab.execution_on_a_gpu),
+    "training.activation_offloading": (False, Lab.smallest_on_a_gpu),
     "training.bf16": (True, Lab.dtype),
     "training.fp16": (True, Lab.dtype),
     "training.seed": (1, Lab.loaded),
@@ -303,9 +306,9 @@ EFFECTS = {
     "memory.budget": ("1GiB", Lab.budget),
     "memory.micro_batch_tokens": (64, Lab.first_batch),
     "memory.checkpoint_every_n_layers": (2, Lab.recomputed),
-    "memory.keep_attention": (True, Lab.execution_on_a_gpu),
-    "memory.logits_tile": ("1MiB", Lab.execution_on_a_gpu),
-    "memory.mlp_tile_tokens": (2048, Lab.execution_on_a_gpu),
+    "memory.keep_attention": (True, Lab.smallest_on_a_gpu),
+    "memory.logits_tile": ("1MiB", Lab.smallest_on_a_gpu),
+    "memory.mlp_tile_tokens": (2048, Lab.smallest_on_a_gpu),
     "memory.gpu": (1, Lab.chosen_gpu),
     "memory.kernels": ("plain", Lab.fuses),
     "memory.rehearsal": (True, Lab.budget),

@@ -103,7 +103,7 @@ def test_a_tokenizer_that_gives_other_ids_is_not_saved_with_the_adapter(model, b
 def test_the_record_names_the_kind_of_4_bit_that_was_trained_on(model, base, tmp_path):
     quantization = Quantization(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)
     folder = RunFolder(tmp_path)
-    record_base(model, folder, name=str(base), quantization=quantization, compute_dtype=FP32.compute_dtype)
+    record_base(model, folder, name=str(base), quantization=quantization, compute_dtype=FP32)
     assert read_json(folder.base)["quantization"] == {"quant_type": "fp4", "double_quant": False}
 
 

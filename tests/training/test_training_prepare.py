@@ -2,22 +2,18 @@
 
 import platform
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
 from qlora_phi3.errors import NoDeviceError
-from qlora_phi3.execution import DEFAULT_MICRO_BATCH_TOKENS
-from qlora_phi3.family import read_architecture
-from qlora_phi3.hardware.gpu import read_cpu
+from qlora_phi3.hardware.gpu import find_gpu, read_cpu
 from qlora_phi3.memory.margin import LEAST_BYTES
-from qlora_phi3.model.optimizer import default_optimizer
 from qlora_phi3.recipe.load import load_recipe
-from qlora_phi3.recipe.schema import Memory, Training
 from qlora_phi3.training import prepare as prepare_module
 from qlora_phi3.training.prepare import (
-    default_execution_plan,
     load_model,
     outline_run,
     plan_run,
@@ -70,49 +66,43 @@ def test_a_run_on_a_cpu_reports_its_plan_and_a_smaller_memory_makes_it_recompute
         limit = max(0, min(free_bytes // 2 // count - LEAST_BYTES, int(free_bytes // 2 // count / 1.03)))
         shared = f", for each of {count} processes" if count > 1 else ""
         assert line.endswith(f" of {format_gib(limit)} in memory: tensors, in half of what is free{shared}")
-        assert f"{plans[-1].execution.micro_batch.max_tokens} tokens at once, " in line
+        assert f"{plans[-1].plan.execution.micro_batch.max_tokens} tokens at once, " in line
         assert bool(reporter.warnings) == (not plans[-1].plan.fits)
     assert reporter.warnings == [
         "This should not fit in memory; qlora-phi3 vram-check suggests what to change. The run tries it anyway."
     ]
     assert [planned.plan.fits for planned in plans] == [True, True, True, False]
-    assert [planned.execution.checkpoint_every for planned in plans] == [0, 0, 1, 1]
-    assert plans[0].predicted == replace(plans[0].plan.memory, trace=())
+    assert [planned.plan.execution.checkpoint_every for planned in plans] == [0, 0, 1, 1]
+    assert plans[0].plan.memory.trace == ()
     assert {planned.budget_bytes for planned in plans} == {0}  # the process takes more than the tensors that it is of
-    outline = outline_run(context, plans[0], plans[0].execution, [], None)
-    assert outline.predicted_bytes == plans[0].predicted.allocated_bytes
+    outline = outline_run(context, plans[0], plans[0].plan.execution, [], None)
+    assert outline.predicted_bytes == plans[0].plan.memory.allocated_bytes
     assert outline.step_seconds == plans[0].plan.step_seconds > 0
 
 
 @pytest.mark.parametrize("reason", [None, "Triton is not installed"])
-def test_without_nvml_a_gpu_gets_the_default_plan_the_default_optimizer_and_fused_kernels_if_they_run(shop, monkeypatch, reason):
+def test_without_nvml_the_plan_is_for_the_gpu_that_torch_sees_with_fused_kernels_if_they_run(shop, monkeypatch, reason):
     def no_nvml():
         raise NoDeviceError("no driver")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (6 * GIB, 8 * GIB))
+    properties = SimpleNamespace(name="NVIDIA GeForce RTX 3070", major=8, minor=6, multi_processor_count=46)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(prepare_module, "prepare_cuda", lambda: None)
     monkeypatch.setattr(prepare_module, "read_gpu", no_nvml)
     monkeypatch.setattr(prepare_module, "why_unavailable", lambda *_: reason)
     context = prepare(load_recipe(shop.write()), shop.path, reporter := Lines())
-    assert (context.gpu, context.device) == (None, torch.device("cuda", 0))
+    assert context.device == torch.device("cuda", 0)
+    gpu = replace(find_gpu("RTX 3070"), name=properties.name, total_bytes=8 * GIB, free_bytes=6 * GIB, is_local=True)
+    assert context.gpu == gpu
     planned = plan_run(context)
-    assert planned.execution.optim == default_optimizer(context.recipe.training, is_cuda=True) == "adamw_8bit"
-    assert planned.execution.fused_kernels == (reason is None)
+    assert planned.budget_bytes == 6 * GIB
+    assert planned.plan.fits
+    assert (planned.plan.execution.optim, planned.plan.execution.fused_kernels) == ("adamw_8bit", reason is None)
     kernels = [line for line in reporter.facts if "Kernels" in line]
     assert kernels == ([f"Kernels: PyTorch's own, without fused ones: {reason}"] if reason else [])
-
-
-def test_the_default_plan_takes_what_the_recipe_fixes_and_else_512_tokens_or_one_row(base):
-    architecture = read_architecture(str(base))
-    training = Training(batch_size=8, max_length=128)
-    plan = default_execution_plan(training, Memory(), architecture)
-    assert (plan.micro_batch.max_tokens, plan.micro_batch.max_rows) == (DEFAULT_MICRO_BATCH_TOKENS, 8)
-    long = default_execution_plan(Training(max_length=2048), Memory(), architecture)
-    assert long.micro_batch.max_tokens == 2048
-    fixed = default_execution_plan(Training(batch_size=8, max_length=128, per_device_train_batch_size=2), Memory(), architecture)
-    assert (fixed.micro_batch.max_tokens, fixed.micro_batch.max_rows) == (256, 2)
-    assert fixed.evaluation == plan.evaluation
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")

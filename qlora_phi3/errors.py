@@ -126,10 +126,8 @@ class Terminated(KeyboardInterrupt):
 
 
 def disk_error_hint(error: BaseException) -> str:
-    """What to do about a path that cannot be written, without a full stop: the beginning of a sentence.
-
-    Args:
-        error: an OSError, or an error that has one as its cause; anything else counts as a full disk.
+    """What to do about a path that cannot be written, without a full stop: the beginning of a sentence. `error` is an OSError or
+    has one as its cause; anything else counts as a full disk.
     """
     cause = error if isinstance(error, OSError) else error.__cause__
     if not isinstance(cause, OSError) or cause.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
@@ -47,6 +48,7 @@ LEAST_ROWS = 20
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 MEMORY_HINT = "Close other programs that use the memory."
 
+Result = TypeVar("Result")
 #: One figure of every row, and the weight of each row in the mean; float64 of shape (rows,) both.
 Measured = tuple[NDArray[np.float64], NDArray[np.float64]]
 #: The ids of a conversation up to its first answer, and that answer as the row has it.
@@ -77,10 +79,7 @@ class EvalSettings:
 
 def read_own_rows(inference: InferenceModel, run: RunFolder, progress: Progress) -> EvalRows:
     """The rows that a run evaluated on, read and split again; where its data are gone, those that it keeps for its exports.
-
-    Raises:
-        RunError: the run held no rows out, or has no report.
-        DataError: its data cannot be read, and it kept no rows.
+    RunError where it held none out or has no report, DataError where its data cannot be read and it kept no rows.
     """
     recipe, recorded = load_recipe(run.recipe), str(run.read_report().get("data", {}).get("sha256"))
     if not recipe.training.do_eval:
@@ -119,40 +118,33 @@ def read_other_rows(inference: InferenceModel, run: RunFolder | None, name: str,
 
 def _prepare(inference: InferenceModel, data: Data, max_length: int, progress: Progress, *, evaluate: bool) -> PreparedData:
     tokenizer = inference.tokenizer
-    made: dict[str, Any] = {"tokenizer": tokenizer, "template": choose_template(tokenizer, inference.chat_template)}
-    return prepare_datasets(data, max_length=max_length, evaluate=evaluate, base_dir=Path(), progress=progress, **made)
+    options = {"tokenizer": tokenizer, "template": choose_template(tokenizer, inference.chat_template), "base_dir": Path()}
+    return prepare_datasets(data, max_length=max_length, evaluate=evaluate, progress=progress, **options)
 
 
 def evaluate_model(inference: InferenceModel, data: EvalRows, settings: EvalSettings, *, progress: Progress) -> dict[str, Any]:
-    """Evaluate a model and, if it has an adapter, its base.
+    """Evaluate a model and, if it has an adapter, its base. ModelError where memory ran out in the smallest batch too.
 
     Returns:
         For JSON: `metrics`, a mapping of each figure's name to `base`, `tuned`, `difference`, and the ends `low` and `high` of
         its 95 % interval (None where there is none); `verdict` in one line; `answers`; and what was evaluated on, and how.
         Without an adapter base and tuned are the same figures.
-
-    Raises:
-        ModelError: memory ran out, although the smallest batch was tried.
     """
-    has_adapter, notes = isinstance(inference.model, PeftModel), list(data.notes)
-    sides, questions = ("base", "tuned")[not has_adapter :], choose_questions(inference, data.rows, settings)
-    shown = [{"prompt": str(inference.tokenizer.decode(ids)), "reference": reference} for ids, reference in questions]
-    measured: dict[str, dict[str, Measured]] = {side: {} for side in sides}
-    for what in ("Measuring the loss", "Answering") if questions else ("Measuring the loss",):
-        for number, side in enumerate(sides):
-
-            def report(done: float, total: int, before: int = number, what: str = what) -> None:
-                progress(what, before * total + done, len(sides) * total)
-
-            report(0, len(questions) if what == "Answering" else len(data.rows))
-            with inference.model.disable_adapter() if side == "base" else nullcontext():
-                if what != "Answering":
-                    measured[side] |= score_rows(inference, data, report)
-                    continue
-                answers = answer_questions(inference, questions, settings, report)
-            measured[side] |= score_answers(inference, questions, answers)
-            for row, ids in zip(shown, answers, strict=True):
-                row[side] = decode(inference, ids).strip()
+    model, notes = inference.model, list(data.notes)
+    questions = choose_questions(inference, data.rows, settings)
+    progress("Measuring the loss", 0, None)
+    measured = for_each_side(model, partial(score_rows, inference, data), partial(progress, "Measuring the loss"))
+    answers: dict[str, list[list[int]]] = {}
+    if questions:
+        progress("Answering", 0, None)
+        answers = for_each_side(model, partial(answer_questions, inference, questions, settings), partial(progress, "Answering"))
+    for side in answers:
+        measured[side] |= score_answers(inference, questions, answers[side])
+    shown = []
+    for number, (ids, reference) in enumerate(questions):
+        texts = {side: decode(inference, answers[side][number]).strip() for side in answers}
+        shown.append({"prompt": str(inference.tokenizer.decode(ids)), "reference": reference, **texts})
+    has_adapter = "base" in measured
     if len(data.rows) < FEW_ROWS:
         notes.append("With so few rows these are rough figures.")
     if line := describe_unanswered(len(questions), len(data.rows), settings):
@@ -165,7 +157,7 @@ def evaluate_model(inference: InferenceModel, data: EvalRows, settings: EvalSett
         notes.append(
             f"{same} of {len(shown)} answers are the base's, word for word: train longer, or with a larger learning_rate."
         )
-    metrics = compare(measured[sides[0]], measured["tuned"], settings.seed)
+    metrics = compare(measured.get("base", measured["tuned"]), measured["tuned"], settings.seed)
     is_same, is_empty = 0 < same == len(shown), 2 * empty > len(shown)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -176,6 +168,22 @@ def evaluate_model(inference: InferenceModel, data: EvalRows, settings: EvalSett
         "metrics": metrics,
         "answers": shown,
     }
+
+
+def for_each_side(model: Any, work: Callable[[Report], Result], report: Report) -> dict[str, Result]:
+    """What `work` returns for the base, which is the model with its adapter disabled, and for the tuned model; for a model
+    without an adapter as "tuned" alone. `report` counts the rows of both.
+    """
+    sides = ("base", "tuned") if isinstance(model, PeftModel) else ("tuned",)
+    results: dict[str, Result] = {}
+    for number, side in enumerate(sides):
+
+        def report_both(done: float, total: int, before: int = number) -> None:
+            report(before * total + done, len(sides) * total)
+
+        with model.disable_adapter() if side == "base" else nullcontext():
+            results[side] = work(report_both)
+    return results
 
 
 def score_rows(inference: InferenceModel, data: EvalRows, report: Report) -> dict[str, Measured]:
@@ -254,9 +262,8 @@ def answer_questions(
         prompts = [questions[number][0] for number in batch]
         limits = [min(limit, inference.max_positions - len(ids)) for ids in prompts]
 
-        def after_token(new_ids: Tensor, done: int = done, size: int = len(batch), expected: int = expected) -> bool:
+        def after_token(new_ids: Tensor, done: int = done, size: int = len(batch), expected: int = expected) -> None:
             report(done + size * min(new_ids.shape[1] / expected, 0.99), len(order))
-            return False
 
         try:
             new_ids = generate_batch(inference, prompts, limits, sampling=settings.sampling, after_token=after_token)
@@ -284,10 +291,8 @@ def _cache_tokens(inference: InferenceModel) -> int:
 
 
 def score_answers(inference: InferenceModel, questions: Sequence[Question], answers: Sequence[list[int]]) -> dict[str, Measured]:
-    """Compare answers, as ids, with the references, without white space around either.
-
-    Returns:
-        By row: exact match and whether it ended by itself, 0 or 1; ROUGE, F x 100 with a stemmer; tokens without the stop id.
+    """Compare answers, as ids, with the references, without white space around either. By row: exact match and whether it ended
+    by itself, 0 or 1; ROUGE, F x 100 with a stemmer; tokens without the stop id.
     """
     from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
 

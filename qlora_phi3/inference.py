@@ -4,13 +4,10 @@
 """
 
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import Queue
-from threading import Event
 from typing import Any, Literal
 
 import torch
@@ -99,7 +96,8 @@ def load_for_inference(
     dtype: torch.dtype | Literal["auto"] = "auto",
     progress: Progress = lambda *_: None,
 ) -> InferenceModel:
-    """Load a model for generation, in 4-bit if it was trained in 4-bit.
+    """Load a model for generation, in 4-bit if it was trained in 4-bit. UserError where the directory holds none of those below,
+    or something in it is missing, damaged, or does not fit the rest.
 
     Args:
         run_or_export: the directory of a run (its base, its adapter and its chat template are loaded), of a PEFT adapter (its
@@ -108,15 +106,12 @@ def load_for_inference(
         device: None for the GPU if there is one.
         dtype: of the matmuls. "auto": for a run the dtype of its recipe, for an adapter bf16 if the device has it, for an export
             the dtype of its files.
-
-    Raises:
-        UserError: the directory holds none of these, or something in it is missing, damaged, or does not fit the rest.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = _read_source(run_or_export)
-    if base is not None and source.adapter is None:
-        raise ModelError(f"{run_or_export} has no adapter: it is a complete model and needs no base.", "Leave --base out.")
     if base is not None:
+        if source.adapter is None:
+            raise ModelError(f"{run_or_export} has no adapter: it is a complete model and needs no base.", "Leave --base out.")
         source = replace(source, base=Model(name=str(base)))
     if source.adapter is not None and Path(source.base.name).is_absolute() and not Path(source.base.name).is_dir():
         raise ModelError(
@@ -213,14 +208,8 @@ def _read_ending(tokenizer: PreTrainedTokenizerBase, source: _Source) -> EndOfTu
 
 
 def read_end_of_turn(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> EndOfTurn:
-    """Read what ends a turn from the template that a run was trained with.
-
-    Args:
-        tokenizer: the base's own.
-        chat_template: the recipe's [data] chat_template, or the path of the run's copy of that file.
-
-    Raises:
-        DataError: there is no such template, or the end of its turn is not a single token.
+    """Read what ends a turn from the template that a run was trained with: the recipe's [data] chat_template, or the path of the
+    run's copy of that file; `tokenizer` is the base's own. DataError where there is none, or its end is not a single token.
     """
     trained = choose_template(tokenizer, chat_template)
     token_id = int(tokenizer.convert_tokens_to_ids(trained.end_of_turn))
@@ -243,16 +232,11 @@ def stop_ids(eos_token_id: int | Sequence[int] | None, end_of_turn: int | None =
     return tuple(dict.fromkeys(token_id for token_id in (*ids, end_of_turn) if token_id is not None))
 
 
-def encode(inference: InferenceModel, messages_or_prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
-    """The ids of plain text; or of a conversation, rendered with the chat template up to the assistant's turn. A system turn that
-    the template has no place for (Phi-3-medium's) is put ahead of the next turn's text, as in training.
-
-    Raises:
-        DataError: the chat template cannot render the messages.
+def encode(inference: InferenceModel, conversation: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The ids of a conversation, rendered with the chat template up to the assistant's turn. A system turn that the template has
+    no place for (Phi-3-medium's) is put ahead of the next turn's text, as in training. DataError where it cannot be rendered.
     """
-    if isinstance(messages_or_prompt, str):
-        return list(inference.tokenizer(messages_or_prompt).input_ids)
-    messages, render = list(messages_or_prompt), inference.tokenizer.apply_chat_template
+    messages, render = list(conversation), inference.tokenizer.apply_chat_template
     try:
         if len(messages) > 1 and messages[0]["role"] == "system":
             text, probe = messages[0]["content"], [messages[0], {"role": "user", "content": "?"}]
@@ -278,54 +262,36 @@ def fit_messages(inference: InferenceModel, messages: Sequence[Mapping[str, Any]
 
 def generate(
     inference: InferenceModel,
-    messages_or_prompt: str | Sequence[Mapping[str, Any]],
+    messages: Sequence[Mapping[str, Any]],
     *,
-    max_new_tokens: int = 512,
+    max_new_tokens: int,
     sampling: Mapping[str, Any] = GREEDY,
-) -> Generator[str, None, Answer]:
-    """Generate text up to a stop id or `max_new_tokens`, in a thread; yield it in pieces, and return the `Answer`.
+    show: Callable[[str], None] = lambda piece: None,
+) -> Answer:
+    """Generate text up to a stop id or `max_new_tokens`; `show` is called with each piece of it. DataError as in `encode`, or
+    where the prompt leaves no position for a new token.
 
-    Closing the generator stops the generation. Each step decodes all new tokens: transformers' TextIteratorStreamer decodes each
-    line alone, and Phi-3's tokenizer then drops a space of the line's indentation. A byte token is in a piece as soon as it is a
-    character, and in the answer only if the bytes after it are valid too.
-
-    Args:
-        messages_or_prompt: as in `encode`.
-        sampling: from `sampling`.
-
-    Raises:
-        DataError: as in `encode`; or the prompt leaves no position for a new token.
+    Each step decodes all new tokens: transformers' streamers decode each line alone, and Phi-3's tokenizer then drops a space of
+    the line's indentation. A byte token is in a piece as soon as it is a character, and in the answer only if the bytes after it
+    are valid too.
     """
-    ids, limit, texts, closed = encode(inference, messages_or_prompt), inference.max_positions, Queue[str | None](), Event()
+    ids, limit, sent = encode(inference, messages), inference.max_positions, 0
     if len(ids) >= limit:
         raise DataError(f"The prompt has {len(ids):,} tokens, and the model {limit:,} positions.", "Shorten it.")
+
+    def show_more(new_ids: Tensor) -> None:
+        nonlocal sent
+        text = decode(inference, new_ids[0])
+        if len(text) > sent and not text.endswith("\ufffd"):
+            show(text[sent:])
+            sent = len(text)
+
     limits = [min(max_new_tokens, limit - len(ids))]
-
-    def after_token(new_ids: Tensor) -> bool:
-        texts.put(decode(inference, new_ids[0]))
-        return closed.is_set()
-
-    def run() -> list[int]:
-        try:
-            return generate_batch(inference, [ids], limits, sampling=sampling, after_token=after_token)[0]
-        finally:
-            texts.put(None)  # also after an error
-
-    text, sent = "", 0
-    with ThreadPoolExecutor(1) as pool:
-        generation = pool.submit(run)
-        try:
-            for text in iter(texts.get, None):
-                if len(text) > sent and not text.endswith("\ufffd"):
-                    yield text[sent:]
-                    sent = len(text)
-            if text[sent:]:
-                yield text[sent:]
-        finally:
-            closed.set()
-        new_ids = generation.result()
-    ended_by_itself = bool(new_ids) and new_ids[-1] in inference.stop_ids
-    return Answer(decode(inference, new_ids), len(new_ids) - ended_by_itself, ended_by_itself)
+    [new_ids] = generate_batch(inference, [ids], limits, sampling=sampling, after_token=show_more)
+    text, ended_by_itself = decode(inference, new_ids), bool(new_ids) and new_ids[-1] in inference.stop_ids
+    if text[sent:]:
+        show(text[sent:])
+    return Answer(text, len(new_ids) - ended_by_itself, ended_by_itself)
 
 
 def decode(inference: InferenceModel, ids: Any) -> str:
@@ -339,17 +305,12 @@ def generate_batch(
     limits: Sequence[int],
     *,
     sampling: Mapping[str, Any] = GREEDY,
-    after_token: Callable[[Tensor], bool] = lambda _: False,
+    after_token: Callable[[Tensor], None] = lambda _: None,
 ) -> list[list[int]]:
-    """Continue several prompts at once, padded at the left.
+    """Continue several prompts (token ids) at once, padded at the left: the new ids of each up to its limit, or up to its first
+    stop id, which is the last of them.
 
-    Args:
-        prompts: token ids of each.
-        limits: new tokens of each, at most.
-        after_token: called after each step with the new ids until then, (prompts, new) int64; returns whether to stop.
-
-    Returns:
-        The new ids of each prompt, up to its limit or its first stop id, which is the last of them.
+    `after_token` is called after each step with the new ids until then, (prompts, new) int64.
     """
     model, stops, start = inference.model, list(inference.stop_ids), max(map(len, prompts))
     device, dtype = model.device, inference.dtype
@@ -359,7 +320,8 @@ def generate_batch(
     mask = torch.arange(start) >= torch.tensor([start - len(prompt) for prompt in prompts])[:, None]
 
     def is_done(all_ids: Tensor, _: Tensor, **__: Any) -> Tensor:
-        return (most <= all_ids.shape[1] - start) | after_token(all_ids[:, start:])
+        after_token(all_ids[:, start:])
+        return most <= all_ids.shape[1] - start
 
     with torch.autocast(device.type, dtype=dtype if mixed else None, enabled=mixed):
         output = model.generate(

@@ -89,9 +89,9 @@ class RunFolder:
         return self.started
 
 
-def create_run_folder(root: Path, recipe_name: str, started: datetime | None = None) -> RunFolder:
-    """Create `root/recipe_name/<local time of started, or now>`, never one that exists; RunError where that is impossible."""
-    stamp = (started or datetime.now(UTC)).astimezone().strftime("%Y-%m-%d_%H-%M-%S")
+def create_run_folder(root: Path, recipe_name: str, started: datetime) -> RunFolder:
+    """Create `root/recipe_name/<local time of started>`, never one that exists; RunError where that is impossible."""
+    stamp = started.astimezone().strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 100):
         path = root / recipe_name / (stamp if attempt == 1 else f"{stamp}-{attempt}")
         try:
@@ -112,14 +112,15 @@ def copy_run_folder(run: RunFolder, root: Path, recipe_name: str) -> RunFolder:
     """A new run directory, started now, that goes on from the checkpoints of a run that is done, which stays as it is; RunError
     where the disk is full or refuses.
     """
-    copy = create_run_folder(root, recipe_name)
+    started = datetime.now(UTC)
+    copy = create_run_folder(root, recipe_name, started)
     try:
         with disk_errors(copy.path):
             left_out = shutil.ignore_patterns(".*", "damaged-*", "rehearsal-*")
             shutil.copytree(run.checkpoints, copy.checkpoints, ignore=left_out, dirs_exist_ok=True)
             if run.base.is_file():
                 shutil.copyfile(run.base, copy.base)
-            times = {"started": datetime.now(UTC).isoformat(), "training_began": run.training_began.isoformat()}
+            times = {"started": started.isoformat(), "training_began": run.training_began.isoformat()}
             write_report(copy, {**run.read_report(), **times, "status": "interrupted"})
     except BaseException:
         remove(copy.path)
@@ -161,15 +162,14 @@ def is_locked(folder: RunFolder) -> bool:
     """Whether a process writes a run directory now; False where that cannot be read."""
     from filelock import FileLock, Timeout
 
-    if not (folder.path / LOCK).exists():
-        return False
-    try:
-        with FileLock(folder.path / LOCK, timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:  # a directory of someone else
-        return False
+    if (folder.path / LOCK).exists():
+        with suppress(OSError):  # a directory of someone else
+            try:
+                with FileLock(folder.path / LOCK, timeout=0):
+                    return False
+            except Timeout:
+                return True
+    return False
 
 
 @contextmanager
@@ -213,14 +213,12 @@ def find_unfinished(group: Path) -> RunFolder | None:
 
 def resolve_run(text: str | Path, root: Path = Path("runs")) -> RunFolder:
     """The run that a person names, as every command that takes RUN reads it; a file of the run may be missing or damaged.
+    RunError where nothing has this name; it lists the recipes that have runs.
 
     Args:
         text: the directory of a run, or its adapter; a directory of several runs, of which the newest is meant, also as
             `directory/latest`; a recipe file, or the name of a recipe with runs under `root`: its newest run.
         root: directory of the runs ([training] output_dir).
-
-    Raises:
-        RunError: nothing of this name; the message lists the recipes that have runs.
     """
     path = Path(text)
     group = path.parent if path.name == LATEST and not os.path.lexists(path) else path

@@ -14,14 +14,10 @@ GIB = UNITS["gib"]
 
 
 def parse_size(text: str, *, binary: bool = False) -> int:
-    """Bytes of a size such as `11GiB`, `12 GB`, `11.5g` or `500MiB`, rounded down.
+    """Bytes of a size such as `11GiB`, `12 GB`, `11.5g` or `500MiB`, in upper or lower case, rounded down. ValueError, which says
+    what to write, where it is no size, has no unit, or is not more than zero.
 
-    Args:
-        text: a number and its unit, in upper or lower case, with or without a space between.
-        binary: read GB as GiB, as it is meant on the box of a GPU: a 12 GB GPU has 12 GiB.
-
-    Raises:
-        ValueError: not a size, without a unit, or not more than zero; one sentence that says what to write.
+    `binary`: read GB as GiB, as it is meant on the box of a GPU: a 12 GB GPU has 12 GiB.
     """
     found = re.fullmatch(r"\s*([+-]?\d{1,15}(?:\.\d*)?|[+-]?\.\d+)\s*([a-z]*)\s*", text, flags=re.ASCII | re.IGNORECASE)
     number, unit = found.groups() if found else ("", "")

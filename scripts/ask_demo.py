@@ -26,8 +26,8 @@ def main() -> int:
     inference = load_for_inference(adapters[-1].parent)
     messages = [{"role": "user", "content": question}]
     with inference.model.disable_adapter():
-        print("before:", " ".join("".join(generate(inference, messages, max_new_tokens=60)).split()), flush=True)
-    print("after: ", " ".join("".join(generate(inference, messages, max_new_tokens=60)).split()))
+        print("before:", " ".join(generate(inference, messages, max_new_tokens=60).text.split()), flush=True)
+    print("after: ", " ".join(generate(inference, messages, max_new_tokens=60).text.split()))
     return 0
 
 

@@ -53,7 +53,7 @@ With `early_stopping_patience = 3` training ends at the third evaluation in a ro
 and the adapter of the lowest is saved, also where training goes on to its last step. It lies in the computer's memory (trained
 parameters times 4 bytes) and in every checkpoint, so that a resumed run ends in the same adapter; no checkpoint of that step is
 needed. The evaluation before the first step does not count. report.json has the reason ("stopped early after step 120; best step
-90"), and its `eval_loss_after` is that of the saved adapter. With `load_best_model_at_end` as well, the result is the same.
+90"), and its `eval_loss_after` is that of the saved adapter. `load_best_model_at_end` saves the same adapter and ends no run.
 
 ## Starts that change the base
 

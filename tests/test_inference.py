@@ -30,19 +30,9 @@ QUESTION = [{"role": "user", "content": "What is red?"}]
 IDS = torch.randint(3, 500, (1, 20), generator=torch.Generator().manual_seed(0))
 
 
-def answer(inference, prompt=QUESTION, **options):
-    """The value that the generator returns."""
-    return read(generate(inference, prompt, **options))[1]
-
-
-def read(stream):
-    """The pieces of a generator, and what it returns."""
-    pieces = []
-    while True:
-        try:
-            pieces.append(next(stream))
-        except StopIteration as end:
-            return pieces, end.value
+def answer(inference, messages=QUESTION, max_new_tokens=64, **options):
+    """What the model answers."""
+    return generate(inference, messages, max_new_tokens=max_new_tokens, **options)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +134,6 @@ def test_a_greedy_answer_is_that_of_transformers(loaded):
     )
     expected = loaded.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     assert expected
-    assert answer(loaded, prompt, max_new_tokens=12).text == expected
     assert answer(loaded, max_new_tokens=12).text == expected
 
 
@@ -152,7 +141,8 @@ def test_the_pieces_of_a_stream_make_the_text(loaded, monkeypatch):
     vocabulary = loaded.tokenizer.get_vocab()
     bytes_alone = [token_id for token, token_id in vocabulary.items() if token.startswith("<0x")]
     monkeypatch.setattr(loaded.model.generation_config, "suppress_tokens", bytes_alone)  # random ones are no UTF-8
-    pieces, whole = read(generate(loaded, QUESTION, max_new_tokens=12))
+    pieces = []
+    whole = answer(loaded, max_new_tokens=12, show=pieces.append)
     assert len(pieces) > 2
     assert "".join(pieces) == whole.text
 
@@ -165,12 +155,14 @@ def test_a_sampled_answer_depends_on_the_seed_alone(loaded):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_stream_that_is_closed_stops_generating(loaded):
+def test_ctrl_c_while_a_piece_is_shown_stops_generating(loaded):
+    def interrupt(piece):
+        raise KeyboardInterrupt
+
     calls = []
     handle = find_base(loaded.model).register_forward_pre_hook(lambda *_: calls.append(1))
-    stream = generate(loaded, QUESTION, max_new_tokens=200)
-    next(stream)
-    stream.close()
+    with pytest.raises(KeyboardInterrupt):
+        answer(loaded, max_new_tokens=200, show=interrupt)
     handle.remove()
     assert len(calls) < 200
 
@@ -182,7 +174,7 @@ def test_an_error_while_generating_reaches_the_reader(loaded):
     handle = find_base(loaded.model).register_forward_pre_hook(fail)
     try:
         with pytest.raises(RuntimeError, match="from the model"):
-            list(generate(loaded, QUESTION))
+            answer(loaded)
     finally:
         handle.remove()
 
@@ -197,7 +189,8 @@ def test_a_streamed_text_keeps_indentation_and_whole_characters(loaded, monkeypa
         return input_ids
 
     monkeypatch.setattr(loaded.model, "generate", generate_text)
-    pieces = list(generate(loaded, QUESTION))
+    pieces = []
+    answer(loaded, show=pieces.append)
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
 
@@ -212,12 +205,12 @@ def test_a_stop_id_ends_the_answer(loaded):
 
 def test_a_prompt_that_fills_every_position_is_refused(loaded):
     with pytest.raises(DataError, match="512"):
-        next(generate(loaded, "word " * 600))
+        answer(loaded, [{"role": "user", "content": "word " * 600}])
 
 
 def test_a_message_without_content_is_refused(loaded):
     with pytest.raises(DataError):
-        next(generate(loaded, [{"role": "user"}]))
+        answer(loaded, [{"role": "user"}])
 
 
 def test_several_prompts_at_once_get_the_answers_that_each_gets_alone(loaded):

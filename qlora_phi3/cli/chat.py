@@ -224,14 +224,14 @@ class Conversation:
         if dropped := (len(messages) - len(fitted)) // 2:
             print_dim(f"The conversation is too long for the model: its first {dropped} questions are left out.")
         torch.manual_seed(self.seed + len(messages))
+
+        def show_more(piece: str) -> None:
+            pieces.append(piece)
+            show(pieces)
+
         with self.inference.model.disable_adapter() if side == "base" else nullcontext():
             try:
-                with closing(generate(self.inference, fitted, max_new_tokens=limit, sampling=self.sampling)) as stream:
-                    while True:
-                        pieces.append(next(stream))
-                        show(pieces)
-            except StopIteration as end:
-                answer = end.value
+                answer = generate(self.inference, fitted, max_new_tokens=limit, sampling=self.sampling, show=show_more)
             except Terminated:
                 raise
             except KeyboardInterrupt:

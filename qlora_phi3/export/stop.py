@@ -111,9 +111,8 @@ def measure_stops(
 
     answering = f"Answering {format_count(len(prompts), 'held-out prompt')}, tokens"
 
-    def report(new_ids: Tensor) -> bool:
+    def report(new_ids: Tensor) -> None:
         progress(answering, done + new_ids.shape[1], total)
-        return False
 
     for batch in batches:
         limits = [prompt.limit for prompt in batch]

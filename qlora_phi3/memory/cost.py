@@ -209,5 +209,5 @@ def count_steps(training: "Training", num_rows: int, *, evaluates: bool, first_s
     elif training.eval_strategy == "epoch":
         interval = steps_per_epoch
     between = total // interval - first_step // interval if interval else 0
-    last = (not interval or total % interval > 0) + training.load_best_model_at_end
+    last = not interval or total % interval > 0
     return total, total / steps_per_epoch, evaluates * ((first_step == 0) + between + last)

@@ -18,6 +18,7 @@ from torch.nn.functional import silu
 from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.hardware.gpu import Gpu, similar_gpu
 from qlora_phi3.memory.cost import BANDWIDTH_SHARE, CPU_LAUNCH_SECONDS, Limits, gpu_limits
+from qlora_phi3.memory.cuda_path import context_bytes
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.simulate import StepShape
@@ -33,13 +34,13 @@ REPEATED_SHARE = 0.85
 
 
 def read_gpu_by_torch(device: torch.device) -> Gpu:
-    """The GPU of this process where NVML cannot be read; its CUDA context, which is there by now, counts as in use."""
+    """The GPU of this process where NVML cannot be read. Its CUDA context is there by now and counts as free: a plan adds it."""
     properties = torch.cuda.get_device_properties(device)
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     return replace(
         similar_gpu(properties.name, total_bytes),
         total_bytes=total_bytes,
-        free_bytes=free_bytes,
+        free_bytes=min(total_bytes, free_bytes + context_bytes(properties.multi_processor_count)),
         compute_capability=(properties.major, properties.minor),
         multiprocessors=properties.multi_processor_count,
         is_local=True,

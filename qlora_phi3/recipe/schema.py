@@ -311,9 +311,9 @@ class Training(Table):
     )
     """Save a checkpoint also when so many minutes have passed since the last one; 0: never; unset: 10."""
     save_total_limit: Count = 3
-    """Number of checkpoints that are not deleted: the newest, and the best with load_best_model_at_end."""
+    """Number of checkpoints that are not deleted: the newest."""
     load_best_model_at_end: bool = False
-    """Save the adapter of the checkpoint with the lowest evaluation loss, not the last one."""
+    """Save the adapter with the lowest evaluation loss, not the last one."""
     logging_strategy: Interval = "steps"
     """When to print metrics in plain lines; metrics.jsonl has every step."""
     logging_steps: ShareOrCount = 1

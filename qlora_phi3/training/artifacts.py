@@ -8,7 +8,7 @@ only a checkpoint that matches its manifest is resumed.
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerState
+from transformers import AutoTokenizer, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from qlora_phi3 import files
@@ -27,7 +27,8 @@ from qlora_phi3.adapters.base_files import TOKENIZER_FILES, copy_portable
 from qlora_phi3.adapters.peft_io import ADAPTER_CONFIG
 from qlora_phi3.data.prepare import PreparedData
 from qlora_phi3.errors import RunError, first_line
-from qlora_phi3.model.quantized import tensor_record
+from qlora_phi3.inference import template_to_save
+from qlora_phi3.model.quantized import describe_device, tensor_record
 from qlora_phi3.recipe.schema import Model, Quantization
 from qlora_phi3.runfolder import RunFolder
 from qlora_phi3.training.prepare import RunContext
@@ -74,12 +75,6 @@ def damage(checkpoint: Path) -> str | None:
                 return f"the SHA-256 of {name} is not the one in {MANIFEST}"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
-    return _load_error(checkpoint)
-
-
-def _load_error(checkpoint: Path) -> str | None:
-    """Why a file of a checkpoint cannot be loaded, or is of another step; None where all can."""
-    name = ""
     try:
         for name in REQUIRED:
             if name.endswith((".pt", ".pth")):
@@ -94,18 +89,12 @@ def _load_error(checkpoint: Path) -> str | None:
     return None if step == step_of(checkpoint) else f"{TRAINER_STATE} is of step {step}"
 
 
-def find_checkpoint(folder: Path, *, needs_best: bool = False) -> tuple[Path | None, dict[Path, str]]:
-    """The newest complete checkpoint, or None; and why the newer ones cannot be used, the newest first. `needs_best`: the run
-    ends with its best checkpoint, so one whose best checkpoint until then is damaged is of no use.
-    """
+def find_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest complete checkpoint, or None; and why the newer ones cannot be used, the newest first."""
     numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     refused: dict[Path, str] = {}
     for path in sorted(numbered, key=step_of, reverse=True):
         reason = damage(path)
-        if reason is None and needs_best:
-            best = TrainerState.load_from_json(str(path / TRAINER_STATE)).best_global_step
-            if best and (reason := damage(folder / f"checkpoint-{best}")):
-                reason = f"the best checkpoint before it, checkpoint-{best}, is incomplete: {reason}"
         if reason is None:
             return path, refused
         refused[path] = reason
@@ -138,23 +127,11 @@ def base_directory(base: Model, revision: str | None) -> Path:
     return Path(snapshot_download(base.name, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
 
 
-def save_adapter(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    base: Model,
-    folder: RunFolder,
-    *,
-    sample: Sequence[Any],
-    template: str | None = None,
-) -> None:
-    """Write adapter and tokenizer files; an earlier adapter stands until the new one is complete. RunError where the disk is
-    full, or the copied tokenizer gives other ids.
-
-    Args:
-        base: the recipe's [model]; its tokenizer files are copied from the commit that base.json records.
-        sample: rows that were trained on; their text must give the same ids through the copied tokenizer.
-        template: the chat template that was trained with, without marks; None for the base's own.
+def save_adapter(model: PeftModel, context: RunContext, folder: RunFolder) -> None:
+    """Write adapter and tokenizer files; an earlier adapter stands until the new one is complete. The tokenizer's files are those
+    of the commit that base.json records. RunError where the disk is full, or they give other ids for rows that were trained on.
     """
+    base, tokenizer, rows = context.recipe.model, context.tokenizer, context.data.train
     is_local = Path(base.name).is_dir()
     source = base_directory(base, None if is_local else files.read_json_object(folder.base, RunError, START_NEW).get("revision"))
     hint = "{cause}, then go on with --resume; earlier checkpoints remain."
@@ -168,10 +145,11 @@ def save_adapter(
             if isinstance(config.get(key), list):
                 config[key].sort()
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        template = template_to_save(tokenizer, context.template, context.recipe.data.chat_template)
         copy_portable(source, staging, template=template)
         copied = AutoTokenizer.from_pretrained(staging)
-        for index in range(min(CHECKED_ROWS, len(sample))):
-            text = tokenizer.decode(sample[index]["input_ids"])
+        for index in range(min(CHECKED_ROWS, len(rows))):
+            text = tokenizer.decode(rows[index]["input_ids"])
             if copied(text).input_ids != tokenizer(text).input_ids:
                 raise RunError(
                     f"The tokenizer copied to {staging} gives other ids than the one that was trained with.",
@@ -203,30 +181,23 @@ def record_base(
     name: str,
     quantization: Quantization,
     compute_dtype: torch.dtype,
-    device: str = "",
     inputs: Mapping[str, str] | None = None,
-    started: str = "",
 ) -> None:
     """Write base.json; where the run has one already, compare the loaded base with it. RunError where the base or
     an input is another.
 
-    Args:
-        name: the recipe's.
-        compute_dtype: of the weights when they were quantized.
-        device: its description; the same one quantizes to the same bits.
-        inputs: `input_checksums`.
-        started: when the run started, which tells its checkpoints from those of another run.
+    `name` is the recipe's, `compute_dtype` that of the weights when they were quantized, `inputs` are `input_checksums`.
     """
     base = model.get_base_model()
     four_bit = {"quant_type": quantization.bnb_4bit_quant_type, "double_quant": quantization.bnb_4bit_use_double_quant}
     record = {
         "name": name,
-        "run_started": started,
+        "run_started": folder.training_began.isoformat(),  # tells its checkpoints from those of another run
         "revision": getattr(base.config, "_commit_hash", None),
         "dtype": str(compute_dtype).removeprefix("torch."),
         "quantization": four_bit if quantization.load_in_4bit else None,
         "device": base.device.type,
-        "computed_on": device,
+        "computed_on": describe_device(base.device),  # the same one quantizes to the same bits
         "inputs": dict(inputs or {}),
         "tensors": {tensor_name: tensor_record(parameter) for tensor_name, parameter in base_parameters(model)},
     }

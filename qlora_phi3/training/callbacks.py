@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from types import FrameType
@@ -108,8 +109,7 @@ def cap_to_free_memory(device: torch.device) -> int | None:
     A run that spills does not fail, it becomes many times slower. Under the limit PyTorch's allocator raises, and `oom.py`
     recovers. Elsewhere a limit would only keep memory from the run that other programs free later.
 
-    Returns:
-        Bytes this process may allocate, including what it has already; None where there is no limit.
+    Returns the bytes that this process may allocate, including what it has already; None where there is no limit.
     """
     if device.type != "cuda" or not driver_spills():
         return None
@@ -167,18 +167,17 @@ class MetricsWriter:
 
 
 class EarlyStopping(TrainerCallback):  # type: ignore[misc]
-    """Keeps the best adapter of a run, and ends the run where the held-out loss no longer falls; nothing without a `patience`.
+    """Keeps the best adapter of a run, and ends the run where the held-out loss no longer falls.
 
     The adapter with the lowest loss so far lies in the computer's memory (4 bytes a trained parameter), copied as `divergence.py`
     copies its last good state. A checkpoint holds it in BEST with all that decides, so that a resumed run ends as one that was
     not interrupted. All processes of a run measure the same loss and decide alike. The evaluation before the first step does not
     count: an adapter that has learned nothing is never the best.
 
-    Args:
-        patience: evaluations without a lower loss.
+    `patience`: evaluations without a lower loss; inf keeps the best and never ends the run; None does nothing.
     """
 
-    def __init__(self, model: nn.Module, patience: int | None) -> None:
+    def __init__(self, model: nn.Module, patience: float | None) -> None:
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._patience, self._weights = patience, list[Tensor]()
         #: Lowest held-out loss in nats per token, its step, and the evaluations since then.
@@ -195,8 +194,7 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
             return control
         loss, self._num_since = kwargs["metrics"]["eval_loss"], self._num_since + 1
         if loss < self._best_loss:
-            before: list[Any] = self._weights or [None] * len(self._trained)
-            self._weights = [copy_to_memory(weight, old) for weight, old in zip(self._trained, before, strict=True)]
+            self._weights = [copy_to_memory(weight, before) for weight, before in zip_longest(self._trained, self._weights)]
             self._best_loss, self._best_step, self._num_since = loss, state.global_step, 0
         control.should_training_stop |= self.is_over
         return control
@@ -223,7 +221,7 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
             torch.save({"counters": counters, "weights": self._weights}, checkpoint / BEST)
 
     def load(self, checkpoint: Path) -> None:
-        """Read what `save` wrote."""
-        if self._patience is not None:
+        """Read what `save` wrote; with `load_best_model_at_end` alone, versions before this one wrote nothing."""
+        if self._patience is not None and (checkpoint / BEST).is_file():
             saved = torch.load(checkpoint / BEST, map_location="cpu", weights_only=True)
             (self._best_loss, self._best_step, self._num_since), self._weights = saved["counters"], saved["weights"]

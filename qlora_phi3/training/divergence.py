@@ -20,8 +20,8 @@ it in LAST_GOOD, so that a resumed run goes back to the same state as one that w
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import repeat, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +106,10 @@ class LastGood:
     def copy_from(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, step: int) -> None:
         """Copy the present state, into the tensors of the copy before."""
         parameters = _parameters(optimizer)
-        weights: Sequence[Tensor | None] = self.weights or [None] * len(parameters)
-        states: Sequence[dict[str, Any]] = self.states or [{}] * len(parameters)
-        self.weights = [copy_to_memory(parameter, weight) for parameter, weight in zip(parameters, weights, strict=True)]
+        self.weights = [copy_to_memory(parameter, weight) for parameter, weight in zip_longest(parameters, self.weights)]
         self.states = [
             {key: copy_to_memory(value, state.get(key)) for key, value in optimizer.state.get(parameter, {}).items()}
-            for parameter, state in zip(parameters, states, strict=True)
+            for parameter, state in zip(parameters, self.states or repeat({}), strict=False)
         ]
         self.scaler, self.step = {} if scaler is None else scaler.state_dict(), step
 
@@ -139,21 +137,17 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 @torch.no_grad()
 def copy_to_memory(value: Any, before: Any) -> Any:
-    """The value in the computer's memory, in the tensor `before` if it has the same shape."""
+    """The value in the computer's memory: in `before`, its earlier copy, unless that is None."""
     if not isinstance(value, Tensor):
         return value
-    if isinstance(before, Tensor) and (before.shape, before.dtype) == (value.shape, value.dtype):
-        return before.copy_(value)
-    return value.detach().to("cpu", copy=True)
+    return value.detach().to("cpu", copy=True) if before is None else before.copy_(value)
 
 
 class DivergenceGuard(TrainerCallback):  # type: ignore[misc]
     """Judges each step before the optimizer uses its gradients, and goes back after a step that diverged.
 
     The Trainer sets `loss`, `rows` (their names) and `grad_norm` (unscaled, before clipping) of the step, and `scaler` in fp16.
-
-    Args:
-        recovers: false: a loss or gradient that is not finite ends the run, and nothing is copied.
+    Where it does not recover, a loss or gradient that is not finite ends the run, and nothing is copied.
     """
 
     def __init__(self, reporter: Reporter, *, recovers: bool) -> None:

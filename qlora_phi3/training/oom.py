@@ -57,10 +57,7 @@ def read_rng_state(device: torch.device) -> Callable[[], None]:
 class MemoryGuard:
     """Computes batches until memory suffices, and lowers the execution plan where it does not.
 
-    Args:
-        model: the owner of the gradients that a failed pass leaves, on `device`.
-        sources: names of the data's sources, to name a row that does not fit.
-        apply: applies a lowered plan to the model.
+    `model` owns the gradients that a failed pass leaves; `sources` names a row that does not fit; `apply` applies a lowered plan.
     """
 
     def __init__(
@@ -88,16 +85,11 @@ class MemoryGuard:
     def compute(
         self, rows: Sequence[Mapping[str, Any]], run_pass: Callable[[Batch], ObjectiveOutput], *, phase: Phase, step: int
     ) -> tuple[Batch, ObjectiveOutput]:
-        """Collate rows and run a pass over them, again until memory suffices.
+        """Collate the rows of a batch and run a pass over them (forward, and in training backward), again until memory suffices.
+        `step` is that of the record; of an evaluation, the step it follows.
 
-        Args:
-            rows: of one batch, as `collate` takes them.
-            run_pass: forward, and in training backward; raises MicroBatchMemoryError.
-            step: for the record; of an evaluation, the step it follows.
-
-        Returns:
-            The batch in its last layout, and the result of the pass that succeeded. RunError where a single row does not fit;
-            gradients are dropped, weights and random numbers are those of before.
+        Returns the batch in its last layout, and the result of the pass that succeeded. RunError where a single row does not fit;
+        gradients are dropped, weights and random numbers are those of before.
         """
         restore_rng_state = read_rng_state(self._device)
         failed: list[tuple[int, ...]] = []

@@ -79,16 +79,10 @@ def read_step_rows(folder: RunFolder, steps: Sequence[int], progress: Progress) 
 
 def _draw_order(folder: RunFolder, training: Training, num_rows: int, last_step: int) -> list[list[int]]:
     """The indices of the rows of each step up to the last one, from the data loader of the class that trains."""
-    unused = {"report_to": "none", "load_best_model_at_end": False, "save_strategy": "no"}
-    arguments = build_arguments(
-        training.model_copy(update=unused),
-        folder.checkpoints,
-        device=torch.device("cpu"),
-        fp16=False,
-        optim="adamw_torch",
-        evaluates=False,
-    )
-    trainer = Trainer(torch.nn.Linear(1, 1), arguments, data_collator=list, train_dataset=range(num_rows))
+    cpu = torch.device("cpu")
+    arguments = build_arguments(training, folder.checkpoints, device=cpu, fp16=False, optim="adamw_torch", evaluates=True)
+    data = {"train_dataset": range(num_rows), "eval_dataset": ()}  # schedules that follow the evaluation need one
+    trainer = Trainer(torch.nn.Linear(1, 1), arguments, data_collator=list, **data)
     loader, order = trainer.get_train_dataloader(), list[list[int]]()
     for epoch in range(-(-last_step // len(loader))):
         loader.set_epoch(epoch)

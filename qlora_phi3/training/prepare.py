@@ -71,21 +71,11 @@ class RunContext:
         return replace(lengths, evaluation_tokens=lengths.evaluation_tokens // count_processes())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedRun:
-    """How a run is executed, and the memory it should need."""
-
-    plan: Plan  #: Without the trace of its memory.
-    budget_bytes: int  #: Of a GPU; 0 for a CPU.
-
-
 def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
-    """Check the recipe against the libraries and the model, choose the device, and tokenize the data.
+    """Check the recipe against the libraries and the model, choose the device, and tokenize the data. UserError where something
+    of them cannot be used.
 
     The recipe has absolute paths; in messages the data's files are named relative to `recipe_dir`.
-
-    Raises:
-        UserError: something in the recipe, the data or the model cannot be used.
     """
     check_trackers(recipe.training)
     check_schedule(recipe.training)
@@ -151,7 +141,7 @@ def wants_dry_run(memory: Memory, device: torch.device) -> bool:
     return device.type == "cuda" if memory.rehearsal == "auto" else memory.rehearsal
 
 
-def plan_run(context: RunContext) -> PlannedRun:
+def plan_run(context: RunContext) -> Plan:
     """Plan the execution: the fastest plan that fits the GPU, or the CPU's share of the free memory.
 
     Several processes have one plan: for the GPU with the least memory, or for a CPU whose memory they share.
@@ -172,7 +162,7 @@ def _can_fuse(context: RunContext) -> bool:
     return reason is None
 
 
-def _plan(context: RunContext, fused_kernels: bool) -> PlannedRun:
+def _plan(context: RunContext, fused_kernels: bool) -> Plan:
     """The fastest plan that fits, in one line, or a warning."""
     recipe, reporter, processes = context.recipe, context.reporter, count_processes()
     device = context.gpu
@@ -182,8 +172,8 @@ def _plan(context: RunContext, fused_kernels: bool) -> PlannedRun:
             reporter.warning("[memory] budget is for GPUs; a run on a CPU ignores it.")
     model, compute_dtype = (recipe, context.config, context.architecture), context.compute_dtype
     predictor = build_predictor(device, *model, compute_dtype=compute_dtype, fused_kernels=fused_kernels)
-    budget_bytes = budget_of(recipe.memory, device, processes=processes)
-    limits = limits_of(device, read_margin(device.name).limit(budget_bytes), compute_dtype)
+    limit_bytes = read_margin(device.name).limit(budget_of(recipe.memory, device, processes=processes))
+    limits = limits_of(device, limit_bytes, compute_dtype)
     reporter.progress("Planning the memory", 0, None)
     plan = find_plan(predictor, context.row_lengths, limits, progress=lambda _: None)
     reporter.progress("Planning the memory", 1, 1)
@@ -195,19 +185,18 @@ def _plan(context: RunContext, fused_kernels: bool) -> PlannedRun:
     if not plan.fits:
         where = " in memory" if device.is_cpu else ""
         reporter.warning(f"This should not fit{where}; qlora-phi3 vram-check suggests what to change. The run tries it anyway.")
-    plan = replace(plan, memory=replace(plan.memory, trace=()))
-    return PlannedRun(plan=plan, budget_bytes=0 if device.is_cpu else budget_bytes)
+    return replace(plan, memory=replace(plan.memory, trace=()))
 
 
 def outline_run(
     context: RunContext,
-    planned: PlannedRun,
+    plan: Plan,
     execution: ExecutionPlan,
     metrics: Sequence[Mapping[str, Any]],
     checkpoint: Path | None,
 ) -> RunOutline:
     """What the reporter learns of a run before its first step; `metrics` are the records of earlier sessions."""
-    data, training, plan = context.data, context.recipe.training, planned.plan
+    data, training, gpu = context.data, context.recipe.training, context.gpu
     first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     steps, epochs, evaluations = count_steps(
         training, len(data.train), evaluates=data.evaluation is not None, first_step=first_step
@@ -221,7 +210,7 @@ def outline_run(
         device=describe_device(context.device),
         plan=f"{describe_plan(execution)}, {training.batch_size} rows a step",
         predicted_bytes=plan.memory.on_gpu_bytes,
-        budget_bytes=planned.budget_bytes,
+        budget_bytes=0 if gpu is None else budget_of(context.recipe.memory, gpu),
         step_seconds=plan.step_seconds,
         evaluation_seconds=[plan.evaluation_seconds, *measured][-1],
         earlier=metrics,
@@ -235,13 +224,11 @@ def return_freed_memory() -> None:
 
 
 def load_model(context: RunContext, *, is_first_session: bool = True) -> PeftModel:
-    """Load the base, in 4-bit where the recipe says so, and attach its adapter.
+    """Load the base, in 4-bit where the recipe says so, and attach its adapter. ModelError where the weights cannot be read, or
+    the adapter does not fit them.
 
     In a run's first session the adapter starts with the weights of `[model] adapter` if there is one; later a checkpoint
     provides them.
-
-    Raises:
-        ModelError: the weights cannot be read, or the adapter does not fit them.
     """
     recipe, reporter = context.recipe, context.reporter
     limit_bytes = cap_to_free_memory(context.device)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -16,18 +15,18 @@ import torch
 from torch import nn
 
 from qlora_phi3.adapters.peft_io import adapter_record
-from qlora_phi3.data.report import DataReport
 from qlora_phi3.errors import Interrupted, RunError
 from qlora_phi3.files import sha256_file
-from qlora_phi3.hardware.gpu import Gpu, read_load
+from qlora_phi3.hardware.gpu import read_load
 from qlora_phi3.memory.cuda_path import context_bytes
-from qlora_phi3.memory.margin import record_error
 from qlora_phi3.memory.report import OPTIMIZER_STATE, QUANTIZATION_STATE, MemoryReport, read_versions
 from qlora_phi3.memory.tracker import parameter_category, quantization_tensors
+from qlora_phi3.model.quantized import checksum_of, describe_device
 from qlora_phi3.recipe.load import recipe_as_toml
-from qlora_phi3.recipe.schema import Recipe
 from qlora_phi3.reporter import DivergenceRecord, EvalRecord, OomRecord, StepRecord
 from qlora_phi3.runfolder import RunFolder, read_metrics, write_report
+from qlora_phi3.training.prepare import RunContext
+from qlora_phi3.training.processes import count_processes
 from qlora_phi3.units import format_count, format_gib, format_percent
 
 
@@ -53,9 +52,8 @@ class PredictionCheck:
     @property
     def error(self) -> float | None:
         """Signed share by which the prediction of what is allocated was too high; None on a CPU, where that is not measured."""
-        if not self.measured.allocated_bytes:
-            return None
-        return self.predicted.allocated_bytes / self.measured.allocated_bytes - 1
+        measured_bytes = self.measured.allocated_bytes
+        return self.predicted.allocated_bytes / measured_bytes - 1 if measured_bytes else None
 
     def line(self) -> str:
         """For people."""
@@ -73,19 +71,9 @@ class PredictionCheck:
         """For report.json."""
         return {"predicted": self.predicted.as_dict(), "measured": self.measured.as_dict(), "error": self.error}
 
-    def remember(self, gpu: Gpu | None) -> None:
-        """Record the error on this GPU; the errors decide the margin of later plans there."""
-        if gpu is not None and self.measured.on_gpu_bytes:
-            record_error(gpu.name, self.predicted.on_gpu_bytes, self.measured.on_gpu_bytes)
 
-
-def measure_memory(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, device: torch.device, gpu: Gpu | None
-) -> MemoryReport:
-    """What this process took at most until now, and what its model and optimizer hold, by category.
-
-    `gpu` is None where nothing is recorded of the GPU, and on a CPU.
-    """
+def measure_memory(model: nn.Module, optimizer: torch.optim.Optimizer | None, device: torch.device) -> MemoryReport:
+    """What this process took at most until now, and what its model and optimizer hold, by category."""
     sizes: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         sizes[parameter_category(name, parameter)] += parameter.nbytes
@@ -98,7 +86,7 @@ def measure_memory(
     return MemoryReport(
         allocated_bytes=torch.cuda.max_memory_allocated(device) if on_cuda else 0,
         reserved_bytes=torch.cuda.max_memory_reserved(device) if on_cuda else 0,
-        on_gpu_bytes=_own_gpu_bytes(device) if on_cuda and gpu is not None else 0,
+        on_gpu_bytes=_own_gpu_bytes(device) if on_cuda else 0,
         cache_flushes=torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if on_cuda else 0,
         by_category={name: size for name, size in sizes.most_common() if size},
         by_phase={},
@@ -121,38 +109,46 @@ def _own_gpu_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_reserved(device) + used - reserved
 
 
-def first_report(
-    recipe: Recipe, data: DataReport, *, name: str, device: str, compute_dtype: torch.dtype, resume: RunFolder | None
-) -> dict[str, Any]:
-    """The report of a run that starts; of one that is resumed, with its name, start and seconds until now.
+def _computed_on(context: RunContext) -> dict[str, str]:
+    """The device, with the number of processes, and the dtype of the matmuls, as report.json has them."""
+    several = f" in {count_processes()} processes" if count_processes() > 1 else ""
+    dtype = str(context.compute_dtype).removeprefix("torch.")
+    return {"device": describe_device(context.device) + several, "compute_dtype": dtype}
 
-    `name` is the recipe's, as the run's directory has it. Raises RunError where the data are not those of the resumed run.
-    """
-    was, seconds = {} if resume is None else resume.read_report(), 0.0
-    if resume is not None:
-        before = was.get("data", {}).get("sha256")
-        if before != data.sha256:
-            raise RunError(
-                f"The data changed since {resume.path} began (sha256 {str(before)[:12]} -> {data.sha256[:12]}).",
-                "Start a new run.",
-            )
-        # A session that was killed could not report its seconds; its steps and evaluations are in metrics.jsonl.
-        records = read_metrics(resume.metrics)
-        lasted = [record.get("step_seconds", record.get("seconds")) for record in records]
-        measured = float(sum(value for value in lasted if isinstance(value, float)))
-        seconds = max(was.get("seconds", 0.0), measured)
+
+def compare_with_former(context: RunContext, resume: RunFolder) -> None:
+    """Warn where a resumed run began on another device or in another dtype; RunError where it began with other data."""
+    was = resume.read_report()
+    before, now = was.get("data", {}).get("sha256"), context.data.report.sha256
+    if before != now:
+        raise RunError(
+            f"The data changed since {resume.path} began (sha256 {str(before)[:12]} -> {now[:12]}).", "Start a new run."
+        )
+    for key, value in _computed_on(context).items():
+        if was.get(key, value) != value:
+            line = f"The run began with {was[key]} and goes on with {value}: the result is not equal bit for bit."
+            context.reporter.warning(line)
+
+
+def first_report(context: RunContext, folder: RunFolder) -> dict[str, Any]:
+    """The report of a run that starts; of one that is resumed, with its name, start and seconds until now."""
+    was = folder.read_report() if folder.report.is_file() else {}
+    started = was.get("started", folder.started.isoformat())
+    # A session that was killed could not report its seconds; its steps and evaluations are in metrics.jsonl.
+    lasted = [record.get("step_seconds", record.get("seconds")) for record in read_metrics(folder.metrics)]
+    measured = float(sum(value for value in lasted if isinstance(value, float)))
     return {
         "status": "running",
-        "name": was.get("name", name),
-        "started": was.get("started", datetime.now(UTC).isoformat()),
-        "seconds": seconds,
+        "name": was.get("name", folder.path.parent.name),
+        "started": started,
+        "training_began": was.get("training_began", started),
+        "seconds": max(was.get("seconds", 0.0), measured),
         "trained_sha256_before": was.get("trained_sha256_before"),
-        "recipe": recipe.model_dump(mode="json"),
-        "recipe_sha256": hashlib.sha256(recipe_as_toml(recipe).encode()).hexdigest(),
-        "data": asdict(data),
-        "seed": recipe.training.seed,
-        "device": device,
-        "compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "recipe": context.recipe.model_dump(mode="json"),
+        "recipe_sha256": hashlib.sha256(recipe_as_toml(context.recipe).encode()).hexdigest(),
+        "data": asdict(context.data.report),
+        "seed": context.recipe.training.seed,
+        **_computed_on(context),
         "versions": run_versions(),
     }
 
@@ -202,14 +198,9 @@ def failure_reported(folder: RunFolder, report: Mapping[str, Any], started: floa
         raise
 
 
-@torch.no_grad()
 def trained_digest(model: nn.Module) -> str:
     """SHA-256 over the bytes of every trained parameter."""
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return checksum_of(parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
 def describe_unlearned(model: nn.Module, report: Mapping[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from qlora_phi3 import runfolder
 from qlora_phi3.errors import Interrupted, RunError, memory_errors
 from qlora_phi3.family import read_architecture
 from qlora_phi3.files import atomic_write, disk_errors, flush_to_disk, read_json_object, remove, remove_leftovers
-from qlora_phi3.hardware.gpu import Gpu
-from qlora_phi3.inference import template_to_save
+from qlora_phi3.memory.margin import record_error
+from qlora_phi3.memory.plan import Plan
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.model.quantized import describe_device, save_quantized
 from qlora_phi3.recipe.load import recipe_as_toml, resolve_paths, use_stored_quantization
@@ -31,7 +31,7 @@ from qlora_phi3.training import artifacts, processes
 from qlora_phi3.training import report as reports
 from qlora_phi3.training.callbacks import stop_on_interrupt
 from qlora_phi3.training.oom import read_rng_state, restore_execution_plan
-from qlora_phi3.training.prepare import PlannedRun, RunContext, load_model, outline_run, plan_run, prepare, wants_dry_run
+from qlora_phi3.training.prepare import RunContext, load_model, outline_run, plan_run, prepare, wants_dry_run
 from qlora_phi3.training.report import PredictionCheck
 from qlora_phi3.training.samples import save_samples
 from qlora_phi3.training.trainer import EvaluationStopped, Phi3Trainer, build_trainer
@@ -58,116 +58,131 @@ def run(
     asked: Collection[str] = (),
     at_end: Callable[[RunFolder], object] = lambda folder: None,
 ) -> RunResult:
-    """Train what a recipe describes, into `<output_dir>/<name>/`.
+    """Train what a recipe describes, into `<output_dir>/<name>/`. UserError for what a person can correct, as in report.json.
 
     Args:
         recipe_dir: directory of the recipe file; relative paths are looked for there, then in the working directory.
         resume: a run of the same recipe and data, to continue: an unfinished one, or a copy of one that is done.
         asked: keys (`training.max_steps`) that a resumed run may have other values of, and more steps with them.
         at_end: called with the run's directory, while it is locked, when the run is done, fails or is interrupted.
-
-    Raises:
-        UserError: something that a person can correct; report.json holds the same message.
     """
     started = time.perf_counter()
     if line := reports.describe_load():
         reporter.warning(line)
     recipe = resolve_paths(recipe, recipe_dir)
     recipe = use_stored_quantization(recipe, read_architecture(recipe.model.name, recipe.model.revision))
-    checkpoint, is_more = None, False
+    is_more = False
     with ExitStack() as at_exit:
         if resume is not None and not processes.own_rank():
             is_more = check_resumable(resume, recipe, reporter, asked)
             at_exit.enter_context(runfolder.lock_run(resume))
         context = processes.first_then_others(lambda: prepare(recipe, recipe_dir, reporter))
-        device, compute_dtype, count = context.device, context.compute_dtype, processes.count_processes()
-        report = reports.first_report(
-            recipe,
-            context.data.report,
-            name=name,
-            device=describe_device(device) + (f" in {count} processes" if count > 1 else ""),
-            compute_dtype=compute_dtype,
-            resume=resume,
-        )
-        planned = plan_run(context)
         if resume is not None:
-            was = resume.read_report()
-            for key in [key for key in ("device", "compute_dtype") if was.get(key, report[key]) != report[key]]:
-                line = f"The run began with {was[key]} and goes on with {report[key]}: the result is not equal bit for bit."
-                reporter.warning(line)
-        output_dir = Path(recipe.training.output_dir)
-        if resume is None:
-            began = datetime.fromisoformat(report["started"])
-            folder = processes.from_first(lambda: runfolder.create_run_folder(output_dir, name, began))
-        else:
-            folder = processes.from_first(lambda: runfolder.copy_run_folder(resume, output_dir, name) if is_more else resume)
-            if is_more:
-                reporter.info(f"{resume.path} is done and stays as it is; a copy of it is trained on: {folder.path}")
-            checkpoint = processes.from_first(lambda: _checkpoint_to_resume(folder, recipe, reporter))
-            was = folder.read_report()  # of a copy with other times than those of the run that it was copied from
-            report |= {key: was[key] for key in ("started", "training_began") if key in was}
+            reports.compare_with_former(context, resume)
+        plan = plan_run(context)
+        folder, checkpoint = _open_folder(context, name, resume, is_more, at_exit)
+        report = reports.first_report(context, folder)
         if not processes.own_rank():
-            if is_more or resume is None:
-                at_exit.enter_context(runfolder.lock_run(folder))
             at_exit.callback(lambda: at_end(folder) if folder.report.is_file() else None)
-        return _run_in(folder, checkpoint, context, planned, report, started, is_new=resume is None)
+        with runfolder.removed_on_failure(folder) if resume is None and not processes.own_rank() else nullcontext():
+            model = load_model(context, is_first_session=checkpoint is None)
+            processes.gather(None)
+        with reports.failure_reported(folder, report, started) if not processes.own_rank() else nullcontext():
+            trainer = _start(context, plan, model, folder, checkpoint, report)
+            with stop_on_interrupt(reporter, trainer.stop), _lost_process_reported(trainer, folder, started):
+                _train(trainer, context, folder, checkpoint)
+                report |= _finish(trainer, context, plan, folder, report, started)
+        if not processes.own_rank():
+            save_samples(model, context, folder, report["seconds"])
+    losses = report.get("eval_loss_before"), report.get("eval_loss_after")
+    return RunResult(folder, int(trainer.state.global_step), *losses, report["seconds"])
 
 
-def _run_in(
+def _open_folder(
+    context: RunContext, name: str, resume: RunFolder | None, is_more: bool, at_exit: ExitStack
+) -> tuple[RunFolder, Path | None]:
+    """The directory of a run, which process 0 locks: a new one, that of a resumed run, or where `is_more` a copy of it; and the
+    checkpoint to go on from.
+    """
+    output_dir, reporter, checkpoint = Path(context.recipe.training.output_dir), context.reporter, None
+    if resume is None:
+        folder = processes.from_first(lambda: runfolder.create_run_folder(output_dir, name, datetime.now(UTC)))
+    else:
+        folder = processes.from_first(lambda: runfolder.copy_run_folder(resume, output_dir, name) if is_more else resume)
+        if is_more:
+            reporter.info(f"{resume.path} is done and stays as it is; a copy of it is trained on: {folder.path}")
+        checkpoint = processes.from_first(lambda: _checkpoint_to_resume(folder, reporter))
+    if not processes.own_rank() and folder != resume:
+        at_exit.enter_context(runfolder.lock_run(folder))
+    return folder, checkpoint
+
+
+def _start(
+    context: RunContext,
+    plan: Plan,
+    model: PeftModel,
     folder: RunFolder,
     checkpoint: Path | None,
-    context: RunContext,
-    planned: PlannedRun,
     report: dict[str, Any],
+) -> Phi3Trainer:
+    """Write the first files of a run and build its trainer; try the heaviest step, and evaluate the adapter of a new run."""
+    recipe, reporter = context.recipe, context.reporter
+    if not processes.own_rank():
+        if checkpoint is None:
+            report["trained_sha256_before"] = reports.trained_digest(model)
+        atomic_write(folder.recipe, recipe_as_toml(recipe))
+        runfolder.write_report(folder, report)
+        reporter.info(f"Run folder: {folder.path}")
+        _save_export_inputs(context, model, folder)
+        runfolder.restore_metrics(folder, checkpoint)
+        folder.samples.unlink(missing_ok=True)  # of an earlier end of this run
+    metrics = processes.from_first(lambda: runfolder.read_metrics(folder.metrics))
+    execution = restore_execution_plan(plan.execution, metrics, context.device)
+    trainer = build_trainer(context, execution, model, folder)
+    reporter.begin(outline_run(context, plan, execution, metrics, checkpoint))
+    if wants_dry_run(recipe.memory, context.device):
+        reporter.progress("Rehearsing the heaviest step", 0, None)
+        with _optimizer_memory_errors(context.device):
+            measured = dry_run_heaviest_step(trainer)
+        reporter.progress("Rehearsing the heaviest step", 1, 1)
+        reporter.info(f"Rehearsal: {PredictionCheck(predicted=plan.memory, measured=measured).line()}")
+    if context.data.evaluation is not None and checkpoint is None:
+        trainer.evaluate()
+    return trainer
+
+
+def _finish(
+    trainer: Phi3Trainer,
+    context: RunContext,
+    plan: Plan,
+    folder: RunFolder,
+    report: Mapping[str, Any],
     started: float,
-    *,
-    is_new: bool = False,
-) -> RunResult:
-    """Train in a run directory that process 0 has locked, from a checkpoint or from the first step."""
-    recipe = context.recipe
-    with runfolder.removed_on_failure(folder) if is_new and not processes.own_rank() else nullcontext():
-        model = load_model(context, is_first_session=checkpoint is None)
-        processes.gather(None)
-    if checkpoint is None:
-        report = {**report, "trained_sha256_before": reports.trained_digest(model)}
-    with reports.failure_reported(folder, report, started) if not processes.own_rank() else nullcontext():
-        if not processes.own_rank():
-            atomic_write(folder.recipe, recipe_as_toml(recipe))
-            runfolder.write_report(folder, report)
-            context.reporter.info(f"Run folder: {folder.path}")
-            _save_export_inputs(context, model, folder)
-            runfolder.restore_metrics(folder, checkpoint)
-            folder.samples.unlink(missing_ok=True)  # of an earlier end of this run
-        metrics = processes.from_first(lambda: runfolder.read_metrics(folder.metrics))
-        execution = restore_execution_plan(planned.plan.execution, metrics, context.device)
-        trainer = build_trainer(context, execution, model, folder)
-        context.reporter.begin(outline_run(context, planned, execution, metrics, checkpoint))
-        _begin(trainer, context, planned, checkpoint)
-        with stop_on_interrupt(context.reporter, trainer.stop), _lost_process_reported(trainer, folder, started):
-            _train(trainer, context, folder, checkpoint)
-            best = {} if trainer.divergence.failure else trainer.early_stopping.restore_best(trainer.state)
-            if processes.own_rank():
-                trainer.divergence.raise_failure(folder.adapter)
-                return RunResult(folder, int(trainer.state.global_step), None, None, time.perf_counter() - started)
-            if trainer.divergence.last_good.step != 0 or not trainer.divergence.failure:
-                template = template_to_save(context.tokenizer, context.template, recipe.data.chat_template)
-                artifacts.save_adapter(
-                    model, context.tokenizer, recipe.model, folder, sample=context.data.train, template=template
-                )
-            trainer.divergence.raise_failure(folder.adapter)
-            check = _check_prediction(trainer, context, planned)
-            with disk_errors(folder.metrics, hint="{cause}, then go on with --resume."):
-                flush_to_disk(folder.metrics)
-            report = reports.last_report(folder, report, check, steps=int(trainer.state.global_step), started=started)
-            report |= best
-            report["unlearned"] = reports.describe_unlearned(model, report)
-            runfolder.write_report(folder, report)
+) -> dict[str, Any]:
+    """Save the adapter of a run that was trained, compare its memory with the prediction, and write its last report, which is
+    returned (none by other processes than the first). DivergedError where it diverged once too often.
+    """
+    best = {} if trainer.divergence.failure else trainer.early_stopping.restore_best(trainer.state)
+    if processes.own_rank():
+        trainer.divergence.raise_failure(folder.adapter)
+        return {}
+    if trainer.divergence.last_good.step != 0 or not trainer.divergence.failure:
+        artifacts.save_adapter(trainer.model, context, folder)
+    trainer.divergence.raise_failure(folder.adapter)
+    measured = reports.measure_memory(trainer.model, trainer.optimizer, context.device)
+    check = PredictionCheck(predicted=plan.memory, measured=measured)
+    context.reporter.info(f"Memory: {check.line()}")
+    if context.gpu is not None:
+        record_error(context.gpu.name, check.predicted.on_gpu_bytes, measured.on_gpu_bytes)
+    with disk_errors(folder.metrics, hint="{cause}, then go on with --resume."):
+        flush_to_disk(folder.metrics)
+    last = reports.last_report(folder, report, check, steps=int(trainer.state.global_step), started=started) | best
+    last["unlearned"] = reports.describe_unlearned(trainer.model, last)
+    runfolder.write_report(folder, last)
     if best:
         ended, loss = best["early_stopping"]["reason"], best["eval_loss_after"]
         context.reporter.info(f"The run {ended}, whose adapter is saved; its held-out loss is {loss:.4f}")
-    save_samples(model, context, folder, report["seconds"])
-    before, after = report["eval_loss_before"], report["eval_loss_after"]
-    return RunResult(folder, report["steps"], before, after, report["seconds"])
+    return last
 
 
 #: Keys of [training] that a resumed run may have other values of: they change neither the rows of a step nor what is learned.
@@ -194,16 +209,7 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter, asked
     """
     report = folder.read_report()
     now = recipe.model_dump(mode="json", exclude={"memory"})
-    saved: Mapping[str, Any] = report.get("recipe", {})
-    try:
-        known = {table: {key: saved[table][key] for key in now[table] if key in saved[table]} for table in now if table in saved}
-        was = Recipe.model_validate(known).model_dump(mode="json")
-    except (ValidationError, TypeError, KeyError) as error:
-        reason = str(error)
-        if isinstance(error, ValidationError):
-            problem = error.errors()[0]
-            reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-        raise RunError(f"{folder.report} holds a recipe that this version cannot read: {reason}.", "Start a new run.") from error
+    was = _former_recipe(folder, report.get("recipe", {}), now)
     changed = [(table, key) for table in now for key in now[table] if now[table][key] != was[table][key]]
     keeps_best = recipe.training.load_best_model_at_end or recipe.training.early_stopping_patience
     decides = keeps_best or recipe.training.lr_scheduler_type in NEEDS_EVALUATION
@@ -238,12 +244,25 @@ def check_resumable(folder: RunFolder, recipe: Recipe, reporter: Reporter, asked
     return is_more
 
 
-def _checkpoint_to_resume(folder: RunFolder, recipe: Recipe, reporter: Reporter) -> Path | None:
+def _former_recipe(folder: RunFolder, saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe that a run began with, with the keys that the recipe has now; RunError where this version refuses a value."""
+    try:
+        known = {table: {key: saved[table][key] for key in now[table] if key in saved[table]} for table in now if table in saved}
+        return Recipe.model_validate(known).model_dump(mode="json")
+    except (ValidationError, TypeError, KeyError) as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            problem = error.errors()[0]
+            reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+        raise RunError(f"{folder.report} holds a recipe that this version cannot read: {reason}.", "Start a new run.") from error
+
+
+def _checkpoint_to_resume(folder: RunFolder, reporter: Reporter) -> Path | None:
     """The newest complete checkpoint of a locked run; what killed processes left is removed, and what is damaged set aside."""
     remove_leftovers(folder.path)
     for path in folder.checkpoints.glob("rehearsal-*"):
         remove(path)
-    checkpoint, refused = artifacts.find_checkpoint(folder.checkpoints, needs_best=recipe.training.load_best_model_at_end)
+    checkpoint, refused = artifacts.find_checkpoint(folder.checkpoints)
     for path, reason in refused.items():
         kept = artifacts.set_aside(path)
         reporter.warning(f"{path} is incomplete and is {f'kept as {kept.name}' if kept else 'removed'}: {reason}.")
@@ -266,36 +285,20 @@ def _save_export_inputs(context: RunContext, model: PeftModel, folder: RunFolder
     """Write what an export needs to prove itself: checksums of the base, held-out rows, the chat template."""
     recipe, progress = context.recipe, context.reporter.progress
     progress("Computing the base's checksums", 0, None)
-    quantization, compute_dtype = recipe.quantization, context.compute_dtype
-    revision = getattr(model.get_base_model().config, "_commit_hash", None)
     artifacts.record_base(
         model,
         folder,
         name=recipe.model.name,
-        quantization=quantization,
-        compute_dtype=compute_dtype,
-        device=describe_device(context.device),
-        inputs=artifacts.input_checksums(context, revision),
-        started=folder.training_began.isoformat(),
+        quantization=recipe.quantization,
+        compute_dtype=context.compute_dtype,
+        inputs=artifacts.input_checksums(context, getattr(model.get_base_model().config, "_commit_hash", None)),
     )
     artifacts.save_held_out(context.data, folder)
     if context.template.name.endswith(".jinja"):  # a file, which may be changed or gone when the run is exported
         atomic_write(folder.chat_template, context.template.source)
-    if recipe.model.save_quantized and quantization.load_in_4bit and not folder.quantized_base.is_dir():
+    if recipe.model.save_quantized and recipe.quantization.load_in_4bit and not folder.quantized_base.is_dir():
         save_quantized(model, folder.quantized_base)
     progress("Computing the base's checksums", 1, 1)
-
-
-def _begin(trainer: Phi3Trainer, context: RunContext, planned: PlannedRun, checkpoint: Path | None) -> None:
-    """Run the heaviest step once and undo it, and evaluate the adapter that a new run starts with."""
-    if wants_dry_run(context.recipe.memory, context.device):
-        context.reporter.progress("Rehearsing the heaviest step", 0, None)
-        with _optimizer_memory_errors(context.device):
-            measured = dry_run_heaviest_step(trainer, context.gpu)
-        context.reporter.progress("Rehearsing the heaviest step", 1, 1)
-        context.reporter.info(f"Rehearsal: {PredictionCheck(predicted=planned.plan.memory, measured=measured).line()}")
-    if context.data.evaluation is not None and checkpoint is None:
-        trainer.evaluate()
 
 
 def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpoint: Path | None) -> None:
@@ -307,8 +310,8 @@ def _train(trainer: Phi3Trainer, context: RunContext, folder: RunFolder, checkpo
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     evaluated = [record["step"] for record in runfolder.read_metrics(folder.metrics) if record["kind"] == "eval"]
-    is_evaluated = evaluated[-1:] == [state.global_step] and not context.recipe.training.load_best_model_at_end
-    is_evaluated = processes.gather(is_evaluated)[0]  # the others may have read the metrics before the last line
+    # The other processes may have read the metrics before the last line.
+    is_evaluated = processes.gather(evaluated[-1:] == [state.global_step])[0]
     if context.data.evaluation is not None and not is_evaluated and not trainer.stop.requested:
         with suppress(EvaluationStopped):
             trainer.evaluate()
@@ -337,13 +340,13 @@ def _lost_process_reported(trainer: Phi3Trainer, folder: RunFolder, started: flo
                 raise error from lost
 
 
-def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> MemoryReport:
+def dry_run_heaviest_step(trainer: Phi3Trainer) -> MemoryReport:
     """Run the heaviest step, evaluation and checkpoint of a trainer that has not started, and undo them bit for bit.
 
     The order of the data does not change, since the rows are selected by length. Where memory runs out, `oom.py` lowers the
     execution plan, and the run starts with the lowered one.
 
-    Returns the peak of the memory; `gpu` is as it was before the run. Raises RunError where a single row does not fit.
+    Returns the peak of the memory. Raises RunError where a single row does not fit.
     """
     device = trainer.args.device
     with _undone(trainer):
@@ -368,7 +371,7 @@ def dry_run_heaviest_step(trainer: Phi3Trainer, gpu: Gpu | None) -> MemoryReport
                 with tempfile.TemporaryDirectory(prefix="rehearsal-", dir=checkpoints, ignore_cleanup_errors=True) as target:
                     trainer.model.save_pretrained(target)
                     torch.save(optimizer.state_dict(), Path(target) / "optimizer.pt")
-        return reports.measure_memory(trainer.model, optimizer, device, gpu)
+        return reports.measure_memory(trainer.model, optimizer, device)
 
 
 @contextmanager
@@ -391,15 +394,6 @@ def _undone(trainer: Phi3Trainer) -> Iterator[None]:
         restore_rng_state()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _check_prediction(trainer: Phi3Trainer, context: RunContext, planned: PlannedRun) -> PredictionCheck:
-    """Compare the peaks of the run with the prediction, and save the error for the margin of later plans on this GPU."""
-    measured = reports.measure_memory(trainer.model, trainer.optimizer, context.device, context.gpu)
-    check = PredictionCheck(predicted=planned.plan.memory, measured=measured)
-    context.reporter.info(f"Memory: {check.line()}")
-    check.remember(context.gpu)
-    return check
 
 
 def _optimizer_memory_errors(device: torch.device) -> AbstractContextManager[None]:

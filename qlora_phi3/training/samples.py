@@ -7,14 +7,14 @@ estimate of too much time ends it.
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
 
 from qlora_phi3.errors import ModelError, RunError
-from qlora_phi3.evaluation import EvalSettings, answer_questions, choose_questions, describe_unanswered
+from qlora_phi3.evaluation import EvalSettings, answer_questions, choose_questions, describe_unanswered, for_each_side
 from qlora_phi3.files import atomic_write, foreign_errors
 from qlora_phi3.inference import GREEDY, InferenceModel, decode, stop_ids
 from qlora_phi3.reporter import Progress
@@ -78,19 +78,18 @@ def _answer_with_both(model: PeftModel, context: RunContext, allowed_seconds: fl
     settings = EvalSettings(rows=recipe.report_samples, max_new_tokens=MAX_NEW_TOKENS, sampling=GREEDY, seed=recipe.seed)
     held_out = context.data.evaluation or []
     questions = choose_questions(inference, held_out, settings)
-    limited, sides = limit_seconds(allowed_seconds, context.reporter.progress), list[list[dict[str, Any]]]()
     if context.device.type == "cuda":
         torch.cuda.empty_cache()  # what the training had reserved is free for answers
-    for number, adapter in enumerate((model.disable_adapter, nullcontext)):
-
-        def report(done: float, total: int, before: int = number) -> None:
-            limited(before * total + done, 2 * total)
-
-        with adapter(), evaluating(model):
-            answers = answer_questions(inference, questions, settings, report)
-        rows = [(decode(inference, ids).strip(), len(ids), bool(ids) and ids[-1] in stops) for ids in answers]
-        sides.append([{"text": text, "tokens": count - ended, "ended": ended} for text, count, ended in rows])
-    texts = [{"prompt": decode(inference, ids).strip(), "expected": answer} for ids, answer in questions]
-    samples = [{**text, "base": base, "tuned": tuned} for text, base, tuned in zip(texts, *sides, strict=True)]
+    with evaluating(model):
+        report = limit_seconds(allowed_seconds, context.reporter.progress)
+        answers = for_each_side(model, partial(answer_questions, inference, questions, settings), report)
+    samples = []
+    for number, (prompt, expected) in enumerate(questions):
+        sample: dict[str, Any] = {"prompt": decode(inference, prompt).strip(), "expected": expected}
+        for side in answers:
+            ids = answers[side][number]
+            ended = ids[-1] in stops
+            sample[side] = {"text": decode(inference, ids).strip(), "tokens": len(ids) - ended, "ended": ended}
+        samples.append(sample)
     few = describe_unanswered(len(samples), len(held_out), settings)
     return {"samples": samples, **({"reason": f"Held-out prompts: {few}"} if few else {})}

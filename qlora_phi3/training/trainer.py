@@ -60,9 +60,8 @@ def build_trainer(context: RunContext, execution: ExecutionPlan, model: PeftMode
     )
     shared = f", shared by {count_processes()} processes" if count_processes() > 1 else ""
     context.reporter.info(f"Optimizer: {execution.optim}, {training.batch_size} rows a step{shared}")
-    trackers = Trackers(training, arguments, folder, context.reporter)
-    trainer = Phi3Trainer(model, arguments, context, execution, MetricsWriter(context.reporter, folder), trackers)
-    trackers.start(arguments, trainer.state, model)
+    trainer = Phi3Trainer(model, arguments, context, execution, folder)
+    trainer.trackers.start(arguments, trainer.state, model)
     return trainer
 
 
@@ -70,7 +69,7 @@ def build_trainer(context: RunContext, execution: ExecutionPlan, model: PeftMode
 SAME_ARGUMENTS = (
     "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "adam_beta1", "adam_beta2",
     "adam_epsilon", "weight_decay", "max_grad_norm", "seed", "data_seed", "eval_steps", "save_strategy", "save_steps",
-    "save_total_limit", "load_best_model_at_end", "log_level",
+    "log_level",
 )  # fmt: skip
 
 
@@ -103,7 +102,6 @@ def build_arguments(
         lr_scheduler_kwargs=training.lr_scheduler_kwargs or None,
         optim=optim,
         eval_strategy=training.eval_strategy if evaluates else "no",
-        metric_for_best_model="eval_loss",
         logging_steps=1,  # every step is measured; [training] logging_steps decides which are shown
         logging_nan_inf_filter=False,  # it replaces a loss that is not finite by an average
         disable_tqdm=True,
@@ -154,17 +152,13 @@ class FinishEvaluation(TrainerCallback):  # type: ignore[misc]
             SFTTrainer._maybe_log_save_evaluate(  # not ours, which would go on with the next step
                 trainer, trainer._tr_loss, None, trainer.model, None, state.epoch, None, time.time()
             )
-            state.best_model_checkpoint = trainer._best_checkpoint()
             if trainer.early_stopping.is_over:
                 raise EvaluationStopped  # the Trainer would train one step more
 
 
 class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
-    """Trains on `RowBatch`: one training step of the Trainer is one optimizer step, with any number of micro-batches.
-
-    Args:
-        args: with the rows of an optimizer step as per_device_train_batch_size and no accumulation.
-        execution: the plan that batches are collated by, until memory runs out.
+    """Trains on `RowBatch`: one training step of the Trainer is one optimizer step, with any number of micro-batches. They are
+    collated by the plan `execution` until memory runs out; `args` are of `build_arguments`.
     """
 
     def __init__(
@@ -173,38 +167,30 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         args: SFTConfig,
         context: RunContext,
         execution: ExecutionPlan,
-        reporter: MetricsWriter,
-        trackers: Trackers,
+        folder: RunFolder,
         *,
         objective: Objective = sft,
     ) -> None:
-        self.trackers = trackers
         self.objective = objective
         self.control: TrainerControl
         self.optimizer: torch.optim.Optimizer | None
         self.training = context.recipe.training
         self.compute_dtype = context.compute_dtype
-        self.reporter = reporter
-        self.guard = MemoryGuard(
-            model,
-            execution=execution,
-            device=args.device,
-            reporter=reporter,
-            sources=context.data.report.sources,
-            apply=partial(apply_execution_plan, model),
-        )
-        self.divergence = DivergenceGuard(reporter, recovers=self.training.recover_from_divergence)
-        self.early_stopping = EarlyStopping(model, self.training.early_stopping_patience)
+        self.reporter = MetricsWriter(context.reporter, folder)
+        self.trackers = Trackers(self.training, args, folder, context.reporter)
+        self._sources, apply = context.data.report.sources, partial(apply_execution_plan, model)
+        options = {"device": args.device, "reporter": self.reporter, "sources": self._sources, "apply": apply}
+        self.guard = MemoryGuard(model, execution=execution, **options)
+        self.divergence = DivergenceGuard(self.reporter, recovers=self.training.recover_from_divergence)
+        patience = self.training.early_stopping_patience or (math.inf if self.training.load_best_model_at_end else None)
+        self.early_stopping = EarlyStopping(model, patience)
         #: Set by a signal; the evaluation stops at its next micro-batch then.
         self.stop = StopOnRequest()
-        self._sources = context.data.report.sources
-        # With a limit of 1 transformers 5.23 deletes the newest checkpoint where training ends or is interrupted after the best.
-        self._save_total_limit, args.save_total_limit = args.save_total_limit, None
         self._spill_watch = SpillWatch()
         self._num_recovered = 0  # out-of-memory errors, up to the last step
         self._last: tuple[Batch, float, float] | None = None  # batch, its loss, its token accuracy
         self._step_started = time.perf_counter()
-        watching = (self.divergence, self.early_stopping, trackers)
+        watching = (self.divergence, self.early_stopping, self.trackers)
         with _undo_trl_changes(model):
             super().__init__(
                 model=model,
@@ -231,15 +217,10 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         return self.optimizer
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """The state of a checkpoint with the recipe's intervals, and with its best checkpoint where the run directory is now."""
+        """The state of a checkpoint with the recipe's intervals."""
         trained: tuple[int, int] = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
-        self.state.best_model_checkpoint = self._best_checkpoint()
         return trained
-
-    def _best_checkpoint(self) -> str | None:
-        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        return str(best) if self.state.best_global_step and best.is_dir() else None
 
     def load_finished(self, checkpoint: Path) -> bool:
         """Load the adapter and the state of a checkpoint after which nothing is left to train; False where something is.
@@ -261,10 +242,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
         if evaluation_is_due(state):
-            self._determine_best_metric(self.evaluate(), None)
-        self.state.best_model_checkpoint = self._best_checkpoint()
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
-            self._load_best_model()
+            self.evaluate()
         return True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -272,20 +250,21 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         the checkpoint is of an optimizer with another state, as auto chooses on a GPU and on a CPU.
         """
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.optimizer is None:
+            return
         is_8bit = isinstance(getattr(self.optimizer, "optimizer", self.optimizer), Optimizer8bit)  # accelerate wraps it
-        states = [] if self.optimizer is None else [state for state in self.optimizer.state.values() if state]
-        if checkpoint and any(("state1" in state) != is_8bit for state in states if {"state1", "exp_avg"} & state.keys()):
+        states = [state.keys() for state in self.optimizer.state.values()]
+        if any(("state1" in keys) != is_8bit for keys in states if {"state1", "exp_avg"} & keys):
             raise RunError(
                 f"{checkpoint} is of another optimizer than {self.args.optim.value}, which this device uses.",
                 "Go on where the run began, or start a new run.",
             )
-        if checkpoint and isinstance(schedule := self.lr_scheduler, LambdaLR) and self.optimizer is not None:
+        if isinstance(schedule := self.lr_scheduler, LambdaLR):
             schedule._last_lr = schedule.get_lr()
             for group, rate in zip(self.optimizer.param_groups, schedule.get_last_lr(), strict=True):
                 group["lr"] = rate
-        if checkpoint:
-            self.divergence.load(Path(checkpoint))
-            self.early_stopping.load(Path(checkpoint))
+        self.divergence.load(Path(checkpoint))
+        self.early_stopping.load(Path(checkpoint))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[RowBatch], num_batches: int, device: torch.device
@@ -465,10 +444,7 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         RunError where the disk is full or refuses; the new checkpoint is removed then.
         """
         target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if not self.reporter.is_writer:
-            self.state.best_model_checkpoint = str(target.with_name(f"checkpoint-{self.state.best_global_step}"))
-            return
-        if damage(target) is None:
+        if not self.reporter.is_writer or damage(target) is None:
             return
         remove(target)
         try:
@@ -482,14 +458,9 @@ class Phi3Trainer(SFTTrainer):  # type: ignore[misc]
         except RunError:
             remove(target)
             raise
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         with disk_errors(target.parent, hint="{cause}, then go on with --resume."):
-            rotate_checkpoints(self.args.output_dir, self._save_total_limit, best)
+            rotate_checkpoints(self.args.output_dir, self.training.save_total_limit)
         self.reporter.checkpoint_saved(target)
-
-    def _load_best_model(self) -> None:
-        gather(None)  # process 0 has written it
-        super()._load_best_model()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm before clipping; shown to the guard, since no callback receives it."""

@@ -48,8 +48,7 @@ def talk(loaded, *, compare=False, limit=8):
 
 
 def answer_of(loaded, question, limit=8):
-    stream = generate(loaded, [{"role": "user", "content": question}], max_new_tokens=limit)
-    return "".join(stream)
+    return generate(loaded, [{"role": "user", "content": question}], max_new_tokens=limit).text
 
 
 def converse(run, *lines, options=()):

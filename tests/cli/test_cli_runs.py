@@ -290,6 +290,15 @@ def test_why_finds_the_rows_of_a_step_as_the_trainer_drew_them(trained, two_spik
     assert "What is " in shown.stdout
 
 
+def test_the_order_of_a_run_whose_learning_rate_follows_its_evaluations_is_drawn_too(tmp_path):
+    from qlora_phi3.recipe.schema import Training
+    from qlora_phi3.training.order import _draw_order
+
+    training = Training(batch_size=4, lr_scheduler_type="reduce_lr_on_plateau", warmup_steps=0)
+    steps = _draw_order(RunFolder(tmp_path), training, 10, 3)
+    assert sorted(row for step in steps for row in step) == list(range(10))
+
+
 def test_why_says_plainly_that_the_data_changed(trained, two_spikes, monkeypatch, tmp_path):
     shop, folder = trained
     monkeypatch.chdir(shop.path)

@@ -100,7 +100,7 @@ def test_a_signal_while_the_adapter_is_saved_lets_the_run_end(shop, monkeypatch)
     assert read_json(shop.runs()[0] / "report.json")["status"] == "done"
 
 
-@pytest.mark.parametrize("where", ["prepare", "load_model", "_begin"])
+@pytest.mark.parametrize("where", ["prepare", "load_model", "outline_run"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_before_the_first_step_stops_in_one_line(shop, monkeypatch, where, number):
     import qlora_phi3.training.run as run

@@ -44,20 +44,20 @@ def test_a_whole_run_takes_what_it_predicts(tmp_path, monkeypatch, packing):
         memory={"rehearsal": True, "micro_batch_tokens": 4096},
     )
     tracker, seen = profile_memory(), {}
-    build_trainer, check_prediction = training_run.build_trainer, training_run._check_prediction
+    build_trainer, finish = training_run.build_trainer, training_run._finish
 
     def start(context, execution, model, folder):
         seen["before"] = storages_bytes(model)
         tracker.start()
         return build_trainer(context, execution, model, folder)
 
-    def stop(trainer, context, planned):
+    def stop(trainer, context, planned, *args):
         tracker.stop()
-        seen["predicted"] = planned.plan.memory.allocated_bytes
-        return check_prediction(trainer, context, planned)
+        seen["predicted"] = planned.memory.allocated_bytes
+        return finish(trainer, context, planned, *args)
 
     monkeypatch.setattr(training_run, "build_trainer", start)
-    monkeypatch.setattr(training_run, "_check_prediction", stop)
+    monkeypatch.setattr(training_run, "_finish", stop)
     result = shop.run()
     assert result.exit_code == 0, result.output
     # Documents of a packed micro-batch are taken to be as long as the longest, whose scores are a matrix on a CPU: 5.8 % in bf16.

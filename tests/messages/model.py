@@ -133,7 +133,7 @@ def template_with_end(shop, end):
 
 def ask(shop, messages):
     model = load(shop.base, in_4bit=False)
-    return next(generate(InferenceModel(model, load_tokenizer(Model(name=str(shop.base))), (0,)), messages))
+    return generate(InferenceModel(model, load_tokenizer(Model(name=str(shop.base))), (0,)), messages, max_new_tokens=1)
 
 
 def row(name, trigger, says, hint, error=ModelError):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -23,7 +24,7 @@ from qlora_phi3.training.divergence import DivergedError, DivergenceGuard, check
 from qlora_phi3.training.oom import MemoryGuard
 from qlora_phi3.training.prepare import check_schedule
 from qlora_phi3.training.processes import connected
-from qlora_phi3.training.report import first_report
+from qlora_phi3.training.report import compare_with_former
 from qlora_phi3.training.run import _optimizer_memory_errors, check_resumable
 from qlora_phi3.training.trackers import Trackers, check_trackers
 from qlora_phi3.training.trainer import Phi3Trainer
@@ -56,14 +57,8 @@ def resume(shop, status="interrupted", **changes):
 
 def resume_with_other_data(shop):
     write_report(RunFolder(shop.path), {"data": {"sha256": "a" * 64}})
-    first_report(
-        load_recipe(shop.write()),
-        SimpleNamespace(sha256="b" * 64),
-        name="mine",
-        device="CPU",
-        compute_dtype=torch.float32,
-        resume=RunFolder(shop.path),
-    )
+    context = SimpleNamespace(data=SimpleNamespace(report=SimpleNamespace(sha256="b" * 64)))
+    compare_with_former(context, RunFolder(shop.path))
 
 
 def row_that_does_not_fit(phase):
@@ -426,7 +421,7 @@ MESSAGES = [
     ),
     Message(
         name="recipe-directory-is-a-file",
-        trigger=lambda shop: create_run_folder(file_in_place_of(shop, "runs", "mine"), "mine"),
+        trigger=lambda shop: create_run_folder(file_in_place_of(shop, "runs", "mine"), "mine", datetime.now()),
         error=RunError,
         exit_code=2,
         says=("mine",),
@@ -434,7 +429,7 @@ MESSAGES = [
     ),
     Message(
         name="output-directory-is-a-file",
-        trigger=lambda shop: create_run_folder(file_in_place_of(shop, "runs"), "mine"),
+        trigger=lambda shop: create_run_folder(file_in_place_of(shop, "runs"), "mine", datetime.now()),
         error=RunError,
         exit_code=2,
         says=("runs",),

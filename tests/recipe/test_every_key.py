@@ -1,6 +1,7 @@
 """Every key of a recipe has an effect: each is changed, and the change is seen where the key is used."""
 
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import TrainerControl, TrainerState
 from workshop import Workshop, build_base, write_chats
 
 from qlora_phi3.errors import RecipeError
-from qlora_phi3.hardware.gpu import choose_gpu, find_gpu
+from qlora_phi3.hardware.gpu import choose_gpu
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.recipe.schema import TABLES
 from qlora_phi3.step import collate
@@ -109,6 +110,17 @@ class Lab:
         watch, state = self.trainer(recipe).early_stopping, TrainerState(global_step=1)
         return [watch.on_evaluate(None, state, TrainerControl(), metrics={"eval_loss": 1.0}).should_training_stop for _ in "12"]
 
+    def keeps_best(self, recipe):
+        """Whether the best weights are kept."""
+        watch, state = self.trainer(recipe).early_stopping, TrainerState(global_step=1)
+        watch.on_evaluate(None, state, TrainerControl(), metrics={"eval_loss": 1.0})
+        return bool(watch.restore_best(state))
+
+    def checkpoints(self, recipe):
+        """The checkpoints that are left of a run that wrote five; the recipe is the one written last."""
+        assert self.shop.run("--set", "training.max_steps=5", "--set", "training.save_steps=1").exit_code == 0
+        return sorted(path.name for path in self.shop.runs()[-1].glob("checkpoints/checkpoint-*"))
+
     def trackers(self, recipe):
         """The trackers that get the figures."""
         return self.trainer(recipe).trackers._names
@@ -122,16 +134,15 @@ class Lab:
         """Whether layers are computed a second time in the backward pass."""
         return [getattr(module, "gradient_checkpointing", None) for module in self.trainer(recipe).model.modules()]
 
-    def smallest_on_a_gpu(self, recipe):
-        """The execution plan that needs least memory on a GPU."""
-        from qlora_phi3.memory.device import build_predictor
-        from qlora_phi3.memory.search import minimal_memory_plan
-        from qlora_phi3.training.prepare import prepare
+    def execution_on_a_gpu(self, recipe):
+        """The execution plan for a GPU that is too small: the one that needs least memory."""
+        from dataclasses import replace
 
-        found = prepare(recipe, self.shop.path, Silent())
-        model = recipe, found.config, found.architecture
-        predictor = build_predictor(find_gpu("RTX 3070"), *model, compute_dtype=torch.bfloat16)
-        return minimal_memory_plan(predictor, found.row_lengths)[0]
+        from qlora_phi3.hardware.gpu import gpu_of_size
+        from qlora_phi3.training.prepare import plan_run, prepare
+
+        context = prepare(recipe, self.shop.path, Silent())
+        return plan_run(replace(context, gpu=replace(gpu_of_size(8 * 2**30), free_bytes=0))).execution
 
     def fuses(self, recipe):
         """Whether the layers use fused kernels on a GPU that can run them."""
@@ -187,7 +198,7 @@ class Lab:
             yield Silent()
 
         def train(recipe, name, base_folder, **kwargs):
-            folder = run.runfolder.create_run_folder(Path(recipe.training.output_dir), name)
+            folder = run.runfolder.create_run_folder(Path(recipe.training.output_dir), name, datetime.now())
             folder.report.write_text('{"status": "done"}', encoding="utf-8")
             seen.append(folder.path.parent)
             return run.RunResult(folder=folder, steps=0, loss_before=None, loss_after=None, seconds=0.0)
@@ -282,7 +293,7 @@ EFFECTS = {
     "training.neftune_noise_alpha": (5, Lab.first_loss),
     "training.recover_from_divergence": (False, Lab.recovery),
     "training.gradient_checkpointing": (True, Lab.recomputed),  # auto: false, as a tiny model fits in any memory
-    "training.activation_offloading": (False, Lab.smallest_on_a_gpu),
+    "training.activation_offloading": (False, Lab.execution_on_a_gpu),
     "training.bf16": (True, Lab.dtype),
     "training.fp16": (True, Lab.dtype),
     "training.seed": (1, Lab.loaded),
@@ -295,8 +306,8 @@ EFFECTS = {
     "training.save_steps": (3, argument("save_steps")),
     "training.save_minutes": (3, Lab.minutes),
     "training.report_samples": (1, Lab.run_files),
-    "training.save_total_limit": (2, argument("save_total_limit")),
-    "training.load_best_model_at_end": (True, argument("load_best_model_at_end")),
+    "training.save_total_limit": (2, Lab.checkpoints),
+    "training.load_best_model_at_end": (True, Lab.keeps_best),
     "training.logging_strategy": ("epoch", Lab.shown),
     "training.logging_steps": (5, Lab.shown),
     "training.log_level": ("info", Lab.shown),

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from transformers import AutoTokenizer, TrainerState
 from workshop import build_base, read_json, read_lines
 
 from qlora_phi3.data.prepare import PreparedData
+from qlora_phi3.data.template import choose_template
 from qlora_phi3.errors import RunError
 from qlora_phi3.model.quantized import tensor_record
-from qlora_phi3.recipe.schema import Lora, Model, Quantization
+from qlora_phi3.recipe.schema import Data, Lora, Model, Quantization
 from qlora_phi3.runfolder import RunFolder, write_report
 from qlora_phi3.training import artifacts
 from qlora_phi3.training.artifacts import (
@@ -41,13 +43,19 @@ def model(base):
     return load_tiny(base)
 
 
+def context_of(tokenizer, base, rows=()):
+    """What `save_adapter` reads of a run."""
+    recipe, data = SimpleNamespace(model=base, data=Data(train="chats.jsonl")), SimpleNamespace(train=rows)
+    return SimpleNamespace(recipe=recipe, tokenizer=tokenizer, template=choose_template(tokenizer), data=data)
+
+
 @pytest.fixture
 def save(model, base, tmp_path):
     """Saves the adapter of the tiny model to the run directory that it returns."""
 
     def save(name=str(base), **keys):
         folder = RunFolder(tmp_path)
-        save_adapter(model, AutoTokenizer.from_pretrained(base), Model(name=name, **keys), folder, sample=[])
+        save_adapter(model, context_of(AutoTokenizer.from_pretrained(base), Model(name=name, **keys)), folder)
         return folder
 
     return save
@@ -96,7 +104,7 @@ def test_a_tokenizer_that_gives_other_ids_is_not_saved_with_the_adapter(model, b
     sample = [{"input_ids": trained("two words").input_ids}]
     (tmp_path / "run").mkdir()
     with pytest.raises(RunError, match="other ids"):
-        save_adapter(model, trained, Model(name=str(other)), RunFolder(tmp_path / "run"), sample=sample)
+        save_adapter(model, context_of(trained, Model(name=str(other)), sample), RunFolder(tmp_path / "run"))
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -268,18 +276,6 @@ def test_the_newest_complete_checkpoint_is_found_by_number_not_by_name(tmp_path)
     (tmp_path / "checkpoint-other").mkdir()
     assert find_checkpoint(tmp_path) == (newest, {incomplete: f"it has no {MANIFEST}"})
     assert find_checkpoint(tmp_path / "none") == (None, {})
-
-
-def test_a_checkpoint_whose_best_one_is_damaged_is_of_no_use_to_a_run_that_ends_with_the_best(tmp_path):
-    best, newest = make_checkpoint(tmp_path, 2), make_checkpoint(tmp_path, 4)
-    TrainerState(global_step=4, best_global_step=2).save_to_json(str(newest / "trainer_state.json"))
-    write_manifest(newest)
-    assert find_checkpoint(tmp_path, needs_best=True) == (newest, {})
-    (best / "optimizer.pt").unlink()
-    assert find_checkpoint(tmp_path) == (newest, {})
-    found, refused = find_checkpoint(tmp_path, needs_best=True)
-    assert (found, [*refused]) == (None, [newest, best])
-    assert "checkpoint-2" in refused[newest]
 
 
 def test_what_a_kill_left_is_removed_and_a_damaged_checkpoint_is_kept_under_another_name(tmp_path):

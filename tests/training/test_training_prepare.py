@@ -9,17 +9,12 @@ import pytest
 import torch
 
 from qlora_phi3.errors import NoDeviceError
-from qlora_phi3.hardware.gpu import find_gpu, read_cpu
+from qlora_phi3.hardware.gpu import read_cpu
+from qlora_phi3.memory.cuda_path import context_bytes
 from qlora_phi3.memory.margin import LEAST_BYTES
 from qlora_phi3.recipe.load import load_recipe
 from qlora_phi3.training import prepare as prepare_module
-from qlora_phi3.training.prepare import (
-    load_model,
-    outline_run,
-    plan_run,
-    prepare,
-    return_freed_memory,
-)
+from qlora_phi3.training.prepare import load_model, outline_run, plan_run, prepare, return_freed_memory
 from qlora_phi3.units import GIB, MIB, format_gib
 
 
@@ -47,7 +42,7 @@ def test_a_budget_for_gpus_gives_a_warning_on_a_cpu(shop):
     reporter = Lines()
     context = prepare(load_recipe(shop.write(memory={"budget": "4GiB"})), shop.path, reporter)
     planned = plan_run(context)
-    assert planned.plan.fits
+    assert planned.fits
     assert [line for line in reporter.warnings if "budget" in line]
 
 
@@ -66,41 +61,42 @@ def test_a_run_on_a_cpu_reports_its_plan_and_a_smaller_memory_makes_it_recompute
         limit = max(0, min(free_bytes // 2 // count - LEAST_BYTES, int(free_bytes // 2 // count / 1.03)))
         shared = f", for each of {count} processes" if count > 1 else ""
         assert line.endswith(f" of {format_gib(limit)} in memory: tensors, in half of what is free{shared}")
-        assert f"{plans[-1].plan.execution.micro_batch.max_tokens} tokens at once, " in line
-        assert bool(reporter.warnings) == (not plans[-1].plan.fits)
+        assert f"{plans[-1].execution.micro_batch.max_tokens} tokens at once, " in line
+        assert bool(reporter.warnings) == (not plans[-1].fits)
     assert reporter.warnings == [
         "This should not fit in memory; qlora-phi3 vram-check suggests what to change. The run tries it anyway."
     ]
-    assert [planned.plan.fits for planned in plans] == [True, True, True, False]
-    assert [planned.plan.execution.checkpoint_every for planned in plans] == [0, 0, 1, 1]
-    assert plans[0].plan.memory.trace == ()
-    assert {planned.budget_bytes for planned in plans} == {0}  # the process takes more than the tensors that it is of
-    outline = outline_run(context, plans[0], plans[0].plan.execution, [], None)
-    assert outline.predicted_bytes == plans[0].plan.memory.allocated_bytes
-    assert outline.step_seconds == plans[0].plan.step_seconds > 0
+    assert [planned.fits for planned in plans] == [True, True, True, False]
+    assert [planned.execution.checkpoint_every for planned in plans] == [0, 0, 1, 1]
+    outline = outline_run(context, plans[0], plans[0].execution, [], None)
+    assert outline.budget_bytes == 0  # the process takes more than the tensors that it is of
+    assert outline.predicted_bytes == plans[0].memory.allocated_bytes
+    assert outline.step_seconds == plans[0].step_seconds > 0
 
 
 @pytest.mark.parametrize("reason", [None, "Triton is not installed"])
-def test_without_nvml_the_plan_is_for_the_gpu_that_torch_sees_with_fused_kernels_if_they_run(shop, monkeypatch, reason):
+def test_without_nvml_a_gpu_is_read_by_torch_and_planned_for_with_fused_kernels_if_they_run(shop, monkeypatch, reason):
     def no_nvml():
         raise NoDeviceError("no driver")
 
+    properties = SimpleNamespace(name="NVIDIA Thing", major=8, minor=6, multi_processor_count=28)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (6 * GIB, 8 * GIB))
-    properties = SimpleNamespace(name="NVIDIA GeForce RTX 3070", major=8, minor=6, multi_processor_count=46)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (9 * GIB, 12 * GIB))
     monkeypatch.setattr(prepare_module, "prepare_cuda", lambda: None)
     monkeypatch.setattr(prepare_module, "read_gpu", no_nvml)
     monkeypatch.setattr(prepare_module, "why_unavailable", lambda *_: reason)
     context = prepare(load_recipe(shop.write()), shop.path, reporter := Lines())
     assert context.device == torch.device("cuda", 0)
-    gpu = replace(find_gpu("RTX 3070"), name=properties.name, total_bytes=8 * GIB, free_bytes=6 * GIB, is_local=True)
-    assert context.gpu == gpu
+    known = (context.gpu.name, context.gpu.total_bytes, context.gpu.compute_capability, context.gpu.multiprocessors)
+    assert known == ("NVIDIA Thing", 12 * GIB, (8, 6), 28)
+    assert context.gpu.free_bytes == 9 * GIB + context_bytes(28)  # torch's own context, without which nothing is read
     planned = plan_run(context)
-    assert planned.budget_bytes == 6 * GIB
-    assert planned.plan.fits
-    assert (planned.plan.execution.optim, planned.plan.execution.fused_kernels) == ("adamw_8bit", reason is None)
+    assert planned.fits
+    assert outline_run(context, planned, planned.execution, [], None).budget_bytes == context.gpu.free_bytes
+    assert planned.execution.optim == "adamw_8bit"
+    assert planned.execution.fused_kernels == (reason is None)
     kernels = [line for line in reporter.facts if "Kernels" in line]
     assert kernels == ([f"Kernels: PyTorch's own, without fused ones: {reason}"] if reason else [])
 

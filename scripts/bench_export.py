@@ -40,7 +40,8 @@ from transformers import BitsAndBytesConfig, Phi3Config, Phi3ForCausalLM
 from qlora_phi3.adapters.adapter_deltas import read_deltas
 from qlora_phi3.export.base import RecordedBase, read_record, summarise
 from qlora_phi3.export.merge import MergedWeights
-from qlora_phi3.export.writer import plan_shards, write_shards
+from qlora_phi3.export.writer import write_shards
+from qlora_phi3.family import read_architecture
 from qlora_phi3.model.weights import ROW_CHUNK_BYTES, TensorInfo, open_weights, read_tensor, rows_per_chunk
 
 TABLE = Path(__file__).resolve().parent.parent / "benchmarks" / "export.csv"
@@ -100,7 +101,7 @@ def make_input(folder: Path, layers: int) -> None:
     info = {name: TensorInfo(shape, torch.bfloat16) for name, shape in shapes.items()}
     info |= {name: TensorInfo((HIDDEN,), torch.bfloat16) for name in [*plain, "model.norm.weight"]}
     base, adapter = folder / "base", folder / "adapter"
-    write_shards(RandomWeights(info, 0.02), base, plan_shards(info, SHARD_BYTES))
+    write_shards(RandomWeights(info, 0.02), base, SHARD_BYTES)
     build_config(layers).save_pretrained(base)
     kinds = {name: "4bit" if "_proj" in name else "plain" for name in info}
     record = {
@@ -116,7 +117,7 @@ def make_input(folder: Path, layers: int) -> None:
     for name, (rows, columns) in linears(layers).items():
         parts[f"base_model.model.{name}.lora_A.weight"] = TensorInfo((RANK, columns), torch.float32)
         parts[f"base_model.model.{name}.lora_B.weight"] = TensorInfo((rows, RANK), torch.float32)
-    write_shards(RandomWeights(parts, 0.01), adapter, plan_shards(parts, 2**40))
+    write_shards(RandomWeights(parts, 0.01), adapter, 2**40)
     (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
     names = [name.rpartition(".")[2] for name in LINEARS]
     LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, task_type="CAUSAL_LM").save_pretrained(adapter)
@@ -125,9 +126,9 @@ def make_input(folder: Path, layers: int) -> None:
 def merge_ours(folder: Path, target: Path, onto: Any) -> None:
     """As `qlora-phi3 export` does it, without the proof."""
     base = RecordedBase(open_weights(folder / "base"), read_record(folder / "base.json"))
-    config = json.loads((folder / "base" / "config.json").read_text(encoding="utf-8"))
-    merged = MergedWeights(base, read_deltas(folder / "adapter", config), onto=onto, dtype=torch.float16)
-    write_shards(merged, target, plan_shards(merged.info, SHARD_BYTES))
+    deltas = read_deltas(folder / "adapter", read_architecture(str(folder / "base")))
+    merged = MergedWeights(base, deltas, onto=onto, dtype=torch.float16)
+    write_shards(merged, target, SHARD_BYTES)
     assert summarise(base.compared).num_tensors == len(merged.info)
 
 

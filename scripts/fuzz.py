@@ -162,14 +162,13 @@ class Fuzz:
         from qlora_phi3.adapters.start import check_start
         from qlora_phi3.errors import UserError
         from qlora_phi3.family import read_architecture
-        from qlora_phi3.family import read_config as read_model_config
         from qlora_phi3.recipe.schema import Lora
 
         refusal = None
         for read in (
             lambda: check_start(self.folder, Lora(r=4), read_architecture(str(self.base))),
             lambda: read_peft(read_weights(self.folder), read_config(self.folder), self.folder),
-            lambda: read_deltas(self.folder, read_model_config(str(self.base))),
+            lambda: read_deltas(self.folder, read_architecture(str(self.base))),
         ):
             try:
                 read()

@@ -11,7 +11,7 @@ from tiny_model import FP32
 from qlora_phi3.adapters.adapter_deltas import read_deltas
 from qlora_phi3.export.base import RecordedBase, read_record
 from qlora_phi3.export.merge import MergedWeights
-from qlora_phi3.family import parse_architecture, read_config
+from qlora_phi3.family import parse_architecture, read_architecture, read_config
 from qlora_phi3.model.lora import attach_adapter
 from qlora_phi3.model.phi3 import load_base
 from qlora_phi3.model.weights import open_weights
@@ -35,7 +35,7 @@ class TinyRun:
 
     def merged(self, base: RecordedBase | None = None, *, onto: Any = "nf4", dtype: Any = torch.float32) -> MergedWeights:
         """The merged tensors."""
-        deltas = read_deltas(self.adapter, read_config(str(self.base)))
+        deltas = read_deltas(self.adapter, read_architecture(str(self.base)))
         return MergedWeights(base or self.open_base(), deltas, onto=onto, dtype=dtype)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from qlora_phi3.errors import ExportError, first_line
+from qlora_phi3.family import normalize_config
 from qlora_phi3.files import read_json_object
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -109,13 +110,8 @@ def portable_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         return dict(config)
     from transformers import Phi3Config
 
-    known = deepcopy(dict(config))
-    for rope in (known.get("rope_scaling"), known.get("rope_parameters")):
-        # The first Phi-3s call it "su"; transformers 5.23 renames it too late for its own check.
-        if isinstance(rope, dict):
-            rope |= {key: "longrope" for key in ("type", "rope_type") if rope.get(key) == "su"}
     try:
-        model = Phi3Config(**known)
+        model = Phi3Config(**deepcopy(normalize_config(config)))
         rope_keys = _rope_keys(model)
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise ExportError(f"{path} cannot be read: {first_line(error)}.", "Put the base's own back.") from error

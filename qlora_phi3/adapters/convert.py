@@ -4,6 +4,7 @@ A conversion is lossless or refused: what was written is read again and compared
 replaces anything.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from safetensors.torch import save_file
 
 from qlora_phi3.adapters import peft_io
+from qlora_phi3.adapters.base_files import copy_portable
 from qlora_phi3.adapters.delta import Adapter, check_layers, fuse, last_name, relative_difference, split
 from qlora_phi3.adapters.loralib import Spec, build_loralib_layers, build_state_dict, read_loralib
 from qlora_phi3.errors import ExportError, ModelError
@@ -181,12 +184,9 @@ def change_fusion(source: Path, target: Path, *, fused: bool, base: str | None =
     if fused and found.unfused:
         hint = "Name that one: --base microsoft/Phi-3-mini-4k-instruct"
         raise ExportError(f"{found.name} is an unfused model, and the fused adapter is for another one.", hint)
-    base = base and absolute_name(base)
-    config = peft_io.read_config(folder)
-    if isinstance(config.get("base_model_name_or_path"), str):
-        config["base_model_name_or_path"] = absolute_name(config["base_model_name_or_path"])
+    config, notes = peft_io.read_config(folder), list[str]()
+    base, old_name = (name and absolute_name(name) for name in (base, config.get("base_model_name_or_path")))
     adapter = _read_grouped(folder, config, found, fused=not fused)
-    old_name, notes = config.get("base_model_name_or_path"), []
     if fused:
         new_name = base or old_name
         converted = fuse(adapter, found.architecture, folder)
@@ -228,8 +228,13 @@ def _write_peft(
 ) -> Converted:
     """Write a PEFT directory, read it again, and compare every delta with what it was made of."""
     config = {**config, **peft_io.build_peft_config(adapter, all_layers=all_layers)}
+    tensors = {name: tensor.contiguous() for name, tensor in peft_io.build_peft_tensors(adapter).items()}
     with disk_errors(target, ExportError), atomic_dir(target) as staging:
-        peft_io.write_peft(staging, peft_io.build_peft_tensors(adapter), config, tokenizer_from)
+        save_file(tensors, staging / peft_io.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (staging / peft_io.ADAPTER_CONFIG).write_text(text, encoding="utf-8", newline="\n")
+        if tokenizer_from is not None:
+            copy_portable(tokenizer_from, staging)
         written = peft_io.read_peft(peft_io.read_weights(staging), peft_io.read_config(staging), staging)
         largest, worst = compare(adapter, written)
     strength = f"PEFT's r = {config['r']}, lora_alpha = {config['lora_alpha']}"

@@ -50,6 +50,11 @@ class LoraDelta:
     magnitude: Tensor | None = None  #: DoRA's length of every row of the adapted weight, (out_features,).
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    @property
     def block(self) -> LowRankBlock:
         """The block of a delta of a single one, with lora_A (r, in_features) and lora_B (out_features, r)."""
         (block,) = self.blocks
@@ -76,10 +81,13 @@ def stack(delta: LoraDelta) -> tuple[Tensor, Tensor, float]:
     if any(block.scaling != scaling for block in blocks):
         dtypes.append(torch.float32)
     dtype = reduce(torch.promote_types, dtypes)
-    rank, starts = 0, list[int]()
+    rank, starts = 0, list[int]()  # the first rank of each block
     for block in blocks:
-        same = (other.first_column == block.first_column and torch.equal(other.lora_A, block.lora_A) for other in blocks)
-        starts.append(next((start for start, is_same in zip(starts, same, strict=False) if is_same), rank))
+        starts.append(rank)
+        for start, other in zip(starts, blocks, strict=False):  # the earlier blocks and the block itself
+            if other.first_column == block.first_column and torch.equal(other.lora_A, block.lora_A):
+                starts[-1] = start
+                break
         rank = max(rank, starts[-1] + len(block.lora_A))
     lora_A = torch.zeros(rank, delta.in_features, dtype=dtype)
     lora_B = torch.zeros(delta.out_features, rank, dtype=dtype)
@@ -104,7 +112,7 @@ def relative_difference(first: LoraDelta, second: LoraDelta) -> float:
     magnitudes = [delta.magnitude for delta in (first, second) if delta.magnitude is not None]
     if len(magnitudes) == 1 or (magnitudes and not torch.equal(*magnitudes)):
         return float("inf")
-    if (first.out_features, first.in_features) != (second.out_features, second.in_features):
+    if first.shape != second.shape:
         return float("inf")
     negated = (replace(block, lora_A=-block.lora_A) for block in second.blocks)
     difference, norm = _norm(replace(first, blocks=(*first.blocks, *negated))), _norm(first)
@@ -129,15 +137,14 @@ def check_layers(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], base: 
 
     `shapes` are those of the base's layers. Its name `base` and the adapter's place `where` are for the messages.
     """
-    examples = " and ".join(name for number, name in enumerate(shapes) if number in (0, 2))
-    hint = f"Its layers have names such as {examples}." if examples else "It has no layers that can be adapted."
     for name, delta in adapter.deltas.items():
         if name not in shapes:
-            raise ExportError(f"{where}: {base} has no layer {name}.", hint)
-        (rows, columns), size = shapes[name], (delta.out_features, delta.in_features)
-        if size != shapes[name]:
+            examples = " and ".join(list(shapes)[:3:2])
+            raise ExportError(f"{where}: {base} has no layer {name}.", f"Its layers have names such as {examples}.")
+        if delta.shape != shapes[name]:
+            (rows, columns), (base_rows, base_columns) = delta.shape, shapes[name]
             raise ExportError(
-                f"{where}: {name} is {size[0]} x {size[1]} (out x in), and in {base} it is {rows} x {columns}.",
+                f"{where}: {name} is {rows} x {columns} (out x in), and in {base} it is {base_rows} x {base_columns}.",
                 "Name the base it was trained on with --base; for a MergedLinear, give its groups with --enable.",
             )
 

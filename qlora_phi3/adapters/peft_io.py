@@ -4,11 +4,10 @@ Ranks and alphas are read with their patterns and use_rslora resolved, and writt
 Pickles are read without running what they hold.
 """
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,10 +16,8 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora_phi3.adapters.base_files import copy_portable
 from qlora_phi3.adapters.delta import Adapter, Kind, LoraDelta, LowRankBlock, last_name, stack
 from qlora_phi3.errors import ExportError
 from qlora_phi3.files import check_no_pointer, foreign_errors, read_json_object, sha256_file
@@ -81,11 +78,11 @@ def find_adapter(path: Path) -> Path:
     """The PEFT directory that is meant: `path`, or the `adapter` of a run; ExportError where there is none, or another tool's."""
     if not path.exists():
         raise ExportError(f"There is no file, directory or run {path}.", "Check the name.")
-    has_weights = any((path / name).is_file() for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE))
-    for name in [path.name] if path.is_file() else [] if has_weights else sorted(file.name for file in path.iterdir()):
-        if tool := next((tool for pattern, tool in FOREIGN_FILES.items() if fnmatch(name, pattern)), None):
-            hint = f"Write it in PEFT's format ({ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}) with that tool first."
-            raise ExportError(f"{path} is an adapter of {tool} ({name}), which is not read here.", hint)
+    names = [path.name] if path.is_file() else sorted(file.name for file in path.iterdir())
+    foreign = ((name, tool) for name in names for pattern, tool in FOREIGN_FILES.items() if fnmatch(name, pattern))
+    for name, tool in foreign if not {ADAPTER_WEIGHTS, ADAPTER_PICKLE} & {*names} else ():
+        other_format = f"Write it in PEFT's format ({ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}) with that tool first."
+        raise ExportError(f"{path} is an adapter of {tool} ({name}), which is not read here.", other_format)
     if path.is_file():
         hint = "From loralib: qlora-phi3 adapter convert FILE NEW --to peft --alpha ALPHA"
         raise ExportError(f"{path} is a file, and a PEFT adapter is a directory.", hint)
@@ -113,11 +110,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_config(config: Mapping[str, Any], where: object, *, also_understood: Collection[str] = ()) -> None:
-    """Refuse an adapter that does more than add a low-rank matrix to weights of an unchanged base.
-
-    `where` is its place, for the messages; the caller handles the keys `also_understood` in addition to `UNDERSTOOD_KEYS`. Raises
-    ExportError where it is not a LoRA, for a start that changed the base, and for a setting that is not understood, named.
+def check_config(config: Mapping[str, Any], where: object) -> None:
+    """Refuse an adapter that does more than add a low-rank matrix to weights of an unchanged base; `where` is its place, for the
+    messages. ExportError where it is not a LoRA, for a start that changed the base, and for a setting that is not understood.
     """
     from peft import LoraConfig
 
@@ -129,7 +124,7 @@ def check_config(config: Mapping[str, Any], where: object, *, also_understood: C
         message = f"{where}: init_lora_weights = {config['init_lora_weights']!r} changed the base that the adapter is for."
         raise ExportError(message, "Save it with PEFT's path_initial_model_for_weight_conversion first.")
     defaults = LoraConfig().to_dict()
-    for key in sorted(config.keys() - UNDERSTOOD_KEYS - set(also_understood)):
+    for key in sorted(config.keys() - UNDERSTOOD_KEYS):
         if config[key] and config[key] != defaults.get(key):
             raise ExportError(
                 f"{where}: {key} = {repr(config[key])} is not a plain LoRA, and can be neither converted, merged nor trained on.",
@@ -141,6 +136,15 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of a PEFT directory, as `read_tensors`; safetensors are preferred to an old adapter_model.bin."""
     pickled = (folder / ADAPTER_PICKLE).is_file() and not (folder / ADAPTER_WEIGHTS).is_file()
     return read_tensors(folder / (ADAPTER_PICKLE if pickled else ADAPTER_WEIGHTS))
+
+
+def read_shapes(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a PEFT directory on "meta", without values. Of safetensors only the header is read."""
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        return {name: tensor.to("meta") for name, tensor in read_weights(folder).items()}
+    stored = open_file(path, error=ExportError)
+    return {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in stored.info.items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -205,9 +209,10 @@ def read_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: o
         is_bias = own.endswith(".bias") and config.get("bias", "none") != "none"
         # PEFT adds a copy of the base's embedding to an adapter of the embedding.
         is_copy = own.endswith(".weight") and layer in deltas and deltas[layer].kind == "embedding"
-        is_saved = any(f".{module}." in f".{name}" for module in config.get("modules_to_save") or ())
+        is_saved = any(f"{module}." in name for module in config.get("modules_to_save") or ())  # PEFT compares ends of names
         if not (is_bias or is_copy or is_saved):
-            raise ExportError(f"{where}: '{PREFIX}{name}' is not known.", "Save the adapter with PEFT again.")
+            hint = "Save the adapter with PEFT again, without copies of the base's layers (save_embedding_layers=False)."
+            raise ExportError(f"{where}: '{PREFIX}{name}' is not known.", hint)
         full_tensors[own] = tensor
     return Adapter(deltas=deltas, full_tensors=full_tensors)
 
@@ -217,12 +222,15 @@ def _read_layer(layer: str, parts: Mapping[str, Tensor], config: Mapping[str, An
 
     is_embedding = not parts.keys().isdisjoint(("lora_embedding_A", "lora_embedding_B"))
     names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
-    for name in names:
+    for name in (*names, "lora_magnitude_vector") if config.get("use_dora") else names:
         if name not in parts:
             raise ExportError(f"{where}: {layer} has no {name}.", "Copy the adapter again.")
-    lora_A, lora_B = (parts[name] for name in names)
-    rank, shapes = len(lora_A), f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}"
-    if not lora_A.dim() == lora_B.dim() in (2, 4) or lora_B.shape[1] != rank or lora_B[0, 0].numel() != 1:
+    lora_A, lora_B, magnitude = *(parts[name] for name in names), parts.get("lora_magnitude_vector")
+    shapes = f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}"
+    if magnitude is not None:
+        shapes = f"lora_magnitude_vector {tuple(magnitude.shape)}, {shapes}"
+    fits = lora_A.dim() == lora_B.dim() in (2, 4) and lora_B.shape[1:] == (len(lora_A), *[1] * (lora_B.dim() - 2))
+    if not fits or (magnitude is not None and magnitude.numel() != len(lora_B)):
         raise ExportError(f"{where}: {layer} has {shapes}, which do not fit each other.", "Copy the adapter again.")
     kind: Kind = "embedding" if is_embedding else "linear" if lora_A.dim() == 2 else "conv2d"
     if kind == "conv2d" and lora_A.shape[2] != lora_A.shape[3]:
@@ -232,19 +240,16 @@ def _read_layer(layer: str, parts: Mapping[str, Tensor], config: Mapping[str, An
         patterns = config.get(patterns_key) or {}
         return patterns.get(get_pattern_key(list(patterns), layer), config.get(key, 8))
 
-    r, alpha, hint = resolve("rank_pattern", "r"), resolve("alpha_pattern", "lora_alpha"), f"Correct {ADAPTER_CONFIG}."
-    if r != rank:
-        raise ExportError(f"{where}: r = {r} of {layer}, which has {shapes}.", hint)
-    if not alpha > 0:
-        raise ExportError(f"{where}: lora_alpha = {alpha} of {layer} is not positive.", hint)
-    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if (r := resolve("rank_pattern", "r")) != (rank := len(lora_A)):
+        raise ExportError(f"{where}: r = {r} of {layer}, which has {shapes}.", f"Correct {ADAPTER_CONFIG}.")
+    scaling = resolve("alpha_pattern", "lora_alpha") / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return LoraDelta(
         out_features=len(lora_B),
         in_features=lora_A[0].numel(),
         blocks=(LowRankBlock(lora_A=lora_A.flatten(1), lora_B=lora_B.flatten(1), scaling=scaling),),
         kind=kind,
         kernel_size=lora_A.shape[-1] if kind == "conv2d" else 1,
-        magnitude=parts.get("lora_magnitude_vector"),
+        magnitude=magnitude,
     )
 
 
@@ -320,13 +325,3 @@ def snap_to_integer(value: float) -> float:
     """16 for 16.0 and for a number that differs from 16 by rounding only."""
     near = round(value)
     return near if abs(value - near) <= 1e-12 * abs(value) else value
-
-
-def write_peft(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer_from: Path | None) -> None:
-    """Write tensors and config into a PEFT directory, and `portable_files` of `tokenizer_from`."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
-    (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8", newline="\n")
-    if tokenizer_from is not None:
-        copy_portable(tokenizer_from, folder)

@@ -37,22 +37,17 @@ PUBLIC_TABLES = ("quantization", "lora", "training")
 PRIVATE_KEYS = ("output_dir", "report_to", "run_name")
 
 
-def write_companions(base: Path, adapter: Path, target: Path, *, dtype: str, untied: bool, ending: EndOfTurn) -> dict[str, Any]:
-    """Copy the base's tokenizer, licence and configs into a directory.
+def write_companions(base: Path, target: Path, *, dtype: str, untied: bool, ending: EndOfTurn) -> dict[str, Any]:
+    """Copy the base's tokenizer, licence and configs into a directory. ExportError where a config is not a JSON object.
 
     Args:
-        adapter: the run's, with copies of the tokenizer files that were trained with.
         dtype: of the exported weights, as torch names it.
         untied: the output head has weights of its own, and the base's had not.
         ending: its id is added to the stop ids of the generation config; its chat template replaces the base's.
 
     Returns:
         "copied": file -> SHA-256, of those that are the base's own bytes; "changed": file and what was changed, one line each.
-
-    Raises:
-        ExportError: a tokenizer file of the base is not the one that was trained with, or a config is not a JSON object.
     """
-    check_trained_with(base, adapter, ending.template)
     copied: dict[str, str] = {}
     changed: list[str] = []
     for name, file in base_files.portable_files(base, template=ending.template).items():

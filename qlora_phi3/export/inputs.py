@@ -24,9 +24,10 @@ from qlora_phi3.export.base import BaseRecord, RecordedBase, read_record
 from qlora_phi3.export.bundle import COMPANIONS, check_trained_with
 from qlora_phi3.export.merge import MergedWeights, Onto
 from qlora_phi3.export.request import Request
-from qlora_phi3.family import parse_architecture
+from qlora_phi3.family import Architecture, normalize_config, parse_architecture
 from qlora_phi3.files import read_json_object, sha256_file
 from qlora_phi3.inference import EndOfTurn, read_end_of_turn
+from qlora_phi3.model.checkpoint import check_checkpoint
 from qlora_phi3.model.quantized import is_stored_quantized, stored_scheme
 from qlora_phi3.model.weights import open_weights
 from qlora_phi3.recipe.load import load_recipe
@@ -55,6 +56,7 @@ class Sources:
 
     folder: Path  # of the base
     config: dict[str, Any]  # contents of its config.json
+    architecture: Architecture
     base: RecordedBase
     adapter: Path
     deltas: AdapterDeltas
@@ -80,9 +82,10 @@ def open_sources(request: Request, reporter: Reporter) -> Sources:
     run = request.run
     recipe, record = load_recipe(run.recipe), read_record(run.base)
     folder = request.options.base or find_base(record, reporter.progress)
-    config = read_json_object(folder / CONFIG, ExportError, DOWNLOAD_AGAIN)
-    parse_architecture(config, str(folder))
+    config = normalize_config(read_json_object(folder / CONFIG, ExportError, DOWNLOAD_AGAIN))
+    architecture = parse_architecture(config, str(folder))
     _check_config(folder, config, run.adapter)
+    check_checkpoint(str(folder), architecture)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cached = open_weights(run.quantized_base) if run.quantized_base.is_dir() else None
     stored = open_weights(folder)
@@ -103,9 +106,10 @@ def open_sources(request: Request, reporter: Reporter) -> Sources:
     return Sources(
         folder=folder,
         config=config,
+        architecture=architecture,
         base=base,
         adapter=run.adapter,
-        deltas=read_deltas(run.adapter, config),
+        deltas=read_deltas(run.adapter, architecture),
         rows=_read_rows(run.held_out) if request.options.verify else (),
         ending=ending,
         device=device,
@@ -205,7 +209,7 @@ def check_memory(max_ram_bytes: int | None, proved: Sources | None = None) -> No
     if proved is not None:
         info = proved.base.info
         largest = max(prod(info[name].shape) for name in info if name not in (EMBEDDING, HEAD))
-        copies = 4 if any(target.magnitude for target in proved.deltas.targets.values()) else 2
+        copies = 2 if all(delta.magnitude is None for delta in proved.deltas.targets.values()) else 4
         needed = max(merge, used + copies * 4 * largest + PROOF_BYTES)
     if max_ram_bytes >= needed:
         return

@@ -60,23 +60,22 @@ class MergedWeights:
         """The rows of a merged tensor: chunks (rows, ...) in `info[name].dtype`, on the CPU. ExportError for a value that is not
         finite, or beyond the range of `dtype`; ModelError where the base's file cannot be read.
         """
-        replacement = self.deltas.replaced.get(name)
-        rows = self._base_rows(name) if replacement is None else self.deltas.stored.iter_row_chunks(replacement)
-        if name in self.deltas.targets:
-            rows = _add_delta(rows, self.deltas.read(name), self.base.device)
+        base, record, is_target = self.base, self.base.record, name in self.deltas.targets
+        if name in self.deltas.replaced:
+            rows = self.deltas.stored.iter_row_chunks(self.deltas.replaced[name])
+        elif record.is_quantized(name):
+            quantized = None
+            if self.onto == "nf4" or name not in base.compared:  # compared with the record, whatever is merged onto
+                quantized = base.quantized(name)
+            rows = dequantize(quantized) if quantized and self.onto == "nf4" else base.iter_row_chunks(name)
+        else:
+            source = EMBEDDING if name == HEAD and self.deltas.unties else name  # a head that was tied is the embedding
+            rows = base.iter_row_chunks(source)
+            if is_target:  # a weight that was not quantized was trained on in the run's dtype
+                rows = (chunk.to(record.dtype) for chunk in rows)
+        if is_target:
+            rows = _add_delta(rows, self.deltas.read(name), base.device)
         return (_cast(name, chunk, self.dtype) for chunk in rows) if name in self.cast else rows
-
-    def _base_rows(self, name: str) -> Iterator[Tensor]:
-        record = self.base.record
-        source = EMBEDDING if name == HEAD and self.deltas.unties else name  # a head that was tied is the embedding
-        if not record.is_quantized(name):
-            rows = self.base.iter_row_chunks(source)
-            # A weight that was not quantized was trained on in the run's dtype.
-            return (chunk.to(record.dtype) for chunk in rows) if name in self.deltas.targets else rows
-        quantized = None
-        if self.onto == "nf4" or name not in self.base.compared:  # compared with the record, whatever is merged onto
-            quantized = self.base.quantized(name)
-        return dequantize(quantized) if quantized and self.onto == "nf4" else self.base.iter_row_chunks(name)
 
 
 def _add_delta(rows: Iterator[Tensor], delta: LoraDelta, device: torch.device) -> Iterator[Tensor]:

@@ -26,7 +26,7 @@ from qlora_phi3.export.merge import Onto, ScoredModel, build_models
 from qlora_phi3.export.request import SCORED, Request
 from qlora_phi3.export.streamed import Final
 from qlora_phi3.export.writer import DISK_HINT
-from qlora_phi3.family import Architecture, parse_architecture
+from qlora_phi3.family import Architecture
 from qlora_phi3.files import atomic_file, disk_errors, read_json_object, remove
 from qlora_phi3.model.quantized import checksum_of
 from qlora_phi3.model.weights import Weights
@@ -98,12 +98,9 @@ class Scored:
 
 
 def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: Onto, reporter: Reporter) -> Scored:
-    """Score the live model and the possible merges, or load the scores that an interrupted export saved in `draft`. ExportError
-    for a base with other weights than the run's, or held-out rows without a supervised token.
+    """Score the live model and the possible merges, and save the scores in `draft` under `key`, for an interrupted export.
+    ExportError for a base with other weights than the run's, or held-out rows without a supervised token.
     """
-    if (scored := read_scored(draft, request, sources, key)) is not None:
-        reporter.info("The proof was made before the interruption and is used again")
-        return scored
     ontos: list[Onto] = [each for each in ("nf4", "original") if sources.can_merge(each)]
     models = build_models(
         *(sources.base, sources.deltas, sources.config, sources.adapter),
@@ -112,12 +109,11 @@ def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: O
         checked=ontos if request.options.onto == "auto" else [onto],
     )
     stop_ids = read_json_object(draft / GENERATION_CONFIG, ExportError, DOWNLOAD_AGAIN)["eos_token_id"]
-    architecture, proof = parse_architecture(sources.config, str(sources.folder)), None
-    max_tokens = CUDA_TOKENS if sources.device.type == "cuda" else CPU_TOKENS
+    proof, max_tokens = None, CUDA_TOKENS if sources.device.type == "cuda" else CPU_TOKENS
     shared = {"stop_ids": stop_ids, "progress": reporter.progress, "check": partial(refuse_other_base, sources, draft)}
     while proof is None:
         try:
-            proof = prove(models, sources.rows, architecture, max_tokens=max_tokens, **shared)
+            proof = prove(models, sources.rows, sources.architecture, max_tokens=max_tokens, **shared)
         except torch.OutOfMemoryError:
             if max_tokens <= LEAST_CUDA_TOKENS:
                 raise
@@ -129,19 +125,15 @@ def score_all(request: Request, sources: Sources, draft: Path, key: str, onto: O
     checksums = {model.name: dict(model.checksums) for model in models if model.checksums is not None}
     scored = Scored(proof=proof, checksums=checksums, compared=sources.base.compared)
     with disk_errors(draft, ExportError, hint=DISK_HINT), atomic_file(draft / SCORED) as staging:
-        staging.write_text(json.dumps({"key": _full_key(key, request, sources), **asdict(scored)}), encoding="utf-8")
+        staging.write_text(json.dumps({"key": key, **asdict(scored)}), encoding="utf-8")
     return scored
 
 
-def _full_key(key: str, request: Request, sources: Sources) -> str:
-    return f"{key} {request.options.onto} {sources.device.type}"
-
-
-def read_scored(draft: Path, request: Request, sources: Sources, key: str) -> Scored | None:
+def read_scored(draft: Path, sources: Sources, key: str) -> Scored | None:
     """The scores that an interrupted export saved in `draft`; None where there are none for this export."""
     try:
         saved = json.loads((draft / SCORED).read_text(encoding="utf-8"))
-        if saved["key"] != _full_key(key, request, sources):
+        if saved["key"] != key:
             return None
         scored = TypeAdapter(Scored).validate_python(saved)
         sources.base.compared |= scored.compared
@@ -193,7 +185,7 @@ def prove(
         check()
     reported = {model.name: model.origin for model in models if model.name == LIVE or model.checksums is not None}
     pairs = {(origin, name) for name, own in reported.items() for origin in (LIVE, own) if origin is not None}
-    sums = _sum_tiles(finals, pairs, targets, architecture.vocab_size, progress)
+    found = _score_tokens(finals, pairs, targets, architecture.vocab_size, progress)
     ends = torch.isin(targets, torch.tensor(list(stop_ids), dtype=targets.dtype))
     both = {"nf4", "original"} <= reported.keys()
     return Proof(
@@ -201,8 +193,8 @@ def prove(
         tokens=len(targets),
         turns=int(ends.sum()),
         trained=any(bool(row.get("trained")) for row in chosen),
-        scores=tuple(_score(name, origin, sums, ends, stop_ids) for name, origin in reported.items()),
-        loss_difference=compare_losses(sums.losses["nf4"], sums.losses["original"]) if both else None,
+        scores=tuple(_score(name, origin, found, ends, stop_ids) for name, origin in reported.items()),
+        loss_difference=compare_losses(found.losses["nf4"], found.losses["original"]) if both else None,
     )
 
 
@@ -220,68 +212,57 @@ def choose_rows(rows: Sequence[Mapping[str, Any]], max_tokens: int) -> list[Mapp
     return chosen
 
 
-class _Sums:
-    """Sums over the next-token distributions of each model, accumulated over tiles of the vocabulary; (positions,) float64.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TokenScores:
+    """What is computed at every position, (positions,) each, losses and divergences in float64."""
+
+    losses: Mapping[str, Tensor]  # by model: negative log-likelihood of the target
+    top: Mapping[str, Tensor]  # by model: the most likely token
+    divergence: Mapping[tuple[str, str], Tensor]  # (origin, name) -> KL(origin || name)
+
+
+def _score_tokens(
+    finals: Mapping[str, Final], pairs: Iterable[tuple[str, str]], targets: Tensor, vocab_size: int, progress: Progress
+) -> _TokenScores:
+    """Compare the next-token distributions of models, in tiles of the vocabulary, so that no head is read more than once.
 
     A KL divergence of 1e-9 is the difference of sums of size 10, which fp32 cannot hold. The logits themselves may be fp32: their
     rounding is a difference like that of the weights, and enters squared.
     """
-
-    def __init__(self, names: Iterable[str], pairs: Iterable[tuple[str, str]], targets: Tensor) -> None:
-        zeros = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
-        self.targets = targets
-        self.max_logits = {name: torch.full_like(zeros, float("-inf")) for name in names}
-        self.sum_exp = {name: zeros.clone() for name in self.max_logits}
-        self.target_logits = {name: zeros.clone() for name in self.max_logits}
-        self.top = {name: torch.zeros_like(targets) for name in self.max_logits}
-        #: (origin, name) -> sum of exp(origin's logit) * (origin's logit - name's).
-        self.weighted = {pair: zeros.clone() for pair in pairs}
-
-    def add(self, rows: slice, start: int, logits: Mapping[str, Tensor]) -> None:
-        """Add a tile: the logits of these positions, model -> (positions, words), float64, from the word `start` on."""
-        index = self.targets[rows, None] - start
-        for name, tile in logits.items():
-            highest, top = tile.max(dim=1)
-            before = self.max_logits[name][rows]
-            self.top[name][rows] = torch.where(highest > before, top + start, self.top[name][rows])
-            now = torch.maximum(before, highest)
-            exp = (tile - now[:, None]).exp_()
-            rescale, self.max_logits[name][rows] = (before - now).exp_(), now
-            self.sum_exp[name][rows] = self.sum_exp[name][rows] * rescale + exp.sum(dim=1)
-            target = tile.gather(1, index.clamp(0, tile.shape[1] - 1))
-            self.target_logits[name][rows] += torch.where((index >= 0) & (index < tile.shape[1]), target, 0)[:, 0]
-            for (origin, other), weighted in self.weighted.items():
-                if origin == name:
-                    weighted[rows] = weighted[rows] * rescale + exp.mul(tile - logits[other]).sum(dim=1)
-
-    def finish(self) -> None:
-        """Compute, once all tiles are added, the losses of each model and the divergence of each pair."""
-        log_sum_exp = {name: self.max_logits[name] + self.sum_exp[name].log() for name in self.max_logits}
-        #: Negative log-likelihood of the targets.
-        self.losses = {name: log_sum_exp[name] - self.target_logits[name] for name in log_sum_exp}
-        #: KL(origin || name).
-        self.divergence = {
-            (origin, name): (weighted / self.sum_exp[origin] - log_sum_exp[origin] + log_sum_exp[name]).clamp_min(0)
-            for (origin, name), weighted in self.weighted.items()
-        }
-
-
-def _sum_tiles(
-    finals: Mapping[str, Final], pairs: Iterable[tuple[str, str]], targets: Tensor, vocab_size: int, progress: Progress
-) -> _Sums:
     device, start = next(iter(finals.values())).hidden.device, 0
-    sums = _Sums(finals, pairs, targets.to(device))
+    targets = targets.to(device)
+    zeros = torch.zeros(len(targets), dtype=torch.float64, device=device)
+    max_logits = {name: torch.full_like(zeros, float("-inf")) for name in finals}
+    sum_exp, target_logits = ({name: zeros.clone() for name in finals} for _ in range(2))
+    top = {name: torch.zeros_like(targets) for name in finals}
+    weighted = {pair: zeros.clone() for pair in pairs}  # sum of exp(origin's logit) * (origin's logit - name's)
     for tiles in zip(*(_tiles(final.head()) for final in finals.values()), strict=True):
-        heads = [tile.to(device=device, dtype=torch.float32) for tile in tiles]
+        heads = {name: tile.to(device=device, dtype=torch.float32) for name, tile in zip(finals, tiles, strict=True)}
         for row in range(0, len(targets), TILE_POSITIONS):
             rows = slice(row, row + TILE_POSITIONS)
-            models = zip(finals.items(), heads, strict=True)
-            logits = {name: (final.hidden[rows] @ head.T).double() for (name, final), head in models}
-            sums.add(rows, start, logits)
-        start += len(heads[0])
+            logits = {name: (finals[name].hidden[rows] @ head.T).double() for name, head in heads.items()}
+            index = targets[rows, None] - start
+            for name, tile in logits.items():
+                before, (highest, best) = max_logits[name][rows], tile.max(dim=1)
+                top[name][rows] = torch.where(highest > before, best + start, top[name][rows])
+                now = torch.maximum(before, highest)
+                exp = (tile - now[:, None]).exp_()
+                rescale, max_logits[name][rows] = (before - now).exp_(), now
+                sum_exp[name][rows] = sum_exp[name][rows] * rescale + exp.sum(dim=1)
+                target = tile.gather(1, index.clamp(0, tile.shape[1] - 1))
+                target_logits[name][rows] += torch.where((index >= 0) & (index < tile.shape[1]), target, 0)[:, 0]
+                for (origin, other), sums in weighted.items():
+                    if origin == name:
+                        sums[rows] = sums[rows] * rescale + exp.mul(tile - logits[other]).sum(dim=1)
+        start += len(tiles[0])
         progress("Comparing the next tokens, words", start, vocab_size)
-    sums.finish()
-    return sums
+    log_sum_exp = {name: max_logits[name] + sum_exp[name].log() for name in finals}
+    divergence = {
+        (origin, name): (sums / sum_exp[origin] - log_sum_exp[origin] + log_sum_exp[name]).clamp_min(0)
+        for (origin, name), sums in weighted.items()
+    }
+    losses = {name: log_sum_exp[name] - target_logits[name] for name in finals}
+    return _TokenScores(losses=losses, top={name: ids.cpu() for name, ids in top.items()}, divergence=divergence)
 
 
 def _tiles(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -296,16 +277,16 @@ def _tiles(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
         yield from torch.split(pending, TILE_VOCABULARY)
 
 
-def _score(name: str, origin: str | None, sums: _Sums, ends: Tensor, stop_ids: Sequence[int]) -> Score:
-    divergence, fault = sums.divergence[LIVE, name], None if origin is None else sums.divergence[origin, name]
-    top = sums.top[name].cpu()
+def _score(name: str, origin: str | None, found: _TokenScores, ends: Tensor, stop_ids: Sequence[int]) -> Score:
+    divergence, fault = found.divergence[LIVE, name], None if origin is None else found.divergence[origin, name]
+    top = found.top[name]
     stops = torch.isin(top[ends], torch.tensor(list(stop_ids), dtype=top.dtype))
     return Score(
         name=name,
-        loss=float(sums.losses[name].mean()),
+        loss=float(found.losses[name].mean()),
         mean_kl=float(divergence.mean()),
         max_kl=float(divergence.max()),
-        top_agreement=float((top == sums.top[LIVE].cpu()).double().mean()),
+        top_agreement=float((top == found.top[LIVE]).double().mean()),
         stop_share=float(stops.double().mean()) if len(stops) else None,
         fault_mean_kl=None if fault is None else float(fault.mean()),
         fault_max_kl=None if fault is None else float(fault.max()),

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from qlora_phi3.export.base import summarise
 from qlora_phi3.export.bundle import is_measured, public_name, render_card, write_companions
 from qlora_phi3.export.gguf.prompt import write_modelfile
 from qlora_phi3.export.gguf.tensors import check_quant
-from qlora_phi3.export.gguf.write import GgufResult, convert_to_gguf, plan_gguf
+from qlora_phi3.export.gguf.write import convert_to_gguf, plan_gguf
 from qlora_phi3.export.hub import push
 from qlora_phi3.export.inputs import Sources, open_sources
 from qlora_phi3.export.merge import Onto
@@ -32,7 +32,7 @@ from qlora_phi3.export.proof import Proof
 from qlora_phi3.export.request import CARD, MODELFILE, REPORT, SCORED, Request, check_replaceable, find_reusable
 from qlora_phi3.export.stop import measure_stops
 from qlora_phi3.export.writer import DISK_HINT
-from qlora_phi3.files import disk_errors, replace_dir
+from qlora_phi3.files import disk_errors, file_state, replace_dir
 from qlora_phi3.model.phi3 import quiet_transformers
 from qlora_phi3.model.weights import open_weights
 from qlora_phi3.recipe.load import load_recipe
@@ -49,6 +49,16 @@ MEMORY_HINT = (
     "Close other programs that use it, or export on the CPU (CUDA_VISIBLE_DEVICES=-1) or without the proof (--no-verify)."
 )
 LIBRARIES = ("qlora-phi3", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufResult:
+    """The .gguf file that was written."""
+
+    path: Path
+    quant: str
+    notes: tuple[str, ...]  # what llama.cpp does differently from training, for a person to read
+    system: str  # the system turn of the Modelfile, which llama-cli must be given; empty where there is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,21 +119,21 @@ def _export_merged(request: Request, draft: Path, reporter: Reporter) -> tuple[d
     onto: Onto = "nf4" if request.options.onto != "original" and sources.can_merge("nf4") else "original"
     if request.options.onto == "nf4" and onto == "original":
         raise ExportError("--onto nf4: the run did not quantize its base.", "Leave --onto out.")
-    # A proof is used again only with the files of the base that it was made from.
-    files = ((path.name, path.stat()) for path in sorted(sources.folder.glob("*.safetensors")))
-    state = [str(sources.folder.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)]
-    key = f"{request.key} {state}"
+    # A proof is used again only on the same kind of device, and with the files of the base that it was made from.
+    files = [(path.name, file_state(path)) for path in sorted(sources.folder.glob("*.safetensors"))]
+    key = f"{request.key} {request.options.onto} {sources.device.type} {sources.folder.resolve()} {files}"
     with disk_errors(draft, ExportError, hint=DISK_HINT):
-        folders, untied, ending = (sources.folder, sources.adapter, draft), sources.deltas.unties, sources.ending
-        companions = write_companions(*folders, dtype=request.dtype, untied=untied, ending=ending)
+        untied, ending = sources.deltas.unties, sources.ending
+        companions = write_companions(sources.folder, draft, dtype=request.dtype, untied=untied, ending=ending)
     _check_space(request, sources, draft, onto)
-    scored = stops = fault = None
-    if request.options.verify:
+    stops = fault = None
+    scored = proofs.read_scored(draft, sources, key)
+    if scored is not None:
+        reporter.info("The proof was made before the interruption and is used again")
+    elif request.options.verify:
         scored = proofs.score_all(request, sources, draft, key, onto, reporter)
-        onto = _choose_onto(sources, scored.proof, reporter) if auto else onto
-    elif auto and onto == "nf4" and (kept := proofs.read_scored(draft, request, sources, key)) is not None:
-        reporter.info("The proof was made before the interruption: it is not made again, and its choice is used")
-        onto = _choose_onto(sources, kept.proof, reporter)
+    if auto and scored is not None:
+        onto = _choose_onto(sources, scored.proof, reporter)
     elif auto and onto == "nf4":
         label = sources.base.record.label(onto)
         reporter.info(f"Without the proof it is not known which merge is better: merging onto {label}, as in training")
@@ -131,7 +141,7 @@ def _export_merged(request: Request, draft: Path, reporter: Reporter) -> tuple[d
     if scored is not None:
         fault = proofs.find_difference(scored.checksums[onto], open_weights(draft), reporter.progress)
         fault = fault or proofs.find_fault(scored.proof.of(onto), getattr(torch, request.dtype))
-    if scored is not None and fault is None:
+    if request.options.verify and scored is not None and fault is None:
         rows, device, ram, progress = sources.rows, sources.device, request.max_ram_bytes, reporter.progress
         with quiet_transformers():
             stops = measure_stops(draft, rows, scored.proof, onto, device=device, max_ram_bytes=ram, progress=progress)
@@ -198,12 +208,10 @@ def _check_space(request: Request, sources: Sources, draft: Path, onto: Onto) ->
 
 
 def _write_weights(request: Request, sources: Sources, draft: Path, onto: Onto, reporter: Reporter) -> None:
-    base, weights = sources.base, sources.merged(onto, request.dtype)
-    shards = writer.plan_shards(weights.info, request.shard_bytes)
+    base = sources.base
     progress = partial(_report_megabytes, reporter, f"Merging onto {base.record.label(onto)}")
-    writer.write_shards(weights, draft, shards, progress=progress)
-    if not request.options.verify:  # the proof has checked it already
-        proofs.refuse_other_base(sources, draft)
+    writer.write_shards(sources.merged(onto, request.dtype), draft, request.shard_bytes, progress=progress)
+    proofs.refuse_other_base(sources, draft)
     compared = summarise(base.compared)
     if compared.from_cache:
         tensors = format_count(len(compared.from_cache), "tensor")
@@ -213,10 +221,12 @@ def _write_weights(request: Request, sources: Sources, draft: Path, onto: Onto, 
 
 
 def _report_megabytes(reporter: Reporter, what: str, done: int, total: int | None) -> None:
-    done_megabytes, megabytes = done // 10**6, None if total is None else max(1, total // 10**6)
-    if megabytes is not None:  # only the end may equal the total, which ends the progress
-        done_megabytes = min(done_megabytes, megabytes if done == total else megabytes - 1)
-    reporter.progress(f"{what}, MB", done_megabytes, megabytes)
+    """Show bytes in MB. The last call alone has `done == total`, which ends a progress."""
+    if total is None:
+        reporter.progress(f"{what}, MB", done / 10**6, None)
+    else:
+        megabytes = max(1, total // 10**6)
+        reporter.progress(f"{what}, MB", megabytes * done / total, megabytes)
 
 
 def _write_report(folder: Path, request: Request, report: Mapping[str, Any], *, base: Path) -> None:
@@ -245,7 +255,7 @@ def _publish(request: Request, draft: Path, fault: str | None) -> ProofError | N
 def _export_gguf(request: Request, target: Path, report: Mapping[str, Any], reporter: Reporter) -> GgufResult:
     """Write the merged model as a GGUF, with Modelfile, model card and report in place of those of an earlier GGUF."""
     progress = partial(_report_megabytes, reporter)
-    result = convert_to_gguf(request.target, target, quant=request.quant, name=request.name, progress=progress)
+    limits = convert_to_gguf(request.target, target, quant=request.quant, name=request.name, progress=progress)
     folder, earlier = target.parent, requests.read_existing_report(target.parent)["files"]["written"]
     measured = is_measured(request.quant, report["dtype"]) or not report["status"].startswith(PROVED)
     written = {name for name in earlier if (folder / name).is_file()} | {target.name, CARD, MODELFILE, REPORT}
@@ -258,4 +268,4 @@ def _export_gguf(request: Request, target: Path, report: Mapping[str, Any], repo
     with disk_errors(folder, ExportError, hint=DISK_HINT):
         _write_report(folder, request, gguf_report, base=request.target)
         system, notes = write_modelfile(request.target, target, str(request.report.get("data", {}).get("system", "")))
-    return replace(result, notes=(*result.notes, *notes), system=system)
+    return GgufResult(path=target, quant=request.quant, notes=(*limits, *notes), system=system)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -24,12 +24,12 @@ from transformers.initialization import no_init_weights
 
 from qlora_phi3.adapters.adapter_deltas import EMBEDDING, HEAD, load_lora_config
 from qlora_phi3.adapters.peft_io import ADAPTER_WEIGHTS, PREFIX
-from qlora_phi3.errors import ExportError, ModelError
+from qlora_phi3.errors import ExportError
 from qlora_phi3.export.base import CPU, RecordedBase
 from qlora_phi3.model.attention import BY_DOCUMENT, build_window_masks, register_attention, without_mask
 from qlora_phi3.model.loss import select_supervised
 from qlora_phi3.model.phi3 import PackedPhi3ForCausalLM
-from qlora_phi3.model.weights import ComputedWeights, StoredWeights, TensorInfo, Weights, open_file, read_tensor, split_rows
+from qlora_phi3.model.weights import ComputedWeights, TensorInfo, Weights, open_file, read_tensor, split_rows
 from qlora_phi3.step import Batch, evaluating
 
 
@@ -122,20 +122,17 @@ def _set_parameter(module: nn.Module, attribute: str, parameter: nn.Parameter, *
 
 
 def stream_plain(weights: Weights, config: dict[str, Any], *, device: torch.device = CPU) -> StreamedModel:
-    """A model of plain linear layers, of every tensor of a checkpoint, in any floating dtype, and the contents of its
-    config.json. ModelError for a tensor that is missing or has another shape than the config says.
-    """
-    model = _build_empty_model(config, device)
-    return StreamedModel(model, _find_slots(model, weights), weights, device)
+    """A model of plain linear layers: all tensors of a checkpoint, in any floating dtype, and the contents of its config.json."""
+    model, slots = _build_empty_model(config, device)
+    return StreamedModel(model, slots, weights, device)
 
 
 def stream_live(base: Weights, config: dict[str, Any], adapter: Path, *, device: torch.device = CPU) -> StreamedModel:
-    """A base with PEFT's own layers around it, and the adapter, which `read_deltas` has checked. ModelError as `stream_plain`.
+    """A base with PEFT's own layers around it, and the adapter, which `read_deltas` has checked.
 
     `base` is `trained_base` for the model as it was trained, and `RecordedBase` for the base as its files hold it.
     """
-    model, stored = _build_empty_model(config, device), open_file(adapter / ADAPTER_WEIGHTS, error=ExportError)
-    slots = _find_slots(model, base)
+    (model, slots), stored = _build_empty_model(config, device), open_file(adapter / ADAPTER_WEIGHTS, error=ExportError)
     # Embedding and head that the adapter trained (`modules_to_save`) take 2.3 GiB each in fp32 in Phi-4-mini: they are read from
     # its file in chunks, and PEFT does not load them. A tied head that it did not train stays the base's own embedding.
     replaced = {name: PREFIX + name for name in (EMBEDDING, HEAD) if PREFIX + name in stored.info}
@@ -143,14 +140,6 @@ def stream_live(base: Weights, config: dict[str, Any], adapter: Path, *, device:
     sources |= {name: (stored, key) for name, key in replaced.items()}
     info = {name: source.info[key] for name, (source, key) in sources.items()}
     weights = ComputedWeights(info, lambda name: sources[name][0].iter_row_chunks(sources[name][1]))
-    for module in _attach_adapter(model, stored, replaced, adapter).modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            module.modules_to_save.to(device)
-    return StreamedModel(model, slots, weights, device)
-
-
-def _attach_adapter(model: PackedPhi3ForCausalLM, stored: StoredWeights, replaced: Mapping[str, str], adapter: Path) -> PeftModel:
-    """Put PEFT's layers around an empty model, with the adapter's tensors except those `replaced` (name -> name in its file)."""
     settings = load_lora_config(adapter)
     paths = [name.removesuffix(".weight") for name in replaced]
     others = [name for name in settings.modules_to_save or () if not any(path.endswith(name) for path in paths)]
@@ -160,7 +149,10 @@ def _attach_adapter(model: PackedPhi3ForCausalLM, stored: StoredWeights, replace
         warnings.simplefilter("ignore")  # PEFT's advice is for training
         adapted = get_peft_model(model, settings, low_cpu_mem_usage=True)
         set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
-    return adapted
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.to(device)
+    return StreamedModel(model, slots, weights, device)
 
 
 def trained_base(base: RecordedBase) -> Weights:
@@ -179,8 +171,8 @@ def trained_base(base: RecordedBase) -> Weights:
     return ComputedWeights({name: TensorInfo(info.shape, dtype) for name, info in base.info.items()}, iter_row_chunks)
 
 
-def _build_empty_model(config: dict[str, Any], device: torch.device) -> PackedPhi3ForCausalLM:
-    """The model with parameters that have a shape and no storage."""
+def _build_empty_model(config: dict[str, Any], device: torch.device) -> tuple[PackedPhi3ForCausalLM, _Slots]:
+    """The model with parameters that have a shape and no storage, and its parameters between embedding and head."""
     register_attention()
     with no_init_weights(), torch.device("meta"):
         settings = Phi3Config(**{**config, "dtype": torch.float32})
@@ -192,20 +184,9 @@ def _build_empty_model(config: dict[str, Any], device: torch.device) -> PackedPh
             # PEFT moves the adapter to the device of the base layer's weight; on "meta" it would be lost. One NaN, expanded.
             module.weight = nn.Parameter(torch.tensor(float("nan"), device=device).expand(module.weight.shape))
     model.requires_grad_(False)
-    return model
-
-
-def _find_slots(model: PackedPhi3ForCausalLM, weights: Weights) -> _Slots:
-    """The parameters between embedding and head; to be called before PEFT moves them."""
     slots = {}
-    for name, parameter in model.model.named_parameters(prefix="model"):
+    for name, _ in model.model.named_parameters(prefix="model"):
         path, _, attribute = name.rpartition(".")
-        if (module := model.get_submodule(path)) is model.model.embed_tokens:
-            continue
-        if name not in weights.info:
-            raise ModelError(f"The weights hold no {name}.", "Use a complete checkpoint.")
-        if (shape := weights.info[name].shape) != tuple(parameter.shape):
-            message = f"{name} has the shape {shape}, and the config says {tuple(parameter.shape)}."
-            raise ModelError(message, "Use a complete checkpoint.")
-        slots[name] = (module, attribute)
-    return slots
+        if (module := model.get_submodule(path)) is not model.model.embed_tokens:
+            slots[name] = (module, attribute)
+    return model, slots

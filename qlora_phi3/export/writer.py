@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ from typing import Any, cast
 
 import torch
 from filelock import FileLock, Timeout
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from qlora_phi3.errors import ExportError
 from qlora_phi3.files import atomic_file, disk_errors, user_state_dir
-from qlora_phi3.model.weights import DTYPES, INDEX_NAME, WEIGHTS_NAME, TensorInfo, Weights
+from qlora_phi3.model.weights import DTYPES, INDEX_NAME, TensorInfo, Weights
 from qlora_phi3.units import format_gib
 
 #: For `disk_errors`.
@@ -41,36 +42,29 @@ class Shard:
 
 
 def plan_shards(info: Mapping[str, TensorInfo], shard_bytes: int) -> tuple[Shard, ...]:
-    """Distribute tensors over files, in their order, with the names of transformers: one `model.safetensors`, or
-    `model-00001-of-0000N.safetensors` and so on, each with at most `shard_bytes` of tensors, or a single larger one.
+    """Distribute tensors over files as transformers does: `model.safetensors`, or `model-00001-of-0000N.safetensors` and so on,
+    each with at most `shard_bytes` of tensors, or a single larger one.
     """
-    groups, filled = list[list[str]](), 0
-    for name, tensor in info.items():
-        if not groups or filled + tensor.num_bytes > shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += tensor.num_bytes
-    if len(groups) == 1:
-        return (_plan_shard(WEIGHTS_NAME, groups[0], info),)
-    return tuple(
-        _plan_shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", names, info)
-        for number, names in enumerate(groups, start=1)
+    split = split_state_dict_into_shards_factory(
+        dict(info),
+        get_storage_size=lambda tensor: tensor.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
     )
-
-
-def _plan_shard(file_name: str, names: Sequence[str], info: Mapping[str, TensorInfo]) -> Shard:
-    ordered = sorted(names, key=lambda name: -info[name].dtype.itemsize)  # so that every tensor is aligned to its dtype
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in ordered:
-        start, end = end, end + info[name].num_bytes
-        dtype, shape = DTYPE_NAMES[info[name].dtype], list(info[name].shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    full = len(text).to_bytes(8, "little") + text
-    return Shard(file_name=file_name, names=tuple(ordered), header=full, num_bytes=len(full) + end)
+    shards = []
+    for file_name, names in split.filename_to_tensors.items():
+        ordered = sorted(names, key=lambda name: -info[name].dtype.itemsize)  # so that every tensor is aligned to its dtype
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in ordered:
+            start, end = end, end + info[name].num_bytes
+            dtype, shape = DTYPE_NAMES[info[name].dtype], list(info[name].shape)
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        full = len(text).to_bytes(8, "little") + text
+        shards.append(Shard(file_name=file_name, names=tuple(ordered), header=full, num_bytes=len(full) + end))
+    return tuple(shards)
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
@@ -84,16 +78,13 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
 
 
 def write_shards(
-    weights: Weights, folder: Path, shards: Sequence[Shard], *, progress: Callable[[int, int], None] = lambda done, total: None
+    weights: Weights, folder: Path, shard_bytes: int, *, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> None:
-    """Write the planned shards and, where there are several, their index. ExportError where the disk is full or refuses, or what
-    `weights.iter_row_chunks` raises.
-
-    Args:
-        shards: `plan_shards(weights.info, ...)`.
-        progress: called after every chunk: bytes written, of all bytes.
+    """Write the files of `plan_shards` and, where there are several, their index. ExportError where the disk is full or refuses,
+    or what `weights.iter_row_chunks` raises. `progress` is called after every chunk: bytes written, of all bytes.
     """
-    total, written = sum(shard.num_bytes for shard in shards), 0
+    shards, written = plan_shards(weights.info, shard_bytes), 0
+    total = sum(shard.num_bytes for shard in shards)
 
     def report(new: int) -> None:
         progress(written + new, total)

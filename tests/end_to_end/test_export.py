@@ -445,7 +445,7 @@ def test_a_proof_outlives_an_interruption_and_only_the_winner_is_written(run, mo
     assert [path.name for path in (run / "merged").iterdir() if path.name.startswith(".")] == []
 
 
-def test_without_a_proof_the_choice_of_one_that_an_interruption_left_is_used(run, monkeypatch):
+def test_a_proof_that_an_interruption_left_is_used_also_where_none_is_asked_for(run, monkeypatch):
     import qlora_phi3.export.writer as writer
 
     def stop(*_):
@@ -459,7 +459,8 @@ def test_without_a_proof_the_choice_of_one_that_an_interruption_left_is_used(run
     assert result.exit_code == 0, result.stderr
     assert "it is not known" not in result.stdout
     report = read_json(run / "merged" / "export_report.json")
-    assert (report["status"], report["onto"], report["proof"]) == ("unproved", "original", None)
+    assert (report["status"], report["onto"], report["proof"]["rows"]) == ("proved", "original", 8)
+    assert report["stop_test"] is None
 
 
 def test_scores_of_other_held_out_rows_are_not_taken_up(run, monkeypatch):

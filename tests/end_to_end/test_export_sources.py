@@ -313,6 +313,32 @@ def test_a_second_copy_of_a_tied_head_is_left_out(shop, tmp_path):
     assert load_file(run / "merged" / "model.safetensors").keys() == tensors.keys()
 
 
+def test_a_base_that_lost_a_tensor_is_refused_by_its_name(run, base, tmp_path):
+    other, norm = Path(shutil.copytree(base, tmp_path / "other")), "model.norm.weight"
+    tensors = {name: tensor for name, tensor in load_file(base / "model.safetensors").items() if name != norm}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    result = call("export", str(run), "--no-verify", "--base", str(other))
+    assert result.exit_code == 2, result.stderr
+    assert f"{other} are incomplete: 1 tensor missing or of another shape or type, first {norm}." in result.stderr
+
+
+def test_longropes_boundary_is_the_one_that_was_trained_with_also_where_transformers_ignores_it(shop, tmp_path):
+    """Inside rope_scaling: the export had transformers' default, 4096."""
+    base = build_base(tmp_path / "longrope")
+    config = {key: value for key, value in read_json(base / "config.json").items() if key != "rope_parameters"}
+    del config["original_max_position_embeddings"]
+    factors = {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
+    scaling = {"type": "longrope", **factors, "original_max_position_embeddings": 64}
+    write_json(base / "config.json", {**config, "rope_scaling": scaling})
+    shop.write(model={"name": str(base)}, training={"max_steps": 1})
+    trained = shop.run()
+    assert trained.exit_code == 0, trained.stderr
+    (run,) = shop.runs()
+    result = call("export", str(run))
+    assert result.exit_code == 0, result.stderr
+    assert read_json(run / "merged" / "config.json")["original_max_position_embeddings"] == 64
+
+
 @pytest.mark.parametrize("recorded", [None, {"quant_type": "nf4", "double_quant": True}], ids=["not 4 bit", "as the recipe"])
 @pytest.mark.parametrize(("quant_type", "double_quant"), [("fp4", True), ("nf4", False)])
 def test_an_export_says_what_a_base_that_is_stored_in_4_bit_truly_is(shop, quant_type, double_quant, recorded):

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from workshop import read_json
 
 from qlora_phi3.errors import ExportError
-from qlora_phi3.export.bundle import EndOfTurn, render_card, score_label, write_companions
+from qlora_phi3.export.bundle import EndOfTurn, check_trained_with, render_card, score_label, write_companions
 from qlora_phi3.recipe.load import load_recipe
 
 DEFAULTS = {"dtype": "float16", "untied": False, "ending": EndOfTurn(7, None)}
@@ -31,7 +31,7 @@ def change(path, **keys):
 
 def test_tokenizer_and_licence_are_the_bases_own_bytes(places):
     source, _, target = places
-    copied = write_companions(*places, **DEFAULTS)["copied"]
+    copied = write_companions(places[0], places[2], **DEFAULTS)["copied"]
     assert {"tokenizer.model", "tokenizer.json", "LICENSE"} <= copied.keys()
     for name in copied:
         assert (target / name).read_bytes() == (source / name).read_bytes()
@@ -41,7 +41,7 @@ def test_the_config_says_the_new_dtype_and_keeps_all_the_rest(places):
     source, _, target = places
     change(source / "config.json", torch_dtype="bfloat16", auto_map={"AutoConfig": "configuration_phi3.Phi3Config"})
     before = read_json(source / "config.json")
-    changed = write_companions(*places, **DEFAULTS)["changed"]
+    changed = write_companions(places[0], places[2], **DEFAULTS)["changed"]
     after = read_json(target / "config.json")
     both_forms = {"rope_theta": 10000.0, "rope_scaling": None, "partial_rotary_factor": 1.0}
     unchanged = {key: value for key, value in before.items() if key != "auto_map"}
@@ -52,7 +52,7 @@ def test_the_config_says_the_new_dtype_and_keeps_all_the_rest(places):
 def test_tied_embeddings_are_untied_where_the_head_was_trained(places):
     source, _, target = places
     change(source / "config.json", tie_word_embeddings=True)
-    write_companions(*places, **{**DEFAULTS, "untied": True})
+    write_companions(places[0], places[2], **{**DEFAULTS, "untied": True})
     assert read_json(target / "config.json")["tie_word_embeddings"] is False
 
 
@@ -63,7 +63,7 @@ def test_generation_stops_at_all_it_stopped_at_and_at_the_end_of_a_turn(places, 
     (source / "generation_config.json").write_text(
         json.dumps({"do_sample": False} | ({} if stops is None else {"eos_token_id": stops})), encoding="utf-8"
     )
-    write_companions(*places, **DEFAULTS)
+    write_companions(places[0], places[2], **DEFAULTS)
     assert read_json(target / "generation_config.json") == {"do_sample": False, "eos_token_id": expected}
 
 
@@ -72,7 +72,7 @@ def test_a_base_without_a_generation_config_gets_one_that_stops(places):
     for folder in (source, adapter):
         (folder / "generation_config.json").unlink()
     change(source / "config.json", eos_token_id=2)
-    write_companions(*places, **DEFAULTS)
+    write_companions(places[0], places[2], **DEFAULTS)
     assert read_json(target / "generation_config.json") == {"eos_token_id": [2, 7]}
 
 
@@ -80,7 +80,7 @@ def test_a_tokenizer_that_was_changed_since_the_run_is_refused_by_name(places):
     source, _, _ = places
     change(source / "tokenizer_config.json", eos_token="<|end|>")
     with pytest.raises(ExportError, match=r"tokenizer_config\.json"):
-        write_companions(*places, **DEFAULTS)
+        check_trained_with(*places[:2])
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "generation_config.json"])
@@ -88,7 +88,7 @@ def test_a_file_that_was_trained_with_and_that_the_base_lacks_is_not_dropped_in_
     source, adapter, _ = places
     (source / name).unlink()
     with pytest.raises(ExportError) as caught:
-        write_companions(*places, **DEFAULTS)
+        check_trained_with(*places[:2])
     assert str(source / name) in caught.value.message
     assert str(adapter / name) in caught.value.hint
 
@@ -97,12 +97,12 @@ def test_a_tokenizer_file_that_came_after_the_run_is_refused_as_what_it_is(place
     _, adapter, _ = places
     (adapter / "tokenizer.model").unlink()
     with pytest.raises(ExportError, match=r"tokenizer\.model"):
-        write_companions(*places, **DEFAULTS)
+        check_trained_with(*places[:2])
 
 
 def test_a_template_of_the_recipes_own_goes_along(places):
     _, _, target = places
-    write_companions(*places, **{**DEFAULTS, "ending": EndOfTurn(7, "{{ messages }}")})
+    write_companions(places[0], places[2], **{**DEFAULTS, "ending": EndOfTurn(7, "{{ messages }}")})
     assert (target / "chat_template.jinja").read_text(encoding="utf-8") == "{{ messages }}"
 
 

@@ -27,7 +27,8 @@ from qlora_phi3.export.gguf.prompt import (
 )
 from qlora_phi3.export.gguf.tensors import find_library, quantize_file
 from qlora_phi3.export.gguf.vocab import CL100K, NEVER, O200K, read_pieces, read_vocabulary
-from qlora_phi3.export.gguf.write import GgufResult, convert_to_gguf
+from qlora_phi3.export.gguf.write import convert_to_gguf
+from qlora_phi3.export.run import GgufResult
 from qlora_phi3.model import weights
 
 gguf = pytest.importorskip("gguf", reason="the .gguf tests need: pip install 'qlora-phi3[gguf]'")
@@ -75,7 +76,8 @@ def build_bytes(template, *, strip, regex=None):
 
 
 def convert(folder, target, quant="f32", name="my-model", **rest) -> GgufResult:
-    return convert_to_gguf(folder, target, quant=quant, name=name, progress=lambda *_: None, **rest)
+    notes = convert_to_gguf(folder, target, quant=quant, name=name, progress=lambda *_: None, **rest)
+    return GgufResult(path=target, quant=quant, notes=notes, system="")
 
 
 class Reading:
@@ -691,9 +693,10 @@ def test_a_quantizer_that_fails_is_one_line(quantizer, tmp_path):
 def test_llama_cpps_quantizer_reads_a_file_of_several_types(quantizer, copy, tmp_path):
     rewrite(copy, halve)
     calls = []
-    result = convert_to_gguf(copy, tmp_path / "x.gguf", quant="q6_k", name="x", progress=lambda *call: calls.append(call))
-    assert calls[-1] == ("Quantizing to q6_k", result.path.stat().st_size, result.path.stat().st_size)
+    target = tmp_path / "x.gguf"
+    convert_to_gguf(copy, target, quant="q6_k", name="x", progress=lambda *call: calls.append(call))
+    assert calls[-1] == ("Quantizing to q6_k", target.stat().st_size, target.stat().st_size)
     stored = load_file(copy / "model.safetensors")
     for theirs, ours in (("model.layers.0.mlp.down_proj", "blk.0.ffn_down"), ("model.embed_tokens", "token_embd")):
-        was, is_now = stored[f"{theirs}.weight"].float(), Reading(result.path).tensor(f"{ours}.weight")
+        was, is_now = stored[f"{theirs}.weight"].float(), Reading(target).tensor(f"{ours}.weight")
         assert 0 < (is_now - was).abs().max() / was.abs().max() < 0.05

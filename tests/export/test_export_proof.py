@@ -28,7 +28,7 @@ from qlora_phi3.export.proof import (
     prove,
 )
 from qlora_phi3.export.streamed import stream_plain
-from qlora_phi3.export.writer import plan_shards, write_shards
+from qlora_phi3.export.writer import write_shards
 from qlora_phi3.family import parse_architecture, read_config
 from qlora_phi3.model.weights import open_weights
 from qlora_phi3.recipe.schema import Lora
@@ -73,7 +73,7 @@ def run_in_bf16(tmp_path_factory: pytest.TempPathFactory, base: Path) -> TinyRun
 def models_of(run: TinyRun, dtype: Any = torch.float32, **options: Any) -> list[ScoredModel]:
     """The live model of a run and its merges."""
     config = read_config(str(run.base))
-    deltas = read_deltas(run.adapter, config)
+    deltas = read_deltas(run.adapter, parse_architecture(config, "tiny"))
     return build_models(run.open_base(), deltas, config, run.adapter, dtype=dtype, **options)
 
 
@@ -106,7 +106,7 @@ def test_the_scores_are_those_of_the_full_logits(run, tmp_path, monkeypatch, til
     monkeypatch.setattr(proving, "TILE_VOCABULARY", tile)
     monkeypatch.setattr(proving, "TILE_POSITIONS", 16)
     rows, merged = ROWS, run.merged(onto="original")
-    write_shards(merged, tmp_path / "out", plan_shards(merged.info, 2**30))
+    write_shards(merged, tmp_path / "out", 2**30)
     (tmp_path / "out" / "config.json").write_bytes((run.base / "config.json").read_bytes())
     live, targets = logits_of(run.live.eval(), rows)
     merged_logits, _ = logits_of(Phi3ForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32), rows)
@@ -152,7 +152,7 @@ def test_a_merge_onto_nf4_is_the_live_model(tmp_path, lora, config):
 def test_fp32_logits_of_a_merge_onto_nf4_agree_to_a_ten_thousandth(run, tmp_path):
     config = read_config(str(run.base))
     rows = rows_with_ends([60, 40])
-    write_shards(run.merged(), tmp_path / "out", plan_shards(run.merged().info, 2**18))
+    write_shards(run.merged(), tmp_path / "out", 2**18)
     (tmp_path / "out" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     live, _ = logits_of(run.live.eval(), rows)
     merged, _ = logits_of(Phi3ForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32), rows)
@@ -185,7 +185,7 @@ def test_a_merge_that_is_not_checked_costs_no_pass_of_its_own_and_has_no_fault(r
 def test_another_base_in_the_files_is_a_fault(run, tmp_path):
     other = leave_run(tmp_path / "2", save_tiny_model(tmp_path / "other", seed=5))
     strange = TinyRun(live=run.live, base=other.base, adapter=run.adapter, record=other.record).merged()
-    write_shards(strange, tmp_path / "out", plan_shards(strange.info, 2**30))
+    write_shards(strange, tmp_path / "out", 2**30)
     written = partial(stream_plain, open_weights(tmp_path / "out"), read_config(str(run.base)))
     models = [replace(model, open=written) if model.name == "nf4" else model for model in models_of(run)]
     found = prove_models(models, run, rows_with_ends([60]))
@@ -245,7 +245,7 @@ def test_a_file_that_differs_from_what_was_scored_in_one_bit_is_named(run, tmp_p
     models = models_of(run, torch.float16, ontos=["nf4"])
     prove_models(models, run, rows_with_ends([30]))
     merged, scored, out = run.merged(dtype=torch.float16), models[1].checksums, tmp_path / "out"
-    write_shards(merged, out, plan_shards(merged.info, 2**18))
+    write_shards(merged, out, 2**18)
     assert find_difference(scored, open_weights(out), quiet) is None
     place = open_weights(out).locations["model.layers.1.mlp.down_proj.weight"]
     content = bytearray(place.path.read_bytes())

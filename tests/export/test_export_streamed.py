@@ -9,13 +9,12 @@ from tiny_model import FP32, random_rows, save_tiny_model
 from tiny_run import TinyRun, leave_run
 from transformers import Phi3ForCausalLM
 
-from qlora_phi3.errors import ModelError
 from qlora_phi3.execution import MicroBatchPlan
 from qlora_phi3.export.streamed import StreamedModel, stream_live, stream_plain, trained_base
 from qlora_phi3.family import parse_architecture, read_config
 from qlora_phi3.model.loss import select_supervised
 from qlora_phi3.model.phi3 import find_base, load_base
-from qlora_phi3.model.weights import StoredWeights, open_weights, read_tensor
+from qlora_phi3.model.weights import open_weights, read_tensor
 from qlora_phi3.objectives import compute_supervised
 from qlora_phi3.recipe.schema import Lora, Model, Quantization
 from qlora_phi3.step import Batch, collate, evaluating
@@ -154,13 +153,3 @@ def test_progress_counts_the_layers_of_every_micro_batch(tmp_path):
     model = stream_plain(open_weights(base), read_config(str(base)))
     model.run(lay_out([40, 40], max_tokens=40), counted.append)
     assert counted == [1, 2, 3, 4]
-
-
-def test_a_missing_tensor_and_one_of_another_shape_are_named(tmp_path):
-    base = save_tiny_model(tmp_path / "base")
-    stored, config = open_weights(base), read_config(str(base))
-    places = {name: place for name, place in stored.locations.items() if name != "model.norm.weight"}
-    with pytest.raises(ModelError, match=r"model\.norm\.weight"):
-        stream_plain(StoredWeights(places), config)
-    with pytest.raises(ModelError, match=r"gate_up_proj\.weight .*\(512, 128\), .* \(1024, 128\)"):
-        stream_plain(stored, {**config, "intermediate_size": 512})

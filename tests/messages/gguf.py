@@ -16,17 +16,21 @@ from qlora_phi3.errors import ExportError
 from qlora_phi3.export.gguf import tensors
 from qlora_phi3.export.gguf.tensors import check_quant
 from qlora_phi3.export.gguf.vocab import read_vocabulary
-from qlora_phi3.export.gguf.write import convert_to_gguf, read_phi3_config
+from qlora_phi3.export.gguf.write import convert_to_gguf
 
 HEAD = "lm_head.weight"
 
 
-def convert(shop: Workshop, quant: str = "f16", **changes: Any) -> object:
+def convert_base(shop: Workshop, base: Path) -> object:
+    return convert_to_gguf(base, shop.path / "x.gguf", quant="f16", name="x", progress=lambda *_: None)
+
+
+def convert(shop: Workshop, **changes: Any) -> object:
     """Convert a copy of the base with some of its tensors changed, or left out (None)."""
     base = shop.copy_base()
     tensors = {**load_file(base / "model.safetensors"), **changes}
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, base / "model.safetensors")
-    return convert_to_gguf(base, shop.path / "x.gguf", quant=quant, name="x", progress=lambda *_: None)
+    return convert_base(shop, base)
 
 
 def read_changed(folder: Path, *, sentencepiece: bool, rows: int = 832, **changes: Any) -> object:
@@ -77,12 +81,14 @@ MESSAGES = [
     ),
     row(
         "gguf-unsupported-config",
-        lambda shop: read_phi3_config(change_config(shop, hidden_act="gelu")),
+        lambda shop: convert_base(shop, change_config(shop, hidden_act="gelu")),
         "hidden_act = 'gelu'",
         hint="Phi-3",
     ),
-    row("gguf-tensor-missing", lambda shop: convert(shop, **{HEAD: None}), HEAD, hint="complete export"),
-    row("gguf-tensor-unknown", lambda shop: convert(shop, other=torch.ones(2)), "tensor other", hint="complete export"),
+    row("gguf-tensor-missing", lambda shop: convert(shop, **{HEAD: None}), HEAD, "shape none in", hint="complete export"),
+    row(
+        "gguf-tensor-unknown", lambda shop: convert(shop, other=torch.ones(2)), "tensor other", "none by", hint="complete export"
+    ),
     row(
         "gguf-tensor-of-another-shape",
         lambda shop: convert(shop, **{HEAD: torch.ones(2, 2)}),

@@ -178,12 +178,6 @@ MESSAGES = [
         "adapter_config.json cannot be read",
         hint="Save the adapter again",
     ),
-    row(
-        "adapter-for-no-layer-of-the-base",
-        lambda shop: adapters.resolve(shop, adapters.TRAINED, target_modules=["nothing"]),
-        "PEFT cannot put",
-        hint="adapter's own base",
-    ),
     row("fused-and-split-layers", fused_and_split, "has qkv_proj and q_proj", hint="No model has both"),
     row(
         "conversion-lost-a-tensor",
@@ -192,12 +186,7 @@ MESSAGES = [
         hint="Nothing was saved",
     ),
     row("loralib-groups-of-a-convolution", convolution_with_groups, "here: x is not linear", hint="--enable"),
-    row(
-        "start-lacks-a-matrix",
-        lambda shop: start(shop, names="A"),
-        "has no base_model.model.x.lora_B.weight",
-        hint="lora_alpha = 16",
-    ),
+    row("start-lacks-a-matrix", lambda shop: start(shop, names="A"), "x.lora_B.weight of shape none", hint="lora_alpha = 16"),
     row("start-of-another-shape", lambda shop: start(shop, rows=2), "of shape (2, 8), [lora] has (4, 8)", hint="r = 4"),
     row("start-scaled-otherwise", lambda shop: start(shop, lora_alpha=32), "by 8, [lora] by 4", hint="lora_alpha = 32"),
     row("record-without-quantization-type", record_without_a_scheme, "x as 4-bit", hint="Train the run again"),

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from qlora_phi3.export.gguf.write import GgufResult
-from qlora_phi3.export.run import Exported
+from qlora_phi3.export.run import Exported, GgufResult
 from qlora_phi3.ui.console import show_export
 
 

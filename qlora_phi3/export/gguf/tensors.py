@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,7 @@ PACKAGES = ("llama_cpp_py_sync", "llama_cpp")
 #: Names the library itself; llama-cpp-py-sync reads it too.
 LIBRARY_VARIABLE = "LLAMA_CPP_LIB"
 LIBRARY_NAME = re.compile(r"libllama(\.\S+)?\.(so|dylib)|libllama\.so\.\d+|(lib)?llama\.dll")
-INSTALL = "pip install llama-cpp-py-sync"
-OTHER_WAYS = f"{INSTALL}, or set {LIBRARY_VARIABLE} to a libllama; three ways: qlora-phi3 docs gguf"
+OTHER_WAYS = f"pip install llama-cpp-py-sync, or set {LIBRARY_VARIABLE} to a libllama; three ways: qlora-phi3 docs gguf"
 #: llama.cpp's quantizer writes to the terminal, ends the process where it fails, and ignores Ctrl-C: it has its own process.
 #: Without files it only loads the library. Only the first two options are named: llama.cpp changed those after them in 2025 and
 #: 2026, and the structure has more room than any version needs.
@@ -47,16 +45,12 @@ if files:
     options.nthread, options.ftype = os.cpu_count() or 1, int(files[2])
     sys.exit(llama.llama_model_quantize(os.fsencode(files[0]), os.fsencode(files[1]), ctypes.byref(options)))
 """
-#: Buffers that old checkpoints hold in addition to their weights.
-COMPUTED = "rotary_emb.inv_freq"
-#: The order of the tensors in a file: the layers, each with those in the middle, are between the first and the last two.
-ORDER = (
-    "embed_tokens", "input_layernorm", "qkv_proj", "o_proj", "post_attention_layernorm", "gate_up_proj", "down_proj", "norm",
-    "lm_head",
+#: The tensors of a layer, in the order of llama.cpp's own files.
+LAYER_PARTS = (
+    "input_layernorm", "self_attn.qkv_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_up_proj", "mlp.down_proj",
 )  # fmt: skip
 #: Types that hold a tensor without rounding.
 LOSSLESS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-SAME_MODEL = "Convert a complete export of the model that its config.json describes."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,35 +67,28 @@ class TensorPlan:
 
 def plan_tensors(config: Phi3Config, info: Mapping[str, TensorInfo], quant: str | None) -> list[TensorPlan]:
     """Every tensor of a phi3 checkpoint under llama.cpp's name; a `quant` of None keeps the type that each tensor has.
-    ExportError for a tensor that the checkpoint lacks, that has another shape, or that llama.cpp does not know.
+    ExportError where its tensors are not those of its config.
     """
     import gguf
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, config.num_hidden_layers)
     shapes = tensor_shapes(config)  # it has the sizes under the same names
-    given = {name for name in info if not name.endswith(COMPUTED)}
-    if config.tie_word_embeddings:
-        given.discard("lm_head.weight")
-    for name in sorted(shapes.keys() - given):
-        raise ExportError(f"The checkpoint has no {name}.", SAME_MODEL)
-    for name in sorted(given - shapes.keys()):
-        raise ExportError(f"The checkpoint has a tensor {name}, which llama.cpp's phi3 models do not have.", SAME_MODEL)
+    for name in sorted(info.keys() | shapes.keys()):
+        found, known = info[name].shape if name in info else "none", shapes.get(name, "none")
+        if found != known:
+            message = f"The tensor {name} has the shape {found} in the checkpoint, and {known} by its config.json."
+            raise ExportError(message, "Convert a complete export.")
     plans = [
         _plan(f"rope_factors_{kind}.weight", (len(values),), "f32", values=tuple(values))
         for kind in ("long", "short")
         if (values := config.rope_parameters.get(f"{kind}_factor"))
     ]
-    for name in sorted(shapes, key=_position):
-        if info[name].shape != (shape := shapes[name]):
-            raise ExportError(f"{name} has the shape {info[name].shape} and not {shape}.", SAME_MODEL)
+    layers = [f"model.layers.{number}.{part}" for number in range(config.num_hidden_layers) for part in LAYER_PARTS]
+    head = [] if config.tie_word_embeddings else ["lm_head"]
+    for name in (f"{module}.weight" for module in ("model.embed_tokens", *layers, "model.norm", *head)):
         type = quant or LOSSLESS.get(info[name].dtype, "f32")
-        plans.append(_plan(names.get_name(name, try_suffixes=(".weight",)), shape, type, source=name))
+        plans.append(_plan(names.get_name(name, try_suffixes=(".weight",)), shapes[name], type, source=name))
     return plans
-
-
-def _position(name: str) -> tuple[float, int]:
-    layer, part = re.search(r"\d+", name), ORDER.index(name.split(".")[-2])
-    return (int(layer[0]) if layer else inf if part else -1), part
 
 
 def _plan(name: str, shape: tuple[int, ...], quant: str, **rest: Any) -> TensorPlan:

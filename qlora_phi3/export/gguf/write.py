@@ -29,16 +29,6 @@ HEADER_BYTES = 32 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GgufResult:
-    """What was written."""
-
-    path: Path
-    quant: str
-    notes: tuple[str, ...]  #: What llama.cpp does differently from training, for a person to read.
-    system: str = ""  #: The system turn of the Modelfile, which llama-cli must be given.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class GgufPlan:
     """A .gguf file before it is written; `num_bytes` are needed on the disk meanwhile."""
 
@@ -53,7 +43,12 @@ class GgufPlan:
 
 def plan_gguf(folder: Path, info: Mapping[str, TensorInfo], *, quant: str, name: str) -> GgufPlan:
     """Plan a .gguf file from shapes and dtypes; what llama.cpp cannot hold is found here. Else as `convert_to_gguf`."""
-    config = read_phi3_config(folder)
+    stored = read_config(str(folder))
+    parse_architecture(stored, str(folder))
+    if (activation := stored.get("hidden_act", "silu")) != "silu":
+        message = f"The config.json of {folder} has hidden_act = {activation!r}; llama.cpp's phi3 models have 'silu'."
+        raise ExportError(message, "Export a Phi-3 with that activation.")
+    config = Phi3Config.from_dict(stored)
     tokenizer = load_tokenizer(Model(name=str(folder)))
     tensors = plan_tensors(config, info, None if quant in QUANTIZED else quant)
     num_weights = sum(math.prod(tensor.shape) for tensor in tensors)
@@ -69,9 +64,10 @@ def plan_gguf(folder: Path, info: Mapping[str, TensorInfo], *, quant: str, name:
     )
 
 
-def convert_to_gguf(folder: Path, target: Path, *, quant: str, name: str, progress: Progress) -> GgufResult:
-    """Write a checkpoint as a .gguf file, completely or not at all. ExportError where llama.cpp's quantizer is missing, the disk
-    is too small, or llama.cpp cannot hold this model or its vocabulary; ModelError where the checkpoint is not complete.
+def convert_to_gguf(folder: Path, target: Path, *, quant: str, name: str, progress: Progress) -> tuple[str, ...]:
+    """Write a checkpoint as a .gguf file, completely or not at all; return what llama.cpp does differently from training, for a
+    person to read. ExportError where llama.cpp's quantizer is missing, the disk is too small, or llama.cpp cannot hold this model
+    or its vocabulary; ModelError where the checkpoint is not complete.
 
     Args:
         folder: a Phi-3 checkpoint in safetensors with its tokenizer files.
@@ -94,34 +90,10 @@ def convert_to_gguf(folder: Path, target: Path, *, quant: str, name: str, progre
                     unquantized.unlink(missing_ok=True)
             else:
                 _write(staging, plan, weights, progress)
-    return GgufResult(
-        path=target,
-        quant=quant,
-        notes=(*plan.prompting.notes, *describe_limits(plan.config), *LIMITS.get(plan.vocabulary.pre, ())),
-    )
-
-
-def read_phi3_config(folder: Path) -> Phi3Config:
-    """The config of a checkpoint; ExportError where llama.cpp's phi3 models cannot compute it, ModelError where it is no phi3."""
-    config = read_config(str(folder))
-    parse_architecture(config, str(folder))
-    head_size = config["hidden_size"] // config["num_attention_heads"]
-    for key, value, supported in (
-        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-        ("head_dim", config.get("head_dim") or head_size, head_size),
-        ("quantization_config", config.get("quantization_config"), None),
-    ):
-        if value != supported:
-            message = f"The config.json of {folder} has {key} = {value!r}; llama.cpp's phi3 models have {supported!r}."
-            raise ExportError(message, "Convert a plain 16- or 32-bit checkpoint of the Phi-3 family.")
-    return Phi3Config.from_dict(config)
-
-
-def describe_limits(config: Phi3Config) -> tuple[str, ...]:
-    """What llama.cpp does differently with a model of this config."""
-    notes, window = [], config.sliding_window
-    if window is not None and window < config.max_position_embeddings:
-        notes.append(f"llama.cpp does not apply the sliding window: past {window:,} tokens it attends to everything.")
+    notes, config = [*plan.prompting.notes, *LIMITS.get(plan.vocabulary.pre, ())], plan.config
+    if config.sliding_window is not None and config.sliding_window < config.max_position_embeddings:
+        window = f"{config.sliding_window:,}"
+        notes.append(f"llama.cpp does not apply the sliding window: past {window} tokens it attends to everything.")
     if config.rope_parameters["rope_type"] == "longrope":
         original = config.rope_parameters["original_max_position_embeddings"]
         notes.append(

@@ -6,11 +6,12 @@ from pairs: both models on the same row.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from qlora_phi3.data.prepare import PreparedData, prepare_datasets
 from qlora_phi3.data.report import FEW_ROWS
+from qlora_phi3.data.sources import open_local
 from qlora_phi3.data.template import choose_template
 from qlora_phi3.errors import DataError, ModelError, RunError, first_line, is_out_of_memory
 from qlora_phi3.execution import IGNORE_INDEX, MicroBatchPlan
@@ -30,7 +32,7 @@ from qlora_phi3.inference import InferenceModel, decode, generate_batch
 from qlora_phi3.model.loss import tiled_cross_entropy
 from qlora_phi3.model.phi3 import find_base
 from qlora_phi3.objectives import ObjectiveOutput, compute_supervised
-from qlora_phi3.recipe.load import load_recipe
+from qlora_phi3.recipe.load import is_local_data, load_recipe
 from qlora_phi3.recipe.schema import Data
 from qlora_phi3.reporter import Progress
 from qlora_phi3.runfolder import RunFolder
@@ -99,13 +101,15 @@ def read_own_rows(inference: InferenceModel, run: RunFolder, progress: Progress)
 
 
 def read_other_rows(inference: InferenceModel, run: RunFolder | None, name: str, progress: Progress) -> EvalRows:
-    """The rows of a file, or of a data set of the hub, in any format; where a run's recipe maps columns ([data] fields), in its
-    format. DataError where they cannot be read, or none of them can be evaluated on.
+    """The rows of a file, or of a data set of the hub, in any format; in that of the run's recipe where it maps columns
+    ([data] fields) that the first row has. DataError where they cannot be read, or none of them can be evaluated on.
     """
     data, max_length = Data(train=name), inference.max_positions
     if run is not None:
         recipe = load_recipe(run.recipe)
-        changes = {"train": name, "eval": None, "max_rows": None} | ({} if recipe.data.fields else {"format": "auto"})
+        changes: dict[str, Any] = {"train": name, "eval": None, "max_rows": None}
+        if not _has_columns(name, recipe.data.fields.values()):
+            changes |= {"fields": {}, "format": "auto"}
         data, max_length = recipe.data.model_copy(update=changes), recipe.training.max_length
     prepared = _prepare(inference, data, max_length, progress, evaluate=False)
     report = prepared.report
@@ -114,6 +118,14 @@ def read_other_rows(inference: InferenceModel, run: RunFolder | None, name: str,
     if report.truncated:
         notes.append(f"{report.truncated:,} of {report.rows_read:,} rows are cut at {max_length:,} tokens.")
     return EvalRows(prepared.train, name, report.sha256, notes=tuple(notes))
+
+
+def _has_columns(name: str, columns: Iterable[str]) -> bool:
+    """Whether the first row of a file has one of these columns; of the hub none is read, and it is True."""
+    if not (wanted := set(columns)) or not is_local_data(name, Path()):
+        return bool(wanted)
+    rows = (row for source in open_local(name, Path()) for _, row in source.rows())
+    return any(not wanted.isdisjoint(row) for row in islice(filter(lambda row: isinstance(row, Mapping), rows), 1))
 
 
 def _prepare(inference: InferenceModel, data: Data, max_length: int, progress: Progress, *, evaluate: bool) -> PreparedData:

@@ -108,7 +108,7 @@ def load_for_inference(
             the dtype of its files.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = _read_source(run_or_export)
+    source = _read_source(run_or_export, base)
     if base is not None:
         if source.adapter is None:
             raise ModelError(f"{run_or_export} has no adapter: it is a complete model and needs no base.", "Leave --base out.")
@@ -144,7 +144,7 @@ def load_for_inference(
     return InferenceModel(model.eval(), tokenizer, ids, source.chat_template, boundary)
 
 
-def _read_source(path: Path) -> _Source:
+def _read_source(path: Path, moved_base: Path | None) -> _Source:
     run = RunFolder(path.parent if path.name == "adapter" and RunFolder(path.parent).recipe.is_file() else path)
     if run.recipe.is_file():
         run.check_trained()
@@ -155,9 +155,9 @@ def _read_source(path: Path) -> _Source:
         return _Source(base, recipe.quantization, recipe.compute_dtype, run.adapter, template)
     if (path / "adapter_config.json").is_file():
         config = read_json_object(path / "adapter_config.json", ModelError, "Copy the adapter again.")
-        name = config.get("base_model_name_or_path")
+        name = config.get("base_model_name_or_path") or (moved_base and str(moved_base))
         if not isinstance(name, str) or not name:
-            hint = "Set base_model_name_or_path in it to the base's folder or hub id."
+            hint = "Name it with --base FOLDER, or set base_model_name_or_path in it to the base's folder or hub id."
             raise ModelError(f"{path / 'adapter_config.json'} names no base model.", hint)
         return _Source(Model(name=name, revision=config.get("revision")), Quantization(), "auto", path)
     if not path.exists() and is_hub_id(path.as_posix()):

@@ -255,6 +255,8 @@ def find_model(text: str, root: Path = Path("runs")) -> Path:
         from qlora_phi3.family import is_hub_id  # not above: the help of most commands imports this file
 
         path = Path(text)
+        if path.parent.name == LATEST:  # as in runs/NAME/latest/merged
+            path = resolve_run(str(path.parent), root).path / path.name
         if is_dir(path) and any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             return path
         if is_hub_id(text) and not is_dir(path) and not is_dir(path.parent):

@@ -15,14 +15,13 @@ import torch
 
 from qlora_phi3.execution import DEFAULT_LOGITS_TILE_BYTES, ExecutionPlan, MicroBatchPlan
 from qlora_phi3.family import parse_architecture, read_config
-from qlora_phi3.memory.cost import add_kernels
+from qlora_phi3.memory.cost import StepSeconds, StepWorkload, describe_step
 from qlora_phi3.memory.predict import Predictor
 from qlora_phi3.memory.simulate import StepShape
-from qlora_phi3.memory.trace import Trace
 from qlora_phi3.recipe.schema import Recipe
 
 TABLE = Path(__file__).resolve().parent.parent / "benchmarks" / "step.csv"
-MODEL, TOKENS, LAYERS = "microsoft/Phi-3-mini-128k-instruct", 2048, 32
+MODEL, TOKENS = "microsoft/Phi-3-mini-128k-instruct", 2048
 LAYOUT = MicroBatchPlan(max_tokens=TOKENS, max_rows=1, packing=True, longrope_boundary=None)
 PLAN = ExecutionPlan(
     micro_batch=LAYOUT,
@@ -70,9 +69,8 @@ def main() -> None:
 
 
 def count(name: str) -> dict[str, Any]:
-    """One row of the table: what the complete model starts, and each layer, by which two models of few layers differ."""
-    changes, tables = CASES[name]
-    plan, shape = replace(PLAN, **changes), StepShape(lengths=(TOKENS,))
+    """One row of the table."""
+    plan, tables = CASES[name]
     recipe = Recipe.model_validate({"model": {"name": MODEL}, "data": {"train": "rows.jsonl"}, **tables})
     config, is_turing = read_config(MODEL, None, prefer_shipped=True), "7.5" in name
     predictor = Predictor(
@@ -83,37 +81,22 @@ def count(name: str) -> dict[str, Any]:
         capability=(7, 5) if is_turing else (8, 6),
         multiprocessors=28,
     )
-    group = max(1, plan.checkpoint_every)
-    few = max(2, group)
-    small, large = (predictor._trace(plan, shape, number) for number in (few, few + group))
-    layer = add_kernels(
-        *((sign / group, trace.kernels[phase]) for sign, trace in ((1, large), (-1, small)) for phase in ("forward", "backward"))
-    )
-    launches = {
-        kind: sum(count for kernel, count in layer.items() if kernel.kind == kind)
-        for kind in ("matmul", "attention", "dequantize", "elementwise", "offload")
+    step = predictor.step_kernels(replace(PLAN, **plan), StepShape(lengths=(TOKENS,)))
+    workload = StepWorkload(lengths=(TOKENS,), num_micro_batches=1, tokens=TOKENS, squares=TOKENS**2)
+    described = describe_step(step, workload, StepSeconds())
+    kernels = [*step.layers.items()]
+    by_kind = {
+        f"{kind}_per_layer": round(sum(times for kernel, times in kernels if kernel.kind == kind) / step.num_layers, 2)
+        for kind in ("matmul", "attention", "dequantize", "elementwise")
     }
-    moved = sum(
-        count * (kernel.activation_bytes + kernel.weight_bytes) for kernel, count in layer.items() if kernel.kind == "elementwise"
-    )
-    kept = (kept_bytes(large) - kept_bytes(small)) / group
-    step = predictor.step_kernels(plan, shape)
-    started = add_kernels((1, step.forward), (1, step.backward))
+    outside = sum(sum(part.values()) for part in (step.forward, step.backward)) - sum(step.layers.values())
     return {
         "configuration": name,
-        "launches_per_layer": round(sum(launches.values()) - launches["offload"], 2),
-        "elementwise_bytes_per_token_and_layer": round(moved / TOKENS),
-        "kept_bytes_per_token_and_layer": round(kept / TOKENS),
-        **{f"{kind}_per_layer": round(float(number), 2) for kind, number in launches.items() if kind != "offload"},
-        "launches_outside_layers": round(sum(started.values()) - LAYERS * sum(launches.values())),
-        "tflop": round(sum(count * kernel.flops for kernel, count in started.items()) / 1e12, 3),
+        **{key: value for key, value in described.items() if key not in ("seconds", "flops")},
+        **by_kind,
+        "launches_outside_layers": round(outside),
+        "tflop": round(described["flops"] / 1e12, 3),
     }
-
-
-def kept_bytes(trace: Trace) -> int:
-    """What a forward pass leaves for the backward pass."""
-    begin, end = trace.phases["forward"], trace.phases["backward"]
-    return sum(trace._live_at(end).values()) - sum(trace._live_at(begin).values())
 
 
 if __name__ == "__main__":

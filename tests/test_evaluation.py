@@ -293,6 +293,19 @@ def test_rows_of_another_file_are_read_in_their_own_format(loaded, run, tmp_path
     assert choose_questions(loaded, found.rows, SETTINGS)[0][1] == "a cherry"
 
 
+def test_rows_of_another_file_have_the_columns_of_the_recipe_only_where_these_are_there(loaded, run, tmp_path):
+    fields = 'fields = { instruction = "Frage", output = "Antwort" }'
+    run.recipe.write_text(run.recipe.read_text(encoding="utf-8").replace("fields = {}", fields), encoding="utf-8")
+    rows = {
+        "same.jsonl": {"Frage": "What is red?", "Antwort": "a cherry"},
+        "other.jsonl": {"messages": [{"role": "user", "content": "What is red?"}, {"role": "assistant", "content": "a cherry"}]},
+    }
+    for name, row in rows.items():
+        (tmp_path / name).write_text(json.dumps(row), encoding="utf-8")
+        found = read_other_rows(loaded, run, str(tmp_path / name), no_progress)
+        assert choose_questions(loaded, found.rows, SETTINGS)[0][1] == "a cherry"
+
+
 def test_a_base_is_the_tuned_model_and_differs_by_zero(base, tmp_path):
     inference = load_for_inference(base, device=CPU)
     path = write_chats(tmp_path / "chats.jsonl", rows=6)

@@ -55,6 +55,15 @@ def test_a_run_without_an_adapter_is_no_model(two_runs, tmp_path):
     assert find_model("my").name == two_runs[-1]
 
 
+def test_an_export_in_the_newest_run_is_found_by_latest(two_runs, tmp_path):
+    merged = tmp_path / "runs" / "my" / two_runs[-1] / "merged"
+    merged.mkdir()
+    (merged / "config.json").touch()
+    assert find_model("runs/my/latest/merged").resolve() == merged.resolve()
+    with pytest.raises(RunError, match="There is no run"):
+        find_model("runs/my/latest/gone")
+
+
 def test_a_flipped_bit_in_a_report_is_noticed_wherever_it_is(tmp_path):
     folder = RunFolder(tmp_path)
     report = {"name": "my", "started": "2026-01-02T00:00:00+00:00", "seconds": 1.5, "steps": 3, "memory": {"é": [1e-9, None]}}

@@ -176,7 +176,8 @@ def _added_tokens(config: Mapping[str, Any], processor: Any) -> dict[str, bool]:
     """
     steps = processor.get("processors", [processor]) if isinstance(processor, dict) else []
     parts = [part for step in steps for part in step.get("single", ())]
-    added = {"add_bos_token": "SpecialToken" in (*parts, {})[0], "add_eos_token": "SpecialToken" in ({}, *parts)[-1]}
+    first, last = (parts[0], parts[-1]) if parts else ({}, {})
+    added = {"add_bos_token": "SpecialToken" in first, "add_eos_token": "SpecialToken" in last}
     usual = {"add_bos_token": True, "add_eos_token": False}
     return {key: value for key, value in added.items() if config.get(key, usual[key]) != value}
 

@@ -50,7 +50,9 @@ def adapter() -> None:
 @click.option("--force", is_flag=True, help="Replace the adapter at DST.")
 @debug_option
 def convert(source: Path, target: Path, form: str, force: bool, **given: Any) -> None:
-    """Convert the adapter SRC to another form, without loss or not at all.
+    """Convert the adapter SRC to another form, exactly.
+
+    An adapter that has no exact form of that kind is refused.
 
     SRC is a PEFT directory, a run, the name of a recipe (its newest run), or a loralib state dict (.pt, .safetensors). fused and
     split are PEFT's: with Phi-3's own qkv_proj and gate_up_proj, or with separate q, k, v, gate and up, as Unsloth has them.

@@ -12,7 +12,7 @@ from qlora_phi3.errors import RunError, UserError, printable
 from qlora_phi3.units import format_count, format_gib
 
 #: The kinds of what is kept, as a person names them, and what there are several of.
-KINDS = {"bases": "base", "rows": "data file", "vram-check": "answer"}
+KINDS = {"bases": "base", "rows": "tokenized file", "vram-check": "answer"}
 
 
 class CacheEntry(NamedTuple):
@@ -27,7 +27,12 @@ class CacheEntry(NamedTuple):
 
 
 @click.group(invoke_without_command=True)
-@click.option("--all", "each", is_flag=True, help="A line for each base and each data file.")
+@click.option(
+    "--all",
+    "each",
+    is_flag=True,
+    help="A line for each base and each tokenized file (one for each max_length).",
+)
 @debug_option
 @click.pass_context
 def cache(ctx: click.Context, each: bool) -> None:
@@ -50,7 +55,10 @@ def cache(ctx: click.Context, each: bool) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @debug_option
 def clean(kinds: tuple[str, ...], yes: bool) -> None:
-    """Delete what is kept: everything, or each KIND: bases, rows, vram-check. A run that is reading it is not disturbed."""
+    """Delete what is kept, or only each KIND.
+
+    KIND is bases, rows or vram-check. A run that is reading it is not disturbed.
+    """
     from filelock import FileLock, Timeout
 
     from qlora_phi3.files import remove

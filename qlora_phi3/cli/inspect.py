@@ -25,7 +25,7 @@ FIRST_ROWS = 3
 
 @click.command()
 @click.argument("recipe", metavar="RECIPE", type=click.Path(path_type=Path))
-@click.option("--row", "rows", multiple=True, metavar="N", help="Show this row, complete: its number, or file:number.")
+@click.option("--row", "rows", multiple=True, metavar="N", help="Show this row, complete: the line it starts on, or file:line.")
 @click.option("--random", "count", type=click.IntRange(1), metavar="N", help="Show N rows drawn at random.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of --random.")
 @click.option("--problems", is_flag=True, help="Show the rows that are left out (1,000 of a reason) or cut, and why.")

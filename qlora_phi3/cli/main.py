@@ -111,8 +111,9 @@ def describe_usage_error(error: click.UsageError) -> str:
             most = "" if limits.max is None else f", at most {limits.max:g}"
             message = f"{error.param.opts[-1]}: {error.message.split()[0]} is not a {kind} {least}{most}."
     if message.startswith("Got unexpected extra argument"):
-        flags = (each.opts[-1] for each in ctx.command.params if getattr(each, "is_flag", False))
-        message = f"{message}. These take no value: {', '.join(flags)}."
+        given = [each for each in ctx.command.params if ctx.params.get(each.name or "")]
+        flags = [each.opts[-1] for each in given if getattr(each, "is_flag", False)]
+        message = f"{message}." + (f" No value is taken by {', '.join(flags)}." if flags else "")
     above = ctx.parent
     if isinstance(error, click.NoSuchOption) and above and any(error.option_name in each.opts for each in above.command.params):
         return f"{error.option_name} comes before {ctx.info_name}: {above.command_path} {error.option_name} ... {ctx.info_name}"

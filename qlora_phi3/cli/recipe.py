@@ -69,9 +69,9 @@ def import_config(path: Path, out: Path | None) -> None:
     from qlora_phi3.errors import printable, quoted
     from qlora_phi3.recipe.peers import import_recipe
 
+    found = import_recipe(path)
     target = out or Path(f"{path.stem}.toml")
     check_new_file(target)
-    found = import_recipe(path)
     create_file(target, found.as_toml())
     groups = {"Carried over": found.carried, "Not needed": found.not_needed, "REFUSED, for you to decide": found.refused}
     for title, lines in groups.items():

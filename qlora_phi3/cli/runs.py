@@ -106,7 +106,7 @@ def show(root: Path, run: str | None) -> None:
 @debug_option
 @click.pass_obj
 def compare(root: Path, a: str, b: str, svg: Path | None) -> None:
-    """Compare the runs A and B: keys of the recipe that differ, results, and curves."""
+    """Compare the runs A and B: recipes, results and curves."""
     from qlora_phi3.ui.runs import differing_keys
 
     first, second = find(root, a), find(root, b)

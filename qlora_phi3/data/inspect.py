@@ -120,7 +120,8 @@ def find_row(data: PreparedData, wanted: str, tokenizer: Any) -> RowView:
         raise DataError(f"--row {wanted}: {row} is not trained on: {reasons[row]}.", hint)
     raise DataError(
         f"--row {wanted}: no such row of {', '.join(data.report.sources)} is trained or evaluated on.",
-        "The number is that of the line on which the row starts, in .parquet that of the row; `--problems` lists rows left out.",
+        "The number is that of the line on which the row starts, in .parquet and JSON of one line that of the row; `--problems` "
+        "lists rows left out.",
     )
 
 

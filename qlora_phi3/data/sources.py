@@ -76,7 +76,7 @@ def open_local(name: str, base_dir: Path, split: str = "train") -> list[Source]:
         if other := [file.name for file in files if _suffix(str(file)) not in READERS]:
             raise DataError(
                 f"{name} has {', '.join(other[:3])}{', …' if len(other) > 3 else ''} of a type that is not supported.",
-                f"Take them out, convert them to one of {', '.join(READERS)}, or name the files: train = 'chats/*.jsonl'.",
+                f"Take them out, convert them to one of {', '.join(READERS)}, or give a pattern such as 'chats/*.jsonl'.",
             )
         if files:
             return [open_file(str(file), base_dir) for file in files]
@@ -232,7 +232,7 @@ def _read_jsonl_file(name: str, path: Path) -> RowIterator:
 
 
 def _parse_json(name: str, text: str) -> RowIterator:
-    """The values of a JSON text, one at a time, each with the line it starts on."""
+    """The values of a JSON text, one at a time, each with the line it starts on; of an array in one line with its place in it."""
 
     def skip(position: int) -> int:
         found = WHITESPACE.match(text, position)
@@ -242,8 +242,9 @@ def _parse_json(name: str, text: str) -> RowIterator:
         number = text.count("\n", 0, position) + 1
         return DataError(f"{name}:{number}: not valid JSON ({reason}).", "Correct the file, or copy it again.")
 
-    position, line, counted = skip(0), 1, 0
+    position, line, counted, place = skip(0), 1, 0, 0
     in_array = text.startswith("[", position)
+    is_one_line = in_array and "\n" not in text.strip()
     position = skip(position + in_array)
     while position < len(text) and not (in_array and text[position] == "]"):
         line, counted = line + text.count("\n", counted, position), position
@@ -251,7 +252,8 @@ def _parse_json(name: str, text: str) -> RowIterator:
             value, position = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             raise _invalid_json(name, line, error) from None
-        yield line, value
+        place += 1
+        yield place if is_one_line else line, value
         end, position = position, skip(position)
         if in_array and text.startswith(",", position):
             position = skip(position + 1)

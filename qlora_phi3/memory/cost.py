@@ -7,8 +7,8 @@ whichever takes longer at the share of a GPU's stated rate that such kernels rea
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qlora_phi3.family import Architecture, linear_shapes
 
@@ -84,6 +84,11 @@ class StepKernels:
     backward: Kernels
     #: Clipping, and the optimizer.
     update: Kernels
+    #: Of all layers alone, in both passes.
+    layers: Kernels
+    num_layers: int
+    #: Bytes that a forward pass keeps of all layers for the backward pass.
+    kept_bytes: float
     #: Of the micro-batch, and the sum of the squares of its rows' tokens, which attention grows with.
     tokens: int
     squares: int
@@ -133,18 +138,17 @@ def add_kernels(*parts: tuple[float, Kernels]) -> Kernels:
     return total
 
 
-def keep_attention(step: StepKernels, share: float, copies: Kernels) -> StepKernels:
-    """The same step where the layers that are recomputed, a share of all, keep their attention.
-
-    Args:
-        copies: between GPU and host, in each of the two passes, of what is offloaded of it.
-    """
+def keep_attention(step: StepKernels, share: float, kept_bytes: Sequence[int], offloads: bool) -> StepKernels:
+    """The same step where layers that are recomputed, a share of all, keep their attention: tensors of `kept_bytes` each."""
     again = {kernel: count for kernel, count in step.forward.items() if kernel.kind == "attention" and kernel.flops}
+    copies = {Kernel("offload", 0, size, 0): step.num_layers * share for size in kept_bytes if offloads}
     return replace(
         step,
         forward=add_kernels((1, step.forward), (1, copies)),
         backward=add_kernels((1, step.backward), (-share, again), (1, copies)),
-        untiled=step.untiled and keep_attention(step.untiled, share, copies),
+        layers=add_kernels((1, step.layers), (-share, again), (2, copies)),
+        kept_bytes=step.kept_bytes + (0 if offloads else step.num_layers * share * sum(kept_bytes)),
+        untiled=step.untiled and keep_attention(step.untiled, share, kept_bytes, offloads),
     )
 
 
@@ -190,6 +194,31 @@ def _estimate(kernels: Kernels, device: Limits, tokens_ratio: float = 1.0, squar
         seconds[kind] += count * max(computing, num_bytes / device.bytes_per_second[kind])
         seconds["launch"] += count * device.launch_seconds[0]
     return seconds
+
+
+def count_flops(step: StepKernels, workload: StepWorkload) -> float:
+    """Floating-point operations of the matrix products of one optimizer step, recomputation included."""
+    ratios = {"attention": workload.squares / step.squares}
+    kernels = add_kernels((1, step.forward), (1, step.backward))
+    return sum(count * kernel.flops * ratios.get(kernel.kind, workload.tokens / step.tokens) for kernel, count in kernels.items())
+
+
+def describe_step(step: StepKernels, workload: StepWorkload, seconds: StepSeconds) -> dict[str, Any]:
+    """The `step` of a report: where the time of an optimizer step goes, and what each decoder layer asks of the GPU."""
+    each = step.tokens * step.num_layers
+    traffic = sum(
+        count * (kernel.activation_bytes + kernel.weight_bytes)
+        for kernel, count in step.layers.items()
+        if kernel.kind == "elementwise"
+    )
+    launches = sum(count for kernel, count in step.layers.items() if kernel.kind != "offload")
+    return {
+        "seconds": {kind: round(value, 6) for kind, value in asdict(seconds).items()},
+        "flops": count_flops(step, workload),
+        "launches_per_layer": round(launches / step.num_layers, 2),
+        "elementwise_bytes_per_token_and_layer": round(traffic / each),
+        "kept_bytes_per_token_and_layer": round(step.kept_bytes / each),
+    }
 
 
 def count_weights(architecture: Architecture) -> int:

@@ -11,7 +11,7 @@ import torch
 from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.family import Architecture, linear_shapes
 from qlora_phi3.memory.allocator import Footprint, replay, uses_expandable_segments
-from qlora_phi3.memory.cost import Kernel, StepKernels, add_kernels, keep_attention
+from qlora_phi3.memory.cost import Kernels, StepKernels, add_kernels, keep_attention
 from qlora_phi3.memory.cuda_path import MOST_FUSED_ROWS, context_bytes, fused_rows
 from qlora_phi3.memory.report import MemoryReport
 from qlora_phi3.memory.simulate import StepShape, simulate
@@ -194,27 +194,36 @@ class Predictor:
         """
         if sum(shape.lengths) > LONGEST_COUNTED:
             shape = StepShape(lengths=(LONGEST_COUNTED,))
-        lengths, tile = shape.lengths, execution.mlp_tile_tokens
-        every, layers = execution.checkpoint_every, self.architecture.num_hidden_layers
-        recomputed = math.ceil(layers / every) if every else 0
+        lengths = shape.lengths
         if execution.keep_attention:
             step = self.step_kernels(replace(execution, keep_attention=False), shape)
-            sizes = self.kept_attention_bytes(lengths, execution) if execution.activation_offloading else ()
-            return keep_attention(step, recomputed / layers, {Kernel("offload", 0, size, 0): recomputed for size in sizes})
-        parts: list[tuple[int, Trace]] = []
+            share = -(-step.num_layers // execution.checkpoint_every) / step.num_layers
+            return keep_attention(step, share, self.kept_attention_bytes(lengths, execution), execution.activation_offloading)
+        every, layers, tile = execution.checkpoint_every, self.architecture.num_hidden_layers, execution.mlp_tile_tokens
+        recomputed = math.ceil(layers / every) if every else 0
+        outside: list[tuple[int, Trace]] = []
+        of_layers: list[tuple[int, Trace]] = []
         if self._can_extrapolate:
             shape = replace(shape, evaluation_lengths=())
             for number, kind in ((layers - recomputed, 0), (recomputed, 1)):
                 if number:
                     small, large = (self._trace(replace(execution, checkpoint_every=kind), shape, few) for few in (2, 3))
-                    parts += [(number, large), (-number, small)]
-            parts += [(3, small), (-2, large)]  # outside the layers
+                    of_layers += [(number, large), (-number, small)]
+                    outside = [(3, small), (-2, large)]
         else:
-            parts = [(1, self._trace(execution, shape, layers))]
+            of_layers = [(1, self._trace(execution, shape, layers))]
         widths = lengths if execution.micro_batch.packing else [max(lengths)] * len(lengths)
-        phases = ("forward", "backward", "update")
+
+        def add(*phases: str, parts: Sequence[tuple[int, Trace]] = (*of_layers, *outside)) -> Kernels:
+            return add_kernels(*((times, trace.kernels[phase]) for times, trace in parts for phase in phases))
+
         return StepKernels(
-            **{phase: add_kernels(*((times, trace.kernels[phase]) for times, trace in parts)) for phase in phases},
+            forward=add("forward"),
+            backward=add("backward"),
+            update=add("update"),
+            layers=add("forward", "backward", parts=of_layers),
+            num_layers=layers,
+            kept_bytes=sum(times * trace.kept_bytes() for times, trace in of_layers),
             tokens=sum(widths),
             squares=sum(width**2 for width in widths),
             mlp_tile_tokens=tile,

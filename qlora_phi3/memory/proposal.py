@@ -324,7 +324,7 @@ def _length_reason(option: ModelOption) -> str:
     limit = f"; the model ends at {positions:,}" if option.lengths[0] > positions else ""
     counted = "counted by its tokenizer" if option.is_exact else f"estimated at {BYTES_PER_TOKEN} bytes a token"
     longest = f"the longest {option.lengths[0]:,}{limit} ({counted})"
-    return f"tokens: cuts {cut:,} of {format_count(len(option.lengths), 'row')}, {longest}"
+    return f"tokens: cuts {'or drops ' if cut else ''}{cut:,} of {format_count(len(option.lengths), 'row')}, {longest}"
 
 
 def describe_gpu(device: Gpu | None) -> str:

@@ -140,9 +140,9 @@ class VramReport:
     #: Why no suggestion makes it fit, where none does.
     no_fix_reason: str = ""
     rows: RowSummary
-    #: By the cost model: an estimate to compare plans with, never measured; `step` has them by kind of kernel.
+    #: By the cost model: an estimate to compare plans with, never measured. `step` is of `cost.describe_step`.
     seconds_per_step: float
-    step: Mapping[str, Mapping[str, float]]
+    step: Mapping[str, Any]
     seconds_per_1000_rows: float
     #: Of the recipe's run with its evaluations, without what comes before the first step; None where the data could not be read.
     epochs: float | None = None

@@ -49,6 +49,11 @@ class Trace:
             trace=trace._with_second_step(),
         )
 
+    def kept_bytes(self) -> int:
+        """What a forward pass leaves for the backward pass."""
+        begin, end = self.phases["forward"], self.phases["backward"]
+        return sum(self._live_at(end).values()) - sum(self._live_at(begin).values())
+
     def _peaks(self) -> dict[str, tuple[int, int]]:
         """Phase -> most bytes that are allocated at once, and the number of events by then."""
         sizes = dict(event for event in self.events if event[1])

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,6 +228,8 @@ class VramChecker:
         return replace(report, suggestions=suggestions, no_fix_reason=no_fix_reason)
 
     def _build_report(self, device: Gpu, plan: "Plan", budget_bytes: int) -> VramReport:
+        from qlora_phi3.memory.cost import describe_step
+
         memory, execution, training = plan.memory, plan.execution, self.context.recipe.training
         rows, rows_per_gpu = self.context.lengths, self.context.lengths.batch_size
         margin, (speed, slowest, fastest) = read_margin(device.name), self._speeds(device, plan)
@@ -267,7 +269,7 @@ class VramChecker:
                 problem=rows.problem,
             ),
             seconds_per_step=plan.step_seconds,
-            step={"seconds": {kind: round(seconds, 6) for kind, seconds in asdict(plan.seconds).items()}},
+            step=describe_step(plan.kernels, plan.workload, plan.seconds),
             **self._estimate_run(plan),
             tokens_per_second=speed,
             slowest_tokens_per_second=slowest,

@@ -137,6 +137,9 @@ def build_config(config: Mapping[str, Any], name: str, **changes: Any) -> Phi3Co
         return Phi3Config(**{**config, **changes})
 
 
+MEMORY_HINT = "Close other programs that use it; qlora-phi3 vram-check says what a run needs."
+
+
 def load_base(
     config: Model,
     quantization: Quantization,
@@ -167,7 +170,6 @@ def load_base(
     problem = f"The weights of {config.name} cannot be read: {{reason}}."
     hint = "Download the checkpoint again, complete, as safetensors."
     memory = f"The memory of {device} ran out while {config.name} was loaded: {{reason}}."
-    memory_hint = "Close other programs that use it; qlora-phi3 vram-check says what a run needs."
     revision = settings._commit_hash or config.revision
     with foreign_errors(ModelError, problem, hint):
         folder = download_weights(config.name, revision, progress)
@@ -175,7 +177,7 @@ def load_base(
     cache = None if quantized is None else find_base_cache(config.name, folder, quantized, device, note)
     tensors = None if cache is None else cache.read()
     placed = {"dtype": compute_dtype, "device_map": {"": device}, "attn_implementation": attention_name(config)}
-    with quiet_transformers(), foreign_errors(ModelError, problem, hint), memory_errors(ModelError, memory, memory_hint):
+    with quiet_transformers(), foreign_errors(ModelError, problem, hint), memory_errors(ModelError, memory, MEMORY_HINT):
         if tensors is None or quantized is None:
             model = PackedPhi3ForCausalLM.from_pretrained(
                 config.name, config=settings, revision=revision, quantization_config=quantized, use_safetensors=True, **placed

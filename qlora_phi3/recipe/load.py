@@ -68,7 +68,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, check_files: bool 
 def _find_origin(problem: Problem, sources: Mapping[tuple[str, str], str], path: Path) -> str:
     """The `--set` that a problem comes from, else the file; of keys that contradict each other, the file and each `--set`."""
     words = () if problem.key else re.findall(r"\w+", problem.sentence)
-    given = [each for (table, key), each in sources.items() if key in words and problem.table in ("", table)]
+    is_unknown = problem.table not in ("", *TABLES)
+    given = [
+        each
+        for (table, key), each in sources.items()
+        if (key in words and problem.table in ("", table)) or (is_unknown and table == problem.table)
+    ]
     return f"{path} with {' '.join(given)}" if given else sources.get((problem.table, problem.key), str(path))
 
 
@@ -88,7 +93,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
             f"{path} is {'JSON' if kind == '.json' else 'YAML'}, and a recipe is TOML.",
             f"Convert it: qlora-phi3 recipe import {quoted(path)}",
         )
-    if kind in DATA_SUFFIXES:
+    if kind in DATA_SUFFIXES and path.exists():
         raise RecipeError(f"{path} is data, not a recipe.", f"Write a recipe for it: qlora-phi3 init {quoted(path)}")
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -235,11 +240,17 @@ def candidate_paths(name: str, base_dir: Path) -> tuple[Path, ...]:
 
 
 def find_path(name: str, base_dir: Path) -> Path | None:
-    """The first of `candidate_paths` that exists; none for what is no name (NUL, a part of 300 bytes), where `exists` raises."""
+    """The first of `candidate_paths` that exists, or may: reading it says that a directory above is not readable. None for what
+    is no name (NUL, a part of 300 bytes).
+    """
     for path in candidate_paths(name, base_dir):
-        with suppress(OSError, ValueError):
+        try:
             if path.exists():
                 return path
+        except PermissionError:
+            return path
+        except (OSError, ValueError):
+            continue
     return None
 
 

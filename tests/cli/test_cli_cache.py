@@ -42,7 +42,7 @@ def test_each_kind_has_a_line_with_its_number_and_size(kept):
     os.utime(other / "rows.arrow", (1.6e9, 1.6e9))
     assert call("cache").stdout.splitlines() == [
         "bases           3 MiB  last used 2023-11-14 22:13  1 base",
-        "rows            3 MiB  last used 2023-11-15 22:13  2 data files",
+        "rows            3 MiB  last used 2023-11-15 22:13  2 tokenized files",
         "vram-check      1 MiB  last used 2023-11-16 22:13  2 answers",
         "In all 7 MiB.",
     ]

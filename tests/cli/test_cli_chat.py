@@ -48,7 +48,9 @@ def talk(loaded, *, compare=False, limit=8):
 
 
 def answer_of(loaded, question, limit=8):
-    return generate(loaded, [{"role": "user", "content": question}], max_new_tokens=limit).text
+    pieces = []
+    generate(loaded, [{"role": "user", "content": question}], max_new_tokens=limit, show=pieces.append)
+    return "".join(pieces)
 
 
 def converse(run, *lines, options=()):

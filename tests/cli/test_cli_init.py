@@ -65,7 +65,7 @@ def test_a_row_longer_than_the_model_is_counted_as_cut_with_its_own_length(shop)
     assert longest > positions
     assert f"the longest {longest:,}\n" in result.stdout
     (line,) = (line for line in (shop.path / "a.toml").read_text(encoding="utf-8").splitlines() if "max_length" in line)
-    assert f"cuts 1 of 24 rows, the longest {longest:,}; the model ends at {positions:,} (counted" in line
+    assert f"cuts or drops 1 of 24 rows, the longest {longest:,}; the model ends at {positions:,} (counted" in line
     shown = call("inspect", "a.toml", "--set", "lora.r=8", "--set", "training.output_dir=a b")
     assert f"max_length = {positions} is all that the model has: 4.2 % of the rows are cut" in shown.stdout
     assert "Suggestion" not in shown.stdout

@@ -145,6 +145,9 @@ def test_a_comparison_has_the_keys_that_differ_the_results_and_both_curves(here)
     assert "4.0000 -> 3.5000" in result.stdout
     assert (here / "both.svg").read_text(encoding="utf-8").startswith("<svg")
     assert call("runs", "compare", "a", "a").stdout.count("the same") == 2
+    write_run(here / "runs" / "c" / "1", records=[evaluation_record(0, 4.0), step_record(1, 4.0)])
+    rows = [line.split() for line in call("runs", "compare", "c", "a").stdout.splitlines()]
+    assert next(row for row in rows if row[:1] == ["held-out"])[:5] == ["held-out", "loss", "4.0000", "->", "?"]
 
 
 def test_differing_keys_lists_only_those_with_other_values():

@@ -80,14 +80,14 @@ def test_every_row_that_is_left_out_is_a_problem_and_its_number_says_why(read, t
 
 def test_rows_that_start_on_one_line_are_told_apart_by_their_ids(tmp_path):
     rows = [chat("a", "b"), chat("a", "c" * 60), {"messages": []}]
-    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "rows.json").write_text("[\n" + json.dumps(rows)[1:], encoding="utf-8")
     recipe, options = Data(train="rows.json"), {"tokenizer": TOKENIZER, "template": choose_template(TOKENIZER, "auto")}
     data, uncut = (
         prepare_datasets(recipe, max_length=length, evaluate=False, base_dir=tmp_path, progress=lambda *_: None, **options)
         for length in (32, UNCUT)
     )
     views = inspect.view_rows(data.train, [0, 1], data, TOKENIZER)
-    assert [view.name for view in views] == ["rows.json:1"] * 2
+    assert [view.name for view in views] == ["rows.json:2"] * 2
     assert [view.num_cut for view in views] == [0, len(uncut.train[1]["input_ids"]) - 32]
     (problem,) = inspect.find_problems(data, recipe, tmp_path)
     assert problem.content.startswith("One of 3 rows that start on this line")

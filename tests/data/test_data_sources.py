@@ -38,6 +38,11 @@ def test_a_json_array_is_numbered_by_the_line_each_object_starts_on(tmp_path):
     assert rows_of(path) == [(2, {"text": "one"}), (5, {"text": "two"}), (5, {"text": "three"})]
 
 
+def test_a_json_array_in_one_line_is_numbered_by_row(tmp_path):
+    path = write(tmp_path / "a.json", '[{"text": "one"}, {"text": "two"}]\n')
+    assert rows_of(path) == [(1, {"text": "one"}), (2, {"text": "two"})]
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_arrays_and_json_lines_are_read_under_either_name(tmp_path, name):
     assert rows_of(write(tmp_path / name, '{"a": 1}\n{"a": 2}\n')) == [(1, {"a": 1}), (2, {"a": 2})]

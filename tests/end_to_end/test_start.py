@@ -57,7 +57,7 @@ def test_without_a_step_the_adapter_comes_out_as_it_went_in(trained):
         ({"r": 2}, "r = 4"),
         ({"lora_alpha": 99}, "lora_alpha = 16"),
         ({"target_modules": ["qkv_proj"]}, "[lora]"),
-        ({"use_dora": True}, "use_dora = False"),
+        ({"use_dora": True}, "use_dora = false"),
     ],
     ids=["rank", "strength", "layers", "kind"],
 )

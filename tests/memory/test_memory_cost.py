@@ -16,6 +16,7 @@ from qlora_phi3.memory.cost import (
     StepKernels,
     StepWorkload,
     count_steps,
+    describe_step,
     estimate_step,
     gpu_limits,
 )
@@ -56,7 +57,8 @@ DEQUANTIZATION, SCORES = Kernel("dequantize", 0, 0, 10**9), Kernel("attention", 
 
 
 def step_kernels(**fields):
-    return StepKernels(**{"forward": {}, "backward": {}, "update": {}, "tokens": 1000, "squares": 10**6} | fields)
+    nothing = {"forward": {}, "backward": {}, "update": {}, "layers": {}}
+    return StepKernels(**nothing | {"num_layers": 2, "kept_bytes": 0, "tokens": 1000, "squares": 10**6} | fields)
 
 
 def workload(tokens, squares=0, num_micro_batches=1):
@@ -122,3 +124,15 @@ def test_few_tokens_take_as_long_as_reading_the_weights():
     product = Kernel("matmul", 1e9, 10**3, 10**9)
     few = estimate_step(step_kernels(forward={product: 1}), workload(10), GPU)
     assert few.matmul == pytest.approx((1e9 + 10) / (BANDWIDTH * BANDWIDTH_SHARE["matmul"]))
+
+
+def test_the_description_of_a_step_is_counted_by_hand():
+    layers = {PRODUCT: 2, NORM: 4, Kernel("offload", 0, 10**6, 0): 2}
+    step = step_kernels(forward=layers, backward={SCORES: 1}, layers=layers, kept_bytes=6 * 10**6)
+    work = workload(2000, 3 * 10**6)
+    described = describe_step(step, work, estimate_step(step, work, GPU))
+    assert described["flops"] == pytest.approx(2 * 2 * 1e12 + 3 * 1e12)
+    assert described["launches_per_layer"] == 3
+    assert described["elementwise_bytes_per_token_and_layer"] == 2 * 10**6
+    assert described["kept_bytes_per_token_and_layer"] == 3000
+    assert set(described["seconds"]) == {"matmul", "attention", "dequantize", "elementwise", "offload", "launch"}

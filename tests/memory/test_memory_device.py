@@ -165,7 +165,7 @@ def test_a_step_takes_the_time_of_its_kernels_at_the_rates_of_the_cpu():
         Kernel("attention", 2e9, 1, 0): 100,
         Kernel("elementwise", 0, 10**8, 0): 100,
     }
-    step = StepKernels(forward=kernels, backward={}, update={}, tokens=64, squares=64**2)
+    step = StepKernels(forward=kernels, backward={}, update={}, layers={}, num_layers=1, kept_bytes=0, tokens=64, squares=64**2)
     seconds = estimate_step(step, StepWorkload(lengths=(64,), num_micro_batches=1, tokens=64, squares=64**2), LIMITS)
     assert seconds.matmul == pytest.approx(1)
     assert seconds.attention == pytest.approx(1)

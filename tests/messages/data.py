@@ -159,7 +159,7 @@ MESSAGES = [
     message(
         "data-formats-mixed",
         lambda shop: prepare(shop, [CHAT, {"instruction": "i", "output": "o"}]),
-        ("a.json:1 is of format 'alpaca', while a.json:1 is of format 'messages'",),
+        ("a.json:2 is of format 'alpaca', while a.json:1 is of format 'messages'",),
         "Use one format in a file",
     ),
     message(

@@ -131,6 +131,9 @@ def template_with_end(shop, end):
     return read_end_of_turn(tokenizer, str(path))
 
 
+LONG_QUESTION = [{"role": "user", "content": "a " * 600}]
+
+
 def ask(shop, messages):
     model = load(shop.base, in_4bit=False)
     return generate(InferenceModel(model, load_tokenizer(Model(name=str(shop.base))), (0,)), messages, max_new_tokens=1)
@@ -341,6 +344,6 @@ MESSAGES = [
         "and its end token",
         DataError,
     ),
-    row("prompt-longer-than-the-model", lambda shop: ask(shop, "a " * 600), ("512 positions",), "Shorten", DataError),
+    row("prompt-longer-than-the-model", lambda shop: ask(shop, LONG_QUESTION), ("512 positions",), "Shorten", DataError),
     row("messages-without-content", lambda shop: ask(shop, [{"role": "user"}]), ("messages",), "content", DataError),
 ]

@@ -329,7 +329,7 @@ MESSAGES = [
     ),
     refused("recipe-is-a-directory", load_file("."), ("cannot be read",), "Give the path of a .toml file."),
     refused("recipe-not-utf-8", load_file("a.toml", START.encode("utf-16")), ("not UTF-8 text (byte 0)",), "as UTF-8"),
-    refused("recipe-is-data", load_file("a.jsonl"), ("a.jsonl is data",), "qlora-phi3 init a.jsonl"),
+    refused("recipe-is-data", load_file("a.jsonl", b"{}"), ("a.jsonl is data",), "qlora-phi3 init a.jsonl"),
     refused(
         "set-without-a-table", load(START, "epochs=2"), ("--set epochs=2",), "Did you mean 'num_train_epochs' in [training]?"
     ),

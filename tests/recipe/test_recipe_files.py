@@ -7,7 +7,7 @@ import pytest
 
 from qlora_phi3.errors import RecipeError, UserError
 from qlora_phi3.family import read_architecture
-from qlora_phi3.recipe.load import candidate_paths, check_model_limits, is_local_data, load_recipe, resolve_paths
+from qlora_phi3.recipe.load import candidate_paths, check_model_limits, find_path, is_local_data, load_recipe, resolve_paths
 
 SMALL = {"max_position_embeddings": 256, "num_hidden_layers": 2}
 
@@ -121,3 +121,11 @@ def test_what_the_model_does_not_have_is_refused_with_its_own_value(shop, key, v
     with pytest.raises(UserError, match=f"{value}") as caught:
         check_model_limits(load_recipe(shop.path / "mine.toml", [f"{key}={value}"]), replace(architecture, **SMALL))
     assert caught.value.exit_code == 2
+
+
+def test_a_file_below_an_unreadable_directory_is_not_called_missing(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert find_path("chats.jsonl", tmp_path) == tmp_path / "chats.jsonl"

@@ -131,6 +131,11 @@ def test_set_changes_a_key_and_takes_a_bare_word_as_a_string(tmp_path: Path):
     assert recipe.lora.rank_pattern == {"o_proj": 4}
 
 
+def test_a_table_that_does_not_exist_is_blamed_on_its_set(tmp_path: Path):
+    with pytest.raises(RecipeError, match=r"mine\.toml with --set lorra\.r=3: A recipe has no table \[lorra\]"):
+        read(tmp_path, SHORTEST, "lorra.r=3")
+
+
 def test_a_constant_schedule_has_no_warm_up_by_default(tmp_path: Path):
     assert read(tmp_path, SHORTEST, "training.lr_scheduler_type=constant").training.warmup_steps == 0
     assert read(tmp_path, SHORTEST).training.warmup_steps == 0.03

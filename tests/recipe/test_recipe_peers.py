@@ -347,3 +347,5 @@ def test_the_command_lists_three_groups_and_overwrites_nothing(shop):
         assert title in result.stderr
     assert load_recipe(shop.path / "my.toml").lora.r == 32
     assert call("recipe", "import", "sft.yaml", "--out", "my.toml").exit_code == 2
+    directory = call("recipe", "import", ".")
+    assert (directory.exit_code, "--out" in directory.stderr) == (2, False)

@@ -32,7 +32,7 @@ def trainer(shop):
 
     context = prepare(load_recipe(shop.write()), shop.path, Silent())
     (shop.path / "run").mkdir()
-    return build_trainer(context, plan_run(context).plan.execution, load_model(context), RunFolder(shop.path / "run"))
+    return build_trainer(context, plan_run(context).execution, load_model(context), RunFolder(shop.path / "run"))
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,8 @@ def test_rows_of_another_file_are_read_in_their_own_format(loaded, run, tmp_path
 
 def test_rows_of_another_file_have_the_columns_of_the_recipe_only_where_these_are_there(loaded, run, tmp_path):
     fields = 'fields = { instruction = "Frage", output = "Antwort" }'
-    run.recipe.write_text(run.recipe.read_text(encoding="utf-8").replace("fields = {}", fields), encoding="utf-8")
+    text = run.recipe.read_text(encoding="utf-8").replace("fields = {}", fields).replace('format = "auto"', 'format = "alpaca"')
+    run.recipe.write_text(text, encoding="utf-8")
     rows = {
         "same.jsonl": {"Frage": "What is red?", "Antwort": "a cherry"},
         "other.jsonl": {"messages": [{"role": "user", "content": "What is red?"}, {"role": "assistant", "content": "a cherry"}]},

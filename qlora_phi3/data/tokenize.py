@@ -278,14 +278,14 @@ def _tokenize_batches(
 
 @contextmanager
 def one_thread_a_batch(tokenizer: Any) -> Iterator[None]:
-    """Let tokenizers encode a batch in the thread that asks for it, not in threads of its own: what they allocate is freed by
-    another thread, which takes 10 to 15 % longer (docs/log.md).
+    """Let tokenizers encode a batch in the thread that asks for it, not in threads of its own, whose memory another thread would
+    free (measured in docs/log.md).
     """
     backend, before = tokenizer.backend_tokenizer, os.environ.get(PARALLELISM)
     backend.no_padding()  # else the first call does it, which fails ("Already borrowed") while another thread encodes
     backend.no_truncation()
     os.environ[PARALLELISM] = "false"
-    gc.freeze()  # the libraries' objects, which Python's garbage collector would search again and again: 5 to 17 % of the time
+    gc.freeze()  # the libraries' objects, which Python's garbage collector would search again and again
     try:
         yield
     finally:

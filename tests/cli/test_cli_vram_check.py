@@ -421,6 +421,8 @@ def test_a_number_behind_a_flag_is_answered_with_the_flags(home):
     assert "--max-length of vram-check takes no value" in call("vram-check", "--max-length", "100000").stderr
     result = call("vram-check", "mine.toml", "--max-length", "1024")
     assert (result.exit_code, "(1024). No value is taken by --max-length" in result.stderr) == (2, True)
+    extra = call("docs", "data", "extra").stderr
+    assert extra.endswith("(extra). `main docs --help` explains it.\n")  # no flag was given, and none is named
 
 
 @pytest.mark.parametrize("words", [["--all"], ["--max-length"], ["--fit", "new.toml"], ["--set", "lora.r=3"]])

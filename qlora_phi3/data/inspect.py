@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_phi3.data.messages import SkipRow
-from qlora_phi3.data.prepare import PreparedData, read_column, row_lengths
+from qlora_phi3.data.prepare import PreparedData, read_columns, row_lengths
 from qlora_phi3.data.report import DataReport
 from qlora_phi3.data.sources import open_sources
 from qlora_phi3.data.tokenize import UNCUT
@@ -110,7 +110,7 @@ def find_row(data: PreparedData, wanted: str, tokenizer: Any) -> RowView:
     """
     file, _, number = wanted.rpartition(":")
     for dataset in filter(None, (data.train, data.evaluation)):
-        numbers, sources = read_column(dataset, "source_row"), read_column(dataset, "source")
+        numbers, sources = read_columns(dataset, "source_row", "source")
         for index in np.flatnonzero(numbers == (int(number) if number.isdecimal() else -1)):
             if data.report.sources[sources[index]].endswith(file):
                 return view_rows(dataset, [int(index)], data, tokenizer, held_out=dataset is data.evaluation)[0]
@@ -129,8 +129,7 @@ def find_problems(data: PreparedData, recipe: Data, base_dir: Path) -> Iterator[
     """Every row that is cut, and the first 1,000 of each reason that are left out, with their content from the file."""
     reasons, max_length = dict(data.left_out), data.report.max_length
     for dataset in filter(None, (data.train, data.evaluation)):
-        columns = [read_column(dataset, name) for name in ("source", "source_row", "num_cut")]
-        for source, number, num_cut in zip(*columns, strict=True):
+        for source, number, num_cut in zip(*read_columns(dataset, "source", "source_row", "num_cut"), strict=True):
             if num_cut:
                 line = f"cut: {max_length + num_cut:,} tokens, max_length is {max_length:,}"
                 reasons.setdefault(f"{data.report.sources[source]}:{number}", line)

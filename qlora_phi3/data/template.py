@@ -69,7 +69,7 @@ class ChatTemplate:
     thinking: bool  #: Whether an assistant's thinking has a place before its answer: `<think>` and `</think>` around it.
     call_tokens: tuple[str, str]  #: The tokens before and after an assistant's tool calls; empty where the model has none.
     own: str  #: The model's template where `source` is its marked twin and nobody published it: every row is rendered by both.
-    variables: Mapping[str, Any]  #: What `source` is rendered with, beside the messages: the special tokens by their names.
+    variables: Mapping[str, Any]  #: What `source` is rendered with, beside the messages: the special tokens it names.
     own_variables: Mapping[str, Any]  #: As `variables`, for `own`; the two can differ in `bos_token` and `eos_token`.
     rendered: str  #: A conversation, as it renders it.
     is_own: bool  #: Whether it is none of the family's published ones, so that each rendering is checked.
@@ -222,8 +222,8 @@ def _inspect(
         thinking="reasoning" in name or "<think>" in source or "<think>" in tokenizer.get_vocab(),
         call_tokens=CALL_TOKENS if set(CALL_TOKENS) <= tokenizer.get_vocab().keys() else ("", ""),
         own=unpublished,
-        variables=variables,
-        own_variables=own_variables,
+        variables={name: value for name, value in variables.items() if name in source},  # each costs time in each row
+        own_variables={name: value for name, value in own_variables.items() if name in (own or "")},
         rendered=_try_render(source, PROBES[1], variables) or "",
         is_own=name not in FAMILY or bool(unpublished),
     )

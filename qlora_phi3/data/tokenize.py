@@ -264,8 +264,10 @@ def _tokenize_batches(
     """The rows of a part, until `report` has counted `max_rows` that are kept."""
     most, ahead = (float("inf"), 2 * THREADS) if max_rows is None else (max_rows, 0)
     pending: deque[tuple[int, Future[list[tuple[int, Ids, Ids]]]]] = deque()
+    config.tokenizer.backend_tokenizer.no_padding()
+    config.tokenizer.backend_tokenizer.no_truncation()
     # tokenizers releases Python's lock: meanwhile this thread reads, renders and writes.
-    with ThreadPoolExecutor(THREADS) as pool, one_thread_a_batch(config.tokenizer) if ahead else nullcontext():
+    with ThreadPoolExecutor(THREADS) as pool, one_thread_a_batch() if ahead else nullcontext():
         while batch := list(islice(examples, int(min(BATCH_ROWS, most - report.rows_kept)))):
             rendered = _render_batch(batch, config, special, report)
             pending.append((report.rows_read, pool.submit(tokenize_rows, rendered, config.tokenizer, special)))
@@ -277,13 +279,11 @@ def _tokenize_batches(
 
 
 @contextmanager
-def one_thread_a_batch(tokenizer: Any) -> Iterator[None]:
+def one_thread_a_batch() -> Iterator[None]:
     """Let tokenizers encode a batch in the thread that asks for it, not in threads of its own, whose memory another thread would
     free (measured in docs/log.md).
     """
-    backend, before = tokenizer.backend_tokenizer, os.environ.get(PARALLELISM)
-    backend.no_padding()  # else the first call does it, which fails ("Already borrowed") while another thread encodes
-    backend.no_truncation()
+    before = os.environ.get(PARALLELISM)
     os.environ[PARALLELISM] = "false"
     gc.freeze()  # the libraries' objects, which Python's garbage collector would search again and again
     try:
@@ -470,8 +470,7 @@ def tokenize_rows(rendered: Sequence[Rendered], tokenizer: Any, special: Special
     texts = [row.text for row in rendered if not row.is_broken]
     rows, encodings = [], iter(())
     if texts:
-        options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        encodings = iter(tokenizer(texts, add_special_tokens=not rendered[0].is_chat, **options).encodings)
+        encodings = iter(tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=not rendered[0].is_chat))
     for row in rendered:
         spans: Sequence[Span] = row.spans or ()
         if row.is_broken:

@@ -249,21 +249,27 @@ def find_model(text: str, root: Path = Path("runs")) -> Path:
     """What `load_for_inference` loads for a name that a person gives: the directory of a run, as `resolve_run` finds it; of an
     adapter, an export or a base; or the hub id of a base. RunError where it is none of these, ModelError for an untrained run.
     """
+    path = Path(text)
+    if _has_model(path) and not RunFolder(path.parent).recipe.is_file():  # before a run of this name under `root`
+        return path
     try:
         run = resolve_run(text, root)
     except RunError:
         from qlora_phi3.family import is_hub_id  # not above: the help of most commands imports this file
 
-        path = Path(text)
         if path.parent.name == LATEST:  # as in runs/NAME/latest/merged
             path = resolve_run(str(path.parent), root).path / path.name
-        if is_dir(path) and any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        if _has_model(path):
             return path
         if is_hub_id(text) and not is_dir(path) and not is_dir(path.parent):
             return path
         raise
     run.check_trained()
     return run.path
+
+
+def _has_model(path: Path) -> bool:
+    return is_dir(path) and any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def run_group_name(recipe: Path) -> str:

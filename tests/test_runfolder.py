@@ -55,6 +55,12 @@ def test_a_run_without_an_adapter_is_no_model(two_runs, tmp_path):
     assert find_model("my").name == two_runs[-1]
 
 
+def test_a_model_here_comes_before_a_run_of_its_name_elsewhere(two_runs, tmp_path):
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "config.json").touch()
+    assert find_model("my") == Path("my")
+
+
 def test_an_export_in_the_newest_run_is_found_by_latest(two_runs, tmp_path):
     merged = tmp_path / "runs" / "my" / two_runs[-1] / "merged"
     merged.mkdir()

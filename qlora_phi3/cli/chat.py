@@ -167,7 +167,7 @@ class Conversation:
         self.inference, self.sampling, self.max_new_tokens = inference, sampling, limit
         self.seed, self.compare, self.system = seed, compare, system
         self.turns: dict[str, list[dict[str, str]]] = {}
-        self.incomplete: set[str] = set()  #: Answers that Ctrl-C or a limit ended.
+        self.incomplete: set[int] = set()  #: Places in the turns of "tuned" of answers that Ctrl-C or a limit ended.
 
     def messages(self, side: str) -> list[dict[str, str]]:
         """The conversation of one side, with its system turn."""
@@ -205,9 +205,10 @@ class Conversation:
         if beside:
             console.print(_columns(answers, width))
         for side, (text, figures) in zip(sides, answers if len(answers) == len(sides) else (), strict=False):
-            new = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
-            self.turns.setdefault(side, []).extend(new if text.strip() else [])
-            self.incomplete |= set() if figures.endswith(ENDED) else {text}
+            turns = self.turns.setdefault(side, [])
+            if text.strip():
+                turns += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+                self.incomplete |= {len(turns) - 1} if side == "tuned" and not figures.endswith(ENDED) else set()
         return answers[-1][1]
 
     def _answer(self, side: str, messages: list[dict[str, str]], show: Callable[[list[str]], None]) -> tuple[str, str]:
@@ -301,8 +302,7 @@ def _obey(talk: Conversation, command: str, rest: str) -> str:
         if path.exists():
             raise RunError(f"{path} exists.", "Give another name.")
         turns = talk.turns["tuned"]
-        pairs = zip(turns[::2], turns[1::2], strict=True)
-        kept = [each for pair in pairs if pair[1]["content"] not in talk.incomplete for each in pair]
+        kept = [turn for place, turn in enumerate(turns) if place | 1 not in talk.incomplete]
         left_out = f"{format_count((len(turns) - len(kept)) // 2, 'question')} left out, whose answer was stopped or cut"
         if not kept:
             return f"Nothing is written: {left_out}."
@@ -314,6 +314,7 @@ def _obey(talk: Conversation, command: str, rest: str) -> str:
     if command not in ("/system", "/reset"):
         return HELP if command == "/help" else f"There is no command {command}; /help lists them."
     talk.turns.clear()
+    talk.incomplete.clear()
     talk.system = rest if command == "/system" else talk.system
     return f"A new conversation, {'with' if talk.system else 'without'} a system turn."
 

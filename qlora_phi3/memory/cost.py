@@ -19,14 +19,15 @@ Kind = Literal["matmul", "attention", "dequantize", "elementwise", "offload"]
 
 #: Share of the GPU's stated 16-bit rate that matrix products reach: of GPUs that halve the rate of their tensor cores when they
 #: sum in fp32, as GeForce does (up to HALVED_TFLOPS for each multiprocessor), and of those that do not. These two, element-wise
-#: kernels and launches were fitted to 22 published speeds and held against 19 others (scripts/fit_cost.py, docs/performance.md).
-ARITHMETIC_SHARE, FULL_RATE_ARITHMETIC_SHARE = 0.85, 0.65
+#: kernels, launches and the host's time were fitted to 41 published speeds, after each source had been predicted by a fit to the
+#: others (scripts/fit_cost.py, docs/performance.md).
+ARITHMETIC_SHARE, FULL_RATE_ARITHMETIC_SHARE = 0.9, 0.6
 HALVED_TFLOPS = 1.5
 #: And of its bandwidth. Dequantization had 0.44, 0.38 and 0.32 on an RTX 3050 Laptop, an RTX 5070 Laptop and an A100; those of
 #: matrix products and attention are assumptions.
 BANDWIDTH_SHARE: Mapping[str, float] = {"matmul": 0.7, "attention": 0.7, "dequantize": 0.4, "elementwise": 0.9}
 #: From the end of one kernel to the begin of the next, and what the host needs to start one: the longer of both sums counts.
-LAUNCH_SECONDS, HOST_SECONDS = 2e-6, 30e-6
+LAUNCH_SECONDS, HOST_SECONDS = 3e-6, 24e-6
 #: An operator on a CPU, started from Python, with what autograd does for it (one Zen 5 core, torch 2.13).
 CPU_LAUNCH_SECONDS = 8e-6
 #: Bytes a second between host and GPU, pinned memory, PCIe 4.0 x8 (16 GB/s stated): one published run on a laptop had 9.4.

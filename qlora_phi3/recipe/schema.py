@@ -215,7 +215,7 @@ class Data(Table):
         if not self.eval_size:
             yield (
                 "eval_size = 0 holds no rows out: to train on every row, delete it, write [training] do_eval = false, "
-                "and delete eval_strategy and early_stopping_patience where they are set."
+                "and delete eval_strategy, early_stopping_patience and load_best_model_at_end where they are set."
             )
         if self.fields and self.format == "auto":
             yield 'fields needs the format whose columns it maps: add for example format = "alpaca".'
@@ -385,24 +385,15 @@ class Training(Table):
                 yield f'{name}_steps = 0 is not an interval: write at least 1, or {name}_strategy = "no".'
         if self.save_minutes and self.save_strategy == "no":
             yield f'save_strategy = "no" and save_minutes = {self.save_minutes:g} contradict each other: delete one.'
+        keys = [f"early_stopping_patience = {self.early_stopping_patience}"] if self.early_stopping_patience else []
+        keys += ["load_best_model_at_end = true"] if self.load_best_model_at_end else []
         if not self.do_eval:
-            keys = [f'eval_strategy = "{self.eval_strategy}"'] if self.eval_strategy != "no" else []
-            keys += [f"early_stopping_patience = {self.early_stopping_patience}"] if self.early_stopping_patience else []
+            keys = [f'eval_strategy = "{self.eval_strategy}"', *keys] if self.eval_strategy != "no" else keys
             if keys:
                 yield f"do_eval = false and {' and '.join(keys)} contradict each other: delete do_eval, or the rest."
-        elif self.early_stopping_patience and self.eval_strategy == "no":
-            patience = self.early_stopping_patience
-            yield f'early_stopping_patience = {patience} needs evaluations: delete it, or write eval_strategy = "steps".'
-        # The rule of TrainingArguments.__post_init__ (transformers 5.23), checked before torch is imported.
-        if self.eval_strategy == "steps" and self.eval_steps and (self.eval_steps < 1) == (self.save_steps < 1):
-            evaluated = round(self.save_steps * 10**6) % round(self.eval_steps * 10**6) == 0
-        else:
-            evaluated = self.eval_strategy == "epoch"
-        if self.load_best_model_at_end and not (evaluated and self.eval_strategy == self.save_strategy):
-            yield (
-                "load_best_model_at_end needs an evaluation loss for every checkpoint: the same eval_strategy and "
-                "save_strategy (steps or epoch), and save_steps a multiple of eval_steps."
-            )
+        elif keys and self.eval_strategy == "no":
+            verb, what = ("needs", "it") if len(keys) == 1 else ("need", "them")
+            yield f'{" and ".join(keys)} {verb} evaluations: delete {what}, or write eval_strategy = "steps".'
 
 
 class Memory(Table):

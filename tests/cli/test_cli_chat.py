@@ -108,7 +108,7 @@ def test_answers_that_are_empty_stopped_or_cut_are_not_saved_which_is_said(run, 
     red += [
         ("\n", "1 token, an empty answer: it ended its turn at once"),
         ("a bl", "stopped"),
-        ("gre", "cut at --max-new-tokens"),
+        ("red", "cut at --max-new-tokens"),
     ]
     *_, stderr = converse(run, "1", "/save a.jsonl", "2", "3", "/save a.jsonl", "four", "/save a.jsonl")
     assert "There is nothing to save yet." in stderr

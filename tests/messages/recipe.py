@@ -223,10 +223,10 @@ MESSAGES = [
         "delete do_eval",
     ),
     refused(
-        "recipe-best-checkpoint-without-evaluation",
-        load(START, "training.load_best_model_at_end=true", "training.save_steps=0.3"),
-        ("load_best_model_at_end needs an evaluation loss for every checkpoint",),
-        "save_steps a multiple of eval_steps",
+        "recipe-best-adapter-without-evaluation",
+        load(START, "training.load_best_model_at_end=true", "training.eval_strategy=no"),
+        ("load_best_model_at_end = true needs evaluations",),
+        'eval_strategy = "steps"',
     ),
     refused(
         "recipe-offloading-without-checkpointing",

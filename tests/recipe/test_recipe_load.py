@@ -287,7 +287,7 @@ def test_what_to_do_to_train_on_every_row_is_complete_and_names_the_set(tmp_path
     text = f'{SHORTEST}[training]\neval_strategy = "epoch"\nearly_stopping_patience = 2\n'
     message = refusal(tmp_path, text, "data.eval_size=0")
     assert message.startswith("mine.toml with --set data.eval_size=0: [data] eval_size = 0 ")
-    for words in ("delete it", "do_eval = false", "delete eval_strategy and early_stopping_patience"):
+    for words in ("delete it", "do_eval = false", "delete eval_strategy, early_stopping_patience and load_best_model_at_end"):
         assert words in message
     message = refusal(tmp_path, text, "training.do_eval=false")
     assert message == (
@@ -442,8 +442,8 @@ def test_a_wrong_value_is_one_line_with_the_table_the_key_and_the_value(tmp_path
         ('do_eval = false\neval_strategy = "steps"', ("do_eval = false", 'eval_strategy = "steps"')),
         ('save_strategy = "no"\nsave_minutes = 5', ('save_strategy = "no"', "save_minutes = 5")),
         ("save_steps = 0", ("save_steps = 0", 'save_strategy = "no"')),
-        ('load_best_model_at_end = true\nsave_strategy = "epoch"', ("load_best_model_at_end",)),
-        ("load_best_model_at_end = true\nsave_steps = 0.3", ("load_best_model_at_end",)),
+        ('load_best_model_at_end = true\neval_strategy = "no"', ("load_best_model_at_end = true", "eval_strategy")),
+        ("load_best_model_at_end = true\ndo_eval = false", ("load_best_model_at_end = true", "do_eval = false")),
         ("activation_offloading = true\ngradient_checkpointing = false", ("activation_offloading = true",)),
         ("bf16 = true\nfp16 = true", ("bf16 and fp16",)),
         ("bf16 = false", ("bf16 = false", "[quantization]")),
@@ -469,8 +469,8 @@ def test_an_evaluation_without_rows_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_the_best_checkpoint_can_be_loaded_where_every_checkpoint_is_evaluated(tmp_path: Path, strategy: str):
-    lines = f'load_best_model_at_end = true\nsave_strategy = "{strategy}"\neval_strategy = "{strategy}"\nsave_steps = 0.6'
+def test_the_best_adapter_is_kept_whatever_the_checkpoints_are(tmp_path: Path, strategy: str):
+    lines = f'load_best_model_at_end = true\nsave_strategy = "epoch"\neval_strategy = "{strategy}"\nsave_steps = 0.6'
     assert read(tmp_path, f"{SHORTEST}[training]\n{lines}").training.load_best_model_at_end
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qlora_phi3.errors import RecipeError, first_line
-from qlora_phi3.family import FUSED, nearest_known
+from qlora_phi3.family import FUSED, known_config, nearest_known
 from qlora_phi3.recipe.edit import commented_toml, format_toml
 from qlora_phi3.recipe.messages import ALIASES, REPLACED, find_problems, replacement
 from qlora_phi3.recipe.schema import TABLES, Recipe
@@ -26,6 +26,11 @@ SECTIONS = frozenset(PEERS["sections"].split())
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # PyYAML reads 2e-4 as text
 #: What a reason of `REPLACED` tells people to write.
 ASSIGNED = re.compile(r'\[(\w+)\] (\w+) = (\{value\}|"\w+"|true|false)(?= |\.|,|$)')
+#: Keys of Axolotl's data -> values that say what is recognized in the rows.
+RECOGNIZED: Mapping[str, tuple[Any, ...]] = {
+    "type": ("chat_template",),
+    "message_property_mappings": ({"role": "role", "content": "content"}, {"role": "from", "content": "value"}),
+}
 #: Stands for a value that a program computes.
 COMPUTED = "<computed>"
 OFF = "it is off, as it is here"
@@ -282,6 +287,8 @@ def _set_model(found: ImportedRecipe, key: str, name: str) -> None:
     """The model; of Unsloth's copies, whose layers are split as Llama's, the original."""
     short = re.sub(r"(-unsloth)?(-bnb-4bit|-gguf)?$", "", name.rpartition("/")[2].lower())
     original = nearest_known(f"microsoft/{short}") if name.startswith("unsloth/") else None
+    if not original and not known_config(name) and not re.search(r"phi-?[34]", name, re.IGNORECASE) and not Path(name).exists():
+        found.refused.append(f"{key} = {name}: nothing says that it is of the Phi-3 family, and others cannot be trained")
     found.set("model.name", original or name, f"{key} = {name}, a copy with Llama's layers" if original else key)
 
 
@@ -308,7 +315,7 @@ def _set_datasets(found: ImportedRecipe, key: str, value: Any) -> None:
             found.set("data.fields", {"messages": item}, f"{key}.{name}")
         elif name in places:
             found.set(places[name], item, f"{key}.{name}")
-        elif name == "ds_type" or (name, item) == ("type", "chat_template"):
+        elif name == "ds_type" or item in RECOGNIZED.get(name, ()):
             found.not_needed.append(f"{key}.{name} = {_show(item)}: the format is recognized")
         else:
             found.refused.append(f"{key}.{name} = {_show(item)}: write it in [data] with format and fields")

@@ -20,6 +20,7 @@ datasets:
   - path: chats.jsonl
     type: chat_template
     field_messages: conversation
+    message_property_mappings: {role: from, content: value}
 val_set_size: 0.02
 output_dir: ./out
 sequence_len: 4096
@@ -268,6 +269,13 @@ def test_a_key_that_is_left_out_has_the_other_programs_default(tmp_path):
 def import_recipe_of(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
     return import_recipe(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "is_refused"), [("gpt2", True), ("microsoft/phi-2", True), ("me/my-phi3-chat", False)])
+def test_a_model_that_nothing_calls_a_phi3_is_named(tmp_path, name, is_refused):
+    found, recipe = imported(tmp_path, "a.yml", f"base_model: {name}\nsequence_len: 2048\n")
+    assert recipe.model.name == name
+    assert any("nothing says that it is of the Phi-3 family" in line for line in found.refused) == is_refused
 
 
 def test_microsofts_dictionaries(tmp_path):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,17 @@ from numpy.typing import NDArray
 from qlora_phi3.data.formats import FORMATS, check_fields, detect_format, guess_mapping
 from qlora_phi3.data.report import EXAMPLES, NAMED, DataReport, RowCount, SourceReport, merge_counts
 from qlora_phi3.data.sources import Source, open_local, open_sources
-from qlora_phi3.data.template import ChatTemplate
+from qlora_phi3.data.template import ChatTemplate, choose_template
 from qlora_phi3.data.tokenize import TokenizeConfig, read_examples, tokenize_source
+from qlora_phi3.data.tokenizer import load_tokenizer
 from qlora_phi3.errors import DataError
 from qlora_phi3.recipe.load import as_list, is_local_data
-from qlora_phi3.recipe.schema import Data
+from qlora_phi3.recipe.schema import Data, Recipe
 from qlora_phi3.reporter import Progress
 from qlora_phi3.units import format_count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,19 @@ def prepare_datasets(
     counts = [count for report in reports for count in (*report.skipped.values(), report.fully_truncated)]
     left_out = {name: count.reason for count in counts for name in count.where}
     return PreparedData(train, evaluation, _build_report(train, evaluation, sources, reports, config, indices), left_out)
+
+
+def prepare_recipe_data(
+    recipe: Recipe, base_dir: Path, progress: Progress, chat_template: str | None = None
+) -> tuple[PreparedData, "PreTrainedTokenizerBase", ChatTemplate]:
+    """The data of a recipe, as `prepare_datasets` makes them with the tokenizer of its base, which is returned too, and the chat
+    template, its own unless another one is given. ModelError of `load_tokenizer` and DataError.
+    """
+    tokenizer = load_tokenizer(recipe.model)
+    template = choose_template(tokenizer, chat_template or recipe.data.chat_template)
+    max_length, evaluate = recipe.training.max_length, recipe.training.do_eval
+    data = prepare_datasets(recipe.data, max_length, evaluate, tokenizer, template, base_dir, progress)
+    return data, tokenizer, template
 
 
 def row_lengths(dataset: Any) -> NDArray[np.int64]:

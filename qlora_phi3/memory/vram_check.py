@@ -164,21 +164,9 @@ def _tokenize(recipe: "Recipe", base_folder: Path, progress: Progress) -> tuple[
             cached = try_to_load_from_cache(name, "tokenizer.json", revision=recipe.model.revision)
         if not isinstance(cached, str):
             raise UserError("The model's tokenizer, which counts them, is not on this computer.")
-    from qlora_phi3.data.prepare import prepare_datasets
-    from qlora_phi3.data.template import choose_template
-    from qlora_phi3.data.tokenizer import load_tokenizer
+    from qlora_phi3.data.prepare import prepare_recipe_data
 
-    tokenizer = load_tokenizer(recipe.model)
-    data = prepare_datasets(
-        recipe.data,
-        max_length=recipe.training.max_length,
-        evaluate=recipe.training.do_eval,
-        tokenizer=tokenizer,
-        template=choose_template(tokenizer, recipe.data.chat_template),
-        base_dir=base_folder,
-        progress=progress,
-    )
-    return data, tokenizer
+    return prepare_recipe_data(recipe, base_folder, progress)[:2]
 
 
 @dataclass(eq=False, slots=True)

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from qlora_phi3.errors import RecipeError, first_line
 from qlora_phi3.family import FUSED, known_config, nearest_known
+from qlora_phi3.files import is_dir
 from qlora_phi3.recipe.edit import commented_toml, format_toml
 from qlora_phi3.recipe.messages import ALIASES, REPLACED, find_problems, replacement
 from qlora_phi3.recipe.schema import TABLES, Recipe
@@ -287,7 +288,7 @@ def _set_model(found: ImportedRecipe, key: str, name: str) -> None:
     """The model; of Unsloth's copies, whose layers are split as Llama's, the original."""
     short = re.sub(r"(-unsloth)?(-bnb-4bit|-gguf)?$", "", name.rpartition("/")[2].lower())
     original = nearest_known(f"microsoft/{short}") if name.startswith("unsloth/") else None
-    if not original and not known_config(name) and not re.search(r"phi-?[34]", name, re.IGNORECASE) and not Path(name).exists():
+    if not original and not known_config(name) and not re.search(r"phi-?[34]", name, re.IGNORECASE) and not is_dir(name):
         found.refused.append(f"{key} = {name}: nothing says that it is of the Phi-3 family, and others cannot be trained")
     found.set("model.name", original or name, f"{key} = {name}, a copy with Llama's layers" if original else key)
 

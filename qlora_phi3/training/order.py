@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from qlora_phi3.data.prepare import prepare_datasets, row_lengths
-from qlora_phi3.data.template import choose_template
-from qlora_phi3.data.tokenizer import load_tokenizer
+from qlora_phi3.data.prepare import prepare_recipe_data, row_lengths
 from qlora_phi3.errors import RunError
 from qlora_phi3.execution import IGNORE_INDEX
 from qlora_phi3.recipe.load import load_recipe
@@ -38,17 +36,8 @@ def read_step_rows(folder: RunFolder, steps: Sequence[int], progress: Progress) 
     Every step of metrics.jsonl must have the number of rows and tokens that it had. RunError where the data changed.
     """
     recipe, report = load_recipe(folder.recipe), folder.read_report()
-    tokenizer = load_tokenizer(recipe.model)
-    template = str(folder.chat_template) if folder.chat_template.is_file() else recipe.data.chat_template
-    data = prepare_datasets(
-        recipe.data,
-        max_length=recipe.training.max_length,
-        evaluate=recipe.training.do_eval,
-        tokenizer=tokenizer,
-        template=choose_template(tokenizer, template),
-        base_dir=folder.path,
-        progress=progress,
-    )
+    template = str(folder.chat_template) if folder.chat_template.is_file() else None
+    data, tokenizer, _ = prepare_recipe_data(recipe, folder.path, progress, template)
     hint = "Put the data of the run back; or train again, and ask for the rows of that run."
     was, now = str(report.get("data", {}).get("sha256")), data.report.sha256
     if was != now:

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from transformers.trainer_utils import set_seed
 
 from qlora_phi3.adapters.start import check_start, start_from
-from qlora_phi3.data.prepare import PreparedData, prepare_datasets, row_lengths
-from qlora_phi3.data.template import ChatTemplate, choose_template
-from qlora_phi3.data.tokenizer import check_token_ids, load_tokenizer
+from qlora_phi3.data.prepare import PreparedData, prepare_recipe_data, row_lengths
+from qlora_phi3.data.template import ChatTemplate
+from qlora_phi3.data.tokenizer import check_token_ids
 from qlora_phi3.errors import DeviceError, RecipeError
 from qlora_phi3.execution import ExecutionPlan
 from qlora_phi3.family import Architecture, find_config, parse_architecture, read_config
@@ -93,17 +93,7 @@ def prepare(recipe: Recipe, recipe_dir: Path, reporter: Reporter) -> RunContext:
         device = torch.device("cuda", torch.cuda.current_device())
         gpu = gpu or read_gpu_by_torch(device)
     compute_dtype, reason = choose_precision(recipe.compute_dtype, None if gpu is None else gpu.compute_capability)
-    tokenizer = load_tokenizer(recipe.model)
-    template = choose_template(tokenizer, recipe.data.chat_template)
-    data = prepare_datasets(
-        recipe.data,
-        max_length=recipe.training.max_length,
-        evaluate=recipe.training.do_eval,
-        tokenizer=tokenizer,
-        template=template,
-        base_dir=recipe_dir,
-        progress=reporter.progress,
-    )
+    data, tokenizer, template = prepare_recipe_data(recipe, recipe_dir, reporter.progress)
     check_token_ids(filter(None, (data.train, data.evaluation)), tokenizer, architecture, recipe.model.name)
     for line in data.report.summary_lines():
         reporter.info(line)

@@ -55,7 +55,7 @@ def rows_of(shop, sha256, records):
     folder.recipe.write_text(shop.write().read_text(encoding="utf-8"), encoding="utf-8")
     report = SimpleNamespace(sha256=sha256)
     with (
-        mock.patch.object(order, "prepare_datasets", return_value=SimpleNamespace(train=[0] * 4, report=report)),
+        mock.patch.object(order, "prepare_recipe_data", return_value=(SimpleNamespace(train=[0] * 4, report=report), None, None)),
         mock.patch.object(order, "row_lengths", return_value=numpy.array([5, 5, 5, 5])),
     ):
         read_step_rows(folder, [], lambda *arguments: None)
